@@ -1,0 +1,45 @@
+"""How long to wait before connecting again (docs/protocol.rst, "Reconnecting")."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Final
+
+#: Least and longest pause, in seconds: after a lost connection, and after a refusal.
+FAST: Final = (0.1, 5.0)
+SLOW: Final = (5.0, 60.0)
+
+
+class Backoff:
+    """A pause that doubles, with full jitter, in one of two classes; it never gives up.
+
+    An instance is the ``retryPolicy`` of a ``ClientService``. Its own count of attempts is not used: it starts again at
+    every TCP connect, and a server that refuses us takes the connection first.
+
+    :param rng: gives a number from 0 to 1.
+    """
+
+    def __init__(self, rng: Callable[[], float] = random.random) -> None:
+        self._rng = rng
+        self._tries = 0
+        self._is_slow = False
+
+    def refused(self) -> None:
+        """The last link ended by a refusal: wait in the slow class."""
+        if not self._is_slow:
+            self._is_slow = True
+            self._tries = 0
+
+    def proven(self) -> None:
+        """Our challenge was answered: start again."""
+        self._is_slow = False
+        self._tries = 0
+
+    def __call__(self, _attempts: int) -> float:
+        """Give the pause before the next try, in seconds."""
+        least, longest = SLOW if self._is_slow else FAST
+        ceiling = min(longest, least * 2.0 ** min(self._tries, 16))
+        self._tries += 1
+        # Full jitter, over the class's floor where there is one to keep.
+        return least + self._rng() * (ceiling - least) if self._is_slow else self._rng() * ceiling

@@ -1,0 +1,231 @@
+"""The only JSON in and out: strict parsing and canonical writing (docs/protocol.rst, "Canonical JSON").
+
+Each direction has an exact path, which says what is wrong, and a fast one beside it for what is plainly right. The fast
+path may give up on a good value, never pass a bad one; ``tests/test_canonical.py`` holds the two together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn
+
+import orjson
+from canonicaljson import encode_canonical_json
+
+from s2s.errors import BadJson, CanonicalError
+
+#: The envelope is depth 1.
+MAX_DEPTH: Final = 32
+#: The largest integer that every JSON implementation keeps exact (RFC 8259, section 6).
+MAX_INTEGER: Final = 2**53 - 1
+#: The rules by the name that ``details.rule`` of ``bad_json`` carries, each with its fixed text.
+RULES: Final[Mapping[str, str]] = {
+    "utf8": "the frame is not valid UTF-8",
+    "bom": "the frame begins with a byte order mark",
+    "syntax": "the frame is not one JSON document",
+    "not_object": "the frame is not a JSON object",
+    "float": "a number is not an integer: say it in basis points, in permille or as a decimal string",
+    "integer_range": "an integer is beyond 2^53 - 1: say it as a string",
+    "negative_zero": "a number is written -0",
+    "duplicate_member": "a member name stands twice in one object",
+    "lone_surrogate": "a string holds a lone surrogate",
+    "nul": "a string holds U+0000",
+    "depth": f"the nesting is deeper than {MAX_DEPTH}",
+}
+
+_SORTED: Final = orjson.OPT_SORT_KEYS
+# orjson would write dates, dataclasses and subclasses by rules of its own; passed through, they are refused.
+_STRICT: Final = (
+    _SORTED
+    | orjson.OPT_STRICT_INTEGER
+    | orjson.OPT_PASSTHROUGH_DATACLASS
+    | orjson.OPT_PASSTHROUGH_DATETIME
+    | orjson.OPT_PASSTHROUGH_SUBCLASS
+)
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+# Whole strings first, so that brackets inside them are not counted.
+_BRACKET: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
+
+
+def _refuse(rule: str) -> NoReturn:
+    raise BadJson(rule, RULES[rule])
+
+
+# --- in ------------------------------------------------------------------------------------------------------------
+
+
+def parse(frame: bytes) -> tuple[dict[str, Any], bool]:
+    """Parse one frame.
+
+    :param frame: the frame's body.
+    :returns: the object, and whether ``frame`` is known to be its canonical form (``False`` means: not looked at).
+    :raises BadJson: naming the rule broken (protocol, "Canonical JSON").
+    """
+    # Few brackets prove a small depth, and no \u0000 in the bytes proves none in the strings.
+    if frame.count(b"{") + frame.count(b"[") <= MAX_DEPTH and b"\\u0000" not in frame:
+        try:
+            value = orjson.loads(frame)
+            # Equal to its own canonical form: no duplicate member, no -0, no surrogate, no other writing of anything.
+            if type(value) is dict and orjson.dumps(value, option=_STRICT) == frame and _plain(value):
+                return value, True
+        except (orjson.JSONDecodeError, orjson.JSONEncodeError):
+            pass
+    return parse_exactly(frame), False
+
+
+def parse_exactly(frame: bytes) -> dict[str, Any]:
+    """Parse one frame the slow way, which knows what is wrong.
+
+    :raises BadJson: naming the rule broken.
+    """
+    try:
+        text = frame.decode("utf-8")
+    except UnicodeDecodeError:
+        _refuse("utf8")
+    if text.startswith("\ufeff"):
+        _refuse("bom")
+    _check_depth(text)
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_members,
+            parse_int=_integer,
+            parse_float=_float,
+            parse_constant=_float,
+        )
+    except ValueError:
+        _refuse("syntax")
+    if type(value) is not dict:
+        _refuse("not_object")
+    _check_strings(value)
+    return value
+
+
+def _check_depth(text: str) -> None:
+    # Before the parser, whose recursion has limits of its own.
+    depth = 0
+    for match in _BRACKET.finditer(text):
+        first = match[0][0]
+        if first in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                _refuse("depth")
+        elif first in "]}":
+            depth -= 1
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        _refuse("duplicate_member")
+    return value
+
+
+def _integer(token: str) -> int:
+    if token == "-0":
+        _refuse("negative_zero")
+    # Counted before int(), which is quadratic in the digits and refuses over 4300 of them.
+    if len(token) > 17 or abs(int(token)) > MAX_INTEGER:
+        _refuse("integer_range")
+    return int(token)
+
+
+def _float(_token: str) -> NoReturn:
+    _refuse("float")
+
+
+def _check_strings(value: Any) -> None:
+    if type(value) is str:
+        if "\0" in value:
+            _refuse("nul")
+        if _SURROGATE.search(value):
+            _refuse("lone_surrogate")
+    elif type(value) is dict:
+        for name, member in value.items():
+            _check_strings(name)
+            _check_strings(member)
+    elif type(value) is list:
+        for item in value:
+            _check_strings(item)
+
+
+def _plain(value: Any) -> bool:
+    """Whether there is nothing below but what canonical JSON knows: no float above all."""
+    for item in value.values() if type(value) is dict else value:
+        kind = type(item)
+        if kind is str or kind is int or kind is bool or item is None:
+            continue
+        if (kind is not dict and kind is not list) or not _plain(item):
+            return False
+    return True
+
+
+# --- out -----------------------------------------------------------------------------------------------------------
+
+
+def dumps(value: Mapping[str, Any]) -> bytes:
+    """Write an object in its canonical form.
+
+    :raises CanonicalError: what cannot be said, where, and what to say instead.
+    """
+    if type(value) is dict:
+        try:
+            written = orjson.dumps(value, option=_STRICT)
+            if written.count(b"{") + written.count(b"[") <= MAX_DEPTH and b"\\u0000" not in written and _plain(value):
+                return written
+        except orjson.JSONEncodeError:
+            pass
+    return dumps_exactly(value)
+
+
+def dumps_exactly(value: Mapping[str, Any]) -> bytes:
+    """Write an object the slow way, which knows what is wrong.
+
+    :raises CanonicalError: what cannot be said, where, and what to say instead.
+    """
+    if not isinstance(value, Mapping):
+        raise CanonicalError(f"a {type(value).__name__} is not an object: canonical JSON is written of a mapping")
+    written: bytes = encode_canonical_json(_sayable(value, "", 1))
+    return written
+
+
+def _sayable(value: Any, path: str, depth: int) -> Any:
+    """Give the value as plain dicts and lists.
+
+    :raises CanonicalError: for what has no canonical form.
+    """
+
+    def wrong(rule: str) -> NoReturn:
+        raise CanonicalError(f"at {path or '/'}: {RULES[rule]}")
+
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if "\0" in value:
+            wrong("nul")
+        if _SURROGATE.search(value):
+            wrong("lone_surrogate")
+        return str(value)
+    if isinstance(value, int):
+        if abs(value) > MAX_INTEGER:
+            wrong("integer_range")
+        return int(value)
+    if isinstance(value, float):
+        wrong("float")
+    if isinstance(value, (Mapping, list, tuple)):
+        if depth > MAX_DEPTH:
+            wrong("depth")
+        if not isinstance(value, Mapping):
+            return [_sayable(item, f"{path}/{at}", depth + 1) for at, item in enumerate(value)]
+        for name in value:
+            if not isinstance(name, str):
+                raise CanonicalError(f"at {path or '/'}: the member name {name!r} is not a string")
+        return {
+            _sayable(name, f"{path}/{name}", depth): _sayable(member, f"{path}/{name}", depth + 1)
+            for name, member in value.items()
+        }
+    raise CanonicalError(
+        f"at {path or '/'}: a {type(value).__name__} cannot be said: use a string, an integer, a list or an object"
+    )

@@ -1,0 +1,67 @@
+"""What may be said: every message type, its way, its schemas and its reply (docs/protocol.rst, "Catalogue").
+
+To add a type, put its two schema files into ``schemas/`` and one line into :data:`MESSAGES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from s2s.catalogue.schema import Schema, load
+from s2s.signing import ROLES, Role
+
+ACK: Final = "s2s.ack"
+HEALTH_CHECK: Final = "s2s.health.check"
+HEALTH_ACK: Final = "s2s.health.ack"
+ERROR: Final = "s2s.error"
+COMMAND_PUSH: Final = "s2s.command.push"
+SWEEP: Final = "s2s.broadcast.sweep"
+#: Types that are never requests, with or without ``ack_of``.
+REPLY_ONLY: Final = frozenset({ACK, HEALTH_ACK, ERROR})
+
+
+@dataclass(frozen=True)
+class MessageType:
+    """One kind of request.
+
+    :param sent_by: the roles that may send it.
+    :param reply: the type of its reply, beside ``s2s.error``.
+    :param control: obeyed only on a proven link (protocol, "Proof").
+    :param entered: whether the replay cache holds it; a push is told apart by its ``idem_key`` instead.
+    :param windowed: whether it counts against the requester's window.
+    """
+
+    name: str
+    sent_by: tuple[Role, ...]
+    reply: str = ACK
+    control: bool = True
+    entered: bool = True
+    windowed: bool = True
+    request_schema: Schema = field(init=False, repr=False, compare=False)
+    reply_schema: Schema = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "request_schema", load(f"{self.name}.request"))
+        object.__setattr__(self, "reply_schema", load(f"{self.name}.reply"))
+
+
+_SERVER: Final[tuple[Role, ...]] = ("server",)
+
+MESSAGES: Final = (
+    MessageType(HEALTH_CHECK, ROLES, reply=HEALTH_ACK, control=False, windowed=False),
+    MessageType("s2s.engine.shutdown", _SERVER),
+    MessageType("s2s.engine.pause", _SERVER),
+    MessageType("s2s.engine.resume", _SERVER),
+    MessageType(SWEEP, _SERVER),
+    MessageType(COMMAND_PUSH, ("engine",), control=False, entered=False),
+    MessageType("s2s.config.bump", _SERVER),
+    MessageType("admin.engine.force_tick.v1", _SERVER),
+    MessageType("admin.config.set.v1", _SERVER),
+    MessageType("world.set_sector_status.v1", _SERVER),
+    MessageType("admin.player.update_all_ships.v1", _SERVER),
+)
+
+BY_NAME: Final = {message.name: message for message in MESSAGES}
+#: The payload of ``s2s.error``.
+ERROR_SCHEMA: Final = load("s2s.error")

@@ -1,0 +1,41 @@
+"""``s2s db``: the schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction
+from s2s.store import migrations
+
+
+@click.group()
+def db() -> None:
+    """Make and check the tables."""
+
+
+@db.command()
+@database_options
+@one_line_errors
+def migrate(database: str | None, state_dir: Path) -> None:
+    """Bring the tables up to this release. Running it twice, or twice at once, does no harm."""
+    with transaction(database, state_dir, is_checked=False) as txn:
+        done = migrations.migrate(txn.connection)
+    for name in done:
+        click.echo(f"migrated: {name}")
+    if not done:
+        click.echo("the database is up to date")
+
+
+@db.command()
+@database_options
+@json_option
+@one_line_errors
+def status(database: str | None, state_dir: Path, as_json: bool) -> None:
+    """List the migrations; exit 1 if one is missing."""
+    with transaction(database, state_dir, is_checked=False) as txn:
+        found = migrations.status(txn)
+    show(found, ("version", "name", "applied_at"), as_json, "this release has no migrations")
+    if any(each.applied_at is None for each in found):
+        raise SystemExit(1)

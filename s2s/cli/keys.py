@@ -1,0 +1,81 @@
+"""``s2s keys``: the table s2s_keys (docs/protocol.rst, "Keys")."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction
+from s2s.errors import OperatorError
+from s2s.signing import KEY_ID, KEY_ROLES, decode_secret, random_secret
+from s2s.store import keys as table
+
+
+@click.group()
+def keys() -> None:
+    """Make and list the keys that sign."""
+
+
+@keys.command()
+@click.option("--key-id", required=True, metavar="ID", help="1 to 64 of A-Z a-z 0-9 _ . -")
+@click.option("--role", type=click.Choice(KEY_ROLES), required=True, help="Whose messages it may sign.")
+@click.option(
+    "--secret-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File with the secret in base64, at least 32 bytes; a random one is made without it.",
+)
+@click.option("--note", default="", help="A remark for people.")
+@click.option("--show-secret", is_flag=True, help="Print the secret, for a peer that does not share this database.")
+@database_options
+@json_option
+@one_line_errors
+def add(
+    key_id: str,
+    role: str,
+    secret_file: Path | None,
+    note: str,
+    show_secret: bool,
+    database: str | None,
+    state_dir: Path,
+    as_json: bool,
+) -> None:
+    """Add a key. It verifies from now on."""
+    if not KEY_ID.fullmatch(key_id):
+        raise OperatorError(f"the key id {key_id!r} cannot be used: take 1 to 64 of A-Z a-z 0-9 _ . -")
+    secret = random_secret() if secret_file is None else _read_secret(secret_file)
+    with transaction(database, state_dir) as txn:
+        table.add(txn, key_id, secret, role, note)
+    told = {"key_id": key_id, "role": role, **({"key_b64": secret} if show_secret else {})}
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+    else:
+        click.echo(f"added key {key_id} for {role}")
+        if show_secret:
+            click.echo(secret)
+
+
+def _read_secret(path: Path) -> str:
+    try:
+        secret = "".join(path.read_text("ascii").split())
+        decode_secret(secret)
+    except OSError as error:
+        raise OperatorError(f"the secret file cannot be read: {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise OperatorError(f"the secret file {path} is not base64 text") from None
+    except ValueError as error:
+        raise OperatorError(f"the secret file {path} cannot be used: {error}") from None
+    return secret
+
+
+@keys.command(name="list")
+@database_options
+@json_option
+@one_line_errors
+def list_(database: str | None, state_dir: Path, as_json: bool) -> None:
+    """List the keys, without their secrets."""
+    with transaction(database, state_dir) as txn:
+        found = table.list_public(txn)
+    columns = ("key_id", "role", "active_from", "active_to", "is_default_tx", "note")
+    show(found, columns, as_json, "there are no keys: make one with: s2s keys add --key-id ID --role any")

@@ -1,0 +1,135 @@
+"""From a frame to a responder (docs/protocol.rst, "Order of checks").
+
+Parse, key, MAC; then the session's checks; then the payload's schema; then ``{type: responder}``. The dispatcher
+verifies with the keys of ``s2s_keys``, which a :class:`KeySource` reads through the ``adbapi`` pool. It writes nothing:
+it says what is to be done with the frame, and the link does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred
+
+from s2s import canonical, envelope
+from s2s.catalogue import MessageType
+from s2s.clock import Clock
+from s2s.envelope import Envelope
+from s2s.errors import AuthBad, Unsigned, WireError
+from s2s.session import Call, Session, is_reply, is_unsigned_error
+from s2s.signing import Key, Keyring
+
+
+class KeySource(Protocol):
+    """The keys, held in memory and read again when need be."""
+
+    @property
+    def keyring(self) -> Keyring:
+        """The keys as they were read last."""
+
+    def refresh(self) -> Deferred[None]:
+        """Read them again, once a second at most; fires after a read that began after this call, or after giving up."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that passed every check.
+
+    :param payload: valid, with the defaults of its schema filled in.
+    :param size: the frame's, in bytes.
+    """
+
+    envelope: Envelope
+    message: MessageType
+    payload: dict[str, Any]
+    key_id: str
+    size: int
+
+
+#: Serves one type of request: gives the reply's payload, now or later, or raises a
+#: :class:`~s2s.errors.WireError`.
+Responder = Callable[[Request], "Mapping[str, Any] | Deferred[dict[str, Any]]"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer; ``call`` is ``None`` when nobody awaits it."""
+
+    envelope: Envelope
+    call: Call | None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A frame that was refused.
+
+    :param ack_of: the ``id`` to name in the answer, if it is well formed and the answer is signed.
+    :param is_answered: ``False`` for replies: they are never answered.
+    """
+
+    error: WireError
+    ack_of: str | None = None
+    is_answered: bool = True
+
+
+@dataclass(frozen=True)
+class UnsignedError:
+    """An ``s2s.error`` without ``auth``: to be logged and counted, no more."""
+
+    payload: object
+
+
+@dataclass(frozen=True)
+class UnknownKey:
+    """The ``key_id`` is not among the keys in memory: they are to be read again before the frame is refused."""
+
+
+class Dispatcher:
+    """Judges the frames of any number of links.
+
+    :param responders: what this process serves, by message type.
+    """
+
+    def __init__(self, keys: KeySource, responders: Mapping[str, Responder], clock: Clock) -> None:
+        self._keys = keys
+        self._clock = clock
+        self.responders = responders
+
+    def receive(
+        self, frame: bytes, session: Session, is_last_try: bool = False
+    ) -> Request | Reply | Refusal | UnsignedError | UnknownKey:
+        """Judge one frame.
+
+        :param frame: the frame's body.
+        :param is_last_try: the keys were read again for this frame already.
+        """
+        try:
+            members, is_canonical = canonical.parse(frame)
+            if is_unsigned_error(members):
+                return UnsignedError(members.get("payload"))
+            auth = envelope.read_auth(members)
+            message = envelope.signed_bytes(frame, members, is_canonical)
+            key = self._keys.keyring.verify(auth.key_id, message, auth.sig, self._clock.now())
+            if key is None:
+                if auth.key_id not in self._keys.keyring and not is_last_try:
+                    return UnknownKey()
+                raise AuthBad()
+        except Unsigned as error:
+            return Refusal(error)
+        session.heard(key.key_id, self._clock.mono())
+        return self._verified(members, key, len(frame), session)
+
+    def _verified(self, members: dict[str, Any], key: Key, size: int, session: Session) -> Request | Reply | Refusal:
+        is_answered = not is_reply(members)
+        try:
+            read = envelope.read(members)
+            session.check_way(read, key)
+            if not is_answered:
+                return Reply(read, session.settle(read.ack_of))
+            message = session.admit(read, key, self.responders, self._clock.now(), self._clock.mono())
+            message.request_schema.check(read.payload)
+        except WireError as error:
+            return Refusal(error, envelope.well_formed_id(members), is_answered)
+        return Request(read, message, {**message.request_schema.defaults, **read.payload}, key.key_id, size)

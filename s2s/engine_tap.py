@@ -1,0 +1,54 @@
+"""``twistd s2s-engine``."""
+
+from __future__ import annotations
+
+import re
+import socket
+from typing import Any
+
+from twisted.internet.endpoints import clientFromString
+
+from s2s.engine import Engine
+from s2s.keys import LiveKeys
+from s2s.options import CONNECT, Foundation, RoleOptions, or_refuse, parameter
+from s2s.relay import Relay
+
+#: Connections: relay, sweep, keys, and one to spare.
+_THREADS = 4
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[!-~]{1,200}", text):
+        raise ValueError("a name has 1 to 200 printable ASCII characters and no space")
+    return text
+
+
+class Options(RoleOptions):
+    """The engine's options."""
+
+    process_name = "s2s-engine"
+    optParameters = [
+        parameter("connect", CONNECT, "endpoint of the server"),
+        parameter("name", f"engine-{socket.gethostname()}"[:200], "what operators call this engine"),
+    ]
+    coercions = {"name": _name}
+
+
+def makeService(options: Options) -> Any:
+    """Make the engine's service; nothing is connected before it starts."""
+    return or_refuse(lambda: _make(options))
+
+
+def _make(options: Options) -> Any:
+    base = Foundation(options, "engine", options["name"], _THREADS)
+    return Engine(
+        clientFromString(base.reactor, options["connect"]),
+        options["connect"],
+        base.identity,
+        base.bounds,
+        base.database,
+        LiveKeys(base.database, base.clock, base.rows),
+        Relay(base.database, base.clock),
+        base.url,
+        base.clock,
+    )

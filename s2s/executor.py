@@ -1,0 +1,245 @@
+"""Running commands: each with its effect and its end in one transaction (docs/protocol.rst, "Commands")."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.task import LoopingCall, deferLater
+from twisted.logger import Logger
+
+from s2s.commands import Command, CommandType
+from s2s.errors import DatabaseUnavailable
+from s2s.store import commands as table
+from s2s.store import notes
+from s2s.store.driver import Cursor, is_lost, savepoint
+from s2s.store.pool import Database
+
+#: Seconds between two looks at the table when nothing wakes us, and between two tries when the database is away.
+POLL_S: Final = 1.0
+#: Seconds between two looks for the notes of processes that are gone.
+REAP_S: Final = 5.0
+#: Seconds that a command waits whose handler is gone.
+ORPHANED_S: Final = 60.0
+_LONGEST_ERROR: Final = 500
+
+
+@dataclass
+class Report:
+    """What one batch came to."""
+
+    done: list[int] = field(default_factory=list)
+    failed: list[tuple[int, str]] = field(default_factory=list)
+    orphaned: list[Command] = field(default_factory=list)
+    dead: int = 0
+
+
+class Executor:
+    """Runs the commands that are due, in order of priority, ``due_at`` and ``cmd_id``.
+
+    :param database: where the commands are.
+    :param registry: the command types by name.
+    :param boot_id: this process's; its presence lock is to be held (:class:`s2s.store.listen.Listener`).
+    :param workers: how many batches run at once; 0: none.
+    :param batch_size: commands in a batch at most.
+    :param clock: for tests.
+
+    :ivar ran: commands done.
+    :ivar failed: attempts charged.
+    :ivar dead: commands given up.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        database: Database,
+        registry: Mapping[str, CommandType],
+        boot_id: str,
+        *,
+        workers: int = 2,
+        batch_size: int = 256,
+        clock: Any = None,
+    ) -> None:
+        if clock is None:
+            from twisted.internet import reactor as clock  # noqa: PLC0415 - importing it installs it
+        self._database = database
+        self._registry = registry
+        self._boot_id = boot_id
+        self._workers = workers
+        self._batch_size = batch_size
+        self._clock = clock
+        self._is_stopping = False
+        #: Something came since a worker looked last.
+        self._is_woken = False
+        self._asleep: list[Deferred[None]] = []
+        self._running: list[Deferred[None]] = []
+        self._reaping = LoopingCall(self._reap)
+        self._reaping.clock = clock
+        self._orphans_told: set[str] = set()
+        self.ran = self.failed = self.dead = 0
+
+    def start(self) -> None:
+        """Start the workers."""
+        if self._workers:
+            self._running = [Deferred.fromCoroutine(self._work(worker)) for worker in range(self._workers)]
+            self._running.append(self._reaping.start(REAP_S).addCallback(lambda _: None))
+
+    def stop(self) -> Deferred[None]:
+        """Stop claiming.
+
+        :returns: fires when the batches that run are finished.
+        """
+        self._is_stopping = True
+        if self._reaping.running:
+            self._reaping.stop()
+        for sleeper in self._asleep[:]:
+            sleeper.cancel()
+        return gatherResults(self._running).addCallback(lambda _: None)
+
+    def wake(self) -> None:
+        """Look at the table now: something was committed."""
+        self._is_woken = True
+        if self._asleep:
+            self._asleep[0].cancel()
+
+    # --- a worker ------------------------------------------------------------------------------------------------
+
+    async def _work(self, worker: int) -> None:
+        while not self._is_stopping:
+            self._is_woken = False
+            try:
+                pause_s = await self._turn(worker)
+            except DatabaseUnavailable:
+                # The pool has said so in the log, once. Nobody is charged.
+                pause_s = POLL_S
+            except Exception:
+                self.log.failure("worker {worker} failed", worker=worker)
+                pause_s = POLL_S
+            if pause_s and not self._is_woken and not self._is_stopping:
+                await self._sleep(pause_s)
+
+    async def _turn(self, worker: int) -> float:
+        """Claim and run one batch.
+
+        :returns: seconds to sleep.
+        """
+        cmd_ids, due_in_s = await self._database.run(_claim, self._boot_id, worker, self._batch_size)
+        if not cmd_ids:
+            return POLL_S if due_in_s is None else min(max(due_in_s, 0.0), POLL_S)
+        if len(cmd_ids) == self._batch_size:
+            self.wake()
+        try:
+            report = await self._database.run(_run, self._registry, self._boot_id, worker, cmd_ids)
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:
+            # Not a handler's failure in its savepoint, but the transaction's: a constraint checked at the COMMIT, a
+            # handler that idles in its transaction. Charged, the commands run singly, and it is told whose it is.
+            self.log.failure("a batch of {size} commands was rolled back", size=len(cmd_ids))
+            report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, _told(error))
+        self._count(report)
+        return 0.0
+
+    async def _sleep(self, seconds: float) -> None:
+        sleeper: Deferred[None] = deferLater(self._clock, seconds)
+        self._asleep.append(sleeper)
+        try:
+            await sleeper
+        except CancelledError:
+            pass
+        finally:
+            self._asleep.remove(sleeper)
+
+    def _count(self, report: Report) -> None:
+        self.ran += len(report.done)
+        self.failed += len(report.failed)
+        self.dead += report.dead
+        for cmd_type in {command.cmd_type for command in report.orphaned} - self._orphans_told:
+            self._orphans_told.add(cmd_type)
+            self.log.warn("no handler serves {cmd_type} any more: its commands wait", cmd_type=cmd_type)
+        for cmd_id, error in report.failed:
+            self.log.warn("command {cmd_id} failed: {error}", cmd_id=cmd_id, error=error)
+
+    async def _reap(self) -> None:
+        try:
+            charged, dead = await self._database.run(notes.reap, self._boot_id)
+        except DatabaseUnavailable:
+            return
+        except Exception:
+            self.log.failure("looking for the notes of processes that are gone failed")
+            return
+        if charged:
+            self.failed += charged
+            self.dead += dead
+            self.log.warn("{charged} commands were charged for the end of their process", charged=charged)
+            self.wake()
+
+
+# --- in a thread of the pool -----------------------------------------------------------------------------------------
+
+
+def _claim(txn: Cursor, boot_id: str, worker: int, limit: int) -> tuple[list[int], float | None]:
+    cmd_ids = notes.claim(txn, boot_id, worker, limit)
+    return cmd_ids, None if cmd_ids else table.next_due_s(txn)
+
+
+def _run(txn: Cursor, registry: Mapping[str, CommandType], boot_id: str, worker: int, cmd_ids: Sequence[int]) -> Report:
+    """Run a batch that is noted, and strike the note, in one transaction."""
+    report = Report()
+    # Neighbours of one type make a group: the order of running stays.
+    for cmd_type, group in itertools.groupby(table.take(txn, cmd_ids), lambda command: command.cmd_type):
+        kind = registry.get(cmd_type)
+        if kind is None:
+            report.orphaned += group
+        else:
+            _run_group(txn, kind, list(group), report)
+    if report.orphaned:
+        table.postpone(txn, [command.cmd_id for command in report.orphaned], ORPHANED_S)
+    if report.done:
+        table.finish(txn, report.done)
+    if report.failed:
+        report.dead = table.charge(txn, report.failed)
+    notes.strike(txn, boot_id, worker)
+    return report
+
+
+def _run_group(txn: Cursor, kind: CommandType, commands: list[Command], report: Report) -> None:
+    # BaseException: in this thread a SystemExit is a handler's own, and nobody else's.
+    if kind.batched and len(commands) > 1:
+        try:
+            with savepoint(txn):
+                kind.run_batch(txn, commands)
+        except BaseException:
+            if is_lost(txn):
+                raise
+        else:
+            report.done += [command.cmd_id for command in commands]
+            return
+    for command in commands:
+        try:
+            with savepoint(txn):
+                kind.run(txn, command)
+        except BaseException as error:
+            if is_lost(txn):
+                raise
+            report.failed.append((command.cmd_id, _told(error)))
+        else:
+            report.done.append(command.cmd_id)
+
+
+def _charge(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], error: str) -> Report:
+    """Charge a whole batch, and strike its note."""
+    failed = [(cmd_id, error) for cmd_id in cmd_ids]
+    dead = table.charge(txn, failed)
+    notes.strike(txn, boot_id, worker)
+    return Report(failed=failed, dead=dead)
+
+
+def _told(error: BaseException) -> str:
+    """Say an exception in one line that the table can hold: the driver's further lines would quote the row."""
+    first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return first_line.replace("\0", "").encode("utf-8", "replace").decode()[:_LONGEST_ERROR]

@@ -1,0 +1,208 @@
+"""Accepting commands by group commit (docs/protocol.rst, "Commands").
+
+The pushes that arrive while a transaction is in flight make the next one. There is no timer: a lone push waits for
+nothing, and the more arrive, the more share a COMMIT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.logger import Logger
+
+from s2s import canonical
+from s2s.catalogue.schema import Schema
+from s2s.commands import CommandType
+from s2s.errors import (
+    DatabaseUnavailable,
+    DbUnavailable,
+    IdemConflict,
+    InternalError,
+    Overloaded,
+    ShuttingDown,
+    StatementRefused,
+    UnknownCommand,
+    WireError,
+)
+from s2s.store import commands as table
+from s2s.store.commands import Outcome, Push
+from s2s.store.pool import Database
+
+#: One transaction takes at most this many pushes, and this many bytes of payloads (one push always fits).
+BATCH_PUSHES: Final = 1024
+BATCH_BYTES: Final = 4 * 1024 * 1024
+#: This much may wait before further pushes are refused as ``overloaded``.
+WAITING_PUSHES: Final = 16_384
+WAITING_BYTES: Final = 32 * 1024 * 1024
+RETRY_AFTER_MS: Final = 1000
+
+
+@dataclass(frozen=True)
+class _Waiter:
+    push: Push
+    size: int
+    answer: Deferred[dict[str, Any]] = field(default_factory=Deferred)
+
+
+class Inbox:
+    """Takes the payloads of ``s2s.command.push``.
+
+    :param database: where they are committed.
+    :param registry: the command types by name.
+    :param on_commit: called after each COMMIT that brought a new command.
+
+    :ivar accepted: new commands committed.
+    :ivar duplicates: pushes answered with their first command.
+    :ivar conflicts: pushes refused for another content under the same key.
+    :ivar refused: pushes refused for anything else.
+    :ivar batches: transactions committed.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self, database: Database, registry: Mapping[str, CommandType], on_commit: Callable[[], object] = lambda: None
+    ) -> None:
+        self._database = database
+        self._schemas = {cmd_type: Schema(kind.schema) for cmd_type, kind in registry.items()}
+        self._on_commit = on_commit
+        self._waiters: deque[_Waiter] = deque()
+        self._bytes = 0
+        self._is_busy = False
+        self._drained: Deferred[None] | None = None
+        self.accepted = self.duplicates = self.conflicts = self.refused = self.batches = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many pushes wait for a transaction to begin."""
+        return len(self._waiters)
+
+    def push(self, payload: Mapping[str, Any]) -> Deferred[dict[str, Any]]:
+        """Accept one command.
+
+        :param payload: as the catalogue's schema lets it pass.
+        :returns: fires with the payload of its ``s2s.ack`` after the COMMIT, or fails with a :class:`WireError`.
+        """
+        try:
+            waiter = self._checked(payload)
+        except WireError as error:
+            self.refused += 1
+            return fail(error)
+        self._waiters.append(waiter)
+        self._bytes += waiter.size
+        if not self._is_busy:
+            self._next()
+        return waiter.answer
+
+    def drain(self) -> Deferred[None]:
+        """Refuse what comes from now on, and finish what waits.
+
+        :returns: fires when everything is answered.
+        """
+        self._drained = Deferred() if self._is_busy else succeed(None)
+        return self._drained
+
+    def _checked(self, payload: Mapping[str, Any]) -> _Waiter:
+        if self._drained is not None:
+            raise ShuttingDown("the server is draining", retry_after_ms=RETRY_AFTER_MS)
+        cmd_type, content = payload["cmd_type"], payload["payload"]
+        schema = self._schemas.get(cmd_type)
+        if schema is None:
+            raise UnknownCommand(f"no handler serves {cmd_type}", supported=sorted(self._schemas))
+        schema.check(content, "/payload/payload")
+        written = canonical.dumps(content)
+        if self._waiters and (len(self._waiters) >= WAITING_PUSHES or self._bytes + len(written) > WAITING_BYTES):
+            raise Overloaded(
+                f"{len(self._waiters)} commands wait to be committed",
+                limit=WAITING_PUSHES,
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        # The canonical form of {cmd_type, payload}, without writing the payload twice: a cmd_type needs no escape.
+        fingerprint = hashlib.sha256(b'{"cmd_type":"%b","payload":%b}' % (cmd_type.encode(), written)).digest()
+        push = Push(
+            cmd_type,
+            payload["idem_key"],
+            fingerprint,
+            written.decode(),
+            payload.get("priority", 100),
+            payload.get("due_at"),
+        )
+        return _Waiter(push, len(written))
+
+    # --- one transaction after the other -------------------------------------------------------------------------
+
+    def _next(self) -> None:
+        batch: list[_Waiter] = []
+        size = 0
+        while self._waiters and len(batch) < BATCH_PUSHES:
+            size += self._waiters[0].size
+            if batch and size > BATCH_BYTES:
+                break
+            batch.append(self._waiters.popleft())
+            self._bytes -= batch[-1].size
+        self._is_busy = bool(batch)
+        if batch:
+            done = Deferred.fromCoroutine(self._commit(batch))
+            done.addCallback(lambda _: self._next())
+        elif self._drained is not None:
+            self._drained.callback(None)
+
+    async def _commit(self, batch: list[_Waiter]) -> None:
+        """Commit one batch and answer its waiters. Never fails."""
+        pushes = [waiter.push for waiter in batch]
+        try:
+            outcomes: list[Outcome | WireError] = await self._write(pushes)
+        except DatabaseUnavailable:
+            # The pool has said so in the log, once.
+            outcomes = [DbUnavailable(retry_after_ms=RETRY_AFTER_MS) for _ in batch]
+        except Exception:
+            incident = secrets.token_hex(8)
+            self.log.failure(
+                "incident {incident}: a batch of {pushes} pushes failed", incident=incident, pushes=len(batch)
+            )
+            outcomes = [InternalError(incident=incident) for _ in batch]
+        else:
+            self.batches += 1
+        if any(isinstance(outcome, Outcome) and outcome.is_new for outcome in outcomes):
+            self._on_commit()
+        for waiter, outcome in zip(batch, outcomes, strict=True):
+            self._answer(waiter, outcome)
+
+    async def _write(self, pushes: list[Push]) -> list[Outcome | WireError]:
+        try:
+            return list(await self._database.run(table.push_batch, pushes))
+        except StatementRefused:
+            singly = await self._database.run(table.push_singly, pushes)
+        return [self._refuse(outcome) if isinstance(outcome, StatementRefused) else outcome for outcome in singly]
+
+    def _refuse(self, reason: StatementRefused) -> InternalError:
+        incident = secrets.token_hex(8)
+        self.log.error("incident {incident}: the database refused a push: {why}", incident=incident, why=str(reason))
+        return InternalError(incident=incident)
+
+    def _answer(self, waiter: _Waiter, outcome: Outcome | WireError) -> None:
+        if isinstance(outcome, WireError):
+            self.refused += 1
+            waiter.answer.errback(outcome)
+        elif outcome.is_conflict:
+            self.conflicts += 1
+            waiter.answer.errback(
+                IdemConflict("the idem_key was used before with another content", cmd_id=outcome.cmd_id)
+            )
+        else:
+            self.accepted += outcome.is_new
+            self.duplicates += not outcome.is_new
+            waiter.answer.callback(
+                {
+                    "accepted": True,
+                    "duplicate": not outcome.is_new,
+                    "cmd_id": outcome.cmd_id,
+                    "status": outcome.status,
+                }
+            )

@@ -1,0 +1,135 @@
+"""The keys of ``s2s_keys`` in memory, kept fresh (docs/protocol.rst, "Keys")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from twisted.internet import task
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from s2s.clock import Clock, Timer
+from s2s.errors import DatabaseError
+from s2s.signing import Key, Keyring, decode_secret
+from s2s.store import keys as table
+from s2s.store.keys import KeyRow
+from s2s.store.pool import Database
+
+#: Beside the table's NOTIFY, which can be lost.
+POLL_S: Final = 5.0
+#: Between two reads: for an unknown ``key_id``, which any stranger can name, and for a NOTIFY.
+UNKNOWN_GAP_S: Final = 1.0
+NOTIFY_GAP_S: Final = 0.1
+
+
+class LiveKeys:
+    """A :class:`~s2s.dispatch.KeySource`. While the database is away, the keys read last stay in force.
+
+    :param rows: the keys as the check before the start found them.
+    """
+
+    log = Logger()
+
+    def __init__(self, database: Database, clock: Clock, rows: Iterable[KeyRow] = ()) -> None:
+        self._database = database
+        self._clock = clock
+        self._poll = task.LoopingCall(self.changed)
+        self._poll.clock = clock.scheduler
+        self._timer: Timer | None = None
+        self._began_at = float("-inf")
+        self._is_reading = False
+        self._gap_wanted: float | None = None
+        self._waiters: list[Deferred[None]] = []
+        self._complained: frozenset[str] = frozenset()
+        self.keyring = self._usable(rows)
+
+    def start(self) -> None:
+        """Poll from now on."""
+        self._poll.start(POLL_S, now=True)
+
+    def stop(self) -> None:
+        """Read no more."""
+        if self._poll.running:
+            self._poll.stop()
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
+        self._fire()
+
+    def changed(self) -> None:
+        """The table may have changed: read it soon."""
+        self._read_after(NOTIFY_GAP_S)
+
+    def refresh(self) -> Deferred[None]:
+        """Read the table, once a second at most.
+
+        :returns: fires after a read that began after this call, whether it succeeded or not.
+        """
+        waiter: Deferred[None] = Deferred()
+        self._waiters.append(waiter)
+        self._read_after(UNKNOWN_GAP_S)
+        return waiter
+
+    def _read_after(self, gap_s: float) -> None:
+        if self._is_reading:
+            # What changed after that read began is not in it.
+            self._gap_wanted = min(gap_s, self._gap_wanted or gap_s)
+            return
+        wait_s = max(0.0, self._began_at + gap_s - self._clock.mono())
+        if self._timer is None or not self._timer.active():
+            self._timer = self._clock.scheduler.callLater(wait_s, self._read)
+        elif self._clock.mono() + wait_s < self._timer.getTime():
+            self._timer.reset(wait_s)
+
+    def _read(self) -> None:
+        self._is_reading = True
+        self._began_at = self._clock.mono()
+        waiters, self._waiters = self._waiters, []
+        reading = self._database.run(table.read)
+        reading.addCallbacks(self._took, self._kept)
+        reading.addBoth(self._done, waiters)
+
+    def _took(self, rows: list[KeyRow]) -> None:
+        self.keyring = self._usable(rows)
+
+    def _kept(self, failure: Failure) -> None:
+        # The pool has told of it.
+        failure.trap(DatabaseError)
+
+    def _done(self, _: object, waiters: list[Deferred[None]]) -> None:
+        self._is_reading = False
+        if self._gap_wanted is not None:
+            gap_s, self._gap_wanted = self._gap_wanted, None
+            self._read_after(gap_s)
+        for waiter in waiters:
+            waiter.callback(None)
+
+    def _fire(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.callback(None)
+
+    def _usable(self, rows: Iterable[KeyRow]) -> Keyring:
+        usable, complaints = read_rows(rows)
+        for key_id, why in complaints.items():
+            if key_id not in self._complained:
+                self.log.error("key {key_id!r} is not usable: {why}", key_id=key_id, why=why)
+        self._complained = frozenset(complaints)
+        return usable
+
+
+def read_rows(rows: Iterable[KeyRow]) -> tuple[Keyring, dict[str, str]]:
+    """Make a keyring of the table's rows.
+
+    :returns: the keyring, and for every row that cannot be used its ``key_id`` and why.
+    """
+    usable, complaints = [], {}
+    for row in rows:
+        try:
+            secret = decode_secret(row.key_b64)
+        except ValueError as error:
+            complaints[row.key_id] = str(error)
+        else:
+            usable.append(Key(row.key_id, secret, row.role, row.active_from, row.active_to, row.is_default_tx))
+    return Keyring(usable), complaints

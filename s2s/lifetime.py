@@ -1,0 +1,69 @@
+"""When a role's process ends: on a signal, with its parent, or because it cannot start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any, Final, NoReturn
+
+from twisted.internet.interfaces import IReadDescriptor
+from twisted.logger import Logger
+from zope.interface import implementer
+
+#: Set by whoever starts us with a pipe for stdin: its end is our order to stop, also when it was SIGKILL that ended it.
+STOP_WITH_STDIN: Final = "S2S_STOP_WITH_STDIN"
+
+_log = Logger(namespace="s2s.lifetime")
+
+
+@implementer(IReadDescriptor)
+class _Parent:
+    """Stdin, until it ends."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+
+    def fileno(self) -> int:
+        return 0
+
+    def doRead(self) -> None:
+        if not os.read(0, 4096):
+            self._reactor.removeReader(self)
+            stop(self._reactor, "the parent process is gone or told us to")
+
+    def connectionLost(self, reason: object) -> None:
+        stop(self._reactor, "stdin is gone")
+
+    def logPrefix(self) -> str:
+        return "stdin"
+
+
+def stop(reactor: Any, why: str) -> None:
+    """Stop the process in order."""
+    if reactor.running:
+        _log.info("stopping: {why}", why=why)
+        reactor.stop()
+
+
+def watch(reactor: Any) -> None:
+    """From the reactor's start on, take SIGTERM and SIGINT as a shutdown that ends with exit code 0.
+
+    Twisted's own handler would let the process die of the signal once everything is stopped.
+    """
+    reactor.callWhenRunning(_watch, reactor)
+
+
+def _watch(reactor: Any) -> None:
+    def on_signal(number: int, _frame: object) -> None:
+        reactor.callFromThread(stop, reactor, signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    if os.environ.get(STOP_WITH_STDIN):
+        reactor.addReader(_Parent(reactor))
+
+
+def refuse(why: str) -> NoReturn:
+    """End the process before it has started, with one line for the operator."""
+    raise SystemExit(f"{os.path.basename(sys.argv[0])}: {why}")

@@ -1,0 +1,118 @@
+"""Making links, and the server's links taken together (docs/protocol.rst, "Timers and bounds", "Identity")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from twisted.internet.interfaces import IAddress
+from twisted.internet.protocol import Factory
+from twisted.logger import Logger
+
+from s2s.clock import Clock
+from s2s.dispatch import Dispatcher, KeySource
+from s2s.news import LINK_UP, news
+from s2s.protocol import Link, LinkEvents
+from s2s.replay import ReplayCache
+from s2s.session import Bounds, Counters, Session, Timing
+from s2s.signing import Role
+
+MAX_LINKS: Final = 1000
+#: Of them without a valid frame yet.
+MAX_SILENT: Final = 100
+
+
+@dataclass
+class LinkFactory(Factory):
+    """Makes the links of one process; they share its replay cache and counters.
+
+    :param role: ours.
+    """
+
+    role: Role
+    dispatcher: Dispatcher
+    keys: KeySource
+    clock: Clock
+    events: LinkEvents
+    bounds: Bounds = field(default_factory=Bounds)
+    timing: Timing = field(default_factory=Timing)
+    counters: Counters = field(default_factory=Counters)
+
+    noisy = False
+
+    def __post_init__(self) -> None:
+        self.replay = ReplayCache(self.timing.fresh, self.clock.mono())
+
+    def buildProtocol(self, addr: IAddress | None) -> Link:
+        """Make a link for one connection."""
+        session = Session(self.role, self.replay, self.timing, self.bounds, self.clock.mono())
+        link = Link(session, self.dispatcher, self.keys, self.clock, self.events, self.counters)
+        link.factory = self
+        return link
+
+
+class ServerLinks:
+    """Every link of a server, and the engines behind the proven ones.
+
+    :param engine_up: called with the link of an engine that was just proven.
+    """
+
+    log = Logger()
+
+    def __init__(self, engine_up: Callable[[Link], object]) -> None:
+        self._engine_up = engine_up
+        self._all: dict[Link, None] = {}
+        self._engines: dict[tuple[str | None, str | None], Link] = {}
+        #: Connections that were closed because there were too many.
+        self.turned_away = 0
+
+    @property
+    def engines(self) -> list[Link]:
+        """One proven link for each engine."""
+        return list(self._engines.values())
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def link_made(self, link: Link) -> None:
+        """Keep both bounds; of the silent links the oldest goes, so that silence cannot keep an engine out."""
+        if len(self._all) >= MAX_LINKS:
+            self.turned_away += 1
+            link.close(f"there are {MAX_LINKS} links already")
+            return
+        silent = [each for each in self._all if not each.session.has_been_heard]
+        if len(silent) >= MAX_SILENT:
+            self.turned_away += 1
+            silent[0].close(f"{MAX_SILENT} newer links are as silent")
+        self._all[link] = None
+
+    def link_proven(self, link: Link) -> None:
+        """Count the engine as up; its new link replaces its old one."""
+        identity = _identity(link)
+        old = self._engines.get(identity)
+        self._engines[identity] = link
+        news.info("{line} {link} (key {key_id})", line=LINK_UP, link=link, key_id=link.session.peer_key_id)
+        if old is not None:
+            old.close("the same engine has a newer link")
+        self._engine_up(link)
+
+    def link_lost(self, link: Link) -> None:
+        """Forget the link."""
+        self._all.pop(link, None)
+        for identity, each in list(self._engines.items()):
+            if each is link:
+                del self._engines[identity]
+                news.warn("engine down: {link}: {why}", link=link, why=link.why)
+                return
+        self.log.info("{link}: closed: {why}", link=link, why=link.why)
+
+    def close_all(self, why: str) -> None:
+        """Close every link."""
+        for link in list(self._all):
+            link.close(why)
+
+
+def _identity(link: Link) -> tuple[str | None, str | None]:
+    name = link.peer.get("name")
+    return link.session.peer_key_id, name if isinstance(name, str) else None

@@ -1,0 +1,52 @@
+"""Lines for people: what a watcher of a running link wants to see, one line an event, never a line a command.
+
+``s2s up`` prints the lines of this namespace out of the roles' logs (:mod:`s2s.tail`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from twisted.internet import task
+from twisted.logger import Logger
+
+from s2s.clock import Clock
+
+news: Final = Logger(namespace="s2s.news")
+
+#: The server's line when an engine's link is proven begins so.
+LINK_UP: Final = "engine up:"
+
+
+class Digest:
+    """Tells once a second what has been counted since, if anything was.
+
+    :param format: a constant format with the names that ``read`` gives.
+    :param read: gives the counters as they stand.
+    """
+
+    def __init__(self, format: str, read: Callable[[], Mapping[str, int]], clock: Clock) -> None:
+        self._format = format
+        self._read = read
+        self._told = dict(read())
+        self._loop = task.LoopingCall(self.tell)
+        self._loop.clock = clock.scheduler
+
+    def start(self) -> None:
+        """Tell from now on."""
+        self._loop.start(1.0, now=False)
+
+    def stop(self) -> None:
+        """Tell what is left, and no more."""
+        if self._loop.running:
+            self._loop.stop()
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell what has been counted since the last time."""
+        now = dict(self._read())
+        grown = {name: count - self._told[name] for name, count in now.items()}
+        self._told = now
+        if any(grown.values()):
+            news.info(self._format, **grown)

@@ -1,0 +1,123 @@
+"""What both roles' command lines share; every option can come from the environment too, which the tac files use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from twisted.python import usage
+from ulid import ULID
+
+from s2s import preflight
+from s2s.clock import Clock, make_monotonic
+from s2s.errors import OperatorError
+from s2s.lifetime import refuse, watch
+from s2s.responders.health import Identity
+from s2s.session import Bounds
+from s2s.signing import Role
+from s2s.store.keys import KeyRow
+from s2s.store.pool import Database
+
+T = TypeVar("T")
+
+LISTEN: Final = "tcp:4321:interface=127.0.0.1"
+CONNECT: Final = "tcp:host=127.0.0.1:port=4321"
+FRAME_SIZES: Final = (4096, 262144)
+_TWISTD_PIDFILE: Final = "twistd.pid"
+
+
+def variable(option: str) -> str:
+    """Name the environment variable that stands for an option."""
+    return "S2S_" + option.upper().replace("-", "_")
+
+
+def _frame_size(text: str) -> int:
+    size = int(text)
+    if not FRAME_SIZES[0] <= size <= FRAME_SIZES[1]:
+        raise ValueError(f"{size} is not within {FRAME_SIZES[0]} and {FRAME_SIZES[1]}")
+    return size
+
+
+def parameter(name: str, default: object, help: str) -> list[object]:
+    """Declare an option, whose default the environment may set."""
+    return [name, None, os.environ.get(variable(name), default), help]
+
+
+class RoleOptions(usage.Options):
+    """The options of either role.
+
+    :cvar process_name: names the role's files and its lines.
+    :cvar coercions: what to make of an option's text, by name; a ``ValueError`` says what is wrong with it.
+    """
+
+    process_name: str
+    # S2S_DATABASE_URL is read by preflight, for the command line s2s as well.
+    optParameters = [
+        ["database", None, "", "URL of the PostgreSQL, or @FILE; else S2S_DATABASE_URL, else the embedded one"],
+        parameter("frame-size-limit", 65536, "longest frame that is read or sent, in bytes, 4096 to 262144"),
+        parameter("state-dir", preflight.STATE_DIR, "where the embedded PostgreSQL lives"),
+    ]
+    coercions: Mapping[str, Callable[[str], object]] = {}
+
+    @classmethod
+    def from_environment(cls) -> RoleOptions:
+        """Give the options as the environment alone sets them, for a tac file."""
+        options = cls()
+        try:
+            options.parseOptions([])  # type: ignore[no-untyped-call]
+        except usage.UsageError as error:
+            refuse(str(error))
+        return options
+
+    def postOptions(self) -> None:
+        """Read the values, and keep the two roles' files apart where one directory is home to both."""
+        for name, coerce in {"frame-size-limit": _frame_size, **self.coercions}.items():
+            try:
+                self[name] = coerce(self[name])
+            except ValueError as error:
+                raise usage.UsageError(f"--{name} (or {variable(name)}): {error}") from None
+        twistd = getattr(self, "parent", None)
+        if twistd is None:
+            return
+        if twistd["pidfile"] == _TWISTD_PIDFILE:
+            twistd["pidfile"] = f"{self.process_name}.pid"
+        if not twistd["nodaemon"] and not twistd["logfile"]:
+            twistd["logfile"] = f"{self.process_name}.log"
+
+
+class Foundation:
+    """What a role of either kind stands on, made before the fork and started after it.
+
+    :ivar rows: the keys as they are now.
+    """
+
+    def __init__(self, options: RoleOptions, role: Role, name: str, threads: int) -> None:
+        from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
+
+        self.reactor: Any = reactor
+        make_monotonic(self.reactor)
+        watch(self.reactor)
+        self.clock = Clock(self.reactor)
+        self.bounds = Bounds(frame_size=options["frame-size-limit"])
+        self.identity = Identity(role, name, str(ULID()))
+        place, rows, done = preflight.prepare(options["database"] or None, Path(options["state-dir"]).resolve(), role)
+        for sentence in done:
+            print(f"{options.process_name}: {sentence}", flush=True)
+        self.url = place.url
+        self.rows: Sequence[KeyRow] = rows
+        self.database = Database(place.url, options.process_name, threads=threads)
+        # The last thing of all: a role that is still stopping needs its database.
+        self.reactor.addSystemEventTrigger("after", "shutdown", place.leave)  # type: ignore[arg-type]
+
+
+def or_refuse(make: Callable[[], T]) -> T:
+    """Make a service, or end the process with the one line that an operator's mistake deserves."""
+    try:
+        return make()
+    except OperatorError as error:
+        refuse(str(error))
+    except ValueError as error:
+        # What the endpoint strings' parser raises.
+        refuse(f"an option cannot be used: {error}")

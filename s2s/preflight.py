@@ -1,0 +1,93 @@
+"""Before anything runs: which database, and whether it can serve. All of it blocks, and none of it stays connected."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from s2s import embedded
+from s2s.errors import DatabaseError, OperatorError
+from s2s.keys import read_rows
+from s2s.signing import Role
+from s2s.store import keys, migrations
+from s2s.store.keys import KeyRow
+from s2s.store.pool import blocking
+
+DATABASE_VARIABLE = "S2S_DATABASE_URL"
+STATE_DIR = "var"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tables are.
+
+    :param url: it may hold a password.
+    :param leave: gives an embedded PostgreSQL back; the last one out stops it.
+    """
+
+    url: str = field(repr=False)
+    leave: Callable[[], object] = lambda: None
+
+
+def find_database(given: str | None, state_dir: Path) -> Place:
+    """Find the database: the one named, else the environment's, else the embedded one under ``state_dir``.
+
+    :param given: a URL, or ``@FILE`` for a file that holds one: what stands in argv can be seen by everybody.
+    :raises OperatorError: the file cannot be read, or the embedded PostgreSQL does not start.
+    """
+    url = given or os.environ.get(DATABASE_VARIABLE)
+    if url is None:
+        lease = embedded.join(state_dir)
+        return Place(lease.url, lease.leave)
+    if url.startswith("@"):
+        try:
+            url = Path(url[1:]).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise OperatorError(f"the file of the database URL cannot be read: {url[1:]}: {error}") from None
+    return Place(url)
+
+
+def make_ready(url: str) -> list[str]:
+    """Migrate, and make the first key; for the embedded database only, which nobody else prepares.
+
+    :returns: what was done, a sentence each.
+    """
+    with blocking(url) as txn:
+        done = [f"migrated the database: {name}" for name in migrations.migrate(txn.connection)]
+        key_id = keys.add_first_random(txn)
+    return done if key_id is None else [*done, f"made a random key: {key_id}"]
+
+
+def check(url: str, role: Role) -> Sequence[KeyRow]:
+    """See that the schema is ours and that a key may sign, by the database's clock, which dated the keys.
+
+    :returns: the keys.
+    :raises OperatorError: one line that names the cure.
+    """
+    try:
+        with blocking(url) as txn:
+            migrations.check(txn)
+            rows, now = keys.read(txn), keys.clock(txn)
+    except DatabaseError as error:
+        raise OperatorError(f"the database cannot be used: {error}: see --database and {DATABASE_VARIABLE}") from None
+    read_rows(rows)[0].signer(role, now)
+    return rows
+
+
+def prepare(given: str | None, state_dir: Path, role: Role) -> tuple[Place, Sequence[KeyRow], list[str]]:
+    """Find the database, make it ready if it is the embedded one, and check it.
+
+    :returns: the place, the keys, and what was done, a sentence each.
+    :raises OperatorError: one line that names the cure.
+    """
+    place = find_database(given, state_dir)
+    is_ours = given is None and DATABASE_VARIABLE not in os.environ
+    try:
+        done = [f"no database is named: using the embedded PostgreSQL under {state_dir}"] if is_ours else []
+        done += make_ready(place.url) if is_ours else []
+        return place, check(place.url, role), done
+    except BaseException:
+        place.leave()
+        raise

@@ -1,0 +1,476 @@
+"""One link on a transport: frames, timers, backpressure, calls (docs/protocol.rst, "Framing" and "The life of a link").
+
+What may come and go is decided in :mod:`s2s.session` and :mod:`s2s.dispatch`; this module moves the bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+from twisted.internet import defer, interfaces
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
+from twisted.protocols.basic import Int32StringReceiver
+from twisted.python.failure import Failure
+from ulid import ULID
+from zope.interface import implementer
+
+from s2s import canonical, envelope
+from s2s.catalogue import BY_NAME, ERROR, ERROR_SCHEMA, HEALTH_CHECK
+from s2s.clock import Clock, Timer
+from s2s.dispatch import Dispatcher, KeySource, Refusal, Reply, Request, UnknownKey, UnsignedError
+from s2s.errors import (
+    BadReply,
+    CallError,
+    DeadlineExceeded,
+    DeadlinePassed,
+    InternalError,
+    InvalidPayload,
+    LinkLost,
+    LocalError,
+    NoSigningKey,
+    Refused,
+    TooBigToSend,
+    TooLarge,
+    WireError,
+)
+from s2s.session import ALSO_PROVES, CHALLENGE, Call, Counters, Event, Session
+
+#: An unacknowledged segment is given up after this many milliseconds (RFC 5482).
+_TCP_USER_TIMEOUT_MS: Final = 20_000
+#: After these answers a reconnect waits long: trying again soon cannot help.
+_SLOW_CODES: Final = frozenset({"forbidden", "ts_skew"})
+
+
+class LinkEvents(Protocol):
+    """Who is told of a link's life."""
+
+    def link_made(self, link: Link) -> None:
+        """The transport is there; nothing is known of the peer."""
+
+    def link_proven(self, link: Link) -> None:
+        """The peer answered our health check; ``link.peer`` holds what it said of itself."""
+
+    def link_lost(self, link: Link) -> None:
+        """The link is gone; ``link.why`` says why."""
+
+
+@implementer(interfaces.IPushProducer)
+class _Writer:
+    """Our side of the write buffer: the transport keeps little, and what it cannot take waits here, counted.
+
+    It is the transport's producer, and not the link itself: a link pauses for reasons of its own.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._waiting: deque[bytes] = deque()
+        self._stalled = False
+        self.waiting_bytes = 0
+        transport.registerProducer(self, True)
+
+    def write(self, data: bytes) -> None:
+        if self._stalled:
+            self._waiting.append(data)
+            self.waiting_bytes += len(data)
+        else:
+            self._transport.write(data)
+
+    def pauseProducing(self) -> None:
+        self._stalled = True
+
+    def resumeProducing(self) -> None:
+        self._stalled = False
+        while self._waiting and not self._stalled:
+            data = self._waiting.popleft()
+            self.waiting_bytes -= len(data)
+            self._transport.write(data)
+
+    def stopProducing(self) -> None:
+        self._stalled = True
+        self._waiting.clear()
+        self.waiting_bytes = 0
+
+    def finish(self) -> None:
+        """Hand all that is left to the transport, which would not close while it has a producer."""
+        self._transport.unregisterProducer()
+        self._transport.writeSequence(list(self._waiting))
+        self.stopProducing()
+
+
+class Link(Int32StringReceiver):
+    """One link, of either role.
+
+    :param events: told of the link's life.
+    :ivar peer: the payload of the peer's first ``s2s.health.ack``; empty until then.
+    :ivar is_slow: whether a reconnect must wait long (protocol, "Reconnecting").
+    :ivar why: why it ended, for the log.
+    """
+
+    log = Logger()
+    transport: Any
+
+    def __init__(
+        self,
+        session: Session,
+        dispatcher: Dispatcher,
+        keys: KeySource,
+        clock: Clock,
+        events: LinkEvents,
+        counters: Counters,
+    ) -> None:
+        self.session = session
+        self.MAX_LENGTH = session.bounds.frame_size
+        self.peer: Mapping[str, Any] = {}
+        self.is_slow = False
+        self.why = "the connection was lost"
+        self._dispatcher = dispatcher
+        self._keys = keys
+        self._clock = clock
+        self._events = events
+        self._counters = counters
+        self._writer: _Writer
+        self._frames = 0
+        self._unread_for: set[str] = set()
+        self._timer: Timer | None = None
+
+    # --- the transport ----------------------------------------------------------------------------------------------
+
+    def connectionMade(self) -> None:
+        """Challenge the peer (protocol, "Challenge")."""
+        self._tune()
+        self._writer = _Writer(self.transport)
+        self._events.link_made(self)
+        if self.session.is_open:
+            challenge = self.call(HEALTH_CHECK, {}, timeout=self.session.timing.proof)
+            challenge.addErrback(self._challenge_failed)
+
+    def _tune(self) -> None:
+        with contextlib.suppress(AttributeError):  # no TCP
+            self.transport.setTcpNoDelay(True)
+            self.transport.setTcpKeepAlive(True)
+        handle = getattr(self.transport, "getHandle", lambda: None)()
+        if isinstance(handle, socket.socket) and handle.family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(OSError, AttributeError):  # not on this system
+                handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _TCP_USER_TIMEOUT_MS)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take a chunk; a link that is closing takes nothing more (twisted#8105)."""
+        if not self.session.is_open:
+            return
+        before = self._frames
+        super().dataReceived(data)  # type: ignore[no-untyped-call]
+        if self.session.is_open:
+            self.session.partial(self._clock.mono(), bool(self.recvd), self._frames != before)
+            self._arm()
+
+    def lengthLimitExceeded(self, length: int) -> None:
+        """Refuse a frame by its prefix, before its body is buffered."""
+        self._refuse(Refusal(TooLarge(limit=self.MAX_LENGTH)))
+
+    def stringReceived(self, string: bytes) -> None:
+        """Take one frame."""
+        self._frames += 1
+        # Frames of the same chunk still come after one that closed the link.
+        if self.session.is_open:
+            self._counters.frames_in += 1
+            self._judge(string)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """Fail every call that waits: of what was sent the outcome is unknown."""
+        self.session.move(Event.LOST)
+        self._fail_calls()
+        self._cancel_timer()
+        self._events.link_lost(self)
+
+    def close(self, why: str) -> None:
+        """Stop reading now, flush what was written for a short while, then cut."""
+        if not self.session.move(Event.CLOSE):
+            return
+        self.why = why
+        self._fail_calls()
+        self._cancel_timer()
+        self._writer.finish()
+        self.transport.loseConnection()
+        self._timer = self._clock.scheduler.callLater(self.session.timing.flush, self._cut)
+
+    def abort(self, why: str) -> None:
+        """Cut the link at once."""
+        if self.session.is_open:
+            self.close(why)
+        self._cut()
+
+    def _cut(self) -> None:
+        self.transport.abortConnection()
+
+    def _fail_calls(self) -> None:
+        for call in self.session.fail_all():
+            call.waiter.errback(LinkLost(f"the link ended: {self.why}"))
+
+    # --- what comes in ----------------------------------------------------------------------------------------------
+
+    def _judge(self, frame: bytes, is_last_try: bool = False) -> None:
+        outcome = self._dispatcher.receive(frame, self.session, is_last_try)
+        match outcome:
+            case Request():
+                self._serve(outcome)
+            case Reply(call=None):
+                self._counters.orphan_replies += 1
+                self.log.debug("{peer}: dropped a reply that nobody awaits", peer=self)
+            case Reply():
+                self._settle(outcome)
+            case Refusal():
+                self._refuse(outcome)
+            case UnknownKey():
+                self._stop_reading("keys")
+                self._keys.refresh().addBoth(lambda _: self._judge_again(frame))
+            case UnsignedError():
+                self._unsigned_error(outcome)
+
+    def _judge_again(self, frame: bytes) -> None:
+        if self.session.is_open:
+            self._judge(frame, is_last_try=True)
+            self._go_on_reading("keys")
+
+    def _serve(self, request: Request) -> None:
+        ticket = self.session.hold(request, request.size, self._clock.mono())
+        respond = self._dispatcher.responders[request.message.name]
+        answer: Deferred[Mapping[str, Any]] = defer.maybeDeferred(respond, request)  # type: ignore[call-overload]
+        answer.addCallback(self._answer, ticket, request)
+        answer.addErrback(self._failed, ticket, request)
+        if self.session.holds_too_much:
+            self._counters.reading_paused += 1
+            self._stop_reading("held")
+
+    def _answer(self, payload: Mapping[str, Any], ticket: int, request: Request) -> None:
+        body = canonical.dumps(payload)
+        size = envelope.size(request.message.reply, body)
+        if size > self.session.max_frame:
+            raise TooBigToSend(size, self.session.max_frame)
+        if self._release(ticket):
+            self._send(request.message.reply, body, str(ULID()), request.envelope.id)
+
+    def _failed(self, failure: Failure, ticket: int, request: Request) -> None:
+        error = failure.value
+        if not isinstance(error, WireError):
+            incident = str(ULID())
+            self.log.failure("incident {incident} in {type}", failure, incident=incident, type=request.message.name)
+            error = InternalError(incident=incident)
+        if self._release(ticket):
+            self._refuse(Refusal(error, request.envelope.id))
+
+    def _release(self, ticket: int) -> bool:
+        """End a request that we hold: whether it is still to be answered."""
+        is_awaited = self.session.release(ticket)
+        if not self.session.holds_too_much:
+            self._go_on_reading("held")
+        return is_awaited and self.session.is_open
+
+    def _refuse(self, refusal: Refusal) -> None:
+        error = refusal.error
+        self._counters.errors_out[error.code] = self._counters.errors_out.get(error.code, 0) + 1
+        self.log.warn("{peer}: refused, {code}: {text!r}", peer=self, code=error.code, text=error.message)
+        if refusal.is_answered:
+            body = canonical.dumps(error.payload())
+            self._send(ERROR, body, str(ULID()), refusal.ack_of, is_signed=error.signed)
+        if error.closes:
+            self.close(f"we refused a frame with {error.code}")
+
+    def _unsigned_error(self, outcome: UnsignedError) -> None:
+        # Anyone on the way can write one: it is told, counted, and believed only so far as to come back later.
+        self._counters.unsigned_errors += 1
+        self.is_slow = True
+        said = outcome.payload if ERROR_SCHEMA.is_valid(outcome.payload) else {}
+        code = said["code"] if isinstance(said, dict) and said else "?"
+        self.log.warn("{peer}: an unsigned error says {code!r}", peer=self, code=code[:64])
+        if self.session.unsigned_error():
+            self.close("unsigned errors came")
+
+    # --- what goes out ----------------------------------------------------------------------------------------------
+
+    def call(self, type: str, payload: Mapping[str, Any], timeout: float | None = None) -> Deferred[dict[str, Any]]:
+        """Send a request and wait for its reply.
+
+        :param type: a type that our role may send (docs/protocol.rst, "Catalogue").
+        :param timeout: seconds, the wait for the window included; 3 s if left out.
+        :returns: fires with the reply's payload, or fails with a :class:`~s2s.errors.CallError` (``Refused``,
+            ``BadReply``, ``UnknownOutcome``) or, with nothing written, with a :class:`~s2s.errors.LocalError`.
+        """
+        message = BY_NAME[type]
+        if not self.session.is_open:
+            return defer.fail(LinkLost(f"the link ended: {self.why}"))
+        try:
+            if not message.request_schema.is_valid(payload):
+                path, text = message.request_schema.explain(payload) or ("/payload", "")
+                raise InvalidPayload(f"{type} at {path}: {text}")
+            body = canonical.dumps(payload)
+            size = envelope.size(type, body)
+            if size > self.session.max_frame:
+                raise TooBigToSend(size, self.session.max_frame)
+            patience = self.session.timing.call if timeout is None else timeout
+            waiter: Deferred[dict[str, Any]] = Deferred()
+            call = Call(message, body, size, self._clock.mono() + patience, waiter)
+            if self.session.offer(call):
+                self._send_call(call)
+        except LocalError:
+            return defer.fail()
+        self._arm()
+        return waiter
+
+    def _send_call(self, call: Call) -> None:
+        message_id = str(ULID())
+        self.session.sent(call, message_id)
+        self._send(call.message.name, call.body, message_id)
+
+    def _send_line(self) -> None:
+        while self.session.is_open and (call := self.session.next_in_line()) is not None:
+            self._send_call(call)
+
+    def _send(self, type: str, body: bytes, message_id: str, ack_of: str | None = None, is_signed: bool = True) -> None:
+        role, now = self.session.role, self._clock.now()
+        try:
+            key = self._keys.keyring.signer(role, now) if is_signed else None
+        except NoSigningKey as error:
+            self.log.error("{peer}: {error}", peer=self, error=str(error))
+            self.close("no key may sign")
+            return
+        frame = envelope.seal(
+            id=message_id,
+            ts=self.session.stamp(now),
+            src=role,
+            dst=envelope.other(role),
+            type=type,
+            body=body,
+            key=key,
+            ack_of=ack_of,
+        )
+        self._counters.frames_out += 1
+        self._writer.write(len(frame).to_bytes(4, "big") + frame)
+        if self._writer.waiting_bytes > self.session.bounds.write_bytes:
+            self._counters.cut_for_write_buffer += 1
+            self.abort("the peer does not read")
+
+    def _settle(self, reply: Reply) -> None:
+        call, got = reply.call, reply.envelope
+        assert call is not None
+        outcome = self._outcome(call, reply)
+        refusal = outcome.code if isinstance(outcome, Refused) else None
+        if call.message is CHALLENGE and (not isinstance(outcome, CallError) or refusal == ALSO_PROVES):
+            self._proven(got.ts, got.payload if refusal is None else {})
+        if refusal in _SLOW_CODES:
+            self.is_slow = True
+        self._send_line()
+        if isinstance(outcome, CallError):
+            call.waiter.errback(outcome)
+        else:
+            call.waiter.callback(outcome)
+
+    def _outcome(self, call: Call, reply: Reply) -> dict[str, Any] | CallError:
+        got = reply.envelope
+        is_error = got.type == ERROR
+        if not is_error and got.type != call.message.reply:
+            return BadReply(f"{call.message.name} was answered by another type")
+        schema = ERROR_SCHEMA if is_error else call.message.reply_schema
+        wrong = None if schema.is_valid(got.payload) else schema.explain(got.payload)
+        if wrong is not None:
+            return BadReply(f"{call.message.name} was answered by a bad payload: at {wrong[0]}: {wrong[1]}")
+        if is_error:
+            return Refused(got.payload["code"], got.payload["message"], got.payload.get("details", {}))
+        return got.payload
+
+    # --- proof and timers -------------------------------------------------------------------------------------------
+
+    def _proven(self, ts: int, said: dict[str, Any]) -> None:
+        limit = said.get("frame_size_limit")
+        if isinstance(limit, int):
+            self.session.peer_frame_size = limit
+        if self.session.prove(ts):
+            self.peer = said
+            self.is_slow = False
+            self._events.link_proven(self)
+
+    def _challenge_failed(self, failure: Failure) -> None:
+        failure.trap(CallError, LocalError)
+        error = failure.value
+        if self.session.is_open and not (isinstance(error, Refused) and error.code == ALSO_PROVES):
+            self.is_slow = True
+            self.close(f"our health check failed: {error}")
+
+    def _arm(self) -> None:
+        if not self.session.is_open:
+            return
+        at = self.session.next_timer()
+        if at == float("inf"):
+            return
+        if self._timer is None or not self._timer.active():
+            self._timer = self._clock.scheduler.callLater(max(0.0, at - self._clock.mono()), self._tick)
+        elif at < self._timer.getTime():
+            self._timer.reset(max(0.0, at - self._clock.mono()))
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
+
+    def _tick(self) -> None:
+        mono = self._clock.mono()
+        for call in self.session.expire(mono):
+            call.waiter.errback(DeadlinePassed(f"{call.message.name} was not answered in time"))
+        for ticket, request in self.session.unanswered(mono):
+            self._failed(Failure(DeadlineExceeded()), ticket, request)
+        why = self.session.overdue(mono)
+        if why is not None:
+            self.is_slow = True
+            self.close(why)
+        elif self.session.wants_check(mono):
+            self._check()
+        self._send_line()
+        self._arm()
+
+    def _check(self) -> None:
+        check = self.call(HEALTH_CHECK, {}, timeout=self.session.timing.check)
+        check.addErrback(self._check_failed)
+
+    def _check_failed(self, failure: Failure) -> None:
+        if failure.check(DeadlinePassed):
+            if self.session.missed():
+                self.abort(f"the peer left {self.session.timing.misses} health checks unanswered")
+            else:
+                self._check()
+        else:
+            # Any signed answer shows that the peer lives; a lost link has told why itself.
+            failure.trap(CallError, LocalError)
+
+    # --- reading, paused for a set of reasons -------------------------------------------------------------------------
+
+    def _stop_reading(self, reason: str) -> None:
+        if not self._unread_for and not self.paused:
+            self.pauseProducing()  # type: ignore[no-untyped-call]
+            self.session.paused(self._clock.mono(), True)
+        self._unread_for.add(reason)
+
+    def _go_on_reading(self, reason: str) -> None:
+        if reason in self._unread_for:
+            self._unread_for.remove(reason)
+            if not self._unread_for:
+                # Not now: inside stringReceived the frames of this chunk would be delivered twice.
+                self._clock.scheduler.callLater(0, self._read_again)
+
+    def _read_again(self) -> None:
+        if not self._unread_for and self.paused and self.session.is_open:
+            self.session.paused(self._clock.mono(), False)
+            self.resumeProducing()  # type: ignore[no-untyped-call]
+
+    def __str__(self) -> str:
+        """Name the peer in log lines."""
+        who = self.peer.get("name") or self.session.peer_key_id or "a peer"
+        return f"{who} at {self._address()}"
+
+    def _address(self) -> str:
+        at = self.transport.getPeer() if self.transport is not None else None
+        host, port, name = (getattr(at, part, None) for part in ("host", "port", "name"))
+        return f"{host}:{port}" if host is not None else str(name or "a local socket")

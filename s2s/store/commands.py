@@ -1,0 +1,298 @@
+"""Table ``commands``: accepting, claiming and finishing (docs/protocol.rst, "Commands")."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Final
+
+import psycopg2
+
+from s2s.errors import StatementRefused
+from s2s.store import driver, idempotency
+from s2s.store.driver import Cursor
+
+#: A command that has failed so often is dead.
+MAX_ATTEMPTS: Final = 10
+#: The longest pause between two attempts, in seconds.
+MAX_BACKOFF_S: Final = 300
+
+
+# --- accepting -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Push:
+    """One command on its way in.
+
+    :param fingerprint: SHA-256 of the canonical ``{cmd_type, payload}``.
+    :param payload: canonical JSON.
+    :param due_at: Unix seconds, or ``None``: at once.
+    :param cmd_id: a number drawn for it before, or ``None``.
+    """
+
+    cmd_type: str
+    idem_key: str
+    fingerprint: bytes
+    payload: str
+    priority: int = 100
+    due_at: int | None = None
+    cmd_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a push.
+
+    :param cmd_id: the first command of its ``idem_key``.
+    :param status: that command's.
+    :param is_new: this push made it.
+    :param is_conflict: the first one had another fingerprint.
+    """
+
+    cmd_id: int
+    status: str
+    is_new: bool = False
+    is_conflict: bool = False
+
+
+_NEXT: Final = "nextval(pg_get_serial_sequence('commands', 'cmd_id'))"
+_INSERT: Final = f"""
+with pushed as materialized (
+    -- cmd_ids in the order of arrival
+    select idem_key, fingerprint, cmd_type, payload, priority, due_at,
+        coalesce(cmd_id, {_NEXT}) as cmd_id
+    from unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::integer[], %s::bigint[], %s::bigint[])
+        with ordinality as p (idem_key, fingerprint, cmd_type, payload, priority, due_at, cmd_id, place)
+    order by place
+), fresh as (
+    -- keys in their own order: two batches that overlap wait for each other in one direction only
+    insert into idempotency_keys (idem_key, fingerprint, cmd_id)
+    select idem_key, decode(fingerprint, 'hex'), cmd_id from pushed order by idem_key collate "C"
+    on conflict (idem_key) do nothing
+    returning idem_key, cmd_id
+), made as (
+    insert into commands (cmd_id, cmd_type, idem_key, payload, priority, due_at)
+    select cmd_id, cmd_type, idem_key, payload::jsonb, priority, coalesce(to_timestamp(due_at), now())
+    from pushed where cmd_id in (select cmd_id from fresh) order by cmd_id
+)
+select idem_key, cmd_id from fresh
+"""  # noqa: S608 - of constants, as below
+
+
+def push_batch(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome]:
+    """Accept pushes in their order of arrival, in a constant number of statements.
+
+    :returns: one outcome for each push, in the same order.
+    """
+    # Of one key twice in the batch the first one goes to the database.
+    first: dict[str, Push] = {}
+    for push in pushes:
+        first.setdefault(push.idem_key, push)
+    made: dict[str, int] = {}
+    known: dict[str, idempotency.First] = {}
+    unsettled = first
+    while unsettled:
+        made |= _insert(txn, unsettled.values())
+        # A statement of its own: the insert's snapshot does not show what another transaction has just committed.
+        others = [key for key in unsettled if key not in made]
+        known |= idempotency.firsts(txn, others) if others else {}
+        # In neither only where the key was swept away in between.
+        unsettled = {key: first[key] for key in others if key not in known}
+
+    outcomes = []
+    for push in pushes:
+        cmd_id = made.pop(push.idem_key, None)
+        if cmd_id is not None:
+            known[push.idem_key] = idempotency.First(push.fingerprint, cmd_id, "ready")
+            outcomes.append(Outcome(cmd_id, "ready", is_new=True))
+        else:
+            before = known[push.idem_key]
+            outcomes.append(Outcome(before.cmd_id, before.status, is_conflict=push.fingerprint != before.fingerprint))
+    return outcomes
+
+
+def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | StatementRefused]:
+    """Accept pushes of which the database refuses one, which one being unknown: each in a savepoint of its own.
+
+    :returns: one outcome or refusal for each push, in the same order.
+    """
+    txn.execute(f"select {_NEXT} from generate_series(1, %s)", (len(pushes),))  # noqa: S608
+    drawn = [replace(push, cmd_id=cmd_id) for push, (cmd_id,) in zip(pushes, txn.fetchall(), strict=True)]
+    outcomes: dict[int, Outcome | StatementRefused] = {}
+    # In the order of the keys, as a batch takes its locks; the sort is stable, so of one key the first still wins.
+    for place in sorted(range(len(drawn)), key=lambda place: drawn[place].idem_key):
+        try:
+            with driver.savepoint(txn):
+                outcomes[place] = push_batch(txn, [drawn[place]])[0]
+        except psycopg2.Error as error:
+            refused = driver.told(error, txn.connection)
+            if not isinstance(refused, StatementRefused):
+                raise
+            outcomes[place] = refused
+    return [outcomes[place] for place in range(len(drawn))]
+
+
+def _insert(txn: Cursor, pushes: Collection[Push]) -> dict[str, int]:
+    txn.execute(
+        _INSERT,
+        (
+            [push.idem_key for push in pushes],
+            [push.fingerprint.hex() for push in pushes],
+            [push.cmd_type for push in pushes],
+            [push.payload for push in pushes],
+            [push.priority for push in pushes],
+            [push.due_at for push in pushes],
+            [push.cmd_id for push in pushes],
+        ),
+    )
+    return dict(txn.fetchall())
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command as its handler gets it.
+
+    :param idem_key: for effects outside this database, which may happen more than once.
+    :param attempts: how often it was charged a failure before.
+    """
+
+    cmd_id: int
+    cmd_type: str
+    idem_key: str
+    payload: dict[str, Any]
+    attempts: int
+    priority: int
+
+
+# Every priority that has waiting commands, found by one step in the index each, however many wait under it.
+_PRIORITIES: Final = """
+with recursive priorities (priority) as (
+    (select priority from commands where status = 'ready' order by priority limit 1)
+    union all
+    select (select c.priority from commands c where c.status = 'ready' and c.priority > p.priority
+            order by c.priority limit 1)
+    from priorities p where p.priority is not null
+)
+"""
+# No outer "order by": the nested loop gives the order already, and a sort would read every priority to its limit.
+_CANDIDATES: Final = f"""
+{_PRIORITIES}
+select c.cmd_id, c.attempts
+from priorities p
+cross join lateral (
+    select cmd_id, attempts from commands
+    where status = 'ready' and priority = p.priority and due_at <= now()
+        and cmd_id not in (select unnest(cmd_ids) from batch_notes)
+    order by due_at, cmd_id limit %s
+) c
+limit %s
+"""  # noqa: S608
+_NEXT_DUE: Final = f"""
+{_PRIORITIES}
+select extract(epoch from min(c.due_at) - clock_timestamp())::float8
+from priorities p
+cross join lateral (
+    select due_at from commands where status = 'ready' and priority = p.priority and due_at > now()
+    order by due_at limit 1
+) c
+"""  # noqa: S608
+
+
+def candidates(txn: Cursor, limit: int) -> list[tuple[int, int]]:
+    """Find the commands to run next that nobody has noted: ``(cmd_id, attempts)`` in run order. Locks nothing."""
+    txn.execute(_CANDIDATES, (limit, limit))
+    return txn.fetchall()
+
+
+def next_due_s(txn: Cursor) -> float | None:
+    """Seconds until a command becomes due that is not due yet; ``None``: there is none."""
+    txn.execute(_NEXT_DUE)
+    row = txn.fetchone()
+    return row[0] if row else None
+
+
+def take(txn: Cursor, cmd_ids: Sequence[int]) -> list[Command]:
+    """Lock those of the commands that still wait and that nobody else has locked, in run order."""
+    txn.execute(
+        "select cmd_id, cmd_type, idem_key, payload, attempts, priority from commands"
+        " where cmd_id = any(%s) and status = 'ready' order by priority, due_at, cmd_id for update skip locked",
+        (cmd_ids,),
+    )
+    return [Command(*row) for row in txn]
+
+
+def finish(txn: Cursor, cmd_ids: Sequence[int]) -> None:
+    """Mark commands as done."""
+    txn.execute("update commands set status = 'done', finished_at = now() where cmd_id = any(%s::bigint[])", (cmd_ids,))
+
+
+def charge(txn: Cursor, failures: Sequence[tuple[int, str]]) -> int:
+    """Charge a failed attempt to waiting commands: run again after a pause, or dead.
+
+    :param failures: ``(cmd_id, error)``.
+    :returns: how many are dead now.
+    """
+    txn.execute(
+        "update commands c set attempts = c.attempts + 1, error = f.error,"
+        " status = case when c.attempts + 1 >= %(most)s then 'dead' else 'ready' end,"
+        " finished_at = case when c.attempts + 1 >= %(most)s then now() end,"
+        " due_at = clock_timestamp() + random() * least(power(2, c.attempts + 1), %(longest)s) * interval '1 second'"
+        " from unnest(%(ids)s::bigint[], %(errors)s::text[]) f (cmd_id, error)"
+        " where c.cmd_id = f.cmd_id and c.status = 'ready' returning c.status",
+        {
+            "most": MAX_ATTEMPTS,
+            "longest": MAX_BACKOFF_S,
+            "ids": [cmd_id for cmd_id, _ in failures],
+            "errors": [error for _, error in failures],
+        },
+    )
+    return [status for (status,) in txn].count("dead")
+
+
+def postpone(txn: Cursor, cmd_ids: Sequence[int], delay_s: float) -> None:
+    """Let commands wait without a charge.
+
+    :param delay_s: seconds from now.
+    """
+    txn.execute(
+        "update commands set due_at = clock_timestamp() + %s * interval '1 second' where cmd_id = any(%s::bigint[])",
+        (delay_s, cmd_ids),
+    )
+
+
+# --- showing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CommandRow:
+    """A command as people are shown it."""
+
+    cmd_id: int
+    cmd_type: str
+    idem_key: str
+    payload: dict[str, Any]
+    priority: int
+    due_at: datetime
+    status: str
+    attempts: int
+    error: str | None
+    created_at: datetime
+    finished_at: datetime | None
+
+
+def list_commands(txn: Cursor, status: str | None = None, limit: int = 100) -> list[CommandRow]:
+    """List commands, the newest first.
+
+    :param status: only these.
+    """
+    txn.execute(
+        "select cmd_id, cmd_type, idem_key, payload, priority, due_at, status, attempts, error, created_at, finished_at"
+        " from commands where %(status)s::text is null or status = %(status)s order by cmd_id desc limit %(limit)s",
+        {"status": status, "limit": limit},
+    )
+    return [CommandRow(*row) for row in txn]

@@ -1,0 +1,115 @@
+"""psycopg2: opening a connection, and telling its errors apart by what a caller can do about them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import orjson
+import psycopg2
+import psycopg2.extras
+from psycopg2.extensions import TRANSACTION_STATUS_INERROR, connection, cursor, parse_dsn
+
+from s2s.errors import DatabaseError, DatabaseUnavailable, OperatorError, StatementRefused
+
+Connection = connection
+#: What every store function takes first: a cursor inside a transaction.
+Cursor = cursor
+
+#: What the URL may override. A peer that is gone without a word is noticed in about 25 s on an idle connection
+#: and in 10 s on one that waits for an answer.
+_CONNECT: Final[dict[str, Any]] = {
+    "connect_timeout": 5,
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+    "client_encoding": "UTF8",
+}
+#: SQLSTATE classes and codes of a database that cannot serve now, with nothing wrong in the statement: connection,
+#: read-only (a standby after a failover), deadlock, resources, lock timeout, cancelled or shutting down, system.
+_PASSING: Final = re.compile(r"08|25006|40|53|55P03|57|58")
+
+
+def parameters(url: str, **ours: Any) -> dict[str, Any]:
+    """Read a database URL or a libpq connection string.
+
+    :param ours: parameters of ours, which the URL may override.
+    :raises OperatorError: it is neither; the text holds nothing of it, since libpq would quote a password.
+    """
+    try:
+        given = parse_dsn(url)
+    except psycopg2.Error:
+        given = {"host": "@@"}
+    # An "@", "/" or "?" that a password holds unescaped cuts the URL elsewhere, and libpq would quote the pieces.
+    elsewhere = [value for name, value in given.items() if name not in ("user", "password", "passfile")]
+    if any("@" in value[1:] for value in elsewhere) or not re.fullmatch(r"[\d,]*", given.get("port", "")):
+        raise OperatorError(
+            "the database URL cannot be read: write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "
+            "with %40, %2F and %3F for @, / and ? inside a name or password"
+        )
+    return {**_CONNECT, **ours, **given}
+
+
+def prepare(conn: Connection, statement_timeout_s: float, idle_timeout_s: float) -> None:
+    """Set what every transaction on a new connection relies on.
+
+    :param statement_timeout_s: seconds after which the database cancels a statement.
+    :param idle_timeout_s: seconds after which it ends a transaction that does nothing.
+    """
+    psycopg2.extras.register_default_jsonb(conn, loads=orjson.loads)
+    with conn.cursor() as txn:
+        txn.execute(
+            "set statement_timeout = %s; set idle_in_transaction_session_timeout = %s; set synchronous_commit = on;"
+            "set timezone = 'UTC'; set default_transaction_isolation = 'read committed'",
+            (round(statement_timeout_s * 1000), round(idle_timeout_s * 1000)),
+        )
+    conn.commit()
+
+
+def told(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError:
+    """Say a driver's error in our words, without the row's data that it may quote.
+
+    :param conn: the connection that it came from; ``None``: there was none.
+    """
+    state = error.pgcode or ""
+    text = (error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()[0]
+    if conn is None or conn.closed or _PASSING.match(state):
+        return DatabaseUnavailable(text)
+    return StatementRefused(text, error.diag.constraint_name)
+
+
+def is_lost(txn: Cursor) -> bool:
+    """Whether the connection under this transaction broke: then no failure in it is the caller's own."""
+    return bool(txn.connection.closed)
+
+
+def commit(conn: Connection) -> None:
+    """Commit, truly: PostgreSQL answers the COMMIT of a failed transaction with a ROLLBACK and no error.
+
+    :raises StatementRefused: a statement had failed and its error was swallowed.
+    """
+    if conn.info.transaction_status == TRANSACTION_STATUS_INERROR:
+        raise StatementRefused("a statement of the transaction had failed before its COMMIT")
+    conn.commit()
+
+
+@contextmanager
+def savepoint(txn: Cursor) -> Iterator[None]:
+    """Undo what is done inside if it raises, and only that."""
+    txn.execute("savepoint s2s")
+    try:
+        yield
+        txn.execute("release savepoint s2s")
+    except BaseException:
+        txn.execute("rollback to savepoint s2s; release savepoint s2s")
+        raise
+
+
+def lock_key(name: str) -> int:
+    """Derive the 64-bit key of an advisory lock from its name."""
+    return int.from_bytes(hashlib.sha256(b"s2s " + name.encode()).digest()[:8], "big", signed=True)

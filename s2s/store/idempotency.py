@@ -1,0 +1,30 @@
+"""Table ``idempotency_keys``: the one arbiter of what is a duplicate (docs/protocol.rst, "Commands")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from s2s.store.driver import Cursor
+
+
+@dataclass(frozen=True)
+class First:
+    """The first command of a key.
+
+    :param fingerprint: SHA-256 of its canonical ``{cmd_type, payload}``.
+    :param status: what it is now, or was when its row was swept away.
+    """
+
+    fingerprint: bytes
+    cmd_id: int
+    status: str
+
+
+def firsts(txn: Cursor, idem_keys: list[str]) -> dict[str, First]:
+    """Look up the first command of each key that has one."""
+    txn.execute(
+        "select k.idem_key, k.fingerprint, k.cmd_id, coalesce(c.status, k.status)"
+        " from idempotency_keys k left join commands c using (cmd_id) where k.idem_key = any(%s)",
+        (idem_keys,),
+    )
+    return {key: First(bytes(fingerprint), cmd_id, status) for key, fingerprint, cmd_id, status in txn}

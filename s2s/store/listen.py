@@ -1,0 +1,231 @@
+"""Hearing NOTIFY, on a connection of its own that heals by itself and says that this process lives."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import psycopg2
+from psycopg2 import sql
+from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE
+from twisted.internet import threads
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IReadDescriptor
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from s2s.store import driver
+from s2s.store.driver import Connection
+from s2s.store.notes import presence_key
+
+#: Seconds that connecting may take, with everything that is said first.
+CONNECT_S: Final = 10.0
+#: Seconds between two heartbeats, and until one must be answered.
+HEARTBEAT_S: Final = 10.0
+ANSWER_S: Final = 5.0
+#: Seconds until the presence lock is asked for again.
+AGAIN_S: Final = 1.0
+_FIRST_PAUSE_S: Final = 0.1
+_LONGEST_PAUSE_S: Final = 5.0
+
+
+@implementer(IReadDescriptor)
+class Listener:
+    """Calls a function whenever its channel is notified.
+
+    What was notified while there was no connection is lost, so every function is also called once after each connect,
+    and whoever needs more polls beside it.
+
+    :param url: the database's.
+    :param callbacks: by channel; called without arguments, once for any number of notifications heard together.
+    :param presence: our ``boot_id``: its session advisory lock is held while we live (protocol, "Commands").
+    :param reactor: for tests.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        url: str,
+        callbacks: Mapping[str, Callable[[], object]],
+        *,
+        presence: str | None = None,
+        application_name: str = "s2s listen",
+        reactor: Any = None,
+    ) -> None:
+        if reactor is None:
+            from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
+        self._reactor = reactor
+        self._parameters = driver.parameters(url, application_name=application_name)
+        self._callbacks = dict(callbacks)
+        self._presence = presence
+        self._conn: Connection | None = None
+        self._cursor: Any = None
+        self._fileno = -1
+        self._connecting: Deferred[None] = succeed(None)
+        self._is_stopped = True
+        self._is_away = False
+        self._pause_s = _FIRST_PAUSE_S
+        self._timer: Any = None
+        #: Whether the presence lock is ours.
+        self.is_present = False
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether notifications arrive now."""
+        return self._conn is not None
+
+    def start(self) -> None:
+        """Connect, and go on trying for ever."""
+        self._is_stopped = False
+        self._connect()
+
+    def stop(self) -> Deferred[None]:
+        """Close the connection.
+
+        :returns: fires when no thread is connecting any more.
+        """
+        self._is_stopped = True
+        self._drop()
+        return self._connecting
+
+    # --- connecting ----------------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        self._timer = None
+        # The look-up of a host name blocks: off the reactor's thread.
+        opened = threads.deferToThreadPool(
+            self._reactor, self._reactor.getThreadPool(), _open, self._parameters, list(self._callbacks)
+        )
+        self._connecting = opened.addCallbacks(self._connected, self._failed)
+
+    def _connected(self, conn: Connection) -> None:
+        if self._is_stopped:
+            conn.close()
+            return
+        # libpq closes its descriptor when it finds the connection broken, under the reactor's hands: that gets another.
+        self._conn, self._fileno = conn, os.dup(conn.fileno())
+        self._pause_s = _FIRST_PAUSE_S
+        self._reactor.addReader(self)
+        if self._is_away:
+            self._is_away = False
+            self.log.info("notifications of the database arrive again")
+        self._beat()
+        self._call(self._callbacks)
+
+    def _failed(self, reason: Failure) -> None:
+        self._lost(str(driver.told(reason.value)) if isinstance(reason.value, psycopg2.Error) else repr(reason.value))
+
+    def _lost(self, why: str) -> None:
+        self._drop()
+        if self._is_stopped:
+            return
+        if not self._is_away:
+            self._is_away = True
+            self.log.warn("notifications of the database do not arrive: {why}", why=why)
+        self._timer = self._reactor.callLater(self._pause_s, self._connect)
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+
+    def _drop(self) -> None:
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
+        self._timer = None
+        if self._conn is not None:
+            self._reactor.removeReader(self)
+            os.close(self._fileno)
+            self._conn.close()
+            self._conn = self._cursor = None
+            self.is_present = False
+
+    # --- connected -----------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """Ask something: a connection that died without a word does not answer.
+
+        What is asked for is the presence lock until it is ours: after a reconnect the database may still hold it for
+        the connection that we lost.
+        """
+        assert self._conn is not None
+        self._timer = self._reactor.callLater(ANSWER_S, self._lost, f"no answer within {ANSWER_S:g} s")
+        try:
+            self._cursor = self._conn.cursor()
+            if self._presence is None or self.is_present:
+                self._cursor.execute("select false")
+            else:
+                self._cursor.execute("select pg_try_advisory_lock(%s)", (presence_key(self._presence),))
+        except psycopg2.Error as error:
+            self._lost(str(driver.told(error, self._conn)))
+
+    def _answered(self) -> None:
+        self.is_present |= self._cursor.fetchone()[0]
+        self._cursor = None
+        self._timer.cancel()
+        is_complete = self.is_present or self._presence is None
+        self._timer = self._reactor.callLater(HEARTBEAT_S if is_complete else AGAIN_S, self._beat)
+
+    def doRead(self) -> None:
+        """Take in what the database says."""
+        assert self._conn is not None
+        try:
+            state = self._conn.poll()
+            if state == POLL_OK and self._cursor is not None:
+                self._answered()
+        except psycopg2.Error as error:
+            self._lost(str(driver.told(error, self._conn)))
+            return
+        heard = {notification.channel for notification in self._conn.notifies}
+        self._conn.notifies.clear()
+        self._call(heard)
+
+    def _call(self, channels: Any) -> None:
+        for channel in channels:
+            try:
+                self._callbacks[channel]()
+            except Exception:
+                self.log.failure("the callback of {channel} failed", channel=channel)
+
+    def fileno(self) -> int:
+        """The reactor's own descriptor of the connection's socket."""
+        return self._fileno
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The reactor found the descriptor gone."""
+        self._lost(reason.getErrorMessage())
+
+    def logPrefix(self) -> str:
+        """Name us in the reactor's own messages."""
+        return "Listener"
+
+
+def _open(parameters: dict[str, Any], channels: list[str]) -> Connection:
+    """Connect in a thread, and listen. The connection is asynchronous from then on."""
+    deadline = time.monotonic() + CONNECT_S
+    conn: Connection = psycopg2.connect(**parameters, async_=True)
+    try:
+        _settle(conn, deadline)
+        statements = [sql.SQL("listen {}").format(sql.Identifier(channel)) for channel in channels]
+        cursor = conn.cursor()  # kept until it is done: the connection does not
+        cursor.execute(sql.SQL("; ").join([sql.SQL("set statement_timeout = 0"), *statements]))
+        _settle(conn, deadline)
+    except BaseException:
+        conn.close()
+        raise
+    return conn
+
+
+def _settle(conn: Connection, deadline: float) -> None:
+    """Wait in a thread until an asynchronous connection has done what it was asked.
+
+    :param deadline: on the monotonic clock.
+    """
+    events = {POLL_READ: select.POLLIN, POLL_WRITE: select.POLLOUT}
+    while (state := conn.poll()) != POLL_OK:
+        ready = select.poll()
+        ready.register(conn.fileno(), events[state])
+        left_s = deadline - time.monotonic()
+        if left_s <= 0 or not ready.poll(left_s * 1000):
+            raise psycopg2.OperationalError(f"no answer within {CONNECT_S:g} s")

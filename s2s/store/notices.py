@@ -1,0 +1,61 @@
+"""Table ``notices``: what ``notice.publish`` makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from s2s.store.driver import Cursor
+
+#: A longer life is cut to this, in seconds (a thousand years): a timestamp has an end.
+_LONGEST_TTL_S: Final = 31_556_952_000
+
+
+@dataclass(frozen=True)
+class NoticeRow:
+    """A notice as people are shown it."""
+
+    notice_id: int
+    cmd_id: int
+    scope: str
+    sector_id: int | None
+    corp_id: int | None
+    player_id: int | None
+    message: str
+    severity: str
+    created_at: datetime
+    expires_at: datetime | None
+
+
+def insert_batch(txn: Cursor, notices: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
+    """Publish notices in one statement.
+
+    :param notices: ``(cmd_id, payload of notice.publish)``.
+    """
+    ttls = [payload.get("ttl_s") for _, payload in notices]
+    txn.execute(
+        "insert into notices (cmd_id, scope, sector_id, corp_id, player_id, message, severity, expires_at)"
+        " select cmd_id, scope, sector_id, corp_id, player_id, message, severity, now() + ttl_s * interval '1 second'"
+        " from unnest(%s::bigint[], %s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::text[],"
+        " %s::bigint[]) as n (cmd_id, scope, sector_id, corp_id, player_id, message, severity, ttl_s)",
+        (
+            [cmd_id for cmd_id, _ in notices],
+            *(
+                [payload.get(member) for _, payload in notices]
+                for member in ("scope", "sector_id", "corp_id", "player_id", "message", "severity")
+            ),
+            [None if ttl is None else min(ttl, _LONGEST_TTL_S) for ttl in ttls],
+        ),
+    )
+
+
+def list_notices(txn: Cursor, limit: int = 100) -> list[NoticeRow]:
+    """List notices, the newest first."""
+    txn.execute(
+        "select notice_id, cmd_id, scope, sector_id, corp_id, player_id, message, severity, created_at, expires_at"
+        " from notices order by notice_id desc limit %s",
+        (limit,),
+    )
+    return [NoticeRow(*row) for row in txn]

@@ -1,0 +1,270 @@
+"""``s2s up``: a database, a server and an engine as real processes, kept running until they are told to stop.
+
+All of them are children with a pipe from us at their stdin: when we die, even by SIGKILL, the roles shut down, and
+PostgreSQL's guardian (:mod:`s2s.embedded`) waits for them and stops it. What is in use is said by locks that the kernel
+drops with their holders, so nothing that is left behind has to be believed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import IO, Protocol
+
+from ulid import ULID
+
+from s2s import embedded
+from s2s.children import DatabaseProcess, RoleProcess
+from s2s.errors import DatabaseUnavailable, OperatorError
+from s2s.news import LINK_UP
+from s2s.store import broadcasts, keys, migrations, notices, pool
+
+ENGINE_NAME = "engine-1"
+
+_POLL_S = 0.2
+#: Seconds in which the link must be up where we end by ourselves.
+_LINKS_S = 60.0
+#: Seconds in which the children of a killed ``s2s up`` end by themselves.
+_LEFT_BEHIND_S = 30.0
+
+
+class Say(Protocol):
+    """Takes a line for people: who it is about, what, and the time of day if it is not now."""
+
+    def __call__(self, who: str, what: str, at: str | None = None, /) -> None: ...
+
+
+def run(state_dir: Path, listen: str, for_seconds: float | None, echo: Callable[[str], None]) -> int:
+    """Run everything until SIGINT, SIGTERM or SIGHUP, or for a time. Blocks; belongs to the main thread.
+
+    :param state_dir: where the database, the logs and ``up.json`` are; it is made.
+    :param listen: the server's Twisted endpoint string, of ``tcp`` or ``unix``.
+    :param for_seconds: end so many seconds after the link is up, having sent a broadcast through it; None: go on.
+    :param echo: is called with every line for people.
+    :returns: the exit code: 0, or 1 where the broadcast did not come the whole way.
+    :raises OperatorError: what is missing, in use or wrong; nothing is left running.
+    """
+    connect = connect_endpoint(listen)
+    state_dir = Path(os.path.abspath(state_dir))
+
+    def say(who: str, what: str, at: str | None = None, /) -> None:
+        echo(f"{at or time.strftime('%H:%M:%S')}  {who:<8}  {what}")
+
+    with ExitStack() as stack:  # unwinds in the order of the stop: engine, server, database, locks
+        bell = stack.enter_context(_bell())
+        lock = stack.enter_context(_alone(state_dir, say))
+        database = DatabaseProcess(state_dir, lock, partial(say, "database"))
+        stack.callback(database.stop)
+        url = database.start()
+        share = embedded.share(state_dir)
+        stack.callback(os.close, share)
+        _prepare(url, partial(say, "database"))
+        stack.callback(_json_file(state_dir).unlink, missing_ok=True)
+        argv = {
+            "server": ["s2s-server", "--listen", listen],
+            "engine": ["s2s-engine", "--connect", connect, "--name", ENGINE_NAME],
+        }
+        roles = []
+        for name, options in argv.items():
+            role = RoleProcess(
+                name,
+                [*options, "--state-dir", str(state_dir)],
+                state_dir=state_dir,
+                environment={"S2S_DATABASE_URL": url},
+                keep=(lock, share),
+                say=partial(say, name),
+            )
+            roles.append(role)
+            stack.callback(_retell, role, say)
+            stack.callback(role.stop)
+            role.start()
+        errand = None if for_seconds is None else _Errand(url, for_seconds)
+        found = {"link": connect, "database": url}
+        written = None
+        linked = False
+        while not bell.rung and not all(role.over for role in roles) and not (errand and errand.is_over):
+            database.tend()
+            for role in roles:
+                linked = _retell(role, say) or linked
+                role.tend(first=not linked)
+            if linked:
+                now = {**found, **{f"{role.name}_pid": role.pid for role in roles}}
+                if written is None:
+                    _tell_where(found, state_dir, say)
+                if written != now:
+                    _replace(_json_file(state_dir), json.dumps(now, indent=2) + "\n")
+                    written = now
+                if errand:
+                    errand.tend(say)
+            time.sleep(_POLL_S)
+        say("up", "stopping")
+    if errand is None:
+        return 0
+    say("up", errand.verdict)
+    return 0 if errand.arrived else 1
+
+
+def _retell(role: RoleProcess, say: Say) -> bool:
+    """Tell a role's news, and whether it has a link among it."""
+    linked = False
+    for at, what in role.news():
+        say(role.name, what, at)
+        linked = linked or what.startswith(LINK_UP)
+    return linked
+
+
+def connect_endpoint(listen: str) -> str:
+    """Give the client endpoint that reaches a server endpoint of this machine.
+
+    :raises OperatorError: it is not of ``tcp`` or ``unix``, or names no fixed port or path.
+    """
+    kind, *parts = (re.sub(r"\\(.)", r"\1", part) for part in re.split(r"(?<!\\):", listen))
+    named = dict(part.split("=", 1) for part in parts if "=" in part)
+    first = next((part for part in parts if "=" not in part), "")
+    if kind == "tcp":
+        port = named.get("port", first)
+        if not (port.isdecimal() and 0 < int(port) < 65536):
+            raise OperatorError(f"--listen {listen}: s2s up needs a port from 1 to 65535, such as tcp:4321")
+        interface = named.get("interface", "")
+        host = "127.0.0.1" if interface in ("", "0.0.0.0", "::") else interface  # noqa: S104 - compared, not bound
+        return f"tcp:host={_quoted(host)}:port={port}"
+    if kind == "unix" and (path := named.get("address", first)):
+        return f"unix:{_quoted(path)}"
+    raise OperatorError(f"--listen {listen}: s2s up takes tcp:PORT[:interface=ADDRESS] or unix:PATH")
+
+
+def _quoted(value: str) -> str:
+    return re.sub(r"([:\\=])", r"\\\1", value)
+
+
+class _Bell:
+    """Whether we were told to end."""
+
+    rung = False
+
+
+@contextmanager
+def _bell() -> Iterator[_Bell]:
+    """Turn the signals that end us into a flag, looked at between two steps: the end has an order."""
+    bell = _Bell()
+
+    def ring(*_: object) -> None:
+        bell.rung = True
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ring) for number in numbers}
+    try:
+        yield bell
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _alone(state_dir: Path, say: Say) -> Iterator[int]:
+    """Hold the state directory against another ``s2s up``, and wait for what a killed one left behind.
+
+    :returns: a locked descriptor for our children to inherit: the lock is free when the last of them has died.
+    """
+    with ExitStack() as stack:
+        try:
+            state_dir.mkdir(parents=True, exist_ok=True)
+            ours = stack.enter_context((state_dir / "up.lock").open("ab"))
+            children = stack.enter_context((state_dir / "up.children.lock").open("ab"))
+        except OSError as error:
+            raise OperatorError(
+                f"the state directory cannot be used ({error.strerror}: {error.filename}): name another --state-dir"
+            ) from error
+        if not _take(ours):
+            raise OperatorError(f"another s2s up runs in {state_dir}: stop it, or name another --state-dir")
+        deadline = time.monotonic() + _LEFT_BEHIND_S
+        if not _take(children):
+            say("up", "waiting for what a killed s2s up left running")
+            while not _take(children):
+                if time.monotonic() >= deadline:
+                    raise OperatorError(f"what a killed s2s up left in {state_dir} does not end: stop it by hand")
+                time.sleep(_POLL_S)
+        yield children.fileno()
+
+
+def _take(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _prepare(url: str, say: Callable[[str], None]) -> None:
+    """Make the tables and the first key, where they are not made yet."""
+    with pool.blocking(url, "s2s up") as txn:
+        for name in migrations.migrate(txn.connection):
+            say(f"migrated: {name}")
+        key_id = keys.add_first_random(txn)
+    if key_id is not None:
+        say(f"made a random key: {key_id}")
+
+
+class _Errand:
+    """A broadcast that is sent when the link is up, and the wait for the notice that it becomes."""
+
+    def __init__(self, url: str, for_seconds: float) -> None:
+        self.arrived = False
+        self._url = url
+        self._for_seconds = for_seconds
+        self._message = f"s2s up was here ({ULID()})"
+        self._sent = False
+        self._deadline = time.monotonic() + _LINKS_S
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() >= self._deadline
+
+    @property
+    def verdict(self) -> str:
+        """What became of it, for people."""
+        if self.arrived:
+            return "the broadcast came the whole way: it is a notice"
+        if self._sent:
+            return f"the broadcast was not a notice after {self._for_seconds:g} s"
+        return "no link came up, so no broadcast was sent"
+
+    def tend(self, say: Say) -> None:
+        """Send it once, then look for the notice."""
+        with suppress(DatabaseUnavailable), pool.blocking(self._url, "s2s up") as txn:
+            if not self._sent:
+                broadcasts.add(txn, self._message)
+                say("up", f"sent a broadcast: {self._message}")
+                self._sent = True
+                self._deadline = time.monotonic() + self._for_seconds
+            elif not self.arrived:
+                self.arrived = any(notice.message == self._message for notice in notices.list_notices(txn))
+
+
+def _json_file(state_dir: Path) -> Path:
+    return state_dir / "up.json"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file in one step: a reader sees the old text or the new."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+def _tell_where(found: dict[str, str], state_dir: Path, say: Say) -> None:
+    say("up", f"linked at {found['link']}; Ctrl-C stops everything in order")
+    say("up", f"database: {found['database']}")
+    say("up", f"logs: {state_dir / 'server.log'} and {state_dir / 'engine.log'}")
+    say("up", f'try: s2s broadcast "Hello" --state-dir {state_dir}')

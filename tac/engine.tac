@@ -1,0 +1,8 @@
+"""``twistd -ny tac/engine.tac``: the same as ``twistd -n s2s-engine``, with every option from the environment (S2S_…)."""
+
+from twisted.application.service import Application
+
+from s2s.engine_tap import Options, makeService
+
+application = Application("s2s-engine")
+makeService(Options.from_environment()).setServiceParent(application)

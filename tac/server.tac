@@ -1,0 +1,8 @@
+"""``twistd -ny tac/server.tac``: the same as ``twistd -n s2s-server``, with every option from the environment (S2S_…)."""
+
+from twisted.application.service import Application
+
+from s2s.server_tap import Options, makeService
+
+application = Application("s2s-server")
+makeService(Options.from_environment()).setServiceParent(application)

@@ -1,0 +1,1 @@
+"""What several test modules need: a database of one's own, and waiting without sleeping."""

@@ -1,0 +1,134 @@
+"""One real PostgreSQL for the whole run, and a database of its own for every test."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from typing import Any
+
+import psycopg2
+from psycopg2 import sql
+from twisted.trial.unittest import TestCase
+
+from s2s.store import migrations
+
+_TEMPLATE = "s2s_template"
+_numbers = itertools.count(1)
+
+
+@cache
+def cluster_url() -> str:
+    """Start the PostgreSQL of this process if it does not run yet.
+
+    It belongs to a guardian (:mod:`s2s.embedded`) that ends when its stdin does, and then its directory is removed: at
+    our exit, however we die.
+
+    :returns: the URL of its database ``postgres``.
+    """
+    directory = tempfile.mkdtemp(prefix="s2s-trial-")
+    guard = [sys.executable, "-m", "s2s.embedded", "--guard", directory]
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", '"$@"; rm -rf "$0"', directory, *guard],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    # communicate() closes stdin and waits for the end.
+    atexit.register(process.communicate)
+    assert process.stdout is not None
+    word, _, url = process.stdout.readline().strip().partition(" ")
+    assert word == "ready", "the embedded PostgreSQL did not start; its reason is above"
+    with _Session(url) as session:
+        # The tests kill our processes, never this one: it needs no disk.
+        for setting in ("fsync", "full_page_writes", "autovacuum"):
+            session.run(sql.SQL("ALTER SYSTEM SET {} = off").format(sql.Identifier(setting)))
+        session.run("SELECT pg_reload_conf()")
+    return url
+
+
+@cache
+def template() -> str:
+    """Make the migrated database that the tests' own are copies of.
+
+    :returns: its name.
+    """
+    make_database(_TEMPLATE)
+    connection = psycopg2.connect(database_url(_TEMPLATE))
+    try:
+        migrations.migrate(connection)
+        connection.commit()
+    finally:
+        connection.close()
+    return _TEMPLATE
+
+
+def database_url(name: str) -> str:
+    """Give the URL of another database of the same server."""
+    return cluster_url().replace("/postgres?", f"/{name}?", 1)
+
+
+def make_database(name: str, template: str = "template0") -> None:
+    """Create a database as a copy of another one."""
+    with _Session(cluster_url()) as session:
+        session.run(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template)))
+
+
+def drop_database(name: str) -> None:
+    """Drop a database, with whoever is still connected to it."""
+    with _Session(cluster_url()) as session:
+        session.run(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+class _Session:
+    """A blocking connection in autocommit."""
+
+    def __init__(self, url: str) -> None:
+        self._connection = psycopg2.connect(url)
+        self._connection.autocommit = True
+
+    def __enter__(self) -> _Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def run(self, statement: str | sql.Composable, *params: Any) -> list[tuple[Any, ...]]:
+        with self._connection.cursor() as cursor:
+            cursor.execute(statement, params or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class DatabaseTestCase(TestCase):
+    """A test with a migrated database of its own, which is dropped after it.
+
+    :ivar url: its URL, for psycopg2 and for every ``--database``.
+    """
+
+    url: str
+
+    def setUp(self) -> None:
+        """Copy the template."""
+        name = f"test_{next(_numbers)}"
+        make_database(name, template())
+        self.addCleanup(drop_database, name)
+        self.url = database_url(name)
+        self._session: _Session | None = None
+
+    def execute(self, statement: str, *params: Any) -> list[tuple[Any, ...]]:
+        """Run one statement and commit it. Blocks.
+
+        :param params: what its ``%s`` stand for.
+        :returns: its rows; none for a statement without any.
+        """
+        if self._session is None:
+            self._session = _Session(self.url)
+            self.addCleanup(self._session.close)
+        return self._session.run(statement, *params)

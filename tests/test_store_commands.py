@@ -1,0 +1,218 @@
+"""Tables ``commands``, ``idempotency_keys`` and ``batch_notes``: accepting, claiming, charging."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from s2s.store import commands, notes
+from s2s.store.commands import Outcome, Push
+from s2s.store.driver import Cursor
+from s2s.store.pool import blocking
+from tests.support.postgres import DatabaseTestCase
+
+
+def _push(key: str, content: int = 0, **more: Any) -> Push:
+    return Push("test.run", key, bytes([content]) * 32, '{"n":1}', **more)
+
+
+class PushTests(DatabaseTestCase):
+    """:func:`commands.push_batch` and :func:`commands.push_singly`."""
+
+    def push(self, *pushes: Push) -> list[Outcome]:
+        """Push one batch and commit it."""
+        with blocking(self.url) as txn:
+            return commands.push_batch(txn, pushes)
+
+    def test_order_of_arrival(self) -> None:
+        """The cmd_ids follow the order of arrival, whatever the order of the keys."""
+        outcomes = self.push(_push("c"), _push("a"), _push("b"))
+        self.assertTrue(all(outcome.is_new for outcome in outcomes))
+        self.assertEqual(
+            self.execute("select idem_key, cmd_id from commands order by cmd_id"),
+            [(key, outcome.cmd_id) for key, outcome in zip("cab", outcomes, strict=True)],
+        )
+
+    def test_what_is_stored(self) -> None:
+        """Priority, due_at and payload are stored as pushed; without a due_at it is due at once."""
+        self.push(_push("a", priority=7, due_at=4102444800), _push("b"))
+        rows = self.execute(
+            "select priority, extract(epoch from due_at)::bigint, payload, status, due_at <= now()"
+            " from commands order by cmd_id"
+        )
+        self.assertEqual(rows[0], (7, 4102444800, {"n": 1}, "ready", False))
+        self.assertEqual((rows[1][0], rows[1][4]), (100, True))
+
+    def test_a_duplicate_has_the_live_status(self) -> None:
+        """A duplicate is told its first command's id and what has become of it, also when its row is swept away."""
+        (first,) = self.push(_push("a"))
+        self.execute("update commands set status = 'done'")
+        self.assertEqual(self.push(_push("a")), [Outcome(first.cmd_id, "done")])
+        self.execute("update idempotency_keys set status = 'done'")
+        self.execute("delete from commands")
+        self.assertEqual(self.push(_push("a")), [Outcome(first.cmd_id, "done")])
+        self.assertEqual(self.execute("select count(*) from commands"), [(0,)])
+
+    def test_a_refused_row_alone(self) -> None:
+        """Row by row, only what the database refuses is refused; numbers and winners follow the order of arrival."""
+        self.execute("alter table commands add check (idem_key <> 'bad')")
+        with blocking(self.url) as txn:
+            outcomes = commands.push_singly(txn, [_push("z"), _push("bad"), _push("a"), _push("z", 1), _push("a")])
+        z, bad, a, z_again, a_again = outcomes
+        self.assertIsInstance(bad, Exception)
+        self.assertTrue(z.is_new and a.is_new and z.cmd_id < a.cmd_id)
+        self.assertEqual(z_again, Outcome(z.cmd_id, "ready", is_conflict=True))
+        self.assertEqual(a_again, Outcome(a.cmd_id, "ready"))
+        self.assertEqual(self.execute("select idem_key from idempotency_keys order by 1"), [("a",), ("z",)])
+
+
+class ClaimTests(DatabaseTestCase):
+    """Candidates, notes and charges."""
+
+    def setUp(self) -> None:
+        """Open a transaction on a connection of its own."""
+        super().setUp()
+        self.txn = self.begin()
+
+    def begin(self) -> Cursor:
+        """Open a transaction that ends with the test."""
+        context = blocking(self.url)
+        txn = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return txn
+
+    def insert(self, *rows: tuple[str, int, str, int]) -> None:
+        """Store commands: key, priority, a due_at of SQL, attempts."""
+        for key, priority, due_at, attempts in rows:
+            self.execute(
+                "insert into commands (cmd_type, idem_key, payload, priority, due_at, attempts)"
+                f" values ('test.run', %s, '{{}}', %s, {due_at}, %s)",
+                key,
+                priority,
+                attempts,
+            )
+
+    def keys(self, cmd_ids: list[int]) -> list[str]:
+        """Give the keys of commands."""
+        known = dict(self.execute("select cmd_id, idem_key from commands"))
+        return [known[cmd_id] for cmd_id in cmd_ids]
+
+    def claim(self, worker: int = 0, limit: int = 10, boot_id: str = "boot") -> list[str]:
+        """Claim and commit."""
+        cmd_ids = notes.claim(self.txn, boot_id, worker, limit)
+        self.txn.connection.commit()
+        return self.keys(cmd_ids)
+
+    def test_run_order(self) -> None:
+        """Lower priority numbers first, then the earlier due_at, then the lower cmd_id; what is not due waits."""
+        past = "now() - interval '1 hour'"
+        self.insert(
+            ("late", 5, "now()", 0),
+            ("first", 1, past, 0),
+            ("early", 5, past, 0),
+            ("early2", 5, past.replace("'1", "'1.0"), 0),
+            ("future", 0, "now() + interval '1 hour'", 0),
+            ("last", 1000, past, 0),
+        )
+        self.execute(
+            "update commands set due_at = (select due_at from commands where idem_key = 'early')"
+            " where idem_key = 'early2'"
+        )
+        self.assertEqual(self.claim(), ["first", "early", "early2", "late", "last"])
+        self.assertEqual(self.claim(limit=2), ["first", "early"])
+
+    def test_what_failed_runs_alone(self) -> None:
+        """A batch ends before a command that failed before, and that one is a batch of its own."""
+        past = "now() - interval '1 hour'"
+        self.insert(("a", 1, past, 0), ("b", 2, past, 0), ("failed", 3, past, 1), ("c", 4, past, 0))
+        self.assertEqual(self.claim(0), ["a", "b"])
+        self.assertEqual(self.claim(1), ["failed"])
+        self.assertEqual(self.claim(2), ["c"])
+        self.assertEqual(self.claim(3), [])
+
+    def test_a_worker_has_one_note(self) -> None:
+        """A worker that claims again gives its old batch back, and a claim that finds nothing leaves no note."""
+        self.insert(("a", 1, "now()", 0))
+        self.assertEqual(self.claim(0), ["a"])
+        self.assertEqual(self.claim(0), ["a"])
+        self.execute("update commands set status = 'done'")
+        self.assertEqual(self.claim(0), [])
+        self.assertEqual(self.execute("select * from batch_notes"), [])
+
+    def test_a_million_in_the_future_cost_nothing(self) -> None:
+        """Future work under lower priority numbers is stepped over in the index, not read."""
+        self.execute(
+            "insert into commands (cmd_type, idem_key, payload, priority, due_at)"
+            " select 'test.run', 'f' || i, '{}', i % 10, now() + interval '1 day' from generate_series(1, 100000) i"
+        )
+        self.execute("vacuum analyze commands")
+        self.insert(("now", 500, "now() - interval '1 second'", 0))
+        self.assertEqual(self.claim(), ["now"])
+        plan = self.execute("explain (analyze, buffers, format json) " + commands._CANDIDATES, 256, 256)[0][0][0][
+            "Plan"
+        ]
+        self.assertLess(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"], 300)
+        self.assertGreater(commands.next_due_s(self.txn) or 0, 3600)
+
+    def test_take_skips_what_is_locked_or_over(self) -> None:
+        """Of a batch only what still waits and is not locked by another is taken, in run order."""
+        self.insert(*((key, priority, "now()", 0) for key, priority in (("a", 3), ("b", 2), ("c", 1), ("d", 0))))
+        ids = {key: cmd_id for cmd_id, key in self.execute("select cmd_id, idem_key from commands")}
+        other = self.begin()
+        commands.take(other, [ids["b"]])
+        self.execute("update commands set status = 'cancelled' where idem_key = 'c'")
+        self.assertEqual([command.idem_key for command in commands.take(self.txn, list(ids.values()))], ["d", "a"])
+
+    def test_charges_end_in_death(self) -> None:
+        """Each charge adds an attempt, a reason and a pause of at most 2^n seconds; the tenth is the last."""
+        self.insert(("a", 1, "now()", 0))
+        ((cmd_id,),) = self.execute("select cmd_id from commands")
+        for attempt in range(1, 11):
+            self.assertEqual(commands.charge(self.txn, [(cmd_id, f"E: {attempt}")]), int(attempt == 10))
+            self.txn.connection.commit()
+            ((attempts, error, status, pause, finished),) = self.execute(
+                "select attempts, error, status, extract(epoch from due_at - now())::float8, finished_at from commands"
+            )
+            self.assertEqual((attempts, error), (attempt, f"E: {attempt}"))
+            self.assertEqual(status, "dead" if attempt == 10 else "ready")
+            self.assertEqual(finished is None, attempt < 10)
+            self.assertLessEqual(pause, min(2**attempt, 300))
+        self.assertEqual(commands.charge(self.txn, [(cmd_id, "again")]), 0)
+
+    def test_reaping(self) -> None:
+        """A dead process's commands are charged, and its notes go; those of the living and our own stay."""
+        self.insert(*((key, 1, "now()", 0) for key in "abcd"))
+        self.assertEqual(self.claim(0, 1, "dead"), ["a"])
+        self.assertEqual(self.claim(1, 1, "dead"), ["b"])
+        self.assertEqual(self.claim(0, 1, "alive"), ["c"])
+        self.assertEqual(self.claim(0, 1, "ours"), ["d"])
+        self.execute("select pg_advisory_lock(%s)", notes.presence_key("alive"))
+        self.execute("update commands set status = 'done' where idem_key = 'b'")
+        self.assertEqual(notes.reap(self.txn, "ours"), (1, 0))
+        self.txn.connection.commit()
+        self.assertEqual(
+            self.execute("select idem_key, attempts from commands order by 1"), [("a", 1), ("b", 0), ("c", 0), ("d", 0)]
+        )
+        self.assertEqual(self.execute("select boot_id from batch_notes order by 1"), [("alive",), ("ours",)])
+
+    def test_reaping_leaves_what_is_locked(self) -> None:
+        """A command that the dead process's connection still holds keeps its note, and is charged when it is let go."""
+        self.insert(("a", 1, "now()", 0), ("b", 2, "now()", 0))
+        self.assertEqual(self.claim(0, 2, "dead"), ["a", "b"])
+        ids = [cmd_id for (cmd_id,) in self.execute("select cmd_id from commands order by idem_key")]
+        lingering = self.begin()
+        commands.take(lingering, ids[:1])
+        self.assertEqual(notes.reap(self.txn, "ours"), (1, 0))
+        self.txn.connection.commit()
+        self.assertEqual(self.execute("select cmd_ids from batch_notes"), [(ids[:1],)])
+        lingering.connection.rollback()
+        self.assertEqual(notes.reap(self.txn, "ours"), (1, 0))
+        self.txn.connection.commit()
+        self.assertEqual(self.execute("select attempts from commands"), [(1,), (1,)])
+        self.assertEqual(self.execute("select * from batch_notes"), [])
+
+    def test_listing(self) -> None:
+        """Commands are listed newest first, all or of one status, up to a limit."""
+        self.insert(*((key, 1, "now()", 0) for key in "abc"))
+        self.execute("update commands set status = 'done' where idem_key = 'b'")
+        self.assertEqual([row.idem_key for row in commands.list_commands(self.txn, limit=2)], ["c", "b"])
+        self.assertEqual([row.idem_key for row in commands.list_commands(self.txn, "done")], ["b"])

@@ -1,0 +1,226 @@
+"""Tables ``outbox`` and ``broadcasts``: from an operator's word to a command on its way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import gatherResults
+
+from s2s.catalogue import BY_NAME, COMMAND_PUSH
+from s2s.catalogue.schema import Schema
+from s2s.commands.notice_publish import NoticePublish
+from s2s.errors import CanonicalError, StatementRefused
+from s2s.store import broadcasts, notices, outbox
+from s2s.store.pool import Database, blocking
+from tests.support.postgres import DatabaseTestCase
+
+_FAR = 2**53 - 1
+
+
+def _fits(payload: dict[str, Any]) -> str | None:
+    return None
+
+
+class _StoreTestCase(DatabaseTestCase):
+    def setUp(self) -> None:
+        """Start two pools, as two processes have them."""
+        super().setUp()
+        self.databases = [Database(self.url, threads=2) for _ in range(2)]
+        for database in self.databases:
+            database.start()
+            self.addCleanup(database.stop)
+        self.run_work = self.databases[0].run
+
+
+class OutboxTests(_StoreTestCase):
+    """:mod:`s2s.store.outbox`."""
+
+    async def put(self, *keys: str) -> None:
+        """Emit commands."""
+        for key in keys:
+            await self.run_work(outbox.put, "test.run", key, {"n": 1})
+
+    async def claim(self, *exclude_ids: int, limit: int = 10) -> list[outbox.OutboxRow]:
+        """Lease rows for a minute."""
+        return await self.run_work(outbox.claim, limit, 60.0, exclude_ids)
+
+    async def test_a_row_becomes_a_push(self) -> None:
+        """What is put comes out as a payload that the catalogue lets pass, with and without a due_at."""
+        with blocking(self.url) as txn:
+            outbox.put(txn, "test.run", "k-1", {"n": 1}, priority=3, due_at=4102444800)
+            outbox.put(txn, "test.run", "k-2", {})
+        first, second = [row.push() for row in await self.claim()]
+        self.assertEqual(
+            first,
+            {"cmd_type": "test.run", "idem_key": "k-1", "payload": {"n": 1}, "priority": 3, "due_at": 4102444800},
+        )
+        self.assertNotIn("due_at", second)
+        for push in (first, second):
+            BY_NAME[COMMAND_PUSH].request_schema.check(push)
+
+    async def test_only_what_can_be_pushed_is_kept(self) -> None:
+        """What the push's schema or canonical JSON refuses is refused when it is put."""
+        await self.assertFailure(self.run_work(outbox.put, "test.run", "k", {"n": 1.5}), CanonicalError)
+        for cmd_type, key in (
+            ("Bad", "k"),
+            ("a" * 65, "k"),
+            ("ok\n", "k"),
+            ("ok", ""),
+            ("ok", "\n"),
+            ("ok", "k" * 201),
+        ):
+            await self.assertFailure(self.run_work(outbox.put, cmd_type, key, {}), StatementRefused)
+        await self.run_work(outbox.put, "a" + "_.9" * 21, "~ " * 100, {})
+
+    async def test_leases(self) -> None:
+        """A leased row is nobody else's until the lease ends, and not its holder's while it is in flight."""
+        await self.put("a", "b")
+        rows = await self.claim()
+        self.assertEqual([row.idem_key for row in rows], ["a", "b"])
+        self.assertEqual(await self.claim(), [])
+        self.execute("update outbox set send_at = now()")
+        self.assertEqual([row.idem_key for row in await self.claim(rows[0].outbox_id)], ["b"])
+
+    async def test_settling(self) -> None:
+        """Rows are deleted, sent again later, or set aside with the reason; the depth counts what waits."""
+        await self.put("done", "again", "dead")
+        done, again, dead = await self.claim()
+        await self.run_work(outbox.delete, [done.outbox_id])
+        await self.run_work(outbox.retry, [(again.outbox_id, 0)])
+        await self.run_work(outbox.kill, [(dead.outbox_id, "bad_payload", "at /payload/n")])
+        self.assertEqual(await self.run_work(outbox.depth), 1)
+        (row,) = await self.claim()
+        self.assertEqual((row.idem_key, row.attempts), ("again", 1))
+        self.assertEqual(
+            self.execute("select idem_key, error_code, error_message from outbox where state = 'dead'"),
+            [("dead", "bad_payload", "at /payload/n")],
+        )
+
+    async def test_nothing_to_settle(self) -> None:
+        """Settling no row at all is no error."""
+        for settle in (outbox.delete, outbox.retry, outbox.kill):
+            await self.run_work(settle, [])
+
+    async def test_two_engines_share(self) -> None:
+        """Two engines that claim at once never get the same row, and together get every one."""
+        with blocking(self.url) as txn:
+            outbox.put_batch(txn, "test.run", [(f"k-{n}", {}) for n in range(400)])
+        claims = await gatherResults(
+            [database.run(outbox.claim, 50, 60.0) for _ in range(5) for database in self.databases]
+        )
+        claims.append(await self.claim(limit=400))
+        got = [row.idem_key for claim in claims for row in claim]
+        self.assertEqual(len(got), 400)
+        self.assertEqual(len(set(got)), 400)
+
+
+class BroadcastTests(_StoreTestCase):
+    """:mod:`s2s.store.broadcasts`."""
+
+    async def sweep(self, since_ts: int = 0, limit: int = 100, fits: Any = _fits) -> int:
+        """Sweep once."""
+        return await self.run_work(broadcasts.sweep, since_ts, limit, fits)
+
+    async def test_plain_sql_is_enough(self) -> None:
+        """A message typed in plain SQL is swept into a valid notice to everyone, once."""
+        self.execute("insert into broadcasts (message) values ('x')")
+        self.assertEqual(await self.sweep(), 1)
+        self.assertEqual(await self.sweep(), 0)
+        self.assertEqual(
+            self.execute("select cmd_type, idem_key, payload from outbox"),
+            [("notice.publish", "broadcast:1", {"scope": "global", "message": "x", "severity": "info"})],
+        )
+        self.assertEqual(self.execute("select state, queued_at is not null from broadcasts"), [("queued", True)])
+
+    async def test_nothing_invalid_is_stored(self) -> None:
+        """The table refuses exactly what the schema of notice.publish refuses."""
+        schema = Schema(NoticePublish.schema)
+        base: dict[str, Any] = {"scope": "global", "message": "x", "severity": "info"}
+        changes: list[dict[str, Any]] = [
+            {},
+            {"scope": "sector", "sector_id": 1},
+            {"scope": "corp", "corp_id": _FAR},
+            {"scope": "player", "player_id": 5, "ttl_s": _FAR, "severity": "error"},
+            {"message": "é" * 4000},
+            {"message": ""},
+            {"message": "é" * 4001},
+            {"scope": "all"},
+            {"severity": "loud"},
+            {"scope": "sector"},
+            {"sector_id": 1},
+            {"scope": "corp", "corp_id": 1, "player_id": 1},
+            {"scope": "player", "player_id": 0},
+            {"scope": "player", "player_id": _FAR + 1},
+            {"ttl_s": 0},
+            {"ttl_s": _FAR + 1},
+        ]
+        for change in changes:
+            row = base | change
+            valid = schema.is_valid(row)
+            try:
+                with blocking(self.url) as txn:
+                    broadcasts.add(txn, **row)
+                stored = True
+            except StatementRefused:
+                stored = False
+            self.assertEqual(stored, valid, row)
+        await self.sweep()
+        for (payload,) in self.execute("select payload from outbox"):
+            schema.check(payload)
+
+    async def test_since_is_inclusive(self) -> None:
+        """since_ts leaves what is older pending, takes what was created in that very second, and may be any integer."""
+        self.execute(
+            "insert into broadcasts (message, created_at) values"
+            " ('old', to_timestamp(999.999)), ('then', to_timestamp(1000)), ('new', to_timestamp(1001))"
+        )
+        self.assertEqual(await self.sweep(_FAR), 0)
+        self.assertEqual(await self.sweep(1000), 2)
+        self.assertEqual(self.execute("select message from broadcasts where state = 'pending'"), [("old",)])
+
+    async def test_what_does_not_fit_is_refused(self) -> None:
+        """A broadcast too big to send is set aside with the reason, and takes nobody else's place in the limit."""
+        for message in ("big", "a", "big", "b", "c"):
+            self.execute("insert into broadcasts (message) values (%s)", message)
+        refuse_big = lambda payload: "it has 3 letters" if payload["message"] == "big" else None  # noqa: E731
+        self.assertEqual(await self.sweep(limit=2, fits=refuse_big), 2)
+        self.assertEqual(await self.sweep(limit=2, fits=refuse_big), 1)
+        self.assertEqual(
+            self.execute("select state, error, count(*)::int from broadcasts group by 1, 2 order by 1"),
+            [("queued", None, 3), ("refused", "it has 3 letters", 2)],
+        )
+
+    async def test_sweeps_overlap(self) -> None:
+        """Sweeps of two engines at once queue every broadcast exactly once."""
+        self.execute("insert into broadcasts (message) select 'm' || n from generate_series(1, 1000) n")
+        sweeps = [database.run(broadcasts.sweep, 0, 300, _fits) for _ in range(4) for database in self.databases]
+        self.assertEqual(sum(await gatherResults(sweeps)) + await self.sweep(limit=1000), 1000)
+        self.assertEqual(
+            self.execute("select count(*)::int, count(distinct idem_key)::int from outbox"), [(1000, 1000)]
+        )
+
+
+class NoticeTests(_StoreTestCase):
+    """:mod:`s2s.store.notices`."""
+
+    async def test_every_valid_notice_is_stored(self) -> None:
+        """The widest values that the schema lets pass are stored; a life too long for PostgreSQL is cut."""
+        payloads = [
+            {"scope": "sector", "sector_id": _FAR, "message": "m" * 4000, "severity": "warn", "ttl_s": _FAR},
+            {"scope": "global", "message": "m", "severity": "info", "ttl_s": 60},
+            {"scope": "global", "message": "m", "severity": "info"},
+        ]
+        await self.run_work(notices.insert_batch, list(enumerate(payloads, 1)))
+        rows = self.execute(
+            "select cmd_id, sector_id, extract(epoch from expires_at - created_at)::bigint from notices order by cmd_id"
+        )
+        self.assertEqual(rows, [(1, _FAR, 31_556_952_000), (2, None, 60), (3, None, None)])
+        (newest, *_) = await self.run_work(notices.list_notices, 2)
+        self.assertEqual((newest.cmd_id, newest.message, newest.expires_at), (3, "m", None))
+
+    async def test_one_notice_for_a_command(self) -> None:
+        """A second notice of the same command is refused by name."""
+        payload = {"scope": "global", "message": "m", "severity": "info"}
+        await self.run_work(notices.insert_batch, [(1, payload)])
+        error = await self.assertFailure(self.run_work(notices.insert_batch, [(1, payload)]), StatementRefused)
+        self.assertEqual(error.constraint, "notices_cmd_id_key")

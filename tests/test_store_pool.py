@@ -1,0 +1,227 @@
+"""The pool: one transaction for each call, our own errors, and a database that goes and comes back."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import psycopg2
+from twisted.internet.defer import gatherResults
+from twisted.logger import LogEvent, globalLogPublisher
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.errors import DatabaseUnavailable, OperatorError, StatementRefused
+from s2s.store import driver
+from s2s.store.pool import Database, blocking
+from tests.support.postgres import DatabaseTestCase, cluster_url
+from tests.support.waiting import poll
+
+_PASSWORD = "Tr0ub4dor"
+
+
+def _one(txn: driver.Cursor, statement: str, *params: Any) -> Any:
+    txn.execute(statement, params or None)
+    return txn.fetchone()[0] if txn.description else None
+
+
+class UrlTests(SynchronousTestCase):
+    """Reading a database URL."""
+
+    def test_url_wins(self) -> None:
+        """What the URL says stands above what we would say, and the rest is filled in."""
+        given = driver.parameters("postgresql://u@h/d?connect_timeout=2", application_name="ours")
+        self.assertEqual((given["connect_timeout"], given["application_name"]), ("2", "ours"))
+
+    def test_unreadable_urls_show_no_password(self) -> None:
+        """A URL that cannot be read, or that a password cuts in the wrong place, is refused without quoting it."""
+        for url in (
+            f"postgresql://u:{_PASSWORD}@h:1/d?no_such=1",
+            f"postgresql://u:{_PASSWORD}@{_PASSWORD}@h/d",
+            f"postgresql://u:{_PASSWORD}/x@h/d",
+            f"postgresql://u:12/{_PASSWORD}@h/d",
+            f"{_PASSWORD}",
+        ):
+            with self.subTest(url=url):
+                error = self.assertRaises(OperatorError, Database, url)
+                self.assertNotIn(_PASSWORD, str(error))
+                self.assertNotIn("\n", str(error))
+
+    def test_repr_shows_no_password(self) -> None:
+        """The object that holds the URL shows no password."""
+        self.assertNotIn(_PASSWORD, repr(Database(f"postgresql://u:{_PASSWORD}@h/d")))
+
+
+class DatabaseTests(DatabaseTestCase):
+    """:class:`Database` on a real server."""
+
+    def setUp(self) -> None:
+        """Start a pool of two connections."""
+        super().setUp()
+        self.execute("create table t (a int unique check (a > 0))")
+        self.database = self.start_database(threads=2)
+
+    def start_database(self, url: str = "", **options: Any) -> Database:
+        """Start a pool that ends with the test."""
+        database = Database(url or self.url, **options)
+        database.start()
+        self.addCleanup(database.stop)
+        return database
+
+    def kill_connections(self) -> None:
+        """End every connection of the pool."""
+        self.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s'")
+
+    async def test_commits(self) -> None:
+        """What returns is committed before the Deferred fires."""
+        await self.database.run(_one, "insert into t values (1)")
+        self.assertEqual(self.execute("select a from t"), [(1,)])
+
+    async def test_rolls_back(self) -> None:
+        """What raises is rolled back and comes through as it is."""
+
+        def work(txn: driver.Cursor) -> None:
+            txn.execute("insert into t values (1)")
+            raise KeyError("mine")
+
+        await self.assertFailure(self.database.run(work), KeyError)
+        self.assertEqual(self.execute("select a from t"), [])
+
+    async def test_refusals_name_the_constraint_and_no_data(self) -> None:
+        """A violated constraint is named; the row is not quoted."""
+        await self.database.run(_one, "insert into t values (4711)")
+        twice = await self.assertFailure(self.database.run(_one, "insert into t values (4711)"), StatementRefused)
+        self.assertEqual(twice.constraint, "t_a_key")
+        self.assertNotIn("4711", str(twice))
+        wrong = await self.assertFailure(self.database.run(_one, "insert into t values (-4711)"), StatementRefused)
+        self.assertEqual(wrong.constraint, "t_a_check")
+        self.assertNotIn("4711", str(wrong))
+
+    async def test_a_swallowed_error_is_no_commit(self) -> None:
+        """Work that swallows a statement's error does not pass for committed."""
+
+        def work(txn: driver.Cursor) -> None:
+            txn.execute("insert into t values (1)")
+            try:
+                txn.execute("insert into t values (-1)")
+            except Exception:
+                return
+
+        await self.assertFailure(self.database.run(work), StatementRefused)
+
+    async def test_session_settings(self) -> None:
+        """A connection has its time limits, its name, and a COMMIT that waits for the disk."""
+        names = ("statement_timeout", "idle_in_transaction_session_timeout", "synchronous_commit", "timezone")
+        values = [await self.database.run(_one, f"select current_setting('{name}')") for name in names]
+        self.assertEqual(values, ["8s", "1min", "on", "UTC"])
+        self.assertEqual(await self.database.run(_one, "show application_name"), "s2s")
+
+    async def test_statement_timeout(self) -> None:
+        """A statement over its time is cancelled and reported as unavailable; the connection lives on."""
+        database = self.start_database(threads=1, statement_timeout_s=0.05)
+        await self.assertFailure(database.run(_one, "select pg_sleep(5)"), DatabaseUnavailable)
+        self.assertEqual(await database.run(_one, "select 1"), 1)
+
+    async def test_lost_idle_connections_cost_nobody_anything(self) -> None:
+        """After the database has ended our idle connections, the next calls connect anew without a failure."""
+        await gatherResults([self.database.run(_one, "select pg_sleep(0.05)") for _ in range(2)])
+        self.kill_connections()
+        await poll(lambda: self.execute("select 1 from pg_stat_activity where application_name = 's2s'") == [])
+        self.assertEqual(await gatherResults([self.database.run(_one, "select 7") for _ in range(4)]), [7] * 4)
+
+    async def test_lost_under_way(self) -> None:
+        """A connection that ends under a statement is a DatabaseUnavailable with no traceback; the next call works."""
+
+        def work(txn: driver.Cursor) -> None:
+            txn.execute("insert into t values (1)")
+            self.kill_connections()
+            txn.execute("select 1")
+
+        await self.assertFailure(self.database.run(work), DatabaseUnavailable)
+        self.assertEqual(await self.database.run(_one, "select count(*) from t"), 0)
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    async def test_lost_before_the_commit(self) -> None:
+        """A COMMIT that finds no connection is a DatabaseUnavailable: its outcome is unknown."""
+
+        def work(txn: driver.Cursor) -> None:
+            txn.execute("insert into t values (1)")
+            self.kill_connections()
+
+        await self.assertFailure(self.database.run(work), DatabaseUnavailable)
+
+    async def test_an_outage_is_told_once(self) -> None:
+        """However many calls fail, the log has one line when the database goes and one when it is back."""
+        said: list[str] = []
+
+        def hear(event: LogEvent) -> None:
+            if event.get("log_namespace") == "s2s.store.pool.Database":
+                said.append(event["log_format"])
+
+        globalLogPublisher.addObserver(hear)
+        self.addCleanup(globalLogPublisher.removeObserver, hear)
+        name = self.url.partition("?")[0].rpartition("/")[2]
+        admin = psycopg2.connect(cluster_url())
+        self.addCleanup(admin.close)
+        admin.autocommit = True
+        admin.cursor().execute(f"alter database {name} allow_connections false")
+        for _ in range(3):
+            await self.assertFailure(self.database.run(_one, "select 1"), DatabaseUnavailable)
+        self.assertEqual(said, ["the database is not available: {why}"])
+        admin.cursor().execute(f"alter database {name} allow_connections true")
+        await self.database.run(_one, "select 1")
+        self.assertEqual(said[1:], ["the database is available again"])
+
+    async def test_a_wrong_password_is_not_told(self) -> None:
+        """A failure to connect says why without the password."""
+        url = f"postgresql://nobody:{_PASSWORD}@127.0.0.1:1/d"
+        error = await self.assertFailure(self.start_database(url).run(_one, "select 1"), DatabaseUnavailable)
+        self.assertNotIn(_PASSWORD, str(error))
+
+    async def test_bounded(self) -> None:
+        """Over the bound of waiting calls, further ones are refused at once; the counters tell."""
+        database = self.start_database(threads=1, max_waiting=2)
+        gate = threading.Event()
+        calls = [database.run(lambda txn: gate.wait(10)) for _ in range(3)]
+        self.assertEqual((database.running, database.waiting), (1, 2))
+        error = self.failureResultOf(database.run(lambda txn: None), DatabaseUnavailable).value
+        self.assertIn("overloaded", str(error))
+        gate.set()
+        await gatherResults(calls)
+        self.assertEqual((database.running, database.waiting), (0, 0))
+
+    async def test_stop_finishes_what_runs(self) -> None:
+        """Stopping waits for what is under way, closes every connection, and refuses what comes after."""
+        database = self.start_database(threads=2, application_name="stopped")
+        calls = [database.run(_one, "select pg_sleep(0.1)") for _ in range(4)]
+        stopped = database.stop()
+        self.failureResultOf(database.run(_one, "select 1"), DatabaseUnavailable)
+        await gatherResults([*calls, stopped])
+        count = "select count(*) from pg_stat_activity where application_name = 'stopped'"
+        await poll(lambda: self.execute(count) == [(0,)])
+
+    def test_nothing_before_start(self) -> None:
+        """Nothing is connected and no thread runs before the start; a call then is refused."""
+        before = threading.active_count()
+        self.failureResultOf(Database(self.url).run(_one, "select 1"), DatabaseUnavailable)
+        self.assertEqual(threading.active_count(), before)
+
+
+class BlockingTests(DatabaseTestCase):
+    """:func:`blocking`."""
+
+    def test_commits_and_rolls_back(self) -> None:
+        """It commits what ends well, rolls back what raises, and reports in our errors."""
+        with blocking(self.url) as txn:
+            txn.execute("create table t (a int unique)")
+            txn.execute("insert into t values (1)")
+        with self.assertRaises(StatementRefused) as caught, blocking(self.url) as txn:
+            txn.execute("insert into t values (2)")
+            txn.execute("insert into t values (1)")
+        self.assertEqual(caught.exception.constraint, "t_a_key")
+        self.assertEqual(self.execute("select a from t"), [(1,)])
+
+    def test_no_connection(self) -> None:
+        """A database that is not there is unavailable, in one line."""
+        with self.assertRaises(DatabaseUnavailable) as caught, blocking("postgresql://u@127.0.0.1:1/d"):
+            pass
+        self.assertNotIn("\n", str(caught.exception))

@@ -1,0 +1,205 @@
+"""``s2s up``, with the real roles and the real database."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from s2s import up
+from s2s.errors import OperatorError
+from s2s.news import LINK_UP
+from tests.support.waiting import poll
+
+_RUN = """
+import sys
+from pathlib import Path
+from s2s import up
+from s2s.errors import OperatorError
+state_dir, listen, seconds = sys.argv[1:]
+try:
+    code = up.run(Path(state_dir), listen, float(seconds) if seconds else None, lambda line: print(line, flush=True))
+except OperatorError as error:
+    code = str(error)
+sys.exit(code)
+"""
+
+
+@cache
+def shared_state_dir() -> Path:
+    """Make a state directory that goes with trial's own: making a database takes most of a second."""
+    return Path(tempfile.mkdtemp(dir=os.curdir)).resolve()
+
+
+def free_port() -> int:
+    """Find a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def processes(state_dir: Path) -> list[list[str]]:
+    """List the command lines that name a directory."""
+    found = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+    return [argv for argv in found if any(str(state_dir) in word for word in argv)]
+
+
+class Run:
+    """One ``s2s up``."""
+
+    def __init__(self, state_dir: Path, listen: str, seconds: str = "") -> None:
+        self.json = state_dir / "up.json"
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the run
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _RUN, str(state_dir), listen, seconds], stdout=self._output, stderr=self._output
+        )
+
+    @property
+    def output(self) -> str:
+        """Everything that it has said."""
+        self._output.seek(0)
+        return self._output.read()
+
+    def found(self) -> dict[str, Any]:
+        """Give what ``up.json`` says, nothing while it is not there."""
+        return json.loads(self.json.read_text()) if self.json.exists() else {}
+
+    def linked(self, **other_than: int) -> Deferred[Any]:
+        """Wait for an ``up.json`` whose members have other values than these."""
+
+        def look() -> bool:
+            found = self.found()
+            return bool(found) and all(found[name] != value for name, value in other_than.items())
+
+        return self._unless_ended(look, "up.json is written")
+
+    def says(self, text: str, times: int = 1) -> Deferred[Any]:
+        """Wait for a text in the output."""
+        return self._unless_ended(lambda: self.output.count(text) >= times, f"it says {text!r}")
+
+    def ended(self) -> Deferred[Any]:
+        """Wait for its end."""
+        return poll(lambda: self.process.poll() is not None, "s2s up ends", timeout=30)
+
+    def _unless_ended(self, look: Any, what: str) -> Deferred[Any]:
+        def checked() -> bool:
+            seen = look()
+            assert seen or self.process.poll() is None, f"s2s up ended before {what}:\n{self.output}"
+            return bool(seen)
+
+        return poll(checked, what, timeout=20)
+
+    def kill(self) -> None:
+        """See that it is gone after the test."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._output.close()
+
+
+class UpTests(TestCase):
+    """:func:`s2s.up.run`."""
+
+    timeout = 60
+
+    def setUp(self) -> None:
+        """Choose a port."""
+        self.state_dir = shared_state_dir()
+        self.listen = f"tcp:{free_port()}:interface=127.0.0.1"
+
+    def up(self, *, listen: str = "", seconds: str = "") -> Run:
+        """Start one."""
+        run = Run(self.state_dir, listen or self.listen, seconds)
+        self.addCleanup(run.kill)
+        return run
+
+    def nothing_left(self) -> Deferred[Any]:
+        """Wait until no process knows the state directory."""
+        return poll(lambda: not processes(self.state_dir), "nothing is left running", timeout=25)
+
+    @inlineCallbacks
+    def test_whole_way(self):
+        """A run for a time sends a broadcast, sees its notice, ends by itself with exit 0, and leaves nothing."""
+        run = self.up(seconds="3")
+        yield run.ended()
+        self.assertEqual(run.process.returncode, 0, run.output)
+        self.assertIn("came the whole way", run.output.splitlines()[-1])
+        self.assertIn("engine up:", run.output)
+        self.assertFalse(run.json.exists())
+        self.assertEqual(processes(self.state_dir), [])
+
+    @inlineCallbacks
+    def test_deaths(self):
+        """A killed role is replaced and its pid rewritten; a killed ``up`` leaves nothing and hinders no next one."""
+        first = self.up()
+        yield first.linked()
+        before = first.found()
+        self.assertEqual(sorted(before), ["database", "engine_pid", "link", "server_pid"])
+        for links, name in enumerate(("engine_pid", "server_pid"), start=2):
+            os.kill(before[name], signal.SIGKILL)
+            yield first.linked(**{name: before[name]})
+            yield first.says(LINK_UP, times=links)
+        first.process.kill()
+        second = self.up()
+        first.process.wait()
+        after = first.found()
+        yield second.linked(server_pid=after["server_pid"], engine_pid=after["engine_pid"])
+        second.process.send_signal(signal.SIGTERM)
+        yield second.ended()
+        self.assertEqual(second.process.returncode, 0, second.output)
+        yield self.nothing_left()
+
+    @inlineCallbacks
+    def test_port_in_use(self):
+        """A port that somebody else has is one line and a failure, and nothing is left running."""
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            run = self.up(listen=f"tcp:{other.getsockname()[1]}:interface=127.0.0.1")
+            yield run.ended()
+        self.assertEqual(run.process.returncode, 1)
+        self.assertIn("in use", run.output.splitlines()[-1])
+        self.assertNotIn("Traceback", run.output)
+        yield self.nothing_left()
+
+    @inlineCallbacks
+    def test_state_directory_in_use(self):
+        """A state directory that another ``up`` holds is one line and a failure."""
+        with (self.state_dir / "up.lock").open("ab") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            run = self.up()
+            yield run.ended()
+        self.assertEqual(run.process.returncode, 1)
+        self.assertRegex(run.output, r"^another s2s up runs in .*--state-dir\n$")
+
+
+class EndpointTests(SynchronousTestCase):
+    """:func:`s2s.up.connect_endpoint`."""
+
+    def test_reaches(self) -> None:
+        """The engine's endpoint reaches the server's, on this machine where the server listens everywhere."""
+        for listen, connect in {
+            "tcp:4321:interface=127.0.0.1": "tcp:host=127.0.0.1:port=4321",
+            "tcp:4321": "tcp:host=127.0.0.1:port=4321",
+            "tcp:port=4321:interface=0.0.0.0": "tcp:host=127.0.0.1:port=4321",
+            r"tcp:4321:interface=\:\:": "tcp:host=127.0.0.1:port=4321",
+            r"tcp:4321:interface=\:\:1": r"tcp:host=\:\:1:port=4321",
+            "unix:run/s2s.sock": "unix:run/s2s.sock",
+            r"unix:address=odd\:name:mode=600": r"unix:odd\:name",
+        }.items():
+            self.assertEqual(up.connect_endpoint(listen), connect)
+
+    def test_refuses(self) -> None:
+        """What names no place that an engine can be sent to is refused in one line."""
+        for listen in ("tcp:0", "tcp:", "tcp:http", "tcp:65536", "ssl:4321", "unix:", ""):
+            self.assertNotIn("\n", str(self.assertRaises(OperatorError, up.connect_endpoint, listen)))
