@@ -78,6 +78,7 @@ class Server(service.Service):
         )
         self._sweeps = task.LoopingCall(self._sweep_all)
         self._sweeps.clock = clock.scheduler
+        self._sweeping: dict[Link, bool] = {}
         self._digest = Digest(
             "commands: {accepted} accepted, {duplicates} duplicates, {ran} run, {dead} dead", self._counts, clock
         )
@@ -136,8 +137,18 @@ class Server(service.Service):
             self._sweep(link)
 
     def _sweep(self, link: Link) -> None:
+        # However many broadcasts are typed at once: one sweep under way, and one more for what it may have missed.
+        if link in self._sweeping:
+            self._sweeping[link] = True
+            return
+        self._sweeping[link] = False
         sweeping: Deferred[Any] = link.call(SWEEP, {"since_ts": 0})
         sweeping.addErrback(self._sweep_failed, link)
+        sweeping.addCallback(self._swept, link)
+
+    def _swept(self, _: object, link: Link) -> None:
+        if self._sweeping.pop(link) and link.session.is_open:
+            self._sweep(link)
 
     def _sweep_failed(self, failure: Failure, link: Link) -> None:
         failure.trap(S2SError)

@@ -57,7 +57,7 @@ class Outcome:
     is_conflict: bool = False
 
 
-_NEXT: Final = "nextval(pg_get_serial_sequence('commands', 'cmd_id'))"
+_NEXT: Final = "nextval('commands_cmd_id_seq')"
 _INSERT: Final = f"""
 with pushed as materialized (
     -- cmd_ids in the order of arrival

@@ -1,0 +1,338 @@
+"""The executor: each command with its effect and its end in one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s import executor
+from s2s.commands import BUILTIN, BatchedCommandType, Command, CommandType, registry
+from s2s.executor import Executor
+from s2s.store import notes
+from s2s.store.driver import Cursor
+from s2s.store.pool import Database
+from tests.support.postgres import DatabaseTestCase
+from tests.support.waiting import poll
+
+_ANY = {"type": "object"}
+
+
+def _effect(txn: Cursor, command: Command) -> None:
+    txn.execute("insert into effects (cmd_id, idem_key) values (%s, %s)", (command.cmd_id, command.idem_key))
+
+
+def _misbehave(txn: Cursor, command: Command, before: Callable[[], None]) -> None:
+    """Do what the payload says, after the effect: what fails must take the effect with it."""
+    _effect(txn, command)
+    match command.payload.get("do"):
+        case "raise":
+            raise ValueError("not\x00 this\udc00 one\nand a second line")
+        case "raise twice" if command.attempts < 2:
+            raise ValueError(f"attempt {command.attempts}")
+        case "bad sql":
+            txn.execute("insert into effects (cmd_id, idem_key) values (%s, 'other')", (command.cmd_id,))
+        case "swallow":
+            try:
+                txn.execute("select 1 / 0")
+            except Exception:
+                return
+        case "late":
+            txn.execute("insert into checked_late values (%s)", (command.cmd_id,))
+        case "exit":
+            raise SystemExit(3)
+        case "before":
+            before()
+
+
+class _Single(CommandType):
+    cmd_type = "test.single"
+    schema = _ANY
+
+    def __init__(self) -> None:
+        self.before: Callable[[], None] = lambda: None
+
+    def run(self, txn: Cursor, command: Command) -> None:
+        _misbehave(txn, command, self.before)
+
+
+class _Batched(BatchedCommandType):
+    cmd_type = "test.batched"
+    schema = _ANY
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def run_batch(self, txn: Cursor, commands: Sequence[Command]) -> None:
+        self.sizes.append(len(commands))
+        for command in commands:
+            _misbehave(txn, command, lambda: None)
+
+
+class ExecutorTests(DatabaseTestCase):
+    """:class:`Executor` on a real database."""
+
+    def setUp(self) -> None:
+        """Make the table of effects, and let nothing run yet."""
+        super().setUp()
+        self.execute(
+            "create table effects (n serial, cmd_id bigint unique, idem_key text);"
+            "create table checked_late (cmd_id bigint references commands deferrable initially deferred,"
+            " check (cmd_id > 0))"
+        )
+        # A reference that holds only for a moment: it is checked at the COMMIT.
+        self.execute("alter table checked_late add unique (cmd_id) deferrable initially deferred")
+        self.single, self.batched = _Single(), _Batched()
+        self.patch(executor, "POLL_S", 0.05)
+
+    def start(self, **options: Any) -> Executor:
+        """Start an executor that ends with the test."""
+        database = Database(self.url, "s2s-run", threads=3)
+        database.start()
+        self.addCleanup(database.stop)
+        kinds = registry([self.single, self.batched, *BUILTIN])
+        running = Executor(database, kinds, "boot-1", **{"workers": 1, **options})
+        running.start()
+        self.addCleanup(running.stop)
+        return running
+
+    def insert(self, *keys: str, cmd_type: str = "test.single", do: str = "", **columns: Any) -> None:
+        """Store commands that are due."""
+        names = "".join(f", {name}" for name in columns)
+        self.execute(
+            f"insert into commands (cmd_type, idem_key, payload{names}) select %s, key, jsonb_build_object('do', %s)"
+            f"{', %s' * len(columns)} from unnest(%s) key",
+            cmd_type,
+            do,
+            *columns.values(),
+            list(keys),
+        )
+
+    def rush(self) -> None:
+        """Make every waiting command due now."""
+        self.execute("update commands set due_at = now() where status = 'ready'")
+
+    def effects(self) -> list[str]:
+        """Give the keys whose effect is there, in their order."""
+        return [key for (key,) in self.execute("select idem_key from effects order by n")]
+
+    def statuses(self) -> dict[str, str]:
+        """Give every command's status."""
+        return dict(self.execute("select idem_key, status from commands"))
+
+    async def until(self, status: str, *keys: str, rush: bool = False) -> None:
+        """Wait until commands have a status."""
+
+        def reached() -> bool:
+            if rush:
+                self.rush()
+            return all(self.statuses()[key] == status for key in keys)
+
+        await poll(reached, f"{keys} to be {status}")
+
+    async def test_runs_in_order_and_once(self) -> None:
+        """What is due runs in run order across its types, takes effect once, is done, and leaves no note."""
+        self.insert("c", priority=9)
+        self.insert("b", priority=5, cmd_type="test.batched")
+        self.insert("a", priority=1)
+        self.insert("later", due_at="2100-01-01")
+        running = self.start()
+        await self.until("done", "a", "b", "c")
+        self.assertEqual(self.effects(), ["a", "b", "c"])
+        self.assertEqual(self.statuses()["later"], "ready")
+        self.assertEqual(self.execute("select count(*) from commands where finished_at is not null"), [(3,)])
+        self.assertEqual(self.execute("select * from batch_notes"), [])
+        self.assertEqual((running.ran, running.failed, running.dead), (3, 0, 0))
+
+    async def test_wakes(self) -> None:
+        """A worker that sleeps looks at once when it is woken."""
+        self.patch(executor, "POLL_S", 60.0)
+        running = self.start()
+        await poll(lambda: running._asleep, "the worker to sleep")
+        self.insert("a")
+        running.wake()
+        await self.until("done", "a")
+
+    async def test_wakes_by_itself_when_something_is_due(self) -> None:
+        """A worker sleeps no longer than until the next command is due."""
+        self.patch(executor, "POLL_S", 60.0)
+        self.insert("a")
+        self.execute("update commands set due_at = now() + interval '0.3 s'")
+        self.start()
+        await self.until("done", "a")
+
+    async def test_a_batch_at_once(self) -> None:
+        """A batched type gets its batch in one call, many workers share the rest, and each command runs once."""
+        keys = [f"k{i}" for i in range(1000)]
+        self.insert(*keys, cmd_type="test.batched")
+        running = self.start(workers=3, batch_size=100)
+        await self.until("done", *keys)
+        self.assertEqual(sorted(self.effects()), sorted(keys))
+        self.assertEqual(self.batched.sizes, [100] * 10)
+        await poll(lambda: running.ran == 1000)
+
+    async def test_notices_are_published(self) -> None:
+        """The built-in command makes its rows."""
+        self.execute(
+            "insert into commands (cmd_type, idem_key, payload) select 'notice.publish', 'k' || i,"
+            """ '{"scope": "global", "message": "m", "severity": "info"}' from generate_series(1, 5) i"""
+        )
+        self.start()
+        await poll(lambda: self.execute("select count(distinct cmd_id)::int from notices") == [(5,)], "the notices")
+
+    async def test_a_failure_takes_its_effect_along(self) -> None:
+        """Of a batch in which one raises, that one is charged, its effect undone, and the others are done."""
+        for cmd_type in ("test.single", "test.batched"):
+            self.insert(*(f"{cmd_type} {i}" for i in range(3)), cmd_type=cmd_type)
+            self.insert(f"{cmd_type} bad", cmd_type=cmd_type, do="raise", due_at="2000-01-01")
+        self.patch(executor.table, "MAX_ATTEMPTS", 1)
+        running = self.start()
+        await poll(lambda: sorted(self.statuses().values()) == ["dead"] * 2 + ["done"] * 6, "the ends")
+        self.assertEqual(len(self.effects()), 6)
+        errors = self.execute("select distinct error, attempts from commands where status = 'dead'")
+        self.assertEqual(errors, [("ValueError: not this? one", 1)])
+        await poll(lambda: (running.ran, running.failed, running.dead) == (6, 2, 2), "the counters")
+
+    async def test_sql_that_fails(self) -> None:
+        """A statement that the database refuses, and one whose error was swallowed, undo only their own command."""
+        self.insert("a")
+        self.insert("bad sql", do="bad sql")
+        self.insert("swallow", do="swallow")
+        self.insert("z")
+        self.patch(executor.table, "MAX_ATTEMPTS", 1)
+        self.start()
+        await self.until("dead", "bad sql", "swallow")
+        await self.until("done", "a", "z")
+        self.assertEqual(self.effects(), ["a", "z"])
+        ((error,),) = self.execute("select error from commands where idem_key = 'bad sql'")
+        self.assertEqual(error, 'UniqueViolation: duplicate key value violates unique constraint "effects_cmd_id_key"')
+
+    async def test_retries(self) -> None:
+        """What fails twice and then works is done, with its attempts counted."""
+        self.insert("a", do="raise twice")
+        self.start()
+        await self.until("done", "a", rush=True)
+        self.assertEqual(self.execute("select attempts, error from commands"), [(2, "ValueError: attempt 1")])
+        self.assertEqual(self.effects(), ["a"])
+
+    async def test_death(self) -> None:
+        """What always fails is dead after ten attempts, with the reason and the time."""
+        self.insert("a", do="raise")
+        self.start()
+        await self.until("dead", "a", rush=True)
+        self.assertEqual(self.execute("select attempts, finished_at is not null from commands"), [(10, True)])
+
+    async def test_what_fails_at_the_commit(self) -> None:
+        """A batch that fails as a whole is charged as a whole; then all run singly, and only the culprit dies."""
+        self.insert("a", "b")
+        self.insert("twice", "again", do="late")
+        self.execute("insert into checked_late select cmd_id from commands where idem_key = 'twice'")
+        self.start()
+        await self.until("done", "a", "b", "again", rush=True)
+        await self.until("dead", "twice", rush=True)
+        self.assertEqual(sorted(self.effects()), ["a", "again", "b"])
+        self.assertEqual(
+            dict(self.execute("select idem_key, attempts from commands")), {"a": 1, "b": 1, "again": 1, "twice": 10}
+        )
+        self.assertTrue(self.flushLoggedErrors())
+
+    async def test_a_handler_that_exits(self) -> None:
+        """A handler that raises SystemExit is charged and ends nobody."""
+        self.insert("a", do="exit")
+        self.insert("z")
+        self.start()
+        await self.until("done", "z", rush=True)
+        await self.until("dead", "a", rush=True)
+        self.flushLoggedErrors()
+
+    async def test_a_lost_connection_charges_nobody(self) -> None:
+        """When the connection ends under a batch nothing took effect, nobody is charged, and all is run again."""
+        ended: list[int] = []
+
+        def end_once() -> None:
+            if not ended:
+                ended.append(1)
+                self.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run'"
+                )
+
+        self.single.before = end_once
+        self.insert("a", "b")
+        self.insert("c", do="before")
+        self.start()
+        await self.until("done", "a", "b", "c")
+        self.assertEqual(sorted(self.effects()), ["a", "b", "c"])
+        self.assertEqual(self.execute("select sum(attempts)::int from commands"), [(0,)])
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    async def test_a_handler_that_is_gone(self) -> None:
+        """Commands of a type that nobody serves any more wait, uncharged, and hold up no other."""
+        self.insert("gone", "gone too", cmd_type="test.removed")
+        self.insert("a")
+        self.start()
+        await self.until("done", "a")
+        await poll(lambda: self.execute("select * from commands where due_at > now() + interval '50 s'"), "the delay")
+        self.assertEqual(
+            self.execute("select status, attempts from commands where cmd_type = 'test.removed'"), [("ready", 0)] * 2
+        )
+
+    async def test_what_a_dead_process_had_in_hand(self) -> None:
+        """The batch of a process that is gone is charged one attempt each, then run singly, each once."""
+        self.insert("a", "b")
+        ids = [cmd_id for (cmd_id,) in self.execute("select cmd_id from commands order by 1")]
+        self.execute("insert into batch_notes (boot_id, worker, cmd_ids) values ('dead', 0, %s)", ids)
+        running = self.start(workers=2)
+        await self.until("done", "a", "b", rush=True)
+        self.assertEqual(sorted(self.effects()), ["a", "b"])
+        self.assertEqual(self.execute("select attempts from commands"), [(1,), (1,)])
+        self.assertEqual(self.execute("select * from batch_notes where boot_id = 'dead'"), [])
+        self.assertEqual(running.failed, 2)
+
+    async def test_what_a_living_process_has_in_hand(self) -> None:
+        """The batch of another process that lives is left alone."""
+        self.insert("theirs", "ours")
+        ((theirs,),) = self.execute("select cmd_id from commands where idem_key = 'theirs'")
+        self.execute("select pg_advisory_lock(%s)", notes.presence_key("alive"))
+        self.execute("insert into batch_notes (boot_id, worker, cmd_ids) values ('alive', 0, %s)", [theirs])
+        self.start()
+        await self.until("done", "ours")
+        self.assertEqual(self.statuses()["theirs"], "ready")
+
+    async def test_stop_finishes_the_batch(self) -> None:
+        """Stopping waits for the batch that runs; what comes after is left."""
+        running: list[Executor] = []
+        stopped: list[Any] = []
+
+        def stop() -> None:
+            from twisted.internet import reactor
+
+            reactor.callFromThread(lambda: stopped.append(running[0].stop()))
+
+        self.single.before = stop
+        self.insert("a", do="before")
+        running.append(self.start())
+        await poll(lambda: stopped, "the stop")
+        await stopped[0]
+        self.assertEqual(self.statuses(), {"a": "done"})
+        self.insert("b")
+        running[0].wake()
+        self.assertEqual(self.statuses()["b"], "ready")
+
+    async def test_off(self) -> None:
+        """With no workers nothing runs, and starting and stopping work."""
+        self.insert("a")
+        running = self.start(workers=0)
+        running.wake()
+        await running.stop()
+        self.assertEqual(self.statuses(), {"a": "ready"})
+
+
+class TellingTests(SynchronousTestCase):
+    """How an exception is told."""
+
+    def test_one_line_that_the_table_can_hold(self) -> None:
+        """The text is one line of at most 500 characters, without what PostgreSQL or UTF-8 cannot hold."""
+        self.assertEqual(executor._told(KeyError("x" * 900))[:13], "KeyError: 'xx")
+        self.assertEqual(len(executor._told(KeyError("x" * 900))), 500)
+        self.assertEqual(executor._told(ValueError("a\0b\udc00\nc")), "ValueError: ab?")

@@ -1,0 +1,295 @@
+"""Group commit: every push is answered after its COMMIT, as the protocol says."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+from twisted.internet.defer import Deferred, DeferredList, fail, gatherResults, succeed
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s import canonical, inbox
+from s2s.catalogue import BY_NAME, COMMAND_PUSH
+from s2s.commands import BUILTIN, Command, CommandType, registry
+from s2s.errors import (
+    BadPayload,
+    DatabaseUnavailable,
+    DbUnavailable,
+    IdemConflict,
+    InternalError,
+    Overloaded,
+    ShuttingDown,
+    UnknownCommand,
+)
+from s2s.inbox import Inbox
+from s2s.store.commands import Outcome
+from s2s.store.driver import Cursor
+from s2s.store.pool import Database, blocking
+from tests.support.postgres import DatabaseTestCase
+from tests.support.waiting import poll
+
+
+class _Test(CommandType):
+    """Takes any payload."""
+
+    cmd_type = "test.run"
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
+
+    def run(self, txn: Cursor, command: Command) -> None:
+        """Do nothing."""
+
+
+_REGISTRY = registry([_Test(), *BUILTIN])
+
+
+def _push(key: str, n: int = 0, **more: Any) -> dict[str, Any]:
+    return {"cmd_type": "test.run", "idem_key": key, "payload": {"n": n}, "priority": 100, **more}
+
+
+def _brief(result: Any) -> Any:
+    """Give the ack's (duplicate, cmd_id), or the error's class and cmd_id."""
+    if isinstance(result, Failure):
+        return type(result.value), result.value.details.get("cmd_id")
+    return result["duplicate"], result["cmd_id"]
+
+
+class InboxTests(DatabaseTestCase):
+    """:class:`Inbox` on a real database."""
+
+    def setUp(self) -> None:
+        """Make an inbox."""
+        super().setUp()
+        self.wakes = 0
+        self.inbox = self.make_inbox()
+
+    def make_inbox(self) -> Inbox:
+        """Make an inbox on a pool of its own."""
+        database = Database(self.url, threads=1)
+        database.start()
+        self.addCleanup(database.stop)
+        return Inbox(database, _REGISTRY, self.wake)
+
+    def wake(self) -> None:
+        """Count the calls after a COMMIT."""
+        self.wakes += 1
+
+    def push_all(self, pushes: list[dict[str, Any]], to: Inbox | None = None) -> Deferred[list[Any]]:
+        """Push them all at once, and give what became of each."""
+        answers = DeferredList([(to or self.inbox).push(push) for push in pushes], consumeErrors=True)
+        return answers.addCallback(lambda results: [_brief(result) for _, result in results])
+
+    async def test_a_lone_push(self) -> None:
+        """A push is answered, after its COMMIT, by an ack that the catalogue lets pass."""
+        ack = await self.inbox.push(_push("k"))
+        ((cmd_id, status),) = self.execute("select cmd_id, status from commands")
+        self.assertEqual(ack, {"accepted": True, "duplicate": False, "cmd_id": cmd_id, "status": status})
+        BY_NAME[COMMAND_PUSH].reply_schema.check(ack)
+        self.assertEqual((self.wakes, self.inbox.accepted, self.inbox.batches), (1, 1, 1))
+
+    async def test_two_thousand_at_once(self) -> None:
+        """Of 2,000 pushes written at once the first of a key wins: its likes are duplicates, the others conflicts."""
+        pushes = [_push(f"k{i % 500}", n=int(i >= 1000 and i % 2)) for i in range(2000)]
+        results = await self.push_all(pushes)
+        ids = [result[1] for result in results[:500]]
+        self.assertEqual(ids, sorted(ids))
+        self.assertEqual(results[:500], [(False, cmd_id) for cmd_id in ids])
+        self.assertEqual(results[500:1000], [(True, cmd_id) for cmd_id in ids])
+        for i, result in enumerate(results[1000:], 1000):
+            self.assertEqual(result, (IdemConflict, ids[i % 500]) if i % 2 else (True, ids[i % 500]))
+        self.assertEqual(
+            self.execute("select idem_key from commands order by cmd_id"), [(f"k{i}",) for i in range(500)]
+        )
+        self.assertEqual((self.inbox.accepted, self.inbox.duplicates, self.inbox.conflicts), (500, 1000, 500))
+        # One for the first, which waits for nobody, and two for the rest.
+        self.assertEqual(self.inbox.batches, 3)
+
+    async def test_the_fingerprint(self) -> None:
+        """The fingerprint covers the command type and the payload's meaning, not priority, due_at or member order."""
+        payload = {"b": 1, "a": {"y": "é", "x": None}}
+        other_order = {"a": {"x": None, "y": "é"}, "b": 1}
+        first = await self.inbox.push(_push("k") | {"payload": payload})
+        again = await self.inbox.push(_push("k", priority=1, due_at=5) | {"payload": other_order})
+        self.assertEqual((again["duplicate"], again["cmd_id"]), (True, first["cmd_id"]))
+        ((stored,),) = self.execute("select fingerprint from idempotency_keys")
+        written = canonical.dumps({"cmd_type": "test.run", "payload": payload})
+        self.assertEqual(bytes(stored), inbox.hashlib.sha256(written).digest())
+        notice = {"cmd_type": "notice.publish", "payload": {"scope": "global", "message": "m", "severity": "info"}}
+        await self.assertFailure(self.inbox.push(_push("k") | notice), IdemConflict)
+
+    async def test_a_duplicate_of_what_is_over(self) -> None:
+        """A duplicate is told what became of its first command."""
+        first = await self.inbox.push(_push("k"))
+        for status in ("done", "dead", "cancelled"):
+            self.execute("update commands set status = %s", status)
+            ack = await self.inbox.push(_push("k"))
+            self.assertEqual(ack, {**first, "duplicate": True, "status": status})
+        self.assertEqual(self.wakes, 1)
+
+    async def test_two_servers_with_the_same_keys(self) -> None:
+        """Batches of two servers that overlap in opposite orders do not deadlock, and each key is accepted once."""
+        other = self.make_inbox()
+        keys = [f"k{i}" for i in range(1000)]
+        for turn in range(3):
+            mine, theirs = await gatherResults(
+                [
+                    self.push_all([_push(f"{turn}{key}") for key in keys]),
+                    self.push_all([_push(f"{turn}{key}") for key in reversed(keys)], other),
+                ]
+            )
+            theirs.reverse()
+            for (duplicate, cmd_id), (duplicate_there, cmd_id_there) in zip(mine, theirs, strict=True):
+                self.assertEqual(cmd_id, cmd_id_there)
+                self.assertNotEqual(duplicate, duplicate_there)
+        self.assertEqual(self.execute("select count(*) from commands"), [(3000,)])
+
+    async def test_a_row_at_fault(self) -> None:
+        """Of a group in which the database refuses one row, only that one fails, and with nothing of the reason."""
+        self.execute(
+            "create function refuse() returns trigger language plpgsql as $$ begin"
+            " if new.idem_key = 'k7' then raise exception 'not this one' using errcode = '23514'; end if;"
+            " return new; end $$;"
+            "create trigger refuse before insert on commands for each row execute function refuse()"
+        )
+        results = await self.push_all([_push(f"k{i}") for i in range(20)] + [_push("k3"), _push("k3", n=1)])
+        self.assertEqual(results[7][0], InternalError)
+        self.assertEqual([result[0] for i, result in enumerate(results[:20]) if i != 7], [False] * 19)
+        self.assertEqual(results[20:], [(True, results[3][1]), (IdemConflict, results[3][1])])
+        ids = [result[1] for i, result in enumerate(results[:20]) if i != 7]
+        self.assertEqual(ids, sorted(ids))
+        error = await self.assertFailure(self.inbox.push(_push("k7")), InternalError)
+        self.assertIn("incident", error.details)
+        self.assertNotIn("not this one", str(error.payload()))
+
+    async def test_refusals_at_the_push(self) -> None:
+        """An unknown command type and a payload that its schema refuses never reach the database."""
+        error = self.failureResultOf(self.inbox.push(_push("k") | {"cmd_type": "no.such"}), UnknownCommand).value
+        self.assertEqual(error.details["supported"], ["notice.publish", "test.run"])
+        error = self.failureResultOf(self.inbox.push(_push("k") | {"payload": {"n": "1"}}), BadPayload).value
+        self.assertEqual(error.details["path"], "/payload/payload/n")
+        self.assertEqual(self.inbox.refused, 2)
+        self.assertEqual(self.execute("select count(*) from idempotency_keys"), [(0,)])
+
+    async def test_whatever_the_schema_lets_pass(self) -> None:
+        """The widest values of every member of a push are stored."""
+        pushes = [
+            _push("~" * 200, priority=1000, due_at=4102444800),
+            _push(" ", priority=0, due_at=0),
+            _push("wide")
+            | {"payload": {"n": 2**53 - 1, "": ["\\u0000 '\"\\ \x01\x7f\U0010ffff", -(2**53 - 1), {}, None]}},
+        ]
+        for push in pushes:
+            BY_NAME[COMMAND_PUSH].request_schema.check(push)
+        self.assertEqual([duplicate for duplicate, _ in await self.push_all(pushes)], [False] * 3)
+        self.assertEqual(
+            self.execute("select payload from commands where idem_key = 'wide'"), [(pushes[2]["payload"],)]
+        )
+
+    async def test_the_database_dies_under_a_batch(self) -> None:
+        """When the connection dies under a batch its waiters are told to come again; the next batch works."""
+        with blocking(self.url, "the lock's holder") as txn:
+            txn.execute("lock table idempotency_keys")
+            answers = [self.inbox.push(_push(f"k{i}")) for i in range(3)]
+            waiting = "from pg_stat_activity where wait_event_type = 'Lock' and application_name = 's2s'"
+            await poll(lambda: self.execute(f"select pid {waiting}"), "the batch to wait for the lock")
+            self.execute(f"select pg_terminate_backend(pid) {waiting}")
+            error = await self.assertFailure(answers[0], DbUnavailable)
+        self.assertEqual(error.details["retry_after_ms"], 1000)
+        # The other two were the next batch.
+        for answer in answers[1:]:
+            self.assertFalse((await answer)["duplicate"])
+        self.assertFalse((await self.inbox.push(_push("k0")))["duplicate"])
+
+    async def test_draining(self) -> None:
+        """Draining answers what waits and refuses what comes."""
+        answers = [self.inbox.push(_push(f"k{i}")) for i in range(5)]
+        drained = self.inbox.drain()
+        self.failureResultOf(self.inbox.push(_push("late")), ShuttingDown)
+        self.assertNoResult(drained)
+        await drained
+        self.assertEqual([self.successResultOf(answer)["duplicate"] for answer in answers], [False] * 5)
+        await self.make_inbox().drain()
+
+
+class _SlowDatabase:
+    """Holds every batch until it is told what became of it."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[list[Any], Deferred[Any]]] = []
+
+    def run(self, work: Any, pushes: list[Any]) -> Deferred[Any]:
+        self.batches.append((pushes, Deferred()))
+        return self.batches[-1][1]
+
+    def commit(self) -> None:
+        """Commit the last batch."""
+        pushes, done = self.batches[-1]
+        done.callback([Outcome(n, "ready", is_new=True) for n, _ in enumerate(pushes, 1)])
+
+
+class BatchTests(SynchronousTestCase):
+    """How pushes are put together."""
+
+    def setUp(self) -> None:
+        """Make an inbox on a database that takes its time."""
+        self.database = _SlowDatabase()
+        self.inbox = Inbox(self.database, _REGISTRY)  # type: ignore[arg-type]
+
+    def test_what_arrives_meanwhile_is_the_next_batch(self) -> None:
+        """A lone push goes at once; those that arrive meanwhile go together, and nobody is answered early."""
+        answers = [self.inbox.push(_push(f"k{i}")) for i in range(10)]
+        self.assertEqual([len(pushes) for pushes, _ in self.database.batches], [1])
+        self.assertEqual(self.inbox.waiting, 9)
+        self.database.commit()
+        self.assertEqual([len(pushes) for pushes, _ in self.database.batches], [1, 9])
+        self.successResultOf(answers[0])
+        self.assertNoResult(answers[1])
+        self.database.commit()
+        for answer in answers[1:]:
+            self.successResultOf(answer)
+
+    def test_batches_are_bounded(self) -> None:
+        """A batch has a largest count and a largest size; one push always fits."""
+        self.inbox.push(_push("first"))
+        for i in range(inbox.BATCH_PUSHES + 1):
+            self.inbox.push(_push(f"k{i}"))
+        self.database.commit()
+        self.database.commit()
+        self.assertEqual([len(pushes) for pushes, _ in self.database.batches], [1, inbox.BATCH_PUSHES, 1])
+        with mock.patch.object(inbox, "BATCH_BYTES", 250):
+            for i in range(4):
+                self.inbox.push(_push(f"big{i}") | {"payload": {"text": "x" * (300 if i == 0 else 100)}})
+            for _ in range(3):
+                self.database.commit()
+        self.assertEqual([len(pushes) for pushes, _ in self.database.batches[3:]], [1, 2, 1])
+
+    def test_waiting_is_bounded(self) -> None:
+        """Over the bound of waiting pushes or bytes, further ones are overloaded and told when to come again."""
+        for name, bound in (("WAITING_PUSHES", 2), ("WAITING_BYTES", 20)):
+            self.setUp()
+            with mock.patch.object(inbox, name, bound):
+                for i in range(3):
+                    self.assertNoResult(self.inbox.push(_push(f"k{i}")))
+                error = self.failureResultOf(self.inbox.push(_push("over")), Overloaded).value
+                self.assertEqual(error.details["retry_after_ms"], 1000)
+                self.database.commit()
+                self.assertNoResult(self.inbox.push(_push("later")))
+
+    def test_an_unexpected_error(self) -> None:
+        """An error that nobody foresaw is told to all waiters as an incident, logged once, and stops nothing."""
+        answer = self.inbox.push(_push("k"))
+        self.database.batches[0][1].errback(ZeroDivisionError("secret"))
+        error = self.failureResultOf(answer, InternalError).value
+        self.assertNotIn("secret", str(error.payload()))
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        answer = self.inbox.push(_push("k"))
+        self.database.commit()
+        self.successResultOf(answer)
+
+    def test_a_database_that_is_away(self) -> None:
+        """While the database is away every push is answered at once, and none is acked."""
+        with mock.patch.object(self.database, "run", lambda *_: fail(DatabaseUnavailable("gone"))):
+            for i in range(3):
+                self.failureResultOf(self.inbox.push(_push(f"k{i}")), DbUnavailable)
+        with mock.patch.object(self.database, "run", lambda *_: succeed([Outcome(1, "ready", is_new=True)])):
+            self.successResultOf(self.inbox.push(_push("k")))
