@@ -39,7 +39,8 @@ class Backoff:
     def __call__(self, _attempts: int) -> float:
         """Give the pause before the next try, in seconds."""
         least, longest = SLOW if self._is_slow else FAST
-        ceiling = min(longest, least * 2.0 ** min(self._tries, 16))
         self._tries += 1
-        # Full jitter, over the class's floor where there is one to keep.
-        return least + self._rng() * (ceiling - least) if self._is_slow else self._rng() * ceiling
+        if self._is_slow:
+            # Drawn above the floor, the first one too: all engines may have been refused together.
+            return least + self._rng() * (min(longest, least * 2.0 ** min(self._tries, 16)) - least)
+        return self._rng() * min(longest, least * 2.0 ** min(self._tries - 1, 16))

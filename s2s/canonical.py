@@ -45,8 +45,9 @@ _STRICT: Final = (
     | orjson.OPT_PASSTHROUGH_SUBCLASS
 )
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-# Whole strings first, so that brackets inside them are not counted.
-_BRACKET: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
+# Whole strings first, so that brackets inside them are not counted. One that does not end is taken to the end as well:
+# else every quote in it would be tried anew, in time quadratic in the frame.
+_BRACKET: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
 
 
 def _refuse(rule: str) -> NoReturn:
@@ -207,11 +208,11 @@ def _sayable(value: Any, path: str, depth: int) -> Any:
             wrong("nul")
         if _SURROGATE.search(value):
             wrong("lone_surrogate")
-        return str(value)
+        return str.__str__(value)  # a subclass may show itself as something else
     if isinstance(value, int):
         if abs(value) > MAX_INTEGER:
             wrong("integer_range")
-        return int(value)
+        return int.__index__(value)
     if isinstance(value, float):
         wrong("float")
     if isinstance(value, (Mapping, list, tuple)):

@@ -39,7 +39,7 @@ from s2s.errors import (
     TooLarge,
     WireError,
 )
-from s2s.session import ALSO_PROVES, CHALLENGE, Call, Counters, Event, Session
+from s2s.session import ALSO_PROVES, CHALLENGE, Call, Counters, Event, Session, State
 
 #: An unacknowledged segment is given up after this many milliseconds (RFC 5482).
 _TCP_USER_TIMEOUT_MS: Final = 20_000
@@ -424,7 +424,7 @@ class Link(Int32StringReceiver):
             self._failed(Failure(DeadlineExceeded()), ticket, request)
         why = self.session.overdue(mono)
         if why is not None:
-            self.is_slow = True
+            self.is_slow |= self.session.state is State.CHALLENGING
             self.close(why)
         elif self.session.wants_check(mono):
             self._check()

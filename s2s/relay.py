@@ -34,8 +34,8 @@ LEASE_S: Final = 10.0
 POLL_S: Final = 1.0
 #: Least and longest pause before a row is sent again.
 RETRY_S: Final = (0.1, 5.0)
-#: Refusals that end the link and say nothing against the command.
-_NOT_ITS_FAULT: Final = frozenset({"replay", "forbidden"})
+#: Refusals that are about the link or the clock, and say nothing against the command, whatever their ``retryable``.
+_NOT_ITS_FAULT: Final = frozenset({"replay", "forbidden", "ts_skew"})
 
 
 def fits(frame_size: int) -> Callable[[Mapping[str, Any]], str | None]:

@@ -13,7 +13,7 @@ from twisted.python.failure import Failure
 from s2s.catalogue import COMMAND_PUSH, HEALTH_CHECK, SWEEP
 from s2s.clock import Clock
 from s2s.dispatch import Dispatcher, Responder
-from s2s.errors import S2SError
+from s2s.errors import Refused, S2SError
 from s2s.executor import Executor
 from s2s.inbox import Inbox
 from s2s.keys import LiveKeys
@@ -56,6 +56,7 @@ class Server(service.Service):
         url: str,
         clock: Clock,
     ) -> None:
+        self._clock = clock
         self._endpoint = listen
         self._described = described
         self._database = database
@@ -152,4 +153,11 @@ class Server(service.Service):
 
     def _sweep_failed(self, failure: Failure, link: Link) -> None:
         failure.trap(S2SError)
-        self.log.warn("{link}: the sweep failed: {why}", link=link, why=failure.getErrorMessage())
+        error = failure.value
+        self.log.warn("{link}: the sweep failed: {why}", link=link, why=str(error))
+        if isinstance(error, Refused) and error.retryable and error.retry_after_ms is not None:
+            self._clock.scheduler.callLater(min(error.retry_after_ms / 1000, SWEEP_S), self._sweep_again, link)
+
+    def _sweep_again(self, link: Link) -> None:
+        if link.session.is_open:
+            self._sweep(link)

@@ -224,16 +224,16 @@ class Session:
 
     def _check_fresh(self, ts: int, now: float) -> None:
         window = self.timing.fresh
-        skew = now - ts
+        skew = int(now) - ts
         if abs(skew) <= window:
             self._skews = 0
             return
         self._skews += 1
         refusal = TsSkew(
-            f"ts is {abs(int(skew))} s {'behind' if skew > 0 else 'ahead of'} our clock",
+            f"ts is {abs(skew)} s {'behind' if skew > 0 else 'ahead of'} our clock",
             path="/ts",
             server_ts=int(now),
-            skew_s=int(skew),
+            skew_s=skew,
             max_skew_s=int(window),
         )
         # The rule of this one code depends on the link's past.
@@ -366,6 +366,9 @@ class Session:
             if call.id is not None:
                 del self._pending[call.id]
             self._end(call)
+        if late and self._line:
+            self._line = deque(call for call in self._line if not call.over)
+            self._line_bytes = sum(call.size for call in self._line)
         self._next_deadline = min((call.deadline for call in calls if not call.over), default=math.inf)
         return late
 

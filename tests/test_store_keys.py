@@ -21,7 +21,7 @@ class KeyTests(DatabaseTestCase):
             keys.add(txn, "k-1", secret, "engine", "for the test")
         self.execute("update s2s_keys set active_from = to_timestamp(1000.5), active_to = to_timestamp(2000)")
         with blocking(self.url) as txn:
-            self.assertEqual(keys.read(txn), [keys.KeyRow("k-1", secret, "engine", 1000.5, 2000.0, False)])
+            self.assertEqual(keys.read(txn), [keys.KeyRow("k-1", secret, "engine", 1000.5, 2000.0, True)])
             self.assertNotIn(secret, repr(keys.read(txn)))
 
     def test_the_public_list_has_no_secret(self) -> None:
@@ -32,6 +32,20 @@ class KeyTests(DatabaseTestCase):
             (row,) = keys.list_public(txn)
         self.assertEqual((row.key_id, row.role, row.note), ("k-1", "any", "a note"))
         self.assertNotIn(secret, str(vars(row)))
+
+    def test_a_key_that_is_only_added_does_not_sign(self) -> None:
+        """The first key of a role is its default, so that one added later does not sign before it is told to."""
+        with blocking(self.url) as txn:
+            for key_id, role in (("a", "any"), ("b", "engine"), ("c", "any"), ("d", "server")):
+                keys.add(txn, key_id, signing.random_secret(), role)
+            self.assertEqual([row.key_id for row in keys.read(txn) if row.is_default_tx], ["a"])
+
+    def test_each_role_has_a_first_key(self) -> None:
+        """Keys of two roles are each the default of its own."""
+        with blocking(self.url) as txn:
+            for key_id, role in (("a", "server"), ("b", "engine"), ("c", "engine")):
+                keys.add(txn, key_id, signing.random_secret(), role)
+            self.assertEqual([row.key_id for row in keys.read(txn) if row.is_default_tx], ["a", "b"])
 
     def test_a_name_is_taken_once(self) -> None:
         """A second key of the same name is refused in one line without a secret, and the first one stays."""

@@ -69,7 +69,7 @@ def list_public(txn: Cursor) -> list[PublicKeyRow]:
 
 
 def add(txn: Cursor, key_id: str, key_b64: str, role: str, note: str = "") -> None:
-    """Add a key that verifies from now on.
+    """Add a key that verifies from now on. It signs only where no other key was chosen to before.
 
     The caller has checked the values: a statement that fails is written to the database's log, secret and all.
 
@@ -77,8 +77,11 @@ def add(txn: Cursor, key_id: str, key_b64: str, role: str, note: str = "") -> No
     :raises OperatorError: there is a key of this name.
     """
     txn.execute(
-        "insert into s2s_keys (key_id, key_b64, role, note) values (%s, %s, %s, %s) on conflict (key_id) do nothing",
-        (key_id, key_b64, role, note),
+        "insert into s2s_keys (key_id, key_b64, role, note, is_default_tx) values (%s, %s, %s, %s,"
+        # Without a default the newest key signs, and a key that was only added would sign at once.
+        " not exists (select from s2s_keys where is_default_tx and role in (%s, 'any')))"
+        " on conflict (key_id) do nothing",
+        (key_id, key_b64, role, note, role),
     )
     if txn.rowcount == 0:
         raise OperatorError(f"there is a key {key_id!r} already: choose another --key-id")
