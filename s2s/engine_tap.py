@@ -27,6 +27,7 @@ class Options(RoleOptions):
     """The engine's options."""
 
     process_name = "s2s-engine"
+    endpoint = ("connect", clientFromString, CONNECT)
     optParameters = [
         parameter("connect", CONNECT, "endpoint of the server"),
         parameter("name", f"engine-{socket.gethostname()}"[:200], "what operators call this engine"),
@@ -42,7 +43,7 @@ def makeService(options: Options) -> Any:
 def _make(options: Options) -> Any:
     base = Foundation(options, "engine", options["name"], _THREADS)
     return Engine(
-        clientFromString(base.reactor, options["connect"]),
+        base.endpoint,
         options["connect"],
         base.identity,
         base.bounds,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import Any, Final, NoReturn
 
+from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import Logger
 from zope.interface import implementer
@@ -41,9 +43,9 @@ class _Parent:
 
 def stop(reactor: Any, why: str) -> None:
     """Stop the process in order."""
-    if reactor.running:
-        _log.info("stopping: {why}", why=why)
+    with suppress(ReactorNotRunning):  # told twice
         reactor.stop()
+        _log.info("stopping: {why}", why=why)
 
 
 def watch(reactor: Any) -> None:
@@ -65,5 +67,10 @@ def _watch(reactor: Any) -> None:
 
 
 def refuse(why: str) -> NoReturn:
-    """End the process before it has started, with one line for the operator."""
-    raise SystemExit(f"{os.path.basename(sys.argv[0])}: {why}")
+    """End the process before it has started, with one line for the operator.
+
+    The line goes to the log, where a daemon leaves it, and to the terminal: Twisted's stderr is the log as well.
+    """
+    _log.error("{why}", why=why)
+    print(f"{os.path.basename(sys.argv[0])}: {why}", file=sys.__stderr__)
+    raise SystemExit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,11 +34,19 @@ def variable(option: str) -> str:
     return "S2S_" + option.upper().replace("-", "_")
 
 
-def _frame_size(text: str) -> int:
-    size = int(text)
-    if not FRAME_SIZES[0] <= size <= FRAME_SIZES[1]:
-        raise ValueError(f"{size} is not within {FRAME_SIZES[0]} and {FRAME_SIZES[1]}")
-    return size
+def between(least: int, most: int) -> Callable[[str], int]:
+    """Make the coercion of a number with bounds."""
+
+    def coerce(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise ValueError(f"{text!r} is not a number between {least} and {most}")
+        return number
+
+    return coerce
 
 
 def parameter(name: str, default: object, help: str) -> list[object]:
@@ -49,10 +58,12 @@ class RoleOptions(usage.Options):
     """The options of either role.
 
     :cvar process_name: names the role's files and its lines.
+    :cvar endpoint: the option that holds the role's endpoint, what reads it, and an example.
     :cvar coercions: what to make of an option's text, by name; a ``ValueError`` says what is wrong with it.
     """
 
     process_name: str
+    endpoint: tuple[str, Callable[[Any, str], Any], str]
     # S2S_DATABASE_URL is read by preflight, for the command line s2s as well.
     optParameters = [
         ["database", None, "", "URL of the PostgreSQL, or @FILE; else S2S_DATABASE_URL, else the embedded one"],
@@ -65,19 +76,17 @@ class RoleOptions(usage.Options):
     def from_environment(cls) -> RoleOptions:
         """Give the options as the environment alone sets them, for a tac file."""
         options = cls()
-        try:
-            options.parseOptions([])  # type: ignore[no-untyped-call]
-        except usage.UsageError as error:
-            refuse(str(error))
+        options.parseOptions([])  # type: ignore[no-untyped-call]
         return options
 
     def postOptions(self) -> None:
         """Read the values, and keep the two roles' files apart where one directory is home to both."""
-        for name, coerce in {"frame-size-limit": _frame_size, **self.coercions}.items():
+        for name, coerce in {"frame-size-limit": between(*FRAME_SIZES), **self.coercions}.items():
             try:
                 self[name] = coerce(self[name])
             except ValueError as error:
-                raise usage.UsageError(f"--{name} (or {variable(name)}): {error}") from None
+                # A UsageError would be told below a page of help.
+                refuse(f"--{name} (or {variable(name)}): {error}")
         twistd = getattr(self, "parent", None)
         if twistd is None:
             return
@@ -90,6 +99,7 @@ class RoleOptions(usage.Options):
 class Foundation:
     """What a role of either kind stands on, made before the fork and started after it.
 
+    :ivar endpoint: where the role listens or connects.
     :ivar rows: the keys as they are now.
     """
 
@@ -97,6 +107,7 @@ class Foundation:
         from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
 
         self.reactor: Any = reactor
+        self.endpoint = self._endpoint(options)
         make_monotonic(self.reactor)
         watch(self.reactor)
         self.clock = Clock(self.reactor)
@@ -108,8 +119,18 @@ class Foundation:
         self.url = place.url
         self.rows: Sequence[KeyRow] = rows
         self.database = Database(place.url, options.process_name, threads=threads)
-        # The last thing of all: a role that is still stopping needs its database.
-        self.reactor.addSystemEventTrigger("after", "shutdown", place.leave)  # type: ignore[arg-type]
+        # The last thing of all, also where the service cannot start: a role that is still stopping needs its database.
+        atexit.register(place.leave)
+
+    def _endpoint(self, options: RoleOptions) -> Any:
+        """Read the role's endpoint string, before a database is started for it."""
+        name, read, example = options.endpoint
+        try:
+            return read(self.reactor, options[name])
+        except Exception as error:  # every kind of endpoint raises its own
+            raise OperatorError(
+                f"--{name} {options[name]!r} is no endpoint: {error}: write one of Twisted's strings, such as {example}"
+            ) from None
 
 
 def or_refuse(make: Callable[[], T]) -> T:
@@ -118,6 +139,3 @@ def or_refuse(make: Callable[[], T]) -> T:
         return make()
     except OperatorError as error:
         refuse(str(error))
-    except ValueError as error:
-        # What the endpoint strings' parser raises.
-        refuse(f"an option cannot be used: {error}")

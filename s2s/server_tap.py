@@ -10,29 +10,23 @@ from s2s.commands import BUILTIN, registry
 from s2s.executor import Executor
 from s2s.inbox import Inbox
 from s2s.keys import LiveKeys
-from s2s.options import LISTEN, Foundation, RoleOptions, or_refuse, parameter
+from s2s.options import LISTEN, Foundation, RoleOptions, between, or_refuse, parameter
 from s2s.server import Server
 
 #: Connections beside those of the executor's workers: inbox, keys, and one to spare.
 _THREADS = 3
 
 
-def _workers(text: str) -> int:
-    workers = int(text)
-    if not 0 <= workers <= 32:
-        raise ValueError(f"{workers} is not within 0 and 32")
-    return workers
-
-
 class Options(RoleOptions):
     """The server's options."""
 
     process_name = "s2s-server"
+    endpoint = ("listen", serverFromString, LISTEN)
     optParameters = [
         parameter("listen", LISTEN, "endpoint that engines connect to"),
         parameter("executor-workers", 2, "batches of commands that run at once, 0 to 32; 0: none here"),
     ]
-    coercions = {"executor-workers": _workers}
+    coercions = {"executor-workers": between(0, 32)}
 
 
 def makeService(options: Options) -> Any:
@@ -46,10 +40,9 @@ def _make(options: Options) -> Any:
     types = registry(BUILTIN)
     executor = Executor(base.database, types, base.identity.boot_id, workers=workers, clock=base.reactor)
     inbox = Inbox(base.database, types, executor.wake)
-    endpoint = serverFromString(base.reactor, options["listen"])
     live_keys = LiveKeys(base.database, base.clock, base.rows)
     return Server(
-        endpoint,
+        base.endpoint,
         options["listen"],
         base.identity,
         base.bounds,
