@@ -6,9 +6,11 @@ from typing import Any
 
 from twisted.application import service
 from twisted.application.internet import ClientService
-from twisted.internet.defer import inlineCallbacks
+from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from s2s.backoff import Backoff
 from s2s.catalogue import HEALTH_CHECK, SWEEP
@@ -25,6 +27,33 @@ from s2s.session import Bounds
 from s2s.store import keys, outbox
 from s2s.store.listen import Listener
 from s2s.store.pool import Database
+
+
+@implementer(IStreamClientEndpoint)
+class _TellingEndpoint:
+    """An endpoint that tells why it does not connect, once an outage: ``ClientService`` keeps that to itself."""
+
+    log = Logger()
+
+    def __init__(self, endpoint: Any, described: str) -> None:
+        self._endpoint = endpoint
+        self._described = described
+        self._told = ""
+
+    def connect(self, factory: Any) -> Deferred[Any]:
+        connecting: Deferred[Any] = self._endpoint.connect(factory)
+        return connecting.addCallbacks(self._connected, self._failed)
+
+    def _connected(self, protocol: Any) -> Any:
+        self._told = ""
+        return protocol
+
+    def _failed(self, failure: Failure) -> Failure:
+        why = failure.getErrorMessage().rstrip(".")
+        if why != self._told:
+            self._told = why
+            self.log.warn("no connection to {endpoint}: {why}", endpoint=self._described, why=why)
+        return failure
 
 
 class Engine(service.Service):
@@ -65,7 +94,8 @@ class Engine(service.Service):
             SWEEP: Sweep(database, fits(bounds.frame_size), relay.wake),
         }
         self.factory = LinkFactory("engine", Dispatcher(live_keys, responders, clock), live_keys, clock, self, bounds)
-        self._client = ClientService(connect, self.factory, retryPolicy=self._backoff, clock=clock.scheduler)  # type: ignore[arg-type]
+        endpoint = _TellingEndpoint(connect, described)
+        self._client = ClientService(endpoint, self.factory, retryPolicy=self._backoff, clock=clock.scheduler)  # type: ignore[arg-type]
         self._digest = Digest(
             "outbox: {accepted} accepted by the server, {duplicates} duplicates, {retried} to send again, {dead} dead",
             self._counts,

@@ -40,6 +40,7 @@ class LiveKeys:
         self._timer: Timer | None = None
         self._began_at = float("-inf")
         self._is_reading = False
+        self._is_stopped = False
         self._gap_wanted: float | None = None
         self._waiters: list[Deferred[None]] = []
         self._complained: frozenset[str] = frozenset()
@@ -51,6 +52,7 @@ class LiveKeys:
 
     def stop(self) -> None:
         """Read no more."""
+        self._is_stopped = True
         if self._poll.running:
             self._poll.stop()
         if self._timer is not None and self._timer.active():
@@ -94,12 +96,13 @@ class LiveKeys:
         self.keyring = self._usable(rows)
 
     def _kept(self, failure: Failure) -> None:
-        # The pool has told of it.
-        failure.trap(DatabaseError)
+        # Of a database that is away the pool has told.
+        if not failure.check(DatabaseError):
+            self.log.failure("reading the keys failed", failure)
 
     def _done(self, _: object, waiters: list[Deferred[None]]) -> None:
         self._is_reading = False
-        if self._gap_wanted is not None:
+        if not self._is_stopped and self._gap_wanted is not None:
             gap_s, self._gap_wanted = self._gap_wanted, None
             self._read_after(gap_s)
         for waiter in waiters:

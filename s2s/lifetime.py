@@ -49,21 +49,23 @@ def stop(reactor: Any, why: str) -> None:
 
 
 def watch(reactor: Any) -> None:
-    """From the reactor's start on, take SIGTERM and SIGINT as a shutdown that ends with exit code 0.
+    """Take SIGTERM and SIGINT as a shutdown that ends with exit code 0, and the end of stdin where we are told so.
 
-    Twisted's own handler would let the process die of the signal once everything is stopped.
+    Twisted's own handler, which it sets when the reactor starts, would let the process die of the signal once all is
+    stopped.
     """
-    reactor.callWhenRunning(_watch, reactor)
 
-
-def _watch(reactor: Any) -> None:
     def on_signal(number: int, _frame: object) -> None:
         reactor.callFromThread(stop, reactor, signal.Signals(number).name)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    def take_signals() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+
+    take_signals()
+    reactor.callWhenRunning(take_signals)
     if os.environ.get(STOP_WITH_STDIN):
-        reactor.addReader(_Parent(reactor))
+        reactor.callWhenRunning(reactor.addReader, _Parent(reactor))
 
 
 def refuse(why: str) -> NoReturn:

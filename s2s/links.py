@@ -81,7 +81,7 @@ class ServerLinks:
             self.turned_away += 1
             link.close(f"there are {MAX_LINKS} links already")
             return
-        silent = [each for each in self._all if not each.session.has_been_heard]
+        silent = [each for each in self._all if each.session.is_open and not each.session.has_been_heard]
         if len(silent) >= MAX_SILENT:
             self.turned_away += 1
             silent[0].close(f"{MAX_SILENT} newer links are as silent")
@@ -105,7 +105,8 @@ class ServerLinks:
                 del self._engines[identity]
                 news.warn("engine down: {link}: {why}", link=link, why=link.why)
                 return
-        self.log.info("{link}: closed: {why}", link=link, why=link.why)
+        if not link.has_told:
+            self.log.info("{link}: closed: {why}", link=link, why=link.why)
 
     def close_all(self, why: str) -> None:
         """Close every link."""

@@ -29,6 +29,7 @@ class Place:
 
     url: str = field(repr=False)
     leave: Callable[[], object] = lambda: None
+    is_embedded: bool = False
 
 
 def find_database(given: str | None, state_dir: Path) -> Place:
@@ -38,9 +39,9 @@ def find_database(given: str | None, state_dir: Path) -> Place:
     :raises OperatorError: the file cannot be read, or the embedded PostgreSQL does not start.
     """
     url = given or os.environ.get(DATABASE_VARIABLE)
-    if url is None:
+    if not url:
         lease = embedded.join(state_dir)
-        return Place(lease.url, lease.leave)
+        return Place(lease.url, lease.leave, is_embedded=True)
     if url.startswith("@"):
         try:
             url = Path(url[1:]).read_text("utf-8").strip()
@@ -83,10 +84,10 @@ def prepare(given: str | None, state_dir: Path, role: Role) -> tuple[Place, Sequ
     :raises OperatorError: one line that names the cure.
     """
     place = find_database(given, state_dir)
-    is_ours = given is None and DATABASE_VARIABLE not in os.environ
     try:
-        done = [f"no database is named: using the embedded PostgreSQL under {state_dir}"] if is_ours else []
-        done += make_ready(place.url) if is_ours else []
+        done = []
+        if place.is_embedded:
+            done = [f"no database is named: using the embedded PostgreSQL under {state_dir}", *make_ready(place.url)]
         return place, check(place.url, role), done
     except BaseException:
         place.leave()

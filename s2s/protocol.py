@@ -110,6 +110,7 @@ class Link(Int32StringReceiver):
     :ivar peer: the payload of the peer's first ``s2s.health.ack``; empty until then.
     :ivar is_slow: whether a reconnect must wait long (protocol, "Reconnecting").
     :ivar why: why it ended, for the log.
+    :ivar has_told: the log has said so already.
     """
 
     log = Logger()
@@ -129,6 +130,7 @@ class Link(Int32StringReceiver):
         self.peer: Mapping[str, Any] = {}
         self.is_slow = False
         self.why = "the connection was lost"
+        self.has_told = False
         self._dispatcher = dispatcher
         self._keys = keys
         self._clock = clock
@@ -279,6 +281,7 @@ class Link(Int32StringReceiver):
             body = canonical.dumps(error.payload())
             self._send(ERROR, body, str(ULID()), refusal.ack_of, is_signed=error.signed)
         if error.closes:
+            self.has_told = True
             self.close(f"we refused a frame with {error.code}")
 
     def _unsigned_error(self, outcome: UnsignedError) -> None:
@@ -436,14 +439,13 @@ class Link(Int32StringReceiver):
         check.addErrback(self._check_failed)
 
     def _check_failed(self, failure: Failure) -> None:
-        if failure.check(DeadlinePassed):
+        # Any valid frame shows that the peer lives; a lost link has told why itself.
+        failure.trap(CallError, LocalError)
+        if failure.check(DeadlinePassed) and self.session.is_checking:
             if self.session.missed():
                 self.abort(f"the peer left {self.session.timing.misses} health checks unanswered")
             else:
                 self._check()
-        else:
-            # Any signed answer shows that the peer lives; a lost link has told why itself.
-            failure.trap(CallError, LocalError)
 
     # --- reading, paused for a set of reasons -------------------------------------------------------------------------
 
@@ -467,8 +469,9 @@ class Link(Int32StringReceiver):
 
     def __str__(self) -> str:
         """Name the peer in log lines."""
-        who = self.peer.get("name") or self.session.peer_key_id or "a peer"
-        return f"{who} at {self._address()}"
+        name = self.peer.get("name") or self.session.peer_key_id or "a peer"
+        # A name may hold what a log or a terminal obeys.
+        return f"{name if name.isascii() and name.isprintable() else ascii(name)} at {self._address()}"
 
     def _address(self) -> str:
         at = self.transport.getPeer() if self.transport is not None else None

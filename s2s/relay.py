@@ -29,7 +29,7 @@ from s2s.store.pool import Database
 WINDOW_ROWS: Final = 512
 WINDOW_BYTES: Final = 2 << 20
 #: Rows are anybody's again after this many seconds.
-LEASE_S: Final = 10.0
+LEASE_S: Final = 5.0
 #: Beside the outbox's NOTIFY, which can be lost.
 POLL_S: Final = 1.0
 #: Least and longest pause before a row is sent again.
@@ -121,12 +121,12 @@ class Relay:
     # --- claim and send ---------------------------------------------------------------------------------------------
 
     def _claim(self) -> None:
-        room = WINDOW_ROWS - len(self._held)
-        if self._is_stopping or self._is_claiming:
+        if self._is_stopping:
             return
         if self._timer is None or not self._timer.active():
             self._timer = self._clock.scheduler.callLater(POLL_S, self._poll)
-        if self._link is None or room <= 0 or self._flying_bytes >= WINDOW_BYTES:
+        room = WINDOW_ROWS - len(self._held)
+        if self._is_claiming or self._link is None or room <= 0 or self._flying_bytes >= WINDOW_BYTES:
             return
         self._is_claiming = True
         self._more = False
@@ -135,7 +135,7 @@ class Relay:
         claiming.addErrback(self._unexpected)
 
     def _poll(self) -> None:
-        self._database.run(outbox.depth).addCallbacks(self._counted, self._claim_failed)
+        self._database.run(outbox.depth).addCallbacks(self._counted, self._unless_away)
         self.wake()
 
     def _counted(self, depth: int) -> None:
@@ -146,17 +146,28 @@ class Relay:
         self._more |= len(rows) == room
         for row in rows:
             self._held.add(row.outbox_id)
-            self._ready.append((row, len(canonical.dumps(row.payload))))
+            try:
+                self._ready.append((row, len(canonical.dumps(row.payload))))
+            except CanonicalError as error:  # put there by another hand than ours
+                self._set_aside(row, BadPayload.code, str(error))
         if self._is_stopping:
             self._retries += [(row.outbox_id, 0.0) for row, _ in self._ready]
             self._ready.clear()
         self._send()
         self._settle()
+        if self._more:
+            self._claim()
 
     def _claim_failed(self, failure: Failure) -> None:
-        # The pool has told of it; the poll tries again.
+        # The poll tries again.
         self._is_claiming = False
-        failure.trap(DatabaseError)
+        self._unless_away(failure)
+        self._settle()
+
+    def _unless_away(self, failure: Failure) -> None:
+        # Of a database that is away the pool has told.
+        if not failure.check(DatabaseError):
+            self._unexpected(failure)
 
     def _send(self) -> None:
         # A call on a link that is gone fails at once and comes back here.
@@ -190,9 +201,12 @@ class Relay:
             self.retried += 1
             self._retries.append((row.outbox_id, self._pause(error, row.attempts)))
         else:
-            self.dead += 1
-            self.log.error("outbox row {outbox_id} is dead: {code}", outbox_id=row.outbox_id, code=code)
-            self._dead.append((row.outbox_id, code, str(error)[:500]))
+            self._set_aside(row, code, str(error))
+
+    def _set_aside(self, row: OutboxRow, code: str, message: str) -> None:
+        self.dead += 1
+        self.log.error("outbox row {outbox_id} is dead: {code!r}", outbox_id=row.outbox_id, code=code)
+        self._dead.append((row.outbox_id, code, message[:500]))
 
     def _pause(self, error: BaseException | None, attempts: int) -> float:
         if isinstance(error, Refused) and error.retry_after_ms is not None:
@@ -224,20 +238,20 @@ class Relay:
             self._is_settling = True
             settling = self._database.run(_settle, accepted, retries, dead)
             ids = [*accepted, *(each[0] for each in retries), *(each[0] for each in dead)]
-            settling.addErrback(self._settle_failed)
-            settling.addBoth(self._settled, ids)
+            # Where it fails their leases end, they are sent again, and the server knows them as duplicates.
+            settling.addErrback(self._unless_away)
+            settling.addBoth(self._settled, ids, min((delay_s for _, delay_s in retries), default=POLL_S))
             settling.addErrback(self._unexpected)
         elif self._idle is not None and not self._flying and not self._is_claiming:
             idle, self._idle = self._idle, None
             idle.callback(None)
 
-    def _settle_failed(self, failure: Failure) -> None:
-        # Their leases end, they are sent again, and the server knows them as duplicates.
-        failure.trap(DatabaseError)
-
-    def _settled(self, _: object, ids: list[int]) -> None:
+    def _settled(self, _: object, ids: list[int], soonest_s: float) -> None:
         self._is_settling = False
         self._held.difference_update(ids)
+        if self._timer is not None and self._timer.active():
+            due_in_s = self._timer.getTime() - self._clock.mono()
+            self._timer.reset(min(due_in_s, soonest_s) if due_in_s > 0 else 0)
         self._settle()
         if self._more:
             self._claim()

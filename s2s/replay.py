@@ -22,7 +22,8 @@ class ReplayCache:
     """
 
     def __init__(self, window_s: float, now: float, capacity: int = CAPACITY) -> None:
-        self._keep_s = 2 * window_s
+        # The second more is that of ts, which has no fractions.
+        self._keep_s = 2 * window_s + 1
         self._capacity = capacity
         self._young: set[tuple[str, str]] = set()
         self._old: set[tuple[str, str]] = set()

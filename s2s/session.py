@@ -132,6 +132,8 @@ class Session:
         self.peer_key_id: str | None = None
         self.peer_frame_size = UNANNOUNCED_FRAME_SIZE
         self._replay = replay
+        #: A health check was sent because of silence, and nothing was heard since.
+        self.is_checking = False
         self._opened = mono
         self._heard: float | None = None
         self._quiet_since = mono
@@ -190,6 +192,7 @@ class Session:
         """A frame whose MAC holds has come."""
         self._heard = self._quiet_since = mono
         self._misses = 0
+        self.is_checking = False
         self.peer_key_id = key_id
 
     def check_way(self, envelope: Envelope, key: Key) -> None:
@@ -425,6 +428,7 @@ class Session:
             return False
         # The next silence counts from the check, whose own deadline watches over the answer.
         self._quiet_since = mono
+        self.is_checking = True
         return True
 
     def next_timer(self) -> float:

@@ -1,0 +1,238 @@
+"""The two roles as real twistd processes, on the database of a test."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+from twisted.internet.defer import Deferred, inlineCallbacks
+
+from s2s.lifetime import STOP_WITH_STDIN
+from s2s.preflight import DATABASE_VARIABLE
+from tests.support.peer import K1, Key, Peer, connect
+from tests.support.postgres import DatabaseTestCase, database_url, make_database, template
+from tests.support.waiting import poll
+
+TWISTD = str(Path(sys.executable).with_name("twistd"))
+#: twistd with a wall clock that stands still, for vectors that were signed at one moment.
+_AT = """
+import sys, time
+time.time = lambda at=float(sys.argv.pop(1)): at
+from twisted.scripts import twistd
+twistd.run()
+"""
+#: Seconds that a start or a stop may take on a busy machine.
+PATIENCE_S = 20.0
+
+
+def free_port() -> int:
+    """Find a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listen(port: int) -> str:
+    """Give the endpoint of a server."""
+    return f"tcp:{port}:interface=127.0.0.1"
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Give our environment without what would configure a role, and with what a test sets."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("S2S_")}
+    return {**ours, **more}
+
+
+class Role:
+    """One role, which can be started more than once.
+
+    :param argv: the plugin's name and its options.
+    :param ready: what its log says once it is ready.
+    :param at: a Unix second at which its wall clock stands still.
+    """
+
+    def __init__(self, argv: list[str], log: Path, url: str, ready: str, at: int | None = None) -> None:
+        twistd = [TWISTD] if at is None else [sys.executable, "-c", _AT, str(at)]
+        self._argv = [*twistd, "--nodaemon", "--pidfile=", f"--logfile={log}", *argv]
+        self._environment: Mapping[str, str] = environment(**{DATABASE_VARIABLE: url, STOP_WITH_STDIN: "1"})
+        self._log = log
+        self._log_from = 0
+        self._ready = ready
+        self._starts = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Deferred[Any]:
+        """Start it, and wait until it is ready. It ends with us: its stdin is a pipe of ours."""
+        self._starts += 1
+        self._process = subprocess.Popen(
+            self._argv, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        return self.says(self._ready, self._starts)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process lives."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def log(self) -> str:
+        """Everything that it has logged, since the test began where tests share it."""
+        return self._log.read_text()[self._log_from :] if self._log.exists() else ""
+
+    def turn_page(self) -> None:
+        """Let the log begin here."""
+        self._log_from += len(self.log)
+        self._starts = 0
+
+    def lines(self, text: str) -> list[str]:
+        """Give the lines of its log with a text in them."""
+        return [line for line in self.log.splitlines() if text in line]
+
+    def says(self, text: str, times: int = 1) -> Deferred[Any]:
+        """Wait for a text in its log."""
+
+        def look() -> bool:
+            seen = len(self.lines(text)) >= times
+            assert seen or self.is_running, f"it ended before it said {text!r}:\n{self.log}"
+            return seen
+
+        return poll(look, f"the log says {text!r}", timeout=PATIENCE_S)
+
+    @property
+    def rss(self) -> int:
+        """Give its memory in bytes."""
+        assert self._process is not None
+        return int(psutil.Process(self._process.pid).memory_info().rss)
+
+    def kill(self) -> None:
+        """Kill it without a warning, and wait for its end."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Stop it in order: whatever happened to it, it ends with exit code 0 and has logged no traceback."""
+        if self._process is None:
+            return
+        code = self._end(signal.SIGTERM)
+        assert code in (0, -signal.SIGKILL), f"exit code {code}:\n{self.log}"
+        self.assert_calm()
+
+    def assert_calm(self) -> None:
+        """See that nothing has surprised it, and that its log holds no secret."""
+        for never in ("Traceback", "Unhandled", K1.key_b64):
+            assert never not in self.log, f"{never} in its log:\n{self.log}"
+
+    def _end(self, number: signal.Signals) -> int:
+        assert self._process is not None
+        self._process.send_signal(number)
+        code = self._process.wait(PATIENCE_S)
+        self._process.communicate()
+        return code
+
+
+class Server(Role):
+    """``twistd s2s-server`` on a port of its own."""
+
+    def __init__(
+        self, directory: Path, url: str, *options: str, port: int | None = None, at: int | None = None
+    ) -> None:
+        self.port = port or free_port()
+        argv = ["s2s-server", "--listen", listen(self.port), *options]
+        super().__init__(argv, directory / f"server-{self.port}.log", url, "server listens on", at)
+
+    def connect(self, **how: Any) -> Peer:
+        """Connect a peer."""
+        return connect(self.port, **how)
+
+
+class Engine(Role):
+    """``twistd s2s-engine``; it is ready when it has begun to connect, since what it finds there may be a test's."""
+
+    def __init__(self, directory: Path, url: str, port: int, *options: str) -> None:
+        argv = ["s2s-engine", "--connect", f"tcp:host=127.0.0.1:port={port}", "--name", "engine-1", *options]
+        super().__init__(argv, directory / "engine.log", url, "engine connects to")
+
+
+@cache
+def _shared_server() -> tuple[str, Server]:
+    """Make the server that some tests share, and its database; both end with us."""
+    name = "test_shared_server"
+    make_database(name, template())
+    directory = Path(tempfile.mkdtemp(prefix="s2s-roles-"))
+    server = Server(directory, database_url(name))
+    atexit.register(shutil.rmtree, directory)
+    atexit.register(server.stop)
+    return database_url(name), server
+
+
+class RoleTestCase(DatabaseTestCase):
+    """A test with real roles on a database of its own, in which ``k1`` is the key that both sign with."""
+
+    timeout = 60
+
+    def setUp(self) -> None:
+        """Make the database, its key and a directory."""
+        super().setUp()
+        self.add_key(K1, is_default=True)
+        self.directory = Path(tempfile.mkdtemp(prefix="s2s-roles-"))
+        self.addCleanup(shutil.rmtree, self.directory)
+
+    def add_key(self, key: Key, role: str = "any", *, is_default: bool = False) -> None:
+        """Add a key that was always active, if it is not there.
+
+        :param is_default: both roles sign with it, whatever other keys there are.
+        """
+        self.execute(
+            "insert into s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
+            " values (%s, %s, %s, %s, to_timestamp(0)) on conflict do nothing",
+            *key,
+            role,
+            is_default,
+        )
+
+    def server(self, *options: str, **how: Any) -> Server:
+        """Make a server, which is stopped after the test."""
+        server = Server(self.directory, self.url, *options, **how)
+        self.addCleanup(server.stop)
+        return server
+
+    def engine(self, port: int, *options: str) -> Engine:
+        """Make an engine, which is stopped after the test."""
+        engine = Engine(self.directory, self.url, port, *options)
+        self.addCleanup(engine.stop)
+        return engine
+
+    def count(self, table: str) -> int:
+        """Count the rows of a table."""
+        return int(self.execute(f"select count(*) from {table}")[0][0])
+
+
+class SharedServerTestCase(RoleTestCase):
+    """A test with a server and a database that all of these share: a start takes most of a second.
+
+    :ivar shared: the server, which runs; its tables are empty and its log begins with the test.
+    """
+
+    @inlineCallbacks
+    def setUp(self) -> Iterator[Deferred[Any]]:
+        """Start the server if it does not run, and empty the tables."""
+        self.url, self.shared = _shared_server()
+        self._session = None
+        # Commands first: what runs holds them until its notices are there.
+        for rows in ("commands", "notices", "idempotency_keys", "s2s_keys where key_id <> 'k1'"):
+            self.execute(f"delete from {rows}")
+        self.add_key(K1, is_default=True)
+        if not self.shared.is_running:
+            yield self.shared.start()
+        self.shared.turn_page()
+        self.addCleanup(self.shared.assert_calm)

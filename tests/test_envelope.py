@@ -1,0 +1,226 @@
+"""The envelope: sealed as canonical JSON would write it, verified over the right bytes, read strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s import canonical, envelope
+from s2s.catalogue import MESSAGES, REPLY_ONLY
+from s2s.envelope import Envelope
+from s2s.errors import AuthBad, AuthRequired, BadEnvelope, UnsupportedVersion
+from s2s.signing import Key, Secret
+
+_MANY = settings(max_examples=200, deadline=None, database=None)
+_SECRET = bytes(range(32))
+_KEY = Key("k1", Secret(_SECRET), "any", 0.0)
+_SIG = "0" * 64
+
+_ids = st.text("ABCxyz019_-", min_size=1, max_size=64)
+_key_ids = st.text("ABCxyz019_.-", min_size=1, max_size=64)
+_text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=6)
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | _text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_text, inner, max_size=3),
+    max_leaves=8,
+)
+_payloads = st.dictionaries(_text | st.sampled_from(["auth", "sig", "ack_of"]), _values, max_size=4)
+_types = st.sampled_from([*(message.name for message in MESSAGES), *sorted(REPLY_ONLY)])
+_ways = st.sampled_from([("engine", "server"), ("server", "engine")])
+
+
+@st.composite
+def _envelopes(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw a well-formed envelope, with unknown members here and there."""
+    auth = {"key_id": draw(_key_ids), "sig": draw(st.text("0123456789abcdef", min_size=64, max_size=64))}
+    auth |= draw(st.just({}) | st.dictionaries(_text, _values, max_size=2).map(lambda more: {**more, **auth}))
+    if draw(st.booleans()):
+        auth["scheme"] = "hmac-sha256"
+    src, dst = draw(_ways)
+    members: dict[str, Any] = draw(st.just({}) | st.dictionaries(_text, _values, max_size=3))
+    members |= {"v": 1, "id": draw(_ids), "ts": draw(st.integers(0, 2**53 - 1)), "src": src, "dst": dst}
+    members |= {"type": draw(_types), "auth": auth, "payload": draw(_payloads)}
+    if draw(st.booleans()):
+        members["ack_of"] = draw(_ids)
+    return members
+
+
+def _members(**changes: Any) -> dict[str, Any]:
+    """Give a good envelope with some members changed, or left out where the change is ``...``."""
+    auth = {"key_id": "k1", "sig": _SIG}
+    good = {"v": 1, "id": "i1", "ts": 5, "src": "engine", "dst": "server", "type": "t", "auth": auth, "payload": {}}
+    return {name: value for name, value in {**good, **changes}.items() if value is not ...}
+
+
+class SealTests(SynchronousTestCase):
+    """:func:`envelope.seal` and :func:`envelope.size`."""
+
+    @_MANY
+    @given(
+        _ids, _ids | st.none(), st.integers(0, 2**53 - 1), _ways, _types, _payloads, _key_ids, st.binary(min_size=32)
+    )
+    def test_as_written_exactly(
+        self,
+        message_id: str,
+        ack_of: str | None,
+        ts: int,
+        way: tuple[str, str],
+        type: str,
+        payload: dict[str, Any],
+        key_id: str,
+        secret: bytes,
+    ) -> None:
+        """A sealed frame is the canonical form of its envelope with the HMAC of the canonical form without sig."""
+        src, dst = way
+        members = {"v": 1, "id": message_id, "ts": ts, "src": src, "dst": dst, "type": type, "payload": payload}
+        if ack_of is not None:
+            members["ack_of"] = ack_of
+        body = canonical.dumps(payload)
+        told = {"id": message_id, "ts": ts, "src": src, "dst": dst, "type": type, "body": body, "ack_of": ack_of}
+
+        self.assertEqual(envelope.seal(**told, key=None), canonical.dumps_exactly(members))
+
+        unsigned = canonical.dumps_exactly({**members, "auth": {"key_id": key_id}})
+        sig = hmac.new(secret, unsigned, hashlib.sha256).hexdigest()
+        frame = envelope.seal(**told, key=Key(key_id, Secret(secret), "any", 0.0))
+        self.assertEqual(frame, canonical.dumps_exactly({**members, "auth": {"key_id": key_id, "sig": sig}}))
+        self.assertLessEqual(len(frame), envelope.size(type, body))
+        self.assertLessEqual(len(frame), envelope.size(type, body, len(key_id)))
+
+        parsed, is_canonical = canonical.parse(frame)
+        self.assertEqual(envelope.signed_bytes(frame, parsed, is_canonical), unsigned)
+        self.assertEqual(envelope.read(parsed), Envelope(message_id, ts, src, dst, type, payload, ack_of))
+
+    def test_size_is_tight(self) -> None:
+        """The largest size is that of a frame whose id, ack_of, key_id and ts are as long as they may get."""
+        body = canonical.dumps({"a": 1})
+        long = Key("k" * 64, Secret(_SECRET), "any", 0.0)
+        told: dict[str, Any] = {"id": "i" * 64, "ack_of": "a" * 64, "ts": 1 - 2**53, "src": "engine", "dst": "server"}
+        self.assertEqual(len(envelope.seal(**told, type="t", body=body, key=long)), envelope.size("t", body))
+
+
+class SignedBytesTests(SynchronousTestCase):
+    """:func:`envelope.signed_bytes` and :func:`envelope.signed_bytes_exactly`."""
+
+    @_MANY
+    @given(_envelopes(), st.sampled_from([None, 1]))
+    def test_cut_out_as_written_anew(self, members: dict[str, Any], indent: int | None) -> None:
+        """Of any envelope, canonical or not, the sig cut out gives what writing it anew without sig gives."""
+        exact = envelope.signed_bytes_exactly(members)
+        without = {**members, "auth": {name: each for name, each in members["auth"].items() if name != "sig"}}
+        self.assertEqual(exact, canonical.dumps_exactly(without))
+        for frame in (canonical.dumps_exactly(members), json.dumps(members, indent=indent).encode()):
+            parsed, is_canonical = canonical.parse(frame)
+            envelope.read_auth(parsed)
+            self.assertEqual(envelope.signed_bytes(frame, parsed, is_canonical), exact)
+
+    def test_every_other_member_is_signed(self) -> None:
+        """A change of any member, of key_id, or of a sig elsewhere changes what is signed; of auth.sig it does not."""
+        base = _members(ack_of="a1", more={"sig": _SIG}, payload={"auth": {"sig": _SIG}})
+        signed = envelope.signed_bytes_exactly(base)
+        for change in (
+            {"v": 2},
+            {"id": "i2"},
+            {"ts": 6},
+            {"src": "server"},
+            {"dst": "engine"},
+            {"type": "u"},
+            {"payload": {"auth": {}}},
+            {"ack_of": "a2"},
+            {"more": {}},
+            {"auth": {"key_id": "k2", "sig": _SIG}},
+            {"auth": {"key_id": "k1", "sig": _SIG, "scheme": "hmac-sha256"}},
+        ):
+            self.assertNotEqual(envelope.signed_bytes_exactly({**base, **change}), signed)
+        self.assertEqual(envelope.signed_bytes_exactly({**base, "auth": {"key_id": "k1", "sig": "1" * 64}}), signed)
+
+    def test_a_frame_that_only_looks_canonical(self) -> None:
+        """Without the parser's word that a frame is canonical its bytes are not cut."""
+        members = _members()
+        frame = canonical.dumps_exactly(members).replace(b'"payload":{}', b'"payload": {}')
+        parsed, is_canonical = canonical.parse(frame)
+        self.assertFalse(is_canonical)
+        self.assertEqual(envelope.signed_bytes(frame, parsed, is_canonical), envelope.signed_bytes_exactly(members))
+
+
+class ReadAuthTests(SynchronousTestCase):
+    """:func:`envelope.read_auth`."""
+
+    def test_good(self) -> None:
+        """A key_id and a sig are taken, with unknown members and the one scheme beside them."""
+        for more in ({}, {"scheme": "hmac-sha256"}, {"nonce": [1]}):
+            auth = envelope.read_auth({"auth": {"key_id": "k.1_-", "sig": _SIG, **more}})
+            self.assertEqual((auth.key_id, auth.sig), ("k.1_-", _SIG))
+
+    def test_absent(self) -> None:
+        """Without an auth member it is auth_required."""
+        self.assertRaises(AuthRequired, envelope.read_auth, _members(auth=...))
+
+    def test_malformed(self) -> None:
+        """Whatever is wrong with auth, it is auth_bad, and the text is the same."""
+        good = {"key_id": "k1", "sig": _SIG}
+        texts = set()
+        for auth in (
+            None, "k1", [], 1, True, {}, {"key_id": "k1"}, {"sig": _SIG},
+            *({**good, "key_id": bad} for bad in ("", "k" * 65, "k 1", "k\n", 1, None, ["k1"])),
+            *({**good, "sig": bad} for bad in ("", "0" * 63, "0" * 65, "A" * 64, "g" * 64, _SIG + "\n", 0, None)),
+            *({**good, "scheme": bad} for bad in ("none", "", None, "HMAC-SHA256", ["hmac-sha256"])),
+        ):  # fmt: skip
+            texts.add(self.assertRaises(AuthBad, envelope.read_auth, _members(auth=auth)).message)
+        self.assertEqual(len(texts), 1)
+
+
+class ReadTests(SynchronousTestCase):
+    """:func:`envelope.read` and :func:`envelope.well_formed_id`."""
+
+    def test_good(self) -> None:
+        """A well-formed envelope is read, unknown members and all."""
+        self.assertEqual(
+            envelope.read(_members(ack_of="a1", more=[1])), Envelope("i1", 5, "engine", "server", "t", {}, "a1")
+        )
+
+    def test_version(self) -> None:
+        """Another integer is unsupported_version and says what is supported."""
+        for version in (0, 2, -1, 2**53 - 1):
+            error = self.assertRaises(UnsupportedVersion, envelope.read, _members(v=version, id=...))
+            self.assertEqual(error.details, {"path": "/v", "supported": [1]})
+
+    def test_shapes(self) -> None:
+        """A member that is missing or ill-formed is bad_envelope, and the path names it."""
+        wrong: dict[str, tuple[Any, ...]] = {
+            "v": (..., None, "1", True, [1]),
+            "id": (..., None, 1, "", "a b", "x" * 65, "é", "i\n", True),
+            "ts": (..., None, "5", True, [5]),
+            "src": (..., None, 1, ["engine"]),
+            "dst": (..., None, 1, {}),
+            "type": (..., None, 1, []),
+            "ack_of": (None, 1, "", "a b", "x" * 65, "a\n", ["a1"]),
+            "payload": (..., None, [], "x", 1, True),
+        }
+        for name, values in wrong.items():
+            for value in values:
+                with self.subTest(name=name, value=value):
+                    error = self.assertRaises(BadEnvelope, envelope.read, _members(**{name: value}))
+                    self.assertEqual(error.details, {"path": f"/{name}"})
+
+    def test_any_role_word_is_well_formed(self) -> None:
+        """That src is no role is for the session to say, which answers forbidden."""
+        self.assertEqual(envelope.read(_members(src="moon", dst="")).src, "moon")
+
+    def test_well_formed_id(self) -> None:
+        """An error may name an id only if it is well formed."""
+        ids = [
+            envelope.well_formed_id({"id": said}) for said in ("i1", "x" * 64, "", "a b", "x" * 65, "i\n", 1, None, [])
+        ]
+        self.assertEqual(ids, ["i1", "x" * 64, *[None] * 7])
+        self.assertIsNone(envelope.well_formed_id({}))
+
+    def test_other(self) -> None:
+        """Each role has the other one at the other end."""
+        self.assertEqual([envelope.other("engine"), envelope.other("server")], ["server", "engine"])

