@@ -14,12 +14,13 @@ from typing import Any, Protocol
 from twisted.internet.defer import Deferred
 
 from s2s import canonical, envelope
-from s2s.catalogue import MessageType
+from s2s.catalogue import ERROR, ERROR_SCHEMA, MessageType
 from s2s.clock import Clock
 from s2s.envelope import Envelope
-from s2s.errors import AuthBad, Unsigned, WireError
-from s2s.session import Call, Session, is_reply, is_unsigned_error
+from s2s.errors import AuthBad, BadReply, CallError, Refused, Unsigned, WireError
+from s2s.session import Session, is_reply, is_unsigned_error
 from s2s.signing import Key, Keyring
+from s2s.window import Call
 
 
 class KeySource(Protocol):
@@ -59,6 +60,21 @@ class Reply:
 
     envelope: Envelope
     call: Call | None
+
+    def outcome(self) -> dict[str, Any] | CallError:
+        """Say what the reply means for its call: the payload, or why it failed."""
+        assert self.call is not None
+        asked, got = self.call.message, self.envelope
+        is_error = got.type == ERROR
+        if not is_error and got.type != asked.reply:
+            return BadReply(f"{asked.name} was answered by another type")
+        schema = ERROR_SCHEMA if is_error else asked.reply_schema
+        wrong = None if schema.is_valid(got.payload) else schema.explain(got.payload)
+        if wrong is not None:
+            return BadReply(f"{asked.name} was answered by a bad payload: at {wrong[0]}: {wrong[1]}")
+        if is_error:
+            return Refused(got.payload["code"], got.payload["message"], got.payload["details"])
+        return got.payload
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,7 @@ class Dispatcher:
             read = envelope.read(members)
             session.check_way(read, key)
             if not is_answered:
-                return Reply(read, session.settle(read.ack_of))
+                return Reply(read, session.calls.settle(read.ack_of))
             message = session.admit(read, key, self.responders, self._clock.now(), self._clock.mono())
             message.request_schema.check(read.payload)
         except WireError as error:

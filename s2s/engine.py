@@ -17,13 +17,13 @@ from s2s.catalogue import HEALTH_CHECK, SWEEP
 from s2s.clock import Clock
 from s2s.dispatch import Dispatcher, Responder
 from s2s.keys import LiveKeys
+from s2s.limits import Bounds
 from s2s.links import LinkFactory
 from s2s.news import Digest, news
 from s2s.protocol import Link
 from s2s.relay import Relay, fits
 from s2s.responders.health import Health, Identity
 from s2s.responders.sweep import Sweep
-from s2s.session import Bounds
 from s2s.store import keys, outbox
 from s2s.store.listen import Listener
 from s2s.store.pool import Database

@@ -74,6 +74,9 @@ class LiveKeys:
         return waiter
 
     def _read_after(self, gap_s: float) -> None:
+        if self._is_stopped:
+            self._fire()
+            return
         if self._is_reading:
             # What changed after that read began is not in it.
             self._gap_wanted = min(gap_s, self._gap_wanted or gap_s)
@@ -89,7 +92,7 @@ class LiveKeys:
         self._began_at = self._clock.mono()
         waiters, self._waiters = self._waiters, []
         reading = self._database.run(table.read)
-        reading.addCallbacks(self._took, self._kept)
+        reading.addCallback(self._took).addErrback(self._kept)
         reading.addBoth(self._done, waiters)
 
     def _took(self, rows: list[KeyRow]) -> None:

@@ -12,10 +12,11 @@ from twisted.logger import Logger
 
 from s2s.clock import Clock
 from s2s.dispatch import Dispatcher, KeySource
+from s2s.limits import Bounds, Counters, Timing
 from s2s.news import LINK_UP, news
 from s2s.protocol import Link, LinkEvents
 from s2s.replay import ReplayCache
-from s2s.session import Bounds, Counters, Session, Timing
+from s2s.session import Session
 from s2s.signing import Role
 
 MAX_LINKS: Final = 1000

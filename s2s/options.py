@@ -15,8 +15,8 @@ from s2s import preflight
 from s2s.clock import Clock, make_monotonic
 from s2s.errors import OperatorError
 from s2s.lifetime import refuse, watch
+from s2s.limits import Bounds
 from s2s.responders.health import Identity
-from s2s.session import Bounds
 from s2s.signing import Role
 from s2s.store.keys import KeyRow
 from s2s.store.pool import Database

@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
-from twisted.internet import defer, interfaces
+from twisted.internet import defer
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.basic import Int32StringReceiver
 from twisted.python.failure import Failure
 from ulid import ULID
-from zope.interface import implementer
 
 from s2s import canonical, envelope
 from s2s.catalogue import BY_NAME, ERROR, ERROR_SCHEMA, HEALTH_CHECK
 from s2s.clock import Clock, Timer
 from s2s.dispatch import Dispatcher, KeySource, Refusal, Reply, Request, UnknownKey, UnsignedError
 from s2s.errors import (
-    BadReply,
     CallError,
+    CanonicalError,
     DeadlineExceeded,
     DeadlinePassed,
     InternalError,
@@ -39,7 +37,10 @@ from s2s.errors import (
     TooLarge,
     WireError,
 )
-from s2s.session import ALSO_PROVES, CHALLENGE, Call, Counters, Event, Session, State
+from s2s.limits import Counters
+from s2s.session import ALSO_PROVES, CHALLENGE, Event, Session, State
+from s2s.window import Call
+from s2s.writer import Writer
 
 #: An unacknowledged segment is given up after this many milliseconds (RFC 5482).
 _TCP_USER_TIMEOUT_MS: Final = 20_000
@@ -58,49 +59,6 @@ class LinkEvents(Protocol):
 
     def link_lost(self, link: Link) -> None:
         """The link is gone; ``link.why`` says why."""
-
-
-@implementer(interfaces.IPushProducer)
-class _Writer:
-    """Our side of the write buffer: the transport keeps little, and what it cannot take waits here, counted.
-
-    It is the transport's producer, and not the link itself: a link pauses for reasons of its own.
-    """
-
-    def __init__(self, transport: Any) -> None:
-        self._transport = transport
-        self._waiting: deque[bytes] = deque()
-        self._stalled = False
-        self.waiting_bytes = 0
-        transport.registerProducer(self, True)
-
-    def write(self, data: bytes) -> None:
-        if self._stalled:
-            self._waiting.append(data)
-            self.waiting_bytes += len(data)
-        else:
-            self._transport.write(data)
-
-    def pauseProducing(self) -> None:
-        self._stalled = True
-
-    def resumeProducing(self) -> None:
-        self._stalled = False
-        while self._waiting and not self._stalled:
-            data = self._waiting.popleft()
-            self.waiting_bytes -= len(data)
-            self._transport.write(data)
-
-    def stopProducing(self) -> None:
-        self._stalled = True
-        self._waiting.clear()
-        self.waiting_bytes = 0
-
-    def finish(self) -> None:
-        """Hand all that is left to the transport, which would not close while it has a producer."""
-        self._transport.unregisterProducer()
-        self._transport.writeSequence(list(self._waiting))
-        self.stopProducing()
 
 
 class Link(Int32StringReceiver):
@@ -136,7 +94,7 @@ class Link(Int32StringReceiver):
         self._clock = clock
         self._events = events
         self._counters = counters
-        self._writer: _Writer
+        self._writer: Writer
         self._frames = 0
         self._unread_for: set[str] = set()
         self._timer: Timer | None = None
@@ -146,7 +104,7 @@ class Link(Int32StringReceiver):
     def connectionMade(self) -> None:
         """Challenge the peer (protocol, "Challenge")."""
         self._tune()
-        self._writer = _Writer(self.transport)
+        self._writer = Writer(self.transport)
         self._events.link_made(self)
         if self.session.is_open:
             challenge = self.call(HEALTH_CHECK, {}, timeout=self.session.timing.proof)
@@ -211,7 +169,7 @@ class Link(Int32StringReceiver):
         self.transport.abortConnection()
 
     def _fail_calls(self) -> None:
-        for call in self.session.fail_all():
+        for call in self.session.calls.fail_all():
             call.waiter.errback(LinkLost(f"the link ended: {self.why}"))
 
     # --- what comes in ----------------------------------------------------------------------------------------------
@@ -230,7 +188,8 @@ class Link(Int32StringReceiver):
                 self._refuse(outcome)
             case UnknownKey():
                 self._stop_reading("keys")
-                self._keys.refresh().addBoth(lambda _: self._judge_again(frame))
+                reading = self._keys.refresh().addBoth(lambda _: self._judge_again(frame))
+                reading.addErrback(self._stumbled)
             case UnsignedError():
                 self._unsigned_error(outcome)
 
@@ -238,6 +197,10 @@ class Link(Int32StringReceiver):
         if self.session.is_open:
             self._judge(frame, is_last_try=True)
             self._go_on_reading("keys")
+
+    def _stumbled(self, failure: Failure) -> None:
+        self.log.failure("{peer}: a frame could not be judged", failure, peer=self)
+        self.abort("an error of ours")
 
     def _serve(self, request: Request) -> None:
         ticket = self.session.hold(request, request.size, self._clock.mono())
@@ -278,11 +241,20 @@ class Link(Int32StringReceiver):
         self._counters.errors_out[error.code] = self._counters.errors_out.get(error.code, 0) + 1
         self.log.warn("{peer}: refused, {code}: {text!r}", peer=self, code=error.code, text=error.message)
         if refusal.is_answered:
-            body = canonical.dumps(error.payload())
-            self._send(ERROR, body, str(ULID()), refusal.ack_of, is_signed=error.signed)
+            self._send(ERROR, self._error_body(error), str(ULID()), refusal.ack_of, is_signed=error.signed)
         if error.closes:
             self.has_told = True
             self.close(f"we refused a frame with {error.code}")
+
+    def _error_body(self, error: WireError) -> bytes:
+        try:
+            body = canonical.dumps(error.payload())
+            if envelope.size(ERROR, body) <= self.session.max_frame:
+                return body
+        except CanonicalError as mistake:
+            self.log.error("details of {code} cannot be said: {mistake}", code=error.code, mistake=str(mistake))
+        # The code is what the peer must have.
+        return canonical.dumps({"code": error.code, "message": error.code, "details": {"retryable": error.retryable}})
 
     def _unsigned_error(self, outcome: UnsignedError) -> None:
         # Anyone on the way can write one: it is told, counted, and believed only so far as to come back later.
@@ -318,7 +290,7 @@ class Link(Int32StringReceiver):
             patience = self.session.timing.call if timeout is None else timeout
             waiter: Deferred[dict[str, Any]] = Deferred()
             call = Call(message, body, size, self._clock.mono() + patience, waiter)
-            if self.session.offer(call):
+            if self.session.calls.offer(call):
                 self._send_call(call)
         except LocalError:
             return defer.fail()
@@ -327,11 +299,11 @@ class Link(Int32StringReceiver):
 
     def _send_call(self, call: Call) -> None:
         message_id = str(ULID())
-        self.session.sent(call, message_id)
+        self.session.calls.sent(call, message_id)
         self._send(call.message.name, call.body, message_id)
 
     def _send_line(self) -> None:
-        while self.session.is_open and (call := self.session.next_in_line()) is not None:
+        while self.session.is_open and (call := self.session.calls.next_in_line()) is not None:
             self._send_call(call)
 
     def _send(self, type: str, body: bytes, message_id: str, ack_of: str | None = None, is_signed: bool = True) -> None:
@@ -359,32 +331,18 @@ class Link(Int32StringReceiver):
             self.abort("the peer does not read")
 
     def _settle(self, reply: Reply) -> None:
-        call, got = reply.call, reply.envelope
+        call, outcome = reply.call, reply.outcome()
         assert call is not None
-        outcome = self._outcome(call, reply)
         refusal = outcome.code if isinstance(outcome, Refused) else None
         if call.message is CHALLENGE and (not isinstance(outcome, CallError) or refusal == ALSO_PROVES):
-            self._proven(got.ts, got.payload if refusal is None else {})
-        if refusal in _SLOW_CODES:
-            self.is_slow = True
+            self._proven(reply.envelope.ts, outcome if isinstance(outcome, dict) else {})
+        # What stood in the way of one request stands in the way no more when another has passed.
+        self.is_slow = refusal in _SLOW_CODES
         self._send_line()
         if isinstance(outcome, CallError):
             call.waiter.errback(outcome)
         else:
             call.waiter.callback(outcome)
-
-    def _outcome(self, call: Call, reply: Reply) -> dict[str, Any] | CallError:
-        got = reply.envelope
-        is_error = got.type == ERROR
-        if not is_error and got.type != call.message.reply:
-            return BadReply(f"{call.message.name} was answered by another type")
-        schema = ERROR_SCHEMA if is_error else call.message.reply_schema
-        wrong = None if schema.is_valid(got.payload) else schema.explain(got.payload)
-        if wrong is not None:
-            return BadReply(f"{call.message.name} was answered by a bad payload: at {wrong[0]}: {wrong[1]}")
-        if is_error:
-            return Refused(got.payload["code"], got.payload["message"], got.payload.get("details", {}))
-        return got.payload
 
     # --- proof and timers -------------------------------------------------------------------------------------------
 
@@ -421,7 +379,7 @@ class Link(Int32StringReceiver):
 
     def _tick(self) -> None:
         mono = self._clock.mono()
-        for call in self.session.expire(mono):
+        for call in self.session.calls.expire(mono):
             call.waiter.errback(DeadlinePassed(f"{call.message.name} was not answered in time"))
         for ticket, request in self.session.unanswered(mono):
             self._failed(Failure(DeadlineExceeded()), ticket, request)

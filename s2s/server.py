@@ -18,12 +18,12 @@ from s2s.executor import Executor
 from s2s.inbox import Inbox
 from s2s.keys import LiveKeys
 from s2s.lifetime import refuse
+from s2s.limits import Bounds
 from s2s.links import LinkFactory, ServerLinks
 from s2s.news import Digest, news
 from s2s.protocol import Link
 from s2s.responders.health import Health, Identity
 from s2s.responders.push import Push
-from s2s.session import Bounds
 from s2s.store import broadcasts, keys
 from s2s.store.listen import Listener
 from s2s.store.pool import Database

@@ -6,18 +6,17 @@ in: ``now`` is Unix seconds, for freshness alone; ``mono`` is monotonic seconds,
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
 from s2s.catalogue import BY_NAME, ERROR, HEALTH_CHECK, REPLY_ONLY, MessageType
 from s2s.envelope import Envelope, other
-from s2s.errors import Forbidden, LineFull, NotReady, Replay, TsSkew, UnsupportedType
+from s2s.errors import Forbidden, NotReady, Replay, TsSkew, UnsupportedType
+from s2s.limits import Bounds, Timing
 from s2s.replay import ReplayCache
 from s2s.signing import Key, Role
+from s2s.window import Window
 
 
 class State(Enum):
@@ -48,71 +47,8 @@ TRANSITIONS: Final = {
 }
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Every wait of a link, in seconds (protocol, "Timers and bounds")."""
-
-    proof: float = 5.0
-    frame: float = 10.0
-    idle: float = 10.0
-    check: float = 3.0
-    misses: int = 3
-    call: float = 3.0
-    respond: float = 10.0
-    flush: float = 2.0
-    fresh: float = 300.0
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Every bound of a link, in frames and bytes (protocol, "Timers and bounds")."""
-
-    frame_size: int = 65536
-    window_frames: int = 1024
-    window_bytes: int = 4 << 20
-    line_calls: int = 8192
-    line_bytes: int = 16 << 20
-    held_frames: int = 1024
-    held_bytes: int = 8 << 20
-    write_bytes: int = 16 << 20
-    skews_in_a_row: int = 3
-    unsigned_errors: int = 2
-
-
 #: What a peer takes that has not said.
 UNANNOUNCED_FRAME_SIZE: Final = 65536
-
-
-@dataclass(eq=False)
-class Call:
-    """A request of ours on its way.
-
-    :param body: the payload's canonical bytes.
-    :param size: the frame's largest size, in bytes.
-    :param deadline: monotonic seconds.
-    :param waiter: whatever the shell wants back with the outcome.
-    """
-
-    message: MessageType
-    body: bytes
-    size: int
-    deadline: float
-    waiter: Any
-    id: str | None = None
-    over: bool = False
-
-
-@dataclass
-class Counters:
-    """What happened on a link, or on all of them."""
-
-    frames_in: int = 0
-    frames_out: int = 0
-    orphan_replies: int = 0
-    unsigned_errors: int = 0
-    errors_out: dict[str, int] = field(default_factory=dict)
-    reading_paused: int = 0
-    cut_for_write_buffer: int = 0
 
 
 class Session:
@@ -144,12 +80,8 @@ class Session:
         self._misses = 0
         self._unsigned = 0
         self._paused = False
-        self._pending: dict[str, Call] = {}
-        self._line: deque[Call] = deque()
-        self._line_bytes = 0
-        self._window_frames = 0
-        self._window_bytes = 0
-        self._next_deadline = math.inf
+        #: Requests of ours.
+        self.calls = Window(bounds)
         self._serial = 0
         self._held: dict[int, tuple[float, int, Any]] = {}
         self._held_bytes = 0
@@ -291,113 +223,10 @@ class Session:
             self._quiet_since = mono
             self._frame_since = None if self._frame_since is None else mono
 
-    # --- requests of ours -------------------------------------------------------------------------------------------
-
     @property
     def max_frame(self) -> int:
         """The longest frame that may be sent, in bytes."""
         return min(self.bounds.frame_size, self.peer_frame_size)
-
-    def offer(self, call: Call) -> bool:
-        """Take a new call: ``True`` if it may be sent now, ``False`` if it stands in line.
-
-        :raises LineFull: the line is as long as it may get.
-        """
-        if self._has_room(call) and not (self._line and call.message.windowed):
-            return True
-        if len(self._line) >= self.bounds.line_calls or self._line_bytes + call.size > self.bounds.line_bytes:
-            raise LineFull(f"{len(self._line)} calls wait for the link's window already: send less at a time")
-        self._line.append(call)
-        self._line_bytes += call.size
-        self._watch(call)
-        return False
-
-    def _has_room(self, call: Call) -> bool:
-        return not call.message.windowed or (
-            self._window_frames < self.bounds.window_frames
-            # One frame always fits.
-            and (self._window_bytes + call.size <= self.bounds.window_bytes or self._window_frames == 0)
-        )
-
-    def next_in_line(self) -> Call | None:
-        """Take the first call of the line if the window has room for it."""
-        while self._line:
-            call = self._line[0]
-            if not call.over and not self._has_room(call):
-                return None
-            self._leave_line()
-            if not call.over:
-                return call
-        return None
-
-    def _leave_line(self) -> None:
-        self._line_bytes -= self._line.popleft().size
-
-    def sent(self, call: Call, message_id: str) -> None:
-        """The call's frame was written under this ``id``."""
-        call.id = message_id
-        self._pending[message_id] = call
-        if call.message.windowed:
-            self._window_frames += 1
-            self._window_bytes += call.size
-        self._watch(call)
-
-    def _watch(self, call: Call) -> None:
-        self._next_deadline = min(self._next_deadline, call.deadline)
-
-    def settle(self, ack_of: str | None) -> Call | None:
-        """Find the call that a reply answers, and end it; ``None`` for a reply that nobody awaits."""
-        call = self._pending.pop(ack_of, None) if ack_of is not None else None
-        if call is not None:
-            self._end(call)
-        return call
-
-    def _end(self, call: Call) -> None:
-        call.over = True
-        if call.message.windowed and call.id is not None:
-            self._window_frames -= 1
-            self._window_bytes -= call.size
-
-    def expire(self, mono: float) -> list[Call]:
-        """End and give every call whose deadline has passed."""
-        if mono < self._next_deadline:
-            return []
-        # The earliest deadline known may be that of a call long answered: looking is cheaper than keeping a heap.
-        calls = self._outstanding()
-        late = [call for call in calls if call.deadline <= mono]
-        for call in late:
-            if call.id is not None:
-                del self._pending[call.id]
-            self._end(call)
-        if late and self._line:
-            self._line = deque(call for call in self._line if not call.over)
-            self._line_bytes = sum(call.size for call in self._line)
-        self._next_deadline = min((call.deadline for call in calls if not call.over), default=math.inf)
-        return late
-
-    def _outstanding(self) -> list[Call]:
-        return [*self._pending.values(), *(call for call in self._line if not call.over)]
-
-    def fail_all(self) -> list[Call]:
-        """End and give every call, sent or in line: the link is gone."""
-        calls = self._outstanding()
-        for call in calls:
-            self._end(call)
-        self._pending.clear()
-        self._line.clear()
-        self._line_bytes = 0
-        self._next_deadline = math.inf
-        return calls
-
-    @property
-    def in_flight(self) -> int:
-        """Requests in the window."""
-        return self._window_frames
-
-    @property
-    def in_line(self) -> int:
-        """Calls that wait for the window."""
-        return len(self._line)
 
     # --- timers -----------------------------------------------------------------------------------------------------
 
@@ -433,7 +262,7 @@ class Session:
 
     def next_timer(self) -> float:
         """When one of the timed methods may have something to say, in monotonic seconds."""
-        times = [self._next_deadline]
+        times = [self.calls.next_deadline]
         if self.state is State.CHALLENGING:
             times.append(self._opened + self.timing.proof)
         if not self._paused:

@@ -15,9 +15,11 @@ from s2s.catalogue import BY_NAME
 from s2s.clock import Clock
 from s2s.dispatch import Dispatcher, Refusal, Reply, Request, UnknownKey, UnsignedError
 from s2s.errors import WireError
+from s2s.limits import Bounds, Timing
 from s2s.replay import ReplayCache
-from s2s.session import Bounds, Call, Session, Timing
+from s2s.session import Session
 from s2s.signing import Key, Keyring, Secret
+from s2s.window import Call
 
 _NOW = 1_737_990_000
 _KEY = Key("k1", Secret(bytes(range(32))), "any", 0.0)
@@ -227,7 +229,7 @@ class DispatcherTests(SynchronousTestCase):
     def test_replies(self) -> None:
         """A reply finds its call once, whatever its ts; one that nobody awaits comes out with no call."""
         call = Call(BY_NAME["s2s.broadcast.sweep"], b"{}", 10, 3.0, None)
-        self.session.sent(call, "m1")
+        self.session.calls.sent(call, "m1")
         reply = _members(id="r1", type="s2s.ack", ack_of="m1", ts=0, payload={"any": "thing"})
         first, second = self.receive(reply), self.receive(reply)
         self.assertIsInstance(first, Reply)
@@ -246,7 +248,7 @@ class DispatcherTests(SynchronousTestCase):
     def test_wrong_replies_are_not_answered(self) -> None:
         """A reply that is refused is refused without an answer, and ends no call."""
         call = Call(BY_NAME["s2s.broadcast.sweep"], b"{}", 10, 3.0, None)
-        self.session.sent(call, "m1")
+        self.session.calls.sent(call, "m1")
         for change, code in (
             ({"v": 2}, "unsupported_version"),
             ({"payload": 1}, "bad_envelope"),
@@ -258,17 +260,17 @@ class DispatcherTests(SynchronousTestCase):
             with self.subTest(change=change):
                 outcome = self.receive(reply)
                 self.assertEqual((outcome.error.code, outcome.is_answered), (code, False))
-        self.assertFalse(call.over)
+        self.assertEqual(self.session.calls.in_flight, 1)
 
     def test_unsigned_errors(self) -> None:
         """An s2s.error without auth comes out as such, ends no call, and is not the peer heard."""
         call = Call(BY_NAME["s2s.broadcast.sweep"], b"{}", 10, 3.0, None)
-        self.session.sent(call, "m1")
+        self.session.calls.sent(call, "m1")
         payload = {"code": "auth_bad", "message": "m", "details": {}}
         outcome = self.receive(canonical.dumps(_members(type="s2s.error", ack_of="m1", payload=payload)))
         self.assertEqual(outcome, UnsignedError(payload))
         self.assertEqual(self.receive(b'{"type":"s2s.error"}'), UnsignedError(None))
-        self.assertFalse(call.over or self.session.has_been_heard)
+        self.assertEqual((self.session.calls.in_flight, self.session.has_been_heard), (1, False))
 
     def test_heard(self) -> None:
         """Any frame whose MAC holds counts as heard, by its key, even one that is then refused."""

@@ -23,10 +23,11 @@ _ROOT = _PACKAGE.parent
 #: Every room from the ground up. A room imports only rooms that stand before it.
 ROOMS = {
     "ground": [
-        "s2s", "errors", "canonical", "signing", "envelope", "catalogue.schema", "catalogue", "replay", "session",
+        "s2s", "errors", "canonical", "signing", "envelope", "catalogue.schema", "catalogue", "replay",
+        "limits", "window", "session",
     ],
     "mezzanine": [
-        "clock", "backoff", "dispatch", "protocol",
+        "clock", "backoff", "dispatch", "writer", "protocol",
         "store", "store.driver", "store.pool", "store.migrations", "store.keys", "store.idempotency", "store.commands",
         "store.notes", "store.notices", "store.outbox", "store.broadcasts", "store.listen",
     ],

@@ -11,8 +11,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from s2s import links
 from s2s.clock import Clock
 from s2s.dispatch import Dispatcher
+from s2s.limits import Bounds, Timing
 from s2s.links import MAX_LINKS, MAX_SILENT, LinkFactory, ServerLinks
-from s2s.session import Bounds, Timing
 from s2s.signing import Key, Keyring, Secret
 
 

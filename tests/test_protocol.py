@@ -33,9 +33,10 @@ from s2s.errors import (
     Refused,
     TooBigToSend,
 )
+from s2s.limits import Bounds, Counters, Timing
 from s2s.protocol import Link
 from s2s.replay import ReplayCache
-from s2s.session import Bounds, Counters, Session, State, Timing
+from s2s.session import Session, State
 from s2s.signing import Key, Keyring, Role, Secret
 
 _NOW = 1_737_990_000
@@ -483,7 +484,7 @@ class SilenceTests(LinkTestCase):
         """A peer that answers a check by any signed error lives."""
         self.advance(10.1)
         for _ in range(3):
-            (check,) = self.link.session._pending.values()
+            (check,) = self.link.session.calls._pending.values()
             payload = {"code": "overloaded", "message": "m", "details": {}}
             self.say("s2s.error", payload, ack_of=check.id)
             self.advance(10.1)
@@ -718,7 +719,7 @@ class CallTests(LinkTestCase):
         ):
             failure = self.failureResultOf(self.link.call(type, payload), error)
             self.assertTrue(str(failure.value))
-        self.assertEqual((self.written(), self.link.session.in_flight), ([], 0))
+        self.assertEqual((self.written(), self.link.session.calls.in_flight), ([], 0))
 
     def test_the_peers_limit(self) -> None:
         """A frame beyond what the peer announced is not sent, one below it is, and a later word of the peer counts."""

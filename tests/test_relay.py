@@ -24,8 +24,8 @@ from s2s.errors import (
     Refused,
     TooBigToSend,
 )
+from s2s.limits import Bounds
 from s2s.relay import WINDOW_BYTES, WINDOW_ROWS, Relay, fits
-from s2s.session import Bounds
 from s2s.signing import Key, Secret
 from s2s.store import outbox
 from s2s.store.outbox import OutboxRow

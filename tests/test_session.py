@@ -7,16 +7,17 @@ from typing import Any
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s import session
 from s2s.catalogue import BY_NAME
 from s2s.envelope import Envelope, other
-from s2s.errors import Forbidden, LineFull, NotReady, Overloaded, Replay, TsSkew, UnsupportedType, WireError
+from s2s.errors import Forbidden, NotReady, Overloaded, Replay, TsSkew, UnsupportedType, WireError
+from s2s.limits import Bounds, Timing
 from s2s.replay import ReplayCache
-from s2s.session import TRANSITIONS, Bounds, Call, Event, Session, State, Timing
+from s2s.session import TRANSITIONS, Event, Session, State
 from s2s.signing import Key, Role, Secret
+from s2s.window import Call
 
 _NOW = 1_737_990_000
 _KEY = Key("k1", Secret(bytes(32)), "any", 0.0)
@@ -324,224 +325,6 @@ class HeldTests(SynchronousTestCase):
         self.assertLessEqual(each.next_timer(), 15.0)
 
 
-class WindowTests(SynchronousTestCase):
-    """Requests of ours: the window, the line, deadlines."""
-
-    def send(self, each: Session, call: Call, message_id: str = "m") -> bool:
-        """Offer a call, and send it if there is room."""
-        if each.offer(call):
-            each.sent(call, message_id)
-            return True
-        return False
-
-    def test_frames(self) -> None:
-        """1024 requests are in flight; the next stands in line until one is answered."""
-        each = _session()
-        for at in range(1024):
-            self.assertTrue(self.send(each, _call(), f"m{at}"))
-        waiting = _call()
-        self.assertFalse(self.send(each, waiting))
-        self.assertEqual((each.in_flight, each.in_line), (1024, 1))
-        self.assertIsNone(each.next_in_line())
-        each.settle("m5")
-        self.assertIs(each.next_in_line(), waiting)
-        self.assertEqual((each.in_flight, each.in_line), (1023, 0))
-
-    def test_bytes(self) -> None:
-        """4 MiB are in flight, exactly, and one byte more waits."""
-        each = _session()
-        self.assertTrue(self.send(each, _call(size=(4 << 20) - 10), "a"))
-        self.assertTrue(self.send(each, _call(size=10), "b"))
-        self.assertFalse(self.send(each, _call(size=1), "c"))
-        each.settle("b")
-        self.assertIsNotNone(each.next_in_line())
-
-    def test_one_frame_always_fits(self) -> None:
-        """A frame larger than the whole window goes when nothing else is in flight."""
-        each = _session(bounds=Bounds(window_bytes=100))
-        self.assertTrue(self.send(each, _call(size=101), "a"))
-        self.assertFalse(self.send(each, _call(size=1), "b"))
-        each.settle("a")
-        self.assertIsNotNone(each.next_in_line())
-
-    def test_line_order(self) -> None:
-        """The line is served in order, and nobody small slips past a large one at its head."""
-        each = _session(bounds=Bounds(window_bytes=100))
-        self.send(each, _call(size=60), "a")
-        large, small = _call(size=80), _call(size=10)
-        self.assertFalse(self.send(each, large))
-        self.assertFalse(self.send(each, small))
-        self.assertIsNone(each.next_in_line())
-        each.settle("a")
-        self.assertIs(each.next_in_line(), large)
-        each.sent(large, "b")
-        self.assertIs(each.next_in_line(), small)
-
-    def test_health_checks_are_outside(self) -> None:
-        """A health check goes with a full window and past the line, and takes no room."""
-        each = _session(bounds=Bounds(window_frames=1))
-        self.send(each, _call(), "a")
-        self.send(each, _call(), "b")
-        self.assertTrue(self.send(each, _call(_CHECK), "c"))
-        self.assertEqual((each.in_flight, each.in_line), (1, 1))
-        self.assertIsNotNone(each.settle("c"))
-        self.assertEqual(each.in_flight, 1)
-
-    def test_line_full(self) -> None:
-        """The line has a bound in calls and one in bytes; beyond it a call fails at once and leaves no trace."""
-        for bounds in (Bounds(window_frames=1, line_calls=2), Bounds(window_frames=1, line_bytes=200)):
-            each = _session(bounds=bounds)
-            self.send(each, _call(), "a")
-            for _ in range(2):
-                self.assertFalse(self.send(each, _call()))
-            self.assertRaises(LineFull, each.offer, _call())
-            self.assertEqual(each.in_line, 2)
-            each.settle("a")
-            self.assertIsNotNone(each.next_in_line())
-            self.assertFalse(each.offer(_call()))
-
-    def test_settle(self) -> None:
-        """A reply finds its call once; of another id, or of none, it finds nothing."""
-        each = _session()
-        call = _call()
-        self.send(each, call, "a")
-        self.assertEqual([each.settle("b"), each.settle(None)], [None, None])
-        self.assertIs(each.settle("a"), call)
-        self.assertIsNone(each.settle("a"))
-        self.assertEqual(each.in_flight, 0)
-
-    def test_deadline_in_flight(self) -> None:
-        """A call in flight ends at its deadline, makes room, and its late reply finds nobody."""
-        each = _session(bounds=Bounds(window_frames=1))
-        call, waiting = _call(deadline=3.0), _call(deadline=9.0)
-        self.send(each, call, "a")
-        self.send(each, waiting)
-        self.assertEqual(each.expire(2.999), [])
-        self.assertEqual(each.expire(3.0), [call])
-        self.assertEqual(each.expire(3.0), [])
-        self.assertIsNone(each.settle("a"))
-        self.assertIs(each.next_in_line(), waiting)
-
-    def test_deadline_in_line(self) -> None:
-        """A call whose deadline passes in line ends there and is never sent."""
-        each = _session(bounds=Bounds(window_frames=1))
-        self.send(each, _call(deadline=9.0), "a")
-        early, late = _call(deadline=1.0), _call(deadline=5.0)
-        self.send(each, early)
-        self.send(each, late)
-        self.assertEqual(each.next_timer(), 1.0)
-        self.assertEqual(each.expire(1.0), [early])
-        each.settle("a")
-        self.assertIs(each.next_in_line(), late)
-        self.assertIsNone(each.next_in_line())
-
-    def test_the_dead_do_not_fill_the_line(self) -> None:
-        """Calls that ended in line count against its bound no more."""
-        each = _session(bounds=Bounds(window_frames=1, line_calls=2))
-        self.send(each, _call(deadline=9.0), "a")
-        self.send(each, _call(deadline=9.0))
-        self.send(each, _call(deadline=1.0))
-        self.assertEqual(len(each.expire(1.0)), 1)
-        self.assertFalse(each.offer(_call(deadline=9.0)))
-
-    def test_fail_all(self) -> None:
-        """All calls, in flight and in line, are given once when the link is gone, but none that has ended."""
-        each = _session(bounds=Bounds(window_frames=1))
-        flying, waiting, ended = _call(deadline=9.0), _call(deadline=9.0), _call(deadline=1.0)
-        for call in (flying, waiting, ended):
-            self.send(each, call, "a")
-        each.expire(1.0)
-        self.assertEqual(each.fail_all(), [flying, waiting])
-        self.assertEqual(each.fail_all(), [])
-        self.assertEqual((each.in_flight, each.in_line, each.expire(99.0)), (0, 0, []))
-
-    def test_max_frame(self) -> None:
-        """The smaller limit of both sides binds, and a peer that says nothing takes 65536 bytes."""
-        large = _session(bounds=Bounds(frame_size=262144))
-        self.assertEqual(large.max_frame, 65536)
-        large.peer_frame_size = 100_000
-        self.assertEqual(large.max_frame, 100_000)
-        self.assertEqual(_session(bounds=Bounds(frame_size=4096)).max_frame, 4096)
-
-    def test_any_order_of_events(self) -> None:
-        """Whatever is offered, answered, expired and failed: the sums are right and every call ends once."""
-        run_state_machine_as_test(
-            _Calls, settings=settings(max_examples=60, stateful_step_count=40, deadline=None, database=None)
-        )
-
-
-class _Calls(RuleBasedStateMachine):
-    """A requester, beside a plain account of what it should hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.session = _session(bounds=Bounds(window_frames=3, window_bytes=100, line_calls=5, line_bytes=150))
-        self.now = 0.0
-        self.number = 0
-        self.flying: dict[str, Call] = {}
-        self.line: list[Call] = []
-        self.ended: list[Call] = []
-
-    @rule(size=st.integers(1, 130), patience=st.floats(0.1, 5), is_check=st.booleans())
-    def offer(self, size: int, patience: float, is_check: bool) -> None:
-        call = _call(_CHECK if is_check else _PUSH, size, self.now + patience)
-        try:
-            may_go = self.session.offer(call)
-        except LineFull:
-            return
-        if may_go:
-            self.send(call)
-        else:
-            self.line.append(call)
-
-    def send(self, call: Call) -> None:
-        self.number += 1
-        self.session.sent(call, f"m{self.number}")
-        self.flying[f"m{self.number}"] = call
-
-    @rule(choice=st.integers(0, 10))
-    def answer(self, choice: int) -> None:
-        if self.flying:
-            message_id = sorted(self.flying)[choice % len(self.flying)]
-            call = self.flying.pop(message_id)
-            assert self.session.settle(message_id) is call
-            self.ended.append(call)
-        assert self.session.settle("m0") is None
-
-    @rule()
-    def serve_line(self) -> None:
-        while (call := self.session.next_in_line()) is not None:
-            assert call is self.line.pop(0)
-            self.send(call)
-
-    @rule(pause=st.floats(0, 3))
-    def wait(self, pause: float) -> None:
-        self.now += pause
-        late = self.session.expire(self.now)
-        due = [call for call in (*self.flying.values(), *self.line) if call.deadline <= self.now]
-        assert late == due
-        self.flying = {name: call for name, call in self.flying.items() if call not in late}
-        self.line = [call for call in self.line if call not in late]
-        self.ended += late
-
-    @rule()
-    def lose(self) -> None:
-        assert self.session.fail_all() == [*self.flying.values(), *self.line]
-        self.flying.clear()
-        self.line.clear()
-
-    @invariant()
-    def sums(self) -> None:
-        windowed = [call for call in self.flying.values() if call.message.windowed]
-        assert self.session.in_flight == len(windowed) <= 3
-        assert sum(call.size for call in windowed) <= 100 or len(windowed) == 1
-        assert self.session._window_bytes == sum(call.size for call in windowed)
-        assert len(self.line) <= self.session.in_line
-        assert self.session.next_timer() <= min(
-            (c.deadline for c in (*self.flying.values(), *self.line)), default=math.inf
-        )
-
-
 class TimerTests(SynchronousTestCase):
     """What falls due, and when."""
 
@@ -614,6 +397,14 @@ class TimerTests(SynchronousTestCase):
         self.assertTrue(each.wants_check(70.0))
         self.assertIsNotNone(each.overdue(70.0))
 
+    def test_max_frame(self) -> None:
+        """The smaller limit of both sides binds, and a peer that says nothing takes 65536 bytes."""
+        large = _session(bounds=Bounds(frame_size=262144))
+        self.assertEqual(large.max_frame, 65536)
+        large.peer_frame_size = 100_000
+        self.assertEqual(large.max_frame, 100_000)
+        self.assertEqual(_session(bounds=Bounds(frame_size=4096)).max_frame, 4096)
+
     def test_deadlines_run_while_paused(self) -> None:
         """Our own deadlines, and those of the requests that we hold, go on."""
         each = _proven()
@@ -621,8 +412,8 @@ class TimerTests(SynchronousTestCase):
         each.paused(0.0, True)
         self.assertEqual(each.next_timer(), 10.0)
         call = _call(deadline=3.0)
-        each.offer(call)
-        each.sent(call, "m")
+        each.calls.offer(call)
+        each.calls.sent(call, "m")
         self.assertEqual(each.next_timer(), 3.0)
 
     def test_unsigned_errors(self) -> None:

@@ -19,8 +19,9 @@ from s2s.commands import BUILTIN, registry
 from s2s.dispatch import Dispatcher, Refusal, Reply, Request
 from s2s.errors import BY_CODE, BadJson, WireError
 from s2s.inbox import Inbox
+from s2s.limits import Bounds, Timing
 from s2s.replay import ReplayCache
-from s2s.session import Bounds, Session, Timing
+from s2s.session import Session
 from s2s.signing import Key, Keyring, decode_secret
 
 _HERE = Path(__file__).parent / "vectors"

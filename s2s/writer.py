@@ -1,0 +1,56 @@
+"""What waits to be written on one link (docs/protocol.rst, "Windows")."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from twisted.internet import interfaces
+from zope.interface import implementer
+
+
+@implementer(interfaces.IPushProducer)
+class Writer:
+    """Our side of the write buffer: the transport keeps little, and what it cannot take waits here, counted.
+
+    It is the transport's producer, and not the link itself: a link pauses for reasons of its own.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._waiting: deque[bytes] = deque()
+        self._stalled = False
+        self.waiting_bytes = 0
+        transport.registerProducer(self, True)
+
+    def write(self, data: bytes) -> None:
+        """Write now, or when the transport takes more."""
+        if self._stalled:
+            self._waiting.append(data)
+            self.waiting_bytes += len(data)
+        else:
+            self._transport.write(data)
+
+    def pauseProducing(self) -> None:
+        """The transport has enough."""
+        self._stalled = True
+
+    def resumeProducing(self) -> None:
+        """The transport takes more."""
+        self._stalled = False
+        while self._waiting and not self._stalled:
+            data = self._waiting.popleft()
+            self.waiting_bytes -= len(data)
+            self._transport.write(data)
+
+    def stopProducing(self) -> None:
+        """The transport is gone."""
+        self._stalled = True
+        self._waiting.clear()
+        self.waiting_bytes = 0
+
+    def finish(self) -> None:
+        """Hand all that is left to the transport, which would not close while it has a producer."""
+        self._transport.unregisterProducer()
+        self._transport.writeSequence(list(self._waiting))
+        self.stopProducing()
