@@ -28,10 +28,14 @@ from s2s.store.pool import Database
 #: Pushes and bytes in flight; half of what a link allows, so that a push never waits in the link's own line.
 WINDOW_ROWS: Final = 512
 WINDOW_BYTES: Final = 2 << 20
+#: Rows claimed at once, and so the most that wait here for the window.
+CLAIM_ROWS: Final = 256
 #: Rows are anybody's again after this many seconds.
 LEASE_S: Final = 5.0
 #: Beside the outbox's NOTIFY, which can be lost.
 POLL_S: Final = 1.0
+#: Between two counts of what waits, which look at every row.
+DEPTH_S: Final = 5.0
 #: Least and longest pause before a row is sent again.
 RETRY_S: Final = (0.1, 5.0)
 #: Refusals that are about the link or the clock, and say nothing against the command, whatever their ``retryable``.
@@ -76,6 +80,7 @@ class Relay:
         self._is_sending = False
         self._more = False
         self._timer: Timer | None = None
+        self._depth_at = float("-inf")
         self._idle: Deferred[None] | None = None
         self._ready: deque[tuple[OutboxRow, int]] = deque()
         self._held: set[int] = set()
@@ -125,8 +130,8 @@ class Relay:
             return
         if self._timer is None or not self._timer.active():
             self._timer = self._clock.scheduler.callLater(POLL_S, self._poll)
-        room = WINDOW_ROWS - len(self._held)
-        if self._is_claiming or self._link is None or room <= 0 or self._flying_bytes >= WINDOW_BYTES:
+        room = min(CLAIM_ROWS, WINDOW_ROWS - len(self._held))
+        if self._is_claiming or self._link is None or self._ready or room <= 0:
             return
         self._is_claiming = True
         self._more = False
@@ -135,7 +140,9 @@ class Relay:
         claiming.addErrback(self._unexpected)
 
     def _poll(self) -> None:
-        self._database.run(outbox.depth).addCallbacks(self._counted, self._unless_away)
+        if self._clock.mono() >= self._depth_at + DEPTH_S:
+            self._depth_at = self._clock.mono()
+            self._database.run(outbox.depth).addCallbacks(self._counted, self._unless_away)
         self.wake()
 
     def _counted(self, depth: int) -> None:
