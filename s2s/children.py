@@ -20,8 +20,8 @@ from s2s.tail import Tail
 
 #: A role drains for 5 s when it is told to end (protocol, "The engine"); one that takes longer than this hangs.
 _ENDS_S = 8.0
-#: PostgreSQL writes out what it has in memory.
-_DATABASE_ENDS_S = 30.0
+#: PostgreSQL writes out what it has in memory; its guardian's patience, and every step of its stop, fit into this.
+_DATABASE_ENDS_S = 60.0
 #: The pauses before a dead role is started again, in seconds: the first, the longest, and the life that makes it new.
 _PAUSE_S, _PAUSE_MAX_S, _LONG_LIFE_S = 0.5, 10.0, 30.0
 #: A line of interest in a twistd log, and one that says why the process ends.

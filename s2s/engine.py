@@ -17,6 +17,7 @@ from s2s.catalogue import HEALTH_CHECK, SWEEP
 from s2s.clock import Clock
 from s2s.dispatch import Dispatcher, Responder
 from s2s.keys import LiveKeys
+from s2s.lifetime import watch
 from s2s.limits import Bounds
 from s2s.links import LinkFactory
 from s2s.news import Digest, news
@@ -78,6 +79,7 @@ class Engine(service.Service):
         clock: Clock,
     ) -> None:
         self._described = described
+        self._clock = clock
         self._database = database
         self._keys = live_keys
         self._relay = relay
@@ -91,9 +93,12 @@ class Engine(service.Service):
         )
         responders: dict[str, Responder] = {
             HEALTH_CHECK: Health(identity, bounds.frame_size, clock, self._condition),
-            SWEEP: Sweep(database, fits(bounds.frame_size), relay.wake),
+            SWEEP: Sweep(database, clock, fits(bounds.frame_size), relay.wake),
         }
         self.factory = LinkFactory("engine", Dispatcher(live_keys, responders, clock), live_keys, clock, self, bounds)
+        live_keys.watchers.append(
+            lambda keyring: self.factory.drop_revoked([self._link] if self._link else [], keyring)
+        )
         endpoint = _TellingEndpoint(connect, described)
         self._client = ClientService(endpoint, self.factory, retryPolicy=self._backoff, clock=clock.scheduler)  # type: ignore[arg-type]
         self._digest = Digest(
@@ -104,6 +109,7 @@ class Engine(service.Service):
 
     def startService(self) -> None:
         """Connect, and start everything behind."""
+        watch(self._clock.scheduler)
         self._database.start()
         self._keys.start()
         self._listener.start()

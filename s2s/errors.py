@@ -37,6 +37,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
+def harmless(text: str) -> str:
+    """Give a peer's text as a log line can bear it: at most 200 characters, none that a log or a terminal obeys."""
+    return (text if text.isascii() and text.isprintable() else ascii(text))[:200]
+
+
 class S2SError(Exception):
     """The root of the tree."""
 
@@ -107,7 +112,7 @@ class Refused(CallError):
     """
 
     def __init__(self, code: str, message: str, details: Mapping[str, Any]) -> None:
-        super().__init__(f"{code}: {message}")
+        super().__init__(f"{code}: {harmless(message)}")
         self.code = code
         self.message = message
         self.details = details

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from twisted.internet import task
@@ -44,6 +44,8 @@ class LiveKeys:
         self._gap_wanted: float | None = None
         self._waiters: list[Deferred[None]] = []
         self._complained: frozenset[str] = frozenset()
+        #: Called with the keys after each read.
+        self.watchers: list[Callable[[Keyring], object]] = []
         self.keyring = self._usable(rows)
 
     def start(self) -> None:
@@ -97,6 +99,8 @@ class LiveKeys:
 
     def _took(self, rows: list[KeyRow]) -> None:
         self.keyring = self._usable(rows)
+        for told in self.watchers:
+            told(self.keyring)
 
     def _kept(self, failure: Failure) -> None:
         # Of a database that is away the pool has told.

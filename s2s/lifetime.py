@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from typing import Any, Final, NoReturn
 
@@ -13,8 +14,13 @@ from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from s2s.errors import OperatorError
+
 #: Set by whoever starts us with a pipe for stdin: its end is our order to stop, also when it was SIGKILL that ended it.
 STOP_WITH_STDIN: Final = "S2S_STOP_WITH_STDIN"
+
+#: What a stop may take, in seconds, before the process ends all the same (protocol, "s2s.engine.shutdown").
+GRACE_S: Final = 5.0
 
 _log = Logger(namespace="s2s.lifetime")
 
@@ -46,13 +52,22 @@ def stop(reactor: Any, why: str) -> None:
     with suppress(ReactorNotRunning):  # told twice
         reactor.stop()
         _log.info("stopping: {why}", why=why)
+        # A thread whose database hangs can be neither cancelled nor joined. What it has not committed is rolled back.
+        cut = threading.Timer(GRACE_S, _cut)
+        cut.daemon = True
+        cut.start()
+
+
+def _cut() -> None:
+    _log.error("not everything ended within {grace:g} s of the stop: leaving it", grace=GRACE_S)
+    os._exit(0)
 
 
 def watch(reactor: Any) -> None:
     """Take SIGTERM and SIGINT as a shutdown that ends with exit code 0, and the end of stdin where we are told so.
 
     Twisted's own handler, which it sets when the reactor starts, would let the process die of the signal once all is
-    stopped.
+    stopped. To be called when a service starts: after the fork, whose parent must stay killable.
     """
 
     def on_signal(number: int, _frame: object) -> None:
@@ -72,7 +87,12 @@ def refuse(why: str) -> NoReturn:
     """End the process before it has started, with one line for the operator.
 
     The line goes to the log, where a daemon leaves it, and to the terminal: Twisted's stderr is the log as well.
+
+    :raises SystemExit: in the foreground, so that no traceback follows.
+    :raises OperatorError: in a daemon, whose waiting parent Twisted tells of exceptions alone.
     """
     _log.error("{why}", why=why)
     print(f"{os.path.basename(sys.argv[0])}: {why}", file=sys.__stderr__)
+    if os.path.samestat(os.fstat(2), os.stat(os.devnull)):
+        raise OperatorError(why)
     raise SystemExit(1)

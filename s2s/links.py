@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,7 +17,7 @@ from s2s.news import LINK_UP, news
 from s2s.protocol import Link, LinkEvents
 from s2s.replay import ReplayCache
 from s2s.session import Session
-from s2s.signing import Role
+from s2s.signing import Keyring, Role
 
 MAX_LINKS: Final = 1000
 #: Of them without a valid frame yet.
@@ -44,6 +44,13 @@ class LinkFactory(Factory):
 
     def __post_init__(self) -> None:
         self.replay = ReplayCache(self.timing.fresh, self.clock.mono())
+
+    def drop_revoked(self, links: Iterable[Link], keyring: Keyring) -> None:
+        """Close the links whose peer signed last with a key that verifies no more (protocol, "Keys")."""
+        for link in list(links):
+            key_id = link.session.peer_key_id
+            if key_id is not None and not keyring.verifies_now(key_id, self.clock.now()):
+                link.close(f"the key {key_id} is no longer valid")
 
     def buildProtocol(self, addr: IAddress | None) -> Link:
         """Make a link for one connection."""
@@ -73,6 +80,9 @@ class ServerLinks:
         """One proven link for each engine."""
         return list(self._engines.values())
 
+    def __iter__(self) -> Iterator[Link]:
+        return iter(self._all)
+
     def __len__(self) -> int:
         return len(self._all)
 
@@ -95,6 +105,10 @@ class ServerLinks:
         self._engines[identity] = link
         news.info("{line} {link} (key {key_id})", line=LINK_UP, link=link, key_id=link.session.peer_key_id)
         if old is not None:
+            if old.peer.get("boot_id") != link.peer.get("boot_id") and old.session.is_open:
+                self.log.warn(
+                    "{link}: replaces the link of another process; if both run, give each a --name", link=link
+                )
             old.close("the same engine has a newer link")
         self._engine_up(link)
 

@@ -14,7 +14,7 @@ from ulid import ULID
 from s2s import preflight
 from s2s.clock import Clock, make_monotonic
 from s2s.errors import OperatorError
-from s2s.lifetime import refuse, watch
+from s2s.lifetime import refuse
 from s2s.limits import Bounds
 from s2s.responders.health import Identity
 from s2s.signing import Role
@@ -109,7 +109,6 @@ class Foundation:
         self.reactor: Any = reactor
         self.endpoint = self._endpoint(options)
         make_monotonic(self.reactor)
-        watch(self.reactor)
         self.clock = Clock(self.reactor)
         self.bounds = Bounds(frame_size=options["frame-size-limit"])
         self.identity = Identity(role, name, str(ULID()))

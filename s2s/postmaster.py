@@ -30,7 +30,7 @@ from s2s.errors import OperatorError
 #: Seconds that a start may take; a crash recovery replays up to ``max_wal_size`` first.
 STARTING_S = 300.0
 #: Seconds of a fast shutdown before an immediate one, which costs the next start a recovery.
-STOPPING_S = 60.0
+STOPPING_S = 30.0
 
 _PORT = 5432  # only a part of the socket's name: the server listens on no TCP port
 #: What fits into ``sun_path`` on every system, and needs no quoting in a list of socket directories.
@@ -107,7 +107,7 @@ def stop(data: Path) -> None:
         return
     try:
         process = psutil.Process(running.pid)
-        for way, patience_s in ((signal.SIGINT, STOPPING_S), (signal.SIGQUIT, 10.0)):
+        for way, patience_s in ((signal.SIGINT, STOPPING_S), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0)):
             process.send_signal(way)
             try:
                 process.wait(patience_s)

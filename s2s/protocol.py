@@ -36,6 +36,7 @@ from s2s.errors import (
     TooBigToSend,
     TooLarge,
     WireError,
+    harmless,
 )
 from s2s.limits import Counters
 from s2s.session import ALSO_PROVES, CHALLENGE, Event, Session, State
@@ -44,6 +45,8 @@ from s2s.writer import Writer
 
 #: An unacknowledged segment is given up after this many milliseconds (RFC 5482).
 _TCP_USER_TIMEOUT_MS: Final = 20_000
+#: A frame waits so long, in seconds, for the keys to be read again.
+_KEYS_S: Final = 3.0
 #: After these answers a reconnect waits long: trying again soon cannot help.
 _SLOW_CODES: Final = frozenset({"forbidden", "ts_skew"})
 
@@ -150,8 +153,11 @@ class Link(Int32StringReceiver):
 
     def close(self, why: str) -> None:
         """Stop reading now, flush what was written for a short while, then cut."""
+        is_unproven = self.session.state is State.CHALLENGING
         if not self.session.move(Event.CLOSE):
             return
+        # Closed before our challenge was answered: by whatever cause, the next try would go the same way.
+        self.is_slow |= is_unproven
         self.why = why
         self._fail_calls()
         self._cancel_timer()
@@ -188,7 +194,11 @@ class Link(Int32StringReceiver):
                 self._refuse(outcome)
             case UnknownKey():
                 self._stop_reading("keys")
-                reading = self._keys.refresh().addBoth(lambda _: self._judge_again(frame))
+                reading = (
+                    self._keys.refresh()
+                    .addTimeout(_KEYS_S, self._clock.scheduler)
+                    .addBoth(lambda _: self._judge_again(frame))
+                )
                 reading.addErrback(self._stumbled)
             case UnsignedError():
                 self._unsigned_error(outcome)
@@ -359,7 +369,6 @@ class Link(Int32StringReceiver):
         failure.trap(CallError, LocalError)
         error = failure.value
         if self.session.is_open and not (isinstance(error, Refused) and error.code == ALSO_PROVES):
-            self.is_slow = True
             self.close(f"our health check failed: {error}")
 
     def _arm(self) -> None:
@@ -385,7 +394,6 @@ class Link(Int32StringReceiver):
             self._failed(Failure(DeadlineExceeded()), ticket, request)
         why = self.session.overdue(mono)
         if why is not None:
-            self.is_slow |= self.session.state is State.CHALLENGING
             self.close(why)
         elif self.session.wants_check(mono):
             self._check()
@@ -428,8 +436,7 @@ class Link(Int32StringReceiver):
     def __str__(self) -> str:
         """Name the peer in log lines."""
         name = self.peer.get("name") or self.session.peer_key_id or "a peer"
-        # A name may hold what a log or a terminal obeys.
-        return f"{name if name.isascii() and name.isprintable() else ascii(name)} at {self._address()}"
+        return f"{harmless(name)} at {self._address()}"
 
     def _address(self) -> str:
         at = self.transport.getPeer() if self.transport is not None else None

@@ -17,7 +17,7 @@ from s2s.errors import Refused, S2SError
 from s2s.executor import Executor
 from s2s.inbox import Inbox
 from s2s.keys import LiveKeys
-from s2s.lifetime import refuse
+from s2s.lifetime import refuse, watch
 from s2s.limits import Bounds
 from s2s.links import LinkFactory, ServerLinks
 from s2s.news import Digest, news
@@ -77,6 +77,7 @@ class Server(service.Service):
         self.factory = LinkFactory(
             "server", Dispatcher(live_keys, responders, clock), live_keys, clock, self.links, bounds
         )
+        live_keys.watchers.append(lambda keyring: self.factory.drop_revoked(self.links, keyring))
         self._sweeps = task.LoopingCall(self._sweep_all)
         self._sweeps.clock = clock.scheduler
         self._sweeping: dict[Link, bool] = {}
@@ -87,6 +88,7 @@ class Server(service.Service):
 
     def startService(self) -> None:
         """Listen, then start everything behind."""
+        watch(self._clock.scheduler)
         # First of all: a port that is taken must leave no thread behind that would keep the process alive.
         failures: list[Failure] = []
         self._endpoint.listen(self.factory).addCallbacks(self._listening, failures.append)
@@ -147,8 +149,10 @@ class Server(service.Service):
         sweeping.addErrback(self._sweep_failed, link)
         sweeping.addCallback(self._swept, link)
 
-    def _swept(self, _: object, link: Link) -> None:
-        if self._sweeping.pop(link) and link.session.is_open:
+    def _swept(self, ack: dict[str, Any] | None, link: Link) -> None:
+        may_have_missed = self._sweeping.pop(link)
+        # An engine sweeps a bounded number at a time.
+        if (may_have_missed or (ack and ack["queued"])) and link.session.is_open:
             self._sweep(link)
 
     def _sweep_failed(self, failure: Failure, link: Link) -> None:

@@ -123,6 +123,13 @@ class Keyring:
     def __contains__(self, key_id: str) -> bool:
         return key_id in self._keys
 
+    def verifies_now(self, key_id: str, now: float) -> bool:
+        """Whether what this key signs is accepted.
+
+        :param now: Unix seconds.
+        """
+        return key_id in self._keys and self._keys[key_id].is_active(now)
+
     def signer(self, role: Role, now: float) -> Key:
         """The key that signs for ``role``: the active default of the role, else of ``any``, else the newest active.
 

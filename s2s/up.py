@@ -249,7 +249,7 @@ class _Errand:
                 self._sent = True
                 self._deadline = time.monotonic() + self._for_seconds
             elif not self.arrived:
-                self.arrived = any(notice.message == self._message for notice in notices.list_notices(txn))
+                self.arrived = notices.exists(txn, self._message)
 
 
 def _json_file(state_dir: Path) -> Path:

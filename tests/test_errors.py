@@ -99,6 +99,8 @@ class RefusedTests(SynchronousTestCase):
     def test_text(self) -> None:
         """It names the code and what the peer said."""
         self.assertEqual(str(Refused("paused", "come back", {})), "paused: come back")
+        self.assertEqual(str(Refused("paused", "\x1b[2J\n", {})), r"paused: '\x1b[2J\n'")
+        self.assertLess(len(str(Refused("paused", "x" * 5000, {}))), 250)
 
 
 class TreeTests(SynchronousTestCase):

@@ -126,6 +126,14 @@ class InboxTests(DatabaseTestCase):
             self.assertEqual(ack, {**first, "duplicate": True, "status": status})
         self.assertEqual(self.wakes, 1)
 
+    async def test_a_duplicate_of_a_row_removed_by_hand(self) -> None:
+        """A command whose row is gone is over, and its duplicate is answered as the catalogue promises."""
+        await self.inbox.push(_push("a"))
+        self.execute("delete from commands")
+        again = await self.inbox.push(_push("a"))
+        self.assertEqual((again["duplicate"], again["cmd_id"], again["status"]), (True, 1, "done"))
+        self.assertIsNone(BY_NAME["s2s.command.push"].reply_schema.explain(again))
+
     async def test_two_servers_with_the_same_keys(self) -> None:
         """Batches of two servers that overlap in opposite orders do not deadlock, and each key is accepted once."""
         other = self.make_inbox()

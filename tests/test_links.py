@@ -172,6 +172,17 @@ class LinkFactoryTests(SynchronousTestCase):
         self.assertEqual((one.MAX_LENGTH, one.session.max_frame, one.session.role), (8192, 8192, "server"))
         self.assertEqual(len(self.links), 2)
 
+    def test_a_key_that_verifies_no_more(self) -> None:
+        """Links whose peer signed last with a revoked or ended key are closed; the others and the unheard stay."""
+        made = [self.connect()[0] for _ in range(4)]
+        for link, key_id in zip(made, ("k1", "gone", "ended"), strict=False):
+            link.session.heard(key_id, 0.0)
+        keyring = Keyring(
+            Key(key_id, Secret(bytes(32)), "any", 0.0, to) for key_id, to in (("k1", None), ("ended", 1e9))
+        )
+        self.factory.drop_revoked(self.links, keyring)
+        self.assertEqual([link.session.is_open for link in made], [True, False, False, True])
+
     def test_a_hundred_silent_connections(self) -> None:
         """Of 130 silent connections 30 are closed at once, the rest when nobody answers, and nothing is left."""
         made = [self.connect() for _ in range(130)]

@@ -178,6 +178,25 @@ class RefusalTests(RoleTestCase):
             taken = listen(other.getsockname()[1])
             self.refused(("in use.*--listen", ["-n", "s2s-server", "--listen", taken], {}))
 
+    def test_port_in_use_for_a_daemon(self):
+        """A daemon that cannot listen ends its parent with an error, and leaves the line in its log and no pid file."""
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            started = subprocess.Popen(
+                [TWISTD, "s2s-server", "--listen", listen(other.getsockname()[1])],
+                cwd=self.directory,
+                env=environment(**{DATABASE_VARIABLE: self.url}),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self.addCleanup(started.kill)
+            _, stderr = started.communicate(timeout=PATIENCE_S)
+        self.assertEqual(started.returncode, 1)
+        self.assertIn("cannot listen on", stderr)
+        self.assertIn("choose another --listen", Path(self.directory, "s2s-server.log").read_text())
+        self.assertFalse(Path(self.directory, "s2s-server.pid").exists())
+
     def test_database(self):
         """A URL that cannot be read, a server that is not there, a file that is not: --database, and no password."""
         nowhere = f"postgresql://somebody:{_PASSWORD}@127.0.0.1:{free_port()}/game"

@@ -1,7 +1,6 @@
 """What a command type is, and the ones that come with s2s (docs/protocol.rst, "Commands").
 
-To add one here, write a module and one entry in :data:`BUILTIN`; in a package of one's own, a Twisted plugin that
-provides :class:`ICommandType`.
+To add one, write a module and one entry in :data:`BUILTIN`.
 """
 
 from __future__ import annotations

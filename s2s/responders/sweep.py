@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred
-from twisted.python.failure import Failure
 
+from s2s.clock import Clock
 from s2s.dispatch import Request
 from s2s.errors import DatabaseUnavailable, DbUnavailable
 from s2s.news import news
 from s2s.store import broadcasts
 from s2s.store.pool import Database
 
-#: Broadcasts that one sweep moves at most; the next takes the rest.
-LIMIT: Final = 10_000
+#: Broadcasts that one transaction moves: the longest are 16 KB each.
+LIMIT: Final = 500
+#: Seconds after which a sweep begins no further transaction; the next sweep takes the rest.
+TIME_S: Final = 1.5
 
 
 class Sweep:
@@ -26,26 +28,34 @@ class Sweep:
     """
 
     def __init__(
-        self, database: Database, fits: Callable[[Mapping[str, Any]], str | None], queued: Callable[[], object]
+        self,
+        database: Database,
+        clock: Clock,
+        fits: Callable[[Mapping[str, Any]], str | None],
+        queued: Callable[[], object],
     ) -> None:
         self._database = database
+        self._clock = clock
         self._fits = fits
         self._queued = queued
 
     def __call__(self, request: Request) -> Deferred[dict[str, Any]]:
         """Answer with how many were queued."""
-        since_ts: int = request.payload["since_ts"]
-        sweeping = self._database.run(broadcasts.sweep, since_ts, LIMIT, self._fits)
-        return sweeping.addCallbacks(self._answer, _refuse, callbackArgs=(since_ts,))
+        return Deferred.fromCoroutine(self._sweep(request.payload["since_ts"]))
 
-    def _answer(self, queued: int, since_ts: int) -> dict[str, Any]:
+    async def _sweep(self, since_ts: int) -> dict[str, Any]:
+        until = self._clock.mono() + TIME_S
+        queued = 0
+        while self._clock.mono() < until:
+            try:
+                moved = await self._database.run(broadcasts.sweep, since_ts, LIMIT, self._fits)
+            except DatabaseUnavailable:
+                raise DbUnavailable(retry_after_ms=1000) from None
+            queued += moved
+            if moved:
+                self._queued()
+            if moved < LIMIT:
+                break
         if queued:
             news.info("sweep: {queued} broadcasts queued", queued=queued)
-            self._queued()
         return {"ok": True, "since_ts": since_ts, "queued": queued}
-
-
-def _refuse(failure: Failure) -> Failure:
-    if failure.check(DatabaseUnavailable):
-        raise DbUnavailable(retry_after_ms=1000) from None
-    return failure

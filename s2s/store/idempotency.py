@@ -23,7 +23,8 @@ class First:
 def firsts(txn: Cursor, idem_keys: list[str]) -> dict[str, First]:
     """Look up the first command of each key that has one."""
     txn.execute(
-        "select k.idem_key, k.fingerprint, k.cmd_id, coalesce(c.status, k.status)"
+        # Of a command whose row was removed by hand it is known only that it is over.
+        "select k.idem_key, k.fingerprint, k.cmd_id, coalesce(c.status, k.status, 'done')"
         " from idempotency_keys k left join commands c using (cmd_id) where k.idem_key = any(%s)",
         (idem_keys,),
     )

@@ -51,6 +51,12 @@ def insert_batch(txn: Cursor, notices: Sequence[tuple[int, Mapping[str, Any]]]) 
     )
 
 
+def exists(txn: Cursor, message: str) -> bool:
+    """Whether there is a notice with this text."""
+    txn.execute("select from notices where message = %s limit 1", (message,))
+    return txn.rowcount > 0
+
+
 def list_notices(txn: Cursor, limit: int = 100) -> list[NoticeRow]:
     """List notices, the newest first."""
     txn.execute(
