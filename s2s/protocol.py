@@ -344,10 +344,10 @@ class Link(Int32StringReceiver):
         call, outcome = reply.call, reply.outcome()
         assert call is not None
         refusal = outcome.code if isinstance(outcome, Refused) else None
-        if call.message is CHALLENGE and (not isinstance(outcome, CallError) or refusal == ALSO_PROVES):
-            self._proven(reply.envelope.ts, outcome if isinstance(outcome, dict) else {})
         # What stood in the way of one request stands in the way no more when another has passed.
         self.is_slow = refusal in _SLOW_CODES
+        if call.message is CHALLENGE and (not isinstance(outcome, CallError) or refusal == ALSO_PROVES):
+            self._proven(reply.envelope.ts, outcome if isinstance(outcome, dict) else {})
         self._send_line()
         if isinstance(outcome, CallError):
             call.waiter.errback(outcome)
@@ -362,7 +362,6 @@ class Link(Int32StringReceiver):
             self.session.peer_frame_size = limit
         if self.session.prove(ts):
             self.peer = said
-            self.is_slow = False
             self._events.link_proven(self)
 
     def _challenge_failed(self, failure: Failure) -> None:

@@ -105,9 +105,7 @@ class Relay:
         self._is_stopping = True
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
-        # What was not sent yet is due again when its lease ends; give it back now.
-        self._retries += [(row.outbox_id, 0.0) for row, _ in self._ready]
-        self._ready.clear()
+        self._give_back()
         self._idle = Deferred()
         idle = self._idle
         self._settle()
@@ -158,12 +156,16 @@ class Relay:
             except CanonicalError as error:  # put there by another hand than ours
                 self._set_aside(row, BadPayload.code, str(error))
         if self._is_stopping:
-            self._retries += [(row.outbox_id, 0.0) for row, _ in self._ready]
-            self._ready.clear()
+            self._give_back()
         self._send()
         self._settle()
         if self._more:
             self._claim()
+
+    def _give_back(self) -> None:
+        """Let what was claimed and not sent be due at once, and not when its lease ends."""
+        self._retries += [(row.outbox_id, 0.0) for row, _ in self._ready]
+        self._ready.clear()
 
     def _claim_failed(self, failure: Failure) -> None:
         # The poll tries again.
@@ -182,10 +184,10 @@ class Relay:
             return
         self._is_sending = True
         while self._ready and (self._flying_bytes < WINDOW_BYTES or not self._flying):
-            row, size = self._ready.popleft()
             if self._link is None:
-                self._retries.append((row.outbox_id, 0.0))
-                continue
+                self._give_back()
+                break
+            row, size = self._ready.popleft()
             self._flying += 1
             self._flying_bytes += size
             pushing = self._link.call(COMMAND_PUSH, row.push())

@@ -140,6 +140,8 @@ class Server(service.Service):
             self._sweep(link)
 
     def _sweep(self, link: Link) -> None:
+        if not link.session.is_open:
+            return
         # However many broadcasts are typed at once: one sweep under way, and one more for what it may have missed.
         if link in self._sweeping:
             self._sweeping[link] = True
@@ -152,7 +154,7 @@ class Server(service.Service):
     def _swept(self, ack: dict[str, Any] | None, link: Link) -> None:
         may_have_missed = self._sweeping.pop(link)
         # An engine sweeps a bounded number at a time.
-        if (may_have_missed or (ack and ack["queued"])) and link.session.is_open:
+        if may_have_missed or (ack and ack["queued"]):
             self._sweep(link)
 
     def _sweep_failed(self, failure: Failure, link: Link) -> None:
@@ -160,8 +162,4 @@ class Server(service.Service):
         error = failure.value
         self.log.warn("{link}: the sweep failed: {why}", link=link, why=str(error))
         if isinstance(error, Refused) and error.retryable and error.retry_after_ms is not None:
-            self._clock.scheduler.callLater(min(error.retry_after_ms / 1000, SWEEP_S), self._sweep_again, link)
-
-    def _sweep_again(self, link: Link) -> None:
-        if link.session.is_open:
-            self._sweep(link)
+            self._clock.scheduler.callLater(min(error.retry_after_ms / 1000, SWEEP_S), self._sweep, link)
