@@ -166,29 +166,32 @@ def _plain(value: Any) -> bool:
 # --- out -----------------------------------------------------------------------------------------------------------
 
 
-def dumps(value: Mapping[str, Any]) -> bytes:
+def dumps(value: Mapping[str, Any], depth: int = 1) -> bytes:
     """Write an object in its canonical form.
 
+    :param depth: how deep it is to lie in its envelope, which is depth 1.
     :raises CanonicalError: what cannot be said, where, and what to say instead.
     """
     if type(value) is dict:
         try:
             written = orjson.dumps(value, option=_STRICT)
-            if written.count(b"{") + written.count(b"[") <= MAX_DEPTH and b"\\u0000" not in written and _plain(value):
+            is_flat = written.count(b"{") + written.count(b"[") <= MAX_DEPTH + 1 - depth
+            if is_flat and b"\\u0000" not in written and _plain(value):
                 return written
         except orjson.JSONEncodeError:
             pass
-    return dumps_exactly(value)
+    return dumps_exactly(value, depth)
 
 
-def dumps_exactly(value: Mapping[str, Any]) -> bytes:
+def dumps_exactly(value: Mapping[str, Any], depth: int = 1) -> bytes:
     """Write an object the slow way, which knows what is wrong.
 
+    :param depth: as of :func:`dumps`.
     :raises CanonicalError: what cannot be said, where, and what to say instead.
     """
     if not isinstance(value, Mapping):
         raise CanonicalError(f"a {type(value).__name__} is not an object: canonical JSON is written of a mapping")
-    written: bytes = encode_canonical_json(_sayable(value, "", 1))
+    written: bytes = encode_canonical_json(_sayable(value, "", depth))
     return written
 
 

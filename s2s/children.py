@@ -15,11 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from s2s.errors import OperatorError
-from s2s.lifetime import STOP_WITH_STDIN
+from s2s.lifetime import CUT_S, GRACE_S, STOP_WITH_STDIN
 from s2s.tail import Tail
 
-#: A role drains for 5 s when it is told to end (protocol, "The engine"); one that takes longer than this hangs.
-_ENDS_S = 8.0
+#: What a role takes that is told to end, with all that follows its grace; one that takes longer than this hangs.
+_ENDS_S = GRACE_S + 2 * CUT_S + 2.0
 #: PostgreSQL writes out what it has in memory; its guardian's patience, and every step of its stop, fit into this.
 _DATABASE_ENDS_S = 60.0
 #: The pauses before a dead role is started again, in seconds: the first, the longest, and the life that makes it new.

@@ -99,7 +99,7 @@ class UnsignedError:
 
 @dataclass(frozen=True)
 class UnknownKey:
-    """The ``key_id`` is not among the keys in memory: they are to be read again before the frame is refused."""
+    """Of the keys in memory none of this ``key_id`` has begun: read them again before the frame is refused."""
 
 
 class Dispatcher:
@@ -127,9 +127,10 @@ class Dispatcher:
                 return UnsignedError(members.get("payload"))
             auth = envelope.read_auth(members)
             message = envelope.signed_bytes(frame, members, is_canonical)
-            key = self._keys.keyring.verify(auth.key_id, message, auth.sig, self._clock.now())
+            keyring, now = self._keys.keyring, self._clock.now()
+            key = keyring.verify(auth.key_id, message, auth.sig, now)
             if key is None:
-                if auth.key_id not in self._keys.keyring and not is_last_try:
+                if not keyring.has_begun(auth.key_id, now) and not is_last_try:
                     return UnknownKey()
                 raise AuthBad()
         except Unsigned as error:

@@ -1,33 +1,32 @@
-"""The engine role: reconnecting link, sweeps into the outbox, relay out of it."""
+"""The engine role: reconnecting link, sweeps into the outbox, relay out of it, and the server's control requests."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from twisted.application import service
 from twisted.application.internet import ClientService
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from s2s.backoff import Backoff
-from s2s.catalogue import HEALTH_CHECK, SWEEP
-from s2s.clock import Clock
+from s2s.catalogue import BUMP, HEALTH_CHECK, PAUSE, RESUME, SHUTDOWN, SWEEP
+from s2s.condition import Condition, guarded
 from s2s.dispatch import Dispatcher, Responder
-from s2s.keys import LiveKeys
-from s2s.lifetime import watch
-from s2s.limits import Bounds
 from s2s.links import LinkFactory
 from s2s.news import Digest, news
 from s2s.protocol import Link
-from s2s.relay import Relay, fits
-from s2s.responders.health import Health, Identity
+from s2s.relay import Relay
+from s2s.responders.bump import Bump
+from s2s.responders.health import Health
+from s2s.responders.pause import Pause
+from s2s.responders.shutdown import Shutdown
 from s2s.responders.sweep import Sweep
-from s2s.store import keys, outbox
-from s2s.store.listen import Listener
-from s2s.store.pool import Database
+from s2s.role import Basis, Role
+from s2s.store import engines, outbox
+from s2s.wanted import Wanted
 
 
 @implementer(IStreamClientEndpoint)
@@ -57,83 +56,79 @@ class _TellingEndpoint:
         return failure
 
 
-class Engine(service.Service):
+class Engine(Role):
     """One engine process.
 
     :param connect: where the server is.
     :param described: the endpoint as the operator wrote it.
     """
 
-    log = Logger()
-
-    def __init__(
-        self,
-        connect: IStreamClientEndpoint,
-        described: str,
-        identity: Identity,
-        bounds: Bounds,
-        database: Database,
-        live_keys: LiveKeys,
-        relay: Relay,
-        url: str,
-        clock: Clock,
-    ) -> None:
+    def __init__(self, basis: Basis, connect: IStreamClientEndpoint, described: str, relay: Relay) -> None:
+        clock, database = basis.clock, basis.database
         self._described = described
-        self._clock = clock
-        self._database = database
-        self._keys = live_keys
         self._relay = relay
         self._backoff = Backoff()
+        #: The connection that there is, and whether its link is proven.
+        self._connected: Link | None = None
         self._link: Link | None = None
-        self._listener = Listener(
-            url,
-            {keys.CHANNEL: live_keys.changed, outbox.CHANNEL: relay.wake},
-            presence=identity.boot_id,
-            application_name="s2s-engine listen",
-        )
+        self._condition = Condition()
+        self._wanted = Wanted(database, clock, basis.identity.name, self._condition)
+        super().__init__(basis, {outbox.CHANNEL: relay.wake, engines.CHANNEL: self._wanted.changed})
         responders: dict[str, Responder] = {
-            HEALTH_CHECK: Health(identity, bounds.frame_size, clock, self._condition),
-            SWEEP: Sweep(database, clock, fits(bounds.frame_size), relay.wake),
+            HEALTH_CHECK: Health(basis.identity, basis.bounds.frame_size, clock, self._state),
+            SWEEP: guarded(self._condition.check_taking, Sweep(database, clock, basis.bounds.frame_size, relay.wake)),
+            BUMP: guarded(self._condition.check_taking, Bump(basis.live_config)),
+            PAUSE: guarded(self._condition.check_started, Pause(self._wanted, "paused", self._condition)),
+            RESUME: guarded(self._condition.check_started, Pause(self._wanted, "running", self._condition)),
+            SHUTDOWN: Shutdown(basis.lifetime.end, self._condition),
         }
-        self.factory = LinkFactory("engine", Dispatcher(live_keys, responders, clock), live_keys, clock, self, bounds)
-        live_keys.watchers.append(
+        dispatcher = Dispatcher(basis.live_keys, responders, clock)
+        self.factory = LinkFactory(
+            "engine", dispatcher, basis.live_keys, clock, self, basis.bounds, counters=basis.counters
+        )
+        basis.live_keys.watchers.append(
             lambda keyring: self.factory.drop_revoked([self._link] if self._link else [], keyring)
         )
         endpoint = _TellingEndpoint(connect, described)
         self._client = ClientService(endpoint, self.factory, retryPolicy=self._backoff, clock=clock.scheduler)  # type: ignore[arg-type]
-        self._digest = Digest(
-            "outbox: {accepted} accepted by the server, {duplicates} duplicates, {retried} to send again, {dead} dead",
-            self._counts,
-            clock,
-        )
+        self._digests.append(Digest("outbox", self._counts, clock))
 
-    def startService(self) -> None:
-        """Connect, and start everything behind."""
-        watch(self._clock.scheduler)
-        self._database.start()
-        self._keys.start()
-        self._listener.start()
+    def _begin(self) -> None:
         self._relay.start()
-        self._digest.start()
-        news.info("engine connects to {endpoint}", endpoint=self._described)
-        self._client.startService()
-        super().startService()  # type: ignore[no-untyped-call]
+        # Linked before it is known what is wanted, we would have to refuse what the server asks first.
+        self._wanted.start().addBoth(self._connect)
 
-    @inlineCallbacks
-    def stopService(self) -> Any:
-        """Claim no more, settle what is in flight, then let link and database go."""
-        super().stopService()  # type: ignore[no-untyped-call]
-        yield self._relay.stop()
-        yield self._client.stopService()
-        self._digest.stop()
-        self._keys.stop()
-        yield self._listener.stop()
-        yield self._database.stop()
+    def _connect(self, _: object) -> None:
+        if not self._condition.is_draining:
+            news.info("engine connects to {endpoint}", endpoint=self._described)
+            self._client.startService()
+
+    async def _drain(self) -> None:
+        self._condition.is_draining = True
+        self._wanted.stop()
+        if self._link is not None:
+            await self._link.quiet()
+        await self._relay.flush()
+        await self._relay.stop()
+        if self._connected is not None:
+            await self._connected.quiet()
+            self._connected.close("the engine stops")
+        await self._client.stopService()
+
+    def _past_grace(self) -> None:
+        if self._connected is not None:
+            self._connected.abort("the grace of the shutdown is over")
+        self._database.cancel()
+
+    def _configure(self) -> None:
+        self.factory.configure(self._config.number)
+        self._relay.window_rows = self._config.number("relay.window")
 
     # --- the link ---------------------------------------------------------------------------------------------------
 
     def link_made(self, link: Link) -> None:
-        """The TCP connection stands; that says nothing yet."""
+        """The connection stands; that says nothing yet."""
+        self._connected = link
 
     def link_proven(self, link: Link) -> None:
         """The server answers: send what waits."""
@@ -144,6 +139,7 @@ class Engine(service.Service):
 
     def link_lost(self, link: Link) -> None:
         """Remember how it ended; the outbox waits."""
+        self._connected = None
         if link.is_slow:
             self._backoff.refused()
         if link is self._link:
@@ -153,19 +149,15 @@ class Engine(service.Service):
         else:
             self.log.warn("{link}: no link: {why}", link=link, why=link.why)
 
-    def _condition(self) -> dict[str, Any]:
-        return {
-            "state": "running",
-            "degraded": self._link is None or self._database.is_away,
-            "config_version": 0,
-            "outbox_depth": self._relay.depth,
-        }
+    def _state(self) -> dict[str, Any]:
+        degraded = self._link is None or self._database.is_away
+        return self._health(state=self._condition.state, degraded=degraded, outbox_depth=self._relay.depth)
 
     def _counts(self) -> dict[str, int]:
         relay = self._relay
         return {
-            "accepted": relay.accepted,
+            "accepted by the server": relay.accepted,
             "duplicates": relay.duplicates,
-            "retried": relay.retried,
+            "to send again": relay.retried,
             "dead": relay.dead,
         }

@@ -9,11 +9,10 @@ from typing import Any
 from twisted.internet.endpoints import clientFromString
 
 from s2s.engine import Engine
-from s2s.keys import LiveKeys
-from s2s.options import CONNECT, Foundation, RoleOptions, or_refuse, parameter
+from s2s.options import CONNECT, RoleOptions, make_basis, or_refuse, parameter
 from s2s.relay import Relay
 
-#: Connections: relay, sweep, keys, and one to spare.
+#: Connections: relay, sweep, keys and configuration, and one to spare.
 _THREADS = 4
 
 
@@ -41,15 +40,5 @@ def makeService(options: Options) -> Any:
 
 
 def _make(options: Options) -> Any:
-    base = Foundation(options, "engine", options["name"], _THREADS)
-    return Engine(
-        base.endpoint,
-        options["connect"],
-        base.identity,
-        base.bounds,
-        base.database,
-        LiveKeys(base.database, base.clock, base.rows),
-        Relay(base.database, base.clock),
-        base.url,
-        base.clock,
-    )
+    basis, endpoint = make_basis(options, "engine", options["name"], _THREADS)
+    return Engine(basis, endpoint, options["connect"], Relay(basis.database, basis.clock))

@@ -166,6 +166,8 @@ class WireError(S2SError):
     closes: bool = False
     #: Answered with a signature; only what fails before its MAC holds is not.
     signed: ClassVar[bool] = True
+    #: It tells of our state and nothing of the frame: a thousand of them are one line in the log.
+    passing: ClassVar[bool] = False
     text: ClassVar[str] = ""
 
     def __init__(self, message: str = "", **details: Any) -> None:
@@ -293,6 +295,7 @@ class NotReady(WireError):
 
     code = "not_ready"
     retryable = True
+    passing = True
 
 
 class Paused(WireError):
@@ -300,6 +303,7 @@ class Paused(WireError):
 
     code = "paused"
     retryable = True
+    passing = True
 
 
 class ShuttingDown(WireError):
@@ -307,6 +311,7 @@ class ShuttingDown(WireError):
 
     code = "shutting_down"
     retryable = True
+    passing = True
 
 
 class Overloaded(WireError):
@@ -314,6 +319,7 @@ class Overloaded(WireError):
 
     code = "overloaded"
     retryable = True
+    passing = True
 
 
 class DbUnavailable(WireError):
@@ -321,6 +327,7 @@ class DbUnavailable(WireError):
 
     code = "db_unavailable"
     retryable = True
+    passing = True
     text = "the database is not available; the outcome may be unknown, and the same request may be sent again"
 
 
@@ -329,6 +336,7 @@ class DeadlineExceeded(WireError):
 
     code = "deadline_exceeded"
     retryable = True
+    passing = True
     text = "the request was not answered in time; its outcome is unknown"
 
 

@@ -1,10 +1,18 @@
-"""Running commands: each with its effect and its end in one transaction (docs/protocol.rst, "Commands")."""
+"""Running commands: each with its effect and its end in one transaction (docs/protocol.rst, "Commands").
+
+Charged is every exception of a handler, be it its own or a statement's: a deadlock, a timeout or a full disk may well
+be the command's fault, and a pause and nine further attempts lie behind it. Where the fault is the database's, the
+charge cannot be written either. Never charged is what fails because the connection broke or because we stop. For a
+process that dies another one charges its commands; :mod:`s2s.store.notes` says how it is told from one that lives.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Final
 
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
@@ -16,14 +24,21 @@ from s2s.errors import DatabaseUnavailable
 from s2s.store import commands as table
 from s2s.store import notes
 from s2s.store.driver import Cursor, is_lost, savepoint
+from s2s.store.notes import Note
 from s2s.store.pool import Database
 
 #: Seconds between two looks at the table when nothing wakes us, and between two tries when the database is away.
 POLL_S: Final = 1.0
+#: Seconds between two looks whether our presence lock is back.
+ABSENT_S: Final = 0.25
 #: Seconds between two looks for the notes of processes that are gone.
 REAP_S: Final = 5.0
+#: Seconds that a note must have been without its process to be charged.
+SURE_S: Final = 10.0
 #: Seconds that a command waits whose handler is gone.
 ORPHANED_S: Final = 60.0
+#: The last of so many batches in a row that lost their connection is charged for it.
+LOSSES: Final = 3
 _LONGEST_ERROR: Final = 500
 
 
@@ -42,11 +57,14 @@ class Executor:
 
     :param database: where the commands are.
     :param registry: the command types by name.
-    :param boot_id: this process's; its presence lock is to be held (:class:`s2s.store.listen.Listener`).
+    :param boot_id: this process's.
+    :param is_present: whether its presence lock is held (:class:`s2s.store.listen.Listener`): without it nothing is
+        claimed, since another process may take us for dead. It may be set before the start.
     :param workers: how many batches run at once; 0: none.
-    :param batch_size: commands in a batch at most.
+    :param batch_size: see below.
     :param clock: for tests.
 
+    :ivar batch_size: commands in a batch at most; it may be set at any time.
     :ivar ran: commands done.
     :ivar failed: attempts charged.
     :ivar dead: commands given up.
@@ -60,6 +78,7 @@ class Executor:
         registry: Mapping[str, CommandType],
         boot_id: str,
         *,
+        is_present: Callable[[], bool] = lambda: True,
         workers: int = 2,
         batch_size: int = 256,
         clock: Any = None,
@@ -69,8 +88,9 @@ class Executor:
         self._database = database
         self._registry = registry
         self._boot_id = boot_id
+        self.is_present = is_present
         self._workers = workers
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._clock = clock
         self._is_stopping = False
         #: Something came since a worker looked last.
@@ -79,6 +99,11 @@ class Executor:
         self._running: list[Deferred[None]] = []
         self._reaping = LoopingCall(self._reap)
         self._reaping.clock = clock
+        #: Notes whose process seems to be gone, and the second since when, under one and the same presence of ours.
+        self._forsaken: dict[Note, float] = {}
+        self._presence: datetime | None = None
+        #: Batches of a worker, one after the other, whose connection was lost under them.
+        self._losses: Counter[int] = Counter()
         self._orphans_told: set[str] = set()
         self.ran = self.failed = self.dead = 0
 
@@ -91,14 +116,37 @@ class Executor:
     def stop(self) -> Deferred[None]:
         """Stop claiming.
 
-        :returns: fires when the batches that run are finished.
+        :returns: fires when the batches that run are finished and nothing is noted of us any more.
         """
+        self._leave_off()
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        await gatherResults(self._running)
+        if self._running:
+            # A batch that the database's absence ended is noted still.
+            await self._strike_all()
+
+    def abandon(self) -> Deferred[None]:
+        """Leave what runs, once :meth:`s2s.store.pool.Database.cancel` has cancelled it: nobody is charged for it.
+
+        :returns: fires in bounded time, when nothing is noted of us any more or the database does not answer.
+        """
+        self._leave_off()
+        return Deferred.fromCoroutine(self._strike_all())
+
+    def _leave_off(self) -> None:
         self._is_stopping = True
         if self._reaping.running:
             self._reaping.stop()
         for sleeper in self._asleep[:]:
             sleeper.cancel()
-        return gatherResults(self._running).addCallback(lambda _: None)
+
+    async def _strike_all(self) -> None:
+        try:
+            await self._database.run_last(notes.strike_all, self._boot_id)
+        except DatabaseUnavailable as error:
+            self.log.warn("what was in hand may be charged an attempt: {why}", why=str(error))
 
     def wake(self) -> None:
         """Look at the table now: something was committed."""
@@ -127,20 +175,29 @@ class Executor:
 
         :returns: seconds to sleep.
         """
-        cmd_ids, due_in_s = await self._database.run(_claim, self._boot_id, worker, self._batch_size)
+        if not self.is_present():
+            return ABSENT_S
+        size = self.batch_size
+        cmd_ids, due_in_s = await self._database.run(_claim, self._boot_id, worker, size)
         if not cmd_ids:
             return POLL_S if due_in_s is None else min(max(due_in_s, 0.0), POLL_S)
-        if len(cmd_ids) == self._batch_size:
+        if len(cmd_ids) == size:
             self.wake()
         try:
-            report = await self._database.run(_run, self._registry, self._boot_id, worker, cmd_ids)
-        except DatabaseUnavailable:
-            raise
+            report = await self._database.run(self._run, worker, cmd_ids)
+        except DatabaseUnavailable as error:
+            self._losses[worker] += 1
+            if self._losses[worker] < LOSSES:
+                raise
+            # The database serves our claims and breaks under what they bring: it may be a command's doing, and one that
+            # ends its connection must not stand in everybody's way for ever. Charged, the commands run singly.
+            report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, _told(error))
         except Exception as error:
-            # Not a handler's failure in its savepoint, but the transaction's: a constraint checked at the COMMIT, a
-            # handler that idles in its transaction. Charged, the commands run singly, and it is told whose it is.
+            # Not a handler's failure in its savepoint, but the transaction's: a constraint checked at the COMMIT, say.
+            # Charged, the commands run singly, and it is told whose it is.
             self.log.failure("a batch of {size} commands was rolled back", size=len(cmd_ids))
             report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, _told(error))
+        self._losses[worker] = 0
         self._count(report)
         return 0.0
 
@@ -165,21 +222,73 @@ class Executor:
             self.log.warn("command {cmd_id} failed: {error}", cmd_id=cmd_id, error=error)
 
     async def _reap(self) -> None:
+        now = self._clock.seconds()
+        sure = {note for note, since in self._forsaken.items() if now - since >= SURE_S}
         try:
-            charged, dead = await self._database.run(notes.reap, self._boot_id)
+            look = await self._database.run(notes.reap, self._boot_id, self._presence, sure)
         except DatabaseUnavailable:
             return
         except Exception:
             self.log.failure("looking for the notes of processes that are gone failed")
             return
-        if charged:
-            self.failed += charged
-            self.dead += dead
-            self.log.warn("{charged} commands were charged for the end of their process", charged=charged)
+        before = self._forsaken if look.presence == self._presence else {}
+        # The time of this look's end, and of the next one's beginning: between them at least as long has passed.
+        now = self._clock.seconds()
+        self._presence, self._forsaken = look.presence, {note: before.get(note, now) for note in look.forsaken}
+        if look.charged:
+            self.failed += look.charged
+            self.dead += look.dead
+            self.log.warn("{charged} commands were charged for the end of their process", charged=look.charged)
             self.wake()
 
+    # --- in a thread of the pool ---------------------------------------------------------------------------------
 
-# --- in a thread of the pool -----------------------------------------------------------------------------------------
+    def _run(self, txn: Cursor, worker: int, cmd_ids: Sequence[int]) -> Report:
+        """Run a batch that is noted, and strike the note, in one transaction."""
+        report = Report()
+        # Neighbours of one type make a group: the order of running stays.
+        in_hand = _in_hand(txn, self._boot_id, worker, cmd_ids)
+        for cmd_type, group in itertools.groupby(in_hand, lambda command: command.cmd_type):
+            kind = self._registry.get(cmd_type)
+            if kind is None:
+                report.orphaned += group
+            else:
+                self._run_group(txn, kind, list(group), report)
+        if report.orphaned:
+            table.postpone(txn, [command.cmd_id for command in report.orphaned], ORPHANED_S)
+        if report.done:
+            table.finish(txn, report.done)
+        if report.failed:
+            report.dead = table.charge(txn, report.failed)
+        notes.strike(txn, self._boot_id, worker)
+        return report
+
+    def _run_group(self, txn: Cursor, kind: CommandType, commands: list[Command], report: Report) -> None:
+        # BaseException: in this thread a SystemExit is a handler's own, and nobody else's.
+        if kind.batched and len(commands) > 1:
+            try:
+                with savepoint(txn):
+                    kind.run_batch(txn, commands)
+            except BaseException:
+                if self._is_over(txn):
+                    raise
+            else:
+                report.done += [command.cmd_id for command in commands]
+                return
+        for command in commands:
+            try:
+                with savepoint(txn):
+                    kind.run(txn, command)
+            except BaseException as error:
+                if self._is_over(txn):
+                    raise
+                report.failed.append((command.cmd_id, _told(error)))
+            else:
+                report.done.append(command.cmd_id)
+
+    def _is_over(self, txn: Cursor) -> bool:
+        """Whether this transaction cannot be committed any more: then no failure in it is the handler's."""
+        return is_lost(txn) or self._database.is_cancelled
 
 
 def _claim(txn: Cursor, boot_id: str, worker: int, limit: int) -> tuple[list[int], float | None]:
@@ -187,53 +296,17 @@ def _claim(txn: Cursor, boot_id: str, worker: int, limit: int) -> tuple[list[int
     return cmd_ids, None if cmd_ids else table.next_due_s(txn)
 
 
-def _run(txn: Cursor, registry: Mapping[str, CommandType], boot_id: str, worker: int, cmd_ids: Sequence[int]) -> Report:
-    """Run a batch that is noted, and strike the note, in one transaction."""
-    report = Report()
-    # Neighbours of one type make a group: the order of running stays.
-    for cmd_type, group in itertools.groupby(table.take(txn, cmd_ids), lambda command: command.cmd_type):
-        kind = registry.get(cmd_type)
-        if kind is None:
-            report.orphaned += group
-        else:
-            _run_group(txn, kind, list(group), report)
-    if report.orphaned:
-        table.postpone(txn, [command.cmd_id for command in report.orphaned], ORPHANED_S)
-    if report.done:
-        table.finish(txn, report.done)
-    if report.failed:
-        report.dead = table.charge(txn, report.failed)
-    notes.strike(txn, boot_id, worker)
-    return report
-
-
-def _run_group(txn: Cursor, kind: CommandType, commands: list[Command], report: Report) -> None:
-    # BaseException: in this thread a SystemExit is a handler's own, and nobody else's.
-    if kind.batched and len(commands) > 1:
-        try:
-            with savepoint(txn):
-                kind.run_batch(txn, commands)
-        except BaseException:
-            if is_lost(txn):
-                raise
-        else:
-            report.done += [command.cmd_id for command in commands]
-            return
-    for command in commands:
-        try:
-            with savepoint(txn):
-                kind.run(txn, command)
-        except BaseException as error:
-            if is_lost(txn):
-                raise
-            report.failed.append((command.cmd_id, _told(error)))
-        else:
-            report.done.append(command.cmd_id)
+def _in_hand(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -> list[Command]:
+    """Lock the commands of a worker's batch that are in its note still: what another has charged is not ours to run."""
+    taken = table.take(txn, cmd_ids)
+    # After the locks, in a statement of its own: it shows what a reaper did before we had them.
+    noted = set(notes.noted(txn, boot_id, worker))
+    return [command for command in taken if command.cmd_id in noted]
 
 
 def _charge(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], error: str) -> Report:
     """Charge a whole batch, and strike its note."""
-    failed = [(cmd_id, error) for cmd_id in cmd_ids]
+    failed = [(command.cmd_id, error) for command in _in_hand(txn, boot_id, worker, cmd_ids)]
     dead = table.charge(txn, failed)
     notes.strike(txn, boot_id, worker)
     return Report(failed=failed, dead=dead)

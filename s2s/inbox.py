@@ -30,6 +30,7 @@ from s2s.errors import (
     UnknownCommand,
     WireError,
 )
+from s2s.limits import Counters
 from s2s.store import commands as table
 from s2s.store.commands import Outcome, Push
 from s2s.store.pool import Database
@@ -56,6 +57,7 @@ class Inbox:
     :param database: where they are committed.
     :param registry: the command types by name.
     :param on_commit: called after each COMMIT that brought a new command.
+    :param counters: counts the pushes refused for want of room.
 
     :ivar accepted: new commands committed.
     :ivar duplicates: pushes answered with their first command.
@@ -67,11 +69,16 @@ class Inbox:
     log = Logger()
 
     def __init__(
-        self, database: Database, registry: Mapping[str, CommandType], on_commit: Callable[[], object] = lambda: None
+        self,
+        database: Database,
+        registry: Mapping[str, CommandType],
+        on_commit: Callable[[], object] = lambda: None,
+        counters: Counters | None = None,
     ) -> None:
         self._database = database
         self._schemas = {cmd_type: Schema(kind.schema) for cmd_type, kind in registry.items()}
         self._on_commit = on_commit
+        self._counters = counters or Counters()
         self._waiters: deque[_Waiter] = deque()
         self._bytes = 0
         self._is_busy = False
@@ -118,6 +125,7 @@ class Inbox:
         schema.check(content, "/payload/payload")
         written = canonical.dumps(content)
         if self._waiters and (len(self._waiters) >= WAITING_PUSHES or self._bytes + len(written) > WAITING_BYTES):
+            self._counters.meet("inbox")
             raise Overloaded(
                 f"{len(self._waiters)} commands wait to be committed",
                 limit=WAITING_PUSHES,

@@ -12,9 +12,9 @@ from twisted.python.failure import Failure
 
 from s2s.clock import Clock, Timer
 from s2s.errors import DatabaseError
-from s2s.signing import Key, Keyring, decode_secret
-from s2s.store import keys as table
-from s2s.store.keys import KeyRow
+from s2s.signing import Keyring
+from s2s.store import keys as store
+from s2s.store.keys import KeyRow, KeyTable, make_keyring
 from s2s.store.pool import Database
 
 #: Beside the table's NOTIFY, which can be lost.
@@ -27,7 +27,10 @@ NOTIFY_GAP_S: Final = 0.1
 class LiveKeys:
     """A :class:`~s2s.dispatch.KeySource`. While the database is away, the keys read last stay in force.
 
-    :param rows: the keys as the check before the start found them.
+    The database's clock dates the keys and ours judges them, so that every window is told by ours as it is read: what
+    ended by the database's clock has ended here at once, however the two clocks differ.
+
+    :param rows: the keys as the check before the start found them, their windows told by our clock.
     """
 
     log = Logger()
@@ -93,12 +96,12 @@ class LiveKeys:
         self._is_reading = True
         self._began_at = self._clock.mono()
         waiters, self._waiters = self._waiters, []
-        reading = self._database.run(table.read)
+        reading = self._database.run(store.read)
         reading.addCallback(self._took).addErrback(self._kept)
         reading.addBoth(self._done, waiters)
 
-    def _took(self, rows: list[KeyRow]) -> None:
-        self.keyring = self._usable(rows)
+    def _took(self, table: KeyTable) -> None:
+        self.keyring = self._usable(table.by_clock(self._clock.now()))
         for told in self.watchers:
             told(self.keyring)
 
@@ -121,25 +124,9 @@ class LiveKeys:
             waiter.callback(None)
 
     def _usable(self, rows: Iterable[KeyRow]) -> Keyring:
-        usable, complaints = read_rows(rows)
+        usable, complaints = make_keyring(rows)
         for key_id, why in complaints.items():
             if key_id not in self._complained:
                 self.log.error("key {key_id!r} is not usable: {why}", key_id=key_id, why=why)
         self._complained = frozenset(complaints)
         return usable
-
-
-def read_rows(rows: Iterable[KeyRow]) -> tuple[Keyring, dict[str, str]]:
-    """Make a keyring of the table's rows.
-
-    :returns: the keyring, and for every row that cannot be used its ``key_id`` and why.
-    """
-    usable, complaints = [], {}
-    for row in rows:
-        try:
-            secret = decode_secret(row.key_b64)
-        except ValueError as error:
-            complaints[row.key_id] = str(error)
-        else:
-            usable.append(Key(row.key_id, secret, row.role, row.active_from, row.active_to, row.is_default_tx))
-    return Keyring(usable), complaints

@@ -1,4 +1,4 @@
-"""When a role's process ends: on a signal, with its parent, or because it cannot start."""
+"""When a role's process ends: on a signal, with its parent, told to by the server, or because it cannot start."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, NoReturn
 
@@ -19,8 +21,10 @@ from s2s.errors import OperatorError
 #: Set by whoever starts us with a pipe for stdin: its end is our order to stop, also when it was SIGKILL that ended it.
 STOP_WITH_STDIN: Final = "S2S_STOP_WITH_STDIN"
 
-#: What a stop may take, in seconds, before the process ends all the same (protocol, "s2s.engine.shutdown").
+#: What a stop may take, in seconds, where nobody says how long (protocol, "s2s.engine.shutdown").
 GRACE_S: Final = 5.0
+#: What is left for an orderly end once the running SQL is cancelled, in seconds, and for the last words after it.
+CUT_S: Final = 1.5
 
 _log = Logger(namespace="s2s.lifetime")
 
@@ -29,8 +33,9 @@ _log = Logger(namespace="s2s.lifetime")
 class _Parent:
     """Stdin, until it ends."""
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, end: Callable[[str], object]) -> None:
         self._reactor = reactor
+        self._end = end
 
     def fileno(self) -> int:
         return 0
@@ -38,49 +43,100 @@ class _Parent:
     def doRead(self) -> None:
         if not os.read(0, 4096):
             self._reactor.removeReader(self)
-            stop(self._reactor, "the parent process is gone or told us to")
+            self._end("the parent process is gone or told us to")
 
     def connectionLost(self, reason: object) -> None:
-        stop(self._reactor, "stdin is gone")
+        self._end("stdin is gone")
 
     def logPrefix(self) -> str:
         return "stdin"
 
 
-def stop(reactor: Any, why: str) -> None:
-    """Stop the process in order."""
-    with suppress(ReactorNotRunning):  # told twice
-        reactor.stop()
-        _log.info("stopping: {why}", why=why)
-        # A thread whose database hangs can be neither cancelled nor joined. What it has not committed is rolled back.
-        cut = threading.Timer(GRACE_S, _cut)
-        cut.daemon = True
-        cut.start()
+class Lifetime:
+    """The end of this process, which begins once and has an end itself.
 
+    First everything finishes what it has in hand. When the grace is over, :attr:`past_grace` is called, and what still
+    runs is cancelled and rolled back. Whatever has not ended a little later is left: a thread can be neither cancelled
+    nor joined. The exit code is 0 in any case, and final.
 
-def _cut() -> None:
-    _log.error("not everything ended within {grace:g} s of the stop: leaving it", grace=GRACE_S)
-    os._exit(0)
-
-
-def watch(reactor: Any) -> None:
-    """Take SIGTERM and SIGINT as a shutdown that ends with exit code 0, and the end of stdin where we are told so.
-
-    Twisted's own handler, which it sets when the reactor starts, would let the process die of the signal once all is
-    stopped. To be called when a service starts: after the fork, whose parent must stay killable.
+    :ivar past_grace: called in the reactor's thread.
+    :ivar last_words: called in another thread just before the process is left; it may block for a second.
     """
 
-    def on_signal(number: int, _frame: object) -> None:
-        reactor.callFromThread(stop, reactor, signal.Signals(number).name)
+    def __init__(self, reactor: Any, now: Callable[[], float] = time.time) -> None:
+        self._reactor = reactor
+        self._now = now
+        self._deadline: float | None = None
+        self._cutting: threading.Timer | None = None
+        self._cancelling: Any = None
+        self.past_grace: Callable[[], object] = lambda: None
+        self.last_words: Callable[[], object] = lambda: None
 
-    def take_signals() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, on_signal)
+    def watch(self) -> None:
+        """Take SIGTERM and SIGINT as a shutdown that ends with exit code 0, and the end of stdin where told so.
 
-    take_signals()
-    reactor.callWhenRunning(take_signals)
-    if os.environ.get(STOP_WITH_STDIN):
-        reactor.callWhenRunning(reactor.addReader, _Parent(reactor))
+        Twisted's own handler, which it sets when the reactor starts, would let the process die of the signal once all
+        is stopped. To be called when a service starts: after the fork, whose parent must stay killable.
+        """
+
+        def on_signal(number: int, _frame: object) -> None:
+            self._reactor.callFromThread(self.end, signal.Signals(number).name)
+
+        def take_signals() -> None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, on_signal)
+
+        take_signals()
+        self._reactor.callWhenRunning(take_signals)
+        if os.environ.get(STOP_WITH_STDIN):
+            self._reactor.callWhenRunning(self._reactor.addReader, _Parent(self._reactor, self.end))
+
+    def end(self, why: str, grace_s: float = GRACE_S) -> float:
+        """Stop the process in order; told twice, the earlier deadline holds.
+
+        :param grace_s: seconds for what is in hand.
+        :returns: when the grace is over, in Unix seconds.
+        """
+        deadline = self._now() + grace_s
+        if self._deadline is not None and self._deadline <= deadline:
+            return self._deadline
+        if self._deadline is None:
+            _log.info("stopping within {grace:g} s: {why}", grace=grace_s, why=why)
+            with suppress(ReactorNotRunning):  # by somebody else
+                self._reactor.stop()
+        else:
+            _log.info("stopping earlier, within {grace:g} s: {why}", grace=grace_s, why=why)
+        self._deadline = deadline
+        self.ended()
+        if self._cutting is not None:
+            self._cutting.cancel()
+        self._cancelling = self._reactor.callLater(grace_s, self._past)
+        self._cutting = threading.Timer(grace_s + CUT_S, self._cut)
+        self._cutting.daemon = True
+        self._cutting.start()
+        return deadline
+
+    def ended(self) -> None:
+        """Everything has stopped by itself: there is nothing to cancel."""
+        if self._cancelling is not None and self._cancelling.active():
+            self._cancelling.cancel()
+
+    def _past(self) -> None:
+        _log.warn("the grace is over: cancelling what still runs")
+        self.past_grace()
+
+    def _cut(self) -> None:
+        _log.error("not everything ended in time: leaving it")
+        last = threading.Thread(target=self._say_last_words, daemon=True)
+        last.start()
+        last.join(CUT_S)
+        os._exit(0)
+
+    def _say_last_words(self) -> None:
+        try:
+            self.last_words()
+        except Exception as error:
+            _log.error("the end could not be written down: {error!r}", error=error)
 
 
 def refuse(why: str) -> NoReturn:

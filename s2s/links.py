@@ -43,7 +43,18 @@ class LinkFactory(Factory):
     noisy = False
 
     def __post_init__(self) -> None:
-        self.replay = ReplayCache(self.timing.fresh, self.clock.mono())
+        self.replay = ReplayCache(self.clock.mono(), on_full=lambda: self.counters.meet("replay_cache"))
+
+    def configure(self, setting: Callable[[str], int]) -> None:
+        """Take the settings in force, for every link that there is and will be.
+
+        :param setting: gives an integer setting's value.
+        """
+        timing, bounds = self.timing, self.bounds
+        timing.idle, timing.check, timing.misses = map(setting, ("link.idle_s", "link.check_s", "link.misses"))
+        timing.call = setting("link.call_s")
+        bounds.window_frames, bounds.window_bytes = setting("link.window"), setting("link.window_kib") << 10
+        self.replay.resize(setting("link.fresh_s"), self.clock.mono())
 
     def drop_revoked(self, links: Iterable[Link], keyring: Keyring) -> None:
         """Close the links whose peer signed last with a key that verifies no more (protocol, "Keys")."""
@@ -64,16 +75,19 @@ class ServerLinks:
     """Every link of a server, and the engines behind the proven ones.
 
     :param engine_up: called with the link of an engine that was just proven.
+    :param engine_down: called when such a link is gone.
     """
 
     log = Logger()
 
-    def __init__(self, engine_up: Callable[[Link], object]) -> None:
+    def __init__(
+        self, counters: Counters, engine_up: Callable[[Link], object], engine_down: Callable[[], object] = lambda: None
+    ) -> None:
+        self._counters = counters
         self._engine_up = engine_up
+        self._engine_down = engine_down
         self._all: dict[Link, None] = {}
         self._engines: dict[tuple[str | None, str | None], Link] = {}
-        #: Connections that were closed because there were too many.
-        self.turned_away = 0
 
     @property
     def engines(self) -> list[Link]:
@@ -89,12 +103,12 @@ class ServerLinks:
     def link_made(self, link: Link) -> None:
         """Keep both bounds; of the silent links the oldest goes, so that silence cannot keep an engine out."""
         if len(self._all) >= MAX_LINKS:
-            self.turned_away += 1
+            self._counters.meet("links")
             link.close(f"there are {MAX_LINKS} links already")
             return
         silent = [each for each in self._all if each.session.is_open and not each.session.has_been_heard]
         if len(silent) >= MAX_SILENT:
-            self.turned_away += 1
+            self._counters.meet("silent_links")
             silent[0].close(f"{MAX_SILENT} newer links are as silent")
         self._all[link] = None
 
@@ -119,6 +133,7 @@ class ServerLinks:
             if each is link:
                 del self._engines[identity]
                 news.warn("engine down: {link}: {why}", link=link, why=link.why)
+                self._engine_down()
                 return
         if not link.has_told:
             self.log.info("{link}: closed: {why}", link=link, why=link.why)

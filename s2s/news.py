@@ -22,12 +22,12 @@ LINK_UP: Final = "engine up:"
 class Digest:
     """Tells once a second what has been counted since, if anything was.
 
-    :param format: a constant format with the names that ``read`` gives.
-    :param read: gives the counters as they stand.
+    :param subject: what is counted.
+    :param read: gives the counters as they stand, by what a line calls them.
     """
 
-    def __init__(self, format: str, read: Callable[[], Mapping[str, int]], clock: Clock) -> None:
-        self._format = format
+    def __init__(self, subject: str, read: Callable[[], Mapping[str, int]], clock: Clock) -> None:
+        self._subject = subject
         self._read = read
         self._told = dict(read())
         self._loop = task.LoopingCall(self.tell)
@@ -46,7 +46,8 @@ class Digest:
     def tell(self) -> None:
         """Tell what has been counted since the last time."""
         now = dict(self._read())
-        grown = {name: count - self._told[name] for name, count in now.items()}
+        grown = {name: count - self._told.get(name, 0) for name, count in now.items()}
         self._told = now
         if any(grown.values()):
-            news.info(self._format, **grown)
+            told = ", ".join(f"{count} {name}" for name, count in grown.items() if count)
+            news.info("{subject}: {told}", subject=self._subject, told=told)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -13,12 +13,14 @@ from ulid import ULID
 
 from s2s import preflight
 from s2s.clock import Clock, make_monotonic
+from s2s.config import LiveConfig
 from s2s.errors import OperatorError
-from s2s.lifetime import refuse
-from s2s.limits import Bounds
-from s2s.responders.health import Identity
+from s2s.identity import Identity
+from s2s.keys import LiveKeys
+from s2s.lifetime import Lifetime, refuse
+from s2s.limits import Bounds, Counters
+from s2s.role import Basis
 from s2s.signing import Role
-from s2s.store.keys import KeyRow
 from s2s.store.pool import Database
 
 T = TypeVar("T")
@@ -96,40 +98,47 @@ class RoleOptions(usage.Options):
             twistd["logfile"] = f"{self.process_name}.log"
 
 
-class Foundation:
-    """What a role of either kind stands on, made before the fork and started after it.
+def make_basis(options: RoleOptions, role: Role, name: str, threads: int) -> tuple[Basis, Any]:
+    """Make what a role of either kind stands on, and the endpoint where it listens or connects.
 
-    :ivar endpoint: where the role listens or connects.
-    :ivar rows: the keys as they are now.
+    :param threads: connections of the pool.
+    :raises OperatorError: one line that names the cure.
     """
+    from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
 
-    def __init__(self, options: RoleOptions, role: Role, name: str, threads: int) -> None:
-        from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
+    make_monotonic(reactor)
+    endpoint = _endpoint(options, reactor)
+    place, found, done = preflight.prepare(options["database"] or None, Path(options["state-dir"]).resolve(), role)
+    for sentence in done:
+        print(f"{options.process_name}: {sentence}", flush=True)
+    # The last thing of all, also where the service cannot start: a role that is still stopping needs its database.
+    atexit.register(place.leave)
+    clock = Clock(reactor)
+    counters = Counters()
+    database = Database(place.url, options.process_name, threads=threads, counters=counters)
+    basis = Basis(
+        Identity(role, name, str(ULID())),
+        place.url,
+        clock,
+        Bounds(frame_size=options["frame-size-limit"]),
+        counters,
+        database,
+        LiveKeys(database, clock, found.rows),
+        LiveConfig(database, clock, found.snapshot),
+        Lifetime(reactor),
+    )
+    return basis, endpoint
 
-        self.reactor: Any = reactor
-        self.endpoint = self._endpoint(options)
-        make_monotonic(self.reactor)
-        self.clock = Clock(self.reactor)
-        self.bounds = Bounds(frame_size=options["frame-size-limit"])
-        self.identity = Identity(role, name, str(ULID()))
-        place, rows, done = preflight.prepare(options["database"] or None, Path(options["state-dir"]).resolve(), role)
-        for sentence in done:
-            print(f"{options.process_name}: {sentence}", flush=True)
-        self.url = place.url
-        self.rows: Sequence[KeyRow] = rows
-        self.database = Database(place.url, options.process_name, threads=threads)
-        # The last thing of all, also where the service cannot start: a role that is still stopping needs its database.
-        atexit.register(place.leave)
 
-    def _endpoint(self, options: RoleOptions) -> Any:
-        """Read the role's endpoint string, before a database is started for it."""
-        name, read, example = options.endpoint
-        try:
-            return read(self.reactor, options[name])
-        except Exception as error:  # every kind of endpoint raises its own
-            raise OperatorError(
-                f"--{name} {options[name]!r} is no endpoint: {error}: write one of Twisted's strings, such as {example}"
-            ) from None
+def _endpoint(options: RoleOptions, reactor: object) -> Any:
+    """Read the role's endpoint string, before a database is started for it."""
+    name, read, example = options.endpoint
+    try:
+        return read(reactor, options[name])
+    except Exception as error:  # every kind of endpoint raises its own
+        raise OperatorError(
+            f"--{name} {options[name]!r} is no endpoint: {error}: write one of Twisted's strings, such as {example}"
+        ) from None
 
 
 def or_refuse(make: Callable[[], T]) -> T:

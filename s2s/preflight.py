@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from s2s import embedded
 from s2s.errors import DatabaseError, OperatorError
-from s2s.keys import read_rows
 from s2s.signing import Role
-from s2s.store import keys, migrations
-from s2s.store.keys import KeyRow
+from s2s.store import config, keys, migrations
+from s2s.store.config import Snapshot
+from s2s.store.keys import KeyRow, make_keyring
 from s2s.store.pool import blocking
 
 DATABASE_VARIABLE = "S2S_DATABASE_URL"
@@ -61,26 +62,38 @@ def make_ready(url: str) -> list[str]:
     return done if key_id is None else [*done, f"made a random key: {key_id}"]
 
 
-def check(url: str, role: Role) -> Sequence[KeyRow]:
+@dataclass(frozen=True)
+class Found:
+    """What a role needs of the database before it starts.
+
+    :param rows: the keys, their windows told by our clock.
+    """
+
+    rows: Sequence[KeyRow]
+    snapshot: Snapshot
+
+
+def check(url: str, role: Role) -> Found:
     """See that the schema is ours and that a key may sign, by the database's clock, which dated the keys.
 
-    :returns: the keys.
     :raises OperatorError: one line that names the cure.
     """
     try:
         with blocking(url) as txn:
             migrations.check(txn)
-            rows, now = keys.read(txn), keys.clock(txn)
+            table, snapshot = keys.read(txn), config.read(txn)
     except DatabaseError as error:
         raise OperatorError(f"the database cannot be used: {error}: see --database and {DATABASE_VARIABLE}") from None
-    read_rows(rows)[0].signer(role, now)
-    return rows
+    now = time.time()
+    rows = table.by_clock(now)
+    make_keyring(rows)[0].signer(role, now)
+    return Found(rows, snapshot)
 
 
-def prepare(given: str | None, state_dir: Path, role: Role) -> tuple[Place, Sequence[KeyRow], list[str]]:
+def prepare(given: str | None, state_dir: Path, role: Role) -> tuple[Place, Found, list[str]]:
     """Find the database, make it ready if it is the embedded one, and check it.
 
-    :returns: the place, the keys, and what was done, a sentence each.
+    :returns: the place, what was found there, and what was done, a sentence each.
     :raises OperatorError: one line that names the cure.
     """
     place = find_database(given, state_dir)

@@ -6,12 +6,14 @@ What may come and go is decided in :mod:`s2s.session` and :mod:`s2s.dispatch`; t
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 from twisted.internet import defer
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionClosed
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.basic import Int32StringReceiver
@@ -19,26 +21,29 @@ from twisted.python.failure import Failure
 from ulid import ULID
 
 from s2s import canonical, envelope
+from s2s.answers import PAYLOAD_DEPTH, Answers
 from s2s.catalogue import BY_NAME, ERROR, ERROR_SCHEMA, HEALTH_CHECK
 from s2s.clock import Clock, Timer
 from s2s.dispatch import Dispatcher, KeySource, Refusal, Reply, Request, UnknownKey, UnsignedError
 from s2s.errors import (
+    BY_CODE,
     CallError,
     CanonicalError,
-    DeadlineExceeded,
     DeadlinePassed,
-    InternalError,
     InvalidPayload,
+    LineFull,
     LinkLost,
     LocalError,
     NoSigningKey,
     Refused,
     TooBigToSend,
     TooLarge,
+    TsSkew,
     WireError,
     harmless,
 )
 from s2s.limits import Counters
+from s2s.reader import Reader
 from s2s.session import ALSO_PROVES, CHALLENGE, Event, Session, State
 from s2s.window import Call
 from s2s.writer import Writer
@@ -68,7 +73,7 @@ class Link(Int32StringReceiver):
     """One link, of either role.
 
     :param events: told of the link's life.
-    :ivar peer: the payload of the peer's first ``s2s.health.ack``; empty until then.
+    :ivar peer: the payload of the peer's latest ``s2s.health.ack``; empty until there is one.
     :ivar is_slow: whether a reconnect must wait long (protocol, "Reconnecting").
     :ivar why: why it ended, for the log.
     :ivar has_told: the log has said so already.
@@ -99,8 +104,11 @@ class Link(Int32StringReceiver):
         self._counters = counters
         self._writer: Writer
         self._frames = 0
-        self._unread_for: set[str] = set()
+        self._reader = Reader(self, session, clock)
         self._timer: Timer | None = None
+        self._answers = Answers(
+            session, dispatcher.responders, clock, counters, self._reader, self._send_reply, self._refuse
+        )
 
     # --- the transport ----------------------------------------------------------------------------------------------
 
@@ -134,6 +142,7 @@ class Link(Int32StringReceiver):
 
     def lengthLimitExceeded(self, length: int) -> None:
         """Refuse a frame by its prefix, before its body is buffered."""
+        self._counters.meet("frame_size")
         self._refuse(Refusal(TooLarge(limit=self.MAX_LENGTH)))
 
     def stringReceived(self, string: bytes) -> None:
@@ -146,9 +155,14 @@ class Link(Int32StringReceiver):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Fail every call that waits: of what was sent the outcome is unknown."""
+        if self.session.is_open and not reason.check(ConnectionClosed):
+            # TLS refused the peer, or the peer us: the next try would go the same way.
+            self.is_slow = True
+            self.why = f"TLS failed: {harmless(reason.getErrorMessage())}"
         self.session.move(Event.LOST)
         self._fail_calls()
         self._cancel_timer()
+        self._answers.look_if_quiet()
         self._events.link_lost(self)
 
     def close(self, why: str) -> None:
@@ -163,7 +177,7 @@ class Link(Int32StringReceiver):
         self._cancel_timer()
         self._writer.finish()
         self.transport.loseConnection()
-        self._timer = self._clock.scheduler.callLater(self.session.timing.flush, self._cut)
+        self._timer = self._clock.scheduler.callLater(self.session.timing.flush, self._not_flushed)
 
     def abort(self, why: str) -> None:
         """Cut the link at once."""
@@ -171,8 +185,16 @@ class Link(Int32StringReceiver):
             self.close(why)
         self._cut()
 
+    def _not_flushed(self) -> None:
+        self._counters.meet("flush")
+        self._cut()
+
     def _cut(self) -> None:
         self.transport.abortConnection()
+
+    def quiet(self) -> Deferred[None]:
+        """Wait until no request of the peer waits for our answer, or the link is gone."""
+        return self._answers.quiet()
 
     def _fail_calls(self) -> None:
         for call in self.session.calls.fail_all():
@@ -184,7 +206,7 @@ class Link(Int32StringReceiver):
         outcome = self._dispatcher.receive(frame, self.session, is_last_try)
         match outcome:
             case Request():
-                self._serve(outcome)
+                self._answers.serve(outcome)
             case Reply(call=None):
                 self._counters.orphan_replies += 1
                 self.log.debug("{peer}: dropped a reply that nobody awaits", peer=self)
@@ -193,7 +215,7 @@ class Link(Int32StringReceiver):
             case Refusal():
                 self._refuse(outcome)
             case UnknownKey():
-                self._stop_reading("keys")
+                self._reader.stop("keys")
                 reading = (
                     self._keys.refresh()
                     .addTimeout(_KEYS_S, self._clock.scheduler)
@@ -206,59 +228,28 @@ class Link(Int32StringReceiver):
     def _judge_again(self, frame: bytes) -> None:
         if self.session.is_open:
             self._judge(frame, is_last_try=True)
-            self._go_on_reading("keys")
+            self._reader.go_on("keys")
 
     def _stumbled(self, failure: Failure) -> None:
         self.log.failure("{peer}: a frame could not be judged", failure, peer=self)
         self.abort("an error of ours")
 
-    def _serve(self, request: Request) -> None:
-        ticket = self.session.hold(request, request.size, self._clock.mono())
-        respond = self._dispatcher.responders[request.message.name]
-        answer: Deferred[Mapping[str, Any]] = defer.maybeDeferred(respond, request)  # type: ignore[call-overload]
-        answer.addCallback(self._answer, ticket, request)
-        answer.addErrback(self._failed, ticket, request)
-        if self.session.holds_too_much:
-            self._counters.reading_paused += 1
-            self._stop_reading("held")
-
-    def _answer(self, payload: Mapping[str, Any], ticket: int, request: Request) -> None:
-        body = canonical.dumps(payload)
-        size = envelope.size(request.message.reply, body)
-        if size > self.session.max_frame:
-            raise TooBigToSend(size, self.session.max_frame)
-        if self._release(ticket):
-            self._send(request.message.reply, body, str(ULID()), request.envelope.id)
-
-    def _failed(self, failure: Failure, ticket: int, request: Request) -> None:
-        error = failure.value
-        if not isinstance(error, WireError):
-            incident = str(ULID())
-            self.log.failure("incident {incident} in {type}", failure, incident=incident, type=request.message.name)
-            error = InternalError(incident=incident)
-        if self._release(ticket):
-            self._refuse(Refusal(error, request.envelope.id))
-
-    def _release(self, ticket: int) -> bool:
-        """End a request that we hold: whether it is still to be answered."""
-        is_awaited = self.session.release(ticket)
-        if not self.session.holds_too_much:
-            self._go_on_reading("held")
-        return is_awaited and self.session.is_open
-
     def _refuse(self, refusal: Refusal) -> None:
         error = refusal.error
-        self._counters.errors_out[error.code] = self._counters.errors_out.get(error.code, 0) + 1
-        self.log.warn("{peer}: refused, {code}: {text!r}", peer=self, code=error.code, text=error.message)
+        self._counters.errors_out[error.code] += 1
+        if not error.passing:
+            self.log.warn("{peer}: refused, {code}: {text!r}", peer=self, code=error.code, text=error.message)
         if refusal.is_answered:
             self._send(ERROR, self._error_body(error), str(ULID()), refusal.ack_of, is_signed=error.signed)
         if error.closes:
             self.has_told = True
+            if isinstance(error, TsSkew):
+                self._counters.meet("ts_skew")
             self.close(f"we refused a frame with {error.code}")
 
     def _error_body(self, error: WireError) -> bytes:
         try:
-            body = canonical.dumps(error.payload())
+            body = canonical.dumps(error.payload(), PAYLOAD_DEPTH)
             if envelope.size(ERROR, body) <= self.session.max_frame:
                 return body
         except CanonicalError as mistake:
@@ -274,6 +265,7 @@ class Link(Int32StringReceiver):
         code = said["code"] if isinstance(said, dict) and said else "?"
         self.log.warn("{peer}: an unsigned error says {code!r}", peer=self, code=code[:64])
         if self.session.unsigned_error():
+            self._counters.meet("unsigned_errors")
             self.close("unsigned errors came")
 
     # --- what goes out ----------------------------------------------------------------------------------------------
@@ -293,7 +285,7 @@ class Link(Int32StringReceiver):
             if not message.request_schema.is_valid(payload):
                 path, text = message.request_schema.explain(payload) or ("/payload", "")
                 raise InvalidPayload(f"{type} at {path}: {text}")
-            body = canonical.dumps(payload)
+            body = canonical.dumps(payload, PAYLOAD_DEPTH)
             size = envelope.size(type, body)
             if size > self.session.max_frame:
                 raise TooBigToSend(size, self.session.max_frame)
@@ -302,7 +294,11 @@ class Link(Int32StringReceiver):
             call = Call(message, body, size, self._clock.mono() + patience, waiter)
             if self.session.calls.offer(call):
                 self._send_call(call)
-        except LocalError:
+            else:
+                self._counters.meet("window")
+        except LocalError as error:
+            if isinstance(error, LineFull):
+                self._counters.meet("line")
             return defer.fail()
         self._arm()
         return waiter
@@ -337,17 +333,25 @@ class Link(Int32StringReceiver):
         self._counters.frames_out += 1
         self._writer.write(len(frame).to_bytes(4, "big") + frame)
         if self._writer.waiting_bytes > self.session.bounds.write_bytes:
-            self._counters.cut_for_write_buffer += 1
+            self._counters.meet("write_buffer")
             self.abort("the peer does not read")
+
+    def _send_reply(self, type: str, body: bytes, ack_of: str) -> None:
+        self._send(type, body, str(ULID()), ack_of)
 
     def _settle(self, reply: Reply) -> None:
         call, outcome = reply.call, reply.outcome()
         assert call is not None
         refusal = outcome.code if isinstance(outcome, Refused) else None
+        if refusal is not None:
+            # A code that we do not know may be anything: it must not grow the count without end.
+            self._counters.errors_in[refusal if refusal in BY_CODE else "other"] += 1
         # What stood in the way of one request stands in the way no more when another has passed.
         self.is_slow = refusal in _SLOW_CODES
         if call.message is CHALLENGE and (not isinstance(outcome, CallError) or refusal == ALSO_PROVES):
             self._proven(reply.envelope.ts, outcome if isinstance(outcome, dict) else {})
+        elif call.message is CHALLENGE and isinstance(outcome, dict):
+            self.peer = outcome
         self._send_line()
         if isinstance(outcome, CallError):
             call.waiter.errback(outcome)
@@ -388,12 +392,13 @@ class Link(Int32StringReceiver):
     def _tick(self) -> None:
         mono = self._clock.mono()
         for call in self.session.calls.expire(mono):
+            self._counters.meet("call")
             call.waiter.errback(DeadlinePassed(f"{call.message.name} was not answered in time"))
-        for ticket, request in self.session.unanswered(mono):
-            self._failed(Failure(DeadlineExceeded()), ticket, request)
-        why = self.session.overdue(mono)
-        if why is not None:
-            self.close(why)
+        self._answers.expire(mono)
+        overdue = self.session.overdue(mono)
+        if overdue is not None:
+            self._counters.meet(overdue[0])
+            self.close(overdue[1])
         elif self.session.wants_check(mono):
             self._check()
         self._send_line()
@@ -408,36 +413,19 @@ class Link(Int32StringReceiver):
         failure.trap(CallError, LocalError)
         if failure.check(DeadlinePassed) and self.session.is_checking:
             if self.session.missed():
+                self._counters.meet("silence")
                 self.abort(f"the peer left {self.session.timing.misses} health checks unanswered")
             else:
                 self._check()
 
-    # --- reading, paused for a set of reasons -------------------------------------------------------------------------
-
-    def _stop_reading(self, reason: str) -> None:
-        if not self._unread_for and not self.paused:
-            self.pauseProducing()  # type: ignore[no-untyped-call]
-            self.session.paused(self._clock.mono(), True)
-        self._unread_for.add(reason)
-
-    def _go_on_reading(self, reason: str) -> None:
-        if reason in self._unread_for:
-            self._unread_for.remove(reason)
-            if not self._unread_for:
-                # Not now: inside stringReceived the frames of this chunk would be delivered twice.
-                self._clock.scheduler.callLater(0, self._read_again)
-
-    def _read_again(self) -> None:
-        if not self._unread_for and self.paused and self.session.is_open:
-            self.session.paused(self._clock.mono(), False)
-            self.resumeProducing()  # type: ignore[no-untyped-call]
-
     def __str__(self) -> str:
         """Name the peer in log lines."""
         name = self.peer.get("name") or self.session.peer_key_id or "a peer"
-        return f"{harmless(name)} at {self._address()}"
+        return f"{harmless(name)} at {self.address}"
 
-    def _address(self) -> str:
+    @property
+    def address(self) -> str:
+        """Where the peer connects from."""
         at = self.transport.getPeer() if self.transport is not None else None
         host, port, name = (getattr(at, part, None) for part in ("host", "port", "name"))
-        return f"{host}:{port}" if host is not None else str(name or "a local socket")
+        return f"{host}:{port}" if host is not None else os.fsdecode(name or "a local socket")

@@ -16,13 +16,12 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from s2s import canonical, envelope
 from s2s.catalogue import COMMAND_PUSH
 from s2s.clock import Clock, Timer
 from s2s.errors import BadPayload, CanonicalError, DatabaseError, LineFull, LocalError, Refused, TooBigToSend, TooLarge
 from s2s.protocol import Link
 from s2s.store import outbox
-from s2s.store.outbox import OutboxRow
+from s2s.store.outbox import OutboxRow, Settlement
 from s2s.store.pool import Database
 
 #: Pushes and bytes in flight; half of what a link allows, so that a push never waits in the link's own line.
@@ -30,8 +29,12 @@ WINDOW_ROWS: Final = 512
 WINDOW_BYTES: Final = 2 << 20
 #: Rows claimed at once, and so the most that wait here for the window.
 CLAIM_ROWS: Final = 256
-#: Rows are anybody's again after this many seconds.
+#: Seconds until a push counts as unanswered: a frame may take 10 s to arrive, and its answer 10 s more.
+PUSH_S: Final = 20.0
+#: Rows are anybody's again after this many seconds, unless they are leased anew: short, for those of a dead process.
 LEASE_S: Final = 5.0
+#: The age, in seconds, at which a lease is renewed; a renewal that fails is tried once more in time.
+RENEW_S: Final = 1.5
 #: Beside the outbox's NOTIFY, which can be lost.
 POLL_S: Final = 1.0
 #: Between two counts of what waits, which look at every row.
@@ -42,28 +45,41 @@ RETRY_S: Final = (0.1, 5.0)
 _NOT_ITS_FAULT: Final = frozenset({"replay", "forbidden", "ts_skew"})
 
 
-def fits(frame_size: int) -> Callable[[Mapping[str, Any]], str | None]:
-    """Make the check that a command passes when it is put into the outbox.
+class Pace:
+    """How many bytes may fly over one link: as many as are answered within a second.
 
-    :param frame_size: the longest frame, in bytes.
-    :returns: says of a command's payload why it cannot be sent, or ``None``.
+    A peer that reads slowly does not refuse; the bytes pile up on the way, and every answer and health check waits
+    behind them. So each answer is a measurement: what lay ahead of it was carried in the time that it took.
+
+    :ivar bytes: the window; one frame always fits.
     """
-    around = {"cmd_type": "x" * 64, "idem_key": "x" * 200, "payload": {}, "priority": 1000, "due_at": 4102444800}
-    overhead = envelope.size(COMMAND_PUSH, canonical.dumps(around))
 
-    def check(payload: Mapping[str, Any]) -> str | None:
-        try:
-            size = overhead + len(canonical.dumps(payload))
-        except CanonicalError as error:
-            return str(error)
-        return None if size <= frame_size else str(TooBigToSend(size, frame_size))
+    #: A full window of the smallest rows.
+    START_BYTES: Final = 256 << 10
+    LEAST_BYTES: Final = 64 << 10
+    SLOW_S: Final = 1.0
 
-    return check
+    def __init__(self) -> None:
+        self.bytes = self.START_BYTES
+
+    def answered(self, took_s: float, ahead_bytes: int, size: int, is_tight: bool) -> None:
+        """A push was answered, or is given up.
+
+        :param ahead_bytes: what flew when it was sent, itself included.
+        :param size: its own, in bytes.
+        :param is_tight: other rows wait for the window.
+        """
+        if took_s > self.SLOW_S:
+            self.bytes = max(self.LEAST_BYTES, min(self.bytes, int(ahead_bytes * self.SLOW_S / took_s)))
+        elif is_tight:
+            # By each answer once: it doubles with every round trip.
+            self.bytes = min(WINDOW_BYTES, self.bytes + size)
 
 
 class Relay:
     """Sends what the outbox holds over whatever link there is.
 
+    :ivar window_rows: how many rows are in flight at most, 1 to 1024; may be set at any time.
     :ivar depth: rows that wait, as counted last.
     """
 
@@ -74,21 +90,25 @@ class Relay:
         self._clock = clock
         self._rng = rng
         self._link: Link | None = None
+        self._pace = Pace()
         self._is_stopping = True
         self._is_claiming = False
         self._is_settling = False
         self._is_sending = False
         self._more = False
+        self._is_dry = False
         self._timer: Timer | None = None
         self._depth_at = float("-inf")
-        self._idle: Deferred[None] | None = None
-        self._ready: deque[tuple[OutboxRow, int]] = deque()
-        self._held: set[int] = set()
-        self._flying = 0
+        self._at_rest: list[Deferred[None]] = []
+        self._ready: deque[tuple[OutboxRow, dict[str, Any], int]] = deque()
+        #: Since when each row is leased.
+        self._held: dict[int, float] = {}
+        self._flying: set[Deferred[Any]] = set()
         self._flying_bytes = 0
-        self._accepted: list[int] = []
-        self._retries: list[tuple[int, float]] = []
-        self._dead: list[tuple[int, str, str]] = []
+        #: What a row of the last claim took on average; of the first nothing is known.
+        self._row_bytes = 1
+        self._next = Settlement()
+        self.window_rows = WINDOW_ROWS
         self.depth = 0
         self.accepted = self.duplicates = self.retried = self.dead = 0
 
@@ -97,29 +117,51 @@ class Relay:
         self._is_stopping = False
         self._claim()
 
-    def stop(self) -> Deferred[None]:
+    def flush(self) -> Deferred[None]:
+        """Go on until nothing is due any more; what rests before it is sent again is not due.
+
+        :returns: fires when a claim has found nothing, and nothing is in flight or unsettled; or without a link.
+        """
+        flushed: Deferred[None] = Deferred()
+        self._at_rest.append(flushed)
+        self.wake()
+        self._settle()
+        return flushed
+
+    def stop(self, patience_s: float = 3.0) -> Deferred[None]:
         """Claim no more.
 
+        :param patience_s: after so many seconds what is still in flight is given up, to be sent again by the next.
         :returns: fires when all that is in flight is answered, or given up, and settled.
         """
         self._is_stopping = True
-        if self._timer is not None and self._timer.active():
-            self._timer.cancel()
+        self._cancel_timer()
+        self._timer = self._clock.scheduler.callLater(patience_s, self._give_up)
         self._give_back()
-        self._idle = Deferred()
-        idle = self._idle
+        stopped: Deferred[None] = Deferred()
+        self._at_rest.append(stopped)
         self._settle()
-        return idle
+        return stopped
 
     def linked(self, link: Link | None) -> None:
         """A link was proven, or lost."""
         self._link = link
+        self._pace = Pace()
         self.wake()
+        self._settle()
 
     def wake(self) -> None:
         """There may be something to send."""
         self._more = True
         self._claim()
+
+    def _open_link(self) -> Link | None:
+        """Give the link while it takes requests: one that is closing takes none, and is lost up to 2 s later."""
+        return self._link if self._link is not None and self._link.session.is_open else None
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
 
     # --- claim and send ---------------------------------------------------------------------------------------------
 
@@ -128,33 +170,42 @@ class Relay:
             return
         if self._timer is None or not self._timer.active():
             self._timer = self._clock.scheduler.callLater(POLL_S, self._poll)
-        room = min(CLAIM_ROWS, WINDOW_ROWS - len(self._held))
-        if self._is_claiming or self._link is None or self._ready or room <= 0:
+        # No more than will soon be sent: what waits here another engine could send, and an operator cancel.
+        soon = 1 + 2 * self._pace.bytes // self._row_bytes
+        room = min(CLAIM_ROWS, self.window_rows - len(self._held), soon)
+        if self._is_claiming or self._open_link() is None or self._ready or room <= 0:
             return
         self._is_claiming = True
-        self._more = False
+        self._more = self._is_dry = False
         claiming = self._database.run(outbox.claim, room, LEASE_S, list(self._held))
-        claiming.addCallbacks(self._claimed, self._claim_failed, callbackArgs=(room,))
+        claiming.addCallbacks(self._claimed, self._claim_failed, callbackArgs=(room, self._clock.mono()))
         claiming.addErrback(self._unexpected)
 
     def _poll(self) -> None:
-        if self._clock.mono() >= self._depth_at + DEPTH_S:
-            self._depth_at = self._clock.mono()
+        now = self._clock.mono()
+        if now >= self._depth_at + DEPTH_S:
+            self._depth_at = now
             self._database.run(outbox.depth).addCallbacks(self._counted, self._unless_away)
         self.wake()
+        self._renew()
+        self._settle()
 
     def _counted(self, depth: int) -> None:
         self.depth = depth
 
-    def _claimed(self, rows: list[OutboxRow], room: int) -> None:
+    def _claimed(self, rows: list[OutboxRow], room: int, since: float) -> None:
         self._is_claiming = False
-        self._more |= len(rows) == room
+        self._is_dry = not rows
+        # Who flushes looks until there is nothing.
+        self._more |= len(rows) == room or bool(rows and self._at_rest)
         for row in rows:
-            self._held.add(row.outbox_id)
+            self._held[row.outbox_id] = since
             try:
-                self._ready.append((row, len(canonical.dumps(row.payload))))
+                self._ready.append((row, push := row.push(), outbox.frame_size_of(push)))
             except CanonicalError as error:  # put there by another hand than ours
                 self._set_aside(row, BadPayload.code, str(error))
+        if self._ready:
+            self._row_bytes = sum(size for _, _, size in self._ready) // len(self._ready)
         if self._is_stopping:
             self._give_back()
         self._send()
@@ -164,8 +215,12 @@ class Relay:
 
     def _give_back(self) -> None:
         """Let what was claimed and not sent be due at once, and not when its lease ends."""
-        self._retries += [(row.outbox_id, 0.0) for row, _ in self._ready]
+        self._next.given_back += [row.outbox_id for row, _, _ in self._ready]
         self._ready.clear()
+
+    def _give_up(self) -> None:
+        for pushing in list(self._flying):
+            pushing.cancel()
 
     def _claim_failed(self, failure: Failure) -> None:
         # The poll tries again.
@@ -183,16 +238,18 @@ class Relay:
         if self._is_sending:
             return
         self._is_sending = True
-        while self._ready and (self._flying_bytes < WINDOW_BYTES or not self._flying):
-            if self._link is None:
+        while self._ready and (self._flying_bytes + self._ready[0][2] <= self._pace.bytes or not self._flying):
+            link = self._open_link()
+            if link is None:
                 self._give_back()
                 break
-            row, size = self._ready.popleft()
-            self._flying += 1
+            row, push, size = self._ready.popleft()
             self._flying_bytes += size
-            pushing = self._link.call(COMMAND_PUSH, row.push())
+            sent_at, ahead = self._clock.mono(), self._flying_bytes
+            pushing: Deferred[Any] = link.call(COMMAND_PUSH, push, PUSH_S)
+            self._flying.add(pushing)
             pushing.addCallbacks(self._pushed, self._refused, callbackArgs=(row,), errbackArgs=(row,))
-            pushing.addBoth(self._landed, size)
+            pushing.addBoth(self._landed, pushing, size, sent_at, ahead)
             pushing.addErrback(self._unexpected)
         self._is_sending = False
 
@@ -201,21 +258,21 @@ class Relay:
             self.duplicates += 1
         else:
             self.accepted += 1
-        self._accepted.append(row.outbox_id)
+        self._next.accepted.append(row.outbox_id)
 
     def _refused(self, failure: Failure, row: OutboxRow) -> None:
         error = failure.value
         code = _final_code(error)
         if code is None:
             self.retried += 1
-            self._retries.append((row.outbox_id, self._pause(error, row.attempts)))
+            self._next.retries.append((row.outbox_id, self._pause(error, row.attempts)))
         else:
             self._set_aside(row, code, str(error))
 
     def _set_aside(self, row: OutboxRow, code: str, message: str) -> None:
         self.dead += 1
         self.log.error("outbox row {outbox_id} is dead: {code!r}", outbox_id=row.outbox_id, code=code)
-        self._dead.append((row.outbox_id, code, message[:500]))
+        self._next.dead.append((row.outbox_id, code, message[:500]))
 
     def _pause(self, error: BaseException | None, attempts: int) -> float:
         if isinstance(error, Refused) and error.retry_after_ms is not None:
@@ -223,9 +280,10 @@ class Relay:
         least, longest = RETRY_S
         return least + self._rng() * (min(longest, least * 2.0 ** min(attempts + 1, 10)) - least)
 
-    def _landed(self, outcome: object, size: int) -> None:
-        self._flying -= 1
+    def _landed(self, outcome: object, pushing: Deferred[Any], size: int, sent_at: float, ahead: int) -> None:
+        self._flying.discard(pushing)
         self._flying_bytes -= size
+        self._pace.answered(self._clock.mono() - sent_at, ahead, size, bool(self._ready))
         self._send()
         self._settle()
         if isinstance(outcome, Failure):
@@ -240,30 +298,47 @@ class Relay:
         """Settle in one transaction all that was answered while the last one was under way."""
         if self._is_settling:
             return
-        accepted, self._accepted = self._accepted, []
-        retries, self._retries = self._retries, []
-        dead, self._dead = self._dead, []
-        if accepted or retries or dead:
+        settlement, self._next = self._next, Settlement()
+        # What the last one let go is not ours to lease, and may rest.
+        settlement.renewed = [outbox_id for outbox_id in settlement.renewed if outbox_id in self._held]
+        if settlement != Settlement():
             self._is_settling = True
-            settling = self._database.run(_settle, accepted, retries, dead)
-            ids = [*accepted, *(each[0] for each in retries), *(each[0] for each in dead)]
+            settling = self._database.run(settlement.settle, LEASE_S)
             # Where it fails their leases end, they are sent again, and the server knows them as duplicates.
             settling.addErrback(self._unless_away)
-            settling.addBoth(self._settled, ids, min((delay_s for _, delay_s in retries), default=POLL_S))
+            settling.addBoth(self._settled, settlement)
             settling.addErrback(self._unexpected)
-        elif self._idle is not None and not self._flying and not self._is_claiming:
-            idle, self._idle = self._idle, None
-            idle.callback(None)
+        elif not self._flying and not self._is_claiming:
+            self._rest()
 
-    def _settled(self, _: object, ids: list[int], soonest_s: float) -> None:
+    def _settled(self, _: object, settlement: Settlement) -> None:
         self._is_settling = False
-        self._held.difference_update(ids)
-        if self._timer is not None and self._timer.active():
+        for outbox_id in settlement.let_go:
+            self._held.pop(outbox_id, None)
+        self._more |= bool(settlement.given_back)
+        if self._timer is not None and self._timer.active() and not self._is_stopping:
             due_in_s = self._timer.getTime() - self._clock.mono()
+            soonest_s = min((delay_s for _, delay_s in settlement.retries), default=POLL_S)
             self._timer.reset(min(due_in_s, soonest_s) if due_in_s > 0 else 0)
         self._settle()
         if self._more:
             self._claim()
+
+    def _renew(self) -> None:
+        """Keep what has been held for a while from others: it may still be on its way."""
+        now = self._clock.mono()
+        old = [outbox_id for outbox_id, since in self._held.items() if now >= since + RENEW_S]
+        self._held.update(dict.fromkeys(old, now))
+        self._next.renewed += old
+
+    def _rest(self) -> None:
+        """Nothing is under way: tell who waits for that, if it will stay so."""
+        if self._is_stopping:
+            self._cancel_timer()
+        if self._is_stopping or self._open_link() is None or (self._is_dry and not self._more):
+            waiters, self._at_rest = self._at_rest, []
+            for waiter in waiters:
+                waiter.callback(None)
 
 
 def _final_code(error: BaseException | None) -> str | None:
@@ -275,12 +350,3 @@ def _final_code(error: BaseException | None) -> str | None:
     if isinstance(error, LocalError) and not isinstance(error, LineFull):
         return BadPayload.code
     return None
-
-
-def _settle(txn: Any, accepted: list[int], retries: list[tuple[int, float]], dead: list[tuple[int, str, str]]) -> None:
-    if accepted:
-        outbox.delete(txn, accepted)
-    if retries:
-        outbox.retry(txn, retries)
-    if dead:
-        outbox.kill(txn, dead)

@@ -1,165 +1,159 @@
-"""The server role: listener, links, sweeps, inbox, executor."""
+"""The server role: listener, links, sweeps, inbox, executor, and what operators ask of engines."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
-from twisted.application import service
 from twisted.internet import task
-from twisted.internet.defer import Deferred, DeferredList, inlineCallbacks
-from twisted.logger import Logger
+from twisted.internet.defer import DeferredList
 from twisted.python.failure import Failure
 
-from s2s.catalogue import COMMAND_PUSH, HEALTH_CHECK, SWEEP
-from s2s.clock import Clock
+from s2s.catalogue import BUMP, COMMAND_PUSH, HEALTH_CHECK, SWEEP
 from s2s.dispatch import Dispatcher, Responder
-from s2s.errors import Refused, S2SError
+from s2s.errand import Errand
 from s2s.executor import Executor
 from s2s.inbox import Inbox
-from s2s.keys import LiveKeys
-from s2s.lifetime import refuse, watch
-from s2s.limits import Bounds
+from s2s.lifetime import refuse
 from s2s.links import LinkFactory, ServerLinks
 from s2s.news import Digest, news
 from s2s.protocol import Link
-from s2s.responders.health import Health, Identity
+from s2s.responders.health import Health
 from s2s.responders.push import Push
-from s2s.store import broadcasts, keys
-from s2s.store.listen import Listener
-from s2s.store.pool import Database
+from s2s.retention import Retention
+from s2s.role import Basis, Role
+from s2s.steering import Steerer
+from s2s.store import broadcasts, notes, steering
+from s2s.store.pool import blocking
+from s2s.store.retention import Keep
 
-#: Beside the one at link-up and the one on a new broadcast.
-SWEEP_S: Final = 10.0
 
-
-class Server(service.Service):
+class Server(Role):
     """One server process.
 
     :param listen: an ``IStreamServerEndpoint``, where engines connect.
-    :param live_keys: the keys, read before the start.
-    :param listener: hears the database; its callbacks are set here.
     :param described: the endpoint as the operator wrote it.
     """
 
-    log = Logger()
-
-    def __init__(
-        self,
-        listen: Any,
-        described: str,
-        identity: Identity,
-        bounds: Bounds,
-        database: Database,
-        live_keys: LiveKeys,
-        inbox: Inbox,
-        executor: Executor,
-        url: str,
-        clock: Clock,
-    ) -> None:
-        self._clock = clock
+    def __init__(self, basis: Basis, listen: Any, described: str, inbox: Inbox, executor: Executor) -> None:
+        clock = basis.clock
         self._endpoint = listen
         self._described = described
-        self._database = database
-        self._keys = live_keys
         self._inbox = inbox
         self._executor = executor
-        self._listener = Listener(
-            url,
-            {keys.CHANNEL: live_keys.changed, broadcasts.CHANNEL: self._sweep_all},
-            presence=identity.boot_id,
-            application_name="s2s-server listen",
+        self._url = basis.url
+        self._is_draining = False
+        self.links = ServerLinks(basis.counters, self._engine_up, self._links_changed)
+        self._steerer = Steerer(basis.database, self.links, basis.identity.boot_id, clock)
+        super().__init__(
+            basis,
+            {
+                broadcasts.CHANNEL: self._sweep,
+                steering.CHANNEL: self._steerer.wake,
+            },
         )
-        self.links = ServerLinks(self._sweep)
+        executor.is_present = lambda: self._listener.is_present
         responders: dict[str, Responder] = {
-            HEALTH_CHECK: Health(identity, bounds.frame_size, clock, self._condition),
+            HEALTH_CHECK: Health(basis.identity, basis.bounds.frame_size, clock, self._condition),
             COMMAND_PUSH: Push(inbox),
         }
+        dispatcher = Dispatcher(basis.live_keys, responders, clock)
         self.factory = LinkFactory(
-            "server", Dispatcher(live_keys, responders, clock), live_keys, clock, self.links, bounds
+            "server", dispatcher, basis.live_keys, clock, self.links, basis.bounds, counters=basis.counters
         )
-        live_keys.watchers.append(lambda keyring: self.factory.drop_revoked(self.links, keyring))
-        self._sweeps = task.LoopingCall(self._sweep_all)
-        self._sweeps.clock = clock.scheduler
-        self._sweeping: dict[Link, bool] = {}
-        self._digest = Digest(
-            "commands: {accepted} accepted, {duplicates} duplicates, {ran} run, {dead} dead", self._counts, clock
-        )
+        basis.live_keys.watchers.append(lambda keyring: self.factory.drop_revoked(self.links, keyring))
+        # An engine sweeps a bounded number at a time.
+        self._sweeps = Errand(SWEEP, lambda _: {"since_ts": 0}, lambda _, ack: bool(ack["queued"]), clock)
+        self._sweeping = task.LoopingCall(self._sweep)
+        self._sweeping.clock = clock.scheduler
+        self._bumps = Errand(BUMP, self._bump_for, self._bumped, clock)
+        self._retention = Retention(basis.database, clock, self._keep)
+        self._digests.append(Digest("commands", self._counts, clock))
         self._port: Any = None
 
-    def startService(self) -> None:
-        """Listen, then start everything behind."""
-        watch(self._clock.scheduler)
-        # First of all: a port that is taken must leave no thread behind that would keep the process alive.
+    def _open(self) -> None:
         failures: list[Failure] = []
         self._endpoint.listen(self.factory).addCallbacks(self._listening, failures.append)
         for failure in failures:  # here, since a Deferred would keep the exception
             why = failure.getErrorMessage().rstrip(".")
             refuse(f"cannot listen on {self._described}: {why}: free it or choose another --listen")
-        self._database.start()
-        self._keys.start()
-        self._listener.start()
-        self._executor.start()
-        self._sweeps.start(SWEEP_S, now=False)
-        self._digest.start()
-        super().startService()  # type: ignore[no-untyped-call]
 
     def _listening(self, port: Any) -> None:
         self._port = port
         news.info("server listens on {endpoint}", endpoint=self._described)
 
-    @inlineCallbacks
-    def stopService(self) -> Any:
-        """Take no more, finish what is in hand, then let the database go."""
-        super().stopService()  # type: ignore[no-untyped-call]
+    def _begin(self) -> None:
+        self._executor.start()
+        self._steerer.start()
+        self._retention.start()
+
+    async def _drain(self) -> None:
+        self._is_draining = True
+        # Not known to an engine that asks for its health: it is told when it pushes.
+        self._lifetime.last_words = self._strike_notes
         if self._port is not None:
-            yield self._port.stopListening()
-        if self._sweeps.running:
-            self._sweeps.stop()
-        yield DeferredList([self._inbox.drain(), self._executor.stop()], consumeErrors=True)
+            await self._port.stopListening()
+        if self._sweeping.running:
+            self._sweeping.stop()
+        self._retention.stop()
+        await DeferredList([self._inbox.drain(), self._executor.stop(), self._steerer.stop()], consumeErrors=True)
         self.links.close_all("the server stops")
-        self._digest.stop()
-        self._keys.stop()
-        yield self._listener.stop()
-        yield self._database.stop()
+
+    def _past_grace(self) -> None:
+        self._database.cancel().addBoth(lambda _: self._executor.abandon())
+
+    def _strike_notes(self) -> None:
+        # What is left of a batch rolls back with the process: nobody is to be charged for it.
+        with blocking(self._url, "s2s-server end", statement_timeout_s=1.0, connect_timeout_s=1.0) as txn:
+            notes.strike_all(txn, self._identity.boot_id)
+
+    def _configure(self) -> None:
+        number = self._config.number
+        self.factory.configure(number)
+        self._executor.batch_size = number("executor.batch_size")
+        interval_s = number("server.sweep_interval_s")
+        if self._sweeping.interval != interval_s:
+            if self._sweeping.running:
+                self._sweeping.stop()
+            self._sweeping.start(interval_s, now=False)
+        self._bumps.run_all(self.links.engines)
+
+    def _keep(self) -> Keep:
+        number = self._config.number
+        return Keep(number("commands.keep_days"), number("commands.keep_dead_days"), number("commands.keep_key_days"))
 
     def _condition(self) -> dict[str, Any]:
-        return {"state": "running", "degraded": self._database.is_away, "config_version": 0, "outbox_depth": 0}
+        state = "draining" if self._is_draining else "running"
+        return self._health(state=state, degraded=self._database.is_away, outbox_depth=0)
 
     def _counts(self) -> dict[str, int]:
         return {
             "accepted": self._inbox.accepted,
             "duplicates": self._inbox.duplicates,
-            "ran": self._executor.ran,
+            "run": self._executor.ran,
+            "failed": self._executor.failed,
             "dead": self._executor.dead,
         }
 
-    # --- sweeps -----------------------------------------------------------------------------------------------------
+    # --- engines ----------------------------------------------------------------------------------------------------
 
-    def _sweep_all(self) -> None:
-        for link in self.links.engines:
-            self._sweep(link)
+    def _engine_up(self, link: Link) -> None:
+        self._links_changed()
+        self._steerer.wake()
+        self._bumps.run(link)
+        self._sweeps.run(link)
 
-    def _sweep(self, link: Link) -> None:
-        if not link.session.is_open:
-            return
-        # However many broadcasts are typed at once: one sweep under way, and one more for what it may have missed.
-        if link in self._sweeping:
-            self._sweeping[link] = True
-            return
-        self._sweeping[link] = False
-        sweeping: Deferred[Any] = link.call(SWEEP, {"since_ts": 0})
-        sweeping.addErrback(self._sweep_failed, link)
-        sweeping.addCallback(self._swept, link)
+    def _links_changed(self) -> None:
+        self._steerer.links_changed()
 
-    def _swept(self, ack: dict[str, Any] | None, link: Link) -> None:
-        may_have_missed = self._sweeping.pop(link)
-        # An engine sweeps a bounded number at a time.
-        if may_have_missed or (ack and ack["queued"]):
-            self._sweep(link)
+    def _sweep(self) -> None:
+        self._sweeps.run_all(self.links.engines)
 
-    def _sweep_failed(self, failure: Failure, link: Link) -> None:
-        failure.trap(S2SError)
-        error = failure.value
-        self.log.warn("{link}: the sweep failed: {why}", link=link, why=str(error))
-        if isinstance(error, Refused) and error.retryable and error.retry_after_ms is not None:
-            self._clock.scheduler.callLater(min(error.retry_after_ms / 1000, SWEEP_S), self._sweep, link)
+    def _bump_for(self, link: Link) -> Mapping[str, Any] | None:
+        version = self._config.version
+        running = link.peer.get("config_version", 0)
+        return {"version": version} if running < version else None
+
+    def _bumped(self, link: Link, ack: Mapping[str, Any]) -> bool:
+        link.peer = {**link.peer, "config_version": ack["version"]}
+        return False

@@ -144,7 +144,7 @@ class Session:
         :param served: the types that this process answers.
         :raises WireError: the first check that fails.
         """
-        self._check_fresh(envelope.ts, now)
+        self._check_fresh(envelope.ts, now, mono)
         message = BY_NAME.get(envelope.type)
         if message is None or message.entered:
             self._replay.enter(key.key_id, envelope.id, mono)
@@ -157,8 +157,8 @@ class Session:
                 raise Replay("the request is older than the proof of this link", path="/ts")
         return message
 
-    def _check_fresh(self, ts: int, now: float) -> None:
-        window = self.timing.fresh
+    def _check_fresh(self, ts: int, now: float, mono: float) -> None:
+        window = int(self._replay.window(mono))
         skew = int(now) - ts
         if abs(skew) <= window:
             self._skews = 0
@@ -169,7 +169,7 @@ class Session:
             path="/ts",
             server_ts=int(now),
             skew_s=skew,
-            max_skew_s=int(window),
+            max_skew_s=window,
         )
         # The rule of this one code depends on the link's past.
         refusal.closes = self._skews >= self.bounds.skews_in_a_row
@@ -212,6 +212,11 @@ class Session:
         return late
 
     @property
+    def held(self) -> int:
+        """How many requests wait for our answer."""
+        return len(self._held)
+
+    @property
     def holds_too_much(self) -> bool:
         """Whether no more is to be read until something is answered."""
         return len(self._held) >= self.bounds.held_frames or self._held_bytes >= self.bounds.held_bytes
@@ -243,20 +248,21 @@ class Session:
         self._misses += not self._paused
         return self._misses >= self.timing.misses
 
-    def overdue(self, mono: float) -> str | None:
-        """Say why the link must be closed now, if it must."""
+    def overdue(self, mono: float) -> tuple[str, str] | None:
+        """Say which wait is over and why the link must be closed now, if it must."""
         if self.state is State.CHALLENGING and mono >= self._opened + self.timing.proof:
-            return "our health check was not answered" if self.has_been_heard else "no valid frame came"
+            return "proof", "our health check was not answered" if self.has_been_heard else "no valid frame came"
         if self._frame_since is not None and not self._paused and mono >= self._frame_since + self.timing.frame:
-            return "a frame took too long to come whole"
+            return "frame", "a frame took too long to come whole"
         return None
 
     def wants_check(self, mono: float) -> bool:
         """Whether the peer was silent for so long that it must be asked; asking is the caller's next act."""
-        if self.state is not State.PROVEN or self._paused or mono < self._quiet_since + self.timing.idle:
+        if self.state is not State.PROVEN or self._paused or self.is_checking:
             return False
-        # The next silence counts from the check, whose own deadline watches over the answer.
-        self._quiet_since = mono
+        if mono < self._quiet_since + self.timing.idle:
+            return False
+        # From here on the checks' own deadlines watch, one after the other, until something is heard.
         self.is_checking = True
         return True
 
@@ -266,7 +272,7 @@ class Session:
         if self.state is State.CHALLENGING:
             times.append(self._opened + self.timing.proof)
         if not self._paused:
-            if self.state is State.PROVEN:
+            if self.state is State.PROVEN and not self.is_checking:
                 times.append(self._quiet_since + self.timing.idle)
             if self._frame_since is not None:
                 times.append(self._frame_since + self.timing.frame)

@@ -123,6 +123,13 @@ class Keyring:
     def __contains__(self, key_id: str) -> bool:
         return key_id in self._keys
 
+    def has_begun(self, key_id: str, now: float) -> bool:
+        """Whether the key is known and its time has come, even if it is over: one of the future may be moved to now.
+
+        :param now: Unix seconds.
+        """
+        return key_id in self._keys and self._keys[key_id].active_from <= now
+
     def verifies_now(self, key_id: str, now: float) -> bool:
         """Whether what this key signs is accepted.
 
@@ -144,7 +151,8 @@ class Keyring:
     def _find_signer(self, role: Role, now: float) -> Key:
         usable = [key for key in self._keys.values() if key.may_sign_for(role) and key.is_active(now)]
         if not usable:
-            raise NoSigningKey(f"no active key may sign for {role}: make one with: s2s keys add --role {role}")
+            cure = f"make one with: s2s keys add --role {role} --key-id ID"
+            raise NoSigningKey(f"no active key may sign for {role}: {cure}")
         return max(
             usable,
             key=lambda key: (key.is_default_tx and key.role == role, key.is_default_tx, key.active_from, key.key_id),

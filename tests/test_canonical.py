@@ -346,6 +346,9 @@ class DumpsTests(SynchronousTestCase):
             value = {"a": value}
         self.assertEqual(canonical.dumps(value), _nested(MAX_DEPTH))
         self.assertRaises(CanonicalError, canonical.dumps, {"a": value})
+        # What lies in an envelope already has so much less to go.
+        self.assertRaises(CanonicalError, canonical.dumps, value, 2)
+        self.assertEqual(canonical.dumps(value["a"], 2), _nested(MAX_DEPTH - 1))
         loop: dict[str, Any] = {}
         loop["a"] = loop
         self.assertRaises(CanonicalError, canonical.dumps, loop)

@@ -81,6 +81,42 @@ class KeysTests(CliTestCase):
         self.assertIn("already", self.s2s("keys", "add", "--key-id", "k9", "--role", "any", expected=1).output)
         self.assertIn("cannot be used", self.s2s("keys", "add", "--key-id", "a b", "--role", "any", expected=1).output)
 
+    def test_a_rotation(self) -> None:
+        """Add, activate and retire say what they did, the list what each key does, and none of them a secret."""
+        said = [self.s2s("keys", "add", "--key-id", key_id, "--role", "any").output for key_id in ("k1", "k2")]
+        said += [self.s2s("keys", *step).output for step in (("activate", "k2"), ("retire", "k1"), ("list",))]
+        self.assertIn("k2 signs for engine and server from now on", said[2])
+        self.assertIn("k1 signs no more, and verifies until 20", said[3])
+        status = {row["key_id"]: row["status"] for row in self.json("keys", "list")}
+        self.assertEqual(status["k2"], "signs for both")
+        self.assertIn("retiring until", status["k1"])
+        self.assertIn("signs for both", said[4])
+        self.assertIn("already", self.s2s("keys", "retire", "k1").output)
+        told = self.json("keys", "activate", "k2")
+        self.assertEqual((told["is_changed"], told["signers"]), (False, {"engine": "k2", "server": "k2"}))
+        for (key_b64,) in self.execute("select key_b64 from s2s_keys"):
+            self.assertNotIn(key_b64, "".join(said) + str(told))
+
+    def test_revoke_warns(self) -> None:
+        """The last key is revoked with one line on stderr that names the cure, and stdout stays what programs read."""
+        self.s2s("keys", "add", "--key-id", "k1", "--role", "any")
+        result = self.s2s("keys", "revoke", "k1", "--json")
+        self.assertTrue(json.loads(result.stdout)["is_changed"])
+        self.assertRegex(result.stderr, r"^warning: no key can sign for engine and server any more: .*--role any.*\n$")
+        self.assertEqual(self.json("keys", "list")[0]["status"], "ended")
+
+    def test_steps_that_are_refused(self) -> None:
+        """What cannot be is one line that names what to type instead."""
+        self.s2s("keys", "add", "--key-id", "k1", "--role", "any")
+        for argv, cure in (
+            (("retire", "k1"), "s2s keys add --role"),
+            (("activate", "k9"), "s2s keys list"),
+            (("revoke", "k9"), "s2s keys list"),
+        ):
+            result = self.s2s("keys", *argv, expected=1)
+            self.assertIn(cure, result.output)
+            self.assertEqual(result.output.count("\n"), 1)
+
 
 class BroadcastTests(CliTestCase):
     """``s2s broadcast``."""

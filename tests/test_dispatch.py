@@ -69,7 +69,7 @@ class DispatcherTests(SynchronousTestCase):
         """Make a link of a server that serves health checks and pushes."""
         self.time = FakeClock()
         self.keys = _Keys()
-        self.session = Session("server", ReplayCache(300.0, 0.0), Timing(), Bounds(), 0.0)
+        self.session = Session("server", ReplayCache(0.0), Timing(), Bounds(), 0.0)
         responders: dict[str, Any] = dict.fromkeys(("s2s.health.check", "s2s.command.push"))
         self.dispatcher = Dispatcher(self.keys, responders, Clock(self.time, lambda: _NOW + self.time.seconds()))
 
@@ -182,7 +182,7 @@ class DispatcherTests(SynchronousTestCase):
                     self.refusal(_members(id=f"i-{code}{path}".replace("/", "_"), **change))[:2], (code, path)
                 )
                 self.assertEqual(self.refusal(_members(id="named", **change))[2], "named")
-                self.session._replay = ReplayCache(300.0, 0.0)
+                self.session._replay = ReplayCache(0.0)
         self.assertTrue(self.session.has_been_heard)
 
     def test_an_id_that_cannot_be_named(self) -> None:

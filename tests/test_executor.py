@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import psycopg2
+from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s import executor
 from s2s.commands import BUILTIN, BatchedCommandType, Command, CommandType, registry
 from s2s.executor import Executor
-from s2s.store import notes
+from s2s.store import notes, pool
 from s2s.store.driver import Cursor
 from s2s.store.pool import Database
 from tests.support.postgres import DatabaseTestCase
@@ -44,6 +48,22 @@ def _misbehave(txn: Cursor, command: Command, before: Callable[[], None]) -> Non
             raise SystemExit(3)
         case "before":
             before()
+        case "sleep":
+            txn.execute("select pg_sleep(60)")
+        case "sleep on":
+            for _ in range(3):
+                txn.execute("savepoint mine")
+                with contextlib.suppress(psycopg2.Error):
+                    txn.execute("select pg_sleep(60)")
+                txn.execute("rollback to savepoint mine")
+        case "deadlock":
+            txn.execute("do $$ begin raise exception 'mutual' using errcode = 'deadlock_detected'; end $$")
+        case "mask":
+            try:
+                before()
+                txn.execute("select 1")
+            except psycopg2.Error:
+                raise KeyError("mine") from None
 
 
 class _Single(CommandType):
@@ -85,14 +105,17 @@ class ExecutorTests(DatabaseTestCase):
         self.execute("alter table checked_late add unique (cmd_id) deferrable initially deferred")
         self.single, self.batched = _Single(), _Batched()
         self.patch(executor, "POLL_S", 0.05)
+        self.patch(executor, "ABSENT_S", 0.02)
+        self.patch(executor, "REAP_S", 0.05)
+        self.patch(executor, "SURE_S", 0.3)
 
     def start(self, **options: Any) -> Executor:
         """Start an executor that ends with the test."""
-        database = Database(self.url, "s2s-run", threads=3)
-        database.start()
-        self.addCleanup(database.stop)
+        self.database = Database(self.url, "s2s-run", threads=3, idle_timeout_s=2.0)
+        self.database.start()
+        self.addCleanup(self.database.stop)
         kinds = registry([self.single, self.batched, *BUILTIN])
-        running = Executor(database, kinds, "boot-1", **{"workers": 1, **options})
+        running = Executor(self.database, kinds, "boot-1", **{"workers": 1, **options})
         running.start()
         self.addCleanup(running.stop)
         return running
@@ -108,6 +131,29 @@ class ExecutorTests(DatabaseTestCase):
             *columns.values(),
             list(keys),
         )
+
+    def be_present(self, boot_id: str) -> psycopg2.extensions.connection:
+        """Hold a presence lock on a connection of its own."""
+        connection = psycopg2.connect(self.url)
+        self.addCleanup(connection.close)
+        connection.autocommit = True
+        connection.cursor().execute("select pg_advisory_lock(%s)", (notes.presence_key(boot_id),))
+        return connection
+
+    def note(self, boot_id: str, *keys: str, worker: int = 0) -> notes.Note:
+        """Note a batch of commands that wait."""
+        ((noted_at,),) = self.execute(
+            "insert into batch_notes (boot_id, worker, cmd_ids)"
+            " select %s, %s, array_agg(cmd_id) from commands where idem_key = any(%s) returning noted_at",
+            boot_id,
+            worker,
+            list(keys),
+        )
+        return notes.Note(boot_id, worker, noted_at)
+
+    def attempts(self) -> dict[str, int]:
+        """Give every command's attempts."""
+        return dict(self.execute("select idem_key, attempts from commands"))
 
     def rush(self) -> None:
         """Make every waiting command due now."""
@@ -266,6 +312,50 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.execute("select sum(attempts)::int from commands"), [(0,)])
         self.assertEqual(self.flushLoggedErrors(), [])
 
+    async def test_a_command_that_ends_its_connection(self) -> None:
+        """A command that ends its own connection whenever it runs is charged in the end, and holds up no other."""
+        self.patch(executor, "LOSSES", 2)
+        self.single.before = lambda: self.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run'"
+            " and state = 'idle in transaction'"
+        )
+        self.insert("bad", do="before", priority=1)
+        self.insert("a", "b")
+        self.start()
+        await self.until("done", "a", "b")
+        self.execute("update commands set attempts = 9, due_at = now() where idem_key = 'bad'")
+        await self.until("dead", "bad")
+        self.assertEqual(sorted(self.effects()), ["a", "b"])
+        self.assertEqual(self.execute("select attempts from commands where idem_key <> 'bad' and attempts > 1"), [])
+
+    async def test_a_lost_connection_that_a_handler_makes_its_own(self) -> None:
+        """A handler that turns the loss of the connection into an exception of its own is not charged either."""
+        ended: list[int] = []
+
+        def end_once() -> None:
+            if not ended:
+                ended.append(1)
+                self.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run'"
+                )
+
+        self.single.before = end_once
+        self.insert("a", do="mask")
+        self.start()
+        await self.until("done", "a")
+        self.assertEqual(self.attempts(), {"a": 0})
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    async def test_a_deadlock_is_charged(self) -> None:
+        """A handler's own deadlock costs it an attempt, is retried, and takes no other command along."""
+        self.insert("a", do="deadlock")
+        self.insert("z")
+        self.start()
+        await self.until("done", "z")
+        await poll(lambda: self.attempts() == {"a": 1, "z": 0}, "the charge")
+        self.assertEqual(self.statuses()["a"], "ready")
+        self.assertEqual(self.effects(), ["z"])
+
     async def test_a_handler_that_is_gone(self) -> None:
         """Commands of a type that nobody serves any more wait, uncharged, and hold up no other."""
         self.insert("gone", "gone too", cmd_type="test.removed")
@@ -280,8 +370,8 @@ class ExecutorTests(DatabaseTestCase):
     async def test_what_a_dead_process_had_in_hand(self) -> None:
         """The batch of a process that is gone is charged one attempt each, then run singly, each once."""
         self.insert("a", "b")
-        ids = [cmd_id for (cmd_id,) in self.execute("select cmd_id from commands order by 1")]
-        self.execute("insert into batch_notes (boot_id, worker, cmd_ids) values ('dead', 0, %s)", ids)
+        self.note("dead", "a", "b")
+        self.be_present("boot-1")
         running = self.start(workers=2)
         await self.until("done", "a", "b", rush=True)
         self.assertEqual(sorted(self.effects()), ["a", "b"])
@@ -291,13 +381,67 @@ class ExecutorTests(DatabaseTestCase):
 
     async def test_what_a_living_process_has_in_hand(self) -> None:
         """The batch of another process that lives is left alone."""
-        self.insert("theirs", "ours")
-        ((theirs,),) = self.execute("select cmd_id from commands where idem_key = 'theirs'")
-        self.execute("select pg_advisory_lock(%s)", notes.presence_key("alive"))
-        self.execute("insert into batch_notes (boot_id, worker, cmd_ids) values ('alive', 0, %s)", [theirs])
+        self.insert("theirs", "lost", "ours")
+        self.be_present("alive")
+        self.be_present("boot-1")
+        self.note("alive", "theirs")
+        self.note("dead", "lost")
         self.start()
         await self.until("done", "ours")
-        self.assertEqual(self.statuses()["theirs"], "ready")
+        await self.until("done", "lost", rush=True)
+        self.assertEqual((self.statuses()["theirs"], self.attempts()["theirs"]), ("ready", 0))
+
+    async def test_a_restart_of_the_database_charges_nobody(self) -> None:
+        """When all presence locks are gone at once, a living process has the time to come back before it is charged."""
+        self.insert("theirs")
+        theirs, ours = self.be_present("alive"), self.be_present("boot-1")
+        self.note("alive", "theirs")
+        running = self.start()
+        await poll(lambda: running._presence, "a look")
+        before = running._presence
+        theirs.close()
+        await poll(lambda: running._forsaken, "the suspicion")
+        ours.close()
+        await poll(lambda: running._presence is None, "a look without a presence of its own")
+        self.assertEqual(running._forsaken, {})
+        # Judged anew from here, and it comes back within the time.
+        looks: list[int] = []
+        real = notes.reap
+        self.patch(notes, "reap", lambda *args: looks.append(1) or real(*args))
+        self.patch(executor, "SURE_S", 60.0)
+        self.be_present("boot-1")
+        await poll(lambda: running._forsaken and len(looks) > 5, "some looks under suspicion")
+        self.assertNotEqual(running._presence, before)
+        # Another presence of its own, without a moment in between: the suspicion begins anew too.
+        ((_, since),) = running._forsaken.items()
+        running._presence = before
+        await poll(lambda: running._presence != before, "the next look")
+        self.assertGreater(*running._forsaken.values(), since)
+        self.be_present("alive")
+        await poll(lambda: not running._forsaken, "the acquittal")
+        self.assertEqual(self.attempts(), {"theirs": 0})
+
+    async def test_claims_only_while_present(self) -> None:
+        """Without its presence lock an executor notes nothing and runs nothing; with it, it goes on by itself."""
+        present: list[int] = []
+        looked: list[int] = []
+        self.insert("a")
+        running = self.start(is_present=lambda: looked.append(1) or bool(present))
+        running.wake()
+        await poll(lambda: len(looked) > 3, "some looks")
+        self.assertEqual((self.execute("select * from batch_notes"), self.statuses()), ([], {"a": "ready"}))
+        present.append(1)
+        await self.until("done", "a")
+
+    async def test_the_size_of_a_batch_may_change(self) -> None:
+        """A new size holds from the next batch on."""
+        running = self.start(batch_size=2)
+        self.insert(*"abcd", cmd_type="test.batched")
+        await self.until("done", *"abcd")
+        running.batch_size = 4
+        self.insert(*"efgh", cmd_type="test.batched")
+        await self.until("done", *"efgh")
+        self.assertEqual(self.batched.sizes, [2, 2, 4])
 
     async def test_stop_finishes_the_batch(self) -> None:
         """Stopping waits for the batch that runs; what comes after is left."""
@@ -318,6 +462,132 @@ class ExecutorTests(DatabaseTestCase):
         self.insert("b")
         running[0].wake()
         self.assertEqual(self.statuses()["b"], "ready")
+
+    async def test_stop_leaves_no_note(self) -> None:
+        """A batch that the database's absence ended is noted no more after the stop, and nobody is charged for it."""
+        self.patch(executor, "POLL_S", 60.0)
+        self.insert("a", do="before")
+        self.single.before = lambda: self.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run'"
+        )
+        running = self.start()
+        await poll(lambda: running._asleep, "the failure")
+        self.assertEqual(len(self.execute("select * from batch_notes")), 1)
+        await running.stop()
+        self.assertEqual(self.execute("select * from batch_notes"), [])
+        self.assertEqual(self.attempts(), {"a": 0})
+
+    async def test_abandon_without_the_database(self) -> None:
+        """When the notes cannot be struck the stop goes on all the same, and says what that means."""
+        running = self.start()
+        self.patch(self.database, "_url", "postgresql://u@127.0.0.1:1/d")
+        with capturedLogs() as said:
+            await running.abandon()
+            await running.stop()
+        self.assertEqual([event["log_level"].name for event in said if "in hand" in event["log_format"]], ["warn"] * 2)
+
+    async def assert_cut(self, *, ended: bool) -> Executor:
+        """Cut the running executor off as a stop does, and see that nothing took effect and nobody was charged."""
+        running = self.start(workers=2)
+        await poll(lambda: len(self.execute("select * from batch_notes")) > 0, "the batch")
+        await poll(self.is_under_way, "the handler")
+        stopped = running.stop()
+        self.assertEqual(await self.database.cancel(), ended)
+        await running.abandon()
+        if ended:
+            await stopped
+        self.assertEqual(self.execute("select * from batch_notes"), [])
+        self.assertEqual(set(self.attempts().values()), {0})
+        self.assertEqual(set(self.statuses().values()), {"ready"})
+        self.assertEqual(self.effects(), [])
+        self.assertEqual(self.flushLoggedErrors(), [])
+        return running
+
+    def is_under_way(self) -> bool:
+        """Whether a handler sleeps in the database."""
+        return bool(self.execute("select 1 from pg_stat_activity where wait_event = 'PgSleep'"))
+
+    async def test_cancelled(self) -> None:
+        """Past the grace a long statement is cancelled and rolled back with its batch, and nobody is charged."""
+        self.insert("a")
+        # Too many to be cancelled one after the other.
+        self.insert(*(f"b{number}" for number in range(50)), do="sleep")
+        await self.assert_cut(ended=True)
+
+    async def test_a_handler_that_swallows_the_cancelling(self) -> None:
+        """A handler that catches the error, mends its transaction and goes on is rolled back all the same."""
+        self.insert("a", do="sleep on")
+        self.insert("b", do="sleep on", cmd_type="test.batched")
+        await self.assert_cut(ended=True)
+
+    async def test_a_handler_in_python(self) -> None:
+        """A handler that sits in Python holds up neither the cancelling nor the last words, and commits nothing."""
+        gate, inside = threading.Event(), threading.Event()
+        self.addCleanup(gate.set)
+
+        def sit() -> None:
+            inside.set()
+            gate.wait(10)
+
+        self.single.before = sit
+        self.is_under_way = inside.is_set
+        self.patch(pool, "CANCEL_S", 0.2)
+        self.insert("a", do="before")
+        running = await self.assert_cut(ended=False)
+        gate.set()
+        await running.stop()
+        self.assertEqual((self.statuses(), self.effects()), ({"a": "ready"}, []))
+
+    async def test_the_accused(self) -> None:
+        """What a reaper took out of a note that a living process had is not run by it, nor charged by it once more."""
+        self.insert("a", "b", "c")
+        ids = dict(self.execute("select idem_key, cmd_id from commands"))
+        running = self.start(workers=0)
+        self.note("boot-1", "b")
+        report = await self.database.run(running._run, 0, list(ids.values()))
+        self.assertEqual(report.done, [ids["b"]])
+        self.assertEqual(self.execute("select * from batch_notes"), [])
+        self.note("boot-1", "c")
+        report = await self.database.run(executor._charge, "boot-1", 0, list(ids.values()), "late")
+        self.assertEqual(report.failed, [(ids["c"], "late")])
+        report = await self.database.run(running._run, 0, list(ids.values()))
+        self.assertEqual(report, executor.Report())
+        self.assertEqual(self.attempts(), {"a": 0, "b": 0, "c": 1})
+
+    async def test_what_a_reaper_charges(self) -> None:
+        """It charges what is sure, under the same presence, with nobody at it: nothing that runs, and nothing twice."""
+        self.insert("a", "b")
+        note = self.note("dead", "a", "b")
+        running = self.start(workers=0)
+
+        async def reap(presence: Any, *sure: notes.Note) -> notes.Look:
+            return await self.database.run(notes.reap, "boot-1", presence, set(sure))
+
+        self.assertEqual(await reap(None, note), notes.Look(None))
+        ours = self.be_present("boot-1")
+        look = await reap(None, note)
+        self.assertEqual((look.forsaken, look.charged), ({note}, 0))
+        # Not sure yet, or of a batch before.
+        self.assertEqual((await reap(look.presence)).charged, 0)
+        earlier = note._replace(noted_at=note.noted_at.replace(year=2000))
+        self.assertEqual((await reap(look.presence, earlier)).charged, 0)
+        # The connection of the dead process closes slowly.
+        closing = psycopg2.connect(self.url)
+        self.addCleanup(closing.close)
+        closing.cursor().execute("select * from commands where idem_key = 'b' for update")
+        self.assertEqual((await reap(look.presence, note)).charged, 1)
+        self.assertEqual(self.attempts(), {"a": 1, "b": 0})
+        closing.close()
+        # Another reaper is at it.
+        ours.cursor().execute("select pg_advisory_lock(%s)", (notes._REAPING,))
+        self.assertEqual((await reap(look.presence, note)).charged, 0)
+        ours.cursor().execute("select pg_advisory_unlock(%s)", (notes._REAPING,))
+        await poll(lambda: self.execute("select 1 from pg_locks where mode = 'RowShareLock'") == [], "the closing")
+        self.assertEqual((await reap(look.presence, note)).charged, 1)
+        self.assertEqual((await reap(look.presence, note)).forsaken, set())
+        self.assertEqual(self.attempts(), {"a": 1, "b": 1})
+        self.assertEqual(self.execute("select * from batch_notes"), [])
+        await running.stop()
 
     async def test_off(self) -> None:
         """With no workers nothing runs, and starting and stopping work."""

@@ -23,6 +23,7 @@ from s2s.errors import (
     UnknownCommand,
 )
 from s2s.inbox import Inbox
+from s2s.limits import Counters
 from s2s.store.commands import Outcome
 from s2s.store.driver import Cursor
 from s2s.store.pool import Database, blocking
@@ -241,7 +242,8 @@ class BatchTests(SynchronousTestCase):
     def setUp(self) -> None:
         """Make an inbox on a database that takes its time."""
         self.database = _SlowDatabase()
-        self.inbox = Inbox(self.database, _REGISTRY)  # type: ignore[arg-type]
+        self.counters = Counters()
+        self.inbox = Inbox(self.database, _REGISTRY, counters=self.counters)  # type: ignore[arg-type]
 
     def test_what_arrives_meanwhile_is_the_next_batch(self) -> None:
         """A lone push goes at once; those that arrive meanwhile go together, and nobody is answered early."""
@@ -280,6 +282,7 @@ class BatchTests(SynchronousTestCase):
                     self.assertNoResult(self.inbox.push(_push(f"k{i}")))
                 error = self.failureResultOf(self.inbox.push(_push("over")), Overloaded).value
                 self.assertEqual(error.details["retry_after_ms"], 1000)
+                self.assertEqual(self.counters.met, {"inbox": 1})
                 self.database.commit()
                 self.assertNoResult(self.inbox.push(_push("later")))
 

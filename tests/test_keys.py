@@ -12,15 +12,15 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.clock import Clock
 from s2s.errors import DatabaseUnavailable
-from s2s.keys import LiveKeys, read_rows
+from s2s.keys import LiveKeys
 from s2s.store import keys as table
-from s2s.store.keys import KeyRow
+from s2s.store.keys import KeyRow, KeyTable
 
 _B64 = base64.b64encode(b"never-shown-never-shown-never-shown").decode()
 
 
-def _row(key_id: str = "k1", key_b64: str = _B64, role: str = "any") -> KeyRow:
-    return KeyRow(key_id, key_b64, role, 0.0, None, False)
+def _row(key_id: str = "k1", key_b64: str = _B64, since: float = 0.0, until: float | None = None) -> KeyRow:
+    return KeyRow(key_id, key_b64, "any", since, until, False)
 
 
 class _Database:
@@ -28,7 +28,10 @@ class _Database:
 
     :ivar reads: those under way.
     :ivar began: when each began, in the clock's seconds.
+    :ivar ahead_s: how far the database's clock is ahead of ours.
     """
+
+    ahead_s = 0.0
 
     def __init__(self, time: FakeClock) -> None:
         self._time = time
@@ -42,9 +45,14 @@ class _Database:
         self.reads.append(Deferred())
         return self.reads[-1]
 
+    @property
+    def now(self) -> float:
+        """What the database's clock shows."""
+        return self._time.seconds() + self.ahead_s
+
     def answer(self, *rows: KeyRow) -> None:
         """End the oldest read with these rows."""
-        self.reads.pop(0).callback(list(rows))
+        self.reads.pop(0).callback(KeyTable(list(rows), self.now))
 
     def fail(self, error: Exception) -> None:
         """End the oldest read with an error."""
@@ -240,18 +248,48 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertNotIn("hunter2", "".join(lines))
         self.assertNotIn("aHVud", "".join(lines))
 
+    def test_the_clocks_differ(self) -> None:
+        """What the database dates now() begins or ends here at once, whichever clock is ahead, and the rest on time."""
+        for self.database.ahead_s in (120.0, -120.0, 0.0):
+            self.keys.changed()
+            self.time.advance(1)
+            now = self.database.now
+            self.database.answer(_row("k1", until=now), _row("k2", since=now), _row("k3", until=now + 60))
+            self.assertEqual(self.verify(), ["k2", "k3"])
+            self.assertEqual(self.keys.keyring.signer("engine", self.time.seconds()).key_id, "k2")
+            self.time.advance(59.9)
+            self.assertEqual(self.verify(), ["k2", "k3"])
+            self.time.advance(0.1)
+            self.assertEqual(self.verify(), ["k2"])
 
-class ReadRowsTests(SynchronousTestCase):
-    """:func:`read_rows`."""
+    def test_an_answer_that_comes_late(self) -> None:
+        """What had ended when the rows were read has ended however long they were on their way."""
+        self.keys.changed()
+        self.time.advance(0)
+        table = KeyTable([_row("k1", until=self.database.now), _row("k2", since=self.database.now)], self.database.now)
+        self.time.advance(3.7)
+        self.database.reads.pop(0).callback(table)
+        self.assertEqual(self.verify(), ["k2"])
 
-    def test_rows(self) -> None:
-        """Every column of a good row is in its key, and a bad row is left out with its reason."""
-        rows = [KeyRow("k1", _B64, "engine", 5.0, 9.0, True), _row("k2", "short")]
-        keyring, complaints = read_rows(rows)
-        key = keyring.signer("engine", 6.0)
-        self.assertEqual((key.key_id, key.active_from, key.active_to, key.is_default_tx), ("k1", 5.0, 9.0, True))
-        self.assertEqual((len(keyring), list(complaints)), (1, ["k2"]))
+    def test_no_rounding_revives_a_key(self) -> None:
+        """At no reading of either clock does a key that ends now, or ended a moment ago, verify."""
+        for step in range(2000):
+            now, ours = 1_790_000_000 + step * 0.123457, 1_790_000_000 + step * 1.000003
+            for row in KeyTable([_row(until=now, since=now), _row(until=now - 1e-6)], now).by_clock(ours):
+                self.assertLessEqual(row.active_to or 0, ours)
+                self.assertLessEqual(row.active_from, ours)
 
-    def test_rows_show_no_secret(self) -> None:
-        """The repr of a row holds no secret."""
-        self.assertNotIn(_B64, repr(_row()))
+    def test_the_watchers_are_told(self) -> None:
+        """With no NOTIFY at all the poll finds that a key has ended, and tells whoever closes its links."""
+        told: list[bool] = []
+        self.keys.watchers.append(lambda keyring: told.append(keyring.verifies_now("k1", self.time.seconds())))
+        self.start()
+        self.time.advance(5)
+        self.database.answer(_row("k1", until=self.database.now))
+        self.time.advance(5)
+        self.database.answer()
+        self.assertEqual(told, [True, False, False])
+
+    def verify(self) -> list[str]:
+        """Give the names of the keys that verify now."""
+        return [key_id for key_id in self.known() if self.keys.keyring.verifies_now(key_id, self.time.seconds())]

@@ -23,26 +23,31 @@ _ROOT = _PACKAGE.parent
 #: Every room from the ground up. A room imports only rooms that stand before it.
 ROOMS = {
     "ground": [
-        "s2s", "errors", "canonical", "signing", "envelope", "catalogue.schema", "catalogue", "replay",
-        "limits", "window", "session",
+        "s2s", "errors", "canonical", "signing", "envelope", "catalogue.schema", "catalogue", "settings", "identity",
+        "limits", "replay", "window", "session",
     ],
     "mezzanine": [
-        "clock", "backoff", "dispatch", "writer", "protocol",
-        "store", "store.driver", "store.pool", "store.migrations", "store.keys", "store.idempotency", "store.commands",
-        "store.notes", "store.notices", "store.outbox", "store.broadcasts", "store.listen",
+        "clock", "backoff", "dispatch", "writer", "reader", "answers", "protocol",
+        "store", "store.driver", "store.pool", "store.config", "store.migrations", "store.keys", "store.rotation",
+        "store.idempotency", "store.commands", "store.notes", "store.notices", "store.outbox", "store.broadcasts",
+        "store.engines", "store.steering", "store.retention", "store.actions", "store.commands_admin",
+        "store.outbox_admin", "store.listen",
     ],
     "first": [
-        "news", "keys", "links", "relay",
-        "commands.kind", "commands.notice_publish", "commands", "inbox", "executor",
-        "responders", "responders.health", "responders.push", "responders.sweep",
+        "news", "keys", "reread", "config", "links", "errand", "relay", "condition", "wanted", "steering",
+        "commands.kind", "commands.notice_publish", "commands", "jobs.kind", "jobs", "plugins", "discovery",
+        "inbox", "executor", "retention",
+        "responders", "responders.health", "responders.push", "responders.sweep", "responders.bump",
+        "responders.pause", "responders.shutdown",
     ],
     "second": [
-        "lifetime", "tail", "server", "engine",
+        "lifetime", "tail", "role", "server", "engine", "endpoints", "certs",
         "postmaster", "embedded", "preflight", "options", "children", "up",
     ],
     "top": [
         "server_tap", "engine_tap",
-        "cli.common", "cli.broadcast", "cli.commands", "cli.db", "cli.keys", "cli.notices", "cli.up", "cli",
+        "cli.common", "cli.broadcast", "cli.certs", "cli.commands", "cli.config", "cli.db", "cli.engine", "cli.keys",
+        "cli.notices", "cli.outbox", "cli.plugins", "cli.up", "cli",
     ],
 }  # fmt: skip
 _ORDER = [room for floor in ROOMS.values() for room in floor]
@@ -56,6 +61,7 @@ _GUARDED = {
     "orjson": {"canonical", "store.driver"},
     "canonicaljson": {"canonical"},
     "hmac": {"signing"},
+    "cryptography": {"certs"},
     "jsonschema": {"catalogue.schema"},
     "jsonschema_rs": {"catalogue.schema"},
 }

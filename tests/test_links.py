@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from s2s import links
 from s2s.clock import Clock
 from s2s.dispatch import Dispatcher
-from s2s.limits import Bounds, Timing
+from s2s.limits import Bounds, Counters, Timing
 from s2s.links import MAX_LINKS, MAX_SILENT, LinkFactory, ServerLinks
 from s2s.signing import Key, Keyring, Secret
 
@@ -48,7 +48,8 @@ class ServerLinksTests(SynchronousTestCase):
     def setUp(self) -> None:
         """Make an empty register."""
         self.up: list[Any] = []
-        self.links = ServerLinks(self.up.append)
+        self.counters = Counters()
+        self.links = ServerLinks(self.counters, self.up.append)
 
     def made(self, key_id: str | None = None, **peer: Any) -> Any:
         """Let a connection be made."""
@@ -94,7 +95,7 @@ class ServerLinksTests(SynchronousTestCase):
         made = [self.made("k1") for _ in range(MAX_LINKS)]
         over = self.made("k1")
         self.assertIsNotNone(over.closed)
-        self.assertEqual((len(self.links), self.links.turned_away), (MAX_LINKS, 1))
+        self.assertEqual((len(self.links), self.counters.met), (MAX_LINKS, {"links": 1}))
         self.assertEqual([link for link in made if link.closed], [])
         self.links.link_lost(over)
         self.links.link_lost(made[0])
@@ -107,7 +108,7 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual([link for link in silent if link.closed], [])
         new = self.made()
         self.assertEqual([link for link in (*heard, *silent, new) if link.closed], [silent[0]])
-        self.assertEqual(self.links.turned_away, 1)
+        self.assertEqual(self.counters.met, {"silent_links": 1})
 
     def test_a_burst_of_silent_links(self) -> None:
         """Of a burst the oldest go one by one, even while their connections take a moment to end."""
@@ -146,7 +147,7 @@ class LinkFactoryTests(SynchronousTestCase):
         self.time = FakeClock()
         clock = Clock(self.time, lambda: 1e9)
         keys: Any = type("Keys", (), {"keyring": Keyring([Key("k1", Secret(bytes(32)), "any", 0.0)])})()
-        self.links = ServerLinks(lambda link: None)
+        self.links = ServerLinks(Counters(), lambda link: None)
         self.factory = LinkFactory(
             "server",
             Dispatcher(keys, {}, clock),

@@ -21,8 +21,8 @@ class DigestTests(TestCase):
         globalLogPublisher.addObserver(self.events.append)
         self.addCleanup(globalLogPublisher.removeObserver, self.events.append)
         self.scheduler = task.Clock()
-        self.counters = {"ran": 5, "dead": 0}
-        self.digest = Digest("{ran} run, {dead} dead", lambda: self.counters, Clock(self.scheduler))
+        self.counters = {"run": 5, "dead": 0}
+        self.digest = Digest("commands", lambda: self.counters, Clock(self.scheduler))
         self.digest.start()
 
     def lines(self) -> list[str]:
@@ -31,17 +31,17 @@ class DigestTests(TestCase):
 
     def test_tells_what_has_grown_once_a_second(self) -> None:
         """Any number of commands makes one line a second, and none makes none."""
-        self.counters["ran"] += 1000
+        self.counters["run"] += 1000
         self.scheduler.advance(0.9)
         self.assertEqual(self.lines(), [])
         self.scheduler.pump([0.1, 1.0, 1.0])
-        self.assertEqual(self.lines(), ["1000 run, 0 dead"])
+        self.assertEqual(self.lines(), ["commands: 1000 run"])
         self.digest.stop()
 
     def test_stop_tells_the_rest(self) -> None:
         """What was counted last is not lost at the stop."""
         self.counters["dead"] += 1
         self.digest.stop()
-        self.assertEqual(self.lines(), ["0 run, 1 dead"])
+        self.assertEqual(self.lines(), ["commands: 1 dead"])
         self.digest.stop()
         self.assertEqual(len(self.lines()), 1)

@@ -29,7 +29,7 @@ class CheckTests(DatabaseTestCase):
     def test_a_key_just_made_can_sign(self) -> None:
         """A key is judged by the clock that dated it: the database's."""
         self.add("k", "any")
-        self.assertEqual([row.key_id for row in preflight.check(self.url, "engine")], ["k"])
+        self.assertEqual([row.key_id for row in preflight.check(self.url, "engine").rows], ["k"])
 
     def test_unusable_keys_do_not_count(self) -> None:
         """A key that is too short, not base64, or of the future cannot sign."""

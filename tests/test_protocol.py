@@ -133,7 +133,7 @@ class LinkTestCase(SynchronousTestCase):
         responders = {
             message.name: self.serve for message in BY_NAME.values() if envelope.other(role) in message.sent_by
         } | {HEALTH_CHECK: lambda request: {**_HEALTH, "role": role}}
-        session = Session(role, ReplayCache(300.0, 0.0), Timing(), self.bounds, self.time.seconds())
+        session = Session(role, ReplayCache(0.0), Timing(), self.bounds, self.time.seconds())
         return Link(session, Dispatcher(self.keys, responders, clock), self.keys, clock, self.events, self.counters)
 
     def serve(self, request: Request) -> Any:
@@ -260,6 +260,7 @@ class FramingTests(LinkTestCase):
             self.assertNotIn("auth", error)
             self.assertNotIn("ack_of", error)
             self.assert_closed("toolarge")
+            self.assertEqual(self.counters.met, {"frame_size": 1})
 
     def test_length_zero(self) -> None:
         """A length of 0 is bad_json of the rule syntax, and closes."""
@@ -302,6 +303,7 @@ class FramingTests(LinkTestCase):
         self.time.advance(0.1)
         self.assert_closed("too long")
         self.assertFalse(self.link.is_slow)
+        self.assertEqual(self.counters.met, {"frame": 1})
 
     def test_refusals_are_counted(self) -> None:
         """The codes that we answered with, and the frames either way, are counted."""
@@ -378,6 +380,7 @@ class ProofTests(LinkTestCase):
             self.time.advance(0.2)
             self.assert_closed()
             self.assertTrue(self.link.is_slow)
+            self.assertEqual(self.counters.met["proof"] + self.counters.met["call"], 1)
 
     def test_an_unsigned_error_answers_nothing(self) -> None:
         """An unsigned error that names the challenge proves nothing and refuses nothing."""
@@ -415,6 +418,7 @@ class ProofTests(LinkTestCase):
         self.say(SWEEP, {"since_ts": 0}, ts=_NOW - 301)
         self.assertEqual(self.error_codes(), ["ts_skew"] * 3)
         self.assert_closed("ts_skew")
+        self.assertEqual(self.counters.met, {"ts_skew": 1})
 
     def test_closed_as_it_is_made(self) -> None:
         """A link that is turned away at the connect sends no challenge."""
@@ -464,6 +468,7 @@ class SilenceTests(LinkTestCase):
         self.assertTrue(self.transport.disconnected)
         self.assertIn("3 health checks", self.link.why)
         self.assertFalse(self.link.is_slow)
+        self.assertEqual(self.counters.met, {"call": 3, "silence": 1})
 
     def test_any_frame_ends_silence(self) -> None:
         """A peer that sends anything valid in between is not given up."""
@@ -613,6 +618,7 @@ class CallTests(LinkTestCase):
         self.assertEqual((self.counters.unsigned_errors, self.written()), (2, []))
         self.failureResultOf(call, LinkLost)
         self.assert_closed("unsigned")
+        self.assertEqual(self.counters.met, {"unsigned_errors": 1})
 
     def test_deadline(self) -> None:
         """After 3 s, or what the caller says, a call fails with its outcome unknown, and its late reply is dropped."""
@@ -625,7 +631,7 @@ class CallTests(LinkTestCase):
         self.time.advance(0.2)
         self.failureResultOf(call, DeadlinePassed)
         self.say("s2s.ack", _ACK, ack_of=message_id)
-        self.assertEqual(self.counters.orphan_replies, 1)
+        self.assertEqual((self.counters.orphan_replies, self.counters.met), (1, {"call": 2}))
         self.assert_open()
 
     def test_window(self) -> None:
@@ -674,6 +680,7 @@ class CallTests(LinkTestCase):
         self.failureResultOf(self.link.call(COMMAND_PUSH, _push("8")), LineFull)
         for call in calls:
             self.assertNoResult(call)
+        self.assertEqual(self.counters.met, {"window": 4, "line": 1})
 
     def test_health_checks_pass_the_line(self) -> None:
         """With the window full a health check goes out at once."""
@@ -715,6 +722,7 @@ class CallTests(LinkTestCase):
             (COMMAND_PUSH, {**_push(), "urgent": 1}, InvalidPayload),
             (COMMAND_PUSH, _push(n=1.5), CanonicalError),
             (COMMAND_PUSH, _push(n=2**53), CanonicalError),
+            (COMMAND_PUSH, _push(deep=json.loads("[" * 30 + "]" * 30)), CanonicalError),
             (COMMAND_PUSH, _push(text="x" * 65536), TooBigToSend),
         ):
             failure = self.failureResultOf(self.link.call(type, payload), error)
@@ -845,6 +853,7 @@ class ResponderTests(LinkTestCase):
         self.time.advance(0.2)
         errors = [each for each in self.written() if each["type"] == "s2s.error"]
         self.assertEqual([each["payload"]["code"] for each in errors], ["deadline_exceeded"] * 2)
+        self.assertEqual(self.counters.met["respond"], 2)
         self.assertEqual([each["ack_of"] for each in errors], ids)
         self.answers[0].callback(_ACK)
         self.answers[1].errback(Overloaded("late"))
@@ -893,7 +902,7 @@ class HeldTests(LinkTestCase):
             self.assertLessEqual(len(self.served) - replies, 1024)
         self.assert_all_once()
         self.assertEqual(self.transport.producerState, "producing")
-        self.assertGreater(self.counters.reading_paused, 1)
+        self.assertGreater(self.counters.met["held"], 1)
 
     def assert_all_once(self) -> None:
         """Every push was served once, in order, and answered once."""
@@ -1035,7 +1044,7 @@ class WriteBufferTests(LinkTestCase):
             self.assertLess(pushes, 200)
         self.assertGreater(pushes * 300, 15_000)
         self.assertIn("does not read", self.link.why)
-        self.assertEqual(self.counters.cut_for_write_buffer, 1)
+        self.assertEqual(self.counters.met, {"write_buffer": 1})
         for call in calls:
             self.failureResultOf(call, LinkLost)
 
@@ -1063,6 +1072,7 @@ class ClosingTests(LinkTestCase):
         self.assertFalse(self.transport.disconnected)
         self.time.advance(0.2)
         self.assertTrue(self.transport.disconnected)
+        self.assertEqual(self.counters.met, {"flush": 1})
 
     def test_flushed_in_time(self) -> None:
         """A link that ends within 2 s is not aborted, and no timer is left."""

@@ -66,9 +66,9 @@ class Refusals(RoleTestCase):
         return peer
 
     def rows(self) -> dict[str, int]:
-        """Count the rows of every table."""
+        """Count the rows of every table, but for the one that shows who is linked."""
         names = self.execute("select tablename from pg_tables where schemaname = 'public'")
-        return {name: self.count(name) for (name,) in names}
+        return {name: self.count(name) for (name,) in names if name != "engine_links"}
 
     @inlineCallbacks
     def unharmed(self, server: Server, refusals: int, **new_rows: int) -> Iterator[Deferred[Any]]:

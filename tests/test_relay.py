@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg2
@@ -11,7 +12,7 @@ from twisted.internet.defer import Deferred, fail
 from twisted.internet.task import Clock as FakeClock
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s import canonical, envelope, relay
+from s2s import relay
 from s2s.catalogue import COMMAND_PUSH
 from s2s.clock import Clock
 from s2s.errors import (
@@ -24,11 +25,10 @@ from s2s.errors import (
     Refused,
     TooBigToSend,
 )
-from s2s.limits import Bounds
-from s2s.relay import WINDOW_BYTES, WINDOW_ROWS, Relay, fits
-from s2s.signing import Key, Secret
+from s2s.limits import Bounds, Timing
+from s2s.relay import PUSH_S, WINDOW_BYTES, WINDOW_ROWS, Pace, Relay
 from s2s.store import outbox
-from s2s.store.outbox import OutboxRow
+from s2s.store.outbox import OutboxRow, Settlement
 from s2s.store.pool import Database
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
@@ -43,13 +43,14 @@ class _Link:
     """
 
     def __init__(self) -> None:
+        self.session = SimpleNamespace(is_open=True)
         self.pushes: list[dict[str, Any]] = []
         self.waiting: dict[str, Deferred[Any]] = {}
         self.most = 0
 
-    def call(self, type: str, payload: dict[str, Any]) -> Deferred[Any]:
+    def call(self, type: str, payload: dict[str, Any], timeout: float) -> Deferred[Any]:
         """Send a push."""
-        assert type == COMMAND_PUSH
+        assert (type, timeout) == (COMMAND_PUSH, PUSH_S)
         assert payload["idem_key"] not in self.waiting, "the same row is in flight twice"
         self.pushes.append(payload)
         self.waiting[payload["idem_key"]] = Deferred()
@@ -65,6 +66,11 @@ class _Link:
         """Fail these pushes, or all that wait."""
         for key in keys or list(self.waiting):
             self.waiting.pop(key).errback(error)
+
+    def close(self) -> None:
+        """Take no more, and fail what waits, as a link does long before it is lost."""
+        self.session.is_open = False
+        self.refuse(LinkLost("closing"))
 
     @property
     def keys(self) -> list[str]:
@@ -264,17 +270,32 @@ class RelayTests(DatabaseTestCase):
         self.assertEqual(self.relay.accepted, 1200)
 
     async def test_window_in_bytes(self) -> None:
-        """At most 2 MiB are in flight, and one row more; the others follow."""
-        count = WINDOW_BYTES // 60_000 + 10
+        """Large rows fly as far as the pace allows, the others follow, and each goes out once."""
+        count = 100
         self.put(count, "x" * 60_000)
         self.relay.linked(self.link)
-        await poll(lambda: len(self.link.waiting) >= WINDOW_BYTES // 60_100, "a window's worth")
-        self.assertLessEqual(len(self.link.waiting), WINDOW_BYTES // 60_000 + 1)
-        self.link.accept()
-        await self.sent(count - len(self.link.pushes) + len(self.link.waiting))
-        self.link.accept()
-        await self.empty()
+        await self.sent(Pace.START_BYTES // 60_000)
+        while self.left():
+            await self.until(lambda: self.link.waiting or not self.left(), "more pushes")
+            self.link.accept()
         self.assertEqual(len(self.link.pushes), count)
+        # It has grown with every answer, and has its end at 2 MiB.
+        self.assertIn(self.link.most, range(15, WINDOW_BYTES // 60_000 + 1))
+
+    async def test_window_rows(self) -> None:
+        """The window in rows can be set at any time, and holds from the next claim on."""
+        self.put(600)
+        self.relay.window_rows = 3
+        self.relay.linked(self.link)
+        await self.sent(3)
+        self.relay.window_rows = 520
+        await self.sent(520)
+        self.relay.window_rows = 1
+        self.link.accept(*list(self.link.waiting)[:-1])
+        await self.until(lambda: len(self.left()) == 81, "519 settled")
+        self.assertEqual(len(self.link.pushes), 520)
+        self.link.accept()
+        await self.sent(1)
 
     def test_half_of_a_links_window(self) -> None:
         """The relay's window leaves half of the link's to others."""
@@ -298,7 +319,7 @@ class RelayTests(DatabaseTestCase):
     async def test_a_link_that_fails_at_once(self) -> None:
         """A link on which every call fails at once makes no endless loop."""
         dead: Any = _Link()
-        dead.call = lambda type, payload: fail(LinkLost("gone"))
+        dead.call = lambda *_: fail(LinkLost("gone"))
         self.put(50)
         self.relay.linked(dead)
         await self.until(lambda: self.relay.retried >= 50, "all tried")
@@ -307,6 +328,35 @@ class RelayTests(DatabaseTestCase):
         await self.sent(50)
         self.link.accept()
         await self.empty()
+
+    async def test_a_link_that_is_closing(self) -> None:
+        """As soon as its link is closing it claims no more, and what it has not sent is anybody's, as if never sent."""
+        self.put(100, "x" * 10_000)
+        self.relay.linked(self.link)
+        await self.until(lambda: self.link.waiting, "some in flight")
+        self.link.close()
+        sent = len(self.link.pushes)
+        free = "select count(*)::int from outbox where send_at <= now() and attempts = 0"
+        await self.until(lambda: self.execute(free) == [(100 - sent,)], "the rest given back")
+        other, other_link = self.make_relay(), _Link()
+        other.linked(other_link)  # type: ignore[arg-type]
+        await poll(lambda: other_link.waiting, "another relay sends them", timeout=0.9)
+        self.assertEqual(len(self.link.pushes), sent)
+        other_link.close()
+
+    async def test_flush(self) -> None:
+        """A flush ends when all is sent and settled, but for what rests; until then rows still come and go out."""
+        self.put(600)
+        self.relay.linked(self.link)
+        await self.sent(WINDOW_ROWS)
+        flushing = self.relay.flush()
+        self.put(1, since=600)
+        self.link.refuse(Refused("overloaded", "m", {"retry_after_ms": 30_000}), "k0")
+        while not flushing.called:
+            self.link.accept()
+            await poll(lambda: self.link.waiting or flushing.called, "more pushes, or the end")
+        await flushing
+        self.assertEqual(self.left(), [("k0", "waiting", None)])
 
     async def test_stop(self) -> None:
         """The stop ends when what is in flight is settled, sends no more, and leaves the rest for the next start."""
@@ -345,15 +395,23 @@ class _Database:
     """A database whose transactions end when the test says so.
 
     :ivar under_way: ``(name of the function, Deferred)``.
+    :ivar limits: how many rows each claim has asked for.
+    :ivar settlements: what each transaction that settles tells.
     """
 
     def __init__(self) -> None:
+        self.limits: list[int] = []
+        self.settlements: list[Settlement] = []
         self.under_way: list[tuple[str, Deferred[Any]]] = []
         self.began: list[str] = []
 
     def run(self, function: Any, *args: Any) -> Deferred[Any]:
         """Begin a transaction."""
         self.began.append(function.__name__)
+        if function.__name__ == "claim":
+            self.limits.append(args[0])
+        if function.__name__ == "settle":
+            self.settlements.append(function.__self__)
         self.under_way.append((function.__name__, Deferred()))
         return self.under_way[-1][1]
 
@@ -434,17 +492,17 @@ class RelayTimingTests(SynchronousTestCase):
         self.link.accept("k1")
         self.link.accept("k2")
         self.link.refuse(Refused("overloaded", "m", {}), "k3")
-        self.assertEqual(self.database.began.count("_settle"), 1)
-        self.database.end("_settle", None)
-        self.assertEqual(self.database.began.count("_settle"), 2)
-        self.database.end("_settle", None)
-        self.assertEqual(self.database.began.count("_settle"), 2)
+        self.assertEqual(self.database.began.count("settle"), 1)
+        self.database.end("settle", None)
+        self.assertEqual(self.database.began.count("settle"), 2)
+        self.database.end("settle", None)
+        self.assertEqual(self.database.began.count("settle"), 2)
 
     def test_a_settlement_that_fails(self) -> None:
         """Rows that could not be settled are let go: their lease ends, and they are claimed and sent again."""
         self.database.end("claim", self.rows("k1"))
         self.link.accept("k1")
-        self.database.end("_settle", DatabaseUnavailable("away"))
+        self.database.end("settle", DatabaseUnavailable("away"))
         self.time.advance(relay.LEASE_S + 1)
         while self.claims():
             self.database.end("claim", self.rows("k1"))
@@ -457,7 +515,7 @@ class RelayTimingTests(SynchronousTestCase):
         """Rows whose claim ends when the link is gone are given back at once."""
         self.relay.linked(None)
         self.database.end("claim", self.rows("k1", "k2"))
-        self.assertEqual((self.link.keys, self.database.began.count("_settle")), ([], 1))
+        self.assertEqual((self.link.keys, self.database.began.count("settle")), ([], 1))
 
     def test_stop_with_nothing_under_way(self) -> None:
         """An idle relay stops at once, and leaves no timer."""
@@ -473,7 +531,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.assertNoResult(stopping)
         self.database.end("claim", self.rows("k1"))
         self.assertNoResult(stopping)
-        self.database.end("_settle", None)
+        self.database.end("settle", None)
         self.successResultOf(stopping)
         self.assertEqual((self.link.keys, self.time.getDelayedCalls()), ([], []))
 
@@ -482,7 +540,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.database.end("claim", self.rows("k1"))
         stopping = self.relay.stop()
         self.link.accept()
-        self.database.end("_settle", DatabaseUnavailable("away"))
+        self.database.end("settle", DatabaseUnavailable("away"))
         self.successResultOf(stopping)
 
     def test_stop_during_a_claim_that_fails(self) -> None:
@@ -490,6 +548,132 @@ class RelayTimingTests(SynchronousTestCase):
         stopping = self.relay.stop()
         self.database.end("claim", DatabaseUnavailable("away"))
         self.successResultOf(stopping)
+
+    def test_claims_what_will_soon_be_sent(self) -> None:
+        """It leases hardly more rows than the window takes, once it knows how large they are."""
+        large = [OutboxRow(at, "a.b", f"k{at}", {"text": "x" * 60_000}, 100, None, 0) for at in range(4)]
+        self.database.end("claim", large)
+        self.relay.wake()
+        soon = 2 * Pace.START_BYTES // 60_000
+        self.assertEqual(self.database.limits[0], 256)
+        self.assertIn(self.database.limits[1], range(soon - 1, soon + 2))
+        self.database.end("claim", self.rows("small"))
+        self.link.accept()
+        self.database.end("settle", None)
+        self.relay.wake()
+        self.assertEqual(self.database.limits[2], 256)
+
+    # --- leases ---------------------------------------------------------------------------------------------------
+
+    def pass_s(self, seconds: int) -> None:
+        """Let time pass; the database answers at once, and a claim finds nothing."""
+        for _ in range(seconds * 10):
+            self.time.advance(0.1)
+            for name, answer in (("claim", []), ("depth", 0), ("settle", None)):
+                while name in [each for each, _ in self.database.under_way]:
+                    self.database.end(name, answer)
+
+    def test_leases_are_renewed(self) -> None:
+        """As long as a row flies its lease is renewed before it ends, and no longer."""
+        self.database.end("claim", self.rows("k1", "k2"))
+        leased_at, renewals = self.time.seconds(), 0
+        for _ in range(15):
+            self.pass_s(1)
+            for settlement in self.database.settlements[renewals:]:
+                renewals += 1
+                self.assertEqual(settlement, Settlement(renewed=[1, 2]))
+                self.assertLess(self.time.seconds() - leased_at, relay.LEASE_S - relay.POLL_S)
+                leased_at = self.time.seconds()
+        self.assertGreaterEqual(renewals, 5)
+        self.link.accept()
+        self.pass_s(1)
+        settled = len(self.database.settlements)
+        self.pass_s(10)
+        self.assertEqual(self.database.settlements[settled:], [])
+
+    def test_quick_answers_need_no_renewal(self) -> None:
+        """A row that is answered soon costs no renewal, so that a full window at full speed does not either."""
+        self.database.end("claim", self.rows("k1"))
+        self.pass_s(1)
+        self.link.accept()
+        self.pass_s(5)
+        self.assertEqual(self.database.settlements, [Settlement(accepted=[1])])
+
+    def test_no_lease_after_a_settlement(self) -> None:
+        """A row that was answered while its renewal waited is not leased again, which would undo its pause."""
+        self.database.end("claim", self.rows("k1", "k2"))
+        self.link.refuse(Refused("overloaded", "m", {"retry_after_ms": 30_000}), "k1")
+        self.time.advance(1.1)
+        self.time.advance(1.1)
+        self.database.end("settle", None)
+        self.assertEqual(self.database.settlements, [Settlement(retries=[(1, 30.0)]), Settlement(renewed=[2])])
+
+    # --- flush and stop -------------------------------------------------------------------------------------------
+
+    def test_flush_without_a_link(self) -> None:
+        """Without a link, or with one that is closing, there is nothing to flush to."""
+        self.database.end("claim", [])
+        self.link.close()
+        self.successResultOf(self.relay.flush())
+        self.relay.linked(None)
+        self.successResultOf(self.relay.flush())
+
+    def test_flush_looks_again(self) -> None:
+        """A claim that began before the flush proves nothing, nor does one that found something."""
+        flushing = self.relay.flush()
+        self.database.end("claim", [])
+        self.assertNoResult(flushing)
+        self.database.end("claim", self.rows("k1"))
+        self.database.end("claim", [])
+        self.assertNoResult(flushing)
+        self.link.accept()
+        self.assertNoResult(flushing)
+        self.database.end("settle", None)
+        self.successResultOf(flushing)
+
+    def test_flush_with_the_database_away(self) -> None:
+        """A claim that failed has not found nothing: the flush goes on with the polls."""
+        flushing = self.relay.flush()
+        self.database.end("claim", DatabaseUnavailable("away"))
+        self.assertNoResult(flushing)
+        self.pass_s(2)
+        self.successResultOf(flushing)
+
+    def test_the_link_closes_during_a_flush(self) -> None:
+        """A flush ends with its link: what was in flight rests in the outbox."""
+        self.database.end("claim", self.rows("k1"))
+        flushing = self.relay.flush()
+        self.database.end("claim", [])
+        self.link.close()
+        self.assertNoResult(flushing)
+        self.database.end("settle", None)
+        self.successResultOf(flushing)
+
+    def test_stop_during_a_flush(self) -> None:
+        """A stop while a flush is pending claims no more, and both end with what is in flight."""
+        flushing = self.relay.flush()
+        self.database.end("claim", self.rows("k1"))
+        stopping = self.relay.stop()
+        self.database.end("claim", [])
+        self.link.accept()
+        self.assertNoResult(stopping)
+        self.database.end("settle", None)
+        self.successResultOf(stopping)
+        self.successResultOf(flushing)
+        self.assertEqual((self.claims(), self.time.getDelayedCalls()), (0, []))
+
+    def test_stop_gives_up(self) -> None:
+        """A stop waits a few seconds for answers and no longer; an answer that comes later is dropped."""
+        self.database.end("claim", self.rows("k1"))
+        stopping = self.relay.stop(patience_s=3.0)
+        self.time.advance(2.9)
+        self.assertNoResult(stopping)
+        self.time.advance(0.2)
+        self.database.end("settle", None)
+        self.successResultOf(stopping)
+        self.assertEqual(self.database.settlements, [Settlement(retries=[(1, 0.1)])])
+        self.link.accept()
+        self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_pauses(self) -> None:
         """Without the peer's wish a row rests 100 ms at least, and longer the oftener it was sent, up to 5 s."""
@@ -500,24 +684,55 @@ class RelayTimingTests(SynchronousTestCase):
         self.assertEqual(pauses, [[0.1] * 5, [0.2, 0.4, 1.6, 5.0, 5.0]])
 
 
-class FitsTests(SynchronousTestCase):
-    """:func:`fits`."""
+class PaceTests(SynchronousTestCase):
+    """:class:`Pace`, against links of a steady rate."""
 
-    def test_fits(self) -> None:
-        """A command that passes can be sent whatever its key and ids, and one that does not is told why."""
-        check = fits(4096)
-        size = next(size for size in range(4096, 0, -1) if check({"text": "x" * size}) is None)
-        push = {"cmd_type": "x" * 64, "idem_key": "x" * 200, "priority": 1000, "due_at": 4102444800}
-        body = canonical.dumps({**push, "payload": {"text": "x" * size}})
-        frame = envelope.seal(
-            id="i" * 64, ts=4102444800, src="engine", dst="server", type=COMMAND_PUSH, body=body,
-            key=Key("k" * 64, Secret(bytes(32)), "any", 0.0),
-        )  # fmt: skip
-        self.assertLessEqual(len(frame), 4096)
-        self.assertLessEqual(envelope.size(COMMAND_PUSH, body), 4096)
-        self.assertGreater(len(frame), 4096 - 120)
-        self.assertIn("4096", check({"text": "x" * (size + 1)}) or "")
+    def run_link(self, pace: Pace, rate: int, size: int, seconds: float) -> tuple[float, float]:
+        """Keep a link that carries ``rate`` bytes a second as full as the pace allows.
 
-    def test_what_cannot_be_said(self) -> None:
-        """A payload without a canonical form is told by its place."""
-        self.assertIn("/n", fits(65536)({"n": 1.5}) or "")
+        :returns: the longest time that a push of the second half took, and what part of the rate was used then.
+        """
+        now, carried, worst, used = 0.0, 0.0, 0.0, 0
+        flying: list[tuple[float, float, int]] = []  # when sent, when answered, what lay ahead
+        while now < seconds:
+            while not flying or (len(flying) + 1) * size <= pace.bytes:
+                carried = max(carried, now) + size / rate
+                flying.append((now, carried, (len(flying) + 1) * size))
+            sent_at, now, ahead = flying.pop(0)
+            pace.answered(now - sent_at, ahead, size, is_tight=True)
+            if now > seconds / 2:
+                worst, used = max(worst, now - sent_at), used + size
+        return worst, used / (rate * seconds / 2)
+
+    def test_steady_rates(self) -> None:
+        """From 100 KB/s on a push takes about two seconds at most, and the link is used to the full."""
+        for rate in (100_000, 300_000, 1_000_000):
+            for size in (600, 16_000, 60_000):
+                with self.subTest(rate=rate, size=size):
+                    worst, used = self.run_link(Pace(), rate, size, 60.0)
+                    self.assertLess(worst, 2.5)
+                    self.assertGreater(used, 0.9)
+
+    def test_a_rate_that_falls(self) -> None:
+        """One slow answer shows the new rate: the window is right at once, and not halved step by step."""
+        pace = Pace()
+        self.run_link(pace, 100_000_000, 16_000, 1.0)
+        self.assertGreater(pace.bytes, WINDOW_BYTES - 16_000)
+        pace.answered(2.0, 400_000, 16_000, is_tight=True)
+        self.assertEqual(pace.bytes, 200_000)
+
+    def test_bounds(self) -> None:
+        """It grows only while rows wait for it, never beyond 2 MiB, and falls to one frame at the least."""
+        pace = Pace()
+        for _ in range(100):
+            pace.answered(0.001, 60_000, 60_000, is_tight=False)
+        self.assertEqual(pace.bytes, Pace.START_BYTES)
+        pace.answered(20.0, 60_000, 60_000, is_tight=False)
+        self.assertEqual(pace.bytes, Bounds.frame_size)
+        for _ in range(100):
+            pace.answered(0.001, 60_000, 60_000, is_tight=True)
+        self.assertEqual(pace.bytes, WINDOW_BYTES)
+
+    def test_deadline(self) -> None:
+        """A push may take as long as a frame may take to come whole, and its answer after that."""
+        self.assertEqual(PUSH_S, Timing.frame + Timing.respond)

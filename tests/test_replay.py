@@ -17,7 +17,7 @@ class ReplayCacheTests(SynchronousTestCase):
 
     def test_seen_before(self) -> None:
         """The same pair is refused; the same id under another key is another request."""
-        cache = ReplayCache(_W, 0.0)
+        cache = ReplayCache(0.0, _W)
         cache.enter("k1", "a", 0.0)
         self.assertRaises(Replay, cache.enter, "k1", "a", 1.0)
         cache.enter("k2", "a", 1.0)
@@ -28,7 +28,7 @@ class ReplayCacheTests(SynchronousTestCase):
         """A request dated a window ahead is refused until two windows later, and a second after that too."""
         for entered in (0.0, 0.5, 300.0, 599.0, 599.999, 600.0, 601.0, 1000.0):
             for age in (1.0, 299.0, 300.0, 301.0, 599.0, 600.0):
-                cache = ReplayCache(_W, 0.0)
+                cache = ReplayCache(0.0, _W)
                 cache.enter("k", "a", entered)
                 with self.subTest(entered=entered, age=age):
                     self.assertRaises(Replay, cache.enter, "k", "a", entered + age)
@@ -36,7 +36,7 @@ class ReplayCacheTests(SynchronousTestCase):
     def test_forgotten_in_the_end(self) -> None:
         """After six windows and a little an entry is gone, whether others came between or not."""
         for between in ([], [600.0], [600.0, 1199.0], [650.0, 700.0]):
-            cache = ReplayCache(_W, 0.0)
+            cache = ReplayCache(0.0, _W)
             cache.enter("k", "a", 0.0)
             for at in between:
                 cache.enter("k", f"b{at}", at)
@@ -45,7 +45,7 @@ class ReplayCacheTests(SynchronousTestCase):
 
     def test_two_generations(self) -> None:
         """An entry outlives the first turn and goes with the second."""
-        cache = ReplayCache(_W, 0.0)
+        cache = ReplayCache(0.0, _W)
         cache.enter("k", "a", 10.0)
         cache.enter("k", "b", 605.0)
         self.assertEqual(len(cache), 2)
@@ -57,7 +57,7 @@ class ReplayCacheTests(SynchronousTestCase):
     @given(st.lists(st.tuples(st.floats(0, 700), st.integers(0, 5)), max_size=30))
     def test_never_early(self, steps: list[tuple[float, int]]) -> None:
         """Whatever comes at whatever pace, nothing is forgotten within two windows, and nothing is kept for ever."""
-        cache, now, seen = ReplayCache(_W, 0.0), 0.0, dict[int, float]()
+        cache, now, seen = ReplayCache(0.0, _W), 0.0, dict[int, float]()
         for pause, number in steps:
             now += pause
             try:
@@ -70,7 +70,7 @@ class ReplayCacheTests(SynchronousTestCase):
 
     def test_a_flood_pushes_nothing_out(self) -> None:
         """At capacity further requests are overloaded, told how long to wait, and what was seen stays seen."""
-        cache = ReplayCache(_W, 0.0, capacity=10)
+        cache = ReplayCache(0.0, _W, capacity=10)
         for number in range(10):
             cache.enter("k", str(number), 1.0)
         error = self.assertRaises(Overloaded, cache.enter, "k", "new", 100.0)
@@ -86,14 +86,14 @@ class ReplayCacheTests(SynchronousTestCase):
 
     def test_refused_ones_are_not_entered(self) -> None:
         """What was refused as overloaded is taken later under the same id."""
-        cache = ReplayCache(_W, 0.0, capacity=1)
+        cache = ReplayCache(0.0, _W, capacity=1)
         cache.enter("k", "a", 0.0)
         self.assertRaises(Overloaded, cache.enter, "k", "b", 0.0)
         cache.enter("k", "b", 1250.0)
 
     def test_the_wait_is_never_nothing(self) -> None:
         """Until the very moment of the turn the pause is a millisecond at least."""
-        cache = ReplayCache(_W, 0.0, capacity=0)
+        cache = ReplayCache(0.0, _W, capacity=0)
         for at in (599.9999, 600.0, 600.9999):
             error = self.assertRaises(Overloaded, cache.enter, "k", "a", at)
             self.assertGreaterEqual(error.details["retry_after_ms"], 1)

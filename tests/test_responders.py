@@ -12,7 +12,6 @@ from s2s.clock import Clock
 from s2s.dispatch import Request
 from s2s.envelope import Envelope
 from s2s.errors import DbUnavailable
-from s2s.relay import fits
 from s2s.responders.health import Health, Identity
 from s2s.responders.sweep import Sweep
 from s2s.store.pool import Database
@@ -51,7 +50,7 @@ class SweepTests(DatabaseTestCase):
         self.database.start()
         self.addCleanup(self.database.stop)
         self.woken = 0
-        self.sweep = Sweep(self.database, Clock(reactor), fits(4096), self.wake)
+        self.sweep = Sweep(self.database, Clock(reactor), 4096, self.wake)
 
     def wake(self) -> None:
         """Count the calls."""

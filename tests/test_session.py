@@ -29,7 +29,7 @@ _SERVED = {
 
 
 def _session(role: Role = "engine", *, bounds: Bounds = Bounds(), capacity: int = 1000) -> Session:  # noqa: B008 - frozen
-    return Session(role, ReplayCache(300.0, 0.0, capacity), Timing(), bounds, 0.0)
+    return Session(role, ReplayCache(0.0, 300.0, capacity), Timing(), bounds, 0.0)
 
 
 def _request(type: str, role: Role = "engine", **changes: Any) -> Envelope:
@@ -334,8 +334,8 @@ class TimerTests(SynchronousTestCase):
         heard.heard("k1", 1.0)
         self.assertEqual(silent.next_timer(), 5.0)
         self.assertIsNone(silent.overdue(4.999))
-        self.assertEqual(silent.overdue(5.0), "no valid frame came")
-        self.assertEqual(heard.overdue(5.0), "our health check was not answered")
+        self.assertEqual(silent.overdue(5.0), ("proof", "no valid frame came"))
+        self.assertEqual(heard.overdue(5.0), ("proof", "our health check was not answered"))
 
     def test_half_a_frame(self) -> None:
         """A frame must be whole within 10 s of its first byte, however many bytes come in between."""
@@ -343,7 +343,7 @@ class TimerTests(SynchronousTestCase):
         each.partial(1.0, is_partial=True, is_new=False)
         each.partial(9.0, is_partial=True, is_new=False)
         self.assertIsNone(each.overdue(10.999))
-        self.assertEqual(each.overdue(11.0), "a frame took too long to come whole")
+        self.assertEqual(each.overdue(11.0), ("frame", "a frame took too long to come whole"))
         each.partial(11.0, is_partial=False, is_new=True)
         self.assertIsNone(each.overdue(99.0))
 
@@ -356,14 +356,17 @@ class TimerTests(SynchronousTestCase):
         self.assertIsNotNone(each.overdue(19.0))
 
     def test_silence(self) -> None:
-        """After 10 s without a frame a check is wanted, once, and again 10 s later."""
+        """After 10 s without a frame a check is wanted, and no second one beside it until something is heard."""
         each = _proven()
         each.heard("k1", 2.0)
         self.assertEqual(each.next_timer(), 12.0)
         self.assertFalse(each.wants_check(11.999))
         self.assertTrue(each.wants_check(12.0))
-        self.assertFalse(each.wants_check(12.0))
-        self.assertTrue(each.wants_check(22.0))
+        self.assertFalse(each.wants_check(22.0))
+        self.assertEqual(each.next_timer(), math.inf)
+        each.heard("k1", 23.0)
+        self.assertFalse(each.wants_check(32.9))
+        self.assertTrue(each.wants_check(33.0))
 
     def test_no_checks_before_the_proof(self) -> None:
         """Before the proof the challenge itself is the check, and a closing link asks nobody."""
@@ -435,7 +438,7 @@ class DefaultTests(SynchronousTestCase):
 
     def test_timing(self) -> None:
         """Every wait is the one of the protocol's table."""
-        self.assertEqual(Timing(), Timing(5.0, 10.0, 10.0, 3.0, 3, 3.0, 10.0, 2.0, 300.0))
+        self.assertEqual(Timing(), Timing(5.0, 10.0, 10.0, 3.0, 3, 3.0, 10.0, 2.0))
 
     def test_bounds(self) -> None:
         """Every bound is the one of the protocol's table."""

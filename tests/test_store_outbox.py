@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from twisted.internet.defer import gatherResults
+from twisted.trial.unittest import SynchronousTestCase
 
+from s2s import canonical, envelope
 from s2s.catalogue import BY_NAME, COMMAND_PUSH
 from s2s.catalogue.schema import Schema
 from s2s.commands.notice_publish import NoticePublish
-from s2s.errors import CanonicalError, StatementRefused
+from s2s.errors import CanonicalError, StatementRefused, TooBigToSend
+from s2s.signing import Key, Secret
 from s2s.store import broadcasts, notices, outbox
+from s2s.store.outbox import OutboxRow
 from s2s.store.pool import Database, blocking
 from tests.support.postgres import DatabaseTestCase
 
 _FAR = 2**53 - 1
-
-
-def _fits(payload: dict[str, Any]) -> str | None:
-    return None
 
 
 class _StoreTestCase(DatabaseTestCase):
@@ -72,6 +73,25 @@ class OutboxTests(_StoreTestCase):
             await self.assertFailure(self.run_work(outbox.put, cmd_type, key, {}), StatementRefused)
         await self.run_work(outbox.put, "a" + "_.9" * 21, "~ " * 100, {})
 
+    async def test_too_big_to_send(self) -> None:
+        """A command whose frame would be too long is refused with size and limit, to the byte; a batch as a whole."""
+        put = partial(outbox.put, frame_size=4096)
+        overhead = outbox.frame_size_of(outbox.OutboxRow(0, "a.b", 'k"', {"text": ""}, 7, 4102444800, 0).push())
+        room = 4096 - overhead
+        how = {"priority": 7, "due_at": 4102444800}
+        await self.run_work(partial(put, **how), "a.b", 'k"', {"text": "x" * room})
+        big = partial(put, **how)
+        error = await self.assertFailure(self.run_work(big, "a.b", 'k"', {"text": "x" * (room + 1)}), TooBigToSend)
+        self.assertEqual((error.size, error.limit), (4097, 4096))
+        for frame_size in (4096, 65536):
+            batch = [("small", {}), ("big", {"text": "x" * frame_size})]
+            put_batch = partial(outbox.put_batch, frame_size=frame_size)
+            await self.assertFailure(self.run_work(put_batch, "a.b", batch), TooBigToSend)
+        # Limits are 65536 where nothing is said.
+        await self.assertFailure(self.run_work(outbox.put, "a.b", "k", {"text": "x" * 65_536}), TooBigToSend)
+        await self.run_work(outbox.put_batch, "a.b", [("k", {"text": "x" * 64_000})])
+        self.assertEqual(self.execute("select idem_key from outbox order by 1"), [("k",), ('k"',)])
+
     async def test_leases(self) -> None:
         """A leased row is nobody else's until the lease ends, and not its holder's while it is in flight."""
         await self.put("a", "b")
@@ -80,6 +100,18 @@ class OutboxTests(_StoreTestCase):
         self.assertEqual(await self.claim(), [])
         self.execute("update outbox set send_at = now()")
         self.assertEqual([row.idem_key for row in await self.claim(rows[0].outbox_id)], ["b"])
+
+    async def test_renewed_and_given_back(self) -> None:
+        """A lease can be lengthened, and ended; neither counts as an attempt, and what was set aside stays so."""
+        await self.put("kept", "returned", "cancelled")
+        kept, returned, cancelled = [row.outbox_id for row in await self.claim()]
+        self.execute("update outbox set state = 'dead' where outbox_id = %s", cancelled)
+        settlement = outbox.Settlement(renewed=[kept, cancelled], given_back=[returned])
+        self.execute("update outbox set send_at = now()")
+        await self.run_work(settlement.settle, 60.0)
+        self.assertEqual([(row.idem_key, row.attempts) for row in await self.claim()], [("returned", 0)])
+        ((lease_s,),) = self.execute("select extract(epoch from send_at - now())::int from outbox where state = 'dead'")
+        self.assertLessEqual(lease_s, 0)
 
     async def test_settling(self) -> None:
         """Rows are deleted, sent again later, or set aside with the reason; the depth counts what waits."""
@@ -114,12 +146,46 @@ class OutboxTests(_StoreTestCase):
         self.assertEqual(len(set(got)), 400)
 
 
+class FrameSizeTests(SynchronousTestCase):
+    """:func:`outbox.frame_size_of` and :func:`outbox.check`."""
+
+    def test_no_frame_is_longer(self) -> None:
+        """No key and no id makes a frame longer than was said, and the longest are hardly shorter."""
+        for row in (
+            OutboxRow(0, "x" * 64, '"\\' * 100, {"text": "é" * 500}, 1000, 4102444800, 0),
+            OutboxRow(0, "x", "k", {}, 0, None, 0),
+        ):
+            body = canonical.dumps(row.push())
+            frame = envelope.seal(
+                id="i" * 64, ts=4102444800, src="engine", dst="server", type=COMMAND_PUSH, body=body,
+                key=Key("k" * 64, Secret(bytes(32)), "any", 0.0),
+            )  # fmt: skip
+            said = outbox.frame_size_of(row.push())
+            self.assertEqual(said, envelope.size(COMMAND_PUSH, body))  # what a link judges by
+            self.assertIn(said - len(frame), range(120))
+
+    def test_depth(self) -> None:
+        """What lies too deep in its frame is refused here, since the peer would close the link over it, and again."""
+
+        def nested(depth: int) -> dict[str, Any]:
+            return {"in": nested(depth - 1)} if depth > 1 else {}
+
+        outbox.check("a.b", "k", nested(canonical.MAX_DEPTH - 2))
+        with self.assertRaises(CanonicalError):
+            outbox.check("a.b", "k", nested(canonical.MAX_DEPTH - 1))
+
+    def test_what_cannot_be_said(self) -> None:
+        """A payload without a canonical form is told by its place in the payload."""
+        error = self.assertRaises(CanonicalError, outbox.check, "a.b", "k", {"n": 1.5})
+        self.assertIn("at /n:", str(error))
+
+
 class BroadcastTests(_StoreTestCase):
     """:mod:`s2s.store.broadcasts`."""
 
-    async def sweep(self, since_ts: int = 0, limit: int = 100, fits: Any = _fits) -> int:
+    async def sweep(self, since_ts: int = 0, limit: int = 100, frame_size: int = 65536) -> int:
         """Sweep once."""
-        return await self.run_work(broadcasts.sweep, since_ts, limit, fits)
+        return await self.run_work(broadcasts.sweep, since_ts, limit, frame_size)
 
     async def test_plain_sql_is_enough(self) -> None:
         """A message typed in plain SQL is swept into a valid notice to everyone, once."""
@@ -180,20 +246,21 @@ class BroadcastTests(_StoreTestCase):
 
     async def test_what_does_not_fit_is_refused(self) -> None:
         """A broadcast too big to send is set aside with the reason, and takes nobody else's place in the limit."""
-        for message in ("big", "a", "big", "b", "c"):
+        for message in ("é" * 4000, "a", "é" * 4000, "b", "c"):
             self.execute("insert into broadcasts (message) values (%s)", message)
-        refuse_big = lambda payload: "it has 3 letters" if payload["message"] == "big" else None  # noqa: E731
-        self.assertEqual(await self.sweep(limit=2, fits=refuse_big), 2)
-        self.assertEqual(await self.sweep(limit=2, fits=refuse_big), 1)
+        self.assertEqual(await self.sweep(limit=2, frame_size=4096), 2)
+        self.assertEqual(await self.sweep(limit=2, frame_size=4096), 1)
         self.assertEqual(
-            self.execute("select state, error, count(*)::int from broadcasts group by 1, 2 order by 1"),
-            [("queued", None, 3), ("refused", "it has 3 letters", 2)],
+            self.execute(
+                "select state, error like '%%the limit is 4096%%', count(*)::int from broadcasts group by 1, 2"
+            ),
+            [("queued", None, 3), ("refused", True, 2)],
         )
 
     async def test_sweeps_overlap(self) -> None:
         """Sweeps of two engines at once queue every broadcast exactly once."""
         self.execute("insert into broadcasts (message) select 'm' || n from generate_series(1, 1000) n")
-        sweeps = [database.run(broadcasts.sweep, 0, 300, _fits) for _ in range(4) for database in self.databases]
+        sweeps = [database.run(broadcasts.sweep, 0, 300, 65536) for _ in range(4) for database in self.databases]
         self.assertEqual(sum(await gatherResults(sweeps)) + await self.sweep(limit=1000), 1000)
         self.assertEqual(
             self.execute("select count(*)::int, count(distinct idem_key)::int from outbox"), [(1000, 1000)]

@@ -11,7 +11,8 @@ from twisted.logger import LogEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import DatabaseUnavailable, OperatorError, StatementRefused
-from s2s.store import driver
+from s2s.limits import Counters
+from s2s.store import driver, pool
 from s2s.store.pool import Database, blocking
 from tests.support.postgres import DatabaseTestCase, cluster_url
 from tests.support.waiting import poll
@@ -179,12 +180,14 @@ class DatabaseTests(DatabaseTestCase):
 
     async def test_bounded(self) -> None:
         """Over the bound of waiting calls, further ones are refused at once; the counters tell."""
-        database = self.start_database(threads=1, max_waiting=2)
+        counters = Counters()
+        database = self.start_database(threads=1, max_waiting=2, counters=counters)
         gate = threading.Event()
         calls = [database.run(lambda txn: gate.wait(10)) for _ in range(3)]
         self.assertEqual((database.running, database.waiting), (1, 2))
         error = self.failureResultOf(database.run(lambda txn: None), DatabaseUnavailable).value
         self.assertIn("overloaded", str(error))
+        self.assertEqual(counters.met, {"database": 1})
         gate.set()
         await gatherResults(calls)
         self.assertEqual((database.running, database.waiting), (0, 0))
@@ -198,6 +201,69 @@ class DatabaseTests(DatabaseTestCase):
         await gatherResults([*calls, stopped])
         count = "select count(*) from pg_stat_activity where application_name = 'stopped'"
         await poll(lambda: self.execute(count) == [(0,)])
+
+    async def test_cancel(self) -> None:
+        """Cancelling ends what runs, refuses what waits and what comes, and tells no outage."""
+        database = self.start_database(threads=1, application_name="cancelled")
+        calls = [database.run(_one, "select pg_sleep(60)"), database.run(_one, "insert into t values (1)")]
+        await poll(lambda: self.execute("select 1 from pg_stat_activity where wait_event = 'PgSleep'"), "the statement")
+        ended = database.cancel()
+        self.failureResultOf(database.run(_one, "select 1"), DatabaseUnavailable)
+        for call in calls:
+            error = await self.assertFailure(call, DatabaseUnavailable)
+            self.assertIn("the process stops", str(error))
+        self.assertTrue(await ended)
+        self.assertTrue(await database.cancel())
+        self.assertFalse(database.is_away)
+        self.assertEqual(self.execute("select * from t"), [])
+
+    async def test_cancel_with_nothing_under_way(self) -> None:
+        """Cancelling what does nothing, or was never started, is done at once."""
+        self.assertTrue(self.successResultOf(self.start_database().cancel()))
+        self.assertTrue(self.successResultOf(Database(self.url).cancel()))
+
+    async def test_nothing_is_committed_after_cancel(self) -> None:
+        """Work that no statement can fail any more is rolled back too; the cancelling does not wait for it for ever."""
+        self.patch(pool, "CANCEL_S", 0.1)
+        gate, inside = threading.Event(), threading.Event()
+        self.addCleanup(gate.set)
+
+        def work(txn: driver.Cursor) -> None:
+            txn.execute("insert into t values (1)")
+            inside.set()
+            gate.wait(10)
+
+        call = self.database.run(work)
+        await poll(inside.is_set, "the work")
+        stopped = self.database.stop()
+        self.assertFalse(await self.database.cancel())
+        gate.set()
+        await self.assertFailure(call, DatabaseUnavailable)
+        await stopped
+        self.assertEqual(self.execute("select * from t"), [])
+
+    async def test_run_last(self) -> None:
+        """The last words get through after the cancelling, and fail in bounded time."""
+        await self.database.cancel()
+        await self.database.run_last(_one, "insert into t values (1)")
+        self.assertEqual(self.execute("select a from t"), [(1,)])
+        self.patch(pool, "LAST_S", 0.1)
+        await self.assertFailure(self.database.run_last(_one, "select pg_sleep(60)"), DatabaseUnavailable)
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        await self.assertFailure(self.database.run_last(lambda txn: gate.wait(10)), DatabaseUnavailable)
+
+    async def test_what_the_work_makes_of_a_lost_connection(self) -> None:
+        """Work that turns the loss of its connection into an error of its own has lost it all the same."""
+
+        def work(txn: driver.Cursor) -> None:
+            self.kill_connections()
+            try:
+                txn.execute("select 1")
+            except psycopg2.Error:
+                raise KeyError("mine") from None
+
+        await self.assertFailure(self.database.run(work), DatabaseUnavailable)
 
     def test_nothing_before_start(self) -> None:
         """Nothing is connected and no thread runs before the start; a call then is refused."""
@@ -225,3 +291,19 @@ class BlockingTests(DatabaseTestCase):
         with self.assertRaises(DatabaseUnavailable) as caught, blocking("postgresql://u@127.0.0.1:1/d"):
             pass
         self.assertNotIn("\n", str(caught.exception))
+
+    def test_timeouts(self) -> None:
+        """Its time limits hold, whatever the URL says."""
+        seen: list[Any] = []
+        real = psycopg2.connect
+
+        def connect(**parameters: Any) -> Any:
+            seen.append(parameters["connect_timeout"])
+            return real(**parameters)
+
+        self.patch(psycopg2, "connect", connect)
+        with blocking(f"{self.url}&connect_timeout=7", statement_timeout_s=1.0, connect_timeout_s=1.0) as txn:
+            self.assertEqual(_one(txn, "show statement_timeout"), "1s")
+        with blocking(f"{self.url}&connect_timeout=7"):
+            pass
+        self.assertEqual(seen, [1, "7"])

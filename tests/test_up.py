@@ -162,6 +162,24 @@ class UpTests(TestCase):
         yield self.nothing_left()
 
     @inlineCallbacks
+    def test_shut_down_for_good(self):
+        """An engine that an operator has shut down is not started again; the server is, when it is killed."""
+        run = self.up()
+        yield run.linked()
+        before = run.found()
+        argv = [str(Path(sys.executable).with_name("s2s")), "engine", "shutdown", "--state-dir", str(self.state_dir)]
+        told = subprocess.run(argv, capture_output=True, text=True, check=False)
+        self.assertEqual(told.returncode, 0, told.stderr)
+        yield run.says("engine    ended with exit 0, which is final")
+        os.kill(before["server_pid"], signal.SIGKILL)
+        yield run.linked(server_pid=before["server_pid"])
+        self.assertEqual(run.found()["engine_pid"], before["engine_pid"])
+        self.assertFalse(psutil.pid_exists(before["engine_pid"]))
+        run.process.send_signal(signal.SIGTERM)
+        yield run.ended()
+        self.assertEqual(run.process.returncode, 0, run.output)
+
+    @inlineCallbacks
     def test_port_in_use(self):
         """A port that somebody else has is one line and a failure, and nothing is left running."""
         with socket.create_server(("127.0.0.1", 0)) as other:

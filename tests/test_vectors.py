@@ -61,7 +61,7 @@ class AcceptTests(SynchronousTestCase):
 
     def test_frames_are_taken(self) -> None:
         """Every frame of accept.json passes every check as the request or reply that it is."""
-        replay = ReplayCache(300.0, 0.0)
+        replay = ReplayCache(0.0)
         for vector in _read("accept.json"):
             with self.subTest(vector["name"]):
                 outcome = _judge(vector, replay)
@@ -103,7 +103,7 @@ class AcceptTests(SynchronousTestCase):
 
     def test_a_second_time(self) -> None:
         """Sent a second time every request but a push is a replay, and every push passes."""
-        replay = ReplayCache(300.0, 0.0)
+        replay = ReplayCache(0.0)
         requests = [vector for vector in _read("accept.json") if vector["kind"] == "request"]
         for vector in requests:
             _judge(vector, replay)
@@ -126,7 +126,7 @@ class RefuseTests(SynchronousTestCase):
 
     def test_frames_are_refused(self) -> None:
         """Every frame of refuse.json gets its code, rule and path, a signature or none, and closes the link or not."""
-        replay = ReplayCache(300.0, 0.0)
+        replay = ReplayCache(0.0)
         for vector in _read("refuse.json"):
             with self.subTest(vector["name"]):
                 outcome = _judge(vector, replay)

@@ -17,6 +17,10 @@ HEALTH_ACK: Final = "s2s.health.ack"
 ERROR: Final = "s2s.error"
 COMMAND_PUSH: Final = "s2s.command.push"
 SWEEP: Final = "s2s.broadcast.sweep"
+BUMP: Final = "s2s.config.bump"
+PAUSE: Final = "s2s.engine.pause"
+RESUME: Final = "s2s.engine.resume"
+SHUTDOWN: Final = "s2s.engine.shutdown"
 #: Types that are never requests, with or without ``ack_of``.
 REPLY_ONLY: Final = frozenset({ACK, HEALTH_ACK, ERROR})
 
@@ -50,12 +54,12 @@ _SERVER: Final[tuple[Role, ...]] = ("server",)
 
 MESSAGES: Final = (
     MessageType(HEALTH_CHECK, ROLES, reply=HEALTH_ACK, control=False, windowed=False),
-    MessageType("s2s.engine.shutdown", _SERVER),
-    MessageType("s2s.engine.pause", _SERVER),
-    MessageType("s2s.engine.resume", _SERVER),
+    MessageType(SHUTDOWN, _SERVER),
+    MessageType(PAUSE, _SERVER),
+    MessageType(RESUME, _SERVER),
     MessageType(SWEEP, _SERVER),
     MessageType(COMMAND_PUSH, ("engine",), control=False, entered=False),
-    MessageType("s2s.config.bump", _SERVER),
+    MessageType(BUMP, _SERVER),
     MessageType("admin.engine.force_tick.v1", _SERVER),
     MessageType("admin.config.set.v1", _SERVER),
     MessageType("world.set_sector_status.v1", _SERVER),

@@ -1,12 +1,14 @@
-"""What the commands share: where the database is, how errors end, how rows are shown."""
+"""What the commands share: where the database is, how errors end, how rows are shown and changed."""
 
 from __future__ import annotations
 
 import functools
+import getpass
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from s2s import preflight
-from s2s.errors import S2SError
-from s2s.store import migrations
+from s2s.errors import OperatorError, S2SError
+from s2s.store import actions, driver, migrations
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
 
@@ -36,6 +38,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON, 
 limit_option = click.option(
     "--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="The newest so many."
 )
+type_option = click.option("--type", "cmd_type", metavar="CMD_TYPE", help="Only these.")
+#: The id of a row, as far as a bigint goes.
+ROW_ID = click.IntRange(1, 2**63 - 1)
 
 
 def database_options(function: F) -> F:
@@ -98,6 +103,117 @@ def show(rows: Sequence[Any], columns: Sequence[str], as_json: bool, nothing: st
     Console().print(table)
 
 
+def show_one(row: Any, as_json: bool) -> None:
+    """Show all of one dataclass row: a line for each member, or a JSON object."""
+    members = asdict(row)
+    if as_json:
+        click.echo(json.dumps({name: _plain(value) for name, value in members.items()}, indent=2))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in members.items():
+        table.add_row(name, Text(_shown(value)))
+    Console().print(table)
+
+
+@dataclass(frozen=True)
+class Words:
+    """How the rows of a table are spoken of.
+
+    :param noun: what one is called.
+    :param done: by the word of a :class:`s2s.store.actions.Fate` that is done, what became of the row.
+    :param obstacles: by the word of one that is not, what is in the way and what can be done, with ``{id}`` in it.
+    """
+
+    noun: str
+    done: Mapping[str, str]
+    obstacles: Mapping[str, str]
+
+    def tell(self, fate: actions.Fate) -> str:
+        """Say in one line what became of a row."""
+        said = (self.done if fate.is_done else self.obstacles)[fate.word]
+        return f"{self.noun} {fate.row_id}: {said.format(id=fate.row_id)}"
+
+
+def add_action(
+    group: click.Group,
+    name: str,
+    help_text: str,
+    action: actions.Action,
+    words: Words,
+    *,
+    dead: str | None = None,
+    params: Callable[[Cursor], dict[str, Any]] = lambda _: {},
+) -> None:
+    """Add a command that does something to rows: to those whose ids are named, or to all dead ones.
+
+    :param dead: the past participle of what ``--all-dead`` does; without it there is no such option.
+    :param params: reads the further parameters of the action's statement.
+    """
+
+    @one_line_errors
+    def command(
+        ids: tuple[int, ...],
+        database: str | None,
+        state_dir: Path,
+        as_json: bool,
+        all_dead: bool = False,
+        cmd_type: str | None = None,
+    ) -> None:
+        if bool(ids) == all_dead:
+            raise OperatorError(f"name the ids of {words.noun}s" + (", or else --all-dead" if dead else ""))
+        if cmd_type is not None and not all_dead:
+            raise OperatorError("--type chooses among all: it goes with --all-dead")
+        with transaction(database, state_dir) as txn:
+            more = params(txn)
+            if all_dead:
+                count = _act_on_dead(txn, action, cmd_type, more)
+                click.echo(json.dumps({dead: count}) if as_json else f"dead {words.noun}s {dead}: {count}")
+                return
+            fates = []
+            for fate in _act(txn, action, list(dict.fromkeys(ids)), more):
+                fates.append(fate)
+                if not as_json:
+                    click.echo(words.tell(fate), err=not fate.is_done)
+        if as_json:
+            told = [{action.id: fate.row_id, "is_done": fate.is_done, "outcome": fate.word} for fate in fates]
+            click.echo(json.dumps(told, indent=2))
+        if not all(fate.is_done for fate in fates):
+            raise SystemExit(1)
+
+    if dead:
+        command = type_option(click.option("--all-dead", is_flag=True, help="All that are dead.")(command))
+    argument = click.argument("ids", metavar=f"{action.id.upper()}...", nargs=-1, type=ROW_ID)
+    group.command(name=name, help=help_text)(argument(database_options(json_option(command))))
+
+
+def _act(txn: Cursor, action: actions.Action, ids: list[int], params: dict[str, Any]) -> Iterator[actions.Fate]:
+    """Do an action to rows, so many in a transaction, and give the fate of each after its COMMIT."""
+    for at in range(0, len(ids), actions.STEP_ROWS):
+        fates = actions.act(txn, action, ids[at : at + actions.STEP_ROWS], **params)
+        driver.commit(txn.connection)
+        yield from fates
+
+
+def _act_on_dead(txn: Cursor, action: actions.Action, cmd_type: str | None, params: dict[str, Any]) -> int:
+    """Do an action to all dead rows, so many in a transaction, and count them."""
+    count = after = 0
+    while step := actions.act_on_dead(txn, action, after, cmd_type, **params):
+        driver.commit(txn.connection)
+        count += len(step)
+        after = step[-1]
+    return count
+
+
+def actor() -> str:
+    """Name whoever types the command, for the history."""
+    try:
+        return f"cli:{getpass.getuser()}"
+    except (KeyError, OSError):  # an account without a name
+        return f"cli:{os.getuid()}"
+
+
 def _plain(value: Any) -> Any:
     return value.isoformat() if isinstance(value, datetime) else value
 
@@ -109,6 +225,6 @@ def _shown(value: Any) -> str:
         return value.strftime("%Y-%m-%d %H:%M:%S")
     if isinstance(value, bool):
         return "yes" if value else "no"
-    text = str(value)
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
     # A terminal obeys control characters, whoever wrote them.
     return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)

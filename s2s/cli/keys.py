@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -11,11 +13,13 @@ from s2s.cli.common import database_options, json_option, one_line_errors, show,
 from s2s.errors import OperatorError
 from s2s.signing import KEY_ID, KEY_ROLES, decode_secret, random_secret
 from s2s.store import keys as table
+from s2s.store import rotation
+from s2s.store.driver import Cursor
 
 
 @click.group()
 def keys() -> None:
-    """Make and list the keys that sign."""
+    """Make, list and change the keys that sign."""
 
 
 @keys.command()
@@ -41,7 +45,10 @@ def add(
     state_dir: Path,
     as_json: bool,
 ) -> None:
-    """Add a key. It verifies from now on."""
+    """Add a key.
+
+    It verifies from now on, and signs when it is activated. A first key signs at once.
+    """
     if not KEY_ID.fullmatch(key_id):
         raise OperatorError(f"the key id {key_id!r} cannot be used: take 1 to 64 of A-Z a-z 0-9 _ . -")
     secret = random_secret() if secret_file is None else _read_secret(secret_file)
@@ -74,8 +81,57 @@ def _read_secret(path: Path) -> str:
 @json_option
 @one_line_errors
 def list_(database: str | None, state_dir: Path, as_json: bool) -> None:
-    """List the keys, without their secrets."""
+    """List the keys and what each does now, without their secrets."""
     with transaction(database, state_dir) as txn:
         found = table.list_public(txn)
-    columns = ("key_id", "role", "active_from", "active_to", "is_default_tx", "note")
+    columns = ("key_id", "role", "status", "active_from", "active_to", "note")
     show(found, columns, as_json, "there are no keys: make one with: s2s keys add --key-id ID --role any")
+
+
+@keys.command()
+@click.argument("key_id")
+@database_options
+@json_option
+@one_line_errors
+def activate(key_id: str, database: str | None, state_dir: Path, as_json: bool) -> None:
+    """Sign with a key from now on.
+
+    The key that signed before still verifies: retire it next.
+    """
+    _take(rotation.activate, key_id, database, state_dir, as_json)
+
+
+@keys.command()
+@click.argument("key_id")
+@database_options
+@json_option
+@one_line_errors
+def retire(key_id: str, database: str | None, state_dir: Path, as_json: bool) -> None:
+    """Sign no more with a key.
+
+    It verifies for 60 s more, so that what is on its way arrives.
+    """
+    _take(rotation.retire, key_id, database, state_dir, as_json)
+
+
+@keys.command()
+@click.argument("key_id")
+@database_options
+@json_option
+@one_line_errors
+def revoke(key_id: str, database: str | None, state_dir: Path, as_json: bool) -> None:
+    """End a key at once, such as a stolen one.
+
+    It neither signs nor verifies, and the links whose peers signed with it close.
+    """
+    _take(rotation.revoke, key_id, database, state_dir, as_json)
+
+
+def _take(
+    step: Callable[[Cursor, str], rotation.Change], key_id: str, database: str | None, state_dir: Path, as_json: bool
+) -> None:
+    with transaction(database, state_dir) as txn:
+        change = step(txn, key_id)
+    click.echo(json.dumps(asdict(change), indent=2) if as_json else change.text)
+    if change.warning is not None:
+        click.echo(f"warning: {change.warning}", err=True)

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from s2s import __version__
 from s2s.clock import Clock
 from s2s.dispatch import Request
-from s2s.signing import Role
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who we are.
-
-    :param name: what operators call this process.
-    :param boot_id: a ULID, new at every start of a process.
-    """
-
-    role: Role
-    name: str
-    boot_id: str
+from s2s.identity import Identity
 
 
 class Health:

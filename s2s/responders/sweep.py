@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred
@@ -23,20 +23,14 @@ TIME_S: Final = 1.5
 class Sweep:
     """Moves pending broadcasts into the outbox and answers after the COMMIT.
 
-    :param fits: says of a command's payload why it cannot be sent, or ``None``.
+    :param frame_size: the longest frame, in bytes; a broadcast that needs a longer one is refused.
     :param queued: called when there is something new in the outbox.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        clock: Clock,
-        fits: Callable[[Mapping[str, Any]], str | None],
-        queued: Callable[[], object],
-    ) -> None:
+    def __init__(self, database: Database, clock: Clock, frame_size: int, queued: Callable[[], object]) -> None:
         self._database = database
         self._clock = clock
-        self._fits = fits
+        self._frame_size = frame_size
         self._queued = queued
 
     def __call__(self, request: Request) -> Deferred[dict[str, Any]]:
@@ -48,7 +42,7 @@ class Sweep:
         queued = 0
         while self._clock.mono() < until:
             try:
-                moved = await self._database.run(broadcasts.sweep, since_ts, LIMIT, self._fits)
+                moved = await self._database.run(broadcasts.sweep, since_ts, LIMIT, self._frame_size)
             except DatabaseUnavailable:
                 raise DbUnavailable(retry_after_ms=1000) from None
             queued += moved

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
+from s2s.errors import LocalError
 from s2s.store import outbox
 from s2s.store.driver import Cursor
 
@@ -41,12 +41,12 @@ def add(
     return int((txn.fetchone() or ())[0])
 
 
-def sweep(txn: Cursor, since_ts: int, limit: int, fits: Callable[[dict[str, Any]], str | None]) -> int:
+def sweep(txn: Cursor, since_ts: int, limit: int, frame_size: int) -> int:
     """Move pending broadcasts into the outbox, each once, whatever sweeps overlap.
 
     :param since_ts: Unix seconds; what was created before stays pending.
     :param limit: how many at most.
-    :param fits: says of a payload of ``notice.publish`` why it cannot be sent, or ``None``.
+    :param frame_size: the longest frame, in bytes; what needs a longer one is set aside as ``refused``.
     :returns: how many were queued; fewer than ``limit``: there are no more.
     """
     queued = 0
@@ -57,12 +57,12 @@ def sweep(txn: Cursor, since_ts: int, limit: int, fits: Callable[[dict[str, Any]
             " order by broadcast_id limit %s for update skip locked",
             (min(since_ts, _LAST_TS), limit - queued),
         )
-        found = {row[0]: _payload(row[1:]) for row in txn}
+        found = {row[0]: (f"broadcast:{row[0]}", _payload(row[1:])) for row in txn}
         if not found:
             break
-        refused = {number: why for number, payload in found.items() if (why := fits(payload)) is not None}
-        fitting = [(number, payload) for number, payload in found.items() if number not in refused]
-        outbox.put_batch(txn, COMMAND, [(f"broadcast:{number}", payload) for number, payload in fitting])
+        refused = {number: why for number, command in found.items() if (why := _why_not(*command, frame_size))}
+        fitting = [command for number, command in found.items() if number not in refused]
+        outbox.put_batch(txn, COMMAND, fitting, frame_size=frame_size)
         txn.execute(
             "update broadcasts b set error = s.error, queued_at = case when s.error is null then now() end,"
             " state = case when s.error is null then 'queued' else 'refused' end"
@@ -75,3 +75,11 @@ def sweep(txn: Cursor, since_ts: int, limit: int, fits: Callable[[dict[str, Any]
 
 def _payload(values: tuple[Any, ...]) -> dict[str, Any]:
     return {member: value for member, value in zip(_MEMBERS, values, strict=True) if value is not None}
+
+
+def _why_not(idem_key: str, payload: dict[str, Any], frame_size: int) -> str | None:
+    try:
+        outbox.check(COMMAND, idem_key, payload, frame_size)
+    except LocalError as error:
+        return str(error)
+    return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import Any, Final
 
 import psycopg2
@@ -263,36 +262,3 @@ def postpone(txn: Cursor, cmd_ids: Sequence[int], delay_s: float) -> None:
         "update commands set due_at = clock_timestamp() + %s * interval '1 second' where cmd_id = any(%s::bigint[])",
         (delay_s, cmd_ids),
     )
-
-
-# --- showing ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CommandRow:
-    """A command as people are shown it."""
-
-    cmd_id: int
-    cmd_type: str
-    idem_key: str
-    payload: dict[str, Any]
-    priority: int
-    due_at: datetime
-    status: str
-    attempts: int
-    error: str | None
-    created_at: datetime
-    finished_at: datetime | None
-
-
-def list_commands(txn: Cursor, status: str | None = None, limit: int = 100) -> list[CommandRow]:
-    """List commands, the newest first.
-
-    :param status: only these.
-    """
-    txn.execute(
-        "select cmd_id, cmd_type, idem_key, payload, priority, due_at, status, attempts, error, created_at, finished_at"
-        " from commands where %(status)s::text is null or status = %(status)s order by cmd_id desc limit %(limit)s",
-        {"status": status, "limit": limit},
-    )
-    return [CommandRow(*row) for row in txn]

@@ -11,7 +11,13 @@ from typing import Any, Final
 import orjson
 import psycopg2
 import psycopg2.extras
-from psycopg2.extensions import TRANSACTION_STATUS_INERROR, connection, cursor, parse_dsn
+from psycopg2.extensions import (
+    TRANSACTION_STATUS_INERROR,
+    TRANSACTION_STATUS_UNKNOWN,
+    connection,
+    cursor,
+    parse_dsn,
+)
 
 from s2s.errors import DatabaseError, DatabaseUnavailable, OperatorError, StatementRefused
 
@@ -78,14 +84,19 @@ def told(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError
     """
     state = error.pgcode or ""
     text = (error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()[0]
-    if conn is None or conn.closed or _PASSING.match(state):
+    if conn is None or is_broken(conn) or _PASSING.match(state):
         return DatabaseUnavailable(text)
     return StatementRefused(text, error.diag.constraint_name)
 
 
+def is_broken(conn: Connection) -> bool:
+    """Whether a connection is of no more use; psycopg2 does not call each of these closed."""
+    return bool(conn.closed) or conn.info.transaction_status == TRANSACTION_STATUS_UNKNOWN
+
+
 def is_lost(txn: Cursor) -> bool:
     """Whether the connection under this transaction broke: then no failure in it is the caller's own."""
-    return bool(txn.connection.closed)
+    return is_broken(txn.connection)
 
 
 def commit(conn: Connection) -> None:

@@ -24,13 +24,19 @@ from s2s.store.notes import presence_key
 
 #: Seconds that connecting may take, with everything that is said first.
 CONNECT_S: Final = 10.0
-#: Seconds between two heartbeats, and until one must be answered.
-HEARTBEAT_S: Final = 10.0
-ANSWER_S: Final = 5.0
+#: Seconds between two heartbeats, and until one must be answered: together with a reconnect less than
+#: :data:`s2s.executor.SURE_S`, after which a process without its presence lock passes for dead.
+HEARTBEAT_S: Final = 4.0
+ANSWER_S: Final = 4.0
 #: Seconds until the presence lock is asked for again.
 AGAIN_S: Final = 1.0
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 5.0
+#: The database is to notice a dead connection too (in 25 s, by default in hours): until then it keeps our lock.
+_SETTINGS: Final = (
+    "set statement_timeout = 0; set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5;"
+    " set tcp_keepalives_count = 3"
+)
 
 
 @implementer(IReadDescriptor)
@@ -209,7 +215,7 @@ def _open(parameters: dict[str, Any], channels: list[str]) -> Connection:
         _settle(conn, deadline)
         statements = [sql.SQL("listen {}").format(sql.Identifier(channel)) for channel in channels]
         cursor = conn.cursor()  # kept until it is done: the connection does not
-        cursor.execute(sql.SQL("; ").join([sql.SQL("set statement_timeout = 0"), *statements]))
+        cursor.execute(sql.SQL("; ").join([sql.SQL(_SETTINGS), *statements]))
         _settle(conn, deadline)
     except BaseException:
         conn.close()

@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Final
 
 from s2s.errors import SchemaError
+from s2s.store import config
 from s2s.store.driver import Connection, Cursor, lock_key
 
 #: Also taken by whatever may be made once only, such as the first key.
@@ -53,7 +54,7 @@ def available() -> tuple[Migration, ...]:
 
 
 def migrate(conn: Connection) -> list[str]:
-    """Run what this database does not have yet.
+    """Run what this database does not have yet, and declare the settings of this release.
 
     :param conn: an open connection, not in autocommit; every migration is committed.
     :returns: the names of the migrations run.
@@ -78,6 +79,10 @@ def migrate(conn: Connection) -> list[str]:
                 )
                 done.append(migration.name)
         conn.commit()
+    with conn.cursor() as txn:
+        txn.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
+        config.declare(txn)
+    conn.commit()
     return done
 
 

@@ -2,18 +2,59 @@
 
 A note is committed before its batch runs, and struck in the batch's own transaction. One that outlives its process
 names the commands that may have killed it.
+
+**Who is dead?** A process holds its presence lock, a session advisory lock, on its listening connection. The lock is
+free when the process is dead, but also for the moments in which a living one connects anew, and for everybody at once
+after a restart of the database. So a reaper charges a note only when it saw the very same note (``noted_at``) with a
+free lock at two looks, :data:`s2s.executor.SURE_S` apart, while it held its own presence on one and the same
+connection: then the database was there all the time, and whoever lived had the time to notice that its connection was
+dead and to come back.
+
+**And if it lives all the same?** A process that is cut off for longer cannot be told from a dead one. It may cost a
+command an attempt, and never a second run, since reaper and accused exclude each other by the locks of the commands. A
+batch that runs holds them, and is left alone. A batch that still waits for a thread locks its commands when it begins,
+then reads its note again (:func:`noted`), and does not run what was taken out. A claim whose COMMIT was of unknown
+outcome is never run: its worker's next claim strikes it. The note itself is not locked while the batch runs, or a
+process that stops in a hurry could not strike it (:func:`strike_all`).
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Final
+from collections.abc import Set
+from datetime import datetime
+from typing import Final, NamedTuple
 
 from s2s.store import commands
 from s2s.store.driver import Cursor, lock_key
 
 _CLAIMING: Final = lock_key("claiming")
+_REAPING: Final = lock_key("reaping")
 _DIED: Final = "ProcessDied: the process ended while this command's batch ran"
+
+
+class Note(NamedTuple):
+    """One note: a worker's next one has another time."""
+
+    boot_id: str
+    worker: int
+    noted_at: datetime
+
+
+class Look(NamedTuple):
+    """What a reaper saw and did.
+
+    :param presence: since when the connection stands that holds the reaper's own presence lock; ``None``: it is not
+        held, and the reaper can judge nobody.
+    :param forsaken: the notes of others whose presence lock is free.
+    :param charged: how many commands were charged an attempt.
+    :param dead: how many of them are dead now.
+    """
+
+    presence: datetime | None
+    forsaken: Set[Note] = frozenset()
+    charged: int = 0
+    dead: int = 0
 
 
 def presence_key(boot_id: str) -> int:
@@ -28,10 +69,11 @@ def claim(txn: Cursor, boot_id: str, worker: int, limit: int) -> list[int]:
 
     :returns: the cmd_ids in run order, none of them in another note.
     """
+    # Before the lock that everybody needs: a lost connection of ours may still hold the note.
+    strike(txn, boot_id, worker)
     # One claim at a time, so that batches are disjoint. The note need not reach the disk: it is for the death of a
     # process, and when the database dies nobody is charged.
     txn.execute("set local synchronous_commit = off; select pg_advisory_xact_lock(%s)", (_CLAIMING,))
-    strike(txn, boot_id, worker)
     found = commands.candidates(txn, limit)
     fresh = itertools.takewhile(lambda one: one[1] == 0, found)
     cmd_ids = [cmd_id for cmd_id, _ in fresh] or [cmd_id for cmd_id, _ in found[:1]]
@@ -43,47 +85,75 @@ def claim(txn: Cursor, boot_id: str, worker: int, limit: int) -> list[int]:
     return cmd_ids
 
 
+def noted(txn: Cursor, boot_id: str, worker: int) -> list[int]:
+    """Give the cmd_ids of a worker's note, as it is now."""
+    txn.execute("select unnest(cmd_ids) from batch_notes where boot_id = %s and worker = %s", (boot_id, worker))
+    return [cmd_id for (cmd_id,) in txn]
+
+
 def strike(txn: Cursor, boot_id: str, worker: int) -> None:
     """Remove a worker's note."""
     txn.execute("delete from batch_notes where boot_id = %s and worker = %s", (boot_id, worker))
 
 
-def reap(txn: Cursor, boot_id: str) -> tuple[int, int]:
-    """Charge one attempt to each command that a dead process had in hand, and remove its notes.
+def strike_all(txn: Cursor, boot_id: str) -> None:
+    """Remove every note of a process that ends in order: nobody is to be charged for what it leaves unfinished."""
+    txn.execute("delete from batch_notes where boot_id = %s", (boot_id,))
 
-    A command that is locked is left for the next time: its dead process's connection may still be closing, and a
-    command that kills must not get away uncharged.
 
-    :param boot_id: our own, which is never reaped: our presence lock may just be on its way back.
-    :returns: how many commands were charged, and how many of them are dead now.
+def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Note]) -> Look:
+    """Look for the notes of dead processes, and charge one attempt to each command of those that are sure by now.
+
+    :param boot_id: our own, which is never reaped.
+    :param presence: our presence at the looks that made sure; with another one now nobody is charged.
+    :param sure: the notes that were seen with a free lock long enough ago.
     """
-    txn.execute("select distinct boot_id from batch_notes where boot_id <> %s", (boot_id,))
-    charged = dead = 0
-    for (other,) in txn.fetchall():
-        # Held to the end of the transaction, so that of two reapers one does it.
-        txn.execute("select pg_try_advisory_xact_lock(%s)", (presence_key(other),))
-        if txn.fetchone() == (True,):
-            free = _reap(txn, other)
-            charged += len(free)
-            dead += commands.charge(txn, [(cmd_id, _DIED) for cmd_id in free])
-    return charged, dead
-
-
-def _reap(txn: Cursor, boot_id: str) -> list[int]:
-    """Lock the commands to charge, and leave in the notes those that another has locked."""
-    noted = "select distinct unnest(cmd_ids) from batch_notes where boot_id = %s"
+    # The notes before the locks: a process takes its lock before it notes anything.
+    txn.execute("select boot_id, worker, noted_at from batch_notes where boot_id <> %s", (boot_id,))
+    others = [Note(*row) for row in txn]
     txn.execute(
-        f"select cmd_id from commands where cmd_id in ({noted}) and status = 'ready' for update skip locked",  # noqa: S608
-        (boot_id,),
+        "select l.classid::bigint << 32 | l.objid::bigint, a.backend_start"
+        " from pg_locks l left join pg_stat_activity a using (pid)"
+        " where l.locktype = 'advisory' and l.objsubid = 1 and l.granted"
+        " and l.database = (select oid from pg_database where datname = current_database())"
+    )
+    held = dict(txn.fetchall())
+    now = held.get(presence_key(boot_id))
+    if now is None:
+        return Look(None)
+    forsaken = {note for note in others if presence_key(note.boot_id) not in held}
+    if now != presence or not forsaken & sure or not _is_alone(txn):
+        return Look(now, forsaken)
+    charged = [cmd_id for note in forsaken & sure for cmd_id in _reap(txn, note)]
+    dead = commands.charge(txn, [(cmd_id, _DIED) for cmd_id in charged])
+    return Look(now, forsaken, len(charged), dead)
+
+
+def _is_alone(txn: Cursor) -> bool:
+    """Keep other reapers away until the end of the transaction: two of them must not charge one death twice."""
+    txn.execute("select pg_try_advisory_xact_lock(%s)", (_REAPING,))
+    return bool(txn.fetchone() == (True,))
+
+
+def _reap(txn: Cursor, note: Note) -> list[int]:
+    """Lock the commands to charge, and leave in the note those that another has locked.
+
+    They are left for the next look: the connection of their dead process may still be closing, and a command that kills
+    must not get away uncharged.
+    """
+    txn.execute(
+        "select cmd_id from commands where status = 'ready' and cmd_id in"
+        " (select unnest(cmd_ids) from batch_notes where (boot_id, worker, noted_at) = %s) for update skip locked",
+        (note,),
     )
     free = [cmd_id for (cmd_id,) in txn]
-    # What is charged leaves the notes; a note goes when nothing in it waits any more.
+    # What is charged leaves the note; a note goes when nothing in it waits any more.
     txn.execute(
         "update batch_notes n set cmd_ids = array("
         " select c.cmd_id from commands c"
         " where c.cmd_id = any(n.cmd_ids) and c.status = 'ready' and not c.cmd_id = any(%s::bigint[]))"
-        " where boot_id = %s",
-        (free, boot_id),
+        " where (boot_id, worker, noted_at) = %s",
+        (free, note),
     )
-    txn.execute("delete from batch_notes where boot_id = %s and cmd_ids = '{}'", (boot_id,))
+    txn.execute("delete from batch_notes where (boot_id, worker, noted_at) = %s and cmd_ids = '{}'", (note,))
     return free

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from s2s import canonical
+from s2s import canonical, envelope
+from s2s.catalogue import COMMAND_PUSH
+from s2s.errors import TooBigToSend
+from s2s.limits import Bounds
 from s2s.store.driver import Cursor
 
 CHANNEL: Final = "s2s_outbox"
@@ -32,14 +35,45 @@ class OutboxRow:
 
     def push(self) -> dict[str, Any]:
         """Give the payload of its ``s2s.command.push``."""
-        due_at = {} if self.due_at is None else {"due_at": self.due_at}
-        return {
-            "cmd_type": self.cmd_type,
-            "idem_key": self.idem_key,
-            "payload": self.payload,
-            "priority": self.priority,
-            **due_at,
-        }
+        return _push(self.cmd_type, self.idem_key, self.payload, self.priority, self.due_at)
+
+
+def _push(
+    cmd_type: str, idem_key: str, payload: Mapping[str, Any], priority: int = 100, due_at: int | None = None
+) -> dict[str, Any]:
+    push = {"cmd_type": cmd_type, "idem_key": idem_key, "payload": payload, "priority": priority}
+    return push if due_at is None else {**push, "due_at": due_at}
+
+
+def frame_size_of(push: Mapping[str, Any]) -> int:
+    """Give the largest size of the frame that carries a push, in bytes, whatever its key and its ids are.
+
+    :raises CanonicalError: it holds what canonical JSON cannot say.
+    """
+    return envelope.size(COMMAND_PUSH, canonical.dumps(push, depth=2))
+
+
+def check(
+    cmd_type: str,
+    idem_key: str,
+    payload: Mapping[str, Any],
+    frame_size: int = Bounds.frame_size,
+    *,
+    priority: int = 100,
+    due_at: int | None = None,
+) -> str:
+    """Refuse a command that could never be sent (docs/protocol.rst, "Framing").
+
+    :param frame_size: the longest frame, in bytes.
+    :returns: the payload in its canonical form.
+    :raises CanonicalError: the payload holds what canonical JSON cannot say.
+    :raises TooBigToSend: its frame would be longer.
+    """
+    written = canonical.dumps(payload).decode()
+    size = frame_size_of(_push(cmd_type, idem_key, payload, priority, due_at))
+    if size > frame_size:
+        raise TooBigToSend(size, frame_size)
+    return written
 
 
 def put(
@@ -50,33 +84,46 @@ def put(
     *,
     priority: int = 100,
     due_at: int | None = None,
+    frame_size: int = Bounds.frame_size,
 ) -> int:
     """Emit a command; it is sent once the transaction is committed.
 
     :param idem_key: the same for the same intention, however often it is emitted.
     :param due_at: Unix seconds before which the server does not run it.
+    :param frame_size: the longest frame, in bytes.
     :returns: its ``outbox_id``.
     :raises CanonicalError: the payload holds what canonical JSON cannot say.
+    :raises TooBigToSend: its frame would be longer.
     """
+    written = check(cmd_type, idem_key, payload, frame_size, priority=priority, due_at=due_at)
     txn.execute(
         "insert into outbox (cmd_type, idem_key, payload, priority, due_at)"
         " values (%s, %s, %s::jsonb, %s, %s) returning outbox_id",
-        (cmd_type, idem_key, canonical.dumps(payload).decode(), priority, due_at),
+        (cmd_type, idem_key, written, priority, due_at),
     )
     return int((txn.fetchone() or ())[0])
 
 
-def put_batch(txn: Cursor, cmd_type: str, commands: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+def put_batch(
+    txn: Cursor,
+    cmd_type: str,
+    commands: Sequence[tuple[str, Mapping[str, Any]]],
+    *,
+    frame_size: int = Bounds.frame_size,
+) -> None:
     """Emit many commands of one type in one statement.
 
     :param commands: ``(idem_key, payload)``.
-    :raises CanonicalError: a payload holds what canonical JSON cannot say.
+    :param frame_size: the longest frame, in bytes.
+    :raises CanonicalError: a payload holds what canonical JSON cannot say; none is emitted.
+    :raises TooBigToSend: a frame would be longer; none is emitted.
     """
+    written = [check(cmd_type, key, payload, frame_size) for key, payload in commands]
     txn.execute(
         "insert into outbox (cmd_type, idem_key, payload)"
         " select %s, idem_key, payload::jsonb from unnest(%s::text[], %s::text[])"
         " with ordinality c (idem_key, payload, place) order by place",
-        (cmd_type, [key for key, _ in commands], [canonical.dumps(payload).decode() for _, payload in commands]),
+        (cmd_type, [key for key, _ in commands], written),
     )
 
 
@@ -97,6 +144,15 @@ def claim(txn: Cursor, limit: int, lease_s: float, exclude_ids: Sequence[int] = 
     return sorted((OutboxRow(*row) for row in txn), key=lambda row: row.outbox_id)
 
 
+def lease(txn: Cursor, outbox_ids: Sequence[int], lease_s: float) -> None:
+    """Hold claimed rows for so many seconds from now; 0 gives them back to whoever claims next."""
+    txn.execute(
+        "update outbox set send_at = now() + %s * interval '1 second'"
+        " where outbox_id = any(%s::bigint[]) and state = 'waiting'",
+        (lease_s, list(outbox_ids)),
+    )
+
+
 def delete(txn: Cursor, outbox_ids: Sequence[int]) -> None:
     """Remove rows that the server has."""
     txn.execute("delete from outbox where outbox_id = any(%s::bigint[])", (list(outbox_ids),))
@@ -109,7 +165,8 @@ def retry(txn: Cursor, retries: Sequence[tuple[int, float]]) -> None:
     """
     txn.execute(
         "update outbox o set attempts = attempts + 1, send_at = now() + r.delay_s * interval '1 second'"
-        " from unnest(%s::bigint[], %s::float8[]) r (outbox_id, delay_s) where o.outbox_id = r.outbox_id",
+        " from unnest(%s::bigint[], %s::float8[]) r (outbox_id, delay_s)"
+        " where o.outbox_id = r.outbox_id and o.state = 'waiting'",
         ([outbox_id for outbox_id, _ in retries], [float(delay_s) for _, delay_s in retries]),
     )
 
@@ -122,9 +179,44 @@ def kill(txn: Cursor, refusals: Sequence[tuple[int, str, str]]) -> None:
     txn.execute(
         "update outbox o set state = 'dead', attempts = attempts + 1, error_code = r.code, error_message = r.message"
         " from unnest(%s::bigint[], %s::text[], %s::text[]) r (outbox_id, code, message)"
-        " where o.outbox_id = r.outbox_id",
+        " where o.outbox_id = r.outbox_id and o.state = 'waiting'",
         tuple(list(column) for column in zip(*refusals, strict=True)) or ([], [], []),
     )
+
+
+@dataclass
+class Settlement:
+    """What a relay has to say of its rows, in one transaction.
+
+    :ivar retries: ``(outbox_id, seconds from now)``.
+    :ivar dead: ``(outbox_id, code, message)``.
+    :ivar given_back: claimed, and not sent.
+    :ivar renewed: still in flight.
+    """
+
+    accepted: list[int] = field(default_factory=list)
+    retries: list[tuple[int, float]] = field(default_factory=list)
+    dead: list[tuple[int, str, str]] = field(default_factory=list)
+    given_back: list[int] = field(default_factory=list)
+    renewed: list[int] = field(default_factory=list)
+
+    @property
+    def let_go(self) -> list[int]:
+        """The rows that are the relay's no more."""
+        return [*self.accepted, *self.given_back, *(each[0] for each in self.retries), *(each[0] for each in self.dead)]
+
+    def settle(self, txn: Cursor, lease_s: float) -> None:
+        """Write it; leases first, since a row may have been answered after its lease was found old."""
+        if self.renewed:
+            lease(txn, self.renewed, lease_s)
+        if self.given_back:
+            lease(txn, self.given_back, 0.0)
+        if self.accepted:
+            delete(txn, self.accepted)
+        if self.retries:
+            retry(txn, self.retries)
+        if self.dead:
+            kill(txn, self.dead)
 
 
 def depth(txn: Cursor) -> int:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import select
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar, cast
 
 import psycopg2
 from twisted.enterprise import adbapi
-from twisted.internet import threads
-from twisted.internet.defer import Deferred, fail
+from twisted.internet import defer, threads
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from s2s.errors import DatabaseUnavailable
+from s2s.limits import Counters
 from s2s.store import driver
 from s2s.store.driver import Connection, Cursor
 
@@ -21,6 +25,13 @@ T = TypeVar("T")
 
 #: Interactions that may wait for a thread before further ones are refused.
 MAX_WAITING: Final = 4096
+#: Seconds that :meth:`Database.cancel` waits for what it has cancelled, and between two tries to cancel it.
+CANCEL_S: Final = 1.0
+_CANCEL_AGAIN_S: Final = 0.1
+#: Seconds that the last words may take to connect, and each of their statements.
+LAST_S: Final = 1.0
+_NOT_RUNNING: Final = "the database pool is not running"
+_CANCELLED: Final = "cancelled, since the process stops"
 
 
 class Database:
@@ -34,6 +45,7 @@ class Database:
     :param statement_timeout_s: seconds after which the database cancels a statement.
     :param idle_timeout_s: seconds after which it ends a transaction that does nothing.
     :param max_waiting: see :data:`MAX_WAITING`.
+    :param counters: counts the interactions refused because too many wait.
     :param reactor: for tests.
     :raises OperatorError: the URL cannot be read.
     """
@@ -49,19 +61,25 @@ class Database:
         statement_timeout_s: float = 8.0,
         idle_timeout_s: float = 60.0,
         max_waiting: int = MAX_WAITING,
+        counters: Counters | None = None,
         reactor: Any = None,
     ) -> None:
         if reactor is None:
             from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
         self._reactor = reactor
+        self._url = url
         self._threads = threads
         self._max_waiting = max_waiting
+        self._counters = counters or Counters()
         self._parameters = driver.parameters(url, application_name=application_name)
         self._timeouts = (statement_timeout_s, idle_timeout_s)
         self._pool: Any = None
+        self._refusal = _NOT_RUNNING
         self._unfinished = 0
-        self._finished: Deferred[None] | None = None
+        self._until_idle: list[Deferred[None]] = []
         self.is_away = False
+        #: Nothing is committed any more, see :meth:`cancel`.
+        self.is_cancelled = False
 
     def start(self) -> None:
         """Start the threads; each connects when it is first used."""
@@ -74,19 +92,45 @@ class Database:
             **self._parameters,
         )
         self._pool.start()
+        self._refusal = ""
 
     def stop(self) -> Deferred[None]:
         """Finish what is under way and waits, then close every connection.
 
         :returns: fires when no thread and no connection is left. What comes meanwhile is refused.
         """
-        pool, self._pool = self._pool, None
-        done: Deferred[None] = Deferred()
-        if pool is not None:
-            done.addCallback(lambda _: pool.close())
-        self._finished = done
-        self._fire_if_finished()
-        return done
+        self._refusal = self._refusal or _NOT_RUNNING
+        return self._idle().addCallback(lambda _: self._close())
+
+    def cancel(self) -> Deferred[bool]:
+        """Roll back what runs, and refuse what waits and what comes: the process stops, and its grace is over.
+
+        SQL is cancelled by a word to the database. What is between two statements, or swallows the error, goes on, but
+        commits nothing any more: so nothing that fails by this can be charged to anybody.
+
+        :returns: fires with whether nothing runs any more, after :data:`CANCEL_S` at the latest, also when the database
+            hangs. What runs then sits in Python, or waits for a database that does not answer.
+        """
+        self._refusal = _CANCELLED
+        if not self.is_cancelled:
+            self.is_cancelled = True
+            # A daemon: neither a database that hangs nor the end of the process waits for it.
+            threading.Thread(target=self._cancel, args=(self._pool,), daemon=True).start()
+        ended: Deferred[bool] = self._idle().addCallback(lambda _: True)
+        return ended.addTimeout(CANCEL_S, self._reactor, lambda _, __: False)
+
+    def run_last(self, work: Callable[..., T], *args: Any) -> Deferred[T]:
+        """Do as :meth:`run`, on a connection of its own and in bounded time: for what a stop still has to write.
+
+        It works after :meth:`cancel`, and also when no thread of the pool is free.
+        """
+
+        def in_thread() -> T:
+            with blocking(self._url, "s2s last", statement_timeout_s=LAST_S, connect_timeout_s=LAST_S) as txn:
+                return work(txn, *args)
+
+        outcome: Deferred[T] = threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), in_thread)
+        return outcome.addTimeout(2 * LAST_S, self._reactor, _hangs)
 
     @property
     def running(self) -> int:
@@ -106,10 +150,11 @@ class Database:
             connection, when it broke (of a broken COMMIT the outcome is unknown) or when too many wait, and with
             :class:`StatementRefused` when the database refused the data.
         """
-        if self._pool is None:
-            return fail(DatabaseUnavailable("the database pool is not running"))
+        if self._refusal:
+            return defer.fail(DatabaseUnavailable(self._refusal))
         if self.waiting >= self._max_waiting:
-            return fail(DatabaseUnavailable(f"overloaded: {self.waiting} interactions wait for a connection"))
+            self._counters.meet("database")
+            return defer.fail(DatabaseUnavailable(f"overloaded: {self.waiting} interactions wait for a connection"))
         self._unfinished += 1
         outcome: Deferred[T] = threads.deferToThreadPool(
             self._reactor, self._pool.threadpool, self._interact, self._pool, work, args
@@ -118,13 +163,33 @@ class Database:
 
     def _leave(self, outcome: T) -> T:
         self._unfinished -= 1
-        self._fire_if_finished()
+        if not self._unfinished:
+            waiting, self._until_idle = self._until_idle, []
+            for waiter in waiting:
+                waiter.callback(None)
         return outcome
 
-    def _fire_if_finished(self) -> None:
-        if self._finished is not None and self._unfinished == 0:
-            finished, self._finished = self._finished, None
-            finished.callback(None)
+    def _idle(self) -> Deferred[None]:
+        """Wait until nothing runs or waits."""
+        if not self._unfinished:
+            return defer.succeed(None)
+        waiter: Deferred[None] = Deferred()
+        self._until_idle.append(waiter)
+        return waiter
+
+    def _close(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+
+    def _cancel(self, pool: Any) -> None:
+        """Cancel in a thread of its own, again and again: another statement may follow the one that was cancelled."""
+        deadline = time.monotonic() + CANCEL_S
+        while self._unfinished and time.monotonic() < deadline:
+            for conn in list(pool.connections.values()):
+                with suppress(psycopg2.Error):
+                    conn.cancel()
+            time.sleep(_CANCEL_AGAIN_S)
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 
@@ -139,14 +204,20 @@ class Database:
             self._reactor.callFromThread(self._tell, True, str(away))
             raise away from None
         try:
+            self._go_on()
             with conn.cursor() as txn:
                 result = work(txn, *args)
+            # Here, and not by the errors alone: they can be swallowed.
+            self._go_on()
             driver.commit(conn)
         except BaseException as error:
             _roll_back(pool, conn)
+            self._go_on()
             failed = driver.told(error, conn) if isinstance(error, psycopg2.Error) else None
-            if conn.closed:
-                self._reactor.callFromThread(self._tell, True, str(failed or "the connection broke"))
+            if driver.is_broken(conn):
+                # Whatever the work made of it.
+                failed = failed or DatabaseUnavailable("the connection broke")
+                self._reactor.callFromThread(self._tell, True, str(failed))
             if failed is not None:
                 raise failed from None
             raise
@@ -154,11 +225,15 @@ class Database:
             self._reactor.callFromThread(self._tell, False)
         return result
 
+    def _go_on(self) -> None:
+        if self.is_cancelled:
+            raise DatabaseUnavailable(_CANCELLED) from None
+
     def _connect(self, pool: Any) -> Connection:
         conn = cast("Connection", pool.connect())
         # An idle connection has nothing to say. One that has, has been told of its end: all of them after a restart
         # of the database, and each would cost somebody a failure.
-        if not conn.closed:
+        if not driver.is_broken(conn):
             line = select.poll()
             line.register(conn.fileno(), select.POLLIN)
             if not line.poll(0):
@@ -181,21 +256,37 @@ def _roll_back(pool: Any, conn: Connection) -> None:
     """Roll back; a connection that cannot is dropped, and the thread's next use opens another one."""
     with suppress(psycopg2.Error):
         conn.rollback()
-    if conn.closed:
+    if driver.is_broken(conn):
         pool.disconnect(conn)
 
 
+def _hangs(_: object, __: float) -> Failure:
+    return Failure(DatabaseUnavailable("no answer in time"))
+
+
 @contextmanager
-def blocking(url: str, application_name: str = "s2s", *, statement_timeout_s: float = 60.0) -> Iterator[Cursor]:
+def blocking(
+    url: str,
+    application_name: str = "s2s",
+    *,
+    statement_timeout_s: float = 60.0,
+    connect_timeout_s: float | None = None,
+) -> Iterator[Cursor]:
     """Give one transaction on a connection of its own, for a command line or a check before the reactor runs.
 
+    :param statement_timeout_s: seconds after which the database cancels a statement.
+    :param connect_timeout_s: seconds that connecting may take (libpq may make 2 of 1), whatever the URL says; ``None``:
+        what the URL says, or our default.
     :raises OperatorError: the URL cannot be read.
     :raises DatabaseUnavailable: there is no connection, or it broke.
     :raises StatementRefused: the database refused a statement.
     """
     conn: Connection | None = None
     try:
-        conn = psycopg2.connect(**driver.parameters(url, application_name=application_name))
+        parameters = driver.parameters(url, application_name=application_name)
+        if connect_timeout_s is not None:
+            parameters["connect_timeout"] = max(1, round(connect_timeout_s))
+        conn = psycopg2.connect(**parameters)
         driver.prepare(conn, statement_timeout_s, statement_timeout_s)
         with conn.cursor() as txn:
             yield txn

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-CHECK, ACK, ERROR = "s2s.health.check", "s2s.ack", "s2s.error"
+CHECK, ACK, ERROR, BUMP = "s2s.health.check", "s2s.ack", "s2s.error", "s2s.config.bump"
 HEALTH_ACK, PUSH, SWEEP = "s2s.health.ack", "s2s.command.push", "s2s.broadcast.sweep"
 #: Seconds until something that does not come fails the test.
 PATIENCE_S = 15.0
@@ -123,6 +123,10 @@ class Peer:
         self.write(framed(sign(envelope, self.key)))
         return str(envelope["id"])
 
+    def write_all(self, envelopes: list[Frame]) -> None:
+        """Sign and write many envelopes in one go."""
+        self.write(b"".join(framed(sign(envelope, self.key)) for envelope in envelopes))
+
     def reply(self, request: Frame, type: str, payload: Any) -> None:
         """Answer a request."""
         self.send(type, payload, ack_of=request["id"])
@@ -149,6 +153,11 @@ class Peer:
             reply = self.serves[frame["type"]](frame["payload"])
             self.reply(frame, HEALTH_ACK if frame["type"] == CHECK else ACK, reply)
         return frame
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a whole frame is here already."""
+        return len(self._buffer) >= 4 and len(self._buffer) >= 4 + struct.unpack("!I", self._buffer[:4])[0]
 
     def _take(self, count: int) -> bytes | None:
         while len(self._buffer) < count:

@@ -115,6 +115,28 @@ class Role:
         assert self._process is not None
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
+    def freeze(self) -> None:
+        """Let it stand still."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def terminate(self) -> None:
+        """Send SIGTERM, and do not wait."""
+        assert self._process is not None
+        self._process.terminate()
+
+    def assert_ended_well(self) -> None:
+        """See that it ended by itself with exit code 0, and was not surprised."""
+        assert self._process is not None
+        code = self._process.wait(PATIENCE_S)
+        assert code == 0, f"exit code {code}:\n{self.log}"
+        self.assert_calm()
+
     def kill(self) -> None:
         """Kill it without a warning, and wait for its end."""
         self._end(signal.SIGKILL)
@@ -135,19 +157,29 @@ class Role:
     def _end(self, number: signal.Signals) -> int:
         assert self._process is not None
         self._process.send_signal(number)
+        self.thaw()
         code = self._process.wait(PATIENCE_S)
         self._process.communicate()
         return code
 
 
 class Server(Role):
-    """``twistd s2s-server`` on a port of its own."""
+    """``twistd s2s-server`` on a port of its own.
+
+    :param endpoint: what it listens on instead.
+    """
 
     def __init__(
-        self, directory: Path, url: str, *options: str, port: int | None = None, at: int | None = None
+        self,
+        directory: Path,
+        url: str,
+        *options: str,
+        port: int | None = None,
+        at: int | None = None,
+        endpoint: str | None = None,
     ) -> None:
         self.port = port or free_port()
-        argv = ["s2s-server", "--listen", listen(self.port), *options]
+        argv = ["s2s-server", "--listen", endpoint or listen(self.port), *options]
         super().__init__(argv, directory / f"server-{self.port}.log", url, "server listens on", at)
 
     def connect(self, **how: Any) -> Peer:
@@ -156,11 +188,16 @@ class Server(Role):
 
 
 class Engine(Role):
-    """``twistd s2s-engine``; it is ready when it has begun to connect, since what it finds there may be a test's."""
+    """``twistd s2s-engine``; it is ready when it has begun to connect, since what it finds there may be a test's.
 
-    def __init__(self, directory: Path, url: str, port: int, *options: str) -> None:
-        argv = ["s2s-engine", "--connect", f"tcp:host=127.0.0.1:port={port}", "--name", "engine-1", *options]
-        super().__init__(argv, directory / "engine.log", url, "engine connects to")
+    :param to: the server's port, or an endpoint.
+    :param name: of the engine, and of its log.
+    """
+
+    def __init__(self, directory: Path, url: str, to: int | str, *options: str, name: str = "engine-1") -> None:
+        endpoint = f"tcp:host=127.0.0.1:port={to}" if isinstance(to, int) else to
+        argv = ["s2s-engine", "--connect", endpoint, "--name", name, *options]
+        super().__init__(argv, directory / f"{name}.log", url, "engine connects to")
 
 
 @cache
@@ -206,9 +243,9 @@ class RoleTestCase(DatabaseTestCase):
         self.addCleanup(server.stop)
         return server
 
-    def engine(self, port: int, *options: str) -> Engine:
+    def engine(self, to: int | str, *options: str, **how: Any) -> Engine:
         """Make an engine, which is stopped after the test."""
-        engine = Engine(self.directory, self.url, port, *options)
+        engine = Engine(self.directory, self.url, to, *options, **how)
         self.addCleanup(engine.stop)
         return engine
 

@@ -1,0 +1,113 @@
+"""The peer's requests on one link, and our answers (docs/protocol.rst, "Requests and replies", "Windows")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from twisted.internet import defer
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from ulid import ULID
+
+from s2s import canonical, envelope
+from s2s.clock import Clock
+from s2s.dispatch import Refusal, Request, Responder
+from s2s.errors import DeadlineExceeded, InternalError, TooBigToSend, WireError
+from s2s.limits import Counters
+from s2s.reader import Reader
+from s2s.session import Session, State
+
+#: How deep a payload lies in its envelope.
+PAYLOAD_DEPTH: Final = 2
+
+
+class Answers:
+    """Has each request answered once, in time, and holds no more of them than its bounds.
+
+    :param reader: stops where too much is held.
+    :param send: writes a reply: its type, its payload's canonical bytes, and the ``id`` of the request.
+    :param refuse: answers with an error.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        session: Session,
+        responders: Mapping[str, Responder],
+        clock: Clock,
+        counters: Counters,
+        reader: Reader,
+        send: Callable[[str, bytes, str], None],
+        refuse: Callable[[Refusal], None],
+    ) -> None:
+        self._session = session
+        self._responders = responders
+        self._clock = clock
+        self._counters = counters
+        self._reader = reader
+        self._send = send
+        self._refuse = refuse
+        self._until_quiet: list[Deferred[None]] = []
+
+    def serve(self, request: Request) -> None:
+        """Have a request answered."""
+        ticket = self._session.hold(request, request.size, self._clock.mono())
+        respond = self._responders[request.message.name]
+        answer: Deferred[Mapping[str, Any]] = defer.maybeDeferred(respond, request)  # type: ignore[call-overload]
+        answer.addCallback(self._answer, ticket, request)
+        answer.addErrback(self._failed, ticket, request)
+        if self._session.holds_too_much:
+            self._counters.meet("held")
+            self._reader.stop("held")
+
+    def expire(self, mono: float) -> None:
+        """Refuse what has waited for too long; a later answer is dropped.
+
+        :param mono: monotonic seconds.
+        """
+        for ticket, request in self._session.unanswered(mono):
+            self._counters.meet("respond")
+            self._failed(Failure(DeadlineExceeded()), ticket, request)
+
+    def quiet(self) -> Deferred[None]:
+        """Wait until no request waits for its answer, or the link is gone."""
+        waiter: Deferred[None] = Deferred()
+        self._until_quiet.append(waiter)
+        self.look_if_quiet()
+        return waiter
+
+    def look_if_quiet(self) -> None:
+        """Tell who waits for it that nothing is held, or that the link is gone."""
+        if not self._session.held or self._session.state is State.CLOSED:
+            waiters, self._until_quiet = self._until_quiet, []
+            for waiter in waiters:
+                # Not now: the last answer is still to be written.
+                self._clock.scheduler.callLater(0, waiter.callback, None)
+
+    def _answer(self, payload: Mapping[str, Any], ticket: int, request: Request) -> None:
+        body = canonical.dumps(payload, PAYLOAD_DEPTH)
+        size = envelope.size(request.message.reply, body)
+        if size > self._session.max_frame:
+            raise TooBigToSend(size, self._session.max_frame)
+        if self._release(ticket):
+            self._send(request.message.reply, body, request.envelope.id)
+
+    def _failed(self, failure: Failure, ticket: int, request: Request) -> None:
+        error = failure.value
+        if not isinstance(error, WireError):
+            incident = str(ULID())
+            self.log.failure("incident {incident} in {type}", failure, incident=incident, type=request.message.name)
+            error = InternalError(incident=incident)
+        if self._release(ticket):
+            self._refuse(Refusal(error, request.envelope.id))
+
+    def _release(self, ticket: int) -> bool:
+        """End a request that we hold: whether it is still to be answered."""
+        is_awaited = self._session.release(ticket)
+        self.look_if_quiet()
+        if not self._session.holds_too_much:
+            self._reader.go_on("held")
+        return is_awaited and self._session.is_open

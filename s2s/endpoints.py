@@ -1,0 +1,213 @@
+"""Where a server listens: Twisted's endpoint strings, with the two things that they lack.
+
+- ``ssl:`` takes one argument more, ``trustRoots=PATH``: the server asks each engine for a certificate, and refuses
+  those that none of these roots signed.
+- ``unix:`` has its lock kept by the kernel, and not by a pid in a file, which after a SIGKILL may be that of any
+  process, in a container even our own: the next start works.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from twisted.internet import ssl
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.endpoints import SSL4ServerEndpoint, UNIXServerEndpoint, serverFromString
+from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStreamServerEndpoint
+from zope.interface import implementer
+
+T = TypeVar("T")
+
+#: The arguments of Twisted's two strings, in the order in which they may stand without their names.
+_UNIX: Final = ("address", "mode", "backlog", "lockfile")
+_SSL: Final = (
+    "port", "privateKey", "certKey", "sslmethod", "interface", "backlog", "extraCertChain", "dhParameters",
+)  # fmt: skip
+#: What is not offered together with ``trustRoots``.
+_ONLY_ONE_WAY: Final = ("sslmethod", "dhParameters")
+
+_ARGUMENT = re.compile(r"(?:\A|:)((?:\\.|[^:\\])*)", re.DOTALL)
+_NAMED = re.compile(r"((?:\\.|[^=\\])*)=(.*)", re.DOTALL)
+_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----\s.+?-----END CERTIFICATE-----", re.DOTALL)
+
+
+def server_endpoint(reactor: Any, description: str) -> Any:
+    """Read the endpoint string of a server.
+
+    :param description: what :func:`twisted.internet.endpoints.serverFromString` takes, and what this module adds.
+    :returns: an ``IStreamServerEndpoint``.
+    :raises ValueError: with one sentence, where what this module reads is wrong; what Twisted reads raises as it likes.
+    """
+    kind, arguments, named = _take_apart(description)
+    if kind == "unix":
+        return _unix(reactor, _by_name(kind, _UNIX, arguments, named))
+    if kind == "ssl" and "trustRoots" in named:
+        return _mutual(reactor, _by_name(kind, _SSL, arguments, named, "trustRoots"))
+    return serverFromString(reactor, description)
+
+
+def _take_apart(description: str) -> tuple[str, list[str], dict[str, str]]:
+    """Split a string as Twisted does: a backslash takes its meaning from the character behind it."""
+    pieces = _ARGUMENT.findall(description)
+    if len(":".join(pieces)) != len(description):
+        raise ValueError("a backslash stands at the end, where it has nothing to quote")
+    alone, named = [], {}
+    for piece in pieces:
+        if pair := _NAMED.fullmatch(piece):
+            named[_unquoted(pair[1])] = _unquoted(pair[2])
+        else:
+            alone.append(_unquoted(piece))
+    return (alone or [""])[0], alone[1:], named
+
+
+def _unquoted(text: str) -> str:
+    return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
+
+
+def _by_name(kind: str, names: tuple[str, ...], alone: list[str], named: dict[str, str], *more: str) -> dict[str, str]:
+    """Give every argument its name."""
+    for name in named:
+        if name not in (*names, *more):
+            raise ValueError(f"{kind}: takes no argument {name!r}, but {', '.join((*names, *more))}")
+    if len(alone) > len(names) or named.keys() & set(names[: len(alone)]):
+        raise ValueError(f"{kind}: is given an argument twice, or too many")
+    found = {**dict(zip(names, alone, strict=False)), **named}
+    for name in (names[0], *found):
+        # An empty path would be the working directory.
+        if not found.get(name) and name != "interface":
+            raise ValueError(f"{kind}: has no {name}")
+    return found
+
+
+def _number(arguments: dict[str, str], name: str, default: str, most: int, base: int = 10) -> int:
+    text = arguments.get(name, default)
+    with suppress(ValueError):
+        number = int(text, base)
+        if 0 <= number <= most:
+            return number
+    raise ValueError(f"{name} {text!r} is no number between 0 and {most:{'o' if base == 8 else 'd'}}")
+
+
+# --- unix: -----------------------------------------------------------------------------------------------------------
+
+
+@implementer(IStreamServerEndpoint)
+class _LockedEndpoint:
+    """A UNIX socket that one process may have; its lock ends with the process, however that ends."""
+
+    def __init__(self, path: str, endpoint: UNIXServerEndpoint) -> None:
+        self._path = path
+        self._endpoint = endpoint
+
+    def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
+        """Listen, in the place of a server that was killed if need be."""
+        return maybeDeferred(self._listen, factory)
+
+    def _listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
+        # The file stays: a lock on one that somebody may remove and make anew is worth nothing.
+        lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise ValueError("another server listens there") from None
+        # Only a socket: a mistyped path may be anything.
+        with suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.lstat(self._path).st_mode):
+                os.remove(self._path)
+        listening: Deferred[IListeningPort] = self._endpoint.listen(factory)
+        return listening
+
+
+def _unix(reactor: Any, arguments: dict[str, str]) -> Any:
+    path = arguments["address"]
+    endpoint = UNIXServerEndpoint(
+        reactor,
+        path,
+        backlog=_number(arguments, "backlog", "50", 65535),
+        mode=_number(arguments, "mode", "666", 0o777, base=8),
+        wantPID=0,
+    )
+    is_locked = _number(arguments, "lockfile", "1", 1)
+    return _LockedEndpoint(path, endpoint) if is_locked else endpoint
+
+
+# --- ssl: with trustRoots --------------------------------------------------------------------------------------------
+
+
+def _mutual(reactor: Any, arguments: dict[str, str]) -> Any:
+    for name in _ONLY_ONE_WAY:
+        if name in arguments:
+            raise ValueError(f"ssl: takes {name} only without trustRoots, and TLS 1.2 and 1.3 need none")
+    key_path = arguments.get("privateKey", "server.pem")
+    chain_path = arguments.get("extraCertChain")
+    own = _own_certificate(arguments.get("certKey", key_path), key_path)
+    roots = _roots(Path(arguments["trustRoots"]))
+    options = ssl.CertificateOptions(
+        privateKey=own.privateKey.original,
+        certificate=own.original,
+        extraCertChain=[each.original for each in _certificates(Path(chain_path))] if chain_path else None,
+        trustRoot=ssl.trustRootFromCertificates(roots),
+        raiseMinimumTo=ssl.TLSVersion.TLSv1_2,
+    )
+    # Now, and not at the first connection: OpenSSL refuses keys that are too small.
+    _judged(options.getContext, f"{key_path} cannot be used")
+    return SSL4ServerEndpoint(
+        reactor,
+        _number(arguments, "port", "", 65535),
+        options,
+        backlog=_number(arguments, "backlog", "50", 65535),
+        interface=arguments.get("interface", ""),
+    )
+
+
+def _own_certificate(certificate_path: str, key_path: str) -> ssl.PrivateCertificate:
+    key = _read(Path(key_path))
+    if b"ENCRYPTED" in key:  # OpenSSL would ask on the terminal
+        raise ValueError(f"the key in {key_path} has a passphrase: give one without")
+    certificate = _certificates(Path(certificate_path))[0]
+    own: ssl.PrivateCertificate = _judged(
+        ssl.PrivateCertificate.loadPEM, f"{key_path} has no key of {certificate_path}", certificate.dumpPEM() + key
+    )
+    return own
+
+
+def _roots(path: Path) -> list[ssl.Certificate]:
+    """Read the roots: of one file, or of every ``.pem`` file of a directory."""
+    files: Iterable[Path] = [path]
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.suffix.lower() == ".pem")
+        if not files:
+            raise ValueError(f"the directory {path} has no file whose name ends in .pem")
+    return [certificate for file in files for certificate in _certificates(file)]
+
+
+def _certificates(path: Path) -> list[ssl.Certificate]:
+    found = [
+        _judged(ssl.Certificate.loadPEM, f"{path} has a broken certificate", pem) for pem in _PEM.findall(_read(path))
+    ]
+    if not found:
+        raise ValueError(f"{path} has no certificate in PEM format")
+    return found
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _judged(load: Callable[..., T], otherwise: str, *arguments: Any) -> T:
+    """Load something with OpenSSL, whose errors have no common root, and are for who knows its sources."""
+    try:
+        return load(*arguments)
+    except Exception:
+        raise ValueError(otherwise) from None

@@ -1,0 +1,146 @@
+"""The declaration of a job, and of when it is due (docs/protocol.rst, "The engine")."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
+
+from twisted.plugin import IPlugin
+from zope.interface import Attribute, Interface, implementer
+
+from s2s.errors import OperatorError
+from s2s.settings import Value
+from s2s.store import outbox
+from s2s.store.driver import Cursor
+
+_JOB_TYPE: Final = re.compile(r"[a-z][a-z0-9_.]{0,63}")
+_EVERY: Final = re.compile(r"every:([1-9][0-9]{0,4})s")
+_DAILY: Final = re.compile(r"daily@([01][0-9]|2[0-3]):([0-5][0-9])Z")
+_DAY_S: Final = 86_400
+
+
+# --- when ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a job is due: at ``offset_s`` into every period, counted from the Unix epoch.
+
+    So engines that share a job agree on its times, whenever each of them was started.
+
+    :param every_s: the period, in seconds.
+    :param offset_s: seconds from the start of a period.
+    """
+
+    every_s: int
+    offset_s: int = 0
+
+    def next_after(self, ts: int) -> int:
+        """Give the first time it is due after a Unix second, never that second itself."""
+        return ts + self.every_s - (ts - self.offset_s) % self.every_s
+
+
+def parse_schedule(text: str) -> Schedule:
+    """Read ``every:Ns`` (N from 1 to 86400) or ``daily@HH:MMZ`` (UTC).
+
+    :raises OperatorError: it is neither.
+    """
+    every, daily = _EVERY.fullmatch(text), _DAILY.fullmatch(text)
+    if every and int(every[1]) <= _DAY_S:
+        return Schedule(int(every[1]))
+    if daily:
+        return Schedule(_DAY_S, int(daily[1]) * 3600 + int(daily[2]) * 60)
+    raise OperatorError(f"{text!r} is no schedule: write every:Ns with N from 1 to 86400, or daily@HH:MMZ in UTC")
+
+
+# --- what ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JobRun:
+    """One run of a job, as the job sees it.
+
+    :param txn: the transaction that holds all that the run does.
+    :param due_at: when it was due, in Unix seconds; a run that was rolled back and is tried again has the same.
+    :param settings: the configuration's values by key, which stay as they are while it runs.
+    :param frame_size: the longest frame that the engine sends, in bytes.
+    """
+
+    txn: Cursor = field(repr=False)
+    due_at: int
+    settings: Mapping[str, Value] = field(repr=False)
+    frame_size: int
+
+    def setting(self, key: str) -> Value:
+        """Give a value of the configuration.
+
+        :raises KeyError: there is no such key.
+        """
+        return self.settings[key]
+
+    def emit(
+        self,
+        cmd_type: str,
+        idem_key: str,
+        payload: Mapping[str, Any],
+        *,
+        priority: int = 100,
+        due_at: int | None = None,
+    ) -> None:
+        """Emit a command, which goes to the server if and only if this run is committed.
+
+        :param idem_key: the same for the same intention; one made of the job's name and :attr:`due_at` is.
+        :param priority: 0 to 1000, lower first.
+        :param due_at: Unix seconds before which the server does not run it.
+        :raises CanonicalError: the payload holds what canonical JSON cannot say.
+        :raises TooBigToSend: its frame would be longer than the engine sends.
+        """
+        outbox.put(self.txn, cmd_type, idem_key, payload, priority=priority, due_at=due_at, frame_size=self.frame_size)
+
+
+class IJobType(Interface):  # type: ignore[misc]
+    """One kind of job: when it is due and what it does."""
+
+    job_type = Attribute("Its name: a lower-case letter, then up to 63 of a-z, 0-9, _ and .")
+    schedule = Attribute("When it is due: every:Ns with N from 1 to 86400, or daily@HH:MMZ in UTC.")
+
+    def run(txn: Cursor, run: JobRun) -> None:  # noqa: N805 - an interface says how it is called
+        """Do the job's work in the transaction that marks it as run; raise to have all of it undone.
+
+        It runs in a thread of an engine. What it does outside this database may happen more than once.
+        """
+
+
+@implementer(IPlugin, IJobType)
+class JobType(ABC):
+    """A job."""
+
+    job_type: ClassVar[str]
+    schedule: ClassVar[str]
+
+    @abstractmethod
+    def run(self, txn: Cursor, run: JobRun) -> None:
+        """Do the job's work; see :meth:`IJobType.run`."""
+
+
+def registry(types: Iterable[JobType]) -> dict[str, JobType]:
+    """Key jobs by their name.
+
+    :raises OperatorError: a name is ill-formed or stands twice, or a schedule is none.
+    """
+    known: dict[str, JobType] = {}
+    for kind in types:
+        where = f"the job {type(kind).__module__}.{type(kind).__qualname__}"
+        if not _JOB_TYPE.fullmatch(kind.job_type):
+            raise OperatorError(f"{where} has the job_type {kind.job_type!r}: write it as [a-z][a-z0-9_.]{{0,63}}")
+        if kind.job_type in known:
+            raise OperatorError(f"{where} has the job_type {kind.job_type!r} of another one: give it a name of its own")
+        try:
+            parse_schedule(kind.schedule)
+        except OperatorError as error:
+            raise OperatorError(f"{where}: {error}") from None
+        known[kind.job_type] = kind
+    return known

@@ -1,0 +1,35 @@
+"""``s2s.engine.pause`` and ``s2s.engine.resume`` (docs/protocol.rst, "s2s.engine.pause, s2s.engine.resume")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from s2s.condition import Condition
+from s2s.dispatch import Request
+from s2s.errors import DatabaseError, DbUnavailable
+from s2s.wanted import Wanted
+
+
+class Pause:
+    """Stores that the engine is to pause, or to run.
+
+    :param state: ``paused`` or ``running``.
+    """
+
+    def __init__(self, wanted: Wanted, state: str, condition: Condition) -> None:
+        self._wanted = wanted
+        self._state = state
+        self._condition = condition
+
+    def __call__(self, request: Request) -> Deferred[dict[str, Any]]:
+        """Answer when it is durable."""
+        return Deferred.fromCoroutine(self._pause(request.payload["reason"]))
+
+    async def _pause(self, reason: str) -> dict[str, Any]:
+        try:
+            await self._wanted.want(self._state, reason)
+        except DatabaseError:
+            raise DbUnavailable(retry_after_ms=1000) from None
+        return {"ok": True, "state": self._condition.state}

@@ -1,0 +1,26 @@
+"""``s2s.engine.shutdown`` (docs/protocol.rst, "s2s.engine.shutdown")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from s2s.condition import Condition
+from s2s.dispatch import Request
+
+
+class Shutdown:
+    """Lets the process drain, and answers at once.
+
+    :param end: begins the end: given why, and the grace in seconds, it says when the grace is over, in Unix seconds.
+    """
+
+    def __init__(self, end: Callable[[str, float], float], condition: Condition) -> None:
+        self._end = end
+        self._condition = condition
+
+    def __call__(self, request: Request) -> Mapping[str, Any]:
+        """Answer with the deadline; of several shutdowns the earliest one holds."""
+        self._condition.is_draining = True
+        deadline = self._end(f"told to: {request.payload['reason']!r}", request.payload["grace_ms"] / 1000)
+        return {"ok": True, "state": self._condition.state, "deadline_ms": int(deadline * 1000)}

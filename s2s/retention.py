@@ -1,0 +1,111 @@
+"""Removing what is old, now and then and in small steps (docs/protocol.rst, "Commands")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.logger import Logger
+
+from s2s.clock import Clock, Timer
+from s2s.errors import DatabaseUnavailable
+from s2s.store import retention as table
+from s2s.store.pool import Database
+from s2s.store.retention import Keep
+
+#: Seconds between two passes, and until the first one.
+INTERVAL_S: Final = 600.0
+FIRST_S: Final = 60.0
+
+
+class Retention:
+    """Removes commands that are over, expired idempotency keys and old control requests.
+
+    Every step is a transaction of its own, so that others have their turn between two.
+
+    :param database: where they are.
+    :param keep: how long things are kept; asked at each pass.
+    :param interval_s: seconds from the end of a pass to the next.
+    :param first_s: seconds until the first.
+
+    :ivar commands: commands removed.
+    :ivar keys: idempotency keys removed.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        keep: Callable[[], Keep],
+        *,
+        interval_s: float = INTERVAL_S,
+        first_s: float = FIRST_S,
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._keep = keep
+        self._interval_s = interval_s
+        self._first_s = first_s
+        self._timer: Timer | None = None
+        self._passing: Deferred[None] = succeed(None)
+        self._is_stopping = False
+        self.commands = self.keys = 0
+
+    def start(self) -> None:
+        """Begin to remove after a while."""
+        self._is_stopping = False
+        self._sleep(self._first_s)
+
+    def stop(self) -> Deferred[None]:
+        """Begin no further step.
+
+        :returns: fires when the one under way is finished.
+        """
+        self._is_stopping = True
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
+        return self._passing
+
+    def _sleep(self, seconds: float) -> None:
+        self._timer = self._clock.scheduler.callLater(seconds, self._begin)
+
+    def _begin(self) -> None:
+        self._passing = Deferred.fromCoroutine(self._pass())
+
+    async def _pass(self) -> None:
+        """Go once through all that may be old. Never fails."""
+        before = self.commands, self.keys
+        try:
+            await self._sweep_commands(self._keep())
+            await self._sweep_rest()
+        except DatabaseUnavailable as error:
+            if not self._is_stopping:
+                self.log.warn("what is old was not all removed, it is tried again later: {why}", why=str(error))
+        except Exception:
+            self.log.failure("removing what is old failed")
+        if (self.commands, self.keys) != before:
+            self.log.info(
+                "removed {commands} old commands and {keys} expired idempotency keys",
+                commands=self.commands - before[0],
+                keys=self.keys - before[1],
+            )
+        if not self._is_stopping:
+            self._sleep(self._interval_s)
+
+    async def _sweep_commands(self, keep: Keep) -> None:
+        after: int | None = 0
+        while after is not None and not self._is_stopping:
+            removed, after = await self._database.run(table.sweep_commands, after, keep)
+            self.commands += removed
+
+    async def _sweep_rest(self) -> None:
+        removed = table.STEP_ROWS
+        while removed == table.STEP_ROWS and not self._is_stopping:
+            removed = await self._database.run(table.sweep_keys)
+            self.keys += removed
+        removed = table.STEP_ROWS
+        while removed == table.STEP_ROWS and not self._is_stopping:
+            removed = await self._database.run(table.sweep_steering)

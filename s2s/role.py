@@ -1,0 +1,133 @@
+"""What both roles are made of, started and stopped in one order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from twisted.application import service
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+
+from s2s.clock import Clock
+from s2s.config import LiveConfig
+from s2s.errors import BY_CODE
+from s2s.identity import Identity
+from s2s.keys import LiveKeys
+from s2s.lifetime import Lifetime
+from s2s.limits import Bounds, Counters
+from s2s.links import LinkFactory
+from s2s.news import Digest
+from s2s.store import config, keys
+from s2s.store.listen import Listener
+from s2s.store.pool import Database
+
+
+@dataclass
+class Basis:
+    """What a role of either kind stands on; nothing of it is connected before the role starts.
+
+    :param url: the database's; it may hold a password.
+    :param live_keys: the keys, read before the start.
+    :param live_config: the configuration, read before the start.
+    """
+
+    identity: Identity
+    url: str = field(repr=False)
+    clock: Clock
+    bounds: Bounds
+    counters: Counters
+    database: Database
+    live_keys: LiveKeys
+    live_config: LiveConfig
+    lifetime: Lifetime
+
+
+class Role(service.Service, ABC):
+    """One process of either role.
+
+    :param hears: what to call when a channel of the database is notified, beside keys and configuration.
+    :ivar factory: makes the links; set by whoever inherits.
+    """
+
+    log = Logger()
+    factory: LinkFactory
+
+    def __init__(self, basis: Basis, hears: Mapping[str, Callable[[], object]]) -> None:
+        self._identity = basis.identity
+        self._clock = basis.clock
+        self._counters = basis.counters
+        self._database = basis.database
+        self._keys = basis.live_keys
+        self._config = basis.live_config
+        self._lifetime = basis.lifetime
+        self._lifetime.past_grace = self._past_grace
+        self._config.watchers.append(lambda _: self._configure())
+        self._listener = Listener(
+            basis.url,
+            {keys.CHANNEL: self._keys.changed, config.CHANNEL: self._config.changed, **hears},
+            presence=self._identity.boot_id,
+            application_name=f"s2s-{self._identity.role} listen",
+        )
+        self._digests = [
+            Digest("bounds met", lambda: self._counters.met, self._clock),
+            Digest("refused", self._passing, self._clock),
+        ]
+
+    def startService(self) -> None:
+        """Start everything; an operator's mistake ends the process before anything runs."""
+        self._lifetime.watch()
+        self._open()
+        self._database.start()
+        self._configure()
+        self._keys.start()
+        self._config.start()
+        self._listener.start()
+        self._begin()
+        for digest in self._digests:
+            digest.start()
+        super().startService()  # type: ignore[no-untyped-call]
+
+    def stopService(self) -> Deferred[None]:
+        """Take no more, finish what is in hand, then let the database go."""
+        super().stopService()  # type: ignore[no-untyped-call]
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        await self._drain()
+        for digest in self._digests:
+            digest.stop()
+        self._keys.stop()
+        self._config.stop()
+        await self._listener.stop()
+        await self._database.stop()
+        self._lifetime.ended()
+
+    def _open(self) -> None:
+        """Do what may be refused, first of all: it must leave no thread behind that would keep the process alive."""
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Start what stands on the database."""
+
+    @abstractmethod
+    async def _drain(self) -> None:
+        """Finish what is in hand, and close the links."""
+
+    @abstractmethod
+    def _past_grace(self) -> None:
+        """Cancel what still runs."""
+
+    @abstractmethod
+    def _configure(self) -> None:
+        """Put the configuration in force."""
+
+    def _passing(self) -> dict[str, int]:
+        """Give the refusals that are not told one by one."""
+        return {code: count for code, count in self._counters.errors_out.items() if BY_CODE[code].passing}
+
+    def _health(self, **more: Any) -> dict[str, Any]:
+        """Give what every health ack says of our condition."""
+        return {"config_version": self._config.version, **more}

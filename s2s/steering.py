@@ -1,0 +1,141 @@
+"""Control requests from a shell: taken from the database by the server that has the link, and sent over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from twisted.internet import task
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from s2s.catalogue import BY_NAME
+from s2s.clock import Clock
+from s2s.errors import DatabaseError, Refused, S2SError
+from s2s.links import ServerLinks
+from s2s.news import news
+from s2s.protocol import Link
+from s2s.store import engines
+from s2s.store import steering as table
+from s2s.store.engines import LinkRow
+from s2s.store.pool import Database
+from s2s.store.steering import Steering
+
+#: Beside the table's NOTIFY, which can be lost.
+POLL_S: Final = 1.0
+
+
+class Steerer:
+    """Shows this server's links in ``engine_links``, and sends what ``steering`` asks of its engines."""
+
+    log = Logger()
+
+    def __init__(self, database: Database, links: ServerLinks, boot_id: str, clock: Clock) -> None:
+        self._database = database
+        self._links = links
+        self._boot_id = boot_id
+        self._is_taking = self._is_woken = False
+        self._is_showing = self._is_changed = False
+        self._shown: list[LinkRow] = []
+        self._polling = task.LoopingCall(self.wake)
+        self._showing = task.LoopingCall(self.links_changed)
+        self._polling.clock = self._showing.clock = clock.scheduler
+
+    def start(self) -> None:
+        """Take and show from now on."""
+        self._polling.start(POLL_S, now=False)
+        self._showing.start(engines.REFRESH_S)
+
+    def stop(self) -> Deferred[None]:
+        """Take no more.
+
+        :returns: fires when this server's links are no longer shown.
+        """
+        for loop in (self._polling, self._showing):
+            if loop.running:
+                loop.stop()
+        leaving = self._database.run(engines.show_links, self._boot_id, [])
+        return leaving.addErrback(self._unless_away)
+
+    def links_changed(self) -> None:
+        """Write the links anew: they have changed, or it is time."""
+        if self._is_showing:
+            self._is_changed = True
+            return
+        self._is_showing, self._is_changed = True, False
+        links = self._links.engines
+        rows = {(str(link.session.peer_key_id), _name(link)): _row(link) for link in links}
+        showing = self._database.run(engines.show_links, self._boot_id, list(rows.values()))
+        showing.addErrback(self._unless_away).addBoth(self._showed)
+
+    def _showed(self, _: object) -> None:
+        self._is_showing = False
+        if self._is_changed and self._showing.running:
+            self.links_changed()
+
+    def wake(self) -> None:
+        """Somebody may have asked for something."""
+        self._is_woken = True
+        names = {_name(link) for link in self._links.engines}
+        if self._is_taking or not names or not self._polling.running:
+            return
+        self._is_taking, self._is_woken = True, False
+        taking = self._database.run(table.take, self._boot_id, sorted(names))
+        taking.addCallbacks(self._took, self._unless_away).addBoth(self._taken)
+
+    def _taken(self, _: object) -> None:
+        self._is_taking = False
+        if self._is_woken:
+            self.wake()
+
+    def _took(self, asked: list[Steering]) -> None:
+        for each in asked:
+            Deferred.fromCoroutine(self._steer(each)).addErrback(self._unless_away)
+
+    async def _steer(self, asked: Steering) -> None:
+        is_ok: bool | None = None
+        payload: Mapping[str, Any]
+        link = next((link for link in self._links.engines if _name(link) == asked.engine), None)
+        try:
+            if link is None:
+                payload = {"message": "the link was lost before the request was sent"}
+            elif "server" not in getattr(BY_NAME.get(asked.type), "sent_by", ()):
+                payload = {"message": f"a server does not send {asked.type!r}"}
+            else:
+                is_ok, payload = True, await link.call(asked.type, asked.payload)
+        except Refused as error:
+            is_ok, payload = False, {"code": error.code, "message": error.message, "details": dict(error.details)}
+        except S2SError as error:
+            payload = {"message": str(error)}
+        await self._database.run(table.answer, asked.request_id, is_ok, payload)
+        if asked.type not in _UNTOLD:
+            how = {True: "done", False: "refused", None: "no answer"}[is_ok]
+            news.info(
+                "{type} to {engine!r} by {actor!r}: {how}",
+                type=asked.type,
+                engine=asked.engine,
+                actor=asked.actor,
+                how=how,
+            )
+
+    def _unless_away(self, failure: Failure) -> None:
+        # Of a database that is away the pool has told.
+        if not failure.check(DatabaseError):
+            self.log.failure("steering stumbled", failure)
+
+
+#: Asked for by whoever lists the engines.
+_UNTOLD: Final = frozenset({"s2s.health.check"})
+
+
+def _name(link: Link) -> str:
+    name = link.peer.get("name")
+    return name if isinstance(name, str) else ""
+
+
+def _row(link: Link) -> LinkRow:
+    boot_id = link.peer.get("boot_id")
+    return LinkRow(
+        str(link.session.peer_key_id), _name(link), boot_id if isinstance(boot_id, str) else None, link.address
+    )

@@ -1,0 +1,121 @@
+"""Tables ``config`` and ``config_history`` (docs/protocol.rst, "Configuration").
+
+The tables' own triggers hold types and bounds, count the version and write the history, so plain SQL counts too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+import psycopg2
+from psycopg2.extras import Json
+
+from s2s.errors import OperatorError, StatementRefused
+from s2s.settings import SETTINGS, Value
+from s2s.store import driver
+from s2s.store.driver import Cursor
+
+CHANNEL: Final = "s2s_config"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The whole configuration at one version."""
+
+    version: int
+    values: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class ConfigRow:
+    """A setting as people are shown it.
+
+    :param version: that of its last change; 0: never changed.
+    """
+
+    key: str
+    value: Value
+    type: str
+    min: int | None
+    max: int | None
+    description: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """One version."""
+
+    version: int
+    key: str
+    old_value: Value
+    new_value: Value
+    actor: str
+    changed_at: datetime
+
+
+def declare(txn: Cursor) -> None:
+    """Put this release's settings into the table; values that are there already stay."""
+    for setting in SETTINGS:
+        txn.execute(
+            "insert into config (key, value, type, min, max, description) values (%s, %s, %s, %s, %s, %s)"
+            " on conflict (key) do update"
+            " set min = excluded.min, max = excluded.max, description = excluded.description"
+            " where (config.min, config.max, config.description)"
+            " is distinct from (excluded.min, excluded.max, excluded.description)",
+            (setting.key, Json(setting.default), setting.type, setting.least, setting.most, setting.description),
+        )
+
+
+def read(txn: Cursor) -> Snapshot:
+    """Read version and values, in one statement and so in one snapshot."""
+    txn.execute("select v.version, c.key, c.value from config_version v left join config c on true")
+    rows = txn.fetchall()
+    return Snapshot(rows[0][0], {key: value for _, key, value in rows if key is not None})
+
+
+def list_settings(txn: Cursor) -> list[ConfigRow]:
+    """List every setting, by its key."""
+    txn.execute("select key, value, type, min, max, description, version from config order by key")
+    return [ConfigRow(*row) for row in txn]
+
+
+def history(txn: Cursor, key: str | None = None, limit: int = 100) -> list[Change]:
+    """List the versions, the newest first.
+
+    :param key: only of this setting.
+    """
+    txn.execute(
+        "select version, key, old_value, new_value, actor, changed_at from config_history"
+        " where %(key)s::text is null or key = %(key)s order by version desc limit %(limit)s",
+        {"key": key, "limit": limit},
+    )
+    return [Change(*row) for row in txn]
+
+
+def change(txn: Cursor, key: str, value: Value, actor: str) -> int | None:
+    """Set a value.
+
+    :param actor: who did it, for the history.
+    :returns: the new version, or ``None`` where the setting had this value already.
+    :raises OperatorError: there is no such setting, or it cannot have this value; nothing has changed.
+    """
+    txn.execute("select value from config where key = %s for update", (key,))
+    found = txn.fetchone()
+    if found is None:
+        raise OperatorError(f"there is no setting {key!r}: see them with: s2s config list")
+    if type(found[0]) is type(value) and found[0] == value:
+        return None
+    try:
+        with driver.savepoint(txn):
+            txn.execute("select set_config('s2s.actor', %s, true)", (actor,))
+            txn.execute("update config set value = %s where key = %s returning version", (Json(value), key))
+            return int((txn.fetchone() or ())[0])
+    except psycopg2.Error as error:
+        refused = driver.told(error, txn.connection)
+        if not isinstance(refused, StatementRefused):
+            raise
+        raise OperatorError(str(refused)) from None

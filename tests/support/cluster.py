@@ -1,0 +1,47 @@
+"""A PostgreSQL of a test's own, which can be away."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import psycopg2
+
+from s2s import postmaster
+from s2s.store import migrations
+
+
+class Cluster:
+    """One server, started and stopped at will. Every method blocks."""
+
+    def __init__(self) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="s2s-cluster-")).resolve()
+        self._directory.chmod(0o755)
+        self.start()
+
+    @property
+    def _data(self) -> Path:
+        return self._directory / "postgres"
+
+    def start(self) -> None:
+        """Start it, and wait until it takes connections."""
+        self.url, self._process = postmaster.start(self._data)
+
+    def migrate(self) -> None:
+        """Make the tables."""
+        connection = psycopg2.connect(self.url)
+        migrations.migrate(connection)
+        connection.close()
+
+    def stop(self) -> None:
+        """Stop it at once: every connection is lost, and nothing that was not committed stays."""
+        running = postmaster.find(self._data)
+        if running is not None and self._process is not None:
+            self._process.send_signal(3)  # SIGQUIT: an immediate shutdown, as a crash would be
+            self._process.wait(20)
+
+    def remove(self) -> None:
+        """Stop it for good."""
+        self.stop()
+        shutil.rmtree(self._directory)

@@ -1,0 +1,106 @@
+"""An engine that pushes and pushes, and writes down what it was answered."""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from tests.support.peer import PUSH, Frame, Peer, command
+
+#: Pushes that it keeps unanswered at most.
+_WINDOW = 512
+
+
+class Flood(threading.Thread):
+    """Pushes commands of new keys over a link of its own, and connects again when it is lost.
+
+    What was not accepted is pushed again with the same key until it is, so that in the end every key is accepted.
+
+    :param connect: makes a link.
+    :param rate: new keys in a second.
+    :ivar accepted: the ``cmd_id`` of each key that was accepted.
+    :ivar refused: how often each code came.
+    :ivar links: how many links it had.
+    :ivar wrong: what must not be: an answer that contradicts another.
+    """
+
+    def __init__(self, connect: Callable[[], Peer], rate: float) -> None:
+        super().__init__(daemon=True)
+        self._connect = connect
+        self._rate = rate
+        self._again: deque[str] = deque()
+        self._flying: dict[str, str] = {}
+        self._is_over = threading.Event()
+        self.made = 0
+        self.accepted: dict[str, int] = {}
+        self.refused: dict[str, int] = {}
+        self.wrong: list[str] = []
+        self.links = 0
+
+    def finish(self) -> None:
+        """Make no more keys; it ends when all are accepted."""
+        self._is_over.set()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every key that was made is accepted."""
+        return self._is_over.is_set() and len(self.accepted) == self.made
+
+    def run(self) -> None:
+        """Push until told to finish, and then until all is accepted."""
+        self._began = time.monotonic()
+        while not self.is_done:
+            try:
+                peer = self._connect()
+            except OSError:
+                time.sleep(0.05)
+                continue
+            self.links += 1
+            try:
+                peer.greet()
+                while not self.is_done:
+                    self._turn(peer)
+            except (OSError, AssertionError):  # the link ended, perhaps within a frame
+                pass
+            self._again.extend(self._flying.values())
+            self._flying.clear()
+            peer.close()
+
+    def _turn(self, peer: Peer) -> None:
+        """Push what is due, and take the answers that there are."""
+        wanted = int((time.monotonic() - self._began) * self._rate)
+        fresh = range(self.made, self.made if self._is_over.is_set() else max(self.made, wanted))
+        frames = []
+        for _ in range(_WINDOW - len(self._flying)):
+            if self._again:
+                key = self._again.popleft()
+            elif self.made < fresh.stop:
+                key = f"flood-{self.made}"
+                self.made += 1
+            else:
+                break
+            frame = peer.envelope(PUSH, command(key))
+            self._flying[frame["id"]] = key
+            frames.append(frame)
+        peer.write_all(frames)
+        while peer.has_more or select.select([peer.link], [], [], 0.01)[0]:
+            frame = peer.read()
+            assert frame is not None, "the link ended"
+            if frame.get("ack_of") in self._flying:
+                self._take(self._flying.pop(frame["ack_of"]), frame["payload"])
+            if len(self._flying) < _WINDOW // 2:
+                break
+
+    def _take(self, key: str, answer: Frame) -> None:
+        if answer.get("accepted") is True:
+            if self.accepted.setdefault(key, answer["cmd_id"]) != answer["cmd_id"]:
+                self.wrong.append(f"{key} was {self.accepted[key]} and is {answer['cmd_id']}")
+            return
+        code = answer["code"]
+        self.refused[code] = self.refused.get(code, 0) + 1
+        self._again.append(key)
+        if not answer["details"]["retryable"]:
+            self.wrong.append(f"{key}: {code}")

@@ -1,0 +1,142 @@
+"""PostgreSQL away under load: links stay, nothing is acked, memory is bounded, and all is whole again afterwards.
+
+``S2S_FLOOD_S`` says for how many seconds the flood lasts, ``S2S_AWAY_S`` how long the database is away at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import TestCase
+
+from tests.support.cluster import Cluster
+from tests.support.flood import Flood
+from tests.support.peer import BUMP, CHECK, K1, PUSH, command
+from tests.support.roles import Engine, Server
+from tests.support.waiting import poll
+
+FLOOD_S = float(os.environ.get("S2S_FLOOD_S", "12"))
+AWAY_S = float(os.environ.get("S2S_AWAY_S", "5"))
+#: No process takes more memory than this, in bytes, however long the flood lasts and the database is away.
+MEMORY = 200 << 20
+
+
+class AwayTests(TestCase):
+    """Both roles on a PostgreSQL of their own."""
+
+    timeout = FLOOD_S * 2 + AWAY_S + 120
+
+    @inlineCallbacks
+    def setUp(self) -> Iterator[Deferred[Any]]:
+        """Start everything."""
+        self.cluster = Cluster()
+        self.addCleanup(self.cluster.remove)
+        self.cluster.migrate()
+        self.execute(
+            "insert into s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
+            " values (%s, %s, 'any', true, to_timestamp(0))",
+            *K1,
+        )
+        directory = Path(tempfile.mkdtemp(prefix="s2s-roles-"))
+        self.addCleanup(shutil.rmtree, directory)
+        self.server = Server(directory, self.cluster.url)
+        self.engine = Engine(directory, self.cluster.url, self.server.port)
+        for role in (self.server, self.engine):
+            self.addCleanup(role.stop)
+            yield role.start()
+        yield self.server.says("engine up: engine-1")
+
+    def execute(self, statement: str, *params: Any) -> list[Any]:
+        """Run one statement on a connection of its own."""
+        connection = psycopg2.connect(self.cluster.url)
+        try:
+            with connection, connection.cursor() as txn:
+                txn.execute(statement, params or None)
+                return txn.fetchall() if txn.description else []
+        finally:
+            connection.close()
+
+    def count(self, what: str) -> int:
+        """Count rows."""
+        return int(self.execute(f"select count(*) from {what}")[0][0])
+
+    @inlineCallbacks
+    def test_away(self):
+        """Links stay up, health is answered, pushes are refused for now and not acked; then everything goes on."""
+        peer = self.server.connect(name="watcher")
+        self.addCleanup(peer.close)
+        peer.greet()
+        self.assertTrue(peer.call(PUSH, command("before"))["accepted"])
+        yield deferToThread(self.cluster.stop)
+        until = time.monotonic() + AWAY_S
+        number = 0
+        while time.monotonic() < until:
+            number += 1
+            refused = peer.call(PUSH, command(f"meanwhile-{number}"))
+            self.assertEqual((refused.get("code"), refused["details"]["retryable"]), ("db_unavailable", True))
+            self.assertGreater(refused["details"]["retry_after_ms"], 0)
+            self.assertIs(peer.call(CHECK, {})["degraded"], True)
+            yield deferLater(reactor, 0.1)
+        yield deferToThread(self.cluster.start)
+        yield poll(lambda: peer.call(CHECK, {})["degraded"] is False or self.nudge(peer), "it is whole", timeout=30)
+        self.assertEqual(self.count("commands where idem_key like 'meanwhile-%%'"), 0)
+        self.assertTrue(peer.call(PUSH, command("before"))["duplicate"])
+        self.assertFalse(peer.call(PUSH, command("meanwhile-1"))["duplicate"])
+        # The other way, and what hears NOTIFY.
+        self.execute("insert into broadcasts (message) values ('we are back')")
+        yield poll(lambda: self.count("notices where message = 'we are back'") == 1, "a notice", timeout=30)
+        peer.serves[BUMP] = lambda payload: {"ok": True, **payload}
+        self.execute("update config set value = '9' where key = 'relay.window'")
+        yield self.engine.says("relay.window is 9 (was 512)")
+        for role, line in ((self.server, "engine up: engine-1"), (self.engine, "link up")):
+            self.assertEqual(len(role.lines(line)), 1, role.log)
+        # Of all these refusals the log has a line a second at most.
+        self.assertLess(len(self.server.lines("db_unavailable")), AWAY_S + 3)
+
+    def nudge(self, peer: Any) -> bool:
+        """Give it something to do with the database, which shows it that it is back."""
+        peer.call(PUSH, command("nudge"))
+        return False
+
+    @inlineCallbacks
+    def test_flood(self):
+        """Under a flood, with the database away half the time, no process grows past its bound, and nothing is lost."""
+        flood = Flood(lambda: self.server.connect(name="flood"), 2000)
+        flood.start()
+        self.addCleanup(flood.join, 30)
+        self.addCleanup(flood.finish)
+        until = time.monotonic() + FLOOD_S
+        while time.monotonic() < until:
+            yield self.watch(min(5.0, FLOOD_S / 6))
+            yield deferToThread(self.cluster.stop)
+            yield self.watch(min(5.0, FLOOD_S / 6))
+            yield deferToThread(self.cluster.start)
+        flood.finish()
+        yield poll(lambda: flood.is_done, "all is accepted", timeout=60)
+        yield poll(lambda: self.count("commands where status = 'ready'") == 0, "all has run", timeout=60)
+        self.assertEqual(flood.wrong, [])
+        self.assertEqual((self.count("commands"), self.count("notices")), (flood.made, flood.made))
+        self.assertEqual(flood.links, 1)
+        self.assertGreater(flood.refused["db_unavailable"], 0)
+        self.assertLess(self.most, MEMORY)
+
+    most = 0
+
+    @inlineCallbacks
+    def watch(self, seconds: float) -> Iterator[Deferred[Any]]:
+        """Let time go by, and look at both processes' memory meanwhile."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.most = max(self.most, self.server.rss, self.engine.rss)
+            yield deferLater(reactor, 0.2)

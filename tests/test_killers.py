@@ -1,0 +1,160 @@
+"""Commands that kill the process they run in, and a process that is told to end while one runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from unittest import mock
+
+from twisted.internet.defer import inlineCallbacks
+
+from tests.support.roles import RoleTestCase, Server
+from tests.support.waiting import poll
+
+#: A plug-in, as a user writes one: what kills, and what does not. A reaper is to be quick here.
+_PLUGIN = """
+import os, signal, time
+from s2s import executor
+from s2s.commands import CommandType
+
+executor.REAP_S, executor.SURE_S = 0.1, 0.5
+
+
+class Careless(CommandType):
+    cmd_type = "test.careless"
+    schema = {"type": "object"}
+
+    def run(self, txn, command):
+        txn.execute("insert into effects values (%s)", (command.idem_key,))
+        match command.payload.get("end"):
+            case "exit":
+                os._exit(0)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "sleep in the database":
+                txn.execute("set local statement_timeout = 0; select pg_sleep(60)")
+            case "sleep in Python":
+                time.sleep(60)
+
+
+careless = Careless()
+"""
+_DIED = "ProcessDied: the process ended while this command's batch ran"
+
+
+class KillerTests(RoleTestCase):
+    """A server, started again after each death."""
+
+    def setUp(self) -> None:
+        """Make the table of effects, without a constraint that would hide a second one, and the plug-in."""
+        super().setUp()
+        self.execute("create table effects (idem_key text)")
+        # The pause after a charge is random. Here it is long, so that the next death comes when it is wanted.
+        self.execute(
+            "create function wait() returns trigger language plpgsql as"
+            " $$ begin new.due_at := '2100-01-01'; return new; end $$;"
+            "create trigger wait before update on commands for each row when (new.attempts > old.attempts)"
+            " execute function wait()"
+        )
+        plugins = self.directory / "s2s" / "plugins"
+        plugins.mkdir(parents=True)
+        (plugins / "careless.py").write_text(_PLUGIN)
+
+    def insert(self, *keys: str, end: str = "") -> None:
+        """Store commands that are due."""
+        self.execute(
+            "insert into commands (cmd_type, idem_key, payload)"
+            " select 'test.careless', key, jsonb_build_object('end', %s) from unnest(%s) key",
+            end,
+            list(keys),
+        )
+
+    def state(self, key: str) -> tuple[str, int]:
+        """Give a command's status and attempts."""
+        ((status, attempts),) = self.execute("select status, attempts from commands where idem_key = %s", key)
+        return status, attempts
+
+    def rush(self) -> None:
+        """Make every waiting command due, the killer before all others that failed."""
+        self.execute("update commands set due_at = now() - attempts * interval '1 s' where status = 'ready'")
+
+    @inlineCallbacks
+    def dies_of(self, server: Server, attempts: int, status: str = "ready"):
+        """See it die, start it again, and see the killer charged once for it."""
+        yield poll(lambda: not server.is_running, "the death", timeout=20)
+        self.assertEqual(self.state("killer"), ("ready", attempts - 1))
+        yield server.start()
+        yield poll(lambda: self.state("killer") != ("ready", attempts - 1), "the charge")
+        self.assertEqual(self.state("killer"), (status, attempts))
+        yield poll(lambda: self.count("batch_notes") == 0, "no note is left")
+        self.assertTrue(server.is_running)
+
+    def careless_server(self) -> Server:
+        """Make a server with the plug-in."""
+        with mock.patch.dict(os.environ, PYTHONPATH=str(self.directory)):
+            return self.server("--executor-workers", "2")
+
+    @inlineCallbacks
+    def goes_dead(self, end: str):
+        """Put a killer among others, let it die thrice, and see what is left."""
+        server = self.careless_server()
+        others = [f"other {number}" for number in range(20)]
+        self.insert(*others[:10])
+        self.insert("killer", end=end)
+        self.insert(*others[10:])
+        yield server.start()
+        # All were in one batch, and are charged alike.
+        yield self.dies_of(server, 1)
+        self.execute("update commands set attempts = 8 where idem_key = 'killer'")
+        self.rush()
+        yield self.dies_of(server, 9)
+        self.rush()
+        yield self.dies_of(server, 10, "dead")
+        self.assertEqual(self.execute("select error from commands where idem_key = 'killer'"), [(_DIED,)])
+
+        def all_done() -> bool:
+            self.rush()
+            return {self.state(other)[0] for other in others} == {"done"}
+
+        yield poll(all_done, "all others are done")
+        self.assertEqual(sorted(key for (key,) in self.execute("select * from effects")), sorted(others))
+        self.assertLessEqual(max(self.state(other)[1] for other in others), 3)
+        # It goes on as if nothing had been.
+        self.insert("one more")
+        yield poll(lambda: self.state("one more")[0] == "done", "the next command")
+
+    def test_exit(self):
+        """One that ends the process is charged once for each death, dead after the tenth, and all others run once."""
+        return self.goes_dead("exit")
+
+    def test_kill(self):
+        """So is one by which the process is killed without a last word."""
+        return self.goes_dead("kill")
+
+    @inlineCallbacks
+    def ends_in_time(self, end: str):
+        """Tell a server to end while a command sleeps, and see that nothing came of the command."""
+        server = self.careless_server()
+        yield server.start()
+        self.insert("sleeper", end=end)
+        running = (
+            "select 1 from pg_stat_activity where application_name = 's2s-server' and query ~ %s"
+            " and xact_start < now() - interval '0.2 s'"
+        )
+        yield poll(lambda: self.execute(running, "pg_sleep|insert into effects"), "it sleeps")
+        began = time.monotonic()
+        server.terminate()
+        yield poll(lambda: not server.is_running, "the end", timeout=15)
+        # The grace, what follows it, and a busy machine.
+        self.assertTrue(5 <= time.monotonic() - began < 10)
+        server.assert_ended_well()
+        self.assertEqual((self.state("sleeper"), self.count("batch_notes")), (("ready", 0), 0))
+        self.assertEqual(self.count("effects"), 0)
+
+    def test_told_to_end_while_a_command_is_in_sql(self):
+        """Past the grace running SQL is cancelled and rolled back; nobody is charged, and the exit code is 0."""
+        return self.ends_in_time("sleep in the database")
+
+    def test_told_to_end_while_a_command_is_in_python(self):
+        """A handler that nothing can cancel is left behind; what it did is rolled back, and nobody is charged."""
+        return self.ends_in_time("sleep in Python")
