@@ -2,7 +2,7 @@
 
 ::
 
-    DIR/                 only its owner may enter
+    DIR/                 where we make it, only its owner may enter
       roots/ca.pem       the root, alone in its directory: what ``trustRoots`` of either side points to
       ca.key             signs; nobody needs it to run
       server.pem .key    for every name and address of the servers

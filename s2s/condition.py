@@ -48,7 +48,7 @@ class Condition:
         :raises NotReady: we are starting.
         """
         if self.wanted is None and not self.is_draining:
-            raise NotReady("the engine is starting", retry_after_ms=100)
+            raise NotReady("the engine is starting", retry_after_ms=1000)
 
     def check_taking(self) -> None:
         """Refuse new work while starting and while shutting down.

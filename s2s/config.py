@@ -45,9 +45,10 @@ class LiveConfig:
         return BY_KEY[key].default
 
     def number(self, key: str) -> int:
-        """Give the value of an integer setting of ours; the table holds its bounds."""
-        value = self[key]
-        return value if type(value) is int else BY_KEY[key].number
+        """Give the value of an integer setting of ours, within our bounds: the table's can be lifted by hand."""
+        setting, value = BY_KEY[key], self[key]
+        number = value if type(value) is int else setting.number
+        return max(setting.least or 0, min(number, number if setting.most is None else setting.most))
 
     def again(self) -> Deferred[None]:
         """Read the table again; fires when what was read after this call is in force, or fails."""

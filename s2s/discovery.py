@@ -51,7 +51,10 @@ def discover(
     """
     found_commands, found_jobs = commands.registry(command_types), jobs.registry(job_types)
     complaints: list[str] = []
-    for name in sorted(module.name for module in getModule(plugins.__name__).iterModules()):
+    names: list[str] = []
+    with _left_out(f"directory of {plugins.__name__}", complaints):  # one that may not be read
+        names.extend(module.name for module in getModule(plugins.__name__).iterModules())
+    for name in sorted(names):
         with _left_out(name, complaints):
             for attribute, value in list(vars(importlib.import_module(name)).items()):
                 with _left_out(f"{name}.{attribute}", complaints):

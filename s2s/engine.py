@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from twisted.application.internet import ClientService
 from twisted.internet.defer import Deferred
@@ -28,6 +28,11 @@ from s2s.role import Basis, Role
 from s2s.store import engines, outbox
 from s2s.wanted import Wanted
 
+#: The grain of ``ts``, in seconds.
+GRAIN_S: Final = 1.0
+#: Seconds that a relay has for giving back what it has in flight when the grace is over.
+GIVE_BACK_S: Final = 0.3
+
 
 @implementer(IStreamClientEndpoint)
 class _TellingEndpoint:
@@ -39,6 +44,9 @@ class _TellingEndpoint:
         self._endpoint = endpoint
         self._described = described
         self._told = ""
+
+    def __repr__(self) -> str:
+        return self._described
 
     def connect(self, factory: Any) -> Deferred[Any]:
         connecting: Deferred[Any] = self._endpoint.connect(factory)
@@ -65,6 +73,7 @@ class Engine(Role):
 
     def __init__(self, basis: Basis, connect: IStreamClientEndpoint, described: str, relay: Relay) -> None:
         clock, database = basis.clock, basis.database
+        self._born = clock.mono()
         self._described = described
         self._relay = relay
         self._backoff = Backoff()
@@ -96,9 +105,14 @@ class Engine(Role):
     def _begin(self) -> None:
         self._relay.start()
         # Linked before it is known what is wanted, we would have to refuse what the server asks first.
-        self._wanted.start().addBoth(self._connect)
+        self._wanted.start().addBoth(self._wait)
 
-    def _connect(self, _: object) -> None:
+    def _wait(self, _: object) -> None:
+        # What was signed for a process before us is then older than our first proof, though ts counts whole seconds.
+        old_s = self._clock.mono() - self._born
+        self._clock.scheduler.callLater(max(0.0, GRAIN_S - old_s), self._connect)
+
+    def _connect(self) -> None:
         if not self._condition.is_draining:
             news.info("engine connects to {endpoint}", endpoint=self._described)
             self._client.startService()
@@ -117,8 +131,10 @@ class Engine(Role):
 
     def _past_grace(self) -> None:
         if self._connected is not None:
-            self._connected.abort("the grace of the shutdown is over")
-        self._database.cancel()
+            # Not cut: an answer may still be on its way out.
+            self._connected.close("the grace of the shutdown is over")
+        # After what was in flight has been given back.
+        self._clock.scheduler.callLater(GIVE_BACK_S, self._database.cancel)
 
     def _configure(self) -> None:
         self.factory.configure(self._config.number)

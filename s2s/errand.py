@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from s2s.clock import Clock
-from s2s.errors import Refused, S2SError, UnsupportedType
+from s2s.errors import NotReady, Refused, S2SError, UnsupportedType
 from s2s.protocol import Link
 
 #: The longest pause that an engine may ask for, in seconds: other occasions come.
@@ -39,6 +39,7 @@ class Errand:
         self._clock = clock
         self._running: dict[Link, bool] = {}
         self._unserved: WeakSet[Link] = WeakSet()
+        self._told: WeakKeyDictionary[Link, str] = WeakKeyDictionary()
 
     def run_all(self, links: Iterable[Link]) -> None:
         """There is occasion to ask all of these engines."""
@@ -60,6 +61,7 @@ class Errand:
 
     def _succeeded(self, answer: dict[str, Any], link: Link) -> None:
         may_have_missed = self._running.pop(link)
+        self._told.pop(link, None)
         if self._done(link, answer) or may_have_missed:
             self.run(link)
 
@@ -67,7 +69,10 @@ class Errand:
         failure.trap(S2SError)
         error = failure.value
         may_have_missed = self._running.pop(link)
-        if link.session.is_open:
+        is_early = isinstance(error, Refused) and error.code == NotReady.code
+        if link.session.is_open and not is_early and self._told.get(link) != str(error):
+            # A line for each reason, and not for each try.
+            self._told[link] = str(error)
             self.log.warn("{link}: {type} failed: {why}", link=link, type=self._type, why=str(error))
         if isinstance(error, Refused) and error.code == UnsupportedType.code:
             # Said once; a peer may do without.

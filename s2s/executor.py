@@ -37,8 +37,10 @@ REAP_S: Final = 5.0
 SURE_S: Final = 10.0
 #: Seconds that a command waits whose handler is gone.
 ORPHANED_S: Final = 60.0
-#: The last of so many batches in a row that lost their connection is charged for it.
+#: A command that has lost its connection so often, alone, is charged for it.
 LOSSES: Final = 3
+#: So many commands are remembered whose connection was lost.
+_MOST_SUSPECTS: Final = 10_000
 _LONGEST_ERROR: Final = 500
 
 
@@ -102,7 +104,7 @@ class Executor:
         #: Notes whose process seems to be gone, and the second since when, under one and the same presence of ours.
         self._forsaken: dict[Note, float] = {}
         self._presence: datetime | None = None
-        #: Batches of a worker, one after the other, whose connection was lost under them.
+        #: How often the connection was lost under each command, since it ran last.
         self._losses: Counter[int] = Counter()
         self._orphans_told: set[str] = set()
         self.ran = self.failed = self.dead = 0
@@ -178,7 +180,7 @@ class Executor:
         if not self.is_present():
             return ABSENT_S
         size = self.batch_size
-        cmd_ids, due_in_s = await self._database.run(_claim, self._boot_id, worker, size)
+        cmd_ids, due_in_s = await self._database.run(_claim, self._boot_id, worker, size, frozenset(self._losses))
         if not cmd_ids:
             return POLL_S if due_in_s is None else min(max(due_in_s, 0.0), POLL_S)
         if len(cmd_ids) == size:
@@ -186,18 +188,20 @@ class Executor:
         try:
             report = await self._database.run(self._run, worker, cmd_ids)
         except DatabaseUnavailable as error:
-            self._losses[worker] += 1
-            if self._losses[worker] < LOSSES:
+            # Mostly nobody's fault. But a command that ends its own connection must not do so for ever: from now on all
+            # of these run singly, uncharged, and one that loses it again and again all the same is charged.
+            if len(self._losses) < _MOST_SUSPECTS:
+                self._losses.update(cmd_ids)
+            if self._is_stopping or len(cmd_ids) > 1 or self._losses[cmd_ids[0]] < LOSSES:
                 raise
-            # The database serves our claims and breaks under what they bring: it may be a command's doing, and one that
-            # ends its connection must not stand in everybody's way for ever. Charged, the commands run singly.
             report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, _told(error))
         except Exception as error:
             # Not a handler's failure in its savepoint, but the transaction's: a constraint checked at the COMMIT, say.
             # Charged, the commands run singly, and it is told whose it is.
             self.log.failure("a batch of {size} commands was rolled back", size=len(cmd_ids))
             report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, _told(error))
-        self._losses[worker] = 0
+        for cmd_id in cmd_ids:
+            self._losses.pop(cmd_id, None)
         self._count(report)
         return 0.0
 
@@ -291,8 +295,10 @@ class Executor:
         return is_lost(txn) or self._database.is_cancelled
 
 
-def _claim(txn: Cursor, boot_id: str, worker: int, limit: int) -> tuple[list[int], float | None]:
-    cmd_ids = notes.claim(txn, boot_id, worker, limit)
+def _claim(
+    txn: Cursor, boot_id: str, worker: int, limit: int, suspects: frozenset[int]
+) -> tuple[list[int], float | None]:
+    cmd_ids = notes.claim(txn, boot_id, worker, limit, suspects)
     return cmd_ids, None if cmd_ids else table.next_due_s(txn)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ GRACE_S: Final = 5.0
 #: What is left for an orderly end once the running SQL is cancelled, in seconds, and for the last words after it.
 CUT_S: Final = 1.5
 
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _log = Logger(namespace="s2s.lifetime")
 
 
@@ -83,11 +85,13 @@ class Lifetime:
             self._reactor.callFromThread(self.end, signal.Signals(number).name)
 
         def take_signals() -> None:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _SIGNALS:
                 signal.signal(number, on_signal)
 
         take_signals()
         self._reactor.callWhenRunning(take_signals)
+        # Once everything is stopped Python gives the signals back their deadly meaning, unless they are ignored.
+        atexit.register(_ignore_signals)
         if os.environ.get(STOP_WITH_STDIN):
             self._reactor.callWhenRunning(self._reactor.addReader, _Parent(self._reactor, self.end))
 
@@ -97,9 +101,10 @@ class Lifetime:
         :param grace_s: seconds for what is in hand.
         :returns: when the grace is over, in Unix seconds.
         """
-        deadline = self._now() + grace_s
+        # By the monotonic clock, which no operator sets; told by the other one.
+        deadline = self._reactor.seconds() + grace_s
         if self._deadline is not None and self._deadline <= deadline:
-            return self._deadline
+            return self._told(self._deadline)
         if self._deadline is None:
             _log.info("stopping within {grace:g} s: {why}", grace=grace_s, why=why)
             with suppress(ReactorNotRunning):  # by somebody else
@@ -114,7 +119,11 @@ class Lifetime:
         self._cutting = threading.Timer(grace_s + CUT_S, self._cut)
         self._cutting.daemon = True
         self._cutting.start()
-        return deadline
+        return self._told(deadline)
+
+    def _told(self, deadline: float) -> float:
+        in_s: float = deadline - self._reactor.seconds()
+        return self._now() + in_s
 
     def ended(self) -> None:
         """Everything has stopped by itself: there is nothing to cancel."""
@@ -137,6 +146,11 @@ class Lifetime:
             self.last_words()
         except Exception as error:
             _log.error("the end could not be written down: {error!r}", error=error)
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def refuse(why: str) -> NoReturn:

@@ -91,7 +91,7 @@ class ServerLinks:
 
     @property
     def engines(self) -> list[Link]:
-        """One proven link for each engine."""
+        """One proven link for each engine, the newest last."""
         return list(self._engines.values())
 
     def __iter__(self) -> Iterator[Link]:
@@ -115,7 +115,8 @@ class ServerLinks:
     def link_proven(self, link: Link) -> None:
         """Count the engine as up; its new link replaces its old one."""
         identity = _identity(link)
-        old = self._engines.get(identity)
+        # Taken out first: the newest stands last.
+        old = self._engines.pop(identity, None)
         self._engines[identity] = link
         news.info("{line} {link} (key {key_id})", line=LINK_UP, link=link, key_id=link.session.peer_key_id)
         if old is not None:

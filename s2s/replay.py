@@ -37,6 +37,7 @@ class ReplayCache:
         self._keep_s = 2 * window_s + 1
         self._capacity = capacity
         self._on_full = on_full
+        self._is_used = False
         self._young: set[tuple[str, str]] = set()
         self._old: set[tuple[str, str]] = set()
         self._turn_at = mono + self._keep_s
@@ -62,10 +63,11 @@ class ReplayCache:
         """
         if window_s == self._window_s:
             return
-        self._window_before_s, self._resized_at = self.window(mono), mono
-        # What is there now is kept as the wider of the two windows wants it.
+        # A cache that has never held anything has forgotten nothing.
+        self._window_before_s, self._resized_at = self.window(mono) if self._is_used else window_s, mono
+        # What is there now is kept as the wider of the two windows wants it, and as any change before has promised.
         keep_s = 2 * window_s + 1
-        self._turn_at = mono + max(keep_s, self._keep_s)
+        self._turn_at = max(self._turn_at, mono + max(keep_s, self._keep_s))
         self._window_s, self._keep_s = window_s, keep_s
 
     def enter(self, key_id: str, message_id: str, mono: float) -> None:
@@ -80,6 +82,7 @@ class ReplayCache:
             self._old = self._young if mono < self._turn_at + self._keep_s else set()
             self._young = set()
             self._turn_at = mono + self._keep_s
+        self._is_used = True
         entry = (key_id, message_id)
         if entry in self._young or entry in self._old:
             raise Replay("this request was seen before")

@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from s2s.clock import Clock
+from s2s.clock import Clock, Timer
 from s2s.errors import DatabaseError
 from s2s.store.pool import Database
 
@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 #: Beside the tables' NOTIFY, which can be lost.
 POLL_S: Final = 30.0
+#: After a read that failed.
+RETRY_S: Final = 1.0
 
 
 class Reread(Generic[T]):
@@ -43,8 +45,10 @@ class Reread(Generic[T]):
         self._took = took
         self._is_reading = False
         self._waiters: list[Deferred[None]] = []
+        self._clock = clock
         self._poll = task.LoopingCall(self.changed)
         self._poll.clock = clock.scheduler
+        self._retry: Timer | None = None
 
     def start(self) -> Deferred[None]:
         """Read now, and now and then.
@@ -58,6 +62,8 @@ class Reread(Generic[T]):
         """Poll no more."""
         if self._poll.running:
             self._poll.stop()
+        if self._retry is not None and self._retry.active():
+            self._retry.cancel()
 
     def changed(self) -> None:
         """It may have changed: read it soon."""
@@ -85,6 +91,8 @@ class Reread(Generic[T]):
         # What changed after that read began is not in it.
         if self._waiters:
             self._begin()
+        elif isinstance(outcome, Failure) and self._poll.running:
+            self._retry = self._clock.scheduler.callLater(RETRY_S, self.changed)
         for waiter in waiters:
             if isinstance(outcome, Failure):
                 waiter.errback(outcome)

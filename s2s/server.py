@@ -112,7 +112,7 @@ class Server(Role):
         self.factory.configure(number)
         self._executor.batch_size = number("executor.batch_size")
         interval_s = number("server.sweep_interval_s")
-        if self._sweeping.interval != interval_s:
+        if self._sweeping.interval != interval_s and not self._is_draining:
             if self._sweeping.running:
                 self._sweeping.stop()
             self._sweeping.start(interval_s, now=False)

@@ -37,7 +37,6 @@ class Steerer:
         self._boot_id = boot_id
         self._is_taking = self._is_woken = False
         self._is_showing = self._is_changed = False
-        self._shown: list[LinkRow] = []
         self._polling = task.LoopingCall(self.wake)
         self._showing = task.LoopingCall(self.links_changed)
         self._polling.clock = self._showing.clock = clock.scheduler
@@ -96,7 +95,8 @@ class Steerer:
     async def _steer(self, asked: Steering) -> None:
         is_ok: bool | None = None
         payload: Mapping[str, Any]
-        link = next((link for link in self._links.engines if _name(link) == asked.engine), None)
+        # Of two links of one name the newer one: the older may be dead, and not known to be.
+        link = next((link for link in reversed(self._links.engines) if _name(link) == asked.engine), None)
         try:
             if link is None:
                 payload = {"message": "the link was lost before the request was sent"}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import psycopg2
-from twisted.internet.defer import Deferred, fail
+from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock as FakeClock
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.clock import Clock
 from s2s.config import LiveConfig
 from s2s.errors import DatabaseUnavailable, OperatorError
-from s2s.reread import POLL_S
+from s2s.reread import POLL_S, RETRY_S
 from s2s.settings import BY_KEY, SETTINGS
 from s2s.store import config as table
 from s2s.store.config import Snapshot
@@ -127,13 +128,17 @@ class TableTests(DatabaseTestCase):
 
 
 class _FakeDatabase:
-    """Answers with what the test says, when it says so."""
+    """Answers with what the test says, when it says so.
+
+    :ivar make: makes the answer to the next read.
+    """
 
     def __init__(self) -> None:
         self.reads: list[Deferred[Any]] = []
+        self.make: Callable[[], Deferred[Any]] = Deferred
 
     def run(self, work: Any, *args: Any) -> Deferred[Any]:
-        self.reads.append(Deferred())
+        self.reads.append(self.make())
         return self.reads[-1]
 
 
@@ -190,11 +195,17 @@ class LiveConfigTests(SynchronousTestCase):
 
     def test_poll(self) -> None:
         """It looks by itself now and then, in case a NOTIFY was lost, until it is stopped."""
-        self.database.run = lambda *_: (
-            self.database.reads.append(fail(DatabaseUnavailable(""))) or self.database.reads[-1]
-        )  # type: ignore[method-assign,func-returns-value,assignment]
+        self.database.make = lambda: fail(DatabaseUnavailable(""))
         self.config.start()
-        self.time.pump([POLL_S] * 3)
+        self.assertEqual(len(self.database.reads), 1)
+        # What has failed is tried again soon.
+        self.time.advance(RETRY_S)
+        self.assertEqual(len(self.database.reads), 2)
+        self.database.make = lambda: succeed(Snapshot(1, {"relay.window": 9}))
+        self.time.advance(RETRY_S)
+        self.time.pump([RETRY_S] * 5)
+        self.assertEqual(len(self.database.reads), 3)
+        self.time.advance(POLL_S)
         self.assertEqual(len(self.database.reads), 4)
         self.config.stop()
         self.time.advance(POLL_S)

@@ -203,6 +203,16 @@ class ControlTests(RoleTestCase):
         self.role.assert_ended_well()
 
     @inlineCallbacks
+    def test_no_grace(self):
+        """A shutdown without any grace is acked too, before the link is closed."""
+        peer = self.linked()
+        self.started(peer)
+        self.assertEqual(peer.call(SHUTDOWN, {"grace_ms": 0, **WHY})["state"], "draining")
+        peer.rest()
+        yield self.ended()
+        self.role.assert_ended_well()
+
+    @inlineCallbacks
     def test_sigterm_flushes(self):
         """SIGTERM is a shutdown: what waits in the outbox is sent before the end."""
         peer = self.linked()
@@ -244,6 +254,25 @@ class ControlTests(RoleTestCase):
             self.assertEqual(peer.rest(), [])
         self.assertTrue(self.role.is_running)
         self.assertEqual(self.execute("select wanted from engines"), [("running",)])
+
+    @inlineCallbacks
+    def test_recorded_before_a_restart(self):
+        """What a process has obeyed, or was held back from it, is worth nothing to the next one, however soon."""
+        for is_obeyed in (False, True):
+            first = self.linked()
+            self.started(first)
+            frame = first.frame(RESUME, WHY)
+            if is_obeyed:
+                first.write(frame)
+                first.until(lambda each: each["type"] == "s2s.ack")
+            self.role.kill()
+            yield self.role.start()
+            first.close()
+            peer = self.linked()
+            peer.write(frame)
+            self.assertEqual(peer.refusal()["payload"]["code"], "replay")
+            self.assertEqual(peer.rest(), [])
+            self.linked().close()
 
     def test_unsigned(self):
         """A shutdown that is unsigned, changed, reflected or before the proof is not obeyed."""

@@ -104,6 +104,28 @@ class AwayTests(TestCase):
         # Of all these refusals the log has a line a second at most.
         self.assertLess(len(self.server.lines("db_unavailable")), AWAY_S + 3)
 
+    @inlineCallbacks
+    def test_hung(self):
+        """A database that hangs holds neither role beyond its grace; both end with exit code 0, and nothing is lost."""
+        peer = self.server.connect(name="watcher")
+        self.addCleanup(peer.close)
+        peer.greet()
+        self.execute("insert into outbox (cmd_type, idem_key, payload) values ('no.such', 'k', '{}')")
+        yield deferToThread(self.cluster.freeze)
+        try:
+            peer.send(PUSH, command("into the void"))
+            self.assertEqual(peer.call(CHECK, {})["role"], "server")
+            began = time.monotonic()
+            for role in (self.server, self.engine):
+                role.terminate()
+            yield poll(lambda: not (self.server.is_running or self.engine.is_running), "both have ended", timeout=20)
+            self.assertLess(time.monotonic() - began, 12)
+        finally:
+            self.cluster.thaw()
+        for role in (self.server, self.engine):
+            role.assert_ended_well()
+        self.assertEqual(self.count("outbox"), 1)
+
     def nudge(self, peer: Any) -> bool:
         """Give it something to do with the database, which shows it that it is back."""
         peer.call(PUSH, command("nudge"))

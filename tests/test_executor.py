@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import psycopg2
+from twisted.internet import reactor
+from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -58,6 +60,8 @@ def _misbehave(txn: Cursor, command: Command, before: Callable[[], None]) -> Non
                 txn.execute("rollback to savepoint mine")
         case "deadlock":
             txn.execute("do $$ begin raise exception 'mutual' using errcode = 'deadlock_detected'; end $$")
+        case "rollback":
+            txn.execute("rollback")
         case "mask":
             try:
                 before()
@@ -324,9 +328,60 @@ class ExecutorTests(DatabaseTestCase):
         self.start()
         await self.until("done", "a", "b")
         self.execute("update commands set attempts = 9, due_at = now() where idem_key = 'bad'")
+        # Others that come meanwhile, and go before it, do not save it.
+        for number in range(30):
+            self.insert(f"urgent {number}", priority=0)
+            await self.until("done", f"urgent {number}")
         await self.until("dead", "bad")
-        self.assertEqual(sorted(self.effects()), ["a", "b"])
-        self.assertEqual(self.execute("select attempts from commands where idem_key <> 'bad' and attempts > 1"), [])
+        self.assertEqual(sorted(self.effects())[:2], ["a", "b"])
+        self.assertEqual(len(self.effects()), 32)
+        self.assertEqual(self.execute("select idem_key from commands where idem_key <> 'bad' and attempts > 0"), [])
+
+    async def test_a_handler_that_ends_the_transaction(self) -> None:
+        """A handler that rolls the transaction back is charged, and what its neighbours did is not lost."""
+        self.insert("a", "b")
+        self.insert("bad", do="rollback")
+        self.insert("c")
+        self.start()
+        await self.until("done", "a", "b", "c", rush=True)
+        self.assertEqual(sorted(self.effects()), ["a", "b", "c"])
+        self.assertEqual(self.attempts()["bad"] > 0, True)
+        self.flushLoggedErrors()
+
+    async def test_what_is_locked_holds_up_nobody(self) -> None:
+        """Commands that somebody has locked are left alone, without a busy loop, and others run."""
+        self.insert("held", "held too", attempts=1)
+        holding = psycopg2.connect(self.url)
+        self.addCleanup(holding.close)
+        holding.cursor().execute("select * from commands for update")
+        self.insert("a", "b", attempts=1)
+        self.start(workers=2)
+        await self.until("done", "a", "b")
+        before = self.database_calls()
+        await deferLater(reactor, 0.5)
+        self.assertLess(self.database_calls() - before, 60)
+        holding.rollback()
+        await self.until("done", "held", "held too")
+
+    def database_calls(self) -> int:
+        """Count the transactions that this database has seen."""
+        self.execute("select pg_stat_clear_snapshot()")
+        return int(self.execute("select xact_commit from pg_stat_database where datname = current_database()")[0][0])
+
+    async def test_what_a_hung_process_has_in_hand(self) -> None:
+        """A note that overstays is charged though its process lives, unless its commands are locked."""
+        self.insert("a", "b")
+        self.note("hung", "a", "b")
+        self.be_present("hung")
+        self.patch(notes, "OVERSTAY_S", 1.0)
+        self.start()
+        self.be_present("boot-1")
+        await self.until("done", "a", "b", rush=True)
+        self.assertEqual(self.attempts(), {"a": 1, "b": 1})
+        self.assertEqual(
+            self.execute("select distinct error from commands"),
+            [("Stuck: the process did not finish this command's batch in time",)],
+        )
 
     async def test_a_lost_connection_that_a_handler_makes_its_own(self) -> None:
         """A handler that turns the loss of the connection into an exception of its own is not charged either."""

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s import commands, jobs, plugins
+from s2s import commands, discovery, jobs, plugins
 from s2s.catalogue.schema import Schema
 from s2s.cli.plugins import plugins as console_command
 from s2s.discovery import Found, discover
@@ -180,6 +180,18 @@ class DiscoveryTests(DiscoveryTestCase):
         self.assertEqual(job_names, ["bell.toll", "last.toll"])
         complained = {name for name in _BROKEN for said in found.complaints if f"s2s.plugins.{name}" in said}
         self.assertEqual(complained, set(_BROKEN))
+
+    def test_a_directory_that_may_not_be_read(self) -> None:
+        """Where the directories cannot be listed, that is a line, and what comes with s2s is there."""
+
+        def fail(_: str) -> None:
+            raise PermissionError(13, "Permission denied", "/some/where")
+
+        self.patch(discovery, "getModule", fail)
+        found = discover()
+        self.assertIn("notice.publish", found.commands)
+        self.assertEqual(len(found.complaints), 1)
+        self.assertIn("/some/where", found.complaints[0])
 
     def test_the_first_keeps_the_name(self) -> None:
         """Of two plug-ins of one name that of the first module stays."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
@@ -67,6 +69,42 @@ class ReplayCacheTests(SynchronousTestCase):
             else:
                 self.assertGreater(now - seen.get(number, -1e9), 2 * _W)
                 seen[number] = now
+
+    def test_no_resize_makes_a_replay_fresh(self) -> None:
+        """However the window changes, what is fresh and was seen is refused, dated and played at the window's edges."""
+        for seed in range(1500):
+            dice = random.Random(seed)
+            cache = ReplayCache(0.0, dice.choice((5, 30, 300, 900)))
+            first = dice.uniform(0, 1000)
+            steps = [(dice.uniform(0, 1500), "enter") for _ in range(6)]
+            steps += [(first + dice.uniform(0, 10 if seed % 2 else 1500), "resize") for _ in range(dice.randint(0, 5))]
+            steps += [(dice.uniform(0, 4000), "other") for _ in range(20)]
+            steps += [(dice.uniform(0, 3000), "replay") for _ in range(40)]
+            seen: list[tuple[str, float]] = []
+            for at, step in sorted(steps):
+                window = int(cache.window(at))
+                if step == "resize":
+                    cache.resize(dice.choice((5, 6, 10, 30, 100, 300, 900)), at)
+                elif step == "other":
+                    cache.enter("other", str(at), at)
+                elif step == "enter":
+                    cache.enter("k", str(at), at)
+                    seen.append((str(at), int(at) + dice.choice((window, -window, dice.randint(-window, window)))))
+                else:
+                    for number, ts in seen:
+                        if abs(int(at) - ts) <= window:
+                            self.assertRaises(Replay, cache.enter, "k", number, at)
+
+    def test_the_first_resize(self) -> None:
+        """A cache that has held nothing takes its window at once; one that was used widens a second each second."""
+        cache = ReplayCache(0.0, 300)
+        cache.resize(900, 0.0)
+        self.assertEqual(cache.window(0.0), 900)
+        cache.enter("k", "a", 1.0)
+        cache.resize(100, 10.0)
+        self.assertEqual(cache.window(10.0), 100)
+        cache.resize(300, 20.0)
+        self.assertEqual([cache.window(at) for at in (20.0, 120.0, 220.0, 999.0)], [100, 200, 300, 300])
 
     def test_a_flood_pushes_nothing_out(self) -> None:
         """At capacity further requests are overloaded, told how long to wait, and what was seen stays seen."""

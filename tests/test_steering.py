@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
+from click.testing import CliRunner
 from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.threads import deferToThread
 
+from s2s.cli import main
+from s2s.cli.engine import GONE_S
 from s2s.store import engines, steering
 from s2s.store.engines import LinkRow
 from s2s.store.pool import blocking
-from tests.support.peer import CHECK, Peer
+from tests.support.peer import CHECK, K1, Key, Peer
 from tests.support.roles import Engine, RoleTestCase, Server
 from tests.support.waiting import poll
 from tests.test_cli import CliTestCase
@@ -106,9 +111,9 @@ class SteeringTests(RoleTestCase, CliTestCase):
         self.assertEqual(peer.request("s2s.config.bump")["payload"], {"version": 1})
         self.assertEqual([], [each for each in self.peers(config_version=1) if each == "s2s.config.bump"])
 
-    def peer(self, **health: Any) -> Peer:
+    def peer(self, key: Key = K1, **health: Any) -> Peer:
         """Link an engine of ours."""
-        peer = self.server_role.connect(name="engine-9")
+        peer = self.server_role.connect(name="engine-9", key=key)
         self.addCleanup(peer.close)
         said = peer.serves[CHECK]
         peer.serves[CHECK] = lambda payload: {**said(payload), **health}
@@ -140,12 +145,37 @@ class SteeringTests(RoleTestCase, CliTestCase):
         self.assertEqual(code, 1)
         self.assertIn("engine-9 did not answer, the outcome is unknown: the link ended", output)
 
+    @inlineCallbacks
+    def test_a_server_that_dies_with_it(self):
+        """A server that took a request and is gone is not waited for; what became of it is unknown, and it says so."""
+        self.server_role = self.server()
+        yield self.server_role.start()
+        peer = self.peer(config_version=0)
+        asking = self.in_thread("engine", "pause", "engine-9")
+        peer.request("s2s.engine.pause")
+        began = time.monotonic()
+        self.server_role.kill()
+        code, output = yield asking
+        self.assertEqual(code, 1)
+        self.assertIn("the outcome is unknown: the server that took the request did not report", output)
+        self.assertLess(time.monotonic() - began, GONE_S + 5)
+
+    @inlineCallbacks
+    def test_the_newer_of_two_links(self):
+        """Of two links of one name, as after a rotation with the older one half open, the newer one is asked."""
+        self.add_key(other := Key("k2", K1.key_b64))
+        self.server_role = self.server()
+        yield self.server_role.start()
+        old = self.peer(config_version=0)
+        new = self.peer(key=other, config_version=0)
+        asking = self.in_thread("engine", "pause", "engine-9")
+        new.reply(new.request("s2s.engine.pause"), "s2s.ack", {"ok": True, "state": "paused"})
+        result = yield asking
+        self.assertEqual(result, (0, "engine-9: paused\n"))
+        old.close()
+
     def in_thread(self, *argv: str) -> Deferred[Any]:
         """Run a command line beside us."""
-        from click.testing import CliRunner
-        from twisted.internet.threads import deferToThread
-
-        from s2s.cli import main
 
         def run() -> tuple[int, str]:
             result = CliRunner(env={"S2S_DATABASE_URL": self.url}).invoke(main, list(argv))

@@ -25,6 +25,43 @@ def _one(txn: driver.Cursor, statement: str, *params: Any) -> Any:
     return txn.fetchone()[0] if txn.description else None
 
 
+class TellingTests(DatabaseTestCase):
+    """:func:`s2s.store.driver.told`."""
+
+    def test_libpqs_own(self) -> None:
+        """An error that is not the server's is one of the connection, though psycopg2 may not know it yet."""
+        connection = psycopg2.connect(self.url)
+        self.addCleanup(connection.close)
+        for error in (
+            psycopg2.DatabaseError("server closed the connection unexpectedly"),
+            psycopg2.OperationalError("server closed the connection unexpectedly"),
+            psycopg2.InterfaceError("connection already closed"),
+            psycopg2.OperationalError("SSL SYSCALL error: EOF detected"),
+        ):
+            told = driver.told(error, connection)
+            self.assertIsInstance(told, DatabaseUnavailable)
+        with self.assertRaises(psycopg2.Error) as caught:
+            connection.cursor().execute("select 1 / 0")
+        self.assertIsInstance(driver.told(caught.exception, connection), StatementRefused)
+        self.assertIsInstance(driver.told(psycopg2.ProgrammingError("can't adapt"), connection), StatementRefused)
+
+    def test_what_is_lost(self) -> None:
+        """A transaction is lost with its connection, and when somebody in it has ended it."""
+        connection = psycopg2.connect(self.url)
+        self.addCleanup(connection.close)
+        txn = connection.cursor()
+        txn.execute("select 1")
+        self.assertFalse(driver.is_lost(txn))
+        txn.execute("commit")
+        self.assertTrue(driver.is_lost(txn))
+        connection.rollback()
+        txn.execute("select pg_backend_pid()")
+        self.execute("select pg_terminate_backend(%s)", *txn.fetchone())
+        with self.assertRaises(psycopg2.Error):
+            txn.execute("select 1")
+        self.assertTrue(driver.is_lost(txn))
+
+
 class UrlTests(SynchronousTestCase):
     """Reading a database URL."""
 

@@ -14,14 +14,16 @@ import click
 
 from s2s.catalogue import BY_NAME, HEALTH_CHECK, PAUSE, RESUME, SHUTDOWN, SWEEP
 from s2s.cli.common import actor, database_options, json_option, one_line_errors, show, transaction
-from s2s.errors import OperatorError, harmless
-from s2s.store import driver, engines, steering
+from s2s.errors import DatabaseUnavailable, OperatorError, harmless
+from s2s.store import driver, engines, notes, steering
 from s2s.store.driver import Cursor
 from s2s.store.steering import Answer
 
 #: Seconds within which a server must take a request, and then has for the engine's answer.
 TAKE_S: Final = 3.0
 ANSWER_S: Final = 35.0
+#: After so many seconds a server that took it and is gone is not waited for.
+GONE_S: Final = 6.0
 _LOOK_S: Final = 0.05
 
 
@@ -103,10 +105,17 @@ def _command(name: str, type: str, help_text: str, *options: Any) -> None:
         wrong = BY_NAME[type].request_schema.explain(said, "")
         if wrong is not None:
             raise OperatorError(f"{wrong[0].lstrip('/')}: {wrong[1]}")
-        with transaction(database, state_dir) as txn:
-            target = engine_name or _only(txn)
-            request_id = steering.ask(txn, target, type, said, actor(), TAKE_S)
-            ack = _ack(target, _wait(txn, [request_id])[request_id])
+        is_asked = False
+        try:
+            with transaction(database, state_dir) as txn:
+                target = engine_name or _only(txn)
+                request_id = steering.ask(txn, target, type, said, actor(), TAKE_S)
+                is_asked = True
+                ack = _ack(target, _wait(txn, [request_id])[request_id])
+        except DatabaseUnavailable as error:
+            if is_asked:
+                raise OperatorError(f"the database was lost, and the outcome is unknown: {error}") from None
+            raise
         click.echo(json.dumps({"engine": target, **ack}, indent=2) if as_json else f"{target}: {_told(ack)}")
 
     for option in (*options, click.argument("engine_name", metavar="[NAME]", required=False)):
@@ -162,8 +171,10 @@ def _wait(txn: Cursor, request_ids: list[int]) -> dict[int, Answer]:
         if waited_s > TAKE_S:
             untaken = [request_id for request_id, answer in found.items() if not answer.is_taken]
             withdrawn.update(request_id for request_id in untaken if steering.withdraw(txn, request_id))
-        driver.commit(txn.connection)
         waiting = [request_id for request_id, answer in found.items() if not answer.is_over]
+        if waited_s > GONE_S:
+            waiting = [request_id for request_id in waiting if notes.is_present(txn, found[request_id].taken_by or "")]
+        driver.commit(txn.connection)
         if withdrawn.issuperset(waiting) or waited_s > TAKE_S + ANSWER_S:
             return found
         time.sleep(_LOOK_S)

@@ -28,7 +28,7 @@ class ICommandType(Interface):  # type: ignore[misc]
         """Do one command's work in the transaction that marks it as done; raise to have all of it undone and retried.
 
         It runs in a thread. What it does outside this database may happen more than once: ``command.idem_key`` is for
-        telling.
+        telling. It never commits or rolls back, since others' work is in the same transaction; savepoints are fine.
         """
 
     def run_batch(txn: Cursor, commands: Sequence[Command]) -> None:  # noqa: N805

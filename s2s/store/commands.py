@@ -188,6 +188,7 @@ cross join lateral (
     where status = 'ready' and priority = p.priority and due_at <= now()
         and cmd_id not in (select unnest(cmd_ids) from batch_notes)
     order by due_at, cmd_id limit %s
+    for update skip locked -- what somebody holds cannot be run, and must not be claimed over and over
 ) c
 limit %s
 """  # noqa: S608
@@ -203,7 +204,7 @@ cross join lateral (
 
 
 def candidates(txn: Cursor, limit: int) -> list[tuple[int, int]]:
-    """Find the commands to run next that nobody has noted: ``(cmd_id, attempts)`` in run order. Locks nothing."""
+    """Find and lock the commands to run next that nobody has noted or locked: ``(cmd_id, attempts)`` in run order."""
     txn.execute(_CANDIDATES, (limit, limit))
     return txn.fetchall()
 

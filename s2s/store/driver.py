@@ -12,6 +12,7 @@ import orjson
 import psycopg2
 import psycopg2.extras
 from psycopg2.extensions import (
+    TRANSACTION_STATUS_IDLE,
     TRANSACTION_STATUS_INERROR,
     TRANSACTION_STATUS_UNKNOWN,
     connection,
@@ -84,7 +85,7 @@ def told(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError
     """
     state = error.pgcode or ""
     text = (error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()[0]
-    if conn is None or is_broken(conn) or _PASSING.match(state):
+    if conn is None or is_broken(conn) or is_of_the_connection(error) or _PASSING.match(state):
         return DatabaseUnavailable(text)
     return StatementRefused(text, error.diag.constraint_name)
 
@@ -94,9 +95,18 @@ def is_broken(conn: Connection) -> bool:
     return bool(conn.closed) or conn.info.transaction_status == TRANSACTION_STATUS_UNKNOWN
 
 
+def is_of_the_connection(error: BaseException) -> bool:
+    """Whether an error is libpq's own and not the server's: it may come before the connection is known to be broken.
+
+    psycopg2 has a class of its own for none of them; what it says of Python's values is always a ``ProgrammingError``.
+    """
+    libpqs = (psycopg2.DatabaseError, psycopg2.OperationalError, psycopg2.InterfaceError)
+    return isinstance(error, psycopg2.Error) and type(error) in libpqs and not error.pgcode
+
+
 def is_lost(txn: Cursor) -> bool:
-    """Whether the connection under this transaction broke: then no failure in it is the caller's own."""
-    return is_broken(txn.connection)
+    """Whether this transaction is no more: its connection broke, or somebody in it has ended it."""
+    return is_broken(txn.connection) or txn.connection.info.transaction_status == TRANSACTION_STATUS_IDLE
 
 
 def commit(conn: Connection) -> None:

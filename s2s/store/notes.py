@@ -21,7 +21,7 @@ process that stops in a hurry could not strike it (:func:`strike_all`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Set
+from collections.abc import Container, Set
 from datetime import datetime
 from typing import Final, NamedTuple
 
@@ -31,6 +31,9 @@ from s2s.store.driver import Cursor, lock_key
 _CLAIMING: Final = lock_key("claiming")
 _REAPING: Final = lock_key("reaping")
 _DIED: Final = "ProcessDied: the process ended while this command's batch ran"
+_STUCK: Final = "Stuck: the process did not finish this command's batch in time"
+#: Seconds that a note may stand while nothing of it is locked: longer than the database lets any transaction idle.
+OVERSTAY_S: Final = 90.0
 
 
 class Note(NamedTuple):
@@ -62,11 +65,23 @@ def presence_key(boot_id: str) -> int:
     return lock_key(f"presence {boot_id}")
 
 
-def claim(txn: Cursor, boot_id: str, worker: int, limit: int) -> list[int]:
+def is_present(txn: Cursor, boot_id: str) -> bool:
+    """Whether the process ``boot_id`` holds its presence lock now."""
+    txn.execute(
+        "select from pg_locks where locktype = 'advisory' and objsubid = 1 and granted"
+        " and classid::bigint << 32 | objid::bigint = %s"
+        " and database = (select oid from pg_database where datname = current_database())",
+        (presence_key(boot_id),),
+    )
+    return txn.rowcount > 0
+
+
+def claim(txn: Cursor, boot_id: str, worker: int, limit: int, suspects: Container[int] = ()) -> list[int]:
     """Choose a worker's next batch and note it. Its transaction must be committed before the batch runs.
 
     A command that failed before runs alone, so that what it does wrong it does to itself.
 
+    :param suspects: commands that are to run alone too.
     :returns: the cmd_ids in run order, none of them in another note.
     """
     # Before the lock that everybody needs: a lost connection of ours may still hold the note.
@@ -75,7 +90,7 @@ def claim(txn: Cursor, boot_id: str, worker: int, limit: int) -> list[int]:
     # process, and when the database dies nobody is charged.
     txn.execute("set local synchronous_commit = off; select pg_advisory_xact_lock(%s)", (_CLAIMING,))
     found = commands.candidates(txn, limit)
-    fresh = itertools.takewhile(lambda one: one[1] == 0, found)
+    fresh = itertools.takewhile(lambda one: one[1] == 0 and one[0] not in suspects, found)
     cmd_ids = [cmd_id for cmd_id, _ in fresh] or [cmd_id for cmd_id, _ in found[:1]]
     if cmd_ids:
         txn.execute(
@@ -104,13 +119,18 @@ def strike_all(txn: Cursor, boot_id: str) -> None:
 def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Note]) -> Look:
     """Look for the notes of dead processes, and charge one attempt to each command of those that are sure by now.
 
-    :param boot_id: our own, which is never reaped.
+    So is what a living process has in hand for longer than any transaction lasts, ourselves among them: a handler that
+    hangs must not hold what was noted with it. Who still works has its commands locked, and is left alone.
+
+    :param boot_id: our own.
     :param presence: our presence at the looks that made sure; with another one now nobody is charged.
     :param sure: the notes that were seen with a free lock long enough ago.
     """
     # The notes before the locks: a process takes its lock before it notes anything.
-    txn.execute("select boot_id, worker, noted_at from batch_notes where boot_id <> %s", (boot_id,))
-    others = [Note(*row) for row in txn]
+    txn.execute(
+        "select boot_id, worker, noted_at, noted_at < now() - %s * interval '1 second' from batch_notes", (OVERSTAY_S,)
+    )
+    notes = {Note(*row): is_over for *row, is_over in txn}
     txn.execute(
         "select l.classid::bigint << 32 | l.objid::bigint, a.backend_start"
         " from pg_locks l left join pg_stat_activity a using (pid)"
@@ -121,12 +141,20 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Note]) 
     now = held.get(presence_key(boot_id))
     if now is None:
         return Look(None)
-    forsaken = {note for note in others if presence_key(note.boot_id) not in held}
-    if now != presence or not forsaken & sure or not _is_alone(txn):
+    forsaken = {note for note in notes if note.boot_id != boot_id and presence_key(note.boot_id) not in held}
+    dead = dict.fromkeys(forsaken & sure, _DIED)
+    # Only where the database was there all the time: after a restart a note is as old as the outage was long.
+    stuck = {note: _STUCK for note, is_over in notes.items() if is_over and _is_older(txn, now)}
+    guilty = {**stuck, **dead}
+    if now != presence or not guilty or not _is_alone(txn):
         return Look(now, forsaken)
-    charged = [cmd_id for note in forsaken & sure for cmd_id in _reap(txn, note)]
-    dead = commands.charge(txn, [(cmd_id, _DIED) for cmd_id in charged])
-    return Look(now, forsaken, len(charged), dead)
+    charged = [(cmd_id, why) for note, why in guilty.items() for cmd_id in _reap(txn, note)]
+    return Look(now, forsaken, len(charged), commands.charge(txn, charged))
+
+
+def _is_older(txn: Cursor, presence: datetime) -> bool:
+    txn.execute("select %s < now() - %s * interval '1 second'", (presence, OVERSTAY_S))
+    return bool(txn.fetchone() == (True,))
 
 
 def _is_alone(txn: Cursor) -> bool:

@@ -6,7 +6,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Final, TypeVar, cast
 
 import psycopg2
@@ -16,7 +16,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from s2s.errors import DatabaseUnavailable
+from s2s.errors import DatabaseUnavailable, S2SError
 from s2s.limits import Counters
 from s2s.store import driver
 from s2s.store.driver import Connection, Cursor
@@ -126,7 +126,7 @@ class Database:
         """
 
         def in_thread() -> T:
-            with blocking(self._url, "s2s last", statement_timeout_s=LAST_S, connect_timeout_s=LAST_S) as txn:
+            with self._last_words() as txn:
                 return work(txn, *args)
 
         outcome: Deferred[T] = threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), in_thread)
@@ -184,12 +184,16 @@ class Database:
 
     def _cancel(self, pool: Any) -> None:
         """Cancel in a thread of its own, again and again: another statement may follow the one that was cancelled."""
+        # Not by psycopg2's own cancel(): it keeps the whole interpreter waiting for a database that hangs.
         deadline = time.monotonic() + CANCEL_S
         while self._unfinished and time.monotonic() < deadline:
-            for conn in list(pool.connections.values()):
-                with suppress(psycopg2.Error):
-                    conn.cancel()
+            pids = [conn.info.backend_pid for conn in list(pool.connections.values()) if not conn.closed]
+            with suppress(S2SError), self._last_words() as txn:
+                txn.execute("select pg_cancel_backend(pid) from unnest(%s::int[]) as pid", (pids,))
             time.sleep(_CANCEL_AGAIN_S)
+
+    def _last_words(self) -> AbstractContextManager[Cursor]:
+        return blocking(self._url, "s2s last", statement_timeout_s=LAST_S, connect_timeout_s=LAST_S)
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 
@@ -211,10 +215,12 @@ class Database:
             self._go_on()
             driver.commit(conn)
         except BaseException as error:
-            _roll_back(pool, conn)
+            is_broken = _roll_back(conn) or driver.is_of_the_connection(error)
+            if is_broken:
+                pool.disconnect(conn)
             self._go_on()
             failed = driver.told(error, conn) if isinstance(error, psycopg2.Error) else None
-            if driver.is_broken(conn):
+            if is_broken:
                 # Whatever the work made of it.
                 failed = failed or DatabaseUnavailable("the connection broke")
                 self._reactor.callFromThread(self._tell, True, str(failed))
@@ -252,12 +258,11 @@ class Database:
         self.is_away = is_away
 
 
-def _roll_back(pool: Any, conn: Connection) -> None:
-    """Roll back; a connection that cannot is dropped, and the thread's next use opens another one."""
+def _roll_back(conn: Connection) -> bool:
+    """Roll back: whether the connection is of no more use."""
     with suppress(psycopg2.Error):
         conn.rollback()
-    if driver.is_broken(conn):
-        pool.disconnect(conn)
+    return driver.is_broken(conn)
 
 
 def _hangs(_: object, __: float) -> Failure:

@@ -36,16 +36,21 @@ class Steering:
 class Answer:
     """How far a request is.
 
-    :param is_taken: a server has sent it, or is about to.
+    :param taken_by: the ``boot_id`` of the server that has sent it, or is about to.
     :param is_over: it has been answered, or the server that took it knows no answer.
     :param is_ok: the answer is the reply's payload and no refusal; ``None``: there is none.
     :param answer: the payload of the reply, or of the ``s2s.error``; ``message`` alone where nothing came.
     """
 
-    is_taken: bool
+    taken_by: str | None
     is_over: bool
     is_ok: bool | None
     answer: dict[str, Any] | None
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether a server has sent it, or is about to."""
+        return self.taken_by is not None
 
 
 def ask(txn: Cursor, engine: str, type: str, payload: Mapping[str, Any], actor: str, patience_s: float) -> int:
@@ -87,8 +92,7 @@ def answer(txn: Cursor, request_id: int, is_ok: bool | None, payload: Mapping[st
 def look(txn: Cursor, request_ids: Sequence[int]) -> dict[int, Answer]:
     """See how far requests are."""
     txn.execute(
-        "select request_id, taken_by is not null, answered_at is not null, is_ok, answer from steering"
-        " where request_id = any(%s)",
+        "select request_id, taken_by, answered_at is not null, is_ok, answer from steering where request_id = any(%s)",
         (list(request_ids),),
     )
     return {row[0]: Answer(*row[1:]) for row in txn}

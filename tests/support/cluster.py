@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import psycopg2
 
 from s2s import postmaster
@@ -40,6 +42,21 @@ class Cluster:
         if running is not None and self._process is not None:
             self._process.send_signal(3)  # SIGQUIT: an immediate shutdown, as a crash would be
             self._process.wait(20)
+
+    def freeze(self) -> None:
+        """Let it stand still: connections stay, and nothing answers."""
+        self._frozen = [process for process in self._processes() if not process.suspend()]
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        for process in self._frozen:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    def _processes(self) -> list[psutil.Process]:
+        assert self._process is not None
+        first = psutil.Process(self._process.pid)
+        return [first, *first.children(recursive=True)]
 
     def remove(self) -> None:
         """Stop it for good."""
