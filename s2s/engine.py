@@ -96,7 +96,7 @@ class Engine(Role):
             "engine", dispatcher, basis.live_keys, clock, self, basis.bounds, counters=basis.counters
         )
         basis.live_keys.watchers.append(
-            lambda keyring: self.factory.drop_revoked([self._link] if self._link else [], keyring)
+            lambda keyring: self.factory.drop_revoked([self._connected] if self._connected else [], keyring)
         )
         endpoint = _TellingEndpoint(connect, described)
         self._client = ClientService(endpoint, self.factory, retryPolicy=self._backoff, clock=clock.scheduler)  # type: ignore[arg-type]

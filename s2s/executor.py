@@ -12,29 +12,24 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, Final
 
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
-from twisted.internet.task import LoopingCall, deferLater
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from s2s.commands import Command, CommandType
 from s2s.errors import DatabaseUnavailable
+from s2s.reaper import Reaper
 from s2s.store import commands as table
 from s2s.store import notes
 from s2s.store.driver import Cursor, is_lost, savepoint
-from s2s.store.notes import Note
 from s2s.store.pool import Database
 
 #: Seconds between two looks at the table when nothing wakes us, and between two tries when the database is away.
 POLL_S: Final = 1.0
 #: Seconds between two looks whether our presence lock is back.
 ABSENT_S: Final = 0.25
-#: Seconds between two looks for the notes of processes that are gone.
-REAP_S: Final = 5.0
-#: Seconds that a note must have been without its process to be charged.
-SURE_S: Final = 10.0
 #: Seconds that a command waits whose handler is gone.
 ORPHANED_S: Final = 60.0
 #: A command that has lost its connection so often, alone, is charged for it.
@@ -99,11 +94,7 @@ class Executor:
         self._is_woken = False
         self._asleep: list[Deferred[None]] = []
         self._running: list[Deferred[None]] = []
-        self._reaping = LoopingCall(self._reap)
-        self._reaping.clock = clock
-        #: Notes whose process seems to be gone, and the second since when, under one and the same presence of ours.
-        self._forsaken: dict[Note, float] = {}
-        self._presence: datetime | None = None
+        self._reaper = Reaper(database, boot_id, self._charged, clock)
         #: How often the connection was lost under each command, since it ran last.
         self._losses: Counter[int] = Counter()
         self._orphans_told: set[str] = set()
@@ -113,7 +104,7 @@ class Executor:
         """Start the workers."""
         if self._workers:
             self._running = [Deferred.fromCoroutine(self._work(worker)) for worker in range(self._workers)]
-            self._running.append(self._reaping.start(REAP_S).addCallback(lambda _: None))
+            self._running.append(self._reaper.start())
 
     def stop(self) -> Deferred[None]:
         """Stop claiming.
@@ -139,8 +130,7 @@ class Executor:
 
     def _leave_off(self) -> None:
         self._is_stopping = True
-        if self._reaping.running:
-            self._reaping.stop()
+        self._reaper.stop()
         for sleeper in self._asleep[:]:
             sleeper.cancel()
 
@@ -215,6 +205,11 @@ class Executor:
         finally:
             self._asleep.remove(sleeper)
 
+    def _charged(self, charged: int, dead: int) -> None:
+        self.failed += charged
+        self.dead += dead
+        self.wake()
+
     def _count(self, report: Report) -> None:
         self.ran += len(report.done)
         self.failed += len(report.failed)
@@ -224,26 +219,6 @@ class Executor:
             self.log.warn("no handler serves {cmd_type} any more: its commands wait", cmd_type=cmd_type)
         for cmd_id, error in report.failed:
             self.log.warn("command {cmd_id} failed: {error}", cmd_id=cmd_id, error=error)
-
-    async def _reap(self) -> None:
-        now = self._clock.seconds()
-        sure = {note for note, since in self._forsaken.items() if now - since >= SURE_S}
-        try:
-            look = await self._database.run(notes.reap, self._boot_id, self._presence, sure)
-        except DatabaseUnavailable:
-            return
-        except Exception:
-            self.log.failure("looking for the notes of processes that are gone failed")
-            return
-        before = self._forsaken if look.presence == self._presence else {}
-        # The time of this look's end, and of the next one's beginning: between them at least as long has passed.
-        now = self._clock.seconds()
-        self._presence, self._forsaken = look.presence, {note: before.get(note, now) for note in look.forsaken}
-        if look.charged:
-            self.failed += look.charged
-            self.dead += look.dead
-            self.log.warn("{charged} commands were charged for the end of their process", charged=look.charged)
-            self.wake()
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 

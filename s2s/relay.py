@@ -19,14 +19,13 @@ from twisted.python.failure import Failure
 from s2s.catalogue import COMMAND_PUSH
 from s2s.clock import Clock, Timer
 from s2s.errors import BadPayload, CanonicalError, DatabaseError, LineFull, LocalError, Refused, TooBigToSend, TooLarge
+from s2s.pace import Pace
 from s2s.protocol import Link
+from s2s.settings import number
 from s2s.store import outbox
 from s2s.store.outbox import OutboxRow, Settlement
 from s2s.store.pool import Database
 
-#: Pushes and bytes in flight; half of what a link allows, so that a push never waits in the link's own line.
-WINDOW_ROWS: Final = 512
-WINDOW_BYTES: Final = 2 << 20
 #: Rows claimed at once, and so the most that wait here for the window.
 CLAIM_ROWS: Final = 256
 #: Seconds until a push counts as unanswered: a frame may take 10 s to arrive, and its answer 10 s more.
@@ -43,37 +42,6 @@ DEPTH_S: Final = 5.0
 RETRY_S: Final = (0.1, 5.0)
 #: Refusals that are about the link or the clock, and say nothing against the command, whatever their ``retryable``.
 _NOT_ITS_FAULT: Final = frozenset({"replay", "forbidden", "ts_skew"})
-
-
-class Pace:
-    """How many bytes may fly over one link: as many as are answered within a second.
-
-    A peer that reads slowly does not refuse; the bytes pile up on the way, and every answer and health check waits
-    behind them. So each answer is a measurement: what lay ahead of it was carried in the time that it took.
-
-    :ivar bytes: the window; one frame always fits.
-    """
-
-    #: A full window of the smallest rows.
-    START_BYTES: Final = 256 << 10
-    LEAST_BYTES: Final = 64 << 10
-    SLOW_S: Final = 1.0
-
-    def __init__(self) -> None:
-        self.bytes = self.START_BYTES
-
-    def answered(self, took_s: float, ahead_bytes: int, size: int, is_tight: bool) -> None:
-        """A push was answered, or is given up.
-
-        :param ahead_bytes: what flew when it was sent, itself included.
-        :param size: its own, in bytes.
-        :param is_tight: other rows wait for the window.
-        """
-        if took_s > self.SLOW_S:
-            self.bytes = max(self.LEAST_BYTES, min(self.bytes, int(ahead_bytes * self.SLOW_S / took_s)))
-        elif is_tight:
-            # By each answer once: it doubles with every round trip.
-            self.bytes = min(WINDOW_BYTES, self.bytes + size)
 
 
 class Relay:
@@ -108,7 +76,7 @@ class Relay:
         #: What a row of the last claim took on average; of the first nothing is known.
         self._row_bytes = 1
         self._next = Settlement()
-        self.window_rows = WINDOW_ROWS
+        self.window_rows = number("relay.window")
         self.depth = 0
         self.accepted = self.duplicates = self.retried = self.dead = 0
 

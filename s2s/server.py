@@ -89,7 +89,6 @@ class Server(Role):
 
     async def _drain(self) -> None:
         self._is_draining = True
-        # Not known to an engine that asks for its health: it is told when it pushes.
         self._lifetime.last_words = self._strike_notes
         if self._port is not None:
             await self._port.stopListening()

@@ -48,7 +48,7 @@ SETTINGS: Final = (
     Setting("link.window", 1024, "requests that a side keeps unanswered on a link at most", 1, 1024),
     Setting("link.window_kib", 4096, "KiB of frames that a side keeps unanswered on a link at most", 64, 4096),
     Setting("link.call_s", 3, "seconds until a request without an answer has failed", 1, 30),
-    Setting("link.fresh_s", 300, "seconds that a request's ts may differ from the receiver's clock", 5, 900),
+    Setting("link.fresh_s", 300, "seconds that a request's ts may be off; a wider one opens second by second", 5, 900),
     Setting("link.idle_s", 10, "seconds of silence after which the peer is asked for its health", 1, 30),
     Setting("link.check_s", 3, "seconds until a health check counts as missed", 1, 30),
     Setting("link.misses", 3, "missed health checks in a row after which a link is cut", 1, 10),

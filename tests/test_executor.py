@@ -13,7 +13,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s import executor
+from s2s import executor, reaper
 from s2s.commands import BUILTIN, BatchedCommandType, Command, CommandType, registry
 from s2s.executor import Executor
 from s2s.store import notes, pool
@@ -110,8 +110,8 @@ class ExecutorTests(DatabaseTestCase):
         self.single, self.batched = _Single(), _Batched()
         self.patch(executor, "POLL_S", 0.05)
         self.patch(executor, "ABSENT_S", 0.02)
-        self.patch(executor, "REAP_S", 0.05)
-        self.patch(executor, "SURE_S", 0.3)
+        self.patch(reaper, "REAP_S", 0.05)
+        self.patch(reaper, "SURE_S", 0.3)
 
     def start(self, **options: Any) -> Executor:
         """Start an executor that ends with the test."""
@@ -342,11 +342,12 @@ class ExecutorTests(DatabaseTestCase):
         self.insert("a", "b")
         self.insert("bad", do="rollback")
         self.insert("c")
-        self.start()
+        running = self.start()
         await self.until("done", "a", "b", "c", rush=True)
+        await running.stop()
         self.assertEqual(sorted(self.effects()), ["a", "b", "c"])
-        self.assertEqual(self.attempts()["bad"] > 0, True)
-        self.flushLoggedErrors()
+        self.assertGreater(self.attempts()["bad"], 0)
+        self.assertNotEqual(self.flushLoggedErrors(), [])
 
     async def test_what_is_locked_holds_up_nobody(self) -> None:
         """Commands that somebody has locked are left alone, without a busy loop, and others run."""
@@ -452,28 +453,28 @@ class ExecutorTests(DatabaseTestCase):
         theirs, ours = self.be_present("alive"), self.be_present("boot-1")
         self.note("alive", "theirs")
         running = self.start()
-        await poll(lambda: running._presence, "a look")
-        before = running._presence
+        await poll(lambda: running._reaper._presence, "a look")
+        before = running._reaper._presence
         theirs.close()
-        await poll(lambda: running._forsaken, "the suspicion")
+        await poll(lambda: running._reaper._forsaken, "the suspicion")
         ours.close()
-        await poll(lambda: running._presence is None, "a look without a presence of its own")
-        self.assertEqual(running._forsaken, {})
+        await poll(lambda: running._reaper._presence is None, "a look without a presence of its own")
+        self.assertEqual(running._reaper._forsaken, {})
         # Judged anew from here, and it comes back within the time.
         looks: list[int] = []
         real = notes.reap
         self.patch(notes, "reap", lambda *args: looks.append(1) or real(*args))
-        self.patch(executor, "SURE_S", 60.0)
+        self.patch(reaper, "SURE_S", 60.0)
         self.be_present("boot-1")
-        await poll(lambda: running._forsaken and len(looks) > 5, "some looks under suspicion")
-        self.assertNotEqual(running._presence, before)
+        await poll(lambda: running._reaper._forsaken and len(looks) > 5, "some looks under suspicion")
+        self.assertNotEqual(running._reaper._presence, before)
         # Another presence of its own, without a moment in between: the suspicion begins anew too.
-        ((_, since),) = running._forsaken.items()
-        running._presence = before
-        await poll(lambda: running._presence != before, "the next look")
-        self.assertGreater(*running._forsaken.values(), since)
+        ((_, since),) = running._reaper._forsaken.items()
+        running._reaper._presence = before
+        await poll(lambda: running._reaper._presence != before, "the next look")
+        self.assertGreater(*running._reaper._forsaken.values(), since)
         self.be_present("alive")
-        await poll(lambda: not running._forsaken, "the acquittal")
+        await poll(lambda: not running._reaper._forsaken, "the acquittal")
         self.assertEqual(self.attempts(), {"theirs": 0})
 
     async def test_claims_only_while_present(self) -> None:

@@ -14,10 +14,10 @@ from tests.support.waiting import poll
 #: A plug-in, as a user writes one: what kills, and what does not. A reaper is to be quick here.
 _PLUGIN = """
 import os, signal, time
-from s2s import executor
+from s2s import reaper
 from s2s.commands import CommandType
 
-executor.REAP_S, executor.SURE_S = 0.1, 0.5
+reaper.REAP_S, reaper.SURE_S = 0.1, 0.5
 
 
 class Careless(CommandType):

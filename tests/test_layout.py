@@ -24,7 +24,7 @@ _ROOT = _PACKAGE.parent
 ROOMS = {
     "ground": [
         "s2s", "errors", "canonical", "signing", "envelope", "catalogue.schema", "catalogue", "settings", "identity",
-        "limits", "replay", "window", "session",
+        "limits", "replay", "window", "pace", "session",
     ],
     "mezzanine": [
         "clock", "backoff", "dispatch", "writer", "reader", "answers", "protocol",
@@ -36,7 +36,7 @@ ROOMS = {
     "first": [
         "news", "keys", "reread", "config", "links", "errand", "relay", "condition", "wanted", "steering",
         "commands.kind", "commands.notice_publish", "commands", "jobs.kind", "jobs", "plugins", "discovery",
-        "inbox", "executor", "retention",
+        "inbox", "reaper", "executor", "retention",
         "responders", "responders.health", "responders.push", "responders.sweep", "responders.bump",
         "responders.pause", "responders.shutdown",
     ],

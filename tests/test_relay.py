@@ -25,8 +25,10 @@ from s2s.errors import (
     Refused,
     TooBigToSend,
 )
-from s2s.limits import Bounds, Timing
-from s2s.relay import PUSH_S, WINDOW_BYTES, WINDOW_ROWS, Pace, Relay
+from s2s.limits import Bounds
+from s2s.pace import Pace
+from s2s.relay import PUSH_S, Relay
+from s2s.settings import number
 from s2s.store import outbox
 from s2s.store.outbox import OutboxRow, Settlement
 from s2s.store.pool import Database
@@ -258,15 +260,15 @@ class RelayTests(DatabaseTestCase):
         """At most 512 rows are in flight; as they are answered the others follow, each once."""
         keys = self.put(1200)
         self.relay.linked(self.link)
-        await self.sent(WINDOW_ROWS)
+        await self.sent(number("relay.window"))
         while len(self.link.pushes) < 1200 or self.link.waiting:
             self.link.accept(*list(self.link.waiting)[:100])
             await self.until(
-                lambda: len(self.link.waiting) > WINDOW_ROWS - 100 or len(self.link.pushes) == 1200, "more"
+                lambda: len(self.link.waiting) > number("relay.window") - 100 or len(self.link.pushes) == 1200, "more"
             )
         await self.empty()
         self.assertEqual(sorted(self.link.keys), sorted(keys))
-        self.assertLessEqual(self.link.most, WINDOW_ROWS)
+        self.assertLessEqual(self.link.most, number("relay.window"))
         self.assertEqual(self.relay.accepted, 1200)
 
     async def test_window_in_bytes(self) -> None:
@@ -280,7 +282,7 @@ class RelayTests(DatabaseTestCase):
             self.link.accept()
         self.assertEqual(len(self.link.pushes), count)
         # It has grown with every answer, and has its end at 2 MiB.
-        self.assertIn(self.link.most, range(15, WINDOW_BYTES // 60_000 + 1))
+        self.assertIn(self.link.most, range(15, Pace.MOST_BYTES // 60_000 + 1))
 
     async def test_window_rows(self) -> None:
         """The window in rows can be set at any time, and holds from the next claim on."""
@@ -299,13 +301,15 @@ class RelayTests(DatabaseTestCase):
 
     def test_half_of_a_links_window(self) -> None:
         """The relay's window leaves half of the link's to others."""
-        self.assertEqual((WINDOW_ROWS * 2, WINDOW_BYTES * 2), (Bounds().window_frames, Bounds().window_bytes))
+        self.assertEqual(
+            (number("relay.window") * 2, Pace.MOST_BYTES * 2), (Bounds().window_frames, Bounds().window_bytes)
+        )
 
     async def test_the_link_is_lost(self) -> None:
         """What was in flight on a link that is lost goes out again on the next, under the same keys."""
         keys = self.put(600)
         self.relay.linked(self.link)
-        await self.sent(WINDOW_ROWS)
+        await self.sent(number("relay.window"))
         self.relay.linked(None)
         self.link.refuse(LinkLost("gone"))
         self.link = _Link()
@@ -314,7 +318,7 @@ class RelayTests(DatabaseTestCase):
             await self.until(lambda: self.link.waiting or not self.left(), "more pushes")
             self.link.accept()
         self.assertEqual(sorted(self.link.keys), sorted(keys))
-        self.assertEqual(self.relay.retried, WINDOW_ROWS)
+        self.assertEqual(self.relay.retried, number("relay.window"))
 
     async def test_a_link_that_fails_at_once(self) -> None:
         """A link on which every call fails at once makes no endless loop."""
@@ -348,7 +352,7 @@ class RelayTests(DatabaseTestCase):
         """A flush ends when all is sent and settled, but for what rests; until then rows still come and go out."""
         self.put(600)
         self.relay.linked(self.link)
-        await self.sent(WINDOW_ROWS)
+        await self.sent(number("relay.window"))
         flushing = self.relay.flush()
         self.put(1, since=600)
         self.link.refuse(Refused("overloaded", "m", {"retry_after_ms": 30_000}), "k0")
@@ -360,22 +364,22 @@ class RelayTests(DatabaseTestCase):
 
     async def test_stop(self) -> None:
         """The stop ends when what is in flight is settled, sends no more, and leaves the rest for the next start."""
-        self.put(WINDOW_ROWS + 100)
+        self.put(number("relay.window") + 100)
         self.relay.linked(self.link)
-        await self.sent(WINDOW_ROWS)
+        await self.sent(number("relay.window"))
         stopping = self.relay.stop()
         self.link.accept("k0", "k1")
         self.assertNoResult(stopping)
         self.link.refuse(DeadlinePassed("late"))
         await stopping
-        self.assertEqual(len(self.link.pushes), WINDOW_ROWS)
-        self.assertEqual(len(self.left()), WINDOW_ROWS + 98)
+        self.assertEqual(len(self.link.pushes), number("relay.window"))
+        self.assertEqual(len(self.left()), number("relay.window") + 98)
         self.relay.wake()
         other = self.make_relay()
         self.link = _Link()
         self.relay = other
         other.linked(self.link)
-        await self.sent(WINDOW_ROWS)
+        await self.sent(number("relay.window"))
         self.link.accept()
 
     async def test_two_relays(self) -> None:
@@ -682,57 +686,3 @@ class RelayTimingTests(SynchronousTestCase):
             each = Relay(self.database, Clock(self.time), rng=lambda rng=rng: rng)  # type: ignore[arg-type]
             pauses.append([each._pause(LinkLost("gone"), attempts) for attempts in (0, 1, 3, 5, 100)])
         self.assertEqual(pauses, [[0.1] * 5, [0.2, 0.4, 1.6, 5.0, 5.0]])
-
-
-class PaceTests(SynchronousTestCase):
-    """:class:`Pace`, against links of a steady rate."""
-
-    def run_link(self, pace: Pace, rate: int, size: int, seconds: float) -> tuple[float, float]:
-        """Keep a link that carries ``rate`` bytes a second as full as the pace allows.
-
-        :returns: the longest time that a push of the second half took, and what part of the rate was used then.
-        """
-        now, carried, worst, used = 0.0, 0.0, 0.0, 0
-        flying: list[tuple[float, float, int]] = []  # when sent, when answered, what lay ahead
-        while now < seconds:
-            while not flying or (len(flying) + 1) * size <= pace.bytes:
-                carried = max(carried, now) + size / rate
-                flying.append((now, carried, (len(flying) + 1) * size))
-            sent_at, now, ahead = flying.pop(0)
-            pace.answered(now - sent_at, ahead, size, is_tight=True)
-            if now > seconds / 2:
-                worst, used = max(worst, now - sent_at), used + size
-        return worst, used / (rate * seconds / 2)
-
-    def test_steady_rates(self) -> None:
-        """From 100 KB/s on a push takes about two seconds at most, and the link is used to the full."""
-        for rate in (100_000, 300_000, 1_000_000):
-            for size in (600, 16_000, 60_000):
-                with self.subTest(rate=rate, size=size):
-                    worst, used = self.run_link(Pace(), rate, size, 60.0)
-                    self.assertLess(worst, 2.5)
-                    self.assertGreater(used, 0.9)
-
-    def test_a_rate_that_falls(self) -> None:
-        """One slow answer shows the new rate: the window is right at once, and not halved step by step."""
-        pace = Pace()
-        self.run_link(pace, 100_000_000, 16_000, 1.0)
-        self.assertGreater(pace.bytes, WINDOW_BYTES - 16_000)
-        pace.answered(2.0, 400_000, 16_000, is_tight=True)
-        self.assertEqual(pace.bytes, 200_000)
-
-    def test_bounds(self) -> None:
-        """It grows only while rows wait for it, never beyond 2 MiB, and falls to one frame at the least."""
-        pace = Pace()
-        for _ in range(100):
-            pace.answered(0.001, 60_000, 60_000, is_tight=False)
-        self.assertEqual(pace.bytes, Pace.START_BYTES)
-        pace.answered(20.0, 60_000, 60_000, is_tight=False)
-        self.assertEqual(pace.bytes, Bounds.frame_size)
-        for _ in range(100):
-            pace.answered(0.001, 60_000, 60_000, is_tight=True)
-        self.assertEqual(pace.bytes, WINDOW_BYTES)
-
-    def test_deadline(self) -> None:
-        """A push may take as long as a frame may take to come whole, and its answer after that."""
-        self.assertEqual(PUSH_S, Timing.frame + Timing.respond)

@@ -6,7 +6,7 @@ names the commands that may have killed it.
 **Who is dead?** A process holds its presence lock, a session advisory lock, on its listening connection. The lock is
 free when the process is dead, but also for the moments in which a living one connects anew, and for everybody at once
 after a restart of the database. So a reaper charges a note only when it saw the very same note (``noted_at``) with a
-free lock at two looks, :data:`s2s.executor.SURE_S` apart, while it held its own presence on one and the same
+free lock at two looks, :data:`s2s.reaper.SURE_S` apart, while it held its own presence on one and the same
 connection: then the database was there all the time, and whoever lived had the time to notice that its connection was
 dead and to come back.
 
