@@ -32,7 +32,7 @@ POLL_S: Final = 1.0
 ABSENT_S: Final = 0.25
 #: Seconds that a command waits whose handler is gone.
 ORPHANED_S: Final = 60.0
-#: A command that has lost its connection so often, alone, is charged for it.
+#: A command that has lost its connection so often, and now alone, is charged for it.
 LOSSES: Final = 3
 #: So many commands are remembered whose connection was lost.
 _MOST_SUSPECTS: Final = 10_000
@@ -170,7 +170,8 @@ class Executor:
         if not self.is_present():
             return ABSENT_S
         size = self.batch_size
-        cmd_ids, due_in_s = await self._database.run(_claim, self._boot_id, worker, size, frozenset(self._losses))
+        suspects = frozenset(cmd_id for cmd_id, losses in self._losses.items() if losses > 1)
+        cmd_ids, due_in_s = await self._database.run(_claim, self._boot_id, worker, size, suspects)
         if not cmd_ids:
             return POLL_S if due_in_s is None else min(max(due_in_s, 0.0), POLL_S)
         if len(cmd_ids) == size:
@@ -178,8 +179,8 @@ class Executor:
         try:
             report = await self._database.run(self._run, worker, cmd_ids)
         except DatabaseUnavailable as error:
-            # Mostly nobody's fault. But a command that ends its own connection must not do so for ever: from now on all
-            # of these run singly, uncharged, and one that loses it again and again all the same is charged.
+            # Mostly nobody's fault. But a command that ends its own connection must not do so for ever: what has lost
+            # it twice runs singly, uncharged, and one that loses it once more all the same is charged.
             if len(self._losses) < _MOST_SUSPECTS:
                 self._losses.update(cmd_ids)
             if self._is_stopping or len(cmd_ids) > 1 or self._losses[cmd_ids[0]] < LOSSES:

@@ -8,7 +8,7 @@ from unittest import mock
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 
-from s2s import executor
+from s2s import reaper
 from s2s.store import listen
 from s2s.store.listen import Listener
 from s2s.store.notes import presence_key
@@ -116,8 +116,8 @@ class ListenerTests(DatabaseTestCase):
 
     def test_it_is_back_in_time(self) -> None:
         """A lost connection is noticed, and made anew, before a process without its lock passes for dead."""
-        self.assertLess(listen.HEARTBEAT_S + listen.ANSWER_S + listen._FIRST_PAUSE_S, executor.SURE_S)
-        self.assertLess(listen._LONGEST_PAUSE_S + listen.AGAIN_S, executor.SURE_S)
+        self.assertLess(listen.HEARTBEAT_S + listen.ANSWER_S + listen._FIRST_PAUSE_S, reaper.SURE_S)
+        self.assertLess(listen._LONGEST_PAUSE_S + listen.AGAIN_S, reaper.SURE_S)
 
     async def test_silence_is_noticed(self) -> None:
         """A connection that does not answer the heartbeat is dropped, and another one made."""
