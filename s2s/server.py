@@ -24,7 +24,6 @@ from s2s.retention import Retention
 from s2s.role import Basis, Role
 from s2s.steering import Steerer
 from s2s.store import broadcasts, notes, steering
-from s2s.store.pool import blocking
 from s2s.store.retention import Keep
 
 
@@ -41,7 +40,6 @@ class Server(Role):
         self._described = described
         self._inbox = inbox
         self._executor = executor
-        self._url = basis.url
         self._is_draining = False
         self.links = ServerLinks(basis.counters, self._engine_up, self._links_changed)
         self._steerer = Steerer(basis.database, self.links, basis.identity.boot_id, clock)
@@ -103,7 +101,7 @@ class Server(Role):
 
     def _strike_notes(self) -> None:
         # What is left of a batch rolls back with the process: nobody is to be charged for it.
-        with blocking(self._url, "s2s-server end", statement_timeout_s=1.0, connect_timeout_s=1.0) as txn:
+        with self._database.last_words() as txn:
             notes.strike_all(txn, self._identity.boot_id)
 
     def _configure(self) -> None:

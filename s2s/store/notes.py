@@ -67,13 +67,18 @@ def presence_key(boot_id: str) -> int:
 
 def is_present(txn: Cursor, boot_id: str) -> bool:
     """Whether the process ``boot_id`` holds its presence lock now."""
+    return presence_key(boot_id) in _held(txn)
+
+
+def _held(txn: Cursor) -> dict[int, datetime]:
+    """Give the advisory locks that are held in this database, each with the beginning of its holder's connection."""
     txn.execute(
-        "select from pg_locks where locktype = 'advisory' and objsubid = 1 and granted"
-        " and classid::bigint << 32 | objid::bigint = %s"
-        " and database = (select oid from pg_database where datname = current_database())",
-        (presence_key(boot_id),),
+        "select l.classid::bigint << 32 | l.objid::bigint, a.backend_start"
+        " from pg_locks l left join pg_stat_activity a using (pid)"
+        " where l.locktype = 'advisory' and l.objsubid = 1 and l.granted"
+        " and l.database = (select oid from pg_database where datname = current_database())"
     )
-    return txn.rowcount > 0
+    return dict(txn.fetchall())
 
 
 def claim(txn: Cursor, boot_id: str, worker: int, limit: int, suspects: Container[int] = ()) -> list[int]:
@@ -131,20 +136,15 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Note]) 
         "select boot_id, worker, noted_at, noted_at < now() - %s * interval '1 second' from batch_notes", (OVERSTAY_S,)
     )
     notes = {Note(*row): is_over for *row, is_over in txn}
-    txn.execute(
-        "select l.classid::bigint << 32 | l.objid::bigint, a.backend_start"
-        " from pg_locks l left join pg_stat_activity a using (pid)"
-        " where l.locktype = 'advisory' and l.objsubid = 1 and l.granted"
-        " and l.database = (select oid from pg_database where datname = current_database())"
-    )
-    held = dict(txn.fetchall())
+    held = _held(txn)
     now = held.get(presence_key(boot_id))
     if now is None:
         return Look(None)
     forsaken = {note for note in notes if note.boot_id != boot_id and presence_key(note.boot_id) not in held}
     dead = dict.fromkeys(forsaken & sure, _DIED)
     # Only where the database was there all the time: after a restart a note is as old as the outage was long.
-    stuck = {note: _STUCK for note, is_over in notes.items() if is_over and _is_older(txn, now)}
+    overdue = [note for note, is_over in notes.items() if is_over]
+    stuck = dict.fromkeys(overdue if overdue and _is_older(txn, now) else (), _STUCK)
     guilty = {**stuck, **dead}
     if now != presence or not guilty or not _is_alone(txn):
         return Look(now, forsaken)

@@ -126,7 +126,7 @@ class Database:
         """
 
         def in_thread() -> T:
-            with self._last_words() as txn:
+            with self.last_words() as txn:
                 return work(txn, *args)
 
         outcome: Deferred[T] = threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), in_thread)
@@ -188,11 +188,12 @@ class Database:
         deadline = time.monotonic() + CANCEL_S
         while self._unfinished and time.monotonic() < deadline:
             pids = [conn.info.backend_pid for conn in list(pool.connections.values()) if not conn.closed]
-            with suppress(S2SError), self._last_words() as txn:
+            with suppress(S2SError), self.last_words() as txn:
                 txn.execute("select pg_cancel_backend(pid) from unnest(%s::int[]) as pid", (pids,))
             time.sleep(_CANCEL_AGAIN_S)
 
-    def _last_words(self) -> AbstractContextManager[Cursor]:
+    def last_words(self) -> AbstractContextManager[Cursor]:
+        """Give one blocking transaction of bounded time, on a connection of its own; not for the reactor's thread."""
         return blocking(self._url, "s2s last", statement_timeout_s=LAST_S, connect_timeout_s=LAST_S)
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
