@@ -106,11 +106,19 @@ class Dispatcher:
     """Judges the frames of any number of links.
 
     :param responders: what this process serves, by message type.
+    :param refused: told of each request that is refused though its MAC holds: its members, the ``key_id``, and why.
     """
 
-    def __init__(self, keys: KeySource, responders: Mapping[str, Responder], clock: Clock) -> None:
+    def __init__(
+        self,
+        keys: KeySource,
+        responders: Mapping[str, Responder],
+        clock: Clock,
+        refused: Callable[[Mapping[str, Any], str, WireError], object] = lambda *_: None,
+    ) -> None:
         self._keys = keys
         self._clock = clock
+        self._refused = refused
         self.responders = responders
 
     def receive(
@@ -148,5 +156,7 @@ class Dispatcher:
             message = session.admit(read, key, self.responders, self._clock.now(), self._clock.mono())
             message.request_schema.check(read.payload)
         except WireError as error:
+            if is_answered:
+                self._refused(members, key.key_id, error)
             return Refusal(error, envelope.well_formed_id(members), is_answered)
         return Request(read, message, {**message.request_schema.defaults, **read.payload}, key.key_id, size)

@@ -1,31 +1,38 @@
-"""The engine role: reconnecting link, sweeps into the outbox, relay out of it, and the server's control requests."""
+"""The engine role: reconnecting link, jobs and sweeps into the outbox, relay out of it, control requests and orders."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from twisted.application.internet import ClientService
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from s2s.backoff import Backoff
-from s2s.catalogue import BUMP, HEALTH_CHECK, PAUSE, RESUME, SHUTDOWN, SWEEP
+from s2s.catalogue import BUMP, HEALTH_CHECK, ORDERS, PAUSE, RESUME, SHUTDOWN, SWEEP
 from s2s.condition import Condition, guarded
 from s2s.dispatch import Dispatcher, Responder
+from s2s.jobs import JobType
+from s2s.ledger import Ledger
 from s2s.links import LinkFactory
 from s2s.news import Digest, news
+from s2s.order_runner import OrderRunner
+from s2s.orders import builtin
 from s2s.protocol import Link
 from s2s.relay import Relay
 from s2s.responders.bump import Bump
 from s2s.responders.health import Health
+from s2s.responders.order import Order
 from s2s.responders.pause import Pause
 from s2s.responders.shutdown import Shutdown
 from s2s.responders.sweep import Sweep
 from s2s.role import Basis, Role
-from s2s.store import engines, outbox
+from s2s.scheduler import Scheduler
+from s2s.store import engines, orders, outbox
 from s2s.wanted import Wanted
 
 #: The grain of ``ts``, in seconds.
@@ -69,9 +76,17 @@ class Engine(Role):
 
     :param connect: where the server is.
     :param described: the endpoint as the operator wrote it.
+    :param jobs: by name.
     """
 
-    def __init__(self, basis: Basis, connect: IStreamClientEndpoint, described: str, relay: Relay) -> None:
+    def __init__(
+        self,
+        basis: Basis,
+        connect: IStreamClientEndpoint,
+        described: str,
+        relay: Relay,
+        jobs: Mapping[str, JobType],
+    ) -> None:
         clock, database = basis.clock, basis.database
         self._born = clock.mono()
         self._described = described
@@ -82,16 +97,35 @@ class Engine(Role):
         self._link: Link | None = None
         self._condition = Condition()
         self._wanted = Wanted(database, clock, basis.identity.name, self._condition)
-        super().__init__(basis, {outbox.CHANNEL: relay.wake, engines.CHANNEL: self._wanted.changed})
+        self._ledger = Ledger(database, basis.counters, basis.identity.name)
+        frame_size = basis.bounds.frame_size
+        self._scheduler = Scheduler(database, clock, jobs, self._condition, frame_size, relay.wake)
+        self._orders = OrderRunner(
+            database,
+            clock,
+            builtin(jobs, frame_size),
+            basis.identity.name,
+            self._condition,
+            lambda: self._link is not None,
+            relay.wake,
+        )
+        hears = {
+            outbox.CHANNEL: relay.wake,
+            engines.CHANNEL: self._wanted.changed,
+            orders.CHANNEL: self._orders.wake,
+        }
+        super().__init__(basis, hears)
+        order = guarded(self._condition.check_taking, Order(self._orders))
         responders: dict[str, Responder] = {
-            HEALTH_CHECK: Health(basis.identity, basis.bounds.frame_size, clock, self._state),
-            SWEEP: guarded(self._condition.check_taking, Sweep(database, clock, basis.bounds.frame_size, relay.wake)),
+            HEALTH_CHECK: Health(basis.identity, frame_size, clock, self._state),
+            SWEEP: guarded(self._condition.check_taking, Sweep(database, clock, frame_size, relay.wake)),
             BUMP: guarded(self._condition.check_taking, Bump(basis.live_config)),
             PAUSE: guarded(self._condition.check_started, Pause(self._wanted, "paused", self._condition)),
             RESUME: guarded(self._condition.check_started, Pause(self._wanted, "running", self._condition)),
-            SHUTDOWN: Shutdown(basis.lifetime.end, self._condition),
+            SHUTDOWN: Shutdown(basis.lifetime.end, self._condition, self._ledger.answered),
+            **dict.fromkeys(ORDERS, order),
         }
-        dispatcher = Dispatcher(basis.live_keys, responders, clock)
+        dispatcher = Dispatcher(basis.live_keys, responders, clock, self._ledger.refused)
         self.factory = LinkFactory(
             "engine", dispatcher, basis.live_keys, clock, self, basis.bounds, counters=basis.counters
         )
@@ -104,6 +138,8 @@ class Engine(Role):
 
     def _begin(self) -> None:
         self._relay.start()
+        self._scheduler.start()
+        self._orders.start()
         # Linked before it is known what is wanted, we would have to refuse what the server asks first.
         self._wanted.start().addBoth(self._wait)
 
@@ -120,14 +156,17 @@ class Engine(Role):
     async def _drain(self) -> None:
         self._condition.is_draining = True
         self._wanted.stop()
+        running = gatherResults([self._scheduler.stop(), self._orders.stop()])
         if self._link is not None:
             await self._link.quiet()
+        await running
         await self._relay.flush()
         await self._relay.stop()
         if self._connected is not None:
             await self._connected.quiet()
             self._connected.close("the engine stops")
         await self._client.stopService()
+        await self._ledger.quiet()
 
     def _past_grace(self) -> None:
         if self._connected is not None:

@@ -7,13 +7,18 @@ import socket
 from typing import Any
 
 from twisted.internet.endpoints import clientFromString
+from twisted.logger import Logger
 
+from s2s import order_runner, scheduler
+from s2s.discovery import discover
 from s2s.engine import Engine
 from s2s.options import CONNECT, RoleOptions, make_basis, or_refuse, parameter
 from s2s.relay import Relay
 
-#: Connections: relay, sweep, keys and configuration, and one to spare.
+#: Connections beside those of jobs and orders: relay, sweep, keys and configuration, audit.
 _THREADS = 4
+
+_log = Logger()
 
 
 def _name(text: str) -> str:
@@ -40,5 +45,8 @@ def makeService(options: Options) -> Any:
 
 
 def _make(options: Options) -> Any:
-    basis, endpoint = make_basis(options, "engine", options["name"], _THREADS)
-    return Engine(basis, endpoint, options["connect"], Relay(basis.database, basis.clock))
+    basis, endpoint = make_basis(options, "engine", options["name"], _THREADS + scheduler.LINES + order_runner.LINES)
+    found = discover()
+    for complaint in found.complaints:
+        _log.error("{complaint}", complaint=complaint)
+    return Engine(basis, endpoint, options["connect"], Relay(basis.database, basis.clock), found.jobs)

@@ -42,6 +42,12 @@ def harmless(text: str) -> str:
     return (text if text.isascii() and text.isprintable() else ascii(text))[:200]
 
 
+def one_line(error: BaseException) -> str:
+    """Say an exception in one line that a table can hold: a driver's further lines would quote the row."""
+    first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return first_line.replace("\0", "").encode("utf-8", "replace").decode()[:500]
+
+
 class S2SError(Exception):
     """The root of the tree."""
 

@@ -14,20 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from twisted.internet.defer import CancelledError, Deferred, gatherResults
-from twisted.internet.task import deferLater
+from twisted.internet.defer import Deferred, gatherResults
 from twisted.logger import Logger
 
 from s2s.commands import Command, CommandType
-from s2s.errors import DatabaseUnavailable
+from s2s.errors import DatabaseUnavailable, one_line
 from s2s.reaper import Reaper
 from s2s.store import commands as table
 from s2s.store import notes
 from s2s.store.driver import Cursor, is_lost, savepoint
 from s2s.store.pool import Database
+from s2s.turns import Turns
 
-#: Seconds between two looks at the table when nothing wakes us, and between two tries when the database is away.
-POLL_S: Final = 1.0
 #: Seconds between two looks whether our presence lock is back.
 ABSENT_S: Final = 0.25
 #: Seconds that a command waits whose handler is gone.
@@ -36,7 +34,6 @@ ORPHANED_S: Final = 60.0
 LOSSES: Final = 3
 #: So many commands are remembered whose connection was lost.
 _MOST_SUSPECTS: Final = 10_000
-_LONGEST_ERROR: Final = 500
 
 
 @dataclass
@@ -88,12 +85,8 @@ class Executor:
         self.is_present = is_present
         self._workers = workers
         self.batch_size = batch_size
-        self._clock = clock
-        self._is_stopping = False
-        #: Something came since a worker looked last.
-        self._is_woken = False
-        self._asleep: list[Deferred[None]] = []
-        self._running: list[Deferred[None]] = []
+        self._turns = Turns("a worker of the executor", self._turn, clock, workers)
+        self._reaping: list[Deferred[None]] = []
         self._reaper = Reaper(database, boot_id, self._charged, clock)
         #: How often the connection was lost under each command, since it ran last.
         self._losses: Counter[int] = Counter()
@@ -103,20 +96,19 @@ class Executor:
     def start(self) -> None:
         """Start the workers."""
         if self._workers:
-            self._running = [Deferred.fromCoroutine(self._work(worker)) for worker in range(self._workers)]
-            self._running.append(self._reaper.start())
+            self._turns.start()
+            self._reaping = [self._reaper.start()]
 
     def stop(self) -> Deferred[None]:
         """Stop claiming.
 
         :returns: fires when the batches that run are finished and nothing is noted of us any more.
         """
-        self._leave_off()
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
-        await gatherResults(self._running)
-        if self._running:
+        await self._leave_off()
+        if self._workers:
             # A batch that the database's absence ended is noted still.
             await self._strike_all()
 
@@ -128,11 +120,9 @@ class Executor:
         self._leave_off()
         return Deferred.fromCoroutine(self._strike_all())
 
-    def _leave_off(self) -> None:
-        self._is_stopping = True
+    def _leave_off(self) -> Deferred[Any]:
         self._reaper.stop()
-        for sleeper in self._asleep[:]:
-            sleeper.cancel()
+        return gatherResults([self._turns.stop(), *self._reaping])
 
     async def _strike_all(self) -> None:
         try:
@@ -142,30 +132,14 @@ class Executor:
 
     def wake(self) -> None:
         """Look at the table now: something was committed."""
-        self._is_woken = True
-        if self._asleep:
-            self._asleep[0].cancel()
+        self._turns.wake()
 
     # --- a worker ------------------------------------------------------------------------------------------------
 
-    async def _work(self, worker: int) -> None:
-        while not self._is_stopping:
-            self._is_woken = False
-            try:
-                pause_s = await self._turn(worker)
-            except DatabaseUnavailable:
-                # The pool has said so in the log, once. Nobody is charged.
-                pause_s = POLL_S
-            except Exception:
-                self.log.failure("worker {worker} failed", worker=worker)
-                pause_s = POLL_S
-            if pause_s and not self._is_woken and not self._is_stopping:
-                await self._sleep(pause_s)
-
-    async def _turn(self, worker: int) -> float:
+    async def _turn(self, worker: int) -> float | None:
         """Claim and run one batch.
 
-        :returns: seconds to sleep.
+        :returns: seconds to sleep, see :class:`s2s.turns.Turns`.
         """
         if not self.is_present():
             return ABSENT_S
@@ -173,7 +147,7 @@ class Executor:
         suspects = frozenset(cmd_id for cmd_id, losses in self._losses.items() if losses > 1)
         cmd_ids, due_in_s = await self._database.run(_claim, self._boot_id, worker, size, suspects)
         if not cmd_ids:
-            return POLL_S if due_in_s is None else min(max(due_in_s, 0.0), POLL_S)
+            return None if due_in_s is None else max(due_in_s, 0.0)
         if len(cmd_ids) == size:
             self.wake()
         try:
@@ -183,28 +157,18 @@ class Executor:
             # it twice runs singly, uncharged, and one that loses it once more all the same is charged.
             if len(self._losses) < _MOST_SUSPECTS:
                 self._losses.update(cmd_ids)
-            if self._is_stopping or len(cmd_ids) > 1 or self._losses[cmd_ids[0]] < LOSSES:
+            if self._turns.is_stopping or len(cmd_ids) > 1 or self._losses[cmd_ids[0]] < LOSSES:
                 raise
-            report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, _told(error))
+            report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, one_line(error))
         except Exception as error:
             # Not a handler's failure in its savepoint, but the transaction's: a constraint checked at the COMMIT, say.
             # Charged, the commands run singly, and it is told whose it is.
             self.log.failure("a batch of {size} commands was rolled back", size=len(cmd_ids))
-            report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, _told(error))
+            report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, one_line(error))
         for cmd_id in cmd_ids:
             self._losses.pop(cmd_id, None)
         self._count(report)
         return 0.0
-
-    async def _sleep(self, seconds: float) -> None:
-        sleeper: Deferred[None] = deferLater(self._clock, seconds)
-        self._asleep.append(sleeper)
-        try:
-            await sleeper
-        except CancelledError:
-            pass
-        finally:
-            self._asleep.remove(sleeper)
 
     def _charged(self, charged: int, dead: int) -> None:
         self.failed += charged
@@ -262,7 +226,7 @@ class Executor:
             except BaseException as error:
                 if self._is_over(txn):
                     raise
-                report.failed.append((command.cmd_id, _told(error)))
+                report.failed.append((command.cmd_id, one_line(error)))
             else:
                 report.done.append(command.cmd_id)
 
@@ -292,9 +256,3 @@ def _charge(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], erro
     dead = table.charge(txn, failed)
     notes.strike(txn, boot_id, worker)
     return Report(failed=failed, dead=dead)
-
-
-def _told(error: BaseException) -> str:
-    """Say an exception in one line that the table can hold: the driver's further lines would quote the row."""
-    first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return first_line.replace("\0", "").encode("utf-8", "replace").decode()[:_LONGEST_ERROR]

@@ -62,6 +62,7 @@ MET: Final = {
     "links": "connections closed because there are too many",
     "silent_links": "silent connections closed to make room for newer ones",
     "inbox": "pushes refused because too many wait to be committed",
+    "audit": "entries of the audit that were not written: too many at once, or no database",
     "database": "transactions refused because too many wait for a connection",
 }
 

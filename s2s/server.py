@@ -10,6 +10,7 @@ from twisted.internet.defer import DeferredList
 from twisted.python.failure import Failure
 
 from s2s.catalogue import BUMP, COMMAND_PUSH, HEALTH_CHECK, SWEEP
+from s2s.courier import Courier
 from s2s.dispatch import Dispatcher, Responder
 from s2s.errand import Errand
 from s2s.executor import Executor
@@ -23,7 +24,7 @@ from s2s.responders.push import Push
 from s2s.retention import Retention
 from s2s.role import Basis, Role
 from s2s.steering import Steerer
-from s2s.store import broadcasts, notes, steering
+from s2s.store import broadcasts, notes, orders, steering
 from s2s.store.retention import Keep
 
 
@@ -43,13 +44,13 @@ class Server(Role):
         self._is_draining = False
         self.links = ServerLinks(basis.counters, self._engine_up, self._links_changed)
         self._steerer = Steerer(basis.database, self.links, basis.identity.boot_id, clock)
-        super().__init__(
-            basis,
-            {
-                broadcasts.CHANNEL: self._sweep,
-                steering.CHANNEL: self._steerer.wake,
-            },
-        )
+        self._courier = Courier(basis.database, self.links, clock)
+        hears = {
+            broadcasts.CHANNEL: self._sweep,
+            steering.CHANNEL: self._steerer.wake,
+            orders.CHANNEL: self._courier.wake,
+        }
+        super().__init__(basis, hears)
         executor.is_present = lambda: self._listener.is_present
         responders: dict[str, Responder] = {
             HEALTH_CHECK: Health(basis.identity, basis.bounds.frame_size, clock, self._condition),
@@ -83,6 +84,7 @@ class Server(Role):
     def _begin(self) -> None:
         self._executor.start()
         self._steerer.start()
+        self._courier.start()
         self._retention.start()
 
     async def _drain(self) -> None:
@@ -92,6 +94,7 @@ class Server(Role):
             await self._port.stopListening()
         if self._sweeping.running:
             self._sweeping.stop()
+        self._courier.stop()
         self._retention.stop()
         await DeferredList([self._inbox.drain(), self._executor.stop(), self._steerer.stop()], consumeErrors=True)
         self.links.close_all("the server stops")
@@ -137,6 +140,7 @@ class Server(Role):
     def _engine_up(self, link: Link) -> None:
         self._links_changed()
         self._steerer.wake()
+        self._courier.wake()
         self._bumps.run(link)
         self._sweeps.run(link)
 

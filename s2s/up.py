@@ -14,32 +14,26 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Protocol
-
-from ulid import ULID
+from typing import IO
 
 from s2s import embedded
 from s2s.children import DatabaseProcess, RoleProcess
-from s2s.errors import DatabaseUnavailable, OperatorError
+from s2s.errors import OperatorError
+from s2s.lookout import Board, Errand, Say
 from s2s.news import LINK_UP
-from s2s.store import broadcasts, keys, migrations, notices, pool
+from s2s.store import keys, migrations, pool
+from s2s.store.seed import make_world
 
 ENGINE_NAME = "engine-1"
+#: The world where there is none: how many sectors and ships, and its seed.
+WORLD = (1000, 10_000, 1)
 
 _POLL_S = 0.2
-#: Seconds in which the link must be up where we end by ourselves.
-_LINKS_S = 60.0
 #: Seconds in which the children of a killed ``s2s up`` end by themselves.
 _LEFT_BEHIND_S = 30.0
-
-
-class Say(Protocol):
-    """Takes a line for people: who it is about, what, and the time of day if it is not now."""
-
-    def __call__(self, who: str, what: str, at: str | None = None, /) -> None: ...
 
 
 def run(state_dir: Path, listen: str, for_seconds: float | None, echo: Callable[[str], None]) -> int:
@@ -86,7 +80,8 @@ def run(state_dir: Path, listen: str, for_seconds: float | None, echo: Callable[
             stack.callback(_retell, role, say)
             stack.callback(role.stop)
             role.start()
-        errand = None if for_seconds is None else _Errand(url, for_seconds)
+        errand = None if for_seconds is None else Errand(url, for_seconds)
+        board = Board(url)
         found = {"link": connect, "database": url}
         written = None
         linked = False
@@ -102,6 +97,7 @@ def run(state_dir: Path, listen: str, for_seconds: float | None, echo: Callable[
                 if written != now:
                     _replace(_json_file(state_dir), json.dumps(now, indent=2) + "\n")
                     written = now
+                board.tend(say)
                 if errand:
                     errand.tend(say)
             time.sleep(_POLL_S)
@@ -206,50 +202,17 @@ def _take(file: IO[bytes]) -> bool:
 
 
 def _prepare(url: str, say: Callable[[str], None]) -> None:
-    """Make the tables and the first key, where they are not made yet."""
+    """Make the tables, the first key and a world, where they are not made yet."""
     with pool.blocking(url, "s2s up") as txn:
         for name in migrations.migrate(txn.connection):
             say(f"migrated: {name}")
         key_id = keys.add_first_random(txn)
+        is_made = make_world(txn, *WORLD)
     if key_id is not None:
         say(f"made a random key: {key_id}")
-
-
-class _Errand:
-    """A broadcast that is sent when the link is up, and the wait for the notice that it becomes."""
-
-    def __init__(self, url: str, for_seconds: float) -> None:
-        self.arrived = False
-        self._url = url
-        self._for_seconds = for_seconds
-        self._message = f"s2s up was here ({ULID()})"
-        self._sent = False
-        self._deadline = time.monotonic() + _LINKS_S
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the time is over."""
-        return time.monotonic() >= self._deadline
-
-    @property
-    def verdict(self) -> str:
-        """What became of it, for people."""
-        if self.arrived:
-            return "the broadcast came the whole way: it is a notice"
-        if self._sent:
-            return f"the broadcast was not a notice after {self._for_seconds:g} s"
-        return "no link came up, so no broadcast was sent"
-
-    def tend(self, say: Say) -> None:
-        """Send it once, then look for the notice."""
-        with suppress(DatabaseUnavailable), pool.blocking(self._url, "s2s up") as txn:
-            if not self._sent:
-                broadcasts.add(txn, self._message)
-                say("up", f"sent a broadcast: {self._message}")
-                self._sent = True
-                self._deadline = time.monotonic() + self._for_seconds
-            elif not self.arrived:
-                self.arrived = notices.exists(txn, self._message)
+    if is_made:
+        sectors, ships, _ = WORLD
+        say(f"made a world: {sectors} sectors, each with a port, and {ships} ships")
 
 
 def _json_file(state_dir: Path) -> Path:
@@ -268,3 +231,4 @@ def _tell_where(found: dict[str, str], state_dir: Path, say: Say) -> None:
     say("up", f"database: {found['database']}")
     say("up", f"logs: {state_dir / 'server.log'} and {state_dir / 'engine.log'}")
     say("up", f'try: s2s broadcast "Hello" --state-dir {state_dir}')
+    say("up", f" or: s2s order set-sector-status 5 port_closed --state-dir {state_dir}")

@@ -24,13 +24,14 @@ class Wanted:
         self.start, self.stop = self._rereading.start, self._rereading.stop
         self.changed = self._rereading.changed
 
-    async def want(self, state: str, reason: str) -> None:
+    async def want(self, state: str, reason: str, actor: str) -> None:
         """Store what is wanted; when this returns it is durable and in force.
 
         :param state: ``running`` or ``paused``.
+        :param actor: who wants it, for the audit.
         :raises DatabaseUnavailable: it may or may not be stored.
         """
-        await self._database.run(engines.want, self._name, state, reason)
+        await self._database.run(engines.want, self._name, state, reason, actor)
         await self._rereading.again()
 
     def _took(self, found: tuple[str, str]) -> None:

@@ -13,7 +13,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s import executor, reaper
+from s2s import errors, executor, reaper, turns
 from s2s.commands import BUILTIN, BatchedCommandType, Command, CommandType, registry
 from s2s.executor import Executor
 from s2s.store import notes, pool
@@ -108,7 +108,7 @@ class ExecutorTests(DatabaseTestCase):
         # A reference that holds only for a moment: it is checked at the COMMIT.
         self.execute("alter table checked_late add unique (cmd_id) deferrable initially deferred")
         self.single, self.batched = _Single(), _Batched()
-        self.patch(executor, "POLL_S", 0.05)
+        self.patch(turns, "POLL_S", 0.05)
         self.patch(executor, "ABSENT_S", 0.02)
         self.patch(reaper, "REAP_S", 0.05)
         self.patch(reaper, "SURE_S", 0.3)
@@ -197,16 +197,16 @@ class ExecutorTests(DatabaseTestCase):
 
     async def test_wakes(self) -> None:
         """A worker that sleeps looks at once when it is woken."""
-        self.patch(executor, "POLL_S", 60.0)
+        self.patch(turns, "POLL_S", 60.0)
         running = self.start()
-        await poll(lambda: running._asleep, "the worker to sleep")
+        await poll(lambda: running._turns._asleep, "the worker to sleep")
         self.insert("a")
         running.wake()
         await self.until("done", "a")
 
     async def test_wakes_by_itself_when_something_is_due(self) -> None:
         """A worker sleeps no longer than until the next command is due."""
-        self.patch(executor, "POLL_S", 60.0)
+        self.patch(turns, "POLL_S", 60.0)
         self.insert("a")
         self.execute("update commands set due_at = now() + interval '0.3 s'")
         self.start()
@@ -521,13 +521,13 @@ class ExecutorTests(DatabaseTestCase):
 
     async def test_stop_leaves_no_note(self) -> None:
         """A batch that the database's absence ended is noted no more after the stop, and nobody is charged for it."""
-        self.patch(executor, "POLL_S", 60.0)
+        self.patch(turns, "POLL_S", 60.0)
         self.insert("a", do="before")
         self.single.before = lambda: self.execute(
             "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run'"
         )
         running = self.start()
-        await poll(lambda: running._asleep, "the failure")
+        await poll(lambda: running._turns._asleep, "the failure")
         self.assertEqual(len(self.execute("select * from batch_notes")), 1)
         await running.stop()
         self.assertEqual(self.execute("select * from batch_notes"), [])
@@ -659,6 +659,6 @@ class TellingTests(SynchronousTestCase):
 
     def test_one_line_that_the_table_can_hold(self) -> None:
         """The text is one line of at most 500 characters, without what PostgreSQL or UTF-8 cannot hold."""
-        self.assertEqual(executor._told(KeyError("x" * 900))[:13], "KeyError: 'xx")
-        self.assertEqual(len(executor._told(KeyError("x" * 900))), 500)
-        self.assertEqual(executor._told(ValueError("a\0b\udc00\nc")), "ValueError: ab?")
+        self.assertEqual(errors.one_line(KeyError("x" * 900))[:13], "KeyError: 'xx")
+        self.assertEqual(len(errors.one_line(KeyError("x" * 900))), 500)
+        self.assertEqual(errors.one_line(ValueError("a\0b\udc00\nc")), "ValueError: ab?")

@@ -27,7 +27,7 @@ class _Tick(JobType):
 
     def run(self, txn: Cursor, run: JobRun) -> None:
         """Tell when it was due."""
-        run.emit("notice.publish", f"test.tick:{run.due_at}", {"at": run.due_at}, priority=7, due_at=run.due_at + 60)
+        run.emit("notice.publish", run.key, {"at": run.due_at}, priority=7, due_at=run.due_at + 60)
 
 
 class ScheduleTests(SynchronousTestCase):
@@ -107,7 +107,7 @@ class JobRunTests(DatabaseTestCase):
     def test_emit(self) -> None:
         """What a job emits is in the outbox when its transaction is committed, as it was said."""
         with blocking(self.url, "test") as txn:
-            _Tick().run(txn, JobRun(txn, 60, {}, 65536))
+            _Tick().run(txn, JobRun(txn, "test.tick:60", 60, {}, 65536))
             self.assertEqual(self.execute("select count(*) from outbox"), [(0,)])
         with blocking(self.url, "test") as txn:
             [row] = outbox.claim(txn, 10, 1.0)
@@ -125,7 +125,7 @@ class JobRunTests(DatabaseTestCase):
     def test_emit_is_undone(self) -> None:
         """A run that fails has emitted nothing."""
         with self.assertRaises(CanonicalError), blocking(self.url, "test") as txn:
-            run = JobRun(txn, 60, {}, 65536)
+            run = JobRun(txn, "test.tick:60", 60, {}, 65536)
             _Tick().run(txn, run)
             run.emit("notice.publish", "k", {"price": 1.5})
         self.assertEqual(self.execute("select count(*) from outbox"), [(0,)])
@@ -133,6 +133,6 @@ class JobRunTests(DatabaseTestCase):
     def test_setting(self) -> None:
         """A job reads the configuration by key, and a key that is not there is its mistake."""
         with blocking(self.url, "test") as txn:
-            run = JobRun(txn, 60, {"job.decay.rate_permille": 10}, 65536)
+            run = JobRun(txn, "test.tick:60", 60, {"job.decay.rate_permille": 10}, 65536)
         self.assertEqual(run.setting("job.decay.rate_permille"), 10)
         self.assertRaises(KeyError, run.setting, "job.decay.rate")

@@ -12,10 +12,12 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 import s2s
-from s2s import cli, commands, responders
-from s2s.catalogue import MESSAGES, REPLY_ONLY
-from s2s.commands import BUILTIN, CommandType
+from s2s import cli, commands, jobs, orders, responders
+from s2s.catalogue import MESSAGES, ORDERS, REPLY_ONLY
+from s2s.commands import CommandType
 from s2s.errors import BY_CODE
+from s2s.jobs import JobType
+from s2s.orders import OrderType
 
 _PACKAGE = Path(s2s.__file__).parent
 _ROOT = _PACKAGE.parent
@@ -28,26 +30,29 @@ ROOMS = {
     ],
     "mezzanine": [
         "clock", "backoff", "dispatch", "writer", "reader", "answers", "protocol",
-        "store", "store.driver", "store.pool", "store.config", "store.migrations", "store.keys", "store.rotation",
-        "store.idempotency", "store.commands", "store.notes", "store.notices", "store.outbox", "store.broadcasts",
-        "store.engines", "store.steering", "store.retention", "store.actions", "store.commands_admin",
-        "store.outbox_admin", "store.listen",
+        "store", "store.driver", "store.pool", "store.audit", "store.config", "store.migrations", "store.keys",
+        "store.rotation", "store.idempotency", "store.commands", "store.notes", "store.notices", "store.outbox",
+        "store.broadcasts", "store.engines", "store.steering", "store.retention", "store.actions",
+        "store.commands_admin", "store.outbox_admin", "store.world", "store.seed", "store.jobs", "store.orders",
+        "store.listen",
     ],
     "first": [
-        "news", "keys", "reread", "config", "links", "errand", "relay", "condition", "wanted", "steering",
-        "commands.kind", "commands.notice_publish", "commands", "jobs.kind", "jobs", "plugins", "discovery",
-        "inbox", "reaper", "executor", "retention",
+        "news", "turns", "keys", "reread", "config", "links", "errand", "relay", "condition", "ledger", "wanted",
+        "steering", "courier", "commands.kind", "commands.notice_publish", "commands",
+        "jobs.kind", "jobs.drift", "jobs.port_refresh", "jobs.decay", "jobs", "plugins", "discovery",
+        "orders.kind", "orders.config_set", "orders.force_tick", "orders.set_sector_status",
+        "orders.update_all_ships", "orders", "inbox", "reaper", "executor", "scheduler", "order_runner", "retention",
         "responders", "responders.health", "responders.push", "responders.sweep", "responders.bump",
-        "responders.pause", "responders.shutdown",
+        "responders.pause", "responders.shutdown", "responders.order",
     ],
     "second": [
         "lifetime", "tail", "role", "server", "engine", "endpoints", "certs",
-        "postmaster", "embedded", "preflight", "options", "children", "up",
+        "postmaster", "embedded", "preflight", "options", "children", "lookout", "up",
     ],
     "top": [
         "server_tap", "engine_tap",
-        "cli.common", "cli.broadcast", "cli.certs", "cli.commands", "cli.config", "cli.db", "cli.engine", "cli.keys",
-        "cli.notices", "cli.outbox", "cli.plugins", "cli.up", "cli",
+        "cli.common", "cli.audit", "cli.broadcast", "cli.certs", "cli.commands", "cli.config", "cli.db", "cli.engine",
+        "cli.jobs", "cli.keys", "cli.notices", "cli.order", "cli.outbox", "cli.plugins", "cli.up", "cli.world", "cli",
     ],
 }  # fmt: skip
 _ORDER = [room for floor in ROOMS.values() for room in floor]
@@ -163,15 +168,19 @@ class DeclarationTests(SynchronousTestCase):
 
     def test_commands(self) -> None:
         """Every command type that a module of s2s.commands declares is in BUILTIN, and has its schema file there."""
-        declared = {
-            kind
-            for module in self.modules(commands)
-            for _, kind in inspect.getmembers(module, inspect.isclass)
-            if issubclass(kind, CommandType) and not inspect.isabstract(kind) and kind.__module__ == module.__name__
-        }
-        self.assertEqual(declared, {type(kind) for kind in BUILTIN})
+        self.assertEqual(self.declared(commands, CommandType), {type(kind) for kind in commands.BUILTIN})
         files = {path.name for path in (_PACKAGE / "commands" / "schemas").iterdir()}
-        self.assertEqual(files, {f"{kind.cmd_type}.json" for kind in BUILTIN})
+        self.assertEqual(files, {f"{kind.cmd_type}.json" for kind in commands.BUILTIN})
+
+    def test_jobs(self) -> None:
+        """Every job that a module of s2s.jobs declares is in BUILTIN."""
+        self.assertEqual(self.declared(jobs, JobType), {type(kind) for kind in jobs.BUILTIN})
+
+    def test_orders(self) -> None:
+        """Every order that a module of s2s.orders declares is built in, and each is a message type that is one."""
+        kinds = orders.builtin({}, 65536)
+        self.assertEqual(self.declared(orders, OrderType), {type(kind) for kind in kinds.values()})
+        self.assertEqual(set(kinds), set(ORDERS))
 
     def test_responders(self) -> None:
         """Every file of s2s.responders is used by a role."""
@@ -189,6 +198,18 @@ class DeclarationTests(SynchronousTestCase):
         page = (_ROOT / "docs" / "protocol.rst").read_text("utf-8")
         words = {*(message.name for message in MESSAGES), *REPLY_ONLY, *BY_CODE}
         self.assertEqual([word for word in sorted(words) if f"``{word}``" not in page], [])
+
+    def declared(self, package: object, base: type) -> set[type]:
+        """Give the classes of a kind that the modules of a package declare, but for what several have in common."""
+        return {
+            kind
+            for module in self.modules(package)
+            for _, kind in inspect.getmembers(module, inspect.isclass)
+            if issubclass(kind, base)
+            and kind.__module__ == module.__name__
+            and not inspect.isabstract(kind)
+            and not kind.__subclasses__()
+        }
 
     def modules(self, package: object) -> list[object]:
         """Give the modules of a package."""

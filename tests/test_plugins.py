@@ -307,11 +307,25 @@ class ExampleTests(RoleTestCase):
         self.addCleanup(sys.modules.pop, "harbour")
         with blocking(self.url) as txn:
             for due_at in (60, 120):
-                tide.run(txn, jobs.JobRun(txn, due_at, {}, 65536))
+                tide.run(txn, jobs.JobRun(txn, f"harbour.tide:{due_at}", due_at, {}, 65536))
         emitted = self.execute("select cmd_type, idem_key, payload from outbox order by outbox_id")
         self.assertEqual([row[1] for row in emitted], ["harbour.tide:60", "harbour.tide:120"])
         for cmd_type, _, payload in emitted:
             Schema(commands.registry(commands.BUILTIN)[cmd_type].schema).check(payload)
+
+    @inlineCallbacks
+    def test_its_job_is_scheduled(self) -> Iterator[Deferred[Any]]:
+        """An engine that finds the example's job runs it when it is due, and a server publishes what it emits."""
+        server = self.server()
+        engine = self.engine(server.port)
+        yield server.start()
+        yield engine.start()
+        yield poll(lambda: self.count("jobs where job_type = 'harbour.tide'") == 1, "the job is in the table")
+        self.execute("update jobs set due_at = to_timestamp(60) where job_type = 'harbour.tide'")
+        # Under its own key: the clock may bring the next minute meanwhile, and its notice.
+        notice = "select message from notices join commands using (cmd_id) where idem_key = 'harbour.tide:60'"
+        yield poll(lambda: self.execute(notice) == [("The tide comes in",)], "the notice")
+        self.assertEqual(self.execute("select schedule from jobs where job_type ~ '^harbour'"), [("every:60s",)])
 
     def test_list(self) -> None:
         """``s2s plugins list`` shows its command and its job, and complains of the broken one on stderr."""

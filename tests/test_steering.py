@@ -210,8 +210,8 @@ class TableTests(RoleTestCase):
         with blocking(self.url) as txn:
             engines.show_links(txn, "s1", [first, second])
             engines.show_links(txn, "s2", [LinkRow("k1", "c", "b3", "there:3")])
-            engines.want(txn, "d", "paused", "night")
-            engines.want(txn, "d", "paused", "again")
+            engines.want(txn, "d", "paused", "night", "key:k1")
+            engines.want(txn, "d", "paused", "again", "key:k1")
         with blocking(self.url) as txn:
             found = {row.name: (row.wanted, row.reason, row.address) for row in engines.list_engines(txn)}
             self.assertEqual(

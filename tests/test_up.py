@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from click.testing import CliRunner
 from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from s2s import up
+from s2s.cli import main
 from s2s.errors import OperatorError
 from s2s.news import LINK_UP
+from s2s.store import world
+from s2s.store.pool import blocking
 from tests.support.waiting import poll
 
 _RUN = """
@@ -37,10 +42,15 @@ sys.exit(code)
 """
 
 
+def new_state_dir() -> Path:
+    """Make a state directory that goes with trial's own."""
+    return Path(tempfile.mkdtemp(dir=os.curdir)).resolve()
+
+
 @cache
 def shared_state_dir() -> Path:
-    """Make a state directory that goes with trial's own: making a database takes most of a second."""
-    return Path(tempfile.mkdtemp(dir=os.curdir)).resolve()
+    """Make one for all tests: making a database takes most of a second."""
+    return new_state_dir()
 
 
 def free_port() -> int:
@@ -137,16 +147,40 @@ class UpTests(TestCase):
         self.assertEqual(run.process.returncode, 0, run.output)
         self.assertIn("came the whole way", run.output.splitlines()[-1])
         self.assertIn("engine up:", run.output)
+        self.assertIn("notice    's2s up was here", run.output)
         self.assertFalse(run.json.exists())
         self.assertEqual(processes(self.state_dir), [])
 
     @inlineCallbacks
+    def test_a_living_world(self):
+        """Jobs tick, notices appear, and an order typed in another shell is seen to happen."""
+        self.state_dir = new_state_dir()
+        run = self.up()
+        yield run.linked()
+        url = run.found()["database"]
+        yield run.says("job port_refresh: moved")
+        yield run.says("'Ports that are back at their usual stock and price: ")
+        order = ["order", "set-sector-status", "5", "port_closed", "--database", url]
+        typed = yield deferToThread(CliRunner().invoke, main, order)
+        self.assertEqual(typed.exit_code, 0, typed.output)
+        yield run.says("world.set_sector_status.v1 by 'cli:")
+        with blocking(url) as txn:
+            txn.execute("select status from sectors where sector_id = 5")
+            self.assertEqual(txn.fetchone(), ("port_closed",))
+
+    @inlineCallbacks
     def test_deaths(self):
-        """A killed role is replaced and its pid rewritten; a killed ``up`` leaves nothing and hinders no next one."""
+        """A killed role is replaced and its pid rewritten; a killed ``up`` hinders no next one, and its world stays."""
+        self.state_dir = new_state_dir()
         first = self.up()
         yield first.linked()
         before = first.found()
         self.assertEqual(sorted(before), ["database", "engine_pid", "link", "server_pid"])
+        self.assertIn("made a world: 1000 sectors, each with a port, and 10000 ships", first.output)
+        with blocking(before["database"]) as txn:
+            found = world.count(txn)
+            self.assertEqual((found.sectors, found.ports, found.ships), (1000, 1000, 10_000))
+            txn.execute("update sectors set name = 'Home' where sector_id = 1")
         for links, name in enumerate(("engine_pid", "server_pid"), start=2):
             os.kill(before[name], signal.SIGKILL)
             yield first.linked(**{name: before[name]})
@@ -156,6 +190,11 @@ class UpTests(TestCase):
         first.process.wait()
         after = first.found()
         yield second.linked(server_pid=after["server_pid"], engine_pid=after["engine_pid"])
+        self.assertNotIn("made a world", second.output)
+        with blocking(second.found()["database"]) as txn:
+            self.assertEqual(world.count(txn).ships, 10_000)
+            txn.execute("select name from sectors where sector_id = 1")
+            self.assertEqual(txn.fetchone(), ("Home",))
         second.process.send_signal(signal.SIGTERM)
         yield second.ended()
         self.assertEqual(second.process.returncode, 0, second.output)

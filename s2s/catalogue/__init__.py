@@ -1,6 +1,6 @@
 """What may be said: every message type, its way, its schemas and its reply (docs/protocol.rst, "Catalogue").
 
-To add a type, put its two schema files into ``schemas/`` and one line into :data:`MESSAGES`.
+To add a type, put its two schema files into ``schemas/`` and one line into :data:`MESSAGES`, or :data:`ORDERS`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,14 @@ class MessageType:
 
 _SERVER: Final[tuple[Role, ...]] = ("server",)
 
+#: The admin RPCs, whose requests are ``{order_id, **params}``; what an engine does on each is in :mod:`s2s.orders`.
+ORDERS: Final = (
+    "admin.engine.force_tick.v1",
+    "admin.config.set.v1",
+    "world.set_sector_status.v1",
+    "admin.player.update_all_ships.v1",
+)
+
 MESSAGES: Final = (
     MessageType(HEALTH_CHECK, ROLES, reply=HEALTH_ACK, control=False, windowed=False),
     MessageType(SHUTDOWN, _SERVER),
@@ -60,10 +68,7 @@ MESSAGES: Final = (
     MessageType(SWEEP, _SERVER),
     MessageType(COMMAND_PUSH, ("engine",), control=False, entered=False),
     MessageType(BUMP, _SERVER),
-    MessageType("admin.engine.force_tick.v1", _SERVER),
-    MessageType("admin.config.set.v1", _SERVER),
-    MessageType("world.set_sector_status.v1", _SERVER),
-    MessageType("admin.player.update_all_ships.v1", _SERVER),
+    *(MessageType(rpc, _SERVER) for rpc in ORDERS),
 )
 
 BY_NAME: Final = {message.name: message for message in MESSAGES}

@@ -86,16 +86,14 @@ def show_(cmd_id: int, database: str | None, state_dir: Path, as_json: bool) -> 
 
 add_action(
     commands,
-    "retry",
     "Run dead or cancelled commands again, with all their attempts.",
     table.RETRY,
     _WORDS,
     dead="retried",
 )
-add_action(commands, "cancel", "Keep commands that wait from being run.", table.CANCEL, _WORDS)
+add_action(commands, "Keep commands that wait from being run.", table.CANCEL, _WORDS)
 add_action(
     commands,
-    "discard",
     "Remove dead or cancelled commands. A push of the same idem_key stays a duplicate for a while.",
     table.DISCARD,
     _WORDS,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 from rich.console import Console
@@ -20,7 +20,8 @@ from rich.text import Text
 
 from s2s import preflight
 from s2s.errors import OperatorError, S2SError
-from s2s.store import actions, driver, migrations
+from s2s.settings import Value
+from s2s.store import actions, audit, driver, migrations
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
 
@@ -39,6 +40,8 @@ limit_option = click.option(
     "--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="The newest so many."
 )
 type_option = click.option("--type", "cmd_type", metavar="CMD_TYPE", help="Only these.")
+#: Of a list so many are shown to people; all are in the JSON.
+SHOWN: Final = 10
 #: The id of a row, as far as a bigint goes.
 ROW_ID = click.IntRange(1, 2**63 - 1)
 
@@ -67,9 +70,14 @@ def one_line_errors(function: F) -> F:
 
 
 @contextmanager
-def transaction(database: str | None, state_dir: Path, *, is_checked: bool = True) -> Iterator[Cursor]:
+def transaction(
+    database: str | None, state_dir: Path, action: str = "", *, is_checked: bool = True
+) -> Iterator[Cursor]:
     """Give one transaction on the database: the one named, the environment's, or the embedded one.
 
+    It is signed for the audit, and so are those that follow where the command commits in between.
+
+    :param action: what all of it is part of, for the audit; without it each change is called by itself.
     :param is_checked: refuse a schema that is not ours.
     """
     place = preflight.find_database(database, state_dir)
@@ -77,6 +85,7 @@ def transaction(database: str | None, state_dir: Path, *, is_checked: bool = Tru
         with blocking(place.url, "s2s cli") as txn:
             if is_checked:
                 migrations.check(txn)
+                audit.sign(txn, actor(), action, for_session=True)
             yield txn
     finally:
         place.leave()
@@ -96,7 +105,8 @@ def show(rows: Sequence[Any], columns: Sequence[str], as_json: bool, nothing: st
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        # Whoever is named first is to be copied from here.
+        table.add_column(column, overflow="fold", no_wrap=column == columns[0])
     for row in found:
         # Text, not str: what a peer wrote is no markup.
         table.add_row(*(Text(_shown(row[column])) for column in columns))
@@ -138,7 +148,6 @@ class Words:
 
 def add_action(
     group: click.Group,
-    name: str,
     help_text: str,
     action: actions.Action,
     words: Words,
@@ -185,7 +194,7 @@ def add_action(
     if dead:
         command = type_option(click.option("--all-dead", is_flag=True, help="All that are dead.")(command))
     argument = click.argument("ids", metavar=f"{action.id.upper()}...", nargs=-1, type=ROW_ID)
-    group.command(name=name, help=help_text)(argument(database_options(json_option(command))))
+    group.command(name=action.verb, help=help_text)(argument(database_options(json_option(command))))
 
 
 def _act(txn: Cursor, action: actions.Action, ids: list[int], params: dict[str, Any]) -> Iterator[actions.Fate]:
@@ -207,11 +216,36 @@ def _act_on_dead(txn: Cursor, action: actions.Action, cmd_type: str | None, para
 
 
 def actor() -> str:
-    """Name whoever types the command, for the history."""
+    """Name whoever types the command, for the audit and the history."""
     try:
         return f"cli:{getpass.getuser()}"
     except (KeyError, OSError):  # an account without a name
         return f"cli:{os.getuid()}"
+
+
+def read_as(kind: str, text: str) -> Value | None:
+    """Read a value that was typed.
+
+    :param kind: ``string``, ``integer`` or ``boolean``.
+    :returns: ``None``: it is nothing of the kind.
+    """
+    if kind == "string":
+        return text
+    if kind == "boolean" and text in ("true", "false"):
+        return text == "true"
+    if kind == "integer" and text.removeprefix("-").isdecimal() and text.isascii() and len(text) <= 17:
+        return int(text)
+    return None
+
+
+def words(value: Any) -> str:
+    """Write JSON with few brackets and no quotes: it is for people alone."""
+    if isinstance(value, Mapping):
+        return f"({', '.join(f'{name} {words(member)}' for name, member in value.items())})" if value else ""
+    if isinstance(value, list):
+        more = f" and {len(value) - SHOWN} more" if len(value) > SHOWN else ""
+        return " ".join(map(words, value[:SHOWN])) + more
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _plain(value: Any) -> Any:

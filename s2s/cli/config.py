@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Final
 
 import click
 
@@ -13,12 +14,14 @@ from s2s.cli.common import (
     json_option,
     limit_option,
     one_line_errors,
+    read_as,
     show,
     transaction,
 )
 from s2s.errors import OperatorError
-from s2s.settings import Value
 from s2s.store import config as table
+
+_WANTED: Final = {"boolean": "true or false", "integer": "a whole number"}
 
 
 @click.group()
@@ -49,7 +52,9 @@ def set_(key: str, value: str, database: str | None, state_dir: Path, as_json: b
         types = {row.key: row.type for row in table.list_settings(txn)}
         if key not in types:
             raise OperatorError(f"there is no setting {key!r}: see them with: s2s config list")
-        wanted = _read(key, types[key], value)
+        wanted = read_as(types[key], value)
+        if wanted is None:
+            raise OperatorError(f"{key} is {_WANTED[types[key]]}, not {value!r}")
         version = table.change(txn, key, wanted, actor())
         in_force = table.read(txn).version
     if as_json:
@@ -72,15 +77,3 @@ def history(key: str | None, limit: int, database: str | None, state_dir: Path, 
         found = table.history(txn, key, limit)
     columns = ("version", "key", "old_value", "new_value", "actor", "changed_at")
     show(found, columns, as_json, "nothing was ever changed")
-
-
-def _read(key: str, kind: str, text: str) -> Value:
-    """Read a value as its setting's type wants it."""
-    if kind == "string":
-        return text
-    if kind == "boolean" and text in ("true", "false"):
-        return text == "true"
-    if kind == "integer" and text.removeprefix("-").isdecimal() and text.isascii() and len(text) <= 17:
-        return int(text)
-    wanted = {"boolean": "true or false", "integer": "a whole number"}[kind]
-    raise OperatorError(f"{key} is {wanted}, not {text!r}")

@@ -52,7 +52,7 @@ def add(
     if not KEY_ID.fullmatch(key_id):
         raise OperatorError(f"the key id {key_id!r} cannot be used: take 1 to 64 of A-Z a-z 0-9 _ . -")
     secret = random_secret() if secret_file is None else _read_secret(secret_file)
-    with transaction(database, state_dir) as txn:
+    with transaction(database, state_dir, "keys.add") as txn:
         table.add(txn, key_id, secret, role, note)
     told = {"key_id": key_id, "role": role, **({"key_b64": secret} if show_secret else {})}
     if as_json:
@@ -98,7 +98,7 @@ def activate(key_id: str, database: str | None, state_dir: Path, as_json: bool) 
 
     The key that signed before still verifies: retire it next.
     """
-    _take(rotation.activate, key_id, database, state_dir, as_json)
+    _take("keys.activate", rotation.activate, key_id, database, state_dir, as_json)
 
 
 @keys.command()
@@ -111,7 +111,7 @@ def retire(key_id: str, database: str | None, state_dir: Path, as_json: bool) ->
 
     It verifies for 60 s more, so that what is on its way arrives.
     """
-    _take(rotation.retire, key_id, database, state_dir, as_json)
+    _take("keys.retire", rotation.retire, key_id, database, state_dir, as_json)
 
 
 @keys.command()
@@ -124,13 +124,18 @@ def revoke(key_id: str, database: str | None, state_dir: Path, as_json: bool) ->
 
     It neither signs nor verifies, and the links whose peers signed with it close.
     """
-    _take(rotation.revoke, key_id, database, state_dir, as_json)
+    _take("keys.revoke", rotation.revoke, key_id, database, state_dir, as_json)
 
 
 def _take(
-    step: Callable[[Cursor, str], rotation.Change], key_id: str, database: str | None, state_dir: Path, as_json: bool
+    action: str,
+    step: Callable[[Cursor, str], rotation.Change],
+    key_id: str,
+    database: str | None,
+    state_dir: Path,
+    as_json: bool,
 ) -> None:
-    with transaction(database, state_dir) as txn:
+    with transaction(database, state_dir, action) as txn:
         change = step(txn, key_id)
     click.echo(json.dumps(asdict(change), indent=2) if as_json else change.text)
     if change.warning is not None:

@@ -83,6 +83,6 @@ def show_(outbox_id: int, database: str | None, state_dir: Path, as_json: bool) 
     show_one(found, as_json)
 
 
-add_action(outbox, "retry", "Send dead rows again, now.", table.RETRY, _WORDS, dead="retried")
-add_action(outbox, "cancel", "Keep rows that wait from being sent.", table.CANCEL, _WORDS)
-add_action(outbox, "discard", "Remove dead rows.", table.DISCARD, _WORDS, dead="discarded")
+add_action(outbox, "Send dead rows again, now.", table.RETRY, _WORDS, dead="retried")
+add_action(outbox, "Keep rows that wait from being sent.", table.CANCEL, _WORDS)
+add_action(outbox, "Remove dead rows.", table.DISCARD, _WORDS, dead="discarded")

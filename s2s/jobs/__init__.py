@@ -7,8 +7,21 @@ from __future__ import annotations
 
 from typing import Final
 
-from s2s.jobs.kind import IJobType, JobRun, JobType, Schedule, parse_schedule, registry
+from s2s.jobs.decay import Decay
+from s2s.jobs.kind import IJobType, JobRun, JobType, Outcome, Schedule, Unfinished, judged, parse_schedule, registry
+from s2s.jobs.port_refresh import PortRefresh
 
-BUILTIN: Final[tuple[JobType, ...]] = ()
+BUILTIN: Final[tuple[JobType, ...]] = (PortRefresh(), Decay())
 
-__all__ = ["BUILTIN", "IJobType", "JobRun", "JobType", "Schedule", "parse_schedule", "registry"]
+__all__ = [
+    "BUILTIN",
+    "IJobType",
+    "JobRun",
+    "JobType",
+    "Outcome",
+    "Schedule",
+    "Unfinished",
+    "judged",
+    "parse_schedule",
+    "registry",
+]

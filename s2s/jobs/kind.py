@@ -6,11 +6,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 
 from twisted.plugin import IPlugin
 from zope.interface import Attribute, Interface, implementer
 
+from s2s import canonical
 from s2s.errors import OperatorError
 from s2s.settings import Value
 from s2s.store import outbox
@@ -60,19 +61,56 @@ def parse_schedule(text: str) -> Schedule:
 
 
 @dataclass(frozen=True)
-class JobRun:
-    """One run of a job, as the job sees it.
+class Unfinished:
+    """What a step gives back that has more to do: it is committed, and the next step is a transaction of its own.
 
-    :param txn: the transaction that holds all that the run does.
-    :param due_at: when it was due, in Unix seconds; a run that was rolled back and is tried again has the same.
-    :param settings: the configuration's values by key, which stay as they are while it runs.
+    :param state: where the next one goes on, as JSON of :data:`MOST_TOLD` bytes; it is stored with what the step did.
+    """
+
+    state: Mapping[str, Any]
+
+
+#: The longest state or result, in bytes of canonical JSON: the shortest frame still holds it.
+MOST_TOLD: Final = 2048
+#: What a step gives back: it has more to do, or it is finished, perhaps with what it came to, as JSON.
+Outcome = Unfinished | Mapping[str, Any] | None
+
+
+def judged(outcome: Any) -> Outcome:
+    """Refuse what a step gave back that could not be stored, sent over the link and shown.
+
+    :raises CanonicalError: it holds what canonical JSON cannot say, such as a float.
+    :raises TypeError: it is nothing of the kind.
+    :raises ValueError: it is longer than :data:`MOST_TOLD`.
+    """
+    told = outcome.state if isinstance(outcome, Unfinished) else outcome
+    if outcome is None:
+        return None
+    if not isinstance(told, Mapping):
+        raise TypeError(f"a step gives back None, a mapping or Unfinished of one, and no {type(told).__name__}")
+    if len(canonical.dumps(told)) > MOST_TOLD:
+        raise ValueError(f"what a step gives back has {MOST_TOLD} bytes of JSON at most")
+    return cast("Outcome", outcome)
+
+
+@dataclass(frozen=True)
+class JobRun:
+    """One run of a job, or one step of it, as the job sees it.
+
+    :param txn: the transaction that holds all that the step does.
+    :param key: names this run and no other, also when it is rolled back and tried again: for ``idem_key``.
+    :param due_at: when it was due, in Unix seconds; a run that is tried again has the same.
+    :param settings: the configuration's values by key, as this transaction sees them.
     :param frame_size: the longest frame that the engine sends, in bytes.
+    :param state: where the step before has left off; empty for the first step.
     """
 
     txn: Cursor = field(repr=False)
+    key: str
     due_at: int
     settings: Mapping[str, Value] = field(repr=False)
     frame_size: int
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     def setting(self, key: str) -> Value:
         """Give a value of the configuration.
@@ -90,9 +128,9 @@ class JobRun:
         priority: int = 100,
         due_at: int | None = None,
     ) -> None:
-        """Emit a command, which goes to the server if and only if this run is committed.
+        """Emit a command, which goes to the server if and only if this step is committed.
 
-        :param idem_key: the same for the same intention; one made of the job's name and :attr:`due_at` is.
+        :param idem_key: the same for the same intention; :attr:`key` is, and whatever is made of it.
         :param priority: 0 to 1000, lower first.
         :param due_at: Unix seconds before which the server does not run it.
         :raises CanonicalError: the payload holds what canonical JSON cannot say.
@@ -107,10 +145,11 @@ class IJobType(Interface):  # type: ignore[misc]
     job_type = Attribute("Its name: a lower-case letter, then up to 63 of a-z, 0-9, _ and .")
     schedule = Attribute("When it is due: every:Ns with N from 1 to 86400, or daily@HH:MMZ in UTC.")
 
-    def run(txn: Cursor, run: JobRun) -> None:  # noqa: N805 - an interface says how it is called
+    def run(txn: Cursor, run: JobRun) -> Outcome:  # noqa: N805 - an interface says how it is called
         """Do the job's work in the transaction that marks it as run; raise to have all of it undone.
 
-        It runs in a thread of an engine. What it does outside this database may happen more than once.
+        It runs in a thread of an engine. What it does outside this database may happen more than once. It never
+        commits or rolls back. A long run is made of steps, each a transaction: see :class:`Unfinished`.
         """
 
 
@@ -122,7 +161,7 @@ class JobType(ABC):
     schedule: ClassVar[str]
 
     @abstractmethod
-    def run(self, txn: Cursor, run: JobRun) -> None:
+    def run(self, txn: Cursor, run: JobRun) -> Outcome:
         """Do the job's work; see :meth:`IJobType.run`."""
 
 

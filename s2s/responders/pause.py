@@ -25,11 +25,11 @@ class Pause:
 
     def __call__(self, request: Request) -> Deferred[dict[str, Any]]:
         """Answer when it is durable."""
-        return Deferred.fromCoroutine(self._pause(request.payload["reason"]))
+        return Deferred.fromCoroutine(self._pause(request))
 
-    async def _pause(self, reason: str) -> dict[str, Any]:
+    async def _pause(self, request: Request) -> dict[str, Any]:
         try:
-            await self._wanted.want(self._state, reason)
+            await self._wanted.want(self._state, request.payload["reason"], f"key:{request.key_id}")
         except DatabaseError:
             raise DbUnavailable(retry_after_ms=1000) from None
         return {"ok": True, "state": self._condition.state}

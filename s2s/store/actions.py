@@ -2,14 +2,18 @@
 
 Rows are locked first and changed then, and one that another transaction has locked is left alone: nothing here waits
 for a worker, a relay or a push, so nothing here can deadlock with one.
+
+Each transaction leaves one entry in the audit. Whoever names rows leaves it also where nothing could be done, as a
+refused order does: the attempt is what is told of. Of all dead rows only steps that changed some are told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from s2s.store import audit
 from s2s.store.driver import Cursor
 
 #: Rows that one transaction changes, at most.
@@ -23,6 +27,7 @@ MISSING: Final = "missing"
 class Action:
     """One thing to do to rows. All of it is SQL of ours, none a user's.
 
+    :param verb: what it is called.
     :param table: the table's name.
     :param id: the name of its primary key.
     :param state: the name of the column that says the state.
@@ -31,11 +36,17 @@ class Action:
         each its id and, in a word, what became of it.
     """
 
+    verb: str
     table: str
     id: str
     state: str
     takes: tuple[str, ...]
     statement: str
+
+    @property
+    def name(self) -> str:
+        """What the audit calls it."""
+        return f"{self.table}.{self.verb}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ def act(txn: Cursor, action: Action, ids: Sequence[int], **params: Any) -> list[
 
     :param ids: :data:`STEP_ROWS` at most, without repeats.
     :param params: further parameters of the statement.
-    :returns: a fate for each, in the same order.
+    :returns: a fate for each, in the same order; the audit has them too.
     """
     txn.execute(
         f"select {action.id} from {action.table} where {action.id} = any(%s::bigint[]) and {action.state} = any(%s)"  # noqa: S608
@@ -75,7 +86,10 @@ def act(txn: Cursor, action: Action, ids: Sequence[int], **params: Any) -> list[
         state: str = states.get(row_id, MISSING)
         return LOCKED if state in action.takes else state
 
-    return [Fate(row_id, row_id in done, done.get(row_id) or obstacle(row_id)) for row_id in ids]
+    left = {row_id: obstacle(row_id) for row_id in ids if row_id not in done}
+    audit.write(txn, action.name, "", {"ids": list(ids)}, {"done": _by_word(done), "left": _by_word(left)})
+    words = {**left, **done}
+    return [Fate(row_id, row_id in done, words[row_id]) for row_id in ids]
 
 
 def act_on_dead(txn: Cursor, action: Action, after: int, cmd_type: str | None = None, **params: Any) -> list[int]:
@@ -91,10 +105,21 @@ def act_on_dead(txn: Cursor, action: Action, after: int, cmd_type: str | None = 
         " for update skip locked",
         {"after": after, "type": cmd_type, "limit": STEP_ROWS},
     )
-    return sorted(_apply(txn, action, params))
+    done = _apply(txn, action, params)
+    if done:
+        audit.write(txn, action.name, "", {"all_dead": True, "type": cmd_type}, {"done": _by_word(done)})
+    return sorted(done)
 
 
 def _apply(txn: Cursor, action: Action, params: dict[str, Any]) -> dict[int, str]:
     """Do an action to the rows whose ids the transaction has just locked."""
     txn.execute(action.statement, {**params, "ids": [row_id for (row_id,) in txn.fetchall()]})
     return {row[0]: row[1] for row in txn}
+
+
+def _by_word(words: Mapping[int, str]) -> dict[str, list[int]]:
+    """Give the ids of each word, in order."""
+    found: dict[str, list[int]] = {}
+    for row_id, word in sorted(words.items()):
+        found.setdefault(word, []).append(row_id)
+    return found

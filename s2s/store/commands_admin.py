@@ -32,6 +32,7 @@ _SELECT: Final = f"select {', '.join(field.name for field in fields(CommandRow))
 
 #: Run it again with all its attempts; the last error stays to be seen until it is run.
 RETRY: Final = Action(
+    "retry",
     "commands",
     "cmd_id",
     "status",
@@ -41,6 +42,7 @@ RETRY: Final = Action(
 )
 #: Never run it. One that a worker has noted and not locked yet is not taken any more.
 CANCEL: Final = Action(
+    "cancel",
     "commands",
     "cmd_id",
     "status",
@@ -49,7 +51,7 @@ CANCEL: Final = Action(
     " where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, 'cancelled'",
 )
 #: Remove it; its key is kept for so many days: parameter ``key_days``.
-DISCARD: Final = Action("commands", "cmd_id", "status", ("dead", "cancelled"), retention.REMOVE)
+DISCARD: Final = Action("discard", "commands", "cmd_id", "status", ("dead", "cancelled"), retention.REMOVE)
 
 
 def list_commands(

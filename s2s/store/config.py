@@ -77,6 +77,12 @@ def read(txn: Cursor) -> Snapshot:
     return Snapshot(rows[0][0], {key: value for _, key, value in rows if key is not None})
 
 
+def exists(txn: Cursor, key: str) -> bool:
+    """Whether there is such a setting."""
+    txn.execute("select from config where key = %s", (key,))
+    return txn.rowcount > 0
+
+
 def list_settings(txn: Cursor) -> list[ConfigRow]:
     """List every setting, by its key."""
     txn.execute("select key, value, type, min, max, description, version from config order by key")

@@ -90,6 +90,11 @@ def told(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError
     return StatementRefused(text, error.diag.constraint_name)
 
 
+def is_passing(error: BaseException) -> bool:
+    """Whether a statement failed for what is over soon, such as a deadlock, with nothing wrong in it."""
+    return isinstance(error, psycopg2.Error) and bool(_PASSING.match(error.pgcode or ""))
+
+
 def is_broken(conn: Connection) -> bool:
     """Whether a connection is of no more use; psycopg2 does not call each of these closed."""
     return bool(conn.closed) or conn.info.transaction_status == TRANSACTION_STATUS_UNKNOWN

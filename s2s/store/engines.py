@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from s2s.store import audit
 from s2s.store.driver import Cursor
 
 CHANNEL: Final = "s2s_engines"
@@ -47,8 +48,12 @@ def wanted(txn: Cursor, name: str) -> tuple[str, str]:
     return txn.fetchone() or ("running", "")
 
 
-def want(txn: Cursor, name: str, state: str, reason: str) -> None:
-    """Store what is wanted of an engine: ``running`` or ``paused``. A repeat changes nothing."""
+def want(txn: Cursor, name: str, state: str, reason: str, actor: str) -> None:
+    """Store what is wanted of an engine: ``running`` or ``paused``. A repeat changes nothing.
+
+    :param actor: who wants it, for the audit.
+    """
+    audit.sign(txn, actor)
     txn.execute(
         "insert into engines (name, wanted, reason) values (%s, %s, %s) on conflict (name) do update"
         " set wanted = excluded.wanted, reason = excluded.reason, changed_at = now()"

@@ -37,6 +37,7 @@ _SELECT: Final = f"select {', '.join(field.name for field in fields(OutboxEntry)
 
 #: Send it again, now: the relays are told.
 RETRY: Final = Action(
+    "retry",
     "outbox",
     "outbox_id",
     "state",
@@ -46,6 +47,7 @@ RETRY: Final = Action(
 )
 #: Do not send it any more. Every claim moves ``send_at``: where it was moved, an engine had the row in hand.
 CANCEL: Final = Action(
+    "cancel",
     "outbox",
     "outbox_id",
     "state",
@@ -56,6 +58,7 @@ CANCEL: Final = Action(
 )
 #: Remove it.
 DISCARD: Final = Action(
+    "discard",
     "outbox",
     "outbox_id",
     "state",

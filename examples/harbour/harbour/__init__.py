@@ -42,4 +42,4 @@ class Tide(JobType):
         """Emit a notice; it is sent if this transaction is committed, and published once."""
         message = "The tide comes in" if run.due_at // 60 % 2 else "The tide goes out"
         notice = {"scope": "global", "message": message, "severity": "info", "ttl_s": 60}
-        run.emit("notice.publish", f"harbour.tide:{run.due_at}", notice)
+        run.emit("notice.publish", run.key, notice)

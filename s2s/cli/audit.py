@@ -1,0 +1,53 @@
+"""``s2s audit``: who did what, and what came of it (docs/protocol.rst, "Audit")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from s2s.cli.common import database_options, json_option, limit_option, one_line_errors, show, transaction, words
+from s2s.store import audit as table
+from s2s.store.audit import Entry
+
+
+@dataclass(frozen=True)
+class _Line:
+    """An entry as fits a terminal."""
+
+    at: datetime
+    actor: str
+    action: str
+    told: str
+
+
+@click.command()
+@click.option("--actor", help="Only by this one, such as cli:alice or key:k1.")
+@click.option("--action", help="Only this, such as config.set or s2s.engine.pause.")
+@click.option("--subject", help="Only of this: an order's id, a setting, a key, an engine's name.")
+@limit_option
+@database_options
+@json_option
+@one_line_errors
+def audit(
+    actor: str | None,
+    action: str | None,
+    subject: str | None,
+    limit: int,
+    database: str | None,
+    state_dir: Path,
+    as_json: bool,
+) -> None:
+    """List who did what, and what came of it, the newest first. Nobody can change or remove an entry."""
+    with transaction(database, state_dir) as txn:
+        found = table.list_entries(txn, actor=actor, action=action, subject=subject, limit=limit)
+    rows = found if as_json else [_Line(entry.at, entry.actor, entry.action, _told(entry)) for entry in found]
+    show(rows, ("at", "actor", "action", "told"), as_json, "there is nothing in the audit")
+
+
+def _told(entry: Entry) -> str:
+    """Say to what it was done, with what, and what came of it."""
+    done = " ".join(filter(None, (entry.subject, words(entry.params))))
+    return done if entry.result is None else f"{done} -> {words(entry.result)[1:-1]}"

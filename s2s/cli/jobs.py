@@ -1,0 +1,52 @@
+"""``s2s jobs``: when each job is due, and how it went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction, words
+from s2s.store import jobs as table
+from s2s.store.jobs import JobRow
+
+
+@click.group()
+def jobs() -> None:
+    """Look at the jobs that the engines run."""
+
+
+@jobs.command(name="list")
+@database_options
+@json_option
+@one_line_errors
+def list_(database: str | None, state_dir: Path, as_json: bool) -> None:
+    """List the jobs that any engine has had, when each is due, and what its last run came to."""
+    with transaction(database, state_dir) as txn:
+        found = table.list_jobs(txn)
+    rows = found if as_json else [_line(row) for row in found]
+    columns = ("job_type", "schedule", "due_at", "runs", "told")
+    show(rows, columns, as_json, "there are none: they are written down by the first engine that starts")
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A job as fits a terminal."""
+
+    job_type: str
+    schedule: str
+    due_at: datetime
+    runs: int
+    told: str
+
+
+def _line(row: JobRow) -> _Line:
+    if row.error is not None:
+        told = f"failed, attempt {row.attempts}: {row.error}"
+    elif row.is_running:
+        told = "running"
+    else:
+        told = words(row.last_result or {})[1:-1]
+    return _Line(row.job_type, row.schedule, row.due_at, row.runs, told or "-")

@@ -1,0 +1,67 @@
+"""``s2s world``: what the orders and jobs change (docs/protocol.rst, "The world and its jobs")."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from s2s.cli.common import database_options, json_option, one_line_errors, show_one, transaction
+from s2s.errors import OperatorError
+from s2s.store import audit
+from s2s.store import world as table
+from s2s.store.seed import make_world
+
+#: Rows of a table. So many ships take a minute or two, and gigabytes.
+_MOST: Final = 10_000_000
+
+
+@click.group()
+def world() -> None:
+    """Make a world of sectors, ports and ships, and count what is in it."""
+
+
+@world.command()
+@click.option("--sectors", type=click.IntRange(1, _MOST), metavar="N", required=True, help="Sectors, each with a port.")
+@click.option("--ships", type=click.IntRange(0, _MOST), metavar="M", required=True, help="Ships, somewhere in them.")
+@click.option("--seed", type=int, metavar="S", default=1, show_default=True, help="Another one, another world.")
+@click.option("--replace", is_flag=True, help="Remove the world that there is.")
+@database_options
+@json_option
+@one_line_errors
+def seed(
+    sectors: int, ships: int, seed: int, replace: bool, database: str | None, state_dir: Path, as_json: bool
+) -> None:
+    """Make a world: the same sizes and seed make the same one. All of it is made, or nothing."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    made = {"sectors": sectors, "ports": sectors, "ships": ships, "seed": seed}
+    with transaction(database, state_dir) as txn, bar:
+        began = time.monotonic()
+        progress = partial(bar.advance, bar.add_task("rows", total=2 * sectors + ships))
+        if not make_world(txn, sectors, ships, seed, replace=replace, progress=progress):
+            raise OperatorError("there is a world already: look at it with: s2s world show; --replace removes it first")
+        audit.write(txn, "world.seed", "world", {**made, "replace": replace})
+    seconds = round(time.monotonic() - began, 2)
+    if as_json:
+        click.echo(json.dumps({**made, "seconds": seconds}))
+    else:
+        click.echo(f"made {sectors} sectors, as many ports and {ships} ships of seed {seed} in {seconds} s")
+
+
+@world.command()
+@database_options
+@json_option
+@one_line_errors
+def show(database: str | None, state_dir: Path, as_json: bool) -> None:
+    """Count the sectors by their status, the ports and the ships."""
+    with transaction(database, state_dir) as txn:
+        found = table.count(txn)
+    show_one(found, as_json)

@@ -1,0 +1,27 @@
+"""The admin RPCs, and what an engine does on each (docs/protocol.rst, "Orders").
+
+To add one, write a module and one entry in :func:`builtin`; its request is a message type of :mod:`s2s.catalogue`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from s2s.jobs import JobType
+from s2s.orders.config_set import ConfigSet
+from s2s.orders.force_tick import ForceTick
+from s2s.orders.kind import OrderRun, OrderType
+from s2s.orders.set_sector_status import SetSectorStatus
+from s2s.orders.update_all_ships import UpdateAllShips
+
+__all__ = ["OrderRun", "OrderType", "builtin"]
+
+
+def builtin(jobs: Mapping[str, JobType], frame_size: int) -> dict[str, OrderType]:
+    """Give every order by its RPC.
+
+    :param jobs: what a forced tick may run, by name.
+    :param frame_size: the longest frame that the engine sends, in bytes.
+    """
+    kinds = (ForceTick(jobs, frame_size), ConfigSet(), SetSectorStatus(), UpdateAllShips())
+    return {kind.rpc: kind for kind in kinds}

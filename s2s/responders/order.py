@@ -1,0 +1,32 @@
+"""The admin RPCs (docs/protocol.rst, "Orders")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from s2s.dispatch import Request
+from s2s.errors import DatabaseError, DbUnavailable
+from s2s.order_runner import OrderRunner
+
+
+class Order:
+    """Has an order run, and answers with what its row says."""
+
+    def __init__(self, runner: OrderRunner) -> None:
+        self._runner = runner
+
+    def __call__(self, request: Request) -> Deferred[dict[str, Any]]:
+        """Answer when it is over, and after two seconds at the latest."""
+        return Deferred.fromCoroutine(self._order(request))
+
+    async def _order(self, request: Request) -> dict[str, Any]:
+        params = {member: value for member, value in request.payload.items() if member != "order_id"}
+        order_id = request.payload["order_id"]
+        try:
+            order = await self._runner.take(order_id, request.message.name, params, f"key:{request.key_id}")
+        except DatabaseError:
+            raise DbUnavailable(retry_after_ms=1000) from None
+        is_well = order.status not in ("refused", "failed")
+        return {"ok": is_well, "order_id": order_id, "status": order.status, "result": order.result}

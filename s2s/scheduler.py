@@ -1,0 +1,158 @@
+"""Running the jobs that are due (docs/protocol.rst, "The world and its jobs")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+
+from s2s.clock import Clock
+from s2s.condition import Condition
+from s2s.errors import StatementRefused, one_line
+from s2s.jobs import JobRun, JobType, Unfinished, judged, parse_schedule
+from s2s.news import news
+from s2s.store import config
+from s2s.store import jobs as table
+from s2s.store.driver import Cursor, savepoint
+from s2s.store.jobs import DueJob
+from s2s.store.pool import Database
+from s2s.turns import Turns
+
+#: Jobs that run at once in one engine: one that hangs does not hold up the others.
+LINES: Final = 2
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step came to.
+
+    :param is_finished: the run is over.
+    """
+
+    is_finished: bool
+    result: Mapping[str, Any] | None = None
+
+
+class _JobFailed(Exception):
+    """A job raised, or came to what cannot be stored."""
+
+
+class Scheduler:
+    """Runs jobs when they are due, step by step, while the engine is running.
+
+    :param jobs: by name.
+    :param frame_size: the longest frame that the engine sends, in bytes.
+    :param emitted: called when there may be something new in the outbox.
+
+    :ivar runs: runs finished.
+    :ivar failed: steps that failed.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        jobs: Mapping[str, JobType],
+        condition: Condition,
+        frame_size: int,
+        emitted: Callable[[], object],
+    ) -> None:
+        self._database = database
+        self._jobs = jobs
+        self._condition = condition
+        self._frame_size = frame_size
+        self._emitted = emitted
+        self._is_declared = False
+        self._turns = Turns("the scheduler", self._turn, clock.scheduler, LINES if jobs else 0)
+        self.runs = self.failed = 0
+
+    def start(self) -> None:
+        """Declare the jobs, and run what is due from now on."""
+        self._turns.start()
+
+    def stop(self) -> Deferred[Any]:
+        """Begin no further step.
+
+        :returns: fires when those under way are finished.
+        """
+        return self._turns.stop()
+
+    async def _turn(self, _: int) -> float | None:
+        """Do one step.
+
+        :returns: seconds to sleep, see :class:`s2s.turns.Turns`.
+        """
+        if not self._is_declared:
+            schedules = {name: kind.schedule for name, kind in self._jobs.items()}
+            await self._database.run(table.declare, schedules, _next_after)
+            self._is_declared = True
+        if self._condition.state != "running":
+            return None
+        due, due_in_s = await self._database.run(self._attempt)
+        if due is None:
+            return due_in_s
+        # Paused while we looked: from then on no job begins.
+        if self._condition.state != "running":
+            await self._database.run(table.release, due)
+            return None
+        with self._condition.job():
+            try:
+                report = await self._database.run(self._step, due)
+            # Refused: by the COMMIT, at which deferred constraints are checked.
+            except (_JobFailed, StatementRefused) as error:
+                self._tell_failure(due, str(error))
+                await self._database.run(table.fail, due, str(error))
+                return 0.0
+        if report is not None:
+            self._tell(due, report)
+        return 0.0
+
+    def _tell_failure(self, due: DueJob, why: str) -> None:
+        self.failed += 1
+        self.log.error("job {job} failed, attempt {attempts}: {why}", job=due.job_type, attempts=due.attempts, why=why)
+
+    def _tell(self, due: DueJob, report: Report) -> None:
+        self._emitted()
+        if report.is_finished:
+            self.runs += 1
+            told = ", ".join(f"{name} {value}" for name, value in (report.result or {}).items())
+            news.info("job {job}: {told}", job=due.job_type, told=told or "done")
+
+    # --- in a thread of the pool ---------------------------------------------------------------------------------
+
+    def _attempt(self, txn: Cursor) -> tuple[DueJob | None, float | None]:
+        due = table.attempt(txn, self._jobs)
+        return due, None if due else table.next_due_s(txn, self._jobs)
+
+    def _step(self, txn: Cursor, due: DueJob) -> Report | None:
+        """Do a step in the transaction that stores it.
+
+        :returns: what it came to; ``None``: it is another engine's by now.
+        :raises _JobFailed: the job is to blame.
+        """
+        if not table.hold(txn, due):
+            return None
+        settings = config.read(txn).values
+        run = JobRun(txn, f"{due.job_type}:{due.due_at}", due.due_at, settings, self._frame_size, due.state)
+        try:
+            # It tells when the job has ended the transaction, or has swallowed the error of a statement.
+            with savepoint(txn):
+                outcome = judged(self._jobs[due.job_type].run(txn, run))
+            if isinstance(outcome, Unfinished):
+                table.go_on(txn, due.job_type, outcome.state)
+                return Report(False)
+            table.finish(txn, due, _next_after, outcome)
+            return Report(True, outcome)
+        # BaseException: in this thread a SystemExit is the job's own, and nobody else's. A connection that is lost, or
+        # a process that stops, is made something else of by the pool.
+        except BaseException as error:
+            raise _JobFailed(one_line(error)) from None
+
+
+def _next_after(schedule: str, ts: int) -> int:
+    return parse_schedule(schedule).next_after(ts)

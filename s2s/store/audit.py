@@ -1,0 +1,90 @@
+"""Table ``audit``: who did what, and what came of it (docs/protocol.rst, "Audit").
+
+Triggers write most of it, in the transaction of the change itself and by whatever means it is made: orders, settings,
+keys, what is wanted of engines and what was asked of them. They ask the transaction who acts: see :func:`sign`.
+Another trigger refuses to change or remove an entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from psycopg2.extras import Json
+
+from s2s.store.driver import Cursor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry.
+
+    :param actor: ``cli:`` and a user's name, ``key:`` and a ``key_id``, or the database's own user.
+    :param action: a message type, or a table and a verb.
+    :param subject: what it was done to: an ``order_id``, a setting, a ``key_id``, an engine's name.
+    :param result: ``None`` where it is not known yet, or is the change itself.
+    """
+
+    audit_id: int
+    at: datetime
+    actor: str
+    action: str
+    subject: str
+    params: dict[str, Any]
+    result: dict[str, Any] | None
+
+
+def sign(txn: Cursor, actor: str, action: str = "", *, for_session: bool = False) -> None:
+    """Say who does what this transaction does, from here on.
+
+    :param action: what all of it is part of, such as ``keys.activate``; without it each change is called by itself.
+    :param for_session: say it of all that follows on this connection: never on one of a pool.
+    """
+    txn.execute(
+        "select set_config('s2s.actor', %(actor)s, %(local)s), set_config('s2s.action', %(action)s, %(local)s)",
+        {"actor": actor, "action": action, "local": not for_session},
+    )
+
+
+def write(
+    txn: Cursor,
+    action: str,
+    subject: str,
+    params: Mapping[str, Any],
+    result: Mapping[str, Any] | None = None,
+    actor: str | None = None,
+) -> None:
+    """Write an entry that no trigger writes.
+
+    :param actor: whoever the transaction was signed by, if left out.
+    """
+    txn.execute(
+        "insert into audit (actor, action, subject, params, result) values (coalesce(%s, s2s_actor()), %s, %s, %s, %s)",
+        (actor, action, subject, Json(dict(params)), None if result is None else Json(dict(result))),
+    )
+
+
+def list_entries(
+    txn: Cursor,
+    *,
+    actor: str | None = None,
+    action: str | None = None,
+    subject: str | None = None,
+    limit: int = 100,
+    before: int | None = None,
+) -> list[Entry]:
+    """List entries, the newest first.
+
+    :param actor: only these; so ``action`` and ``subject``.
+    :param before: only what is older than this ``audit_id``: the last one of the page before.
+    """
+    txn.execute(
+        "select audit_id, at, actor, action, subject, params, result from audit"
+        " where (%(actor)s::text is null or actor = %(actor)s) and (%(action)s::text is null or action = %(action)s)"
+        " and (%(subject)s::text is null or subject = %(subject)s)"
+        " and (%(before)s::bigint is null or audit_id < %(before)s) order by audit_id desc limit %(limit)s",
+        {"actor": actor, "action": action, "subject": subject, "before": before, "limit": limit},
+    )
+    return [Entry(*row) for row in txn]

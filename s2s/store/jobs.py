@@ -1,0 +1,184 @@
+"""Table ``jobs``: when each job is due, and where a run goes on (docs/protocol.rst, "The world and its jobs").
+
+Any number of engines share it. A step is two transactions: the first counts an attempt, so that a job that kills its
+process is not begun again at once; the second locks the row, does the step, and forgives the attempt. Whose row is
+locked, or was touched by another since, steps aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from psycopg2.extras import Json
+
+from s2s.store.driver import Cursor
+
+#: Until the next attempt, after so many in a row; until this one is begun, nobody else makes one.
+PAUSE: Final = "least(power(2, least(attempts, 9)), 300) * interval '1 second'"
+
+
+@dataclass(frozen=True)
+class DueJob:
+    """A step to do.
+
+    :param due_at: of its run, in Unix seconds.
+    :param state: where the run goes on; empty at its beginning.
+    :param attempts: with this one, since the run last got on.
+    :param retry_at: no other attempt has the same, so that it tells whether this one is still ours to make.
+    """
+
+    job_type: str
+    due_at: int
+    state: Mapping[str, Any]
+    attempts: int
+    retry_at: datetime
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """A job as people are shown it.
+
+    :param due_at: of the next run, or of the one that is not finished.
+    :param is_running: a run is begun, and not finished.
+    """
+
+    job_type: str
+    schedule: str
+    due_at: datetime
+    is_running: bool
+    attempts: int
+    error: str | None
+    runs: int
+    last_due_at: datetime | None
+    last_finished_at: datetime | None
+    last_result: dict[str, Any] | None
+
+
+def declare(txn: Cursor, schedules: Mapping[str, str], next_after: Callable[[str, int], int]) -> None:
+    """Put jobs into the table; those that are there keep their times, unless their schedule has changed.
+
+    :param schedules: by job type.
+    :param next_after: gives the time that follows a Unix second, by a schedule.
+    """
+    now = _now(txn)
+    # In one order: engines that start together do not wait for each other in a circle.
+    for job_type, schedule in sorted(schedules.items()):
+        txn.execute(
+            "insert into jobs as j (job_type, schedule, due_at)"
+            " select %(job_type)s, %(schedule)s, to_timestamp(%(due_at)s)"
+            # What is as it should be is not locked: somebody may be running it.
+            " where not exists (select from jobs where job_type = %(job_type)s and schedule = %(schedule)s)"
+            " on conflict (job_type) do update set schedule = excluded.schedule,"
+            # A run that is begun is finished first, with its time.
+            " due_at = case when j.state is null then excluded.due_at else j.due_at end"
+            " where j.schedule <> excluded.schedule",
+            {"job_type": job_type, "schedule": schedule, "due_at": next_after(schedule, now)},
+        )
+
+
+def attempt(txn: Cursor, job_types: Iterable[str]) -> DueJob | None:
+    """Count an attempt of the job that is due for the longest time.
+
+    :param job_types: those that the caller can run.
+    """
+    txn.execute(
+        f"update jobs set attempts = attempts + 1, retry_at = now() + {PAUSE}"  # noqa: S608 - a constant
+        " where job_type = any(array(select job_type from jobs where job_type = any(%s) and due_at <= now()"
+        " and coalesce(retry_at, due_at) <= now() order by due_at, job_type limit 1 for update skip locked))"
+        " returning job_type, floor(extract(epoch from due_at))::bigint, coalesce(state, '{}'), attempts, retry_at",
+        (list(job_types),),
+    )
+    row = txn.fetchone()
+    return DueJob(*row) if row else None
+
+
+def release(txn: Cursor, job: DueJob) -> None:
+    """Take an attempt back that was not begun."""
+    txn.execute(
+        "update jobs set attempts = attempts - 1, retry_at = null where job_type = %s and retry_at = %s",
+        (job.job_type, job.retry_at),
+    )
+
+
+def next_due_s(txn: Cursor, job_types: Iterable[str]) -> float | None:
+    """Give the seconds until the next job becomes due; ``None``: none does. One that is due by now is another's."""
+    txn.execute(
+        "select extract(epoch from min(greatest(due_at, retry_at)) - now())::float8 from jobs"
+        " where job_type = any(%s) and greatest(due_at, retry_at) > now()",
+        (list(job_types),),
+    )
+    seconds = (txn.fetchone() or (None,))[0]
+    return None if seconds is None else float(seconds)
+
+
+def hold(txn: Cursor, job: DueJob) -> bool:
+    """Lock a job until the transaction ends: whether the attempt is still ours to make."""
+    txn.execute(
+        "select from jobs where job_type = %s and retry_at = %s for update skip locked",
+        (job.job_type, job.retry_at),
+    )
+    return txn.rowcount > 0
+
+
+def hold_still(txn: Cursor, job_type: str) -> None:
+    """Let nobody else run a job until this transaction ends; whoever does so now is waited for."""
+    txn.execute("select from jobs where job_type = %s for update", (job_type,))
+
+
+def go_on(txn: Cursor, job_type: str, state: Mapping[str, Any]) -> None:
+    """Store where a run goes on: its next step is due at once."""
+    txn.execute(
+        "update jobs set state = %s, attempts = 0, retry_at = null, error = null where job_type = %s",
+        (Json(dict(state)), job_type),
+    )
+
+
+def finish(txn: Cursor, job: DueJob, next_after: Callable[[str, int], int], result: Mapping[str, Any] | None) -> None:
+    """End a run. Runs that were missed meanwhile are made up for by this one.
+
+    :param next_after: gives the time that follows a Unix second, by a schedule.
+    """
+    txn.execute("select schedule from jobs where job_type = %s", (job.job_type,))
+    schedule = str((txn.fetchone() or ("",))[0])
+    txn.execute(
+        "update jobs set state = null, attempts = 0, retry_at = null, error = null, runs = runs + 1,"
+        " last_due_at = due_at, last_finished_at = clock_timestamp(), last_result = %s, due_at = to_timestamp(%s)"
+        " where job_type = %s",
+        (
+            None if result is None else Json(dict(result)),
+            next_after(schedule, max(job.due_at, _now(txn))),
+            job.job_type,
+        ),
+    )
+
+
+def fail(txn: Cursor, job: DueJob, error: str) -> None:
+    """Store why a step failed, unless it is another's by now; it is tried again after a pause that grows."""
+    txn.execute(
+        f"update jobs set error = %s, retry_at = now() + {PAUSE} where job_type = %s and retry_at = %s",  # noqa: S608
+        (error, job.job_type, job.retry_at),
+    )
+
+
+def exists(txn: Cursor, job_type: str) -> bool:
+    """Whether any engine has ever had a job."""
+    txn.execute("select from jobs where job_type = %s", (job_type,))
+    return txn.rowcount > 0
+
+
+def list_jobs(txn: Cursor) -> list[JobRow]:
+    """List the jobs by name."""
+    txn.execute(
+        "select job_type, schedule, due_at, state is not null, attempts, error, runs, last_due_at, last_finished_at,"
+        " last_result from jobs order by job_type"
+    )
+    return [JobRow(*row) for row in txn]
+
+
+def _now(txn: Cursor) -> int:
+    """Give the database's time in Unix seconds, rounded down: engines whose clocks differ agree."""
+    txn.execute("select floor(extract(epoch from now()))::bigint")
+    return int((txn.fetchone() or (0,))[0])

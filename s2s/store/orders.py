@@ -1,0 +1,220 @@
+"""Table ``orders``: admin RPCs on their way to an engine (docs/protocol.rst, "Orders").
+
+The row decides: an order runs only by whoever has locked its row while it is open, with the row's params. A step is two
+transactions, as with jobs (:mod:`s2s.store.jobs`). The table's triggers write the audit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from psycopg2.extras import Json
+
+from s2s import canonical
+from s2s.errors import CanonicalError, IdemConflict
+from s2s.store.driver import Cursor
+from s2s.store.jobs import PAUSE
+
+CHANNEL: Final = "s2s_orders"
+#: The status of an order that is not over.
+OPEN: Final = ("queued", "running")
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order as it runs.
+
+    :param created_at: Unix seconds.
+    :param state: where it goes on, and how far it is; empty until it runs.
+    :param attempts: with this one, since it last got on.
+    :param retry_at: no other attempt has the same, so that it tells whether this one is still ours to make.
+    """
+
+    order_id: str
+    rpc: str
+    params: dict[str, Any]
+    actor: str
+    status: str
+    result: dict[str, Any] | None
+    state: Mapping[str, Any]
+    attempts: int
+    created_at: int
+    retry_at: datetime | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is not over."""
+        return self.status in OPEN
+
+
+_ORDER: Final = (
+    "order_id, rpc, params, actor, status, result, coalesce(state, '{}'), attempts,"
+    " floor(extract(epoch from created_at))::bigint, retry_at"
+)
+
+
+@dataclass(frozen=True)
+class OrderRow:
+    """An order as people are shown it.
+
+    :param engine: the name of the engine that ran it last.
+    :param way: ``link`` or ``table``: how that engine came by it.
+    """
+
+    order_id: str
+    rpc: str
+    params: dict[str, Any]
+    actor: str
+    idem_key: str | None
+    status: str
+    result: dict[str, Any] | None
+    state: dict[str, Any] | None
+    attempts: int
+    engine: str | None
+    way: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+_ROW: Final = (
+    "order_id, rpc, params, actor, idem_key, status, result, state, attempts, engine, way, created_at, started_at,"
+    " finished_at"
+)
+
+
+# --- giving ----------------------------------------------------------------------------------------------------------
+
+
+def give(
+    txn: Cursor, order_id: str, rpc: str, params: Mapping[str, Any], actor: str, idem_key: str | None = None
+) -> tuple[Order, bool]:
+    """Write an order down, with its audit entry, unless it was given before.
+
+    :param params: valid, without the ``order_id``.
+    :param idem_key: another order with this key is this one, whatever its id.
+    :returns: the order, and whether it is new.
+    :raises IdemConflict: the id or the key stands for an order of other content; nothing is written.
+    """
+    txn.execute(
+        "insert into orders (order_id, rpc, params, actor, idem_key) values (%s, %s, %s::jsonb, %s, %s)"
+        " on conflict do nothing",
+        (order_id, rpc, canonical.dumps(params).decode(), actor, idem_key),
+    )
+    is_new = txn.rowcount > 0
+    # A statement of its own: it sees what another one has just inserted.
+    txn.execute(
+        f"select {_ORDER} from orders where idem_key = %s or order_id = %s order by idem_key = %s desc nulls last",  # noqa: S608
+        (idem_key, order_id, idem_key),
+    )
+    found = [Order(*row) for row in txn]
+    if len(found) > 1 or not _is_same(found[0], rpc, params):
+        raise IdemConflict("the order was given before with other content", order_id=found[0].order_id)
+    return found[0], is_new
+
+
+def _is_same(order: Order, rpc: str, params: Mapping[str, Any]) -> bool:
+    try:
+        # As bytes: to Python, true is 1.
+        return (order.rpc, canonical.dumps(order.params)) == (rpc, canonical.dumps(params))
+    except CanonicalError:  # written by another hand than ours
+        return False
+
+
+def find(txn: Cursor, order_id: str) -> Order:
+    """Give an order that there is."""
+    txn.execute(f"select {_ORDER} from orders where order_id = %s", (order_id,))  # noqa: S608 - a constant
+    return Order(*(txn.fetchone() or ()))
+
+
+def queued(txn: Cursor, rpcs: Iterable[str], limit: int) -> list[Order]:
+    """Give the orders of these RPCs that nobody has begun, the oldest first."""
+    txn.execute(
+        f"select {_ORDER} from orders where status = 'queued' and rpc = any(%s) order by created_at limit %s",  # noqa: S608
+        (list(rpcs), limit),
+    )
+    return [Order(*row) for row in txn]
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def attempt(
+    txn: Cursor, rpcs: Iterable[str], resting: Iterable[str], expected: Collection[str], patience_s: float
+) -> Order | None:
+    """Count an attempt of the open order that has waited longest for a step.
+
+    :param rpcs: those that the caller serves.
+    :param resting: of these none that runs already.
+    :param expected: the ``order_id`` of those that came over the link.
+    :param patience_s: seconds that the others are left to whoever has a link.
+    """
+    txn.execute(
+        f"update orders set attempts = attempts + 1, retry_at = now() + {PAUSE}, stepped_at = clock_timestamp()"  # noqa: S608
+        " where order_id = any(array(select order_id from orders"
+        " where status in ('queued', 'running') and rpc = any(%(rpcs)s)"
+        " and (status = 'queued' or rpc <> all(%(resting)s)) and coalesce(retry_at, created_at) <= now()"
+        " and (status = 'running' or attempts > 0 or order_id = any(%(expected)s)"
+        " or created_at <= now() - %(patience_s)s * interval '1 second')"
+        f" order by stepped_at nulls first, created_at limit 1 for update skip locked)) returning {_ORDER}",
+        {"rpcs": list(rpcs), "resting": list(resting), "expected": list(expected), "patience_s": patience_s},
+    )
+    row = txn.fetchone()
+    return Order(*row) if row else None
+
+
+def hold(txn: Cursor, order: Order) -> bool:
+    """Lock an order until the transaction ends: whether the attempt is still ours to make."""
+    txn.execute(
+        "select from orders where order_id = %s and retry_at = %s and status in ('queued', 'running')"
+        " for update skip locked",
+        (order.order_id, order.retry_at),
+    )
+    return txn.rowcount > 0
+
+
+def go_on(txn: Cursor, order: Order, state: Mapping[str, Any], engine: str, way: str) -> None:
+    """Store where an order goes on: its next step is due at once."""
+    txn.execute(
+        "update orders set status = 'running', state = %s, attempts = 0, retry_at = null, engine = %s, way = %s,"
+        " started_at = coalesce(started_at, now()) where order_id = %s",
+        (Json(dict(state)), engine, way, order.order_id),
+    )
+
+
+def finish(txn: Cursor, order: Order, status: str, result: Mapping[str, Any] | None, engine: str, way: str) -> None:
+    """End an order.
+
+    :param status: ``done``, ``refused`` or ``failed``.
+    """
+    txn.execute(
+        "update orders set status = %s, result = %s, retry_at = null, engine = %s, way = %s,"
+        " started_at = coalesce(started_at, now()), finished_at = clock_timestamp() where order_id = %s",
+        (status, None if result is None else Json(dict(result)), engine, way, order.order_id),
+    )
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+def show(txn: Cursor, order_id: str) -> OrderRow | None:
+    """Give an order, if there is one of this id."""
+    txn.execute(f"select {_ROW} from orders where order_id = %s", (order_id,))  # noqa: S608 - a constant
+    row = txn.fetchone()
+    return OrderRow(*row) if row else None
+
+
+def list_orders(txn: Cursor, *, status: str | None = None, rpc: str | None = None, limit: int = 100) -> list[OrderRow]:
+    """List orders, the newest first.
+
+    :param status: only these; so ``rpc``.
+    """
+    txn.execute(
+        f"select {_ROW} from orders where (%(status)s::text is null or status = %(status)s)"  # noqa: S608 - a constant
+        " and (%(rpc)s::text is null or rpc = %(rpc)s) order by created_at desc, order_id desc limit %(limit)s",
+        {"status": status, "rpc": rpc, "limit": limit},
+    )
+    return [OrderRow(*row) for row in txn]

@@ -1,0 +1,99 @@
+"""Tables ``sectors``, ``ports`` and ``ships``: the world that orders and jobs change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from s2s.store.driver import Cursor
+
+#: What ``update_all_ships`` may set, and the greatest value of each; the least is 0. The table's checks hold it too.
+SHIP_FIELDS: Final = {"turns": 1_000_000, "fuel": 10**9, "shields": 10**9, "hold_capacity": 10**9}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much there is of everything; of the sectors also by their status."""
+
+    sectors: int
+    fedspace: int
+    neutral: int
+    port_closed: int
+    ports: int
+    ships: int
+    ships_without_shields: int
+
+
+def count(txn: Cursor) -> Counts:
+    """Count everything, as of one moment."""
+    # Ships first, as whoever changes the world: two that lock tables in other orders may wait for each other.
+    txn.execute(
+        "select sectors, fedspace, neutral, closed, ports, ships, bare from"
+        " (select count(*) as ships, count(*) filter (where shields = 0) as bare from ships) v,"
+        " (select count(*) as ports from ports) p,"
+        " (select count(*) as sectors, count(*) filter (where status = 'fedspace') as fedspace,"
+        " count(*) filter (where status = 'neutral') as neutral,"
+        " count(*) filter (where status = 'port_closed') as closed from sectors) s"
+    )
+    return Counts(*(txn.fetchone() or ()))
+
+
+def is_empty(txn: Cursor) -> bool:
+    """Whether there is no sector, and so nothing at all."""
+    txn.execute("select from sectors limit 1")
+    return txn.rowcount == 0
+
+
+def set_sector_status(txn: Cursor, sector_id: int, status: str) -> str | None:
+    """Change the rules of a sector.
+
+    :returns: the status that it had; ``None``: there is no such sector.
+    """
+    txn.execute("select status from sectors where sector_id = %s for no key update", (sector_id,))
+    found = txn.fetchone()
+    if found is None:
+        return None
+    txn.execute("update sectors set status = %s where sector_id = %s", (status, sector_id))
+    return str(found[0])
+
+
+def count_ships(txn: Cursor) -> tuple[int, int]:
+    """Count the ships, and give the greatest ``ship_id``; 0 where there is none."""
+    txn.execute("select count(*), coalesce(max(ship_id), 0) from ships")
+    count, last = txn.fetchone() or (0, 0)
+    return int(count), int(last)
+
+
+def end_of_batch(txn: Cursor, after: int, last: int, rows: int) -> int | None:
+    """Give the ``ship_id`` with which a batch of ships ends, in the order of their ids.
+
+    :param after: where the batch before ended; 0 at first.
+    :param last: no ship after this one.
+    :returns: ``None``: there are no more.
+    """
+    txn.execute(
+        "select max(ship_id) from (select ship_id from ships where ship_id > %s and ship_id <= %s"
+        " order by ship_id limit %s) batch",
+        (after, last, rows),
+    )
+    end = (txn.fetchone() or (None,))[0]
+    return None if end is None else int(end)
+
+
+def update_ships(txn: Cursor, field: str, value: int, after: int, end: int) -> int:
+    """Set one property of a batch of ships.
+
+    :param field: one of :data:`SHIP_FIELDS`.
+    :param after: the batch begins after this ``ship_id``, and ends with ``end``.
+    :returns: how many there were.
+    :raises KeyError: there is no such field.
+    """
+    txn.execute(_UPDATE[field], (value, after, end))
+    return txn.rowcount
+
+
+#: No name of a column comes from outside.
+_UPDATE: Final = {
+    field: f"update ships set {field} = %s where ship_id > %s and ship_id <= %s"  # noqa: S608 - a constant of ours
+    for field in SHIP_FIELDS
+}

@@ -1,0 +1,82 @@
+"""Taking turns at a table: look, do what is due, and sleep until there may be more."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+
+from s2s.errors import DatabaseUnavailable
+
+#: Seconds between two looks at a table when nothing wakes us, and between two tries when the database is away.
+POLL_S: Final = 1.0
+
+
+class Turns:
+    """Takes one turn after another, in as many lines at once as wanted, until it is stopped.
+
+    :param what: what a line is called in the log.
+    :param turn: takes a turn, given the line's number; gives the seconds to sleep then, :data:`POLL_S` at most, or
+        ``None`` for so many. What it raises ends no line.
+    :param clock: an ``IReactorTime``.
+    :ivar is_stopping: no turn is begun any more.
+    """
+
+    log = Logger()
+
+    def __init__(self, what: str, turn: Callable[[int], Awaitable[float | None]], clock: Any, lines: int = 1) -> None:
+        self._what = what
+        self._turn = turn
+        self._clock = clock
+        self._lines = lines
+        self.is_stopping = False
+        #: Something came since a line looked last.
+        self._is_woken = False
+        self._asleep: list[Deferred[None]] = []
+        self._running: list[Deferred[None]] = []
+
+    def start(self) -> None:
+        """Begin."""
+        self._running = [Deferred.fromCoroutine(self._go(line)) for line in range(self._lines)]
+
+    def stop(self) -> Deferred[Any]:
+        """Begin no turn any more.
+
+        :returns: fires when the turns under way are finished.
+        """
+        self.is_stopping = True
+        for sleeper in self._asleep[:]:
+            sleeper.cancel()
+        return gatherResults(self._running)
+
+    def wake(self) -> None:
+        """There may be something to do: let one line look now."""
+        self._is_woken = True
+        if self._asleep:
+            self._asleep[0].cancel()
+
+    async def _go(self, line: int) -> None:
+        while not self.is_stopping:
+            self._is_woken = False
+            pause_s = None
+            try:
+                pause_s = await self._turn(line)
+            except DatabaseUnavailable:
+                pass  # The pool has said so in the log, once.
+            except Exception:
+                self.log.failure("{what} failed", what=self._what)
+            if pause_s != 0 and not self._is_woken and not self.is_stopping:
+                await self._sleep(POLL_S if pause_s is None else min(pause_s, POLL_S))
+
+    async def _sleep(self, seconds: float) -> None:
+        sleeper: Deferred[None] = deferLater(self._clock, seconds)
+        self._asleep.append(sleeper)
+        try:
+            await sleeper
+        except CancelledError:
+            pass
+        finally:
+            self._asleep.remove(sleeper)

@@ -1,0 +1,351 @@
+"""The runner of orders: what an engine makes of them, whatever becomes of their work, the database and the engine."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+
+from s2s import order_runner, turns
+from s2s.clock import Clock
+from s2s.condition import Condition
+from s2s.errors import IdemConflict, NotFound
+from s2s.jobs import Outcome, Unfinished
+from s2s.jobs.kind import MOST_TOLD
+from s2s.order_runner import OrderRunner
+from s2s.orders import OrderRun, OrderType
+from s2s.store import orders as table
+from s2s.store.driver import Cursor
+from s2s.store.pool import Database
+from tests.support.postgres import DatabaseTestCase
+from tests.support.waiting import poll
+
+Work = Callable[[Cursor, OrderRun], Outcome]
+
+TICK = "admin.engine.force_tick.v1"
+SECTOR = "world.set_sector_status.v1"
+
+
+class _Kind(OrderType):
+    """An order that does what a test wants."""
+
+    def __init__(self, rpc: str, work: Work, rests: bool = False) -> None:
+        self.rpc, self.rests = rpc, rests  # type: ignore[misc]
+        self._work = work
+
+    def run(self, txn: Cursor, order: OrderRun) -> Outcome:
+        """Note the step, and do the work."""
+        txn.execute("insert into effects (order_id, state) values (%s, %s)", (order.order_id, str(dict(order.state))))
+        return self._work(txn, order)
+
+
+def _for_ever(_: Cursor, order: OrderRun) -> Outcome:
+    return Unfinished({"done": order.state.get("done", 0) + 1})
+
+
+class OrderRunnerTests(DatabaseTestCase):
+    """:class:`OrderRunner` on a real database."""
+
+    def setUp(self) -> None:
+        """Make a table in which every step is noted that took effect."""
+        super().setUp()
+        self.execute("create table effects (n serial, order_id text, state text)")
+        self.patch(turns, "POLL_S", 0.05)
+        self.patch(table, "PAUSE", "interval '0.1 seconds'")
+        self.condition = Condition()
+        self.condition.wanted = "running"
+        self.has_link = False
+
+    def start(self, work: Work, *, ticks: Work = lambda *_: None, name: str = "engine-1") -> OrderRunner:
+        """Start a runner, with a pool of its own, that ends with the test.
+
+        :param work: of an order about a sector.
+        :param ticks: of a forced tick.
+        """
+        database = Database(self.url, "s2s-orders", threads=3, idle_timeout_s=5.0)
+        database.start()
+        self.addCleanup(database.stop)
+        kinds = {SECTOR: _Kind(SECTOR, work), TICK: _Kind(TICK, ticks, rests=True)}
+        runner = OrderRunner(database, Clock(reactor), kinds, name, self.condition, lambda: self.has_link, lambda: None)
+        runner.start()
+        self.addCleanup(runner.stop)
+        return runner
+
+    def give(self, order_id: str, rpc: str = SECTOR, **params: Any) -> None:
+        """Put an order into the table."""
+        valid = {SECTOR: {"sector_id": 1, "status": "neutral"}, TICK: {"job_type": "decay"}}[rpc]
+        text = json.dumps({**valid, **params})
+        self.execute("insert into orders (order_id, rpc, params) values (%s, %s, %s::jsonb)", order_id, rpc, text)
+
+    def row(self, order_id: str, columns: str = "status, result") -> tuple[Any, ...]:
+        """Give columns of an order's row."""
+        return self.execute(f"select {columns} from orders where order_id = %s", order_id)[0]
+
+    def over(self, *order_ids: str) -> Deferred[Any]:
+        """Wait until orders are over."""
+        query = "select 1 from orders where order_id = any(%s) and status in ('queued', 'running')"
+        return poll(lambda: not self.execute(query, list(order_ids)), f"{order_ids} are over")
+
+    def steps(self) -> list[tuple[str, str]]:
+        """Give id and state of every step that took effect, in their order."""
+        return self.execute("select order_id, state from effects order by n")
+
+    # --- outcomes ---------------------------------------------------------------------------------------------------
+
+    async def test_outcomes(self) -> None:
+        """What an order comes to is in its row; what it did is undone where it is refused, fails or cannot be told."""
+
+        def work(txn: Cursor, order: OrderRun) -> Outcome:
+            match order.params["sector_id"]:
+                case 2:
+                    raise NotFound("no such thing", path="/payload/sector_id")
+                case 3:
+                    raise ValueError("broken\nand a second line")
+                case 4:
+                    raise SystemExit(3)
+                case 5:
+                    return {"share": 0.5}
+                case 6:
+                    return {"long": "x" * MOST_TOLD}
+                case 7:
+                    txn.connection.commit()
+                case 8:
+                    txn.execute("insert into checked_late values (1, 2)")
+                case 9:
+                    txn.execute("select 1 / 0")
+            return {"sector": order.params["sector_id"]}
+
+        self.execute(
+            "create table checked_late (n int primary key, m int references checked_late deferrable initially deferred)"
+        )
+        expected: dict[int, tuple[str, str, str]] = {
+            1: ("done", "", ""),
+            2: ("refused", "not_found", "no such thing"),
+            3: ("failed", "internal_error", "ValueError: broken"),
+            4: ("failed", "internal_error", "SystemExit: 3"),
+            5: ("failed", "internal_error", "CanonicalError: at /share"),
+            6: ("failed", "internal_error", "ValueError: what a step gives back"),
+            7: ("failed", "internal_error", ""),
+            8: ("failed", "internal_error", "StatementRefused: insert or update on table"),
+            9: ("failed", "internal_error", "DivisionByZero: division by zero"),
+        }
+        for number in expected:
+            self.give(f"o{number}", sector_id=number)
+        self.start(work)
+        await self.over(*(f"o{number}" for number in expected))
+        for number, (status, code, message) in expected.items():
+            found, result = self.row(f"o{number}")
+            with self.subTest(number=number, result=result):
+                self.assertEqual(found, status)
+                if code:
+                    self.assertEqual(result["code"], code)
+                    self.assertTrue(result["message"].startswith(message), result)
+        self.assertEqual(self.row("o1"), ("done", {"sector": 1}))
+        self.assertEqual(self.row("o2")[1]["details"], {"path": "/payload/sector_id"})
+        # Whoever ends the transaction by himself is told on; what he has committed so stays.
+        self.assertEqual({order_id for order_id, _ in self.steps()}, {"o1", "o7"})
+
+    async def test_written_by_hand(self) -> None:
+        """A row of any hand is judged by the schema of its request; one of another release is left alone."""
+        self.give("extra", colour="red")
+        self.give("boolean", sector_id=True)
+        self.give("float", sector_id=1.5)
+        self.execute("insert into orders (order_id, rpc, params) values ('later', 'world.end.v9', '{}')")
+        self.start(lambda *_: None)
+        await self.over("extra", "boolean", "float")
+        for order_id in ("extra", "boolean", "float"):
+            status, result = self.row(order_id)
+            self.assertEqual((status, result["code"]), ("refused", "bad_payload"))
+        self.assertEqual(self.row("later"), ("queued", None))
+        self.assertEqual(self.steps(), [])
+
+    async def test_a_step_that_fails(self) -> None:
+        """What fails after a step was committed has failed, and is not refused; that step stays."""
+
+        def work(_: Cursor, order: OrderRun) -> Outcome:
+            if order.state:
+                raise NotFound("gone meanwhile")
+            return Unfinished({"done": 1})
+
+        self.give("o")
+        self.start(work)
+        await self.over("o")
+        self.assertEqual(self.row("o"), ("failed", {"code": "not_found", "message": "gone meanwhile"}))
+        self.assertEqual(self.steps(), [("o", "{}")])
+
+    async def test_spoiled(self) -> None:
+        """What a database spoils, as a deadlock does, is tried again a few times, and then has failed."""
+        tries: list[int] = []
+
+        def work(txn: Cursor, order: OrderRun) -> Outcome:
+            tries.append(order.params["sector_id"])
+            if order.params["sector_id"] == 2 or len(tries) < 3:
+                txn.execute("set local statement_timeout = 5; select pg_sleep(10)")
+            return None
+
+        self.give("heals", sector_id=1)
+        self.start(work)
+        await self.over("heals")
+        self.assertEqual((self.row("heals")[0], tries), ("done", [1, 1, 1]))
+        self.give("stays", sector_id=2)
+        await self.over("stays")
+        status, result = self.row("stays")
+        self.assertEqual((status, result["message"].partition(":")[0]), ("failed", "QueryCanceled"))
+        self.assertEqual(tries.count(2), order_runner.SPOILED)
+
+    async def test_deaths(self) -> None:
+        """An order under which process after process has died is given up."""
+        self.give("o")
+        self.execute("update orders set attempts = %s", order_runner.DEATHS)
+        self.start(lambda *_: None)
+        await self.over("o")
+        self.assertEqual(self.row("o")[0], "failed")
+        self.assertIn("processes ended", self.row("o")[1]["message"])
+        self.assertEqual(self.steps(), [])
+
+    # --- who runs it ------------------------------------------------------------------------------------------------
+
+    async def test_each_step_once(self) -> None:
+        """Three engines share long orders: every step is done once, in its order, and by more than one of them."""
+
+        def work(txn: Cursor, order: OrderRun) -> Outcome:
+            done = order.state.get("done", 0) + 1
+            return Unfinished({"done": done}) if done < 20 else {"steps": done}
+
+        for number in range(6):
+            self.give(f"o{number}")
+        self.execute("create table runners (engine text)")
+        self.execute(
+            "create function note() returns trigger language plpgsql as"
+            " 'begin insert into runners values (new.engine); return null; end';"
+            "create trigger note after update of state on orders for each row execute function note()"
+        )
+        for name in ("a", "b", "c"):
+            self.start(work, name=name)
+        await self.over(*(f"o{number}" for number in range(6)))
+        expected = ["{}", *(f"{{'done': {done}}}" for done in range(1, 20))]
+        for number in range(6):
+            self.assertEqual([state for order_id, state in self.steps() if order_id == f"o{number}"], expected)
+            self.assertEqual(self.row(f"o{number}"), ("done", {"steps": 20}))
+        self.assertGreater(len(self.execute("select distinct engine from runners")), 1)
+
+    async def test_short_ones_pass_long_ones(self) -> None:
+        """An order that comes while a long one runs does not wait for its end."""
+
+        def work(txn: Cursor, order: OrderRun) -> Outcome:
+            if order.order_id != "long":
+                return None
+            txn.execute("select pg_sleep(0.02)")
+            return Unfinished({"done": order.state.get("done", 0) + 1})
+
+        self.give("long")
+        runner = self.start(work)
+        await poll(lambda: self.row("long")[0] == "running", "it runs")
+        self.give("short")
+        runner.wake()
+        await self.over("short")
+        self.assertEqual(self.row("long")[0], "running")
+
+    async def test_one_that_hangs(self) -> None:
+        """An order whose work hangs does not hold up the others; the stop waits for it."""
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+
+        def hang(*_: Any) -> Outcome:
+            assert go_on.wait(20)
+            return None
+
+        self.give("hangs", TICK)
+        runner = self.start(lambda *_: None, ticks=hang)
+        await poll(lambda: self.condition._jobs, "it hangs")
+        self.give("other")
+        runner.wake()
+        await self.over("other")
+        stopped = runner.stop()
+        self.assertNoResult(stopped)
+        go_on.set()
+        await stopped
+        self.assertEqual(self.row("hangs")[0], "done")
+
+    async def test_paused(self) -> None:
+        """A paused engine refuses a forced tick, leaves one that runs where it is, and takes other orders."""
+        self.give("runs", TICK)
+        runner = self.start(lambda *_: None, ticks=_for_ever)
+        await poll(lambda: self.row("runs")[0] == "running", "it runs")
+        self.condition.wanted = "paused"
+        await poll(lambda: self.condition.state == "paused", "it is paused")
+        steps = len(self.steps())
+        self.give("late", TICK)
+        self.give("other")
+        runner.wake()
+        await self.over("late", "other")
+        self.assertEqual(self.row("late"), ("refused", {"code": "paused", "message": "the engine is paused"}))
+        self.assertEqual((self.row("other")[0], self.row("runs")[0]), ("done", "running"))
+        self.assertEqual(len(self.steps()), steps + 1)
+        self.condition.wanted = "running"
+        await poll(lambda: len(self.steps()) > steps + 3, "it goes on")
+
+    async def test_starting(self) -> None:
+        """Nothing is run until it is known what is wanted of the engine."""
+        self.condition.wanted = None
+        self.give("o")
+        runner = self.start(lambda *_: None)
+        runner.wake()
+        await deferLater(reactor, 0.2)
+        self.assertEqual(self.row("o", "status, attempts"), ("queued", 0))
+        self.condition.wanted = "running"
+        await self.over("o")
+
+    # --- over the link ----------------------------------------------------------------------------------------------
+
+    async def test_by_link(self) -> None:
+        """With a link the table is left to it for a while; what comes over it is run and answered at once."""
+        self.has_link = True
+        self.give("table")
+        runner = self.start(lambda *_: {"ran": 1})
+        params = {"sector_id": 1, "status": "neutral"}
+        order = await runner.take("linked", SECTOR, params, "key:k1")
+        self.assertEqual((order.status, order.result), ("done", {"ran": 1}))
+        self.assertEqual(self.row("linked", "actor, way, engine"), ("key:k1", "link", "engine-1"))
+        self.assertEqual(self.row("table")[0], "queued")
+        # Of one that is in the table already it is the same order.
+        order = await runner.take("table", SECTOR, params, "key:k1")
+        self.assertEqual((order.status, self.row("table", "way, actor")), ("done", ("link", self.user())))
+        self.assertEqual((await runner.take("table", SECTOR, params, "key:k1")).result, {"ran": 1})
+        for other in ({**params, "sector_id": 2}, {**params, "sector_id": True}):
+            with self.assertRaises(IdemConflict):
+                await runner.take("table", SECTOR, other, "key:k1")
+        self.assertEqual(len(self.steps()), 2)
+
+    def user(self) -> str:
+        """Give the database's user."""
+        return str(self.execute("select session_user")[0][0])
+
+    async def test_answered_in_time(self) -> None:
+        """An order that is not over in time is answered with how it is by then, whoever asks, and however often."""
+        self.patch(order_runner, "ANSWER_S", 0.3)
+        runner = self.start(_for_ever)
+        params = {"sector_id": 1, "status": "neutral"}
+        began = time.monotonic()
+        asked = [runner.take("long", SECTOR, params, "key:k1") for _ in range(3)]
+        answers = [await each for each in map(Deferred.fromCoroutine, asked)]
+        self.assertEqual({order.status for order in answers}, {"running"})
+        self.assertLess(time.monotonic() - began, 2.0)
+        self.assertEqual(runner._waiters, {})
+
+    async def test_stopped(self) -> None:
+        """A stop ends after the step in hand, and whoever waits for the order is answered."""
+        runner = self.start(_for_ever)
+        asked = Deferred.fromCoroutine(runner.take("long", SECTOR, {"sector_id": 1, "status": "neutral"}, "key:k1"))
+        await poll(self.steps, "it runs")
+        await runner.stop()
+        self.assertEqual((await asked).status, "running")
+        steps = len(self.steps())
+        await deferLater(reactor, 0.1)
+        self.assertEqual(len(self.steps()), steps)

@@ -1,0 +1,204 @@
+"""Orders, run once whatever happens: by link and by table at once, by engines that are killed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from twisted.internet.defer import Deferred, inlineCallbacks
+
+from tests.support.peer import CHECK, Frame, ListeningPeer, Peer
+from tests.support.roles import Engine, RoleTestCase, free_port
+from tests.support.waiting import poll
+
+TICK = "admin.engine.force_tick.v1"
+SECTOR = "world.set_sector_status.v1"
+SHIPS = "admin.player.update_all_ships.v1"
+_RACES = 1000
+
+
+class OrderTestCase(RoleTestCase):
+    """Engines, and a server that is ours to play."""
+
+    def setUp(self) -> None:
+        """Listen."""
+        super().setUp()
+        self.listening = ListeningPeer()
+        self.addCleanup(self.listening.close)
+
+    def linked(self, engine: Engine) -> Peer:
+        """Accept an engine's connection, prove the link for both sides, and wait until it no longer starts."""
+        peer = self.listening.accept()
+        self.addCleanup(peer.close)
+        peer.greet()
+        deadline = time.monotonic() + 10
+        while peer.call(CHECK, {})["state"] == "starting":
+            assert time.monotonic() < deadline, "it starts for ever"
+        return peer
+
+    def give(self, order_id: str, rpc: str, params: Frame) -> None:
+        """Give an order to the table alone."""
+        self.execute(
+            "insert into orders (order_id, rpc, params) values (%s, %s, %s::jsonb)", order_id, rpc, json.dumps(params)
+        )
+
+    def order(self, order_id: str) -> tuple[Any, ...]:
+        """Give what an order's row says: status, result, how far it is."""
+        return self.execute("select status, result, state from orders where order_id = %s", order_id)[0]
+
+
+class RaceTests(OrderTestCase):
+    """Link and table."""
+
+    timeout = 180
+
+    @inlineCallbacks
+    def test_a_thousand_races(self) -> Iterator[Deferred[Any]]:
+        """Orders that come over the link to one engine, while another finds them in the table, run once each."""
+        self.execute(
+            f"insert into sectors select n, 'Sector ' || n, 'neutral' from generate_series(1, {_RACES}) n;"
+            "create table changes (sector_id bigint, n serial);"
+            "create function note() returns trigger language plpgsql as"
+            " 'begin insert into changes values (new.sector_id); return null; end';"
+            "create trigger note after update on sectors for each row execute function note()"
+        )
+        linked, alone = self.engine(self.listening.port), self.engine(free_port(), name="engine-2")
+        yield linked.start()
+        peer = self.linked(linked)
+        yield alone.start()
+        ids: dict[str, str] = {}
+        for first in range(1, _RACES + 1, 50):
+            sectors = range(first, first + 50)
+            params = [{"sector_id": sector, "status": "fedspace"} for sector in sectors]
+            frames = [peer.envelope(SECTOR, {"order_id": f"race-{each['sector_id']}", **each}) for each in params]
+            # Half of them are on the link first, half in the table.
+            if first % 100 == 1:
+                peer.write_all(frames)
+            self.execute(
+                "insert into orders (order_id, rpc, params) select 'race-' || (p ->> 'sector_id'), %s, p"
+                " from jsonb_array_elements(%s::jsonb) p on conflict do nothing",
+                SECTOR,
+                json.dumps(params),
+            )
+            if first % 100 != 1:
+                peer.write_all(frames)
+            ids.update({frame["id"]: frame["payload"]["order_id"] for frame in frames})
+        answers = peer.answers(list(ids))
+        yield poll(
+            lambda: self.execute("select count(*) from orders where status = 'done'") == [(_RACES,)],
+            "all are done",
+            timeout=60,
+        )
+        self.assertEqual(self.execute("select count(*), count(distinct sector_id) from changes"), [(_RACES, _RACES)])
+        for message_id, answer in answers.items():
+            self.assertEqual((answer["order_id"], answer["ok"]), (ids[message_id], True))
+            self.assertIn(answer["status"], ("queued", "running", "done"))
+        # It was a race: both ways have won, and more than now and then.
+        ways = dict(self.execute("select way, count(*) from orders group by way"))
+        self.assertEqual(set(ways), {"link", "table"})
+        self.assertGreater(min(ways.values()), _RACES // 50)
+        self.assertEqual(self.execute("select count(*) from audit where action = %s", SECTOR), [(2 * _RACES,)])
+
+
+class LongOrderTests(OrderTestCase):
+    """``admin.player.update_all_ships.v1``."""
+
+    timeout = 300
+
+    def make_ships(self, ships: int) -> None:
+        """Make ships that count their changes, in their fuel."""
+        self.ships = ships
+        self.execute("insert into sectors values (1, 'Sol', 'neutral')")
+        self.execute("insert into ships select n, 1, 1, 0, 0, 100, 10 from generate_series(1, %s) n", self.ships)
+        self.execute(
+            "create function count_change() returns trigger language plpgsql as"
+            " 'begin new.fuel := old.fuel + 1; return new; end';"
+            "create trigger count_change before update on ships for each row execute function count_change()"
+        )
+        self.execute("vacuum analyze ships")
+
+    def done(self) -> int:
+        """Give how many ships the order has come by."""
+        state = self.order("long")[2]
+        return int(state["done"]) if state else 0
+
+    def assert_each_once(self, turns: int) -> None:
+        """See that every ship was changed once, and to this."""
+        found = self.execute("select count(*) from ships where turns = %s and fuel = 1", turns)
+        self.assertEqual(found, [(self.ships,)])
+
+    @inlineCallbacks
+    def test_killed_in_the_middle(self) -> Iterator[Deferred[Any]]:
+        """Killed three times on its way, it goes on where it was: no ship is missed, and none is done twice."""
+        self.make_ships(1_000_000)
+        engine = self.engine(free_port())
+        yield engine.start()
+        self.give("long", SHIPS, {"update_field": "turns", "new_value": 77, "reason": "a test"})
+        for _ in range(3):
+            before = self.done()
+            yield poll(lambda before=before: self.done() > before, "it gets on", timeout=30)
+            engine.kill()
+            self.assertEqual(self.order("long")[0], "running")
+            self.assertEqual(self.execute("select count(*) from ships where turns = 77"), [(self.done(),)])
+            self.assertLess(self.done(), self.ships)
+            yield engine.start()
+        yield poll(lambda: self.order("long")[0] == "done", "it is done", timeout=300)
+        self.assertEqual(self.order("long")[1], {"update_field": "turns", "new_value": 77, "ships": self.ships})
+        self.assert_each_once(77)
+        self.assertEqual(self.execute("select count(*) from audit where subject = 'long'"), [(2,)])
+
+    @inlineCallbacks
+    def test_health_meanwhile(self) -> Iterator[Deferred[Any]]:
+        """While it runs the link is answered: it is running after two seconds, health is told, short orders pass by."""
+        self.make_ships(200_000)
+        self.execute(
+            "create function dawdle() returns trigger language plpgsql as"
+            " 'begin perform pg_sleep(0.2); return null; end';"
+            "create trigger dawdle after update on ships for each statement execute function dawdle()"
+        )
+        engine = self.engine(self.listening.port)
+        yield engine.start()
+        peer = self.linked(engine)
+        long = peer.send(SHIPS, {"order_id": "long", "update_field": "turns", "new_value": 5, "reason": "a test"})
+        yield poll(lambda: self.execute("select status from orders") == [("running",)], "it runs")
+        self.assertEqual(peer.answer(long)["payload"]["status"], "running")
+        slowest_s, checks = 0.0, 0
+        while self.order("long")[0] == "running":
+            began = time.monotonic()
+            self.assertEqual(peer.call(CHECK, {})["state"], "running")
+            slowest_s, checks = max(slowest_s, time.monotonic() - began), checks + 1
+            if checks == 3:
+                short = peer.call(SECTOR, {"order_id": "short", "sector_id": 1, "status": "fedspace"})
+                self.assertEqual((short["status"], self.order("long")[0]), ("done", "running"))
+        self.assertGreater(checks, 10)
+        # Its deadline is three seconds.
+        self.assertLess(slowest_s, 1.0)
+        again = peer.call(SHIPS, {"order_id": "long", "update_field": "turns", "new_value": 5, "reason": "a test"})
+        self.assertEqual(
+            again,
+            {
+                "ok": True,
+                "order_id": "long",
+                "status": "done",
+                "result": {"update_field": "turns", "new_value": 5, "ships": self.ships},
+            },
+        )
+        self.assert_each_once(5)
+
+    @inlineCallbacks
+    def test_stopped_in_the_middle(self) -> Iterator[Deferred[Any]]:
+        """A shutdown ends after the batch in hand, with exit code 0; the next start goes on."""
+        self.make_ships(300_000)
+        engine = self.engine(free_port())
+        yield engine.start()
+        self.give("long", SHIPS, {"update_field": "turns", "new_value": 8, "reason": "a test"})
+        yield poll(lambda: self.order("long")[0] == "running", "it runs")
+        engine.terminate()
+        engine.assert_ended_well()
+        self.assertEqual(self.order("long")[0], "running")
+        self.assertLess(self.done(), self.ships)
+        yield engine.start()
+        yield poll(lambda: self.order("long")[0] == "done", "it is done", timeout=300)
+        self.assert_each_once(8)

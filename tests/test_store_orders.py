@@ -1,0 +1,324 @@
+"""Table ``orders``: giving, finding, attempting, holding and ending them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg2
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.threads import deferToThread
+
+from s2s.catalogue import ORDERS
+from s2s.errors import IdemConflict
+from s2s.store import orders as table
+from s2s.store.orders import Order
+from s2s.store.pool import blocking
+from tests.support.postgres import DatabaseTestCase
+from tests.support.waiting import poll
+
+TICK, CONFIG, SECTOR, SHIPS = ORDERS
+PARAMS = {"sector_id": 1, "status": "fedspace"}
+
+
+class OrdersTestCase(DatabaseTestCase):
+    """Each call in a transaction of its own."""
+
+    def run_(self, function: Any, *args: Any, **more: Any) -> Any:
+        """Do one thing, and commit it."""
+        with blocking(self.url) as txn:
+            return function(txn, *args, **more)
+
+    def give(self, order_id: str, rpc: str = SECTOR, params: Any = PARAMS, idem_key: str | None = None) -> Any:
+        """Give an order, and see that it is the one that comes back."""
+        return self.run_(table.give, order_id, rpc, params, "me", idem_key)
+
+    def conflict(self, *args: Any, **more: Any) -> str:
+        """See that an order cannot be given, and give the id of the one in its way."""
+        error = self.assertRaises(IdemConflict, self.give, *args, **more)
+        return str(error.details["order_id"])
+
+    def rows(self, columns: str = "order_id") -> list[Any]:
+        """Give what the table holds, in the order of the ids."""
+        return self.execute(f"select {columns} from orders order by order_id")
+
+
+class GiveTests(OrdersTestCase):
+    """:func:`table.give` and :func:`table.queued`."""
+
+    def test_once(self) -> None:
+        """A new order is queued and open, whoever gave it is named, and the audit has it in the same transaction."""
+        order, is_new = self.give("a", idem_key="k")
+        self.assertEqual((order.order_id, order.rpc, order.params, order.actor), ("a", SECTOR, PARAMS, "me"))
+        self.assertEqual((order.status, order.is_open, order.state, order.attempts), ("queued", True, {}, 0))
+        self.assertTrue(is_new)
+        audit = self.execute("select actor, action, subject, params, result from audit")
+        self.assertEqual(audit, [("me", SECTOR, "a", PARAMS, None)])
+
+    def test_twice(self) -> None:
+        """Given again with the same content it is the same order, whatever became of it, and nothing is written."""
+        first, _ = self.give("a", idem_key="k")
+        self.assertEqual(self.give("a"), (first, False))
+        self.assertEqual(self.give("a", idem_key="k"), (first, False))
+        # In another order of its members it is the same.
+        self.assertEqual(self.give("a", params=dict(reversed(PARAMS.items()))), (first, False))
+        self.run_(table.finish, first, "refused", {"code": "not_found"}, "engine-1", "link")
+        again, is_new = self.give("a")
+        self.assertEqual((again.status, again.result, again.is_open), ("refused", {"code": "not_found"}, False))
+        self.assertFalse(is_new)
+        self.assertEqual(self.execute("select count(*) from audit where result is null"), [(1,)])
+
+    def test_a_key_again(self) -> None:
+        """An ``idem_key`` stands for its order, whatever id comes with it."""
+        first, _ = self.give("a", idem_key="k")
+        self.assertEqual(self.give("b", idem_key="k"), (first, False))
+        self.assertEqual(self.rows(), [("a",)])
+
+    def test_conflicts(self) -> None:
+        """Other params, another RPC, or an id and a key of two orders are refused, and nothing changes."""
+        self.give("a", idem_key="k")
+        self.give("b")
+        before = self.rows("*")
+        self.assertEqual(self.conflict("a", params={**PARAMS, "sector_id": 2}), "a")
+        self.assertEqual(self.conflict("a", rpc=SHIPS), "a")
+        self.assertEqual(self.conflict("c", params={**PARAMS, "sector_id": 2}, idem_key="k"), "a")
+        self.assertEqual(self.conflict("b", idem_key="k"), "a")
+        self.assertEqual(self.rows("*"), before)
+
+    def test_a_boolean_is_no_integer(self) -> None:
+        """True is not 1, false is not 0, and "1" is neither."""
+        self.give("a", CONFIG, {"key": "relay.window", "value": 1})
+        self.give("b", CONFIG, {"key": "relay.window", "value": False})
+        for order_id, value in (("a", True), ("a", "1"), ("b", 0)):
+            self.assertEqual(self.conflict(order_id, CONFIG, {"key": "relay.window", "value": value}), order_id)
+        self.assertFalse(self.give("a", CONFIG, {"key": "relay.window", "value": 1})[1])
+
+    def test_a_row_that_nobody_could_send(self) -> None:
+        """A row of another hand, with what canonical JSON cannot say, is like no order that comes."""
+        self.execute("insert into orders (order_id, rpc, params) values ('a', %s, '{\"value\": 1.5}')", CONFIG)
+        self.assertEqual(self.conflict("a", CONFIG, {"value": 1}), "a")
+
+    @inlineCallbacks
+    def test_two_at_once(self) -> Iterator[Deferred[Any]]:
+        """Of two that give it at once the later one waits, and finds the first one's, or gives it if that is undone."""
+        for order_id, later_id, key, is_undone, is_same in (
+            ("a", "a", None, False, True),
+            ("b", "b", None, True, True),
+            ("c", "d", "k1", False, True),
+            ("e", "f", "k2", True, True),
+            ("g", "g", None, False, False),
+        ):
+            first = psycopg2.connect(self.url)
+            self.addCleanup(first.close)
+            with first.cursor() as txn:
+                table.give(txn, order_id, SECTOR, PARAMS, "first", key)
+            params = PARAMS if is_same else {**PARAMS, "sector_id": 2}
+            giving = deferToThread(self.run_, table.give, later_id, SECTOR, params, "second", key)
+            yield poll(self.is_waiting, "the later one waits")
+            if is_undone:
+                first.rollback()
+            else:
+                first.commit()
+            if not is_same:
+                yield self.assertFailure(giving, IdemConflict)
+                continue
+            order, is_new = yield giving
+            expected = (later_id, "second") if is_undone else (order_id, "first")
+            self.assertEqual((order.order_id, order.actor, is_new), (*expected, is_undone))
+        self.assertEqual(self.rows(), [("a",), ("b",), ("c",), ("f",), ("g",)])
+
+    def is_waiting(self) -> bool:
+        """Whether somebody waits for another's row."""
+        waiting = self.execute(
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        )
+        return waiting == [(1,)]
+
+    def test_queued(self) -> None:
+        """What nobody has begun is given the oldest first, so many at most, of the RPCs asked for."""
+        for order_id, rpc in (
+            ("c", SECTOR),
+            ("b", SHIPS),
+            ("a", SECTOR),
+            ("e", SECTOR),
+            ("d", "of.another.v1"),
+        ):
+            self.give(order_id, rpc)
+        self.run_(table.finish, self.run_(table.find, "e"), "done", None, "engine-1", "link")
+        self.assertEqual([order.order_id for order in self.run_(table.queued, ORDERS, 9)], ["c", "b", "a"])
+        self.assertEqual([order.order_id for order in self.run_(table.queued, [SECTOR], 1)], ["c"])
+
+
+class AttemptTests(OrdersTestCase):
+    """:func:`table.attempt`: whose step is next."""
+
+    def attempt(
+        self, rpcs: Any = ORDERS, resting: Any = (), expected: Any = (), patience_s: float = 0.0
+    ) -> Order | None:
+        """Attempt a step."""
+        found: Order | None = self.run_(table.attempt, rpcs, resting, expected, patience_s)
+        return found
+
+    def attempted(self, *args: Any, **more: Any) -> str | None:
+        """Attempt a step, and give its order's id."""
+        order = self.attempt(*args, **more)
+        return None if order is None else order.order_id
+
+    def go_on(self, order_id: str, state: Any = None) -> None:
+        """End a step that has more to do."""
+        self.run_(table.go_on, self.run_(table.find, order_id), state or {"done": 1}, "engine-1", "table")
+
+    def due(self) -> None:
+        """Let every pause be over."""
+        self.execute("update orders set retry_at = now() where retry_at is not null")
+
+    def test_in_turns(self) -> None:
+        """The oldest goes first, then whoever waits longest for a step: a long one holds up no short one."""
+        for order_id in "cab":
+            self.give(order_id)
+        self.assertEqual(self.attempted(), "c")
+        self.go_on("c")
+        self.assertEqual(self.attempted(), "a")
+        self.go_on("a")
+        self.give("d")
+        self.assertEqual([self.attempted(), self.attempted()], ["b", "d"])
+        self.go_on("d")
+        self.go_on("b")
+        # The longest wait since its last step: not the age of the order, nor the end of that step.
+        self.assertEqual([self.attempted() for _ in range(5)], ["c", "a", "b", "d", None])
+
+    def test_counted(self) -> None:
+        """An attempt is in the row before anything is done, and keeps others from it for a pause that doubles."""
+        self.give("a")
+        pauses = []
+        for attempts in (1, 2, 3):
+            order = self.attempt()
+            assert order is not None
+            self.assertEqual((order.attempts, order.status), (attempts, "queued"))
+            self.assertIsNone(self.attempt())
+            pauses += self.execute("select round(extract(epoch from retry_at - stepped_at)) from orders")
+            self.due()
+        self.assertEqual([pause / pauses[0][0] for (pause,) in pauses], [1, 2, 4])
+        self.execute("update orders set attempts = 40")
+        self.attempt()
+        [(pause,)] = self.execute("select round(extract(epoch from retry_at - stepped_at)) from orders")
+        self.assertEqual(pause, 300)
+
+    def test_patience(self) -> None:
+        """A young order is left to the link for so long, unless it came over it, or was attempted or begun before."""
+        for order_id in ("expected", "young", "old", "tried", "begun"):
+            self.give(order_id)
+        self.execute("update orders set created_at = now() - interval '4 seconds' where order_id = 'old'")
+        self.execute("update orders set attempts = 1 where order_id = 'tried'")
+        self.go_on("begun")
+        found = {self.attempted(expected=["expected"], patience_s=3.0) for _ in range(4)}
+        self.assertEqual(found, {"expected", "old", "tried", "begun"})
+        self.assertIsNone(self.attempt(patience_s=3.0))
+        self.assertEqual(self.attempted(), "young")
+
+    def test_resting(self) -> None:
+        """Of an RPC that rests what is queued is attempted, so that it can be refused, and what runs is left alone."""
+        self.give("running", TICK)
+        self.go_on("running")
+        self.give("queued", TICK)
+        self.assertEqual(self.attempted(resting=[TICK]), "queued")
+        self.assertIsNone(self.attempt(resting=[TICK]))
+        self.assertEqual(self.attempted(), "running")
+
+    def test_whose_it_is(self) -> None:
+        """What is over, of another release, or locked by whoever runs it is passed over."""
+        for order_id, rpc in (
+            ("over", SECTOR),
+            ("foreign", "of.another.v1"),
+            ("held", SECTOR),
+            ("next", SECTOR),
+        ):
+            self.give(order_id, rpc)
+        self.run_(table.finish, self.run_(table.find, "over"), "failed", {}, "engine-1", "link")
+        with blocking(self.url) as txn:
+            txn.execute("select from orders where order_id = 'held' for update")
+            self.assertEqual([self.attempted(), self.attempted()], ["next", None])
+        self.assertEqual(self.attempted(), "held")
+        self.assertEqual(self.attempted(rpcs=["of.another.v1"]), "foreign")
+
+
+class StepTests(OrdersTestCase):
+    """:func:`table.hold`, :func:`table.go_on` and :func:`table.finish`: a step and its end."""
+
+    def attempt(self) -> Order:
+        """Attempt a step of the only order, whatever the pause."""
+        self.execute("update orders set retry_at = null")
+        order: Order = self.run_(table.attempt, ORDERS, (), (), 0.0)
+        return order
+
+    def test_hold(self) -> None:
+        """Who attempted it last holds it; neither who did before, nor a second one, nor anybody once it is over."""
+        self.give("a")
+        first, second = self.attempt(), self.attempt()
+        self.assertFalse(self.run_(table.hold, first))
+        with blocking(self.url) as txn:
+            self.assertTrue(table.hold(txn, second))
+            self.assertFalse(self.run_(table.hold, second))
+            table.go_on(txn, second, {"done": 1, "total": 2}, "engine-1", "link")
+        # Its step is done; the next attempt counts from one again.
+        self.assertFalse(self.run_(table.hold, second))
+        third = self.attempt()
+        self.assertEqual((third.attempts, third.status, third.state), (1, "running", {"done": 1, "total": 2}))
+        self.assertFalse(self.run_(table.hold, first))
+        self.run_(table.finish, third, "done", None, "engine-1", "link")
+        self.assertFalse(self.run_(table.hold, third))
+
+    def test_overtaken(self) -> None:
+        """An attempt that others have got past holds nothing, though the step that is next has as many attempts."""
+        self.give("a")
+        self.run_(table.go_on, self.attempt(), {"done": 1}, "engine-1", "link")
+        slow = self.attempt()
+        self.run_(table.go_on, self.attempt(), {"done": 2}, "engine-2", "table")
+        fast = self.attempt()
+        self.assertEqual((slow.attempts, slow.status), (fast.attempts, fast.status))
+        self.assertFalse(self.run_(table.hold, slow))
+        self.assertTrue(self.run_(table.hold, fast))
+
+    def test_undone(self) -> None:
+        """A step that is rolled back leaves the row as the attempt made it."""
+        self.give("a")
+        order = self.attempt()
+        before = self.rows("*")
+        with self.assertRaises(ZeroDivisionError), blocking(self.url) as txn:
+            table.hold(txn, order)
+            table.go_on(txn, order, {"done": 1}, "engine-1", "link")
+            raise ZeroDivisionError
+        self.assertEqual(self.rows("*"), before)
+
+    def test_a_life(self) -> None:
+        """Begun, gone on and done: its row and the audit say who ran it, how it came, when, and what it came to."""
+        self.give("a", SHIPS, {"new_value": 1})
+        self.run_(table.go_on, self.attempt(), {"done": 1, "total": 2}, "engine-1", "link")
+        begun = self.run_(table.show, "a")
+        self.assertEqual((begun.status, begun.state, begun.attempts), ("running", {"done": 1, "total": 2}, 0))
+        self.assertEqual((begun.engine, begun.way, begun.finished_at), ("engine-1", "link", None))
+        self.run_(table.finish, self.attempt(), "done", {"ships": 2}, "engine-2", "table")
+        over = self.run_(table.show, "a")
+        self.assertEqual((over.status, over.result, over.engine, over.way), ("done", {"ships": 2}, "engine-2", "table"))
+        self.assertEqual(over.started_at, begun.started_at)
+        self.assertLess(over.started_at, over.finished_at)
+        self.assertFalse(self.run_(table.find, "a").is_open)
+        told = {"status": "done", "result": {"ships": 2}, "engine": "engine-2", "way": "table"}
+        audit = self.execute("select subject, result from audit order by audit_id")
+        self.assertEqual(audit, [("a", None), ("a", told)])
+
+    def test_shown(self) -> None:
+        """People see one by its id, and the newest of a status or an RPC first, so many at most."""
+        for order_id, rpc in (("c", SECTOR), ("b", SHIPS), ("a", SECTOR)):
+            self.give(order_id, rpc)
+        self.run_(table.finish, self.run_(table.find, "c"), "refused", None, "engine-1", "link")
+
+        def listed(**which: Any) -> list[str]:
+            return [row.order_id for row in self.run_(table.list_orders, **which)]
+
+        self.assertEqual(listed(), ["a", "b", "c"])
+        self.assertEqual(listed(limit=2), ["a", "b"])
+        self.assertEqual(listed(status="queued"), ["a", "b"])
+        self.assertEqual(listed(rpc=SECTOR), ["a", "c"])
+        self.assertEqual(listed(rpc=SECTOR, status="refused"), ["c"])
+        self.assertIsNone(self.run_(table.show, "nobody"))
