@@ -115,7 +115,7 @@ class Engine(Role):
             orders.CHANNEL: self._orders.wake,
         }
         super().__init__(basis, hears)
-        order = guarded(self._condition.check_taking, Order(self._orders))
+        order = guarded(self._condition.check_started, Order(self._orders))
         responders: dict[str, Responder] = {
             HEALTH_CHECK: Health(basis.identity, frame_size, clock, self._state),
             SWEEP: guarded(self._condition.check_taking, Sweep(database, clock, frame_size, relay.wake)),

@@ -44,8 +44,16 @@ def harmless(text: str) -> str:
 
 def one_line(error: BaseException) -> str:
     """Say an exception in one line that a table can hold: a driver's further lines would quote the row."""
-    first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return first_line.replace("\0", "").encode("utf-8", "replace").decode()[:500]
+    try:
+        said = str(error)
+    except Exception:  # the exception is a plug-in's own
+        said = "it does not say why"
+    return storable(f"{type(error).__name__}: {said}")
+
+
+def storable(text: str) -> str:
+    """Give the first line of a text as a table can hold it, 500 characters at most."""
+    return text.partition("\n")[0].replace("\0", "").encode("utf-8", "replace").decode()[:500]
 
 
 class S2SError(Exception):

@@ -10,10 +10,22 @@ from typing import Any, Final
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from s2s import canonical
 from s2s.catalogue import BY_NAME
 from s2s.clock import Clock
 from s2s.condition import Condition
-from s2s.errors import InternalError, Paused, StatementRefused, WireError, one_line
+from s2s.errors import (
+    BadPayload,
+    CanonicalError,
+    InternalError,
+    Paused,
+    ShuttingDown,
+    StatementRefused,
+    WireError,
+    harmless,
+    one_line,
+    storable,
+)
 from s2s.jobs import Unfinished, judged
 from s2s.news import news
 from s2s.orders import OrderRun, OrderType
@@ -27,11 +39,11 @@ from s2s.turns import Turns
 PATIENCE_S: Final = 3.0
 #: Seconds that an order over the link is waited for, before it is answered that it is not over.
 ANSWER_S: Final = 1.5
-#: Orders that run at once in one engine: a forced job that hangs does not hold up the others.
+#: Orders that run at once in one engine. One line takes no order that rests, which is one that runs a job: a job that
+#: hangs, or waits for its own other run, does not hold up other orders.
 LINES: Final = 2
-#: Attempts that a database may spoil, by a deadlock for instance, and attempts in which a process may die.
-SPOILED: Final = 5
-DEATHS: Final = 50
+#: Attempts in a row that do not get on: their processes died, or the database spoilt them, by a deadlock for instance.
+MOST_ATTEMPTS: Final = 20
 
 
 class _Stopped(Exception):
@@ -73,6 +85,7 @@ class OrderRunner:
         self._has_link = has_link
         self._emitted = emitted
         self._turns = Turns("the runner of orders", self._turn, clock.scheduler, LINES)
+        self._in_hand: set[str] = set()
         #: Who waits for the end of an order that came over the link.
         self._waiters: defaultdict[str, list[Deferred[None]]] = defaultdict(list)
         self.over = dict.fromkeys(("done", "refused", "failed"), 0)
@@ -93,17 +106,24 @@ class OrderRunner:
 
     def wake(self) -> None:
         """There may be an order."""
-        self._turns.wake()
+        self._turns.wake_all()
 
     async def take(self, order_id: str, rpc: str, params: Mapping[str, Any], actor: str) -> Order:
         """Take an order that came over the link: written down first, if nobody has.
 
         :returns: what its row says when it is over, or after :data:`ANSWER_S`.
         :raises IdemConflict: its row has other content.
+        :raises ShuttingDown: the engine drains, and the order is new.
         :raises DatabaseError: it may or may not be written down.
         """
-        order, _ = await self._database.run(table.give, order_id, rpc, params, actor)
-        if not order.is_open:
+        if self._condition.is_draining:
+            # What it asks after is no new work.
+            known = await self._database.run(table.known, order_id, rpc, params)
+            if known is None:
+                raise ShuttingDown("the engine is shutting down")
+            return known
+        order, _ = await self._database.run(self._give, order_id, rpc, params, actor)
+        if not order.is_open or self._turns.is_stopping:
             return order
         waiter: Deferred[None] = Deferred()
         self._waiters[order_id].append(waiter)
@@ -118,31 +138,34 @@ class OrderRunner:
         for waiter in self._waiters.pop(order_id, ()):
             waiter.callback(None)
 
-    async def _turn(self, _: int) -> float | None:
+    async def _turn(self, line: int) -> float | None:
         """Do one step.
 
         :returns: seconds to sleep, see :class:`s2s.turns.Turns`.
         """
         if self._condition.wanted is None:
             return None
-        resting = [rpc for rpc, kind in self._kinds.items() if kind.rests and self._condition.wanted == "paused"]
+        is_paused = self._condition.wanted == "paused"
+        rpcs = [rpc for rpc, kind in self._kinds.items() if line or not kind.rests]
+        resting = [rpc for rpc in rpcs if self._kinds[rpc].rests and is_paused]
         patience_s = PATIENCE_S if self._has_link() else 0.0
-        expected = list(self._waiters)
-        order = await self._database.run(table.attempt, self._kinds, resting, expected, patience_s)
+        order = await self._database.run(table.attempt, rpcs, resting, list(self._in_hand), patience_s)
         if order is None:
             return None
-        way = "link" if order.order_id in self._waiters else "table"
-        kind = self._kinds[order.rpc]
-        is_paused = kind.rests and self._condition.wanted == "paused"
+        rests = self._kinds[order.rpc].rests
+        is_paused = rests and self._condition.wanted == "paused"
         if is_paused and order.status == "running":  # paused while we looked
             return 0.0
-        with self._condition.job() if kind.rests and not is_paused else nullcontext():
-            try:
-                after = await self._database.run(self._step, kind, order, way, is_paused)
-            # Refused: by the COMMIT, at which deferred constraints are checked.
-            except (_Stopped, StatementRefused) as stopped:
-                error = stopped.error if isinstance(stopped, _Stopped) else stopped
-                after = await self._database.run(self._stop_order, order, error, way)
+        self._in_hand.add(order.order_id)
+        try:
+            with self._condition.job() if rests and not is_paused else nullcontext():
+                after = await self._database.run(self._step, order, is_paused)
+        # Refused: by the COMMIT, at which deferred constraints are checked.
+        except (_Stopped, StatementRefused) as stopped:
+            error = stopped.error if isinstance(stopped, _Stopped) else stopped
+            after = await self._database.run(self._end, order, error)
+        finally:
+            self._in_hand.discard(order.order_id)
         if after is not None:
             self._tell(order, after)
         return 0.0
@@ -155,18 +178,22 @@ class OrderRunner:
             self.over[after.status] += 1
             self._settle(after.order_id)
         told = ", ".join(f"{name} {value}" for name, value in (after.result or {}).items() if name != "details")
+        told = f": {harmless(told)}" if told else ""
         news.info(
             "order {order_id} {rpc} by {actor!r}: {status}{told}",
             order_id=after.order_id,
             rpc=after.rpc,
             actor=after.actor,
             status=after.status,
-            told=f": {told}" if told else "",
+            told=told,
         )
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 
-    def _step(self, txn: Cursor, kind: OrderType, order: Order, way: str, is_paused: bool) -> Order | None:
+    def _give(self, txn: Cursor, order_id: str, rpc: str, params: Mapping[str, Any], actor: str) -> tuple[Order, bool]:
+        return table.give(txn, order_id, rpc, params, actor, by_link=True)
+
+    def _step(self, txn: Cursor, order: Order, is_paused: bool) -> Order | None:
         """Do a step in the transaction that stores it.
 
         :returns: the order as it is then; ``None``: it is another engine's by now.
@@ -179,33 +206,47 @@ class OrderRunner:
             # It tells when a job has ended the transaction, or has swallowed the error of a statement.
             with savepoint(txn):
                 self._check(order, is_paused)
-                outcome = judged(kind.run(txn, run))
+                outcome = judged(self._kinds[order.rpc].run(txn, run))
         # BaseException: in this thread a SystemExit is a job's own, and nobody else's. A connection that is lost, or a
         # process that stops, is made something else of by the pool.
         except BaseException as error:
-            if is_passing(error) and order.attempts < SPOILED:
+            if is_passing(error):
                 raise
             raise _Stopped(error) from None
         if isinstance(outcome, Unfinished):
-            table.go_on(txn, order, outcome.state, self._name, way)
+            table.go_on(txn, order, outcome.state, self._name)
         else:
-            table.finish(txn, order, "done", outcome, self._name, way)
+            table.finish(txn, order, "done", outcome, self._name)
         return table.find(txn, order.order_id)
 
-    def _stop_order(self, txn: Cursor, order: Order, error: BaseException, way: str) -> Order | None:
+    def _end(self, txn: Cursor, order: Order, error: BaseException) -> Order | None:
         """Store that an order is refused, where nothing of it was done, or else that it has failed."""
         if not table.hold(txn, order):
             return None
-        is_refusal = isinstance(error, WireError) and order.status == "queued"
-        said = error if isinstance(error, WireError) else InternalError(one_line(error))
-        result = {"code": said.code, "message": said.message, **({"details": said.details} if said.details else {})}
-        table.finish(txn, order, "refused" if is_refusal else "failed", result, self._name, way)
+        # What is internal says nothing against the order.
+        is_refusal = isinstance(error, WireError) and error.code != InternalError.code and order.status == "queued"
+        table.finish(txn, order, "refused" if is_refusal else "failed", _why(error), self._name)
         return table.find(txn, order.order_id)
 
     def _check(self, order: Order, is_paused: bool) -> None:
         """Refuse what may not run; a row may have been written by any hand."""
+        try:
+            canonical.dumps(order.params)
+        except CanonicalError as error:
+            raise BadPayload(str(error)) from None
         BY_NAME[order.rpc].request_schema.check({**order.params, "order_id": order.order_id})
         if is_paused:
             raise Paused("the engine is paused")
-        if order.attempts > DEATHS:
-            raise RuntimeError(f"{DEATHS} processes ended while they ran it")
+        if order.attempts > MOST_ATTEMPTS:
+            raise InternalError(f"it has not got on in {MOST_ATTEMPTS} attempts: processes died, or the database did")
+
+
+def _why(error: BaseException) -> Mapping[str, Any]:
+    """Say an error as the result of an order, such as can be stored, sent and shown."""
+    said = error if isinstance(error, WireError) else InternalError(one_line(error))
+    result = {"code": said.code, "message": storable(said.message)}
+    try:
+        judged(more := {**result, "details": said.details})
+    except Exception:  # a plug-in may have put anything there
+        return result
+    return more if said.details else result

@@ -11,7 +11,7 @@ from twisted.logger import Logger
 
 from s2s.clock import Clock
 from s2s.condition import Condition
-from s2s.errors import StatementRefused, one_line
+from s2s.errors import StatementRefused, harmless, one_line
 from s2s.jobs import JobRun, JobType, Unfinished, judged, parse_schedule
 from s2s.news import news
 from s2s.store import config
@@ -68,6 +68,8 @@ class Scheduler:
         self._frame_size = frame_size
         self._emitted = emitted
         self._is_declared = False
+        #: What is under way here: one that hangs is not begun again by the other line.
+        self._in_hand: set[str] = set()
         self._turns = Turns("the scheduler", self._turn, clock.scheduler, LINES if jobs else 0)
         self.runs = self.failed = 0
 
@@ -93,21 +95,26 @@ class Scheduler:
             self._is_declared = True
         if self._condition.state != "running":
             return None
-        due, due_in_s = await self._database.run(self._attempt)
+        due, due_in_s = await self._database.run(
+            self._attempt, [each for each in self._jobs if each not in self._in_hand]
+        )
         if due is None:
             return due_in_s
         # Paused while we looked: from then on no job begins.
         if self._condition.state != "running":
             await self._database.run(table.release, due)
             return None
-        with self._condition.job():
-            try:
+        self._in_hand.add(due.job_type)
+        try:
+            with self._condition.job():
                 report = await self._database.run(self._step, due)
-            # Refused: by the COMMIT, at which deferred constraints are checked.
-            except (_JobFailed, StatementRefused) as error:
-                self._tell_failure(due, str(error))
-                await self._database.run(table.fail, due, str(error))
-                return 0.0
+        # Refused: by the COMMIT, at which deferred constraints are checked.
+        except (_JobFailed, StatementRefused) as error:
+            self._tell_failure(due, str(error))
+            await self._database.run(table.fail, due, str(error))
+            return 0.0
+        finally:
+            self._in_hand.discard(due.job_type)
         if report is not None:
             self._tell(due, report)
         return 0.0
@@ -120,14 +127,14 @@ class Scheduler:
         self._emitted()
         if report.is_finished:
             self.runs += 1
-            told = ", ".join(f"{name} {value}" for name, value in (report.result or {}).items())
+            told = harmless(", ".join(f"{name} {value}" for name, value in (report.result or {}).items()))
             news.info("job {job}: {told}", job=due.job_type, told=told or "done")
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 
-    def _attempt(self, txn: Cursor) -> tuple[DueJob | None, float | None]:
-        due = table.attempt(txn, self._jobs)
-        return due, None if due else table.next_due_s(txn, self._jobs)
+    def _attempt(self, txn: Cursor, job_types: list[str]) -> tuple[DueJob | None, float | None]:
+        due = table.attempt(txn, job_types)
+        return due, None if due else table.next_due_s(txn, job_types)
 
     def _step(self, txn: Cursor, due: DueJob) -> Report | None:
         """Do a step in the transaction that stores it.

@@ -48,8 +48,7 @@ class Turns:
         :returns: fires when the turns under way are finished.
         """
         self.is_stopping = True
-        for sleeper in self._asleep[:]:
-            sleeper.cancel()
+        self.wake_all()
         return gatherResults(self._running)
 
     def wake(self) -> None:
@@ -57,6 +56,12 @@ class Turns:
         self._is_woken = True
         if self._asleep:
             self._asleep[0].cancel()
+
+    def wake_all(self) -> None:
+        """Let every line look now: they do not all see the same."""
+        self._is_woken = True
+        for sleeper in self._asleep[:]:
+            sleeper.cancel()
 
     async def _go(self, line: int) -> None:
         while not self.is_stopping:

@@ -247,14 +247,19 @@ class RelayTests(DatabaseTestCase):
         self.assertEqual((self.relay.dead, self.relay.accepted), (4, 1))
 
     async def test_a_row_that_cannot_be_said(self) -> None:
-        """A row with a float, which only plain SQL can write, is set aside, and the rows around it go out."""
+        """A row of plain SQL that JSON of ours cannot say is set aside, and the rows around it go out."""
         self.put(1)
-        self.execute("insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'odd', '{\"n\": 1.5}')")
+        self.execute(
+            "insert into outbox (cmd_type, idem_key, payload) values"
+            """ ('a.b', 'odd', '{"n": 1.5}'), ('a.b', 'huge', '{"n": 1e400}'), ('a.b', 'deep', %s)""",
+            '{"a":' * 1100 + "1" + "}" * 1100,
+        )
         self.put(1, since=1)
         self.relay.linked(self.link)
         await poll(lambda: set(self.link.waiting) == {"k0", "k1"}, "the good rows sent", timeout=3.0)
         self.link.accept()
-        await self.until(lambda: self.left() == [("odd", "dead", "bad_payload")], "the odd row set aside")
+        dead = [(name, "dead", "bad_payload") for name in ("odd", "huge", "deep")]
+        await self.until(lambda: self.left() == dead, "the odd rows set aside")
 
     async def test_window(self) -> None:
         """At most 512 rows are in flight; as they are answered the others follow, each once."""

@@ -525,6 +525,24 @@ class StepTests(SchedulerTestCase):
         holding.rollback()
         await self.reached("runs = 1")
 
+    async def test_one_that_hangs(self) -> None:
+        """A job that hangs takes one line and no more, though its lock is lost meanwhile: the others run."""
+        begun, go_on = threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+        self.patch(table, "PAUSE", "interval '0.1 seconds'")
+
+        def hang(*_: Any) -> Outcome:
+            begun.set()
+            assert go_on.wait(20)
+            return None
+
+        self.due("hangs")
+        self.start(_Job("hangs", hang), _Job("well", _nothing, "every:1s"))
+        await poll(begun.is_set, "it hangs")
+        self.end_connections()
+        await self.reached("runs >= 2", "well")
+        self.assertEqual(self.row("runs, attempts", "hangs"), (0, 1))
+
     def transactions(self) -> int:
         """Count the transactions that this database has seen."""
         self.execute("select pg_stat_clear_snapshot()")

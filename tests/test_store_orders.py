@@ -29,9 +29,11 @@ class OrdersTestCase(DatabaseTestCase):
         with blocking(self.url) as txn:
             return function(txn, *args, **more)
 
-    def give(self, order_id: str, rpc: str = SECTOR, params: Any = PARAMS, idem_key: str | None = None) -> Any:
+    def give(
+        self, order_id: str, rpc: str = SECTOR, params: Any = PARAMS, idem_key: str | None = None, **more: Any
+    ) -> Any:
         """Give an order, and see that it is the one that comes back."""
-        return self.run_(table.give, order_id, rpc, params, "me", idem_key)
+        return self.run_(table.give, order_id, rpc, params, "me", idem_key, **more)
 
     def conflict(self, *args: Any, **more: Any) -> str:
         """See that an order cannot be given, and give the id of the one in its way."""
@@ -55,6 +57,22 @@ class GiveTests(OrdersTestCase):
         audit = self.execute("select actor, action, subject, params, result from audit")
         self.assertEqual(audit, [("me", SECTOR, "a", PARAMS, None)])
 
+    def test_by_link(self) -> None:
+        """Of an order that came over a link the row says so, also where it was in the table first."""
+        self.give("a", by_link=True)
+        self.give("b")
+        self.assertEqual(self.rows("way"), [("link",), (None,)])
+        self.give("b", by_link=True)
+        self.assertEqual(self.rows("way"), [("link",), ("link",)])
+
+    def test_given_back(self) -> None:
+        """An order that is set back by hand begins anew, wherever it was."""
+        self.give("a")
+        self.execute("update orders set status = 'running', state = '{\"done\": 5}'")
+        self.assertEqual(self.run_(table.find, "a").state, {"done": 5})
+        self.execute("update orders set status = 'queued'")
+        self.assertEqual(self.run_(table.find, "a").state, {})
+
     def test_twice(self) -> None:
         """Given again with the same content it is the same order, whatever became of it, and nothing is written."""
         first, _ = self.give("a", idem_key="k")
@@ -62,7 +80,7 @@ class GiveTests(OrdersTestCase):
         self.assertEqual(self.give("a", idem_key="k"), (first, False))
         # In another order of its members it is the same.
         self.assertEqual(self.give("a", params=dict(reversed(PARAMS.items()))), (first, False))
-        self.run_(table.finish, first, "refused", {"code": "not_found"}, "engine-1", "link")
+        self.run_(table.finish, first, "refused", {"code": "not_found"}, "engine-1")
         again, is_new = self.give("a")
         self.assertEqual((again.status, again.result, again.is_open), ("refused", {"code": "not_found"}, False))
         self.assertFalse(is_new)
@@ -144,7 +162,7 @@ class GiveTests(OrdersTestCase):
             ("d", "of.another.v1"),
         ):
             self.give(order_id, rpc)
-        self.run_(table.finish, self.run_(table.find, "e"), "done", None, "engine-1", "link")
+        self.run_(table.finish, self.run_(table.find, "e"), "done", None, "engine-1")
         self.assertEqual([order.order_id for order in self.run_(table.queued, ORDERS, 9)], ["c", "b", "a"])
         self.assertEqual([order.order_id for order in self.run_(table.queued, [SECTOR], 1)], ["c"])
 
@@ -153,10 +171,10 @@ class AttemptTests(OrdersTestCase):
     """:func:`table.attempt`: whose step is next."""
 
     def attempt(
-        self, rpcs: Any = ORDERS, resting: Any = (), expected: Any = (), patience_s: float = 0.0
+        self, rpcs: Any = ORDERS, resting: Any = (), in_hand: Any = (), patience_s: float = 0.0
     ) -> Order | None:
         """Attempt a step."""
-        found: Order | None = self.run_(table.attempt, rpcs, resting, expected, patience_s)
+        found: Order | None = self.run_(table.attempt, rpcs, resting, in_hand, patience_s)
         return found
 
     def attempted(self, *args: Any, **more: Any) -> str | None:
@@ -166,14 +184,14 @@ class AttemptTests(OrdersTestCase):
 
     def go_on(self, order_id: str, state: Any = None) -> None:
         """End a step that has more to do."""
-        self.run_(table.go_on, self.run_(table.find, order_id), state or {"done": 1}, "engine-1", "table")
+        self.run_(table.go_on, self.run_(table.find, order_id), state or {"done": 1}, "engine-1")
 
     def due(self) -> None:
         """Let every pause be over."""
         self.execute("update orders set retry_at = now() where retry_at is not null")
 
     def test_in_turns(self) -> None:
-        """The oldest goes first, then whoever waits longest for a step: a long one holds up no short one."""
+        """Whoever waits longest for a step: neither does a long one hold up short ones, nor they the long one."""
         for order_id in "cab":
             self.give(order_id)
         self.assertEqual(self.attempted(), "c")
@@ -181,11 +199,11 @@ class AttemptTests(OrdersTestCase):
         self.assertEqual(self.attempted(), "a")
         self.go_on("a")
         self.give("d")
-        self.assertEqual([self.attempted(), self.attempted()], ["b", "d"])
-        self.go_on("d")
+        self.assertEqual([self.attempted(), self.attempted()], ["b", "c"])
+        self.go_on("c")
         self.go_on("b")
-        # The longest wait since its last step: not the age of the order, nor the end of that step.
-        self.assertEqual([self.attempted() for _ in range(5)], ["c", "a", "b", "d", None])
+        # The longest wait since its last step, or since it was given.
+        self.assertEqual([self.attempted() for _ in range(5)], ["a", "d", "b", "c", None])
 
     def test_counted(self) -> None:
         """An attempt is in the row before anything is done, and keeps others from it for a pause that doubles."""
@@ -210,11 +228,20 @@ class AttemptTests(OrdersTestCase):
             self.give(order_id)
         self.execute("update orders set created_at = now() - interval '4 seconds' where order_id = 'old'")
         self.execute("update orders set attempts = 1 where order_id = 'tried'")
+        self.execute("update orders set way = 'link' where order_id = 'expected'")
         self.go_on("begun")
-        found = {self.attempted(expected=["expected"], patience_s=3.0) for _ in range(4)}
+        found = {self.attempted(patience_s=3.0) for _ in range(4)}
         self.assertEqual(found, {"expected", "old", "tried", "begun"})
         self.assertIsNone(self.attempt(patience_s=3.0))
         self.assertEqual(self.attempted(), "young")
+
+    def test_in_hand(self) -> None:
+        """What the caller is at is not attempted by him again, though its pause is over; another may."""
+        self.give("a")
+        self.assertEqual(self.attempted(), "a")
+        self.due()
+        self.assertIsNone(self.attempt(in_hand=["a"]))
+        self.assertEqual(self.attempted(), "a")
 
     def test_resting(self) -> None:
         """Of an RPC that rests what is queued is attempted, so that it can be refused, and what runs is left alone."""
@@ -234,7 +261,7 @@ class AttemptTests(OrdersTestCase):
             ("next", SECTOR),
         ):
             self.give(order_id, rpc)
-        self.run_(table.finish, self.run_(table.find, "over"), "failed", {}, "engine-1", "link")
+        self.run_(table.finish, self.run_(table.find, "over"), "failed", {}, "engine-1")
         with blocking(self.url) as txn:
             txn.execute("select from orders where order_id = 'held' for update")
             self.assertEqual([self.attempted(), self.attempted()], ["next", None])
@@ -259,21 +286,21 @@ class StepTests(OrdersTestCase):
         with blocking(self.url) as txn:
             self.assertTrue(table.hold(txn, second))
             self.assertFalse(self.run_(table.hold, second))
-            table.go_on(txn, second, {"done": 1, "total": 2}, "engine-1", "link")
+            table.go_on(txn, second, {"done": 1, "total": 2}, "engine-1")
         # Its step is done; the next attempt counts from one again.
         self.assertFalse(self.run_(table.hold, second))
         third = self.attempt()
         self.assertEqual((third.attempts, third.status, third.state), (1, "running", {"done": 1, "total": 2}))
         self.assertFalse(self.run_(table.hold, first))
-        self.run_(table.finish, third, "done", None, "engine-1", "link")
+        self.run_(table.finish, third, "done", None, "engine-1")
         self.assertFalse(self.run_(table.hold, third))
 
     def test_overtaken(self) -> None:
         """An attempt that others have got past holds nothing, though the step that is next has as many attempts."""
         self.give("a")
-        self.run_(table.go_on, self.attempt(), {"done": 1}, "engine-1", "link")
+        self.run_(table.go_on, self.attempt(), {"done": 1}, "engine-1")
         slow = self.attempt()
-        self.run_(table.go_on, self.attempt(), {"done": 2}, "engine-2", "table")
+        self.run_(table.go_on, self.attempt(), {"done": 2}, "engine-2")
         fast = self.attempt()
         self.assertEqual((slow.attempts, slow.status), (fast.attempts, fast.status))
         self.assertFalse(self.run_(table.hold, slow))
@@ -286,18 +313,18 @@ class StepTests(OrdersTestCase):
         before = self.rows("*")
         with self.assertRaises(ZeroDivisionError), blocking(self.url) as txn:
             table.hold(txn, order)
-            table.go_on(txn, order, {"done": 1}, "engine-1", "link")
+            table.go_on(txn, order, {"done": 1}, "engine-1")
             raise ZeroDivisionError
         self.assertEqual(self.rows("*"), before)
 
     def test_a_life(self) -> None:
         """Begun, gone on and done: its row and the audit say who ran it, how it came, when, and what it came to."""
         self.give("a", SHIPS, {"new_value": 1})
-        self.run_(table.go_on, self.attempt(), {"done": 1, "total": 2}, "engine-1", "link")
+        self.run_(table.go_on, self.attempt(), {"done": 1, "total": 2}, "engine-1")
         begun = self.run_(table.show, "a")
         self.assertEqual((begun.status, begun.state, begun.attempts), ("running", {"done": 1, "total": 2}, 0))
-        self.assertEqual((begun.engine, begun.way, begun.finished_at), ("engine-1", "link", None))
-        self.run_(table.finish, self.attempt(), "done", {"ships": 2}, "engine-2", "table")
+        self.assertEqual((begun.engine, begun.way, begun.finished_at), ("engine-1", "table", None))
+        self.run_(table.finish, self.attempt(), "done", {"ships": 2}, "engine-2")
         over = self.run_(table.show, "a")
         self.assertEqual((over.status, over.result, over.engine, over.way), ("done", {"ships": 2}, "engine-2", "table"))
         self.assertEqual(over.started_at, begun.started_at)
@@ -311,7 +338,7 @@ class StepTests(OrdersTestCase):
         """People see one by its id, and the newest of a status or an RPC first, so many at most."""
         for order_id, rpc in (("c", SECTOR), ("b", SHIPS), ("a", SECTOR)):
             self.give(order_id, rpc)
-        self.run_(table.finish, self.run_(table.find, "c"), "refused", None, "engine-1", "link")
+        self.run_(table.finish, self.run_(table.find, "c"), "refused", None, "engine-1")
 
         def listed(**which: Any) -> list[str]:
             return [row.order_id for row in self.run_(table.list_orders, **which)]

@@ -245,11 +245,13 @@ def words(value: Any) -> str:
     if isinstance(value, list):
         more = f" and {len(value) - SHOWN} more" if len(value) > SHOWN else ""
         return " ".join(map(words, value[:SHOWN])) + more
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(_plain(value))
 
 
 def _plain(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, datetime) else value
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value) if isinstance(value, driver.Unreadable) else value
 
 
 def _shown(value: Any) -> str:

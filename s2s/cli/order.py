@@ -213,7 +213,7 @@ def _find(txn: Cursor, order_id: str) -> OrderRow:
 
 def _end(row: OrderRow, as_json: bool) -> None:
     """Tell what came of an order, and end with the exit code that says so."""
-    shown, result = _shown(row), row.result or {}
+    shown, result = _shown(row), row.result if isinstance(row.result, dict) else {}
     if as_json:
         show_one(shown, True)
     if row.status in table.OPEN:
@@ -221,7 +221,7 @@ def _end(row: OrderRow, as_json: bool) -> None:
         click.echo(f"order {row.order_id} is {far}: see it with: s2s order show {row.order_id}", err=True)
         raise SystemExit(NOT_OVER)
     if row.status != "done":
-        why = f"{harmless(str(result.get('code')))}: {harmless(str(result.get('message')))}"
+        why = ": ".join(harmless(str(result.get(name, "it is not said why"))) for name in ("code", "message"))
         raise OperatorError(f"order {row.order_id} is {row.status}, {why}")
     if not as_json:
         told = ", ".join(f"{name} {json.dumps(value)}" for name, value in result.items())
@@ -230,7 +230,8 @@ def _end(row: OrderRow, as_json: bool) -> None:
 
 def _far(row: OrderRow) -> tuple[int, int] | None:
     """Give how much of an order is done, and of how much; not each says so."""
-    done, total = ((row.state or {}).get(name) for name in ("done", "total"))
+    state = row.state if isinstance(row.state, dict) else {}
+    done, total = state.get("done"), state.get("total")
     return (done, total) if type(done) is int and type(total) is int else None
 
 

@@ -72,6 +72,8 @@ class Unfinished:
 
 #: The longest state or result, in bytes of canonical JSON: the shortest frame still holds it.
 MOST_TOLD: Final = 2048
+#: How deep a result lies in the envelope of a reply.
+RESULT_DEPTH: Final = 3
 #: What a step gives back: it has more to do, or it is finished, perhaps with what it came to, as JSON.
 Outcome = Unfinished | Mapping[str, Any] | None
 
@@ -88,7 +90,7 @@ def judged(outcome: Any) -> Outcome:
         return None
     if not isinstance(told, Mapping):
         raise TypeError(f"a step gives back None, a mapping or Unfinished of one, and no {type(told).__name__}")
-    if len(canonical.dumps(told)) > MOST_TOLD:
+    if len(canonical.dumps(told, RESULT_DEPTH)) > MOST_TOLD:
         raise ValueError(f"what a step gives back has {MOST_TOLD} bytes of JSON at most")
     return cast("Outcome", outcome)
 

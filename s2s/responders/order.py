@@ -22,8 +22,10 @@ class Order:
         return Deferred.fromCoroutine(self._order(request))
 
     async def _order(self, request: Request) -> dict[str, Any]:
-        params = {member: value for member, value in request.payload.items() if member != "order_id"}
-        order_id = request.payload["order_id"]
+        # As it was sent: it is compared with its row.
+        payload = request.envelope.payload
+        params = {member: value for member, value in payload.items() if member != "order_id"}
+        order_id = payload["order_id"]
         try:
             order = await self._runner.take(order_id, request.message.name, params, f"key:{request.key_id}")
         except DatabaseError:

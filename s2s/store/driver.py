@@ -68,7 +68,7 @@ def prepare(conn: Connection, statement_timeout_s: float, idle_timeout_s: float)
     :param statement_timeout_s: seconds after which the database cancels a statement.
     :param idle_timeout_s: seconds after which it ends a transaction that does nothing.
     """
-    psycopg2.extras.register_default_jsonb(conn, loads=orjson.loads)
+    psycopg2.extras.register_default_jsonb(conn, loads=_read_json)
     with conn.cursor() as txn:
         txn.execute(
             "set statement_timeout = %s; set idle_in_transaction_session_timeout = %s; set synchronous_commit = on;"
@@ -76,6 +76,23 @@ def prepare(conn: Connection, statement_timeout_s: float, idle_timeout_s: float)
             (round(statement_timeout_s * 1000), round(idle_timeout_s * 1000)),
         )
     conn.commit()
+
+
+class Unreadable:
+    """A JSON value of the database that Python cannot read, such as ``1e400``: written by another hand than ours.
+
+    It is no value of any kind, so that whoever uses it refuses it, and the rows beside it are read all the same.
+    """
+
+    def __repr__(self) -> str:
+        return "(JSON that cannot be read)"
+
+
+def _read_json(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return Unreadable()
 
 
 def told(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError:

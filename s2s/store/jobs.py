@@ -82,12 +82,12 @@ def declare(txn: Cursor, schedules: Mapping[str, str], next_after: Callable[[str
 def attempt(txn: Cursor, job_types: Iterable[str]) -> DueJob | None:
     """Count an attempt of the job that is due for the longest time.
 
-    :param job_types: those that the caller can run.
+    :param job_types: those that the caller can run now.
     """
     txn.execute(
         f"update jobs set attempts = attempts + 1, retry_at = now() + {PAUSE}"  # noqa: S608 - a constant
         " where job_type = any(array(select job_type from jobs where job_type = any(%s) and due_at <= now()"
-        " and coalesce(retry_at, due_at) <= now() order by due_at, job_type limit 1 for update skip locked))"
+        " and (retry_at is null or retry_at <= now()) order by due_at, job_type limit 1 for update skip locked))"
         " returning job_type, floor(extract(epoch from due_at))::bigint, coalesce(state, '{}'), attempts, retry_at",
         (list(job_types),),
     )

@@ -6,7 +6,7 @@ transactions, as with jobs (:mod:`s2s.store.jobs`). The table's triggers write t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -51,7 +51,7 @@ class Order:
 
 
 _ORDER: Final = (
-    "order_id, rpc, params, actor, status, result, coalesce(state, '{}'), attempts,"
+    "order_id, rpc, params, actor, status, result, case status when 'running' then state else '{}' end, attempts,"
     " floor(extract(epoch from created_at))::bigint, retry_at"
 )
 
@@ -61,7 +61,7 @@ class OrderRow:
     """An order as people are shown it.
 
     :param engine: the name of the engine that ran it last.
-    :param way: ``link`` or ``table``: how that engine came by it.
+    :param way: ``link`` or ``table``: how engines came by it.
     """
 
     order_id: str
@@ -90,12 +90,20 @@ _ROW: Final = (
 
 
 def give(
-    txn: Cursor, order_id: str, rpc: str, params: Mapping[str, Any], actor: str, idem_key: str | None = None
+    txn: Cursor,
+    order_id: str,
+    rpc: str,
+    params: Mapping[str, Any],
+    actor: str,
+    idem_key: str | None = None,
+    *,
+    by_link: bool = False,
 ) -> tuple[Order, bool]:
     """Write an order down, with its audit entry, unless it was given before.
 
     :param params: valid, without the ``order_id``.
     :param idem_key: another order with this key is this one, whatever its id.
+    :param by_link: it came over a link; else it is left to one for a while, where there is one.
     :returns: the order, and whether it is new.
     :raises IdemConflict: the id or the key stands for an order of other content; nothing is written.
     """
@@ -106,14 +114,27 @@ def give(
     )
     is_new = txn.rowcount > 0
     # A statement of its own: it sees what another one has just inserted.
+    order = known(txn, order_id, rpc, params, idem_key)
+    assert order is not None
+    if by_link:
+        txn.execute("update orders set way = 'link' where order_id = %s and way is null", (order_id,))
+    return order, is_new
+
+
+def known(txn: Cursor, order_id: str, rpc: str, params: Mapping[str, Any], idem_key: str | None = None) -> Order | None:
+    """Give an order that was given before.
+
+    :returns: ``None``: it was not.
+    :raises IdemConflict: the id or the key stands for an order of other content.
+    """
     txn.execute(
         f"select {_ORDER} from orders where idem_key = %s or order_id = %s order by idem_key = %s desc nulls last",  # noqa: S608
         (idem_key, order_id, idem_key),
     )
     found = [Order(*row) for row in txn]
-    if len(found) > 1 or not _is_same(found[0], rpc, params):
+    if len(found) > 1 or (found and not _is_same(found[0], rpc, params)):
         raise IdemConflict("the order was given before with other content", order_id=found[0].order_id)
-    return found[0], is_new
+    return found[0] if found else None
 
 
 def _is_same(order: Order, rpc: str, params: Mapping[str, Any]) -> bool:
@@ -131,9 +152,9 @@ def find(txn: Cursor, order_id: str) -> Order:
 
 
 def queued(txn: Cursor, rpcs: Iterable[str], limit: int) -> list[Order]:
-    """Give the orders of these RPCs that nobody has begun, the oldest first."""
+    """Give the orders of these RPCs that nobody has begun, those that wait longest first."""
     txn.execute(
-        f"select {_ORDER} from orders where status = 'queued' and rpc = any(%s) order by created_at limit %s",  # noqa: S608
+        f"select {_ORDER} from orders where status = 'queued' and rpc = any(%s) order by stepped_at limit %s",  # noqa: S608
         (list(rpcs), limit),
     )
     return [Order(*row) for row in txn]
@@ -143,24 +164,25 @@ def queued(txn: Cursor, rpcs: Iterable[str], limit: int) -> list[Order]:
 
 
 def attempt(
-    txn: Cursor, rpcs: Iterable[str], resting: Iterable[str], expected: Collection[str], patience_s: float
+    txn: Cursor, rpcs: Iterable[str], resting: Iterable[str], in_hand: Iterable[str], patience_s: float
 ) -> Order | None:
     """Count an attempt of the open order that has waited longest for a step.
 
-    :param rpcs: those that the caller serves.
+    :param rpcs: those that the caller serves now.
     :param resting: of these none that runs already.
-    :param expected: the ``order_id`` of those that came over the link.
-    :param patience_s: seconds that the others are left to whoever has a link.
+    :param in_hand: the ``order_id`` of what the caller is at.
+    :param patience_s: seconds that what came over no link is left to whoever has one.
     """
     txn.execute(
         f"update orders set attempts = attempts + 1, retry_at = now() + {PAUSE}, stepped_at = clock_timestamp()"  # noqa: S608
         " where order_id = any(array(select order_id from orders"
         " where status in ('queued', 'running') and rpc = any(%(rpcs)s)"
-        " and (status = 'queued' or rpc <> all(%(resting)s)) and coalesce(retry_at, created_at) <= now()"
-        " and (status = 'running' or attempts > 0 or order_id = any(%(expected)s)"
+        " and (status = 'queued' or rpc <> all(%(resting)s)) and order_id <> all(%(in_hand)s)"
+        " and (retry_at is null or retry_at <= now())"
+        " and (status = 'running' or attempts > 0 or way = 'link'"
         " or created_at <= now() - %(patience_s)s * interval '1 second')"
-        f" order by stepped_at nulls first, created_at limit 1 for update skip locked)) returning {_ORDER}",
-        {"rpcs": list(rpcs), "resting": list(resting), "expected": list(expected), "patience_s": patience_s},
+        f" order by stepped_at limit 1 for update skip locked)) returning {_ORDER}",
+        {"rpcs": list(rpcs), "resting": list(resting), "in_hand": list(in_hand), "patience_s": patience_s},
     )
     row = txn.fetchone()
     return Order(*row) if row else None
@@ -176,24 +198,31 @@ def hold(txn: Cursor, order: Order) -> bool:
     return txn.rowcount > 0
 
 
-def go_on(txn: Cursor, order: Order, state: Mapping[str, Any], engine: str, way: str) -> None:
+def go_on(txn: Cursor, order: Order, state: Mapping[str, Any], engine: str) -> None:
     """Store where an order goes on: its next step is due at once."""
     txn.execute(
-        "update orders set status = 'running', state = %s, attempts = 0, retry_at = null, engine = %s, way = %s,"
-        " started_at = coalesce(started_at, now()) where order_id = %s",
-        (Json(dict(state)), engine, way, order.order_id),
+        "update orders set status = 'running', state = %s, attempts = 0, retry_at = null, engine = %s,"
+        " way = coalesce(way, 'table'), started_at = coalesce(started_at, now()) where order_id = %s",
+        (Json(dict(state)), engine, order.order_id),
     )
 
 
-def finish(txn: Cursor, order: Order, status: str, result: Mapping[str, Any] | None, engine: str, way: str) -> None:
+def finish(txn: Cursor, order: Order, status: str, result: Mapping[str, Any] | None, engine: str) -> None:
     """End an order.
 
-    :param status: ``done``, ``refused`` or ``failed``.
+    :param status: ``done``, ``refused`` (it never ran) or ``failed``.
     """
     txn.execute(
-        "update orders set status = %s, result = %s, retry_at = null, engine = %s, way = %s,"
-        " started_at = coalesce(started_at, now()), finished_at = clock_timestamp() where order_id = %s",
-        (status, None if result is None else Json(dict(result)), engine, way, order.order_id),
+        "update orders set status = %(status)s, result = %(result)s, retry_at = null, engine = %(engine)s,"
+        " way = coalesce(way, 'table'), finished_at = clock_timestamp(),"
+        " started_at = case when %(status)s <> 'refused' then coalesce(started_at, now()) end"
+        " where order_id = %(order_id)s",
+        {
+            "status": status,
+            "result": None if result is None else Json(dict(result)),
+            "engine": engine,
+            "order_id": order.order_id,
+        },
     )
 
 

@@ -44,8 +44,9 @@ create table ships (
 create table jobs (
     job_type text primary key check (job_type collate "C" ~ '^[a-z][a-z0-9_.]{0,63}$'),
     schedule text not null,
-    due_at timestamptz not null, -- of the run that is next, or that is not finished yet
-    state jsonb, -- where a run that is not finished goes on
+    -- Of the run that is next, or that is not finished yet; within the years that every reader has.
+    due_at timestamptz not null check (due_at between '1970-01-01' and '9999-01-01'),
+    state jsonb check (jsonb_typeof(state) = 'object'), -- where a run that is not finished goes on
     attempts integer not null default 0, -- begun in a row, and neither finished nor got on
     retry_at timestamptz, -- not before, after an attempt
     error text, -- of the last attempt

@@ -10,19 +10,20 @@ create table orders (
     actor text not null default session_user,
     idem_key text collate "C" unique check (idem_key ~ '^[ -~]{1,200}$'),
     status text not null default 'queued' check (status in ('queued', 'running', 'done', 'refused', 'failed')),
-    result jsonb,
-    state jsonb, -- where one that runs goes on, and how far it is
-    attempts integer not null default 0, -- begun in a row without getting on: all by processes that died
+    result jsonb check (jsonb_typeof(result) = 'object'),
+    state jsonb check (jsonb_typeof(state) = 'object'), -- where one that runs goes on, and how far it is
+    attempts integer not null default 0, -- begun in a row without getting on: by processes that died, mostly
     retry_at timestamptz, -- not before, after an attempt
     engine text, -- the name of the one that ran it last
-    way text check (way in ('link', 'table')), -- how that one came by it
-    created_at timestamptz not null default now(),
+    way text check (way in ('link', 'table')), -- how engines came by it
+    -- Within the years that every reader has.
+    created_at timestamptz not null default now() check (created_at between '2000-01-01' and '9999-01-01'),
+    stepped_at timestamptz not null default now(), -- when it had its turn last
     started_at timestamptz,
-    stepped_at timestamptz,
     finished_at timestamptz
 );
--- In turns: a long order does not hold up a short one.
-create index orders_open on orders (stepped_at nulls first, created_at) where status in ('queued', 'running');
+-- In turns: neither does a long order hold up a short one, nor do many short ones a long one.
+create index orders_open on orders (stepped_at) where status in ('queued', 'running');
 create trigger orders_notify after insert on orders
     for each statement execute function s2s_notify('s2s_orders');
 
