@@ -161,10 +161,11 @@ class DeclarationTests(SynchronousTestCase):
     """A new message, command, responder or console command is a file and a line: neither without the other."""
 
     def test_schemas_of_messages(self) -> None:
-        """Every message has its two schema files, and no schema file is without its message."""
+        """Every message has its two schema files, orders share one; and no schema file is without its message."""
         files = {path.name for path in (_PACKAGE / "catalogue" / "schemas").iterdir()}
-        expected = {f"{message.name}.{which}.json" for message in MESSAGES for which in ("request", "reply")}
-        self.assertEqual(files, expected | {"s2s.error.json", "envelope.json"})
+        requests = {f"{message.name}.request.json" for message in MESSAGES}
+        replies = {f"{message.name}.reply.json" for message in MESSAGES if not message.is_order} | {"order.reply.json"}
+        self.assertEqual(files, requests | replies | {"s2s.error.json", "envelope.json"})
 
     def test_commands(self) -> None:
         """Every command type that a module of s2s.commands declares is in BUILTIN, and has its schema file there."""

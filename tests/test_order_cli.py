@@ -25,7 +25,7 @@ from tests.support.roles import RoleTestCase, environment, free_port
 from tests.support.waiting import poll
 from tests.test_cli import CliTestCase
 
-TICK, CONFIG, SECTOR, SHIPS = ORDERS
+CONFIG, TICK, SHIPS, SECTOR = ORDERS
 PAUSE = "s2s.engine.pause"
 WHY = ("--reason", "a test")
 

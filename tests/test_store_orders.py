@@ -17,7 +17,7 @@ from s2s.store.pool import blocking
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
 
-TICK, CONFIG, SECTOR, SHIPS = ORDERS
+CONFIG, TICK, SHIPS, SECTOR = ORDERS
 PARAMS = {"sector_id": 1, "status": "fedspace"}
 
 

@@ -1,6 +1,7 @@
 """What may be said: every message type, its way, its schemas and its reply (docs/protocol.rst, "Catalogue").
 
-To add a type, put its two schema files into ``schemas/`` and one line into :data:`MESSAGES`, or :data:`ORDERS`.
+To add a type, put its two schema files into ``schemas/`` and one line into :data:`MESSAGES`. An order needs the schema
+of its request, and no line.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from s2s.catalogue.schema import Schema, load
+from s2s.catalogue.schema import Schema, load, requests
 from s2s.signing import ROLES, Role
 
 ACK: Final = "s2s.ack"
@@ -21,6 +22,8 @@ BUMP: Final = "s2s.config.bump"
 PAUSE: Final = "s2s.engine.pause"
 RESUME: Final = "s2s.engine.resume"
 SHUTDOWN: Final = "s2s.engine.shutdown"
+#: How the names of orders begin.
+_ORDERS: Final = ("admin.", "world.")
 #: Types that are never requests, with or without ``ack_of``.
 REPLY_ONLY: Final = frozenset({ACK, HEALTH_ACK, ERROR})
 
@@ -47,18 +50,18 @@ class MessageType:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "request_schema", load(f"{self.name}.request"))
-        object.__setattr__(self, "reply_schema", load(f"{self.name}.reply"))
+        object.__setattr__(self, "reply_schema", load("order.reply" if self.is_order else f"{self.name}.reply"))
+
+    @property
+    def is_order(self) -> bool:
+        """Whether it is an order, an administrator's request on its way to an engine (protocol, "Words")."""
+        return self.name.startswith(_ORDERS)
 
 
 _SERVER: Final[tuple[Role, ...]] = ("server",)
 
-#: The admin RPCs, whose requests are ``{order_id, **params}``; what an engine does on each is in :mod:`s2s.orders`.
-ORDERS: Final = (
-    "admin.engine.force_tick.v1",
-    "admin.config.set.v1",
-    "world.set_sector_status.v1",
-    "admin.player.update_all_ships.v1",
-)
+#: The orders, whose requests are ``{order_id, **params}``; what an engine does on each is in :mod:`s2s.orders`.
+ORDERS: Final = tuple(name for name in requests() if name.startswith(_ORDERS))
 
 MESSAGES: Final = (
     MessageType(HEALTH_CHECK, ROLES, reply=HEALTH_ACK, control=False, windowed=False),

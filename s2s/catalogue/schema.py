@@ -59,10 +59,18 @@ class Schema:
             raise BadPayload(f"at {path}: {text}", path=path)
 
 
+_FILES: Final = resources.files(__name__.rpartition(".")[0]).joinpath("schemas")
+
+
 def load(stem: str) -> Schema:
     """Read one schema file of the package."""
-    text = resources.files(__name__.rpartition(".")[0]).joinpath(f"schemas/{stem}.json").read_text("utf-8")
-    return Schema(json.loads(text))
+    return Schema(json.loads(_FILES.joinpath(f"{stem}.json").read_text("utf-8")))
+
+
+def requests() -> list[str]:
+    """Name every type whose request has a schema file."""
+    suffix = ".request.json"
+    return sorted(file.name.removesuffix(suffix) for file in _FILES.iterdir() if file.name.endswith(suffix))
 
 
 def _told(error: ValidationError, at: str) -> tuple[str, str]:

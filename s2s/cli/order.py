@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
 from rich.console import Console
@@ -31,6 +31,8 @@ from s2s.cli.common import (
     words,
 )
 from s2s.errors import BadPayload, DatabaseUnavailable, IdemConflict, OperatorError, harmless
+from s2s.orders import OrderType, builtin
+from s2s.orders.config_set import ConfigSet
 from s2s.settings import Value
 from s2s.store import audit, config, driver
 from s2s.store import orders as table
@@ -59,22 +61,18 @@ def order() -> None:
 # --- giving ----------------------------------------------------------------------------------------------------------
 
 
-def _command(
-    name: str,
-    rpc: str,
-    help_text: str,
-    arguments: dict[str, str],
-    *options: Any,
-    kinds: Callable[[Cursor, Mapping[str, str]], Mapping[str, str]] = lambda *_: {},
-) -> None:
-    """Add a command that gives one order, which the schema of its request judges, and follows it.
+#: Members that are said by an option.
+_OPTIONS: Final = ("reason",)
 
-    :param arguments: by the member of the request, what the command line calls it.
-    :param options: for further members.
-    :param kinds: gives the types of members of which the schema allows several, out of what was typed.
+
+def _command(kind: OrderType) -> None:
+    """Add the command that gives one kind of order: its arguments are the members of the request, in their order.
+
+    The schema of the request judges what is typed, and describes the command.
     """
-    properties = BY_NAME[rpc].request_schema.document["properties"]
-    rules = {member: rule.get("type", "string") for member, rule in properties.items()}
+    rpc, document = kind.rpc, BY_NAME[kind.rpc].request_schema.document
+    rules = {member: rule.get("type", "string") for member, rule in document["properties"].items()}
+    members = [member for member in rules if member != "order_id"]
 
     @one_line_errors
     def command(
@@ -88,7 +86,7 @@ def _command(
         order_id = None
         try:
             with transaction(database, state_dir) as txn:
-                types = {**rules, **kinds(txn, typed)}
+                types = {**rules, **_kinds(txn, rpc, typed)}
                 params = {member: _read(types[member], text) for member, text in typed.items()}
                 order_id = _give(txn, rpc, params, idem_key)
                 driver.commit(txn.connection)
@@ -100,13 +98,17 @@ def _command(
             raise SystemExit(NOT_OVER) from None
         _end(row, as_json)
 
-    for member, metavar in reversed(arguments.items()):
-        command = click.argument(member, metavar=metavar)(command)
-    for option in (*options, _wait, _idem_key):
+    for member in reversed(members):
+        rule = document["properties"][member]
+        if member in _OPTIONS:
+            command = click.option(f"--{member}", required=True, help=rule["description"])(command)
+        else:
+            command = click.argument(member, metavar=member.upper())(command)
+    for option in (_wait, _idem_key):
         command = option(command)
     order.command(
-        name=name,
-        help=f"{help_text} ({rpc})",
+        name=type(kind).__module__.rpartition(".")[2].replace("_", "-"),
+        help=f"{document['description']} ({rpc})",
         epilog="Exit code 0: it is done; 1: it was refused, or failed; 3: it is not over yet.",
         # A number below zero is no option.
         context_settings={"ignore_unknown_options": True},
@@ -137,7 +139,10 @@ def _read(kind: str, text: str) -> Value:
     return next(value for value in read if value is not None)
 
 
-def _kind_of_setting(txn: Cursor, typed: Mapping[str, str]) -> Mapping[str, str]:
+def _kinds(txn: Cursor, rpc: str, typed: Mapping[str, str]) -> Mapping[str, str]:
+    """Give the types of members of which the schema allows several."""
+    if rpc != ConfigSet.rpc:
+        return {}
     types = {row.key: row.type for row in config.list_settings(txn)}
     return {"value": types[typed["key"]]} if typed["key"] in types else {}
 
@@ -152,32 +157,8 @@ _wait = click.option(
     show_default=True,
     help="Follow it until nothing has moved for so long; 0: give it, and do not wait.",
 )
-_command(
-    "force-tick",
-    "admin.engine.force_tick.v1",
-    "Run JOB now, beside its schedule.",
-    {"job_type": "JOB"},
-)
-_command(
-    "config-set",
-    "admin.config.set.v1",
-    "Have an engine set KEY to VALUE. Every process uses it at once.",
-    {"key": "KEY", "value": "VALUE"},
-    kinds=_kind_of_setting,
-)
-_command(
-    "set-sector-status",
-    "world.set_sector_status.v1",
-    "Change the rules of SECTOR to STATUS.",
-    {"sector_id": "SECTOR", "status": "STATUS"},
-)
-_command(
-    "update-all-ships",
-    "admin.player.update_all_ships.v1",
-    "Set FIELD of every ship to VALUE, batch by batch.",
-    {"update_field": "FIELD", "new_value": "VALUE"},
-    click.option("--reason", required=True, help="For the audit."),
-)
+for _kind in builtin({}, 0).values():
+    _command(_kind)
 
 
 # --- following -------------------------------------------------------------------------------------------------------

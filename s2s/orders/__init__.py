@@ -1,6 +1,7 @@
 """The admin RPCs, and what an engine does on each (docs/protocol.rst, "Orders").
 
-To add one, write a module and one entry in :func:`builtin`; its request is a message type of :mod:`s2s.catalogue`.
+To add one, write a module and one entry in :func:`builtin`, and the schema of its request (:mod:`s2s.catalogue`): the
+message type and the command line follow from that.
 """
 
 from __future__ import annotations
