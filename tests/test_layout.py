@@ -26,7 +26,7 @@ _ROOT = _PACKAGE.parent
 ROOMS = {
     "ground": [
         "s2s", "errors", "canonical", "signing", "envelope", "catalogue.schema", "catalogue", "settings", "identity",
-        "limits", "replay", "window", "pace", "session",
+        "names", "limits", "replay", "window", "pace", "session",
     ],
     "mezzanine": [
         "clock", "backoff", "dispatch", "writer", "reader", "answers", "protocol",

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from twisted.plugin import IPlugin
 from zope.interface import Attribute, Interface, implementer
 
-from s2s.errors import OperatorError
+from s2s.names import by_name
 from s2s.store.commands import Command
 from s2s.store.driver import Cursor
-
-_CMD_TYPE: Final = re.compile(r"[a-z][a-z0-9_.]{0,63}")
 
 
 class ICommandType(Interface):  # type: ignore[misc]
@@ -72,12 +69,4 @@ def registry(types: Iterable[CommandType]) -> dict[str, CommandType]:
 
     :raises OperatorError: a name is ill-formed or stands twice.
     """
-    known: dict[str, CommandType] = {}
-    for kind in types:
-        where = f"the command type {type(kind).__module__}.{type(kind).__qualname__}"
-        if not _CMD_TYPE.fullmatch(kind.cmd_type):
-            raise OperatorError(f"{where} has the cmd_type {kind.cmd_type!r}: write it as [a-z][a-z0-9_.]{{0,63}}")
-        if kind.cmd_type in known:
-            raise OperatorError(f"{where} has the cmd_type {kind.cmd_type!r} of another one: give it a name of its own")
-        known[kind.cmd_type] = kind
-    return known
+    return by_name(types, "command type", "cmd_type")

@@ -13,11 +13,11 @@ from zope.interface import Attribute, Interface, implementer
 
 from s2s import canonical
 from s2s.errors import OperatorError
+from s2s.names import by_name
 from s2s.settings import Value
 from s2s.store import outbox
 from s2s.store.driver import Cursor
 
-_JOB_TYPE: Final = re.compile(r"[a-z][a-z0-9_.]{0,63}")
 _EVERY: Final = re.compile(r"every:([1-9][0-9]{0,4})s")
 _DAILY: Final = re.compile(r"daily@([01][0-9]|2[0-3]):([0-5][0-9])Z")
 _DAY_S: Final = 86_400
@@ -172,16 +172,4 @@ def registry(types: Iterable[JobType]) -> dict[str, JobType]:
 
     :raises OperatorError: a name is ill-formed or stands twice, or a schedule is none.
     """
-    known: dict[str, JobType] = {}
-    for kind in types:
-        where = f"the job {type(kind).__module__}.{type(kind).__qualname__}"
-        if not _JOB_TYPE.fullmatch(kind.job_type):
-            raise OperatorError(f"{where} has the job_type {kind.job_type!r}: write it as [a-z][a-z0-9_.]{{0,63}}")
-        if kind.job_type in known:
-            raise OperatorError(f"{where} has the job_type {kind.job_type!r} of another one: give it a name of its own")
-        try:
-            parse_schedule(kind.schedule)
-        except OperatorError as error:
-            raise OperatorError(f"{where}: {error}") from None
-        known[kind.job_type] = kind
-    return known
+    return by_name(types, "job", "job_type", lambda kind: parse_schedule(kind.schedule))
