@@ -159,7 +159,8 @@ class OrderRunner:
         self._in_hand.add(order.order_id)
         try:
             with self._condition.job() if rests and not is_paused else nullcontext():
-                after = await self._database.run(self._step, order, is_paused)
+                stepping = self._database.run(self._step, order, is_paused)
+                after = await self._turns.watched(stepping, f"a step of the order {order.order_id}")
         # Refused: by the COMMIT, at which deferred constraints are checked.
         except (_Stopped, StatementRefused) as stopped:
             error = stopped.error if isinstance(stopped, _Stopped) else stopped

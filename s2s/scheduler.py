@@ -107,7 +107,8 @@ class Scheduler:
         self._in_hand.add(due.job_type)
         try:
             with self._condition.job():
-                report = await self._database.run(self._step, due)
+                stepping = self._database.run(self._step, due)
+                report = await self._turns.watched(stepping, f"a step of the job {due.job_type}")
         # Refused: by the COMMIT, at which deferred constraints are checked.
         except (_JobFailed, StatementRefused) as error:
             self._tell_failure(due, str(error))
