@@ -59,7 +59,7 @@ class Ledger:
         payload = members["payload"]
         order_id = payload.get("order_id")
         subject = order_id if type(order_id) is str and ID.fullmatch(order_id) else ""
-        result = {"status": "refused", "code": error.code, "message": error.message}
+        result = {"status": "refused", "result": {"code": error.code, "message": error.message}}
         self._note((members["type"], subject, _cut(payload), result, f"key:{key_id}"))
 
     def quiet(self) -> Deferred[None]:

@@ -39,8 +39,9 @@ from s2s.turns import Turns
 PATIENCE_S: Final = 3.0
 #: Seconds that an order over the link is waited for, before it is answered that it is not over.
 ANSWER_S: Final = 1.5
-#: Orders that run at once in one engine. One line takes no order that rests, which is one that runs a job: a job that
-#: hangs, or waits for its own other run, does not hold up other orders.
+#: Orders run one after the other, as they were given. Where a step takes so many seconds, such as that of a job that
+#: hangs or waits for its own other run, a second line takes those orders meanwhile that run no job.
+STUCK_S: Final = 1.0
 LINES: Final = 2
 #: Attempts in a row that do not get on: their processes died, or the database spoilt them, by a deadlock for instance.
 MOST_ATTEMPTS: Final = 20
@@ -85,7 +86,8 @@ class OrderRunner:
         self._has_link = has_link
         self._emitted = emitted
         self._turns = Turns("the runner of orders", self._turn, clock.scheduler, LINES)
-        self._in_hand: set[str] = set()
+        #: What is under way here, and since when.
+        self._in_hand: dict[str, float] = {}
         #: Who waits for the end of an order that came over the link.
         self._waiters: defaultdict[str, list[Deferred[None]]] = defaultdict(list)
         self.over = dict.fromkeys(("done", "refused", "failed"), 0)
@@ -145,8 +147,10 @@ class OrderRunner:
         """
         if self._condition.wanted is None:
             return None
+        if line and not self._is_stuck():
+            return None
         is_paused = self._condition.wanted == "paused"
-        rpcs = [rpc for rpc, kind in self._kinds.items() if line or not kind.rests]
+        rpcs = [rpc for rpc, kind in self._kinds.items() if not (line and kind.rests)]
         resting = [rpc for rpc in rpcs if self._kinds[rpc].rests and is_paused]
         patience_s = PATIENCE_S if self._has_link() else 0.0
         order = await self._database.run(table.attempt, rpcs, resting, list(self._in_hand), patience_s)
@@ -156,7 +160,7 @@ class OrderRunner:
         is_paused = rests and self._condition.wanted == "paused"
         if is_paused and order.status == "running":  # paused while we looked
             return 0.0
-        self._in_hand.add(order.order_id)
+        self._in_hand[order.order_id] = self._clock.mono()
         try:
             with self._condition.job() if rests and not is_paused else nullcontext():
                 stepping = self._database.run(self._step, order, is_paused)
@@ -166,10 +170,13 @@ class OrderRunner:
             error = stopped.error if isinstance(stopped, _Stopped) else stopped
             after = await self._database.run(self._end, order, error)
         finally:
-            self._in_hand.discard(order.order_id)
+            del self._in_hand[order.order_id]
         if after is not None:
             self._tell(order, after)
         return 0.0
+
+    def _is_stuck(self) -> bool:
+        return any(self._clock.mono() >= since + STUCK_S for since in self._in_hand.values())
 
     def _tell(self, before: Order, after: Order) -> None:
         self._emitted()
@@ -237,7 +244,7 @@ class OrderRunner:
             raise BadPayload(str(error)) from None
         BY_NAME[order.rpc].request_schema.check({**order.params, "order_id": order.order_id})
         if is_paused:
-            raise Paused("the engine is paused")
+            raise Paused("the engine is paused: resume it first")
         if order.attempts > MOST_ATTEMPTS:
             raise InternalError(f"it has not got on in {MOST_ATTEMPTS} attempts: processes died, or the database did")
 

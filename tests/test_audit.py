@@ -400,6 +400,7 @@ class ListTests(AuditTestCase, CliTestCase):
         self.assertEqual(listed("--action", "config.set", "--actor", "cli:alice"), [1])
         self.assertEqual(listed("--subject", "k1"), [3])
         self.assertEqual(listed("--subject", "k"), [])
+        self.assertEqual(listed("--before", "3"), [2, 1])
 
     def test_json(self) -> None:
         """JSON has all of an entry."""
@@ -422,15 +423,15 @@ class ListTests(AuditTestCase, CliTestCase):
         shown = self.s2s("audit", env={"COLUMNS": "100"}).output
         self.assertEqual([line for line in shown.splitlines() if len(line) > 100], [])
         self.assertNotIn("\x1b[31m", shown)
-        told = [line.split(maxsplit=4)[4].strip() for line in shown.splitlines() if line.startswith("2")]
+        told = [line.split(maxsplit=5)[5].strip() for line in shown.splitlines() if line[0].isdecimal()]
         self.assertEqual(
             told,
             [
                 "01JD3YV7M2S4K8Q0X6W9ZC5B1T",
-                "(type null, all_dead true) -> done",
+                "(all_dead true) -> done",
                 "k1 (note \\x1b[31m)",
                 "link.window (value 7)",
-                "relay.window (value 7) -> was 512,",
+                "relay.window (value 7) ->",
             ],
         )
         self.assertIn("(retried 0 1 2 3 4 5 6 7 8 9 and 2", " ".join(shown.split()))
@@ -491,7 +492,7 @@ class LedgerTests(SynchronousTestCase):
             self.refuse(Forbidden("no"), type, order_id="o1")
         self.assertEqual(len(self.database.running), 1)
         ((_, entries),) = self.database.running
-        result = {"status": "refused", "code": "forbidden", "message": "no"}
+        result = {"status": "refused", "result": {"code": "forbidden", "message": "no"}}
         self.assertEqual(entries, [(ORDERS[0], "o1", {"order_id": "o1"}, result, "key:k1")])
 
     def test_a_long_payload(self) -> None:
@@ -622,8 +623,8 @@ class SteeringTests(AuditTestCase, RoleTestCase, CliTestCase):
         told = self.new()
         self.assertEqual({each[:2] for each in told}, {("key:k1", _CONFIG_SET)})
         self.assertEqual([each[2] for each in told], ["o1", "", "o2", "o3"])
-        self.assertEqual([each[4]["code"] for each in told], ["bad_payload"] * 3 + ["forbidden"])
-        self.assertIn("at /payload/value", told[0][4]["message"])
+        self.assertEqual([each[4]["result"]["code"] for each in told], ["bad_payload"] * 3 + ["forbidden"])
+        self.assertIn("at /payload/value", told[0][4]["result"]["message"])
         self.assertEqual(told[0][3], {"order_id": "o1", "key": "relay.window", "value": None})
         self.assertEqual((list(told[2][3]), len(told[2][3]["cut"])), (["cut"], KEPT_BYTES))
         self.assertEqual(told[3][3], reflected)

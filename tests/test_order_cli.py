@@ -25,7 +25,8 @@ from tests.support.roles import RoleTestCase, environment, free_port
 from tests.support.waiting import poll
 from tests.test_cli import CliTestCase
 
-CONFIG, TICK, SHIPS, SECTOR = ORDERS
+TICK, CONFIG = "admin.engine.force_tick.v1", "admin.config.set.v1"
+SECTOR, SHIPS = "world.set_sector_status.v1", "admin.player.update_all_ships.v1"
 PAUSE = "s2s.engine.pause"
 WHY = ("--reason", "a test")
 
@@ -69,8 +70,8 @@ CHANGES = {"config": 1, "sectors": 1, "ships": 4 + 6}
 
 #: Orders that an engine refuses: what is typed, the code, and why.
 REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (("force-tick", "no.such"), "not_found", "this engine has no job 'no.such'"),
-    (("config-set", "no.such", "1"), "not_found", "there is no setting 'no.such'"),
+    (("force-tick", "no.such"), "not_found", "this engine has no job 'no.such': see s2s jobs list"),
+    (("config-set", "no.such", "1"), "not_found", "there is no setting 'no.such': see s2s config list"),
     (("config-set", "relay.window", "0"), "bad_payload", "relay.window must be from 1 to 1024"),
     (("config-set", "relay.window", "-1"), "bad_payload", "relay.window must be from 1 to 1024"),
     (("config-set", "relay.window", "1025"), "bad_payload", "relay.window must be from 1 to 1024"),
@@ -215,7 +216,7 @@ class ShellTests(WorldTestCase, CliTestCase):
         keys = [("--idem-key", f"key {argv[0]}") for argv, *_ in GIVEN]
         for key, (argv, *_) in zip(keys, GIVEN, strict=True):
             said = self.s2s("order", *argv, *key, "--wait", "0", expected=3).output
-            self.assertRegex(said, r"^order (\w{26}) is queued: see it with: s2s order show \1\n$")
+            self.assertRegex(said, r"^order (\w{26}) is queued, begun by no engine yet: see s2s order show \1\n$")
         ids = [row["order_id"] for row in self.json("order", "list", "--status", "queued")][::-1]
         self.role.kill()
         self.assertEqual(self.world(), before)
@@ -239,7 +240,7 @@ class ShellTests(WorldTestCase, CliTestCase):
         for argv, code, why in REFUSED:
             self.assert_refused(argv, code, why)
         self.s2s("engine", "pause")
-        self.assert_refused(("force-tick", "decay"), "paused", "the engine is paused")
+        self.assert_refused(("force-tick", "decay"), "paused", "the engine is paused: resume it first")
         self.assertEqual(self.world(), before)
         self.assertEqual(len(self.json("order", "list", "--status", "refused")), len(REFUSED) + 1)
         # All others are run by a paused engine too.
@@ -371,8 +372,8 @@ class FollowTests(CliTestCase):
             self.assertRegex(actor, "^cli:.")
             self.assertIn(action, ORDERS)
             self.assertIn(str(params[member]).lower(), [word.lower() for word in argv])
-            self.assertEqual((result["status"], result["code"]), ("refused", "bad_payload"))
-            self.assertIn(f"at /{member}: ", result["message"])
+            self.assertEqual((result["status"], result["result"]["code"]), ("refused", "bad_payload"))
+            self.assertIn(f"at /{member}: ", result["result"]["message"])
 
     def test_values(self) -> None:
         """A value is read as its setting wants it, and else as what it looks like."""
@@ -405,13 +406,13 @@ class FollowTests(CliTestCase):
     def test_nobody_takes_it(self) -> None:
         """When nothing moves for so long the command ends, says how far it is, and the order stays."""
         result = self.follow(argv=(*self.SECTOR, "--wait", "5"), expected=3)
-        self.assertRegex(result.stderr, r"^order (\w+) is queued: see it with: s2s order show \1\n$")
+        self.assertRegex(result.stderr, r"^order (\w+) is queued, begun by no engine yet: see s2s order show \1\n$")
         result = self.follow(
             "status = 'running', state = '{\"done\": 2, \"total\": 9}'",
             argv=(*self.SECTOR, "--wait", "5", "--json"),
             expected=3,
         )
-        self.assertRegex(result.stderr, r"^order (\w+) is running, 2 of 9: see it with: s2s order show \1\n$")
+        self.assertRegex(result.stderr, r"^order (\w+) is running, 2 of 9: see s2s order show \1\n$")
         self.assertEqual(json.loads(result.stdout)["status"], "running")
         self.assertEqual(self.execute("select count(*) from orders where status = 'running'"), [(2,)])
 
@@ -483,7 +484,7 @@ class FollowTests(CliTestCase):
             terminal.process.send_signal(signal.SIGINT)
             self.assertEqual(terminal.end()[0], 3)
         [(order_id,)] = self.execute("select order_id from orders where status = 'running'")
-        self.assertIn(f"order {order_id} is running, 30 of 100: see it with: s2s order show {order_id}", terminal.shown)
+        self.assertIn(f"order {order_id} is running, 30 of 100: see s2s order show {order_id}", terminal.shown)
         self.assertNotIn("Traceback", terminal.shown)
         with _Terminal(self.url, *argv) as terminal:
             terminal.until(lambda: "30/100" in terminal.shown)

@@ -266,6 +266,19 @@ class OrderRunnerTests(DatabaseTestCase):
             self.assertEqual(self.row(f"o{number}"), ("done", {"steps": 20}))
         self.assertGreater(len(self.execute("select distinct engine from runners")), 1)
 
+    async def test_one_after_the_other(self) -> None:
+        """One engine does orders in the order in which they were given, forced ticks among them."""
+        for number in range(60):
+            self.give(f"{number:02}", TICK if number % 3 else SECTOR)
+
+        def work(txn: Cursor, _: OrderRun) -> Outcome:
+            txn.execute("select pg_sleep(0.002)")
+            return None
+
+        self.start(work, ticks=work)
+        await self.over(*(f"{number:02}" for number in range(60)))
+        self.assertEqual([order_id for order_id, _ in self.steps()], [f"{number:02}" for number in range(60)])
+
     async def test_short_ones_pass_long_ones(self) -> None:
         """An order that comes while a long one runs does not wait for its end."""
 
@@ -342,7 +355,9 @@ class OrderRunnerTests(DatabaseTestCase):
         self.give("other")
         runner.wake()
         await self.over("late", "other")
-        self.assertEqual(self.row("late"), ("refused", {"code": "paused", "message": "the engine is paused"}))
+        self.assertEqual(
+            self.row("late"), ("refused", {"code": "paused", "message": "the engine is paused: resume it first"})
+        )
         self.assertEqual((self.row("other")[0], self.row("runs")[0]), ("done", "running"))
         self.assertEqual(len(self.steps()), steps + 1)
         self.condition.wanted = "running"

@@ -115,7 +115,7 @@ class LongOrderTests(OrderTestCase):
         self.execute(
             "create function count_change() returns trigger language plpgsql as"
             " 'begin new.fuel := old.fuel + 1; return new; end';"
-            "create trigger count_change before update on ships for each row execute function count_change()"
+            "create trigger count_change before update of turns on ships for each row execute function count_change()"
         )
         self.execute("vacuum analyze ships")
 
@@ -156,7 +156,7 @@ class LongOrderTests(OrderTestCase):
         self.execute(
             "create function dawdle() returns trigger language plpgsql as"
             " 'begin perform pg_sleep(0.2); return null; end';"
-            "create trigger dawdle after update on ships for each statement execute function dawdle()"
+            "create trigger dawdle after update of turns on ships for each statement execute function dawdle()"
         )
         engine = self.engine(self.listening.port)
         yield engine.start()

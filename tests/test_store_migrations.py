@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 from unittest import mock
 
@@ -11,7 +12,7 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from s2s.errors import SchemaError, StatementRefused
-from s2s.store import migrations
+from s2s.store import audit, config, migrations, steering
 from s2s.store.migrations import Migration
 from s2s.store.pool import blocking
 from tests.support.postgres import DatabaseTestCase, cluster_url, database_url, drop_database, make_database
@@ -34,6 +35,30 @@ class EmptyDatabaseTests(TestCase):
         make_database(name)
         self.addCleanup(drop_database, name)
         self.url = database_url(name)
+
+    def test_an_older_release(self) -> None:
+        """A database that an older release has used is brought up with all that is in it, and then audited."""
+        with mock.patch.object(migrations, "available", return_value=migrations.available()[:2]):
+            self.assertEqual(_migrate(self.url), ["0001_initial", "0002_steering"])
+        secret = base64.b64encode(bytes(32)).decode()
+        with blocking(self.url) as txn:
+            txn.execute("insert into s2s_keys (key_id, key_b64, role) values ('k', %s, 'any')", (secret,))
+            txn.execute("insert into engines (name, wanted, reason) values ('e', 'paused', 'night')")
+            txn.execute("update config set value = '7' where key = 'relay.window'")
+            asked = steering.ask(txn, "e", "s2s.engine.pause", {"reason": "night"}, "cli:me", 3.0)
+            steering.take(txn, "server", ["e"])
+        self.assertEqual(_migrate(self.url), [each.name for each in migrations.available()[2:]])
+        with blocking(self.url) as txn:
+            self.assertEqual(audit.list_entries(txn), [])
+            self.assertEqual(config.read(txn).values["relay.window"], 7)
+            steering.answer(txn, asked, True, {"ok": True, "state": "paused"})
+            txn.execute("update engines set wanted = 'running'")
+            txn.execute("update config set value = '8' where key = 'relay.window'")
+            txn.execute("update s2s_keys set note = 'old'")
+            entries = audit.list_entries(txn)
+        found = [entry.action for entry in reversed(entries)]
+        self.assertEqual(found, ["s2s.engine.pause", "engine.wanted", "config.set", "keys.change"])
+        self.assertNotIn(secret, repr(entries))
 
     def test_empty_is_refused_with_the_cure(self) -> None:
         """A database without our tables is refused in one line that names the command."""

@@ -17,7 +17,8 @@ from s2s.store.pool import blocking
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
 
-CONFIG, TICK, SHIPS, SECTOR = ORDERS
+TICK, CONFIG = "admin.engine.force_tick.v1", "admin.config.set.v1"
+SECTOR, SHIPS = "world.set_sector_status.v1", "admin.player.update_all_ships.v1"
 PARAMS = {"sector_id": 1, "status": "fedspace"}
 
 

@@ -340,8 +340,8 @@ class ConsoleTests(CliTestCase):
         self.assertEqual(
             lines[1:],
             [
-                "decay every:60s 2030-01-01 12:00:00 7 decayed 3",
-                "tide daily@06:00Z 2030-01-01 06:00:00 0 failed, attempt 2: KeyError: 1",
+                "decay every:60s 2030-01-01 11:59:00 7 decayed 3",
+                "tide daily@06:00Z - 0 failed, attempt 2: KeyError: 1",
             ],
         )
         first, second = self.json("jobs", "list")

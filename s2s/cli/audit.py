@@ -8,7 +8,16 @@ from pathlib import Path
 
 import click
 
-from s2s.cli.common import database_options, json_option, limit_option, one_line_errors, show, transaction, words
+from s2s.cli.common import (
+    ROW_ID,
+    database_options,
+    json_option,
+    limit_option,
+    one_line_errors,
+    show,
+    transaction,
+    words,
+)
 from s2s.store import audit as table
 from s2s.store.audit import Entry
 
@@ -17,6 +26,7 @@ from s2s.store.audit import Entry
 class _Line:
     """An entry as fits a terminal."""
 
+    audit_id: int
     at: datetime
     actor: str
     action: str
@@ -27,6 +37,7 @@ class _Line:
 @click.option("--actor", help="Only by this one, such as cli:alice or key:k1.")
 @click.option("--action", help="Only this, such as config.set or s2s.engine.pause.")
 @click.option("--subject", help="Only of this: an order's id, a setting, a key, an engine's name.")
+@click.option("--before", type=ROW_ID, metavar="AUDIT_ID", help="Only older ones: the last of the page before.")
 @limit_option
 @database_options
 @json_option
@@ -35,6 +46,7 @@ def audit(
     actor: str | None,
     action: str | None,
     subject: str | None,
+    before: int | None,
     limit: int,
     database: str | None,
     state_dir: Path,
@@ -42,9 +54,13 @@ def audit(
 ) -> None:
     """List who did what, and what came of it, the newest first. Nobody can change or remove an entry."""
     with transaction(database, state_dir) as txn:
-        found = table.list_entries(txn, actor=actor, action=action, subject=subject, limit=limit)
-    rows = found if as_json else [_Line(entry.at, entry.actor, entry.action, _told(entry)) for entry in found]
-    show(rows, ("at", "actor", "action", "told"), as_json, "there is nothing in the audit")
+        found = table.list_entries(txn, actor=actor, action=action, subject=subject, limit=limit, before=before)
+    rows = found if as_json else [_line(entry) for entry in found]
+    show(rows, ("audit_id", "at", "actor", "action", "told"), as_json, "there is nothing in the audit")
+
+
+def _line(entry: Entry) -> _Line:
+    return _Line(entry.audit_id, entry.at, entry.actor, entry.action, _told(entry))
 
 
 def _told(entry: Entry) -> str:

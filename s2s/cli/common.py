@@ -15,11 +15,12 @@ from typing import Any, Final, TypeVar
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from s2s import preflight
-from s2s.errors import OperatorError, S2SError
+from s2s.errors import DatabaseError, OperatorError, S2SError
 from s2s.settings import Value
 from s2s.store import actions, audit, driver, migrations
 from s2s.store.driver import Cursor
@@ -61,6 +62,9 @@ def one_line_errors(function: F) -> F:
     def wrapped(*args: Any, **options: Any) -> Any:
         try:
             return function(*args, **options)
+        except DatabaseError as error:
+            cure = f"see --database and {preflight.DATABASE_VARIABLE}"
+            raise click.ClickException(f"the database cannot be used: {error}: {cure}") from None
         except S2SError as error:
             raise click.ClickException(str(error)) from None
         except UnicodeEncodeError:
@@ -238,13 +242,23 @@ def read_as(kind: str, text: str) -> Value | None:
     return None
 
 
+def progress_bar() -> Progress:
+    """Make a bar of rows, for a terminal alone."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
 def words(value: Any) -> str:
-    """Write JSON with few brackets and no quotes: it is for people alone."""
+    """Write JSON with few brackets, no quotes and nothing empty: it is for people alone."""
     if isinstance(value, Mapping):
-        return f"({', '.join(f'{name} {words(member)}' for name, member in value.items())})" if value else ""
+        told = [(name, words(member)) for name, member in value.items()]
+        return f"({', '.join(f'{name} {said}' for name, said in told if said)})" if any(s for _, s in told) else ""
     if isinstance(value, list):
         more = f" and {len(value) - SHOWN} more" if len(value) > SHOWN else ""
         return " ".join(map(words, value[:SHOWN])) + more
+    if value is None:
+        return ""
     return value if isinstance(value, str) else json.dumps(_plain(value))
 
 

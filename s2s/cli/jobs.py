@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Final
 
 import click
 
 from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction, words
 from s2s.store import jobs as table
 from s2s.store.jobs import JobRow
+
+#: Seconds after which a job that is due and not run is told of.
+OVERDUE_S: Final = 30
 
 
 @click.group()
@@ -27,7 +31,7 @@ def list_(database: str | None, state_dir: Path, as_json: bool) -> None:
     with transaction(database, state_dir) as txn:
         found = table.list_jobs(txn)
     rows = found if as_json else [_line(row) for row in found]
-    columns = ("job_type", "schedule", "due_at", "runs", "told")
+    columns = ("job_type", "schedule", "last_run", "runs", "told")
     show(rows, columns, as_json, "there are none: they are written down by the first engine that starts")
 
 
@@ -37,7 +41,7 @@ class _Line:
 
     job_type: str
     schedule: str
-    due_at: datetime
+    last_run: datetime | None
     runs: int
     told: str
 
@@ -48,5 +52,7 @@ def _line(row: JobRow) -> _Line:
     elif row.is_running:
         told = "running"
     else:
-        told = words(row.last_result or {})[1:-1]
-    return _Line(row.job_type, row.schedule, row.due_at, row.runs, told or "-")
+        told = words(row.last_result or {})[1:-1] or ("done" if row.runs else "never run")
+    if row.due_at < datetime.now(timezone.utc) - timedelta(seconds=OVERDUE_S):
+        told += f"; due since {row.due_at:%Y-%m-%d %H:%M:%S}: does an engine run that has it?"
+    return _Line(row.job_type, row.schedule, row.last_finished_at, row.runs, told)

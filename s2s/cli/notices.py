@@ -12,7 +12,7 @@ from s2s.store import notices as table
 
 @click.group()
 def notices() -> None:
-    """Look at the notices that broadcasts became."""
+    """Look at the notices that the players were given."""
 
 
 @notices.command(name="list")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from ulid import ULID
 
 from s2s.catalogue import BY_NAME, COMMAND_PUSH, ORDERS
@@ -24,6 +23,7 @@ from s2s.cli.common import (
     json_option,
     limit_option,
     one_line_errors,
+    progress_bar,
     read_as,
     show,
     show_one,
@@ -61,6 +61,9 @@ def order() -> None:
 # --- giving ----------------------------------------------------------------------------------------------------------
 
 
+_KINDS: Final = builtin({}, 0)
+#: What the command line calls each order: as its module is called.
+_NAMES: Final = {rpc: type(kind).__module__.rpartition(".")[2].replace("_", "-") for rpc, kind in _KINDS.items()}
 #: Members that are said by an option.
 _OPTIONS: Final = ("reason",)
 
@@ -78,6 +81,8 @@ def _command(kind: OrderType) -> None:
     def command(
         idem_key: str | None, wait_s: float, database: str | None, state_dir: Path, as_json: bool, **typed: str
     ) -> None:
+        if math.isnan(wait_s):
+            raise OperatorError("--wait nan: write a number of seconds")
         wrong = None if idem_key is None else _IDEM_KEY.explain(idem_key, "--idem-key")
         if wrong is not None:
             raise OperatorError(f"{wrong[0]}: {wrong[1]}")
@@ -107,12 +112,20 @@ def _command(kind: OrderType) -> None:
     for option in (_wait, _idem_key):
         command = option(command)
     order.command(
-        name=type(kind).__module__.rpartition(".")[2].replace("_", "-"),
-        help=f"{document['description']} ({rpc})",
+        name=_NAMES[rpc],
+        help=f"{document['description']} ({rpc})\n\n\b\n" + "\n".join(_rule(document, member) for member in members),
         epilog="Exit code 0: it is done; 1: it was refused, or failed; 3: it is not over yet.",
         # A number below zero is no option.
         context_settings={"ignore_unknown_options": True},
     )(database_options(json_option(command)))
+
+
+def _rule(document: Mapping[str, Any], member: str) -> str:
+    """Say what a member of a request may be, out of its schema."""
+    rule = document["properties"][member]
+    allowed = rule.get("enum") or [f"{rule[bound]}" for bound in ("minimum", "maximum") if bound in rule]
+    joined = (" | " if "enum" in rule else " to ").join(allowed)
+    return f"{member.upper()}: {rule['description']}{f' {joined}' if allowed else ''}"
 
 
 def _give(txn: Cursor, rpc: str, params: Mapping[str, Value], idem_key: str | None) -> str:
@@ -125,7 +138,8 @@ def _give(txn: Cursor, rpc: str, params: Mapping[str, Value], idem_key: str | No
         BY_NAME[rpc].request_schema.check({"order_id": order_id, **params}, "")
         return table.give(txn, order_id, rpc, params, actor(), idem_key)[0].order_id
     except BadPayload as error:
-        audit.write(txn, rpc, order_id, params, {"status": "refused", "code": error.code, "message": error.message})
+        result = {"code": error.code, "message": error.message}
+        audit.write(txn, rpc, order_id, params, {"status": "refused", "result": result})
         driver.commit(txn.connection)
         raise OperatorError(f"refused, {error.code}: {error.message}") from None
     except IdemConflict as error:
@@ -157,7 +171,7 @@ _wait = click.option(
     show_default=True,
     help="Follow it until nothing has moved for so long; 0: give it, and do not wait.",
 )
-for _kind in builtin({}, 0).values():
+for _kind in _KINDS.values():
     _command(_kind)
 
 
@@ -167,10 +181,7 @@ for _kind in builtin({}, 0).values():
 def _follow(txn: Cursor, order_id: str, wait_s: float) -> OrderRow:
     """Look at an order until it is over, nothing has moved for so long, or Ctrl-C, which leaves it alone."""
     row = _find(txn, order_id)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with suppress(KeyboardInterrupt), bar:
+    with suppress(KeyboardInterrupt), progress_bar() as bar:
         task = bar.add_task(row.rpc, visible=False)
         moved_at = time.monotonic()
         while row.status in table.OPEN and time.monotonic() - moved_at < wait_s:
@@ -198,8 +209,8 @@ def _end(row: OrderRow, as_json: bool) -> None:
     if as_json:
         show_one(shown, True)
     if row.status in table.OPEN:
-        far = ", ".join(filter(None, (row.status, shown.progress)))
-        click.echo(f"order {row.order_id} is {far}: see it with: s2s order show {row.order_id}", err=True)
+        far = shown.progress or ("begun by no engine yet" if row.status == "queued" else "not over")
+        click.echo(f"order {row.order_id} is {row.status}, {far}: see s2s order show {row.order_id}", err=True)
         raise SystemExit(NOT_OVER)
     if row.status != "done":
         why = ": ".join(harmless(str(result.get(name, "it is not said why"))) for name in ("code", "message"))
@@ -264,6 +275,7 @@ class _Line:
 
 
 def _line(row: OrderRow) -> _Line:
-    came = words(row.result)[1:-1] if row.result else _shown(row).progress
-    told = f"{row.rpc} {words(row.params)} by {row.actor}{f' -> {came}' if came else ''}"
+    result = row.result if isinstance(row.result, dict) else {}
+    came = result.get("message") or words(result)[1:-1] or _shown(row).progress
+    told = f"{_NAMES.get(row.rpc, row.rpc)} {words(row.params)} by {row.actor}{f' -> {came}' if came else ''}"
     return _Line(row.order_id, row.created_at, row.status, told)

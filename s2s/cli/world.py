@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Final
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from s2s.cli.common import database_options, json_option, one_line_errors, show_one, transaction
+from s2s.cli.common import database_options, json_option, one_line_errors, progress_bar, show_one, transaction
 from s2s.errors import OperatorError
-from s2s.store import audit
 from s2s.store import world as table
 from s2s.store.seed import make_world
 
@@ -39,16 +36,12 @@ def seed(
     sectors: int, ships: int, seed: int, replace: bool, database: str | None, state_dir: Path, as_json: bool
 ) -> None:
     """Make a world: the same sizes and seed make the same one. All of it is made, or nothing."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     made = {"sectors": sectors, "ports": sectors, "ships": ships, "seed": seed}
-    with transaction(database, state_dir) as txn, bar:
+    with transaction(database, state_dir) as txn, progress_bar() as bar:
         began = time.monotonic()
         progress = partial(bar.advance, bar.add_task("rows", total=2 * sectors + ships))
         if not make_world(txn, sectors, ships, seed, replace=replace, progress=progress):
             raise OperatorError("there is a world already: look at it with: s2s world show; --replace removes it first")
-        audit.write(txn, "world.seed", "world", {**made, "replace": replace})
     seconds = round(time.monotonic() - began, 2)
     if as_json:
         click.echo(json.dumps({**made, "seconds": seconds}))
@@ -65,3 +58,5 @@ def show(database: str | None, state_dir: Path, as_json: bool) -> None:
     with transaction(database, state_dir) as txn:
         found = table.count(txn)
     show_one(found, as_json)
+    if not (found.sectors or as_json):
+        click.echo("there is no world: make one with: s2s world seed --sectors N --ships M", err=True)

@@ -20,7 +20,7 @@ class ConfigSet(OrderType):
         """Come to the version that is in force, and whether this order made it."""
         key, value = order.params["key"], order.params["value"]
         if not config.exists(txn, key):
-            raise NotFound(f"there is no setting {key!r}", path="/payload/key")
+            raise NotFound(f"there is no setting {key!r}: see s2s config list", path="/payload/key")
         try:
             version = config.change(txn, key, value, order.actor)
         except OperatorError as error:

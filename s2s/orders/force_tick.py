@@ -32,7 +32,7 @@ class ForceTick(OrderType):
         job_type = order.params["job_type"]
         kind = self._jobs.get(job_type)
         if kind is None:
-            raise NotFound(f"this engine has no job {job_type!r}", path="/payload/job_type")
+            raise NotFound(f"this engine has no job {job_type!r}: see s2s jobs list", path="/payload/job_type")
         # A job is never run twice at once, whoever wants it.
         table.hold_still(txn, job_type)
         settings = config.read(txn).values

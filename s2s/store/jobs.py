@@ -163,12 +163,6 @@ def fail(txn: Cursor, job: DueJob, error: str) -> None:
     )
 
 
-def exists(txn: Cursor, job_type: str) -> bool:
-    """Whether any engine has ever had a job."""
-    txn.execute("select from jobs where job_type = %s", (job_type,))
-    return txn.rowcount > 0
-
-
 def list_jobs(txn: Cursor) -> list[JobRow]:
     """List the jobs by name."""
     txn.execute(

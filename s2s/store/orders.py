@@ -7,7 +7,7 @@ transactions, as with jobs (:mod:`s2s.store.jobs`). The table's triggers write t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any, Final
 
@@ -80,10 +80,7 @@ class OrderRow:
     finished_at: datetime | None
 
 
-_ROW: Final = (
-    "order_id, rpc, params, actor, idem_key, status, result, state, attempts, engine, way, created_at, started_at,"
-    " finished_at"
-)
+_ROW: Final = ", ".join(field.name for field in fields(OrderRow))
 
 
 # --- giving ----------------------------------------------------------------------------------------------------------
