@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from typing import Final
+from typing import Any, Final
 from weakref import WeakSet
 
-from twisted.internet import task
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
 from s2s.catalogue import ORDERS
 from s2s.clock import Clock
-from s2s.errors import DatabaseError, LinkLost, Refused, S2SError, UnsupportedType
+from s2s.errors import LinkLost, Refused, S2SError, UnsupportedType
 from s2s.links import ServerLinks
 from s2s.protocol import Link
 from s2s.store import orders as table
 from s2s.store.orders import Order
 from s2s.store.pool import Database
+from s2s.turns import Turns
 
-#: Beside the table's NOTIFY, which can be lost.
-POLL_S: Final = 1.0
 #: Seconds after which an order that is queued still is sent again, by another link if there is one.
 AGAIN_S: Final = 5.0
 #: Orders that are sent and not answered, at most.
@@ -43,38 +40,31 @@ class Courier:
         self._database = database
         self._links = links
         self._clock = clock
-        self._is_looking = self._is_woken = False
         #: When each order that was queued at the last look was sent, by the monotonic clock.
         self._sent: dict[str, float] = {}
         self._flying: set[str] = set()
         self._unserved: WeakSet[Link] = WeakSet()
-        self._turn = itertools.count()
-        self._polling = task.LoopingCall(self.wake)
-        self._polling.clock = clock.scheduler
+        self._places = itertools.count()
+        self._turns = Turns("the courier", self._turn, clock.scheduler)
+        self.wake = self._turns.wake
         self.sent = 0
 
     def start(self) -> None:
         """Send from now on."""
-        self._polling.start(POLL_S, now=False)
+        self._turns.start()
 
-    def stop(self) -> None:
-        """Send no more."""
-        if self._polling.running:
-            self._polling.stop()
+    def stop(self) -> Deferred[Any]:
+        """Send no more.
 
-    def wake(self) -> None:
-        """There may be an order."""
-        self._is_woken = True
-        if self._is_looking or not self._links.engines or not self._polling.running:
-            return
-        self._is_looking, self._is_woken = True, False
-        looking = self._database.run(table.queued, ORDERS, MOST)
-        looking.addCallbacks(self._found, self._unless_away).addBoth(self._looked)
+        :returns: fires when no look at the table is under way.
+        """
+        return self._turns.stop()
 
-    def _looked(self, _: object) -> None:
-        self._is_looking = False
-        if self._is_woken:
-            self.wake()
+    async def _turn(self, _: int) -> None:
+        if self._links.engines:
+            orders = await self._database.run(table.queued, ORDERS, MOST)
+            if not self._turns.is_stopping:
+                self._found(orders)
 
     def _found(self, orders: list[Order]) -> None:
         now = self._clock.mono()
@@ -94,7 +84,7 @@ class Courier:
     def _next_link(self) -> Link | None:
         """Take the engines in turn."""
         links = [link for link in self._links.engines if link.session.is_open and link not in self._unserved]
-        return links[next(self._turn) % len(links)] if links else None
+        return links[next(self._places) % len(links)] if links else None
 
     async def _send(self, link: Link, order: Order) -> None:
         try:
@@ -107,8 +97,3 @@ class Courier:
             self.log.warn("{link}: order {order_id}: {why}", link=link, order_id=order.order_id, why=str(error))
         finally:
             self._flying.discard(order.order_id)
-
-    def _unless_away(self, failure: Failure) -> None:
-        # Of a database that is away the pool has told.
-        if not failure.check(DatabaseError):
-            self.log.failure("the courier stumbled", failure)

@@ -94,9 +94,10 @@ class Server(Role):
             await self._port.stopListening()
         if self._sweeping.running:
             self._sweeping.stop()
-        self._courier.stop()
         self._retention.stop()
-        await DeferredList([self._inbox.drain(), self._executor.stop(), self._steerer.stop()], consumeErrors=True)
+        await DeferredList(
+            [self._inbox.drain(), self._executor.stop(), self._steerer.stop(), self._courier.stop()], consumeErrors=True
+        )
         self.links.close_all("the server stops")
 
     def _past_grace(self) -> None:

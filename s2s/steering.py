@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from twisted.internet import task
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, gatherResults
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -21,9 +21,7 @@ from s2s.store import steering as table
 from s2s.store.engines import LinkRow
 from s2s.store.pool import Database
 from s2s.store.steering import Steering
-
-#: Beside the table's NOTIFY, which can be lost.
-POLL_S: Final = 1.0
+from s2s.turns import Turns
 
 
 class Steerer:
@@ -35,27 +33,26 @@ class Steerer:
         self._database = database
         self._links = links
         self._boot_id = boot_id
-        self._is_taking = self._is_woken = False
         self._is_showing = self._is_changed = False
-        self._polling = task.LoopingCall(self.wake)
+        self._turns = Turns("steering", self._turn, clock.scheduler)
+        self.wake = self._turns.wake
         self._showing = task.LoopingCall(self.links_changed)
-        self._polling.clock = self._showing.clock = clock.scheduler
+        self._showing.clock = clock.scheduler
 
     def start(self) -> None:
         """Take and show from now on."""
-        self._polling.start(POLL_S, now=False)
+        self._turns.start()
         self._showing.start(engines.REFRESH_S)
 
-    def stop(self) -> Deferred[None]:
+    def stop(self) -> Deferred[Any]:
         """Take no more.
 
         :returns: fires when this server's links are no longer shown.
         """
-        for loop in (self._polling, self._showing):
-            if loop.running:
-                loop.stop()
+        if self._showing.running:
+            self._showing.stop()
         leaving = self._database.run(engines.show_links, self._boot_id, [])
-        return leaving.addErrback(self._unless_away)
+        return gatherResults([self._turns.stop(), leaving.addErrback(self._unless_away)])
 
     def links_changed(self) -> None:
         """Write the links anew: they have changed, or it is time."""
@@ -73,24 +70,12 @@ class Steerer:
         if self._is_changed and self._showing.running:
             self.links_changed()
 
-    def wake(self) -> None:
-        """Somebody may have asked for something."""
-        self._is_woken = True
+    async def _turn(self, _: int) -> None:
+        """Take what somebody may have asked for."""
         names = {_name(link) for link in self._links.engines}
-        if self._is_taking or not names or not self._polling.running:
-            return
-        self._is_taking, self._is_woken = True, False
-        taking = self._database.run(table.take, self._boot_id, sorted(names))
-        taking.addCallbacks(self._took, self._unless_away).addBoth(self._taken)
-
-    def _taken(self, _: object) -> None:
-        self._is_taking = False
-        if self._is_woken:
-            self.wake()
-
-    def _took(self, asked: list[Steering]) -> None:
-        for each in asked:
-            Deferred.fromCoroutine(self._steer(each)).addErrback(self._unless_away)
+        if names:
+            for each in await self._database.run(table.take, self._boot_id, sorted(names)):
+                Deferred.fromCoroutine(self._steer(each)).addErrback(self._unless_away)
 
     async def _steer(self, asked: Steering) -> None:
         is_ok: bool | None = None

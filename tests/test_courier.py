@@ -15,6 +15,7 @@ from s2s.clock import Clock
 from s2s.courier import Courier
 from s2s.errors import DatabaseUnavailable, DeadlinePassed, LinkLost, Refused
 from s2s.store.orders import Order
+from s2s.turns import POLL_S
 
 SECTOR = "world.set_sector_status.v1"
 
@@ -56,10 +57,11 @@ class CourierTests(SynchronousTestCase):
         self.time = FakeClock()
         self.database = _Database()
         self.first, self.second = _Link(), _Link()
-        self.links = SimpleNamespace(engines=[self.first, self.second])
+        self.links = SimpleNamespace(engines=[])
         self.courier = Courier(self.database, self.links, Clock(self.time))  # type: ignore[arg-type]
         self.courier.start()
         self.addCleanup(self.courier.stop)
+        self.links.engines = [self.first, self.second]
 
     def give(self, *order_ids: str) -> None:
         """Have orders in the table."""
@@ -114,7 +116,7 @@ class CourierTests(SynchronousTestCase):
         self.give("a")
         self.courier.wake()
         self.first.calls[0][2].errback(LinkLost("gone"))
-        self.time.advance(courier.POLL_S)
+        self.time.advance(POLL_S)
         self.assertEqual((self.first.sent, self.second.sent), (["a"], ["a"]))
 
     def test_unserved(self) -> None:
@@ -145,7 +147,7 @@ class CourierTests(SynchronousTestCase):
         self.courier.wake()
         self.assertEqual(self.courier.sent, 0)
         self.database.is_away = False
-        self.time.advance(courier.POLL_S)
+        self.time.advance(POLL_S)
         self.assertEqual(self.courier.sent, 1)
 
     def test_stopped(self) -> None:
