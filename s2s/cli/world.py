@@ -42,11 +42,11 @@ def seed(
         progress = partial(bar.advance, bar.add_task("rows", total=2 * sectors + ships))
         if not make_world(txn, sectors, ships, seed, replace=replace, progress=progress):
             raise OperatorError("there is a world already: look at it with: s2s world show; --replace removes it first")
-    seconds = round(time.monotonic() - began, 2)
+    seconds = round(time.monotonic() - began, 3)
     if as_json:
         click.echo(json.dumps({**made, "seconds": seconds}))
     else:
-        click.echo(f"made {sectors} sectors, as many ports and {ships} ships of seed {seed} in {seconds} s")
+        click.echo(f"made {sectors} sectors, as many ports and {ships} ships of seed {seed} in {seconds:.2f} s")
 
 
 @world.command()

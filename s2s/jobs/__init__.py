@@ -1,4 +1,4 @@
-"""What a job is, and the ones that come with s2s (docs/protocol.rst, "The engine").
+"""What a job is, and the ones that come with s2s (docs/protocol.rst, "The world and its jobs").
 
 To add one, write a module and one entry in :data:`BUILTIN`.
 """

@@ -1,4 +1,4 @@
-"""The declaration of a job, and of when it is due (docs/protocol.rst, "The engine")."""
+"""The declaration of a job, and of when it is due (docs/protocol.rst, "The world and its jobs")."""
 
 from __future__ import annotations
 
