@@ -89,6 +89,7 @@ class KeyTests(KeyTestCase):
         with blocking(self.url) as txn:
             table = keys.read(txn)
             self.assertEqual(keys.list_public(txn)[0].status, "signs for both")
+            self.assertIsNone(keys.list_public(txn)[0].active_to)
         self.assertIsNone(table.rows[0].active_to)
         self.assertEqual(keys.make_keyring(table.by_clock(5.0))[0].signer("engine", 5.0).key_id, "k")
         self.execute("update s2s_keys set active_to = '-infinity', is_default_tx = false")

@@ -154,9 +154,10 @@ def list_public(txn: Cursor) -> list[PublicKeyRow]:
     table = read(txn)
     status = _status(table)
     txn.execute(
-        # Within the years that a datetime has.
+        # Within the years that a datetime has; what is open stays null, which least and greatest would pass over.
         "select key_id, role, least(greatest(active_from, '0001-01-02'), '9999-12-30'),"
-        " least(greatest(nullif(active_to, 'infinity'), '0001-01-02'), '9999-12-30'), is_default_tx, note, created_at,"
+        " case when active_to < 'infinity' then least(greatest(active_to, '0001-01-02'), '9999-12-30') end,"
+        " is_default_tx, note, created_at,"
         " created_by"
         " from s2s_keys where key_id = any(%s::text[]) order by created_at, key_id",
         (list(status),),
