@@ -31,7 +31,7 @@ class Options(RoleOptions):
     """The engine's options."""
 
     process_name = "s2s-engine"
-    endpoint = ("connect", clientFromString, CONNECT)
+    endpoints = (("connect", clientFromString, CONNECT),)
     optParameters = [
         parameter("connect", CONNECT, "endpoint of the server"),
         parameter("name", f"engine-{socket.gethostname()}"[:200], "what operators call this engine"),
@@ -45,7 +45,7 @@ def makeService(options: Options) -> Any:
 
 
 def _make(options: Options) -> Any:
-    basis, endpoint = make_basis(options, "engine", options["name"], _THREADS + scheduler.LINES + order_runner.LINES)
+    basis, [endpoint] = make_basis(options, "engine", options["name"], _THREADS + scheduler.LINES + order_runner.LINES)
     found = discover()
     for complaint in found.complaints:
         _log.error("{complaint}", complaint=complaint)

@@ -12,6 +12,7 @@
     │   ├── TooBigToSend         a frame over the limit in force
     │   └── LineFull             too many calls wait for the window already
     ├── CallError                a request of ours did not get the reply that it wanted
+    │   ├── Unreachable          nobody was there to take it
     │   ├── UnknownOutcome       it may or may not have taken effect
     │   │   ├── LinkLost
     │   │   └── DeadlinePassed
@@ -99,6 +100,10 @@ class LineFull(LocalError):
 
 class CallError(S2SError):
     """A request of ours failed."""
+
+
+class Unreachable(CallError):
+    """There was no connection: nothing was sent."""
 
 
 class UnknownOutcome(CallError):

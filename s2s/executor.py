@@ -130,6 +130,13 @@ class Executor:
         except DatabaseUnavailable as error:
             self.log.warn("what was in hand may be charged an attempt: {why}", why=str(error))
 
+    @property
+    def condition(self) -> str:
+        """``ok``, ``off`` where there are no workers, or why it takes nothing."""
+        if not self._workers:
+            return "off"
+        return "ok" if self.is_present() else "the database does not know that this process lives"
+
     def wake(self) -> None:
         """Look at the table now: something was committed."""
         self._turns.wake()

@@ -20,8 +20,6 @@ from s2s.store.pool import Database
 
 #: Entries that may wait while others are written: what is over is counted, and not written.
 MAX_WAITING: Final = 64
-#: Of a payload that was refused so much is kept, in bytes of its canonical form.
-KEPT_BYTES: Final = 2000
 
 #: What :func:`s2s.store.audit.write` takes.
 _Entry = tuple[str, str, Mapping[str, Any], Mapping[str, Any], str]
@@ -60,7 +58,7 @@ class Ledger:
         order_id = payload.get("order_id")
         subject = order_id if type(order_id) is str and ID.fullmatch(order_id) else ""
         result = {"status": "refused", "result": {"code": error.code, "message": error.message}}
-        self._note((members["type"], subject, _cut(payload), result, f"key:{key_id}"))
+        self._note((members["type"], subject, audit.cut(payload, canonical.dumps(payload)), result, f"key:{key_id}"))
 
     def quiet(self) -> Deferred[None]:
         """Wait until everything is written."""
@@ -93,9 +91,3 @@ class Ledger:
 def _write(txn: Cursor, entries: Sequence[_Entry]) -> None:
     for entry in entries:
         audit.write(txn, *entry)
-
-
-def _cut(payload: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Give a payload, or as much of it as is kept."""
-    written = canonical.dumps(payload)
-    return payload if len(written) <= KEPT_BYTES else {"cut": written[:KEPT_BYTES].decode("utf-8", "ignore")}

@@ -63,6 +63,12 @@ MET: Final = {
     "silent_links": "silent connections closed to make room for newer ones",
     "inbox": "pushes refused because too many wait to be committed",
     "audit": "entries of the audit that were not written: too many at once, or no database",
+    "http_connections": "HTTP connections refused or closed to make room, because there are too many",
+    "http_arrive": "HTTP connections closed because a request did not come whole in time",
+    "http_body": "HTTP requests refused by the length of their body",
+    "http_waiting": "HTTP requests refused because too many wait for an order or an engine",
+    "http_line": "HTTP requests refused because too many stand in line for the database",
+    "sign_ins": "HTTP requests refused because too many sign-ins failed from their address",
     "database": "transactions refused because too many wait for a connection",
 }
 

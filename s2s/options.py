@@ -26,6 +26,7 @@ from s2s.store.pool import Database
 T = TypeVar("T")
 
 LISTEN: Final = "tcp:4321:interface=127.0.0.1"
+HTTP: Final = "tcp:8321:interface=127.0.0.1"
 CONNECT: Final = "tcp:host=127.0.0.1:port=4321"
 FRAME_SIZES: Final = (4096, 262144)
 _TWISTD_PIDFILE: Final = "twistd.pid"
@@ -60,12 +61,12 @@ class RoleOptions(usage.Options):
     """The options of either role.
 
     :cvar process_name: names the role's files and its lines.
-    :cvar endpoint: the option that holds the role's endpoint, what reads it, and an example.
+    :cvar endpoints: the options that hold endpoints, what reads each, and an example.
     :cvar coercions: what to make of an option's text, by name; a ``ValueError`` says what is wrong with it.
     """
 
     process_name: str
-    endpoint: tuple[str, Callable[[Any, str], Any], str]
+    endpoints: tuple[tuple[str, Callable[[Any, str], Any], str], ...]
     # S2S_DATABASE_URL is read by preflight, for the command line s2s as well.
     optParameters = [
         ["database", None, "", "URL of the PostgreSQL, or @FILE; else S2S_DATABASE_URL, else the embedded one"],
@@ -98,8 +99,8 @@ class RoleOptions(usage.Options):
             twistd["logfile"] = f"{self.process_name}.log"
 
 
-def make_basis(options: RoleOptions, role: Role, name: str, threads: int) -> tuple[Basis, Any]:
-    """Make what a role of either kind stands on, and the endpoint where it listens or connects.
+def make_basis(options: RoleOptions, role: Role, name: str, threads: int) -> tuple[Basis, list[Any]]:
+    """Make what a role of either kind stands on, and the endpoints where it listens or connects.
 
     :param threads: connections of the pool.
     :raises OperatorError: one line that names the cure.
@@ -107,7 +108,7 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int) -> tup
     from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
 
     make_monotonic(reactor)
-    endpoint = _endpoint(options, reactor)
+    endpoints = [_endpoint(options, reactor, *each) for each in options.endpoints]
     place, found, done = preflight.prepare(options["database"] or None, Path(options["state-dir"]).resolve(), role)
     for sentence in done:
         print(f"{options.process_name}: {sentence}", flush=True)
@@ -127,12 +128,11 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int) -> tup
         LiveConfig(database, clock, found.snapshot),
         Lifetime(reactor),
     )
-    return basis, endpoint
+    return basis, endpoints
 
 
-def _endpoint(options: RoleOptions, reactor: object) -> Any:
-    """Read the role's endpoint string, before a database is started for it."""
-    name, read, example = options.endpoint
+def _endpoint(options: RoleOptions, reactor: object, name: str, read: Callable[[Any, str], Any], example: str) -> Any:
+    """Read an endpoint string of the role, before a database is started for it."""
     try:
         return read(reactor, options[name])
     except Exception as error:  # every kind of endpoint raises its own

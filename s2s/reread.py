@@ -27,6 +27,7 @@ class Reread(Generic[T]):
 
     :param read: a plain function ``(txn, *args)``.
     :param took: called with what was read.
+    :param poll_s: seconds between two reads that nobody asked for.
     """
 
     log = Logger()
@@ -38,6 +39,7 @@ class Reread(Generic[T]):
         read: Callable[..., T],
         args: tuple[Any, ...],
         took: Callable[[T], object],
+        poll_s: float = POLL_S,
     ) -> None:
         self._database = database
         self._read = read
@@ -48,6 +50,7 @@ class Reread(Generic[T]):
         self._clock = clock
         self._poll = task.LoopingCall(self.changed)
         self._poll.clock = clock.scheduler
+        self._poll_s = poll_s
         self._retry: Timer | None = None
 
     def start(self) -> Deferred[None]:
@@ -55,7 +58,7 @@ class Reread(Generic[T]):
 
         :returns: fires after the first read, whether it succeeded or not.
         """
-        self._poll.start(POLL_S, now=False)
+        self._poll.start(self._poll_s, now=False)
         return self.again().addErrback(self._kept)
 
     def stop(self) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
 from twisted.internet import task
-from twisted.internet.defer import DeferredList
+from twisted.internet.defer import Deferred, DeferredList, TimeoutError, maybeDeferred
 from twisted.python.failure import Failure
 
 from s2s.catalogue import BUMP, COMMAND_PUSH, HEALTH_CHECK, SWEEP
 from s2s.courier import Courier
 from s2s.dispatch import Dispatcher, Responder
 from s2s.errand import Errand
+from s2s.errors import DatabaseError
 from s2s.executor import Executor
 from s2s.inbox import Inbox
 from s2s.lifetime import refuse
@@ -25,20 +27,46 @@ from s2s.retention import Retention
 from s2s.role import Basis, Role
 from s2s.steering import Steerer
 from s2s.store import broadcasts, notes, orders, steering
+from s2s.store.pool import is_there
 from s2s.store.retention import Keep
+from s2s.web.service import Web
+
+#: Seconds within which a database that is there answers.
+READY_S: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """Where clients come in.
+
+    :param endpoint: an ``IStreamServerEndpoint``.
+    :param described: it as the operator wrote it.
+    :param option: the one that it was written with.
+    """
+
+    endpoint: Any
+    described: str
+    option: str
 
 
 class Server(Role):
     """One server process.
 
-    :param listen: an ``IStreamServerEndpoint``, where engines connect.
-    :param described: the endpoint as the operator wrote it.
+    :param listen: where engines connect.
+    :param http: where the HTTP API is served; ``None``: nowhere.
+    :param hosts: further names by which clients of the API may call this server.
     """
 
-    def __init__(self, basis: Basis, listen: Any, described: str, inbox: Inbox, executor: Executor) -> None:
+    def __init__(
+        self,
+        basis: Basis,
+        listen: Entrance,
+        inbox: Inbox,
+        executor: Executor,
+        http: Entrance | None = None,
+        hosts: Collection[str] = (),
+    ) -> None:
         clock = basis.clock
-        self._endpoint = listen
-        self._described = described
         self._inbox = inbox
         self._executor = executor
         self._is_draining = False
@@ -50,6 +78,10 @@ class Server(Role):
             steering.CHANNEL: self._steerer.wake,
             orders.CHANNEL: self._courier.wake,
         }
+        self._web: Web | None = None
+        if http is not None:
+            self._web = Web(basis.database, clock, basis.counters, self._readiness, hosts)
+            hears.update(self._web.hears)
         super().__init__(basis, hears)
         executor.is_present = lambda: self._listener.is_present
         responders: dict[str, Responder] = {
@@ -68,35 +100,42 @@ class Server(Role):
         self._bumps = Errand(BUMP, self._bump_for, self._bumped, clock)
         self._retention = Retention(basis.database, clock, self._keep)
         self._digests.append(Digest("commands", self._counts, clock))
-        self._port: Any = None
+        self._entrances: list[tuple[Entrance, Any, str]] = [(listen, self.factory, "server")]
+        if http is not None and self._web is not None:
+            web = self._web
+            self._entrances.append((http, web.site, "HTTP API"))
+            self._digests.append(Digest("HTTP API", lambda: web.counts, clock))
+        self._ports: list[Any] = []
 
     def _open(self) -> None:
-        failures: list[Failure] = []
-        self._endpoint.listen(self.factory).addCallbacks(self._listening, failures.append)
-        for failure in failures:  # here, since a Deferred would keep the exception
-            why = failure.getErrorMessage().rstrip(".")
-            refuse(f"cannot listen on {self._described}: {why}: free it or choose another --listen")
-
-    def _listening(self, port: Any) -> None:
-        self._port = port
-        news.info("server listens on {endpoint}", endpoint=self._described)
+        for entrance, factory, what in self._entrances:
+            failures: list[Failure] = []
+            entrance.endpoint.listen(factory).addCallbacks(self._ports.append, failures.append)
+            for failure in failures:  # here, since a Deferred would keep the exception
+                why = failure.getErrorMessage().rstrip(".")
+                cure = f"free it or choose another --{entrance.option}"
+                refuse(f"cannot listen on {entrance.described}: {why}: {cure}")
+            news.info("{what} listens on {endpoint}", what=what, endpoint=entrance.described)
 
     def _begin(self) -> None:
         self._executor.start()
         self._steerer.start()
         self._courier.start()
         self._retention.start()
+        if self._web is not None:
+            self._web.start()
 
     async def _drain(self) -> None:
         self._is_draining = True
         self._lifetime.last_words = self._strike_notes
-        if self._port is not None:
-            await self._port.stopListening()
+        await DeferredList([maybeDeferred(port.stopListening) for port in self._ports])
         if self._sweeping.running:
             self._sweeping.stop()
         self._retention.stop()
+        web = [] if self._web is None else [Deferred.fromCoroutine(self._web.stop())]
         await DeferredList(
-            [self._inbox.drain(), self._executor.stop(), self._steerer.stop(), self._courier.stop()], consumeErrors=True
+            [*web, self._inbox.drain(), self._executor.stop(), self._steerer.stop(), self._courier.stop()],
+            consumeErrors=True,
         )
         self.links.close_all("the server stops")
 
@@ -126,6 +165,15 @@ class Server(Role):
     def _condition(self) -> dict[str, Any]:
         state = "draining" if self._is_draining else "running"
         return self._health(state=state, degraded=self._database.is_away, outbox_depth=0)
+
+    async def _readiness(self) -> dict[str, str]:
+        """Give what the parts that must be well say of themselves."""
+        try:
+            await self._database.run(is_there).addTimeout(READY_S, self._clock.scheduler)
+            database = "ok"
+        except (DatabaseError, TimeoutError):
+            database = "away"
+        return {"database": database, "executor": self._executor.condition}
 
     def _counts(self) -> dict[str, int]:
         return {

@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from twisted.logger import Logger
 
+from s2s import descriptors
 from s2s.discovery import discover
 from s2s.endpoints import server_endpoint
 from s2s.executor import Executor
 from s2s.inbox import Inbox
-from s2s.options import LISTEN, RoleOptions, between, make_basis, or_refuse, parameter
-from s2s.server import Server
+from s2s.options import HTTP, LISTEN, RoleOptions, between, make_basis, or_refuse, parameter
+from s2s.server import Entrance, Server
+from s2s.web.service import POOL_THREADS
 
-#: Connections beside those of the executor's workers: inbox, keys and configuration, steering.
-_THREADS = 3
+#: Connections beside those of the executor's workers: inbox, keys and configuration, steering; the HTTP API.
+_THREADS = 3 + POOL_THREADS
+#: Said instead of an endpoint: there is to be none.
+_OFF = "off"
 
 _log = Logger()
+
+
+def _unless_off(reactor: Any, description: str) -> Any:
+    return None if description == _OFF else server_endpoint(reactor, description)
+
+
+def _hosts(text: str) -> list[str]:
+    hosts = [host.strip() for host in text.split(",") if host.strip()]
+    for host in hosts:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,253}", host):
+            raise ValueError(f"{host!r} is no host name: write names without ports, such as s2s.example")
+    return hosts
 
 
 class Options(RoleOptions):
     """The server's options."""
 
     process_name = "s2s-server"
-    endpoint = ("listen", server_endpoint, LISTEN)
+    endpoints = (("listen", server_endpoint, LISTEN), ("http", _unless_off, HTTP))
     optParameters = [
         parameter("listen", LISTEN, "endpoint that engines connect to"),
+        parameter("http", HTTP, "endpoint of the HTTP API, or off"),
+        parameter(
+            "http-hosts", "", "names by which clients may call the HTTP API, beside localhost: a.example,b.example"
+        ),
         parameter("executor-workers", 2, "batches of commands that run at once, 0 to 32; 0: none here"),
     ]
-    coercions = {"executor-workers": between(0, 32)}
+    coercions = {"executor-workers": between(0, 32), "http-hosts": _hosts}
 
 
 def makeService(options: Options) -> Any:
@@ -37,8 +58,9 @@ def makeService(options: Options) -> Any:
 
 
 def _make(options: Options) -> Any:
+    descriptors.allow()
     workers = options["executor-workers"]
-    basis, endpoint = make_basis(options, "server", "server", _THREADS + workers)
+    basis, [listen, http] = make_basis(options, "server", "server", _THREADS + workers)
     found = discover()
     for complaint in found.complaints:
         _log.error("{complaint}", complaint=complaint)
@@ -46,4 +68,11 @@ def _make(options: Options) -> Any:
         basis.database, found.commands, basis.identity.boot_id, workers=workers, clock=basis.clock.scheduler
     )
     inbox = Inbox(basis.database, found.commands, executor.wake, basis.counters)
-    return Server(basis, endpoint, options["listen"], inbox, executor)
+    return Server(
+        basis,
+        Entrance(listen, options["listen"], "listen"),
+        inbox,
+        executor,
+        http and Entrance(http, options["http"], "http"),
+        options["http-hosts"],
+    )

@@ -59,6 +59,21 @@ SETTINGS: Final = (
 BY_KEY: Final = {setting.key: setting for setting in SETTINGS}
 
 
+def read_as(kind: str, text: str) -> Value | None:
+    """Read a value that was typed.
+
+    :param kind: ``string``, ``integer`` or ``boolean``.
+    :returns: ``None``: it is nothing of the kind.
+    """
+    if kind == "string":
+        return text
+    if kind == "boolean" and text in ("true", "false"):
+        return text == "true"
+    if kind == "integer" and text.removeprefix("-").isdecimal() and text.isascii() and len(text) <= 17:
+        return int(text)
+    return None
+
+
 def number(key: str) -> int:
     """Give the default of an integer setting."""
     return BY_KEY[key].number

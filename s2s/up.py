@@ -14,39 +14,45 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
 
 from s2s import embedded
 from s2s.children import DatabaseProcess, RoleProcess
-from s2s.errors import OperatorError
+from s2s.errors import DatabaseUnavailable, OperatorError
 from s2s.lookout import Board, Errand, Say
 from s2s.news import LINK_UP
-from s2s.store import keys, migrations, pool
+from s2s.store import keys, migrations, pool, tokens
 from s2s.store.seed import make_world
 
 ENGINE_NAME = "engine-1"
 #: The world where there is none: how many sectors and ships, and its seed.
 WORLD = (1000, 10_000, 1)
 
+#: The name of the token that is made for a run.
+TOKEN = "s2s-up"
+
 _POLL_S = 0.2
 #: Seconds in which the children of a killed ``s2s up`` end by themselves.
 _LEFT_BEHIND_S = 30.0
 
 
-def run(state_dir: Path, listen: str, for_seconds: float | None, echo: Callable[[str], None]) -> int:
+def run(state_dir: Path, listen: str, http: str, for_seconds: float | None, echo: Callable[[str], None]) -> int:
     """Run everything until SIGINT, SIGTERM or SIGHUP, or for a time. Blocks; belongs to the main thread.
 
     :param state_dir: where the database, the logs and ``up.json`` are; it is made.
     :param listen: the server's Twisted endpoint string, of ``tcp`` or ``unix``.
+    :param http: that of its HTTP API, of ``tcp``.
     :param for_seconds: end so many seconds after the link is up, having sent a broadcast through it; None: go on.
     :param echo: is called with every line for people.
     :returns: the exit code: 0, or 1 where the broadcast did not come the whole way.
     :raises OperatorError: what is missing, in use or wrong; nothing is left running.
     """
     connect = connect_endpoint(listen)
+    base_url = http_url(http)
     state_dir = Path(os.path.abspath(state_dir))
 
     def say(who: str, what: str, at: str | None = None, /) -> None:
@@ -60,10 +66,13 @@ def run(state_dir: Path, listen: str, for_seconds: float | None, echo: Callable[
         url = database.start()
         share = embedded.share(state_dir)
         stack.callback(os.close, share)
-        _prepare(url, partial(say, "database"))
+        token = _prepare(url, partial(say, "database"))
+        token_file = state_dir / "up.token"
+        stack.callback(_withdraw_token, url, token_file)
+        _replace(token_file, token + "\n", 0o600)
         stack.callback(_json_file(state_dir).unlink, missing_ok=True)
         argv = {
-            "server": ["s2s-server", "--listen", listen],
+            "server": ["s2s-server", "--listen", listen, "--http", http],
             "engine": ["s2s-engine", "--connect", connect, "--name", ENGINE_NAME],
         }
         roles = []
@@ -82,7 +91,7 @@ def run(state_dir: Path, listen: str, for_seconds: float | None, echo: Callable[
             role.start()
         errand = None if for_seconds is None else Errand(url, for_seconds)
         board = Board(url)
-        found = {"link": connect, "database": url}
+        found = {"link": connect, "database": url, "http": base_url, "token_file": str(token_file)}
         written = None
         linked = False
         while not bell.rung and not all(role.over for role in roles) and not (errand and errand.is_over):
@@ -135,6 +144,18 @@ def connect_endpoint(listen: str) -> str:
     if kind == "unix" and (path := named.get("address", first)):
         return f"unix:{_quoted(path)}"
     raise OperatorError(f"--listen {listen}: s2s up takes tcp:PORT[:interface=ADDRESS] or unix:PATH")
+
+
+def http_url(http: str) -> str:
+    """Give the base URL that reaches an HTTP endpoint of this machine.
+
+    :raises OperatorError: it is not of ``tcp``, or names no fixed port.
+    """
+    try:
+        named = dict(part.split("=", 1) for part in connect_endpoint(http).split(":") if "=" in part)
+        return f"http://{named['host']}:{named['port']}"
+    except (OperatorError, KeyError):
+        raise OperatorError(f"--http {http}: s2s up takes tcp:PORT[:interface=ADDRESS]") from None
 
 
 def _quoted(value: str) -> str:
@@ -201,34 +222,73 @@ def _take(file: IO[bytes]) -> bool:
     return True
 
 
-def _prepare(url: str, say: Callable[[str], None]) -> None:
-    """Make the tables, the first key and a world, where they are not made yet."""
+def _prepare(url: str, say: Callable[[str], None]) -> str:
+    """Make the tables, the first key and a world, where they are not made yet.
+
+    :returns: a token for this run.
+    """
     with pool.blocking(url, "s2s up") as txn:
         for name in migrations.migrate(txn.connection):
             say(f"migrated: {name}")
         key_id = keys.add_first_random(txn)
         is_made = make_world(txn, *WORLD)
+        tokens.revoke(txn, TOKEN)  # of a run that was killed
+        token = tokens.add(txn, TOKEN, "admin", "of the s2s up that runs")
     if key_id is not None:
         say(f"made a random key: {key_id}")
     if is_made:
         sectors, ships, _ = WORLD
         say(f"made a world: {sectors} sectors, each with a port, and {ships} ships")
+    return token
+
+
+def _withdraw_token(url: str, token_file: Path) -> None:
+    """End this run's token, as far as that can be."""
+    token_file.unlink(missing_ok=True)
+    with suppress(DatabaseUnavailable), pool.blocking(url, "s2s up", connect_timeout_s=1.0) as txn:
+        tokens.revoke(txn, TOKEN)
+
+
+@dataclass(frozen=True)
+class Api:
+    """Where a running ``s2s up`` serves the HTTP API.
+
+    :param url: its base URL.
+    :param token_file: holds an admin's token.
+    """
+
+    url: str
+    token_file: Path
+
+
+def find_api(state_dir: Path) -> Api | None:
+    """Give the API of the ``s2s up`` that runs in a state directory; ``None``: none does, or it has no link yet."""
+    try:
+        found = json.loads(_json_file(state_dir).read_text())
+        # A killed one leaves its file behind.
+        os.kill(found["server_pid"], 0)
+        return Api(found["http"], Path(found["token_file"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _json_file(state_dir: Path) -> Path:
     return state_dir / "up.json"
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file in one step: a reader sees the old text or the new."""
+def _replace(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a file in one step: a reader sees the old text or the new, and never more than ``mode`` allows."""
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
+    fresh.unlink(missing_ok=True)
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+        file.write(text)
     fresh.replace(path)
 
 
 def _tell_where(found: dict[str, str], state_dir: Path, say: Say) -> None:
     say("up", f"linked at {found['link']}; Ctrl-C stops everything in order")
     say("up", f"database: {found['database']}")
+    say("up", f"HTTP API: {found['http']}, with the token in {found['token_file']}")
     say("up", f"logs: {state_dir / 'server.log'} and {state_dir / 'engine.log'}")
     say("up", f'try: s2s broadcast "Hello" --state-dir {state_dir}')
     say("up", f" or: s2s order set-sector-status 5 port_closed --state-dir {state_dir}")

@@ -15,7 +15,7 @@ from s2s.condition import Condition
 from s2s.dispatch import Request
 from s2s.envelope import Envelope
 from s2s.errors import BadPayload, Forbidden, NotReady, WireError
-from s2s.ledger import KEPT_BYTES, MAX_WAITING, Ledger
+from s2s.ledger import MAX_WAITING, Ledger
 from s2s.limits import Counters
 from s2s.responders.shutdown import Shutdown
 from s2s.store import actions, audit, commands_admin, config, driver, engines, outbox, steering
@@ -258,7 +258,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
         with blocking(self.url) as txn:
             taken, withdrawn = steering.ask(txn, "a", *pause), steering.ask(txn, "b", *pause)
             steering.ask(txn, "a", CHECK, {}, "cli:alice", 5.0)
-            self.assertTrue(steering.withdraw(txn, withdrawn))
+            self.assertFalse(steering.conclude(txn, [withdrawn])[withdrawn].is_taken)
         self.assertEqual(self.new(), [])
         asked = ("cli:alice", "s2s.engine.pause", "a", {"reason": "x"})
         with blocking(self.url) as txn:
@@ -504,7 +504,7 @@ class LedgerTests(SynchronousTestCase):
         self.assertEqual({entry[1] for entry in entries}, {""})
         for _, _, params, *_ in entries:
             self.assertEqual(list(params), ["cut"])
-            self.assertTrue(KEPT_BYTES - 2 < len(params["cut"].encode()) <= KEPT_BYTES)
+            self.assertTrue(audit.KEPT_BYTES - 2 < len(params["cut"].encode()) <= audit.KEPT_BYTES)
 
 
 class AwayTests(AuditTestCase):
@@ -626,6 +626,6 @@ class SteeringTests(AuditTestCase, RoleTestCase, CliTestCase):
         self.assertEqual([each[4]["result"]["code"] for each in told], ["bad_payload"] * 3 + ["forbidden"])
         self.assertIn("at /payload/value", told[0][4]["result"]["message"])
         self.assertEqual(told[0][3], {"order_id": "o1", "key": "relay.window", "value": None})
-        self.assertEqual((list(told[2][3]), len(told[2][3]["cut"])), (["cut"], KEPT_BYTES))
+        self.assertEqual((list(told[2][3]), len(told[2][3]["cut"])), (["cut"], audit.KEPT_BYTES))
         self.assertEqual(told[3][3], reflected)
         self.assertEqual((self.count("orders"), self.count("config_history")), (0, 0))

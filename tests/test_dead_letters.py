@@ -225,7 +225,7 @@ class CommandsTests(_CliTestCase):
         """A dead command that another operator is discarding is left alone, by its id and among all; nobody waits."""
         mine, theirs = self.insert(), self.insert()
         other = self.begin()
-        self.assertEqual(actions.act(other, commands_admin.DISCARD, [theirs], key_days=1)[0].word, "discarded")
+        self.assertEqual(actions.act(other, commands_admin.DISCARD, [theirs], key_days=1)[0].outcome, "discarded")
         self.assertIn("try again", self.s2s("retry", theirs, expected=1).output)
         self.assertEqual(self.json("retry", "--all-dead"), {"retried": 1})
         other.connection.commit()

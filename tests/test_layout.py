@@ -17,7 +17,9 @@ from s2s.catalogue import MESSAGES, ORDERS, REPLY_ONLY
 from s2s.commands import CommandType
 from s2s.errors import BY_CODE
 from s2s.jobs import JobType
+from s2s.operations import OPERATIONS
 from s2s.orders import OrderType
+from s2s.web.problems import STATUS
 
 _PACKAGE = Path(s2s.__file__).parent
 _ROOT = _PACKAGE.parent
@@ -25,8 +27,8 @@ _ROOT = _PACKAGE.parent
 #: Every room from the ground up. A room imports only rooms that stand before it.
 ROOMS = {
     "ground": [
-        "s2s", "errors", "canonical", "signing", "envelope", "catalogue.schema", "catalogue", "settings", "identity",
-        "names", "limits", "replay", "window", "pace", "session",
+        "s2s", "errors", "canonical", "signing", "tokens", "envelope", "catalogue.schema", "catalogue", "settings",
+        "identity", "names", "limits", "replay", "window", "pace", "session",
     ],
     "mezzanine": [
         "clock", "backoff", "dispatch", "writer", "reader", "answers", "protocol",
@@ -34,7 +36,7 @@ ROOMS = {
         "store.rotation", "store.idempotency", "store.commands", "store.notes", "store.notices", "store.outbox",
         "store.broadcasts", "store.engines", "store.steering", "store.retention", "store.actions",
         "store.commands_admin", "store.outbox_admin", "store.world", "store.seed", "store.jobs", "store.orders",
-        "store.listen",
+        "store.tokens", "store.listen",
     ],
     "first": [
         "news", "turns", "keys", "reread", "config", "links", "errand", "relay", "condition", "ledger", "wanted",
@@ -44,15 +46,21 @@ ROOMS = {
         "orders.update_all_ships", "orders", "inbox", "reaper", "executor", "scheduler", "order_runner", "retention",
         "responders", "responders.health", "responders.push", "responders.sweep", "responders.bump",
         "responders.pause", "responders.shutdown", "responders.order",
+        "operations.kind", "operations.rows", "operations.engines", "operations.orders", "operations.commands",
+        "operations.outbox", "operations.notices", "operations.config", "operations.lists", "operations.catalogue",
+        "operations",
     ],
     "second": [
-        "lifetime", "tail", "role", "server", "engine", "endpoints", "certs",
+        "web", "web.problems", "web.waiting", "web.conductor", "web.sign_in", "web.routes", "web.api", "web.site",
+        "web.openapi", "web.service", "admin_transport", "admin_client",
+        "lifetime", "tail", "role", "server", "engine", "endpoints", "certs", "descriptors",
         "postmaster", "embedded", "preflight", "options", "children", "lookout", "up",
     ],
     "top": [
         "server_tap", "engine_tap",
-        "cli.common", "cli.audit", "cli.broadcast", "cli.certs", "cli.commands", "cli.config", "cli.db", "cli.engine",
-        "cli.jobs", "cli.keys", "cli.notices", "cli.order", "cli.outbox", "cli.plugins", "cli.up", "cli.world", "cli",
+        "cli.common", "cli.door", "cli.actions", "cli.audit", "cli.broadcast", "cli.certs", "cli.commands",
+        "cli.config", "cli.db", "cli.engine", "cli.jobs", "cli.keys", "cli.notices", "cli.order", "cli.outbox",
+        "cli.plugins", "cli.tokens", "cli.up", "cli.world", "cli",
     ],
 }  # fmt: skip
 _ORDER = [room for floor in ROOMS.values() for room in floor]
@@ -69,6 +77,8 @@ _GUARDED = {
     "cryptography": {"certs"},
     "jsonschema": {"catalogue.schema"},
     "jsonschema_rs": {"catalogue.schema"},
+    "msgspec": {"operations.kind", "web.openapi"},
+    "treq": {"admin_transport"},
 }
 #: What the ground floor never imports: it has no I/O and no clock.
 _NOT_ON_THE_GROUND = {"twisted", "zope", "psycopg2", "time", "datetime", "socket", "threading", "asyncio", "select"}
@@ -191,8 +201,22 @@ class DeclarationTests(SynchronousTestCase):
 
     def test_console_commands(self) -> None:
         """Every file of s2s.cli, but for what they share, is a command of the console script."""
-        files = {module.__name__.rpartition(".")[2] for module in self.modules(cli)} - {"common"}
+        files = {module.__name__.rpartition(".")[2] for module in self.modules(cli)} - {"actions", "common", "door"}
         self.assertEqual(files, set(cli.main.commands))
+
+    def test_the_api_page_is_complete(self) -> None:
+        """Every operation, every status and every code that may be answered stands in docs/api.rst."""
+        page = (_ROOT / "docs" / "api.rst").read_text("utf-8").partition("\nOperations\n---")[2]
+        for operation in OPERATIONS:
+            with self.subTest(operation=operation.name):
+                self.assertIn(f"``{operation.method} {operation.path}``", page)
+                _, _, row = page.partition(f"``{operation.method} {operation.path}``")
+                role = row.partition("\n     - ")[2].partition("\n")[0]
+                self.assertEqual(role, operation.access)
+        for code, status in STATUS.items():
+            if code not in ("unsupported_version", "ts_skew", "replay", "unknown_command"):
+                with self.subTest(code=code):
+                    self.assertRegex(page, rf"(?s)\* - {status}\b.*?``{code}``")
 
     def test_the_protocol_page_is_complete(self) -> None:
         """Every message type and every error code stands in docs/protocol.rst."""

@@ -356,7 +356,9 @@ class FollowTests(CliTestCase):
         def step(set_to: str | None) -> Callable[[], object]:
             return lambda: set_to and self.execute(f"update orders set {set_to}")
 
-        self.patch(importlib.import_module("s2s.cli.order"), "time", _Shell(*map(step, steps)))
+        shell = _Shell(*map(step, steps))
+        for module in ("s2s.cli.order", "s2s.cli.door"):
+            self.patch(importlib.import_module(module), "time", shell)
         return self.s2s(*argv, expected=expected)
 
     def test_at_the_door(self) -> None:
@@ -373,7 +375,7 @@ class FollowTests(CliTestCase):
             self.assertIn(action, ORDERS)
             self.assertIn(str(params[member]).lower(), [word.lower() for word in argv])
             self.assertEqual((result["status"], result["result"]["code"]), ("refused", "bad_payload"))
-            self.assertIn(f"at /{member}: ", result["result"]["message"])
+            self.assertIn(f"at /body/{member}: ", result["result"]["message"])
 
     def test_values(self) -> None:
         """A value is read as its setting wants it, and else as what it looks like."""

@@ -34,6 +34,7 @@ class StartingTests(RoleTestCase):
         self.engine_name = f"engine-{self.port}"
         self.endpoints = {
             "S2S_LISTEN": listen(self.port),
+            "S2S_HTTP": listen(free_port()),
             "S2S_CONNECT": f"tcp:host=127.0.0.1:port={self.port}",
             "S2S_NAME": self.engine_name,
         }
@@ -176,7 +177,11 @@ class RefusalTests(RoleTestCase):
         """A port that somebody else has: free it, or choose another --listen."""
         with socket.create_server(("127.0.0.1", 0)) as other:
             taken = listen(other.getsockname()[1])
-            self.refused(("in use.*--listen", ["-n", "s2s-server", "--listen", taken], {}))
+            free = listen(free_port())
+            self.refused(
+                ("in use.*--listen", ["-n", "s2s-server", "--listen", taken], {}),
+                ("in use.*--http", ["-n", "s2s-server", "--listen", free, "--http", taken], {}),
+            )
 
     def test_port_in_use_for_a_daemon(self):
         """A daemon that cannot listen ends its parent with an error, and leaves the line in its log and no pid file."""
@@ -236,5 +241,7 @@ class RefusalTests(RoleTestCase):
             ("--executor-workers.*0.*32", ["-n", "s2s-server", "--executor-workers", "many"], {}),
             ("--name.*printable", ["-n", "s2s-engine", "--name", "a b"], {}),
             ("--listen", ["-n", "s2s-server", "--listen", "nonsense:1"], {}),
+            ("--http", ["-n", "s2s-server", "--http", "nonsense:1"], {}),
+            ("--http-hosts.*without ports", ["-n", "s2s-server", "--http-hosts", "a.example:80"], {}),
             ("S2S_FRAME_SIZE_LIMIT.*4096.*262144", ["-ny", tac], small),
         )

@@ -11,7 +11,6 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThread
 
 from s2s.cli import main
-from s2s.cli.engine import GONE_S
 from s2s.store import engines, steering
 from s2s.store.engines import LinkRow
 from s2s.store.pool import blocking
@@ -158,7 +157,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
         code, output = yield asking
         self.assertEqual(code, 1)
         self.assertIn("the outcome is unknown: the server that took the request did not report", output)
-        self.assertLess(time.monotonic() - began, GONE_S + 5)
+        self.assertLess(time.monotonic() - began, steering.GONE_S + 5)
 
     @inlineCallbacks
     def test_the_newer_of_two_links(self):
@@ -196,10 +195,15 @@ class TableTests(RoleTestCase):
         with blocking(self.url) as txn:
             self.assertEqual([each.request_id for each in steering.take(txn, "s1", ["a", "c"])], [mine])
             self.assertEqual(steering.take(txn, "s2", ["a"]), [])
-            self.assertFalse(steering.withdraw(txn, mine))
-            self.assertTrue(steering.withdraw(txn, mine + 1))
+            # The one of b waits still. Nobody takes the one that has expired any more, and there is no 0.
+            self.assertEqual(steering.settled(txn, [mine, mine + 1, mine + 2, 0]), {mine + 1, 0})
+            found = steering.conclude(txn, [mine, mine + 1])
+            self.assertEqual(
+                [(each.is_taken, each.is_over) for each in found.values()], [(True, False), (False, False)]
+            )
             steering.answer(txn, mine, False, {"code": "paused"})
-            answer = steering.look(txn, [mine])[mine]
+            self.assertEqual(steering.settled(txn, [mine]), {mine})
+            answer = steering.conclude(txn, [mine])[mine]
         self.assertEqual(
             (answer.is_taken, answer.is_over, answer.is_ok, answer.answer), (True, True, False, {"code": "paused"})
         )

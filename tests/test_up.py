@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from s2s.errors import OperatorError
 from s2s.news import LINK_UP
 from s2s.store import world
 from s2s.store.pool import blocking
+from tests.support.http import ask
 from tests.support.waiting import poll
 
 _RUN = """
@@ -33,9 +35,10 @@ import sys
 from pathlib import Path
 from s2s import up
 from s2s.errors import OperatorError
-state_dir, listen, seconds = sys.argv[1:]
+state_dir, listen, http, seconds = sys.argv[1:]
 try:
-    code = up.run(Path(state_dir), listen, float(seconds) if seconds else None, lambda line: print(line, flush=True))
+    for_seconds = float(seconds) if seconds else None
+    code = up.run(Path(state_dir), listen, http, for_seconds, lambda line: print(line, flush=True))
 except OperatorError as error:
     code = str(error)
 sys.exit(code)
@@ -69,11 +72,22 @@ def processes(state_dir: Path) -> list[list[str]]:
 class Run:
     """One ``s2s up``."""
 
-    def __init__(self, state_dir: Path, listen: str, seconds: str = "") -> None:
+    def __init__(self, state_dir: Path, listen: str, seconds: str = "", http: str = "") -> None:
         self.json = state_dir / "up.json"
+        http = http or f"tcp:{free_port()}:interface=127.0.0.1"
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the run
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _RUN, str(state_dir), listen, seconds], stdout=self._output, stderr=self._output
+            [
+                sys.executable,
+                "-c",
+                _RUN,
+                str(state_dir),
+                listen,
+                http or f"tcp:{free_port()}:interface=127.0.0.1",
+                seconds,
+            ],
+            stdout=self._output,
+            stderr=self._output,
         )
 
     @property
@@ -160,13 +174,44 @@ class UpTests(TestCase):
         url = run.found()["database"]
         yield run.says("job port_refresh: moved")
         yield run.says("'Ports that are back at their usual stock and price: ")
-        order = ["order", "set-sector-status", "5", "port_closed", "--database", url]
-        typed = yield deferToThread(CliRunner().invoke, main, order)
+        order = ["order", "set-sector-status", "5", "port_closed", "--state-dir", str(self.state_dir)]
+        typed = yield deferToThread(CliRunner(env={"S2S_DATABASE_URL": None}).invoke, main, order)
         self.assertEqual(typed.exit_code, 0, typed.output)
-        yield run.says("world.set_sector_status.v1 by 'cli:")
+        # By way of the HTTP API, which the state directory names.
+        yield run.says("world.set_sector_status.v1 by 'token:s2s-up'")
         with blocking(url) as txn:
             txn.execute("select status from sectors where sector_id = 5")
             self.assertEqual(txn.fetchone(), ("port_closed",))
+
+    @inlineCallbacks
+    def test_the_api(self):
+        """It names its HTTP API and a file with an admin's token, which nobody else can read and which ends with it."""
+        self.state_dir = new_state_dir()
+        tokens, before = [], {}
+        for _ in range(2):
+            run = self.up()
+            yield run.linked(**before)
+            path = Path(run.found()["token_file"])
+            self.assertTrue(path.is_absolute())
+            self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o600)
+            tokens.append(path.read_text().strip())
+            answer = yield deferToThread(
+                ask, run.found()["http"], "PUT", "/v1/config/relay.window", tokens[-1], {"value": 9}
+            )
+            self.assertEqual(answer.status, 200)
+            if len(tokens) == 1:
+                # One that is killed leaves its token behind; the next one ends it.
+                before = {"server_pid": run.found()["server_pid"]}
+                run.process.kill()
+                run.process.wait()
+        old = yield deferToThread(ask, run.found()["http"], "GET", "/v1/config", tokens[0])
+        self.assertEqual(old.status, 401)
+        for token in tokens:
+            self.assertNotIn(token.partition("~")[2], run.output)
+        run.process.terminate()
+        yield run.ended()
+        self.assertFalse(path.exists())
+        self.assertEqual(run.process.returncode, 0)
 
     @inlineCallbacks
     def test_deaths(self):
@@ -175,7 +220,7 @@ class UpTests(TestCase):
         first = self.up()
         yield first.linked()
         before = first.found()
-        self.assertEqual(sorted(before), ["database", "engine_pid", "link", "server_pid"])
+        self.assertEqual(sorted(before), ["database", "engine_pid", "http", "link", "server_pid", "token_file"])
         self.assertIn("made a world: 1000 sectors, each with a port, and 10000 ships", first.output)
         with blocking(before["database"]) as txn:
             found = world.count(txn)

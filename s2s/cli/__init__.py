@@ -18,6 +18,7 @@ from s2s.cli.notices import notices
 from s2s.cli.order import order
 from s2s.cli.outbox import outbox
 from s2s.cli.plugins import plugins
+from s2s.cli.tokens import tokens
 from s2s.cli.up import up
 from s2s.cli.world import world
 
@@ -33,6 +34,7 @@ COMMANDS = (
     outbox,
     config,
     keys,
+    tokens,
     audit,
     certs,
     plugins,

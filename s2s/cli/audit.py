@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 import click
 
-from s2s.cli.common import (
-    ROW_ID,
-    database_options,
-    json_option,
-    limit_option,
-    one_line_errors,
-    show,
-    transaction,
-    words,
-)
-from s2s.store import audit as table
+from s2s.cli.common import before_option, json_option, limit_option, show, words
+from s2s.cli.door import Door, rows, with_door
+from s2s.operations import lists
 from s2s.store.audit import Entry
 
 
@@ -37,26 +28,23 @@ class _Line:
 @click.option("--actor", help="Only by this one, such as cli:alice or key:k1.")
 @click.option("--action", help="Only this, such as config.set or s2s.engine.pause.")
 @click.option("--subject", help="Only of this: an order's id, a setting, a key, an engine's name.")
-@click.option("--before", type=ROW_ID, metavar="AUDIT_ID", help="Only older ones: the last of the page before.")
+@before_option("AUDIT_ID")
 @limit_option
-@database_options
+@with_door
 @json_option
-@one_line_errors
 def audit(
+    door: Door,
     actor: str | None,
     action: str | None,
     subject: str | None,
     before: int | None,
     limit: int,
-    database: str | None,
-    state_dir: Path,
     as_json: bool,
 ) -> None:
     """List who did what, and what came of it, the newest first. Nobody can change or remove an entry."""
-    with transaction(database, state_dir) as txn:
-        found = table.list_entries(txn, actor=actor, action=action, subject=subject, limit=limit, before=before)
-    rows = found if as_json else [_line(entry) for entry in found]
-    show(rows, ("audit_id", "at", "actor", "action", "told"), as_json, "there is nothing in the audit")
+    found = rows(door, lists.AUDIT, limit, actor=actor, action=action, subject=subject, before=before)
+    lines = found if as_json else [_line(entry) for entry in found]
+    show(lines, ("audit_id", "at", "actor", "action", "told"), as_json, "there is nothing in the audit")
 
 
 def _line(entry: Entry) -> _Line:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
 
-from s2s.catalogue.schema import Schema
-from s2s.cli.common import database_options, json_option, one_line_errors, transaction
-from s2s.commands import BUILTIN, registry
-from s2s.errors import OperatorError
-from s2s.store import broadcasts
+from s2s.cli.common import json_option
+from s2s.cli.door import Door, with_door
+from s2s.errors import OperatorError, Refused
+from s2s.operations import notices
 
 SCOPES = ("global", "sector", "corp", "player")
 
@@ -25,15 +23,15 @@ SCOPES = ("global", "sector", "corp", "player")
 @click.option("--player-id", type=int, help="The player, with --scope player.")
 @click.option("--severity", type=click.Choice(("info", "warn", "error")), default="info", show_default=True)
 @click.option("--ttl", "ttl_s", type=int, metavar="SECONDS", help="How long it lives; for ever without it.")
-@database_options
+@with_door
 @json_option
-@one_line_errors
-def broadcast(message: str, database: str | None, state_dir: Path, as_json: bool, **said: Any) -> None:
+def broadcast(door: Door, message: str, as_json: bool, **options: Any) -> None:
     """Tell the players MESSAGE: the engine takes it to the server, where it becomes a notice."""
-    payload = {"message": message, **{name: value for name, value in said.items() if value is not None}}
-    wrong = Schema(registry(BUILTIN)[broadcasts.COMMAND].schema).explain(payload, "")
-    if wrong is not None:
-        raise OperatorError(f"the broadcast cannot be sent: {wrong[0].lstrip('/') or 'it'}: {wrong[1]}")
-    with transaction(database, state_dir) as txn:
-        broadcast_id = broadcasts.add(txn, **payload)
-    click.echo(json.dumps({"broadcast_id": broadcast_id}) if as_json else f"broadcast {broadcast_id} waits for a sweep")
+    try:
+        made = door.call(notices.BROADCAST, body={"message": message, **options})
+    except Refused as error:
+        raise OperatorError(
+            f"the broadcast cannot be sent: {error.message.removeprefix('at /body').lstrip('/')}"
+        ) from None
+    told = f"broadcast {made.broadcast_id} waits for a sweep"
+    click.echo(json.dumps({"broadcast_id": made.broadcast_id}) if as_json else told)

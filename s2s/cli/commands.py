@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from s2s.cli.common import (
-    ROW_ID,
-    Words,
-    add_action,
-    database_options,
-    json_option,
-    limit_option,
-    one_line_errors,
-    show,
-    show_one,
-    transaction,
-    type_option,
-)
-from s2s.errors import OperatorError
-from s2s.store import actions, retention
-from s2s.store import commands_admin as table
-
-_WORDS = Words(
-    "command",
-    {
-        "retried": "ready again, with all its attempts",
-        "cancelled": "cancelled: it will not run",
-        "discarded": "removed; its idem_key is kept for a while",
-    },
-    {
-        "ready": "is ready and runs by itself; to keep it from that: s2s commands cancel {id}",
-        "done": "is done: nothing is left to do, and it is removed in time by itself",
-        "dead": "is dead and does not run: s2s commands retry {id}, or s2s commands discard {id}",
-        "cancelled": "is cancelled already: s2s commands retry {id}, or s2s commands discard {id}",
-        actions.LOCKED: "is running now: try again",
-        actions.MISSING: "there is none: see s2s commands list",
-    },
-)
+from s2s.cli.actions import add_action
+from s2s.cli.common import ROW_ID, before_option, json_option, limit_option, show, show_one, type_option
+from s2s.cli.door import Door, rows, with_door
+from s2s.errors import OperatorError, Refused
+from s2s.operations import commands as operations
 
 
 @click.group()
@@ -49,54 +19,48 @@ def commands() -> None:
 @commands.command(name="list")
 @click.option("--status", type=click.Choice(("ready", "done", "dead", "cancelled")), help="Only these.")
 @type_option
-@click.option("--before", type=ROW_ID, metavar="CMD_ID", help="Only what is older than this one.")
+@before_option("CMD_ID")
 @limit_option
-@database_options
+@with_door
 @json_option
-@one_line_errors
-def list_(
-    status: str | None,
-    cmd_type: str | None,
-    before: int | None,
-    limit: int,
-    database: str | None,
-    state_dir: Path,
-    as_json: bool,
-) -> None:
+def list_(door: Door, status: str | None, cmd_type: str | None, before: int | None, limit: int, as_json: bool) -> None:
     """List commands, the newest first."""
-    with transaction(database, state_dir) as txn:
-        found = table.list_commands(txn, status, limit, cmd_type=cmd_type, before=before)
+    found = rows(door, operations.LIST, limit, status=status, cmd_type=cmd_type, before=before)
     columns = ("cmd_id", "cmd_type", "idem_key", "priority", "status", "attempts", "created_at", "error")
     show(found, columns, as_json, "there are no commands")
 
 
 @commands.command(name="show")
 @click.argument("cmd_id", type=ROW_ID)
-@database_options
+@with_door
 @json_option
-@one_line_errors
-def show_(cmd_id: int, database: str | None, state_dir: Path, as_json: bool) -> None:
+def show_(door: Door, cmd_id: int, as_json: bool) -> None:
     """Show all of one command, its payload and its last error too."""
-    with transaction(database, state_dir) as txn:
-        found = table.find(txn, cmd_id)
-    if found is None:
-        raise OperatorError(f"there is no command {cmd_id}: see s2s commands list")
+    try:
+        found = door.call(operations.SHOW, where={"cmd_id": cmd_id})
+    except Refused as error:
+        raise OperatorError(f"{error.message}: see s2s commands list") from None
     show_one(found, as_json)
 
 
 add_action(
     commands,
+    "retry",
     "Run dead or cancelled commands again, with all their attempts.",
-    table.RETRY,
-    _WORDS,
-    dead="retried",
+    operations.WORDS,
+    "cmd_id",
+    operations.RETRY,
+    operations.RETRY_DEAD,
+    "retried",
 )
-add_action(commands, "Keep commands that wait from being run.", table.CANCEL, _WORDS)
+add_action(commands, "cancel", "Keep commands that wait from being run.", operations.WORDS, "cmd_id", operations.CANCEL)
 add_action(
     commands,
+    "discard",
     "Remove dead or cancelled commands. A push of the same idem_key stays a duplicate for a while.",
-    table.DISCARD,
-    _WORDS,
-    dead="discarded",
-    params=lambda txn: {"key_days": retention.keep(txn).key_days},
+    operations.WORDS,
+    "cmd_id",
+    operations.DISCARD,
+    operations.DISCARD_DEAD,
+    "discarded",
 )

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -20,9 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from s2s import preflight
-from s2s.errors import DatabaseError, OperatorError, S2SError
-from s2s.settings import Value
-from s2s.store import actions, audit, driver, migrations
+from s2s.errors import DatabaseError, S2SError
+from s2s.store import audit, driver, migrations
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
 
@@ -41,10 +40,20 @@ limit_option = click.option(
     "--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="The newest so many."
 )
 type_option = click.option("--type", "cmd_type", metavar="CMD_TYPE", help="Only these.")
+#: Of a list that nobody cuts so many rows are asked for.
+ALL: Final = 100_000
 #: Of a list so many are shown to people; all are in the JSON.
 SHOWN: Final = 10
-#: The id of a row, as far as a bigint goes.
-ROW_ID = click.IntRange(1, 2**63 - 1)
+#: The id of a row.
+ROW_ID = click.IntRange(1, 2**53 - 1)
+
+
+def before_option(member: str) -> Callable[[F], F]:
+    """Add the option that goes on where a list was cut.
+
+    :param member: what a row's id is called.
+    """
+    return click.option("--before", type=ROW_ID, metavar=member, help="Only older ones: the last of the page before.")
 
 
 def database_options(function: F) -> F:
@@ -131,115 +140,12 @@ def show_one(row: Any, as_json: bool) -> None:
     Console().print(table)
 
 
-@dataclass(frozen=True)
-class Words:
-    """How the rows of a table are spoken of.
-
-    :param noun: what one is called.
-    :param done: by the word of a :class:`s2s.store.actions.Fate` that is done, what became of the row.
-    :param obstacles: by the word of one that is not, what is in the way and what can be done, with ``{id}`` in it.
-    """
-
-    noun: str
-    done: Mapping[str, str]
-    obstacles: Mapping[str, str]
-
-    def tell(self, fate: actions.Fate) -> str:
-        """Say in one line what became of a row."""
-        said = (self.done if fate.is_done else self.obstacles)[fate.word]
-        return f"{self.noun} {fate.row_id}: {said.format(id=fate.row_id)}"
-
-
-def add_action(
-    group: click.Group,
-    help_text: str,
-    action: actions.Action,
-    words: Words,
-    *,
-    dead: str | None = None,
-    params: Callable[[Cursor], dict[str, Any]] = lambda _: {},
-) -> None:
-    """Add a command that does something to rows: to those whose ids are named, or to all dead ones.
-
-    :param dead: the past participle of what ``--all-dead`` does; without it there is no such option.
-    :param params: reads the further parameters of the action's statement.
-    """
-
-    @one_line_errors
-    def command(
-        ids: tuple[int, ...],
-        database: str | None,
-        state_dir: Path,
-        as_json: bool,
-        all_dead: bool = False,
-        cmd_type: str | None = None,
-    ) -> None:
-        if bool(ids) == all_dead:
-            raise OperatorError(f"name the ids of {words.noun}s" + (", or else --all-dead" if dead else ""))
-        if cmd_type is not None and not all_dead:
-            raise OperatorError("--type chooses among all: it goes with --all-dead")
-        with transaction(database, state_dir) as txn:
-            more = params(txn)
-            if all_dead:
-                count = _act_on_dead(txn, action, cmd_type, more)
-                click.echo(json.dumps({dead: count}) if as_json else f"dead {words.noun}s {dead}: {count}")
-                return
-            fates = []
-            for fate in _act(txn, action, list(dict.fromkeys(ids)), more):
-                fates.append(fate)
-                if not as_json:
-                    click.echo(words.tell(fate), err=not fate.is_done)
-        if as_json:
-            told = [{action.id: fate.row_id, "is_done": fate.is_done, "outcome": fate.word} for fate in fates]
-            click.echo(json.dumps(told, indent=2))
-        if not all(fate.is_done for fate in fates):
-            raise SystemExit(1)
-
-    if dead:
-        command = type_option(click.option("--all-dead", is_flag=True, help="All that are dead.")(command))
-    argument = click.argument("ids", metavar=f"{action.id.upper()}...", nargs=-1, type=ROW_ID)
-    group.command(name=action.verb, help=help_text)(argument(database_options(json_option(command))))
-
-
-def _act(txn: Cursor, action: actions.Action, ids: list[int], params: dict[str, Any]) -> Iterator[actions.Fate]:
-    """Do an action to rows, so many in a transaction, and give the fate of each after its COMMIT."""
-    for at in range(0, len(ids), actions.STEP_ROWS):
-        fates = actions.act(txn, action, ids[at : at + actions.STEP_ROWS], **params)
-        driver.commit(txn.connection)
-        yield from fates
-
-
-def _act_on_dead(txn: Cursor, action: actions.Action, cmd_type: str | None, params: dict[str, Any]) -> int:
-    """Do an action to all dead rows, so many in a transaction, and count them."""
-    count = after = 0
-    while step := actions.act_on_dead(txn, action, after, cmd_type, **params):
-        driver.commit(txn.connection)
-        count += len(step)
-        after = step[-1]
-    return count
-
-
 def actor() -> str:
     """Name whoever types the command, for the audit and the history."""
     try:
         return f"cli:{getpass.getuser()}"
     except (KeyError, OSError):  # an account without a name
         return f"cli:{os.getuid()}"
-
-
-def read_as(kind: str, text: str) -> Value | None:
-    """Read a value that was typed.
-
-    :param kind: ``string``, ``integer`` or ``boolean``.
-    :returns: ``None``: it is nothing of the kind.
-    """
-    if kind == "string":
-        return text
-    if kind == "boolean" and text in ("true", "false"):
-        return text == "true"
-    if kind == "integer" and text.removeprefix("-").isdecimal() and text.isascii() and len(text) <= 17:
-        return int(text)
-    return None
 
 
 def progress_bar() -> Progress:

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Final
 
 import click
 
-from s2s.cli.common import (
-    actor,
-    database_options,
-    json_option,
-    limit_option,
-    one_line_errors,
-    read_as,
-    show,
-    transaction,
-)
-from s2s.errors import OperatorError
-from s2s.store import config as table
+from s2s.cli.common import ALL, before_option, json_option, limit_option, show
+from s2s.cli.door import Door, rows, with_door
+from s2s.errors import NotFound, OperatorError, Refused
+from s2s.operations import config as operations
+from s2s.settings import read_as
 
 _WANTED: Final = {"boolean": "true or false", "integer": "a whole number"}
 
@@ -30,50 +22,48 @@ def config() -> None:
 
 
 @config.command(name="list")
-@database_options
+@with_door
 @json_option
-@one_line_errors
-def list_(database: str | None, state_dir: Path, as_json: bool) -> None:
+def list_(door: Door, as_json: bool) -> None:
     """List the settings with their bounds."""
-    with transaction(database, state_dir) as txn:
-        found = table.list_settings(txn)
+    found = rows(door, operations.LIST, ALL)
     show(found, ("key", "value", "min", "max", "version", "description"), as_json, "there are no settings")
 
 
 @config.command(name="set")
 @click.argument("key")
 @click.argument("value")
-@database_options
+@with_door
 @json_option
-@one_line_errors
-def set_(key: str, value: str, database: str | None, state_dir: Path, as_json: bool) -> None:
+def set_(door: Door, key: str, value: str, as_json: bool) -> None:
     """Set KEY to VALUE. Every process uses it at once and says so in its log."""
-    with transaction(database, state_dir) as txn:
-        types = {row.key: row.type for row in table.list_settings(txn)}
-        if key not in types:
-            raise OperatorError(f"there is no setting {key!r}: see them with: s2s config list")
-        wanted = read_as(types[key], value)
+    try:
+        kind = door.call(operations.SHOW, where={"key": key}).type
+        wanted = read_as(kind, value)
         if wanted is None:
-            raise OperatorError(f"{key} is {_WANTED[types[key]]}, not {value!r}")
-        version = table.change(txn, key, wanted, actor())
-        in_force = table.read(txn).version
+            raise OperatorError(f"{key} is {_WANTED[kind]}, not {value!r}")
+        found = door.call(operations.SET, where={"key": key}, body={"value": wanted})
+    except Refused as error:
+        if error.code == NotFound.code:
+            raise OperatorError(f"there is no setting {key!r}: see them with: s2s config list") from None
+        raise OperatorError(error.message) from None
     if as_json:
-        click.echo(json.dumps({"key": key, "value": wanted, "version": in_force, "changed": version is not None}))
-    elif version is None:
-        click.echo(f"{key} is {value} already")
+        told = {"key": key, "value": wanted, "version": found.version, "changed": found.changed}
+        click.echo(json.dumps(told))
+    elif found.changed:
+        click.echo(f"{key} is {value}, version {found.version}")
     else:
-        click.echo(f"{key} is {value}, version {version}")
+        click.echo(f"{key} is {value} already")
 
 
 @config.command()
 @click.option("--key", help="Only of this setting.")
+@before_option("VERSION")
 @limit_option
-@database_options
+@with_door
 @json_option
-@one_line_errors
-def history(key: str | None, limit: int, database: str | None, state_dir: Path, as_json: bool) -> None:
+def history(door: Door, key: str | None, before: int | None, limit: int, as_json: bool) -> None:
     """List the changes, the newest first."""
-    with transaction(database, state_dir) as txn:
-        found = table.history(txn, key, limit)
+    found = rows(door, operations.HISTORY, limit, key=key, before=before)
     columns = ("version", "key", "old_value", "new_value", "actor", "changed_at")
     show(found, columns, as_json, "nothing was ever changed")

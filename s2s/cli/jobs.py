@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Final
 
 import click
 
-from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction, words
-from s2s.store import jobs as table
+from s2s.cli.common import ALL, json_option, show, words
+from s2s.cli.door import Door, rows, with_door
+from s2s.operations import lists
 from s2s.store.jobs import JobRow
 
 #: Seconds after which a job that is due and not run is told of.
@@ -23,16 +23,14 @@ def jobs() -> None:
 
 
 @jobs.command(name="list")
-@database_options
+@with_door
 @json_option
-@one_line_errors
-def list_(database: str | None, state_dir: Path, as_json: bool) -> None:
+def list_(door: Door, as_json: bool) -> None:
     """List the jobs that any engine has had, when each is due, and what its last run came to."""
-    with transaction(database, state_dir) as txn:
-        found = table.list_jobs(txn)
-    rows = found if as_json else [_line(row) for row in found]
+    found = rows(door, lists.JOBS, ALL)
+    lines = found if as_json else [_line(row) for row in found]
     columns = ("job_type", "schedule", "last_run", "runs", "told")
-    show(rows, columns, as_json, "there are none: they are written down by the first engine that starts")
+    show(lines, columns, as_json, "there are none: they are written down by the first engine that starts")
 
 
 @dataclass(frozen=True)

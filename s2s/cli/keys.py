@@ -9,8 +9,10 @@ from pathlib import Path
 
 import click
 
-from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction
+from s2s.cli.common import ALL, database_options, json_option, one_line_errors, show, transaction
+from s2s.cli.door import Door, rows, with_door
 from s2s.errors import OperatorError
+from s2s.operations import lists
 from s2s.signing import KEY_ID, KEY_ROLES, decode_secret, random_secret
 from s2s.store import keys as table
 from s2s.store import rotation
@@ -77,13 +79,11 @@ def _read_secret(path: Path) -> str:
 
 
 @keys.command(name="list")
-@database_options
+@with_door
 @json_option
-@one_line_errors
-def list_(database: str | None, state_dir: Path, as_json: bool) -> None:
+def list_(door: Door, as_json: bool) -> None:
     """List the keys and what each does now, without their secrets."""
-    with transaction(database, state_dir) as txn:
-        found = table.list_public(txn)
+    found = rows(door, lists.KEYS, ALL)
     columns = ("key_id", "role", "status", "active_from", "active_to", "note")
     show(found, columns, as_json, "there are no keys: make one with: s2s keys add --key-id ID --role any")
 

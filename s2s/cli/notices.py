@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from s2s.cli.common import database_options, json_option, limit_option, one_line_errors, show, transaction
-from s2s.store import notices as table
+from s2s.cli.common import before_option, json_option, limit_option, show
+from s2s.cli.door import Door, rows, with_door
+from s2s.operations import notices as operations
 
 
 @click.group()
@@ -16,12 +15,11 @@ def notices() -> None:
 
 
 @notices.command(name="list")
+@before_option("NOTICE_ID")
 @limit_option
-@database_options
+@with_door
 @json_option
-@one_line_errors
-def list_(limit: int, database: str | None, state_dir: Path, as_json: bool) -> None:
+def list_(door: Door, before: int | None, limit: int, as_json: bool) -> None:
     """List notices, the newest first."""
-    with transaction(database, state_dir) as txn:
-        found = table.list_notices(txn, limit)
+    found = rows(door, operations.LIST, limit, before=before)
     show(found, ("notice_id", "scope", "severity", "message", "created_at"), as_json, "there are no notices")

@@ -8,12 +8,13 @@ import click
 
 from s2s import up as supervisor
 from s2s.cli.common import one_line_errors, state_dir_option
-from s2s.options import LISTEN
+from s2s.options import HTTP, LISTEN
 
 
 @click.command()
 @state_dir_option
 @click.option("--listen", default=LISTEN, show_default=True, metavar="ENDPOINT", help="Where the server listens.")
+@click.option("--http", default=HTTP, show_default=True, metavar="ENDPOINT", help="Where the HTTP API listens.")
 @click.option(
     "--for",
     "for_seconds",
@@ -22,6 +23,6 @@ from s2s.options import LISTEN
     help="Type a broadcast, end after so long, and exit 0 only if it came the whole way.",
 )
 @one_line_errors
-def up(state_dir: Path, listen: str, for_seconds: float | None) -> None:
+def up(state_dir: Path, listen: str, http: str, for_seconds: float | None) -> None:
     """Run everything here: PostgreSQL, a server and an engine, linked; until Ctrl-C."""
-    raise SystemExit(supervisor.run(state_dir, listen, for_seconds, click.echo))
+    raise SystemExit(supervisor.run(state_dir, listen, http, for_seconds, click.echo))

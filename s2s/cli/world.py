@@ -11,8 +11,9 @@ from typing import Final
 import click
 
 from s2s.cli.common import database_options, json_option, one_line_errors, progress_bar, show_one, transaction
+from s2s.cli.door import Door, with_door
 from s2s.errors import OperatorError
-from s2s.store import world as table
+from s2s.operations import lists
 from s2s.store.seed import make_world
 
 #: Rows of a table. So many ships take a minute or two, and gigabytes.
@@ -50,13 +51,11 @@ def seed(
 
 
 @world.command()
-@database_options
+@with_door
 @json_option
-@one_line_errors
-def show(database: str | None, state_dir: Path, as_json: bool) -> None:
+def show(door: Door, as_json: bool) -> None:
     """Count the sectors by their status, the ports and the ships."""
-    with transaction(database, state_dir) as txn:
-        found = table.count(txn)
+    found = door.call(lists.WORLD)
     show_one(found, as_json)
     if not (found.sectors or as_json):
         click.echo("there is no world: make one with: s2s world seed --sectors N --ships M", err=True)

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from s2s.errors import BadPayload, NotFound, OperatorError
 from s2s.jobs import Outcome
 from s2s.orders.kind import OrderRun, OrderType
+from s2s.settings import Value
 from s2s.store import config
 from s2s.store.driver import Cursor
+from s2s.tokens import Access
 
 
 class ConfigSet(OrderType):
     """Sets a value, which every process is told of at once."""
 
     rpc: ClassVar[str] = "admin.config.set.v1"
+    access: ClassVar[Access] = "admin"
 
     def run(self, txn: Cursor, order: OrderRun) -> Outcome:
         """Come to the version that is in force, and whether this order made it."""
-        key, value = order.params["key"], order.params["value"]
-        if not config.exists(txn, key):
-            raise NotFound(f"there is no setting {key!r}: see s2s config list", path="/payload/key")
-        try:
-            version = config.change(txn, key, value, order.actor)
-        except OperatorError as error:
-            raise BadPayload(str(error), path="/payload/value") from None
-        in_force = config.read(txn).version if version is None else version
-        return {"key": key, "value": value, "version": in_force, "changed": version is not None}
+        return set_value(txn, order.params["key"], order.params["value"], order.actor)
+
+
+def set_value(txn: Cursor, key: str, value: Value, actor: str, at: str = "/payload") -> dict[str, Any]:
+    """Give a setting a value.
+
+    :param at: where the two stand in the request.
+    :raises NotFound: there is no such setting.
+    :raises BadPayload: it cannot have this value.
+    """
+    if not config.exists(txn, key):
+        raise NotFound(f"there is no setting {key!r}: see s2s config list", path=f"{at}/key")
+    try:
+        version = config.change(txn, key, value, actor)
+    except OperatorError as error:
+        raise BadPayload(str(error), path=f"{at}/value") from None
+    in_force = config.read(txn).version if version is None else version
+    return {"key": key, "value": value, "version": in_force, "changed": version is not None}

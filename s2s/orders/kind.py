@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from s2s.jobs import Outcome
 from s2s.store.driver import Cursor
+from s2s.tokens import Access
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class OrderType(ABC):
     """A kind of order.
 
     :cvar rpc: the type of its request, one of :data:`s2s.catalogue.ORDERS`.
+    :cvar access: the least that a token of the HTTP API must have to give it.
     :cvar rests: a paused engine refuses it, and leaves one that runs where it is.
     """
 
     rpc: ClassVar[str]
+    access: ClassVar[Access] = "operator"
     rests: ClassVar[bool] = False
 
     @abstractmethod

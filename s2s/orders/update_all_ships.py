@@ -9,6 +9,7 @@ from s2s.jobs import Outcome, Unfinished
 from s2s.orders.kind import OrderRun, OrderType
 from s2s.store import world
 from s2s.store.driver import Cursor
+from s2s.tokens import Access
 
 #: Ships that one transaction changes: others wait for one of them no longer than that takes.
 BATCH_ROWS: Final = 20_000
@@ -21,6 +22,7 @@ class UpdateAllShips(OrderType):
     """
 
     rpc: ClassVar[str] = "admin.player.update_all_ships.v1"
+    access: ClassVar[Access] = "admin"
 
     def __init__(self, batch_rows: int = BATCH_ROWS) -> None:
         self._batch_rows = batch_rows

@@ -54,12 +54,12 @@ class Fate:
     """What became of one row.
 
     :param is_done: the action was done.
-    :param word: the statement's word; or what stands in the way: :data:`LOCKED`, :data:`MISSING` or its state.
+    :param outcome: the statement's word; or what stands in the way: :data:`LOCKED`, :data:`MISSING` or its state.
     """
 
-    row_id: int
+    id: int
     is_done: bool
-    word: str
+    outcome: str
 
 
 def act(txn: Cursor, action: Action, ids: Sequence[int], **params: Any) -> list[Fate]:

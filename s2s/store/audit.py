@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from psycopg2.extras import Json
 
 from s2s.store.driver import Cursor
+
+#: Of what was asked so much is kept, in bytes of its JSON.
+KEPT_BYTES: Final = 2000
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,14 @@ def write(
     )
 
 
+def cut(params: Mapping[str, Any], written: bytes) -> Mapping[str, Any]:
+    """Give params, or as much of them as is kept.
+
+    :param written: the same as JSON.
+    """
+    return params if len(written) <= KEPT_BYTES else {"cut": written[:KEPT_BYTES].decode("utf-8", "ignore")}
+
+
 def list_entries(
     txn: Cursor,
     *,
@@ -84,7 +95,7 @@ def list_entries(
         "select audit_id, at, actor, action, subject, params, result from audit"
         " where (%(actor)s::text is null or actor = %(actor)s) and (%(action)s::text is null or action = %(action)s)"
         " and (%(subject)s::text is null or subject = %(subject)s)"
-        " and (%(before)s::bigint is null or audit_id < %(before)s) order by audit_id desc limit %(limit)s",
+        " and (%(before)s::bigint is null or audit_id < %(before)s::bigint) order by audit_id desc limit %(limit)s",
         {"actor": actor, "action": action, "subject": subject, "before": before, "limit": limit},
     )
     return [Entry(*row) for row in txn]

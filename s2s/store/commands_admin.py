@@ -71,7 +71,7 @@ def list_commands(
     txn.execute(
         f"{_SELECT} where (%(status)s::text is null or status = %(status)s)"
         " and (%(type)s::text is null or cmd_type = %(type)s)"
-        " and (%(before)s::bigint is null or cmd_id < %(before)s) order by cmd_id desc limit %(limit)s",
+        " and (%(before)s::bigint is null or cmd_id < %(before)s::bigint) order by cmd_id desc limit %(limit)s",
         {"status": status, "type": cmd_type, "before": before, "limit": limit},
     )
     return [CommandRow(*row) for row in txn]

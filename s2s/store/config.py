@@ -89,15 +89,17 @@ def list_settings(txn: Cursor) -> list[ConfigRow]:
     return [ConfigRow(*row) for row in txn]
 
 
-def history(txn: Cursor, key: str | None = None, limit: int = 100) -> list[Change]:
+def history(txn: Cursor, key: str | None = None, limit: int = 100, before: int | None = None) -> list[Change]:
     """List the versions, the newest first.
 
     :param key: only of this setting.
+    :param before: only what is older than this version: the last one of the page before.
     """
     txn.execute(
         "select version, key, old_value, new_value, actor, changed_at from config_history"
-        " where %(key)s::text is null or key = %(key)s order by version desc limit %(limit)s",
-        {"key": key, "limit": limit},
+        " where (%(key)s::text is null or key = %(key)s)"
+        " and (%(before)s::bigint is null or version < %(before)s::bigint) order by version desc limit %(limit)s",
+        {"key": key, "before": before, "limit": limit},
     )
     return [Change(*row) for row in txn]
 

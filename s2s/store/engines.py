@@ -88,6 +88,15 @@ def show_links(txn: Cursor, server_boot_id: str, links: Sequence[LinkRow]) -> No
     )
 
 
+def linked(txn: Cursor, names: Sequence[str]) -> set[str]:
+    """Give those of some names under which an engine is linked."""
+    txn.execute(
+        f"select distinct name from engine_links where name = any(%s) and seen_at >= now() - {_STALE}",  # noqa: S608
+        (list(names),),
+    )
+    return {name for (name,) in txn}
+
+
 def list_engines(txn: Cursor) -> list[EngineRow]:
     """List every engine that is linked, or of which something is wanted, by name."""
     txn.execute(

@@ -65,9 +65,10 @@ def presence_key(boot_id: str) -> int:
     return lock_key(f"presence {boot_id}")
 
 
-def is_present(txn: Cursor, boot_id: str) -> bool:
-    """Whether the process ``boot_id`` holds its presence lock now."""
-    return presence_key(boot_id) in _held(txn)
+def present(txn: Cursor, boot_ids: Set[str]) -> set[str]:
+    """Give those of some processes, by their ``boot_id``, that hold their presence lock now."""
+    held = _held(txn) if boot_ids else {}
+    return {boot_id for boot_id in boot_ids if presence_key(boot_id) in held}
 
 
 def _held(txn: Cursor) -> dict[int, datetime]:

@@ -57,11 +57,15 @@ def exists(txn: Cursor, message: str) -> bool:
     return txn.rowcount > 0
 
 
-def list_notices(txn: Cursor, limit: int = 100) -> list[NoticeRow]:
-    """List notices, the newest first."""
+def list_notices(txn: Cursor, limit: int = 100, before: int | None = None) -> list[NoticeRow]:
+    """List notices, the newest first.
+
+    :param before: only what is older than this ``notice_id``: the last one of the page before.
+    """
     txn.execute(
         "select notice_id, cmd_id, scope, sector_id, corp_id, player_id, message, severity, created_at, expires_at"
-        " from notices order by notice_id desc limit %s",
-        (limit,),
+        " from notices where %(before)s::bigint is null or notice_id < %(before)s::bigint order by notice_id desc"
+        " limit %(limit)s",
+        {"before": before, "limit": limit},
     )
     return [NoticeRow(*row) for row in txn]

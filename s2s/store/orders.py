@@ -6,7 +6,7 @@ transactions, as with jobs (:mod:`s2s.store.jobs`). The table's triggers write t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any, Final
@@ -19,6 +19,8 @@ from s2s.store.driver import Cursor
 from s2s.store.jobs import PAUSE
 
 CHANNEL: Final = "s2s_orders"
+#: Notified when an order is over.
+OVER_CHANNEL: Final = "s2s_orders_over"
 #: The status of an order that is not over.
 OPEN: Final = ("queued", "running")
 
@@ -233,14 +235,32 @@ def show(txn: Cursor, order_id: str) -> OrderRow | None:
     return OrderRow(*row) if row else None
 
 
-def list_orders(txn: Cursor, *, status: str | None = None, rpc: str | None = None, limit: int = 100) -> list[OrderRow]:
+def over(txn: Cursor, order_ids: Sequence[str]) -> set[str]:
+    """Give those of some orders that are over, or that there are not."""
+    txn.execute(
+        "select order_id from orders where order_id = any(%s) and status = any(%s)", (list(order_ids), list(OPEN))
+    )
+    return set(order_ids) - {order_id for (order_id,) in txn}
+
+
+def list_orders(
+    txn: Cursor,
+    *,
+    status: str | None = None,
+    rpc: str | None = None,
+    limit: int = 100,
+    before: str | None = None,
+) -> list[OrderRow]:
     """List orders, the newest first.
 
     :param status: only these; so ``rpc``.
+    :param before: only what is older than this order: the last one of the page before.
     """
     txn.execute(
         f"select {_ROW} from orders where (%(status)s::text is null or status = %(status)s)"  # noqa: S608 - a constant
-        " and (%(rpc)s::text is null or rpc = %(rpc)s) order by created_at desc, order_id desc limit %(limit)s",
-        {"status": status, "rpc": rpc, "limit": limit},
+        " and (%(rpc)s::text is null or rpc = %(rpc)s) and (%(before)s::text is null or (created_at, order_id)"
+        " < (select created_at, order_id from orders where order_id = %(before)s))"
+        " order by created_at desc, order_id desc limit %(limit)s",
+        {"status": status, "rpc": rpc, "before": before, "limit": limit},
     )
     return [OrderRow(*row) for row in txn]

@@ -84,7 +84,7 @@ def list_outbox(
     txn.execute(
         f"{_SELECT} where (%(state)s::text is null or state = %(state)s)"
         " and (%(type)s::text is null or cmd_type = %(type)s)"
-        " and (%(before)s::bigint is null or outbox_id < %(before)s) order by outbox_id desc limit %(limit)s",
+        " and (%(before)s::bigint is null or outbox_id < %(before)s::bigint) order by outbox_id desc limit %(limit)s",
         {"state": state, "type": cmd_type, "before": before, "limit": limit},
     )
     return [OutboxEntry(*row) for row in txn]

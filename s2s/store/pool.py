@@ -259,6 +259,11 @@ class Database:
         self.is_away = is_away
 
 
+def is_there(txn: Cursor) -> None:
+    """Ask the database for anything at all."""
+    txn.execute("select")
+
+
 def _roll_back(conn: Connection) -> bool:
     """Roll back: whether the connection is of no more use."""
     with suppress(psycopg2.Error):
@@ -268,6 +273,23 @@ def _roll_back(conn: Connection) -> bool:
 
 def _hangs(_: object, __: float) -> Failure:
     return Failure(DatabaseUnavailable("no answer in time"))
+
+
+def step(txn: Cursor, work: Callable[[Cursor], T]) -> T:
+    """Do one of several pieces of work on a blocking connection: committed when it returns, else rolled back.
+
+    :raises DatabaseError: in place of the driver's own.
+    """
+    conn = txn.connection
+    try:
+        result = work(txn)
+        driver.commit(conn)
+    except BaseException as error:
+        _roll_back(conn)
+        if isinstance(error, psycopg2.Error):
+            raise driver.told(error, conn) from None
+        raise
+    return result
 
 
 @contextmanager

@@ -12,9 +12,17 @@ from typing import Any, Final
 
 from psycopg2.extras import Json
 
+from s2s.store import notes
 from s2s.store.driver import Cursor
 
 CHANNEL: Final = "s2s_steering"
+#: Notified when an answer is written down.
+OVER_CHANNEL: Final = "s2s_steering_over"
+#: Seconds within which a server must take a request, and then has for the engine's answer.
+TAKE_S: Final = 3.0
+ANSWER_S: Final = 35.0
+#: After so many seconds a server that took it and is gone is not waited for.
+GONE_S: Final = 6.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Answer:
         return self.taken_by is not None
 
 
-def ask(txn: Cursor, engine: str, type: str, payload: Mapping[str, Any], actor: str, patience_s: float) -> int:
+def ask(txn: Cursor, engine: str, type: str, payload: Mapping[str, Any], actor: str, patience_s: float = TAKE_S) -> int:
     """Ask whichever server has the link to send a request.
 
     :param patience_s: seconds after which no server takes it any more.
@@ -89,16 +97,31 @@ def answer(txn: Cursor, request_id: int, is_ok: bool | None, payload: Mapping[st
     )
 
 
-def look(txn: Cursor, request_ids: Sequence[int]) -> dict[int, Answer]:
-    """See how far requests are."""
+def settled(txn: Cursor, request_ids: Sequence[int]) -> set[int]:
+    """Give those of some requests for which nothing is to be waited for any more.
+
+    They are answered, or nobody took them in time, or whoever did is gone.
+    """
+    txn.execute(
+        "select request_id, taken_by, answered_at is not null or (taken_by is null and expires_at <= now()),"
+        " created_at <= now() - %s * interval '1 second' from steering where request_id = any(%s)",
+        (GONE_S, list(request_ids)),
+    )
+    rows = txn.fetchall()
+    present = notes.present(txn, {taken_by for _, taken_by, is_over, is_old in rows if is_old and not is_over})
+    waiting = {row[0] for row in rows if not row[2] and (not row[3] or row[1] in present)}
+    return set(request_ids) - waiting
+
+
+def conclude(txn: Cursor, request_ids: Sequence[int]) -> dict[int, Answer]:
+    """See what came of requests; those that no server has taken are taken back, so that they never happen."""
+    txn.execute("delete from steering where request_id = any(%s) and taken_by is null", (list(request_ids),))
     txn.execute(
         "select request_id, taken_by, answered_at is not null, is_ok, answer from steering where request_id = any(%s)",
         (list(request_ids),),
     )
-    return {row[0]: Answer(*row[1:]) for row in txn}
+    found = {row[0]: Answer(*row[1:]) for row in txn}
+    return {request_id: found.get(request_id, _UNTAKEN) for request_id in request_ids}
 
 
-def withdraw(txn: Cursor, request_id: int) -> bool:
-    """Take back a request: ``False`` where a server has taken it."""
-    txn.execute("delete from steering where request_id = %s and taken_by is null", (request_id,))
-    return txn.rowcount > 0
+_UNTAKEN: Final = Answer(None, False, None, None)

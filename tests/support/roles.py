@@ -167,6 +167,7 @@ class Server(Role):
     """``twistd s2s-server`` on a port of its own.
 
     :param endpoint: what it listens on instead.
+    :param http: the endpoint of its HTTP API.
     """
 
     def __init__(
@@ -177,9 +178,10 @@ class Server(Role):
         port: int | None = None,
         at: int | None = None,
         endpoint: str | None = None,
+        http: str = "off",
     ) -> None:
         self.port = port or free_port()
-        argv = ["s2s-server", "--listen", endpoint or listen(self.port), *options]
+        argv = ["s2s-server", "--listen", endpoint or listen(self.port), "--http", http, *options]
         super().__init__(argv, directory / f"server-{self.port}.log", url, "server listens on", at)
 
     def connect(self, **how: Any) -> Peer:

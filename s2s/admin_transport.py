@@ -1,0 +1,149 @@
+"""Calling operations over HTTP, on treq (docs/api.rst)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Final, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
+
+import treq
+from OpenSSL import SSL
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
+from twisted.internet.error import TimeoutError as ConnectTimeout
+from twisted.web.client import Agent, HTTPConnectionPool, ResponseFailed, ResponseNeverReceived
+
+from s2s.errors import BadReply, OperatorError, Refused, UnknownOutcome, Unreachable, harmless
+from s2s.operations.kind import Operation, Page, decode, encode, said
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+CONNECT_S: Final = 5.0
+#: Seconds that an answer may take, beside what a request itself waits for: that of an engine takes longest.
+ANSWER_S: Final = 80.0
+#: The longest answer, in bytes: a page, whose last row may be long.
+ANSWER_BYTES: Final = 32 << 20
+
+
+class Transport:
+    """Speaks to one server.
+
+    :param url: of the server, such as ``http://127.0.0.1:8321``; a path before ours is kept.
+    :param token: of ``s2s tokens add``.
+    :param http: what has treq's ``request``; tests give a ``treq.testing.StubTreq``.
+    :raises OperatorError: the URL or the token cannot be used.
+    """
+
+    def __init__(self, url: str, token: str, *, http: Any = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username is not None:
+            raise OperatorError(
+                f"the URL {harmless(url)!r} cannot be used: write http://HOST:PORT or https://HOST:PORT"
+            )
+        if not token.isascii() or not token.isprintable() or " " in token or not token:
+            raise OperatorError("the token cannot be used: it is one word, as s2s tokens add wrote it")
+        self._url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self._pool: HTTPConnectionPool | None = None
+        if http is None:
+            from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
+
+            self._pool = HTTPConnectionPool(reactor)
+            agent: Any = Agent(reactor, connectTimeout=CONNECT_S, pool=self._pool)
+            http = treq.client.HTTPClient(agent)
+        self._http = http
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._url!r})"
+
+    def close(self) -> Deferred[Any]:
+        """Close the connections that are kept open."""
+        closing: Deferred[Any] = self._pool.closeCachedConnections() if self._pool else Deferred()
+        if self._pool is None:
+            closing.callback(None)
+        return closing
+
+    def call(
+        self,
+        operation: Operation[R],
+        *,
+        where: Mapping[str, Any] | None = None,
+        query: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | None = None,
+        idem_key: str | None = None,
+    ) -> Deferred[R]:
+        """Ask for any operation by its declaration.
+
+        :param where: the members of its path.
+        :param query: those of its query; ``None`` among them is left out, as in ``body``.
+        """
+        return Deferred.fromCoroutine(self._call(operation, where or {}, query or {}, body or {}, idem_key))
+
+    async def walk(self, operation: Operation[Page[T]], **query: Any) -> AsyncIterator[T]:
+        """Give every row of a list, page by page."""
+        cursor = None
+        while True:
+            page = await self.call(operation, query={**query, "cursor": cursor})
+            for row in page.items:
+                yield row
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    async def _call(
+        self,
+        operation: Operation[R],
+        where: Mapping[str, Any],
+        query: Mapping[str, Any],
+        body: Mapping[str, Any],
+        idem_key: str | None,
+    ) -> R:
+        path = operation.path.format_map({name: quote(str(value), safe="") for name, value in where.items()})
+        asked = urlencode(said(query))
+        wait_s = query.get("wait") or 0
+        status, raw = await self._send(
+            operation.method,
+            f"{self._url}{path}{f'?{asked}' if asked else ''}",
+            {**self._headers, **({} if idem_key is None else {"Idempotency-Key": idem_key})},
+            None if operation.method == "GET" else encode(said(body)),
+            ANSWER_S + wait_s,
+        )
+        try:
+            data = json.loads(raw)
+            if status in operation.statuses:
+                return decode(data, operation)
+            refused = Refused(str(data.pop("code")), str(data.pop("detail")), data)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BadReply(f"{self._url} does not answer as a server of s2s: status {status}") from None
+        raise refused
+
+    async def _send(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float
+    ) -> tuple[int, bytes]:
+        chunks: list[bytes] = []
+
+        def collect(chunk: bytes) -> None:
+            chunks.append(chunk)
+            if sum(map(len, chunks)) > ANSWER_BYTES:
+                raise BadReply(f"the answer has more than {ANSWER_BYTES} bytes")
+
+        try:
+            # Not where a redirect leads: the token is for this server.
+            response = await self._http.request(
+                method, url, headers=headers, data=body, timeout=timeout_s, allow_redirects=False, unbuffered=True
+            )
+            await treq.collect(response, collect)
+        except (ConnectError, DNSLookupError, ConnectingCancelledError) as error:
+            raise Unreachable(f"{self._url} does not answer: {_why(error)}") from None
+        except (ResponseFailed, ResponseNeverReceived, CancelledError, ConnectTimeout) as error:
+            reasons = [reason.value for reason in getattr(error, "reasons", ())]
+            if any(isinstance(reason, SSL.Error) for reason in reasons):
+                raise Unreachable(f"{self._url} does not answer: TLS failed: {_why(*reasons)}") from None
+            raise UnknownOutcome(f"the answer of {self._url} was lost: {_why(*(reasons or [error]))}") from None
+        return response.code, b"".join(chunks)
+
+
+def _why(*errors: BaseException) -> str:
+    return "; ".join(harmless(str(error)) or type(error).__name__ for error in errors)

@@ -1,0 +1,96 @@
+"""``s2s tokens``: who may use the HTTP API (docs/api.rst, "Tokens")."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction
+from s2s.errors import OperatorError
+from s2s.store import tokens as table
+from s2s.tokens import ACCESS, NAME, Access
+
+
+@click.group()
+def tokens() -> None:
+    """Make, list and revoke the tokens of the HTTP API."""
+
+
+@tokens.command()
+@click.argument("name")
+@click.option(
+    "--role",
+    type=click.Choice(ACCESS),
+    required=True,
+    help="observer: look at everything; operator: steer too; admin: change settings and the world too.",
+)
+@click.option("--note", default="", help="A remark for people.")
+@click.option("--days", type=click.IntRange(1, 3650), help="How long it is valid; for ever without it.")
+@click.option(
+    "--to", "path", type=click.Path(dir_okay=False, path_type=Path), help="A new file for it, which only you can read."
+)
+@database_options
+@json_option
+@one_line_errors
+def add(
+    name: str,
+    role: Access,
+    note: str,
+    days: int | None,
+    path: Path | None,
+    database: str | None,
+    state_dir: Path,
+    as_json: bool,
+) -> None:
+    """Make a token called NAME, and print it: it is shown this once, and only its hash is kept."""
+    if not NAME.fullmatch(name):
+        raise OperatorError(f"the name {name!r} cannot be used: take 1 to 64 of A-Z a-z 0-9 _ . -")
+    with transaction(database, state_dir) as txn:
+        token = table.add(txn, name, role, note, days)
+        if path is not None:
+            write_token(path, token)
+    if as_json:
+        told = {"name": name, "role": role, **({"token": token} if path is None else {"token_file": str(path)})}
+        click.echo(json.dumps(told, indent=2))
+    else:
+        click.echo(token if path is None else f"the token {name} is in {path}")
+
+
+def write_token(path: Path, token: str) -> None:
+    """Write a token to a new file that only its owner can read.
+
+    :raises OperatorError: it cannot be written, or is there.
+    """
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(token + "\n")
+    except OSError as error:
+        raise OperatorError(f"the token file {path} cannot be written, {error.strerror}: name another one") from None
+
+
+@tokens.command(name="list")
+@database_options
+@json_option
+@one_line_errors
+def list_(database: str | None, state_dir: Path, as_json: bool) -> None:
+    """List the tokens, without what they are."""
+    with transaction(database, state_dir) as txn:
+        found = table.list_public(txn)
+    columns = ("name", "role", "is_expired", "expires_at", "created_at", "created_by", "note")
+    show(found, columns, as_json, "there are no tokens: make one with: s2s tokens add NAME --role observer")
+
+
+@tokens.command()
+@click.argument("name")
+@database_options
+@json_option
+@one_line_errors
+def revoke(name: str, database: str | None, state_dir: Path, as_json: bool) -> None:
+    """End the token called NAME. Servers refuse it at once."""
+    with transaction(database, state_dir) as txn:
+        if not table.revoke(txn, name):
+            raise OperatorError(f"there is no token {name!r}: see them with: s2s tokens list")
+    click.echo(json.dumps({"name": name, "revoked": True}) if as_json else f"the token {name} is revoked")

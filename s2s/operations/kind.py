@@ -1,0 +1,332 @@
+"""What an operation is: one thing that an operator may ask for (docs/api.rst).
+
+An operation is steps, and no I/O: a generator that yields either a plain function of a cursor, to be run in one
+transaction, or an :class:`Until`, to be waited for. A server takes the steps on its pool and never blocks
+(:mod:`s2s.web.conductor`); the command line takes the same ones on a connection of its own (:mod:`s2s.cli.door`).
+Its declaration is data: the HTTP API, its OpenAPI document and the client read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Final, Generic, Literal, TypeVar
+
+import msgspec
+
+from s2s.catalogue.schema import Schema
+from s2s.errors import BadPayload, Forbidden, NotFound, WireError
+from s2s.store.driver import Cursor, Unreadable
+from s2s.tokens import Access, allows
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: Rows of a page, where nobody says how many, and at most.
+PAGE_ROWS: Final = 50
+MOST_ROWS: Final = 500
+#: A page ends early when its rows have so many bytes of JSON; one row always fits.
+PAGE_BYTES: Final = 2 << 20
+#: Rows that are read at once for a page.
+_CHUNK_ROWS: Final = 64
+
+#: The JSON Schema of one member.
+Rule = Mapping[str, Any]
+Step = Callable[[Cursor], Any]
+
+
+@dataclass(frozen=True)
+class Until:
+    """To be waited for.
+
+    :param look: gives those of some ids for which the wait is over; it may be asked for the ids of several waits.
+    :param ids: all of them must be over.
+    :param seconds: no longer than that.
+    """
+
+    look: Callable[[Cursor, Sequence[Any]], Collection[Any]]
+    ids: tuple[Any, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Reply(Generic[R]):
+    """What an operation came to.
+
+    :param status: of HTTP, one that the operation declares.
+    :param location: the path of what was made.
+    """
+
+    value: R
+    status: int = 200
+    location: str | None = None
+
+
+#: Steps that are a part of others.
+Part = Generator[Step | Until, Any, T]
+Steps = Part[Reply[R]]
+
+
+def said(members: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Leave out what is ``None``: it was not said."""
+    return {name: value for name, value in (members or {}).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request.
+
+    :param actor: who asks, for the audit.
+    :param where: the members of the path, by name.
+    :param idem_key: of an order.
+    """
+
+    actor: str
+    access: Access
+    where: Mapping[str, Any] = field(default_factory=dict)
+    query: Mapping[str, Any] = field(default_factory=dict)
+    body: Any = field(default_factory=dict, repr=False)
+    idem_key: str | None = None
+
+
+def members(rules: Mapping[str, Rule], *required: str) -> dict[str, Any]:
+    """Make the schema of an object of these members and no others."""
+    return {
+        "type": "object",
+        "properties": dict(rules),
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+NOTHING: Final[Mapping[str, Any]] = members({})
+
+
+@dataclass(frozen=True)
+class Operation(Generic[R]):
+    """The declaration of one operation.
+
+    :param name: what the OpenAPI document calls it.
+    :param path: with ``{member}`` for each entry of ``where``.
+    :param access: the least that a token must have.
+    :param summary: one sentence, without its stop.
+    :param reply: the type of what it comes to, or its JSON Schema.
+    :param begin: begins the steps of a request whose members are valid.
+    :param where: the schemas of the path's members; what they refuse is not found.
+    :param query: the schemas of the query's members, of which each is optional.
+    :param body: the schema of the body; an empty object where nothing is to be said.
+    :param refusals: what it may be refused with, beside what any may.
+    :param statuses: those of its success, and what they mean.
+    :param takes_key: whether it takes an ``Idempotency-Key``.
+    :param refused: writes down that a request was refused before it began.
+    """
+
+    name: str
+    method: Literal["GET", "POST", "PUT"]
+    path: str
+    access: Access
+    summary: str
+    reply: Any = field(repr=False)
+    begin: Callable[[Ask], Steps[R]] = field(repr=False)
+    where: Mapping[str, Rule] = field(default_factory=dict, repr=False)
+    query: Mapping[str, Rule] = field(default_factory=dict, repr=False)
+    body: Mapping[str, Any] = field(default_factory=lambda: NOTHING, repr=False)
+    refusals: tuple[type[WireError], ...] = ()
+    statuses: Mapping[int, str] = field(default_factory=lambda: {200: "Done."}, repr=False)
+    takes_key: bool = False
+    refused: Callable[[Cursor, Ask, WireError], None] | None = field(default=None, repr=False)
+    where_schema: Schema = field(init=False, repr=False, compare=False)
+    query_schema: Schema = field(init=False, repr=False, compare=False)
+    body_schema: Schema = field(init=False, repr=False, compare=False)
+    reply_schema: Schema | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "where_schema", Schema(members(self.where, *self.where)))
+        object.__setattr__(self, "query_schema", Schema(members(self.query)))
+        object.__setattr__(self, "body_schema", Schema(self.body))
+        object.__setattr__(self, "reply_schema", Schema(self.reply) if isinstance(self.reply, Mapping) else None)
+
+    @property
+    def is_write(self) -> bool:
+        """Whether it may change anything."""
+        return self.access != "observer"
+
+    def check(self, ask: Ask) -> None:
+        """Refuse what may not be asked, or not so.
+
+        :raises NotFound: the path names nothing.
+        :raises Forbidden: the token's role does not include it.
+        :raises BadPayload: the query or the body breaks its schema.
+        """
+        if not self.where_schema.is_valid(dict(ask.where)):
+            raise NotFound(f"there is nothing at {self.path} of this name")
+        if not allows(ask.access, self.access):
+            raise Forbidden(f"it takes a token of role {self.access}, and yours is of role {ask.access}")
+        self.query_schema.check(dict(ask.query), "/query")
+        self.body_schema.check(ask.body, "/body")
+
+
+def perform(operation: Operation[R], ask: Ask) -> Steps[R]:
+    """Take the steps of an operation, unless it is refused."""
+    try:
+        operation.check(ask)
+    except WireError as error:
+        if operation.refused is not None and isinstance(error, (BadPayload, Forbidden)):
+            refused, why = operation.refused, error
+            yield lambda txn: refused(txn, ask, why)
+        raise
+    ask = replace(ask, query={**operation.query_schema.defaults, **ask.query})
+    return (yield from operation.begin(ask))
+
+
+def advance(steps: Steps[R], came: Any, failed: Exception | None) -> Step | Until | Reply[R]:
+    """Take what the step before came to, and give the next one; or the reply, at the end.
+
+    :param failed: why the step before failed, where it did.
+    """
+    try:
+        return steps.send(came) if failed is None else steps.throw(failed)
+    except StopIteration as end:
+        reply: Reply[R] = end.value
+        return reply
+
+
+def once(work: Callable[[Cursor, Ask], R]) -> Callable[[Ask], Steps[R]]:
+    """Make an operation's steps of one function: one transaction, and its result is the reply."""
+
+    def begin(ask: Ask) -> Steps[R]:
+        return Reply((yield lambda txn: work(txn, ask)))
+
+    return begin
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Page(Generic[T]):
+    """A part of a list.
+
+    :param next_cursor: ask with this one as ``cursor`` for what follows; ``None``: nothing does.
+    """
+
+    items: list[T]
+    next_cursor: str | None
+
+
+#: A cursor that is the number of the page's last row.
+NUMBER: Final = {
+    "type": "string",
+    "pattern": "^[1-9][0-9]{0,17}$",
+    "description": "The next_cursor of the page before.",
+}
+
+
+def page(read: Callable[..., list[T]], cursor_of: Callable[[T], str], limit: int, cursor: str | None) -> Page[T]:
+    """Read one page: so many rows, fewer where they are long, and whether there are more.
+
+    :param read: gives the first rows after a cursor: ``read(limit=, before=)``.
+    """
+    items: list[T] = []
+    size = 0
+    while True:
+        wanted = min(_CHUNK_ROWS, limit + 1 - len(items))
+        rows = read(limit=wanted, before=cursor)
+        for row in rows:
+            if len(items) == limit or size >= PAGE_BYTES:
+                return Page(items, cursor)
+            items.append(row)
+            size += len(encode(row))
+            cursor = cursor_of(row)
+        if len(rows) < wanted:
+            return Page(items, None)
+
+
+def paged(read: Callable[..., list[T]], cursor_of: Callable[[T], str]) -> Callable[[Ask], Steps[Page[T]]]:
+    """Make the steps of a list.
+
+    :param read: gives the first rows after a cursor: ``read(txn, **filters, limit=, before=)``.
+    :param cursor_of: gives what ``before`` is to be for the rows that follow this one.
+    """
+
+    def work(txn: Cursor, ask: Ask) -> Page[T]:
+        filters = dict(ask.query)
+        limit, after = filters.pop("limit"), filters.pop("cursor", None)
+        return page(partial(read, txn, **filters), cursor_of, limit, after)
+
+    return once(work)
+
+
+def listing(
+    name: str,
+    path: str,
+    summary: str,
+    row: type[T],
+    begin: Callable[[Ask], Steps[Page[T]]],
+    *,
+    filters: Mapping[str, Rule] | None = None,
+    cursor: Rule = NUMBER,
+    refusals: tuple[type[WireError], ...] = (),
+) -> Operation[Page[T]]:
+    """Declare an operation that lists rows, page by page.
+
+    :param filters: the schemas of what narrows the list.
+    """
+    limit = {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": MOST_ROWS,
+        "default": PAGE_ROWS,
+        "description": "Rows of a page at most; one with long rows ends earlier.",
+    }
+    query = {**(filters or {}), "limit": limit, "cursor": cursor}
+    kind: Any = Page[row]  # type: ignore[valid-type]
+    return Operation(name, "GET", path, "observer", summary, kind, begin, query=query, refusals=refusals)
+
+
+def after_key(rows: Sequence[T], key: Callable[[T], str], limit: int, before: str | None) -> list[T]:
+    """Cut from a short list that is read as a whole: the first rows whose key follows a cursor."""
+    ordered = sorted(rows, key=key)
+    return [row for row in ordered if before is None or key(row) > before][:limit]
+
+
+def keyed(read: Callable[[Cursor], Sequence[T]], key: Callable[[T], str]) -> Callable[[Ask], Steps[Page[T]]]:
+    """Make the steps of a short list, which is read as a whole and ordered by a key."""
+
+    def work(txn: Cursor, limit: int, before: str | None) -> list[T]:
+        return after_key(read(txn), key, limit, before)
+
+    return paged(work, key)
+
+
+#: A cursor that is the key of the page's last row.
+KEY: Final = {"type": "string", "maxLength": 500, "description": "The next_cursor of the page before."}
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def encode(value: Any) -> bytes:
+    """Write a reply as JSON: rows as objects, times in RFC 3339."""
+    return msgspec.json.encode(value, enc_hook=_encode_other)
+
+
+def _encode_other(value: object) -> Any:
+    if isinstance(value, Unreadable):
+        # An object, as what stands in a jsonb column of ours is promised to be.
+        return {"unreadable": str(value)}
+    raise NotImplementedError(type(value).__name__)
+
+
+def decode(data: Any, operation: Operation[R]) -> R:
+    """Read a reply out of parsed JSON.
+
+    :raises ValueError: it is none of this operation.
+    """
+    if operation.reply_schema is not None:
+        if not operation.reply_schema.is_valid(data):
+            raise ValueError("the schema of the reply refuses it")
+        return data  # type: ignore[no-any-return]
+    read: R = msgspec.convert(data, operation.reply)
+    return read

@@ -1,0 +1,57 @@
+"""What the players are told: broadcasts, which become notices (docs/protocol.rst, "The engine")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from s2s.commands import BUILTIN, registry
+from s2s.operations.kind import Ask, Operation, Page, Reply, Steps, encode, listing, paged
+from s2s.store import audit, broadcasts, notices
+from s2s.store.driver import Cursor
+from s2s.store.notices import NoticeRow
+
+_DOCUMENT: Final = registry(BUILTIN)[broadcasts.COMMAND].schema
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """A broadcast that waits for a sweep."""
+
+    broadcast_id: int
+
+
+def _broadcast(ask: Ask) -> Steps[Broadcast]:
+    return Reply(Broadcast((yield lambda txn: _add(txn, ask.body))), 201)
+
+
+def _add(txn: Cursor, body: dict[str, Any]) -> int:
+    broadcast_id = broadcasts.add(txn, **body)
+    # Programs make them by the thousand in plain SQL: no trigger tells of each.
+    audit.write(txn, "broadcasts.add", str(broadcast_id), audit.cut(body, encode(body)))
+    return broadcast_id
+
+
+BROADCAST: Final = Operation(
+    "add_broadcast",
+    "POST",
+    "/v1/broadcasts",
+    "operator",
+    "Tell the players something: an engine takes it to the server, where it becomes a notice",
+    Broadcast,
+    _broadcast,
+    body={
+        **{name: said for name, said in _DOCUMENT.items() if name != "$id"},
+        "title": "A broadcast",
+    },
+    statuses={201: "It waits for a sweep."},
+)
+LIST: Final[Operation[Page[NoticeRow]]] = listing(
+    "list_notices",
+    "/v1/notices",
+    "List notices, the newest first",
+    NoticeRow,
+    paged(notices.list_notices, lambda row: str(row.notice_id)),
+)
+
+OPERATIONS: Final[tuple[Operation[Any], ...]] = (BROADCAST, LIST)

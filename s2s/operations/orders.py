@@ -1,0 +1,167 @@
+"""Giving the engines orders, and following them (docs/protocol.rst, "Orders and their rows")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from ulid import ULID
+
+from s2s.catalogue import BY_NAME, ORDERS
+from s2s.errors import BadPayload, DatabaseUnavailable, DbUnavailable, IdemConflict, NotFound, WireError
+from s2s.operations.kind import Ask, Operation, Page, Part, Reply, Rule, Steps, Until, encode, listing, paged
+from s2s.orders import builtin
+from s2s.store import audit
+from s2s.store import orders as table
+from s2s.store.driver import Cursor
+from s2s.store.orders import OrderRow
+
+ORDER_ID: Final[Rule] = {"type": "string", "minLength": 1, "maxLength": 64, "pattern": "^[A-Za-z0-9_-]+$"}
+#: Seconds that a request may wait for the end of an order.
+MOST_WAIT_S: Final = 60
+_WAIT: Final[Rule] = {
+    "type": "number",
+    "minimum": 0,
+    "maximum": MOST_WAIT_S,
+    "default": 0,
+    "description": "Seconds to wait for its end.",
+}
+#: What each order asks of whoever gives it is said where it is declared.
+_KINDS: Final = builtin({}, 0)
+
+
+@dataclass(frozen=True)
+class Order(OrderRow):
+    """An order, and in words how far it is."""
+
+    progress: str | None
+
+
+def far(row: OrderRow) -> tuple[int, int] | None:
+    """Give how much of an order is done, and of how much; not each says so."""
+    state = row.state if isinstance(row.state, dict) else {}
+    done, total = state.get("done"), state.get("total")
+    return (done, total) if type(done) is int and type(total) is int else None
+
+
+def _shown(row: OrderRow) -> Order:
+    progress = far(row)
+    return Order(**vars(row), progress=f"{progress[0]} of {progress[1]}" if progress else None)
+
+
+def _give(rpc: str, ask: Ask) -> Steps[Order]:
+    """Write an order down, unless it was given before, and wait for its end as long as is wanted."""
+    new_id = str(ULID())
+    BY_NAME[rpc].request_schema.check({"order_id": new_id, **ask.body}, "/body")
+    order_id, is_new = yield partial(_write, rpc, ask, new_id)
+    try:
+        row = yield from _follow(order_id, ask.query["wait"])
+    except DatabaseUnavailable:
+        # Not to be given again: without a key it would be another one.
+        raise DbUnavailable(
+            f"order {order_id} is given, but the database was lost: look later", order_id=order_id, retryable=False
+        ) from None
+    status = 202 if row.status in table.OPEN else 201 if is_new else 200
+    return Reply(row, status, f"/v1/orders/{order_id}")
+
+
+def _write(rpc: str, ask: Ask, order_id: str, txn: Cursor) -> tuple[str, bool]:
+    try:
+        order, is_new = table.give(txn, order_id, rpc, ask.body, ask.actor, ask.idem_key)
+    except IdemConflict as error:
+        raise IdemConflict("the Idempotency-Key is that of another order", order_id=error.details["order_id"]) from None
+    return order.order_id, is_new
+
+
+def _show(ask: Ask) -> Steps[Order]:
+    return Reply((yield from _follow(ask.where["order_id"], ask.query["wait"])))
+
+
+def _follow(order_id: str, wait_s: float) -> Part[Order]:
+    """Look at an order until it is over, or the time is."""
+    row: Order = yield partial(_find, order_id)
+    if wait_s and row.status in table.OPEN:
+        yield Until(table.over, (order_id,), wait_s)
+        row = yield partial(_find, order_id)
+    return row
+
+
+def _list(txn: Cursor, before: str | None, **which: Any) -> list[Order]:
+    if before is not None and table.show(txn, before) is None:
+        raise NotFound(f"at /query/cursor: there is no order {before!r}", path="/query/cursor")
+    return [_shown(row) for row in table.list_orders(txn, before=before, **which)]
+
+
+def _find(order_id: str, txn: Cursor) -> Order:
+    row = table.show(txn, order_id)
+    if row is None:
+        raise NotFound(f"there is no order {order_id!r}")
+    return _shown(row)
+
+
+def _refused(rpc: str, txn: Cursor, ask: Ask, error: WireError) -> None:
+    """Leave an entry in the audit of what was refused at the door: there is no row that would."""
+    result = {"status": "refused", "result": {"code": error.code, "message": error.message}}
+    body = ask.body if isinstance(ask.body, Mapping) else {"body": ask.body}
+    audit.write(txn, rpc, "", audit.cut(body, encode(body)), result)
+
+
+def _operation(rpc: str) -> Operation[Order]:
+    document = BY_NAME[rpc].request_schema.document
+    return Operation(
+        "give_" + rpc.replace(".", "_"),
+        "POST",
+        f"/v1/orders/{rpc}",
+        _KINDS[rpc].access,
+        document["description"].rstrip("."),
+        Order,
+        partial(_give, rpc),
+        query={"wait": _WAIT},
+        body={
+            **{name: said for name, said in document.items() if name not in ("$id", "description")},
+            "title": f"Params of {rpc}",
+            "properties": {name: rule for name, rule in document["properties"].items() if name != "order_id"},
+            "required": [name for name in document["required"] if name != "order_id"],
+        },
+        refusals=(BadPayload, IdemConflict),
+        statuses={
+            200: "It was given before, and is over.",
+            201: "It is new, and over.",
+            202: "It is not over.",
+        },
+        takes_key=True,
+        refused=partial(_refused, rpc),
+    )
+
+
+#: The operation that gives each order, by its RPC.
+GIVE: Final = {rpc: _operation(rpc) for rpc in ORDERS}
+LIST: Final[Operation[Page[Order]]] = listing(
+    "list_orders",
+    "/v1/orders",
+    "List orders, the newest first",
+    Order,
+    paged(_list, lambda row: row.order_id),
+    filters={
+        "status": {"enum": ["queued", "running", "done", "refused", "failed"]},
+        "rpc": {"enum": list(ORDERS)},
+    },
+    cursor={**ORDER_ID, "description": "The next_cursor of the page before."},
+    refusals=(NotFound,),
+)
+SHOW: Final = Operation(
+    "show_order",
+    "GET",
+    "/v1/orders/{order_id}",
+    "observer",
+    "Show one order: how far it is, or what came of it",
+    Order,
+    _show,
+    where={"order_id": ORDER_ID},
+    query={"wait": _WAIT},
+    refusals=(NotFound,),
+)
+
+OPERATIONS: Final[tuple[Operation[Any], ...]] = (*GIVE.values(), LIST, SHOW)

@@ -1,0 +1,1 @@
+"""The HTTP API of a server (docs/api.rst)."""

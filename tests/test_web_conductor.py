@@ -1,0 +1,155 @@
+"""Taking the steps of an operation beside other work: :mod:`s2s.web.conductor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.errors import DatabaseUnavailable, NotFound, Overloaded
+from s2s.limits import Counters
+from s2s.operations.kind import Ask, Operation, Reply, Until
+from s2s.store import audit
+from s2s.web import conductor as module
+from s2s.web.conductor import THREADS, Conductor, Visit
+from s2s.web.waiting import Waiting
+
+_TXN: Any = object()
+
+
+class _Database:
+    """A pool whose work is done when the test says so."""
+
+    def __init__(self) -> None:
+        self.running: list[tuple[Callable[[], Any], Deferred[Any]]] = []
+
+    def run(self, work: Callable[..., Any], *args: Any) -> Deferred[Any]:
+        """Take work."""
+        done: Deferred[Any] = Deferred()
+        self.running.append((lambda: work(_TXN, *args), done))
+        return done
+
+    def step(self) -> None:
+        """Do the oldest piece."""
+        work, done = self.running.pop(0)
+        try:
+            result = work()
+        except Exception as error:
+            done.errback(error)
+        else:
+            done.callback(result)
+
+
+class ConductorTests(SynchronousTestCase):
+    """With a pool and waits of the test's."""
+
+    def setUp(self) -> None:
+        """Make it."""
+        self.database = _Database()
+        self.waits: list[Deferred[None]] = []
+        self.signed: list[str] = []
+        self.patch(audit, "sign", lambda _, actor: self.signed.append(actor))
+        self.counters = Counters()
+        database: Any = self.database
+
+        def wait(_: object, until: Until) -> Deferred[None]:
+            over: Deferred[None] = Deferred()
+            self.waits.append(over)
+            return over
+
+        self.patch(Waiting, "wait", wait)
+        waiting: Any = Waiting.__new__(Waiting)
+        self.conductor = Conductor(database, waiting, self.counters)
+
+    def perform(self, begin: Callable[[Ask], Any], visit: Visit | None = None) -> Deferred[Any]:
+        """Begin an operation."""
+        operation: Operation[Any] = Operation("x", "GET", "/x", "observer", "x", {"type": "object"}, begin)
+        performing = self.conductor.perform(operation, Ask("token:me", "observer"), visit or Visit())
+        return Deferred.fromCoroutine(performing)
+
+    def test_steps(self) -> None:
+        """Each step is a piece of work of its own, signed by whoever asks; what it gives is what the next one sees."""
+
+        def begin(_: Ask) -> Any:
+            first = yield lambda txn: (txn, 1)
+            second = yield lambda txn: (txn, first[1] + 1)
+            return Reply([first, second], 201)
+
+        performing = self.perform(begin)
+        self.database.step()
+        self.assertNoResult(performing)
+        self.database.step()
+        reply = self.successResultOf(performing)
+        self.assertEqual((reply.value, reply.status), ([(_TXN, 1), (_TXN, 2)], 201))
+        self.assertEqual(self.signed, ["token:me", "token:me"])
+
+    def test_failures(self) -> None:
+        """A step that fails does so where it was asked for; what is not made good there fails the request."""
+
+        def begin(_: Ask) -> Any:
+            try:
+                yield lambda txn: 1 / 0
+            except ZeroDivisionError:
+                yield lambda txn: None
+            raise NotFound("it is not there")
+
+        performing = self.perform(begin)
+        self.database.step()
+        self.database.step()
+        self.failureResultOf(performing, NotFound)
+
+        def away(_: Ask) -> Any:
+            yield lambda txn: (_ for _ in ()).throw(DatabaseUnavailable("away"))
+
+        performing = self.perform(away)
+        self.database.step()
+        self.failureResultOf(performing, DatabaseUnavailable)
+
+    def test_a_few_at_once(self) -> None:
+        """Only so many steps are at the database at once; waiting takes no place; the line has an end."""
+        self.patch(module, "MOST_IN_LINE", 2)
+
+        def begin(_: Ask) -> Any:
+            yield lambda txn: None
+            yield Until(lambda _, ids: ids, (1,), 5)
+            return Reply({})
+
+        performing = [self.perform(begin) for _ in range(THREADS + 2)]
+        self.assertEqual(len(self.database.running), THREADS)
+        error = self.failureResultOf(self.perform(begin), Overloaded)
+        self.assertEqual(error.value.details["retry_after_ms"], 1000)
+        self.assertEqual(self.counters.met["http_line"], 1)
+        for _ in performing:
+            self.database.step()
+        self.assertEqual((len(self.waits), len(self.database.running)), (THREADS + 2, 0))
+        for wait in self.waits:
+            wait.callback(None)
+        for each in performing:
+            self.successResultOf(each)
+
+    def test_gone(self) -> None:
+        """When whoever asked is gone nothing is waited for, and nothing more is done; a step under way is finished."""
+        done = []
+
+        def begin(_: Ask) -> Any:
+            yield lambda txn: done.append("first")
+            try:
+                yield Until(lambda _, ids: ids, (1,), 5)
+                yield lambda txn: done.append("second")
+            finally:
+                done.append("closed")
+
+        waiting, working = Visit(), Visit()
+        first = self.perform(begin, waiting)
+        self.database.step()
+        waiting.leave()
+        self.failureResultOf(first, CancelledError)
+        second = self.perform(begin, working)
+        working.leave()
+        self.assertNoResult(second)
+        self.database.step()
+        self.failureResultOf(second, CancelledError)
+        self.assertEqual(done, ["first", "closed", "first", "closed"])
+        self.assertEqual(self.database.running, [])
