@@ -22,9 +22,9 @@ from s2s.admin_transport import Transport
 from s2s.operations import catalogue, commands, config, engines, lists, notices, orders, outbox
 from s2s.operations.config import Setting
 from s2s.operations.engines import Engine
-from s2s.operations.kind import Page
 from s2s.operations.notices import Broadcast
 from s2s.operations.orders import Order
+from s2s.operations.pages import Page
 from s2s.operations.rows import Fates, Swept
 from s2s.settings import Value
 from s2s.store.actions import Fate

@@ -15,7 +15,8 @@ from twisted.internet.error import TimeoutError as ConnectTimeout
 from twisted.web.client import Agent, HTTPConnectionPool, ResponseFailed, ResponseNeverReceived
 
 from s2s.errors import BadReply, OperatorError, Refused, UnknownOutcome, Unreachable, harmless
-from s2s.operations.kind import Operation, Page, decode, encode, said
+from s2s.operations.kind import Operation, decode, encode, said
+from s2s.operations.pages import Page
 
 R = TypeVar("R")
 T = TypeVar("T")

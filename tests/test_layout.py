@@ -46,8 +46,9 @@ ROOMS = {
         "orders.update_all_ships", "orders", "inbox", "reaper", "executor", "scheduler", "order_runner", "retention",
         "responders", "responders.health", "responders.push", "responders.sweep", "responders.bump",
         "responders.pause", "responders.shutdown", "responders.order",
-        "operations.kind", "operations.rows", "operations.engines", "operations.orders", "operations.commands",
-        "operations.outbox", "operations.notices", "operations.config", "operations.lists", "operations.catalogue",
+        "operations.kind", "operations.pages", "operations.rows", "operations.engines", "operations.orders",
+        "operations.commands", "operations.outbox", "operations.notices", "operations.config", "operations.lists",
+        "operations.catalogue",
         "operations",
     ],
     "second": [

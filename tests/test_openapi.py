@@ -14,9 +14,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThread
 
-from s2s.errors import BY_CODE
 from s2s.operations import OPERATIONS
-from s2s.web.problems import STATUS
 from tests.support.http import ApiTestCase
 from tests.support.roles import environment
 from tests.support.waiting import poll
@@ -50,10 +48,6 @@ class DocumentTests(ApiTestCase):
                 self.assertIn("401" if path != "/healthz" else "200", one["responses"], (method, path))
                 self.assertTrue(one["summary"].endswith("."))
 
-    def test_every_code_has_a_status(self) -> None:
-        """Each of the link's codes has one, and each that an operation may refuse with is in the document."""
-        self.assertEqual(set(STATUS), set(BY_CODE))
-
 
 class LiveTests(ApiTestCase, WorldTestCase):
     """A server and an engine, and whatever the document allows or forbids."""
@@ -85,11 +79,15 @@ class LiveTests(ApiTestCase, WorldTestCase):
                 f"--max-examples={EXAMPLES}", f"--seed={SEED}", "--checks=all",
                 # Valid, and refused all the same: 1.0 where an integer is wanted, a value that is not the setting's.
                 "--exclude-checks=positive_data_acceptance",
-                "--phases=examples,coverage,fuzzing", "--continue-on-failure",
+                "--continue-on-failure",
             ],
             env=environment(),
             cwd=self.directory, capture_output=True, text=True, timeout=280, check=False,
         )  # fmt: skip
+
+
+if sys.version_info < (3, 11):  # schemathesis needs it
+    del LiveTests
 
 
 def _nodes(value: Any) -> Iterator[dict[str, Any]]:

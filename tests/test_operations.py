@@ -1,4 +1,4 @@
-"""What an operation is: its checks, its steps and its pages: :mod:`s2s.operations.kind`."""
+"""What an operation is: its checks, its steps and its pages: :mod:`s2s.operations.kind` and its pages."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from s2s import operations
 from s2s.catalogue import ORDERS
 from s2s.errors import BadPayload, Forbidden, NotFound, WireError
-from s2s.operations import OPERATIONS, commands, kind
-from s2s.operations.kind import Ask, Operation, Page, Reply, after_key, decode, encode, members, page, perform
+from s2s.operations import OPERATIONS, commands, pages
+from s2s.operations.kind import Ask, Operation, Reply, decode, encode, members, perform
+from s2s.operations.pages import Page, after_key, page
 from s2s.store.commands_admin import CommandRow
 from s2s.store.driver import Unreadable
 from s2s.tokens import ACCESS
@@ -103,8 +104,8 @@ class PageTests(SynchronousTestCase):
     def test_model(self, sizes: list[int], limit: int, most: int, chunk: int) -> None:
         """Pages taken together are the list, none is too long, or too large by more than a row, and the last ends."""
         rows = [{"id": at, "text": "x" * size} for at, size in enumerate(sizes, 1)]
-        self.patch(kind, "PAGE_BYTES", most)
-        self.patch(kind, "_CHUNK_ROWS", chunk)
+        self.patch(pages, "PAGE_BYTES", most)
+        self.patch(pages, "_CHUNK_ROWS", chunk)
 
         def read(limit: int, before: str | None) -> list[Any]:
             self.assertLessEqual(limit, chunk)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.admin_client import AdminClient
 from s2s.cli import main
@@ -462,6 +463,10 @@ class EngineTests(ThreeWaysTestCase):
         self.assertEqual((row["rpc"], row["params"], row["status"]), (rpc, params, "done"), row)
         self.assertEqual(row["result"].keys(), result.keys())
         self.assertEqual((row["actor"], row["way"], row["engine"]), ("token:an-admin", "link", "engine-1"))
+
+
+class WholenessTests(SynchronousTestCase):
+    """What these tests do, taken together."""
 
     def test_whole(self) -> None:
         """Every command that can go over HTTP, and every operation, is in one of these tests."""

@@ -28,6 +28,7 @@ class ProblemTests(SynchronousTestCase):
 
     def test_codes(self) -> None:
         """Each of the link's codes is a problem with its status, its own words and the link's own advice."""
+        self.assertEqual(set(STATUS), set(BY_CODE))
         for code, kind in BY_CODE.items():
             error = BadJson("syntax", "no") if kind is BadJson else kind("no")
             said = problem(error)

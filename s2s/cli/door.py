@@ -24,7 +24,8 @@ from s2s import preflight
 from s2s.admin_client import AdminClient
 from s2s.cli.common import actor, database_options, one_line_errors, transaction
 from s2s.errors import AuthBad, AuthRequired, OperatorError, Refused, Unreachable, WireError
-from s2s.operations.kind import MOST_ROWS, Ask, Operation, Page, Reply, Steps, Until, advance, perform, said
+from s2s.operations.kind import Ask, Operation, Reply, Steps, Until, advance, perform, said
+from s2s.operations.pages import MOST_ROWS, Page
 from s2s.store import driver, pool
 from s2s.store.driver import Cursor
 from s2s.up import Api, find_api

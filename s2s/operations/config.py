@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from s2s.catalogue import BY_NAME
 from s2s.errors import NotFound
-from s2s.operations.kind import KEY, Ask, Operation, Page, keyed, listing, members, once, paged
+from s2s.operations.kind import Ask, Operation, members, once
+from s2s.operations.pages import KEY, Page, keyed, listing, paged
 from s2s.orders.config_set import ConfigSet, set_value
 from s2s.settings import Value
 from s2s.store import config as table

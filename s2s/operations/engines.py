@@ -23,7 +23,8 @@ from s2s.errors import (
     UnknownOutcome,
     harmless,
 )
-from s2s.operations.kind import KEY, Ask, Operation, Page, Part, Reply, Rule, Steps, Until, after_key, listing, page
+from s2s.operations.kind import Ask, Operation, Part, Reply, Rule, Steps, Until
+from s2s.operations.pages import KEY, Page, after_key, listing, page
 from s2s.store import engines, steering
 from s2s.store.driver import Cursor
 from s2s.store.engines import EngineRow

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from s2s.operations.kind import KEY, Operation, Page, keyed, listing, once, paged
+from s2s.operations.kind import Operation, once
+from s2s.operations.pages import KEY, Page, keyed, listing, paged
 from s2s.store import audit, jobs, keys, world
 from s2s.store.audit import Entry
 from s2s.store.jobs import JobRow

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from s2s.commands import BUILTIN, registry
-from s2s.operations.kind import Ask, Operation, Page, Reply, Steps, encode, listing, paged
+from s2s.operations.kind import Ask, Operation, Reply, Steps, encode
+from s2s.operations.pages import Page, listing, paged
 from s2s.store import audit, broadcasts, notices
 from s2s.store.driver import Cursor
 from s2s.store.notices import NoticeRow

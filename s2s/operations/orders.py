@@ -11,7 +11,8 @@ from ulid import ULID
 
 from s2s.catalogue import BY_NAME, ORDERS
 from s2s.errors import BadPayload, DatabaseUnavailable, DbUnavailable, IdemConflict, NotFound, WireError
-from s2s.operations.kind import Ask, Operation, Page, Part, Reply, Rule, Steps, Until, encode, listing, paged
+from s2s.operations.kind import Ask, Operation, Part, Reply, Rule, Steps, Until, encode
+from s2s.operations.pages import Page, listing, paged
 from s2s.orders import builtin
 from s2s.store import audit
 from s2s.store import orders as table

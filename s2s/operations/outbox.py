@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from s2s.operations import rows
-from s2s.operations.kind import Operation, Page, listing, paged
+from s2s.operations.kind import Operation
+from s2s.operations.pages import Page, listing, paged
 from s2s.operations.rows import CMD_TYPE, Words
 from s2s.store import actions
 from s2s.store import outbox_admin as table
