@@ -22,6 +22,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 CONNECT_S: Final = 5.0
+#: Seconds that a connection is kept for the next request.
+KEEP_S: Final = 30
 #: Seconds that an answer may take, beside what a request itself waits for: that of an engine takes longest.
 ANSWER_S: Final = 80.0
 #: The longest answer, in bytes: a page, whose last row may be long.
@@ -52,6 +54,8 @@ class Transport:
             from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
 
             self._pool = HTTPConnectionPool(reactor)
+            # Before the server closes it: a request that meets the end of a connection may or may not have arrived.
+            self._pool.cachedConnectionTimeout = KEEP_S
             agent: Any = Agent(reactor, connectTimeout=CONNECT_S, pool=self._pool)
             http = treq.client.HTTPClient(agent)
         self._http = http

@@ -4,35 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from twisted.internet import task
-from twisted.internet.defer import Deferred, DeferredList, TimeoutError, maybeDeferred
+from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
 from twisted.python.failure import Failure
 
 from s2s.catalogue import BUMP, COMMAND_PUSH, HEALTH_CHECK, SWEEP
 from s2s.courier import Courier
 from s2s.dispatch import Dispatcher, Responder
 from s2s.errand import Errand
-from s2s.errors import DatabaseError
 from s2s.executor import Executor
 from s2s.inbox import Inbox
 from s2s.lifetime import refuse
 from s2s.links import LinkFactory, ServerLinks
 from s2s.news import Digest, news
 from s2s.protocol import Link
+from s2s.pulse import Pulse
 from s2s.responders.health import Health
 from s2s.responders.push import Push
 from s2s.retention import Retention
 from s2s.role import Basis, Role
 from s2s.steering import Steerer
 from s2s.store import broadcasts, notes, orders, steering
-from s2s.store.pool import is_there
 from s2s.store.retention import Keep
 from s2s.web.service import Web
-
-#: Seconds within which a database that is there answers.
-READY_S: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,7 @@ class Server(Role):
     ) -> None:
         clock = basis.clock
         self._inbox = inbox
+        self._pulse = Pulse(basis.database, clock)
         self._executor = executor
         self._is_draining = False
         self.links = ServerLinks(basis.counters, self._engine_up, self._links_changed)
@@ -168,11 +165,7 @@ class Server(Role):
 
     async def _readiness(self) -> dict[str, str]:
         """Give what the parts that must be well say of themselves."""
-        try:
-            await self._database.run(is_there).addTimeout(READY_S, self._clock.scheduler)
-            database = "ok"
-        except (DatabaseError, TimeoutError):
-            database = "away"
+        database = "ok" if await self._pulse.feel() else "away"
         return {"database": database, "executor": self._executor.condition}
 
     def _counts(self) -> dict[str, int]:

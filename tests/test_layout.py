@@ -39,8 +39,8 @@ ROOMS = {
         "store.tokens", "store.listen",
     ],
     "first": [
-        "news", "turns", "keys", "reread", "config", "links", "errand", "relay", "condition", "ledger", "wanted",
-        "steering", "courier", "commands.kind", "commands.notice_publish", "commands",
+        "news", "turns", "pulse", "keys", "reread", "config", "links", "errand", "relay", "condition", "ledger",
+        "wanted", "steering", "courier", "commands.kind", "commands.notice_publish", "commands",
         "jobs.kind", "jobs.drift", "jobs.port_refresh", "jobs.decay", "jobs", "plugins", "discovery",
         "orders.kind", "orders.config_set", "orders.force_tick", "orders.set_sector_status",
         "orders.update_all_ships", "orders", "inbox", "reaper", "executor", "scheduler", "order_runner", "retention",

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from psycopg2.extras import Json
 
+from s2s.catalogue import HEALTH_CHECK
 from s2s.store import notes
 from s2s.store.driver import Cursor
 
@@ -121,6 +122,11 @@ def conclude(txn: Cursor, request_ids: Sequence[int]) -> dict[int, Answer]:
         (list(request_ids),),
     )
     found = {row[0]: Answer(*row[1:]) for row in txn}
+    # Looked at every second somewhere, and of no more use; what steers stays for a while.
+    txn.execute(
+        "delete from steering where request_id = any(%s) and type = %s and answered_at is not null",
+        (list(request_ids), HEALTH_CHECK),
+    )
     return {request_id: found.get(request_id, _UNTAKEN) for request_id in request_ids}
 
 

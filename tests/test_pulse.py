@@ -1,0 +1,59 @@
+"""Whether the database answers: :mod:`s2s.pulse`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock as FakeTime
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.clock import Clock
+from s2s.errors import DatabaseUnavailable
+from s2s.pulse import ANSWER_S, Pulse
+
+
+class _Database:
+    """A pool that answers when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[Deferred[None]] = []
+
+    def run(self, _: object) -> Deferred[None]:
+        """Take a question."""
+        self.asked.append(Deferred())
+        return self.asked[-1]
+
+
+class PulseTests(SynchronousTestCase):
+    """With a clock and a pool of the test's."""
+
+    def setUp(self) -> None:
+        """Make it."""
+        self.time = FakeTime()
+        self.database = _Database()
+        database: Any = self.database
+        self.pulse = Pulse(database, Clock(self.time))
+
+    def test_one_question(self) -> None:
+        """However many ask, the database is asked once, and all are told; then anew."""
+        waiters = [self.pulse.feel() for _ in range(3)]
+        [asked] = self.database.asked
+        asked.callback(None)
+        self.assertEqual([self.successResultOf(each) for each in waiters], [True] * 3)
+        late = self.pulse.feel()
+        self.database.asked[1].errback(DatabaseUnavailable("away"))
+        self.assertFalse(self.successResultOf(late))
+        self.assertEqual(self.time.getDelayedCalls(), [])
+
+    def test_one_that_hangs(self) -> None:
+        """A database that hangs does not answer in time, is not asked again meanwhile, and may come back."""
+        waiters = []
+        for _ in range(5):
+            waiters.append(self.pulse.feel())
+            self.time.advance(ANSWER_S)
+        self.assertEqual([self.successResultOf(each) for each in waiters], [False] * 5)
+        self.assertEqual(len(self.database.asked), 1)
+        last = self.pulse.feel()
+        self.database.asked[0].callback(None)
+        self.assertTrue(self.successResultOf(last))
