@@ -216,8 +216,24 @@ class ConnectionTests(SiteTestCase):
         self.assertIsNone(self.site.buildProtocol(_ADDRESS))
 
     def test_close(self) -> None:
-        """All are closed at the end, and none is counted any more."""
+        """All are closed at the end, and none is counted any more; there may be none."""
         transports = [self.connect()[1] for _ in range(3)]
-        self.site.close()
+        self.successResultOf(self.site.close())
         self.assertEqual([each.connected for each in transports], [False] * 3)
         self.assertEqual([call for call in self.time.getDelayedCalls() if call.active()], [])
+        self.successResultOf(self.site.close())
+
+    def test_close_of_what_is_not_sent_yet(self) -> None:
+        """What was said is sent before the end; whoever does not read is cut off after a while."""
+        transports = [self.connect()[1] for _ in range(2)]
+        lose = [transport.loseConnection for transport in transports]
+        for transport in transports:
+            transport.loseConnection = lambda: None
+        closing = self.site.close()
+        lose[0]()
+        self.time.advance(LINGER_S - 0.1)
+        self.assertNoResult(closing)
+        self.assertEqual([each.connected for each in transports], [False, True])
+        self.time.advance(0.1)
+        self.successResultOf(closing)
+        self.assertFalse(transports[1].connected)

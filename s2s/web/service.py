@@ -75,7 +75,7 @@ class Web:
         await self._waiting.stop()
         await draining
         self._sign_in.stop()
-        self.site.close()
+        await self.site.close()
 
     async def _healthz(self) -> dict[str, str]:
         return {"status": "ok"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
@@ -157,10 +158,12 @@ class _Site(Site):
 
     def __init__(self, resource: Resource, clock: Clock, counters: Counters) -> None:
         super().__init__(resource, requestFactory=_Request, timeout=IDLE_S, reactor=clock.scheduler)
+        self._clock = clock
         self.counters = counters
         self._all: set[_Channel] = set()
         #: Those that no request is arriving or under way on, the one that has been so longest first.
         self._idle: dict[_Channel, None] = {}
+        self._closing: Deferred[None] | None = None
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """Take a connection."""
@@ -187,11 +190,32 @@ class _Site(Site):
         """The connection is closed."""
         self._all.discard(channel)
         self._idle.pop(channel, None)
+        if self._closing is not None and not self._all:
+            closing, self._closing = self._closing, None
+            closing.callback(None)
 
-    def close(self) -> None:
-        """Close every connection."""
+    def close(self) -> Deferred[None]:
+        """Close every connection once what was said is sent, or after :data:`LINGER_S`.
+
+        :returns: fires when none is left: the end of the process would cut them off.
+        """
+        if not self._all:
+            return succeed(None)
+        closed: Deferred[None] = Deferred()
+        self._closing = closed
+        cutting: Timer = self._clock.scheduler.callLater(LINGER_S, self._cut)
         for channel in list(self._all):
             channel.loseConnection()
+
+        def done(_: None) -> None:
+            if cutting.active():
+                cutting.cancel()
+
+        return closed.addCallback(done)
+
+    def _cut(self) -> None:
+        for channel in list(self._all):
+            channel.transport.abortConnection()
 
     def startFactory(self) -> None:
         """Keep no log of accesses: what changes anything is in the audit."""
