@@ -66,6 +66,15 @@ class TableTests(CliTestCase):
             (told["name"], told["role"], told["note"], told["is_expired"]), ("alice", "operator", "on call", False)
         )
 
+    def test_without_a_name(self) -> None:
+        """Without a name it gets one, which is told beside it; a program finds both in the JSON."""
+        result = self.s2s("tokens", "add", "--role", "observer")
+        name = name_of(result.stdout.strip())
+        self.assertEqual(result.stderr, f"the token {name} is shown this once:\n")
+        told = self.json("tokens", "add", "--role", "observer")
+        self.assertEqual((name_of(told["token"]), told["role"]), (told["name"], "observer"))
+        self.assertEqual({row["name"] for row in self.json("tokens", "list")}, {name, told["name"]})
+
     def test_audit(self) -> None:
         """Making, changing by hand and revoking are told, with who did it and never the hash."""
         self.s2s("tokens", "add", "alice", "--role", "admin")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from pathlib import Path
 
 import click
@@ -20,7 +21,7 @@ def tokens() -> None:
 
 
 @tokens.command()
-@click.argument("name")
+@click.argument("name", required=False)
 @click.option(
     "--role",
     type=click.Choice(ACCESS),
@@ -36,7 +37,7 @@ def tokens() -> None:
 @json_option
 @one_line_errors
 def add(
-    name: str,
+    name: str | None,
     role: Access,
     note: str,
     days: int | None,
@@ -45,7 +46,11 @@ def add(
     state_dir: Path,
     as_json: bool,
 ) -> None:
-    """Make a token called NAME, and print it: it is shown this once, and only its hash is kept."""
+    """Make a token called NAME, and print it: it is shown this once, and only its hash is kept.
+
+    Without a NAME it gets one. The name is what the audit calls whoever uses it.
+    """
+    name = name or f"{role}-{secrets.token_hex(4)}"
     if not NAME.fullmatch(name):
         raise OperatorError(f"the name {name!r} cannot be used: take 1 to 64 of A-Z a-z 0-9 _ . -")
     with transaction(database, state_dir) as txn:
@@ -55,8 +60,11 @@ def add(
     if as_json:
         told = {"name": name, "role": role, **({"token": token} if path is None else {"token_file": str(path)})}
         click.echo(json.dumps(told, indent=2))
+    elif path is None:
+        click.echo(f"the token {name} is shown this once:", err=True)
+        click.echo(token)
     else:
-        click.echo(token if path is None else f"the token {name} is in {path}")
+        click.echo(f"the token {name} is in {path}")
 
 
 def write_token(path: Path, token: str) -> None:
