@@ -68,6 +68,7 @@ MET: Final = {
     "http_body": "HTTP requests refused by the length of their body",
     "http_waiting": "HTTP requests refused because too many wait for an order or an engine",
     "http_line": "HTTP requests refused because too many stand in line for the database",
+    "http_step": "HTTP requests refused because the database did not answer in time",
     "sign_ins": "HTTP requests refused because too many sign-ins failed from their address",
     "database": "transactions refused because too many wait for a connection",
 }

@@ -377,7 +377,7 @@ class ReadinessTests(ApiTestCase):
 
     @inlineCallbacks
     def test_the_database_is_away(self) -> Iterator[Deferred[Any]]:
-        """While the database is away the process is alive and not ready, and requests are to be sent again."""
+        """While the database hangs or is away the process lives and is not ready, and requests are to be sent again."""
         with blocking(self.cluster.url) as txn:
             token = tokens.add(txn, "a", "admin")
             txn.execute("insert into s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')", K1)
@@ -386,6 +386,14 @@ class ReadinessTests(ApiTestCase):
         yield server.start()
         ready = ask(api, "GET", "/readyz", token)
         self.assertEqual((ready.status, ready.body), (200, {"status": "ready", "database": "ok", "executor": "off"}))
+        self.cluster.freeze()
+        self.addCleanup(self.cluster.thaw)
+        hanging = deferToThread(ask, api, "GET", "/v1/config", token)
+        answer = ask(api, "GET", "/readyz", token)
+        self.assertEqual((answer.status, answer.body["database"]), (503, "away"))
+        answer = yield hanging
+        self.assertEqual((answer.status, answer.body["code"]), (504, "deadline_exceeded"))
+        self.cluster.thaw()
         self.cluster.stop()
         self.assertEqual(ask(api, "GET", "/healthz").status, 200)
         answer = ask(api, "GET", "/readyz", token)

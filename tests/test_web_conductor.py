@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock as FakeTime
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s.errors import DatabaseUnavailable, NotFound, Overloaded
+from s2s.clock import Clock
+from s2s.errors import DatabaseUnavailable, DeadlineExceeded, NotFound, Overloaded
 from s2s.limits import Counters
 from s2s.operations.kind import Ask, Operation, Reply, Until
 from s2s.store import audit
 from s2s.web import conductor as module
-from s2s.web.conductor import THREADS, Conductor, Visit
+from s2s.web.conductor import STEP_S, THREADS, Conductor, Visit
 from s2s.web.waiting import Waiting
 
 _TXN: Any = object()
@@ -61,7 +63,8 @@ class ConductorTests(SynchronousTestCase):
 
         self.patch(Waiting, "wait", wait)
         waiting: Any = Waiting.__new__(Waiting)
-        self.conductor = Conductor(database, waiting, self.counters)
+        self.time = FakeTime()
+        self.conductor = Conductor(database, Clock(self.time), waiting, self.counters)
 
     def perform(self, begin: Callable[[Ask], Any], visit: Visit | None = None) -> Deferred[Any]:
         """Begin an operation."""
@@ -128,6 +131,27 @@ class ConductorTests(SynchronousTestCase):
             wait.callback(None)
         for each in performing:
             self.successResultOf(each)
+
+    def test_a_database_that_hangs(self) -> None:
+        """A step that takes too long is told of as one whose outcome is unknown; its place is free when it is over."""
+
+        def begin(_: Ask) -> Any:
+            return Reply((yield lambda txn: 5))
+
+        hanging = [self.perform(begin) for _ in range(THREADS + 1)]
+        self.time.advance(STEP_S - 0.1)
+        for each in hanging:
+            self.assertNoResult(each)
+        self.time.advance(0.1)
+        for each in hanging:
+            self.failureResultOf(each, DeadlineExceeded)
+        self.assertEqual(self.counters.met["http_step"], THREADS + 1)
+        self.assertEqual(len(self.database.running), THREADS)
+        after = self.perform(begin)
+        while self.database.running:
+            self.database.step()
+        self.assertEqual(self.successResultOf(after).value, 5)
+        self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_gone(self) -> None:
         """When whoever asked is gone nothing is waited for, and nothing more is done; a step under way is finished."""

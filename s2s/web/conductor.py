@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, Final, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore
+from twisted.python.failure import Failure
 
-from s2s.errors import Overloaded
+from s2s.clock import Clock
+from s2s.errors import DeadlineExceeded, Overloaded
 from s2s.limits import Counters
 from s2s.operations.kind import Ask, Operation, Reply, Step, Until, advance, perform
 from s2s.store import audit
@@ -20,6 +22,8 @@ R = TypeVar("R")
 THREADS: Final = 2
 #: Steps that may stand in line for one of them.
 MOST_IN_LINE: Final = 1000
+#: Seconds that a step may take, with its time in line: of a database that hangs nobody hears otherwise.
+STEP_S: Final = 10.0
 
 
 class Visit:
@@ -55,7 +59,8 @@ class Visit:
 class Conductor:
     """Performs operations."""
 
-    def __init__(self, database: Database, waiting: Waiting, counters: Counters) -> None:
+    def __init__(self, database: Database, clock: Clock, waiting: Waiting, counters: Counters) -> None:
+        self._clock = clock
         self._database = database
         self._waiting = waiting
         self._counters = counters
@@ -88,7 +93,19 @@ class Conductor:
         if len(self._places.waiting) >= MOST_IN_LINE:
             self._counters.meet("http_line")
             raise Overloaded(f"{MOST_IN_LINE} requests stand in line already", retry_after_ms=1000)
-        return self._places.run(self._database.run, _signed, actor, step)
+        answer: Deferred[Any] = Deferred()
+
+        def done(outcome: Any) -> None:
+            # A step that is over too late is over all the same, and gives its place back only then.
+            if not answer.called:
+                answer.callback(outcome)
+
+        self._places.run(self._database.run, _signed, actor, step).addBoth(done)
+        return answer.addTimeout(STEP_S, self._clock.scheduler, self._late)
+
+    def _late(self, *_: object) -> Failure:
+        self._counters.meet("http_step")
+        return Failure(DeadlineExceeded())
 
 
 def _signed(txn: Cursor, actor: str, step: Step) -> Any:

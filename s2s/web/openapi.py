@@ -19,7 +19,7 @@ from s2s.web.problems import STATUS
 _SCHEMAS: Final = "#/components/schemas/"
 _TOKEN: Final[dict[str, list[str]]] = {"token": []}
 #: The statuses with which any request may be refused; a body that is wanted adds its own.
-_ANY: Final = (400, 401, 421, 429, 500, 503)
+_ANY: Final = (400, 401, 421, 429, 500, 503, 504)
 _WITH_BODY: Final = (413, 415)
 
 _PROBLEM: Final = {
@@ -96,7 +96,7 @@ def _operation(operation: Operation[Any], reply: Mapping[str, Any]) -> dict[str,
     if operation.where:
         statuses.add(404)
     if operation.path.startswith("/v1/engines/"):
-        statuses.update({502, 504})
+        statuses.add(502)
     parameters = [
         *(_parameter("path", name, rule, required=True) for name, rule in operation.where.items()),
         *(_parameter("query", name, rule) for name, rule in operation.query.items()),

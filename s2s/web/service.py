@@ -55,7 +55,7 @@ class Web:
             Plain("openapi", "/openapi.json", "This document", {"type": "object"}, self._openapi),
         )
         self._document = document(OPERATIONS, plain)
-        self._api = Api(Conductor(database, self._waiting, counters), self._sign_in, plain, hosts)
+        self._api = Api(Conductor(database, clock, self._waiting, counters), self._sign_in, plain, hosts)
         self.counts = self._api.counts
         self.site = make_site(self._api, clock, counters)
         self.hears = {
