@@ -9,9 +9,8 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import treq
 from OpenSSL import SSL
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
-from twisted.internet.error import TimeoutError as ConnectTimeout
 from twisted.web.client import Agent, HTTPConnectionPool, ResponseFailed, ResponseNeverReceived
 
 from s2s.errors import BadReply, OperatorError, Refused, UnknownOutcome, Unreachable, harmless
@@ -65,10 +64,7 @@ class Transport:
 
     def close(self) -> Deferred[Any]:
         """Close the connections that are kept open."""
-        closing: Deferred[Any] = self._pool.closeCachedConnections() if self._pool else Deferred()
-        if self._pool is None:
-            closing.callback(None)
-        return closing
+        return succeed(None) if self._pool is None else self._pool.closeCachedConnections()
 
     def call(
         self,
@@ -127,11 +123,11 @@ class Transport:
     async def _send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float
     ) -> tuple[int, bytes]:
-        chunks: list[bytes] = []
+        answer = bytearray()
 
         def collect(chunk: bytes) -> None:
-            chunks.append(chunk)
-            if sum(map(len, chunks)) > ANSWER_BYTES:
+            answer.extend(chunk)
+            if len(answer) > ANSWER_BYTES:
                 raise BadReply(f"the answer has more than {ANSWER_BYTES} bytes")
 
         try:
@@ -142,12 +138,12 @@ class Transport:
             await treq.collect(response, collect)
         except (ConnectError, DNSLookupError, ConnectingCancelledError) as error:
             raise Unreachable(f"{self._url} does not answer: {_why(error)}") from None
-        except (ResponseFailed, ResponseNeverReceived, CancelledError, ConnectTimeout) as error:
+        except (ResponseFailed, ResponseNeverReceived, CancelledError) as error:
             reasons = [reason.value for reason in getattr(error, "reasons", ())]
             if any(isinstance(reason, SSL.Error) for reason in reasons):
                 raise Unreachable(f"{self._url} does not answer: TLS failed: {_why(*reasons)}") from None
             raise UnknownOutcome(f"the answer of {self._url} was lost: {_why(*(reasons or [error]))}") from None
-        return response.code, b"".join(chunks)
+        return response.code, bytes(answer)
 
 
 def _why(*errors: BaseException) -> str:

@@ -25,7 +25,8 @@ class Pulse:
 
     def feel(self) -> Deferred[bool]:
         """Give whether it answers, within :data:`ANSWER_S`."""
-        waiter: Deferred[bool] = Deferred()
+        # One that waits no more is forgotten.
+        waiter: Deferred[bool] = Deferred(self._waiters.remove)
         self._waiters.append(waiter)
         if not self._is_asking:
             self._is_asking = True
@@ -34,7 +35,7 @@ class Pulse:
 
     def _answered(self, outcome: object) -> None:
         self._is_asking = False
-        waiters, self._waiters = self._waiters, []
+        waiters = self._waiters[:]
+        self._waiters.clear()
         for waiter in waiters:
-            if not waiter.called:
-                waiter.callback(not isinstance(outcome, Failure))
+            waiter.callback(not isinstance(outcome, Failure))

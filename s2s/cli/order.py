@@ -13,8 +13,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from s2s.catalogue import BY_NAME, COMMAND_PUSH, ORDERS
-from s2s.catalogue.schema import Schema
+from s2s.catalogue import BY_NAME, ORDERS
 from s2s.cli.common import ALL, json_option, limit_option, progress_bar, show, show_one, words
 from s2s.cli.door import Door, rows, with_door
 from s2s.errors import (
@@ -29,8 +28,9 @@ from s2s.errors import (
     harmless,
 )
 from s2s.operations import config, orders
-from s2s.operations.orders import Order
-from s2s.orders import OrderType, builtin
+from s2s.operations.kind import IDEM_KEY
+from s2s.operations.orders import KINDS, Order
+from s2s.orders import OrderType
 from s2s.orders.config_set import ConfigSet
 from s2s.settings import Value, read_as
 from s2s.store.orders import OPEN
@@ -39,8 +39,6 @@ from s2s.store.orders import OPEN
 NOT_OVER: Final = 3
 #: Seconds between two looks at one that is not over.
 _LOOK_S: Final = 0.25
-#: An order's ``idem_key`` is like a command's.
-_IDEM_KEY: Final = Schema(BY_NAME[COMMAND_PUSH].request_schema.document["properties"]["idem_key"])
 
 
 @click.group()
@@ -51,9 +49,8 @@ def order() -> None:
 # --- giving ----------------------------------------------------------------------------------------------------------
 
 
-_KINDS: Final = builtin({}, 0)
 #: What the command line calls each order: as its module is called.
-_NAMES: Final = {rpc: type(kind).__module__.rpartition(".")[2].replace("_", "-") for rpc, kind in _KINDS.items()}
+_NAMES: Final = {rpc: type(kind).__module__.rpartition(".")[2].replace("_", "-") for rpc, kind in KINDS.items()}
 #: Members that are said by an option.
 _OPTIONS: Final = ("reason",)
 
@@ -70,7 +67,7 @@ def _command(kind: OrderType) -> None:
     def command(door: Door, idem_key: str | None, wait_s: float, as_json: bool, **typed: str) -> None:
         if math.isnan(wait_s):
             raise OperatorError("--wait nan: write a number of seconds")
-        wrong = None if idem_key is None else _IDEM_KEY.explain(idem_key, "--idem-key")
+        wrong = None if idem_key is None else IDEM_KEY.explain(idem_key, "--idem-key")
         if wrong is not None:
             raise OperatorError(f"{wrong[0]}: {wrong[1]}")
         # What is no text cannot be told to the audit either.
@@ -153,7 +150,7 @@ _wait = click.option(
     show_default=True,
     help="Follow it until nothing has moved for so long; 0: give it, and do not wait.",
 )
-for _kind in _KINDS.values():
+for _kind in KINDS.values():
     _command(_kind)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final, Generic, Literal, TypeVar
 
 import msgspec
 
+from s2s.catalogue import BY_NAME, COMMAND_PUSH
 from s2s.catalogue.schema import Schema
 from s2s.errors import BadPayload, Forbidden, NotFound, WireError
 from s2s.store.driver import Cursor, Unreadable
@@ -92,6 +93,8 @@ def members(rules: Mapping[str, Rule], *required: str) -> dict[str, Any]:
 
 
 NOTHING: Final[Mapping[str, Any]] = members({})
+#: An ``Idempotency-Key`` is like a command's.
+IDEM_KEY: Final = Schema(BY_NAME[COMMAND_PUSH].request_schema.document["properties"]["idem_key"])
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def _encode_other(value: object) -> Any:
     if isinstance(value, Unreadable):
         # An object, as what stands in a jsonb column of ours is promised to be.
         return {"unreadable": str(value)}
-    raise NotImplementedError(type(value).__name__)
+    raise NotImplementedError(type(value).__name__)  # what msgspec wants to hear of a type that is not ours
 
 
 def decode(data: Any, operation: Operation[R]) -> R:

@@ -30,7 +30,7 @@ _WAIT: Final[Rule] = {
     "description": "Seconds to wait for its end.",
 }
 #: What each order asks of whoever gives it is said where it is declared.
-_KINDS: Final = builtin({}, 0)
+KINDS: Final = builtin({}, 0)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _operation(rpc: str) -> Operation[Order]:
         "give_" + rpc.replace(".", "_"),
         "POST",
         f"/v1/orders/{rpc}",
-        _KINDS[rpc].access,
+        KINDS[rpc].access,
         document["description"].rstrip("."),
         Order,
         partial(_give, rpc),

@@ -20,11 +20,9 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from s2s import canonical
-from s2s.catalogue import BY_NAME, COMMAND_PUSH
-from s2s.catalogue.schema import Schema
 from s2s.errors import BadEnvelope, BadPayload, ShuttingDown
 from s2s.operations import OPERATIONS
-from s2s.operations.kind import Ask, Operation, Reply, encode
+from s2s.operations.kind import IDEM_KEY, Ask, Operation, Reply, encode
 from s2s.web import problems
 from s2s.web.conductor import Conductor, Visit
 from s2s.web.problems import problem
@@ -33,8 +31,6 @@ from s2s.web.sign_in import Caller, SignIn
 
 #: Host names that are ours in any case; an address is none that a page elsewhere could have resolved to us.
 LOCAL: Final = frozenset({"localhost"})
-#: An order's key is like a command's.
-_IDEM_KEY: Final = Schema(BY_NAME[COMMAND_PUSH].request_schema.document["properties"]["idem_key"])
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(:[0-9]{1,5})?")
 
 
@@ -167,7 +163,7 @@ class Api(Resource):
     ) -> Ask:
         key = _header(request, b"idempotency-key")
         if key is not None:
-            wrong = _IDEM_KEY.explain(key, "/header/Idempotency-Key")
+            wrong = IDEM_KEY.explain(key, "/header/Idempotency-Key")
             if wrong is not None or not operation.takes_key:
                 why = wrong[1] if wrong else "this request takes none"
                 raise BadPayload(f"the Idempotency-Key: {why}", path="/header/Idempotency-Key")

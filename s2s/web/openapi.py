@@ -10,7 +10,7 @@ import msgspec
 
 from s2s import __version__
 from s2s.errors import BY_CODE
-from s2s.operations.kind import Operation
+from s2s.operations.kind import IDEM_KEY, Operation
 from s2s.tokens import ACCESS
 from s2s.web import problems
 from s2s.web.api import Plain
@@ -102,7 +102,7 @@ def _operation(operation: Operation[Any], reply: Mapping[str, Any]) -> dict[str,
         *(_parameter("query", name, rule) for name, rule in operation.query.items()),
     ]
     if operation.takes_key:
-        key = {"type": "string", "pattern": "^[ -~]{1,200}$", "description": "The same key again is the same order."}
+        key = {**IDEM_KEY.document, "description": "The same key again is the same order."}
         parameters.append(_parameter("header", "Idempotency-Key", key))
     return {
         "operationId": operation.name,

@@ -100,11 +100,6 @@ def wrong_host() -> Problem:
     return Problem(Forbidden("this server does not go by the Host of the request: see --http-hosts"), 421)
 
 
-def not_ready(error: WireError) -> Problem:
-    """Refuse what this server cannot do now, for no fault of the request's."""
-    return Problem(error, 503)
-
-
 def wrong_media_type() -> Problem:
     """Refuse a body that is no JSON."""
     return Problem(UnsupportedType("send the body as Content-Type: application/json"), 415)

@@ -15,7 +15,7 @@ from s2s.store.pool import Database
 from s2s.web.api import Api, Plain
 from s2s.web.conductor import THREADS, Conductor
 from s2s.web.openapi import document
-from s2s.web.problems import not_ready
+from s2s.web.problems import Problem
 from s2s.web.sign_in import SignIn
 from s2s.web.site import make_site
 from s2s.web.waiting import Waiting
@@ -84,7 +84,8 @@ class Web:
         parts = dict(await self._readiness())
         if not all(said in WELL for said in parts.values()):
             why = ", ".join(f"{part}: {said}" for part, said in parts.items() if said not in WELL)
-            raise not_ready(NotReady(f"the server is not ready: {why}", retry_after_ms=1000, **parts))
+            # Not 409: it is for no fault of the request's.
+            raise Problem(NotReady(f"the server is not ready: {why}", retry_after_ms=1000, **parts), 503)
         return {"status": "ready", **parts}
 
     async def _openapi(self) -> dict[str, Any]:
