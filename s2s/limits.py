@@ -65,6 +65,8 @@ MET: Final = {
     "audit": "entries of the audit that were not written: too many at once, or no database",
     "http_connections": "HTTP connections refused or closed to make room, because there are too many",
     "http_arrive": "HTTP connections closed because a request did not come whole in time",
+    "http_take": "HTTP connections closed because an answer was not read in time",
+    "http_bodies": "HTTP connections closed because too many bytes of bodies were arriving",
     "http_body": "HTTP requests refused by the length of their body",
     "http_waiting": "HTTP requests refused because too many wait for an order or an engine",
     "http_line": "HTTP requests refused because too many stand in line for the database",

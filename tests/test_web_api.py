@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.internet.threads import deferToThread
@@ -97,7 +99,7 @@ class WrapperTests(ApiTestCase):
         for path in (
             "/", "/v1", "/v1/", "/v1/engines/", "/v1//engines", "/v2/engines", "/v1/orders/a.b", "/v1/engines/%FF",
             "/v1/commands/0", "/v1/commands/x", "/v1/commands/1.0", "/v1/commands/%00",
-            "/v1/commands/99999999999999999999",
+            "/v1/commands/99999999999999999999", "*",
         ):  # fmt: skip
             self.refused(404, "not_found", "GET", path)
         for method, path, takes in (
@@ -363,6 +365,34 @@ class OrderTests(ApiTestCase, WorldTestCase):
         yield poll(lambda: self.ask("GET", "/v1/engines/engine-1").status == 404, "its link is gone", timeout=20)
         self.execute("insert into engines (name, wanted) values ('engine-1', 'paused') on conflict do nothing")
         self.refused(409, "not_ready", "POST", "/v1/engines/engine-1/resume", {"reason": "x"})
+
+
+class BoundTests(ApiTestCase):
+    """What a client may not do to the server's memory."""
+
+    #: More than what the kernel keeps on both sides of a connection, and far less than what would be answered.
+    _SENT_MIB = 12
+
+    def test_answers_that_nobody_reads(self) -> None:
+        """Requests whose answers are not read are not taken; what was taken is answered when they are."""
+        parts = urlsplit(self.api)
+        before = self.role.rss
+        requests = [b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"]
+        signed = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n\r\n"
+        requests.append(signed % self.tokens["observer"].encode())
+        for request in requests:
+            with socket.create_connection((parts.hostname, parts.port), timeout=2) as one:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+                sent, many = 0, request * 1000
+                with self.assertRaises(TimeoutError):
+                    while sent < self._SENT_MIB << 20:
+                        sent += one.send(many[sent % len(request) :])
+                self.assertLess(self.role.rss - before, 16 << 20)
+                self.assertEqual(self.ask("GET", "/healthz").status, 200)
+                if request is requests[0]:
+                    got = bytearray()
+                    while got.count(b'{"status":"ok"}') < sent // len(request):
+                        got += one.recv(1 << 20)
 
 
 class ReadinessTests(ApiTestCase):

@@ -12,12 +12,11 @@ from twisted.internet.task import Clock as FakeTime
 from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.resource import Resource
-from twisted.web.server import NOT_DONE_YET
 
 from s2s.clock import Clock
 from s2s.limits import Counters
 from s2s.web import site as module
-from s2s.web.site import ARRIVE_S, BODY_BYTES, IDLE_S, LINGER_S, make_site
+from s2s.web.site import ARRIVE_S, BODY_BYTES, IDLE_S, LINGER_S, TAKE_S, make_site
 
 #: Of what requests are made.
 _PIECES = [
@@ -25,6 +24,7 @@ _PIECES = [
     b"Transfer-Encoding: chunked\r\n", b"3\r\nabc\r\n", b"0\r\n\r\n", b"Connection: close\r\n",
 ]  # fmt: skip
 _ADDRESS = IPv4Address("TCP", "192.0.2.1", 1)
+_GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class _Echo(Resource):
@@ -34,15 +34,33 @@ class _Echo(Resource):
 
     def __init__(self) -> None:
         super().__init__()
+        self.seen: list[tuple[bytes, bytes | None]] = []
         self.held: list[Any] = []
         self.holds = False
 
-    def render(self, request: Any) -> Any:
+    def render(self, request: Any) -> None:
         """Answer."""
+        self.seen.append((request.uri, request.getHeader(b"host")))
         if self.holds:
             self.held.append(request)
-            return NOT_DONE_YET
-        return str(len(request.content.read())).encode()
+            return
+        request.write(str(len(request.content.read())).encode())
+        request.finish()
+
+
+class _Transport(StringTransport):
+    """A transport that reports its end only when it has come, as a socket does."""
+
+    lost: Any
+
+    def abortConnection(self) -> None:
+        """Be cut."""
+        self.disconnecting = True
+        self.time.callLater(0, self.lost)
+
+    def __init__(self, time: FakeTime) -> None:
+        super().__init__(peerAddress=_ADDRESS)
+        self.time = time
 
 
 class SiteTestCase(SynchronousTestCase):
@@ -55,16 +73,17 @@ class SiteTestCase(SynchronousTestCase):
         self.echo = _Echo()
         self.site = make_site(self.echo, Clock(self.time), self.counters)
 
-    def connect(self) -> tuple[Any, StringTransport]:
+    def connect(self) -> tuple[Any, _Transport]:
         """Make a connection."""
         channel = self.site.buildProtocol(_ADDRESS)
-        transport = StringTransport(peerAddress=_ADDRESS)
+        transport = _Transport(self.time)
 
         def lost() -> None:
-            transport.connected = False
-            channel.connectionLost()
+            if transport.connected:
+                transport.connected = False
+                channel.connectionLost()
 
-        transport.abortConnection = lost  # type: ignore[method-assign]
+        transport.lost = lost
         transport.loseConnection = lost  # type: ignore[method-assign]
         channel.makeConnection(transport)
         return channel, transport
@@ -110,7 +129,7 @@ class BodyTests(SiteTestCase):
             channel, transport = self.connect()
             channel.dataReceived(request)
             channel.dataReceived(b"x" * more)
-            channel.dataReceived(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            channel.dataReceived(_GET)
             self.assertEqual(self.problem_before(transport), (413, "toolarge"))
             self.assertTrue(transport.connected)
             self.time.advance(LINGER_S)
@@ -141,7 +160,7 @@ class RequestTests(SiteTestCase):
             b"GET / HTTP/1.1\r\n" + b"".join(b"X-%d: 1\r\n" % n for n in range(600)) + b"\r\n",
         ):
             channel, transport = self.connect()
-            channel.dataReceived(request + b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            channel.dataReceived(request + _GET)
             self.assertEqual(self.problem(transport), (400, "bad_envelope"), request)
             self.time.advance(LINGER_S)
             self.assertFalse(transport.connected)
@@ -154,13 +173,13 @@ class RequestTests(SiteTestCase):
         channel, transport = self.connect()
         for piece in pieces:
             channel.dataReceived(piece)
-        if transport.connected:
-            transport.abortConnection()
+        transport.lost()
+        self.time.advance(0)
         self.assertEqual([call for call in self.time.getDelayedCalls() if call.active()], [])
 
     def test_slowly(self) -> None:
         """A request that is not whole in time is cut, however busily it comes, and behind another one too."""
-        for first in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"):
+        for first in (b"", _GET):
             channel, transport = self.connect()
             channel.dataReceived(first)
             for byte in b"GET / HTTP/1.1\r\nX: ":
@@ -169,7 +188,7 @@ class RequestTests(SiteTestCase):
                 self.time.advance(1)
                 channel.dataReceived(b"x")
                 self.assertTrue(transport.connected)
-            self.time.advance(1)
+            self.time.pump([1, 0])
             self.assertFalse(transport.connected)
         self.assertEqual(self.counters.met["http_arrive"], 2)
 
@@ -177,43 +196,132 @@ class RequestTests(SiteTestCase):
         """A part of the next request that came with the one before has its time from when that is answered."""
         self.echo.holds = True
         channel, transport = self.connect()
-        channel.dataReceived(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT")
+        channel.dataReceived(_GET + b"GET / HT")
         self.time.advance(ARRIVE_S * 2)
         self.assertTrue(transport.connected)
         self.echo.held.pop().finish()
         channel.dataReceived(b"TP/1.1\r\n")
-        self.time.advance(ARRIVE_S + 1)
+        self.time.pump([ARRIVE_S, 0])
         self.assertFalse(transport.connected)
+
+    def test_targets(self) -> None:
+        """A target may be a whole URL, whose host is the one that counts; ``*`` goes where all others go."""
+        channel, _ = self.connect()
+        for target in (b"http://y:1/a?b=c", b"HTTPS://y", b"http://y?b", b"*", b"/http://y/"):
+            channel.dataReceived(b"OPTIONS " + target + b" HTTP/1.1\r\nHost: x\r\nHost: z\r\n\r\n")
+        self.assertEqual(
+            self.echo.seen,
+            [(b"/a?b=c", b"y:1"), (b"/", b"y"), (b"/?b", b"y"), (b"*", b"z"), (b"/http://y/", b"z")],
+        )
 
     def test_silence(self) -> None:
         """A connection on which nothing comes is closed after a while; one whose request is under way is not."""
         idle = self.connect()[1]
         self.echo.holds = True
         channel, busy = self.connect()
-        channel.dataReceived(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        channel.dataReceived(_GET)
         self.time.pump([1] * (IDLE_S + 1))
         self.assertEqual((idle.connected, busy.connected), (False, True))
+
+
+class AnswerTests(SiteTestCase):
+    """Answers that nobody reads."""
+
+    def test_not_read(self) -> None:
+        """While what was said is not sent, the next request is not answered, nor is more read than a little."""
+        self.echo.holds = True
+        channel, transport = self.connect()
+        channel.dataReceived(_GET * 3)
+        transport.producer.pauseProducing()
+        self.echo.held[0].finish()
+        self.assertEqual(len(self.echo.held), 1)
+        channel.dataReceived(_GET * 1000)
+        self.assertEqual(transport.producerState, "paused")
+        transport.producer.resumeProducing()
+        self.assertEqual(len(self.echo.held), 2)
+
+        self.echo.holds = False
+        self.echo.held[1].finish()
+        self.assertEqual(len(self.echo.seen), 1003)
+        self.assertEqual(transport.producerState, "producing")
+        self.time.advance(TAKE_S - 1)
+        self.assertTrue(transport.connected)
+
+    def test_not_read_for_too_long(self) -> None:
+        """Whoever does not read is cut off after a while: before a next request, and before the end."""
+        for request in (_GET * 2, _GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), b"nonsense\r\n\r\n"):
+            channel, transport = self.connect()
+            transport.loseConnection = lambda: None  # type: ignore[method-assign]
+            transport.producer.pauseProducing()
+            channel.dataReceived(request)
+            self.time.advance(LINGER_S)
+            self.time.advance(TAKE_S - LINGER_S - 0.1)
+            self.assertTrue(transport.connected)
+            self.time.pump([LINGER_S + 0.1, 0])
+            self.assertFalse(transport.connected)
+        self.assertEqual(self.counters.met["http_take"], 3)
 
 
 class ConnectionTests(SiteTestCase):
     """How many there may be."""
 
     def test_too_many(self) -> None:
-        """Of too many the one that has been idle longest goes; where none is idle, the newest is not taken."""
+        """Of too many the one that has been idle longest goes, at once: others that come meanwhile cost others."""
         self.patch(module, "MOST_CONNECTIONS", 3)
         self.echo.holds = True
         (first, busy), (_, second), (_, third) = self.connect(), self.connect(), self.connect()
-        first.dataReceived(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        _, fourth = self.connect()
-        self.assertEqual([each.connected for each in (busy, second, third, fourth)], [True, False, True, True])
-        self.echo.held.pop().finish()
+        first.dataReceived(_GET * 2)
+        (_, fourth), (_, fifth) = self.connect(), self.connect()
+        self.time.advance(0)
+        self.assertEqual(
+            [each.connected for each in (busy, second, third, fourth, fifth)], [True, False, False, True, True]
+        )
+        for held in self.echo.held:
+            held.finish()
+        # It was given its second request meanwhile, and is not idle.
         self.connect()
-        self.assertEqual([each.connected for each in (busy, third, fourth)], [True, False, True])
-        self.assertEqual(self.counters.met["http_connections"], 2)
+        self.time.advance(0)
+        self.assertEqual([each.connected for each in (busy, fourth, fifth)], [True, False, True])
+        self.assertEqual(self.counters.met["http_connections"], 3)
 
-        for channel, _ in [self.connect() for _ in range(3)]:
-            channel.dataReceived(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    def test_too_many_that_are_not_idle(self) -> None:
+        """Where none is idle the one goes whose request has been arriving longest; else the newest is not taken."""
+        self.patch(module, "MOST_CONNECTIONS", 2)
+        self.echo.holds = True
+        (slow, _), (slower, _) = made = self.connect(), self.connect()
+        slower.dataReceived(b"G")
+        self.time.advance(1)
+        slow.dataReceived(b"G")
+        third, _ = self.connect()
+        self.time.advance(0)
+        self.assertEqual([transport.connected for _, transport in made], [True, False])
+
+        slow.dataReceived(_GET[1:])
+        third.dataReceived(_GET)
         self.assertIsNone(self.site.buildProtocol(_ADDRESS))
+
+    def test_bodies(self) -> None:
+        """Of too many bytes of bodies those go that have been arriving longest; what has arrived is safe."""
+        self.patch(module, "BODIES_BYTES", 300)
+        self.echo.holds = True
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+        connections = [self.connect() for _ in range(4)]
+        for channel, _ in connections:
+            channel.dataReceived(head + b"x" * 80)
+            if channel is connections[0][0]:
+                channel.dataReceived(b"x" * 20)
+        self.time.advance(0)
+        self.assertEqual([transport.connected for _, transport in connections], [True] * 4)
+        channel, transport = self.connect()
+        channel.dataReceived(head + b"x" * 80)
+        self.time.advance(0)
+        self.assertEqual([each.connected for _, each in connections], [True, False, True, True])
+        self.assertTrue(transport.connected)
+        for each, transport in connections:
+            if transport.connected:
+                each.dataReceived(b"x" * 20)
+        self.assertEqual(len(self.echo.held), 3)
+        self.assertEqual(self.counters.met["http_bodies"], 1)
 
     def test_close(self) -> None:
         """All are closed at the end, and none is counted any more; there may be none."""
@@ -226,14 +334,13 @@ class ConnectionTests(SiteTestCase):
     def test_close_of_what_is_not_sent_yet(self) -> None:
         """What was said is sent before the end; whoever does not read is cut off after a while."""
         transports = [self.connect()[1] for _ in range(2)]
-        lose = [transport.loseConnection for transport in transports]
         for transport in transports:
-            transport.loseConnection = lambda: None
+            transport.loseConnection = lambda: None  # type: ignore[method-assign]
         closing = self.site.close()
-        lose[0]()
+        transports[0].lost()
         self.time.advance(LINGER_S - 0.1)
         self.assertNoResult(closing)
         self.assertEqual([each.connected for each in transports], [False, True])
-        self.time.advance(0.1)
+        self.time.pump([0.1, 0])
         self.successResultOf(closing)
         self.assertFalse(transports[1].connected)

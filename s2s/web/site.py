@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
+from io import BytesIO
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, succeed
@@ -9,6 +12,7 @@ from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web import http
+from twisted.web.http import datetimeToString
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
@@ -21,13 +25,20 @@ from s2s.web.problems import CONTENT_TYPE, Problem
 
 #: The longest body, in bytes: the longest frame that may be configured.
 BODY_BYTES: Final = 262_144
-#: Connections at once; of more the one that has been idle longest goes.
+#: Bytes of all bodies that are arriving; of more the request goes that has been arriving longest.
+BODIES_BYTES: Final = 64 << 20
+#: Connections at once; of more the one goes that has been idle longest, or has been sending a request longest.
 MOST_CONNECTIONS: Final = 2500
 #: Seconds from a request's first byte to its last, and of silence between two requests.
 ARRIVE_S: Final = 20.0
 IDLE_S: Final = 60
+#: Seconds that a client may take to read the end of an answer; until then nothing more is read of what it sends.
+TAKE_S: Final = 60.0
 #: Seconds for which what is still sent is dropped, so that the refusal is read.
 LINGER_S: Final = 2.0
+
+#: A whole URL where a path is usual (RFC 9112, 3.2.2).
+_ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 
 
 class _Request(Request):
@@ -38,8 +49,8 @@ class _Request(Request):
     _is_refused = False
 
     def gotLength(self, length: int | None) -> None:
-        """Judge the length before the body comes."""
-        super().gotLength(min(length or 0, BODY_BYTES) if length is not None else None)
+        """Judge the length before the body comes. Twisted's own would open a file for a long one."""
+        self.content = BytesIO()
         if length is not None and length > BODY_BYTES:
             self._refuse()
 
@@ -50,6 +61,7 @@ class _Request(Request):
             self._refuse()
         if not self._is_refused:
             super().handleContentChunk(data)
+            self.channel.site.took(self.channel, len(data))
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """Answer it, unless that was done. Twisted's own would also read a body as a form, which is none of ours."""
@@ -57,9 +69,18 @@ class _Request(Request):
             return
         assert self.content is not None
         self.content.seek(0)
+        absolute = _ABSOLUTE.fullmatch(path)
+        if absolute:
+            # What it says of the host goes before the header.
+            self.requestHeaders.setRawHeaders(b"host", [absolute[1]])
+            path = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
         self.method, self.uri, self.clientproto = command, path, version
-        self.path = path.partition(b"?")[0]
         self.process()
+
+    def process(self) -> None:
+        """Let the resource answer. Twisted's own would answer ``*`` itself, past every check."""
+        self.setHeader(b"Date", datetimeToString())
+        self.channel.site.resource.render(self)
 
     def _refuse(self) -> None:
         self._is_refused = True
@@ -72,9 +93,13 @@ class _Channel(http.HTTPChannel):
 
     site: _Site
     transport: Any
+    _networkProducer: Any
     _arriving: Timer | None = None
+    _taking: Timer | None = None
     _closing: Timer | None = None
     _is_answering = False
+    #: The request whose answer is to be read before anything more is taken.
+    _held: Request | None = None
 
     def dataReceived(self, data: bytes) -> None:
         """Take what comes, unless the connection is being closed."""
@@ -104,18 +129,28 @@ class _Channel(http.HTTPChannel):
         super().allContentReceived()
 
     def requestDone(self, request: Request) -> None:
-        """The request is answered; the next one may be here in part."""
-        self._is_answering = False
+        """The request is answered. While too much of the answer is not sent, as nobody reads it, the next one waits."""
         self.site.idle(self)
-        super().requestDone(request)
-        if self.requests and not self._is_answering:
-            self._arrives()
+        if not self.persistent or self._waitingForTransport:
+            self._taking = self._after(TAKE_S, self._is_late, "http_take")
+        if self.persistent and self._waitingForTransport:
+            self._held = request
+            self._networkProducer.pauseProducing()
+        else:
+            self._next(request)
+
+    def resumeProducing(self) -> None:
+        """All that was said is sent."""
+        super().resumeProducing()
+        held, self._held = self._held, None
+        if held is not None:
+            _cancel(self._taking)
+            self._next(held)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone."""
-        self._has_arrived()
-        if self._closing is not None and self._closing.active():
-            self._closing.cancel()
+        for timer in (self._arriving, self._taking, self._closing):
+            _cancel(timer)
         self.site.gone(self)
         super().connectionLost(reason)
 
@@ -124,7 +159,8 @@ class _Channel(http.HTTPChannel):
         if self._closing is not None:
             return
         self._has_arrived()
-        self._closing = self.callLater(LINGER_S, self.loseConnection)
+        self.setTimeout(None)
+        self._closing = self._after(LINGER_S, self._close)
         said = Problem(error)
         body = encode(said.body)
         headers = {**SAFE, "Content-Type": CONTENT_TYPE, "Content-Length": str(len(body)), "Connection": "close"}
@@ -135,19 +171,39 @@ class _Channel(http.HTTPChannel):
         # Twisted's own answer has no body.
         self.refuse(BadEnvelope("this is no HTTP request that can be read"))
 
+    def _next(self, answered: Request) -> None:
+        """Go on to the next request, which may be here in part."""
+        self._is_answering = False
+        super().requestDone(answered)
+        if self.requests and not self._is_answering:
+            self._arrives()
+
     def _arrives(self) -> None:
         if self._arriving is None:
-            self.site.busy(self)
-            self._arriving = self.callLater(ARRIVE_S, self._late)
+            self.site.arrives(self)
+            self._arriving = self._after(ARRIVE_S, self._is_late, "http_arrive")
 
     def _has_arrived(self) -> None:
-        if self._arriving is not None and self._arriving.active():
-            self._arriving.cancel()
+        _cancel(self._arriving)
         self._arriving = None
+        self.site.arrived(self)
 
-    def _late(self) -> None:
-        self.site.counters.meet("http_arrive")
+    def _close(self) -> None:
+        self._taking = self._after(TAKE_S, self._is_late, "http_take")
+        self.loseConnection()
+
+    def _after(self, seconds: float, what: Callable[..., None], *args: Any) -> Timer:
+        timer: Timer = self.site.clock.scheduler.callLater(seconds, what, *args)
+        return timer
+
+    def _is_late(self, limit: str) -> None:
+        self.site.counters.meet(limit)
         self.transport.abortConnection()
+
+
+def _cancel(timer: Timer | None) -> None:
+    if timer is not None and timer.active():
+        timer.cancel()
 
 
 class _Site(Site):
@@ -158,28 +214,47 @@ class _Site(Site):
 
     def __init__(self, resource: Resource, clock: Clock, counters: Counters) -> None:
         super().__init__(resource, requestFactory=_Request, timeout=IDLE_S, reactor=clock.scheduler)
-        self._clock = clock
+        self.clock = clock
         self.counters = counters
         self._all: set[_Channel] = set()
-        #: Those that no request is arriving or under way on, the one that has been so longest first.
+        #: Those on which nothing is arriving or under way, the one that has been so longest first.
         self._idle: dict[_Channel, None] = {}
+        #: Bytes of each body that is arriving, the request that began first first.
+        self._arriving: dict[_Channel, int] = {}
+        self._bodies_bytes = 0
         self._closing: Deferred[None] | None = None
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """Take a connection."""
         if len(self._all) >= MOST_CONNECTIONS:
             self.counters.meet("http_connections")
-            if not self._idle:
+            if not self._idle and not self._arriving:
                 return None
-            next(iter(self._idle)).transport.abortConnection()
+            self._evict(self._idle or self._arriving)
         channel: _Channel = super().buildProtocol(addr)
         self._all.add(channel)
         self._idle[channel] = None
         return channel
 
-    def busy(self, channel: _Channel) -> None:
+    def arrives(self, channel: _Channel) -> None:
         """A request arrives."""
         self._idle.pop(channel, None)
+        if channel in self._all:
+            self._arriving[channel] = 0
+
+    def took(self, channel: _Channel, size: int) -> None:
+        """So many bytes more of a body are here."""
+        if channel in self._arriving:
+            self._arriving[channel] += size
+            self._bodies_bytes += size
+            if self._bodies_bytes > BODIES_BYTES:
+                self.counters.meet("http_bodies")
+                self._evict(self._arriving)
+
+    def arrived(self, channel: _Channel) -> None:
+        """Its request is here, or is not to be taken."""
+        self._idle.pop(channel, None)
+        self._bodies_bytes -= self._arriving.pop(channel, 0)
 
     def idle(self, channel: _Channel) -> None:
         """Nothing is under way."""
@@ -188,11 +263,17 @@ class _Site(Site):
 
     def gone(self, channel: _Channel) -> None:
         """The connection is closed."""
+        self.arrived(channel)
         self._all.discard(channel)
-        self._idle.pop(channel, None)
         if self._closing is not None and not self._all:
             closing, self._closing = self._closing, None
             closing.callback(None)
+
+    def _evict(self, channels: Iterable[_Channel]) -> None:
+        """Cut off the first of some connections, which is none of ours from now on: it is closed only later."""
+        channel = next(iter(channels))
+        self.gone(channel)
+        channel.transport.abortConnection()
 
     def close(self) -> Deferred[None]:
         """Close every connection once what was said is sent, or after :data:`LINGER_S`.
@@ -203,7 +284,7 @@ class _Site(Site):
             return succeed(None)
         closed: Deferred[None] = Deferred()
         self._closing = closed
-        cutting: Timer = self._clock.scheduler.callLater(LINGER_S, self._cut)
+        cutting: Timer = self.clock.scheduler.callLater(LINGER_S, self._cut)
         for channel in list(self._all):
             channel.loseConnection()
 
