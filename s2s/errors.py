@@ -19,7 +19,8 @@
     │   ├── BadReply             the peer answered with what is no answer to this request
     │   └── Refused              the peer answered ``s2s.error``
     ├── DatabaseError
-    │   ├── DatabaseUnavailable  no connection, or it was lost; of a COMMIT the outcome is unknown
+    │   ├── DatabaseUnavailable  no connection, or it was lost
+    │   │   └── CommitLost       with a COMMIT under way, whose outcome is unknown
     │   └── StatementRefused     the database refused the data
     └── WireError                what we answer to a peer: one class a code, see :data:`BY_CODE`
         ├── Unsigned             BadJson TooLarge AuthRequired AuthBad
@@ -157,7 +158,11 @@ class DatabaseError(S2SError):
 
 
 class DatabaseUnavailable(DatabaseError):
-    """There is no connection, or it broke. Of a broken COMMIT the outcome is unknown."""
+    """There is no connection, or it broke: nothing was done, unless it is a :class:`CommitLost`."""
+
+
+class CommitLost(DatabaseUnavailable):
+    """The connection broke during the COMMIT: it may or may not have taken effect."""
 
 
 class StatementRefused(DatabaseError):

@@ -16,12 +16,26 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s import operations
 from s2s.catalogue import ORDERS
-from s2s.errors import BadPayload, Forbidden, NotFound, WireError
-from s2s.operations import OPERATIONS, commands, pages
-from s2s.operations.kind import Ask, Operation, Reply, decode, encode, members, perform
+from s2s.errors import (
+    BadPayload,
+    CommitLost,
+    DatabaseUnavailable,
+    DbUnavailable,
+    DeadlineExceeded,
+    DeadlinePassed,
+    Forbidden,
+    NotFound,
+    Overloaded,
+    StatementRefused,
+    UnknownOutcome,
+    WireError,
+)
+from s2s.operations import OPERATIONS, commands, engines, notices, orders, pages
+from s2s.operations.kind import Ask, Operation, Reply, Until, decode, encode, members, perform
 from s2s.operations.pages import Page, after_key, page
 from s2s.store.commands_admin import CommandRow
 from s2s.store.driver import Unreadable
+from s2s.store.engines import EngineRow
 from s2s.tokens import ACCESS
 
 _TXN: Any = object()
@@ -90,6 +104,63 @@ class PerformTests(SynchronousTestCase):
             self.assertRaises((Forbidden, BadPayload), steps.send, None)
         self.assertRaises(NotFound, next, self.steps(_operation(lambda _: iter(()), refused=tell), where={"id": 0}))
         self.assertEqual(told, [])
+
+
+class OnceTests(SynchronousTestCase):
+    """What must not be done twice, when it is not known whether it was done."""
+
+    def begin(self, operation: Operation[Any], body: Any, **ask: Any) -> Any:
+        """Begin, and give the steps with the first one taken."""
+        steps = perform(operation, Ask("me", "admin", body=body, **ask))
+        next(steps)
+        return steps
+
+    def test_unknown(self) -> None:
+        """Without a key it is told not to be asked for again, and an order by its id; with one it may be."""
+        tick, broadcast = orders.GIVE["admin.engine.force_tick.v1"], notices.BROADCAST
+        for lost, said in ((CommitLost("x"), DbUnavailable), (DeadlinePassed("x"), DeadlineExceeded)):
+            for operation, body in (
+                (tick, {"job_type": "decay"}),
+                (broadcast, {"scope": "global", "message": "Hello", "severity": "info", "ttl_s": 60}),
+            ):
+                error = self.assertRaises(said, self.begin(operation, body).throw, lost)
+                details = error.payload()["details"]
+                self.assertIs(details.pop("retryable"), False)
+                self.assertEqual(list(details), ["order_id"] if operation is tick else [])
+                self.assertIn(details.get("order_id", ""), str(error))
+            error = self.assertRaises(type(lost), self.begin(tick, {"job_type": "decay"}, idem_key="k").throw, lost)
+
+    def test_not_begun(self) -> None:
+        """What certainly was not done may be asked for again."""
+        for lost in (DatabaseUnavailable("x"), DeadlineExceeded(), Overloaded()):
+            steps = self.begin(
+                notices.BROADCAST, {"scope": "global", "message": "Hello", "severity": "info", "ttl_s": 60}
+            )
+            self.assertIs(self.assertRaises(type(lost), steps.throw, lost), lost)
+
+    def test_given(self) -> None:
+        """An order that is given is answered as such, whatever comes of waiting for it."""
+        now = datetime.now(timezone.utc)
+        row = orders.Order(
+            "1", "x", {}, "me", None, "queued", None, None, 0, None, None, now, None, None, progress=None
+        )
+        for lost in (Overloaded(), DeadlinePassed("x"), DatabaseUnavailable("x"), StatementRefused("x")):
+            for later in (False, True):
+                steps = self.begin(orders.GIVE["admin.engine.force_tick.v1"], {"job_type": "decay"}, query={"wait": 5})
+                self.assertIsInstance(steps.send((row, True)), Until)
+                if later:
+                    steps.send(None)
+                reply = self.assertRaises(StopIteration, steps.throw, lost).value
+                self.assertEqual((reply.status, reply.value, reply.location), (202, row, "/v1/orders/1"))
+
+    def test_asked(self) -> None:
+        """An engine that was asked may have obeyed, whatever comes of waiting for its answer."""
+        for lost in (Overloaded(), DeadlinePassed("x"), DatabaseUnavailable("x"), StatementRefused("x")):
+            steps = self.begin(engines.PAUSE_ENGINE, {"reason": "x"}, where={"name": "e"})
+            steps.send(None)
+            steps.send(EngineRow("e", "running", "", "k1", None, None, None))
+            self.assertIsInstance(steps.send(1), Until)
+            self.assertRaises(UnknownOutcome, steps.throw, lost)
 
 
 class PageTests(SynchronousTestCase):

@@ -10,7 +10,7 @@ from twisted.internet.defer import gatherResults
 from twisted.logger import LogEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s.errors import DatabaseUnavailable, OperatorError, StatementRefused
+from s2s.errors import CommitLost, DatabaseUnavailable, OperatorError, StatementRefused
 from s2s.limits import Counters
 from s2s.store import driver, pool
 from s2s.store.pool import Database, blocking
@@ -179,13 +179,33 @@ class DatabaseTests(DatabaseTestCase):
         self.assertEqual(self.flushLoggedErrors(), [])
 
     async def test_lost_before_the_commit(self) -> None:
-        """A COMMIT that finds no connection is a DatabaseUnavailable: its outcome is unknown."""
+        """Of a COMMIT that finds no connection, or loses it, the outcome is unknown."""
 
         def work(txn: driver.Cursor) -> None:
             txn.execute("insert into t values (1)")
             self.kill_connections()
 
-        await self.assertFailure(self.database.run(work), DatabaseUnavailable)
+        await self.assertFailure(self.database.run(work), CommitLost)
+
+        def die(txn: driver.Cursor) -> None:
+            txn.execute(
+                "create function die() returns trigger language plpgsql"
+                " as 'begin perform pg_terminate_backend(pg_backend_pid()); return new; end';"
+                "create constraint trigger die after insert on t deferrable initially deferred"
+                " for each row execute function die(); insert into t values (1)"
+            )
+
+        await self.assertFailure(self.database.run(die), CommitLost)
+        with self.assertRaises(DatabaseUnavailable), blocking(self.url) as txn:
+            self.assertRaises(CommitLost, pool.step, txn, die)
+
+    async def test_refused_by_the_commit(self) -> None:
+        """What the COMMIT itself refuses is refused, and was not done."""
+
+        def work(txn: driver.Cursor) -> None:
+            txn.execute("create table u (n int unique deferrable initially deferred); insert into u values (1), (1)")
+
+        await self.assertFailure(self.database.run(work), StatementRefused)
 
     async def test_an_outage_is_told_once(self) -> None:
         """However many calls fail, the log has one line when the database goes and one when it is back."""

@@ -15,6 +15,7 @@ from twisted.internet.threads import deferToThread
 from s2s.operations import OPERATIONS
 from s2s.store import tokens
 from s2s.store.pool import blocking
+from s2s.web.waiting import MOST
 from tests.support.cluster import Cluster
 from tests.support.crowd import Crowd
 from tests.support.http import ApiTestCase, ask
@@ -459,16 +460,20 @@ class ReadinessTests(ApiTestCase):
 
 
 class WaitingTests(ApiTestCase):
-    """A thousand who wait."""
+    """As many as may wait."""
 
     @inlineCallbacks
-    def test_a_thousand(self) -> Iterator[Deferred[Any]]:
-        """A thousand requests that wait hold up neither pushes nor other requests, and all end when the order does."""
+    def test_the_most(self) -> Iterator[Deferred[Any]]:
+        """Those who wait hold up nobody, and all end when the order does; one more is refused."""
         order_id = self.ask("POST", TICK, {"job_type": "decay"}).body["order_id"]
-        crowd = Crowd(self.api, self.tokens["admin"], f"/v1/orders/{order_id}?wait=60", 1000)
-        self.addCleanup(crowd.close)
+        path, half = f"/v1/orders/{order_id}?wait=60", MOST // 2
         before = self.role.rss
-        crowd.send()
+        crowds = []
+        for _ in range(2):
+            crowds.append(crowd := Crowd(self.api, self.tokens["admin"], path, half))
+            self.addCleanup(crowd.close)
+            crowd.send()
+            yield poll(lambda: self.ask("GET", "/v1/config").status == 200, "the line is short again")
         peer = self.role.connect()
         self.addCleanup(peer.close)
         peer.greet()
@@ -476,8 +481,14 @@ class WaitingTests(ApiTestCase):
             self.assertTrue(peer.call(PUSH, command(f"c{number}"))["accepted"])
             self.assertEqual(self.ask("GET", "/v1/config").status, 200)
         yield poll(lambda: self.count("notices") == 20, "the commands have run")
-        self.assertEqual(crowd.answered(), 0)
+        self.assertEqual([crowd.answered() for crowd in crowds], [0, 0])
         self.assertLess(self.role.rss - before, 100 << 20)
+
+        self.assertEqual(self.refused(503, "overloaded", "GET", path).body["retryable"], True)
+        # It is given, and so must not look as if it could be given again.
+        given = self.ask("POST", TICK + "?wait=5", {"job_type": "decay"})
+        self.assertEqual((given.status, given.body["status"]), (202, "queued"))
+
         self.execute("update orders set status = 'done', finished_at = now()")
-        yield poll(lambda: crowd.answered() == 1000, "all are answered", timeout=30)
-        self.assertEqual(crowd.statuses(), {200: 1000})
+        yield poll(lambda: sum(crowd.answered() for crowd in crowds) == MOST, "all are answered", timeout=30)
+        self.assertEqual([crowd.statuses() for crowd in crowds], [{200: half}] * 2)

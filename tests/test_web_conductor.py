@@ -10,7 +10,7 @@ from twisted.internet.task import Clock as FakeTime
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.clock import Clock
-from s2s.errors import DatabaseUnavailable, DeadlineExceeded, NotFound, Overloaded
+from s2s.errors import DatabaseUnavailable, DeadlineExceeded, DeadlinePassed, NotFound, Overloaded
 from s2s.limits import Counters
 from s2s.operations.kind import Ask, Operation, Reply, Until
 from s2s.store import audit
@@ -132,25 +132,49 @@ class ConductorTests(SynchronousTestCase):
         for each in performing:
             self.successResultOf(each)
 
-    def test_a_database_that_hangs(self) -> None:
-        """A step that takes too long is told of as one whose outcome is unknown; its place is free when it is over."""
+    def test_what_has_begun_is_not_refused(self) -> None:
+        """However long the line is, a request that has taken a step gets its next one."""
+        self.patch(module, "MOST_IN_LINE", 1)
 
         def begin(_: Ask) -> Any:
+            yield lambda txn: None
+            yield Until(lambda _, ids: ids, (1,), 5)
             return Reply((yield lambda txn: 5))
+
+        performing = []
+        for _ in range(THREADS + 5):
+            performing.append(self.perform(begin))
+            self.database.step()
+        for wait in self.waits:
+            wait.callback(None)
+        self.assertEqual(len(self.database.running), THREADS)
+        self.failureResultOf(self.perform(begin), Overloaded)
+        while self.database.running:
+            self.database.step()
+        self.assertEqual([self.successResultOf(each).value for each in performing], [5] * len(performing))
+
+    def test_a_database_that_hangs(self) -> None:
+        """A step that takes too long is told of: one that was begun as unknown, one in line as never to be begun."""
+        taken = []
+
+        def begin(ask: Ask) -> Any:
+            return Reply((yield lambda txn: taken.append(5) or 5))
 
         hanging = [self.perform(begin) for _ in range(THREADS + 1)]
         self.time.advance(STEP_S - 0.1)
         for each in hanging:
             self.assertNoResult(each)
         self.time.advance(0.1)
-        for each in hanging:
-            self.failureResultOf(each, DeadlineExceeded)
+        for each in hanging[:THREADS]:
+            self.failureResultOf(each, DeadlinePassed)
+        self.failureResultOf(hanging[THREADS], DeadlineExceeded)
         self.assertEqual(self.counters.met["http_step"], THREADS + 1)
         self.assertEqual(len(self.database.running), THREADS)
         after = self.perform(begin)
         while self.database.running:
             self.database.step()
         self.assertEqual(self.successResultOf(after).value, 5)
+        self.assertEqual(len(taken), THREADS + 1)
         self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_gone(self) -> None:
@@ -177,3 +201,21 @@ class ConductorTests(SynchronousTestCase):
         self.failureResultOf(second, CancelledError)
         self.assertEqual(done, ["first", "closed", "first", "closed"])
         self.assertEqual(self.database.running, [])
+
+    def test_gone_from_the_line(self) -> None:
+        """Whoever leaves while a step stands in line takes it along, and holds no place."""
+        visits = [Visit() for _ in range(THREADS + 2)]
+
+        def begin(_: Ask) -> Any:
+            return Reply((yield lambda txn: 5))
+
+        performing = [self.perform(begin, visit) for visit in visits]
+        visits[THREADS].leave()
+        self.failureResultOf(performing.pop(THREADS), CancelledError)
+        while self.database.running:
+            self.database.step()
+        self.assertEqual([self.successResultOf(each).value for each in performing], [5] * (THREADS + 1))
+        gone = Visit()
+        gone.leave()
+        self.failureResultOf(self.perform(begin, gone), CancelledError)
+        self.assertEqual((self.database.running, self.time.getDelayedCalls()), ([], []))

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from s2s.catalogue import BY_NAME, HEALTH_CHECK, PAUSE, RESUME, SHUTDOWN, SWEEP
 from s2s.errors import (
-    DatabaseUnavailable,
     DbUnavailable,
     DeadlineExceeded,
     InternalError,
@@ -19,6 +18,7 @@ from s2s.errors import (
     Overloaded,
     Paused,
     Refused,
+    S2SError,
     ShuttingDown,
     UnknownOutcome,
     harmless,
@@ -147,8 +147,8 @@ def _steer(type: str, ask: Ask) -> Steps[dict[str, Any]]:
     request_id: int = yield lambda txn: steering.ask(txn, name, type, ask.body, ask.actor)
     try:
         answer = (yield from _came({name: request_id}))[name]
-    except DatabaseUnavailable as error:
-        raise UnknownOutcome(f"the database was lost, and the outcome is unknown: {error}") from None
+    except S2SError as error:
+        raise UnknownOutcome(f"it was asked, but the answer cannot be waited for: {error}") from None
     said = answer.answer or {}
     if answer.is_ok:
         return Reply({"engine": name, **said})

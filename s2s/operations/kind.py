@@ -16,7 +16,16 @@ import msgspec
 
 from s2s.catalogue import BY_NAME, COMMAND_PUSH
 from s2s.catalogue.schema import Schema
-from s2s.errors import BadPayload, Forbidden, NotFound, WireError
+from s2s.errors import (
+    BadPayload,
+    CommitLost,
+    DbUnavailable,
+    DeadlineExceeded,
+    DeadlinePassed,
+    Forbidden,
+    NotFound,
+    WireError,
+)
 from s2s.store.driver import Cursor, Unreadable
 from s2s.tokens import Access, allows
 
@@ -193,6 +202,22 @@ def once(work: Callable[[Cursor, Ask], R]) -> Callable[[Ask], Steps[R]]:
         return Reply((yield lambda txn: work(txn, ask)))
 
     return begin
+
+
+def take_once(step: Callable[[Cursor], T], what: str, **details: Any) -> Part[T]:
+    """Take a step that would do something a second time if whoever asked did so again.
+
+    :param what: what it does, in words, such as "the order was given".
+    :raises WireError: it is not known whether it took effect, and so it must not be asked for again.
+    """
+    unknown = f"whether {what} is unknown: look before it is asked for again"
+    try:
+        came: T = yield step
+    except CommitLost:
+        raise DbUnavailable(f"the database was lost, and {unknown}", retryable=False, **details) from None
+    except DeadlinePassed as error:
+        raise DeadlineExceeded(f"{error}, and {unknown}", retryable=False, **details) from None
+    return came
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------

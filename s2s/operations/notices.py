@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from s2s.commands import BUILTIN, registry
-from s2s.operations.kind import Ask, Operation, Reply, Steps, encode
+from s2s.operations.kind import Ask, Operation, Reply, Steps, encode, take_once
 from s2s.operations.pages import Page, listing, paged
 from s2s.store import audit, broadcasts, notices
 from s2s.store.driver import Cursor
@@ -23,7 +23,8 @@ class Broadcast:
 
 
 def _broadcast(ask: Ask) -> Steps[Broadcast]:
-    return Reply(Broadcast((yield lambda txn: _add(txn, ask.body))), 201)
+    broadcast_id = yield from take_once(lambda txn: _add(txn, ask.body), "the broadcast was added")
+    return Reply(Broadcast(broadcast_id), 201)
 
 
 def _add(txn: Cursor, body: dict[str, Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -10,8 +11,8 @@ from typing import Any, Final
 from ulid import ULID
 
 from s2s.catalogue import BY_NAME, ORDERS
-from s2s.errors import BadPayload, DatabaseUnavailable, DbUnavailable, IdemConflict, NotFound, WireError
-from s2s.operations.kind import Ask, Operation, Part, Reply, Rule, Steps, Until, encode
+from s2s.errors import BadPayload, IdemConflict, NotFound, S2SError, WireError
+from s2s.operations.kind import Ask, Operation, Part, Reply, Rule, Steps, Until, encode, take_once
 from s2s.operations.pages import Page, listing, paged
 from s2s.orders import builtin
 from s2s.store import audit
@@ -54,36 +55,38 @@ def _shown(row: OrderRow) -> Order:
 
 def _give(rpc: str, ask: Ask) -> Steps[Order]:
     """Write an order down, unless it was given before, and wait for its end as long as is wanted."""
-    order_id, is_new = yield partial(_write, rpc, ask, str(ULID()))
-    try:
-        row = yield from _follow(order_id, ask.query["wait"])
-    except DatabaseUnavailable:
-        # Not to be given again: without a key it would be another one.
-        raise DbUnavailable(
-            f"order {order_id} is given, but the database was lost: look later", order_id=order_id, retryable=False
-        ) from None
+    order_id = str(ULID())
+    write = partial(_write, rpc, ask, order_id)
+    row: Order
+    if ask.idem_key is None:
+        row, is_new = yield from take_once(write, f"order {order_id} was given", order_id=order_id)
+    else:
+        row, is_new = yield write
+    with suppress(S2SError):
+        # It is given: what fails from now on is told by its row, and must not look as if it could be given again.
+        row = yield from _until_over(row, ask.query["wait"])
     status = 202 if row.status in table.OPEN else 201 if is_new else 200
-    return Reply(row, status, f"/v1/orders/{order_id}")
+    return Reply(row, status, f"/v1/orders/{row.order_id}")
 
 
-def _write(rpc: str, ask: Ask, order_id: str, txn: Cursor) -> tuple[str, bool]:
+def _write(rpc: str, ask: Ask, order_id: str, txn: Cursor) -> tuple[Order, bool]:
     try:
         order, is_new = table.give(txn, order_id, rpc, ask.body, ask.actor, ask.idem_key)
     except IdemConflict as error:
         raise IdemConflict("the Idempotency-Key is that of another order", order_id=error.details["order_id"]) from None
-    return order.order_id, is_new
+    return _find(order.order_id, txn), is_new
 
 
 def _show(ask: Ask) -> Steps[Order]:
-    return Reply((yield from _follow(ask.where["order_id"], ask.query["wait"])))
+    row: Order = yield partial(_find, ask.where["order_id"])
+    return Reply((yield from _until_over(row, ask.query["wait"])))
 
 
-def _follow(order_id: str, wait_s: float) -> Part[Order]:
-    """Look at an order until it is over, or the time is."""
-    row: Order = yield partial(_find, order_id)
+def _until_over(row: Order, wait_s: float) -> Part[Order]:
+    """Look at an order again when it is over, or the time is."""
     if wait_s and row.status in table.OPEN:
-        yield Until(table.over, (order_id,), wait_s)
-        row = yield partial(_find, order_id)
+        yield Until(table.over, (row.order_id,), wait_s)
+        row = yield partial(_find, row.order_id)
     return row
 
 

@@ -20,7 +20,7 @@ from psycopg2.extensions import (
     parse_dsn,
 )
 
-from s2s.errors import DatabaseError, DatabaseUnavailable, OperatorError, StatementRefused
+from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, OperatorError, StatementRefused
 
 Connection = connection
 #: What every store function takes first: a cursor inside a transaction.
@@ -101,10 +101,14 @@ def told(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError
     :param conn: the connection that it came from; ``None``: there was none.
     """
     state = error.pgcode or ""
-    text = (error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()[0]
+    text = _text(error)
     if conn is None or is_broken(conn) or is_of_the_connection(error) or _PASSING.match(state):
         return DatabaseUnavailable(text)
     return StatementRefused(text, error.diag.constraint_name)
+
+
+def _text(error: psycopg2.Error) -> str:
+    return (error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_passing(error: BaseException) -> bool:
@@ -135,10 +139,16 @@ def commit(conn: Connection) -> None:
     """Commit, truly: PostgreSQL answers the COMMIT of a failed transaction with a ROLLBACK and no error.
 
     :raises StatementRefused: a statement had failed and its error was swallowed.
+    :raises CommitLost: the connection broke.
     """
     if conn.info.transaction_status == TRANSACTION_STATUS_INERROR:
         raise StatementRefused("a statement of the transaction had failed before its COMMIT")
-    conn.commit()
+    try:
+        conn.commit()
+    except psycopg2.Error as error:
+        if is_broken(conn) or is_of_the_connection(error):
+            raise CommitLost(_text(error)) from None
+        raise
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from s2s.errors import DatabaseUnavailable, S2SError
+from s2s.errors import CommitLost, DatabaseUnavailable, S2SError
 from s2s.limits import Counters
 from s2s.store import driver
 from s2s.store.driver import Connection, Cursor
@@ -147,7 +147,7 @@ class Database:
 
         :param work: a plain function of a cursor; an exception of its own rolls back and comes through as it is.
         :returns: fires with its result after the COMMIT. It fails with :class:`DatabaseUnavailable` when there is no
-            connection, when it broke (of a broken COMMIT the outcome is unknown) or when too many wait, and with
+            connection, when it broke (with :class:`CommitLost` during the COMMIT) or when too many wait, and with
             :class:`StatementRefused` when the database refused the data.
         """
         if self._refusal:
@@ -223,7 +223,9 @@ class Database:
             failed = driver.told(error, conn) if isinstance(error, psycopg2.Error) else None
             if is_broken:
                 # Whatever the work made of it.
-                failed = failed or DatabaseUnavailable("the connection broke")
+                failed = failed or (
+                    error if isinstance(error, CommitLost) else DatabaseUnavailable("the connection broke")
+                )
                 self._reactor.callFromThread(self._tell, True, str(failed))
             if failed is not None:
                 raise failed from None

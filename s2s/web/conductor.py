@@ -8,7 +8,7 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore
 from twisted.python.failure import Failure
 
 from s2s.clock import Clock
-from s2s.errors import DeadlineExceeded, Overloaded
+from s2s.errors import DeadlineExceeded, DeadlinePassed, Overloaded
 from s2s.limits import Counters
 from s2s.operations.kind import Ask, Operation, Reply, Step, Until, advance, perform
 from s2s.store import audit
@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 #: Connections of the pool that requests have at once: pushes, keys and the executor have theirs in any case.
 THREADS: Final = 2
-#: Steps that may stand in line for one of them.
+#: Steps that may stand in line for one of them before requests are refused; one that has begun is never.
 MOST_IN_LINE: Final = 1000
 #: Seconds that a step may take, with its time in line: of a database that hangs nobody hears otherwise.
 STEP_S: Final = 10.0
@@ -33,23 +33,29 @@ class Visit:
     """
 
     def __init__(self) -> None:
-        self._wait: Deferred[None] | None = None
+        self._wait: Deferred[Any] | None = None
         self.is_left = False
 
     def leave(self) -> None:
-        """Whoever asked is gone: a step under way is finished, and nothing is waited for any more."""
+        """Whoever asked is gone: a step at the database is finished, and nothing else is waited for or begun."""
         self.is_left = True
         if self._wait is not None:
             self._wait.cancel()
 
-    async def wait(self, wait: Deferred[None]) -> None:
-        """Wait, unless nobody is there any more.
+    def check(self) -> None:
+        """See that somebody is there.
 
         :raises CancelledError: nobody is.
         """
-        self._wait = wait
         if self.is_left:
-            wait.cancel()
+            raise CancelledError
+
+    async def wait(self, wait: Deferred[Any]) -> None:
+        """Wait, as long as somebody is there.
+
+        :raises CancelledError: nobody is any more.
+        """
+        self._wait = wait
         try:
             await wait
         finally:
@@ -75,13 +81,18 @@ class Conductor:
         steps = perform(operation, ask)
         came: Any = None
         failed: Exception | None = None
+        has_begun = False
         while not isinstance(step := advance(steps, came, failed), Reply):
             came = failed = None
             try:
+                visit.check()
                 if isinstance(step, Until):
                     await visit.wait(self._waiting.wait(step))
                 else:
-                    came = await self._run(ask.actor, step)
+                    if not has_begun:
+                        self._check_line()
+                    came = await self._run(ask.actor, step, visit)
+                    has_begun = True
             except CancelledError:
                 steps.close()
                 raise
@@ -89,23 +100,36 @@ class Conductor:
                 failed = error
         return step
 
-    def _run(self, actor: str, step: Step) -> Deferred[Any]:
+    def _check_line(self) -> None:
         if len(self._places.waiting) >= MOST_IN_LINE:
             self._counters.meet("http_line")
             raise Overloaded(f"{MOST_IN_LINE} requests stand in line already", retry_after_ms=1000)
+
+    async def _run(self, actor: str, step: Step, visit: Visit) -> Any:
+        """Take one step, within :data:`STEP_S`.
+
+        :raises DeadlineExceeded: it was not begun, and will not be.
+        :raises DeadlinePassed: it was, and may or may not take effect.
+        """
+        scheduler = self._clock.scheduler
+        until = self._clock.mono() + STEP_S
+        place = self._places.acquire()
+        await visit.wait(place.addTimeout(STEP_S, scheduler, lambda *_: self._late(DeadlineExceeded())))
         answer: Deferred[Any] = Deferred()
 
         def done(outcome: Any) -> None:
-            # A step that is over too late is over all the same, and gives its place back only then.
-            if not answer.called:
-                answer.callback(outcome)
+            # One that is over too late gives its place back only then, and tells nobody: the answer was cancelled.
+            self._places.release()
+            answer.callback(outcome)
 
-        self._places.run(self._database.run, _signed, actor, step).addBoth(done)
-        return answer.addTimeout(STEP_S, self._clock.scheduler, self._late)
+        self._database.run(_signed, actor, step).addBoth(done)
+        left_s = max(0.0, until - self._clock.mono())
+        unknown = DeadlinePassed("the database does not answer in time")
+        return await answer.addTimeout(left_s, scheduler, lambda *_: self._late(unknown))
 
-    def _late(self, *_: object) -> Failure:
+    def _late(self, error: Exception) -> Failure:
         self._counters.meet("http_step")
-        return Failure(DeadlineExceeded())
+        return Failure(error)
 
 
 def _signed(txn: Cursor, actor: str, step: Step) -> Any:
