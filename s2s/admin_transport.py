@@ -8,10 +8,23 @@ from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import treq
+from hyperlink import EncodedURL
 from OpenSSL import SSL
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
-from twisted.web.client import Agent, HTTPConnectionPool, ResponseFailed, ResponseNeverReceived
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+from twisted.web.client import (  # type: ignore[attr-defined]
+    Agent,
+    HTTPConnectionPool,
+    RequestGenerationFailed,
+    RequestNotSent,
+    RequestTransmissionFailed,
+    ResponseDone,
+    ResponseFailed,
+    ResponseNeverReceived,
+)
+from twisted.web.http import PotentialDataLoss
 
 from s2s.errors import BadReply, OperatorError, Refused, UnknownOutcome, Unreachable, harmless
 from s2s.operations.kind import Operation, decode, encode, said
@@ -39,19 +52,15 @@ class Transport:
     """
 
     def __init__(self, url: str, token: str, *, http: Any = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username is not None:
-            raise OperatorError(
-                f"the URL {harmless(url)!r} cannot be used: write http://HOST:PORT or https://HOST:PORT"
-            )
+        self._url = _read_url(url)
         if not token.isascii() or not token.isprintable() or " " in token or not token:
             raise OperatorError("the token cannot be used: it is one word, as s2s tokens add wrote it")
-        self._url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         self._pool: HTTPConnectionPool | None = None
-        if http is None:
-            from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
+        from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
 
+        self._reactor: Any = reactor
+        if http is None:
             self._pool = HTTPConnectionPool(reactor)
             # Before the server closes it: a request that meets the end of a connection may or may not have arrived.
             self._pool.cachedConnectionTimeout = KEEP_S
@@ -116,34 +125,108 @@ class Transport:
             if status in operation.statuses:
                 return decode(data, operation)
             refused = Refused(str(data.pop("code")), str(data.pop("detail")), data)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise BadReply(f"{self._url} does not answer as a server of s2s: status {status}") from None
         raise refused
 
     async def _send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float
     ) -> tuple[int, bytes]:
-        answer = bytearray()
-
-        def collect(chunk: bytes) -> None:
-            answer.extend(chunk)
-            if len(answer) > ANSWER_BYTES:
-                raise BadReply(f"the answer has more than {ANSWER_BYTES} bytes")
-
         try:
-            # Not where a redirect leads: the token is for this server.
-            response = await self._http.request(
-                method, url, headers=headers, data=body, timeout=timeout_s, allow_redirects=False, unbuffered=True
-            )
-            await treq.collect(response, collect)
-        except (ConnectError, DNSLookupError, ConnectingCancelledError) as error:
+            exchange = Deferred.fromCoroutine(self._exchange(method, url, headers, body))
+            return await exchange.addTimeout(timeout_s, self._reactor, lambda *_: _late(timeout_s))
+        except (ConnectError, DNSLookupError, ConnectingCancelledError, RequestNotSent) as error:
             raise Unreachable(f"{self._url} does not answer: {_why(error)}") from None
-        except (ResponseFailed, ResponseNeverReceived, CancelledError) as error:
+        except (
+            RequestGenerationFailed,
+            RequestTransmissionFailed,
+            ResponseFailed,
+            ResponseNeverReceived,
+            CancelledError,
+        ) as error:
             reasons = [reason.value for reason in getattr(error, "reasons", ())]
             if any(isinstance(reason, SSL.Error) for reason in reasons):
                 raise Unreachable(f"{self._url} does not answer: TLS failed: {_why(*reasons)}") from None
-            raise UnknownOutcome(f"the answer of {self._url} was lost: {_why(*(reasons or [error]))}") from None
-        return response.code, bytes(answer)
+            why = _why(*(reasons or [error]))
+            if self._url.startswith("https") and not isinstance(error, (ResponseFailed, CancelledError)):
+                why += " (does it speak TLS?)"
+            raise UnknownOutcome(
+                f"the answer of {self._url} was lost: {why}: look whether it was done before you ask again"
+            ) from None
+
+    async def _exchange(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None
+    ) -> tuple[int, bytes]:
+        # Not where a redirect leads: the token is for this server.
+        response = await self._http.request(
+            method, _Url.from_text(url), headers=headers, data=body, allow_redirects=False, unbuffered=True
+        )
+        if response.length == 0:
+            return response.code, b""
+        answer = _Answer()
+        response.deliverBody(answer)
+        return response.code, await answer.whole
+
+
+def _read_url(url: str) -> str:
+    """Read a server's URL, and give it in ASCII and without a stroke at its end.
+
+    :raises OperatorError: it is none; its text holds nothing of it, which may be a password.
+    """
+    wrong = OperatorError("the URL of the server cannot be used: write http://HOST:PORT or https://HOST:PORT")
+    try:
+        parts = urlsplit(url)
+        is_ours = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        if not is_ours or parts.query or parts.fragment or parts.username is not None:
+            raise wrong
+        return _Url.from_text(url).to_uri().to_text().rstrip("/")
+    except ValueError:
+        raise wrong from None
+
+
+class _Url(EncodedURL):
+    """A URL whose host may be an IPv6 address, which hyperlink takes for a name (its issues 68 and 188)."""
+
+    def to_uri(self) -> EncodedURL:
+        """Give it in ASCII."""
+        return self if ":" in self.host else super().to_uri()
+
+
+class _Answer(Protocol):
+    """Collects the body of an answer.
+
+    :ivar whole: fires with it; cancelled, it closes the connection.
+    """
+
+    transport: Any
+
+    def __init__(self) -> None:
+        self._body = bytearray()
+        self.whole: Deferred[bytes] = Deferred(lambda _: self._leave())
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take a part."""
+        self._body += data
+        if len(self._body) > ANSWER_BYTES and not self.whole.called:
+            self.whole.errback(BadReply(f"the answer has more than {ANSWER_BYTES} bytes"))
+            self._leave()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """That was all, or the connection broke."""
+        if self.whole.called:
+            return
+        if reason.check(ResponseDone, PotentialDataLoss):
+            self.whole.callback(bytes(self._body))
+        else:
+            self.whole.errback(reason)
+
+    def _leave(self) -> None:
+        if self.transport is not None:
+            self.transport.loseConnection()
+
+
+def _late(timeout_s: float) -> Failure:
+    return Failure(CancelledError(f"it did not come within {timeout_s:g} s"))
 
 
 def _why(*errors: BaseException) -> str:

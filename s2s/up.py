@@ -131,15 +131,9 @@ def connect_endpoint(listen: str) -> str:
 
     :raises OperatorError: it is not of ``tcp`` or ``unix``, or names no fixed port or path.
     """
-    kind, *parts = (re.sub(r"\\(.)", r"\1", part) for part in re.split(r"(?<!\\):", listen))
-    named = dict(part.split("=", 1) for part in parts if "=" in part)
-    first = next((part for part in parts if "=" not in part), "")
+    kind, first, named = _parts(listen)
     if kind == "tcp":
-        port = named.get("port", first)
-        if not (port.isdecimal() and 0 < int(port) < 65536):
-            raise OperatorError(f"--listen {listen}: s2s up needs a port from 1 to 65535, such as tcp:4321")
-        interface = named.get("interface", "")
-        host = "127.0.0.1" if interface in ("", "0.0.0.0", "::") else interface  # noqa: S104 - compared, not bound
+        host, port = _tcp("--listen", listen)
         return f"tcp:host={_quoted(host)}:port={port}"
     if kind == "unix" and (path := named.get("address", first)):
         return f"unix:{_quoted(path)}"
@@ -151,11 +145,27 @@ def http_url(http: str) -> str:
 
     :raises OperatorError: it is not of ``tcp``, or names no fixed port.
     """
-    try:
-        named = dict(part.split("=", 1) for part in connect_endpoint(http).split(":") if "=" in part)
-        return f"http://{named['host']}:{named['port']}"
-    except (OperatorError, KeyError):
-        raise OperatorError(f"--http {http}: s2s up takes tcp:PORT[:interface=ADDRESS]") from None
+    if _parts(http)[0] != "tcp":
+        raise OperatorError(f"--http {http}: s2s up takes tcp:PORT[:interface=ADDRESS]")
+    host, port = _tcp("--http", http)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _parts(endpoint: str) -> tuple[str, str, dict[str, str]]:
+    """Give an endpoint's kind, the first of its parts that has no name, and those that have."""
+    kind, *parts = (re.sub(r"\\(.)", r"\1", part) for part in re.split(r"(?<!\\):", endpoint))
+    named = dict(part.split("=", 1) for part in parts if "=" in part)
+    return kind, next((part for part in parts if "=" not in part), ""), named
+
+
+def _tcp(option: str, endpoint: str) -> tuple[str, int]:
+    """Give the host and port at which this machine reaches a ``tcp`` endpoint of its own."""
+    _, first, named = _parts(endpoint)
+    port = named.get("port", first)
+    if not (port.isdecimal() and 0 < int(port) < 65536):
+        raise OperatorError(f"{option} {endpoint}: s2s up needs a port from 1 to 65535, such as tcp:4321")
+    interface = named.get("interface", "")
+    return "127.0.0.1" if interface in ("", "0.0.0.0", "::") else interface, int(port)  # noqa: S104 - compared, not bound
 
 
 def _quoted(value: str) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 from treq.testing import StubTreq
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, inlineCallbacks, succeed
-from twisted.internet.endpoints import TCP4ServerEndpoint
+from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock as FakeTime
-from twisted.trial.unittest import SynchronousTestCase
+from twisted.trial.unittest import SynchronousTestCase, TestCase
 from twisted.web.resource import Resource
 from twisted.web.server import Site
 
@@ -191,11 +191,11 @@ class NetworkTests(DatabaseTestCase):
     timeout = 20
 
     @inlineCallbacks
-    def listening(self, factory: Any) -> Iterator[Deferred[Any]]:
+    def listening(self, factory: Any, scheme: str = "http") -> Iterator[Deferred[Any]]:
         """Listen, and give a client."""
         port = yield TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1").listen(factory)
         self.addCleanup(port.stopListening)
-        client = AdminClient(f"http://127.0.0.1:{port.getHost().port}", TOKEN)
+        client = AdminClient(f"{scheme}://127.0.0.1:{port.getHost().port}", TOKEN)
         self.addCleanup(client.close)
         return client
 
@@ -220,9 +220,16 @@ class NetworkTests(DatabaseTestCase):
     def test_lost(self) -> Iterator[Deferred[Any]]:
         """Where the answer is lost, or does not come in time, the outcome is unknown."""
         yield self.fails(Factory.forProtocol(_Mute), UnknownOutcome, "^the answer of .* was lost: ")
+        client = yield self.listening(Factory.forProtocol(_Mute), "https")
+        error = yield self.assertFailure(client.set_config("x", 1), CallError)
+        self.assertIn("TLS", str(error))
         self.patch(_Mute, "closes", False)
         self.patch(admin_transport, "ANSWER_S", 0.2)
-        yield self.fails(Factory.forProtocol(_Mute), UnknownOutcome, "^the answer of .* was lost: ")
+        late = (
+            "^the answer of .* was lost: it did not come within 0.2 s: look whether it was done before you ask again$"
+        )
+        yield self.fails(Factory.forProtocol(_Mute), UnknownOutcome, late)
+        yield self.fails(Factory.forProtocol(_Endless), UnknownOutcome, late)
 
     @inlineCallbacks
     def test_no_server_of_ours(self) -> Iterator[Deferred[Any]]:
@@ -235,6 +242,7 @@ class NetworkTests(DatabaseTestCase):
             (500, b'{"code": "x"}'),
             (418, b"[1]"),
             (404, b""),
+            (200, b"[" * 100_000),
         ):
             yield self.fails(Site(_Canned(status, body, {})), BadReply, "does not answer as a server of s2s")
         self.patch(admin_transport, "ANSWER_BYTES", 1000)
@@ -252,13 +260,33 @@ class NetworkTests(DatabaseTestCase):
         self.assertEqual(elsewhere.seen, [])
 
 
+class Ipv6Tests(TestCase):
+    """Where an address is no name."""
+
+    @inlineCallbacks
+    def test_an_address(self) -> Iterator[Deferred[Any]]:
+        """A server is reached by its IPv6 address."""
+        canned = _Canned(200, b'{"items": [], "next_cursor": null}', {})
+        port = yield TCP6ServerEndpoint(reactor, 0, interface="::1").listen(Site(canned))
+        self.addCleanup(port.stopListening)
+        client = AdminClient(f"http://[::1]:{port.getHost().port}", TOKEN)
+        self.addCleanup(client.close)
+        page = yield client.list_keys()
+        self.assertEqual((page.items, canned.seen), ([], [b"/v1/keys"]))
+
+
 class MistakeTests(SynchronousTestCase):
     """What the caller gets wrong."""
 
     def test_urls_and_tokens(self) -> None:
         """A URL or a token that cannot be one is refused at once, in a line that holds no token."""
-        for url in ("", "localhost:8321", "ftp://x", "http://", "http://u:p@x", "http://x?y=1"):
-            self.assertIn("cannot be used", str(self.assertRaises(OperatorError, AdminClient, url, TOKEN)))
+        for url in (
+            "", "localhost:8321", "ftp://x", "http://", "http://u:geheim@x", "http://u:geheim@x:port", "http://x?y=1",
+            "http://x#y", "http://[::1", "http://[::geheim]", "http://x:abc", "http://x:0", "http://x:99999", "http://x:-1",
+            "http://a..b", "http://" + "a" * 70, "http://x y", "http://x\x01", "http://[::1%25lo]",
+        ):  # fmt: skip
+            error = self.assertRaises(OperatorError, AdminClient, url, TOKEN)
+            self.assertRegex(str(error), "^the URL of the server cannot be used: write http://HOST:PORT or https")
         for token in ("", "a b", "a\nb", "\u00e9"):
             error = self.assertRaises(OperatorError, AdminClient, "http://x", token)
             self.assertEqual(str(error), "the token cannot be used: it is one word, as s2s tokens add wrote it")

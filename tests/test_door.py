@@ -134,6 +134,22 @@ class ShutTests(ApiTestCase):
         wrong.write_bytes(b"\xff")
         self.assertIn("it is no text", self.one_line(self.api, str(wrong)))
 
+    def test_cursors(self) -> None:
+        """Where a list cannot go on is said of the option."""
+        for before in ("nope", "bad id!"):
+            [(code, _, stderr)] = self.shell(["order", "list", "--before", before])
+            self.assertEqual((code, stderr), (1, f"Error: --before {before}: take it from a list that is newer\n"))
+
+    @inlineCallbacks
+    def test_a_token_that_ends(self) -> Iterator[Deferred[Any]]:
+        """A token that is revoked while an order is followed leaves it where it is, too."""
+        following = deferToThread(self.shell, ["order", "force-tick", "decay", "--wait", "30"])
+        yield poll(lambda: self.count("orders"), "it is given", timeout=20)
+        self.execute("delete from api_tokens")
+        [(code, _, stderr)] = yield following
+        self.assertEqual(code, 3)
+        self.assertRegex(stderr, r"the token is not valid.*: look later with: s2s order show ")
+
     @inlineCallbacks
     def test_an_order_whose_answer_is_lost(self) -> Iterator[Deferred[Any]]:
         """A server that dies while an order is followed leaves it where it is, and the command says where to look."""

@@ -16,7 +16,7 @@ from s2s.store.tokens import TokenRow
 from s2s.tokens import digest, make
 from s2s.web import sign_in
 from s2s.web.problems import Problem
-from s2s.web.sign_in import FAILURES, FORGIVE_S, POLL_S, SignIn
+from s2s.web.sign_in import FAILURES, FORGIVE_S, POLL_S, Caller, SignIn
 from tests.support.http import ApiTestCase, ask
 from tests.support.waiting import poll
 
@@ -159,6 +159,24 @@ class SignInTests(SynchronousTestCase):
         self.time.advance(FORGIVE_S * FAILURES)
         for _ in range(FAILURES):
             self.assertIsInstance(self.try_("Bearer x"), AuthBad)
+
+    def test_the_limit_at_once(self) -> None:
+        """Who tries many at once has no more of them; what turns out to be right, or cannot be judged, is none."""
+        trying = [self.trying(f"Bearer {make('x')}") for _ in range(FAILURES + 9)]
+        self.time.advance(0)
+        told = [type(self.successResultOf(each)) for each in trying]
+        self.assertEqual(told, [AuthBad] * FAILURES + [Problem] * 9)
+
+        self.time.advance(FORGIVE_S * FAILURES)
+        new = make("carol")
+        self.database.rows.append(TokenRow("carol", "operator", digest(new), None))
+        for is_away, told in ((True, DbUnavailable), (False, Caller)):
+            self.database.is_away = is_away
+            for _ in range(2):
+                trying = [self.trying(f"Bearer {new}") for _ in range(FAILURES)]
+                self.time.advance(sign_in.UNKNOWN_GAP_S)
+                self.assertEqual({type(self.successResultOf(each)) for each in trying}, {told})
+        self.flushLoggedErrors()
 
     def test_its_memory(self) -> None:
         """Only so many addresses are remembered; the oldest is forgotten."""

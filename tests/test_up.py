@@ -305,3 +305,14 @@ class EndpointTests(SynchronousTestCase):
         """What names no place that an engine can be sent to is refused in one line."""
         for listen in ("tcp:0", "tcp:", "tcp:http", "tcp:65536", "ssl:4321", "unix:", ""):
             self.assertNotIn("\n", str(self.assertRaises(OperatorError, up.connect_endpoint, listen)))
+
+    def test_the_url(self) -> None:
+        """So does the URL the API's; only a TCP port has one."""
+        for http, url in {
+            "tcp:8321": "http://127.0.0.1:8321",
+            "tcp:port=8321:interface=localhost": "http://localhost:8321",
+            r"tcp:8321:interface=\:\:1": "http://[::1]:8321",
+        }.items():
+            self.assertEqual(up.http_url(http), url)
+        for http in ("tcp:0", "unix:x", "ssl:8321", "off"):
+            self.assertIn("--http", str(self.assertRaises(OperatorError, up.http_url, http)))

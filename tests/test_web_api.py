@@ -148,6 +148,12 @@ class WrapperTests(ApiTestCase):
             self.ask("GET", "/v1/commands?cmd_type=%C3%A9&limit=500&cursor=999999999999999999").body["items"], []
         )
 
+    def test_where_it_is_wrong(self) -> None:
+        """What is said to be wrong stands where it is said to stand."""
+        self.assertNotIn("path", self.refused(404, "not_found", "PUT", "/v1/config/nope", {"value": 1}).body)
+        many = "&".join(f"a{n}=1" for n in range(40))
+        self.assertIn("more than 32", self.refused(422, "bad_payload", "GET", f"/v1/orders?{many}").body["detail"])
+
     def test_bodies(self) -> None:
         """A body is one strict JSON object of the right kind; what is wrong with it is named, and nothing is done."""
         for raw, rule in (

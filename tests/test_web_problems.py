@@ -59,6 +59,7 @@ class ProblemTests(SynchronousTestCase):
         for code, status in (
             ("not_ready", 409), ("shutting_down", 409), ("overloaded", 503), ("db_unavailable", 503),
             ("deadline_exceeded", 504), ("internal_error", 502), ("bad_payload", 502), ("unsupported_type", 502),
+            ("unsupported_version", 502), ("bad_envelope", 502), ("unknown_command", 502), ("not_found", 502),
         ):  # fmt: skip
             said = problem(Refused(code, "no", {}))
             self.assertEqual((said.status, said.body["code"]), (status, code))

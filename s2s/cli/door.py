@@ -23,7 +23,15 @@ from twisted.internet.threads import blockingCallFromThread
 from s2s import preflight
 from s2s.admin_client import AdminClient
 from s2s.cli.common import actor, database_options, one_line_errors, transaction
-from s2s.errors import AuthBad, AuthRequired, OperatorError, Refused, Unreachable, WireError
+from s2s.errors import (
+    AuthBad,
+    AuthRequired,
+    OperatorError,
+    Refused,
+    Unreachable,
+    WireError,
+    harmless,
+)
 from s2s.operations.kind import Ask, Operation, Reply, Steps, Until, advance, perform, said
 from s2s.operations.pages import MOST_ROWS, Page
 from s2s.store import driver, pool
@@ -168,7 +176,12 @@ def rows(
     cursor = None if before is None else str(before)
     while len(found) < limit:
         wanted = min(limit - len(found), MOST_ROWS)
-        page = door.call(operation, query={**filters, "limit": wanted, "cursor": cursor})
+        try:
+            page = door.call(operation, query={**filters, "limit": wanted, "cursor": cursor})
+        except Refused as error:
+            if before is None or error.details.get("path") != "/query/cursor":
+                raise
+            raise OperatorError(f"--before {harmless(str(before))}: take it from a list that is newer") from None
         found += page.items
         cursor = page.next_cursor
         if cursor is None:

@@ -19,7 +19,6 @@ from s2s.cli.door import Door, rows, with_door
 from s2s.errors import (
     CallError,
     DatabaseUnavailable,
-    DbUnavailable,
     IdemConflict,
     NotFound,
     OperatorError,
@@ -113,11 +112,11 @@ def _give(door: Door, rpc: str, params: Mapping[str, Value], idem_key: str | Non
             raise OperatorError(
                 f"the --idem-key is that of another order: see it with: s2s order show {order_id}"
             ) from None
-        if error.code == DbUnavailable.code and order_id is not None:
-            _leave(f"the database was lost: look later with: s2s order show {order_id}")
+        if order_id is not None:
+            _leave(f"{error.message}: s2s order show {order_id}")
         raise OperatorError(f"refused, {error.code}: {error.message.replace('at /body/', 'at /', 1)}") from None
     except UnknownOutcome as error:
-        _leave(f"{error}, and whether the order is given is not known: see s2s order list")
+        _leave(f"{error}: s2s order list")
 
 
 def _leave(why: str) -> NoReturn:
@@ -165,7 +164,7 @@ def _follow(door: Door, row: Order, wait_s: float) -> Order:
         while row.status in OPEN and time.monotonic() - moved_at < wait_s:
             try:
                 before, row = row, door.call(orders.SHOW, where={"order_id": row.order_id}, query={"wait": _LOOK_S})
-            except (DatabaseUnavailable, CallError) as error:
+            except (DatabaseUnavailable, CallError, OperatorError) as error:
                 lost = "database" if isinstance(error, DatabaseUnavailable) else "server"
                 _leave(f"the {lost} was lost: {error}: look later with: s2s order show {row.order_id}")
             if (row.status, row.state) != (before.status, before.state):

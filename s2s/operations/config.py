@@ -43,6 +43,7 @@ def _show(txn: Cursor, ask: Ask) -> ConfigRow:
 
 
 def _set(txn: Cursor, ask: Ask) -> Setting:
+    _show(txn, ask)  # for the setting is none of the body
     return Setting(**set_value(txn, ask.where["key"], ask.body["value"], ask.actor, "/body"))
 
 

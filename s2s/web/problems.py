@@ -53,10 +53,14 @@ STATUS: Final = {
     "db_unavailable": 503,
     "deadline_exceeded": 504,
 }
-#: The status of what an engine answers, where it is another one: of its state, and of what should not be.
+#: The status of what an engine answers of its state; what else it answers should not be, and is a 502.
 _OF_AN_ENGINE: Final = {
+    "not_ready": 409,
+    "paused": 409,
     "shutting_down": 409,
-    **dict.fromkeys(("internal_error", "bad_payload", "unsupported_type", "forbidden", "ts_skew", "replay"), 502),
+    "overloaded": 503,
+    "db_unavailable": 503,
+    "deadline_exceeded": 504,
 }
 
 _log: Final = Logger(namespace="s2s.web")
@@ -128,4 +132,4 @@ def _by_engine(error: Refused) -> Problem:
         return Problem(InternalError(f"the engine refused, {harmless(error.code)}: {harmless(error.message)}"), 502)
     said = known(error.message)
     said.details = {**error.details, "retryable": error.retryable}
-    return Problem(said, _OF_AN_ENGINE.get(error.code))
+    return Problem(said, _OF_AN_ENGINE.get(error.code, 502))

@@ -80,15 +80,19 @@ class SignIn:
         if caller is None:
             if not self._failures.may_try(address):
                 self._refuse_for_now(address)
+            # Until it is known to be none: many at once would all find room.
+            self._failures.add(address)
             # One that was just made is not known yet.
             if name_of(token) is not None:
                 try:
                     await self._read_again()
                 except DatabaseError:
+                    self._failures.take_back(address)
                     raise DbUnavailable(retry_after_ms=1000) from None
                 caller = self._find(token)
+            if caller is not None:
+                self._failures.take_back(address)
         if caller is None:
-            self._failures.add(address)
             raise AuthBad("the token is not valid: it was never made, has expired, or was revoked")
         return caller
 
@@ -155,6 +159,11 @@ class _Failures:
         self._full.move_to_end(address)
         if len(self._full) > MOST_ADDRESSES:
             self._full.popitem(last=False)
+
+    def take_back(self, address: str) -> None:
+        if address in self._full:
+            level, at = self._full[address]
+            self._full[address] = (level - 1, at)
 
     def _level(self, address: str) -> float:
         level, at = self._full.get(address, (0.0, 0.0))
