@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Final
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredLock
 from twisted.logger import Logger
 
 from s2s import canonical
@@ -86,6 +86,8 @@ class OrderRunner:
         self._has_link = has_link
         self._emitted = emitted
         self._turns = Turns("the runner of orders", self._turn, clock.scheduler, LINES)
+        #: Those that came over a link are written down one after the other, so that none overtakes those before it.
+        self._writing = DeferredLock()
         #: What is under way here, and since when.
         self._in_hand: dict[str, float] = {}
         #: Who waits for the end of an order that came over the link.
@@ -124,7 +126,7 @@ class OrderRunner:
             if known is None:
                 raise ShuttingDown("the engine is shutting down")
             return known
-        order, _ = await self._database.run(self._give, order_id, rpc, params, actor)
+        order, _ = await self._writing.run(self._database.run, self._give, order_id, rpc, params, actor)
         if not order.is_open or self._turns.is_stopping:
             return order
         waiter: Deferred[None] = Deferred()

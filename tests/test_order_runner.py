@@ -395,6 +395,25 @@ class OrderRunnerTests(DatabaseTestCase):
                 await runner.take("table", SECTOR, other, "key:k1")
         self.assertEqual(len(self.steps()), 2)
 
+    async def test_none_overtakes_over_the_link(self) -> None:
+        """Orders that come over the link are run as they came, however long it takes to write one down."""
+        self.has_link = True
+        write = table.give
+
+        def give(txn: Cursor, order_id: str, *args: Any, **how: Any) -> Any:
+            time.sleep(0.3 if order_id == "o0" else 0)
+            return write(txn, order_id, *args, **how)
+
+        self.patch(table, "give", give)
+        ids = [f"o{number}" for number in range(4)]
+        for order_id in ids:
+            self.give(order_id)
+        runner = self.start(lambda *_: {"ran": 1})
+        params = {"sector_id": 1, "status": "neutral"}
+        taken = [Deferred.fromCoroutine(runner.take(order_id, SECTOR, params, "key:k1")) for order_id in ids]
+        self.assertEqual([(await each).status for each in taken], ["done"] * 4)
+        self.assertEqual([order_id for order_id, _ in self.steps()], ids)
+
     def user(self) -> str:
         """Give the database's user."""
         return str(self.execute("select session_user")[0][0])
