@@ -132,7 +132,7 @@ class _Channel(http.HTTPChannel):
         """The request is answered. While too much of the answer is not sent, as nobody reads it, the next one waits."""
         self.site.idle(self)
         if not self.persistent or self._waitingForTransport:
-            self._taking = self._after(TAKE_S, self._is_late, "http_take")
+            self._taking = self._after(TAKE_S, self._is_not_read)
         if self.persistent and self._waitingForTransport:
             self._held = request
             self._networkProducer.pauseProducing()
@@ -181,7 +181,7 @@ class _Channel(http.HTTPChannel):
     def _arrives(self) -> None:
         if self._arriving is None:
             self.site.arrives(self)
-            self._arriving = self._after(ARRIVE_S, self._is_late, "http_arrive")
+            self._arriving = self._after(ARRIVE_S, self._is_late)
 
     def _has_arrived(self) -> None:
         _cancel(self._arriving)
@@ -189,15 +189,19 @@ class _Channel(http.HTTPChannel):
         self.site.arrived(self)
 
     def _close(self) -> None:
-        self._taking = self._after(TAKE_S, self._is_late, "http_take")
+        self._taking = self._after(TAKE_S, self._is_not_read)
         self.loseConnection()
 
-    def _after(self, seconds: float, what: Callable[..., None], *args: Any) -> Timer:
-        timer: Timer = self.site.clock.scheduler.callLater(seconds, what, *args)
+    def _after(self, seconds: float, what: Callable[[], None]) -> Timer:
+        timer: Timer = self.site.clock.scheduler.callLater(seconds, what)
         return timer
 
-    def _is_late(self, limit: str) -> None:
-        self.site.counters.meet(limit)
+    def _is_late(self) -> None:
+        self.site.counters.meet("http_arrive")
+        self.transport.abortConnection()
+
+    def _is_not_read(self) -> None:
+        self.site.counters.meet("http_take")
         self.transport.abortConnection()
 
 
