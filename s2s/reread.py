@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 #: Beside the tables' NOTIFY, which can be lost.
 POLL_S: Final = 30.0
-#: After a read that failed.
+#: After the beginning of a read that failed.
 RETRY_S: Final = 1.0
 
 
@@ -42,16 +42,20 @@ class Reread(Generic[T]):
         poll_s: float = POLL_S,
     ) -> None:
         self._database = database
+        self._clock = clock
         self._read = read
         self._args = args
         self._took = took
-        self._is_reading = False
-        self._waiters: list[Deferred[None]] = []
-        self._clock = clock
         self._poll = task.LoopingCall(self.changed)
         self._poll.clock = clock.scheduler
         self._poll_s = poll_s
-        self._retry: Timer | None = None
+        self._timer: Timer | None = None
+        self._began_at = float("-inf")
+        self._is_reading = False
+        self._is_stopped = False
+        #: What was wanted during a read.
+        self._gap_wanted: float | None = None
+        self._waiters: list[Deferred[None]] = []
 
     def start(self) -> Deferred[None]:
         """Read now, and now and then.
@@ -59,48 +63,84 @@ class Reread(Generic[T]):
         :returns: fires after the first read, whether it succeeded or not.
         """
         self._poll.start(self._poll_s, now=False)
-        return self.again().addErrback(self._kept)
+        return self.refresh()
 
     def stop(self) -> None:
-        """Poll no more."""
+        """Read no more; whoever waits for a read that has not begun waits no longer."""
+        self._is_stopped = True
         if self._poll.running:
             self._poll.stop()
-        if self._retry is not None and self._retry.active():
-            self._retry.cancel()
+        self._cancel()
+        self._fire()
 
-    def changed(self) -> None:
-        """It may have changed: read it soon."""
-        self.again().addErrback(self._kept)
+    def changed(self, gap_s: float = 0.0) -> None:
+        """It may have changed: read it soon, see :meth:`again`."""
+        self.refresh(gap_s)
 
-    def again(self) -> Deferred[None]:
+    def refresh(self, gap_s: float = 0.0) -> Deferred[None]:
+        """Do as :meth:`again`.
+
+        :returns: fires whether the read succeeded or not.
+        """
+        return self.again(gap_s).addErrback(self._kept)
+
+    def again(self, gap_s: float = 0.0) -> Deferred[None]:
         """Read it again.
 
-        :returns: fires after a read that began after this call, or fails with its :class:`DatabaseError`.
+        :param gap_s: seconds since the beginning of the read before, at least.
+        :returns: fires after a read that began after this call, or fails with its :class:`DatabaseError`; at once when
+            nothing is read any more.
         """
         waiter: Deferred[None] = Deferred()
         self._waiters.append(waiter)
-        if not self._is_reading:
-            self._begin()
+        self._read_after(gap_s)
         return waiter
 
+    def _read_after(self, gap_s: float) -> None:
+        if self._is_stopped:
+            self._fire()
+            return
+        if self._is_reading:
+            # What changed after that read began is not in it.
+            self._gap_wanted = gap_s if self._gap_wanted is None else min(gap_s, self._gap_wanted)
+            return
+        wait_s = self._began_at + gap_s - self._clock.mono()
+        if wait_s <= 0:
+            self._begin()
+        elif self._timer is None or not self._timer.active():
+            self._timer = self._clock.scheduler.callLater(wait_s, self._begin)
+        elif self._clock.mono() + wait_s < self._timer.getTime():
+            self._timer.reset(wait_s)
+
     def _begin(self) -> None:
+        self._cancel()
         self._is_reading = True
+        self._began_at = self._clock.mono()
         waiters, self._waiters = self._waiters, []
         reading = self._database.run(self._read, *self._args)
         reading.addCallback(self._took).addBoth(self._done, waiters)
 
     def _done(self, outcome: object, waiters: list[Deferred[None]]) -> None:
         self._is_reading = False
-        # What changed after that read began is not in it.
-        if self._waiters:
-            self._begin()
-        elif isinstance(outcome, Failure) and self._poll.running:
-            self._retry = self._clock.scheduler.callLater(RETRY_S, self.changed)
+        gap_s, self._gap_wanted = self._gap_wanted, None
+        if isinstance(outcome, Failure) and self._poll.running:
+            gap_s = RETRY_S if gap_s is None else gap_s
+        if gap_s is not None:
+            self._read_after(gap_s)
         for waiter in waiters:
             if isinstance(outcome, Failure):
                 waiter.errback(outcome)
             else:
                 waiter.callback(None)
+
+    def _cancel(self) -> None:
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
+
+    def _fire(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.callback(None)
 
     def _kept(self, failure: Failure) -> None:
         # Of a database that is away the pool has told.

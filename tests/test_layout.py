@@ -39,7 +39,7 @@ ROOMS = {
         "store.tokens", "store.listen",
     ],
     "first": [
-        "news", "turns", "pulse", "keys", "reread", "config", "links", "errand", "relay", "condition", "ledger",
+        "news", "turns", "pulse", "reread", "keys", "config", "links", "errand", "relay", "condition", "ledger",
         "wanted", "steering", "courier", "commands.kind", "commands.notice_publish", "commands",
         "jobs.kind", "jobs.drift", "jobs.port_refresh", "jobs.decay", "jobs", "plugins", "discovery",
         "orders.kind", "orders.config_set", "orders.force_tick", "orders.set_sector_status",

@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from twisted.internet.defer import Deferred
-from twisted.python.failure import Failure
-
-from s2s.clock import Clock, Timer
+from s2s.clock import Clock
 from s2s.errors import AuthBad, AuthRequired, DatabaseError, DbUnavailable, Overloaded
 from s2s.limits import Counters
 from s2s.reread import Reread
@@ -22,7 +19,7 @@ from s2s.web.problems import Problem
 
 #: Beside the table's NOTIFY, which can be lost.
 POLL_S: Final = 5.0
-#: Between two reads for a token that is not known, which anybody can make up.
+#: From the beginning of a read to one for a token that is not known, which anybody can make up.
 UNKNOWN_GAP_S: Final = 1.0
 #: Sign-ins of one address that may fail at once, and seconds until one more may.
 FAILURES: Final = 50
@@ -49,16 +46,8 @@ class SignIn:
         #: By name, with the moment of the monotonic clock at which each ends.
         self._tokens: dict[str, tuple[TokenRow, float | None]] = {}
         self._rereading = Reread(database, clock, table.read, (), self._took, POLL_S)
-        self._read_at = float("-inf")
-        self._timer: Timer | None = None
-        self._strangers: list[Deferred[None]] = []
-        self.start, self.changed = self._rereading.start, self._rereading.changed
-
-    def stop(self) -> None:
-        """Read no more; when nobody is to be told any more."""
-        self._rereading.stop()
-        if self._timer is not None:
-            self._timer.cancel()
+        self.start, self.stop = self._rereading.start, self._rereading.stop
+        self.changed = self._rereading.changed
 
     async def caller(self, authorization: str | None, address: str) -> Caller:
         """Tell who asks.
@@ -85,7 +74,7 @@ class SignIn:
             # One that was just made is not known yet.
             if name_of(token) is not None:
                 try:
-                    await self._read_again()
+                    await self._rereading.again(UNKNOWN_GAP_S)
                 except DatabaseError:
                     self._failures.take_back(address)
                     raise DbUnavailable(retry_after_ms=1000) from None
@@ -108,32 +97,6 @@ class SignIn:
         if row is None or not is_right or (ends_at is not None and ends_at <= self._clock.mono()):
             return None
         return Caller(f"token:{row.name}", row.role)
-
-    def _read_again(self) -> Deferred[None]:
-        """Read the tokens, for one that is not known; once in :data:`UNKNOWN_GAP_S` for all who wait for it.
-
-        :returns: fires after a read that began after this call, or fails with its :class:`DatabaseError`.
-        """
-        waiter: Deferred[None] = Deferred()
-        self._strangers.append(waiter)
-        if self._timer is None:
-            wait_s = max(0.0, self._read_at + UNKNOWN_GAP_S - self._clock.mono())
-            self._timer = self._clock.scheduler.callLater(wait_s, self._read_for_strangers)
-        return waiter
-
-    def _read_for_strangers(self) -> None:
-        self._timer = None
-        self._read_at = self._clock.mono()
-        strangers, self._strangers = self._strangers, []
-
-        def tell(outcome: object) -> None:
-            for waiter in strangers:
-                if isinstance(outcome, Failure):
-                    waiter.errback(outcome)
-                else:
-                    waiter.callback(None)
-
-        self._rereading.again().addBoth(tell)
 
     def _took(self, rows: Sequence[TokenRow]) -> None:
         now = self._clock.mono()
