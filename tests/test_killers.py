@@ -105,11 +105,11 @@ class KillerTests(RoleTestCase):
         yield server.start()
         # All were in one batch, and are charged alike.
         yield self.dies_of(server, 1)
-        self.execute("update commands set attempts = 8 where idem_key = 'killer'")
+        self.execute("update commands set attempts = 48, deaths = 48 where idem_key = 'killer'")
         self.rush()
-        yield self.dies_of(server, 9)
+        yield self.dies_of(server, 49)
         self.rush()
-        yield self.dies_of(server, 10, "dead")
+        yield self.dies_of(server, 50, "dead")
         self.assertEqual(self.execute("select error from commands where idem_key = 'killer'"), [(_DIED,)])
 
         def all_done() -> bool:
@@ -124,7 +124,7 @@ class KillerTests(RoleTestCase):
         yield poll(lambda: self.state("one more")[0] == "done", "the next command")
 
     def test_exit(self):
-        """One that ends the process is charged once for each death, dead after the tenth, and all others run once."""
+        """One that ends the process is charged once for each death, dead after 50, and all others run once."""
         return self.goes_dead("exit")
 
     def test_kill(self):

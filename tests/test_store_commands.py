@@ -177,3 +177,19 @@ class ClaimTests(DatabaseTestCase):
             self.assertEqual(finished is None, attempt < 10)
             self.assertLessEqual(pause, min(2**attempt, 300))
         self.assertEqual(commands.charge(self.txn, [(cmd_id, "again")]), 0)
+
+    def test_deaths_count_otherwise(self) -> None:
+        """Of charges for the death of a process the fiftieth is the last, after short pauses; ten failures are ten."""
+        self.insert(("a", 1, "now()", 0), ("b", 1, "now()", 0))
+        a, b = (cmd_id for (cmd_id,) in self.execute("select cmd_id from commands order by cmd_id"))
+        for attempt in range(1, 51):
+            died = {a, b} if attempt <= 30 else {a}
+            dead = commands.charge(self.txn, [(a, "died"), (b, "died or failed")], died)
+            self.txn.connection.commit()
+            self.assertEqual(dead, {40: 1, 50: 1}.get(attempt, 0), attempt)
+            pauses = "select max(extract(epoch from due_at - now()))::float8 from commands where cmd_id = any(%s)"
+            self.assertLessEqual(self.execute(pauses, sorted(died))[0][0], 10)
+        self.assertEqual(
+            self.execute("select attempts, deaths, status from commands order by cmd_id"),
+            [(50, 50, "dead"), (40, 30, "dead")],
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -14,8 +14,11 @@ from s2s.store.driver import Cursor
 
 #: A command that has failed so often is dead.
 MAX_ATTEMPTS: Final = 10
-#: The longest pause between two attempts, in seconds.
+#: So is one that was charged so often, the deaths of its process among them: most who die with a process are innocent.
+MAX_CHARGES: Final = 50
+#: The longest pause between two attempts, in seconds; after the death of its process.
 MAX_BACKOFF_S: Final = 300
+MAX_DEATH_BACKOFF_S: Final = 10
 
 
 # --- accepting -------------------------------------------------------------------------------------------------------
@@ -231,24 +234,31 @@ def finish(txn: Cursor, cmd_ids: Sequence[int]) -> None:
     txn.execute("update commands set status = 'done', finished_at = now() where cmd_id = any(%s::bigint[])", (cmd_ids,))
 
 
-def charge(txn: Cursor, failures: Sequence[tuple[int, str]]) -> int:
+def charge(txn: Cursor, failures: Sequence[tuple[int, str]], deaths: Container[int] = ()) -> int:
     """Charge a failed attempt to waiting commands: run again after a pause, or dead.
 
     :param failures: ``(cmd_id, error)``.
+    :param deaths: those among them whose process died.
     :returns: how many are dead now.
     """
     txn.execute(
-        "update commands c set attempts = c.attempts + 1, error = f.error,"
-        " status = case when c.attempts + 1 >= %(most)s then 'dead' else 'ready' end,"
-        " finished_at = case when c.attempts + 1 >= %(most)s then now() end,"
-        " due_at = clock_timestamp() + random() * least(power(2, c.attempts + 1), %(longest)s) * interval '1 second'"
-        " from unnest(%(ids)s::bigint[], %(errors)s::text[]) f (cmd_id, error)"
+        "update commands c set attempts = f.attempts, deaths = f.deaths, error = f.error,"
+        " status = case when f.is_last then 'dead' else 'ready' end, finished_at = case when f.is_last then now() end,"
+        " due_at = clock_timestamp() + random() * interval '1 second' * least(power(2, f.attempts),"
+        " case when f.died then %(death_pause)s else %(longest)s end)"
+        " from (select cmd_id, failed.error, died, attempts + 1 as attempts, deaths + died::integer as deaths,"
+        "  attempts + 1 >= %(charges)s or attempts + 1 - (deaths + died::integer) >= %(attempts)s as is_last"
+        "  from commands join unnest(%(ids)s::bigint[], %(errors)s::text[], %(died)s::boolean[])"
+        "  as failed (cmd_id, error, died) using (cmd_id)) f"
         " where c.cmd_id = f.cmd_id and c.status = 'ready' returning c.status",
         {
-            "most": MAX_ATTEMPTS,
+            "attempts": MAX_ATTEMPTS,
+            "charges": MAX_CHARGES,
             "longest": MAX_BACKOFF_S,
+            "death_pause": MAX_DEATH_BACKOFF_S,
             "ids": [cmd_id for cmd_id, _ in failures],
             "errors": [error for _, error in failures],
+            "died": [cmd_id in deaths for cmd_id, _ in failures],
         },
     )
     return [status for (status,) in txn].count("dead")

@@ -23,6 +23,7 @@ class CommandRow:
     due_at: datetime
     status: str
     attempts: int
+    deaths: int
     error: str | None
     created_at: datetime
     finished_at: datetime | None
@@ -37,7 +38,7 @@ RETRY: Final = Action(
     "cmd_id",
     "status",
     ("dead", "cancelled"),
-    "update commands set status = 'ready', attempts = 0, due_at = now(), finished_at = null"
+    "update commands set status = 'ready', attempts = 0, deaths = 0, due_at = now(), finished_at = null"
     " where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, 'retried'",
 )
 #: Never run it. One that a worker has noted and not locked yet is not taken any more.

@@ -150,7 +150,8 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Note]) 
     if now != presence or not guilty or not _is_alone(txn):
         return Look(now, forsaken)
     charged = [(cmd_id, why) for note, why in guilty.items() for cmd_id in _reap(txn, note)]
-    return Look(now, forsaken, len(charged), commands.charge(txn, charged))
+    deaths = {cmd_id for cmd_id, why in charged if why == _DIED}
+    return Look(now, forsaken, len(charged), commands.charge(txn, charged, deaths))
 
 
 def _is_older(txn: Cursor, presence: datetime) -> bool:
