@@ -10,7 +10,7 @@ from urllib.parse import quote, urlencode, urlsplit
 import treq
 from hyperlink import EncodedURL
 from OpenSSL import SSL
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
@@ -132,9 +132,10 @@ class Transport:
     async def _send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float
     ) -> tuple[int, bytes]:
+        late = f"it did not come within {timeout_s:g} s"
         try:
             exchange = Deferred.fromCoroutine(self._exchange(method, url, headers, body))
-            return await exchange.addTimeout(timeout_s, self._reactor, lambda *_: _late(timeout_s))
+            return await exchange.addTimeout(timeout_s, self._reactor, lambda *_: Failure(self._unknown(late)))
         except (ConnectError, DNSLookupError, ConnectingCancelledError, RequestNotSent) as error:
             raise Unreachable(f"{self._url} does not answer: {_why(error)}") from None
         except (
@@ -142,17 +143,19 @@ class Transport:
             RequestTransmissionFailed,
             ResponseFailed,
             ResponseNeverReceived,
-            CancelledError,
         ) as error:
             reasons = [reason.value for reason in getattr(error, "reasons", ())]
             if any(isinstance(reason, SSL.Error) for reason in reasons):
                 raise Unreachable(f"{self._url} does not answer: TLS failed: {_why(*reasons)}") from None
             why = _why(*(reasons or [error]))
-            if self._url.startswith("https") and not isinstance(error, (ResponseFailed, CancelledError)):
+            if self._url.startswith("https") and not isinstance(error, ResponseFailed):
                 why += " (does it speak TLS?)"
-            raise UnknownOutcome(
-                f"the answer of {self._url} was lost: {why}: look whether it was done before you ask again"
-            ) from None
+            raise self._unknown(why) from None
+
+    def _unknown(self, why: str) -> UnknownOutcome:
+        return UnknownOutcome(
+            f"the answer of {self._url} was lost: {why}: look whether it was done before you ask again"
+        )
 
     async def _exchange(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None
@@ -223,10 +226,6 @@ class _Answer(Protocol):
     def _leave(self) -> None:
         if self.transport is not None:
             self.transport.loseConnection()
-
-
-def _late(timeout_s: float) -> Failure:
-    return Failure(CancelledError(f"it did not come within {timeout_s:g} s"))
 
 
 def _why(*errors: BaseException) -> str:

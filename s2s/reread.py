@@ -91,7 +91,7 @@ class Reread(Generic[T]):
         :returns: fires after a read that began after this call, or fails with its :class:`DatabaseError`; at once when
             nothing is read any more.
         """
-        waiter: Deferred[None] = Deferred()
+        waiter: Deferred[None] = Deferred(self._forget)
         self._waiters.append(waiter)
         self._read_after(gap_s)
         return waiter
@@ -132,6 +132,10 @@ class Reread(Generic[T]):
                 waiter.errback(outcome)
             else:
                 waiter.callback(None)
+
+    def _forget(self, waiter: Deferred[None]) -> None:
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
 
     def _cancel(self) -> None:
         if self._timer is not None and self._timer.active():

@@ -9,10 +9,11 @@ from typing import Any
 
 from treq.testing import StubTreq
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred, inlineCallbacks, succeed
+from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks, succeed
 from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock as FakeTime
+from twisted.internet.task import deferLater
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 from twisted.web.resource import Resource
 from twisted.web.server import Site
@@ -230,6 +231,15 @@ class NetworkTests(DatabaseTestCase):
         )
         yield self.fails(Factory.forProtocol(_Mute), UnknownOutcome, late)
         yield self.fails(Factory.forProtocol(_Endless), UnknownOutcome, late)
+
+    @inlineCallbacks
+    def test_cancelled(self) -> Iterator[Deferred[Any]]:
+        """Whoever gives up while an answer comes is not told of a lost one."""
+        client = yield self.listening(Factory.forProtocol(_Endless))
+        calling = client.list_keys()
+        yield deferLater(reactor, 0.3)
+        calling.cancel()
+        yield self.assertFailure(calling, CancelledError)
 
     @inlineCallbacks
     def test_no_server_of_ours(self) -> Iterator[Deferred[Any]]:

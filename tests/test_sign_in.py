@@ -135,6 +135,19 @@ class SignInTests(SynchronousTestCase):
         self.assertIsInstance(self.try_(f"Bearer {make('new')}"), DbUnavailable)
         self.flushLoggedErrors()
 
+    def test_the_database_hangs(self) -> None:
+        """A token that is not known is not looked for for ever, nor counted as wrong, and nothing is kept of it."""
+        self.time.advance(sign_in.UNKNOWN_GAP_S)
+        self.database.run = lambda *_: Deferred()  # type: ignore[method-assign]
+        trying = [self.trying(f"Bearer {make('new')}") for _ in range(FAILURES - 1)]
+        self.time.advance(sign_in.READ_S - 0.1)
+        for each in trying:
+            self.assertNoResult(each)
+        self.time.advance(0.1)
+        self.assertEqual({type(self.successResultOf(each)) for each in trying}, {DbUnavailable})
+        # The poll's own.
+        self.assertLessEqual(len(self.sign_in._rereading._waiters), 1)
+
     def test_the_limit(self) -> None:
         """After so many failures an address has to wait, others have not, and a token that is right comes in."""
         self.patch(sign_in, "UNKNOWN_GAP_S", 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, fail
 from twisted.internet.task import Clock as FakeTime
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -24,11 +24,15 @@ _TXN: Any = object()
 class _Database:
     """A pool whose work is done when the test says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, time: FakeTime) -> None:
+        self.time = time
         self.running: list[tuple[Callable[[], Any], Deferred[Any]]] = []
+        self.refusal: Exception | None = None
 
     def run(self, work: Callable[..., Any], *args: Any) -> Deferred[Any]:
-        """Take work."""
+        """Take work, or refuse it at once."""
+        if self.refusal is not None:
+            return fail(self.refusal)
         done: Deferred[Any] = Deferred()
         self.running.append((lambda: work(_TXN, *args), done))
         return done
@@ -42,6 +46,7 @@ class _Database:
             done.errback(error)
         else:
             done.callback(result)
+        self.time.advance(0)
 
 
 class ConductorTests(SynchronousTestCase):
@@ -49,7 +54,8 @@ class ConductorTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         """Make it."""
-        self.database = _Database()
+        self.time = FakeTime()
+        self.database = _Database(self.time)
         self.waits: list[Deferred[None]] = []
         self.signed: list[str] = []
         self.patch(audit, "sign", lambda _, actor: self.signed.append(actor))
@@ -63,7 +69,6 @@ class ConductorTests(SynchronousTestCase):
 
         self.patch(Waiting, "wait", wait)
         waiting: Any = Waiting.__new__(Waiting)
-        self.time = FakeTime()
         self.conductor = Conductor(database, Clock(self.time), waiting, self.counters)
 
     def perform(self, begin: Callable[[Ask], Any], visit: Visit | None = None) -> Deferred[Any]:
@@ -176,6 +181,27 @@ class ConductorTests(SynchronousTestCase):
         self.assertEqual(self.successResultOf(after).value, 5)
         self.assertEqual(len(taken), THREADS + 1)
         self.assertEqual(self.time.getDelayedCalls(), [])
+
+    def test_a_thousand_that_fail_at_once(self) -> None:
+        """Where the pool takes nothing, all in line are told, each for itself, and every place is free again."""
+
+        def begin(_: Ask) -> Any:
+            return Reply((yield lambda txn: 5))
+
+        performing = [self.perform(begin) for _ in range(1000)]
+        self.database.refusal = DatabaseUnavailable("away")
+        for _ in range(THREADS):
+            self.database.step()
+        for _ in performing:
+            self.time.advance(0)
+        for each in performing[:THREADS]:
+            self.successResultOf(each)
+        for each in performing[THREADS:]:
+            self.failureResultOf(each, DatabaseUnavailable)
+        self.database.refusal = None
+        after = self.perform(begin)
+        self.database.step()
+        self.successResultOf(after)
 
     def test_gone(self) -> None:
         """When whoever asked is gone nothing is waited for, and nothing more is done; a step under way is finished."""

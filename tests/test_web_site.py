@@ -249,17 +249,41 @@ class AnswerTests(SiteTestCase):
 
     def test_not_read_for_too_long(self) -> None:
         """Whoever does not read is cut off after a while: before a next request, and before the end."""
-        for request in (_GET * 2, _GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), b"nonsense\r\n\r\n"):
+        for request in (_GET * 2, _GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")):
             channel, transport = self.connect()
             transport.loseConnection = lambda: None  # type: ignore[method-assign]
             transport.producer.pauseProducing()
             channel.dataReceived(request)
-            self.time.advance(LINGER_S)
-            self.time.advance(TAKE_S - LINGER_S - 0.1)
+            self.time.advance(TAKE_S - 0.1)
             self.assertTrue(transport.connected)
-            self.time.pump([LINGER_S + 0.1, 0])
+            self.time.pump([0.1, 0])
             self.assertFalse(transport.connected)
-        self.assertEqual(self.counters.met["http_take"], 3)
+        self.assertEqual(self.counters.met["http_take"], 2)
+
+    def test_not_read_once_refused(self) -> None:
+        """A refusal that is not read, or whose reader does not go, ends after a while, and makes room before that."""
+        self.patch(module, "MOST_CONNECTIONS", 1)
+        for is_pressed in (False, True):
+            channel, transport = self.connect()
+            self.time.advance(0)
+            transport.loseConnection = lambda: None  # type: ignore[method-assign]
+            channel.dataReceived(b"nonsense\r\n\r\n")
+            self.time.advance(LINGER_S)
+            self.assertTrue(transport.connected)
+            if is_pressed:
+                self.connect()
+            self.time.pump([0 if is_pressed else LINGER_S, 0])
+            self.assertFalse(transport.connected)
+
+    def test_full_late(self) -> None:
+        """Where the transport says that it is full only when the next request has begun, little more is read."""
+        self.echo.holds = True
+        channel, transport = self.connect()
+        channel.dataReceived(_GET)
+        transport.producer.pauseProducing()
+        transport.producerState = "producing"
+        channel.dataReceived(b"x" * 20_000)
+        self.assertEqual(transport.producerState, "paused")
 
 
 class ConnectionTests(SiteTestCase):
@@ -298,7 +322,10 @@ class ConnectionTests(SiteTestCase):
 
         slow.dataReceived(_GET[1:])
         third.dataReceived(_GET)
-        self.assertIsNone(self.site.buildProtocol(_ADDRESS))
+        refused, at = self.site.buildProtocol(_ADDRESS), _Transport(self.time)
+        at.lost = lambda: None
+        refused.makeConnection(at)
+        self.assertTrue(at.disconnecting)
 
     def test_bodies(self) -> None:
         """Of too many bytes of bodies those go that have been arriving longest; what has arrived is safe."""
@@ -322,6 +349,19 @@ class ConnectionTests(SiteTestCase):
                 each.dataReceived(b"x" * 20)
         self.assertEqual(len(self.echo.held), 3)
         self.assertEqual(self.counters.met["http_bodies"], 1)
+
+    def test_bodies_behind_an_answer(self) -> None:
+        """A body that begins behind a request that is answered at once counts, and has its time, like any other."""
+        self.patch(module, "BODIES_BYTES", 100)
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+        channel, transport = self.connect()
+        channel.dataReceived(_GET + head + b"x" * 80)
+        other, _ = self.connect()
+        other.dataReceived(_GET + head + b"x" * 80)
+        self.time.advance(0)
+        self.assertFalse(transport.connected)
+        self.time.pump([ARRIVE_S, 0])
+        self.assertEqual(self.counters.met["http_arrive"], 1)
 
     def test_close(self) -> None:
         """All are closed at the end, and none is counted any more; there may be none."""

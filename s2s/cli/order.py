@@ -19,6 +19,7 @@ from s2s.cli.door import Door, rows, with_door
 from s2s.errors import (
     CallError,
     DatabaseUnavailable,
+    DeadlineExceeded,
     IdemConflict,
     NotFound,
     OperatorError,
@@ -114,6 +115,8 @@ def _give(door: Door, rpc: str, params: Mapping[str, Value], idem_key: str | Non
             ) from None
         if order_id is not None:
             _leave(f"{error.message}: s2s order show {order_id}")
+        if error.code == DeadlineExceeded.code and idem_key is not None:
+            _leave(f"{error.message}: the same --idem-key again is the same order")
         raise OperatorError(f"refused, {error.code}: {error.message.replace('at /body/', 'at /', 1)}") from None
     except UnknownOutcome as error:
         _leave(f"{error}: s2s order list")

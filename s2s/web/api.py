@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Final
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -204,7 +205,7 @@ def _address(request: Request) -> str:
 
 
 def _write(request: Request, status: int, headers: Mapping[str, str], body: bytes) -> None:
-    request.setResponseCode(status)
+    request.setResponseCode(status, HTTPStatus(status).phrase.encode())
     for name, value in {**SAFE, **headers, "Content-Length": str(len(body))}.items():
         request.setHeader(name, value)
     request.write(body)

@@ -26,6 +26,9 @@ MOST_IN_LINE: Final = 1000
 STEP_S: Final = 10.0
 
 
+_NOT_BEGUN: Final = "the database did not come to it in time: it was not begun"
+
+
 class Visit:
     """One request, as long as somebody is there to be answered.
 
@@ -114,12 +117,16 @@ class Conductor:
         scheduler = self._clock.scheduler
         until = self._clock.mono() + STEP_S
         place = self._places.acquire()
-        await visit.wait(place.addTimeout(STEP_S, scheduler, lambda *_: self._late(DeadlineExceeded())))
+        await visit.wait(place.addTimeout(STEP_S, scheduler, lambda *_: self._late(DeadlineExceeded(_NOT_BEGUN))))
         answer: Deferred[Any] = Deferred()
 
         def done(outcome: Any) -> None:
             # One that is over too late gives its place back only then, and tells nobody: the answer was cancelled.
-            self._places.release()
+            if isinstance(outcome, Failure):
+                # A thousand that the pool refuses at once would be refused within each other.
+                scheduler.callLater(0, self._places.release)
+            else:
+                self._places.release()
             answer.callback(outcome)
 
         self._database.run(_signed, actor, step).addBoth(done)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from twisted.internet.defer import TimeoutError
+
 from s2s.clock import Clock
 from s2s.errors import AuthBad, AuthRequired, DatabaseError, DbUnavailable, Overloaded
 from s2s.limits import Counters
@@ -21,6 +23,8 @@ from s2s.web.problems import Problem
 POLL_S: Final = 5.0
 #: From the beginning of a read to one for a token that is not known, which anybody can make up.
 UNKNOWN_GAP_S: Final = 1.0
+#: Seconds that a token that is not known is looked for.
+READ_S: Final = 5.0
 #: Sign-ins of one address that may fail at once, and seconds until one more may.
 FAILURES: Final = 50
 FORGIVE_S: Final = 1.0
@@ -73,9 +77,10 @@ class SignIn:
             self._failures.add(address)
             # One that was just made is not known yet.
             if name_of(token) is not None:
+                reading = self._rereading.again(UNKNOWN_GAP_S)
                 try:
-                    await self._rereading.again(UNKNOWN_GAP_S)
-                except DatabaseError:
+                    await reading.addTimeout(READ_S, self._clock.scheduler)
+                except (DatabaseError, TimeoutError):
                     self._failures.take_back(address)
                     raise DbUnavailable(retry_after_ms=1000) from None
                 caller = self._find(token)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IAddress
-from twisted.internet.protocol import connectionDone
+from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from twisted.web import http
 from twisted.web.http import datetimeToString
@@ -34,7 +34,7 @@ ARRIVE_S: Final = 20.0
 IDLE_S: Final = 60
 #: Seconds that a client may take to read the end of an answer; until then nothing more is read of what it sends.
 TAKE_S: Final = 60.0
-#: Seconds for which what is still sent is dropped, so that the refusal is read.
+#: Seconds for which what is still sent is dropped, so that a refusal is read, and for the end of the connection then.
 LINGER_S: Final = 2.0
 
 #: A whole URL where a path is usual (RFC 9112, 3.2.2).
@@ -61,7 +61,7 @@ class _Request(Request):
             self._refuse()
         if not self._is_refused:
             super().handleContentChunk(data)
-            self.channel.site.took(self.channel, len(data))
+            self.channel.took(len(data))
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """Answer it, unless that was done. Twisted's own would also read a body as a form, which is none of ours."""
@@ -100,6 +100,8 @@ class _Channel(http.HTTPChannel):
     _is_answering = False
     #: The request whose answer is to be read before anything more is taken.
     _held: Request | None = None
+    #: Bytes that came behind the request that is being answered.
+    _ahead = 0
 
     def dataReceived(self, data: bytes) -> None:
         """Take what comes, unless the connection is being closed."""
@@ -114,9 +116,20 @@ class _Channel(http.HTTPChannel):
             super().lineReceived(line)
 
     def rawDataReceived(self, data: bytes) -> None:
-        """Drop what stands behind what was refused."""
+        """Drop what stands behind what was refused, and read no more than a little ahead.
+
+        Twisted's own reads on where the transport has said that it is full, which over TLS it says late.
+        """
         if self._closing is None:
             super().rawDataReceived(data)
+            self._ahead += len(data) if self._is_answering else 0
+            if self._ahead > self._optimisticEagerReadSize:
+                self._networkProducer.pauseProducing()
+
+    def took(self, size: int) -> None:
+        """So many bytes more of a body are here."""
+        self._arrives()
+        self.site.took(self, size)
 
     def lineLengthExceeded(self, line: bytes) -> None:
         """Refuse a line that does not end."""
@@ -159,6 +172,7 @@ class _Channel(http.HTTPChannel):
         if self._closing is not None:
             return
         self._has_arrived()
+        self.site.idle(self)
         self.setTimeout(None)
         self._closing = self._after(LINGER_S, self._close)
         said = Problem(error)
@@ -174,6 +188,7 @@ class _Channel(http.HTTPChannel):
     def _next(self, answered: Request) -> None:
         """Go on to the next request, which may be here in part."""
         self._is_answering = False
+        self._ahead = 0
         super().requestDone(answered)
         if self.requests and not self._is_answering:
             self._arrives()
@@ -189,7 +204,8 @@ class _Channel(http.HTTPChannel):
         self.site.arrived(self)
 
     def _close(self) -> None:
-        self._taking = self._after(TAKE_S, self._is_not_read)
+        # Over TLS its end takes the peer's word.
+        self._taking = self._after(LINGER_S, self.transport.abortConnection)
         self.loseConnection()
 
     def _after(self, seconds: float, what: Callable[[], None]) -> Timer:
@@ -208,6 +224,16 @@ class _Channel(http.HTTPChannel):
 def _cancel(timer: Timer | None) -> None:
     if timer is not None and timer.active():
         timer.cancel()
+
+
+class _Refused(Protocol):
+    """A connection that is one too many. Twisted's TLS does not know of none at all."""
+
+    transport: Any
+
+    def connectionMade(self) -> None:
+        """End at once."""
+        self.transport.abortConnection()
 
 
 class _Site(Site):
@@ -233,7 +259,7 @@ class _Site(Site):
         if len(self._all) >= MOST_CONNECTIONS:
             self.counters.meet("http_connections")
             if not self._idle and not self._arriving:
-                return None
+                return _Refused()
             self._evict(self._idle or self._arriving)
         channel: _Channel = super().buildProtocol(addr)
         self._all.add(channel)
