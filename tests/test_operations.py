@@ -215,7 +215,7 @@ class JsonTests(SynchronousTestCase):
     def test_round_trip(self) -> None:
         """A row is the same when it has been written and read."""
         at = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=timezone.utc)
-        row = CommandRow(5, "a.b", "k", {"n": [1.5, None, "\u00e9"]}, 100, at, "ready", 0, None, at, None)
+        row = CommandRow(5, "a.b", "k", {"n": [1.5, None, "\u00e9"]}, 100, at, "ready", 0, 0, None, at, None)
         self.assertEqual(decode(json.loads(encode(row)), commands.SHOW), row)
         later = {**json.loads(encode(row)), "of_a_later_release": 1}
         self.assertEqual(decode(later, commands.SHOW), row)
