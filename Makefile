@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: run test check docs lock clean
+.PHONY: run test check faults docs lock clean
 
 run: $(READY)
 	@$(BIN)/s2s up $(ARGS)
@@ -17,6 +17,10 @@ check: $(READY) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A long campaign of faults: make faults ARGS="--seconds 600 --seed 7"
+faults: $(READY)
+	$(BIN)/python -m tests.faults $(ARGS)
 
 docs: $(READY)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build

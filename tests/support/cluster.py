@@ -43,6 +43,14 @@ class Cluster:
             self._process.send_signal(3)  # SIGQUIT: an immediate shutdown, as a crash would be
             self._process.wait(20)
 
+    def kill(self) -> None:
+        """Kill all of it without a warning."""
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        assert self._process is not None
+        self._process.wait(20)
+
     def freeze(self) -> None:
         """Let it stand still: connections stay, and nothing answers."""
         self._frozen = [process for process in self._processes() if not process.suspend()]

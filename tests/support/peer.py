@@ -87,6 +87,8 @@ class Peer:
         self.link = link
         self.role, self.other = ("engine", "server") if role == "engine" else ("server", "engine")
         self.key = key
+        #: Further keys that verify what comes, by name.
+        self.ring: Mapping[str, Key] = {}
         self.last = b""
         name = name or f"outsider-{next(_numbers)}"
         self.serves: dict[str, Callable[[Frame], Frame]] = {
@@ -147,7 +149,8 @@ class Peer:
         self.last = body
         if "auth" in frame:
             sig = frame["auth"].pop("sig")
-            key = self.key if frame["auth"]["key_id"] == self.key.key_id else K1
+            key_id = frame["auth"]["key_id"]
+            key = self.key if key_id == self.key.key_id else self.ring.get(key_id, K1)
             assert sig == key.mac(canonical(frame)), f"a wrong signature: {frame}"
         if "ack_of" not in frame and frame["type"] in self.serves:
             reply = self.serves[frame["type"]](frame["payload"])

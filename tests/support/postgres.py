@@ -43,7 +43,7 @@ def cluster_url() -> str:
     assert process.stdout is not None
     word, _, url = process.stdout.readline().strip().partition(" ")
     assert word == "ready", "the embedded PostgreSQL did not start; its reason is above"
-    with _Session(url) as session:
+    with Session(url) as session:
         # The tests kill our processes, never this one: it needs no disk.
         for setting in ("fsync", "full_page_writes", "autovacuum"):
             session.run(sql.SQL("ALTER SYSTEM SET {} = off").format(sql.Identifier(setting)))
@@ -74,24 +74,24 @@ def database_url(name: str) -> str:
 
 def make_database(name: str, template: str = "template0") -> None:
     """Create a database as a copy of another one."""
-    with _Session(cluster_url()) as session:
+    with Session(cluster_url()) as session:
         session.run(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template)))
 
 
 def drop_database(name: str) -> None:
     """Drop a database, with whoever is still connected to it."""
-    with _Session(cluster_url()) as session:
+    with Session(cluster_url()) as session:
         session.run(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
-class _Session:
+class Session:
     """A blocking connection in autocommit."""
 
     def __init__(self, url: str) -> None:
         self._connection = psycopg2.connect(url)
         self._connection.autocommit = True
 
-    def __enter__(self) -> _Session:
+    def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -120,7 +120,7 @@ class DatabaseTestCase(TestCase):
         make_database(name, template())
         self.addCleanup(drop_database, name)
         self.url = database_url(name)
-        self._session: _Session | None = None
+        self._session: Session | None = None
 
     def execute(self, statement: str, *params: Any) -> list[tuple[Any, ...]]:
         """Run one statement and commit it. Blocks.
@@ -129,6 +129,6 @@ class DatabaseTestCase(TestCase):
         :returns: its rows; none for a statement without any.
         """
         if self._session is None:
-            self._session = _Session(self.url)
+            self._session = Session(self.url)
             self.addCleanup(self._session.close)
         return self._session.run(statement, *params)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import struct
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from twisted.internet import reactor
@@ -24,11 +26,15 @@ class Way:
     :ivar bytes_per_second: the throttle; ``None`` is none.
     :ivar forwarded: how many bytes were.
     :ivar garble_at: the count of forwarded bytes at which one is garbled.
+    :ivar delay_s: how much later everything comes.
+    :ivar recorded: the bodies of the last frames that were forwarded.
     """
 
     bytes_per_second: float | None = None
     forwarded: int = 0
     garble_at: int | None = None
+    delay_s: float = 0.0
+    recorded: deque[bytes] = field(default_factory=lambda: deque(maxlen=500))
 
     def garble(self, after: int = 0) -> None:
         """Flip one bit of the byte that comes after so many more."""
@@ -44,6 +50,26 @@ class Way:
         return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
+class _Frames:
+    """Finds the frames in what is forwarded."""
+
+    def __init__(self, found: deque[bytes]) -> None:
+        self._found = found
+        self._part = bytearray()
+
+    @property
+    def is_between(self) -> bool:
+        """Whether the last frame is whole."""
+        return not self._part
+
+    def feed(self, data: bytes) -> None:
+        """Take what is forwarded."""
+        self._part += data
+        while len(self._part) >= 4 and len(self._part) >= (end := 4 + struct.unpack_from("!I", self._part)[0]):
+            self._found.append(bytes(self._part[4:end]))
+            del self._part[:end]
+
+
 class _End(Protocol):
     """One of the two ends of a connection: what comes here leaves at the other end."""
 
@@ -52,7 +78,8 @@ class _End(Protocol):
 
     def __init__(self, proxy: Proxy, way: Way) -> None:
         self._proxy = proxy
-        self._way = way
+        self.way = way
+        self._frames = _Frames(way.recorded)
         self._waiting = bytearray()
         self._is_over = False
         self._timer: Any = None
@@ -64,8 +91,21 @@ class _End(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         """Take what came."""
+        if self.way.delay_s:
+            reactor.callLater(self.way.delay_s, self._take, data)
+        else:
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
         self._waiting += data
         self.forward()
+
+    def inject(self, frame: bytes) -> bool:
+        """Forward a frame that did not come, unless another is under way."""
+        if not self._frames.is_between or self._waiting or self.other.transport is None:
+            return False
+        self.other.transport.write(struct.pack("!I", len(frame)) + frame)
+        return True
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Let the other end go too, after all that came before."""
@@ -79,11 +119,12 @@ class _End(Protocol):
         """Forward what waits, as fast as it may go."""
         if self._proxy.is_stalled or self._timer is not None or None in (self.transport, self.other.transport):
             return
-        rate = self._way.bytes_per_second
+        rate = self.way.bytes_per_second
         some = bytes(self._waiting if rate is None else self._waiting[: max(1, int(rate * _TICK_S))])
         del self._waiting[: len(some)]
         if some:
-            self.other.transport.write(self._way.carry(some))
+            self._frames.feed(some)
+            self.other.transport.write(self.way.carry(some))
         if some and rate is not None:
             self._timer = reactor.callLater(len(some) / rate, self._go_on)
         elif self._is_over:
@@ -162,6 +203,10 @@ class Proxy:
         for end in list(self.ends):
             end.forward()
             end.other.forward()
+
+    def inject(self, frame: bytes, way: Way) -> bool:
+        """Send a frame over a link that there is, where no other is under way."""
+        return any([end.inject(frame) for end in self.ends if end.way is way][:1])
 
     def cut(self) -> None:
         """Abort every connection."""

@@ -72,13 +72,28 @@ class Role:
         self._starts = 0
         self._process: subprocess.Popen[bytes] | None = None
 
+    def launch_by(self, twistd: list[str], **variables: str) -> None:
+        """Launch it by something else than twistd from its next start on, and with these variables."""
+        self._argv = [*twistd, *self._argv[self._argv.index("--nodaemon") :]]
+        self._environment = {**self._environment, **variables}
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> Deferred[Any]:
-        """Start it, and wait until it is ready. It ends with us: its stdin is a pipe of ours."""
+        """Start it, and wait until it is ready."""
+        self.launch()
+        return self.says(self._ready, self._starts)
+
+    def launch(self) -> None:
+        """Start it, and do not wait. It ends with us: its stdin is a pipe of ours."""
         self._starts += 1
         self._process = subprocess.Popen(
             self._argv, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
         )
-        return self.says(self._ready, self._starts)
 
     @property
     def is_running(self) -> bool:
@@ -87,8 +102,11 @@ class Role:
 
     @property
     def log(self) -> str:
-        """Everything that it has logged, since the test began where tests share it."""
-        return self._log.read_text()[self._log_from :] if self._log.exists() else ""
+        """Everything that it has logged, since the test began where tests share it, in as many files as twistd made."""
+        older = self._log.parent.glob(f"{self._log.name}.*")
+        files = sorted(older, key=lambda file: -int(file.suffix[1:]))
+        whole = "".join(file.read_text() for file in (*files, self._log) if file.exists())
+        return whole[self._log_from :]
 
     def turn_page(self) -> None:
         """Let the log begin here."""

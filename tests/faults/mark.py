@@ -1,0 +1,37 @@
+"""A command type whose effect can be counted: it works in two halves, and fails between them when it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from s2s.commands import CommandType
+from s2s.store.commands import Command
+from s2s.store.driver import Cursor
+
+#: Its table, without a constraint that would hide a second effect.
+TABLE = (
+    "create table effects (idem_key text not null, half integer not null,"
+    " at float8 not null default extract(epoch from clock_timestamp()))"
+)
+
+
+class Mark(CommandType):
+    """Writes down that it ran."""
+
+    cmd_type = "faults.mark"
+    schema: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "properties": {"fails": {"type": "integer"}},
+        "required": ["fails"],
+    }
+
+    def run(self, txn: Cursor, command: Command) -> None:
+        """Do both halves, or the first one and fail, as often as the payload says."""
+        txn.execute("insert into effects (idem_key, half) values (%s, 1)", (command.idem_key,))
+        if command.attempts < command.payload["fails"]:
+            raise ValueError("it is told to fail")
+        txn.execute("insert into effects (idem_key, half) values (%s, 2)", (command.idem_key,))
+
+
+mark = Mark()

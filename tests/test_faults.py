@@ -1,0 +1,69 @@
+"""A short campaign of faults, in which no promise is broken; and campaigns against roles that break one (tests/faults).
+
+``S2S_FAULTS_S`` says for how many seconds faults begin, ``S2S_FAULTS_SEED`` with which seed.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from twisted.trial.unittest import TestCase
+
+from tests.faults import campaign
+from tests.faults.inside import BREAKS
+from tests.faults.kinds import FAULTS
+
+SECONDS = float(os.environ.get("S2S_FAULTS_S", "20"))
+SEED = int(os.environ.get("S2S_FAULTS_SEED", "7"))
+#: What brings a broken promise to light, where the work alone does not, in how many seconds, and in whose words.
+_SHOWN_BY = {
+    "ack-before-commit": ((), 3, "was accepted as"),
+    "no-idempotency": ((), 3, "is there 2 times"),
+    "no-order-lock": ((), 5, "its orders say"),
+    "no-replay-cache": (("replay on another link",), 10, "was answered"),
+    "no-savepoint": ((), 3, "by halves"),
+    "outbox-elsewhere": (("kill the engine",), 12, "and was published 0 times"),
+}
+
+
+class CampaignTests(TestCase):
+    """Real processes, a real network in between, and a real database."""
+
+    timeout = SECONDS * 2 + 240
+
+    async def test_nothing_is_lost(self) -> None:
+        """Whatever is killed, cut, garbled, sent again or away: no promise is broken, and all is whole again soon."""
+        verdict = await campaign.run(SEED, SECONDS, faults=[fault for fault in FAULTS if not fault.is_long])
+        self.assertEqual(list(verdict.violations), [], campaign.told(verdict))
+        self.assertGreater(verdict.faults, SECONDS / 20)
+        self.assertTrue({"push", "emit", "broadcast", "order", "recovery"} <= {each.op for each in verdict.operations})
+
+
+class BrokenTests(TestCase):
+    """The judge sees what is broken."""
+
+    timeout = 240
+
+    async def broken(self, name: str) -> None:
+        """Let both roles break a promise, and see that the campaign says so."""
+        faults, seconds, said = _SHOWN_BY[name]
+        chosen: list[Any] = [fault for fault in FAULTS if fault.name in faults]
+        verdict = await campaign.run(SEED, seconds, faults=chosen, breaks=name)
+        self.assertTrue(any(said in each for each in verdict.violations), campaign.told(verdict))
+
+    def test_all_are_tried(self) -> None:
+        """There is a test for each."""
+        self.assertEqual(set(_SHOWN_BY), set(BREAKS))
+
+
+def _tries(name: str) -> Any:
+    async def test(self: BrokenTests) -> None:
+        await self.broken(name)
+
+    test.__doc__ = f"The campaign fails where a role {name}: {BREAKS[name].__doc__}"
+    return test
+
+
+for _name in BREAKS:
+    setattr(BrokenTests, f"test_{_name.replace('-', '_')}", _tries(_name))

@@ -1,0 +1,145 @@
+"""The judge of a campaign, judged: what is right passes, and each thing that is wrong is told (tests/faults)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from tests.faults.history import History, Operation, operations
+from tests.faults.judge import Command, Facts, Order, judge
+from tests.support.peer import CHECK, PUSH
+
+_CONTENT = {"n": 1}
+_OTHER = {"n": 1, "other": True}
+
+
+def did(op: str, ended: Any = "ok", came: Any = None, *, since: float = 1.0, until: float = 2.0, **asked: Any) -> Any:
+    """Make an operation."""
+    return Operation("me", op, asked, ended, came or {}, since, until)
+
+
+def pushed(ended: Any = "ok", content: Any = None, **came: Any) -> Any:
+    """Make a push of the key ``k``."""
+    told = {"cmd_id": 1, "duplicate": False} if ended == "ok" and not came else came
+    return did("push", ended, told, key="k", content=content or _CONTENT)
+
+
+#: What is right after one of each.
+RIGHT = Facts(
+    commands=[Command(1, "k", _CONTENT, "done")],
+    effects=[("k", 1, 9.0), ("k", 2, 9.0)],
+    notices=["e", "b"],
+    broadcasts=[("b", "queued")],
+    orders=[Order("o1", "o", {}, "done", {"sector_id": 1, "was": "neutral", "status": "fedspace"})],
+    changes={1: [("neutral", "fedspace")]},
+    sectors={1: "fedspace"},
+    versions=[1, 2],
+    engines={"engine-1": 2},
+    audited={"order": ["o1", "o1"], "config": ["1", "2"], "key": ["k2"]},
+    keys=["k1", "k2"],
+)
+DID = [
+    pushed(),
+    did("emit", keys=["e"]),
+    did("broadcast", messages=["b"]),
+    did("order", key="o"),
+    did("config", came={"version": 2, "changed": True}),
+    did("rotate", key="k2"),
+    did("replay", came={"code": "replay"}, type=CHECK, where="x"),
+    did("recovery", fault="x"),
+]
+
+
+class JudgeTests(SynchronousTestCase):
+    """One history, and what stands there afterwards."""
+
+    def wrong(self, did: list[Any], said: str, **facts: Any) -> None:
+        """See that exactly something is told."""
+        told = judge(did, replace(RIGHT, **facts))
+        self.assertTrue(any(said in each for each in told), (said, told))
+
+    def test_right(self) -> None:
+        """What is right is not complained of, and what is unknown may be either way."""
+        self.assertEqual(judge(DID, RIGHT), [])
+        for ended, came in (("unknown", {}), ("fail", {"code": "db_unavailable", "retry_after_ms": 1})):
+            for facts in (RIGHT, replace(RIGHT, commands=[], effects=[])):
+                self.assertEqual(judge([pushed(ended, **came), *DID[1:]], facts), [])
+        conflict = pushed("fail", _OTHER, code="idem_conflict", retry_after_ms=None)
+        self.assertEqual(judge([*DID, conflict], RIGHT), [])
+
+    def test_pushes(self) -> None:
+        """A push that is lost, doubled, changed, half done or taken though it was refused is told."""
+        command = RIGHT.commands[0]
+        self.wrong(DID, "is there 2 times", commands=[command, replace(command, cmd_id=2)])
+        self.wrong(DID, "was accepted and is not there", commands=[], effects=[])
+        self.wrong(DID, "and is [9]", commands=[replace(command, cmd_id=9)])
+        self.wrong(DID, "is ready", commands=[replace(command, status="ready")])
+        self.wrong(DID, "another content", commands=[replace(command, content=_OTHER)])
+        self.wrong([*DID, pushed("ok", _OTHER)], "2 contents")
+        for halves in ((1,), (1, 1, 2), ()):
+            self.wrong(DID, "by halves", effects=[("k", half, 9.0) for half in halves])
+        later = did("push", came={"cmd_id": 1, "duplicate": False}, key="k", content=_CONTENT, due_at=10)
+        self.wrong([later, *DID[1:]], "and was due at 10")
+        self.wrong([pushed("unknown"), *DID[1:]], "took effect", commands=[])
+        self.wrong(DID, "never pushed", effects=[*RIGHT.effects, ("x", 1, 9.0)])
+        self.wrong([pushed("fail", code="bad_payload"), *DID[1:]], "was refused and is there")
+        self.wrong([*DID, pushed("fail", code="idem_conflict")], "conflict with itself")
+
+    def test_notices(self) -> None:
+        """What was emitted or broadcast is published once, and nothing is left on the way."""
+        for notices in (["b"], ["e", "e", "b"]):
+            self.wrong(DID, "emitted e", notices=notices)
+        for notices in (["e"], ["e", "b", "b"]):
+            self.wrong(DID, "was published", notices=notices)
+        self.wrong(DID, "broadcast b is pending", broadcasts=[("b", "pending")])
+        self.wrong(DID, "in the outbox still", outbox=[("e", "dead")])
+        self.wrong(DID, "noted still", notes=1)
+
+    def test_orders(self) -> None:
+        """An order ran once, and its result is what the world shows."""
+        order = RIGHT.orders[0]
+        self.wrong(DID, "order o was accepted and is not there", orders=[], changes={})
+        self.wrong(DID, "order o is there 2 times", orders=[order, replace(order, order_id="o2")])
+        self.wrong(DID, "is failed", orders=[replace(order, status="failed")])
+        self.wrong(DID, "its orders say", changes={1: [("neutral", "fedspace")] * 2})
+        self.wrong(DID, "its orders say", changes={})
+        self.wrong(DID, "became fedspace last", sectors={1: "neutral"})
+        self.wrong(DID, "and was fedspace then", changes={1: [("fedspace", "neutral"), ("fedspace", "neutral")]})
+        self.wrong(DID, "in the audit", audited={**RIGHT.audited, "order": ["o1"]})
+
+    def test_settings_and_keys(self) -> None:
+        """Versions have no gap, engines are at the last one, and the audit names every change."""
+        self.wrong(DID, "have gaps", versions=[1, 3])
+        self.wrong(DID, "not in the history", versions=[1])
+        self.wrong(DID, "has version 1 in force", engines={"engine-1": 1})
+        self.wrong(DID, "the audit does not name", audited={**RIGHT.audited, "config": ["1"]})
+        self.wrong(DID, "key k2 was accepted", keys=["k1"])
+        self.wrong(DID, "key k2 is not in the audit", audited={**RIGHT.audited, "key": []})
+
+    def test_the_link(self) -> None:
+        """A frame that is sent again is refused; while the database is away nothing is acked, and links stay."""
+        for kind in (CHECK, PUSH):
+            again = did("replay", came={"code": "ok", "duplicate": False}, type=kind, where="x")
+            self.wrong([*DID, again], "was answered ok")
+        again = did("replay", came={"code": "ok", "duplicate": True}, type=PUSH, where="x")
+        self.assertEqual(judge([*DID, again], RIGHT), [])
+        outage = did("outage", since=0.0, until=9.0)
+        self.wrong([*DID, outage], "acked while the database was away")
+        refused = pushed("fail", code="db_unavailable", retry_after_ms=1000)
+        self.assertEqual(judge([refused, *DID[1:], outage], RIGHT), [])
+        for came in ({"code": "overloaded", "retry_after_ms": 1}, {"code": "db_unavailable", "retry_after_ms": None}):
+            self.wrong([pushed("fail", **came), *DID[1:], outage], "while the database was away")
+        self.wrong([did("outage", came={"links_lost": 1})], "links were lost")
+        self.wrong([did("recovery", "fail", {"why": "no link"}, fault="cut")], "after cut: no link")
+
+    def test_histories(self) -> None:
+        """An operation has a beginning and an end; where no end was written nobody knows."""
+        history = History()
+        first, second = history.invoke("a", "push", key="k"), history.invoke("b", "emit", keys=[])
+        history.end(first, "a", "push", "ok", cmd_id=1)
+        done, open_ = operations(history.events)
+        self.assertEqual((done.op, done.ended, done.came), ("push", "ok", {"cmd_id": 1}))
+        self.assertEqual((open_.client, open_.ended, open_.until), ("b", "unknown", float("inf")))
+        self.assertTrue(second)
