@@ -164,8 +164,6 @@ class Transport:
         response = await self._http.request(
             method, _Url.from_text(url), headers=headers, data=body, allow_redirects=False, unbuffered=True
         )
-        if response.length == 0:
-            return response.code, b""
         answer = _Answer()
         response.deliverBody(answer)
         return response.code, await answer.whole

@@ -128,6 +128,8 @@ class Reread(Generic[T]):
         if gap_s is not None:
             self._read_after(gap_s)
         for waiter in waiters:
+            if waiter.called:  # it waits no more
+                continue
             if isinstance(outcome, Failure):
                 waiter.errback(outcome)
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock as FakeClock
 from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
@@ -168,6 +168,20 @@ class LiveKeysTests(SynchronousTestCase):
         self.database.answer(_row("k2"))
         self.successResultOf(waiter)
         self.assertEqual(self.database.began, [1000.5])
+
+    def test_who_waits_no_more(self) -> None:
+        """One that gave up during the read that it waited for keeps the others from nothing."""
+        self.start()
+        again = self.keys._rereading.again
+        first, second = again(1.0), again(1.0)
+        self.time.advance(1)
+        third = again(1.0)
+        for gone in (first, third):
+            gone.cancel()
+            self.failureResultOf(gone, CancelledError)
+        self.database.answer(_row("k2"))
+        self.successResultOf(second)
+        self.assertEqual(self.known(), ["k2"])
 
     def test_the_database_is_away(self) -> None:
         """While the database is away the keys read last stay, and who asked is told to go on."""

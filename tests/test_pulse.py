@@ -53,7 +53,7 @@ class PulseTests(SynchronousTestCase):
             waiters.append(self.pulse.feel())
             self.time.advance(ANSWER_S)
         self.assertEqual([self.successResultOf(each) for each in waiters], [False] * 5)
-        self.assertEqual(len(self.database.asked), 1)
+        self.assertEqual((len(self.database.asked), self.pulse._waiters), (1, []))
         last = self.pulse.feel()
         self.database.asked[0].callback(None)
         self.assertTrue(self.successResultOf(last))

@@ -188,6 +188,7 @@ class SignInTests(SynchronousTestCase):
                 trying = [self.trying(f"Bearer {new}") for _ in range(FAILURES)]
                 self.time.advance(sign_in.UNKNOWN_GAP_S)
                 self.assertEqual({type(self.successResultOf(each)) for each in trying}, {told})
+        self.assertEqual({type(self.successResultOf(self.trying("Bearer x"))) for _ in range(FAILURES)}, {AuthBad})
         self.flushLoggedErrors()
 
     def test_its_memory(self) -> None:

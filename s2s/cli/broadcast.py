@@ -9,7 +9,7 @@ import click
 
 from s2s.cli.common import json_option
 from s2s.cli.door import Door, with_door
-from s2s.errors import OperatorError, Refused
+from s2s.errors import DbUnavailable, DeadlineExceeded, OperatorError, Refused
 from s2s.operations import notices
 
 SCOPES = ("global", "sector", "corp", "player")
@@ -30,6 +30,8 @@ def broadcast(door: Door, message: str, as_json: bool, **options: Any) -> None:
     try:
         made = door.call(notices.BROADCAST, body={"message": message, **options})
     except Refused as error:
+        if error.code in (DbUnavailable.code, DeadlineExceeded.code):
+            raise OperatorError(f"{error.message}: s2s notices") from None
         raise OperatorError(
             f"the broadcast cannot be sent: {error.message.removeprefix('at /body').lstrip('/')}"
         ) from None

@@ -219,7 +219,8 @@ class Database:
             is_broken = _roll_back(conn) or driver.is_of_the_connection(error)
             if is_broken:
                 pool.disconnect(conn)
-            self._go_on()
+            if not isinstance(error, CommitLost):
+                self._go_on()
             failed = driver.told(error, conn) if isinstance(error, psycopg2.Error) else None
             if is_broken:
                 # Whatever the work made of it.
@@ -274,7 +275,7 @@ def _roll_back(conn: Connection) -> bool:
 
 
 def _hangs(_: object, __: float) -> Failure:
-    return Failure(DatabaseUnavailable("no answer in time"))
+    return Failure(CommitLost("no answer in time"))
 
 
 def step(txn: Cursor, work: Callable[[Cursor], T]) -> T:

@@ -97,8 +97,9 @@ class _Channel(http.HTTPChannel):
     _arriving: Timer | None = None
     _taking: Timer | None = None
     _closing: Timer | None = None
+    _going_on: Timer | None = None
     _is_answering = False
-    #: The request whose answer is to be read before anything more is taken.
+    #: The request that was answered, until what came behind it is taken.
     _held: Request | None = None
     #: Bytes that came behind the request that is being answered.
     _ahead = 0
@@ -121,8 +122,9 @@ class _Channel(http.HTTPChannel):
         Twisted's own reads on where the transport has said that it is full, which over TLS it says late.
         """
         if self._closing is None:
+            is_behind = self._is_answering
             super().rawDataReceived(data)
-            self._ahead += len(data) if self._is_answering else 0
+            self._ahead += len(data) if is_behind else 0
             if self._ahead > self._optimisticEagerReadSize:
                 self._networkProducer.pauseProducing()
 
@@ -142,27 +144,26 @@ class _Channel(http.HTTPChannel):
         super().allContentReceived()
 
     def requestDone(self, request: Request) -> None:
-        """The request is answered. While too much of the answer is not sent, as nobody reads it, the next one waits."""
+        """The request is answered. The next one waits while too much of the answer is not sent, as nobody reads it.
+
+        It waits for the others' turn in any case: a thousand that come in one piece are not to hold everybody up.
+        """
         self.site.idle(self)
-        if not self.persistent or self._waitingForTransport:
-            self._taking = self._after(TAKE_S, self._is_not_read)
-        if self.persistent and self._waitingForTransport:
+        if self.persistent:
             self._held = request
-            self._networkProducer.pauseProducing()
+            self._going_on = self._after(0, self._go_on)
         else:
+            self._taking = self._after(TAKE_S, self._is_not_read)
             self._next(request)
 
     def resumeProducing(self) -> None:
         """All that was said is sent."""
         super().resumeProducing()
-        held, self._held = self._held, None
-        if held is not None:
-            _cancel(self._taking)
-            self._next(held)
+        self._go_on()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone."""
-        for timer in (self._arriving, self._taking, self._closing):
+        for timer in (self._arriving, self._taking, self._closing, self._going_on):
             _cancel(timer)
         self.site.gone(self)
         super().connectionLost(reason)
@@ -185,8 +186,33 @@ class _Channel(http.HTTPChannel):
         # Twisted's own answer has no body.
         self.refuse(BadEnvelope("this is no HTTP request that can be read"))
 
+    def headerReceived(self, line: bytes) -> bool:
+        """Take a header; Twisted's own raises where a length has more digits than Python reads."""
+        try:
+            return bool(super().headerReceived(line))
+        except ValueError:
+            self._respondToBadRequestAndDisconnect()
+            return False
+
+    def _send100Continue(self) -> None:
+        # Not behind a refusal.
+        if self._closing is None:
+            super()._send100Continue()
+
+    def _go_on(self) -> None:
+        """Go on to what came behind the request that was answered, once its answer is sent."""
+        if self._held is None:
+            return
+        if self._waitingForTransport:
+            self._taking = self._after(TAKE_S, self._is_not_read)
+            self._networkProducer.pauseProducing()
+            return
+        _cancel(self._going_on)
+        _cancel(self._taking)
+        held, self._held = self._held, None
+        self._next(held)
+
     def _next(self, answered: Request) -> None:
-        """Go on to the next request, which may be here in part."""
         self._is_answering = False
         self._ahead = 0
         super().requestDone(answered)
@@ -277,7 +303,7 @@ class _Site(Site):
         if channel in self._arriving:
             self._arriving[channel] += size
             self._bodies_bytes += size
-            if self._bodies_bytes > BODIES_BYTES:
+            while self._bodies_bytes > BODIES_BYTES:
                 self.counters.meet("http_bodies")
                 self._evict(self._arriving)
 
