@@ -24,6 +24,12 @@ class Timer(Protocol):
         """Let it not come."""
 
 
+def cancel(timer: Timer | None) -> None:
+    """Let a timer not come, if there is one and it is still to come."""
+    if timer is not None and timer.active():
+        timer.cancel()
+
+
 class Scheduler(Protocol):
     """What of ``IReactorTime`` is used here: a monotonic clock and one way to be called later."""
 

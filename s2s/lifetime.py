@@ -17,6 +17,7 @@ from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from s2s.clock import cancel
 from s2s.errors import OperatorError
 
 #: Set by whoever starts us with a pipe for stdin: its end is our order to stop, also when it was SIGKILL that ended it.
@@ -127,8 +128,7 @@ class Lifetime:
 
     def ended(self) -> None:
         """Everything has stopped by itself: there is nothing to cancel."""
-        if self._cancelling is not None and self._cancelling.active():
-            self._cancelling.cancel()
+        cancel(self._cancelling)
 
     def _past(self) -> None:
         _log.warn("the grace is over: cancelling what still runs")

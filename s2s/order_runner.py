@@ -12,7 +12,7 @@ from twisted.logger import Logger
 
 from s2s import canonical
 from s2s.catalogue import BY_NAME
-from s2s.clock import Clock
+from s2s.clock import Clock, cancel
 from s2s.condition import Condition
 from s2s.errors import (
     BadPayload,
@@ -134,8 +134,7 @@ class OrderRunner:
         timer = self._clock.scheduler.callLater(ANSWER_S, self._settle, order_id)
         self.wake()
         await waiter
-        if timer.active():
-            timer.cancel()
+        cancel(timer)
         return await self._database.run(table.find, order_id)
 
     def _settle(self, order_id: str) -> None:

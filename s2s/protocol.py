@@ -23,7 +23,7 @@ from ulid import ULID
 from s2s import canonical, envelope
 from s2s.answers import PAYLOAD_DEPTH, Answers
 from s2s.catalogue import BY_NAME, ERROR, ERROR_SCHEMA, HEALTH_CHECK
-from s2s.clock import Clock, Timer
+from s2s.clock import Clock, Timer, cancel
 from s2s.dispatch import Dispatcher, KeySource, Refusal, Reply, Request, UnknownKey, UnsignedError
 from s2s.errors import (
     BY_CODE,
@@ -386,8 +386,7 @@ class Link(Int32StringReceiver):
             self._timer.reset(max(0.0, at - self._clock.mono()))
 
     def _cancel_timer(self) -> None:
-        if self._timer is not None and self._timer.active():
-            self._timer.cancel()
+        cancel(self._timer)
 
     def _tick(self) -> None:
         mono = self._clock.mono()

@@ -17,7 +17,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from s2s.catalogue import COMMAND_PUSH
-from s2s.clock import Clock, Timer
+from s2s.clock import Clock, Timer, cancel
 from s2s.errors import BadPayload, CanonicalError, DatabaseError, LineFull, LocalError, Refused, TooBigToSend, TooLarge
 from s2s.pace import Pace
 from s2s.protocol import Link
@@ -103,7 +103,7 @@ class Relay:
         :returns: fires when all that is in flight is answered, or given up, and settled.
         """
         self._is_stopping = True
-        self._cancel_timer()
+        cancel(self._timer)
         self._timer = self._clock.scheduler.callLater(patience_s, self._give_up)
         self._give_back()
         stopped: Deferred[None] = Deferred()
@@ -126,10 +126,6 @@ class Relay:
     def _open_link(self) -> Link | None:
         """Give the link while it takes requests: one that is closing takes none, and is lost up to 2 s later."""
         return self._link if self._link is not None and self._link.session.is_open else None
-
-    def _cancel_timer(self) -> None:
-        if self._timer is not None and self._timer.active():
-            self._timer.cancel()
 
     # --- claim and send ---------------------------------------------------------------------------------------------
 
@@ -302,7 +298,7 @@ class Relay:
     def _rest(self) -> None:
         """Nothing is under way: tell who waits for that, if it will stay so."""
         if self._is_stopping:
-            self._cancel_timer()
+            cancel(self._timer)
         if self._is_stopping or self._open_link() is None or (self._is_dry and not self._more):
             waiters, self._at_rest = self._at_rest, []
             for waiter in waiters:

@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from s2s.clock import Clock, Timer
+from s2s.clock import Clock, Timer, cancel
 from s2s.errors import DatabaseError
 from s2s.store.pool import Database
 
@@ -70,7 +70,7 @@ class Reread(Generic[T]):
         self._is_stopped = True
         if self._poll.running:
             self._poll.stop()
-        self._cancel()
+        cancel(self._timer)
         self._fire()
 
     def changed(self, gap_s: float = 0.0) -> None:
@@ -113,7 +113,7 @@ class Reread(Generic[T]):
             self._timer.reset(wait_s)
 
     def _begin(self) -> None:
-        self._cancel()
+        cancel(self._timer)
         self._is_reading = True
         self._began_at = self._clock.mono()
         waiters, self._waiters = self._waiters, []
@@ -138,10 +138,6 @@ class Reread(Generic[T]):
     def _forget(self, waiter: Deferred[None]) -> None:
         if waiter in self._waiters:
             self._waiters.remove(waiter)
-
-    def _cancel(self) -> None:
-        if self._timer is not None and self._timer.active():
-            self._timer.cancel()
 
     def _fire(self) -> None:
         waiters, self._waiters = self._waiters, []

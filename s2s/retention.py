@@ -8,7 +8,7 @@ from typing import Final
 from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 
-from s2s.clock import Clock, Timer
+from s2s.clock import Clock, Timer, cancel
 from s2s.errors import DatabaseUnavailable
 from s2s.store import retention as table
 from s2s.store.pool import Database
@@ -65,8 +65,7 @@ class Retention:
         :returns: fires when the one under way is finished.
         """
         self._is_stopping = True
-        if self._timer is not None and self._timer.active():
-            self._timer.cancel()
+        cancel(self._timer)
         return self._passing
 
     def _sleep(self, seconds: float) -> None:

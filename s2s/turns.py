@@ -9,6 +9,7 @@ from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
+from s2s.clock import cancel
 from s2s.errors import DatabaseUnavailable
 
 T = TypeVar("T")
@@ -76,8 +77,7 @@ class Turns:
         timer = self._clock.callLater(SLOW_S, self.log.warn, said, what=what, seconds=SLOW_S)
 
         def done(outcome: T) -> T:
-            if timer.active():
-                timer.cancel()
+            cancel(timer)
             return outcome
 
         return work.addBoth(done)

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s import certs
 from s2s.cli.door import Door, with_door
 from s2s.tokens import make
 from tests.support.http import ApiTestCase, shell
@@ -172,14 +170,9 @@ class TlsTests(ApiTestCase):
     @inlineCallbacks
     def test_a_private_authority(self) -> Iterator[Deferred[Any]]:
         """The API is served over TLS; a client that trusts the authority of s2s certs comes in, another does not."""
-        tls = self.directory / "tls"
-        certs.make(tls, ("localhost",), (), 30, datetime.now(timezone.utc), renew=False)
-        port = free_port()
-        endpoint = f"ssl:{port}:interface=127.0.0.1:privateKey={tls}/server.key:certKey={tls}/server.pem"
-        server = self.server(http=endpoint)
+        port, server, root = self.make_tls_server()
         yield server.start()
         way = {"S2S_URL": f"https://localhost:{port}", "S2S_TOKEN_FILE": self.token_file()}
-        [root] = (tls / "roots").glob("*.pem")
         lines = [["config", "list", "--json"]]
         [(code, stdout, stderr)] = yield deferToThread(shell, lines, SSL_CERT_FILE=str(root), **way)
         self.assertEqual((code, stderr), (0, ""))

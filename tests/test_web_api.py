@@ -7,14 +7,12 @@ import json
 import socket
 import ssl
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from typing import Any
 from urllib.parse import urlsplit
 
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.internet.threads import deferToThread
 
-from s2s import certs
 from s2s.operations import OPERATIONS
 from s2s.store import tokens
 from s2s.store.pool import blocking
@@ -407,17 +405,13 @@ class BoundTests(ApiTestCase):
     @inlineCallbacks
     def test_over_tls(self) -> Iterator[Deferred[Any]]:
         """Neither is over TLS what comes behind a request that waits, though the answers before it are not read."""
-        tls = self.directory / "tls"
-        certs.make(tls, ("localhost",), (), 30, datetime.now(timezone.utc), renew=False)
-        port = free_port()
-        endpoint = f"ssl:{port}:interface=127.0.0.1:privateKey={tls}/server.key:certKey={tls}/server.pem"
-        server = self.server(http=endpoint)
+        port, server, root = self.make_tls_server()
         yield server.start()
         order_id = self.ask("POST", TICK, {"job_type": "decay"}).body["order_id"]
         head = f"Host: localhost\r\nAuthorization: Bearer {self.tokens['observer']}\r\n\r\n".encode()
         waits = f"GET /v1/orders/{order_id}?wait=60 HTTP/1.1\r\n".encode() + head
         before = server.rss
-        context = ssl.create_default_context(cafile=str(next((tls / "roots").glob("*.pem"))))
+        context = ssl.create_default_context(cafile=str(root))
         with socket.create_connection(("127.0.0.1", port), timeout=2) as plain:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             with context.wrap_socket(plain, server_hostname="localhost") as one:

@@ -23,15 +23,7 @@ from twisted.internet.threads import blockingCallFromThread
 from s2s import preflight
 from s2s.admin_client import AdminClient
 from s2s.cli.common import actor, database_options, one_line_errors, transaction
-from s2s.errors import (
-    AuthBad,
-    AuthRequired,
-    OperatorError,
-    Refused,
-    Unreachable,
-    WireError,
-    harmless,
-)
+from s2s.errors import AuthBad, AuthRequired, OperatorError, Refused, Unreachable, WireError, harmless
 from s2s.operations.kind import Ask, Operation, Reply, Steps, Until, advance, perform, said
 from s2s.operations.pages import MOST_ROWS, Page
 from s2s.store import driver, pool

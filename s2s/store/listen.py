@@ -18,6 +18,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from s2s.clock import cancel
 from s2s.store import driver
 from s2s.store.driver import Connection
 from s2s.store.notes import presence_key
@@ -137,8 +138,7 @@ class Listener:
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
     def _drop(self) -> None:
-        if self._timer is not None and self._timer.active():
-            self._timer.cancel()
+        cancel(self._timer)
         self._timer = None
         if self._conn is not None:
             self._reactor.removeReader(self)

@@ -16,7 +16,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from s2s.errors import CommitLost, DatabaseUnavailable, S2SError
+from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, S2SError
 from s2s.limits import Counters
 from s2s.store import driver
 from s2s.store.driver import Connection, Cursor
@@ -219,14 +219,13 @@ class Database:
             is_broken = _roll_back(conn) or driver.is_of_the_connection(error)
             if is_broken:
                 pool.disconnect(conn)
-            if not isinstance(error, CommitLost):
+            failed: DatabaseError | None = error if isinstance(error, CommitLost) else None
+            if failed is None:
                 self._go_on()
-            failed = driver.told(error, conn) if isinstance(error, psycopg2.Error) else None
+                failed = driver.told(error, conn) if isinstance(error, psycopg2.Error) else None
             if is_broken:
                 # Whatever the work made of it.
-                failed = failed or (
-                    error if isinstance(error, CommitLost) else DatabaseUnavailable("the connection broke")
-                )
+                failed = failed or DatabaseUnavailable("the connection broke")
                 self._reactor.callFromThread(self._tell, True, str(failed))
             if failed is not None:
                 raise failed from None

@@ -25,7 +25,6 @@ MOST_IN_LINE: Final = 1000
 #: Seconds that a step may take, with its time in line: of a database that hangs nobody hears otherwise.
 STEP_S: Final = 10.0
 
-
 _NOT_BEGUN: Final = "the database did not come to it in time: it was not begun"
 
 

@@ -55,12 +55,8 @@ STATUS: Final = {
 }
 #: The status of what an engine answers of its state; what else it answers should not be, and is a 502.
 _OF_AN_ENGINE: Final = {
-    "not_ready": 409,
-    "paused": 409,
+    **{code: STATUS[code] for code in ("not_ready", "paused", "overloaded", "db_unavailable", "deadline_exceeded")},
     "shutting_down": 409,
-    "overloaded": 503,
-    "db_unavailable": 503,
-    "deadline_exceeded": 504,
 }
 
 _log: Final = Logger(namespace="s2s.web")

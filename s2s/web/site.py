@@ -16,7 +16,7 @@ from twisted.web.http import datetimeToString
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
-from s2s.clock import Clock, Timer
+from s2s.clock import Clock, Timer, cancel
 from s2s.errors import BadEnvelope, TooLarge, WireError
 from s2s.limits import Counters
 from s2s.operations.kind import encode
@@ -61,7 +61,7 @@ class _Request(Request):
             self._refuse()
         if not self._is_refused:
             super().handleContentChunk(data)
-            self.channel.took(len(data))
+            self.channel.site.took(self.channel, len(data))
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """Answer it, unless that was done. Twisted's own would also read a body as a form, which is none of ours."""
@@ -128,11 +128,6 @@ class _Channel(http.HTTPChannel):
             if self._ahead > self._optimisticEagerReadSize:
                 self._networkProducer.pauseProducing()
 
-    def took(self, size: int) -> None:
-        """So many bytes more of a body are here."""
-        self._arrives()
-        self.site.took(self, size)
-
     def lineLengthExceeded(self, line: bytes) -> None:
         """Refuse a line that does not end."""
         self.refuse(BadEnvelope("a line of the request is too long"))
@@ -164,7 +159,7 @@ class _Channel(http.HTTPChannel):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone."""
         for timer in (self._arriving, self._taking, self._closing, self._going_on):
-            _cancel(timer)
+            cancel(timer)
         self.site.gone(self)
         super().connectionLost(reason)
 
@@ -207,8 +202,8 @@ class _Channel(http.HTTPChannel):
             self._taking = self._after(TAKE_S, self._is_not_read)
             self._networkProducer.pauseProducing()
             return
-        _cancel(self._going_on)
-        _cancel(self._taking)
+        cancel(self._going_on)
+        cancel(self._taking)
         held, self._held = self._held, None
         self._next(held)
 
@@ -216,8 +211,6 @@ class _Channel(http.HTTPChannel):
         self._is_answering = False
         self._ahead = 0
         super().requestDone(answered)
-        if self.requests and not self._is_answering:
-            self._arrives()
 
     def _arrives(self) -> None:
         if self._arriving is None:
@@ -225,7 +218,7 @@ class _Channel(http.HTTPChannel):
             self._arriving = self._after(ARRIVE_S, self._is_late)
 
     def _has_arrived(self) -> None:
-        _cancel(self._arriving)
+        cancel(self._arriving)
         self._arriving = None
         self.site.arrived(self)
 
@@ -245,11 +238,6 @@ class _Channel(http.HTTPChannel):
     def _is_not_read(self) -> None:
         self.site.counters.meet("http_take")
         self.transport.abortConnection()
-
-
-def _cancel(timer: Timer | None) -> None:
-    if timer is not None and timer.active():
-        timer.cancel()
 
 
 class _Refused(Protocol):
@@ -344,11 +332,7 @@ class _Site(Site):
         for channel in list(self._all):
             channel.loseConnection()
 
-        def done(_: None) -> None:
-            if cutting.active():
-                cutting.cancel()
-
-        return closed.addCallback(done)
+        return closed.addCallback(lambda _: cancel(cutting))
 
     def _cut(self) -> None:
         for channel in list(self._all):

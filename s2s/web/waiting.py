@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from twisted.internet.defer import Deferred, succeed
 
-from s2s.clock import Clock
+from s2s.clock import Clock, cancel
 from s2s.errors import Overloaded
 from s2s.limits import Counters
 from s2s.operations.kind import Until
@@ -77,8 +77,7 @@ class Waiting:
         timer = self._clock.scheduler.callLater(until.seconds, self._end, wait)
 
         def done(outcome: Any) -> Any:
-            if timer.active():
-                timer.cancel()
+            cancel(timer)
             return outcome
 
         self.wake()

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, TimeoutError
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.threads import deferToThread
 
 from tests.faults.history import Operation, operations
@@ -114,7 +115,7 @@ async def run(
             await pause(stage.dice.uniform(0, 0.5))
         say(f"{time.monotonic() - began:6.1f} s  settling")
         await _within(SETTLED_S, stage.settled(), "it has not settled", violations)
-        facts = Facts(**await deferToThread(_facts, stage))
+        facts = await deferToThread(_facts, stage)
         done = operations(stage.history.events)
         violations += [*judge(done, facts), *stage.leaks()]
         await stage.end_roles()
@@ -138,15 +139,13 @@ async def _bring(stage: Stage, fault: Fault) -> None:
 
 
 async def _within(seconds: float, waiting: Any, why: str, violations: list[str]) -> None:
-    from twisted.internet import reactor
-
     try:
         await Deferred.fromCoroutine(waiting).addTimeout(seconds, reactor)
-    except (TimeoutError, CancelledError):
+    except TimeoutError:
         violations.append(why)
 
 
-def _facts(stage: Stage) -> dict[str, Any]:
+def _facts(stage: Stage) -> Facts:
     answer = ask(stage.api, "GET", "/v1/engines/engine-1", stage.token)
     return facts_of(stage.execute, {"engine-1": answer.body.get("config_version")})
 

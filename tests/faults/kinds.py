@@ -48,6 +48,14 @@ async def _kill(stage: Stage, *names: str) -> None:
     await stage.restart(*names)
 
 
+async def _comes(is_there: Callable[[], bool], within_s: float) -> bool:
+    """Wait for something, and give whether it came."""
+    until = time.monotonic() + within_s
+    while not (came := is_there()) and time.monotonic() < until:
+        await pause(0.05)
+    return came
+
+
 #: Seconds that a process is given to come to the step at which it dies.
 _STEP_S: Final = 15.0
 
@@ -61,11 +69,7 @@ async def _kill_at(stage: Stage, step: str) -> None:
     stage.arm(name, (step, stage.dice.randint(1, most)))
     number = stage.history.invoke("campaign", "step", step=step)
     role.launch()
-    waited = 0.0
-    while role.is_running and waited < _STEP_S:
-        await pause(0.05)
-        waited += 0.05
-    came = not role.is_running
+    came = await _comes(lambda: not role.is_running, _STEP_S)
     stage.history.end(number, "campaign", "step", "ok" if came else "fail")
     if not came:
         role.kill()
@@ -125,7 +129,7 @@ async def _database_gone(stage: Stage, seconds: float) -> None:
 
 async def _connections_killed(stage: Stage) -> None:
     kill = (
-        "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 's2s%%' and random() < 0.5"
+        "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 's2s%' and random() < 0.5"
     )
     for _ in range(3):
         await deferToThread(stage.execute, kill)
@@ -135,7 +139,7 @@ async def _connections_killed(stage: Stage) -> None:
 async def _read_only(stage: Stage) -> None:
     """Every new transaction is refused its writes, as by a standby after a failover."""
     alter = "alter database postgres set default_transaction_read_only = {}"
-    leave = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 's2s%%'"
+    leave = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 's2s%'"
     await deferToThread(stage.execute, alter.format("on"))
     await deferToThread(stage.execute, leave)
     await pause(3)
@@ -256,10 +260,7 @@ async def _inject(stage: Stage, where: str, up: list[bytes], down: list[bytes]) 
     for body, way, back in ways:
         number = stage.history.invoke("attacker", "replay", where=where, type=_type(body))
         before = sum(_answers(answer, body) for answer in back.recorded)
-        waited = 0.0
-        while not stage.proxy.inject(body, way) and waited < _INJECT_S:
-            await pause(0.05)
-            waited += 0.05
+        await _comes(partial(stage.proxy.inject, body, way), _INJECT_S)
         await pause(0.3)
         answers = [answer for answer in back.recorded if _answers(answer, body)]
         if len(answers) > before:

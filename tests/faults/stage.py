@@ -6,12 +6,11 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import psutil
-import psycopg2
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
@@ -21,9 +20,11 @@ from s2s.store import seed, tokens
 from s2s.store.pool import blocking
 from tests.faults import inside, mark
 from tests.faults.history import History
+from tests.faults.judge import Command, Facts, Order
 from tests.faults.workload import Pusher, Typist
 from tests.support.cluster import Cluster
 from tests.support.peer import K1, Key, Peer, connect
+from tests.support.postgres import Session
 from tests.support.proxy import Proxy
 from tests.support.roles import Engine, Role, Server, free_port, listen
 
@@ -155,14 +156,9 @@ class Stage:
 
     def execute(self, statement: str, *params: Any) -> list[tuple[Any, ...]]:
         """Run a statement on a connection of its own. Blocks."""
-        conn = psycopg2.connect(self.url, connect_timeout=3, options="-c default_transaction_read_only=off")
-        conn.autocommit = True
-        try:
-            with conn.cursor() as txn:
-                txn.execute(statement, params or None)
-                return txn.fetchall() if txn.description else []
-        finally:
-            conn.close()
+        # Also while the database is read-only to others.
+        with Session(f"{self.url}&connect_timeout=3&options=-cdefault_transaction_read_only%3Doff") as session:
+            return session.run(statement, *params)
 
     async def whole(self) -> None:
         """Wait until what is emitted now has come the whole way."""
@@ -236,37 +232,36 @@ def pause(seconds: float) -> Deferred[Any]:
     return deferLater(reactor, seconds)
 
 
-def facts_of(execute: Any, engines: Mapping[str, int]) -> dict[str, Any]:
-    """Read what the judge wants to know."""
-    from tests.faults.judge import Command, Order
+def facts_of(execute: Callable[..., list[tuple[Any, ...]]], engines: Mapping[str, int]) -> Facts:
+    """Read what the judge wants to know. Blocks."""
+
+    def column(statement: str) -> list[Any]:
+        return [value for (value,) in execute(statement)]
 
     changes: dict[int, list[tuple[str, str]]] = {}
     for sector, was, became in execute("select sector_id, was, became from sector_changes order by n"):
         changes.setdefault(sector, []).append((was, became))
-    audited = "select subject from audit where action = any(%s) or action like %s"
-    return {
-        "commands": [
+    return Facts(
+        commands=[
             Command(*row)
             for row in execute(
                 "select cmd_id, idem_key, payload, status from commands where cmd_type = 'faults.mark' order by cmd_id"
             )
         ],
-        "effects": execute("select idem_key, half, at from effects"),
-        "notices": [row[0] for row in execute("select message from notices")],
-        "outbox": execute("select idem_key, state from outbox"),
-        "broadcasts": execute("select message, state from broadcasts"),
-        "orders": [Order(*row) for row in execute("select order_id, idem_key, params, status, result from orders")],
-        "changes": changes,
-        "sectors": dict(execute("select sector_id, status from sectors")),
-        "versions": [row[0] for row in execute("select version from config_history order by version")],
-        "engines": engines,
-        "audited": {
-            "order": [row[0] for row in execute(audited, ["world.set_sector_status.v1"], "")],
-            "config": [
-                row[0] for row in execute("select result ->> 'version' from audit where action like 'config.set%%'")
-            ],
-            "key": [row[0] for row in execute(audited, [], "keys.%")],
+        effects=execute("select idem_key, half, at from effects"),
+        notices=column("select message from notices"),
+        outbox=execute("select idem_key, state from outbox"),
+        broadcasts=execute("select message, state from broadcasts"),
+        orders=[Order(*row) for row in execute("select order_id, idem_key, params, status, result from orders")],
+        changes=changes,
+        sectors=dict(execute("select sector_id, status from sectors")),
+        versions=column("select version from config_history order by version"),
+        engines=engines,
+        audited={
+            "order": column("select subject from audit where action = 'world.set_sector_status.v1'"),
+            "config": column("select result ->> 'version' from audit where action like 'config.set%'"),
+            "key": column("select subject from audit where action like 'keys.%'"),
         },
-        "keys": [row[0] for row in execute("select key_id from s2s_keys")],
-        "notes": execute("select count(*) from batch_notes")[0][0],
-    }
+        keys=column("select key_id from s2s_keys"),
+        notes=column("select count(*) from batch_notes")[0],
+    )

@@ -15,6 +15,7 @@ import psycopg2
 
 from s2s.store import keys, rotation
 from tests.faults.history import History
+from tests.support.flood import Linked
 from tests.support.http import ask
 from tests.support.peer import PUSH, Frame, Key, Peer
 
@@ -25,64 +26,43 @@ _ODD: Final = 20
 _LATER_S: Final = 6
 
 
-class Pusher(threading.Thread):
+class Pusher(Linked):
     """An engine of ours: pushes new keys at a rate, and again whatever came to no end, until it does.
 
-    :param connect: makes a link.
-    :param is_reading: whether it reads at all; a campaign may have it stop.
-    :ivar links: how many it had.
+    :ivar is_reading: whether it reads at all; a campaign may have it stop.
     """
 
     def __init__(self, name: str, history: History, connect: Callable[[], Peer], rate: float, seed: int) -> None:
-        super().__init__(name=name, daemon=True)
+        super().__init__(connect, name)
         self._history = history
-        self._connect = connect
         self._rate = rate
         self._dice = random.Random(seed)
         self._again: deque[Frame] = deque()
         #: By the frame's id: what it pushes, and the number of its operation.
         self._flying: dict[str, tuple[Frame, int]] = {}
         self._contents: list[Frame] = []
-        self._over = threading.Event()
+        self._made = 0
         self.is_reading = True
-        self.links = 0
         self.failure: BaseException | None = None
 
-    def finish(self) -> None:
-        """Make no new keys; it ends when all have come to an end."""
-        self._over.set()
-
     def run(self) -> None:
-        """Push."""
+        """Push until all has come to an end."""
         try:
-            self._run()
+            super().run()
         except BaseException as error:
             self.failure = error
 
-    def _run(self) -> None:
-        self._began, self._made = time.monotonic(), 0
-        while not self._is_done():
-            try:
-                peer = self._connect()
-            except OSError:
-                time.sleep(0.05)
-                continue
-            self.links += 1
-            try:
-                peer.greet()
-                while not self._is_done():
-                    self._turn(peer)
-            except (OSError, AssertionError):  # the link ended, perhaps within a frame
-                pass
-            for push, number in self._flying.values():
-                self._history.end(number, self.name, "push", "unknown")
-                self._again.append(push)
-            self._flying.clear()
-            peer.close()
-            time.sleep(self._dice.uniform(0.05, 0.2))
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing new is to be made, and all that was has come to an end."""
+        return self._is_over.is_set() and not self._again and not self._flying
 
-    def _is_done(self) -> bool:
-        return self._over.is_set() and not self._again and not self._flying
+    def _lost(self) -> None:
+        for push, number in self._flying.values():
+            self._history.end(number, self.name, "push", "unknown")
+            self._again.append(push)
+        self._flying.clear()
+        time.sleep(self._dice.uniform(0.05, 0.2))
 
     def _turn(self, peer: Peer) -> None:
         frames = []
@@ -106,7 +86,7 @@ class Pusher(threading.Thread):
         """Give what is to be pushed now."""
         if self._again:
             return self._again.popleft()
-        if self._over.is_set() or self._made >= (time.monotonic() - self._began) * self._rate:
+        if self._is_over.is_set() or self._made >= (time.monotonic() - self._began) * self._rate:
             return None
         self._made += 1
         odd = self._dice.randrange(_ODD)
@@ -199,7 +179,7 @@ class Typist(threading.Thread):
 
         self._in_sql("broadcast", {"messages": messages}, insert)
 
-    def _in_sql(self, op: str, asked: Mapping[str, Any], work: Callable[[Any], Any]) -> bool:
+    def _in_sql(self, op: str, asked: Mapping[str, Any], work: Callable[[Any], Any]) -> None:
         """Do something in one transaction; while its COMMIT is under way nobody knows."""
         number = self._history.invoke(self.name, op, **asked)
         is_done = False
@@ -214,9 +194,8 @@ class Typist(threading.Thread):
                 conn.close()
         except psycopg2.Error:
             self._history.end(number, self.name, op, "unknown" if is_done else "fail")
-            return False
-        self._history.end(number, self.name, op, "ok")
-        return True
+        else:
+            self._history.end(number, self.name, op, "ok")
 
     def _order(self) -> None:
         key, params = self._orders.popleft()

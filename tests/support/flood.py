@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 
@@ -14,43 +15,38 @@ from tests.support.peer import PUSH, Frame, Peer, command
 _WINDOW = 512
 
 
-class Flood(threading.Thread):
-    """Pushes commands of new keys over a link of its own, and connects again when it is lost.
-
-    What was not accepted is pushed again with the same key until it is, so that in the end every key is accepted.
+class Linked(threading.Thread, ABC):
+    """Takes turns on a link until it is done, and makes another one when it is lost.
 
     :param connect: makes a link.
-    :param rate: new keys in a second.
-    :ivar accepted: the ``cmd_id`` of each key that was accepted.
-    :ivar refused: how often each code came.
-    :ivar links: how many links it had.
-    :ivar wrong: what must not be: an answer that contradicts another.
+    :ivar links: how many it had.
     """
 
-    def __init__(self, connect: Callable[[], Peer], rate: float) -> None:
-        super().__init__(daemon=True)
+    def __init__(self, connect: Callable[[], Peer], name: str | None = None) -> None:
+        super().__init__(name=name, daemon=True)
         self._connect = connect
-        self._rate = rate
-        self._again: deque[str] = deque()
-        self._flying: dict[str, str] = {}
         self._is_over = threading.Event()
-        self.made = 0
-        self.accepted: dict[str, int] = {}
-        self.refused: dict[str, int] = {}
-        self.wrong: list[str] = []
         self.links = 0
 
     def finish(self) -> None:
-        """Make no more keys; it ends when all are accepted."""
+        """Begin nothing new; it ends when all that was begun is done."""
         self._is_over.set()
 
     @property
+    @abstractmethod
     def is_done(self) -> bool:
-        """Whether every key that was made is accepted."""
-        return self._is_over.is_set() and len(self.accepted) == self.made
+        """Whether nothing is left to do."""
+
+    @abstractmethod
+    def _turn(self, peer: Peer) -> None:
+        """Do a little."""
+
+    @abstractmethod
+    def _lost(self) -> None:
+        """Take note that nothing more comes over the link that there was."""
 
     def run(self) -> None:
-        """Push until told to finish, and then until all is accepted."""
+        """Do everything."""
         self._began = time.monotonic()
         while not self.is_done:
             try:
@@ -65,9 +61,40 @@ class Flood(threading.Thread):
                     self._turn(peer)
             except (OSError, AssertionError):  # the link ended, perhaps within a frame
                 pass
-            self._again.extend(self._flying.values())
-            self._flying.clear()
+            self._lost()
             peer.close()
+
+
+class Flood(Linked):
+    """Pushes commands of new keys over a link of its own, and connects again when it is lost.
+
+    What was not accepted is pushed again with the same key until it is, so that in the end every key is accepted.
+
+    :param connect: makes a link.
+    :param rate: new keys in a second.
+    :ivar accepted: the ``cmd_id`` of each key that was accepted.
+    :ivar refused: how often each code came.
+    :ivar wrong: what must not be: an answer that contradicts another.
+    """
+
+    def __init__(self, connect: Callable[[], Peer], rate: float) -> None:
+        super().__init__(connect)
+        self._rate = rate
+        self._again: deque[str] = deque()
+        self._flying: dict[str, str] = {}
+        self.made = 0
+        self.accepted: dict[str, int] = {}
+        self.refused: dict[str, int] = {}
+        self.wrong: list[str] = []
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every key that was made is accepted."""
+        return self._is_over.is_set() and len(self.accepted) == self.made
+
+    def _lost(self) -> None:
+        self._again.extend(self._flying.values())
+        self._flying.clear()
 
     def _turn(self, peer: Peer) -> None:
         """Push what is due, and take the answers that there are."""

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
+from s2s import certs
 from s2s.store import tokens
 from s2s.store.pool import blocking
 from s2s.tokens import ACCESS, Access
@@ -121,6 +123,17 @@ class ApiTestCase(RoleTestCase):
         """Make a server with an API of its own."""
         port = free_port()
         return f"http://127.0.0.1:{port}", self.server(*options, http=listen(port), **how)
+
+    def make_tls_server(self) -> tuple[int, Server, Path]:
+        """Make a server whose API speaks TLS as ``localhost``.
+
+        :returns: the port, the server, and the certificate of its authority.
+        """
+        tls, port = self.directory / "tls", free_port()
+        certs.make(tls, ("localhost",), (), 30, datetime.now(timezone.utc), renew=False)
+        endpoint = f"ssl:{port}:interface=127.0.0.1:privateKey={tls}/server.key:certKey={tls}/server.pem"
+        [root] = (tls / "roots").glob("*.pem")
+        return port, self.server(http=endpoint), root
 
     def ask(self, method: str, path: str, body: Any = None, *, role: Access = "admin", **how: Any) -> Answer:
         """Make one request to it. Blocks."""

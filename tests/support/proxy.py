@@ -206,7 +206,8 @@ class Proxy:
 
     def inject(self, frame: bytes, way: Way) -> bool:
         """Send a frame over a link that there is, where no other is under way."""
-        return any([end.inject(frame) for end in self.ends if end.way is way][:1])
+        end = next((end for end in self.ends if end.way is way), None)
+        return end is not None and end.inject(frame)
 
     def cut(self) -> None:
         """Abort every connection."""
