@@ -1,14 +1,19 @@
-"""The judge of a campaign, judged: what is right passes, and each thing that is wrong is told (tests/faults)."""
+"""The judge of a campaign, judged, and the order of its attacks (tests/faults)."""
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.faults.history import History, Operation, operations
+from tests.faults.inside import STEPS
 from tests.faults.judge import Command, Facts, Order, judge
+from tests.faults.kinds import ATTACKS, program
+from tests.faults.stage import Level
 from tests.support.peer import CHECK, PUSH
 
 _CONTENT = {"n": 1}
@@ -28,7 +33,7 @@ def pushed(ended: Any = "ok", content: Any = None, **came: Any) -> Any:
 
 #: What is right after one of each.
 RIGHT = Facts(
-    commands=[Command(1, "k", _CONTENT, "done")],
+    commands=[Command(1, "k", _CONTENT, "done"), Command(2, "later", _CONTENT, "cancelled")],
     effects=[("k", 1, 9.0), ("k", 2, 9.0)],
     notices=["e", "b"],
     broadcasts=[("b", "queued")],
@@ -36,8 +41,15 @@ RIGHT = Facts(
     changes={1: [("neutral", "fedspace")]},
     sectors={1: "fedspace"},
     versions=[1, 2],
-    engines={"engine-1": 2},
-    audited={"order": ["o1", "o1"], "config": ["1", "2"], "key": ["k2"]},
+    engines={"engine-1": (2, "running")},
+    audited={
+        "order": ["o1", "o1"],
+        "config": ["1", "2"],
+        "key": ["k2"],
+        "cancel": [2],
+        "steer": ["s2s.engine.pause"],
+        "wanted": ["paused", "running"],
+    },
     keys=["k1", "k2"],
 )
 DID = [
@@ -47,9 +59,48 @@ DID = [
     did("order", key="o"),
     did("config", came={"version": 2, "changed": True}),
     did("rotate", key="k2"),
+    did("push", came={"cmd_id": 2, "duplicate": False}, until=20.0, key="later", content=_CONTENT, due_at=99),
+    did("cancel", cmd_id=2),
+    did("steer", type="s2s.engine.pause"),
     did("replay", came={"code": "replay"}, type=CHECK, where="x"),
     did("recovery", fault="x"),
 ]
+
+
+class ProgramTests(SynchronousTestCase):
+    """The order of the attacks."""
+
+    def test_the_seed_decides(self) -> None:
+        """The same seed gives the same order, another one another."""
+        first, again, other = (list(itertools.islice(program(ATTACKS, seed), 200)) for seed in (7, 7, 8))
+        self.assertEqual(first, again)
+        self.assertNotEqual(first, other)
+
+    def test_everything_comes(self) -> None:
+        """In a round comes every fault, and every step; steps are met by the kills first, and by everything in time."""
+        rounds = len({attack.fault.name for attack in ATTACKS})
+        length = len([attack for attack in ATTACKS if attack.step is None]) + len(STEPS)
+        coming = list(itertools.islice(program(ATTACKS, 7), rounds * length))
+        self.assertEqual(set(coming), set(ATTACKS))
+        met: dict[str, list[str]] = {}
+        for attack in coming[: 3 * length]:
+            if attack.step is not None:
+                met.setdefault(attack.step, []).append(attack.fault.name)
+        kills = ["kill both", "kill the engine", "kill the server"]
+        for step in set(STEPS) - {"migrate.file", "migrate.settings"}:
+            self.assertEqual(sorted(met[step]), kills)
+        self.assertEqual(Counter(map(len, met.values())), {3: len(STEPS)})
+
+
+class LevelTests(SynchronousTestCase):
+    """What a process holds."""
+
+    def test_leaks(self) -> None:
+        """More of anything than a process needs is a leak."""
+        beginning = Level(rss=70 << 20, threads=10, descriptors=20)
+        self.assertFalse(replace(beginning, rss=80 << 20, descriptors=22).is_above(beginning))
+        for leak in ({"rss": 120 << 20}, {"threads": 13}, {"descriptors": 40}):
+            self.assertTrue(replace(beginning, **leak).is_above(beginning))
 
 
 class JudgeTests(SynchronousTestCase):
@@ -64,7 +115,7 @@ class JudgeTests(SynchronousTestCase):
         """What is right is not complained of, and what is unknown may be either way."""
         self.assertEqual(judge(DID, RIGHT), [])
         for ended, came in (("unknown", {}), ("fail", {"code": "db_unavailable", "retry_after_ms": 1})):
-            for facts in (RIGHT, replace(RIGHT, commands=[], effects=[])):
+            for facts in (RIGHT, replace(RIGHT, commands=RIGHT.commands[1:], effects=[])):
                 self.assertEqual(judge([pushed(ended, **came), *DID[1:]], facts), [])
         conflict = pushed("fail", _OTHER, code="idem_conflict", retry_after_ms=None)
         self.assertEqual(judge([*DID, conflict], RIGHT), [])
@@ -72,7 +123,7 @@ class JudgeTests(SynchronousTestCase):
     def test_pushes(self) -> None:
         """A push that is lost, doubled, changed, half done or taken though it was refused is told."""
         command = RIGHT.commands[0]
-        self.wrong(DID, "is there 2 times", commands=[command, replace(command, cmd_id=2)])
+        self.wrong(DID, "is there 2 times", commands=[command, replace(command, cmd_id=3)])
         self.wrong(DID, "was accepted and is not there", commands=[], effects=[])
         self.wrong(DID, "and is [9]", commands=[replace(command, cmd_id=9)])
         self.wrong(DID, "is ready", commands=[replace(command, status="ready")])
@@ -113,10 +164,29 @@ class JudgeTests(SynchronousTestCase):
         """Versions have no gap, engines are at the last one, and the audit names every change."""
         self.wrong(DID, "have gaps", versions=[1, 3])
         self.wrong(DID, "not in the history", versions=[1])
-        self.wrong(DID, "has version 1 in force", engines={"engine-1": 1})
+        self.wrong(DID, "has version 1 in force", engines={"engine-1": (1, "running")})
         self.wrong(DID, "the audit does not name", audited={**RIGHT.audited, "config": ["1"]})
         self.wrong(DID, "key k2 was accepted", keys=["k1"])
         self.wrong(DID, "key k2 is not in the audit", audited={**RIGHT.audited, "key": []})
+
+    def test_by_hand(self) -> None:
+        """What was cancelled does not run unless it is tried again, and the audit names whoever did either."""
+        cancelled, later = RIGHT.commands[1], [("later", 1, 9.0), ("later", 2, 9.0)]
+        again = {**RIGHT.audited, "retry": [2]}
+        self.wrong(DID, "is cancelled and took effect", effects=[*RIGHT.effects, *later])
+        self.wrong(DID, "the audit has", audited={**RIGHT.audited, "cancel": []})
+        self.wrong(DID, "the cancel of command 2 is not in the audit", audited={**RIGHT.audited, "cancel": []})
+        self.wrong(DID, "command 2 is cancelled, and the audit", audited=again)
+        ran = {"commands": [RIGHT.commands[0], replace(cancelled, status="done")], "effects": [*RIGHT.effects, *later]}
+        self.wrong(DID, "command 2 is done, and the audit", **ran)
+        self.assertEqual(judge([*DID, did("retry", cmd_id=2)], replace(RIGHT, **ran, audited=again)), [])
+
+    def test_steered(self) -> None:
+        """What an engine obeyed is in the audit, and in the end it does what is wanted."""
+        self.wrong(DID, "s2s.engine.pause was obeyed", audited={**RIGHT.audited, "steer": []})
+        self.wrong(DID, "was wanted paused, and then paused", audited={**RIGHT.audited, "wanted": ["paused", "paused"]})
+        self.wrong(DID, "engine-1 is running, and wanted", audited={**RIGHT.audited, "wanted": ["paused"]})
+        self.wrong(DID, "engine-1 is paused", engines={"engine-1": (2, "paused")})
 
     def test_the_link(self) -> None:
         """A frame that is sent again is refused; while the database is away nothing is acked, and links stay."""
@@ -132,6 +202,8 @@ class JudgeTests(SynchronousTestCase):
         for came in ({"code": "overloaded", "retry_after_ms": 1}, {"code": "db_unavailable", "retry_after_ms": None}):
             self.wrong([pushed("fail", **came), *DID[1:], outage], "while the database was away")
         self.wrong([did("outage", came={"links_lost": 1})], "links were lost")
+        order = did("order", "unknown", {"status": 500}, key="o")
+        self.wrong([*DID, order, outage], "order o was answered")
         self.wrong([did("recovery", "fail", {"why": "no link"}, fault="cut")], "after cut: no link")
 
     def test_histories(self) -> None:

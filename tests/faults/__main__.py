@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from twisted.internet.task import react
 
 from tests.faults import campaign
 from tests.faults.inside import BREAKS
-from tests.faults.kinds import FAULTS
+from tests.faults.kinds import ATTACKS
 
 
 @click.command()
@@ -23,7 +24,7 @@ from tests.faults.kinds import FAULTS
 @click.option("--pushes", type=click.FloatRange(1), default=300, show_default=True, help="New commands in a second.")
 @click.option("--break", "breaks", type=click.Choice(sorted(BREAKS)), help="A promise to break on purpose.")
 @click.option("--rst", type=click.Path(dir_okay=False, path_type=Path), help="Write the tables to this file, too.")
-@click.option("--only", default="", help="Only faults with this in their name.")
+@click.option("--only", default="", help="Only faults in whose name this regular expression is found.")
 @click.option("--history", type=click.Path(dir_okay=False, path_type=Path), default="faults.jsonl", show_default=True)
 def main(
     seconds: float, seed: int | None, pushes: float, breaks: str | None, rst: Path | None, only: str, history: Path
@@ -35,9 +36,9 @@ def main(
     failed: list[str] = []
 
     async def run() -> None:
-        faults = [fault for fault in FAULTS if only in fault.name]
+        attacks = [attack for attack in ATTACKS if re.search(only, attack.name)]
         verdict = await campaign.run(
-            chosen, seconds, faults=faults, pushes=pushes, breaks=breaks, path=history, say=click.echo
+            chosen, seconds, attacks=attacks, pushes=pushes, breaks=breaks, path=history, say=click.echo
         )
         for title, (head, *rows) in verdict.tables():
             table = Table(*head, title=title)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, TimeoutError
@@ -17,7 +18,7 @@ from twisted.internet.threads import deferToThread
 
 from tests.faults.history import Operation, operations
 from tests.faults.judge import Facts, judge
-from tests.faults.kinds import FAULTS, Fault
+from tests.faults.kinds import ATTACKS, Attack, program
 from tests.faults.stage import SETTLED_S, WHOLE_S, Stage, facts_of, pause
 from tests.support.http import ask
 
@@ -41,24 +42,34 @@ class Verdict:
 
     def tables(self) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
         """Give what is to be seen: a title, and rows of which the first is the head."""
-        times = Counter(each.asked["name"] for each in self.operations if each.op == "fault")
+        times: defaultdict[str, Counter[bool]] = defaultdict(Counter)
         took: defaultdict[str, list[float]] = defaultdict(list)
-        for each in self.operations:
-            if each.op == "recovery" and each.asked["fault"] in times:
-                took[each.asked["fault"]].append(each.came.get("seconds", float("inf")))
-        took["all"] = [seconds for each in took.values() for seconds in each]
-        rows = [
-            (name, str(times.get(name, self.faults)), *(f"{of(seconds):.1f}" for of in (statistics.median, max)))
-            for name, seconds in _sorted(took)
-            if seconds
-        ]
-        yield (
-            f"{self.faults} faults, seed {self.seed}, {self.seconds:.0f} s",
-            [("fault", "times", "whole again after (median, s)", "worst (s)"), *rows],
-        )
+        steps: defaultdict[str, Counter[str]] = defaultdict(Counter)
         by_op: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for each in self.operations:
             by_op[each.op][each.ended] += 1
+            if each.op == "fault":
+                for name in (each.asked["name"], _ALL):
+                    times[name][each.asked["step"] is None] += 1
+            elif each.op == "recovery":
+                for name in (each.asked["fault"], _ALL):
+                    took[name].append(each.came.get("seconds", float("inf")))
+            elif each.op == "step":
+                steps[each.asked["step"]][each.ended] += 1
+        yield (
+            f"{self.faults} faults, seed {self.seed}, {self.seconds:.0f} s",
+            [
+                ("fault", "at any moment", "at a step", "whole again after (median, s)", "worst (s)"),
+                *(
+                    (name, str(times[name][True]), str(times[name][False]), *_typical(took[name]))
+                    for name in sorted(times, key=lambda name: (name == _ALL, name))
+                ),
+            ],
+        )
+        yield (
+            "the steps at which a process stood when a fault began",
+            [("step", "times", "not reached"), *((step, str(of["ok"]), str(of["fail"])) for step, of in steps.items())],
+        )
         kinds = ("ok", "fail", "unknown")
         done = [(op, *(str(ended[kind]) for kind in kinds)) for op, ended in sorted(by_op.items())]
         yield f"operations, {len(self.violations)} violations", [("operation", *kinds), *done]
@@ -68,8 +79,13 @@ class Verdict:
         return "\n".join(_written(*table) for table in self.tables())
 
 
-def _sorted(took: Mapping[str, list[float]]) -> list[tuple[str, list[float]]]:
-    return sorted(took.items(), key=lambda each: (each[0] == "all", each[0]))
+#: The row that sums up.
+_ALL: Final = "all"
+
+
+def _typical(seconds: Sequence[float]) -> tuple[str, ...]:
+    """Give the median and the worst."""
+    return tuple(f"{of(seconds):.1f}" for of in (statistics.median, max)) if seconds else ("", "")
 
 
 def _written(title: str, rows: Sequence[tuple[str, ...]]) -> str:
@@ -83,9 +99,10 @@ async def run(
     seed: int,
     seconds: float,
     *,
-    faults: Sequence[Fault] = FAULTS,
+    attacks: Sequence[Attack] = ATTACKS,
     pushes: float = 300.0,
     breaks: str | None = None,
+    settled_s: float = SETTLED_S,
     path: Path | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> Verdict:
@@ -93,7 +110,8 @@ async def run(
 
     :param seed: of the choice of faults and of everything that the clients draw.
     :param seconds: after which no further fault begins.
-    :param faults: of which kinds; of none the clients just work.
+    :param attacks: of which kinds; without any the clients just work.
+    :param settled_s: seconds until nothing may be left to do.
     :param path: where the history is written.
     :param say: is told what goes on.
     """
@@ -102,22 +120,21 @@ async def run(
     began = time.monotonic()
     try:
         await stage.start()
-        deck: list[Fault] = []
+        coming = enumerate(program(attacks, seed), 1) if attacks else iter(())
         while time.monotonic() - began < seconds:
-            # Each kind once, in a new order every time.
-            deck = deck or stage.dice.sample(faults, len(faults))
-            if not deck:
+            number, attack = next(coming, (0, None))
+            if attack is None:
                 await pause(0.5)
                 continue
-            fault = deck.pop()
-            say(f"{time.monotonic() - began:6.1f} s  {fault.name}")
-            await _bring(stage, fault)
+            say(f"{time.monotonic() - began:6.1f} s  {attack.name}")
+            stage.dice = random.Random(f"{seed} {number}")
+            await _bring(stage, attack)
             await pause(stage.dice.uniform(0, 0.5))
         say(f"{time.monotonic() - began:6.1f} s  settling")
-        await _within(SETTLED_S, stage.settled(), "it has not settled", violations)
+        await _within(settled_s, stage.settled(), stage, violations)
         facts = await deferToThread(_facts, stage)
         done = operations(stage.history.events)
-        violations += [*judge(done, facts), *stage.leaks()]
+        violations += judge(done, facts)
         await stage.end_roles()
         violations += stage.surprises
         return Verdict(seed, time.monotonic() - began, done, violations)
@@ -125,29 +142,30 @@ async def run(
         await stage.stop()
 
 
-async def _bring(stage: Stage, fault: Fault) -> None:
+async def _bring(stage: Stage, attack: Attack) -> None:
     """Bring a fault about, and see how long it takes until everything is whole again."""
-    number = stage.history.invoke("campaign", "fault", name=fault.name)
-    await fault.run(stage)
+    name = attack.fault.name
+    number = stage.history.invoke("campaign", "fault", name=name, step=attack.step)
+    await attack.run(stage)
     stage.history.end(number, "campaign", "fault", "ok")
     since = time.monotonic()
-    number = stage.history.invoke("campaign", "recovery", fault=fault.name)
+    number = stage.history.invoke("campaign", "recovery", fault=name, step=attack.step)
     late: list[str] = []
-    await _within(WHOLE_S, stage.whole(), f"not whole again within {WHOLE_S:g} s", late)
+    await _within(WHOLE_S, stage.whole(), stage, late)
     told: dict[str, Any] = {"seconds": time.monotonic() - since, "why": "; ".join(late)}
-    stage.history.end(number, "campaign", "recovery", "fail" if late else "ok", **told)
+    stage.history.end(number, "campaign", "recovery", "fail" if late else "ok", **told, levels=stage.levels())
 
 
-async def _within(seconds: float, waiting: Any, why: str, violations: list[str]) -> None:
+async def _within(seconds: float, waiting: Coroutine[Any, Any, None], stage: Stage, violations: list[str]) -> None:
     try:
         await Deferred.fromCoroutine(waiting).addTimeout(seconds, reactor)
     except TimeoutError:
-        violations.append(why)
+        violations.append(f"not whole again within {seconds:g} s: {stage.lacks}")
 
 
 def _facts(stage: Stage) -> Facts:
     answer = ask(stage.api, "GET", "/v1/engines/engine-1", stage.token)
-    return facts_of(stage.execute, {"engine-1": answer.body.get("config_version")})
+    return facts_of(stage.execute, {"engine-1": (answer.body.get("config_version"), answer.body.get("state"))})
 
 
 def told(verdict: Verdict) -> str:

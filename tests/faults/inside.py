@@ -1,7 +1,7 @@
-"""What is done inside a role's process: dying at a named step, another clock, and what breaks a promise on purpose.
+"""What is done inside a role's process: standing still at a named step, another clock, and what breaks a promise.
 
-``python -m tests.faults.inside`` is ``twistd`` with these. The variable ``S2S_FAULTS`` says which, as JSON:
-``{"die": ["push.commit", 3], "clock": FILE, "break": "NAME"}``.
+``python -m tests.faults.inside`` is ``twistd`` with these, or ``s2s`` where the first argument says so. The variable
+``S2S_FAULTS`` says which, as JSON: ``{"grip": FILE, "break": "NAME"}``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ VARIABLE: Final = "S2S_FAULTS"
 #: Of the sources.
 ROOT: Final = Path(__file__).parents[2]
 
-#: Where a process can be made to die: before or after a function of ours, by its module, its owner and its name.
+#: Where a process can be made to stand still: before or after a function of ours, by its module, owner and name.
 STEPS: Final = {
     "push.write": ("s2s.store.commands", "", "push_batch", "before"),
     "push.commit": ("s2s.store.commands", "", "push_batch", "after"),
@@ -49,53 +49,94 @@ STEPS: Final = {
     "migrate.file": ("s2s.store.migrations", "", "_refuse_newer", "after"),
     "migrate.settings": ("s2s.store.config", "", "declare", "after"),
 }
+_NUMBERS: Final = {step: number for number, step in enumerate(STEPS, 1)}
 
 
-def _die_at(step: str, count: int) -> None:
-    """Kill this process when it comes to a step for the so manyth time."""
+class Grip:
+    """What a campaign has a process by: a file that both map, made where it is missing.
+
+    It says how many seconds the process's wall clock is ahead, and at which step, at which of its comings there, the
+    process is to stand still.
+    """
+
+    _CLOCK: Final = struct.Struct("d")
+    _STEP: Final = struct.Struct("=ii")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.exists():
+            path.write_bytes(bytes(self._CLOCK.size + self._STEP.size))
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+        self._lock = threading.Lock()
+
+    @property
+    def ahead_s(self) -> float:
+        """How far ahead the clock is."""
+        return float(self._CLOCK.unpack_from(self._map)[0])
+
+    @ahead_s.setter
+    def ahead_s(self, seconds: float) -> None:
+        self._CLOCK.pack_into(self._map, 0, seconds)
+
+    def hold(self, step: str, coming: int = 1) -> None:
+        """Let the process stand still, once, when it comes to a step for the so manyth time from now."""
+        self._STEP.pack_into(self._map, self._CLOCK.size, _NUMBERS[step], coming)
+
+    def release(self) -> None:
+        """Let it pass every step."""
+        self._STEP.pack_into(self._map, self._CLOCK.size, 0, 0)
+
+    def come(self, number: int) -> None:
+        """Come to a step, in any thread of the process, and stand still there if it is to be."""
+        with self._lock:
+            wanted, coming = self._STEP.unpack_from(self._map, self._CLOCK.size)
+            if wanted != number:
+                return
+            if coming > 1:
+                self._STEP.pack_into(self._map, self._CLOCK.size, wanted, coming - 1)
+                return
+            self.release()
+        # To this thread: it takes no further step before all of the process stands still.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+
+
+def _watch_steps(grip: Grip) -> None:
+    for step in STEPS:
+        _watch(grip, step)
+
+
+def _watch(grip: Grip, step: str) -> None:
     module_name, owner_name, name, when = STEPS[step]
     owner: Any = import_module(module_name)
     if owner_name:
         owner = getattr(owner, owner_name)
     original = getattr(owner, name)
-    lock, left = threading.Lock(), [count]
-
-    def pass_by() -> None:
-        with lock:
-            left[0] -= 1
-            if left[0] <= 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+    number = _NUMBERS[step]
 
     def stepping(*args: Any, **how: Any) -> Any:
         if when == "before":
-            pass_by()
+            grip.come(number)
         result = original(*args, **how)
         if when == "after":
-            pass_by()
+            grip.come(number)
         return result
 
     setattr(owner, name, stepping)
 
 
-def _move_clock(path: str) -> None:
-    """Let the wall clock be as far ahead as a file says, at any time."""
-    with Path(path).open("rb") as file:
-        shared = mmap.mmap(file.fileno(), 8, access=mmap.ACCESS_READ)
+def _move_clock(grip: Grip) -> None:
     true = time.time
-    time.time = lambda: true() + struct.unpack_from("d", shared)[0]
+    time.time = lambda: true() + grip.ahead_s
 
 
-def set_clock(path: Path, ahead_s: float) -> None:
-    """Say how far ahead the clock of the processes is that look at a file."""
-    with path.open("r+b" if path.exists() else "w+b") as file:
-        file.write(struct.pack("d", ahead_s))
-
-
-def variables(said: Mapping[str, Any], plugins: Path) -> dict[str, str]:
+def variables(grip: Grip, plugins: Path, breaks: str | None = None) -> dict[str, str]:
     """Give the variables of a process with faults inside.
 
     :param plugins: a directory with a package ``s2s.plugins``.
+    :param breaks: one of :data:`BREAKS`.
     """
+    said = {"grip": str(grip.path), "break": breaks}
     return {VARIABLE: json.dumps(said), "PYTHONPATH": f"{ROOT}{os.pathsep}{plugins}"}
 
 
@@ -193,12 +234,11 @@ BREAKS: Final[dict[str, Callable[[], None]]] = {
 
 
 def _main() -> None:
-    said = json.loads(os.environ.get(VARIABLE, "{}"))
-    if "clock" in said:
-        _move_clock(said["clock"])  # before anything of ours is imported, and keeps the clock as it was
-    if "die" in said:
-        _die_at(*said["die"])
-    if "break" in said:
+    said = json.loads(os.environ[VARIABLE])
+    grip = Grip(Path(said["grip"]))
+    _move_clock(grip)  # before anything of ours is imported, and keeps the clock as it was
+    _watch_steps(grip)
+    if said["break"] is not None:
         BREAKS[said["break"]]()
 
 

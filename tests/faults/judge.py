@@ -53,8 +53,9 @@ class Facts:
     :param changes: of each sector, in order, what it was and what it became.
     :param sectors: what each is now.
     :param versions: of the configuration, in order; with the entries of the audit about them.
-    :param engines: the version that each engine says is in force.
-    :param audited: the subjects of the audit by action.
+    :param engines: the version that each engine says is in force, and its state.
+    :param audited: what the audit tells: the subjects of orders, settings (versions), keys, and of commands that were
+        cancelled or tried again; the types of the requests that engines obeyed; and what was wanted of them.
     :param keys: the names of all keys.
     :param notes: batches that are noted still.
     """
@@ -68,8 +69,8 @@ class Facts:
     changes: Mapping[int, Sequence[tuple[str, str]]] = field(default_factory=dict)
     sectors: Mapping[int, str] = field(default_factory=dict)
     versions: Sequence[int] = ()
-    engines: Mapping[str, int] = field(default_factory=dict)
-    audited: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    engines: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    audited: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     keys: Sequence[str] = ()
     notes: int = 0
 
@@ -86,8 +87,10 @@ def judge(operations: Iterable[Operation], facts: Facts) -> list[str]:
         *_orders(by_op["order"], facts),
         *_config(by_op["config"], facts),
         *_keys(by_op["rotate"], facts),
+        *_by_hand(by_op["cancel"] + by_op["retry"], facts),
+        *_steered(by_op["steer"], facts),
         *_replays(by_op["replay"]),
-        *_outages(by_op["outage"], by_op["push"]),
+        *_outages(by_op["outage"], by_op["push"], by_op["order"]),
         *_recoveries(by_op["recovery"]),
         *_left_over(facts),
     ]
@@ -123,6 +126,7 @@ def _pushes(pushes: Sequence[Operation], facts: Facts) -> Iterator[str]:
         halves[key][half] += 1
         first[key] = min(at, first.get(key, at))
     asked = _by_key(pushes)
+    hurried = set(facts.audited.get("retry", ()))
     for key, tries in asked.items():
         found = stored[key]
         accepted = [each for each in tries if each.ended == "ok"]
@@ -133,11 +137,13 @@ def _pushes(pushes: Sequence[Operation], facts: Facts) -> Iterator[str]:
             yield f"push {key} was accepted as {sorted(cmd_ids)} and is {[command.cmd_id for command in found]}"
         for command in found:
             yield from _one_push(key, command, accepted, tries)
-        if found and found[0].status == "done" and halves[key] != Counter((1, 2)):
-            yield f"push {key} took effect by halves {dict(halves[key])}"
-        # Whichever push of the key was the first says when.
+            if command.status not in ("done", "cancelled"):
+                yield f"push {key} is {command.status}"
+        if found and halves[key] != Counter((1, 2) if found[0].status == "done" else ()):
+            yield f"push {key} is {found[0].status} and took effect by halves {dict(halves[key])}"
+        # Whichever push of the key was the first says when, unless somebody let it run at once.
         due_at = min((each.asked.get("due_at") or 0 for each in tries), default=0)
-        if key in first and first[key] < due_at:
+        if key in first and first[key] < due_at and not {command.cmd_id for command in found} & hurried:
             yield f"push {key} took effect at {first[key]}, and was due at {due_at}"
         if not found and halves[key]:
             yield f"push {key} is not there and took effect"
@@ -150,8 +156,6 @@ def _pushes(pushes: Sequence[Operation], facts: Facts) -> Iterator[str]:
 
 
 def _one_push(key: str, command: Command, accepted: Sequence[Operation], tries: Sequence[Operation]) -> Iterator[str]:
-    if command.status != "done":
-        yield f"push {key} is {command.status}"
     contents = [_frozen(each.asked["content"]) for each in accepted or tries]
     if _frozen(command.content) not in contents:
         yield f"push {key} is there with another content than was pushed"
@@ -219,7 +223,7 @@ def _config(changes: Sequence[Operation], facts: Facts) -> Iterator[str]:
     for each in changes:
         if each.ended == "ok" and each.came["changed"] and each.came["version"] not in versions:
             yield f"version {each.came['version']} was answered, and is not in the history"
-    for name, version in facts.engines.items():
+    for name, (version, _) in facts.engines.items():
         if version != (versions or [0])[-1]:
             yield f"engine {name} has version {version} in force, of {(versions or [0])[-1]}"
     if Counter(facts.audited.get("config", ())) != Counter(map(str, versions)):
@@ -234,6 +238,31 @@ def _keys(rotations: Sequence[Operation], facts: Facts) -> Iterator[str]:
             yield f"key {key_id} is not in the audit"
 
 
+def _by_hand(handled: Sequence[Operation], facts: Facts) -> Iterator[str]:
+    """Whoever cancels a command or lets it run again is in the audit, and nobody else does."""
+    audited = {verb: Counter(facts.audited.get(verb, ())) for verb in ("cancel", "retry")}
+    for command in facts.commands:
+        times = {verb: audited[verb][command.cmd_id] for verb in audited}
+        if times["cancel"] - times["retry"] != (command.status == "cancelled"):
+            yield f"command {command.cmd_id} is {command.status}, and the audit has {times} of it"
+    for each in handled:
+        if each.ended == "ok" and not audited[each.op][each.asked["cmd_id"]]:
+            yield f"the {each.op} of command {each.asked['cmd_id']} is not in the audit"
+
+
+def _steered(steered: Sequence[Operation], facts: Facts) -> Iterator[str]:
+    obeyed = Counter(each.asked["type"] for each in steered if each.ended == "ok")
+    for type_, times in (obeyed - Counter(facts.audited.get("steer", ()))).items():
+        yield f"{times} times {type_} was obeyed, and is not in the audit"
+    wanted = list(facts.audited.get("wanted", ()))
+    for was, became in itertools.pairwise(wanted):
+        if was == became:
+            yield f"an engine was wanted {was}, and then {became}"
+    for name, (_, state) in facts.engines.items():
+        if state != "running" or wanted[-1:] == ["paused"]:
+            yield f"engine {name} is {state}, and wanted {wanted[-1:]}"
+
+
 # --- the link -------------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +274,7 @@ def _replays(replays: Sequence[Operation]) -> Iterator[str]:
             yield f"a {each.asked['type']} that was sent again ({each.asked['where']}) was answered {each.came['code']}"
 
 
-def _outages(outages: Sequence[Operation], pushes: Sequence[Operation]) -> Iterator[str]:
+def _outages(outages: Sequence[Operation], pushes: Sequence[Operation], orders: Sequence[Operation]) -> Iterator[str]:
     """While the database is away nothing is acked, and who pushes is told when to come again."""
     for outage in outages:
         for push in pushes:
@@ -255,6 +284,9 @@ def _outages(outages: Sequence[Operation], pushes: Sequence[Operation]) -> Itera
                 yield f"push {push.asked['key']} was acked while the database was away"
             elif push.ended == "fail" and (push.came["code"] != "db_unavailable" or not push.came["retry_after_ms"]):
                 yield f"push {push.asked['key']} was answered {push.came} while the database was away"
+        for order in orders:
+            if outage.since <= order.since and order.until <= outage.until and order.came.get("status", 503) != 503:
+                yield f"order {order.asked['key']} was answered {order.came} while the database was away"
         if outage.came.get("links_lost"):
             yield f"{outage.came['links_lost']} links were lost while the database was away"
 

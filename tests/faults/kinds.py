@@ -1,24 +1,29 @@
-"""The faults, each as one coroutine that brings it about and takes it away again."""
+"""The faults, each as one coroutine that brings it about and takes it away, and the moments at which they come."""
 
 from __future__ import annotations
 
 import json
+import random
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+import psutil
 import psycopg2
 from psycopg2 import sql
+from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.threads import deferToThread
 
 from tests.faults import inside
-from tests.faults.stage import DEAD_PEER_S, Stage, pause
+from tests.faults.stage import DEAD_PEER_S, Stage, comes, pause
 from tests.support.peer import CHECK, framed
 from tests.support.postgres import Session
 from tests.support.proxy import Way
@@ -30,7 +35,7 @@ class Fault:
     """One kind of fault.
 
     :param run: brings it about and takes it away.
-    :param is_long: it takes so long that a short campaign leaves it out.
+    :param is_long: it takes so long that it comes at random moments only, and not in a short campaign.
     """
 
     name: str
@@ -38,59 +43,80 @@ class Fault:
     is_long: bool = False
 
 
-# --- processes ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Attack:
+    """A fault and its moment.
+
+    :param step: of :data:`tests.faults.inside.STEPS`, at which the process stands that comes to it when the fault
+        begins; ``None``: any moment.
+    """
+
+    fault: Fault
+    step: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.fault.name if self.step is None else f"{self.fault.name} at {self.step}"
+
+    async def run(self, stage: Stage) -> None:
+        """Bring it about, and take it away."""
+        if self.step is None:
+            await self.fault.run(stage)
+        elif self.step.startswith("migrate."):
+            await _while_it_migrates(stage, self.step, self.fault)
+        else:
+            await _at(stage, self.step, self.fault)
 
 
-async def _kill(stage: Stage, *names: str) -> None:
-    for name in names:
-        getattr(stage, name).kill()
-    await pause(stage.dice.uniform(0, 1))
-    await stage.restart(*names)
-
-
-async def _comes(is_there: Callable[[], bool], within_s: float) -> bool:
-    """Wait for something, and give whether it came."""
-    until = time.monotonic() + within_s
-    while not (came := is_there()) and time.monotonic() < until:
-        await pause(0.05)
-    return came
-
-
-#: Seconds that a process is given to come to the step at which it dies.
+#: Seconds that a process is given to come to the step at which it is to stand still; and at which of its comings there
+#: it is, at most. A migration makes several files and declares the settings once.
 _STEP_S: Final = 15.0
+_COMINGS: Final = 3
+_MIGRATED: Final = {"migrate.file": 6, "migrate.settings": 1}
 
 
-async def _kill_at(stage: Stage, step: str) -> None:
-    """Let a process die at a step; one that does not come there is killed all the same."""
+async def _at(stage: Stage, step: str, fault: Fault) -> None:
+    """Let a fault begin while a process stands at a step, and let the process go on before the fault is over."""
     name = "engine" if step.split(".", maxsplit=1)[0] in ("relay", "order") else "server"
-    most = 3 if step.startswith("order.") else 20
-    role = getattr(stage, name)
-    role.kill()
-    stage.arm(name, (step, stage.dice.randint(1, most)))
     number = stage.history.invoke("campaign", "step", step=step)
-    role.launch()
-    came = await _comes(lambda: not role.is_running, _STEP_S)
+    came = await stage.hold_at(name, step, stage.dice.randint(1, _COMINGS), _STEP_S)
     stage.history.end(number, "campaign", "step", "ok" if came else "fail")
-    if not came:
-        role.kill()
-    await stage.restart(name)
+    under_way = Deferred.fromCoroutine(fault.run(stage))
+    if came:
+        await pause(stage.dice.uniform(0, 0.5))
+        stage.let_go(name)
+    await under_way
 
 
-async def _kill_migrate(stage: Stage, step: str) -> None:
-    """Kill a migration of another database at a step, and see that the next one makes it whole."""
+async def _while_it_migrates(stage: Stage, step: str, fault: Fault) -> None:
+    """Let a migration of another database stand at a step, and see that the next one makes that database whole."""
     name = f"migrated_{stage.dice.randrange(10**9)}"
     with Session(stage.url) as session:
         session.run(sql.SQL("create database {}").format(sql.Identifier(name)))
-        url = stage.url.replace("/postgres?", f"/{name}?", 1)
-        migrate = [sys.executable, "-m", "tests.faults.inside", "s2s", "db", "migrate", "--database", url]
-        said = inside.variables({"die": (step, stage.dice.randint(1, 6))}, stage.directory)
-        run = partial(subprocess.run, migrate, capture_output=True, text=True)
-        await deferToThread(run, env=environment(**said))
-        done = await deferToThread(run, env=environment(**inside.variables({}, stage.directory)))
-        ours, theirs = (_schema(each) for each in (stage.url, url))
-        is_whole = done.returncode == 0 and {*ours} - {"effects", "sector_changes"} == {*theirs}
-        number = stage.history.invoke("campaign", "recovery", fault=f"kill at {step}")
-        stage.history.end(number, "campaign", "recovery", "ok" if is_whole else "fail", seconds=0.0, why=done.stderr)
+    url = stage.url.replace("/postgres?", f"/{name}?", 1)
+    grip = inside.Grip(stage.directory / f"{name}.grip")
+    grip.hold(step, stage.dice.randint(1, _MIGRATED[step]))
+    said = environment(**inside.variables(grip, stage.directory))
+    migrate = [sys.executable, "-m", "tests.faults.inside", "s2s", "db", "migrate", "--database", url]
+    with subprocess.Popen(migrate, env=said, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as held:
+        process = psutil.Process(held.pid)
+        number = stage.history.invoke("campaign", "step", step=step)
+        came = await comes(lambda: process.status() == psutil.STATUS_STOPPED, _STEP_S)
+        stage.history.end(number, "campaign", "step", "ok" if came else "fail")
+        if fault is _KILL_MIGRATION:
+            held.kill()
+        else:
+            await fault.run(stage)
+        held.send_signal(signal.SIGCONT)
+        _, told = await deferToThread(held.communicate)
+    grip.release()
+    again = await deferToThread(partial(subprocess.run, migrate, env=said, capture_output=True, text=True))
+    ours, theirs = [await deferToThread(_schema, each) for each in (stage.url, url)]
+    is_whole = again.returncode == 0 and {*ours} - {"effects", "sector_changes"} == {*theirs}
+    if not is_whole or "Traceback" in told:
+        stage.surprise("migration", AssertionError(f"{told}{again.stderr} {sorted({*ours} ^ {*theirs})}"))
+    with Session(stage.url) as session:
         session.run(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
@@ -99,11 +125,40 @@ def _schema(url: str) -> list[str]:
         return [row[0] for row in session.run("select tablename::text from pg_tables where schemaname = 'public'")]
 
 
-async def _freeze(stage: Stage, name: str) -> None:
-    role = getattr(stage, name)
-    role.freeze()
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+async def _kill(stage: Stage, *names: str) -> None:
+    for name in names:
+        stage.role(name).kill()
+    await pause(stage.dice.uniform(0, 1))
+    await stage.restart(*names)
+
+
+async def _stop(stage: Stage, name: str) -> None:
+    stage.hold(name)
     await pause(DEAD_PEER_S + 1)
-    role.thaw()
+    stage.let_go(name)
+
+
+async def _end(stage: Stage, name: str) -> None:
+    await stage.end_role(name)
+    await stage.restart(name)
+
+
+async def _shut_down(stage: Stage) -> None:
+    """Ask the engine over HTTP to end; whoever asks need not be answered, and asks again."""
+    role = stage.role("engine")
+    for _ in range(5):
+        await deferToThread(stage.typist.shut_down)
+        if await comes(lambda: not role.is_running, _STEP_S):
+            break
+    try:
+        await deferToThread(role.assert_ended_well)
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        stage.surprise("engine", error)
+        role.kill()
+    await stage.restart("engine")
 
 
 # --- the database ---------------------------------------------------------------------------------------------------
@@ -119,12 +174,16 @@ async def _database_gone(stage: Stage, seconds: float) -> None:
     await deferToThread(stage.cluster.stop)
     # What was under way when it went may still be answered as it was.
     await pause(1)
-    links = [pusher.links for pusher in stage.pushers]
+    links = _links(stage)
     number = stage.history.invoke("campaign", "outage")
     await pause(seconds)
-    lost = sum(pusher.links for pusher in stage.pushers) - sum(links)
-    stage.history.end(number, "campaign", "outage", "ok", links_lost=lost)
+    stage.history.end(number, "campaign", "outage", "ok", links_lost=_links(stage) - links)
     await deferToThread(stage.cluster.start)
+
+
+def _links(stage: Stage) -> int:
+    """Count the links that there ever were, the real engine's among them."""
+    return stage.proxy.connections + sum(pusher.links for pusher in stage.pushers)
 
 
 async def _connections_killed(stage: Stage) -> None:
@@ -154,27 +213,26 @@ async def _disk_full(stage: Stage) -> None:
     """Every insert is refused with the error of a full disk."""
     make = (
         "create or replace function disk_full() returns trigger language plpgsql as $$ begin"
-        " raise exception 'could not extend file: No space left on device' using errcode = '53100'; end $$;"
+        " raise exception 'could not extend file: No space left on device' using errcode = '53100'; end $$"
     )
-    make += ";".join(
-        f"create trigger disk_full before insert on {table} for each statement execute function disk_full()"
-        for table in _FULL
-    )
+    trigger = "create trigger disk_full before insert on {} for each statement execute function disk_full()"
+    # Each in a transaction of its own: locks of several tables at once could be a deadlock with the work.
     await deferToThread(stage.execute, make)
+    for table in _FULL:
+        await deferToThread(stage.execute, trigger.format(table))
     await pause(3)
-    await deferToThread(stage.execute, ";".join(f"drop trigger disk_full on {table}" for table in _FULL))
+    for table in _FULL:
+        await deferToThread(stage.execute, f"drop trigger disk_full on {table}")
 
 
 async def _pool_taken(stage: Stage) -> None:
     """Every connection of the pools waits for a lock, for longer than a statement may take."""
 
-    def lock() -> None:
-        conn = psycopg2.connect(stage.url)
-        with conn, conn.cursor() as txn:
-            txn.execute("lock table commands, outbox, orders in access exclusive mode; select pg_sleep(9)")
-        conn.close()
+    def lock(table: str) -> None:
+        with closing(psycopg2.connect(stage.url)) as conn, conn, conn.cursor() as txn:
+            txn.execute(f"lock table {table} in access exclusive mode; select pg_sleep(9)")
 
-    await deferToThread(lock)
+    await gatherResults([deferToThread(lock, table) for table in ("commands", "outbox", "orders")])
 
 
 # --- the network ----------------------------------------------------------------------------------------------------
@@ -260,7 +318,7 @@ async def _inject(stage: Stage, where: str, up: list[bytes], down: list[bytes]) 
     for body, way, back in ways:
         number = stage.history.invoke("attacker", "replay", where=where, type=_type(body))
         before = sum(_answers(answer, body) for answer in back.recorded)
-        await _comes(partial(stage.proxy.inject, body, way), _INJECT_S)
+        await comes(partial(stage.proxy.inject, body, way), _INJECT_S)
         await pause(0.3)
         answers = [answer for answer in back.recorded if _answers(answer, body)]
         if len(answers) > before:
@@ -309,9 +367,9 @@ def _outcome(answer: bytes) -> dict[str, Any]:
 
 
 async def _clock(stage: Stage, name: str, ahead_s: float) -> None:
-    inside.set_clock(stage.clocks[name], ahead_s)
+    stage.grips[name].ahead_s = ahead_s
     await pause(4)
-    inside.set_clock(stage.clocks[name], 0.0)
+    stage.grips[name].ahead_s = 0.0
 
 
 async def _reader_stops(stage: Stage) -> None:
@@ -327,20 +385,24 @@ async def _many_broadcasts(stage: Stage) -> None:
 
 _JUMP_S: Final = 600.0
 
-FAULTS: Final = (
+_KILLS: Final = (
     Fault("kill the server", lambda stage: _kill(stage, "server")),
     Fault("kill the engine", lambda stage: _kill(stage, "engine")),
     Fault("kill both", lambda stage: _kill(stage, "server", "engine")),
-    *(
-        Fault(f"kill at {step}", partial(_kill_migrate if step.startswith("migrate.") else _kill_at, step=step))
-        for step in inside.STEPS
-    ),
-    Fault("stop the server", lambda stage: _freeze(stage, "server")),
-    Fault("stop the engine", lambda stage: _freeze(stage, "engine")),
-    Fault("kill the database", _database_killed),
+)
+#: What can hit a migration.
+_KILL_DATABASE: Final = Fault("kill the database", _database_killed)
+_KILL_CONNECTIONS: Final = Fault("kill connections", _connections_killed)
+FAULTS: Final = (
+    *_KILLS,
+    Fault("stop the server", lambda stage: _stop(stage, "server")),
+    Fault("stop the engine", lambda stage: _stop(stage, "engine")),
+    Fault("end the server", lambda stage: _end(stage, "server")),
+    Fault("shut the engine down", _shut_down),
+    _KILL_DATABASE,
+    _KILL_CONNECTIONS,
     Fault("no database", partial(_database_gone, seconds=5.0)),
     Fault("no database for 30 s", partial(_database_gone, seconds=30.0), is_long=True),
-    Fault("kill connections", _connections_killed),
     Fault("read-only database", _read_only),
     Fault("full disk", _disk_full),
     Fault("pools taken", _pool_taken),
@@ -360,3 +422,38 @@ FAULTS: Final = (
     Fault("reader that stops", _reader_stops),
     Fault("10,000 broadcasts", _many_broadcasts, is_long=True),
 )
+_KILL_MIGRATION: Final = Fault("kill the migration", lambda _: pause(0))
+
+
+def _attacks() -> Iterator[Attack]:
+    for fault in FAULTS:
+        yield Attack(fault)
+    for step in inside.STEPS:
+        at_step = (_KILL_MIGRATION, _KILL_DATABASE, _KILL_CONNECTIONS) if step.startswith("migrate.") else FAULTS
+        for fault in at_step:
+            if not fault.is_long:
+                yield Attack(fault, step)
+
+
+ATTACKS: Final = tuple(_attacks())
+
+
+def program(attacks: Sequence[Attack], seed: int) -> Iterator[Attack]:
+    """Give an order of attacks without an end: it is a matter of the seed alone.
+
+    In each round comes every fault at a random moment, and every step with one fault; a step goes through the kills
+    first, then through all others, before one comes again.
+    """
+    dice = random.Random(f"program {seed}")
+    left: dict[str, list[Attack]] = {}
+    while True:
+        this_round = [attack for attack in attacks if attack.step is None]
+        for step in dict.fromkeys(attack.step for attack in attacks if attack.step is not None):
+            if not left.get(step):
+                at_step = [attack for attack in attacks if attack.step == step]
+                at_step = dice.sample(at_step, len(at_step))
+                # The last one is the next.
+                left[step] = sorted(at_step, key=lambda attack: attack.fault in (*_KILLS, _KILL_MIGRATION))
+            this_round.append(left[step].pop())
+        dice.shuffle(this_round)
+        yield from this_round

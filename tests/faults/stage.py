@@ -6,7 +6,11 @@ import random
 import shutil
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +25,8 @@ from s2s.store.pool import blocking
 from tests.faults import inside, mark
 from tests.faults.history import History
 from tests.faults.judge import Command, Facts, Order
-from tests.faults.workload import Pusher, Typist
+from tests.faults.pusher import Pusher
+from tests.faults.typist import Typist
 from tests.support.cluster import Cluster
 from tests.support.peer import K1, Key, Peer, connect
 from tests.support.postgres import Session
@@ -34,6 +39,10 @@ DEAD_PEER_S: Final = 4.0
 #: Seconds until everything is whole again, once link and database are back; and until nothing is left of the work.
 WHOLE_S: Final = 30.0
 SETTLED_S: Final = 110.0
+#: What a process may hold beyond its beginning: pools grow when they are needed, and an allocator gives little back.
+MORE_BYTES: Final = 16 << 20
+MORE_THREADS: Final = 1
+MORE_DESCRIPTORS: Final = 4
 SECTORS: Final = 50
 _CHANGES: Final = """
 create table sector_changes (n bigserial, sector_id bigint, was text, became text);
@@ -53,6 +62,7 @@ class Stage:
     """
 
     def __init__(self, seed: int, pushes: float = 300.0, breaks: str | None = None, path: Path | None = None) -> None:
+        #: The campaign gives each fault its own, so that what one draws does not change the next.
         self.dice = random.Random(seed)
         self.history = History(path)
         self.directory = Path(tempfile.mkdtemp(prefix="s2s-faults-"))
@@ -63,7 +73,6 @@ class Stage:
         plugins = self.directory / "s2s" / "plugins"
         plugins.mkdir(parents=True)
         (plugins / "faults_mark.py").write_text("from tests.faults.mark import mark as mark\n")
-        self._said: dict[str, Any] = {} if breaks is None else {"break": breaks}
         http = free_port()
         self.api = f"http://127.0.0.1:{http}"
         self.server = Server(self.directory, self.url, http=listen(http))
@@ -72,17 +81,20 @@ class Stage:
         self._names = ("server", "engine", *(("second",) if breaks == "no-order-lock" else ()))
         self.engine: Engine
         self.second: Engine
-        self.clocks = {name: self.directory / f"{name}.clock" for name in self._names}
-        for clock in self.clocks.values():
-            inside.set_clock(clock, 0.0)
+        self.grips = {name: inside.Grip(self.directory / f"{name}.grip") for name in self._names}
+        #: Why a role stands still, while it does: it goes on when nobody wants it to any more.
+        self._held: Counter[str] = Counter()
+        self._breaks = breaks
+        self.typist = Typist(self.history, self.url, self.api, self.token, self.ring, SECTORS, seed)
         self.pushers = [
-            Pusher(f"pusher-{n}", self.history, lambda n=n: self.connect(f"pusher-{n}"), pushes / 2, seed + n)
+            Pusher(f"pusher-{n}", self.history, partial(self.connect, f"pusher-{n}"), pushes / 2, seed + n, self.typist)
             for n in range(2)
         ]
-        self.typist = Typist(self.history, self.url, self.api, self.token, self.ring, SECTORS, seed)
-        self._levels: dict[str, tuple[int, int, int]] = {}
+        self._beginnings: dict[str, tuple[int, Level]] = {}
         self._probes = 0
-        #: Tracebacks in the logs of the roles.
+        #: What is waited for.
+        self.lacks = ""
+        #: Tracebacks in the logs of the roles, and ends in disorder.
         self.surprises: list[str] = []
 
     def _prepare(self, seed_: int) -> None:
@@ -106,53 +118,71 @@ class Stage:
         peer.ring = self.ring
         return peer
 
-    def arm(self, name: str, die: tuple[str, int] | None = None) -> None:
-        """Say what a role does inside, from its next start on.
-
-        :param die: the step at which it dies, and at which of its comings there.
-        """
-        role: Any = getattr(self, name)
-        said = {**self._said, "clock": str(self.clocks[name]), **({} if die is None else {"die": die})}
-        role.launch_by(
-            [sys.executable, "-m", "tests.faults.inside"],
-            **inside.variables(said, self.directory),
-        )
+    def role(self, name: str) -> Role:
+        """Give a role by its name."""
+        role: Role = getattr(self, name)
+        return role
 
     async def start(self) -> None:
         """Start all of it, and wait until it is whole."""
         await self.proxy.start()
         self.engine = Engine(self.directory, self.url, self.proxy.port)
         self.second = Engine(self.directory, self.url, self.proxy.port, name="engine-2")
+        twistd = [sys.executable, "-m", "tests.faults.inside"]
         for name in self._names:
-            self.arm(name)
-            await getattr(self, name).start()
+            self.role(name).launch_by(twistd, **inside.variables(self.grips[name], self.directory, self._breaks))
+            await self.role(name).start()
         for client in (*self.pushers, self.typist):
             client.start()
         await self.whole()
-        self._levels = {name: self._level(name) for name in self._names}
-
-    def _level(self, name: str) -> tuple[int, int, int]:
-        process = psutil.Process(getattr(self, name).pid)
-        return process.memory_info().rss, process.num_threads(), process.num_fds()
 
     async def restart(self, *names: str) -> None:
-        """Start roles again that have died, without a fault inside."""
+        """Start roles again that have ended."""
         # Nobody remembers what was asked before.
         for way in (self.proxy.up, self.proxy.down):
             way.recorded.clear()
         for name in names:
             self.look_at_log(name)
-            self.arm(name)
-            await getattr(self, name).start()
+            self._held[name] = 0
+            await self.role(name).start()
+
+    def hold(self, name: str) -> None:
+        """Let a role stand still, until it is let go as often as it was held."""
+        self._held[name] += 1
+        self.role(name).freeze()
+
+    def let_go(self, name: str) -> None:
+        """Let a role go on; one that was started again since runs anyway."""
+        self._held[name] = max(0, self._held[name] - 1)
+        if not self._held[name]:
+            self.role(name).thaw()
+
+    async def hold_at(self, name: str, step: str, coming: int, within_s: float) -> bool:
+        """Hold a role when it comes to a step.
+
+        :param coming: at which of its comings there.
+        :returns: whether it came in time.
+        """
+        process = psutil.Process(self.role(name).pid)
+        self.grips[name].hold(step, coming)
+        came = await comes(lambda: process.status() == psutil.STATUS_STOPPED, within_s)
+        self.grips[name].release()
+        if came:
+            self._held[name] += 1
+        return came
 
     def look_at_log(self, name: str) -> None:
         """Take note of what has surprised a role since it was looked at last."""
-        role = getattr(self, name)
+        role = self.role(name)
         try:
             role.assert_calm()
         except AssertionError as error:
-            self.surprises.append(f"{name}: {error}"[:3000])
+            self.surprise(name, error)
         role.turn_page()
+
+    def surprise(self, name: str, error: Exception) -> None:
+        """Take note of what should not be."""
+        self.surprises.append(f"{name}: {error}"[:3000])
 
     def execute(self, statement: str, *params: Any) -> list[tuple[Any, ...]]:
         """Run a statement on a connection of its own. Blocks."""
@@ -161,7 +191,7 @@ class Stage:
             return session.run(statement, *params)
 
     async def whole(self) -> None:
-        """Wait until what is emitted now has come the whole way."""
+        """Wait until what is emitted now has come the whole way, and no process holds more than in its beginning."""
         self._probes += 1
         key = f"probe-{self._probes}"
         number = self.history.invoke("campaign", "emit", keys=[key])
@@ -169,20 +199,48 @@ class Stage:
             "insert into outbox (cmd_type, idem_key, payload) values ('notice.publish', %s,"
             " jsonb_build_object('scope', 'global', 'severity', 'info', 'message', %s))"
         )
+        self.lacks = "nothing can be emitted"
         await deferToThread(self.execute, insert, key, key)
         self.history.end(number, "campaign", "emit", "ok")
+        self.lacks = f"{key} has not come"
         while not await deferToThread(self.execute, "select 1 from notices where message = %s", key):
             await pause(0.1)
+        while leaks := self._leaks():
+            self.lacks = "; ".join(leaks)
+            await pause(0.2)
+
+    def levels(self) -> dict[str, tuple[int, ...]]:
+        """Give what each role that runs holds: bytes, threads, descriptors."""
+        return {name: astuple(Level.of(self.role(name).pid)) for name in self._names if self.role(name).is_running}
+
+    def _leaks(self) -> list[str]:
+        """Compare what the processes hold with what they held when they were whole for the first time."""
+        found = []
+        for name in self._names:
+            if not self.role(name).is_running:
+                found.append(f"{name} does not run")
+                continue
+            pid, level = self.role(name).pid, Level.of(self.role(name).pid)
+            begun, beginning = self._beginnings.get(name, (0, level))
+            if begun != pid:
+                self._beginnings[name] = (pid, level)
+            elif level.is_above(beginning):
+                found.append(f"{name} holds {level}, and held {beginning}")
+        return found
 
     async def settled(self) -> None:
         """Let the clients finish, and wait until nothing is on its way."""
-        for client in (*self.pushers, self.typist):
-            client.finish()
-        for client in (*self.pushers, self.typist):
-            while client.is_alive():
-                await pause(0.1)
-            if client.failure is not None:
-                raise client.failure
+        # The pushers first: the typist looks after what they pushed.
+        for clients in (self.pushers, [self.typist]):
+            for client in clients:
+                client.finish()
+            for client in clients:
+                self.lacks = f"{client.name} does not come to an end"
+                while client.is_alive():
+                    await pause(0.1)
+                if client.failure is not None:
+                    raise client.failure
+        self.lacks = "something is left to do"
         left = (
             "select (select count(*) from outbox where state = 'waiting')"
             " + (select count(*) from commands where status = 'ready')"
@@ -191,27 +249,20 @@ class Stage:
         )
         while (await deferToThread(self.execute, left))[0][0]:
             await pause(0.2)
-
-    def leaks(self) -> list[str]:
-        """Compare what the processes hold with what they held in the beginning."""
-        found = []
-        for name, (rss, threads, descriptors) in self._levels.items():
-            now = self._level(name)
-            if now[0] > rss + (100 << 20) or now[1] > threads + 4 or now[2] > descriptors + 8:
-                found.append(
-                    f"{name} holds {now} bytes, threads and descriptors, and held {(rss, threads, descriptors)}"
-                )
-        return found
+        await self.whole()
 
     async def end_roles(self) -> None:
         """Stop both roles in order, which they are to do without a surprise."""
         for name in reversed(self._names):
-            role: Role = getattr(self, name)
-            self.look_at_log(name)
-            try:
-                await deferToThread(role.stop)
-            except AssertionError as error:
-                self.surprises.append(f"{name}: {error}"[:3000])
+            await self.end_role(name)
+
+    async def end_role(self, name: str) -> None:
+        """Stop a role in order, which it is to do without a surprise."""
+        self.look_at_log(name)
+        try:
+            await deferToThread(self.role(name).stop)
+        except AssertionError as error:
+            self.surprise(name, error)
 
     async def stop(self) -> None:
         """Stop all of it, in whatever state it is."""
@@ -227,13 +278,55 @@ class Stage:
         shutil.rmtree(self.directory)
 
 
+@dataclass(frozen=True)
+class Level:
+    """What a process holds.
+
+    :param rss: bytes of memory.
+    """
+
+    rss: int
+    threads: int
+    descriptors: int
+
+    @classmethod
+    def of(cls, pid: int) -> Level:
+        """Look at a process."""
+        process = psutil.Process(pid)
+        with process.oneshot():
+            return cls(process.memory_info().rss, process.num_threads(), process.num_fds())
+
+    def is_above(self, beginning: Level) -> bool:
+        """Tell a leak from what a pool or an allocator keeps."""
+        return (
+            self.rss > beginning.rss + MORE_BYTES
+            or self.threads > beginning.threads + MORE_THREADS
+            or self.descriptors > beginning.descriptors + MORE_DESCRIPTORS
+        )
+
+
+async def comes(is_there: Callable[[], bool], within_s: float) -> bool:
+    """Wait for something, and give whether it came."""
+    until = time.monotonic() + within_s
+    while not (came := is_there()) and time.monotonic() < until:
+        await pause(0.02)
+    return came
+
+
 def pause(seconds: float) -> Deferred[Any]:
     """Let time pass."""
     return deferLater(reactor, seconds)
 
 
-def facts_of(execute: Callable[..., list[tuple[Any, ...]]], engines: Mapping[str, int]) -> Facts:
-    """Read what the judge wants to know. Blocks."""
+#: The ids of commands to which something was done, as the audit has them.
+_DONE: Final = "select jsonb_array_elements(result -> 'done' -> '{1}')::bigint from audit where action = 'commands.{0}'"
+
+
+def facts_of(execute: Callable[..., list[tuple[Any, ...]]], engines: Mapping[str, tuple[int, str]]) -> Facts:
+    """Read what the judge wants to know. Blocks.
+
+    :param engines: the version that each has in force, and its state, as it says.
+    """
 
     def column(statement: str) -> list[Any]:
         return [value for (value,) in execute(statement)]
@@ -261,6 +354,11 @@ def facts_of(execute: Callable[..., list[tuple[Any, ...]]], engines: Mapping[str
             "order": column("select subject from audit where action = 'world.set_sector_status.v1'"),
             "config": column("select result ->> 'version' from audit where action like 'config.set%'"),
             "key": column("select subject from audit where action like 'keys.%'"),
+            "steer": column("select action from audit where action like 's2s.engine.%' and result ->> 'ok' = 'true'"),
+            "wanted": column("select params ->> 'wanted' from audit where action = 'engine.wanted' order by audit_id"),
+            **{
+                verb: column(_DONE.format(verb, word)) for verb, word in (("cancel", "cancelled"), ("retry", "retried"))
+            },
         },
         keys=column("select key_id from s2s_keys"),
         notes=column("select count(*) from batch_notes")[0],
