@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: run test check faults docs lock clean
+.PHONY: run test check faults bench docs lock clean
 
 run: $(READY)
 	@$(BIN)/s2s up $(ARGS)
@@ -21,6 +21,10 @@ check: $(READY) docs
 # A long campaign of faults: make faults ARGS="--seconds 600 --seed 7"
 faults: $(READY)
 	$(BIN)/python -m tests.faults $(ARGS)
+
+# The benchmark, side by side with what else there is: make bench ARGS="--rounds 3"
+bench: $(READY)
+	PATH="$(BIN):$$PATH" $(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(READY)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build

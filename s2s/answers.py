@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
-from twisted.internet import defer
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from ulid import ULID
+from ulid_transform import ulid_now
 
 from s2s import canonical, envelope
 from s2s.clock import Clock
@@ -18,9 +17,6 @@ from s2s.errors import DeadlineExceeded, InternalError, TooBigToSend, WireError
 from s2s.limits import Counters
 from s2s.reader import Reader
 from s2s.session import Session, State
-
-#: How deep a payload lies in its envelope.
-PAYLOAD_DEPTH: Final = 2
 
 
 class Answers:
@@ -55,10 +51,15 @@ class Answers:
     def serve(self, request: Request) -> None:
         """Have a request answered."""
         ticket = self._session.hold(request, request.size, self._clock.mono())
-        respond = self._responders[request.message.name]
-        answer: Deferred[Mapping[str, Any]] = defer.maybeDeferred(respond, request)  # type: ignore[call-overload]
-        answer.addCallback(self._answer, ticket, request)
-        answer.addErrback(self._failed, ticket, request)
+        try:
+            answer = self._responders[request.message.name](request)
+        except Exception:
+            self._failed(Failure(), ticket, request)
+        else:
+            if isinstance(answer, Deferred):
+                answer.addBoth(self._answered, ticket, request)
+            else:
+                self._answered(answer, ticket, request)
         if self._session.holds_too_much:
             self._counters.meet("held")
             self._reader.stop("held")
@@ -87,8 +88,17 @@ class Answers:
                 # Not now: the last answer is still to be written.
                 self._clock.scheduler.callLater(0, waiter.callback, None)
 
+    def _answered(self, answer: Mapping[str, Any] | Failure, ticket: int, request: Request) -> None:
+        if isinstance(answer, Failure):
+            self._failed(answer, ticket, request)
+            return
+        try:
+            self._answer(answer, ticket, request)
+        except Exception:
+            self._failed(Failure(), ticket, request)
+
     def _answer(self, payload: Mapping[str, Any], ticket: int, request: Request) -> None:
-        body = canonical.dumps(payload, PAYLOAD_DEPTH)
+        body = canonical.dumps(payload, envelope.PAYLOAD_DEPTH)
         size = envelope.size(request.message.reply, body)
         if size > self._session.max_frame:
             raise TooBigToSend(size, self._session.max_frame)
@@ -98,7 +108,7 @@ class Answers:
     def _failed(self, failure: Failure, ticket: int, request: Request) -> None:
         error = failure.value
         if not isinstance(error, WireError):
-            incident = str(ULID())
+            incident = ulid_now()
             self.log.failure("incident {incident} in {type}", failure, incident=incident, type=request.message.name)
             error = InternalError(incident=incident)
         if self._release(ticket):

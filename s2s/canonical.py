@@ -57,23 +57,32 @@ def _refuse(rule: str) -> NoReturn:
 # --- in ------------------------------------------------------------------------------------------------------------
 
 
-def parse(frame: bytes) -> tuple[dict[str, Any], bool]:
+def parse(frame: bytes) -> dict[str, Any]:
     """Parse one frame.
 
     :param frame: the frame's body.
-    :returns: the object, and whether ``frame`` is known to be its canonical form (``False`` means: not looked at).
     :raises BadJson: naming the rule broken (protocol, "Canonical JSON").
     """
+    value = parse_plainly(frame)
+    return parse_exactly(frame) if value is None else value
+
+
+def parse_plainly(text: bytes, depth: int = 1) -> dict[str, Any] | None:
+    """Parse an object that is written in its canonical form and has few brackets.
+
+    :param depth: how deep it lies in its envelope, which is depth 1.
+    :returns: ``None`` for any other: it may be wrong, or only written in another way.
+    """
     # Few brackets prove a small depth, and no \u0000 in the bytes proves none in the strings.
-    if frame.count(b"{") + frame.count(b"[") <= MAX_DEPTH and b"\\u0000" not in frame:
-        try:
-            value = orjson.loads(frame)
-            # Equal to its own canonical form: no duplicate member, no -0, no surrogate, no other writing of anything.
-            if type(value) is dict and orjson.dumps(value, option=_STRICT) == frame and _plain(value):
-                return value, True
-        except (orjson.JSONDecodeError, orjson.JSONEncodeError):
-            pass
-    return parse_exactly(frame), False
+    if text.count(b"{") + text.count(b"[") > MAX_DEPTH + 1 - depth or b"\\u0000" in text:
+        return None
+    try:
+        value = orjson.loads(text)
+        # Equal to its own canonical form: no duplicate member, no -0, no surrogate, no other writing of anything.
+        is_plain = type(value) is dict and orjson.dumps(value, option=_STRICT) == text and _plain(value)
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):
+        return None
+    return value if is_plain else None
 
 
 def parse_exactly(frame: bytes) -> dict[str, Any]:

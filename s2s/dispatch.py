@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 from twisted.internet.defer import Deferred
 
 from s2s import canonical, envelope
@@ -19,7 +20,7 @@ from s2s.clock import Clock
 from s2s.envelope import Envelope
 from s2s.errors import AuthBad, BadReply, CallError, Refused, Unsigned, WireError
 from s2s.session import Session, is_reply, is_unsigned_error
-from s2s.signing import Key, Keyring
+from s2s.signing import Keyring
 from s2s.window import Call
 
 
@@ -34,8 +35,7 @@ class KeySource(Protocol):
         """Read them again, once a second at most; fires after a read that began after this call, or after giving up."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """A request that passed every check.
 
     :param payload: valid, with the defaults of its schema filled in.
@@ -54,8 +54,7 @@ class Request:
 Responder = Callable[[Request], "Mapping[str, Any] | Deferred[dict[str, Any]]"]
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """An answer; ``call`` is ``None`` when nobody awaits it."""
 
     envelope: Envelope
@@ -106,7 +105,8 @@ class Dispatcher:
     """Judges the frames of any number of links.
 
     :param responders: what this process serves, by message type.
-    :param refused: told of each request that is refused though its MAC holds: its members, the ``key_id``, and why.
+    :param refused: told of each request that is refused though its MAC and its shape are right: it, the ``key_id``, and
+        why.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Dispatcher:
         keys: KeySource,
         responders: Mapping[str, Responder],
         clock: Clock,
-        refused: Callable[[Mapping[str, Any], str, WireError], object] = lambda *_: None,
+        refused: Callable[[Envelope, str, WireError], object] = lambda *_: None,
     ) -> None:
         self._keys = keys
         self._clock = clock
@@ -130,33 +130,38 @@ class Dispatcher:
         :param is_last_try: the keys were read again for this frame already.
         """
         try:
-            members, is_canonical = canonical.parse(frame)
-            if is_unsigned_error(members):
-                return UnsignedError(members.get("payload"))
-            auth = envelope.read_auth(members)
-            message = envelope.signed_bytes(frame, members, is_canonical)
+            sealed = envelope.unseal_plainly(frame)
+            if sealed is None:
+                members = canonical.parse(frame)
+                if is_unsigned_error(members):
+                    return UnsignedError(members.get("payload"))
+                sealed = envelope.unseal_exactly(members)
             keyring, now = self._keys.keyring, self._clock.now()
-            key = keyring.verify(auth.key_id, message, auth.sig, now)
+            key = keyring.verify(sealed.key_id, sealed.signed, sealed.sig, now)
             if key is None:
-                if not keyring.has_begun(auth.key_id, now) and not is_last_try:
+                if not keyring.has_begun(sealed.key_id, now) and not is_last_try:
                     return UnknownKey()
                 raise AuthBad()
         except Unsigned as error:
             return Refusal(error)
-        session.heard(key.key_id, self._clock.mono())
-        return self._verified(members, key, len(frame), session)
-
-    def _verified(self, members: dict[str, Any], key: Key, size: int, session: Session) -> Request | Reply | Refusal:
-        is_answered = not is_reply(members)
+        mono = self._clock.mono()
+        session.heard(key.key_id, mono)
+        read = sealed.envelope
+        if read is None:
+            try:
+                read = envelope.read(sealed.members)
+            except WireError as error:
+                is_answered = not is_reply(sealed.members.get("type"), "ack_of" in sealed.members)
+                return Refusal(error, envelope.well_formed_id(sealed.members), is_answered)
+        is_answered = not is_reply(read.type, read.ack_of is not None)
         try:
-            read = envelope.read(members)
             session.check_way(read, key)
             if not is_answered:
                 return Reply(read, session.calls.settle(read.ack_of))
-            message = session.admit(read, key, self.responders, self._clock.now(), self._clock.mono())
+            message = session.admit(read, key, self.responders, now, mono)
             message.request_schema.check(read.payload)
         except WireError as error:
             if is_answered:
-                self._refused(members, key.key_id, error)
-            return Refusal(error, envelope.well_formed_id(members), is_answered)
-        return Request(read, message, {**message.request_schema.defaults, **read.payload}, key.key_id, size)
+                self._refused(read, key.key_id, error)
+            return Refusal(error, read.id, is_answered)
+        return Request(read, message, {**message.request_schema.defaults, **read.payload}, key.key_id, len(frame))

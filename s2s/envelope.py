@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any, Final, NoReturn
+
+import msgspec
 
 from s2s import canonical
 from s2s.errors import AuthBad, AuthRequired, BadEnvelope, UnsupportedVersion
@@ -13,17 +14,22 @@ from s2s.signing import KEY_ID, ROLES, Key
 VERSION: Final = 1
 ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SIGNATURE: Final = re.compile(r"[0-9a-f]{64}")
+#: How deep a payload lies in its envelope.
+PAYLOAD_DEPTH: Final = 2
 #: The one scheme; a peer may name it and may not name another.
 SCHEME: Final = "hmac-sha256"
 
-# In a canonical frame ack_of and auth sort first, so that sig has a fixed place.
-_HEAD: Final = re.compile(
-    rb'\{(?:"ack_of":"[A-Za-z0-9_-]{1,64}",)?"auth":\{"key_id":"[A-Za-z0-9_.-]{1,64}"(,"sig":"[0-9a-f]{64}")\},'
+# In a canonical frame the members of an envelope stand in this order. A payload that is canonical JSON itself, from its
+# first brace to its last, is then followed by what follows it here and by nothing else.
+_CANONICAL: Final = re.compile(
+    rb'(\{(?:"ack_of":"([A-Za-z0-9_-]{1,64})",)?"auth":\{"key_id":"([A-Za-z0-9_.-]{1,64})"),"sig":"([0-9a-f]{64})"'
+    rb'(\},"dst":"([a-z]{1,64})","id":"([A-Za-z0-9_-]{1,64})","payload":(\{.*\}),"src":"([a-z]{1,64})"'
+    rb',"ts":(0|[1-9][0-9]{0,14}),"type":"([a-z0-9_.]{1,64})","v":1\})',
+    re.DOTALL,
 )
 
 
-@dataclass(frozen=True)
-class Envelope:
+class Envelope(msgspec.Struct, frozen=True):
     """One message, read and found well formed.
 
     :param id: unique for every transmission.
@@ -41,18 +47,46 @@ class Envelope:
     ack_of: str | None = None
 
 
-@dataclass(frozen=True)
-class Auth:
-    """The ``auth`` member."""
+class Sealed(msgspec.Struct, frozen=True):
+    """A frame whose MAC is still to be checked.
+
+    :param signed: the bytes that the signature covers: the canonical envelope without ``auth.sig``.
+    :param envelope: what it says, where that was seen on the way; else it is to be read from the ``members``.
+    """
 
     key_id: str
     sig: str
+    signed: bytes
+    envelope: Envelope | None = None
+    members: dict[str, Any] = {}
 
 
-def read_auth(members: dict[str, Any]) -> Auth:
-    """Take ``auth`` out of a parsed frame.
+def unseal_plainly(frame: bytes) -> Sealed | None:
+    """Take a frame apart that is written in its canonical form and has the members of an envelope and no others.
 
-    :raises AuthRequired: there is none.
+    :returns: ``None`` for any other: parsed, it is for :func:`unseal_exactly` and :func:`read`.
+    """
+    match = _CANONICAL.fullmatch(frame)
+    payload = None if match is None else canonical.parse_plainly(match[8], PAYLOAD_DEPTH)
+    if match is None or payload is None:
+        return None
+    head, ack_of, key_id, sig, rest, dst, message_id, _, src, ts, type = match.groups()
+    envelope = Envelope(
+        message_id.decode(),
+        int(ts),
+        src.decode(),
+        dst.decode(),
+        type.decode(),
+        payload,
+        None if ack_of is None else ack_of.decode(),
+    )
+    return Sealed(key_id.decode(), sig.decode(), head + rest, envelope)
+
+
+def unseal_exactly(members: dict[str, Any]) -> Sealed:
+    """Take a parsed frame apart, whatever it looked like.
+
+    :raises AuthRequired: there is no ``auth``.
     :raises AuthBad: it is malformed.
     """
     if "auth" not in members:
@@ -63,25 +97,8 @@ def read_auth(members: dict[str, Any]) -> Auth:
     key_id, sig = auth.get("key_id"), auth.get("sig")
     if type(key_id) is not str or type(sig) is not str or not KEY_ID.fullmatch(key_id) or not SIGNATURE.fullmatch(sig):
         raise AuthBad()
-    return Auth(key_id, sig)
-
-
-def signed_bytes(frame: bytes, members: dict[str, Any], is_canonical: bool) -> bytes:
-    """Give the bytes that the signature covers: the canonical envelope without ``auth.sig``.
-
-    :param members: the parsed frame; :func:`read_auth` has passed it.
-    :param is_canonical: the frame is its own canonical form, so that ``sig`` can be cut out of it.
-    """
-    head = _HEAD.match(frame) if is_canonical else None
-    if head is not None:
-        return frame[: head.start(1)] + frame[head.end(1) :]
-    return signed_bytes_exactly(members)
-
-
-def signed_bytes_exactly(members: dict[str, Any]) -> bytes:
-    """Like :func:`signed_bytes`, written anew from the parsed members."""
-    auth = {name: value for name, value in members["auth"].items() if name != "sig"}
-    return canonical.dumps_exactly({**members, "auth": auth})
+    unsigned = {name: value for name, value in auth.items() if name != "sig"}
+    return Sealed(key_id, sig, canonical.dumps_exactly({**members, "auth": unsigned}), members=members)
 
 
 def read(members: dict[str, Any]) -> Envelope:
@@ -149,21 +166,16 @@ def seal(
 
     :param body: the payload's canonical bytes.
     """
-    reply = b'"ack_of":"%b",' % ack_of.encode("ascii") if ack_of is not None else b""
-    rest = b'"dst":"%b","id":"%b","payload":%b,"src":"%b","ts":%d,"type":"%b","v":%d}' % (
-        dst.encode("ascii"),
-        id.encode("ascii"),
-        body,
-        src.encode("ascii"),
-        ts,
-        type.encode("ascii"),
-        VERSION,
-    )
+    # Everything but the body is ASCII, and is encoded at one go.
+    reply = "" if ack_of is None else f'"ack_of":"{ack_of}",'
+    to = f'"dst":"{dst}","id":"{id}","payload":'.encode("ascii")
+    rest = f',"src":"{src}","ts":{ts},"type":"{type}","v":{VERSION}}}'.encode("ascii")
     if key is None:
-        return b"{%b%b" % (reply, rest)
-    head = b'{%b"auth":{"key_id":"%b"' % (reply, key.key_id.encode("ascii"))
-    sig = key.sign(b"%b},%b" % (head, rest)).encode("ascii")
-    return b'%b,"sig":"%b"},%b' % (head, sig, rest)
+        return b"".join((b"{", reply.encode("ascii"), to, body, rest))
+    head = f'{{{reply}"auth":{{"key_id":"{key.key_id}"'.encode("ascii")
+    covered = b"".join((b"},", to, body, rest))
+    sig = key.sign(head + covered)
+    return b"".join((head, b',"sig":"', sig.encode("ascii"), b'"', covered))
 
 
 def other(role: str) -> str:

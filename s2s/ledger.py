@@ -11,7 +11,7 @@ from twisted.logger import Logger
 from s2s import canonical
 from s2s.catalogue import ORDERS
 from s2s.dispatch import Request
-from s2s.envelope import ID
+from s2s.envelope import ID, Envelope
 from s2s.errors import BadPayload, DatabaseUnavailable, Forbidden, WireError
 from s2s.limits import Counters
 from s2s.store import audit
@@ -47,18 +47,15 @@ class Ledger:
         """Tell of a control request and what it was answered."""
         self._note((request.message.name, self._name, request.payload, answer, f"key:{request.key_id}"))
 
-    def refused(self, members: Mapping[str, Any], key_id: str, error: WireError) -> None:
-        """Tell of an order that was refused at the door, by its schema or by its sender's role: it gets no row.
-
-        :param members: the envelope's; its MAC holds.
-        """
-        if members.get("type") not in ORDERS or not isinstance(error, (BadPayload, Forbidden)):
+    def refused(self, request: Envelope, key_id: str, error: WireError) -> None:
+        """Tell of an order that was refused at the door, by its schema or by its sender's role: it gets no row."""
+        if request.type not in ORDERS or not isinstance(error, (BadPayload, Forbidden)):
             return
-        payload = members["payload"]
+        payload = request.payload
         order_id = payload.get("order_id")
         subject = order_id if type(order_id) is str and ID.fullmatch(order_id) else ""
         result = {"status": "refused", "result": {"code": error.code, "message": error.message}}
-        self._note((members["type"], subject, audit.cut(payload, canonical.dumps(payload)), result, f"key:{key_id}"))
+        self._note((request.type, subject, audit.cut(payload, canonical.dumps(payload)), result, f"key:{key_id}"))
 
     def quiet(self) -> Deferred[None]:
         """Wait until everything is written."""

@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from typing import Protocol
 
-from ulid import ULID
+from ulid_transform import ulid_now
 
 from s2s.errors import DatabaseUnavailable
 from s2s.store import broadcasts, notices, pool
@@ -54,7 +54,7 @@ class Errand:
         self.arrived = False
         self._url = url
         self._for_seconds = for_seconds
-        self._message = f"s2s up was here ({ULID()})"
+        self._message = f"s2s up was here ({ulid_now()})"
         self._sent = False
         self._deadline = time.monotonic() + _LINKS_S
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from twisted.python import usage
-from ulid import ULID
+from ulid_transform import ulid_now
 
 from s2s import preflight
 from s2s.clock import Clock, make_monotonic
@@ -118,7 +118,7 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int) -> tup
     counters = Counters()
     database = Database(place.url, options.process_name, threads=threads, counters=counters)
     basis = Basis(
-        Identity(role, name, str(ULID())),
+        Identity(role, name, ulid_now()),
         place.url,
         clock,
         Bounds(frame_size=options["frame-size-limit"]),

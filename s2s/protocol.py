@@ -18,10 +18,10 @@ from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.basic import Int32StringReceiver
 from twisted.python.failure import Failure
-from ulid import ULID
+from ulid_transform import ulid_now
 
 from s2s import canonical, envelope
-from s2s.answers import PAYLOAD_DEPTH, Answers
+from s2s.answers import Answers
 from s2s.catalogue import BY_NAME, ERROR, ERROR_SCHEMA, HEALTH_CHECK
 from s2s.clock import Clock, Timer, cancel
 from s2s.dispatch import Dispatcher, KeySource, Refusal, Reply, Request, UnknownKey, UnsignedError
@@ -106,6 +106,8 @@ class Link(Int32StringReceiver):
         self._frames = 0
         self._reader = Reader(self, session, clock)
         self._timer: Timer | None = None
+        #: When it comes, in monotonic seconds.
+        self._alarm = float("inf")
         self._answers = Answers(
             session, dispatcher.responders, clock, counters, self._reader, self._send_reply, self._refuse
         )
@@ -240,7 +242,7 @@ class Link(Int32StringReceiver):
         if not error.passing:
             self.log.warn("{peer}: refused, {code}: {text!r}", peer=self, code=error.code, text=error.message)
         if refusal.is_answered:
-            self._send(ERROR, self._error_body(error), str(ULID()), refusal.ack_of, is_signed=error.signed)
+            self._send(ERROR, self._error_body(error), ulid_now(), refusal.ack_of, is_signed=error.signed)
         if error.closes:
             self.has_told = True
             if isinstance(error, TsSkew):
@@ -249,7 +251,7 @@ class Link(Int32StringReceiver):
 
     def _error_body(self, error: WireError) -> bytes:
         try:
-            body = canonical.dumps(error.payload(), PAYLOAD_DEPTH)
+            body = canonical.dumps(error.payload(), envelope.PAYLOAD_DEPTH)
             if envelope.size(ERROR, body) <= self.session.max_frame:
                 return body
         except CanonicalError as mistake:
@@ -285,7 +287,7 @@ class Link(Int32StringReceiver):
             if not message.request_schema.is_valid(payload):
                 path, text = message.request_schema.explain(payload) or ("/payload", "")
                 raise InvalidPayload(f"{type} at {path}: {text}")
-            body = canonical.dumps(payload, PAYLOAD_DEPTH)
+            body = canonical.dumps(payload, envelope.PAYLOAD_DEPTH)
             size = envelope.size(type, body)
             if size > self.session.max_frame:
                 raise TooBigToSend(size, self.session.max_frame)
@@ -300,11 +302,12 @@ class Link(Int32StringReceiver):
             if isinstance(error, LineFull):
                 self._counters.meet("line")
             return defer.fail()
-        self._arm()
+        if call.deadline < self._alarm:
+            self._arm()
         return waiter
 
     def _send_call(self, call: Call) -> None:
-        message_id = str(ULID())
+        message_id = ulid_now()
         self.session.calls.sent(call, message_id)
         self._send(call.message.name, call.body, message_id)
 
@@ -324,7 +327,7 @@ class Link(Int32StringReceiver):
             id=message_id,
             ts=self.session.stamp(now),
             src=role,
-            dst=envelope.other(role),
+            dst=self.session.peer_role,
             type=type,
             body=body,
             key=key,
@@ -337,7 +340,7 @@ class Link(Int32StringReceiver):
             self.abort("the peer does not read")
 
     def _send_reply(self, type: str, body: bytes, ack_of: str) -> None:
-        self._send(type, body, str(ULID()), ack_of)
+        self._send(type, body, ulid_now(), ack_of)
 
     def _settle(self, reply: Reply) -> None:
         call, outcome = reply.call, reply.outcome()
@@ -381,14 +384,17 @@ class Link(Int32StringReceiver):
         if at == float("inf"):
             return
         if self._timer is None or not self._timer.active():
+            self._alarm = at
             self._timer = self._clock.scheduler.callLater(max(0.0, at - self._clock.mono()), self._tick)
-        elif at < self._timer.getTime():
+        elif at < self._alarm:
+            self._alarm = at
             self._timer.reset(max(0.0, at - self._clock.mono()))
 
     def _cancel_timer(self) -> None:
         cancel(self._timer)
 
     def _tick(self) -> None:
+        self._alarm = float("inf")
         mono = self._clock.mono()
         for call in self.session.calls.expire(mono):
             self._counters.meet("call")

@@ -61,9 +61,12 @@ class Session:
 
     def __init__(self, role: Role, replay: ReplayCache, timing: Timing, bounds: Bounds, mono: float) -> None:
         self.role = role
+        self.peer_role = other(role)
         self.timing = timing
         self.bounds = bounds
         self.state = State.CHALLENGING
+        #: Frames are still read and written: it is challenging or proven.
+        self.is_open = True
         #: ``key_id`` that the peer signed with last.
         self.peer_key_id: str | None = None
         self.peer_frame_size = UNANNOUNCED_FRAME_SIZE
@@ -94,12 +97,8 @@ class Session:
         if state is None:
             return False
         self.state = state
+        self.is_open = state is State.PROVEN
         return True
-
-    @property
-    def is_open(self) -> bool:
-        """Whether frames are still read and written."""
-        return self.state in (State.CHALLENGING, State.PROVEN)
 
     @property
     def has_been_heard(self) -> bool:
@@ -132,7 +131,7 @@ class Session:
 
         :raises Forbidden: ``src``, ``dst`` or the key's role is wrong; this defeats reflection.
         """
-        for name, said, wanted in (("src", envelope.src, other(self.role)), ("dst", envelope.dst, self.role)):
+        for name, said, wanted in (("src", envelope.src, self.peer_role), ("dst", envelope.dst, self.role)):
             if said != wanted:
                 raise Forbidden(f"on this link {name} must be {wanted}", path=f"/{name}")
         if not key.may_sign_for(envelope.src):
@@ -281,10 +280,13 @@ class Session:
         return min(times)
 
 
-def is_reply(members: dict[str, Any]) -> bool:
-    """Whether a parsed frame answers, or claims to: such a one is never answered."""
-    said = members.get("type")
-    return "ack_of" in members or (type(said) is str and said in REPLY_ONLY)
+def is_reply(type: object, has_ack_of: bool) -> bool:
+    """Whether a frame answers, or claims to: such a one is never answered.
+
+    :param type: its member ``type``, whatever that is.
+    :param has_ack_of: whether it has a member ``ack_of``.
+    """
+    return has_ack_of or (isinstance(type, str) and type in REPLY_ONLY)
 
 
 def is_unsigned_error(members: dict[str, Any]) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import hmac
 import math
 import re
@@ -16,6 +15,9 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal
+
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.hmac import HMAC
 
 from s2s.errors import NoSigningKey
 
@@ -82,13 +84,13 @@ class Key:
 
     def __post_init__(self) -> None:
         # The padded key blocks are hashed once; each MAC then copies the state.
-        object.__setattr__(self, "_mac", hmac.new(self.secret.reveal(), digestmod=hashlib.sha256))
+        object.__setattr__(self, "_mac", HMAC(self.secret.reveal(), SHA256()))
 
     def sign(self, message: bytes) -> str:
         """HMAC-SHA256 as 64 lowercase hex digits (RFC 2104)."""
-        mac: hmac.HMAC = self._mac.copy()  # type: ignore[attr-defined]
+        mac: HMAC = self._mac.copy()  # type: ignore[attr-defined]
         mac.update(message)
-        return mac.hexdigest()
+        return mac.finalize().hex()
 
     def verifies(self, message: bytes, signature: str) -> bool:
         """Compare in constant time."""

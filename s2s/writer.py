@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet import interfaces
 from zope.interface import implementer
+
+#: Of a turn of the reactor so many frames are sent at once: the peer works on them while we make the others.
+FLUSH_FRAMES: Final = 16
 
 
 @implementer(interfaces.IPushProducer)
@@ -20,6 +23,9 @@ class Writer:
         self._transport = transport
         self._waiting: deque[bytes] = deque()
         self._stalled = False
+        self._unsent = 0
+        # What the reactor calls when its turn is over; a transport that is no file descriptor has none.
+        self._flush = getattr(transport, "doWrite", None)
         self.waiting_bytes = 0
         transport.registerProducer(self, True)
 
@@ -28,8 +34,14 @@ class Writer:
         if self._stalled:
             self._waiting.append(data)
             self.waiting_bytes += len(data)
-        else:
-            self._transport.write(data)
+            return
+        self._transport.write(data)
+        self._unsent += 1
+        if self._unsent >= FLUSH_FRAMES:
+            self._unsent = 0
+            if self._flush is not None:
+                # A failure shows itself again to the reactor, which ends the connection.
+                self._flush()
 
     def pauseProducing(self) -> None:
         """The transport has enough."""

@@ -457,9 +457,9 @@ class LedgerTests(SynchronousTestCase):
         self.database, self.counters = _Slow(), Counters()
         self.ledger = Ledger(self.database, self.counters, "engine-1")  # type: ignore[arg-type]
 
-    def refuse(self, error: WireError, type: object = _CONFIG_SET, **payload: Any) -> None:
+    def refuse(self, error: WireError, type: str = _CONFIG_SET, **payload: Any) -> None:
         """Have a request refused."""
-        self.ledger.refused({"type": type, "payload": payload}, "k1", error)
+        self.ledger.refused(Envelope("i", 0, "server", "engine", type, payload), "k1", error)
 
     def test_a_flood(self) -> None:
         """One write is under way, a bounded number waits for the next, and the rest is counted."""
@@ -483,8 +483,6 @@ class LedgerTests(SynchronousTestCase):
         for error, type in (
             (NotReady("later"), _CONFIG_SET),
             (BadPayload("no"), SHUTDOWN),
-            (BadPayload("no"), None),
-            (BadPayload("no"), {}),
         ):
             self.refuse(error, type)
         self.assertEqual(self.database.running, [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import time
 from typing import Any
 
 from hypothesis import given, settings
@@ -58,6 +59,11 @@ def _members(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in {**good, **changes}.items() if value is not ...}
 
 
+def _signed(members: dict[str, Any]) -> bytes:
+    """Give what the signature of a parsed frame covers."""
+    return envelope.unseal_exactly(members).signed
+
+
 class SealTests(SynchronousTestCase):
     """:func:`envelope.seal` and :func:`envelope.size`."""
 
@@ -93,8 +99,8 @@ class SealTests(SynchronousTestCase):
         self.assertLessEqual(len(frame), envelope.size(type, body))
         self.assertLessEqual(len(frame), envelope.size(type, body, len(key_id)))
 
-        parsed, is_canonical = canonical.parse(frame)
-        self.assertEqual(envelope.signed_bytes(frame, parsed, is_canonical), unsigned)
+        parsed = canonical.parse(frame)
+        self.assertEqual(envelope.unseal_exactly(parsed).signed, unsigned)
         self.assertEqual(envelope.read(parsed), Envelope(message_id, ts, src, dst, type, payload, ack_of))
 
     def test_size_is_tight(self) -> None:
@@ -105,25 +111,85 @@ class SealTests(SynchronousTestCase):
         self.assertEqual(len(envelope.seal(**told, type="t", body=body, key=long)), envelope.size("t", body))
 
 
-class SignedBytesTests(SynchronousTestCase):
-    """:func:`envelope.signed_bytes` and :func:`envelope.signed_bytes_exactly`."""
+class UnsealTests(SynchronousTestCase):
+    """:func:`envelope.unseal_plainly` beside :func:`envelope.unseal_exactly` and :func:`envelope.read`."""
+
+    def agree(self, frame: bytes) -> bool:
+        """See that what the plain way makes of a frame is what the exact way makes of it.
+
+        :returns: whether the plain way took it.
+        """
+        plain = envelope.unseal_plainly(frame)
+        if plain is None:
+            return False
+        members = canonical.parse_exactly(frame)
+        exact = envelope.unseal_exactly(members)
+        self.assertEqual((plain.key_id, plain.sig, plain.signed), (exact.key_id, exact.sig, exact.signed))
+        self.assertEqual(repr(plain.envelope), repr(envelope.read(members)))
+        return True
 
     @_MANY
     @given(_envelopes(), st.sampled_from([None, 1]))
-    def test_cut_out_as_written_anew(self, members: dict[str, Any], indent: int | None) -> None:
-        """Of any envelope, canonical or not, the sig cut out gives what writing it anew without sig gives."""
-        exact = envelope.signed_bytes_exactly(members)
+    def test_any_envelope(self, members: dict[str, Any], indent: int | None) -> None:
+        """Of any envelope, canonical or not, both ways make the same, and cover all but sig."""
         without = {**members, "auth": {name: each for name, each in members["auth"].items() if name != "sig"}}
-        self.assertEqual(exact, canonical.dumps_exactly(without))
+        self.assertEqual(envelope.unseal_exactly(members).signed, canonical.dumps_exactly(without))
         for frame in (canonical.dumps_exactly(members), json.dumps(members, indent=indent).encode()):
-            parsed, is_canonical = canonical.parse(frame)
-            envelope.read_auth(parsed)
-            self.assertEqual(envelope.signed_bytes(frame, parsed, is_canonical), exact)
+            self.agree(frame)
+
+    @_MANY
+    @given(_ids, _ids | st.none(), st.integers(0, 10**15 - 1), _ways, _types, _payloads)
+    def test_what_we_send(
+        self, message_id: str, ack_of: str | None, ts: int, way: tuple[str, str], type: str, payload: dict[str, Any]
+    ) -> None:
+        """What we seal goes the plain way, unless the payload has too many brackets."""
+        told = {"id": message_id, "ack_of": ack_of, "ts": ts, "src": way[0], "dst": way[1], "type": type}
+        body = canonical.dumps(payload)
+        took = self.agree(envelope.seal(**told, body=body, key=_KEY))
+        self.assertEqual(took, canonical.parse_plainly(body, envelope.PAYLOAD_DEPTH) is not None)
+
+    @_MANY
+    @given(_envelopes(), st.data())
+    def test_damaged(self, members: dict[str, Any], data: st.DataObject) -> None:
+        """Of a canonical frame with a stretch replaced, both ways make the same where the plain way takes it at all."""
+        frame = canonical.dumps_exactly({name: members[name] for name in _members(ack_of="a") if name in members})
+        at = data.draw(st.integers(0, len(frame)))
+        end = data.draw(st.integers(at, min(len(frame), at + 12)))
+        stretch = data.draw(
+            st.sampled_from([b"", b"}", b'","src":"', b"0", b"-", b" ", b"\n", b'"v":1}', b"x", b"\xff"])
+        )
+        self.agree(frame[:at] + stretch + frame[end:])
+
+    def test_a_payload_that_speaks_of_frames(self) -> None:
+        """A payload that holds the text of a frame's end does not end the payload."""
+        end = ',"src":"engine","ts":5,"type":"t","v":1}'
+        for payload in ({"a": end}, {"a": {"b": end + "}"}}, {"src": "engine", "ts": 5, "type": "t", "v": 1}):
+            frame = canonical.dumps_exactly(_members(payload=payload))
+            self.assertTrue(self.agree(frame))
+        frame = canonical.dumps_exactly(_members(payload={}))
+        self.assertTrue(self.agree(frame))
+        self.assertFalse(self.agree(frame[:-1] + end.encode()))
+
+    def test_hostile_frames_are_cheap(self) -> None:
+        """A frame that nearly ends again and again cannot hold the process up."""
+        head = canonical.dumps_exactly(_members()).partition(b"{}")[0]
+        for piece in (b'},"src":"engine","ts":5,"type":"t","v":1', b'},"src":"' + b"a" * 64, b"}", b"{"):
+            began = time.process_time()
+            self.assertFalse(self.agree(head + b"{" + piece * (60000 // len(piece))))
+            self.assertLess(time.process_time() - began, 0.1)
+
+    def test_what_is_not_plain(self) -> None:
+        """Unknown members, another version and blanks are left to the exact way, which alone knows what is wrong."""
+        for change in ({"more": 1}, {"v": 2}, {"ts": -1}, {"id": "a b"}, {"ack_of": None}, {"src": ...}, {"auth": ...}):
+            self.assertFalse(self.agree(canonical.dumps_exactly(_members(**change))), change)
+        frame = canonical.dumps_exactly(_members())
+        self.assertFalse(self.agree(frame.replace(b'"payload":{}', b'"payload": {}')))
+        self.assertFalse(self.agree(frame + b"\n"))
 
     def test_every_other_member_is_signed(self) -> None:
         """A change of any member, of key_id, or of a sig elsewhere changes what is signed; of auth.sig it does not."""
         base = _members(ack_of="a1", more={"sig": _SIG}, payload={"auth": {"sig": _SIG}})
-        signed = envelope.signed_bytes_exactly(base)
+        signed = _signed(base)
         for change in (
             {"v": 2},
             {"id": "i2"},
@@ -137,30 +203,22 @@ class SignedBytesTests(SynchronousTestCase):
             {"auth": {"key_id": "k2", "sig": _SIG}},
             {"auth": {"key_id": "k1", "sig": _SIG, "scheme": "hmac-sha256"}},
         ):
-            self.assertNotEqual(envelope.signed_bytes_exactly({**base, **change}), signed)
-        self.assertEqual(envelope.signed_bytes_exactly({**base, "auth": {"key_id": "k1", "sig": "1" * 64}}), signed)
-
-    def test_a_frame_that_only_looks_canonical(self) -> None:
-        """Without the parser's word that a frame is canonical its bytes are not cut."""
-        members = _members()
-        frame = canonical.dumps_exactly(members).replace(b'"payload":{}', b'"payload": {}')
-        parsed, is_canonical = canonical.parse(frame)
-        self.assertFalse(is_canonical)
-        self.assertEqual(envelope.signed_bytes(frame, parsed, is_canonical), envelope.signed_bytes_exactly(members))
+            self.assertNotEqual(_signed({**base, **change}), signed)
+        self.assertEqual(_signed({**base, "auth": {"key_id": "k1", "sig": "1" * 64}}), signed)
 
 
 class ReadAuthTests(SynchronousTestCase):
-    """:func:`envelope.read_auth`."""
+    """``auth``, as :func:`envelope.unseal_exactly` takes it."""
 
     def test_good(self) -> None:
         """A key_id and a sig are taken, with unknown members and the one scheme beside them."""
         for more in ({}, {"scheme": "hmac-sha256"}, {"nonce": [1]}):
-            auth = envelope.read_auth({"auth": {"key_id": "k.1_-", "sig": _SIG, **more}})
+            auth = envelope.unseal_exactly({"auth": {"key_id": "k.1_-", "sig": _SIG, **more}})
             self.assertEqual((auth.key_id, auth.sig), ("k.1_-", _SIG))
 
     def test_absent(self) -> None:
         """Without an auth member it is auth_required."""
-        self.assertRaises(AuthRequired, envelope.read_auth, _members(auth=...))
+        self.assertRaises(AuthRequired, envelope.unseal_exactly, _members(auth=...))
 
     def test_malformed(self) -> None:
         """Whatever is wrong with auth, it is auth_bad, and the text is the same."""
@@ -172,7 +230,7 @@ class ReadAuthTests(SynchronousTestCase):
             *({**good, "sig": bad} for bad in ("", "0" * 63, "0" * 65, "A" * 64, "g" * 64, _SIG + "\n", 0, None)),
             *({**good, "scheme": bad} for bad in ("none", "", None, "HMAC-SHA256", ["hmac-sha256"])),
         ):  # fmt: skip
-            texts.add(self.assertRaises(AuthBad, envelope.read_auth, _members(auth=auth)).message)
+            texts.add(self.assertRaises(AuthBad, envelope.unseal_exactly, _members(auth=auth)).message)
         self.assertEqual(len(texts), 1)
 
 

@@ -62,7 +62,7 @@ DID = [
     did("push", came={"cmd_id": 2, "duplicate": False}, until=20.0, key="later", content=_CONTENT, due_at=99),
     did("cancel", cmd_id=2),
     did("steer", type="s2s.engine.pause"),
-    did("replay", came={"code": "replay"}, type=CHECK, where="x"),
+    did("replay", came={"code": "replay"}, type=CHECK, where="x", was_accepted=False),
     did("recovery", fault="x"),
 ]
 
@@ -191,10 +191,12 @@ class JudgeTests(SynchronousTestCase):
     def test_the_link(self) -> None:
         """A frame that is sent again is refused; while the database is away nothing is acked, and links stay."""
         for kind in (CHECK, PUSH):
-            again = did("replay", came={"code": "ok", "duplicate": False}, type=kind, where="x")
+            again = did("replay", came={"code": "ok", "duplicate": False}, type=kind, where="x", was_accepted=True)
             self.wrong([*DID, again], "was answered ok")
-        again = did("replay", came={"code": "ok", "duplicate": True}, type=PUSH, where="x")
-        self.assertEqual(judge([*DID, again], RIGHT), [])
+        for is_duplicate in (True, False):
+            came = {"code": "ok", "duplicate": is_duplicate}
+            again = did("replay", came=came, type=PUSH, where="x", was_accepted=is_duplicate)
+            self.assertEqual(judge([*DID, again], RIGHT), [])
         outage = did("outage", since=0.0, until=9.0)
         self.wrong([*DID, outage], "acked while the database was away")
         refused = pushed("fail", code="db_unavailable", retry_after_ms=1000)

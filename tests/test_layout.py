@@ -75,10 +75,10 @@ _GUARDED = {
     "orjson": {"canonical", "store.driver"},
     "canonicaljson": {"canonical"},
     "hmac": {"signing"},
-    "cryptography": {"certs"},
+    "cryptography": {"certs", "signing"},
     "jsonschema": {"catalogue.schema"},
     "jsonschema_rs": {"catalogue.schema"},
-    "msgspec": {"operations.kind", "web.openapi"},
+    "msgspec": {"dispatch", "envelope", "operations.kind", "web.openapi"},
     "treq": {"admin_transport"},
 }
 #: What the ground floor never imports: it has no I/O and no clock.

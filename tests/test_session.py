@@ -458,7 +458,7 @@ class DefaultTests(SynchronousTestCase):
             ({"type": ["s2s.ack"]}, False),
             ({}, False),
         ):
-            self.assertIs(session.is_reply(members), expected)
+            self.assertIs(session.is_reply(members.get("type"), "ack_of" in members), expected)
 
     def test_what_is_an_unsigned_error(self) -> None:
         """Only s2s.error without an auth member at all."""

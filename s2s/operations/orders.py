@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from ulid import ULID
+from ulid_transform import ulid_now
 
 from s2s.catalogue import BY_NAME, ORDERS
 from s2s.errors import BadPayload, IdemConflict, NotFound, S2SError, WireError
@@ -55,7 +55,7 @@ def _shown(row: OrderRow) -> Order:
 
 def _give(rpc: str, ask: Ask) -> Steps[Order]:
     """Write an order down, unless it was given before, and wait for its end as long as is wanted."""
-    order_id = str(ULID())
+    order_id = ulid_now()
     write = partial(_write, rpc, ask, order_id)
     row: Order
     if ask.idem_key is None:

@@ -60,12 +60,14 @@ class Outcome:
 
 
 _NEXT: Final = "nextval('commands_cmd_id_seq')"
-_INSERT: Final = f"""
+_INSERT: Final = driver.Prepared(
+    "s2s_push",
+    f"""
 with pushed as materialized (
     -- cmd_ids in the order of arrival
     select idem_key, fingerprint, cmd_type, payload, priority, due_at,
         coalesce(cmd_id, {_NEXT}) as cmd_id
-    from unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::integer[], %s::bigint[], %s::bigint[])
+    from unnest($1, $2, $3, $4, $5, $6, $7)
         with ordinality as p (idem_key, fingerprint, cmd_type, payload, priority, due_at, cmd_id, place)
     order by place
 ), fresh as (
@@ -80,11 +82,15 @@ with pushed as materialized (
     from pushed where cmd_id in (select cmd_id from fresh) order by cmd_id
 )
 select idem_key, cmd_id from fresh
-"""  # noqa: S608 - of constants, as below
+""",  # noqa: S608 - of constants, as below
+    *("text[]", "text[]", "text[]", "text[]", "integer[]", "bigint[]", "bigint[]"),
+)
 
 
 def push_batch(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome]:
     """Accept pushes in their order of arrival, in a constant number of statements.
+
+    Each statement may commit by itself: the first one does it all or nothing, and the others only look.
 
     :returns: one outcome for each push, in the same order.
     """
@@ -137,17 +143,15 @@ def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | Statement
 
 
 def _insert(txn: Cursor, pushes: Collection[Push]) -> dict[str, int]:
-    txn.execute(
-        _INSERT,
-        (
-            [push.idem_key for push in pushes],
-            [push.fingerprint.hex() for push in pushes],
-            [push.cmd_type for push in pushes],
-            [push.payload for push in pushes],
-            [push.priority for push in pushes],
-            [push.due_at for push in pushes],
-            [push.cmd_id for push in pushes],
-        ),
+    _INSERT.execute(
+        txn,
+        [push.idem_key for push in pushes],
+        [push.fingerprint.hex() for push in pushes],
+        [push.cmd_type for push in pushes],
+        [push.payload for push in pushes],
+        [push.priority for push in pushes],
+        [push.due_at for push in pushes],
+        [push.cmd_id for push in pushes],
     )
     return dict(txn.fetchall())
 

@@ -150,6 +150,13 @@ class Database:
             connection, when it broke (with :class:`CommitLost` during the COMMIT) or when too many wait, and with
             :class:`StatementRefused` when the database refused the data.
         """
+        return self._run(self._interact, work, args)
+
+    def run_each(self, work: Callable[..., T], *args: Any) -> Deferred[T]:
+        """Do as :meth:`run`, and commit each statement by itself: of one alone that saves two round trips."""
+        return self._run(self._interact_each, work, args)
+
+    def _run(self, interact: Callable[..., T], work: Callable[..., T], args: tuple[Any, ...]) -> Deferred[T]:
         if self._refusal:
             return defer.fail(DatabaseUnavailable(self._refusal))
         if self.waiting >= self._max_waiting:
@@ -157,7 +164,7 @@ class Database:
             return defer.fail(DatabaseUnavailable(f"overloaded: {self.waiting} interactions wait for a connection"))
         self._unfinished += 1
         outcome: Deferred[T] = threads.deferToThreadPool(
-            self._reactor, self._pool.threadpool, self._interact, self._pool, work, args
+            self._reactor, self._pool.threadpool, interact, self._pool, work, args
         )
         return outcome.addBoth(self._leave)
 
@@ -201,7 +208,10 @@ class Database:
     def _prepare(self, conn: Connection) -> None:
         driver.prepare(conn, *self._timeouts)
 
-    def _interact(self, pool: Any, work: Callable[..., T], args: tuple[Any, ...]) -> T:
+    def _interact_each(self, pool: Any, work: Callable[..., T], args: tuple[Any, ...]) -> T:
+        return self._interact(pool, work, args, is_each=True)
+
+    def _interact(self, pool: Any, work: Callable[..., T], args: tuple[Any, ...], is_each: bool = False) -> T:
         try:
             conn = self._connect(pool)
         except psycopg2.Error as error:
@@ -209,6 +219,7 @@ class Database:
             self._reactor.callFromThread(self._tell, True, str(away))
             raise away from None
         try:
+            conn.autocommit = is_each
             self._go_on()
             with conn.cursor() as txn:
                 result = work(txn, *args)

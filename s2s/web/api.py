@@ -186,7 +186,7 @@ def _body(request: Request, operation: Operation[Any]) -> Any:
     media_type = (_header(request, b"content-type") or "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise problems.wrong_media_type()
-    return canonical.parse(raw)[0]
+    return canonical.parse(raw)
 
 
 def _header(request: Request, name: bytes) -> str | None:

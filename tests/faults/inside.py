@@ -186,7 +186,8 @@ def _no_idempotency() -> None:
     """Lets nothing decide which push of a key is the first."""
     from s2s.store import commands
 
-    commands._INSERT = commands._INSERT.replace("where cmd_id in (select cmd_id from fresh)", "")
+    insert = commands._INSERT
+    insert.statement = insert.statement.replace("where cmd_id in (select cmd_id from fresh)", "")
 
 
 def _outbox_elsewhere() -> None:

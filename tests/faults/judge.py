@@ -16,7 +16,8 @@ from tests.support.peer import PUSH
 
 #: Refusals after which a push may have taken effect all the same (docs/protocol.rst, "Commands").
 DOUBTFUL: Final = frozenset({"db_unavailable", "internal_error", "deadline_exceeded"})
-#: What a request that was recorded and is sent again may be answered; a push, that it is known already.
+#: What a request that was recorded and is sent again may be answered. A push may be accepted, too: as known, or as new
+#: where its sender was refused for the moment; that sender's next try is then the one that is known.
 REPLAYED: Final = frozenset({"replay", "not_ready", "ts_skew", "auth_bad", "overloaded"})
 
 
@@ -268,7 +269,7 @@ def _steered(steered: Sequence[Operation], facts: Facts) -> Iterator[str]:
 
 def _replays(replays: Sequence[Operation]) -> Iterator[str]:
     for each in replays:
-        is_known = each.asked["type"] == PUSH and each.came.get("duplicate")
+        is_known = each.asked["type"] == PUSH and (each.came.get("duplicate") or not each.asked["was_accepted"])
         is_away = each.asked["type"] == PUSH and each.came.get("code") in DOUBTFUL
         if each.ended == "ok" and each.came["code"] not in REPLAYED and not is_known and not is_away:
             yield f"a {each.asked['type']} that was sent again ({each.asked['where']}) was answered {each.came['code']}"

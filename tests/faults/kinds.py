@@ -278,14 +278,32 @@ async def _garbled(stage: Stage) -> None:
     await pause(2)
 
 
+@dataclass(frozen=True)
+class _Recorded:
+    """A request that went over the proxy.
+
+    :param was_accepted: it was answered so, as far as the proxy saw.
+    """
+
+    body: bytes
+    was_accepted: bool
+
+    @property
+    def type(self) -> str:
+        return str(json.loads(self.body)["type"])
+
+    def is_answered_by(self, answer: bytes) -> bool:
+        return bool(json.loads(answer).get("ack_of") == json.loads(self.body)["id"])
+
+
 async def _replayed_here(stage: Stage) -> None:
     """Requests of both sides are sent again over the link on which they came."""
-    await _inject(stage, "same link", _requests(stage, stage.proxy.up), _requests(stage, stage.proxy.down))
+    await _inject(stage, "same link", _up(stage), _down(stage))
 
 
 async def _replayed_elsewhere(stage: Stage) -> None:
     """Those of the engine come over a link of the attacker's, those of the server over the engine's next one."""
-    up, down = _requests(stage, stage.proxy.up), _requests(stage, stage.proxy.down)
+    up, down = _up(stage), _down(stage)
     await deferToThread(_replay, stage, up)
     stage.proxy.cut()
     await stage.whole()
@@ -294,68 +312,75 @@ async def _replayed_elsewhere(stage: Stage) -> None:
 
 async def _replayed_after_restart(stage: Stage) -> None:
     """So do they when nobody remembers them any more; whoever asks for another's health then is answered."""
-    up, down = _requests(stage, stage.proxy.up), _requests(stage, stage.proxy.down)
+    up, down = _up(stage), _down(stage)
     await _kill(stage, "server", "engine")
     await stage.whole()
-    await deferToThread(_replay, stage, [body for body in up if _type(body) != CHECK])
-    await _inject(stage, "after a restart", [], [body for body in down if _type(body) != CHECK])
+    await deferToThread(_replay, stage, [each for each in up if each.type != CHECK])
+    await _inject(stage, "after a restart", [], [each for each in down if each.type != CHECK])
 
 
-def _requests(stage: Stage, way: Way) -> list[bytes]:
+def _up(stage: Stage) -> list[_Recorded]:
+    return _requests(stage, stage.proxy.up, stage.proxy.down)
+
+
+def _down(stage: Stage) -> list[_Recorded]:
+    return _requests(stage, stage.proxy.down, stage.proxy.up)
+
+
+def _requests(stage: Stage, way: Way, back: Way) -> list[_Recorded]:
     """Give some requests that went this way a while ago: no more of a kind than is needed."""
-    found: dict[str, list[bytes]] = {}
+    answers = [json.loads(answer) for answer in back.recorded]
+    accepted = {answer.get("ack_of") for answer in answers if answer["payload"].get("accepted") is True}
+    found: dict[str, list[_Recorded]] = {}
     for body in way.recorded:
         frame = json.loads(body)
         if "ack_of" not in frame and "auth" in frame and frame["ts"] <= time.time() - _OLD_S:
-            found.setdefault(frame["type"], []).append(body)
-    return [body for bodies in found.values() for body in stage.dice.sample(bodies, min(5, len(bodies)))]
+            found.setdefault(frame["type"], []).append(_Recorded(body, frame["id"] in accepted))
+    return [each for kind in found.values() for each in stage.dice.sample(kind, min(5, len(kind)))]
 
 
-async def _inject(stage: Stage, where: str, up: list[bytes], down: list[bytes]) -> None:
+def _asked(stage: Stage, where: str, request: _Recorded) -> int:
+    told = {"where": where, "type": request.type, "was_accepted": request.was_accepted}
+    return stage.history.invoke("attacker", "replay", **told)
+
+
+async def _inject(stage: Stage, where: str, up: list[_Recorded], down: list[_Recorded]) -> None:
     """Send frames again within the engine's link: a refusal ends it, and the next one comes on the next link."""
-    ways = [(body, stage.proxy.up, stage.proxy.down) for body in up]
-    ways += [(body, stage.proxy.down, stage.proxy.up) for body in down]
-    for body, way, back in ways:
-        number = stage.history.invoke("attacker", "replay", where=where, type=_type(body))
-        before = sum(_answers(answer, body) for answer in back.recorded)
-        await comes(partial(stage.proxy.inject, body, way), _INJECT_S)
+    ways = [(request, stage.proxy.up, stage.proxy.down) for request in up]
+    ways += [(request, stage.proxy.down, stage.proxy.up) for request in down]
+    for request, way, back in ways:
+        number = _asked(stage, where, request)
+        before = sum(map(request.is_answered_by, back.recorded))
+        await comes(partial(stage.proxy.inject, request.body, way), _INJECT_S)
         await pause(0.3)
-        answers = [answer for answer in back.recorded if _answers(answer, body)]
+        answers = [answer for answer in back.recorded if request.is_answered_by(answer)]
         if len(answers) > before:
             stage.history.end(number, "attacker", "replay", "ok", **_outcome(answers[-1]))
         else:
             stage.history.end(number, "attacker", "replay", "unknown")
 
 
-def _replay(stage: Stage, bodies: list[bytes]) -> None:
+def _replay(stage: Stage, requests: list[_Recorded]) -> None:
     """Send recorded frames over a link of the attacker's, who has no key."""
-    for body in bodies:
-        number = stage.history.invoke("attacker", "replay", where="a link of his own", type=_type(body))
+    for request in requests:
+        number = _asked(stage, "a link of his own", request)
         try:
-            told = _answer_to(stage.server.port, body)
+            told = _answer_to(stage.server.port, request)
         except OSError:
             told = None
         stage.history.end(number, "attacker", "replay", "unknown" if told is None else "ok", **(told or {}))
 
 
-def _answer_to(port: int, body: bytes) -> dict[str, Any] | None:
+def _answer_to(port: int, request: _Recorded) -> dict[str, Any] | None:
     """Give what a server answers to a frame; ``None``: the end of the link."""
     with socket.create_connection(("127.0.0.1", port), 3) as link:
-        link.sendall(framed(body))
+        link.sendall(framed(request.body))
         with link.makefile("rb") as stream:
             while head := stream.read(4):
                 answer = stream.read(struct.unpack("!I", head)[0])
-                if _answers(answer, body):
+                if request.is_answered_by(answer):
                     return _outcome(answer)
     return None
-
-
-def _type(body: bytes) -> str:
-    return str(json.loads(body)["type"])
-
-
-def _answers(answer: bytes, request: bytes) -> bool:
-    return bool(json.loads(answer).get("ack_of") == json.loads(request)["id"])
 
 
 def _outcome(answer: bytes) -> dict[str, Any]:

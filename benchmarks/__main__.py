@@ -1,0 +1,59 @@
+"""``python -m benchmarks``: everything side by side, round after round."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks import machine, plan
+from benchmarks.load import Result
+from benchmarks.plan import Cell
+from benchmarks.report import Run
+from benchmarks.stand import Stand
+
+OUT = Path(__file__).with_name("out")
+
+
+@click.command()
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Each takes everything in turn.")
+@click.option("--seconds", type=click.FloatRange(0.01), default=2.0, show_default=True, help="Measured of each cell.")
+@click.option("--warm-up", type=click.FloatRange(0.0), default=0.7, show_default=True, help="Seconds before that.")
+@click.option("--items", type=click.IntRange(1), help="For what is there from the beginning, instead of enough.")
+@click.option("--only", default="", help="Only cells in whose name this regular expression is found.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=OUT, show_default=True)
+def main(rounds: int, seconds: float, warm_up: float, items: int | None, only: str, out: Path) -> None:
+    """Measure the link and the durable push beside what else there is."""
+    console = Console()
+    cells = [cell for cell in plan.cells() if re.search(only, cell.name)]
+    missing = {cell.contestant.program for cell in cells if cell.contestant.program} - {""}
+    missing = {program for program in missing if shutil.which(program) is None}
+    for program in sorted(missing):
+        console.print(f"left out: there is no {program} on the PATH")
+    cells = [cell for cell in cells if cell.contestant.program not in missing]
+    results: dict[Cell, list[Result]] = {cell: [] for cell in cells}
+    stand = Stand()
+    try:
+        [[postgres]] = stand.execute("show server_version")
+        turns = [cell for _ in range(rounds) for cell in cells]
+        for cell in track(turns, "measuring", console=console):
+            results[cell].append(stand.measure(cell, warm_up, seconds, items))
+    finally:
+        stand.close()
+    run = Run(machine.describe(postgres), results)
+    run.write(out)
+    for title, (head, *rows) in run.tables():
+        table = Table(*head, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

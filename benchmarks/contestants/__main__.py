@@ -1,0 +1,24 @@
+"""One side of a contestant, as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+
+from benchmarks.load import Load, Meter, Place
+
+
+def main(name: str, side: str, place: str, load: str = "{}") -> None:
+    """Run one side; who drives prints what it has measured."""
+    contestant = import_module(f"benchmarks.contestants.{name}")
+    if side == "serve":
+        contestant.serve(Place(**json.loads(place)))
+    else:
+        meter = Meter()
+        contestant.drive(Place(**json.loads(place)), Load(**json.loads(load)), meter)
+        print(meter.told(), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

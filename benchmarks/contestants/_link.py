@@ -1,0 +1,109 @@
+"""Our engine's side of a link, as a client that pushes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from twisted.internet import reactor, task
+from twisted.internet.defer import Deferred, succeed
+from twisted.python.failure import Failure
+
+from benchmarks.contestants import _twisted
+from benchmarks.kits import drive_deferred, drive_deferred_evenly
+from benchmarks.load import Load, Meter, Place, keys, push
+from s2s.catalogue import COMMAND_PUSH, HEALTH_CHECK, SWEEP
+from s2s.clock import Clock
+from s2s.dispatch import Dispatcher, Responder
+from s2s.errors import Overloaded, Refused
+from s2s.identity import Identity
+from s2s.limits import Bounds, Timing
+from s2s.links import LinkFactory
+from s2s.protocol import Link
+from s2s.responders.health import Health
+from s2s.signing import Key, Keyring, Role, Secret
+
+#: The one key, in memory and in the database.
+KEY_ID = "bench"
+SECRET = b"a key of the benchmark, not secret"
+
+
+class Keys:
+    """A key that never changes."""
+
+    keyring = Keyring([Key(KEY_ID, Secret(SECRET), "any", 0.0, is_default_tx=True)])
+
+    def refresh(self) -> Deferred[None]:
+        """There is nothing to read again."""
+        return succeed(None)
+
+
+class Events:
+    """Tells when a link is proven."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Link, Deferred[None]] = {}
+
+    def proven(self, link: Link) -> Deferred[None]:
+        """Wait until a link is."""
+        return self._waiting.setdefault(link, Deferred())
+
+    def link_made(self, link: Link) -> None:
+        """Nothing is known yet."""
+
+    def link_proven(self, link: Link) -> None:
+        """The peer holds the key."""
+        self.proven(link).callback(None)
+
+    def link_lost(self, link: Link) -> None:
+        """Who waits for an answer is told by the link."""
+
+
+def factory(role: Role, events: Events, window: int, **responders: Responder) -> LinkFactory:
+    """Make links of a role with everything in memory.
+
+    :param responders: by the type's name, beside the health check.
+    """
+    clock, bounds = Clock(reactor), Bounds(window_frames=window, window_bytes=64 << 20)
+    health = Health(Identity(role, role, "bench"), bounds.frame_size, clock, _condition)
+    serving: Mapping[str, Responder] = {HEALTH_CHECK: health, **responders}
+    # In a benchmark no answer is late.
+    return LinkFactory(role, Dispatcher(Keys(), serving, clock), Keys(), clock, events, bounds, Timing(call=60))
+
+
+def _condition() -> dict[str, Any]:
+    return {"state": "running", "degraded": False, "config_version": 10**9, "outbox_depth": 0}
+
+
+def drive(place: Place, load: Load, meter: Meter) -> None:
+    """Push commands over links of an engine, and wait for each answer."""
+    filling, made = load.filling, keys("s2s")
+
+    async def driving() -> None:
+        events = Events()
+        engines = []
+        for number in range(load.links):
+            making = factory("engine", events, load.window, **{SWEEP: lambda _: {"ok": True, "queued": 0}})
+            health: Any = making.dispatcher.responders[HEALTH_CHECK]
+            health._fixed["name"] = f"bench-{number}"
+            engines.append(await _twisted.connect(place, making))
+            await events.proven(engines[-1])
+        calls = [lambda link=link: _pushed(link, push(next(made), filling)) for link in engines]
+        if load.rate:
+            await drive_deferred_evenly(calls[0], load, meter)
+        else:
+            await drive_deferred(calls, load, meter)
+
+    _twisted.run(driving())
+
+
+def _pushed(link: Link, payload: dict[str, Any]) -> Deferred[Any]:
+    """Push a command, and again when there is no room for it."""
+
+    def again(failure: Failure) -> Deferred[Any]:
+        failure.trap(Refused)
+        if failure.value.code != Overloaded.code:
+            failure.raiseException()
+        return task.deferLater(reactor, failure.value.details["retry_after_ms"] / 1000, _pushed, link, payload)
+
+    return link.call(COMMAND_PUSH, payload).addErrback(again)

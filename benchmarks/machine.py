@@ -1,0 +1,42 @@
+"""What the benchmark ran on."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+_PACKAGES = (
+    "twisted",
+    "psycopg2-binary",
+    "orjson",
+    "jsonschema-rs",
+    "cryptography",
+    "grpcio",
+    "procrastinate",
+    "nats-py",
+)
+
+
+def describe(postgres: str) -> dict[str, str]:
+    """Describe the machine and what runs on it.
+
+    :param postgres: the version of the database.
+    """
+    models = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    model = models[0] if models else platform.machine()
+    return {
+        "processor": f"{len(psutil.Process().cpu_affinity() or models)} cores of {model}",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "system": f"{platform.system()} {platform.release()}",
+        "Python": platform.python_version(),
+        "PostgreSQL": postgres,
+        "packages": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,153 @@
+"""What is measured, and what it has to come to: all of it data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from benchmarks.load import Load
+
+#: Which tables a contestant's database has.
+OURS, THEIRS = "ours", "procrastinate"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something that is measured.
+
+    :param title: what the tables call it.
+    :param module: of :mod:`benchmarks.contestants`.
+    :param serves: whether it has a server of its own.
+    :param schemas: of its database; without any it needs none.
+    :param program: that has to be on the PATH; without it the contestant is left out.
+    """
+
+    title: str
+    module: str
+    serves: bool = True
+    schemas: tuple[str, ...] = ()
+    program: str = ""
+
+
+LINK: Final = Contestant("s2s", "s2s_link")
+ECHO: Final = Contestant("bare echo", "echo")
+AMP: Final = Contestant("AMP", "amp")
+GRPC: Final = Contestant("grpc.aio", "grpc_aio")
+PUSH: Final = Contestant("s2s", "s2s_push", schemas=(OURS,))
+ROWS: Final = Contestant("psycopg2, a row each", "psycopg2_rows", serves=False, schemas=(OURS,))
+UNNEST: Final = Contestant("psycopg2, unnest", "psycopg2_rows", serves=False, schemas=(OURS,))
+DEFER: Final = Contestant("procrastinate defer_async", "procrastinate_jobs", serves=False, schemas=(THEIRS,))
+DEFER_BATCH: Final = Contestant(
+    "procrastinate batch_defer_async", "procrastinate_jobs", serves=False, schemas=(THEIRS,)
+)
+JETSTREAM: Final = Contestant("JetStream", "jetstream", program="nats-server")
+WHOLE: Final = Contestant("s2s", "s2s_whole", schemas=(OURS,))
+WORKER: Final = Contestant("procrastinate worker", "procrastinate_worker", serves=False, schemas=(OURS, THEIRS))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to be measured.
+
+    :param group: of cells that belong into one table.
+    """
+
+    group: str
+    contestant: Contestant
+    load: Load
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        load = self.load
+        said = [f"window {load.window}"]
+        said += [f"{load.links} links"] * (load.links > 1)
+        said += [f"{load.rate}/s"] * bool(load.rate)
+        said += [f"batches of {load.items}"] * bool(load.items and not self.is_drained)
+        said += [f"{load.size} bytes"] * (self.group == "link")
+        return f"{self.group}: {self.contestant.title}, {', '.join(said)}"
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether everything is there from the beginning."""
+        return self.contestant in (WHOLE, WORKER)
+
+
+WINDOWS: Final = (1, 64, 1024)
+SIZES: Final = (400, 4096, 60_000)
+
+
+def cells() -> Iterator[Cell]:
+    """Give every cell of the benchmark, in the order of a round."""
+    for size in SIZES:
+        for window in WINDOWS:
+            for contestant in (LINK, ECHO, AMP, GRPC):
+                yield Cell("link", contestant, Load(window=window, size=size))
+    for window in WINDOWS:
+        for links in (1, 8, 64):
+            yield Cell("durable push", PUSH, Load(window=window, links=links))
+        yield Cell("durable push", JETSTREAM, Load(window=window))
+    yield Cell("durable push", ROWS, Load(window=1))
+    yield Cell("durable push", ROWS, Load(window=1, links=16))
+    for window in (256, 1024):
+        yield Cell("durable push", UNNEST, Load(window=window))
+    for window in (1, 4, 16, 32):
+        yield Cell("durable push", DEFER, Load(window=window))
+    yield Cell("durable push", DEFER_BATCH, Load(window=1, items=256))
+    yield Cell("whole way", WHOLE, Load(items=30_000))
+    for window in (1, 8, 32):
+        yield Cell("whole way", WORKER, Load(window=window, items=1500))
+    yield Cell("latency", PUSH, Load(rate=1000))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """What ours has to come to, against what is beside it.
+
+    :param row: what the tables call it.
+    :param ours: picks our cell.
+    :param theirs: picks the cells that it is held against: the best of them counts.
+    :param must: the least that is good enough.
+    :param aim: what is aimed at.
+    """
+
+    row: str
+    ours: Callable[[Cell], bool]
+    theirs: Callable[[Cell], bool]
+    must: float
+    aim: float
+
+    def value(self, medians: Mapping[Cell, float]) -> float | None:
+        """Give the ratio; ``None`` where something was not measured."""
+        ours = [rate for cell, rate in medians.items() if self.ours(cell)]
+        theirs = [rate for cell, rate in medians.items() if self.theirs(cell)]
+        return max(ours) / max(theirs) if ours and theirs else None
+
+
+def _is(contestant: Contestant, **load: int) -> Callable[[Cell], bool]:
+    wanted = {"size": 400, "links": 1, "rate": 0, **load}
+    return lambda cell: (
+        cell.contestant is contestant and all(getattr(cell.load, name) == value for name, value in wanted.items())
+    )
+
+
+RATIOS: Final[Sequence[Ratio]] = (
+    Ratio("link, window 64, against grpc.aio", _is(LINK, window=64), _is(GRPC, window=64), 5, 8),
+    Ratio("link, window 64, against AMP", _is(LINK, window=64), _is(AMP, window=64), 1.5, 2.4),
+    Ratio("link, window 64, against the bare echo", _is(LINK, window=64), _is(ECHO, window=64), 0.10, 0.15),
+    Ratio(
+        "durable push, window 1024, against procrastinate defer_async at its best concurrency",
+        _is(PUSH, window=1024), _is(DEFER), 10, 15,
+    ),
+    Ratio("durable push, window 1024, against unnest batches", _is(PUSH, window=1024), _is(UNNEST), 0.33, 0.5),
+    Ratio(
+        "durable push, window 1, against psycopg2 one row per transaction on one connection",
+        _is(PUSH, window=1), _is(ROWS), 0.8, 0.95,
+    ),
+    Ratio(
+        "durable push, window 1024, against JetStream (which does not fsync)",
+        _is(PUSH, window=1024), _is(JETSTREAM, window=1024), 0.6, 1.0,
+    ),
+    Ratio("whole way, against a procrastinate worker", _is(WHOLE), _is(WORKER), 10, 30),
+)  # fmt: skip

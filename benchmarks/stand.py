@@ -1,0 +1,144 @@
+"""Running cells: a database, a server process and a client process for each."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import procrastinate
+import psycopg2
+from psycopg2 import sql
+
+from benchmarks.contestants import _link
+from benchmarks.load import Load, Place, Result
+from benchmarks.plan import OURS, THEIRS, Cell, Contestant
+from s2s import postmaster
+from s2s.store import migrations
+
+#: Seconds in which a server has to take connections.
+_START_S = 30.0
+
+
+class Stand:
+    """A PostgreSQL of the benchmark's own, with everything durable as it comes, and whoever is measured on it."""
+
+    def __init__(self) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="s2s-bench-")).resolve()
+        self._directory.chmod(0o755)
+        self.url, self._process = postmaster.start(self._directory / "postgres")
+        self._databases = 0
+
+    def close(self) -> None:
+        """Stop the database, and remove it."""
+        assert self._process is not None
+        self._process.send_signal(3)
+        self._process.wait()
+        shutil.rmtree(self._directory)
+
+    def execute(self, statement: Any, *params: Any, url: str = "") -> list[Any]:
+        """Run a statement on a connection of its own."""
+        with closing(psycopg2.connect(url or self.url)) as connection, connection.cursor() as txn:
+            connection.autocommit = True
+            txn.execute(statement, params or None)
+            return txn.fetchall() if txn.description else []
+
+    def make_database(self, schemas: tuple[str, ...]) -> str:
+        """Make a database with some tables, and give its URL."""
+        self._databases += 1
+        name = f"bench_{self._databases}"
+        self.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+        url = self.url.replace("/postgres?", f"/{name}?", 1)
+        if OURS in schemas:
+            with closing(psycopg2.connect(url)) as connection:
+                migrations.migrate(connection)
+            secret = base64.b64encode(_link.SECRET).decode()
+            self.execute(
+                "insert into s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
+                " values (%s, %s, 'any', true, to_timestamp(0))",
+                _link.KEY_ID,
+                secret,
+                url=url,
+            )
+        if THEIRS in schemas:
+            asyncio.run(_procrastinate(url))
+        return url
+
+    def drop_database(self, url: str) -> None:
+        """Remove a database, and let nothing of it be written behind the next one's back."""
+        name = url.partition("?")[0].rpartition("/")[2]
+        self.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+        self.execute("checkpoint")
+
+    def measure(self, cell: Cell, warm_up_s: float, seconds: float, items: int | None = None) -> Result:
+        """Measure one cell on a database of its own.
+
+        :param items: instead of those of its load, where everything is there from the beginning.
+        """
+        contestant = cell.contestant
+        url = self.make_database(contestant.schemas) if contestant.schemas else ""
+        load = replace(cell.load, warm_up_s=warm_up_s, seconds=seconds)
+        if cell.is_drained and items is not None:
+            load = replace(load, items=items)
+        try:
+            return self.measure_on(contestant, load, url)
+        finally:
+            if url:
+                self.drop_database(url)
+
+    def measure_on(self, contestant: Contestant, load: Load, url: str) -> Result:
+        """Measure on a database that there is."""
+        with self.serving(contestant, url) as place:
+            told = subprocess.run(
+                [*_side(contestant, "drive", place), json.dumps(asdict(load))],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+        return Result(**json.loads(told.stdout.splitlines()[-1]))
+
+    @contextmanager
+    def serving(self, contestant: Contestant, url: str) -> Iterator[Place]:
+        """Run a contestant's server."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            place = Place(probe.getsockname()[1], url)
+        if not contestant.serves:
+            yield place
+            return
+        with subprocess.Popen(_side(contestant, "serve", place), stdin=subprocess.PIPE) as server:
+            _await(place.port, server)
+            try:
+                yield place
+            finally:
+                server.communicate()
+
+
+def _side(contestant: Contestant, side: str, place: Place) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.contestants", contestant.module, side, json.dumps(asdict(place))]
+
+
+def _await(port: int, server: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + _START_S
+    while time.monotonic() < until and server.poll() is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.02)
+    raise RuntimeError("a server does not take connections")
+
+
+async def _procrastinate(url: str) -> None:
+    app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=url))
+    async with app.open_async():
+        await app.schema_manager.apply_schema_async()

@@ -1,0 +1,91 @@
+"""The benchmark works: everybody is measured for a moment, and what it writes is whole. How fast, is not tested."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from benchmarks.load import Load, percentiles
+from benchmarks.plan import RATIOS, Cell, cells
+from tests.support.roles import environment
+
+#: One cell of each kind, and what the ratios need.
+_ONLY = (
+    r"window 64, 400 bytes|window 1024$|push: psycopg2, a row each, window 1$|s2s, window 1$|window 16$|256|8$|latency"
+)
+
+
+class BenchmarkTests(SynchronousTestCase):
+    """``python -m benchmarks``, as short as it may be."""
+
+    timeout = 180
+
+    def test_a_short_run(self) -> None:
+        """Every contestant does something, every ratio has a value, and the table and the plot are there."""
+        with tempfile.TemporaryDirectory(prefix="s2s-bench-") as out:
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            argv = [
+                "--rounds",
+                "1",
+                "--seconds",
+                "0.1",
+                "--warm-up",
+                "0.1",
+                "--items",
+                "100",
+                "--only",
+                _ONLY,
+                "--out",
+                out,
+            ]
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks", *argv],
+                env=environment(PATH=path),
+                cwd=Path(__file__).parents[1],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+            results = json.loads(Path(out, "results.json").read_text())
+            self.assertEqual([each["row"] for each in results["ratios"]], [ratio.row for ratio in RATIOS])
+            self.assertTrue(all(each["value"] > 0 and each["must"] > 0 for each in results["ratios"]))
+            self.assertTrue(all(each["rate"] > 0 for each in results["rounds"]), results["rounds"])
+            measured = {each["cell"].partition(", ")[0] for each in results["rounds"]}
+            self.assertEqual(measured, {cell.name.partition(", ")[0] for cell in cells()})
+            self.assertIn("against grpc.aio", Path(out, "results.rst").read_text())
+            self.assertGreater(Path(out, "results.png").stat().st_size, 1000)
+
+
+class PlanTests(SynchronousTestCase):
+    """What is measured, as data."""
+
+    def test_names_are_unique(self) -> None:
+        """No two cells have one name."""
+        names = [cell.name for cell in cells()]
+        self.assertEqual(len(set(names)), len(names))
+
+    def test_ratios(self) -> None:
+        """Each ratio has exactly one cell of ours, and is ours by the best of what is beside it."""
+        everything: list[Cell] = list(cells())
+        for ratio in RATIOS:
+            ours = [cell for cell in everything if ratio.ours(cell)]
+            theirs = [cell for cell in everything if ratio.theirs(cell)]
+            self.assertEqual(len(ours), 1, ratio.row)
+            self.assertTrue(theirs, ratio.row)
+            rates = {**dict.fromkeys(ours, 6.0), **{cell: float(n) for n, cell in enumerate(theirs, 1)}}
+            self.assertEqual(ratio.value(rates), 6.0 / len(theirs), ratio.row)
+            self.assertIsNone(ratio.value(dict.fromkeys(ours, 1.0)))
+            self.assertLess(ratio.must, ratio.aim)
+
+    def test_percentiles(self) -> None:
+        """By the nearest rank."""
+        self.assertEqual(percentiles([float(n) for n in range(1000)]), [500.0, 990.0, 999.0])
+        self.assertEqual(percentiles([]), [])
+        self.assertEqual(len(Load(size=400).filling), 70)

@@ -1,0 +1,54 @@
+"""What waits to be written: many frames of one turn do not wait for its end (:mod:`s2s.writer`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.testing import StringTransport
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.writer import FLUSH_FRAMES, Writer
+
+
+class _Descriptor(StringTransport):
+    """A transport that says when it was made to send."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[int] = []
+
+    def doWrite(self) -> None:
+        """Send what was written."""
+        self.sent.append(len(self.value()))
+
+
+class FlushTests(SynchronousTestCase):
+    """When frames are sent."""
+
+    def test_many_frames(self) -> None:
+        """After so many frames they are sent at once, and again after as many more; fewer wait for the reactor."""
+        transport = _Descriptor()
+        writer = Writer(transport)
+        for _ in range(2 * FLUSH_FRAMES + FLUSH_FRAMES // 2):
+            writer.write(b"x")
+        self.assertEqual(transport.sent, [FLUSH_FRAMES, 2 * FLUSH_FRAMES])
+
+    def test_a_peer_that_does_not_read(self) -> None:
+        """Nothing is forced on a transport that has enough; in the end all of it comes, in order."""
+        transport = _Descriptor()
+        writer = Writer(transport)
+        writer.pauseProducing()
+        written = [bytes([n]) for n in range(3 * FLUSH_FRAMES)]
+        for each in written:
+            writer.write(each)
+        self.assertEqual((transport.sent, transport.value(), writer.waiting_bytes), ([], b"", len(written)))
+        writer.resumeProducing()
+        self.assertEqual((transport.value(), writer.waiting_bytes), (b"".join(written), 0))
+
+    def test_no_descriptor(self) -> None:
+        """A transport that cannot be made to send does so by itself."""
+        transport: Any = StringTransport()
+        writer = Writer(transport)
+        for _ in range(2 * FLUSH_FRAMES):
+            writer.write(b"x")
+        self.assertEqual(transport.value(), b"x" * 2 * FLUSH_FRAMES)
