@@ -184,7 +184,7 @@ class Inbox:
 
     async def _write(self, pushes: list[Push]) -> list[Outcome | WireError]:
         try:
-            return list(await self._database.run_each(table.push_batch, pushes))
+            return list(await self._database.run_steps(table.push_batch, pushes))
         except StatementRefused:
             singly = await self._database.run(table.push_singly, pushes)
         return [self._refuse(outcome) if isinstance(outcome, StatementRefused) else outcome for outcome in singly]

@@ -310,6 +310,9 @@ class Link(Int32StringReceiver):
         message_id = ulid_now()
         self.session.calls.sent(call, message_id)
         self._send(call.message.name, call.body, message_id)
+        if self.session.calls.in_flight == 1:
+            # Nothing else is on its way: the peer has nothing to do before it has this one.
+            self._writer.flush()
 
     def _send_line(self) -> None:
         while self.session.is_open and (call := self.session.calls.next_in_line()) is not None:
@@ -341,6 +344,9 @@ class Link(Int32StringReceiver):
 
     def _send_reply(self, type: str, body: bytes, ack_of: str) -> None:
         self._send(type, body, ulid_now(), ack_of)
+        if not self.session.held:
+            # Nor has a peer that waits for nothing more.
+            self._writer.flush()
 
     def _settle(self, reply: Reply) -> None:
         call, outcome = reply.call, reply.outcome()

@@ -38,10 +38,14 @@ class Writer:
         self._transport.write(data)
         self._unsent += 1
         if self._unsent >= FLUSH_FRAMES:
-            self._unsent = 0
-            if self._flush is not None:
-                # A failure shows itself again to the reactor, which ends the connection.
-                self._flush()
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what was written, and do not wait for the end of the reactor's turn."""
+        self._unsent = 0
+        if self._flush is not None and not self._stalled:
+            # A failure shows itself again to the reactor, which ends the connection.
+            self._flush()
 
     def pauseProducing(self) -> None:
         """The transport has enough."""

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from s2s.cli.commands import commands as commands_group
 from s2s.cli.outbox import outbox as outbox_group
-from s2s.store import actions, commands, commands_admin, notes, outbox, outbox_admin
+from s2s.store import actions, commands, commands_admin, driver, notes, outbox, outbox_admin
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
 from tests.support.postgres import DatabaseTestCase
@@ -73,7 +73,7 @@ class CommandsTests(_CliTestCase):
     def push_again(self, idem_key: str) -> commands.Outcome:
         """Push what the key's first command was."""
         with blocking(self.url) as txn:
-            return commands.push_batch(txn, [commands.Push("test.run", idem_key, bytes(32), "{}")])[0]
+            return driver.drive(txn, commands.push_batch([commands.Push("test.run", idem_key, bytes(32), "{}")]))[0]
 
     def test_list(self) -> None:
         """The list is filtered by status and type, and goes on before an id."""

@@ -226,7 +226,7 @@ class _SlowDatabase:
     def __init__(self) -> None:
         self.batches: list[tuple[list[Any], Deferred[Any]]] = []
 
-    def run_each(self, work: Any, pushes: list[Any]) -> Deferred[Any]:
+    def run_steps(self, work: Any, pushes: list[Any]) -> Deferred[Any]:
         self.batches.append((pushes, Deferred()))
         return self.batches[-1][1]
 
@@ -299,8 +299,8 @@ class BatchTests(SynchronousTestCase):
 
     def test_a_database_that_is_away(self) -> None:
         """While the database is away every push is answered at once, and none is acked."""
-        with mock.patch.object(self.database, "run_each", lambda *_: fail(DatabaseUnavailable("gone"))):
+        with mock.patch.object(self.database, "run_steps", lambda *_: fail(DatabaseUnavailable("gone"))):
             for i in range(3):
                 self.failureResultOf(self.inbox.push(_push(f"k{i}")), DbUnavailable)
-        with mock.patch.object(self.database, "run_each", lambda *_: succeed([Outcome(1, "ready", is_new=True)])):
+        with mock.patch.object(self.database, "run_steps", lambda *_: succeed([Outcome(1, "ready", is_new=True)])):
             self.successResultOf(self.inbox.push(_push("k")))

@@ -16,7 +16,7 @@ from s2s.commands import Command, CommandType, registry
 from s2s.errors import IdemConflict
 from s2s.inbox import Inbox
 from s2s.retention import FIRST_S, INTERVAL_S, Retention
-from s2s.store import actions, commands, commands_admin, idempotency, retention
+from s2s.store import actions, commands, commands_admin, driver, idempotency, retention
 from s2s.store.commands import Outcome, Push
 from s2s.store.driver import Cursor
 from s2s.store.pool import Database, blocking
@@ -74,7 +74,7 @@ class _RetentionTestCase(DatabaseTestCase):
     def push(self, key: str) -> Outcome:
         """Push the command of a key."""
         with blocking(self.url) as txn:
-            return commands.push_batch(txn, [Push("test.run", key, bytes(32), "{}")])[0]
+            return driver.drive(txn, commands.push_batch([Push("test.run", key, bytes(32), "{}")]))[0]
 
     def left(self) -> list[str]:
         """Give the keys of the commands that are left."""
@@ -233,14 +233,14 @@ class RaceTests(_RetentionTestCase):
         self.insert_key("other", "+ interval '1 hour'")
         real = idempotency.firsts
 
-        def swept_before(txn: Cursor, keys: list[str]) -> Any:
+        def swept_before(keys: list[str]) -> Any:
             with blocking(self.url) as sweep:
                 retention.sweep_keys(sweep)
-            return real(txn, keys)
+            return real(keys)
 
         with mock.patch.object(idempotency, "firsts", swept_before), blocking(self.url) as txn:
             pushes = [Push("test.run", key, bytes(32), "{}") for key in ("other", "k", "k")]
-            other, first, again = commands.push_batch(txn, pushes)
+            other, first, again = driver.drive(txn, commands.push_batch(pushes))
         self.assertEqual(other, Outcome(7, "done"))
         self.assertTrue(first.is_new)
         self.assertEqual(again, Outcome(first.cmd_id, "ready"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from s2s.store import commands, notes
+from s2s.store import commands, driver, notes
 from s2s.store.commands import Outcome, Push
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
@@ -21,7 +21,7 @@ class PushTests(DatabaseTestCase):
     def push(self, *pushes: Push) -> list[Outcome]:
         """Push one batch and commit it."""
         with blocking(self.url) as txn:
-            return commands.push_batch(txn, pushes)
+            return driver.drive(txn, commands.push_batch(pushes))
 
     def test_order_of_arrival(self) -> None:
         """The cmd_ids follow the order of arrival, whatever the order of the keys."""

@@ -114,40 +114,6 @@ class DatabaseTests(DatabaseTestCase):
         await self.database.run(_one, "insert into t values (1)")
         self.assertEqual(self.execute("select a from t"), [(1,)])
 
-    async def test_each_statement_by_itself(self) -> None:
-        """Of run_each every statement is committed when it is done, whatever comes after; of run it is not."""
-
-        def work(txn: driver.Cursor) -> None:
-            txn.execute("insert into t values (1)")
-            self.assertEqual(self.execute("select a from t"), [(1,)])
-            raise KeyError("mine")
-
-        def both(txn: driver.Cursor) -> None:
-            txn.execute("insert into t values (2)")
-            self.assertEqual(self.execute("select a from t"), [(1,)])
-
-        database = self.start_database(threads=1)
-        await self.assertFailure(database.run_each(work), KeyError)
-        await database.run(both)
-        self.assertEqual(self.execute("select a from t order by a"), [(1,), (2,)])
-
-    async def test_planned_once(self) -> None:
-        """A statement is planned once on each connection, also where the transaction did not last, and on a new one."""
-        adds = driver.Prepared("adds", "insert into t values ($1 + $2) returning a", "integer", "integer")
-
-        def work(txn: driver.Cursor, one: int, other: int, fails: bool = False) -> int:
-            adds.execute(txn, one, other)
-            if fails:
-                raise KeyError("mine")
-            return _one(txn, "select count(*) from pg_prepared_statements where name = 'adds'")
-
-        database = self.start_database(threads=1)
-        await self.assertFailure(database.run(work, 1, 1, True), KeyError)
-        self.assertEqual([await database.run(work, 1, n) for n in (2, 3)], [1, 1])
-        self.kill_connections()
-        self.assertEqual(await database.run_each(work, 1, 4), 1)
-        self.assertEqual(self.execute("select a from t order by a"), [(3,), (4,), (5,)])
-
     async def test_rolls_back(self) -> None:
         """What raises is rolled back and comes through as it is."""
 

@@ -45,6 +45,19 @@ class FlushTests(SynchronousTestCase):
         writer.resumeProducing()
         self.assertEqual((transport.value(), writer.waiting_bytes), (b"".join(written), 0))
 
+    def test_asked_for(self) -> None:
+        """What was written is sent when somebody asks, and then the count begins anew."""
+        transport = _Descriptor()
+        writer = Writer(transport)
+        for _ in range(FLUSH_FRAMES - 1):
+            writer.write(b"x")
+        writer.flush()
+        writer.write(b"x")
+        self.assertEqual(transport.sent, [FLUSH_FRAMES - 1])
+        writer.pauseProducing()
+        writer.flush()
+        self.assertEqual(transport.sent, [FLUSH_FRAMES - 1])
+
     def test_no_descriptor(self) -> None:
         """A transport that cannot be made to send does so by itself."""
         transport: Any = StringTransport()

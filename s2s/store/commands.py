@@ -10,7 +10,7 @@ import psycopg2
 
 from s2s.errors import StatementRefused
 from s2s.store import driver, idempotency
-from s2s.store.driver import Cursor
+from s2s.store.driver import Cursor, Query, Steps
 
 #: A command that has failed so often is dead.
 MAX_ATTEMPTS: Final = 10
@@ -87,7 +87,7 @@ select idem_key, cmd_id from fresh
 )
 
 
-def push_batch(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome]:
+def push_batch(pushes: Sequence[Push]) -> Steps[list[Outcome]]:
     """Accept pushes in their order of arrival, in a constant number of statements.
 
     Each statement may commit by itself: the first one does it all or nothing, and the others only look.
@@ -102,10 +102,10 @@ def push_batch(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome]:
     known: dict[str, idempotency.First] = {}
     unsettled = first
     while unsettled:
-        made |= _insert(txn, unsettled.values())
+        made |= dict((yield _insertion(unsettled.values())))
         # A statement of its own: the insert's snapshot does not show what another transaction has just committed.
         others = [key for key in unsettled if key not in made]
-        known |= idempotency.firsts(txn, others) if others else {}
+        known |= (yield from idempotency.firsts(others)) if others else {}
         # In neither only where the key was swept away in between.
         unsettled = {key: first[key] for key in others if key not in known}
 
@@ -133,7 +133,7 @@ def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | Statement
     for place in sorted(range(len(drawn)), key=lambda place: drawn[place].idem_key):
         try:
             with driver.savepoint(txn):
-                outcomes[place] = push_batch(txn, [drawn[place]])[0]
+                outcomes[place] = driver.drive(txn, push_batch([drawn[place]]))[0]
         except psycopg2.Error as error:
             refused = driver.told(error, txn.connection)
             if not isinstance(refused, StatementRefused):
@@ -142,9 +142,8 @@ def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | Statement
     return [outcomes[place] for place in range(len(drawn))]
 
 
-def _insert(txn: Cursor, pushes: Collection[Push]) -> dict[str, int]:
-    _INSERT.execute(
-        txn,
+def _insertion(pushes: Collection[Push]) -> Query:
+    params = (
         [push.idem_key for push in pushes],
         [push.fingerprint.hex() for push in pushes],
         [push.cmd_type for push in pushes],
@@ -153,7 +152,7 @@ def _insert(txn: Cursor, pushes: Collection[Push]) -> dict[str, int]:
         [push.due_at for push in pushes],
         [push.cmd_id for push in pushes],
     )
-    return dict(txn.fetchall())
+    return Query(_INSERT, params)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

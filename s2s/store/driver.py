@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+import select
+import time
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import orjson
 import psycopg2
 import psycopg2.extras
 from psycopg2.extensions import (
+    POLL_OK,
+    POLL_READ,
+    POLL_WRITE,
     TRANSACTION_STATUS_IDLE,
     TRANSACTION_STATUS_INERROR,
     TRANSACTION_STATUS_UNKNOWN,
@@ -22,6 +27,8 @@ from psycopg2.extensions import (
 )
 
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, OperatorError, StatementRefused
+
+T = TypeVar("T")
 
 Connection = connection
 #: What every store function takes first: a cursor inside a transaction.
@@ -71,12 +78,17 @@ def prepare(conn: Connection, statement_timeout_s: float, idle_timeout_s: float)
     """
     psycopg2.extras.register_default_jsonb(conn, loads=_read_json)
     with conn.cursor() as txn:
-        txn.execute(
-            "set statement_timeout = %s; set idle_in_transaction_session_timeout = %s; set synchronous_commit = on;"
-            "set timezone = 'UTC'; set default_transaction_isolation = 'read committed'",
-            (round(statement_timeout_s * 1000), round(idle_timeout_s * 1000)),
-        )
+        txn.execute(settings(statement_timeout_s, idle_timeout_s))
     conn.commit()
+
+
+def settings(statement_timeout_s: float, idle_timeout_s: float = 60.0) -> str:
+    """Give the statement that sets what every transaction relies on; see :func:`prepare`."""
+    return (
+        f"set statement_timeout = {round(statement_timeout_s * 1000)};"
+        f" set idle_in_transaction_session_timeout = {round(idle_timeout_s * 1000)}; set synchronous_commit = on;"
+        " set timezone = 'UTC'; set default_transaction_isolation = 'read committed'"
+    )
 
 
 class Prepared:
@@ -85,21 +97,90 @@ class Prepared:
     :param name: what the connections call it.
     :param statement: with ``$1`` and so on for its parameters.
     :param types: of the parameters, in SQL.
+    :ivar call: runs it where it is planned; its parameters are those of any statement.
     """
 
     def __init__(self, name: str, statement: str, *types: str) -> None:
         self.statement = statement
-        self._prepare = f"prepare {name} ({', '.join(types)}) as "
-        self._execute = f"execute {name} ({', '.join('%s' for _ in types)})"
+        self._head = f"prepare {name} ({', '.join(types)}) as "
+        self.call = f"execute {name} ({', '.join('%s' for _ in types)})"
         self._planned: WeakSet[Connection] = WeakSet()
 
-    def execute(self, txn: Cursor, *params: Any) -> None:
-        """Run it; what it returns is the cursor's."""
-        if txn.connection not in self._planned:
-            # Stays when the transaction does not.
-            txn.execute(self._prepare + self.statement)
-            self._planned.add(txn.connection)
-        txn.execute(self._execute, params)
+    @property
+    def prepare(self) -> str:
+        """Plans it; that stays when the transaction does not."""
+        return self._head + self.statement
+
+    def is_planned(self, conn: Connection) -> bool:
+        """Whether a connection has planned it."""
+        return conn in self._planned
+
+    def planned(self, conn: Connection) -> None:
+        """A connection has planned it."""
+        self._planned.add(conn)
+
+
+class Query(NamedTuple):
+    """A statement and its parameters."""
+
+    statement: Prepared | str
+    params: tuple[Any, ...]
+
+
+#: A piece of work that says what it wants to ask, is given the rows, and returns what it came to: whoever drives it
+#: decides how it waits.
+Steps = Generator[Query, list[Any], T]
+
+
+def drive(txn: Cursor, steps: Steps[T]) -> T:
+    """Take the steps of a piece of work in a transaction. Blocks."""
+    rows: Any = None  # the first send is None, as it must be
+    while True:
+        try:
+            query = steps.send(rows)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        statement = query.statement
+        if isinstance(statement, Prepared):
+            if not statement.is_planned(txn.connection):
+                txn.execute(statement.prepare)
+                statement.planned(txn.connection)
+            statement = statement.call
+        txn.execute(statement, query.params or None)
+        rows = txn.fetchall() if txn.description else []
+
+
+def open_async(parameters: Mapping[str, Any], statement: str, within_s: float) -> Connection:
+    """Connect, and run a first statement. Blocks; the connection is asynchronous from then on.
+
+    :param within_s: seconds that all of it may take.
+    """
+    deadline = time.monotonic() + within_s
+    conn: Connection = psycopg2.connect(**parameters, async_=True)
+    try:
+        _settle(conn, deadline, within_s)
+        cursor = conn.cursor()  # kept until it is done: the connection does not
+        cursor.execute(statement)
+        _settle(conn, deadline, within_s)
+    except BaseException:
+        conn.close()
+        raise
+    return conn
+
+
+def _settle(conn: Connection, deadline: float, within_s: float) -> None:
+    """Wait until an asynchronous connection has done what it was asked.
+
+    :param deadline: on the monotonic clock.
+    """
+    events = {POLL_READ: select.POLLIN, POLL_WRITE: select.POLLOUT}
+    while (state := conn.poll()) != POLL_OK:
+        ready = select.poll()
+        ready.register(conn.fileno(), events[state])
+        left_s = deadline - time.monotonic()
+        if left_s <= 0 or not ready.poll(left_s * 1000):
+            raise psycopg2.OperationalError(f"no answer within {within_s:g} s")
 
 
 class Unreadable:
@@ -143,6 +224,16 @@ def is_passing(error: BaseException) -> bool:
 def is_broken(conn: Connection) -> bool:
     """Whether a connection is of no more use; psycopg2 does not call each of these closed."""
     return bool(conn.closed) or conn.info.transaction_status == TRANSACTION_STATUS_UNKNOWN
+
+
+def has_word(conn: Connection) -> bool:
+    """Whether the database has said something to an idle connection: that has nothing to be told but its end.
+
+    All of them have after a restart of the database, and each would cost somebody a failure.
+    """
+    line = select.poll()
+    line.register(conn.fileno(), select.POLLIN)
+    return bool(line.poll(0))
 
 
 def is_of_the_connection(error: BaseException) -> bool:

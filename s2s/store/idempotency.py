@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from s2s.store.driver import Cursor
+from s2s.store.driver import Query, Steps
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class First:
     status: str
 
 
-def firsts(txn: Cursor, idem_keys: list[str]) -> dict[str, First]:
+def firsts(idem_keys: list[str]) -> Steps[dict[str, First]]:
     """Look up the first command of each key that has one."""
-    txn.execute(
+    rows = yield Query(
         # Of a command whose row was removed by hand it is known only that it is over.
         "select k.idem_key, k.fingerprint, k.cmd_id, coalesce(c.status, k.status, 'done')"
         " from idempotency_keys k left join commands c using (cmd_id) where k.idem_key = any(%s)",
         (idem_keys,),
     )
-    return {key: First(bytes(fingerprint), cmd_id, status) for key, fingerprint, cmd_id, status in txn}
+    return {key: First(bytes(fingerprint), cmd_id, status) for key, fingerprint, cmd_id, status in rows}

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import select
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import psycopg2
-from psycopg2 import sql
-from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE
+from psycopg2.extensions import POLL_OK
 from twisted.internet import threads
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IReadDescriptor
@@ -208,30 +205,6 @@ class Listener:
 
 
 def _open(parameters: dict[str, Any], channels: list[str]) -> Connection:
-    """Connect in a thread, and listen. The connection is asynchronous from then on."""
-    deadline = time.monotonic() + CONNECT_S
-    conn: Connection = psycopg2.connect(**parameters, async_=True)
-    try:
-        _settle(conn, deadline)
-        statements = [sql.SQL("listen {}").format(sql.Identifier(channel)) for channel in channels]
-        cursor = conn.cursor()  # kept until it is done: the connection does not
-        cursor.execute(sql.SQL("; ").join([sql.SQL(_SETTINGS), *statements]))
-        _settle(conn, deadline)
-    except BaseException:
-        conn.close()
-        raise
-    return conn
-
-
-def _settle(conn: Connection, deadline: float) -> None:
-    """Wait in a thread until an asynchronous connection has done what it was asked.
-
-    :param deadline: on the monotonic clock.
-    """
-    events = {POLL_READ: select.POLLIN, POLL_WRITE: select.POLLOUT}
-    while (state := conn.poll()) != POLL_OK:
-        ready = select.poll()
-        ready.register(conn.fileno(), events[state])
-        left_s = deadline - time.monotonic()
-        if left_s <= 0 or not ready.poll(left_s * 1000):
-            raise psycopg2.OperationalError(f"no answer within {CONNECT_S:g} s")
+    """Connect in a thread, and listen."""
+    listens = "; ".join(f'listen "{channel}"' for channel in channels)
+    return driver.open_async(parameters, f"{_SETTINGS}; {listens}", CONNECT_S)

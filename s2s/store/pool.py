@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,8 @@ from twisted.python.failure import Failure
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, S2SError
 from s2s.limits import Counters
 from s2s.store import driver
-from s2s.store.driver import Connection, Cursor
+from s2s.store.driver import Connection, Cursor, Steps
+from s2s.store.line import Line
 
 T = TypeVar("T")
 
@@ -74,6 +74,7 @@ class Database:
         self._parameters = driver.parameters(url, application_name=application_name)
         self._timeouts = (statement_timeout_s, idle_timeout_s)
         self._pool: Any = None
+        self._line: Line
         self._refusal = _NOT_RUNNING
         self._unfinished = 0
         self._until_idle: list[Deferred[None]] = []
@@ -92,6 +93,7 @@ class Database:
             **self._parameters,
         )
         self._pool.start()
+        self._line = Line(self._parameters, self._timeouts[0], self._reactor)
         self._refusal = ""
 
     def stop(self) -> Deferred[None]:
@@ -100,7 +102,8 @@ class Database:
         :returns: fires when no thread and no connection is left. What comes meanwhile is refused.
         """
         self._refusal = self._refusal or _NOT_RUNNING
-        return self._idle().addCallback(lambda _: self._close())
+        line = self._line.stop() if self._pool is not None else None
+        return self._idle().addCallback(lambda _: line).addCallback(lambda _: self._close())
 
     def cancel(self) -> Deferred[bool]:
         """Roll back what runs, and refuse what waits and what comes: the process stops, and its grace is over.
@@ -116,6 +119,8 @@ class Database:
             self.is_cancelled = True
             # A daemon: neither a database that hangs nor the end of the process waits for it.
             threading.Thread(target=self._cancel, args=(self._pool,), daemon=True).start()
+            if self._pool is not None:
+                self._line.cancel(_CANCELLED)
         ended: Deferred[bool] = self._idle().addCallback(lambda _: True)
         return ended.addTimeout(CANCEL_S, self._reactor, lambda _, __: False)
 
@@ -150,13 +155,6 @@ class Database:
             connection, when it broke (with :class:`CommitLost` during the COMMIT) or when too many wait, and with
             :class:`StatementRefused` when the database refused the data.
         """
-        return self._run(self._interact, work, args)
-
-    def run_each(self, work: Callable[..., T], *args: Any) -> Deferred[T]:
-        """Do as :meth:`run`, and commit each statement by itself: of one alone that saves two round trips."""
-        return self._run(self._interact_each, work, args)
-
-    def _run(self, interact: Callable[..., T], work: Callable[..., T], args: tuple[Any, ...]) -> Deferred[T]:
         if self._refusal:
             return defer.fail(DatabaseUnavailable(self._refusal))
         if self.waiting >= self._max_waiting:
@@ -164,9 +162,27 @@ class Database:
             return defer.fail(DatabaseUnavailable(f"overloaded: {self.waiting} interactions wait for a connection"))
         self._unfinished += 1
         outcome: Deferred[T] = threads.deferToThreadPool(
-            self._reactor, self._pool.threadpool, interact, self._pool, work, args
+            self._reactor, self._pool.threadpool, self._interact, self._pool, work, args
         )
         return outcome.addBoth(self._leave)
+
+    def run_steps(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
+        """Take the steps of ``work(*args)`` on a connection without a thread, each committed by itself.
+
+        One thing after the other: whoever uses it waits for the Deferred. It fires, and fails, as that of :meth:`run`.
+        """
+        if self._refusal:
+            return defer.fail(DatabaseUnavailable(self._refusal))
+        return self._line.run(work, *args).addCallbacks(self._steps_done, self._steps_failed)
+
+    def _steps_done(self, result: T) -> T:
+        self._tell(False)
+        return result
+
+    def _steps_failed(self, failure: Failure) -> Failure:
+        if failure.check(DatabaseUnavailable) and not self.is_cancelled:
+            self._tell(True, str(failure.value))
+        return failure
 
     def _leave(self, outcome: T) -> T:
         self._unfinished -= 1
@@ -208,10 +224,7 @@ class Database:
     def _prepare(self, conn: Connection) -> None:
         driver.prepare(conn, *self._timeouts)
 
-    def _interact_each(self, pool: Any, work: Callable[..., T], args: tuple[Any, ...]) -> T:
-        return self._interact(pool, work, args, is_each=True)
-
-    def _interact(self, pool: Any, work: Callable[..., T], args: tuple[Any, ...], is_each: bool = False) -> T:
+    def _interact(self, pool: Any, work: Callable[..., T], args: tuple[Any, ...]) -> T:
         try:
             conn = self._connect(pool)
         except psycopg2.Error as error:
@@ -219,7 +232,6 @@ class Database:
             self._reactor.callFromThread(self._tell, True, str(away))
             raise away from None
         try:
-            conn.autocommit = is_each
             self._go_on()
             with conn.cursor() as txn:
                 result = work(txn, *args)
@@ -251,13 +263,8 @@ class Database:
 
     def _connect(self, pool: Any) -> Connection:
         conn = cast("Connection", pool.connect())
-        # An idle connection has nothing to say. One that has, has been told of its end: all of them after a restart
-        # of the database, and each would cost somebody a failure.
-        if not driver.is_broken(conn):
-            line = select.poll()
-            line.register(conn.fileno(), select.POLLIN)
-            if not line.poll(0):
-                return conn
+        if not driver.is_broken(conn) and not driver.has_word(conn):
+            return conn
         pool.disconnect(conn)
         return cast("Connection", pool.connect())
 

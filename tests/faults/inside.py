@@ -25,8 +25,9 @@ ROOT: Final = Path(__file__).parents[2]
 
 #: Where a process can be made to stand still: before or after a function of ours, by its module, owner and name.
 STEPS: Final = {
-    "push.write": ("s2s.store.commands", "", "push_batch", "before"),
-    "push.commit": ("s2s.store.commands", "", "push_batch", "after"),
+    "push.write": ("s2s.store.line", "Line", "_ask", "before"),
+    "push.sent": ("s2s.store.line", "Line", "_execute", "after"),
+    "push.commit": ("s2s.store.line", "Line", "_settle", "before"),
     "push.ack": ("s2s.inbox", "Inbox", "_answer", "before"),
     "claim.note": ("s2s.store.notes", "", "claim", "before"),
     "claim.commit": ("s2s.store.notes", "", "claim", "after"),

@@ -1,0 +1,181 @@
+"""The line: short statements without a thread, our own errors, and a database that goes, comes back or hangs."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.logger import LogEvent, globalLogPublisher
+
+from s2s.errors import DatabaseUnavailable, StatementRefused
+from s2s.store import driver, line
+from s2s.store.driver import Query, Steps
+from s2s.store.pool import Database, blocking
+from tests.support.cluster import Cluster
+from tests.support.postgres import DatabaseTestCase
+from tests.support.waiting import poll
+
+_ADDS = driver.Prepared("adds", "insert into t values ($1 + $2) returning a", "integer", "integer")
+
+
+def _add(one: int, other: int) -> Steps[int]:
+    [(a,)] = yield Query(_ADDS, (one, other))
+    return int(a)
+
+
+def _ask(statement: str, *params: Any) -> Steps[Any]:
+    rows = yield Query(statement, params)
+    return rows
+
+
+class LineTests(DatabaseTestCase):
+    """:class:`line.Line`, as a :class:`Database` has it."""
+
+    def setUp(self) -> None:
+        """Start a database with a table."""
+        super().setUp()
+        self.execute("create table t (a int unique check (a > 0))")
+        self.database = self.start()
+
+    def start(self, url: str = "", **options: Any) -> Database:
+        """Start a pool that ends with the test."""
+        database = Database(url or self.url, "s2s line", **options)
+        database.start()
+        self.addCleanup(database.stop)
+        return database
+
+    def backends(self) -> list[Any]:
+        """Give the connections that there are."""
+        return self.execute("select pid from pg_stat_activity where application_name = 's2s line'")
+
+    async def test_each_statement_by_itself(self) -> None:
+        """What was asked is committed when its rows are there, whatever comes after."""
+
+        def work() -> Steps[None]:
+            yield Query("insert into t values (%s)", (1,))
+            self.assertEqual(self.execute("select a from t"), [(1,)])
+            raise KeyError("mine")
+
+        await self.assertFailure(self.database.run_steps(work), KeyError)
+        self.assertEqual(await self.database.run_steps(_ask, "select a from t"), [(1,)])
+
+    async def test_planned_once(self) -> None:
+        """A statement is planned once on each connection, the line's or a blocking one, and on a new one again."""
+        planned = "select count(*) from pg_prepared_statements where name = 'adds'"
+        for n in (1, 2):
+            self.assertEqual(await self.database.run_steps(_add, 0, n), n)
+            self.assertEqual(await self.database.run_steps(_ask, planned), [(1,)])
+        self.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s line'")
+        await poll(lambda: not self.backends(), "the connection ends")
+        self.assertEqual(await self.database.run_steps(_add, 0, 3), 3)
+        with blocking(self.url) as txn:
+            self.assertEqual([driver.drive(txn, _add(0, n)) for n in (4, 5)], [4, 5])
+        self.assertEqual(self.execute("select a from t order by a"), [(n,) for n in range(1, 6)])
+
+    async def test_refusals(self) -> None:
+        """What the database refuses is told by its constraint, without the row's data, and costs no connection."""
+        before = await self.database.run_steps(_ask, "select pg_backend_pid()")
+        for work, constraint in (((_add, -7, 0), "t_a_check"), ((_ask, "insert into t values (-7)"), "t_a_check")):
+            refused = await self.assertFailure(self.database.run_steps(*work), StatementRefused)
+            self.assertEqual(refused.constraint, constraint)
+            self.assertNotIn("7", str(refused))
+        await self.assertFailure(self.database.run_steps(_ask, "no sql"), StatementRefused)
+        self.assertEqual(await self.database.run_steps(_ask, "select pg_backend_pid()"), before)
+
+    async def test_more_than_the_socket_takes(self) -> None:
+        """Statements and rows may be longer than any buffer."""
+        text = "x" * (8 << 20)
+        [(length, back)] = await self.database.run_steps(_ask, "select length(%s), %s", text, text)
+        self.assertEqual((length, back), (len(text), text))
+
+    async def test_settings(self) -> None:
+        """Its sessions are set as those of the pool."""
+        asked = "select current_setting('synchronous_commit'), current_setting('timezone'), current_setting(%s)"
+        [row] = await self.database.run_steps(_ask, asked, "statement_timeout")
+        self.assertEqual(row, ("on", "UTC", "8s"))
+
+    async def test_lost_when_idle(self) -> None:
+        """A connection that ended while nobody used it costs nobody anything."""
+        await self.database.run_steps(_ask, "select 1")
+        for _ in range(3):
+            self.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s line'")
+            await poll(lambda: not self.backends(), "the connection ends")
+            self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
+
+    async def test_lost_under_way(self) -> None:
+        """A connection that ends under a statement is unavailable, and the next statement has a new one."""
+        asked = self.database.run_steps(_ask, "select pg_sleep(60)")
+        await poll(self.backends, "it asks")
+        self.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s line'")
+        await self.assertFailure(asked, DatabaseUnavailable)
+        self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
+
+    async def test_statement_timeout(self) -> None:
+        """The database cancels what takes too long."""
+        database = self.start(statement_timeout_s=0.2)
+        await self.assertFailure(database.run_steps(_ask, "select pg_sleep(60)"), DatabaseUnavailable)
+        self.assertEqual(await database.run_steps(_ask, "select 1"), [(1,)])
+
+    async def test_stop_finishes_what_runs(self) -> None:
+        """What is under way when it stops comes to its end, and then no connection is left."""
+        asked = self.database.run_steps(_ask, "select pg_sleep(0.3), 1")
+        _, [(_, one)] = await gatherResults([self.database.stop(), asked])
+        self.assertEqual(one, 1)
+        await poll(lambda: not self.backends(), "no connection")
+        await self.assertFailure(self.database.run_steps(_ask, "select 1"), DatabaseUnavailable)
+
+    async def test_cancel(self) -> None:
+        """When the grace is over what is under way is given up at once, and nothing more is taken."""
+        asked = self.database.run_steps(_ask, "select pg_sleep(60)")
+        await poll(self.backends, "it asks")
+        self.assertTrue(await self.database.cancel())
+        self.assertIn("cancelled", str(self.failureResultOf(asked, DatabaseUnavailable).value))
+        await self.assertFailure(self.database.run_steps(_ask, "select 1"), DatabaseUnavailable)
+
+
+class OutageTests(DatabaseTestCase):
+    """A database of its own, which goes, hangs and comes back."""
+
+    timeout = 60
+
+    def setUp(self) -> None:
+        """Start it, and a line to it."""
+        self._session = None
+        self.cluster = Cluster()
+        self.addCleanup(self.cluster.remove)
+        self.database = Database(self.cluster.url, statement_timeout_s=0.5)
+        self.database.start()
+        self.addCleanup(self.database.stop)
+        self.events: list[LogEvent] = []
+        globalLogPublisher.addObserver(self.events.append)
+        self.addCleanup(globalLogPublisher.removeObserver, self.events.append)
+
+    def told(self) -> list[str]:
+        """Give what the log says of the database."""
+        return [each["log_format"] for each in self.events if "the database is" in str(each.get("log_format"))]
+
+    async def test_gone_and_back(self) -> None:
+        """An outage is told once, everything in it is unavailable, and afterwards it is told once that it is over."""
+        self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
+        self.cluster.stop()
+        for _ in range(3):
+            await self.assertFailure(self.database.run_steps(_ask, "select 1"), DatabaseUnavailable)
+            self.assertTrue(self.database.is_away)
+        self.cluster.start()
+        self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
+        self.assertFalse(self.database.is_away)
+        self.assertEqual(len(self.told()), 2)
+
+    async def test_it_hangs(self) -> None:
+        """A database that stands still is given up in bounded time, whether connected already or not."""
+        self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
+        self.cluster.freeze()
+        try:
+            with mock.patch.object(line, "BEYOND_S", 0.5), mock.patch.object(line, "CONNECT_S", 0.5):
+                for _ in range(2):
+                    asked: Deferred[Any] = self.database.run_steps(_ask, "select 1")
+                    self.assertIn("no answer", str(await self.assertFailure(asked, DatabaseUnavailable)))
+        finally:
+            self.cluster.thaw()
+        self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
