@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: run test check faults bench docs lock clean
+.PHONY: run test check faults bench bench-growth docs lock clean
 
 run: $(READY)
 	@$(BIN)/s2s up $(ARGS)
@@ -25,6 +25,10 @@ faults: $(READY)
 # The benchmark, side by side with what else there is: make bench ARGS="--rounds 3"
 bench: $(READY)
 	PATH="$(BIN):$$PATH" $(BIN)/python -m benchmarks $(ARGS)
+
+# The same rates with millions of rows: takes long, and some gigabytes
+bench-growth: $(READY)
+	$(BIN)/python -m benchmarks.growth $(ARGS)
 
 docs: $(READY)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build

@@ -81,7 +81,7 @@ class Run:
         ]
         whole = {"machine": self.machine, "ratios": list(self.ratios()), "rounds": rounds}
         (directory / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
-        (directory / "results.rst").write_text("\n".join(_rst(*table) for table in self.tables()))
+        (directory / "results.rst").write_text("\n".join(rst(*table) for table in self.tables()))
         self._plot(directory / "results.png")
 
     def _plot(self, path: Path) -> None:
@@ -104,7 +104,8 @@ class Run:
         plt.close(figure)
 
 
-def _rst(title: str, rows: Sequence[tuple[str, ...]]) -> str:
+def rst(title: str, rows: Sequence[tuple[str, ...]]) -> str:
+    """Write a table as the documents show it."""
     lines = [f".. list-table:: {title}", "   :header-rows: 1", ""]
     for row in rows:
         lines += [f"   {'* -' if at == 0 else '  -'} {cell}" for at, cell in enumerate(row)]

@@ -39,6 +39,8 @@ class Stand:
         self._directory.chmod(0o755)
         self.url, self._process = postmaster.start(self._directory / "postgres")
         self._databases = 0
+        #: The server that is driven now.
+        self.server: subprocess.Popen[bytes] | None = None
 
     def close(self) -> None:
         """Stop the database, and remove it."""
@@ -47,11 +49,11 @@ class Stand:
         self._process.wait()
         shutil.rmtree(self._directory)
 
-    def execute(self, statement: Any, *params: Any, url: str = "") -> list[Any]:
+    def execute(self, statement: Any, params: Any = None, url: str = "") -> list[Any]:
         """Run a statement on a connection of its own."""
         with closing(psycopg2.connect(url or self.url)) as connection, connection.cursor() as txn:
             connection.autocommit = True
-            txn.execute(statement, params or None)
+            txn.execute(statement, params)
             return txn.fetchall() if txn.description else []
 
     def make_database(self, schemas: tuple[str, ...]) -> str:
@@ -67,8 +69,7 @@ class Stand:
             self.execute(
                 "insert into s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
                 " values (%s, %s, 'any', true, to_timestamp(0))",
-                _link.KEY_ID,
-                secret,
+                (_link.KEY_ID, secret),
                 url=url,
             )
         if THEIRS in schemas:
@@ -101,7 +102,7 @@ class Stand:
         """Measure on a database that there is."""
         with self.serving(contestant, url) as place:
             told = subprocess.run(
-                [*_side(contestant, "drive", place), json.dumps(asdict(load))],
+                [*side(contestant, "drive", place), json.dumps(asdict(load))],
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
@@ -117,7 +118,8 @@ class Stand:
         if not contestant.serves:
             yield place
             return
-        with subprocess.Popen(_side(contestant, "serve", place), stdin=subprocess.PIPE) as server:
+        with subprocess.Popen(side(contestant, "serve", place), stdin=subprocess.PIPE) as server:
+            self.server = server
             _await(place.port, server)
             try:
                 yield place
@@ -125,8 +127,9 @@ class Stand:
                 server.communicate()
 
 
-def _side(contestant: Contestant, side: str, place: Place) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.contestants", contestant.module, side, json.dumps(asdict(place))]
+def side(contestant: Contestant, which: str, place: Place) -> list[str]:
+    """Give the command line of one side of a contestant; whoever drives wants its load, too."""
+    return [sys.executable, "-m", "benchmarks.contestants", contestant.module, which, json.dumps(asdict(place))]
 
 
 def _await(port: int, server: subprocess.Popen[bytes]) -> None:

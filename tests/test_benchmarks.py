@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -26,41 +28,43 @@ class BenchmarkTests(SynchronousTestCase):
 
     timeout = 180
 
+    def run_module(self, module: str, *argv: str) -> Any:
+        """Run it, and give what it wrote as JSON; the directory is removed after the test."""
+        out = tempfile.mkdtemp(prefix="s2s-bench-")
+        self.addCleanup(shutil.rmtree, out)
+        self.out = Path(out)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--rounds", "1", "--seconds", "0.1", "--items", "100", "--out", out, *argv],
+            env=environment(PATH=path),
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        [results] = self.out.glob("*.json")
+        return json.loads(results.read_text())
+
     def test_a_short_run(self) -> None:
         """Every contestant does something, every ratio has a value, and the table and the plot are there."""
-        with tempfile.TemporaryDirectory(prefix="s2s-bench-") as out:
-            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-            argv = [
-                "--rounds",
-                "1",
-                "--seconds",
-                "0.1",
-                "--warm-up",
-                "0.1",
-                "--items",
-                "100",
-                "--only",
-                _ONLY,
-                "--out",
-                out,
-            ]
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks", *argv],
-                env=environment(PATH=path),
-                cwd=Path(__file__).parents[1],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-            results = json.loads(Path(out, "results.json").read_text())
-            self.assertEqual([each["row"] for each in results["ratios"]], [ratio.row for ratio in RATIOS])
-            self.assertTrue(all(each["value"] > 0 and each["must"] > 0 for each in results["ratios"]))
-            self.assertTrue(all(each["rate"] > 0 for each in results["rounds"]), results["rounds"])
-            measured = {each["cell"].partition(", ")[0] for each in results["rounds"]}
-            self.assertEqual(measured, {cell.name.partition(", ")[0] for cell in cells()})
-            self.assertIn("against grpc.aio", Path(out, "results.rst").read_text())
-            self.assertGreater(Path(out, "results.png").stat().st_size, 1000)
+        results = self.run_module("benchmarks", "--warm-up", "0.1", "--only", _ONLY)
+        self.assertEqual([each["row"] for each in results["ratios"]], [ratio.row for ratio in RATIOS])
+        self.assertTrue(all(each["value"] > 0 and each["must"] > 0 for each in results["ratios"]))
+        self.assertTrue(all(each["rate"] > 0 for each in results["rounds"]), results["rounds"])
+        measured = {each["cell"].partition(", ")[0] for each in results["rounds"]}
+        self.assertEqual(measured, {cell.name.partition(", ")[0] for cell in cells()})
+        self.assertIn("against grpc.aio", (self.out / "results.rst").read_text())
+        self.assertGreater((self.out / "results.png").stat().st_size, 1000)
+
+    def test_growth(self) -> None:
+        """With rows that are there, and with idle links, something is measured too."""
+        results = self.run_module("benchmarks.growth", "--finished", "50", "--waiting", "50", "--links", "3")
+        self.assertEqual([(each["rows"], each["status"]) for each in results["rounds"]], [(50, "done"), (50, "ready")])
+        self.assertTrue(all(rate > 0 for each in results["rounds"] for rate in (*each["push"], *each["whole"])))
+        [ratio] = results["ratios"]
+        self.assertGreater(ratio["value"], 0)
+        self.assertIn("against an empty table", (self.out / "growth.rst").read_text())
 
 
 class PlanTests(SynchronousTestCase):

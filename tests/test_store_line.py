@@ -9,6 +9,7 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.logger import LogEvent, globalLogPublisher
 
 from s2s.errors import DatabaseUnavailable, StatementRefused
+from s2s.limits import Counters
 from s2s.store import driver, line
 from s2s.store.driver import Query, Steps
 from s2s.store.pool import Database, blocking
@@ -115,6 +116,7 @@ class LineTests(DatabaseTestCase):
         """The database cancels what takes too long."""
         database = self.start(statement_timeout_s=0.2)
         await self.assertFailure(database.run_steps(_ask, "select pg_sleep(60)"), DatabaseUnavailable)
+        self.assertFalse(database.is_away)
         self.assertEqual(await database.run_steps(_ask, "select 1"), [(1,)])
 
     async def test_stop_finishes_what_runs(self) -> None:
@@ -144,7 +146,8 @@ class OutageTests(DatabaseTestCase):
         self._session = None
         self.cluster = Cluster()
         self.addCleanup(self.cluster.remove)
-        self.database = Database(self.cluster.url, statement_timeout_s=0.5)
+        self.counters = Counters()
+        self.database = Database(self.cluster.url, statement_timeout_s=0.5, counters=self.counters)
         self.database.start()
         self.addCleanup(self.database.stop)
         self.events: list[LogEvent] = []
@@ -173,9 +176,10 @@ class OutageTests(DatabaseTestCase):
         self.cluster.freeze()
         try:
             with mock.patch.object(line, "BEYOND_S", 0.5), mock.patch.object(line, "CONNECT_S", 0.5):
-                for _ in range(2):
+                for said in ("does not answer", "no answer within 0.5 s"):
                     asked: Deferred[Any] = self.database.run_steps(_ask, "select 1")
-                    self.assertIn("no answer", str(await self.assertFailure(asked, DatabaseUnavailable)))
+                    self.assertIn(said, str(await self.assertFailure(asked, DatabaseUnavailable)))
+            self.assertEqual(self.counters.met, {"database_answer": 1})
         finally:
             self.cluster.thaw()
         self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])

@@ -75,19 +75,25 @@ def _condition() -> dict[str, Any]:
     return {"state": "running", "degraded": False, "config_version": 10**9, "outbox_depth": 0}
 
 
+async def connect(place: Place, load: Load) -> list[Any]:
+    """Make ``load.links`` links, each of an engine of its own, and wait until they are proven."""
+    events = Events()
+    links = []
+    for number in range(load.links):
+        making = factory("engine", events, load.window, **{SWEEP: lambda _: {"ok": True, "queued": 0}})
+        health: Any = making.dispatcher.responders[HEALTH_CHECK]
+        health._fixed["name"] = f"bench-{number}"
+        links.append(await _twisted.connect(place, making))
+        await events.proven(links[-1])
+    return links
+
+
 def drive(place: Place, load: Load, meter: Meter) -> None:
     """Push commands over links of an engine, and wait for each answer."""
     filling, made = load.filling, keys("s2s")
 
     async def driving() -> None:
-        events = Events()
-        engines = []
-        for number in range(load.links):
-            making = factory("engine", events, load.window, **{SWEEP: lambda _: {"ok": True, "queued": 0}})
-            health: Any = making.dispatcher.responders[HEALTH_CHECK]
-            health._fixed["name"] = f"bench-{number}"
-            engines.append(await _twisted.connect(place, making))
-            await events.proven(engines[-1])
+        engines = await connect(place, load)
         calls = [lambda link=link: _pushed(link, push(next(made), filling)) for link in engines]
         if load.rate:
             await drive_deferred_evenly(calls[0], load, meter)

@@ -36,12 +36,16 @@ class Line:
     :param parameters: of the connection.
     :param statement_timeout_s: seconds after which the database cancels a statement.
     :param reactor: the reactor.
+    :param on_late: called when the database did not answer in time.
     """
 
-    def __init__(self, parameters: dict[str, Any], statement_timeout_s: float, reactor: Any) -> None:
+    def __init__(
+        self, parameters: dict[str, Any], statement_timeout_s: float, reactor: Any, on_late: Callable[[], object]
+    ) -> None:
         self._parameters = parameters
         self._statement_timeout_s = statement_timeout_s
         self._reactor = reactor
+        self._on_late = on_late
         self._conn: Connection | None = None
         self._cursor: Any = None
         self._fileno = -1
@@ -51,6 +55,11 @@ class Line:
         self._done: Deferred[None] = succeed(None)
         #: Why everything is given up, once it is.
         self._cancelled = ""
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection, and nothing is known to be wrong with it."""
+        return self._conn is not None
 
     def run(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
         """Do one query of ``work(*args)`` after the other.
@@ -135,8 +144,7 @@ class Line:
         assert self._conn is not None
         answer: Deferred[list[Any]] = Deferred()
         self._answer = answer
-        limit_s = self._statement_timeout_s + BEYOND_S
-        self._timer = self._reactor.callLater(limit_s, self._lost, f"no answer within {limit_s:g} s")
+        self._timer = self._reactor.callLater(self._statement_timeout_s + BEYOND_S, self._late)
         try:
             self._cursor = self._conn.cursor()
             self._cursor.execute(statement, params or None)
@@ -173,6 +181,10 @@ class Line:
         answer, self._answer = self._answer, None
         if answer is not None:
             answer.callback(outcome)
+
+    def _late(self) -> None:
+        self._on_late()
+        self._lost("the database does not answer")
 
     def _lost(self, why: str) -> None:
         self._drop()

@@ -93,7 +93,12 @@ class Database:
             **self._parameters,
         )
         self._pool.start()
-        self._line = Line(self._parameters, self._timeouts[0], self._reactor)
+        self._line = Line(
+            self._parameters,
+            self._timeouts[0],
+            self._reactor,
+            on_late=lambda: self._counters.meet("database_answer"),
+        )
         self._refusal = ""
 
     def stop(self) -> Deferred[None]:
@@ -180,7 +185,7 @@ class Database:
         return result
 
     def _steps_failed(self, failure: Failure) -> Failure:
-        if failure.check(DatabaseUnavailable) and not self.is_cancelled:
+        if failure.check(DatabaseUnavailable) and not self._line.is_connected and not self.is_cancelled:
             self._tell(True, str(failure.value))
         return failure
 

@@ -1,0 +1,24 @@
+"""Links that are proven and then say nothing."""
+
+from __future__ import annotations
+
+import sys
+
+from twisted.internet import reactor, task
+
+from benchmarks.contestants import _link, _twisted
+from benchmarks.load import Load, Meter, Place
+
+
+def drive(place: Place, load: Load, meter: Meter) -> None:
+    """Make them, say so, and keep them for a while."""
+
+    async def driving() -> None:
+        links = await _link.connect(place, load)
+        print(len(links), flush=True)
+        meter.mark()
+        await task.deferLater(reactor, load.seconds)
+        meter.mark()
+
+    _twisted.run(driving())
+    sys.stdout.flush()

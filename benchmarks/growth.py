@@ -1,0 +1,136 @@
+"""``python -m benchmarks.growth``: the same rates with many rows, and what an idle link costs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import psutil
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks import machine
+from benchmarks.load import Load
+from benchmarks.plan import PUSH, WHOLE, Contestant
+from benchmarks.report import rst
+from benchmarks.stand import Stand, side
+
+OUT = Path(__file__).with_name("out")
+MUST, AIM = 0.9, 1.0
+IDLE = Contestant("idle links", "s2s_idle", serves=False)
+
+#: Keys in no order, as they are in life. What waits is due tomorrow.
+_FILL = """
+with made as (
+    insert into commands (cmd_type, idem_key, payload, status, finished_at, due_at)
+    select 'notice.publish', 'grown-' || md5(n::text),
+        jsonb_build_object('scope', 'global', 'severity', 'info', 'message', %(message)s), %(status)s,
+        case when %(status)s = 'done' then now() end, now() + interval '1 day'
+    from generate_series(%(first)s, %(last)s) n
+    returning idem_key, cmd_id
+)
+insert into idempotency_keys (idem_key, fingerprint, cmd_id)
+select idem_key, sha256(idem_key::bytea), cmd_id from made
+"""
+_STEP = 500_000
+#: What was pushed while nobody ran it is out of the way of what is measured next.
+_FINISH = "update commands set status = 'done', finished_at = now() where status = 'ready' and due_at <= now()"
+
+
+@click.command()
+@click.option("--finished", default="0,1000000,10000000", show_default=True, help="Counts of finished commands.")
+@click.option("--waiting", default="100000,1000000", show_default=True, help="Counts of waiting commands.")
+@click.option("--links", default=1000, show_default=True, help="Idle links.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--seconds", type=click.FloatRange(0.01), default=3.0, show_default=True)
+@click.option("--items", type=click.IntRange(1), default=30_000, show_default=True, help="Rows of the outbox.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=OUT, show_default=True)
+def main(finished: str, waiting: str, links: int, rounds: int, seconds: float, items: int, out: Path) -> None:
+    """Measure what rows that are there already cost those that come."""
+    console = Console()
+    counts = {"done": [int(each) for each in finished.split(",")], "ready": [int(each) for each in waiting.split(",")]}
+    sizes = [(count, status) for status, each in counts.items() for count in each]
+    stand = Stand()
+    try:
+        urls = {size: _filled(stand, *size) for size in track(sizes, "filling", console=console)}
+        rates: dict[tuple[int, str], dict[str, list[float]]] = {size: {"push": [], "whole": []} for size in sizes}
+        for size in track([size for _ in range(rounds) for size in sizes], "measuring", console=console):
+            pushes = stand.measure_on(PUSH, Load(window=1024, warm_up_s=min(1.0, seconds), seconds=seconds), urls[size])
+            stand.execute(_FINISH, url=urls[size])
+            stand.execute("vacuum commands", url=urls[size])
+            whole = stand.measure_on(WHOLE, Load(items=items), urls[size])
+            rates[size]["push"].append(pushes.rate)
+            rates[size]["whole"].append(whole.rate)
+        per_link = _idle(stand, urls[sizes[0]], links)
+        [[postgres]] = stand.execute("show server_version")
+    finally:
+        stand.close()
+    medians = {size: {kind: statistics.median(each) for kind, each in of.items()} for size, of in rates.items()}
+    empty, most = medians[sizes[0]], medians[max(size for size in sizes if size[1] == "done")]
+    value = round(min(most[kind] / empty[kind] for kind in empty), 3)
+    row = f"any rate with {max(counts['done']):,} finished commands, against an empty table"
+    ratios = [{"row": row, "value": value, "must": MUST, "aim": AIM}]
+    tables = [
+        ("ratios", [("what", "value", "must", "aim"), (row, f"{value:.2f}", f"{MUST:g}", f"{AIM:g}")]),
+        ("rows that are there", [("rows", "durable push, window 1024", "whole way"), *map(_line, medians.items())]),
+        ("idle links", [("links", "KiB of the server each"), (str(links), f"{per_link / 1024:.1f}")]),
+    ]
+    for title, (head, *rows) in tables:
+        table = Table(*head, title=title)
+        for each in rows:
+            table.add_row(*each)
+        console.print(table)
+    out.mkdir(parents=True, exist_ok=True)
+    whole_result = {
+        "machine": machine.describe(postgres),
+        "ratios": ratios,
+        "rounds": [{"rows": count, "status": status, **of} for (count, status), of in rates.items()],
+        "bytes_per_link": per_link,
+    }
+    (out / "growth.json").write_text(json.dumps(whole_result, indent=1) + "\n")
+    (out / "growth.rst").write_text("\n".join(rst(*table) for table in tables))
+
+
+def _line(entry: tuple[tuple[int, str], dict[str, float]]) -> tuple[str, ...]:
+    (count, status), of = entry
+    what = {"done": "finished", "ready": "waiting"}[status]
+    return (f"{count:,} {what}", f"{of['push']:,.0f}", f"{of['whole']:,.0f}")
+
+
+def _filled(stand: Stand, count: int, status: str) -> str:
+    """Make a database with so many commands."""
+    url = stand.make_database(PUSH.schemas)
+    for first in range(1, count + 1, _STEP):
+        filling = {"message": Load().filling, "status": status, "first": first, "last": min(count, first + _STEP - 1)}
+        stand.execute(_FILL, filling, url=url)
+    stand.execute("vacuum analyze", url=url)
+    stand.execute("checkpoint")
+    return url
+
+
+def _idle(stand: Stand, url: str, links: int) -> float:
+    """Give the bytes of the server's memory that an idle link costs."""
+    with stand.serving(PUSH, url) as place:
+        assert stand.server is not None
+        server = psutil.Process(stand.server.pid)
+
+        def rss_with(count: int) -> int:
+            load = json.dumps(asdict(Load(links=count, seconds=2.0)))
+            with subprocess.Popen([*side(IDLE, "drive", place), load], stdout=subprocess.PIPE, text=True) as client:
+                assert client.stdout is not None
+                client.stdout.readline()
+                rss: int = server.memory_info().rss
+                client.communicate()
+            return rss
+
+        few = rss_with(1)
+        return (rss_with(links) - few) / max(1, links - 1)
+
+
+if __name__ == "__main__":
+    main()
