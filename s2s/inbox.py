@@ -10,8 +10,7 @@ import hashlib
 import secrets
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.logger import Logger
@@ -44,11 +43,10 @@ WAITING_BYTES: Final = 32 * 1024 * 1024
 RETRY_AFTER_MS: Final = 1000
 
 
-@dataclass(frozen=True)
-class _Waiter:
+class _Waiter(NamedTuple):
     push: Push
     size: int
-    answer: Deferred[dict[str, Any]] = field(default_factory=Deferred)
+    answer: Deferred[dict[str, Any]]
 
 
 class Inbox:
@@ -141,7 +139,7 @@ class Inbox:
             payload.get("priority", 100),
             payload.get("due_at"),
         )
-        return _Waiter(push, len(written))
+        return _Waiter(push, len(written), Deferred())
 
     # --- one transaction after the other -------------------------------------------------------------------------
 

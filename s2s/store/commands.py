@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
 import psycopg2
 
@@ -24,8 +24,7 @@ MAX_DEATH_BACKOFF_S: Final = 10
 # --- accepting -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Push:
+class Push(NamedTuple):
     """One command on its way in.
 
     :param fingerprint: SHA-256 of the canonical ``{cmd_type, payload}``.
@@ -43,8 +42,7 @@ class Push:
     cmd_id: int | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of a push.
 
     :param cmd_id: the first command of its ``idem_key``.
@@ -67,7 +65,8 @@ with pushed as materialized (
     -- cmd_ids in the order of arrival
     select idem_key, fingerprint, cmd_type, payload, priority, due_at,
         coalesce(cmd_id, {_NEXT}) as cmd_id
-    from unnest($1, $2, $3, $4, $5, $6, $7)
+    from unnest(string_to_array($1, E'\\n'), string_to_array($2, E'\\n'), string_to_array($3, E'\\n'),
+            string_to_array($4, E'\\n'), $5::integer[], $6::bigint[], $7::bigint[])
         with ordinality as p (idem_key, fingerprint, cmd_type, payload, priority, due_at, cmd_id, place)
     order by place
 ), fresh as (
@@ -83,7 +82,7 @@ with pushed as materialized (
 )
 select idem_key, cmd_id from fresh
 """,  # noqa: S608 - of constants, as below
-    *("text[]", "text[]", "text[]", "text[]", "integer[]", "bigint[]", "bigint[]"),
+    *("text" for _ in range(7)),
 )
 
 
@@ -127,7 +126,7 @@ def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | Statement
     :returns: one outcome or refusal for each push, in the same order.
     """
     txn.execute(f"select {_NEXT} from generate_series(1, %s)", (len(pushes),))  # noqa: S608
-    drawn = [replace(push, cmd_id=cmd_id) for push, (cmd_id,) in zip(pushes, txn.fetchall(), strict=True)]
+    drawn = [push._replace(cmd_id=cmd_id) for push, (cmd_id,) in zip(pushes, txn.fetchall(), strict=True)]
     outcomes: dict[int, Outcome | StatementRefused] = {}
     # In the order of the keys, as a batch takes its locks; the sort is stable, so of one key the first still wins.
     for place in sorted(range(len(drawn)), key=lambda place: drawn[place].idem_key):
@@ -143,16 +142,30 @@ def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | Statement
 
 
 def _insertion(pushes: Collection[Push]) -> Query:
+    # Each column as one text: of lists psycopg2 writes expressions, which the database parses value by value.
     params = (
-        [push.idem_key for push in pushes],
-        [push.fingerprint.hex() for push in pushes],
-        [push.cmd_type for push in pushes],
-        [push.payload for push in pushes],
-        [push.priority for push in pushes],
-        [push.due_at for push in pushes],
-        [push.cmd_id for push in pushes],
+        _lines([push.idem_key for push in pushes]),
+        _lines([push.fingerprint.hex() for push in pushes]),
+        _lines([push.cmd_type for push in pushes]),
+        _lines([push.payload for push in pushes]),
+        _numbers([push.priority for push in pushes]),
+        _numbers([push.due_at for push in pushes]),
+        _numbers([push.cmd_id for push in pushes]),
     )
     return Query(_INSERT, params)
+
+
+def _lines(values: Sequence[str]) -> str:
+    """Write texts of which none has a line break: keys and types may have none, and canonical JSON escapes it."""
+    lines = "\n".join(values)
+    if lines.count("\n") >= len(values):
+        raise ValueError("a line break in a key, a type or a payload")
+    return lines
+
+
+def _numbers(values: Sequence[int | None]) -> str:
+    """Write numbers as an array of PostgreSQL."""
+    return f"{{{','.join(['null' if value is None else str(value) for value in values])}}}"
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from s2s.store.driver import Query, Steps
 
 
-@dataclass(frozen=True)
-class First:
+class First(NamedTuple):
     """The first command of a key.
 
     :param fingerprint: SHA-256 of its canonical ``{cmd_type, payload}``.
