@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import secrets
 from typing import Any, Final, NoReturn
 
 import msgspec
+from ulid_transform import bytes_to_ulid
 
 from s2s import canonical
 from s2s.errors import AuthBad, AuthRequired, BadEnvelope, UnsupportedVersion
@@ -176,6 +178,14 @@ def seal(
     covered = b"".join((b"},", to, body, rest))
     sig = key.sign(head + covered)
     return b"".join((head, b',"sig":"', sig.encode("ascii"), b'"', covered))
+
+
+def unguessable_id(ms: int) -> str:
+    """Make a ULID whose 80 random bits nobody can tell from others that he has seen; a common one is drawn faster.
+
+    :param ms: Unix milliseconds.
+    """
+    return bytes_to_ulid(ms.to_bytes(6, "big") + secrets.token_bytes(10))
 
 
 def other(role: str) -> str:

@@ -165,7 +165,8 @@ class Inbox:
         try:
             outcomes: list[Outcome | WireError] = await self._write(pushes)
         except DatabaseUnavailable:
-            # The pool has said so in the log, once.
+            # The pool has said so in the log, once. Some may be there all the same: whoever runs them is to look.
+            self._on_commit()
             outcomes = [DbUnavailable(retry_after_ms=RETRY_AFTER_MS) for _ in batch]
         except Exception:
             incident = secrets.token_hex(8)

@@ -307,7 +307,8 @@ class Link(Int32StringReceiver):
         return waiter
 
     def _send_call(self, call: Call) -> None:
-        message_id = ulid_now()
+        # Whoever could foresee a challenge could have it answered before it is made.
+        message_id = envelope.unguessable_id(int(self._clock.now() * 1000)) if call.message is CHALLENGE else ulid_now()
         self.session.calls.sent(call, message_id)
         self._send(call.message.name, call.body, message_id)
         if self.session.calls.in_flight == 1:

@@ -6,6 +6,7 @@ from collections import deque
 from typing import Any, Final
 
 from twisted.internet import interfaces
+from twisted.internet.abstract import FileDescriptor
 from zope.interface import implementer
 
 #: Of a turn of the reactor so many frames are sent at once: the peer works on them while we make the others.
@@ -24,8 +25,9 @@ class Writer:
         self._waiting: deque[bytes] = deque()
         self._stalled = False
         self._unsent = 0
-        # What the reactor calls when its turn is over; a transport that is no file descriptor has none.
-        self._flush = getattr(transport, "doWrite", None)
+        # Only a descriptor of the reactor's own: TLS closes what is below it without a word to us, and then the reactor
+        # would not be told that the last of it is written.
+        self._descriptor = transport if isinstance(transport, FileDescriptor) else None
         self.waiting_bytes = 0
         transport.registerProducer(self, True)
 
@@ -43,9 +45,9 @@ class Writer:
     def flush(self) -> None:
         """Send what was written, and do not wait for the end of the reactor's turn."""
         self._unsent = 0
-        if self._flush is not None and not self._stalled:
+        if self._descriptor is not None and not self._stalled and not self._descriptor.disconnecting:
             # A failure shows itself again to the reactor, which ends the connection.
-            self._flush()
+            self._descriptor.doWrite()
 
     def pauseProducing(self) -> None:
         """The transport has enough."""

@@ -64,6 +64,18 @@ def _signed(members: dict[str, Any]) -> bytes:
     return envelope.unseal_exactly(members).signed
 
 
+class IdTests(SynchronousTestCase):
+    """:func:`envelope.unguessable_id`."""
+
+    def test_a_ulid(self) -> None:
+        """It is a ULID of its time, and no two are alike in any of their random digits."""
+        ids = [envelope.unguessable_id(1_700_000_000_123) for _ in range(200)]
+        for each in ids:
+            self.assertRegex(each, "^[0-7][0-9A-HJKMNP-TV-Z]{25}$")
+        self.assertEqual({each[:10] for each in ids}, {"01HF7YAT3V"})
+        self.assertEqual([len({each[at] for each in ids}) > 10 for at in range(10, 26)], [True] * 16)
+
+
 class SealTests(SynchronousTestCase):
     """:func:`envelope.seal` and :func:`envelope.size`."""
 

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterable
 from typing import Any
+from unittest import mock
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.error import ConnectionDone
@@ -327,6 +328,14 @@ class ProofTests(LinkTestCase):
             said, {"type": HEALTH_CHECK, "src": "engine", "dst": "server", "payload": {}, "v": 1, "ts": _NOW}
         )
         self.assertEqual(self.challenge["auth"]["key_id"], "k1")
+
+    def test_nobody_can_foresee_it(self) -> None:
+        """Its id is drawn so that nobody can know it before from other ids; so are those of later health checks."""
+        with mock.patch.object(envelope, "unguessable_id", lambda ms: f"nobody-knows-{ms}"):
+            link = self.make_link(self.role)
+            transport = StringTransport()
+            link.makeConnection(transport)
+        self.assertIn(b'"id":"nobody-knows-%d"' % (_NOW * 1000), transport.value())
 
     def test_answered(self) -> None:
         """The answer proves the link, once, and tells who the peer is."""

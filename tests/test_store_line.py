@@ -84,6 +84,25 @@ class LineTests(DatabaseTestCase):
         await self.assertFailure(self.database.run_steps(_ask, "no sql"), StatementRefused)
         self.assertEqual(await self.database.run_steps(_ask, "select pg_backend_pid()"), before)
 
+    async def test_what_cannot_be_written(self) -> None:
+        """Parameters that psycopg2 cannot write fail as they are, and cost neither the connection nor the next one."""
+        before = await self.database.run_steps(_ask, "select pg_backend_pid()")
+        with mock.patch.object(line, "BEYOND_S", -7.7):
+            await self.assertFailure(self.database.run_steps(_ask, "select %s", "\0"), ValueError)
+            await self.assertFailure(self.database.run_steps(_ask, "select %s", object()), StatementRefused)
+        await self.database.run_steps(_ask, "select pg_sleep(0.5)")
+        self.assertEqual(await self.database.run_steps(_ask, "select pg_backend_pid()"), before)
+
+    async def test_two_events_at_once(self) -> None:
+        """An event of a descriptor that is gone is nothing."""
+        await self.database.run_steps(_ask, "select 1")
+        its = self.database._line
+        its._drop()
+        its.doRead()
+        its.doWrite()
+        self.assertEqual(its.fileno(), -1)
+        self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
+
     async def test_more_than_the_socket_takes(self) -> None:
         """Statements and rows may be longer than any buffer."""
         text = "x" * (8 << 20)

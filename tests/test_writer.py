@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+from twisted.internet.abstract import FileDescriptor
 from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.writer import FLUSH_FRAMES, Writer
 
 
-class _Descriptor(StringTransport):
-    """A transport that says when it was made to send."""
+class _Descriptor(StringTransport, FileDescriptor):
+    """A descriptor that says when it was made to send."""
 
     def __init__(self) -> None:
-        super().__init__()
+        StringTransport.__init__(self)
         self.sent: list[int] = []
 
     def doWrite(self) -> None:
         """Send what was written."""
         self.sent.append(len(self.value()))
+
+
+class _Wrapper:
+    """A transport that gives out what is below it as its own, as TLS does."""
+
+    def __init__(self, below: _Descriptor) -> None:
+        self._below = below
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._below, name)
 
 
 class FlushTests(SynchronousTestCase):
@@ -57,6 +68,19 @@ class FlushTests(SynchronousTestCase):
         writer.pauseProducing()
         writer.flush()
         self.assertEqual(transport.sent, [FLUSH_FRAMES - 1])
+
+    def test_a_descriptor_that_closes(self) -> None:
+        """What closes is left to the reactor, which must see the last of it written; so is what lies below TLS."""
+        transport, below = _Descriptor(), _Descriptor()
+        writer, above = Writer(transport), Writer(_Wrapper(below))
+        transport.disconnecting = True
+        for each in (writer, above):
+            each.write(b"x")
+            each.flush()
+        self.assertEqual((transport.sent, below.sent), ([], []))
+        transport.disconnecting = False
+        writer.flush()
+        self.assertEqual(transport.sent, [1])
 
     def test_no_descriptor(self) -> None:
         """A transport that cannot be made to send does so by itself."""

@@ -148,7 +148,8 @@ class Line:
         try:
             self._cursor = self._conn.cursor()
             self._cursor.execute(statement, params or None)
-        except psycopg2.Error:
+        except Exception:
+            # Also what is no error of the database's: parameters that cannot be written.
             self._settle(Failure())
         else:
             # What the socket did not take at once is written when it can.
@@ -157,7 +158,9 @@ class Line:
 
     def _advance(self) -> None:
         """Go on with the exchange, as far as it goes now."""
-        assert self._conn is not None
+        if self._conn is None:
+            # The reactor had two events of one descriptor, and the first of them was its end.
+            return
         try:
             state = self._conn.poll()
         except psycopg2.Error:
@@ -166,21 +169,28 @@ class Line:
         if self._is_writing != (state == POLL_WRITE):
             self._is_writing = not self._is_writing
             (self._reactor.addWriter if self._is_writing else self._reactor.removeWriter)(self)
-        if state == POLL_OK and self._answer is not None:
-            self._settle(self._cursor.fetchall() if self._cursor.description else [])
+        if state != POLL_OK or self._answer is None:
+            return
+        try:
+            rows = self._cursor.fetchall() if self._cursor.description else []
+        except Exception:
+            self._settle(Failure())
+        else:
+            self._settle(rows)
 
     def _settle(self, outcome: list[Any] | Failure) -> None:
         """Hand an outcome to whoever waits, if anybody does; a connection that broke goes first."""
-        if self._conn is not None and isinstance(outcome, Failure):
-            error = outcome.value
-            assert isinstance(error, psycopg2.Error)
-            if driver.is_broken(self._conn) or driver.is_of_the_connection(error):
-                outcome = Failure(driver.told(error))
-                self._drop()
+        error = outcome.value if isinstance(outcome, Failure) else None
+        if isinstance(error, psycopg2.Error) and self._has_broken(error):
+            outcome = Failure(driver.told(error))
+            self._drop()
         cancel(self._timer)
         answer, self._answer = self._answer, None
         if answer is not None:
             answer.callback(outcome)
+
+    def _has_broken(self, error: psycopg2.Error) -> bool:
+        return self._conn is not None and (driver.is_broken(self._conn) or driver.is_of_the_connection(error))
 
     def _late(self) -> None:
         self._on_late()
@@ -200,6 +210,7 @@ class Line:
             os.close(self._fileno)
             self._conn.close()
             self._conn = self._cursor = None
+            self._fileno = -1
             self._is_writing = False
 
     # --- the reactor's -------------------------------------------------------------------------------------------

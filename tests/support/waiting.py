@@ -14,7 +14,7 @@ from twisted.trial.unittest import FailTest
 INTERVAL_S = 0.02
 
 
-def poll(condition: Callable[[], Any], what: str = "the condition", *, timeout: float = 10.0) -> Deferred[Any]:
+def poll(condition: Callable[[], Any], what: str = "the condition", *, timeout: float = 20.0) -> Deferred[Any]:
     """Look at a condition on the reactor until it is true.
 
     :param condition: is called without arguments; what it returns, or its Deferred's result, is judged by truth.
