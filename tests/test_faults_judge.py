@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import Counter
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tests.support.peer import CHECK, PUSH
 
 _CONTENT = {"n": 1}
 _OTHER = {"n": 1, "other": True}
+_FINGERPRINT = hashlib.sha256(b'{"cmd_type":"faults.mark","payload":{"n":1}}').hexdigest()
 
 
 def did(op: str, ended: Any = "ok", came: Any = None, *, since: float = 1.0, until: float = 2.0, **asked: Any) -> Any:
@@ -33,7 +35,10 @@ def pushed(ended: Any = "ok", content: Any = None, **came: Any) -> Any:
 
 #: What is right after one of each.
 RIGHT = Facts(
-    commands=[Command(1, "k", _CONTENT, "done"), Command(2, "later", _CONTENT, "cancelled")],
+    commands=[
+        Command(1, "k", _CONTENT, "done", _FINGERPRINT),
+        Command(2, "later", _CONTENT, "cancelled", _FINGERPRINT),
+    ],
     effects=[("k", 1, 9.0), ("k", 2, 9.0)],
     notices=["e", "b"],
     broadcasts=[("b", "queued")],
@@ -126,6 +131,8 @@ class JudgeTests(SynchronousTestCase):
         self.wrong(DID, "is there 2 times", commands=[command, replace(command, cmd_id=3)])
         self.wrong(DID, "was accepted and is not there", commands=[], effects=[])
         self.wrong(DID, "and is [9]", commands=[replace(command, cmd_id=9)])
+        for other in (None, "0" * 64):
+            self.wrong(DID, "another fingerprint", commands=[replace(command, fingerprint=other)])
         self.wrong(DID, "is ready", commands=[replace(command, status="ready")])
         self.wrong(DID, "another content", commands=[replace(command, content=_OTHER)])
         self.wrong([*DID, pushed("ok", _OTHER)], "2 contents")

@@ -5,7 +5,9 @@ It is a pure function of both, so that it can be judged itself: tests give it hi
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,8 @@ from typing import Any, Final
 from tests.faults.history import Operation
 from tests.support.peer import PUSH
 
+#: What the pushers push.
+CMD_TYPE: Final = "faults.mark"
 #: Refusals after which a push may have taken effect all the same (docs/protocol.rst, "Commands").
 DOUBTFUL: Final = frozenset({"db_unavailable", "internal_error", "deadline_exceeded"})
 #: What a request that was recorded and is sent again may be answered. A push may be accepted, too: as known, or as new
@@ -23,12 +27,16 @@ REPLAYED: Final = frozenset({"replay", "not_ready", "ts_skew", "auth_bad", "over
 
 @dataclass(frozen=True)
 class Command:
-    """A row of ``commands``."""
+    """A row of ``commands``.
+
+    :param fingerprint: of its key, as hexadecimal digits; ``None`` where the key is not known.
+    """
 
     cmd_id: int
     idem_key: str
     content: Mapping[str, Any]
     status: str
+    fingerprint: str | None
 
 
 @dataclass(frozen=True)
@@ -160,10 +168,18 @@ def _one_push(key: str, command: Command, accepted: Sequence[Operation], tries: 
     contents = [_frozen(each.asked["content"]) for each in accepted or tries]
     if _frozen(command.content) not in contents:
         yield f"push {key} is there with another content than was pushed"
+    if command.fingerprint != fingerprint(command.content):
+        yield f"push {key} has another fingerprint than its content: {command.fingerprint}"
     for each in tries:
         is_same = _frozen(each.asked["content"]) == _frozen(command.content)
         if each.came.get("code") == "idem_conflict" and is_same:
             yield f"push {key} was refused as a conflict with itself"
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """Give what docs/protocol.rst, "Commands", calls the fingerprint of a command of ours; its JSON has ASCII only."""
+    whole = {"cmd_type": CMD_TYPE, "payload": content}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _emitted(emitted: Sequence[Operation], facts: Facts) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from s2s.commands import CommandType
 from s2s.store.commands import Command
 from s2s.store.driver import Cursor
+from tests.faults.judge import CMD_TYPE
 
 #: Its table, without a constraint that would hide a second effect.
 TABLE = (
@@ -19,7 +20,7 @@ TABLE = (
 class Mark(CommandType):
     """Writes down that it ran."""
 
-    cmd_type = "faults.mark"
+    cmd_type = CMD_TYPE
     schema: ClassVar[Mapping[str, Any]] = {
         "type": "object",
         "properties": {"fails": {"type": "integer"}},

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from tests.faults.history import History
+from tests.faults.judge import CMD_TYPE
 from tests.faults.typist import Typist
 from tests.support.flood import Linked
 from tests.support.peer import PUSH, Frame, Peer
@@ -101,7 +102,7 @@ class Pusher(Linked):
                 content["other"] = True
             return {**before, "payload": content}
         content = {"n": self._made, "fails": 1 if odd == 2 else 0}
-        push: Frame = {"cmd_type": "faults.mark", "idem_key": f"{self.name}-{self._made}", "payload": content}
+        push: Frame = {"cmd_type": CMD_TYPE, "idem_key": f"{self.name}-{self._made}", "payload": content}
         if odd == 3:
             is_much = self._dice.randrange(_MUCH_LATER) == 0
             push["due_at"] = int(time.time()) + (_MUCH_LATER_S if is_much else self._dice.randint(1, _LATER_S))

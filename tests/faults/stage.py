@@ -24,7 +24,7 @@ from s2s.store import seed, tokens
 from s2s.store.pool import blocking
 from tests.faults import inside, mark
 from tests.faults.history import History
-from tests.faults.judge import Command, Facts, Order
+from tests.faults.judge import CMD_TYPE, Command, Facts, Order
 from tests.faults.pusher import Pusher
 from tests.faults.typist import Typist
 from tests.support.cluster import Cluster
@@ -338,7 +338,9 @@ def facts_of(execute: Callable[..., list[tuple[Any, ...]]], engines: Mapping[str
         commands=[
             Command(*row)
             for row in execute(
-                "select cmd_id, idem_key, payload, status from commands where cmd_type = 'faults.mark' order by cmd_id"
+                "select c.cmd_id, c.idem_key, payload, c.status, encode(fingerprint, 'hex') from commands c"
+                " left join idempotency_keys k using (idem_key) where cmd_type = %s order by c.cmd_id",
+                CMD_TYPE,
             )
         ],
         effects=execute("select idem_key, half, at from effects"),
