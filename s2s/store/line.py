@@ -52,6 +52,7 @@ class Line:
         self._is_writing = False
         self._answer: Deferred[list[Any]] | None = None
         self._timer: Any = None
+        self._deadline = 0.0
         self._done: Deferred[None] = succeed(None)
         #: Why everything is given up, once it is.
         self._cancelled = ""
@@ -144,7 +145,9 @@ class Line:
         assert self._conn is not None
         answer: Deferred[list[Any]] = Deferred()
         self._answer = answer
-        self._timer = self._reactor.callLater(self._statement_timeout_s + BEYOND_S, self._late)
+        self._deadline = self._reactor.seconds() + self._statement_timeout_s + BEYOND_S
+        if self._timer is None:
+            self._watch()
         try:
             self._cursor = self._conn.cursor()
             self._cursor.execute(statement, params or None)
@@ -184,7 +187,6 @@ class Line:
         if isinstance(error, psycopg2.Error) and self._has_broken(error):
             outcome = Failure(driver.told(error))
             self._drop()
-        cancel(self._timer)
         answer, self._answer = self._answer, None
         if answer is not None:
             answer.callback(outcome)
@@ -192,9 +194,17 @@ class Line:
     def _has_broken(self, error: psycopg2.Error) -> bool:
         return self._conn is not None and (driver.is_broken(self._conn) or driver.is_of_the_connection(error))
 
-    def _late(self) -> None:
-        self._on_late()
-        self._lost("the database does not answer")
+    def _watch(self) -> None:
+        """Look when the answer is due: one timer for many statements, since most are answered long before."""
+        self._timer = self._reactor.callLater(self._deadline - self._reactor.seconds(), self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._answer is not None and self._reactor.seconds() < self._deadline:
+            self._watch()
+        elif self._answer is not None:
+            self._on_late()
+            self._lost("the database does not answer")
 
     def _lost(self, why: str) -> None:
         self._drop()
@@ -204,6 +214,7 @@ class Line:
 
     def _drop(self) -> None:
         cancel(self._timer)
+        self._timer = None
         if self._conn is not None:
             self._reactor.removeReader(self)
             self._reactor.removeWriter(self)
