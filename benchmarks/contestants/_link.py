@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from twisted.internet import reactor, task
@@ -64,7 +65,7 @@ def factory(role: Role, events: Events, window: int, **responders: Responder) ->
 
     :param responders: by the type's name, beside the health check.
     """
-    clock, bounds = Clock(reactor), Bounds(window_frames=window, window_bytes=64 << 20)
+    clock, bounds = Clock(reactor), Bounds(window_frames=window)
     health = Health(Identity(role, role, "bench"), bounds.frame_size, clock, _condition)
     serving: Mapping[str, Responder] = {HEALTH_CHECK: health, **responders}
     # In a benchmark no answer is late.
@@ -98,7 +99,8 @@ def drive(place: Place, load: Load, meter: Meter) -> None:
         if load.rate:
             await drive_deferred_evenly(calls[0], load, meter)
         else:
-            await drive_deferred(calls, load, meter)
+            # Of long frames the link's window and line, which are bounded in bytes, take no more.
+            await drive_deferred(calls, replace(load, window=min(load.window, Bounds().line_bytes // load.size)), meter)
 
     _twisted.run(driving())
 
