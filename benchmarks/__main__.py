@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks import machine, plan
 from benchmarks.load import Result
 from benchmarks.plan import Cell
 from benchmarks.report import Run
 from benchmarks.stand import Stand
+from benchmarks.tables import show
 
 OUT = Path(__file__).with_name("out")
 
@@ -47,11 +47,8 @@ def main(rounds: int, seconds: float, warm_up: float, items: int | None, only: s
         stand.close()
     run = Run(machine.describe(postgres), results)
     run.write(out)
-    for title, (head, *rows) in run.tables():
-        table = Table(*head, title=title)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    for title, rows in run.tables():
+        show(console, title, rows)
     console.print(f"written to {out}")
 
 

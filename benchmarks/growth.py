@@ -12,13 +12,12 @@ import click
 import psutil
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.load import Load
 from benchmarks.plan import PUSH, WHOLE, Contestant
-from benchmarks.report import rst
 from benchmarks.stand import Stand, side
+from benchmarks.tables import rst, show
 
 OUT = Path(__file__).with_name("out")
 MUST, AIM = 0.9, 1.0
@@ -80,11 +79,8 @@ def main(finished: str, waiting: str, links: int, rounds: int, seconds: float, i
         ("rows that are there", [("rows", "durable push, window 1024", "whole way"), *map(_line, medians.items())]),
         ("idle links", [("links", "KiB of the server each"), (str(links), f"{per_link / 1024:.1f}")]),
     ]
-    for title, (head, *rows) in tables:
-        table = Table(*head, title=title)
-        for each in rows:
-            table.add_row(*each)
-        console.print(table)
+    for title, rows in tables:
+        show(console, title, rows)
     out.mkdir(parents=True, exist_ok=True)
     whole_result = {
         "machine": machine.describe(postgres),

@@ -13,6 +13,7 @@ import matplotlib as mpl
 
 from benchmarks.load import Result
 from benchmarks.plan import RATIOS, Cell
+from benchmarks.tables import rst
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -102,11 +103,3 @@ class Run:
         figure.tight_layout()
         figure.savefig(path, dpi=110)
         plt.close(figure)
-
-
-def rst(title: str, rows: Sequence[tuple[str, ...]]) -> str:
-    """Write a table as the documents show it."""
-    lines = [f".. list-table:: {title}", "   :header-rows: 1", ""]
-    for row in rows:
-        lines += [f"   {'* -' if at == 0 else '  -'} {cell}" for at, cell in enumerate(row)]
-    return "\n".join(lines) + "\n"

@@ -39,7 +39,6 @@ def drive(place: Place, load: Load, meter: Meter) -> None:
         if load.links == 1:
             drive_loop(_call(first, load), load, meter)
             return
-        lock = threading.Lock()
         is_over = threading.Event()
         counts = [0] * load.links
 
@@ -55,8 +54,7 @@ def drive(place: Place, load: Load, meter: Meter) -> None:
 
         def wait() -> int:
             is_over.wait(0.01)
-            with lock:
-                return sum(counts) - meter.count
+            return sum(counts) - meter.count
 
         drive_loop(wait, load, meter)
         is_over.set()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from twisted.internet import reactor, task
 
 from benchmarks.contestants import _link, _twisted
@@ -21,4 +19,3 @@ def drive(place: Place, load: Load, meter: Meter) -> None:
         meter.mark()
 
     _twisted.run(driving())
-    sys.stdout.flush()

@@ -126,6 +126,19 @@ class Query(NamedTuple):
     statement: Prepared | str
     params: tuple[Any, ...]
 
+    def texts(self, conn: Connection) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Give what a connection is to run for it, one after the other: what it has to plan first, then the query.
+
+        Whoever asks for the next one has run the one before.
+        """
+        if not isinstance(self.statement, Prepared):
+            yield self.statement, self.params
+            return
+        if not self.statement.is_planned(conn):
+            yield self.statement.prepare, ()
+            self.statement.planned(conn)
+        yield self.statement.call, self.params
+
 
 #: A piece of work that says what it wants to ask, is given the rows, and returns what it came to: whoever drives it
 #: decides how it waits.
@@ -141,13 +154,8 @@ def drive(txn: Cursor, steps: Steps[T]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
-        statement = query.statement
-        if isinstance(statement, Prepared):
-            if not statement.is_planned(txn.connection):
-                txn.execute(statement.prepare)
-                statement.planned(txn.connection)
-            statement = statement.call
-        txn.execute(statement, query.params or None)
+        for text, params in query.texts(txn.connection):
+            txn.execute(text, params or None)
         rows = txn.fetchall() if txn.description else []
 
 

@@ -20,7 +20,7 @@ from zope.interface import implementer
 from s2s.clock import cancel
 from s2s.errors import DatabaseUnavailable
 from s2s.store import driver
-from s2s.store.driver import Connection, Prepared, Query, Steps
+from s2s.store.driver import Connection, Query, Steps
 
 T = TypeVar("T")
 
@@ -120,13 +120,10 @@ class Line:
         if self._conn is None:
             await self._connect()
         assert self._conn is not None
-        statement = query.statement
-        if isinstance(statement, Prepared):
-            if not statement.is_planned(self._conn):
-                await self._execute(statement.prepare)
-                statement.planned(self._conn)
-            statement = statement.call
-        return await self._execute(statement, query.params)
+        rows: list[Any] = []
+        for text, params in query.texts(self._conn):
+            rows = await self._execute(text, params)
+        return rows
 
     async def _connect(self) -> None:
         # The look-up of a host name blocks: off the reactor's thread.
@@ -141,7 +138,7 @@ class Line:
         self._conn, self._fileno = conn, os.dup(conn.fileno())
         self._reactor.addReader(self)
 
-    def _execute(self, statement: str, params: tuple[Any, ...] = ()) -> Deferred[list[Any]]:
+    def _execute(self, statement: str, params: tuple[Any, ...]) -> Deferred[list[Any]]:
         assert self._conn is not None
         answer: Deferred[list[Any]] = Deferred()
         self._answer = answer

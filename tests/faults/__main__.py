@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.table import Table
 from twisted.internet.defer import Deferred
 from twisted.internet.task import react
 
+from benchmarks.tables import show
 from tests.faults import campaign
 from tests.faults.inside import BREAKS
 from tests.faults.kinds import ATTACKS
@@ -40,11 +40,8 @@ def main(
         verdict = await campaign.run(
             chosen, seconds, attacks=attacks, pushes=pushes, breaks=breaks, path=history, say=click.echo
         )
-        for title, (head, *rows) in verdict.tables():
-            table = Table(*head, title=title)
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
+        for title, rows in verdict.tables():
+            show(console, title, rows)
         if rst is not None:
             rst.write_text(verdict.written())
         failed.extend(verdict.violations)

@@ -16,6 +16,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.threads import deferToThread
 
+from benchmarks.tables import rst
 from tests.faults.history import Operation, operations
 from tests.faults.judge import Facts, judge
 from tests.faults.kinds import ATTACKS, Attack, program
@@ -76,7 +77,7 @@ class Verdict:
 
     def written(self) -> str:
         """Give the tables as the documents show them."""
-        return "\n".join(_written(*table) for table in self.tables())
+        return "\n".join(rst(*table) for table in self.tables())
 
 
 #: The row that sums up.
@@ -86,13 +87,6 @@ _ALL: Final = "all"
 def _typical(seconds: Sequence[float]) -> tuple[str, ...]:
     """Give the median and the worst."""
     return tuple(f"{of(seconds):.1f}" for of in (statistics.median, max)) if seconds else ("", "")
-
-
-def _written(title: str, rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [f".. list-table:: {title}", "   :header-rows: 1", ""]
-    for row in rows:
-        lines += [f"   {'* -' if at == 0 else '  -'} {cell}" for at, cell in enumerate(row)]
-    return "\n".join(lines) + "\n"
 
 
 async def run(
