@@ -82,7 +82,7 @@ class Answers:
 
     def look_if_quiet(self) -> None:
         """Tell who waits for it that nothing is held, or that the link is gone."""
-        if not self._session.held or self._session.state is State.CLOSED:
+        if self._until_quiet and (not self._session.held or self._session.state is State.CLOSED):
             waiters, self._until_quiet = self._until_quiet, []
             for waiter in waiters:
                 # Not now: the last answer is still to be written.

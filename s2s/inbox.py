@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
+import msgspec
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from s2s import canonical
 from s2s.catalogue.schema import Schema
@@ -43,7 +45,7 @@ WAITING_BYTES: Final = 32 * 1024 * 1024
 RETRY_AFTER_MS: Final = 1000
 
 
-class _Waiter(NamedTuple):
+class _Waiter(msgspec.Struct, frozen=True):
     push: Push
     size: int
     answer: Deferred[dict[str, Any]]
@@ -91,7 +93,7 @@ class Inbox:
     def push(self, payload: Mapping[str, Any]) -> Deferred[dict[str, Any]]:
         """Accept one command.
 
-        :param payload: as the catalogue's schema lets it pass.
+        :param payload: as it was parsed, and as the catalogue's schema lets it pass.
         :returns: fires with the payload of its ``s2s.ack`` after the COMMIT, or fails with a :class:`WireError`.
         """
         try:
@@ -121,7 +123,7 @@ class Inbox:
         if schema is None:
             raise UnknownCommand(f"no handler serves {cmd_type}", supported=sorted(self._schemas))
         schema.check(content, "/payload/payload")
-        written = canonical.dumps(content)
+        written = canonical.rewrite(content)
         if self._waiters and (len(self._waiters) >= WAITING_PUSHES or self._bytes + len(written) > WAITING_BYTES):
             self._counters.meet("inbox")
             raise Overloaded(
@@ -154,39 +156,40 @@ class Inbox:
             self._bytes -= batch[-1].size
         self._is_busy = bool(batch)
         if batch:
-            done = Deferred.fromCoroutine(self._commit(batch))
-            done.addCallback(lambda _: self._next())
+            writing = self._database.run_steps(table.push_batch, [waiter.push for waiter in batch])
+            writing.addCallbacks(self._committed, self._failed, callbackArgs=(batch,), errbackArgs=(batch,))
         elif self._drained is not None:
             self._drained.callback(None)
 
-    async def _commit(self, batch: list[_Waiter]) -> None:
-        """Commit one batch and answer its waiters. Never fails."""
-        pushes = [waiter.push for waiter in batch]
-        try:
-            outcomes: list[Outcome | WireError] = await self._write(pushes)
-        except DatabaseUnavailable:
-            # The pool has said so in the log, once. Some may be there all the same: whoever runs them is to look.
-            self._on_commit()
-            outcomes = [DbUnavailable(retry_after_ms=RETRY_AFTER_MS) for _ in batch]
-        except Exception:
-            incident = secrets.token_hex(8)
-            self.log.failure(
-                "incident {incident}: a batch of {pushes} pushes failed", incident=incident, pushes=len(batch)
-            )
-            outcomes = [InternalError(incident=incident) for _ in batch]
-        else:
-            self.batches += 1
+    def _committed(self, outcomes: Sequence[Outcome | StatementRefused], batch: list[_Waiter]) -> None:
+        self.batches += 1
         if any(isinstance(outcome, Outcome) and outcome.is_new for outcome in outcomes):
             self._on_commit()
         for waiter, outcome in zip(batch, outcomes, strict=True):
-            self._answer(waiter, outcome)
+            self._answer(waiter, self._refuse(outcome) if isinstance(outcome, StatementRefused) else outcome)
+        self._next()
 
-    async def _write(self, pushes: list[Push]) -> list[Outcome | WireError]:
-        try:
-            return list(await self._database.run_steps(table.push_batch, pushes))
-        except StatementRefused:
-            singly = await self._database.run(table.push_singly, pushes)
-        return [self._refuse(outcome) if isinstance(outcome, StatementRefused) else outcome for outcome in singly]
+    def _failed(self, failure: Failure, batch: list[_Waiter]) -> None:
+        if failure.check(StatementRefused):
+            singly = self._database.run(table.push_singly, [waiter.push for waiter in batch])
+            singly.addCallbacks(self._committed, self._given_up, callbackArgs=(batch,), errbackArgs=(batch,))
+        else:
+            self._given_up(failure, batch)
+
+    def _given_up(self, failure: Failure, batch: list[_Waiter]) -> None:
+        error: WireError
+        if failure.check(DatabaseUnavailable):
+            # The pool has said so in the log, once. Some may be there all the same: whoever runs them is to look.
+            self._on_commit()
+            error = DbUnavailable(retry_after_ms=RETRY_AFTER_MS)
+        else:
+            error = InternalError(incident=(incident := secrets.token_hex(8)))
+            self.log.failure(
+                "incident {incident}: a batch of {pushes} pushes failed", failure, incident=incident, pushes=len(batch)
+            )
+        for waiter in batch:
+            self._answer(waiter, error)
+        self._next()
 
     def _refuse(self, reason: StatementRefused) -> InternalError:
         incident = secrets.token_hex(8)

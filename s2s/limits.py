@@ -26,6 +26,11 @@ class Timing:
     respond: float = 10.0
     flush: float = 2.0
 
+    @property
+    def soonest(self) -> float:
+        """The shortest of the waits that something coming in may begin."""
+        return min(self.frame, self.idle, self.respond)
+
 
 @dataclass
 class Bounds:

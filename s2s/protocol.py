@@ -139,8 +139,10 @@ class Link(Int32StringReceiver):
         before = self._frames
         super().dataReceived(data)  # type: ignore[no-untyped-call]
         if self.session.is_open:
-            self.session.partial(self._clock.mono(), bool(self.recvd), self._frames != before)
-            self._arm()
+            mono = self._clock.mono()
+            self.session.partial(mono, bool(self.recvd), self._frames != before)
+            if self._alarm > mono + self.session.timing.soonest:
+                self._arm()
 
     def lengthLimitExceeded(self, length: int) -> None:
         """Refuse a frame by its prefix, before its body is buffered."""
@@ -310,16 +312,23 @@ class Link(Int32StringReceiver):
         # Whoever could foresee a challenge could have it answered before it is made.
         message_id = envelope.unguessable_id(int(self._clock.now() * 1000)) if call.message is CHALLENGE else ulid_now()
         self.session.calls.sent(call, message_id)
-        self._send(call.message.name, call.body, message_id)
-        if self.session.calls.in_flight == 1:
-            # Nothing else is on its way: the peer has nothing to do before it has this one.
-            self._writer.flush()
+        # Alone on its way: the peer has nothing to do before it has this one.
+        self._send(call.message.name, call.body, message_id, is_urgent=self.session.calls.in_flight == 1)
 
     def _send_line(self) -> None:
         while self.session.is_open and (call := self.session.calls.next_in_line()) is not None:
             self._send_call(call)
 
-    def _send(self, type: str, body: bytes, message_id: str, ack_of: str | None = None, is_signed: bool = True) -> None:
+    def _send(
+        self,
+        type: str,
+        body: bytes,
+        message_id: str,
+        ack_of: str | None = None,
+        *,
+        is_signed: bool = True,
+        is_urgent: bool = False,
+    ) -> None:
         role, now = self.session.role, self._clock.now()
         try:
             key = self._keys.keyring.signer(role, now) if is_signed else None
@@ -338,16 +347,14 @@ class Link(Int32StringReceiver):
             ack_of=ack_of,
         )
         self._counters.frames_out += 1
-        self._writer.write(len(frame).to_bytes(4, "big") + frame)
+        self._writer.write(len(frame).to_bytes(4, "big") + frame, is_urgent)
         if self._writer.waiting_bytes > self.session.bounds.write_bytes:
             self._counters.meet("write_buffer")
             self.abort("the peer does not read")
 
     def _send_reply(self, type: str, body: bytes, ack_of: str) -> None:
-        self._send(type, body, ulid_now(), ack_of)
-        if not self.session.held:
-            # Nor has a peer that waits for nothing more.
-            self._writer.flush()
+        # Nor has a peer that waits for nothing more.
+        self._send(type, body, ulid_now(), ack_of, is_urgent=not self.session.held)
 
     def _settle(self, reply: Reply) -> None:
         call, outcome = reply.call, reply.outcome()

@@ -14,10 +14,8 @@ import secrets
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Final, Literal
-
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.hmac import HMAC
 
 from s2s.errors import NoSigningKey
 
@@ -27,6 +25,12 @@ ROLES: Final[tuple[Role, ...]] = ("engine", "server")
 KEY_ROLES: Final = (*ROLES, "any")
 KEY_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MIN_SECRET: Final = 32
+
+
+# Of SHA-256, in bytes; and what the padded key is XORed with (RFC 2104, section 2).
+_BLOCK: Final = 64
+_INNER_PAD: Final = bytes(byte ^ 0x36 for byte in range(256))
+_OUTER_PAD: Final = bytes(byte ^ 0x5C for byte in range(256))
 
 
 class Secret:
@@ -83,18 +87,24 @@ class Key:
     is_default_tx: bool = False
 
     def __post_init__(self) -> None:
-        # The padded key blocks are hashed once; each MAC then copies the state.
-        object.__setattr__(self, "_mac", HMAC(self.secret.reveal(), SHA256()))
+        # The padded key blocks are hashed once; each MAC then copies both states (RFC 2104, section 4).
+        secret = self.secret.reveal()
+        block = (sha256(secret).digest() if len(secret) > _BLOCK else secret).ljust(_BLOCK, b"\0")
+        object.__setattr__(self, "_inner", sha256(block.translate(_INNER_PAD)))
+        object.__setattr__(self, "_outer", sha256(block.translate(_OUTER_PAD)))
 
     def sign(self, message: bytes) -> str:
         """HMAC-SHA256 as 64 lowercase hex digits (RFC 2104)."""
-        mac: HMAC = self._mac.copy()  # type: ignore[attr-defined]
-        mac.update(message)
-        return mac.finalize().hex()
+        # By hand: the libraries' HMAC does the same in so much more code that one that has rested takes twice as long.
+        inner, outer = self._inner.copy(), self._outer.copy()  # type: ignore[attr-defined]
+        inner.update(message)
+        outer.update(inner.digest())
+        mac: str = outer.hexdigest()
+        return mac
 
     def verifies(self, message: bytes, signature: str) -> bool:
         """Compare in constant time."""
-        return hmac.compare_digest(self.sign(message).encode("ascii"), signature.encode("utf-8", "replace"))
+        return signature.isascii() and hmac.compare_digest(self.sign(message), signature)
 
     def is_active(self, now: float) -> bool:
         """Whether ``now`` (Unix seconds) lies in its window."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from s2s.catalogue import MessageType
 from s2s.errors import LineFull
 from s2s.limits import Bounds
 
 
-@dataclass(eq=False)
-class Call:
+class Call(msgspec.Struct, eq=False):
     """A request of ours on its way.
 
     :param body: the payload's canonical bytes.

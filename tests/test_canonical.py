@@ -164,6 +164,7 @@ class ParseTests(SynchronousTestCase):
         self.assertEqual(canonical.dumps(value), written)
         self.assertEqual(repr(canonical.parse_exactly(written)), repr(_sorted(value)))
         self.assertEqual(canonical.dumps(canonical.parse(written)), written)
+        self.assertEqual(canonical.rewrite(canonical.parse_exactly(written)), written)
 
     @_MANY
     @given(st.binary(max_size=64))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from s2s.store import commands, driver, notes
 from s2s.store.commands import Outcome, Push
 from s2s.store.driver import Cursor
@@ -13,6 +16,19 @@ from tests.support.postgres import DatabaseTestCase
 
 def _push(key: str, content: int = 0, **more: Any) -> Push:
     return Push("test.run", key, bytes([content]) * 32, '{"n":1}', **more)
+
+
+@st.composite
+def _pushes(draw: st.DrawFn) -> Push:
+    """Draw a push of few keys and contents, so that there are duplicates and conflicts."""
+    return Push(
+        draw(st.sampled_from(["test.run", "test.other"])),
+        draw(st.sampled_from(["a", "b", "B", "c'\\"])),
+        draw(st.sampled_from([bytes(32), b"\\'\0\xff" * 8])),
+        draw(st.sampled_from(["{}", '{"text":"\\n\\\\\'%s"}'])),
+        draw(st.integers(0, 1000)),
+        draw(st.none() | st.integers(4102444800, 4102444900)),
+    )
 
 
 class PushTests(DatabaseTestCase):
@@ -51,6 +67,25 @@ class PushTests(DatabaseTestCase):
         self.execute("delete from commands")
         self.assertEqual(self.push(_push("a")), [Outcome(first.cmd_id, "done")])
         self.assertEqual(self.execute("select count(*) from commands"), [(0,)])
+
+    @settings(max_examples=40, deadline=None, database=None)
+    @given(st.lists(_pushes(), min_size=1, max_size=8))
+    def test_one_by_one(self, pushes: list[Push]) -> None:
+        """One push alone goes by a statement of its own: it makes of each what the statement for many makes of all."""
+        made = []
+        for batches in ([pushes], [[push] for push in pushes]):
+            self.execute("truncate commands, idempotency_keys restart identity")
+            outcomes = [outcome for batch in batches for outcome in self.push(*batch)]
+            # A number of a push that was no new one is lost.
+            places = {cmd_id: place for place, cmd_id in enumerate(dict.fromkeys(each.cmd_id for each in outcomes))}
+            rows = self.execute(
+                "select c.cmd_id, cmd_type, idem_key, payload, priority, c.status, fingerprint::text,"
+                " case when due_at > now() then extract(epoch from due_at)::bigint end, k.cmd_id"
+                " from commands c join idempotency_keys k using (idem_key) order by c.cmd_id"
+            )
+            told = [(places[each.cmd_id], each.status, each.is_new, each.is_conflict) for each in outcomes]
+            made.append((told, [(places[cmd_id], *rest, places[known]) for cmd_id, *rest, known in rows]))
+        self.assertEqual(*made)
 
     def test_a_refused_row_alone(self) -> None:
         """Row by row, only what the database refuses is refused; numbers and winners follow the order of arrival."""

@@ -107,11 +107,11 @@ def drive(place: Place, load: Load, meter: Meter) -> None:
 
 def _pushed(link: Link, payload: dict[str, Any]) -> Deferred[Any]:
     """Push a command, and again when there is no room for it."""
+    return link.call(COMMAND_PUSH, payload).addErrback(_again, link, payload)
 
-    def again(failure: Failure) -> Deferred[Any]:
-        failure.trap(Refused)
-        if failure.value.code != Overloaded.code:
-            failure.raiseException()
-        return task.deferLater(reactor, failure.value.details["retry_after_ms"] / 1000, _pushed, link, payload)
 
-    return link.call(COMMAND_PUSH, payload).addErrback(again)
+def _again(failure: Failure, link: Link, payload: dict[str, Any]) -> Deferred[Any]:
+    failure.trap(Refused)
+    if failure.value.code != Overloaded.code:
+        failure.raiseException()
+    return task.deferLater(reactor, failure.value.details["retry_after_ms"] / 1000, _pushed, link, payload)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
+import msgspec
 import psycopg2
 
 from s2s.errors import StatementRefused
@@ -24,7 +25,7 @@ MAX_DEATH_BACKOFF_S: Final = 10
 # --- accepting -------------------------------------------------------------------------------------------------------
 
 
-class Push(NamedTuple):
+class Push(msgspec.Struct, frozen=True):
     """One command on its way in.
 
     :param fingerprint: SHA-256 of the canonical ``{cmd_type, payload}``.
@@ -42,7 +43,7 @@ class Push(NamedTuple):
     cmd_id: int | None = None
 
 
-class Outcome(NamedTuple):
+class Outcome(msgspec.Struct, frozen=True):
     """What became of a push.
 
     :param cmd_id: the first command of its ``idem_key``.
@@ -83,6 +84,23 @@ with pushed as materialized (
 select idem_key, cmd_id from fresh
 """,  # noqa: S608 - of constants, as below
     *("text" for _ in range(7)),
+)
+
+# One push alone: what sorts and joins has nothing to do.
+_INSERT_ONE: Final = driver.Prepared(
+    "s2s_push_one",
+    f"""
+with fresh as (
+    insert into idempotency_keys (idem_key, fingerprint, cmd_id)
+    values ($1, $2, coalesce($7, {_NEXT}))
+    on conflict (idem_key) do nothing
+    returning cmd_id
+)
+insert into commands (cmd_id, cmd_type, idem_key, payload, priority, due_at)
+select cmd_id, $3, $1, $4::jsonb, $5, coalesce(to_timestamp($6), now()) from fresh
+returning idem_key, cmd_id
+""",  # noqa: S608
+    *("text", "bytea", "text", "text", "integer", "bigint", "bigint"),
 )
 
 
@@ -126,7 +144,9 @@ def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | Statement
     :returns: one outcome or refusal for each push, in the same order.
     """
     txn.execute(f"select {_NEXT} from generate_series(1, %s)", (len(pushes),))  # noqa: S608
-    drawn = [push._replace(cmd_id=cmd_id) for push, (cmd_id,) in zip(pushes, txn.fetchall(), strict=True)]
+    drawn = [
+        msgspec.structs.replace(push, cmd_id=cmd_id) for push, (cmd_id,) in zip(pushes, txn.fetchall(), strict=True)
+    ]
     outcomes: dict[int, Outcome | StatementRefused] = {}
     # In the order of the keys, as a batch takes its locks; the sort is stable, so of one key the first still wins.
     for place in sorted(range(len(drawn)), key=lambda place: drawn[place].idem_key):
@@ -142,6 +162,13 @@ def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | Statement
 
 
 def _insertion(pushes: Collection[Push]) -> Query:
+    """Give what inserts pushes of different keys; its rows are ``idem_key`` and ``cmd_id`` of the new ones."""
+    if len(pushes) == 1:
+        [push] = pushes
+        return Query(
+            _INSERT_ONE,
+            (push.idem_key, push.fingerprint, push.cmd_type, push.payload, push.priority, push.due_at, push.cmd_id),
+        )
     # Each column as one text: of lists psycopg2 writes expressions, which the database parses value by value.
     params = (
         _lines([push.idem_key for push in pushes]),

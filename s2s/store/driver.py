@@ -8,9 +8,10 @@ import select
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 from weakref import WeakSet
 
+import msgspec
 import orjson
 import psycopg2
 import psycopg2.extras
@@ -120,24 +121,22 @@ class Prepared:
         self._planned.add(conn)
 
 
-class Query(NamedTuple):
+class Query(msgspec.Struct, frozen=True):
     """A statement and its parameters."""
 
     statement: Prepared | str
     params: tuple[Any, ...]
 
-    def texts(self, conn: Connection) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Give what a connection is to run for it, one after the other: what it has to plan first, then the query.
+    @property
+    def text(self) -> str:
+        """What is run with the parameters, where it is planned."""
+        return self.statement.call if isinstance(self.statement, Prepared) else self.statement
 
-        Whoever asks for the next one has run the one before.
-        """
-        if not isinstance(self.statement, Prepared):
-            yield self.statement, self.params
-            return
-        if not self.statement.is_planned(conn):
-            yield self.statement.prepare, ()
-            self.statement.planned(conn)
-        yield self.statement.call, self.params
+    def unplanned(self, conn: Connection) -> Prepared | None:
+        """Give what a connection has to plan first, if it has."""
+        if isinstance(self.statement, Prepared) and not self.statement.is_planned(conn):
+            return self.statement
+        return None
 
 
 #: A piece of work that says what it wants to ask, is given the rows, and returns what it came to: whoever drives it
@@ -154,8 +153,10 @@ def drive(txn: Cursor, steps: Steps[T]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
-        for text, params in query.texts(txn.connection):
-            txn.execute(text, params or None)
+        if (unplanned := query.unplanned(txn.connection)) is not None:
+            txn.execute(unplanned.prepare)
+            unplanned.planned(txn.connection)
+        txn.execute(query.text, query.params or None)
         rows = txn.fetchall() if txn.description else []
 
 
@@ -234,14 +235,15 @@ def is_broken(conn: Connection) -> bool:
     return bool(conn.closed) or conn.info.transaction_status == TRANSACTION_STATUS_UNKNOWN
 
 
-def has_word(conn: Connection) -> bool:
-    """Whether the database has said something to an idle connection: that has nothing to be told but its end.
+def ears(fileno: int) -> select.poll:
+    """Give what tells by ``poll(0)`` whether the database has said something to a connection.
 
-    All of them have after a restart of the database, and each would cost somebody a failure.
+    To an idle one it has nothing to say but that it ends: all of them have that waiting after a restart of the
+    database, and each would cost somebody a failure.
     """
-    line = select.poll()
-    line.register(conn.fileno(), select.POLLIN)
-    return bool(line.poll(0))
+    listening = select.poll()
+    listening.register(fileno, select.POLLIN)
+    return listening
 
 
 def is_of_the_connection(error: BaseException) -> bool:

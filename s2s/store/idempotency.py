@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import msgspec
 
 from s2s.store.driver import Query, Steps
 
 
-class First(NamedTuple):
+class First(msgspec.Struct, frozen=True):
     """The first command of a key.
 
     :param fingerprint: SHA-256 of its canonical ``{cmd_type, payload}``.

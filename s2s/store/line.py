@@ -6,6 +6,7 @@ A thread of the pool costs two changes between threads, which is more than a sho
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -20,7 +21,7 @@ from zope.interface import implementer
 from s2s.clock import cancel
 from s2s.errors import DatabaseUnavailable
 from s2s.store import driver
-from s2s.store.driver import Connection, Query, Steps
+from s2s.store.driver import Connection, Prepared, Query, Steps
 
 T = TypeVar("T")
 
@@ -36,31 +37,38 @@ class Line:
     :param parameters: of the connection.
     :param statement_timeout_s: seconds after which the database cancels a statement.
     :param reactor: the reactor.
+    :param tell: told after each piece of work whether the database is away, and why.
     :param on_late: called when the database did not answer in time.
     """
 
     def __init__(
-        self, parameters: dict[str, Any], statement_timeout_s: float, reactor: Any, on_late: Callable[[], object]
+        self,
+        parameters: dict[str, Any],
+        statement_timeout_s: float,
+        reactor: Any,
+        tell: Callable[[bool, str], object],
+        on_late: Callable[[], object],
     ) -> None:
         self._parameters = parameters
         self._statement_timeout_s = statement_timeout_s
         self._reactor = reactor
+        self._tell = tell
         self._on_late = on_late
         self._conn: Connection | None = None
         self._cursor: Any = None
         self._fileno = -1
+        self._ears = select.poll()
         self._is_writing = False
-        self._answer: Deferred[list[Any]] | None = None
+        #: The work under way, and what it will come to.
+        self._steps: Steps[Any] | None = None
+        self._outcome: Deferred[Any] = succeed(None)
+        #: Whom the rows of the statement that was sent are for.
+        self._asks: Callable[[list[Any]], None] | None = None
         self._timer: Any = None
         self._deadline = 0.0
-        self._done: Deferred[None] = succeed(None)
+        self._until_idle: list[Deferred[None]] = []
         #: Why everything is given up, once it is.
         self._cancelled = ""
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether there is a connection, and nothing is known to be wrong with it."""
-        return self._conn is not None
 
     def run(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
         """Do one query of ``work(*args)`` after the other.
@@ -69,9 +77,11 @@ class Line:
             connection or it broke, where what had been asked may have been done; and with :class:`StatementRefused`
             when the database refused the data.
         """
-        assert self._done.called, "one thing after the other"
-        self._done = Deferred()
-        return Deferred.fromCoroutine(self._run(work(*args))).addBoth(self._leave)
+        assert self._steps is None, "one thing after the other"
+        outcome: Deferred[T] = Deferred()
+        self._outcome, self._steps = outcome, work(*args)
+        self._go_on(None)
+        return outcome
 
     def stop(self) -> Deferred[None]:
         """Finish what is under way, and close the connection.
@@ -90,71 +100,105 @@ class Line:
         return self._idle()
 
     def _idle(self) -> Deferred[None]:
+        if self._steps is None:
+            return succeed(None)
         waiter: Deferred[None] = Deferred()
-        # Through one of its own: whoever is told may call us.
-        self._done.addCallback(lambda _: waiter.callback(None))
+        self._until_idle.append(waiter)
         return waiter
 
-    def _leave(self, outcome: T) -> T:
-        self._done.callback(None)
-        return outcome
+    # --- from query to query, by callbacks: coroutines would take a good part of a short statement's time ----------
 
-    async def _run(self, steps: Steps[T]) -> T:
-        rows: Any = None  # the first send is None, as it must be
-        while True:
-            try:
-                query = steps.send(rows)
-            except StopIteration as end:
-                result: T = end.value
-                return result
-            try:
-                rows = await self._ask(query)
-            except psycopg2.Error as error:
-                raise driver.told(error, self._conn) from None
+    def _go_on(self, rows: Any) -> None:
+        """Give the work what it asked for, and ask what it wants next.
 
-    async def _ask(self, query: Query) -> list[Any]:
+        :param rows: ``None`` at first, as a generator wants it.
+        """
+        assert self._steps is not None
+        try:
+            query = self._steps.send(rows)
+        except StopIteration as end:
+            self._end(end.value)
+        except Exception:
+            self._end(Failure())
+        else:
+            self._ask(query)
+
+    def _ask(self, query: Query) -> None:
         if self._cancelled:
-            raise DatabaseUnavailable(self._cancelled)
-        if self._conn is not None and driver.has_word(self._conn):
+            self._end(Failure(DatabaseUnavailable(self._cancelled)))
+            return
+        if self._conn is not None and self._ears.poll(0):
+            # Unasked it has only its end to tell.
             self._drop()
         if self._conn is None:
-            await self._connect()
-        assert self._conn is not None
-        rows: list[Any] = []
-        for text, params in query.texts(self._conn):
-            rows = await self._execute(text, params)
-        return rows
+            self._connect().addCallbacks(lambda _: self._begin(query), self._end)
+        else:
+            self._begin(query)
 
-    async def _connect(self) -> None:
+    def _begin(self, query: Query) -> None:
+        assert self._conn is not None
+        unplanned = query.unplanned(self._conn)
+        if unplanned is None:
+            self._execute(query.text, query.params, self._go_on)
+        else:
+            self._execute(unplanned.prepare, (), lambda _: self._planned(unplanned, query))
+
+    def _planned(self, statement: Prepared, query: Query) -> None:
+        assert self._conn is not None
+        statement.planned(self._conn)
+        self._begin(query)
+
+    def _end(self, outcome: Any) -> None:
+        """The work is over, or given up.
+
+        :param outcome: what it came to, or a failure.
+        """
+        assert self._steps is not None
+        if not isinstance(outcome, Failure):
+            self._tell(False, "")
+        else:
+            self._steps.close()
+            if outcome.check(DatabaseUnavailable) and self._conn is None and not self._cancelled:
+                self._tell(True, str(outcome.value))
+        self._steps, waiting, self._until_idle = None, self._until_idle, []
+        for waiter in waiting:
+            waiter.callback(None)
+        # Whoever is told may have us do the next thing at once.
+        self._outcome.callback(outcome)
+
+    # --- one statement ---------------------------------------------------------------------------------------------
+
+    def _connect(self) -> Deferred[None]:
         # The look-up of a host name blocks: off the reactor's thread.
         settings = driver.settings(self._statement_timeout_s)
-        conn: Connection = await threads.deferToThreadPool(
+        opening: Deferred[Connection] = threads.deferToThreadPool(
             self._reactor, self._reactor.getThreadPool(), driver.open_async, self._parameters, settings, CONNECT_S
         )
+        return opening.addCallbacks(self._connected, _told)
+
+    def _connected(self, conn: Connection) -> None:
         if self._cancelled:
             conn.close()
             raise DatabaseUnavailable(self._cancelled)
         # libpq closes its descriptor when it finds the connection broken, under the reactor's hands: that gets another.
         self._conn, self._fileno = conn, os.dup(conn.fileno())
+        self._cursor = conn.cursor()
+        self._ears = driver.ears(self._fileno)
         self._reactor.addReader(self)
 
-    def _execute(self, statement: str, params: tuple[Any, ...]) -> Deferred[list[Any]]:
-        assert self._conn is not None
-        answer: Deferred[list[Any]] = Deferred()
-        self._answer = answer
+    def _execute(self, statement: str, params: tuple[Any, ...], asks: Callable[[list[Any]], None]) -> None:
+        self._asks = asks
         self._deadline = self._reactor.seconds() + self._statement_timeout_s + BEYOND_S
         if self._timer is None:
             self._watch()
         try:
-            self._cursor = self._conn.cursor()
             self._cursor.execute(statement, params or None)
         except Exception:
             # Also what is no error of the database's: parameters that cannot be written.
-            self._settle(Failure())
+            self._failed()
         else:
             # What the socket did not take at once is written when it can.
             self._advance()
-        return answer
 
     def _advance(self) -> None:
         """Go on with the exchange, as far as it goes now."""
@@ -164,32 +208,36 @@ class Line:
         try:
             state = self._conn.poll()
         except psycopg2.Error:
-            self._settle(Failure())
+            self._failed()
             return
         if self._is_writing != (state == POLL_WRITE):
             self._is_writing = not self._is_writing
             (self._reactor.addWriter if self._is_writing else self._reactor.removeWriter)(self)
-        if state != POLL_OK or self._answer is None:
+        asks = self._asks
+        if state != POLL_OK or asks is None:
             return
         try:
             rows = self._cursor.fetchall() if self._cursor.description else []
         except Exception:
-            self._settle(Failure())
+            self._failed()
         else:
-            self._settle(rows)
+            self._asks = None
+            asks(rows)
 
-    def _settle(self, outcome: list[Any] | Failure) -> None:
-        """Hand an outcome to whoever waits, if anybody does; a connection that broke goes first."""
-        error = outcome.value if isinstance(outcome, Failure) else None
-        if isinstance(error, psycopg2.Error) and self._has_broken(error):
-            outcome = Failure(driver.told(error))
-            self._drop()
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            answer.callback(outcome)
+    def _failed(self) -> None:
+        """What is being handled came of the connection: whoever asked is told; a connection that broke goes first."""
+        failure, conn = Failure(), self._conn
+        error = failure.value
+        if isinstance(error, psycopg2.Error) and conn is not None:
+            failure = Failure(driver.told(error, conn))
+            if driver.is_broken(conn) or driver.is_of_the_connection(error):
+                self._drop()
+        self._answer(failure)
 
-    def _has_broken(self, error: psycopg2.Error) -> bool:
-        return self._conn is not None and (driver.is_broken(self._conn) or driver.is_of_the_connection(error))
+    def _answer(self, failure: Failure) -> None:
+        if self._asks is not None:
+            self._asks = None
+            self._end(failure)
 
     def _watch(self) -> None:
         """Look when the answer is due: one timer for many statements, since most are answered long before."""
@@ -197,17 +245,15 @@ class Line:
 
     def _look(self) -> None:
         self._timer = None
-        if self._answer is not None and self._reactor.seconds() < self._deadline:
+        if self._asks is not None and self._reactor.seconds() < self._deadline:
             self._watch()
-        elif self._answer is not None:
+        elif self._asks is not None:
             self._on_late()
             self._lost("the database does not answer")
 
     def _lost(self, why: str) -> None:
         self._drop()
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            answer.errback(DatabaseUnavailable(why))
+        self._answer(Failure(DatabaseUnavailable(why)))
 
     def _drop(self) -> None:
         cancel(self._timer)
@@ -242,3 +288,9 @@ class Line:
     def logPrefix(self) -> str:
         """Name us in the reactor's own messages."""
         return "Line"
+
+
+def _told(failure: Failure) -> Failure:
+    """Say why there is no connection."""
+    error = failure.value
+    return Failure(driver.told(error)) if isinstance(error, psycopg2.Error) else failure

@@ -97,6 +97,7 @@ class Database:
             self._parameters,
             self._timeouts[0],
             self._reactor,
+            tell=self._tell,
             on_late=lambda: self._counters.meet("database_answer"),
         )
         self._refusal = ""
@@ -179,16 +180,7 @@ class Database:
         """
         if self._refusal:
             return defer.fail(DatabaseUnavailable(self._refusal))
-        return self._line.run(work, *args).addCallbacks(self._steps_done, self._steps_failed)
-
-    def _steps_done(self, result: T) -> T:
-        self._tell(False)
-        return result
-
-    def _steps_failed(self, failure: Failure) -> Failure:
-        if failure.check(DatabaseUnavailable) and not self._line.is_connected and not self.is_cancelled:
-            self._tell(True, str(failure.value))
-        return failure
+        return self._line.run(work, *args)
 
     def _leave(self, outcome: T) -> T:
         self._unfinished -= 1
@@ -269,7 +261,7 @@ class Database:
 
     def _connect(self, pool: Any) -> Connection:
         conn = cast("Connection", pool.connect())
-        if not driver.is_broken(conn) and not driver.has_word(conn):
+        if not driver.is_broken(conn) and not driver.ears(conn.fileno()).poll(0):
             return conn
         pool.disconnect(conn)
         return cast("Connection", pool.connect())
