@@ -50,7 +50,7 @@ class Answers:
 
     def serve(self, request: Request) -> None:
         """Have a request answered."""
-        ticket = self._session.hold(request, request.size, self._clock.mono())
+        ticket = self._session.hold(request, request.size, request.came)
         try:
             answer = self._responders[request.message.name](request)
         except Exception:
@@ -82,7 +82,7 @@ class Answers:
 
     def look_if_quiet(self) -> None:
         """Tell who waits for it that nothing is held, or that the link is gone."""
-        if self._until_quiet and (not self._session.held or self._session.state is State.CLOSED):
+        if not self._session.held or self._session.state is State.CLOSED:
             waiters, self._until_quiet = self._until_quiet, []
             for waiter in waiters:
                 # Not now: the last answer is still to be written.
@@ -117,7 +117,8 @@ class Answers:
     def _release(self, ticket: int) -> bool:
         """End a request that we hold: whether it is still to be answered."""
         is_awaited = self._session.release(ticket)
-        self.look_if_quiet()
-        if not self._session.holds_too_much:
+        if self._until_quiet:
+            self.look_if_quiet()
+        if self._reader.is_stopped and not self._session.holds_too_much:
             self._reader.go_on("held")
         return is_awaited and self._session.is_open

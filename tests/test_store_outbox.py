@@ -17,7 +17,7 @@ from s2s.signing import Key, Secret
 from s2s.store import broadcasts, notices, outbox
 from s2s.store.outbox import OutboxRow
 from s2s.store.pool import Database, blocking
-from tests.support.postgres import DatabaseTestCase
+from tests.support.postgres import DatabaseTestCase, rows_read
 
 _FAR = 2**53 - 1
 
@@ -100,6 +100,16 @@ class OutboxTests(_StoreTestCase):
         self.assertEqual(await self.claim(), [])
         self.execute("update outbox set send_at = now()")
         self.assertEqual([row.idem_key for row in await self.claim(rows[0].outbox_id)], ["b"])
+
+    def test_a_burst(self) -> None:
+        """A claim reads what it leases and little more, also where the statistics know nothing of what waits."""
+        self.execute(
+            "insert into outbox (cmd_type, idem_key, payload) select 'test.run', 'b' || i, '{}'"
+            " from generate_series(1, 20000) i"
+        )
+        with blocking(self.url) as txn:
+            self.assertEqual(len(outbox.claim(txn, 256, 5.0)), 256)
+            self.assertLess(rows_read(txn, "outbox"), 1500)
 
     async def test_renewed_and_given_back(self) -> None:
         """A lease can be lengthened, and ended; neither counts as an attempt, and what was set aside stays so."""

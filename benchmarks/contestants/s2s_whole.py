@@ -12,9 +12,10 @@ import psycopg2
 from benchmarks.contestants.s2s_push import become
 from benchmarks.load import Load, Meter, Place
 
+#: Of keys that nobody has used, also where this was done before.
 _FILL = (
-    "insert into outbox (cmd_type, idem_key, payload) select 'notice.publish', 'whole-' || n, jsonb_build_object("
-    "'scope', 'global', 'severity', 'info', 'message', %s) from generate_series(1, %s) n"
+    "insert into outbox (cmd_type, idem_key, payload) select 'notice.publish', concat('whole-', %s, '-', n),"
+    " jsonb_build_object('scope', 'global', 'severity', 'info', 'message', %s) from generate_series(1, %s) n"
 )
 
 
@@ -29,7 +30,7 @@ def drive(place: Place, load: Load, meter: Meter) -> None:
         connection.autocommit = True
         txn.execute("select coalesce(max(cmd_id), 0) from commands")
         before = txn.fetchall()[0][0]
-        txn.execute(_FILL, (load.filling, load.items))
+        txn.execute(_FILL, (before, load.filling, load.items))
         program = "import sys; from benchmarks.contestants import s2s_whole; s2s_whole.engine(*sys.argv[1:])"
         with subprocess.Popen(
             [sys.executable, "-c", program, str(place.port), place.url], stdin=subprocess.PIPE

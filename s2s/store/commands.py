@@ -11,7 +11,7 @@ import psycopg2
 
 from s2s.errors import StatementRefused
 from s2s.store import driver, idempotency
-from s2s.store.driver import Cursor, Query, Steps
+from s2s.store.driver import Cursor, Query, Steps, numbers
 
 #: A command that has failed so often is dead.
 MAX_ATTEMPTS: Final = 10
@@ -175,9 +175,9 @@ def _insertion(pushes: Collection[Push]) -> Query:
         _lines([push.fingerprint.hex() for push in pushes]),
         _lines([push.cmd_type for push in pushes]),
         _lines([push.payload for push in pushes]),
-        _numbers([push.priority for push in pushes]),
-        _numbers([push.due_at for push in pushes]),
-        _numbers([push.cmd_id for push in pushes]),
+        numbers([push.priority for push in pushes]),
+        numbers([push.due_at for push in pushes]),
+        numbers([push.cmd_id for push in pushes]),
     )
     return Query(_INSERT, params)
 
@@ -188,11 +188,6 @@ def _lines(values: Sequence[str]) -> str:
     if lines.count("\n") >= len(values):
         raise ValueError("a line break in a key, a type or a payload")
     return lines
-
-
-def _numbers(values: Sequence[int | None]) -> str:
-    """Write numbers as an array of PostgreSQL."""
-    return f"{{{','.join(['null' if value is None else str(value) for value in values])}}}"
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -266,15 +261,19 @@ def take(txn: Cursor, cmd_ids: Sequence[int]) -> list[Command]:
     """Lock those of the commands that still wait and that nobody else has locked, in run order."""
     txn.execute(
         "select cmd_id, cmd_type, idem_key, payload, attempts, priority from commands"
-        " where cmd_id = any(%s) and status = 'ready' order by priority, due_at, cmd_id for update skip locked",
-        (cmd_ids,),
+        " where cmd_id = any(%s::bigint[]) and status = 'ready' order by priority, due_at, cmd_id"
+        " for update skip locked",
+        (numbers(cmd_ids),),
     )
     return [Command(*row) for row in txn]
 
 
 def finish(txn: Cursor, cmd_ids: Sequence[int]) -> None:
     """Mark commands as done."""
-    txn.execute("update commands set status = 'done', finished_at = now() where cmd_id = any(%s::bigint[])", (cmd_ids,))
+    txn.execute(
+        "update commands set status = 'done', finished_at = now() where cmd_id = any(%s::bigint[])",
+        (numbers(cmd_ids),),
+    )
 
 
 def charge(txn: Cursor, failures: Sequence[tuple[int, str]], deaths: Container[int] = ()) -> int:
@@ -314,5 +313,5 @@ def postpone(txn: Cursor, cmd_ids: Sequence[int], delay_s: float) -> None:
     """
     txn.execute(
         "update commands set due_at = clock_timestamp() + %s * interval '1 second' where cmd_id = any(%s::bigint[])",
-        (delay_s, cmd_ids),
+        (delay_s, numbers(cmd_ids)),
     )

@@ -6,7 +6,7 @@ import hashlib
 import re
 import select
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 from weakref import WeakSet
@@ -137,6 +137,14 @@ class Query(msgspec.Struct, frozen=True):
         if isinstance(self.statement, Prepared) and not self.statement.is_planned(conn):
             return self.statement
         return None
+
+
+def numbers(values: Iterable[int | None]) -> str:
+    """Write numbers as PostgreSQL's text of an array.
+
+    Of a list psycopg2 writes an expression, which the database parses value by value.
+    """
+    return f"{{{','.join(['null' if value is None else str(value) for value in values])}}}"
 
 
 #: A piece of work that says what it wants to ask, is given the rows, and returns what it came to: whoever drives it

@@ -26,7 +26,7 @@ from datetime import datetime
 from typing import Final, NamedTuple
 
 from s2s.store import commands
-from s2s.store.driver import Cursor, lock_key
+from s2s.store.driver import Cursor, lock_key, numbers
 
 _CLAIMING: Final = lock_key("claiming")
 _REAPING: Final = lock_key("reaping")
@@ -101,7 +101,7 @@ def claim(txn: Cursor, boot_id: str, worker: int, limit: int, suspects: Containe
     if cmd_ids:
         txn.execute(
             "insert into batch_notes (boot_id, worker, cmd_ids) values (%s, %s, %s::bigint[])",
-            (boot_id, worker, cmd_ids),
+            (boot_id, worker, numbers(cmd_ids)),
         )
     return cmd_ids
 

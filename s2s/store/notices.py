@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from s2s.store.driver import Cursor
+from s2s.store.driver import Cursor, numbers
 
 #: A longer life is cut to this, in seconds (a thousand years): a timestamp has an end.
 _LONGEST_TTL_S: Final = 31_556_952_000
@@ -34,19 +34,22 @@ def insert_batch(txn: Cursor, notices: Sequence[tuple[int, Mapping[str, Any]]]) 
 
     :param notices: ``(cmd_id, payload of notice.publish)``.
     """
-    ttls = [payload.get("ttl_s") for _, payload in notices]
+
+    def members(name: str) -> list[Any]:
+        return [payload.get(name) for _, payload in notices]
+
     txn.execute(
         "insert into notices (cmd_id, scope, sector_id, corp_id, player_id, message, severity, expires_at)"
         " select cmd_id, scope, sector_id, corp_id, player_id, message, severity, now() + ttl_s * interval '1 second'"
         " from unnest(%s::bigint[], %s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::text[],"
         " %s::bigint[]) as n (cmd_id, scope, sector_id, corp_id, player_id, message, severity, ttl_s)",
         (
-            [cmd_id for cmd_id, _ in notices],
-            *(
-                [payload.get(member) for _, payload in notices]
-                for member in ("scope", "sector_id", "corp_id", "player_id", "message", "severity")
-            ),
-            [None if ttl is None else min(ttl, _LONGEST_TTL_S) for ttl in ttls],
+            numbers(cmd_id for cmd_id, _ in notices),
+            members("scope"),
+            *(numbers(members(name)) for name in ("sector_id", "corp_id", "player_id")),
+            members("message"),
+            members("severity"),
+            numbers(None if ttl is None else min(ttl, _LONGEST_TTL_S) for ttl in members("ttl_s")),
         ),
     )
 

@@ -132,3 +132,9 @@ class DatabaseTestCase(TestCase):
             self._session = Session(self.url)
             self.addCleanup(self._session.close)
         return self._session.run(statement, *params)
+
+
+def rows_read(txn: Any, table: str) -> int:
+    """Give how many rows of a table a transaction has read until now, in whatever way."""
+    txn.execute("select seq_tup_read + idx_tup_fetch from pg_stat_xact_user_tables where relname = %s", (table,))
+    return int(txn.fetchone()[0])
