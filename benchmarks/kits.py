@@ -22,7 +22,7 @@ async def drive_deferred(calls: Sequence[Callable[[], Deferred[Any]]], load: Loa
     is_over = False
 
     def begin(call: Callable[[], Deferred[Any]]) -> None:
-        call().addCallbacks(done, _failed, callbackArgs=(call,), errbackArgs=(meter,))
+        call().addCallback(done, call).addErrback(_failed, meter)
 
     def done(_: object, call: Callable[[], Deferred[Any]]) -> None:
         meter.count += 1

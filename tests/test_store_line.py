@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from typing import Any
 from unittest import mock
 
@@ -93,6 +95,38 @@ class LineTests(DatabaseTestCase):
         await self.database.run_steps(_ask, "select pg_sleep(0.5)")
         self.assertEqual(await self.database.run_steps(_ask, "select pg_backend_pid()"), before)
 
+    async def test_unforeseen(self) -> None:
+        """What fails between two statements in a way that nobody foresaw fails the work, and the next one is done."""
+        planned = driver.Prepared("planned", "select $1", "integer")
+
+        def work() -> Steps[Any]:
+            rows = yield Query(planned, (1,))
+            return rows
+
+        for method in ("is_planned", "planned"):
+            with mock.patch.object(planned, method, side_effect=KeyError("unforeseen")):
+                await self.assertFailure(self.database.run_steps(work), KeyError)
+        with mock.patch.object(os, "dup", side_effect=OSError("too many")):
+            await self.assertFailure(self.database.run_steps(work), OSError)
+        self.assertEqual(await self.database.run_steps(work), [(1,)])
+        await poll(lambda: len(self.backends()) == 1, "the connections before it end")
+
+    async def test_lost_while_planning(self) -> None:
+        """A connection that ends while it plans is unavailable, and what it had to plan is planned on the next one."""
+        slow = driver.Prepared("slow", "select $1", "integer")
+        slow._head = "select pg_sleep(60); " + slow._head
+
+        def work() -> Steps[Any]:
+            rows = yield Query(slow, (1,))
+            return rows
+
+        asked = self.database.run_steps(work)
+        await poll(lambda: self.execute("select 1 from pg_stat_activity where query ~ '^select pg_sleep'"), "it plans")
+        self.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s line'")
+        await self.assertFailure(asked, DatabaseUnavailable)
+        slow._head = slow._head.removeprefix("select pg_sleep(60); ")
+        self.assertEqual(await self.database.run_steps(work), [(1,)])
+
     async def test_two_events_at_once(self) -> None:
         """An event of a descriptor that is gone is nothing."""
         await self.database.run_steps(_ask, "select 1")
@@ -145,6 +179,26 @@ class LineTests(DatabaseTestCase):
         self.assertEqual(one, 1)
         await poll(lambda: not self.backends(), "no connection")
         await self.assertFailure(self.database.run_steps(_ask, "select 1"), DatabaseUnavailable)
+
+    async def test_cancel_while_connecting(self) -> None:
+        """A connection that comes when the grace is over is closed, and what waited for it has failed."""
+        go_on, opening = threading.Event(), threading.Event()
+
+        def slowly(*args: Any) -> Any:
+            opening.set()
+            go_on.wait(10)
+            return connect(*args)
+
+        connect = driver.open_async
+        with mock.patch.object(driver, "open_async", slowly):
+            asked = self.database.run_steps(_ask, "select 1")
+            await poll(opening.is_set, "it connects")
+            cancelled = self.database.cancel()
+            go_on.set()
+            self.assertIn("cancelled", str(await self.assertFailure(asked, DatabaseUnavailable)))
+        self.assertTrue(await cancelled)
+        await poll(lambda: not self.backends(), "no connection")
+        self.assertFalse(self.database.is_away)
 
     async def test_cancel(self) -> None:
         """When the grace is over what is under way is given up at once, and nothing more is taken."""

@@ -37,7 +37,8 @@ class Line:
     :param parameters: of the connection.
     :param statement_timeout_s: seconds after which the database cancels a statement.
     :param reactor: the reactor.
-    :param tell: told after each piece of work whether the database is away, and why.
+    :param tell: told that the database is there when a piece of work has come to its end, and that it is away, and why,
+        when one has not for want of a connection.
     :param on_late: called when the database did not answer in time.
     """
 
@@ -80,7 +81,7 @@ class Line:
         assert self._steps is None, "one thing after the other"
         outcome: Deferred[T] = Deferred()
         self._outcome, self._steps = outcome, work(*args)
-        self._go_on(None)
+        self._proceed(self._go_on, None)
         return outcome
 
     def stop(self) -> Deferred[None]:
@@ -108,6 +109,18 @@ class Line:
 
     # --- from query to query, by callbacks: coroutines would take a good part of a short statement's time ----------
 
+    def _proceed(self, step: Callable[[Any], None], given: Any) -> None:
+        """Take the work a step further; a step that fails in a way that nobody foresaw must not leave it waiting."""
+        steps = self._steps
+        try:
+            step(given)
+        except Exception:
+            if self._steps is not steps:
+                raise  # it is over
+            failure, self._asks = Failure(), None
+            self._drop()
+            self._end(failure)
+
     def _go_on(self, rows: Any) -> None:
         """Give the work what it asked for, and ask what it wants next.
 
@@ -131,7 +144,7 @@ class Line:
             # Unasked it has only its end to tell.
             self._drop()
         if self._conn is None:
-            self._connect().addCallbacks(lambda _: self._begin(query), self._end)
+            self._connect().addCallbacks(lambda _: self._proceed(self._begin, query), self._end)
         else:
             self._begin(query)
 
@@ -154,17 +167,16 @@ class Line:
         :param outcome: what it came to, or a failure.
         """
         assert self._steps is not None
+        # Whoever is told may have us do the next thing at once.
+        self._steps, done = None, self._outcome
+        waiting, self._until_idle = self._until_idle, []
         if not isinstance(outcome, Failure):
             self._tell(False, "")
-        else:
-            self._steps.close()
-            if outcome.check(DatabaseUnavailable) and self._conn is None and not self._cancelled:
-                self._tell(True, str(outcome.value))
-        self._steps, waiting, self._until_idle = None, self._until_idle, []
+        elif outcome.check(DatabaseUnavailable) and self._conn is None and not self._cancelled:
+            self._tell(True, str(outcome.value))
         for waiter in waiting:
             waiter.callback(None)
-        # Whoever is told may have us do the next thing at once.
-        self._outcome.callback(outcome)
+        done.callback(outcome)
 
     # --- one statement ---------------------------------------------------------------------------------------------
 
@@ -174,16 +186,20 @@ class Line:
         opening: Deferred[Connection] = threads.deferToThreadPool(
             self._reactor, self._reactor.getThreadPool(), driver.open_async, self._parameters, settings, CONNECT_S
         )
-        return opening.addCallbacks(self._connected, _told)
+        return opening.addCallback(self._connected).addErrback(_told)
 
     def _connected(self, conn: Connection) -> None:
         if self._cancelled:
             conn.close()
             raise DatabaseUnavailable(self._cancelled)
-        # libpq closes its descriptor when it finds the connection broken, under the reactor's hands: that gets another.
-        self._conn, self._fileno = conn, os.dup(conn.fileno())
-        self._cursor = conn.cursor()
-        self._ears = driver.ears(self._fileno)
+        try:
+            cursor = conn.cursor()
+            # libpq closes its own when it finds the connection broken, under the hands of the reactor: a copy.
+            fileno = os.dup(conn.fileno())
+        except BaseException:
+            conn.close()
+            raise
+        self._conn, self._cursor, self._fileno, self._ears = conn, cursor, fileno, driver.ears(fileno)
         self._reactor.addReader(self)
 
     def _execute(self, statement: str, params: tuple[Any, ...], asks: Callable[[list[Any]], None]) -> None:
@@ -222,7 +238,7 @@ class Line:
             self._failed()
         else:
             self._asks = None
-            asks(rows)
+            self._proceed(asks, rows)
 
     def _failed(self) -> None:
         """What is being handled came of the connection: whoever asked is told; a connection that broke goes first."""
@@ -258,14 +274,15 @@ class Line:
     def _drop(self) -> None:
         cancel(self._timer)
         self._timer = None
-        if self._conn is not None:
+        conn, fileno = self._conn, self._fileno
+        if conn is not None:
             self._reactor.removeReader(self)
             self._reactor.removeWriter(self)
-            os.close(self._fileno)
-            self._conn.close()
             self._conn = self._cursor = None
             self._fileno = -1
             self._is_writing = False
+            os.close(fileno)
+            conn.close()
 
     # --- the reactor's -------------------------------------------------------------------------------------------
 

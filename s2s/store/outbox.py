@@ -131,7 +131,7 @@ def claim(txn: Cursor, limit: int, lease_s: float, exclude_ids: Sequence[int] = 
     """Lease rows to send, the longest waiting first; two relays never get the same row.
 
     Neither a lease nor what comes of it need reach the disk at once: of what the database forgets as it dies the rows
-    are sent again, and the server knows them.
+    are sent again, and the server knows them, or refuses them again.
 
     :param lease_s: seconds after which a row that was neither deleted nor retried is anybody's again.
     :param exclude_ids: what the caller still has in flight, should a lease have run out.
