@@ -27,7 +27,7 @@ ROOT: Final = Path(__file__).parents[2]
 STEPS: Final = {
     "push.write": ("s2s.store.line", "Line", "_ask", "before"),
     "push.sent": ("s2s.store.line", "Line", "_execute", "after"),
-    "push.commit": ("s2s.store.line", "Line", "_settle", "before"),
+    "push.commit": ("s2s.store.line", "Line", "_end", "before"),
     "push.ack": ("s2s.inbox", "Inbox", "_answer", "before"),
     "claim.note": ("s2s.store.notes", "", "claim", "before"),
     "claim.commit": ("s2s.store.notes", "", "claim", "after"),
@@ -146,21 +146,20 @@ def variables(grip: Grip, plugins: Path, breaks: str | None = None) -> dict[str,
 
 def _ack_before_commit() -> None:
     """Acks before the COMMIT."""
+    from twisted.internet.defer import succeed
+
     from s2s import inbox
-    from s2s.store.commands import Outcome
 
-    commit = inbox.Inbox._commit
+    push = inbox.Inbox.push
 
-    async def hurry(self: Any, batch: Any) -> None:
-        for waiter in batch:
-            self._answer(waiter, Outcome(1, "ready", is_new=True))
-        self._answer = lambda *_: None
-        try:
-            await commit(self, batch)
-        finally:
-            del self._answer
+    def hurry(self: Any, payload: Any) -> Any:
+        answer = push(self, payload)
+        if answer.called:  # refused
+            return answer
+        answer.addErrback(lambda _: None)
+        return succeed({"accepted": True, "duplicate": False, "cmd_id": 1, "status": "ready"})
 
-    inbox.Inbox._commit = hurry
+    inbox.Inbox.push = hurry
 
 
 def _no_savepoint() -> None:
@@ -187,8 +186,13 @@ def _no_idempotency() -> None:
     """Lets nothing decide which push of a key is the first."""
     from s2s.store import commands
 
-    insert = commands._INSERT
-    insert.statement = insert.statement.replace("where cmd_id in (select cmd_id from fresh)", "")
+    any_number = f"from (select coalesce((select cmd_id from fresh), {commands._NEXT}) as cmd_id) any_number"
+    for insert, decides, nothing in (
+        (commands._INSERT, "where cmd_id in (select cmd_id from fresh)", ""),
+        (commands._INSERT_ONE, "from fresh", any_number),
+    ):
+        assert decides in insert.statement
+        insert.statement = insert.statement.replace(decides, nothing)
 
 
 def _outbox_elsewhere() -> None:
