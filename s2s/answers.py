@@ -50,7 +50,7 @@ class Answers:
 
     def serve(self, request: Request) -> None:
         """Have a request answered."""
-        ticket = self._session.hold(request, request.size, request.came)
+        ticket = self._session.hold(request, request.size, self._clock.mono())
         try:
             answer = self._responders[request.message.name](request)
         except Exception:
@@ -117,8 +117,7 @@ class Answers:
     def _release(self, ticket: int) -> bool:
         """End a request that we hold: whether it is still to be answered."""
         is_awaited = self._session.release(ticket)
-        if self._until_quiet:
-            self.look_if_quiet()
-        if self._reader.is_stopped and not self._session.holds_too_much:
+        self.look_if_quiet()
+        if not self._session.holds_too_much:
             self._reader.go_on("held")
         return is_awaited and self._session.is_open

@@ -40,7 +40,6 @@ class Request(msgspec.Struct, frozen=True):
 
     :param payload: valid, with the defaults of its schema filled in.
     :param size: the frame's, in bytes.
-    :param came: when, in monotonic seconds.
     """
 
     envelope: Envelope
@@ -48,7 +47,6 @@ class Request(msgspec.Struct, frozen=True):
     payload: dict[str, Any]
     key_id: str
     size: int
-    came: float
 
 
 #: Serves one type of request: gives the reply's payload, now or later, or raises a
@@ -166,5 +164,4 @@ class Dispatcher:
             if is_answered:
                 self._refused(read, key.key_id, error)
             return Refusal(error, read.id, is_answered)
-        payload = {**message.request_schema.defaults, **read.payload}
-        return Request(read, message, payload, key.key_id, len(frame), mono)
+        return Request(read, message, {**message.request_schema.defaults, **read.payload}, key.key_id, len(frame))

@@ -183,10 +183,11 @@ class Inbox:
             self._on_commit()
             error = DbUnavailable(retry_after_ms=RETRY_AFTER_MS)
         else:
-            error = InternalError(incident=(incident := secrets.token_hex(8)))
+            incident = secrets.token_hex(8)
             self.log.failure(
                 "incident {incident}: a batch of {pushes} pushes failed", failure, incident=incident, pushes=len(batch)
             )
+            error = InternalError(incident=incident)
         for waiter in batch:
             self._answer(waiter, error)
         self._next()

@@ -21,36 +21,30 @@ class Pausable(Protocol):
 
 
 class Reader:
-    """Pauses a link's reading for a set of reasons: it goes on when none is left.
-
-    :ivar is_stopped: whether there is a reason.
-    """
+    """Pauses a link's reading for a set of reasons: it goes on when none is left."""
 
     def __init__(self, link: Pausable, session: Session, clock: Clock) -> None:
         self._link = link
         self._session = session
         self._clock = clock
         self._reasons: set[str] = set()
-        self.is_stopped = False
 
     def stop(self, reason: str) -> None:
         """Read no more, for this reason."""
-        if not self.is_stopped and not self._link.paused:
+        if not self._reasons and not self._link.paused:
             self._link.pauseProducing()
             self._session.paused(self._clock.mono(), True)
         self._reasons.add(reason)
-        self.is_stopped = True
 
     def go_on(self, reason: str) -> None:
         """A reason is over."""
         if reason in self._reasons:
             self._reasons.remove(reason)
-            self.is_stopped = bool(self._reasons)
-            if not self.is_stopped:
+            if not self._reasons:
                 # Not now: inside stringReceived the frames of this chunk would be delivered twice.
                 self._clock.scheduler.callLater(0, self._read_again)
 
     def _read_again(self) -> None:
-        if not self.is_stopped and self._link.paused and self._session.is_open:
+        if not self._reasons and self._link.paused and self._session.is_open:
             self._session.paused(self._clock.mono(), False)
             self._link.resumeProducing()

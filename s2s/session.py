@@ -69,9 +69,7 @@ class Session:
         self.is_open = True
         #: ``key_id`` that the peer signed with last.
         self.peer_key_id: str | None = None
-        #: The longest frame that may be sent, in bytes.
-        self.max_frame = 0
-        self.peer_takes(UNANNOUNCED_FRAME_SIZE)
+        self.peer_frame_size = UNANNOUNCED_FRAME_SIZE
         self._replay = replay
         #: A health check was sent because of silence, and nothing was heard since.
         self.is_checking = False
@@ -229,9 +227,10 @@ class Session:
             self._quiet_since = mono
             self._frame_since = None if self._frame_since is None else mono
 
-    def peer_takes(self, frame_size: int) -> None:
-        """The peer has said what the longest frame is that it takes, in bytes."""
-        self.max_frame = min(self.bounds.frame_size, frame_size)
+    @property
+    def max_frame(self) -> int:
+        """The longest frame that may be sent, in bytes."""
+        return min(self.bounds.frame_size, self.peer_frame_size)
 
     # --- timers -----------------------------------------------------------------------------------------------------
 

@@ -514,9 +514,7 @@ class AwayTests(AuditTestCase):
         ledger = Ledger(database, counters, "engine-1")
         shutdown = Shutdown(lambda *_: 7.5, condition, ledger.answered)
         payload = {"grace_ms": 1, "reason": "x"}
-        request = Request(
-            Envelope("i", 1, "server", "engine", SHUTDOWN, payload), BY_NAME[SHUTDOWN], payload, "k1", 9, 0.0
-        )
+        request = Request(Envelope("i", 1, "server", "engine", SHUTDOWN, payload), BY_NAME[SHUTDOWN], payload, "k1", 9)
         answer = {"ok": True, "state": "draining", "deadline_ms": 7500}
         self.assertEqual(shutdown(request), answer)
         await ledger.quiet()

@@ -21,7 +21,7 @@ from tests.support.postgres import DatabaseTestCase
 def request(type: str, payload: dict[str, Any]) -> Request:
     """Make a request as the dispatcher hands it over."""
     envelope = Envelope("id", 1737990000, "server", "engine", type, payload)
-    return Request(envelope, BY_NAME[type], payload, "k1", 400, 0.0)
+    return Request(envelope, BY_NAME[type], payload, "k1", 400)
 
 
 class HealthTests(TestCase):
