@@ -55,7 +55,7 @@ class CrashTests(RoleTestCase):
             accepted[envelopes[answer["ack_of"]]["payload"]["idem_key"]] = answer["payload"]["cmd_id"]
         server.kill()
         # Acks that were on their way count too.
-        for answer in peer.rest():
+        for answer in peer.rest(is_killed=True):
             accepted[envelopes[answer["ack_of"]]["payload"]["idem_key"]] = answer["payload"]["cmd_id"]
         self.assertLess(len(accepted), MANY)
         found = dict(self.execute("select idem_key, cmd_id from commands"))

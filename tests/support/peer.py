@@ -98,6 +98,7 @@ class Peer:
         self._now = now
         self._ids = (f"{secrets.token_hex(8)}-{number}" for number in itertools.count(1))
         self._buffer = b""
+        self.may_be_cut = False
 
     def close(self) -> None:
         """Go away."""
@@ -169,7 +170,7 @@ class Peer:
             except ConnectionResetError:
                 more = b""
             if not more:
-                assert not self._buffer, f"the link ended within a frame: {self._buffer!r}"
+                assert self.may_be_cut or not self._buffer, f"the link ended within a frame: {self._buffer!r}"
                 return None
             self._buffer += more
         taken, self._buffer = self._buffer[:count], self._buffer[count:]
@@ -210,8 +211,9 @@ class Peer:
         """Read up to an error."""
         return self.until(lambda frame: frame["type"] == ERROR)
 
-    def rest(self) -> list[Frame]:
-        """Read everything until the link ends."""
+    def rest(self, *, is_killed: bool = False) -> list[Frame]:
+        """Read everything until the link ends: at the end of a frame, unless its process was killed in a write."""
+        self.may_be_cut = is_killed
         return list(iter(self.read, None))
 
     def greet(self) -> Mapping[str, Any]:
