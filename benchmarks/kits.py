@@ -22,7 +22,7 @@ async def drive_deferred(calls: Sequence[Callable[[], Deferred[Any]]], load: Loa
     is_over = False
 
     def begin(call: Callable[[], Deferred[Any]]) -> None:
-        call().addCallback(done, call).addErrback(_failed, meter)
+        call().addCallbacks(done, _failed, callbackArgs=(call,), errbackArgs=(meter,))
 
     def done(_: object, call: Callable[[], Deferred[Any]]) -> None:
         meter.count += 1

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
+import msgspec
 import orjson
 from canonicaljson import encode_canonical_json
 
@@ -77,10 +78,10 @@ def parse_plainly(text: bytes, depth: int = 1) -> dict[str, Any] | None:
     if text.count(b"{") + text.count(b"[") > MAX_DEPTH + 1 - depth or b"\\u0000" in text:
         return None
     try:
-        value = orjson.loads(text)
+        value = _without_floats(text)
         # Equal to its own canonical form: no duplicate member, no -0, no surrogate, no other writing of anything.
-        is_plain = type(value) is dict and orjson.dumps(value, option=_STRICT) == text and _plain(value)
-    except (orjson.JSONDecodeError, orjson.JSONEncodeError):
+        is_plain = type(value) is dict and orjson.dumps(value, option=_STRICT) == text
+    except (BadJson, msgspec.DecodeError, UnicodeDecodeError, orjson.JSONEncodeError):
         return None
     return value if is_plain else None
 
@@ -146,6 +147,9 @@ def _float(_token: str) -> NoReturn:
     _refuse("float")
 
 
+_without_floats: Final = msgspec.json.Decoder(float_hook=_float).decode
+
+
 def _check_strings(value: Any) -> None:
     if type(value) is str:
         if "\0" in value:
@@ -159,17 +163,6 @@ def _check_strings(value: Any) -> None:
     elif type(value) is list:
         for item in value:
             _check_strings(item)
-
-
-def _plain(value: Any) -> bool:
-    """Whether there is nothing below but what canonical JSON knows: no float above all."""
-    for item in value.values() if type(value) is dict else value:
-        kind = type(item)
-        if kind is str or kind is int or kind is bool or item is None:
-            continue
-        if (kind is not dict and kind is not list) or not _plain(item):
-            return False
-    return True
 
 
 # --- out -----------------------------------------------------------------------------------------------------------
@@ -195,6 +188,17 @@ def dumps(value: Mapping[str, Any], depth: int = 1) -> bytes:
 def rewrite(value: dict[str, Any]) -> bytes:
     """Write what was parsed here, or a part of it: nothing in it can be wrong, and it is not looked at again."""
     return orjson.dumps(value, option=_STRICT)
+
+
+def _plain(value: Any) -> bool:
+    """Whether there is nothing below but what canonical JSON knows: no float above all."""
+    for item in value.values() if type(value) is dict else value:
+        kind = type(item)
+        if kind is str or kind is int or kind is bool or item is None:
+            continue
+        if (kind is not dict and kind is not list) or not _plain(item):
+            return False
+    return True
 
 
 def dumps_exactly(value: Mapping[str, Any], depth: int = 1) -> bytes:

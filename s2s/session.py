@@ -131,9 +131,10 @@ class Session:
 
         :raises Forbidden: ``src``, ``dst`` or the key's role is wrong; this defeats reflection.
         """
-        for name, said, wanted in (("src", envelope.src, self.peer_role), ("dst", envelope.dst, self.role)):
-            if said != wanted:
-                raise Forbidden(f"on this link {name} must be {wanted}", path=f"/{name}")
+        if envelope.src != self.peer_role:
+            raise Forbidden(f"on this link src must be {self.peer_role}", path="/src")
+        if envelope.dst != self.role:
+            raise Forbidden(f"on this link dst must be {self.role}", path="/dst")
         if not key.may_sign_for(envelope.src):
             raise Forbidden("the key may not sign for this src", path="/auth/key_id")
 

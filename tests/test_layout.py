@@ -78,8 +78,9 @@ _GUARDED = {
     "cryptography": {"certs"},
     "jsonschema": {"catalogue.schema"},
     "jsonschema_rs": {"catalogue.schema"},
-    # What is made once a frame or once a push, and what is JSON of the API; all else is a dataclass.
+    # What is made or parsed once a frame or once a push, and what is JSON of the API; all else is a dataclass.
     "msgspec": {
+        "canonical",
         "dispatch",
         "envelope",
         "inbox",

@@ -86,7 +86,7 @@ select idem_key, cmd_id from fresh
     *("text" for _ in range(7)),
 )
 
-# One push alone: what sorts and joins has nothing to do.
+# One push alone: what sorts and joins has nothing to do, and nothing need be told of it but its number.
 _INSERT_ONE: Final = driver.Prepared(
     "s2s_push_one",
     f"""
@@ -98,7 +98,7 @@ with fresh as (
 )
 insert into commands (cmd_id, cmd_type, idem_key, payload, priority, due_at)
 select cmd_id, $3, $1, $4::jsonb, $5, coalesce(to_timestamp($6), now()) from fresh
-returning idem_key, cmd_id
+returning cmd_id
 """,  # noqa: S608
     *("text", "bytea", "text", "text", "integer", "bigint", "bigint"),
 )
@@ -111,6 +111,14 @@ def push_batch(pushes: Sequence[Push]) -> Steps[list[Outcome]]:
 
     :returns: one outcome for each push, in the same order.
     """
+    if len(pushes) == 1:
+        [push] = pushes
+        made_alone = yield Query(
+            _INSERT_ONE,
+            (push.idem_key, push.fingerprint, push.cmd_type, push.payload, push.priority, push.due_at, push.cmd_id),
+        )
+        if made_alone:
+            return [Outcome(made_alone[0][0], "ready", is_new=True)]
     # Of one key twice in the batch the first one goes to the database.
     first: dict[str, Push] = {}
     for push in pushes:
@@ -163,12 +171,6 @@ def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | Statement
 
 def _insertion(pushes: Collection[Push]) -> Query:
     """Give what inserts pushes of different keys; its rows are ``idem_key`` and ``cmd_id`` of the new ones."""
-    if len(pushes) == 1:
-        [push] = pushes
-        return Query(
-            _INSERT_ONE,
-            (push.idem_key, push.fingerprint, push.cmd_type, push.payload, push.priority, push.due_at, push.cmd_id),
-        )
     # Each column as one text: of lists psycopg2 writes expressions, which the database parses value by value.
     params = (
         _lines([push.idem_key for push in pushes]),
