@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable
@@ -228,13 +229,16 @@ class FramingTests(LinkTestCase):
 
     def test_any_chunks(self) -> None:
         """However a stream is cut, its frames are served once and in order."""
-        stream = _prefixed(*self.frames(40))
+        frames = self.frames(60)
+        stream = _prefixed(*frames)
+        ends = list(itertools.accumulate(4 + len(frame) for frame in frames))
         rng, at = random.Random(1), 0
         while at < len(stream):
-            size = rng.choice((1, 2, 3, 5, 50, 400, 1500))
-            self.link.dataReceived(stream[at : at + size])
-            at += size
-        self.assertEqual(self.idem_keys(), [str(number) for number in range(40)])
+            # To the end of a frame, too: one that comes whole and alone goes past the buffer.
+            to = rng.choice([end for end in ends if end > at][:1] * 4 + [at + size for size in (1, 2, 3, 5, 50, 1500)])
+            self.link.dataReceived(stream[at:to])
+            at = to
+        self.assertEqual(self.idem_keys(), [str(number) for number in range(60)])
 
     def test_trailing_frames(self) -> None:
         """A chunk of a whole frame, another and half a third serves two, and the third when it is whole."""
@@ -244,6 +248,22 @@ class FramingTests(LinkTestCase):
         self.link.dataReceived(stream[-100:])
         self.assertEqual(self.idem_keys(), ["0", "1", "2"])
 
+    def test_a_whole_frame_while_paused(self) -> None:
+        """What still comes after the reading has stopped waits until it goes on, also a whole frame alone."""
+        self.link.pauseProducing()
+        for frame in self.frames(2):
+            self.deliver(frame)
+        self.assertEqual(self.idem_keys(), [])
+        self.link.resumeProducing()
+        self.assertEqual(self.idem_keys(), ["0", "1"])
+
+    def test_a_whole_frame_inside_another(self) -> None:
+        """A chunk that looks like a whole frame is none where it is the rest of another."""
+        within = _prefixed(*self.frames(1))
+        self.link.dataReceived(len(within).to_bytes(4, "big"))
+        self.link.dataReceived(within)
+        self.assertEqual((self.idem_keys(), self.error_codes()), ([], ["bad_json"]))
+
     def test_the_limit(self) -> None:
         """A body of exactly the limit is served; it may be filled up with white space."""
         (frame,) = self.frames(1)
@@ -252,9 +272,10 @@ class FramingTests(LinkTestCase):
 
     def test_over_the_limit(self) -> None:
         """A longer one is refused on its four bytes alone, unsigned, and the link is closed."""
-        for length in (self.bounds.frame_size + 1, 2**31, 2**32 - 1):
+        too_long = self.bounds.frame_size + 1
+        for length, body in ((too_long, b""), (too_long, b" " * too_long), (2**31, b""), (2**32 - 1, b"")):
             self.setUp()
-            self.link.dataReceived(length.to_bytes(4, "big"))
+            self.link.dataReceived(length.to_bytes(4, "big") + body)
             (error,) = self.written()
             self.assertEqual(error["payload"]["code"], "toolarge")
             self.assertEqual(error["payload"]["details"], {"retryable": False, "limit": 65536})
