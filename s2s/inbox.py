@@ -155,11 +155,26 @@ class Inbox:
             batch.append(self._waiters.popleft())
             self._bytes -= batch[-1].size
         self._is_busy = bool(batch)
-        if batch:
-            writing = self._database.run_steps(table.push_batch, [waiter.push for waiter in batch])
-            writing.addCallbacks(self._committed, self._failed, callbackArgs=(batch,), errbackArgs=(batch,))
+        if len(batch) == 1:
+            self._database.ask(table.push_one(batch[0].push), lambda rows: self._asked(rows, batch))
+        elif batch:
+            self._run(batch)
         elif self._drained is not None:
             self._drained.callback(None)
+
+    def _run(self, batch: list[_Waiter]) -> None:
+        writing = self._database.run_steps(table.push_batch, [waiter.push for waiter in batch])
+        writing.addCallbacks(self._committed, self._failed, callbackArgs=(batch,), errbackArgs=(batch,))
+
+    def _asked(self, rows: list[Any] | Failure, batch: list[_Waiter]) -> None:
+        if isinstance(rows, Failure):
+            self._failed(rows, batch)
+        elif rows:
+            [[cmd_id]] = rows
+            self._committed([Outcome(cmd_id, "ready", is_new=True)], batch)
+        else:
+            # The key is known: the way of many finds its command.
+            self._run(batch)
 
     def _committed(self, outcomes: Sequence[Outcome | StatementRefused], batch: list[_Waiter]) -> None:
         self.batches += 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-from twisted.internet.defer import Deferred, DeferredList, fail, gatherResults, succeed
+from twisted.internet.defer import Deferred, DeferredList, fail, gatherResults
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -25,7 +26,7 @@ from s2s.errors import (
 from s2s.inbox import Inbox
 from s2s.limits import Counters
 from s2s.store.commands import Outcome
-from s2s.store.driver import Cursor
+from s2s.store.driver import Cursor, Query
 from s2s.store.pool import Database, blocking
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
@@ -230,6 +231,11 @@ class _SlowDatabase:
         self.batches.append((pushes, Deferred()))
         return self.batches[-1][1]
 
+    def ask(self, query: Query, done: Callable[[Any], object]) -> None:
+        outcomes: Deferred[Any] = Deferred()
+        self.batches.append(([query], outcomes))
+        outcomes.addCallback(lambda made: [(each.cmd_id,) for each in made if each.is_new]).addBoth(done)
+
     def commit(self) -> None:
         """Commit the last batch."""
         pushes, done = self.batches[-1]
@@ -299,8 +305,16 @@ class BatchTests(SynchronousTestCase):
 
     def test_a_database_that_is_away(self) -> None:
         """While the database is away every push is answered at once, and none is acked."""
-        with mock.patch.object(self.database, "run_steps", lambda *_: fail(DatabaseUnavailable("gone"))):
+        gone = DatabaseUnavailable("gone")
+        with mock.patch.object(self.database, "ask", lambda _, done: done(Failure(gone))):
             for i in range(3):
                 self.failureResultOf(self.inbox.push(_push(f"k{i}")), DbUnavailable)
-        with mock.patch.object(self.database, "run_steps", lambda *_: succeed([Outcome(1, "ready", is_new=True)])):
-            self.successResultOf(self.inbox.push(_push("k")))
+        alone, *together = (self.inbox.push(_push(f"k{i}")) for i in range(3))
+        with mock.patch.object(self.database, "run_steps", lambda *_: fail(gone)):
+            self.database.commit()
+        self.successResultOf(alone)
+        for answer in together:
+            self.failureResultOf(answer, DbUnavailable)
+        alone = self.inbox.push(_push("k"))
+        self.database.commit()
+        self.successResultOf(alone)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from s2s.store import commands, driver, notes
 from s2s.store.commands import Outcome, Push
-from s2s.store.driver import Cursor
+from s2s.store.driver import Cursor, Steps
 from s2s.store.pool import blocking
 from tests.support.postgres import DatabaseTestCase
 
@@ -32,12 +32,24 @@ def _pushes(draw: st.DrawFn) -> Push:
 
 
 class PushTests(DatabaseTestCase):
-    """:func:`commands.push_batch` and :func:`commands.push_singly`."""
+    """:func:`commands.push_batch`, :func:`commands.push_one` and :func:`commands.push_singly`."""
 
     def push(self, *pushes: Push) -> list[Outcome]:
         """Push one batch and commit it."""
         with blocking(self.url) as txn:
             return driver.drive(txn, commands.push_batch(pushes))
+
+    def push_alone(self, push: Push) -> list[Outcome]:
+        """Push one command as the inbox does one that is alone."""
+
+        def work() -> Steps[list[Outcome]]:
+            rows = yield commands.push_one(push)
+            if rows:
+                return [Outcome(rows[0][0], "ready", is_new=True)]
+            return (yield from commands.push_batch([push]))
+
+        with blocking(self.url) as txn:
+            return driver.drive(txn, work())
 
     def test_order_of_arrival(self) -> None:
         """The cmd_ids follow the order of arrival, whatever the order of the keys."""
@@ -73,9 +85,9 @@ class PushTests(DatabaseTestCase):
     def test_one_by_one(self, pushes: list[Push]) -> None:
         """One push alone goes by a statement of its own: it makes of each what the statement for many makes of all."""
         made = []
-        for batches in ([pushes], [[push] for push in pushes]):
+        for way in (lambda: self.push(*pushes), lambda: [each for push in pushes for each in self.push_alone(push)]):
             self.execute("truncate commands, idempotency_keys restart identity")
-            outcomes = [outcome for batch in batches for outcome in self.push(*batch)]
+            outcomes = way()
             # A number of a push that was no new one is lost.
             places = {cmd_id: place for place, cmd_id in enumerate(dict.fromkeys(each.cmd_id for each in outcomes))}
             rows = self.execute(

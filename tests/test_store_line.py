@@ -103,18 +103,33 @@ class LineTests(DatabaseTestCase):
             rows = yield Query(planned, (1,))
             return rows
 
-        for method in ("is_planned", "planned"):
-            with mock.patch.object(planned, method, side_effect=KeyError("unforeseen")):
-                await self.assertFailure(self.database.run_steps(work), KeyError)
+        # Before it is planned, and after that.
+        for attribute in ("prepare", "call"):
+            with mock.patch.object(planned, attribute):
+                delattr(planned, attribute)
+                await self.assertFailure(self.database.run_steps(work), AttributeError)
         with mock.patch.object(os, "dup", side_effect=OSError("too many")):
             await self.assertFailure(self.database.run_steps(work), OSError)
         self.assertEqual(await self.database.run_steps(work), [(1,)])
         await poll(lambda: len(self.backends()) == 1, "the connections before it end")
 
+    async def test_who_stumbles_over_an_answer(self) -> None:
+        """An error of who was told an answer is logged, and the next one is served."""
+        told: Deferred[Any] = Deferred()
+
+        def stumble(rows: Any) -> None:
+            told.callback(rows)
+            raise ZeroDivisionError
+
+        self.database.ask(Query("select 1", ()), stumble)
+        self.assertEqual(await told, [(1,)])
+        self.assertEqual(await self.database.run_steps(_ask, "select 2"), [(2,)])
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
     async def test_lost_while_planning(self) -> None:
         """A connection that ends while it plans is unavailable, and what it had to plan is planned on the next one."""
         slow = driver.Prepared("slow", "select $1", "integer")
-        slow._head = "select pg_sleep(60); " + slow._head
+        slow.prepare = "select pg_sleep(60); " + slow.prepare
 
         def work() -> Steps[Any]:
             rows = yield Query(slow, (1,))
@@ -124,7 +139,7 @@ class LineTests(DatabaseTestCase):
         await poll(lambda: self.execute("select 1 from pg_stat_activity where query ~ '^select pg_sleep'"), "it plans")
         self.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s line'")
         await self.assertFailure(asked, DatabaseUnavailable)
-        slow._head = slow._head.removeprefix("select pg_sleep(60); ")
+        slow.prepare = slow.prepare.removeprefix("select pg_sleep(60); ")
         self.assertEqual(await self.database.run_steps(work), [(1,)])
 
     async def test_two_events_at_once(self) -> None:

@@ -92,7 +92,7 @@ _INSERT_ONE: Final = driver.Prepared(
     f"""
 with fresh as (
     insert into idempotency_keys (idem_key, fingerprint, cmd_id)
-    values ($1, $2, coalesce($7, {_NEXT}))
+    values ($1, $2, {_NEXT})
     on conflict (idem_key) do nothing
     returning cmd_id
 )
@@ -100,8 +100,19 @@ insert into commands (cmd_id, cmd_type, idem_key, payload, priority, due_at)
 select cmd_id, $3, $1, $4::jsonb, $5, coalesce(to_timestamp($6), now()) from fresh
 returning cmd_id
 """,  # noqa: S608
-    *("text", "bytea", "text", "text", "integer", "bigint", "bigint"),
+    *("text", "bytea", "text", "text", "integer", "bigint"),
 )
+
+
+def push_one(push: Push) -> Query:
+    """Accept one push alone, if its key is new.
+
+    :returns: gives the new ``cmd_id`` as its one row; none where the key is known: that is for :func:`push_batch`.
+    """
+    assert push.cmd_id is None
+    return Query(
+        _INSERT_ONE, (push.idem_key, push.fingerprint, push.cmd_type, push.payload, push.priority, push.due_at)
+    )
 
 
 def push_batch(pushes: Sequence[Push]) -> Steps[list[Outcome]]:
@@ -111,14 +122,6 @@ def push_batch(pushes: Sequence[Push]) -> Steps[list[Outcome]]:
 
     :returns: one outcome for each push, in the same order.
     """
-    if len(pushes) == 1:
-        [push] = pushes
-        made_alone = yield Query(
-            _INSERT_ONE,
-            (push.idem_key, push.fingerprint, push.cmd_type, push.payload, push.priority, push.due_at, push.cmd_id),
-        )
-        if made_alone:
-            return [Outcome(made_alone[0][0], "ready", is_new=True)]
     # Of one key twice in the batch the first one goes to the database.
     first: dict[str, Push] = {}
     for push in pushes:

@@ -8,8 +8,7 @@ import select
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
-from weakref import WeakSet
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 import orjson
@@ -35,9 +34,22 @@ Connection = connection
 #: What every store function takes first: a cursor inside a transaction.
 Cursor = cursor
 
+
+class PlanningConnection(connection):
+    """A connection that knows the statements it has planned; :func:`parameters` has every one of ours made so.
+
+    :ivar plans: those statements.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plans: set[Prepared] = set()
+
+
 #: What the URL may override. A peer that is gone without a word is noticed in about 25 s on an idle connection
 #: and in 10 s on one that waits for an answer.
 _CONNECT: Final[dict[str, Any]] = {
+    "connection_factory": PlanningConnection,
     "connect_timeout": 5,
     "keepalives": 1,
     "keepalives_idle": 10,
@@ -98,27 +110,14 @@ class Prepared:
     :param name: what the connections call it.
     :param statement: with ``$1`` and so on for its parameters.
     :param types: of the parameters, in SQL.
+    :ivar prepare: plans it; that stays when the transaction does not.
     :ivar call: runs it where it is planned; its parameters are those of any statement.
     """
 
     def __init__(self, name: str, statement: str, *types: str) -> None:
         self.statement = statement
-        self._head = f"prepare {name} ({', '.join(types)}) as "
+        self.prepare = f"prepare {name} ({', '.join(types)}) as {statement}"
         self.call = f"execute {name} ({', '.join('%s' for _ in types)})"
-        self._planned: WeakSet[Connection] = WeakSet()
-
-    @property
-    def prepare(self) -> str:
-        """Plans it; that stays when the transaction does not."""
-        return self._head + self.statement
-
-    def is_planned(self, conn: Connection) -> bool:
-        """Whether a connection has planned it."""
-        return conn in self._planned
-
-    def planned(self, conn: Connection) -> None:
-        """A connection has planned it."""
-        self._planned.add(conn)
 
 
 class Query(msgspec.Struct, frozen=True):
@@ -126,17 +125,6 @@ class Query(msgspec.Struct, frozen=True):
 
     statement: Prepared | str
     params: tuple[Any, ...]
-
-    @property
-    def text(self) -> str:
-        """What is run with the parameters, where it is planned."""
-        return self.statement.call if isinstance(self.statement, Prepared) else self.statement
-
-    def unplanned(self, conn: Connection) -> Prepared | None:
-        """Give what a connection has to plan first, if it has."""
-        if isinstance(self.statement, Prepared) and not self.statement.is_planned(conn):
-            return self.statement
-        return None
 
 
 def numbers(values: Iterable[int | None]) -> str:
@@ -161,20 +149,24 @@ def drive(txn: Cursor, steps: Steps[T]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
-        if (unplanned := query.unplanned(txn.connection)) is not None:
-            txn.execute(unplanned.prepare)
-            unplanned.planned(txn.connection)
-        txn.execute(query.text, query.params or None)
+        text = query.statement
+        if isinstance(text, Prepared):
+            plans = cast("PlanningConnection", txn.connection).plans
+            if text not in plans:
+                txn.execute(text.prepare)
+                plans.add(text)
+            text = text.call
+        txn.execute(text, query.params or None)
         rows = txn.fetchall() if txn.description else []
 
 
-def open_async(parameters: Mapping[str, Any], statement: str, within_s: float) -> Connection:
+def open_async(parameters: Mapping[str, Any], statement: str, within_s: float) -> PlanningConnection:
     """Connect, and run a first statement. Blocks; the connection is asynchronous from then on.
 
     :param within_s: seconds that all of it may take.
     """
     deadline = time.monotonic() + within_s
-    conn: Connection = psycopg2.connect(**parameters, async_=True)
+    conn: PlanningConnection = psycopg2.connect(**parameters, async_=True)
     try:
         _settle(conn, deadline, within_s)
         cursor = conn.cursor()  # kept until it is done: the connection does not

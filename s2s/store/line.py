@@ -15,13 +15,14 @@ from psycopg2.extensions import POLL_OK, POLL_WRITE
 from twisted.internet import threads
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IReadWriteDescriptor
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from s2s.clock import cancel
 from s2s.errors import DatabaseUnavailable
 from s2s.store import driver
-from s2s.store.driver import Connection, Prepared, Query, Steps
+from s2s.store.driver import PlanningConnection, Prepared, Query, Steps
 
 T = TypeVar("T")
 
@@ -37,10 +38,12 @@ class Line:
     :param parameters: of the connection.
     :param statement_timeout_s: seconds after which the database cancels a statement.
     :param reactor: the reactor.
-    :param tell: told that the database is there when a piece of work has come to its end, and that it is away, and why,
-        when one has not for want of a connection.
+    :param tell: told that the database is there when a query has come to its end, and that it is away, and why, when
+        one has not for want of a connection.
     :param on_late: called when the database did not answer in time.
     """
+
+    log = Logger()
 
     def __init__(
         self,
@@ -55,14 +58,13 @@ class Line:
         self._reactor = reactor
         self._tell = tell
         self._on_late = on_late
-        self._conn: Connection | None = None
+        self._conn: PlanningConnection | None = None
         self._cursor: Any = None
         self._fileno = -1
         self._ears = select.poll()
         self._is_writing = False
-        #: The work under way, and what it will come to.
-        self._steps: Steps[Any] | None = None
-        self._outcome: Deferred[Any] = succeed(None)
+        #: Told what the query under way comes to.
+        self._done: Callable[[Any], object] | None = None
         #: Whom the rows of the statement that was sent are for.
         self._asks: Callable[[list[Any]], None] | None = None
         self._timer: Any = None
@@ -71,17 +73,39 @@ class Line:
         #: Why everything is given up, once it is.
         self._cancelled = ""
 
+    def ask(self, query: Query, done: Callable[[list[Any] | Failure], object]) -> None:
+        """Do one query. It goes by callbacks: coroutines and Deferreds take a good part of a short statement's time.
+
+        :param done: called with the rows, or with a failure: :class:`DatabaseUnavailable` when there is no connection
+            or it broke, where what was asked may have been done; :class:`StatementRefused` when the database refused
+            the data. It may ask again at once.
+        """
+        assert self._done is None, "one thing after the other"
+        self._done = done
+        self._begin(query)
+
     def run(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
         """Do one query of ``work(*args)`` after the other.
 
-        :returns: fires with what the work returns. It fails with :class:`DatabaseUnavailable` when there is no
-            connection or it broke, where what had been asked may have been done; and with :class:`StatementRefused`
-            when the database refused the data.
+        :returns: fires with what the work returns, or fails as :meth:`ask` does.
         """
-        assert self._steps is None, "one thing after the other"
+        steps: Steps[T] = work(*args)
         outcome: Deferred[T] = Deferred()
-        self._outcome, self._steps = outcome, work(*args)
-        self._proceed(self._go_on, None)
+
+        def go_on(rows: Any) -> None:
+            if isinstance(rows, Failure):
+                outcome.errback(rows)
+                return
+            try:
+                query = steps.send(rows)
+            except StopIteration as end:
+                outcome.callback(end.value)
+            except Exception:
+                outcome.errback()
+            else:
+                self.ask(query, go_on)
+
+        go_on(None)  # the first send is None, as it must be
         return outcome
 
     def stop(self) -> Deferred[None]:
@@ -101,94 +125,66 @@ class Line:
         return self._idle()
 
     def _idle(self) -> Deferred[None]:
-        if self._steps is None:
+        if self._done is None:
             return succeed(None)
         waiter: Deferred[None] = Deferred()
         self._until_idle.append(waiter)
         return waiter
 
-    # --- from query to query, by callbacks: coroutines would take a good part of a short statement's time ----------
+    # --- one query ---------------------------------------------------------------------------------------------------
 
-    def _proceed(self, step: Callable[[Any], None], given: Any) -> None:
-        """Take the work a step further; a step that fails in a way that nobody foresaw must not leave it waiting."""
-        steps = self._steps
+    def _begin(self, query: Query) -> None:
         try:
-            step(given)
+            if self._conn is not None and self._ears.poll(0):
+                # Unasked it has only its end to tell.
+                self._drop()
+            conn, statement = self._conn, query.statement
+            if self._cancelled:
+                self._end(Failure(DatabaseUnavailable(self._cancelled)))
+            elif conn is None:
+                self._connect().addCallbacks(lambda _: self._begin(query), self._end)
+            elif not isinstance(statement, Prepared):
+                self._execute(statement, query.params, self._end)
+            elif statement in conn.plans:
+                self._execute(statement.call, query.params, self._end)
+            else:
+                self._execute(statement.prepare, (), lambda _: self._planned(conn, statement, query))
         except Exception:
-            if self._steps is not steps:
-                raise  # it is over
+            # What nobody foresaw must not leave anybody waiting.
             failure, self._asks = Failure(), None
             self._drop()
             self._end(failure)
 
-    def _go_on(self, rows: Any) -> None:
-        """Give the work what it asked for, and ask what it wants next.
-
-        :param rows: ``None`` at first, as a generator wants it.
-        """
-        assert self._steps is not None
-        try:
-            query = self._steps.send(rows)
-        except StopIteration as end:
-            self._end(end.value)
-        except Exception:
-            self._end(Failure())
-        else:
-            self._ask(query)
-
-    def _ask(self, query: Query) -> None:
-        if self._cancelled:
-            self._end(Failure(DatabaseUnavailable(self._cancelled)))
-            return
-        if self._conn is not None and self._ears.poll(0):
-            # Unasked it has only its end to tell.
-            self._drop()
-        if self._conn is None:
-            self._connect().addCallbacks(lambda _: self._proceed(self._begin, query), self._end)
-        else:
-            self._begin(query)
-
-    def _begin(self, query: Query) -> None:
-        assert self._conn is not None
-        unplanned = query.unplanned(self._conn)
-        if unplanned is None:
-            self._execute(query.text, query.params, self._go_on)
-        else:
-            self._execute(unplanned.prepare, (), lambda _: self._planned(unplanned, query))
-
-    def _planned(self, statement: Prepared, query: Query) -> None:
-        assert self._conn is not None
-        statement.planned(self._conn)
+    def _planned(self, conn: PlanningConnection, statement: Prepared, query: Query) -> None:
+        conn.plans.add(statement)
         self._begin(query)
 
-    def _end(self, outcome: Any) -> None:
-        """The work is over, or given up.
-
-        :param outcome: what it came to, or a failure.
-        """
-        assert self._steps is not None
-        # Whoever is told may have us do the next thing at once.
-        self._steps, done = None, self._outcome
-        waiting, self._until_idle = self._until_idle, []
-        if not isinstance(outcome, Failure):
+    def _end(self, result: list[Any] | Failure) -> None:
+        """The query is over, or given up."""
+        assert self._done is not None
+        done, self._done = self._done, None
+        if not isinstance(result, Failure):
             self._tell(False, "")
-        elif outcome.check(DatabaseUnavailable) and self._conn is None and not self._cancelled:
-            self._tell(True, str(outcome.value))
-        for waiter in waiting:
-            waiter.callback(None)
-        done.callback(outcome)
-
-    # --- one statement ---------------------------------------------------------------------------------------------
+        elif result.check(DatabaseUnavailable) and self._conn is None and not self._cancelled:
+            self._tell(True, str(result.value))
+        try:
+            done(result)
+        except Exception:
+            self.log.failure("who asked the database stumbled over its answer")
+        if self._done is None and self._until_idle:
+            waiting, self._until_idle = self._until_idle, []
+            for waiter in waiting:
+                waiter.callback(None)
 
     def _connect(self) -> Deferred[None]:
         # The look-up of a host name blocks: off the reactor's thread.
         settings = driver.settings(self._statement_timeout_s)
-        opening: Deferred[Connection] = threads.deferToThreadPool(
+        opening: Deferred[PlanningConnection] = threads.deferToThreadPool(
             self._reactor, self._reactor.getThreadPool(), driver.open_async, self._parameters, settings, CONNECT_S
         )
         return opening.addCallback(self._connected).addErrback(_told)
 
-    def _connected(self, conn: Connection) -> None:
+    def _connected(self, conn: PlanningConnection) -> None:
         if self._cancelled:
             conn.close()
             raise DatabaseUnavailable(self._cancelled)
@@ -238,7 +234,7 @@ class Line:
             self._failed()
         else:
             self._asks = None
-            self._proceed(asks, rows)
+            asks(rows)
 
     def _failed(self) -> None:
         """What is being handled came of the connection: whoever asked is told; a connection that broke goes first."""

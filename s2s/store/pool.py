@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, S2SError
 from s2s.limits import Counters
 from s2s.store import driver
-from s2s.store.driver import Connection, Cursor, Steps
+from s2s.store.driver import Connection, Cursor, Query, Steps
 from s2s.store.line import Line
 
 T = TypeVar("T")
@@ -173,10 +173,22 @@ class Database:
         )
         return outcome.addBoth(self._leave)
 
-    def run_steps(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
-        """Take the steps of ``work(*args)`` on a connection without a thread, each committed by itself.
+    def ask(self, query: Query, done: Callable[[list[Any] | Failure], object]) -> None:
+        """Do one query on a connection without a thread; it commits by itself.
 
-        One thing after the other: whoever uses it waits for the Deferred. It fires, and fails, as that of :meth:`run`.
+        One thing after the other: whoever asks waits for its end.
+
+        :param done: called with the rows, or with a failure as that of :meth:`run`.
+        """
+        if self._refusal:
+            done(Failure(DatabaseUnavailable(self._refusal)))
+        else:
+            self._line.ask(query, done)
+
+    def run_steps(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
+        """Take the steps of ``work(*args)`` as :meth:`ask` does each query.
+
+        :returns: fires, and fails, as that of :meth:`run`.
         """
         if self._refusal:
             return defer.fail(DatabaseUnavailable(self._refusal))
