@@ -115,7 +115,6 @@ class Prepared:
     """
 
     def __init__(self, name: str, statement: str, *types: str) -> None:
-        self.statement = statement
         self.prepare = f"prepare {name} ({', '.join(types)}) as {statement}"
         self.call = f"execute {name} ({', '.join('%s' for _ in types)})"
 
