@@ -22,7 +22,7 @@ check: $(READY) docs
 faults: $(READY)
 	$(BIN)/python -m tests.faults $(ARGS)
 
-# The benchmark, side by side with what else there is: make bench ARGS="--rounds 3"
+# The benchmark, side by side with what else there is: make bench ARGS="--rounds 9"
 bench: $(READY)
 	PATH="$(BIN):$$PATH" $(BIN)/python -m benchmarks $(ARGS)
 

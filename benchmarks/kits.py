@@ -10,6 +10,7 @@ from typing import Any
 
 from twisted.internet import reactor, task
 from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 
 from benchmarks.load import Load, Meter
 
@@ -27,7 +28,10 @@ async def drive_deferred(calls: Sequence[Callable[[], Deferred[Any]]], load: Loa
     def done(_: object, call: Callable[[], Deferred[Any]]) -> None:
         meter.count += 1
         if not is_over:
-            begin(call)
+            try:
+                begin(call)
+            except Exception:
+                _failed(Failure(), meter)
 
     for call in calls:
         for _ in range(load.window):

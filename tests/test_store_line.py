@@ -215,6 +215,22 @@ class LineTests(DatabaseTestCase):
         await poll(lambda: not self.backends(), "no connection")
         self.assertFalse(self.database.is_away)
 
+    async def test_ended_as_soon_as_it_is_made(self) -> None:
+        """A connection that ends at once fails what waits for it; it is not made again and again."""
+        made: list[driver.Connection] = []
+
+        def ended(*args: Any) -> Any:
+            made.append(conn := connect(*args))
+            with blocking(self.url) as txn:
+                txn.execute("select pg_terminate_backend(%s, 5000)", (conn.info.backend_pid,))
+            return conn
+
+        connect = driver.open_async
+        with mock.patch.object(driver, "open_async", ended):
+            await self.assertFailure(self.database.run_steps(_ask, "select 1"), DatabaseUnavailable)
+        self.assertEqual(len(made), 1)
+        self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
+
     async def test_cancel(self) -> None:
         """When the grace is over what is under way is given up at once, and nothing more is taken."""
         asked = self.database.run_steps(_ask, "select pg_sleep(60)")

@@ -49,7 +49,6 @@ class PlanningConnection(connection):
 #: What the URL may override. A peer that is gone without a word is noticed in about 25 s on an idle connection
 #: and in 10 s on one that waits for an answer.
 _CONNECT: Final[dict[str, Any]] = {
-    "connection_factory": PlanningConnection,
     "connect_timeout": 5,
     "keepalives": 1,
     "keepalives_idle": 10,
@@ -80,7 +79,7 @@ def parameters(url: str, **ours: Any) -> dict[str, Any]:
             "the database URL cannot be read: write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "
             "with %40, %2F and %3F for @, / and ? inside a name or password"
         )
-    return {**_CONNECT, **ours, **given}
+    return {**_CONNECT, **ours, **given, "connection_factory": PlanningConnection}
 
 
 def prepare(conn: Connection, statement_timeout_s: float, idle_timeout_s: float) -> None:

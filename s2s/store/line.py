@@ -82,7 +82,10 @@ class Line:
         """
         assert self._done is None, "one thing after the other"
         self._done = done
-        self._begin(query)
+        if self._conn is not None and self._ears.poll(0):
+            # Unasked it has only its end to tell.
+            self._drop()
+        self._send(query)
 
     def run(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
         """Do one query of ``work(*args)`` after the other.
@@ -133,16 +136,13 @@ class Line:
 
     # --- one query ---------------------------------------------------------------------------------------------------
 
-    def _begin(self, query: Query) -> None:
+    def _send(self, query: Query) -> None:
+        conn, statement, done = self._conn, query.statement, self._done
         try:
-            if self._conn is not None and self._ears.poll(0):
-                # Unasked it has only its end to tell.
-                self._drop()
-            conn, statement = self._conn, query.statement
             if self._cancelled:
                 self._end(Failure(DatabaseUnavailable(self._cancelled)))
             elif conn is None:
-                self._connect().addCallbacks(lambda _: self._begin(query), self._end)
+                self._connect().addCallbacks(lambda _: self._send(query), self._end)
             elif not isinstance(statement, Prepared):
                 self._execute(statement, query.params, self._end)
             elif statement in conn.plans:
@@ -150,6 +150,8 @@ class Line:
             else:
                 self._execute(statement.prepare, (), lambda _: self._planned(conn, statement, query))
         except Exception:
+            if self._done is not done:
+                raise  # it is over
             # What nobody foresaw must not leave anybody waiting.
             failure, self._asks = Failure(), None
             self._drop()
@@ -157,7 +159,7 @@ class Line:
 
     def _planned(self, conn: PlanningConnection, statement: Prepared, query: Query) -> None:
         conn.plans.add(statement)
-        self._begin(query)
+        self._send(query)
 
     def _end(self, result: list[Any] | Failure) -> None:
         """The query is over, or given up."""
@@ -196,7 +198,11 @@ class Line:
             conn.close()
             raise
         self._conn, self._cursor, self._fileno, self._ears = conn, cursor, fileno, driver.ears(fileno)
-        self._reactor.addReader(self)
+        try:
+            self._reactor.addReader(self)
+        except BaseException:
+            self._drop()
+            raise
 
     def _execute(self, statement: str, params: tuple[Any, ...], asks: Callable[[list[Any]], None]) -> None:
         self._asks = asks
@@ -253,7 +259,7 @@ class Line:
 
     def _watch(self) -> None:
         """Look when the answer is due: one timer for many statements, since most are answered long before."""
-        self._timer = self._reactor.callLater(self._deadline - self._reactor.seconds(), self._look)
+        self._timer = self._reactor.callLater(max(0.0, self._deadline - self._reactor.seconds()), self._look)
 
     def _look(self) -> None:
         self._timer = None

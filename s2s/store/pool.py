@@ -115,8 +115,8 @@ class Database:
         """Roll back what runs, and refuse what waits and what comes: the process stops, and its grace is over.
 
         SQL is cancelled by a word to the database. What is between two statements, or swallows the error, goes on, but
-        commits nothing any more: so nothing that fails by this can be charged to anybody. Of steps (:meth:`run_steps`)
-        the one under way is left to the database, which may yet commit it.
+        commits nothing any more: so nothing that fails by this can be charged to anybody. A query without a thread
+        (:meth:`ask`) is left to the database, which may yet commit it.
 
         :returns: fires with whether nothing runs any more, after :data:`CANCEL_S` at the latest, also when the database
             hangs. What runs then sits in Python, or waits for a database that does not answer.

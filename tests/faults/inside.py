@@ -25,7 +25,7 @@ ROOT: Final = Path(__file__).parents[2]
 
 #: Where a process can be made to stand still: before or after a function of ours, by its module, owner and name.
 STEPS: Final = {
-    "push.write": ("s2s.store.line", "Line", "_begin", "before"),
+    "push.write": ("s2s.store.line", "Line", "ask", "before"),
     "push.sent": ("s2s.store.line", "Line", "_execute", "after"),
     "push.commit": ("s2s.store.line", "Line", "_end", "before"),
     "push.ack": ("s2s.inbox", "Inbox", "_answer", "before"),
