@@ -235,7 +235,9 @@ class FramingTests(LinkTestCase):
         rng, at = random.Random(1), 0
         while at < len(stream):
             # To the end of a frame, too: one that comes whole and alone goes past the buffer.
-            to = rng.choice([end for end in ends if end > at][:1] * 4 + [at + size for size in (1, 2, 3, 5, 50, 1500)])
+            to = rng.choice(
+                [end for end in ends if end > at][:1] * 4 + [at + size for size in (1, 2, 3, 5, 50, 400, 1500)]
+            )
             self.link.dataReceived(stream[at:to])
             at = to
         self.assertEqual(self.idem_keys(), [str(number) for number in range(60)])
