@@ -169,9 +169,8 @@ class Inbox:
     def _asked(self, rows: list[Any] | Failure, batch: list[_Waiter]) -> None:
         if isinstance(rows, Failure):
             self._failed(rows, batch)
-        elif rows:
-            [[cmd_id]] = rows
-            self._committed([Outcome(cmd_id, "ready", is_new=True)], batch)
+        elif (outcome := table.pushed_one(rows)) is not None:
+            self._committed([outcome], batch)
         else:
             # The key is known: the way of many finds its command.
             self._run(batch)

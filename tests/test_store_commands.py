@@ -43,9 +43,9 @@ class PushTests(DatabaseTestCase):
         """Push one command as the inbox does one that is alone."""
 
         def work() -> Steps[list[Outcome]]:
-            rows = yield commands.push_one(push)
-            if rows:
-                return [Outcome(rows[0][0], "ready", is_new=True)]
+            outcome = commands.pushed_one((yield commands.push_one(push)))
+            if outcome is not None:
+                return [outcome]
             return (yield from commands.push_batch([push]))
 
         with blocking(self.url) as txn:

@@ -107,12 +107,17 @@ returning cmd_id
 def push_one(push: Push) -> Query:
     """Accept one push alone, if its key is new.
 
-    :returns: gives the new ``cmd_id`` as its one row; none where the key is known: that is for :func:`push_batch`.
+    :returns: what its rows say, :func:`pushed_one` tells.
     """
     assert push.cmd_id is None
     return Query(
         _INSERT_ONE, (push.idem_key, push.fingerprint, push.cmd_type, push.payload, push.priority, push.due_at)
     )
+
+
+def pushed_one(rows: Sequence[tuple[int]]) -> Outcome | None:
+    """Say what came of :func:`push_one`; ``None``: its key is known, and the push is for :func:`push_batch`."""
+    return Outcome(rows[0][0], "ready", is_new=True) if rows else None
 
 
 def push_batch(pushes: Sequence[Push]) -> Steps[list[Outcome]]:
