@@ -542,6 +542,7 @@ class StepTests(SchedulerTestCase):
         self.end_connections()
         await self.reached("runs >= 2", "well")
         self.assertEqual(self.row("runs, attempts", "hangs"), (0, 1))
+        go_on.set()
 
     def transactions(self) -> int:
         """Count the transactions that this database has seen."""

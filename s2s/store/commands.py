@@ -219,24 +219,29 @@ class Command:
     priority: int
 
 
-# Every priority that has waiting commands, found by one step in the index each, however many wait under it.
+# Every priority that has waiting commands and the first of them, found by one step in the index each, however many wait
+# under it.
 _PRIORITIES: Final = """
-with recursive priorities (priority) as (
-    (select priority from commands where status = 'ready' order by priority limit 1)
+with recursive priorities (priority, due_at) as (
+    (select priority, due_at from commands where status = 'ready' order by priority, due_at limit 1)
     union all
-    select (select c.priority from commands c where c.status = 'ready' and c.priority > p.priority
-            order by c.priority limit 1)
-    from priorities p where p.priority is not null
+    select n.priority, n.due_at
+    from priorities p
+    cross join lateral (
+        select priority, due_at from commands where status = 'ready' and priority > p.priority
+        order by priority, due_at limit 1
+    ) n
 )
 """
-# No outer "order by": the nested loop gives the order already, and a sort would read every priority to its limit.
+# No outer "order by": the nested loop gives the order already, and a sort would read every priority to its limit. What
+# has run since the last vacuum stands before the first that waits, and is stepped over once, not twice.
 _CANDIDATES: Final = f"""
 {_PRIORITIES}
 select c.cmd_id, c.attempts
 from priorities p
 cross join lateral (
     select cmd_id, attempts from commands
-    where status = 'ready' and priority = p.priority and due_at <= now()
+    where status = 'ready' and priority = p.priority and due_at between p.due_at and now()
         and cmd_id not in (select unnest(cmd_ids) from batch_notes)
     order by due_at, cmd_id limit %s
     for update skip locked -- what somebody holds cannot be run, and must not be claimed over and over
