@@ -45,20 +45,25 @@ _FINISH = "update commands set status = 'done', finished_at = now() where status
 @click.option("--finished", default="0,1000000,10000000", show_default=True, help="Counts of finished commands.")
 @click.option("--waiting", default="100000,1000000", show_default=True, help="Counts of waiting commands.")
 @click.option("--links", default=1000, show_default=True, help="Idle links.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--seconds", type=click.FloatRange(0.01), default=3.0, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
+@click.option("--seconds", type=click.FloatRange(0.01), default=1.0, show_default=True)
 @click.option("--items", type=click.IntRange(1), default=30_000, show_default=True, help="Rows of the outbox.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=OUT, show_default=True)
 def main(finished: str, waiting: str, links: int, rounds: int, seconds: float, items: int, out: Path) -> None:
     """Measure what rows that are there already cost those that come."""
     console = Console()
-    counts = {"done": [int(each) for each in finished.split(",")], "ready": [int(each) for each in waiting.split(",")]}
+    counts = {
+        status: [int(each) for each in told.split(",") if each]
+        for status, told in (("done", finished), ("ready", waiting))
+    }
     sizes = [(count, status) for status, each in counts.items() for count in each]
     stand = Stand()
     try:
         urls = {size: _filled(stand, *size) for size in track(sizes, "filling", console=console)}
         rates: dict[tuple[int, str], dict[str, list[float]]] = {size: {"push": [], "whole": []} for size in sizes}
-        for size in track([size for _ in range(rounds) for size in sizes], "measuring", console=console):
+        # There and back, so that a machine which slows down for a minute does so for every size.
+        turns = [size for number in range(rounds) for size in (sizes[::-1] if number % 2 else sizes)]
+        for size in track(turns, "measuring", console=console):
             pushes = stand.measure_on(PUSH, Load(window=1024, warm_up_s=min(1.0, seconds), seconds=seconds), urls[size])
             stand.execute(_FINISH, url=urls[size])
             stand.execute("vacuum commands", url=urls[size])
