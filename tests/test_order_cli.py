@@ -12,13 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.catalogue import ORDERS
 from s2s.cli import main
+from s2s.cli.common import interrupt_noted
 from s2s.jobs import BUILTIN
 from tests.support.peer import CHECK, ERROR, Frame, ListeningPeer, Peer
 from tests.support.roles import RoleTestCase, environment, free_port
@@ -492,6 +495,44 @@ class FollowTests(CliTestCase):
             terminal.until(lambda: "30/100" in terminal.shown)
             self.execute("update orders set status = 'done', result = '{\"ships\": 100}'")
             self.assertEqual(terminal.end(), (0, f"order {order_id} is done: ships 100\n"))
+
+
+class InterruptTests(SynchronousTestCase):
+    """Ctrl-C while something is followed."""
+
+    def setUp(self) -> None:
+        """Let it mean what it means in a program of its own."""
+        super().setUp()
+        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+
+    def test_where_an_exception_is_lost(self) -> None:
+        """It is noted wherever it comes, also in a destructor; a second one ends the program."""
+
+        class Unlucky:
+            def __del__(self) -> None:
+                signal.raise_signal(signal.SIGINT)
+
+        with interrupt_noted() as is_interrupted:
+            self.assertFalse(is_interrupted())
+            Unlucky()
+            self.assertTrue(is_interrupted())
+            with self.assertRaises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
+
+    def test_where_it_means_something_else(self) -> None:
+        """Whoever ignores it, as a shell's job in the background does, goes on ignoring it; so does another thread."""
+
+        def note() -> bool:
+            with interrupt_noted() as is_interrupted:
+                return is_interrupted()
+
+        with ThreadPoolExecutor(1) as threads:
+            self.assertFalse(threads.submit(note).result())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with interrupt_noted() as is_interrupted:
+            signal.raise_signal(signal.SIGINT)
+            self.assertFalse(is_interrupted())
 
 
 class _Terminal:

@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn
 import click
 
 from s2s.catalogue import BY_NAME, ORDERS
-from s2s.cli.common import ALL, json_option, limit_option, progress_bar, show, show_one, words
+from s2s.cli.common import ALL, interrupt_noted, json_option, limit_option, progress_bar, show, show_one, words
 from s2s.cli.door import Door, rows, with_door
 from s2s.errors import (
     CallError,
@@ -161,10 +161,10 @@ for _kind in KINDS.values():
 
 def _follow(door: Door, row: Order, wait_s: float) -> Order:
     """Look at an order until it is over, nothing has moved for so long, or Ctrl-C, which leaves it alone."""
-    with suppress(KeyboardInterrupt), progress_bar() as bar:
+    with suppress(KeyboardInterrupt), interrupt_noted() as is_interrupted, progress_bar() as bar:
         task = bar.add_task(row.rpc, visible=False)
         moved_at = time.monotonic()
-        while row.status in OPEN and time.monotonic() - moved_at < wait_s:
+        while row.status in OPEN and time.monotonic() - moved_at < wait_s and not is_interrupted():
             try:
                 before, row = row, door.call(orders.SHOW, where={"order_id": row.order_id}, query={"wait": _LOOK_S})
             except (DatabaseUnavailable, CallError, OperatorError) as error:

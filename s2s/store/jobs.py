@@ -14,8 +14,9 @@ from typing import Any, Final
 
 from psycopg2.extras import Json
 
-from s2s.store.driver import Cursor
+from s2s.store.driver import Cursor, lock_key
 
+_ATTEMPTING: Final = lock_key("attempting a job")
 #: Until the next attempt, after so many in a row; until this one is begun, nobody else makes one.
 PAUSE: Final = "least(power(2, least(attempts, 9)), 300) * interval '1 second'"
 
@@ -84,6 +85,9 @@ def attempt(txn: Cursor, job_types: Iterable[str]) -> DueJob | None:
 
     :param job_types: those that the caller can run now.
     """
+    # One looks at a time. With an older snapshot one would lock what another has just counted, to find that it is not
+    # due: the other would see it locked, and step aside from its own attempt.
+    txn.execute("select pg_advisory_xact_lock(%s)", (_ATTEMPTING,))
     txn.execute(
         f"update jobs set attempts = attempts + 1, retry_at = now() + {PAUSE}"  # noqa: S608 - a constant
         " where job_type = any(array(select job_type from jobs where job_type = any(%s) and due_at <= now()"

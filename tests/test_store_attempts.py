@@ -1,0 +1,83 @@
+"""Attempts of jobs and orders: counted by one of many, and then his to make."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import psycopg2
+from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThread
+
+from s2s.store import jobs, orders
+from s2s.store.driver import Cursor
+from s2s.store.pool import blocking
+from tests.support.postgres import DatabaseTestCase
+from tests.support.waiting import poll
+
+_GATE = 77
+#: Whoever says so waits at the gate in the middle of the statement: after its snapshot, before it looks.
+_TRIGGER = """
+create function wait_at_gate() returns trigger language plpgsql as $$ begin
+    if current_setting('application_name') = 'late' then perform pg_advisory_xact_lock_shared(77); end if;
+    return null;
+end $$;
+create trigger a_gate before update on {table} for each statement execute function wait_at_gate()
+"""
+
+
+class AttemptTests(DatabaseTestCase):
+    """Two look for something to do at the same time."""
+
+    async def check(self, table: str, attempt: Callable[[Cursor], Any], hold: Callable[[Cursor, Any], bool]) -> None:
+        """One of them counts an attempt, and can make it while the other still looks."""
+        self.execute(_TRIGGER.format(table=table))
+        gate = psycopg2.connect(self.url)
+        self.addCleanup(gate.close)
+        gate.cursor().execute("select pg_advisory_xact_lock(%s)", (_GATE,))
+        found: dict[str, Any] = {}
+        may_end = threading.Event()
+        self.addCleanup(may_end.set)
+
+        def look(name: str) -> None:
+            with blocking(self.url, name) as txn:
+                found[name] = attempt(txn)
+                if name == "late":
+                    may_end.wait(20)
+
+        def state(name: str) -> str | None:
+            rows = self.execute(
+                "select coalesce(wait_event_type, '') from pg_stat_activity where application_name = %s", name
+            )
+            return rows[0][0] if rows else None
+
+        late: Deferred[None] = deferToThread(look, "late")
+        await poll(lambda: state("late") == "Lock", "the late one at the gate")
+        quick: Deferred[None] = deferToThread(look, "quick")
+        await poll(lambda: state("quick") == "Lock" or quick.called, "the quick one")
+        gate.rollback()
+        await poll(lambda: "late" in found, "what the late one has found")
+        if not quick.called:
+            # It takes its turn.
+            may_end.set()
+            await late
+            await quick
+        [due] = [each for each in found.values() if each is not None]
+        with blocking(self.url, "hold") as txn:
+            self.assertTrue(hold(txn, due))
+        may_end.set()
+        await late
+        await quick
+
+    async def test_a_job(self) -> None:
+        """A job's."""
+        self.execute("insert into jobs (job_type, schedule, due_at) values ('tick', 'every:60s', to_timestamp(0))")
+        await self.check("jobs", lambda txn: jobs.attempt(txn, ["tick"]), jobs.hold)
+
+    async def test_an_order(self) -> None:
+        """An order's."""
+        rpc = "s2s.admin.force_tick"
+        with blocking(self.url, "give") as txn:
+            orders.give(txn, "o", rpc, {"job": "tick"}, "somebody", by_link=True)
+        await self.check("orders", lambda txn: orders.attempt(txn, [rpc], [], [], 0.0), orders.hold)
