@@ -82,6 +82,7 @@ class Inbox:
         self._waiters: deque[_Waiter] = deque()
         self._bytes = 0
         self._is_busy = False
+        self._unanswered = 0
         self._drained: Deferred[None] | None = None
         self.accepted = self.duplicates = self.conflicts = self.refused = self.batches = 0
 
@@ -101,6 +102,7 @@ class Inbox:
         except WireError as error:
             self.refused += 1
             return fail(error)
+        self._unanswered += 1
         self._waiters.append(waiter)
         self._bytes += waiter.size
         if not self._is_busy:
@@ -112,7 +114,7 @@ class Inbox:
 
         :returns: fires when everything is answered.
         """
-        self._drained = Deferred() if self._is_busy else succeed(None)
+        self._drained = Deferred() if self._unanswered else succeed(None)
         return self._drained
 
     def _checked(self, payload: Mapping[str, Any]) -> _Waiter:
@@ -159,8 +161,6 @@ class Inbox:
             self._database.ask(table.push_one(batch[0].push), lambda rows: self._asked(rows, batch))
         elif batch:
             self._run(batch)
-        elif self._drained is not None:
-            self._drained.callback(None)
 
     def _run(self, batch: list[_Waiter]) -> None:
         writing = self._database.run_steps(table.push_batch, [waiter.push for waiter in batch])
@@ -177,11 +177,15 @@ class Inbox:
 
     def _committed(self, outcomes: Sequence[Outcome | StatementRefused], batch: list[_Waiter]) -> None:
         self.batches += 1
+        # While these are answered, the database works on those that wait.
+        if others_wait := bool(self._waiters):
+            self._next()
         if any(isinstance(outcome, Outcome) and outcome.is_new for outcome in outcomes):
-            self._on_commit()
+            self._tell()
         for waiter, outcome in zip(batch, outcomes, strict=True):
             self._answer(waiter, self._refuse(outcome) if isinstance(outcome, StatementRefused) else outcome)
-        self._next()
+        if not others_wait:
+            self._next()
 
     def _failed(self, failure: Failure, batch: list[_Waiter]) -> None:
         if failure.check(StatementRefused):
@@ -194,7 +198,7 @@ class Inbox:
         error: WireError
         if failure.check(DatabaseUnavailable):
             # The pool has said so in the log, once. Some may be there all the same: whoever runs them is to look.
-            self._on_commit()
+            self._tell()
             error = DbUnavailable(retry_after_ms=RETRY_AFTER_MS)
         else:
             incident = secrets.token_hex(8)
@@ -205,6 +209,12 @@ class Inbox:
         for waiter in batch:
             self._answer(waiter, error)
         self._next()
+
+    def _tell(self) -> None:
+        try:
+            self._on_commit()
+        except Exception:
+            self.log.failure("who is told of new commands stumbled")
 
     def _refuse(self, reason: StatementRefused) -> InternalError:
         incident = secrets.token_hex(8)
@@ -231,3 +241,6 @@ class Inbox:
                     "status": outcome.status,
                 }
             )
+        self._unanswered -= 1
+        if self._drained is not None and not self._unanswered:
+            self._drained.callback(None)

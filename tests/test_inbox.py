@@ -252,13 +252,19 @@ class BatchTests(SynchronousTestCase):
         self.inbox = Inbox(self.database, _REGISTRY, counters=self.counters)  # type: ignore[arg-type]
 
     def test_what_arrives_meanwhile_is_the_next_batch(self) -> None:
-        """A lone push goes at once; those that arrive meanwhile go together, and nobody is answered early."""
+        """A lone push goes at once; those that arrive meanwhile go together, and nobody is answered early.
+
+        They are with the database while what came before is answered.
+        """
         answers = [self.inbox.push(_push(f"k{i}")) for i in range(10)]
+        begun: list[int] = []
+        answers[0].addCallback(lambda _: begun.append(len(self.database.batches)))
         self.assertEqual([len(pushes) for pushes, _ in self.database.batches], [1])
         self.assertEqual(self.inbox.waiting, 9)
         self.database.commit()
         self.assertEqual([len(pushes) for pushes, _ in self.database.batches], [1, 9])
         self.successResultOf(answers[0])
+        self.assertEqual(begun, [2])
         self.assertNoResult(answers[1])
         self.database.commit()
         for answer in answers[1:]:
@@ -302,6 +308,26 @@ class BatchTests(SynchronousTestCase):
         answer = self.inbox.push(_push("k"))
         self.database.commit()
         self.successResultOf(answer)
+
+    def test_who_is_told_stumbles(self) -> None:
+        """Where whoever is told of a COMMIT fails, the pushes are answered all the same, and the next ones too."""
+        self.inbox = Inbox(self.database, _REGISTRY, lambda: 1 // 0)  # type: ignore[arg-type]
+        for _ in range(2):
+            answer = self.inbox.push(_push("k"))
+            self.database.commit()
+            self.successResultOf(answer)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 2)
+
+    def test_drained_when_all_are_answered(self) -> None:
+        """Also where the next batch fails before the last one's pushes are answered."""
+        answers = [self.inbox.push(_push(f"k{i}")) for i in range(2)]
+        drained = self.inbox.drain()
+        drained.addCallback(lambda _: [answer.called for answer in answers])
+        with mock.patch.object(self.database, "ask", lambda _, done: done(Failure(DatabaseUnavailable("gone")))):
+            self.database.commit()
+        self.assertEqual(self.successResultOf(drained), [True, True])
+        self.successResultOf(answers[0])
+        self.failureResultOf(answers[1], DbUnavailable)
 
     def test_a_database_that_is_away(self) -> None:
         """While the database is away every push is answered at once, and none is acked."""
