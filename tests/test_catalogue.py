@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s import canonical
@@ -108,6 +109,27 @@ class SchemaTests(SynchronousTestCase):
         for wanted in (True, False):
             payload = find(_payloads(schema), lambda drawn: schema.is_valid(drawn) is wanted, settings=_ANY)  # noqa: B023
             self.assertIs(exact.is_valid(payload), wanted)
+
+    def test_what_is_no_schema(self) -> None:
+        """What jsonschema calls no schema is none, and in its words."""
+        for document in (
+            {"type": "strin"},
+            {"type": ["string", "string"]},
+            {"minimum": "x"},
+            {"maxLength": -1},
+            {"pattern": "("},
+            {"patternProperties": {"(": {}}},
+            {"properties": 3},
+            {"properties": {"a": {"properties": {"b": {"enum": "x"}}}}},
+            {"required": "a"},
+            {"additionalProperties": 5},
+            {"anyOf": []},
+            {"format": 3},
+        ):
+            with self.subTest(document=document):
+                told = self.assertRaises(SchemaError, Draft202012Validator.check_schema, document)
+                self.assertEqual(self.assertRaises(SchemaError, Schema, document).message, told.message)
+        self.assertRaises(ValueError, Schema, {"$ref": "#/nowhere"})
 
     def test_refusals_can_be_sent(self) -> None:
         """Every refusal has a path below /payload and makes an error that canonical JSON can say."""

@@ -1,7 +1,7 @@
 """JSON Schemas, compiled once: a fast yes or no, and an explanation of the no.
 
-``jsonschema-rs`` judges every payload; ``jsonschema`` says what is wrong with one that was refused and checks the
-schemas themselves. ``tests/test_catalogue.py`` holds the two together.
+``jsonschema-rs`` judges every payload and every schema; ``jsonschema`` says what is wrong with one that was refused.
+``tests/test_catalogue.py`` holds the two together.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ class Schema:
 
     :param document: the schema as parsed JSON.
     :raises jsonschema.exceptions.SchemaError: the document is no schema.
+    :raises ValueError: it refers to what there is not.
     """
 
     def __init__(self, document: Mapping[str, Any]) -> None:
-        Draft202012Validator.check_schema(document)
         self.document = document
         self._explains = Draft202012Validator(document)
-        self.is_valid = jsonschema_rs.Draft202012Validator(dict(document)).is_valid
+        try:
+            self.is_valid = jsonschema_rs.Draft202012Validator(dict(document)).is_valid
+        except ValueError:
+            Draft202012Validator.check_schema(document)
+            raise
         #: What an absent optional member stands for.
         self.defaults: dict[str, Any] = {
             name: rule["default"]

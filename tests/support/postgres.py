@@ -75,7 +75,9 @@ def database_url(name: str) -> str:
 def make_database(name: str, template: str = "template0") -> None:
     """Create a database as a copy of another one."""
     with Session(cluster_url()) as session:
-        session.run(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template)))
+        # Without fsync a copy of the files is the fastest.
+        create = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy")
+        session.run(create.format(sql.Identifier(name), sql.Identifier(template)))
 
 
 def drop_database(name: str) -> None:
