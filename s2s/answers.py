@@ -50,16 +50,17 @@ class Answers:
 
     def serve(self, request: Request) -> None:
         """Have a request answered."""
-        ticket = self._session.hold(request, request.size, self._clock.mono())
+        answer: Mapping[str, Any] | Failure | Deferred[dict[str, Any]]
         try:
             answer = self._responders[request.message.name](request)
         except Exception:
-            self._failed(Failure(), ticket, request)
+            answer = Failure()
+        # After it: by now what it has asked for is on its way.
+        ticket = self._session.hold(request, request.size, self._clock.mono())
+        if isinstance(answer, Deferred):
+            answer.addBoth(self._answered, ticket, request)
         else:
-            if isinstance(answer, Deferred):
-                answer.addBoth(self._answered, ticket, request)
-            else:
-                self._answered(answer, ticket, request)
+            self._answered(answer, ticket, request)
         if self._session.holds_too_much:
             self._counters.meet("held")
             self._reader.stop("held")
@@ -102,8 +103,9 @@ class Answers:
         size = envelope.size(request.message.reply, body)
         if size > self._session.max_frame:
             raise TooBigToSend(size, self._session.max_frame)
-        if self._release(ticket):
+        if self._session.release(ticket) and self._session.is_open:
             self._send(request.message.reply, body, request.envelope.id)
+        self._released()
 
     def _failed(self, failure: Failure, ticket: int, request: Request) -> None:
         error = failure.value
@@ -111,13 +113,12 @@ class Answers:
             incident = ulid_now()
             self.log.failure("incident {incident} in {type}", failure, incident=incident, type=request.message.name)
             error = InternalError(incident=incident)
-        if self._release(ticket):
+        if self._session.release(ticket) and self._session.is_open:
             self._refuse(Refusal(error, request.envelope.id))
+        self._released()
 
-    def _release(self, ticket: int) -> bool:
-        """End a request that we hold: whether it is still to be answered."""
-        is_awaited = self._session.release(ticket)
+    def _released(self) -> None:
+        """There is one less that we hold."""
         self.look_if_quiet()
         if not self._session.holds_too_much:
             self._reader.go_on("held")
-        return is_awaited and self._session.is_open

@@ -56,7 +56,7 @@ class Inbox:
 
     :param database: where they are committed.
     :param registry: the command types by name.
-    :param on_commit: called after each COMMIT that brought a new command.
+    :param on_commit: called after each COMMIT that brought a new command, when its pushes are answered.
     :param counters: counts the pushes refused for want of room.
 
     :ivar accepted: new commands committed.
@@ -180,12 +180,13 @@ class Inbox:
         # While these are answered, the database works on those that wait.
         if others_wait := bool(self._waiters):
             self._next()
-        if any(isinstance(outcome, Outcome) and outcome.is_new for outcome in outcomes):
-            self._tell()
         for waiter, outcome in zip(batch, outcomes, strict=True):
             self._answer(waiter, self._refuse(outcome) if isinstance(outcome, StatementRefused) else outcome)
         if not others_wait:
             self._next()
+        # Last of all: whoever runs them begins at once.
+        if any(isinstance(outcome, Outcome) and outcome.is_new for outcome in outcomes):
+            self._tell()
 
     def _failed(self, failure: Failure, batch: list[_Waiter]) -> None:
         if failure.check(StatementRefused):
@@ -197,8 +198,7 @@ class Inbox:
     def _given_up(self, failure: Failure, batch: list[_Waiter]) -> None:
         error: WireError
         if failure.check(DatabaseUnavailable):
-            # The pool has said so in the log, once. Some may be there all the same: whoever runs them is to look.
-            self._tell()
+            # The pool has said so in the log, once.
             error = DbUnavailable(retry_after_ms=RETRY_AFTER_MS)
         else:
             incident = secrets.token_hex(8)
@@ -209,6 +209,8 @@ class Inbox:
         for waiter in batch:
             self._answer(waiter, error)
         self._next()
+        # Some may be there all the same: whoever runs them is to look.
+        self._tell()
 
     def _tell(self) -> None:
         try:

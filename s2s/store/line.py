@@ -206,17 +206,17 @@ class Line:
 
     def _execute(self, statement: str, params: tuple[Any, ...], asks: Callable[[list[Any]], None]) -> None:
         self._asks = asks
-        self._deadline = self._reactor.seconds() + self._statement_timeout_s + BEYOND_S
-        if self._timer is None:
-            self._watch()
         try:
             self._cursor.execute(statement, params or None)
         except Exception:
             # Also what is no error of the database's: parameters that cannot be written.
             self._failed()
-        else:
-            # What the socket did not take at once is written when it can.
-            self._advance()
+            return
+        self._deadline = self._reactor.seconds() + self._statement_timeout_s + BEYOND_S
+        if self._timer is None:
+            self._watch()
+        # What the socket did not take at once is written when it can.
+        self._advance()
 
     def _advance(self) -> None:
         """Go on with the exchange, as far as it goes now."""
