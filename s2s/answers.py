@@ -119,6 +119,7 @@ class Answers:
 
     def _released(self) -> None:
         """There is one less that we hold."""
-        self.look_if_quiet()
+        if self._until_quiet:
+            self.look_if_quiet()
         if not self._session.holds_too_much:
             self._reader.go_on("held")

@@ -148,6 +148,9 @@ class Inbox:
     # --- one transaction after the other -------------------------------------------------------------------------
 
     def _next(self) -> None:
+        self._is_busy = bool(self._waiters)
+        if not self._is_busy:
+            return
         batch: list[_Waiter] = []
         size = 0
         while self._waiters and len(batch) < BATCH_PUSHES:
@@ -156,10 +159,9 @@ class Inbox:
                 break
             batch.append(self._waiters.popleft())
             self._bytes -= batch[-1].size
-        self._is_busy = bool(batch)
         if len(batch) == 1:
             self._database.ask(table.push_one(batch[0].push), lambda rows: self._asked(rows, batch))
-        elif batch:
+        else:
             self._run(batch)
 
     def _run(self, batch: list[_Waiter]) -> None:
@@ -177,6 +179,7 @@ class Inbox:
 
     def _committed(self, outcomes: Sequence[Outcome | StatementRefused], batch: list[_Waiter]) -> None:
         self.batches += 1
+        accepted = self.accepted
         # While these are answered, the database works on those that wait.
         if others_wait := bool(self._waiters):
             self._next()
@@ -185,7 +188,7 @@ class Inbox:
         if not others_wait:
             self._next()
         # Last of all: whoever runs them begins at once.
-        if any(isinstance(outcome, Outcome) and outcome.is_new for outcome in outcomes):
+        if self.accepted > accepted:
             self._tell()
 
     def _failed(self, failure: Failure, batch: list[_Waiter]) -> None:
