@@ -83,7 +83,7 @@ class Answers:
 
     def look_if_quiet(self) -> None:
         """Tell who waits for it that nothing is held, or that the link is gone."""
-        if not self._session.held or self._session.state is State.CLOSED:
+        if self._until_quiet and (not self._session.held or self._session.state is State.CLOSED):
             waiters, self._until_quiet = self._until_quiet, []
             for waiter in waiters:
                 # Not now: the last answer is still to be written.
@@ -103,9 +103,7 @@ class Answers:
         size = envelope.size(request.message.reply, body)
         if size > self._session.max_frame:
             raise TooBigToSend(size, self._session.max_frame)
-        if self._session.release(ticket) and self._session.is_open:
-            self._send(request.message.reply, body, request.envelope.id)
-        self._released()
+        self._end(ticket, self._send, request.message.reply, body, request.envelope.id)
 
     def _failed(self, failure: Failure, ticket: int, request: Request) -> None:
         error = failure.value
@@ -113,13 +111,14 @@ class Answers:
             incident = ulid_now()
             self.log.failure("incident {incident} in {type}", failure, incident=incident, type=request.message.name)
             error = InternalError(incident=incident)
-        if self._session.release(ticket) and self._session.is_open:
-            self._refuse(Refusal(error, request.envelope.id))
-        self._released()
+        self._end(ticket, self._refuse, Refusal(error, request.envelope.id))
 
-    def _released(self) -> None:
-        """There is one less that we hold."""
-        if self._until_quiet:
+    def _end(self, ticket: int, say: Callable[..., None], *told: Any) -> None:
+        """End a request that we hold, and first say what came of it, if that is still awaited."""
+        try:
+            if self._session.release(ticket) and self._session.is_open:
+                say(*told)
+        finally:
             self.look_if_quiet()
-        if not self._session.holds_too_much:
-            self._reader.go_on("held")
+            if not self._session.holds_too_much:
+                self._reader.go_on("held")

@@ -10,6 +10,7 @@ import psycopg2
 from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 
+from s2s.orders.force_tick import ForceTick
 from s2s.store import jobs, orders
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
@@ -20,7 +21,7 @@ _GATE = 77
 #: Whoever says so waits at the gate in the middle of the statement: after its snapshot, before it looks.
 _TRIGGER = """
 create function wait_at_gate() returns trigger language plpgsql as $$ begin
-    if current_setting('application_name') = 'late' then perform pg_advisory_xact_lock_shared(77); end if;
+    if current_setting('application_name') = 'late' then perform pg_advisory_xact_lock_shared({gate}); end if;
     return null;
 end $$;
 create trigger a_gate before update on {table} for each statement execute function wait_at_gate()
@@ -32,7 +33,7 @@ class AttemptTests(DatabaseTestCase):
 
     async def check(self, table: str, attempt: Callable[[Cursor], Any], hold: Callable[[Cursor, Any], bool]) -> None:
         """One of them counts an attempt, and can make it while the other still looks."""
-        self.execute(_TRIGGER.format(table=table))
+        self.execute(_TRIGGER.format(table=table, gate=_GATE))
         gate = psycopg2.connect(self.url)
         self.addCleanup(gate.close)
         gate.cursor().execute("select pg_advisory_xact_lock(%s)", (_GATE,))
@@ -77,7 +78,7 @@ class AttemptTests(DatabaseTestCase):
 
     async def test_an_order(self) -> None:
         """An order's."""
-        rpc = "s2s.admin.force_tick"
+        rpc = ForceTick.rpc
         with blocking(self.url, "give") as txn:
-            orders.give(txn, "o", rpc, {"job": "tick"}, "somebody", by_link=True)
+            orders.give(txn, "o", rpc, {"job_type": "tick"}, "somebody", by_link=True)
         await self.check("orders", lambda txn: orders.attempt(txn, [rpc], [], [], 0.0), orders.hold)
