@@ -1,4 +1,4 @@
-"""Attempts of jobs and orders: counted by one of many, and then his to make."""
+"""What one of many takes for itself: attempts of jobs and orders, and batches of commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 
 from s2s.orders.force_tick import ForceTick
-from s2s.store import jobs, orders
+from s2s.store import driver, jobs, notes, orders
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
 from tests.support.postgres import DatabaseTestCase
@@ -82,3 +82,33 @@ class AttemptTests(DatabaseTestCase):
         with blocking(self.url, "give") as txn:
             orders.give(txn, "o", rpc, {"job_type": "tick"}, "somebody", by_link=True)
         await self.check("orders", lambda txn: orders.attempt(txn, [rpc], [], [], 0.0), orders.hold)
+
+
+class FrozenTests(DatabaseTestCase):
+    """One is frozen while it looks for something to do: it keeps nobody else from it for longer than is borne."""
+
+    def check(self, attempt: Callable[[Cursor], Any]) -> None:
+        """Another finds what the frozen one had found."""
+        self.patch(driver, "FROZEN_S", 0.2)
+        frozen = psycopg2.connect(self.url)
+        self.addCleanup(frozen.close)
+        self.assertTrue(attempt(frozen.cursor()))
+        with blocking(self.url, "another", statement_timeout_s=8.0) as txn:
+            self.assertTrue(attempt(txn))
+        self.assertRaises(psycopg2.OperationalError, frozen.commit)
+
+    def test_a_job(self) -> None:
+        """A job."""
+        self.execute("insert into jobs (job_type, schedule, due_at) values ('tick', 'every:60s', to_timestamp(0))")
+        self.check(lambda txn: jobs.attempt(txn, ["tick"]))
+
+    def test_an_order(self) -> None:
+        """An order."""
+        with blocking(self.url, "give") as txn:
+            orders.give(txn, "o", ForceTick.rpc, {"job_type": "tick"}, "somebody", by_link=True)
+        self.check(lambda txn: orders.attempt(txn, [ForceTick.rpc], [], [], 0.0))
+
+    def test_a_batch_of_commands(self) -> None:
+        """A batch of commands."""
+        self.execute("insert into commands (cmd_type, idem_key, payload) values ('notice.publish', 'a', '{}')")
+        self.check(lambda txn: notes.claim(txn, "boot", 0, 10))

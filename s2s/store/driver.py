@@ -57,6 +57,9 @@ _CONNECT: Final[dict[str, Any]] = {
     "tcp_user_timeout": 10_000,
     "client_encoding": "UTF8",
 }
+#: Seconds after which the database ends the transaction of one who is alone in something and does nothing there: fewer
+#: than the others' statements may wait for him.
+FROZEN_S: Final = 5.0
 #: SQLSTATE classes and codes of a database that cannot serve now, with nothing wrong in the statement: connection,
 #: read-only (a standby after a failover), deadlock, resources, lock timeout, cancelled or shutting down, system.
 _PASSING: Final = re.compile(r"08|25006|40|53|55P03|57|58")
@@ -284,6 +287,19 @@ def savepoint(txn: Cursor) -> Iterator[None]:
     except BaseException:
         txn.execute("rollback to savepoint s2s; release savepoint s2s")
         raise
+
+
+def one_at_a_time(txn: Cursor, lock: int) -> None:
+    """Wait for an advisory lock, and hold it until the transaction ends.
+
+    A process that is frozen with it does not keep the others away for long: the database ends its transaction.
+
+    :param lock: see :func:`lock_key`.
+    """
+    txn.execute(
+        "set local idle_in_transaction_session_timeout = %s; select pg_advisory_xact_lock(%s)",
+        (round(FROZEN_S * 1000), lock),
+    )
 
 
 def lock_key(name: str) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from psycopg2.extras import Json
 
-from s2s.store.driver import Cursor, lock_key
+from s2s.store.driver import Cursor, lock_key, one_at_a_time
 
 _ATTEMPTING: Final = lock_key("attempting a job")
 #: Until the next attempt, after so many in a row; until this one is begun, nobody else makes one.
@@ -87,7 +87,7 @@ def attempt(txn: Cursor, job_types: Iterable[str]) -> DueJob | None:
     """
     # One looks at a time. With an older snapshot one would lock what another has just counted, to find that it is not
     # due: the other would see it locked, and step aside from its own attempt.
-    txn.execute("select pg_advisory_xact_lock(%s)", (_ATTEMPTING,))
+    one_at_a_time(txn, _ATTEMPTING)
     txn.execute(
         f"update jobs set attempts = attempts + 1, retry_at = now() + {PAUSE}"  # noqa: S608 - a constant
         " where job_type = any(array(select job_type from jobs where job_type = any(%s) and due_at <= now()"

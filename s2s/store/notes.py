@@ -26,7 +26,7 @@ from datetime import datetime
 from typing import Final, NamedTuple
 
 from s2s.store import commands
-from s2s.store.driver import Cursor, lock_key, numbers
+from s2s.store.driver import Cursor, lock_key, numbers, one_at_a_time
 
 _CLAIMING: Final = lock_key("claiming")
 _REAPING: Final = lock_key("reaping")
@@ -94,7 +94,8 @@ def claim(txn: Cursor, boot_id: str, worker: int, limit: int, suspects: Containe
     strike(txn, boot_id, worker)
     # One claim at a time, so that batches are disjoint. The note need not reach the disk: it is for the death of a
     # process, and when the database dies nobody is charged.
-    txn.execute("set local synchronous_commit = off; select pg_advisory_xact_lock(%s)", (_CLAIMING,))
+    txn.execute("set local synchronous_commit = off")
+    one_at_a_time(txn, _CLAIMING)
     found = commands.candidates(txn, limit)
     fresh = itertools.takewhile(lambda one: one[1] == 0 and one[0] not in suspects, found)
     cmd_ids = [cmd_id for cmd_id, _ in fresh] or [cmd_id for cmd_id, _ in found[:1]]

@@ -15,7 +15,7 @@ from psycopg2.extras import Json
 
 from s2s import canonical
 from s2s.errors import CanonicalError, IdemConflict
-from s2s.store.driver import Cursor, lock_key
+from s2s.store.driver import Cursor, lock_key, one_at_a_time
 from s2s.store.jobs import PAUSE
 
 CHANNEL: Final = "s2s_orders"
@@ -174,7 +174,7 @@ def attempt(
     :param patience_s: seconds that what came over no link is left to whoever has one.
     """
     # One looks at a time, as with jobs.
-    txn.execute("select pg_advisory_xact_lock(%s)", (_ATTEMPTING,))
+    one_at_a_time(txn, _ATTEMPTING)
     txn.execute(
         f"update orders set attempts = attempts + 1, retry_at = now() + {PAUSE}, stepped_at = clock_timestamp()"  # noqa: S608
         " where order_id = any(array(select order_id from orders"
