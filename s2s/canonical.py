@@ -74,8 +74,7 @@ def parse_plainly(text: bytes, depth: int = 1) -> dict[str, Any] | None:
     :param depth: how deep it lies in its envelope, which is depth 1.
     :returns: ``None`` for any other: it may be wrong, or only written in another way.
     """
-    # Few brackets prove a small depth, and no \u0000 in the bytes proves none in the strings.
-    if text.count(b"{") + text.count(b"[") > MAX_DEPTH + 1 - depth or b"\\u0000" in text:
+    if not _is_simple(text, depth):
         return None
     try:
         value = _without_floats(text)
@@ -165,6 +164,22 @@ def _check_strings(value: Any) -> None:
             _check_strings(item)
 
 
+def _is_simple(text: bytes, depth: int) -> bool:
+    """Whether so few brackets prove a small depth, and no ``\\u0000`` in the bytes proves none in the strings."""
+    # By looking for single bytes, of which the machine compares many at once: counting them takes twenty times as long.
+    if b"\\" in text and b"\\u0000" in text:
+        return False
+    left = MAX_DEPTH + 1 - depth
+    for bracket in (b"{", b"["):
+        at = text.find(bracket)
+        while at >= 0:
+            left -= 1
+            if left < 0:
+                return False
+            at = text.find(bracket, at + 1)
+    return True
+
+
 # --- out -----------------------------------------------------------------------------------------------------------
 
 
@@ -177,8 +192,7 @@ def dumps(value: Mapping[str, Any], depth: int = 1) -> bytes:
     if type(value) is dict:
         try:
             written = orjson.dumps(value, option=_STRICT)
-            is_flat = written.count(b"{") + written.count(b"[") <= MAX_DEPTH + 1 - depth
-            if is_flat and b"\\u0000" not in written and _plain(value):
+            if _is_simple(written, depth) and _plain(value):
                 return written
         except orjson.JSONEncodeError:
             pass
