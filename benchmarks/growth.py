@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Final
 
 import click
 import psutil
@@ -21,13 +23,19 @@ from benchmarks.tables import rst, show
 
 OUT = Path(__file__).with_name("out")
 MUST, AIM = 0.9, 1.0
+#: What is measured: by whom, and whether its keys come in no order.
+KINDS: Final[Mapping[str, tuple[Contestant, bool]]] = {
+    "durable push, window 1024": (PUSH, False),
+    "with keys in no order": (PUSH, True),
+    "whole way": (WHOLE, False),
+}
 IDLE = Contestant("idle links", "s2s_idle", serves=False)
 
-#: Keys in no order, as they are in life. What waits is due tomorrow.
+#: Keys in no order. What waits is due tomorrow.
 _FILL = """
 with made as (
     insert into commands (cmd_type, idem_key, payload, status, finished_at, due_at)
-    select 'notice.publish', 'grown-' || md5(n::text),
+    select 'notice.publish', md5(n::text),
         jsonb_build_object('scope', 'global', 'severity', 'info', 'message', %(message)s), %(status)s,
         case when %(status)s = 'done' then now() end, now() + interval '1 day'
     from generate_series(%(first)s, %(last)s) n
@@ -37,8 +45,15 @@ insert into idempotency_keys (idem_key, fingerprint, cmd_id)
 select idem_key, sha256(idem_key::bytea), cmd_id from made
 """
 _STEP = 500_000
-#: What was pushed while nobody ran it is out of the way of what is measured next.
-_FINISH = "update commands set status = 'done', finished_at = now() where status = 'ready' and due_at <= now()"
+#: What a measurement has added goes before the next one, so that each size stays what it is called.
+_EMPTY = (
+    """
+    with gone as (delete from commands where cmd_id > %(count)s returning idem_key)
+    delete from idempotency_keys where idem_key in (select idem_key from gone)
+    """,
+    "truncate notices, outbox",
+    "vacuum (index_cleanup on) commands, idempotency_keys",
+)
 
 
 @click.command()
@@ -60,16 +75,16 @@ def main(finished: str, waiting: str, links: int, rounds: int, seconds: float, i
     stand = Stand()
     try:
         urls = {size: _filled(stand, *size) for size in track(sizes, "filling", console=console)}
-        rates: dict[tuple[int, str], dict[str, list[float]]] = {size: {"push": [], "whole": []} for size in sizes}
+        rates: dict[tuple[int, str], dict[str, list[float]]] = {size: {kind: [] for kind in KINDS} for size in sizes}
         # There and back, so that a machine which slows down for a minute does so for every size.
         turns = [size for number in range(rounds) for size in (sizes[::-1] if number % 2 else sizes)]
         for size in track(turns, "measuring", console=console):
-            pushes = stand.measure_on(PUSH, Load(window=1024, warm_up_s=min(1.0, seconds), seconds=seconds), urls[size])
-            stand.execute(_FINISH, url=urls[size])
-            stand.execute("vacuum commands", url=urls[size])
-            whole = stand.measure_on(WHOLE, Load(items=items), urls[size])
-            rates[size]["push"].append(pushes.rate)
-            rates[size]["whole"].append(whole.rate)
+            load = Load(1024, items=items, warm_up_s=min(1.0, seconds), seconds=seconds)
+            for kind, (contestant, is_scattered) in KINDS.items():
+                measured = stand.measure_on(contestant, replace(load, is_scattered=is_scattered), urls[size])
+                rates[size][kind].append(measured.rate)
+                for statement in _EMPTY:
+                    stand.execute(statement, {"count": size[0]}, url=urls[size])
         per_link = _idle(stand, urls[sizes[0]], links)
         [[postgres]] = stand.execute("show server_version")
     finally:
@@ -81,7 +96,7 @@ def main(finished: str, waiting: str, links: int, rounds: int, seconds: float, i
     ratios = [{"row": row, "value": value, "must": MUST, "aim": AIM}]
     tables = [
         ("ratios", [("what", "value", "must", "aim"), (row, f"{value:.2f}", f"{MUST:g}", f"{AIM:g}")]),
-        ("rows that are there", [("rows", "durable push, window 1024", "whole way"), *map(_line, medians.items())]),
+        ("rows that are there", [("rows", *KINDS), *map(_line, medians.items())]),
         ("idle links", [("links", "KiB of the server each"), (str(links), f"{per_link / 1024:.1f}")]),
     ]
     for title, rows in tables:
@@ -90,7 +105,7 @@ def main(finished: str, waiting: str, links: int, rounds: int, seconds: float, i
     whole_result = {
         "machine": machine.describe(postgres),
         "ratios": ratios,
-        "rounds": [{"rows": count, "status": status, **of} for (count, status), of in rates.items()],
+        "rounds": [{"rows": count, "status": status, "rates": of} for (count, status), of in rates.items()],
         "bytes_per_link": per_link,
     }
     (out / "growth.json").write_text(json.dumps(whole_result, indent=1) + "\n")
@@ -100,7 +115,7 @@ def main(finished: str, waiting: str, links: int, rounds: int, seconds: float, i
 def _line(entry: tuple[tuple[int, str], dict[str, float]]) -> tuple[str, ...]:
     (count, status), of = entry
     what = {"done": "finished", "ready": "waiting"}[status]
-    return (f"{count:,} {what}", f"{of['push']:,.0f}", f"{of['whole']:,.0f}")
+    return (f"{count:,} {what}", *(f"{rate:,.0f}" for rate in of.values()))
 
 
 def _filled(stand: Stand, count: int, status: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from twisted.internet import reactor, task
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.python.failure import Failure
 
 from benchmarks.load import Load, Meter
@@ -20,14 +20,13 @@ async def drive_deferred(calls: Sequence[Callable[[], Deferred[Any]]], load: Loa
 
     :param calls: for each link what makes one request; it fires when the answer is there.
     """
-    is_over = False
 
     def begin(call: Callable[[], Deferred[Any]]) -> None:
         call().addCallbacks(done, _failed, callbackArgs=(call,), errbackArgs=(meter,))
 
     def done(_: object, call: Callable[[], Deferred[Any]]) -> None:
         meter.count += 1
-        if not is_over:
+        if not meter.is_over:
             try:
                 begin(call)
             except Exception:
@@ -37,36 +36,49 @@ async def drive_deferred(calls: Sequence[Callable[[], Deferred[Any]]], load: Loa
         for _ in range(load.window):
             begin(call)
     await _measured(load, meter)
-    is_over = True
 
 
 async def drive_deferred_evenly(call: Callable[[], Deferred[Any]], load: Load, meter: Meter) -> None:
-    """Make ``load.rate`` requests in a second, and note how long each one took since its time had come."""
-    began = reactor.seconds()
+    """Make ``load.rate`` requests in a second, and note how long each one took since its time had come.
+
+    A thread says when that is: a timer of the reactor's comes up to a millisecond late.
+    """
     made = 0
 
-    def done(_: object, since: float) -> None:
-        meter.count += 1
-        meter.took.append(reactor.seconds() - since)
-
-    def tick() -> None:
+    def begin(due: float) -> None:
         nonlocal made
-        while (due := began + made / load.rate) <= reactor.seconds():
+        if not meter.is_over:
             made += 1
-            # What comes late because we were late has waited all the same.
-            call().addCallback(done, due).addErrback(_failed, meter)
+            # What begins late because we were late has waited all the same.
+            maybeDeferred(call).addCallbacks(done, _died, callbackArgs=(due,))
 
-    ticking = task.LoopingCall(tick)
-    ticking.start(0.001)
+    def done(_: object, due: float) -> None:
+        meter.count += 1
+        meter.took.append(time.perf_counter() - due)
+
+    def beat() -> None:
+        due = time.perf_counter()
+        while not meter.is_over:
+            due += 1 / load.rate
+            time.sleep(max(0.0, due - time.perf_counter()))
+            reactor.callFromThread(begin, due)
+
+    reactor.callInThread(beat)
     await _measured(load, meter)
-    ticking.stop()
+    # The slowest would be missing else.
+    while meter.count < made:
+        await task.deferLater(reactor, 0.01)
 
 
 def _failed(failure: Any, meter: Meter) -> None:
     """Nothing may fail while it is measured; afterwards the links end."""
     if not meter.is_over:
-        failure.printTraceback()
-        os._exit(1)
+        _died(failure)
+
+
+def _died(failure: Any) -> None:
+    failure.printTraceback()
+    os._exit(1)
 
 
 async def _measured(load: Load, meter: Meter) -> None:
@@ -81,10 +93,9 @@ async def drive_tasks(calls: Sequence[Callable[[], Awaitable[Any]]], load: Load,
 
     :param each: what one call counts for.
     """
-    is_over = False
 
     async def work(call: Callable[[], Awaitable[Any]]) -> None:
-        while not is_over:
+        while not meter.is_over:
             await call()
             meter.count += each
 
@@ -93,7 +104,6 @@ async def drive_tasks(calls: Sequence[Callable[[], Awaitable[Any]]], load: Load,
     meter.mark()
     await asyncio.sleep(load.seconds)
     meter.mark()
-    is_over = True
     await working
 
 

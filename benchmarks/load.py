@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,6 +25,7 @@ class Load:
     :param warm_up_s: seconds before anything is counted.
     :param seconds: for which is counted.
     :param items: what there is to do where everything is there from the beginning.
+    :param is_scattered: whether the keys come in no order.
     """
 
     window: int = 1
@@ -32,6 +35,7 @@ class Load:
     warm_up_s: float = 1.0
     seconds: float = 3.0
     items: int = 0
+    is_scattered: bool = False
 
     @property
     def filling(self) -> str:
@@ -104,16 +108,20 @@ class Result:
 def percentiles(values: list[float], of: tuple[float, ...] = (50, 99, 99.9)) -> list[float]:
     """Give percentiles by the nearest rank; none of nothing."""
     ranked = sorted(values)
-    return [ranked[min(len(ranked) - 1, int(len(ranked) * share / 100))] for share in of] if ranked else []
+    return [ranked[max(0, math.ceil(len(ranked) * share / 100) - 1)] for share in of] if ranked else []
 
 
-def keys(name: str) -> Iterator[str]:
-    """Give keys that nobody else has."""
+def keys(name: str, is_scattered: bool = False) -> Iterator[str]:
+    """Give keys that nobody else has.
+
+    :param is_scattered: in no order.
+    """
     stamp = time.time_ns()
     count = 0
     while True:
         count += 1
-        yield f"{name}-{stamp}-{count}"
+        key = f"{name}-{stamp}-{count}"
+        yield hashlib.sha256(key.encode()).hexdigest()[:32] if is_scattered else key
 
 
 def push(key: str, filling: str) -> dict[str, Any]:

@@ -37,18 +37,24 @@ class Run:
         return {cell: statistics.median(each.rate for each in results) for cell, results in self.rounds.items()}
 
     def ratios(self) -> Iterator[dict[str, Any]]:
-        """Give each ratio of which both sides were measured."""
+        """Give each ratio of which both sides were measured: of the medians, and the least and the most of a round."""
+        of_rounds = zip(*self.rounds.values(), strict=True)
+        rates = [{cell: each.rate for cell, each in zip(self.rounds, of, strict=True)} for of in of_rounds]
         for ratio in RATIOS:
             value = ratio.value(self.medians)
             if value is not None:
-                yield {"row": ratio.row, "value": round(value, 3), "must": ratio.must, "aim": ratio.aim}
+                each = [ratio.value(of) or 0.0 for of in rates]
+                told = {"value": value, "least": min(each), "most": max(each)}
+                rounded = {name: round(number, 3) for name, number in told.items()}
+                yield {"row": ratio.row, **rounded, "must": ratio.must, "aim": ratio.aim}
 
     def tables(self) -> Iterator[Table]:
         """Give the tables: a title, and rows of which the first is the head."""
         rows = [
-            (each["row"], f"{each['value']:.2f}", f"{each['must']:g}", f"{each['aim']:g}") for each in self.ratios()
+            (each["row"], *(f"{each[name]:.2f}" for name in ("value", "least", "most", "must", "aim")))
+            for each in self.ratios()
         ]
-        yield "ratios", [("what", "value", "must", "aim"), *rows]
+        yield "ratios", [("what", "value (of medians)", "least (a round)", "most", "must", "aim"), *rows]
         for group in dict.fromkeys(cell.group for cell in self.rounds):
             head = ("what", "a second (median)", "least", "most")
             lines = [self._line(cell) for cell in self.rounds if cell.group == group]

@@ -91,7 +91,7 @@ async def connect(place: Place, load: Load) -> list[Any]:
 
 def drive(place: Place, load: Load, meter: Meter) -> None:
     """Push commands over links of an engine, and wait for each answer."""
-    filling, made = load.filling, keys("s2s")
+    filling, made = load.filling, keys("s2s", load.is_scattered)
 
     async def driving() -> None:
         engines = await connect(place, load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Coroutine
 from typing import Any
@@ -22,7 +23,9 @@ class _UntilTheEnd(Protocol):
 
 def serve(place: Place, factory: Factory) -> None:
     """Listen until stdin ends."""
-    reactor.listenTCP(place.port, factory, backlog=1024, interface="127.0.0.1")
+    port: Any = reactor.listenTCP(place.port, factory, backlog=1024, interface="127.0.0.1")
+    # Handed on to what is accepted: nobody's answers wait for an acknowledgement.
+    port.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     stdio.StandardIO(_UntilTheEnd())
     reactor.run()
 

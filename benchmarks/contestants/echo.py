@@ -17,9 +17,6 @@ from benchmarks.load import Load, Meter, Place
 class _Echo(Int32StringReceiver):
     MAX_LENGTH = 1 << 20
 
-    def connectionMade(self) -> None:
-        self.transport.setTcpNoDelay(True)
-
     def stringReceived(self, string: bytes) -> None:
         self.sendString(string)
 
