@@ -544,6 +544,8 @@ class _Terminal:
     def __init__(self, url: str, *argv: str) -> None:
         self._ours, theirs = pty.openpty()
         os.set_blocking(self._ours, False)
+        # Tests that run in the background ignore Ctrl-C, and what they start would inherit that.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             [str(Path(sys.executable).with_name("s2s")), *argv],
             env=environment(S2S_DATABASE_URL=url, TERM="xterm", COLUMNS="200"),
@@ -551,6 +553,7 @@ class _Terminal:
             stderr=theirs,
             text=True,
         )
+        signal.signal(signal.SIGINT, before)
         os.close(theirs)
         self.shown = ""
 
