@@ -16,7 +16,7 @@ from s2s.dispatch import Refusal, Request, Responder
 from s2s.errors import DeadlineExceeded, InternalError, TooBigToSend, WireError
 from s2s.limits import Counters
 from s2s.reader import Reader
-from s2s.session import Session, State
+from s2s.session import Held, Session, State
 
 
 class Answers:
@@ -56,11 +56,11 @@ class Answers:
         except Exception:
             answer = Failure()
         # After it: by now what it has asked for is on its way.
-        ticket = self._session.hold(request, request.size, self._clock.mono())
+        held = self._session.hold(request.message, request.envelope.id, request.size, self._clock.mono())
         if isinstance(answer, Deferred):
-            answer.addBoth(self._answered, ticket, request)
+            answer.addBoth(self._answered, held)
         else:
-            self._answered(answer, ticket, request)
+            self._answered(answer, held)
         if self._session.holds_too_much:
             self._counters.meet("held")
             self._reader.stop("held")
@@ -70,9 +70,9 @@ class Answers:
 
         :param mono: monotonic seconds.
         """
-        for ticket, request in self._session.unanswered(mono):
+        for held in self._session.unanswered(mono):
             self._counters.meet("respond")
-            self._failed(Failure(DeadlineExceeded()), ticket, request)
+            self._failed(Failure(DeadlineExceeded()), held)
 
     def quiet(self) -> Deferred[None]:
         """Wait until no request waits for its answer, or the link is gone."""
@@ -89,34 +89,34 @@ class Answers:
                 # Not now: the last answer is still to be written.
                 self._clock.scheduler.callLater(0, waiter.callback, None)
 
-    def _answered(self, answer: Mapping[str, Any] | Failure, ticket: int, request: Request) -> None:
+    def _answered(self, answer: Mapping[str, Any] | Failure, held: Held) -> None:
         if isinstance(answer, Failure):
-            self._failed(answer, ticket, request)
+            self._failed(answer, held)
             return
         try:
-            self._answer(answer, ticket, request)
+            self._answer(answer, held)
         except Exception:
-            self._failed(Failure(), ticket, request)
+            self._failed(Failure(), held)
 
-    def _answer(self, payload: Mapping[str, Any], ticket: int, request: Request) -> None:
+    def _answer(self, payload: Mapping[str, Any], held: Held) -> None:
         body = canonical.dumps(payload, envelope.PAYLOAD_DEPTH)
-        size = envelope.size(request.message.reply, body)
+        size = envelope.size(held.message.reply, body)
         if size > self._session.max_frame:
             raise TooBigToSend(size, self._session.max_frame)
-        self._end(ticket, self._send, request.message.reply, body, request.envelope.id)
+        self._end(held, self._send, held.message.reply, body, held.id)
 
-    def _failed(self, failure: Failure, ticket: int, request: Request) -> None:
+    def _failed(self, failure: Failure, held: Held) -> None:
         error = failure.value
         if not isinstance(error, WireError):
             incident = ulid_now()
-            self.log.failure("incident {incident} in {type}", failure, incident=incident, type=request.message.name)
+            self.log.failure("incident {incident} in {type}", failure, incident=incident, type=held.message.name)
             error = InternalError(incident=incident)
-        self._end(ticket, self._refuse, Refusal(error, request.envelope.id))
+        self._end(held, self._refuse, Refusal(error, held.id))
 
-    def _end(self, ticket: int, say: Callable[..., None], *told: Any) -> None:
+    def _end(self, held: Held, say: Callable[..., None], *told: Any) -> None:
         """End a request that we hold, and first say what came of it, if that is still awaited."""
         try:
-            if self._session.release(ticket) and self._session.is_open:
+            if self._session.release(held) and self._session.is_open:
                 say(*told)
         finally:
             self.look_if_quiet()

@@ -316,9 +316,9 @@ class Link(Int32StringReceiver):
     def _send_call(self, call: Call) -> None:
         # Whoever could foresee a challenge could have it answered before it is made.
         message_id = envelope.unguessable_id(int(self._clock.now() * 1000)) if call.message is CHALLENGE else ulid_now()
-        self.session.calls.sent(call, message_id)
+        body = self.session.calls.sent(call, message_id)
         # Alone on its way: the peer has nothing to do before it has this one.
-        self._send(call.message.name, call.body, message_id, is_urgent=self.session.calls.in_flight == 1)
+        self._send(call.message.name, body, message_id, is_urgent=self.session.calls.in_flight == 1)
 
     def _send_line(self) -> None:
         while self.session.is_open and (call := self.session.calls.next_in_line()) is not None:

@@ -6,9 +6,12 @@ in: ``now`` is Unix seconds, for freshness alone; ``mono`` is monotonic seconds,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from enum import Enum
 from typing import Any, Final
+
+import msgspec
 
 from s2s.catalogue import BY_NAME, ERROR, HEALTH_CHECK, REPLY_ONLY, MessageType
 from s2s.envelope import Envelope, other
@@ -51,6 +54,20 @@ TRANSITIONS: Final = {
 UNANNOUNCED_FRAME_SIZE: Final = 65536
 
 
+class Held(msgspec.Struct, eq=False):
+    """A request that waits for our answer, and no more of it than is needed then.
+
+    :param id: its envelope's.
+    :param size: the frame's, in bytes.
+    :param deadline: monotonic seconds.
+    """
+
+    message: MessageType
+    id: str
+    size: int
+    deadline: float
+
+
 class Session:
     """One side of one link.
 
@@ -85,8 +102,8 @@ class Session:
         self._paused = False
         #: Requests of ours.
         self.calls = Window(bounds)
-        self._serial = 0
-        self._held: dict[int, tuple[float, int, Any]] = {}
+        #: In the order in which they came.
+        self._held: dict[Held, None] = {}
         self._held_bytes = 0
 
     # --- state ----------------------------------------------------------------------------------------------------
@@ -182,34 +199,25 @@ class Session:
 
     # --- requests that we hold --------------------------------------------------------------------------------------
 
-    def hold(self, item: Any, size: int, mono: float) -> int:
-        """A request waits for our answer.
-
-        :param item: whatever the shell wants back when the answer is late.
-        :returns: a ticket for :meth:`release`.
-        """
-        self._serial += 1
-        self._held[self._serial] = (mono + self.timing.respond, size, item)
+    def hold(self, message: MessageType, id: str, size: int, mono: float) -> Held:
+        """A request waits for our answer, which :meth:`release` ends."""
+        held = Held(message, id, size, mono + self.timing.respond)
+        self._held[held] = None
         self._held_bytes += size
-        return self._serial
+        return held
 
-    def release(self, ticket: int) -> bool:
+    def release(self, held: Held) -> bool:
         """A request is to be answered: ``False`` if it was answered before."""
-        held = self._held.pop(ticket, None)
-        if held is None:
+        if held not in self._held:
             return False
-        self._held_bytes -= held[1]
+        del self._held[held]
+        self._held_bytes -= held.size
         return True
 
-    def unanswered(self, mono: float) -> list[tuple[int, Any]]:
-        """Give the tickets and items that have waited for too long."""
-        late = []
+    def unanswered(self, mono: float) -> list[Held]:
+        """Give what has waited for too long."""
         # All wait equally long, so that the first come is the first due.
-        for ticket, (deadline, _, item) in self._held.items():
-            if deadline > mono:
-                break
-            late.append((ticket, item))
-        return late
+        return list(itertools.takewhile(lambda held: held.deadline <= mono, self._held))
 
     @property
     def held(self) -> int:
@@ -277,7 +285,7 @@ class Session:
             if self._frame_since is not None:
                 times.append(self._frame_since + self.timing.frame)
         if self._held:
-            times.append(next(iter(self._held.values()))[0])
+            times.append(next(iter(self._held)).deadline)
         return min(times)
 
 

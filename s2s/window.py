@@ -16,7 +16,7 @@ from s2s.limits import Bounds
 class Call(msgspec.Struct, eq=False):
     """A request of ours on its way.
 
-    :param body: the payload's canonical bytes.
+    :param body: the payload's canonical bytes, until they are sent.
     :param size: the frame's largest size, in bytes.
     :param deadline: monotonic seconds.
     :param waiter: whatever the shell wants back with the outcome.
@@ -77,14 +77,19 @@ class Window:
         self._line_bytes -= call.size
         return call
 
-    def sent(self, call: Call, message_id: str) -> None:
-        """The call's frame was written under this ``id``."""
+    def sent(self, call: Call, message_id: str) -> bytes:
+        """The call's frame goes out under this ``id``.
+
+        :returns: its body, which is not kept: who waits for an answer needs it no more.
+        """
+        body, call.body = call.body, b""
         call.id = message_id
         self._pending[message_id] = call
         if call.message.windowed:
             self._window_frames += 1
             self._window_bytes += call.size
         self._watch(call)
+        return body
 
     def _watch(self, call: Call) -> None:
         self.next_deadline = min(self.next_deadline, call.deadline)

@@ -9,8 +9,8 @@ from twisted.internet import interfaces
 from twisted.internet.abstract import FileDescriptor
 from zope.interface import implementer
 
-#: Of a turn of the reactor so many frames are sent at once: the peer works on them while we make the others.
-FLUSH_FRAMES: Final = 16
+#: Of a turn of the reactor so many bytes are sent at once: the peer works on them while we make the others.
+FLUSH_BYTES: Final = 8192
 
 
 @implementer(interfaces.IPushProducer)
@@ -24,38 +24,60 @@ class Writer:
         self._transport = transport
         self._waiting: deque[bytes] = deque()
         self._stalled = False
-        #: Writes that the transport was given since it was made to send: it may have sent them by itself.
-        self._unsent = 0
         # Only a descriptor of the reactor's own: TLS closes what is below it without a word to us, and then the reactor
         # would not be told that the last of it is written.
         self._descriptor: Any = transport if isinstance(transport, FileDescriptor) else None
+        #: Written in this turn of the reactor, and sent together: fewer than :data:`FLUSH_BYTES` and one frame.
+        self._turn: list[bytes] = []
+        self._turn_bytes = 0
+        self._is_end_awaited = False
+        #: The transport was given something, and not made to send it yet.
+        self._has_given = False
         self.waiting_bytes = 0
         transport.registerProducer(self, True)
 
     def write(self, data: bytes, is_urgent: bool = False) -> None:
-        """Write now, or when the transport takes more.
+        """Write in this turn of the reactor, or when the transport takes more.
 
-        :param is_urgent: do not wait for the end of the reactor's turn.
+        :param is_urgent: do not wait for the end of the turn.
         """
         if self._stalled:
             self._waiting.append(data)
             self.waiting_bytes += len(data)
-            return
-        can_send = self._descriptor is not None and not self._descriptor.disconnecting
-        if is_urgent and can_send and not self._unsent and not self._descriptor.dataBuffer:
+        elif self._descriptor is None:
+            self._transport.write(data)
+        else:
+            self._turn.append(data)
+            self._turn_bytes += len(data)
+            if is_urgent or self._turn_bytes >= FLUSH_BYTES:
+                self._flush()
+            elif not self._is_end_awaited:
+                self._is_end_awaited = True
+                self._descriptor.reactor.callLater(0, self._end_turn)
+
+    def _end_turn(self) -> None:
+        self._is_end_awaited = False
+        if self._turn:
+            self._flush()
+
+    def _flush(self) -> None:
+        data = b"".join(self._turn)
+        self._turn, self._turn_bytes = [], 0
+        descriptor = self._descriptor
+        if not self._has_given and not descriptor.dataBuffer and not descriptor.disconnecting:
             # Nothing is in the transport: past it, which would have the reactor watch the socket for a moment.
-            sent = self._descriptor.writeSomeData(data)
+            sent = descriptor.writeSomeData(data)
             if sent == len(data):
                 return
             # A failure shows itself again to the reactor, which ends the connection.
             data = data[sent:] if isinstance(sent, int) else data
         self._give(data)
-        if can_send and (is_urgent or self._unsent >= FLUSH_FRAMES):
-            self._unsent = 0
-            self._descriptor.doWrite()
+        if not descriptor.disconnecting:
+            self._has_given = False
+            descriptor.doWrite()
 
     def _give(self, data: bytes) -> None:
-        self._unsent += 1
+        self._has_given = True
         self._transport.write(data)
 
     def pauseProducing(self) -> None:
@@ -73,11 +95,12 @@ class Writer:
     def stopProducing(self) -> None:
         """The transport is gone."""
         self._stalled = True
+        self._turn.clear()
         self._waiting.clear()
         self.waiting_bytes = 0
 
     def finish(self) -> None:
         """Hand all that is left to the transport, which would not close while it has a producer."""
         self._transport.unregisterProducer()
-        self._transport.writeSequence(list(self._waiting))
+        self._transport.writeSequence([*self._turn, *self._waiting])
         self.stopProducing()

@@ -154,7 +154,7 @@ class UnsealTests(SynchronousTestCase):
     def test_what_we_send(
         self, message_id: str, ack_of: str | None, ts: int, way: tuple[str, str], type: str, payload: dict[str, Any]
     ) -> None:
-        """What we seal goes the plain way, unless the payload has too many brackets."""
+        """What we seal goes the plain way, unless the payload does not."""
         told = {"id": message_id, "ack_of": ack_of, "ts": ts, "src": way[0], "dst": way[1], "type": type}
         body = canonical.dumps(payload)
         took = self.agree(envelope.seal(**told, body=body, key=_KEY))

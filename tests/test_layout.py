@@ -84,6 +84,7 @@ _GUARDED = {
         "dispatch",
         "envelope",
         "inbox",
+        "session",
         "window",
         "store.commands",
         "store.driver",

@@ -292,34 +292,35 @@ class HeldTests(SynchronousTestCase):
         """Reading stops at 1024 requests or 8 MiB, and not before."""
         by_number, by_bytes = _session("server"), _session("server")
         for _ in range(1023):
-            by_number.hold(None, 10, 0.0)
+            by_number.hold(_PUSH, "i", 10, 0.0)
         self.assertFalse(by_number.holds_too_much)
-        by_number.hold(None, 10, 0.0)
+        by_number.hold(_PUSH, "i", 10, 0.0)
         self.assertTrue(by_number.holds_too_much)
-        ticket = by_bytes.hold(None, (8 << 20) - 1, 0.0)
+        held = by_bytes.hold(_PUSH, "i", (8 << 20) - 1, 0.0)
         self.assertFalse(by_bytes.holds_too_much)
-        by_bytes.hold(None, 1, 0.0)
+        by_bytes.hold(_PUSH, "i", 1, 0.0)
         self.assertTrue(by_bytes.holds_too_much)
-        self.assertTrue(by_bytes.release(ticket))
+        self.assertTrue(by_bytes.release(held))
         self.assertFalse(by_bytes.holds_too_much)
 
     def test_answered_once(self) -> None:
-        """A request is released once; the second answer to it finds nothing."""
+        """A request is released once; the second answer to it finds nothing. One that is like another is another."""
         each = _session()
-        tickets = [each.hold(None, 10, 0.0) for _ in range(3)]
-        self.assertEqual(len(set(tickets)), 3)
-        self.assertEqual([each.release(ticket) for ticket in (*tickets, *tickets)], [True] * 3 + [False] * 3)
-        self.assertFalse(each.release(99))
+        held = [each.hold(_PUSH, "i", 10, 0.0) for _ in range(3)]
+        self.assertEqual(each.held, 3)
+        self.assertEqual([each.release(one) for one in (*held, *held)], [True] * 3 + [False] * 3)
+        self.assertEqual(each.held, 0)
 
     def test_late_ones(self) -> None:
-        """What waits for 10 s is given, the first come first, with what was held of it."""
+        """What waits for 10 s is given, the first come first."""
         each = _session()
-        first, second = each.hold("a", 1, 0.0), each.hold("b", 1, 5.0)
+        first, second = each.hold(_PUSH, "a", 1, 0.0), each.hold(_PUSH, "b", 1, 5.0)
         self.assertEqual(each.unanswered(9.9), [])
-        self.assertEqual(each.unanswered(10.0), [(first, "a")])
-        self.assertEqual(each.unanswered(15.0), [(first, "a"), (second, "b")])
+        self.assertEqual(each.unanswered(10.0), [first])
+        self.assertEqual(each.unanswered(15.0), [first, second])
+        self.assertEqual((first.message, first.id), (_PUSH, "a"))
         each.release(first)
-        self.assertEqual(each.unanswered(15.0), [(second, "b")])
+        self.assertEqual(each.unanswered(15.0), [second])
         self.assertEqual(each.next_timer(), 5.0)
         each.prove(_NOW)
         self.assertLessEqual(each.next_timer(), 15.0)
@@ -411,7 +412,7 @@ class TimerTests(SynchronousTestCase):
     def test_deadlines_run_while_paused(self) -> None:
         """Our own deadlines, and those of the requests that we hold, go on."""
         each = _proven()
-        each.hold("a", 1, 0.0)
+        each.hold(_PUSH, "a", 1, 0.0)
         each.paused(0.0, True)
         self.assertEqual(each.next_timer(), 10.0)
         call = _call(deadline=3.0)

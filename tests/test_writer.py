@@ -1,40 +1,63 @@
-"""What waits to be written: many frames of one turn do not wait for its end (:mod:`s2s.writer`)."""
+"""What waits to be written: the frames of one turn of the reactor go together (:mod:`s2s.writer`)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from hypothesis import example, given
+from hypothesis import strategies as st
+from twisted.internet import task
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.error import ConnectionLost
 from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s.writer import FLUSH_FRAMES, Writer
+from s2s.writer import FLUSH_BYTES, Writer
+
+#: A turn of the reactor takes three of these, and sends the third with them.
+_FRAME = b"x" * (FLUSH_BYTES // 3 + 1)
 
 
-class _Descriptor(StringTransport, FileDescriptor):
-    """A descriptor that says when it was made to send.
+class _Reactor(task.Clock):
+    """As much of a reactor as a descriptor wants that writes.
 
-    :ivar passed: what its socket took past the buffer.
-    :ivar takes: how much the socket takes at once, or how it fails.
+    :ivar writers: whom it watches.
     """
 
     def __init__(self) -> None:
-        StringTransport.__init__(self)
-        self.sent: list[int] = []
-        self.passed = b""
+        super().__init__()
+        self.writers: set[FileDescriptor] = set()
+        self.addWriter, self.removeWriter = self.writers.add, self.writers.discard
+
+    def turn(self) -> None:
+        """Call what is due, and whoever may write."""
+        self.advance(0)
+        for each in list(self.writers):
+            each.doWrite()
+
+
+class _Descriptor(FileDescriptor):
+    """A connection on Twisted's own buffer.
+
+    :ivar sends: what its socket took, each time that it took something.
+    :ivar takes: how many bytes the socket takes yet, or how it fails.
+    """
+
+    connected = True
+
+    def __init__(self) -> None:
+        super().__init__(_Reactor())
+        self.sends: list[bytes] = []
         self.takes: int | Exception = 1 << 20
 
-    def doWrite(self) -> None:
-        """Send what was written."""
-        self.sent.append(len(self.value()))
-
     def writeSomeData(self, data: bytes) -> int | Exception:
-        """Send past the buffer."""
+        """Let the socket take something."""
         if isinstance(self.takes, Exception):
             return self.takes
-        self.passed += data[: self.takes]
-        return min(self.takes, len(data))
+        taken = bytes(data[: self.takes])
+        self.takes -= len(taken)
+        self.sends += [taken] * bool(taken)
+        return len(taken)
 
 
 class _Wrapper:
@@ -50,77 +73,142 @@ class _Wrapper:
 class FlushTests(SynchronousTestCase):
     """When frames are sent."""
 
+    def setUp(self) -> None:
+        """Make a connection."""
+        self.transport = _Descriptor()
+        self.writer = Writer(self.transport)
+
+    def test_few_frames(self) -> None:
+        """What is written in one turn goes together at its end, and the reactor has not to watch the socket."""
+        for each in (b"a", b"b", b"c"):
+            self.writer.write(each)
+        self.assertEqual(self.transport.sends, [])
+        self.transport.reactor.advance(0)
+        self.writer.write(b"d")
+        self.assertEqual(self.transport.sends, [b"abc"])
+        self.transport.reactor.advance(0)
+        self.assertEqual((self.transport.sends, self.transport.reactor.writers), ([b"abc", b"d"], set()))
+
     def test_many_frames(self) -> None:
-        """After so many frames they are sent at once, and again after as many more; fewer wait for the reactor."""
-        transport = _Descriptor()
-        writer = Writer(transport)
-        for _ in range(2 * FLUSH_FRAMES + FLUSH_FRAMES // 2):
-            writer.write(b"x")
-        self.assertEqual(transport.sent, [FLUSH_FRAMES, 2 * FLUSH_FRAMES])
+        """After so many bytes they are sent at once, and again after as many more; the rest at the turn's end."""
+        for _ in range(7):
+            self.writer.write(_FRAME)
+        self.assertEqual(self.transport.sends, [3 * _FRAME] * 2)
+        self.transport.reactor.advance(0)
+        self.assertEqual(self.transport.sends, [3 * _FRAME, 3 * _FRAME, _FRAME])
+        self.assertEqual(self.transport.reactor.getDelayedCalls(), [])
 
     def test_a_peer_that_does_not_read(self) -> None:
         """Nothing is forced on a transport that has enough; in the end all of it comes, in order."""
-        transport = _Descriptor()
-        writer = Writer(transport)
-        writer.pauseProducing()
-        written = [bytes([n]) for n in range(3 * FLUSH_FRAMES)]
+        self.writer.pauseProducing()
+        written = [bytes([n]) for n in range(200)]
         for each in written:
-            writer.write(each)
-        self.assertEqual((transport.sent, transport.value(), writer.waiting_bytes), ([], b"", len(written)))
-        writer.resumeProducing()
-        self.assertEqual((transport.value(), writer.waiting_bytes), (b"".join(written), 0))
+            self.writer.write(each, is_urgent=True)
+        self.transport.reactor.turn()
+        self.assertEqual((self.transport.sends, self.writer.waiting_bytes), ([], len(written)))
+        self.writer.resumeProducing()
+        self.transport.reactor.turn()
+        self.assertEqual((self.transport.sends, self.writer.waiting_bytes), ([b"".join(written)], 0))
 
     def test_urgent(self) -> None:
-        """What is urgent is sent with all that was written before it, and then the count begins anew."""
-        transport = _Descriptor()
-        writer = Writer(transport)
-        for _ in range(FLUSH_FRAMES - 2):
-            writer.write(b"x")
-        writer.write(b"x", is_urgent=True)
-        writer.write(b"x")
-        self.assertEqual((transport.sent, transport.passed), ([FLUSH_FRAMES - 1], b""))
-        writer.pauseProducing()
-        writer.write(b"x", is_urgent=True)
-        self.assertEqual((transport.sent, writer.waiting_bytes), ([FLUSH_FRAMES - 1], 1))
+        """What is urgent is sent at once, with all that was written before it."""
+        for each, is_urgent in ((b"a", False), (b"b", True), (b"c", True), (b"d", False)):
+            self.writer.write(each, is_urgent)
+        self.assertEqual(self.transport.sends, [b"ab", b"c"])
 
-    def test_nothing_before_it(self) -> None:
-        """With nothing before it the socket gets what is urgent at once; the transport gets what it did not take."""
-        for takes, passed in ((3, b"abc"), (2, b"ab"), (0, b""), (ConnectionLost(), b"")):
+    def test_a_socket_that_takes_less(self) -> None:
+        """The transport gets what the socket did not take, and sees for itself why."""
+        for takes, sends in ((3, [b"abc"]), (2, [b"ab"]), (0, []), (ConnectionLost(), [])):
             transport = _Descriptor()
             transport.takes = takes
-            writer = Writer(transport)
-            writer.write(b"abc", is_urgent=True)
-            self.assertEqual((transport.passed, transport.value()), (passed, b"abc"[len(passed) :]))
+            Writer(transport).write(b"abc", is_urgent=True)
+            self.assertEqual(transport.sends, sends)
+            self.assertEqual(transport.dataBuffer, b"abc"[len(b"".join(sends)) :])
+            self.assertEqual(transport.reactor.writers, {transport} if transport.dataBuffer else set())
+
+    def test_a_socket_that_takes_more_again(self) -> None:
+        """When the transport has sent the rest, the reactor has not to watch the socket any more."""
+        self.transport.takes = 2
+        self.writer.write(b"abc", is_urgent=True)
+        self.transport.takes = 9
+        self.transport.reactor.turn()
+        self.patch(self.transport, "startWriting", lambda: self.fail("it is watched"))
+        self.writer.write(b"d", is_urgent=True)
+        self.assertEqual(self.transport.sends, [b"ab", b"c", b"d"])
 
     def test_nothing_overtakes(self) -> None:
-        """What the transport did not send yet goes before what is urgent, whoever gave it."""
+        """What the transport did not send yet goes before what is written, whoever gave it."""
+        self.transport.write(b"v")
+        self.transport.takes = 0
+        self.transport.reactor.turn()
+        self.transport.takes = 9
+        self.writer.write(b"w", is_urgent=True)
+        self.writer.pauseProducing()
+        self.writer.write(b"x")
+        self.writer.resumeProducing()
+        self.writer.write(b"y", is_urgent=True)
+        self.writer.write(b"z")
+        self.writer.finish()
+        self.transport.reactor.turn()
+        self.assertEqual(b"".join(self.transport.sends), b"vwxyz")
+
+    @given(
+        st.lists(
+            st.tuples(st.just("write"), st.integers(1, 3 * FLUSH_BYTES), st.booleans())
+            | st.tuples(st.sampled_from(["turn", "take"]), st.integers(0, 9 * FLUSH_BYTES), st.booleans())
+        ),
+        st.booleans(),
+    )
+    @example([("take", 5, False), *[("write", 1, True)] * 9, ("take", 5, False), ("turn", 0, False)], False)
+    def test_any_order_of_events(self, events: list[tuple[str, int, bool]], is_closed: bool) -> None:
+        """However frames come and the socket takes them, each byte is sent once and in order, and what waits counts."""
         transport = _Descriptor()
-        writer = Writer(transport)
-        transport.dataBuffer = b"x"
-        writer.write(b"y", is_urgent=True)
-        transport.dataBuffer = b""
-        writer.pauseProducing()
-        writer.write(b"z")
-        writer.resumeProducing()
-        writer.write(b"!", is_urgent=True)
-        self.assertEqual((transport.value(), transport.passed), (b"yz!", b""))
+        writer, written = Writer(transport), b""
+        transport.takes = 0
+        for event, size, is_urgent in events:
+            if event == "write":
+                frame = bytes(n % 251 for n in range(len(written), len(written) + size))
+                written += frame
+                writer.write(frame, is_urgent)
+            elif event == "turn":
+                transport.reactor.turn()
+            else:
+                transport.takes = size
+            self.assertTrue(written.startswith(b"".join(transport.sends)))
+            held = len(transport.dataBuffer) - transport.offset + transport._tempDataLen + writer.waiting_bytes
+            self.assertLess(len(written) - len(b"".join(transport.sends)) - held, FLUSH_BYTES)
+        transport.takes = 1 << 30
+        if is_closed:
+            writer.finish()
+        while transport.reactor.writers or transport.reactor.getDelayedCalls():
+            transport.reactor.turn()
+        self.assertEqual(b"".join(transport.sends), written)
+        self.assertEqual(writer.waiting_bytes, 0)
 
     def test_a_descriptor_that_closes(self) -> None:
         """What closes is left to the reactor, which must see the last of it written; so is what lies below TLS."""
-        transport, below = _Descriptor(), _Descriptor()
-        writer, above = Writer(transport), Writer(_Wrapper(below))
-        transport.disconnecting = True
-        for each in (writer, above):
-            each.write(b"x", is_urgent=True)
-        self.assertEqual((transport.sent, below.sent, transport.passed + below.passed), ([], [], b""))
-        transport.disconnecting = False
-        writer.write(b"x", is_urgent=True)
-        self.assertEqual(transport.sent, [2])
+        below = _Descriptor()
+        above = Writer(_Wrapper(below))
+        self.transport.disconnecting = True
+        for writer in (self.writer, above):
+            writer.write(b"x", is_urgent=True)
+        self.assertEqual((self.transport.sends, below.sends), ([], []))
+        for transport in (self.transport, below):
+            transport.reactor.turn()
+        self.assertEqual((self.transport.sends, below.sends), ([b"x"], [b"x"]))
+
+    def test_gone(self) -> None:
+        """Of a transport that is gone nothing is wanted any more."""
+        self.writer.write(b"x")
+        self.writer.stopProducing()
+        self.transport.takes = AssertionError()
+        self.transport.reactor.turn()
+        self.assertEqual((self.transport.sends, self.transport.dataBuffer), ([], b""))
 
     def test_no_descriptor(self) -> None:
         """A transport that cannot be made to send does so by itself."""
         transport: Any = StringTransport()
         writer = Writer(transport)
-        for _ in range(2 * FLUSH_FRAMES):
-            writer.write(b"x")
-        self.assertEqual(transport.value(), b"x" * 2 * FLUSH_FRAMES)
+        for _ in range(7):
+            writer.write(_FRAME)
+        self.assertEqual(transport.value(), _FRAME * 7)
