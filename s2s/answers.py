@@ -103,7 +103,8 @@ class Answers:
         size = envelope.size(held.message.reply, body)
         if size > self._session.max_frame:
             raise TooBigToSend(size, self._session.max_frame)
-        self._end(held, self._send, held.message.reply, body, held.id)
+        if self._is_awaited(held):
+            self._send(held.message.reply, body, held.id)
 
     def _failed(self, failure: Failure, held: Held) -> None:
         error = failure.value
@@ -111,14 +112,15 @@ class Answers:
             incident = ulid_now()
             self.log.failure("incident {incident} in {type}", failure, incident=incident, type=held.message.name)
             error = InternalError(incident=incident)
-        self._end(held, self._refuse, Refusal(error, held.id))
+        if self._is_awaited(held):
+            self._refuse(Refusal(error, held.id))
 
-    def _end(self, held: Held, say: Callable[..., None], *told: Any) -> None:
-        """End a request that we hold, and first say what came of it, if that is still awaited."""
-        try:
-            if self._session.release(held) and self._session.is_open:
-                say(*told)
-        finally:
+    def _is_awaited(self, held: Held) -> bool:
+        """End a request that we hold: whether its answer, which comes next, is still awaited."""
+        is_awaited = self._session.release(held) and self._session.is_open
+        # What follows of this is a later turn's.
+        if self._until_quiet:
             self.look_if_quiet()
-            if not self._session.holds_too_much:
-                self._reader.go_on("held")
+        if not self._session.holds_too_much:
+            self._reader.go_on("held")
+        return is_awaited

@@ -1,7 +1,8 @@
 """Accepting commands by group commit (docs/protocol.rst, "Commands").
 
-The pushes that arrive while a transaction is in flight make the next one. There is no timer: a lone push waits for
-nothing, and the more arrive, the more share a COMMIT.
+The pushes that arrive while a transaction is in flight make the next one. There is no timer: where pushes come one by
+one they wait for nothing; where they come together a few wait for what else this turn of the reactor brings. The more
+arrive, the more share a COMMIT, however fast the disk is.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from s2s.store.pool import Database
 #: One transaction takes at most this many pushes, and this many bytes of payloads (one push always fits).
 BATCH_PUSHES: Final = 1024
 BATCH_BYTES: Final = 4 * 1024 * 1024
+#: So many are worth a transaction, which costs as much as some five pushes; fewer wait until the reactor's turn ends.
+ENOUGH_PUSHES: Final = 64
 #: This much may wait before further pushes are refused as ``overloaded``.
 WAITING_PUSHES: Final = 16_384
 WAITING_BYTES: Final = 32 * 1024 * 1024
@@ -58,6 +61,7 @@ class Inbox:
     :param registry: the command types by name.
     :param on_commit: called after each COMMIT that brought a new command, when its pushes are answered.
     :param counters: counts the pushes refused for want of room.
+    :param reactor: for tests.
 
     :ivar accepted: new commands committed.
     :ivar duplicates: pushes answered with their first command.
@@ -74,7 +78,11 @@ class Inbox:
         registry: Mapping[str, CommandType],
         on_commit: Callable[[], object] = lambda: None,
         counters: Counters | None = None,
+        reactor: Any = None,
     ) -> None:
+        if reactor is None:
+            from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
+        self._reactor = reactor
         self._database = database
         self._schemas = {cmd_type: Schema(kind.schema) for cmd_type, kind in registry.items()}
         self._on_commit = on_commit
@@ -82,6 +90,9 @@ class Inbox:
         self._waiters: deque[_Waiter] = deque()
         self._bytes = 0
         self._is_busy = False
+        #: The last transaction had one push.
+        self._is_quiet = True
+        self._is_turn_awaited = False
         self._unanswered = 0
         self._drained: Deferred[None] | None = None
         self.accepted = self.duplicates = self.conflicts = self.refused = self.batches = 0
@@ -105,8 +116,7 @@ class Inbox:
         self._unanswered += 1
         self._waiters.append(waiter)
         self._bytes += waiter.size
-        if not self._is_busy:
-            self._next()
+        self._go_on()
         return waiter.answer
 
     def drain(self) -> Deferred[None]:
@@ -147,10 +157,23 @@ class Inbox:
 
     # --- one transaction after the other -------------------------------------------------------------------------
 
-    def _next(self) -> None:
-        self._is_busy = bool(self._waiters)
-        if not self._is_busy:
+    def _go_on(self) -> None:
+        """Begin the next transaction, if none is in flight, when it is worth its while."""
+        if self._is_busy or not self._waiters:
             return
+        if self._is_quiet or len(self._waiters) >= ENOUGH_PUSHES:
+            self._begin()
+        elif not self._is_turn_awaited:
+            self._is_turn_awaited = True
+            self._reactor.callLater(0, self._turned)
+
+    def _turned(self) -> None:
+        self._is_turn_awaited = False
+        if self._waiters and not self._is_busy:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._is_busy = True
         batch: list[_Waiter] = []
         size = 0
         while self._waiters and len(batch) < BATCH_PUSHES:
@@ -159,7 +182,8 @@ class Inbox:
                 break
             batch.append(self._waiters.popleft())
             self._bytes -= batch[-1].size
-        if len(batch) == 1:
+        self._is_quiet = len(batch) == 1
+        if self._is_quiet:
             self._database.ask(table.push_one(batch[0].push), lambda rows: self._asked(rows, batch))
         else:
             self._run(batch)
@@ -180,13 +204,11 @@ class Inbox:
     def _committed(self, outcomes: Sequence[Outcome | StatementRefused], batch: list[_Waiter]) -> None:
         self.batches += 1
         accepted = self.accepted
+        self._is_busy = False
         # While these are answered, the database works on those that wait.
-        if others_wait := bool(self._waiters):
-            self._next()
+        self._go_on()
         for waiter, outcome in zip(batch, outcomes, strict=True):
             self._answer(waiter, self._refuse(outcome) if isinstance(outcome, StatementRefused) else outcome)
-        if not others_wait:
-            self._next()
         # Last of all: whoever runs them begins at once.
         if self.accepted > accepted:
             self._tell()
@@ -211,7 +233,8 @@ class Inbox:
             error = InternalError(incident=incident)
         for waiter in batch:
             self._answer(waiter, error)
-        self._next()
+        self._is_busy = False
+        self._go_on()
         # Some may be there all the same: whoever runs them is to look.
         self._tell()
 

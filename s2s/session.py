@@ -131,7 +131,8 @@ class Session:
 
     def stamp(self, now: float) -> int:
         """Give the ``ts`` of a frame: it never goes back on a link, where it would look older than the proof."""
-        self._stamped = max(self._stamped, int(now))
+        ts = int(now)
+        self._stamped = max(self._stamped, ts)
         return self._stamped
 
     # --- what comes in ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+from twisted.internet import task
 from twisted.internet.defer import Deferred, DeferredList, fail, gatherResults
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
@@ -250,21 +251,34 @@ class BatchTests(SynchronousTestCase):
     def setUp(self) -> None:
         """Make an inbox on a database that takes its time."""
         self.database = _SlowDatabase()
-        self.counters = Counters()
-        self.inbox = Inbox(self.database, _REGISTRY, counters=self.counters)  # type: ignore[arg-type]
+        self.counters, self.time = Counters(), task.Clock()
+        self.inbox = Inbox(
+            self.database,  # type: ignore[arg-type]
+            _REGISTRY,
+            counters=self.counters,
+            reactor=self.time,
+        )
+
+    def push_all(self, name: str, count: int) -> list[Deferred[Any]]:
+        """Push so many."""
+        return [self.inbox.push(_push(f"{name}{i}")) for i in range(count)]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many pushes each transaction had."""
+        return [len(pushes) for pushes, _ in self.database.batches]
 
     def test_what_arrives_meanwhile_is_the_next_batch(self) -> None:
         """A lone push goes at once; those that arrive meanwhile go together, and nobody is answered early.
 
         They are with the database while what came before is answered.
         """
-        answers = [self.inbox.push(_push(f"k{i}")) for i in range(10)]
+        answers = self.push_all("k", 10)
         begun: list[int] = []
         answers[0].addCallback(lambda _: begun.append(len(self.database.batches)))
-        self.assertEqual([len(pushes) for pushes, _ in self.database.batches], [1])
-        self.assertEqual(self.inbox.waiting, 9)
+        self.assertEqual((self.sizes, self.inbox.waiting), ([1], 9))
         self.database.commit()
-        self.assertEqual([len(pushes) for pushes, _ in self.database.batches], [1, 9])
+        self.assertEqual(self.sizes, [1, 9])
         self.successResultOf(answers[0])
         self.assertEqual(begun, [2])
         self.assertNoResult(answers[1])
@@ -272,20 +286,61 @@ class BatchTests(SynchronousTestCase):
         for answer in answers[1:]:
             self.successResultOf(answer)
 
+    def test_few_that_come_together(self) -> None:
+        """After a batch, fewer than are worth a transaction wait for the end of the reactor's turn, and no longer."""
+        for few in (1, inbox.ENOUGH_PUSHES - 1):
+            self.setUp()
+            self.push_all("k", 3)
+            self.database.commit()
+            self.push_all("more", few - 1)
+            self.database.commit()
+            self.assertEqual(self.sizes, [1, 2])
+            answers = self.push_all("last", 1)
+            self.assertEqual(self.sizes, [1, 2])
+            self.time.advance(0)
+            self.assertEqual((self.sizes, self.time.getDelayedCalls()), ([1, 2, few], []))
+            self.database.commit()
+            self.successResultOf(answers[0])
+
+    def test_enough_that_come_together(self) -> None:
+        """So many as are worth a transaction wait for no turn, and those that come meanwhile are told apart again."""
+        self.push_all("k", 3)
+        self.database.commit()
+        self.database.commit()
+        self.push_all("enough", inbox.ENOUGH_PUSHES + 1)
+        self.assertEqual(self.sizes, [1, 2, inbox.ENOUGH_PUSHES])
+        self.time.advance(0)
+        self.push_all("more", inbox.ENOUGH_PUSHES - 1)
+        self.assertEqual(self.sizes, [1, 2, inbox.ENOUGH_PUSHES])
+        self.database.commit()
+        self.assertEqual(self.sizes, [1, 2, inbox.ENOUGH_PUSHES, inbox.ENOUGH_PUSHES])
+
+    def test_one_by_one(self) -> None:
+        """Where pushes come one by one again, they wait for nothing."""
+        self.push_all("k", 3)
+        self.database.commit()
+        self.database.commit()
+        self.push_all("one", 1)
+        self.time.advance(0)
+        self.database.commit()
+        self.push_all("another", 1)
+        self.assertEqual((self.sizes, self.time.getDelayedCalls()), ([1, 2, 1, 1], []))
+
     def test_batches_are_bounded(self) -> None:
         """A batch has a largest count and a largest size; one push always fits."""
         self.inbox.push(_push("first"))
-        for i in range(inbox.BATCH_PUSHES + 1):
-            self.inbox.push(_push(f"k{i}"))
+        self.push_all("k", inbox.BATCH_PUSHES + 1)
         self.database.commit()
         self.database.commit()
-        self.assertEqual([len(pushes) for pushes, _ in self.database.batches], [1, inbox.BATCH_PUSHES, 1])
+        self.time.advance(0)
+        self.assertEqual(self.sizes, [1, inbox.BATCH_PUSHES, 1])
         with mock.patch.object(inbox, "BATCH_BYTES", 250):
             for i in range(4):
                 self.inbox.push(_push(f"big{i}") | {"payload": {"text": "x" * (300 if i == 0 else 100)}})
             for _ in range(3):
                 self.database.commit()
-        self.assertEqual([len(pushes) for pushes, _ in self.database.batches[3:]], [1, 2, 1])
+                self.time.advance(0)
+        self.assertEqual(self.sizes[3:], [1, 2, 1])
 
     def test_waiting_is_bounded(self) -> None:
         """Over the bound of waiting pushes or bytes, further ones are overloaded and told when to come again."""
@@ -313,7 +368,7 @@ class BatchTests(SynchronousTestCase):
 
     def test_who_is_told_stumbles(self) -> None:
         """Where whoever is told of a COMMIT fails, the pushes are answered all the same, and the next ones too."""
-        self.inbox = Inbox(self.database, _REGISTRY, lambda: 1 // 0)  # type: ignore[arg-type]
+        self.inbox = Inbox(self.database, _REGISTRY, lambda: 1 // 0, reactor=self.time)  # type: ignore[arg-type]
         for _ in range(2):
             answer = self.inbox.push(_push("k"))
             self.database.commit()
@@ -344,5 +399,6 @@ class BatchTests(SynchronousTestCase):
         for answer in together:
             self.failureResultOf(answer, DbUnavailable)
         alone = self.inbox.push(_push("k"))
+        self.time.advance(0)
         self.database.commit()
         self.successResultOf(alone)
