@@ -9,8 +9,10 @@ from twisted.internet import interfaces
 from twisted.internet.abstract import FileDescriptor
 from zope.interface import implementer
 
-#: Of a turn of the reactor so many bytes are sent at once: the peer works on them while we make the others.
+#: Of a turn of the reactor the first so many bytes are sent at once, then twice as many and so on up to this: the peer
+#: works on them while we make the others, and is not woken more often than it needs.
 FLUSH_BYTES: Final = 8192
+MOST_FLUSH_BYTES: Final = 65536
 
 
 @implementer(interfaces.IPushProducer)
@@ -27,9 +29,11 @@ class Writer:
         # Only a descriptor of the reactor's own: TLS closes what is below it without a word to us, and then the reactor
         # would not be told that the last of it is written.
         self._descriptor: Any = transport if isinstance(transport, FileDescriptor) else None
-        #: Written in this turn of the reactor, and sent together: fewer than :data:`FLUSH_BYTES` and one frame.
+        #: Written in this turn of the reactor, and sent together: fewer than :data:`MOST_FLUSH_BYTES` and a frame.
         self._turn: list[bytes] = []
         self._turn_bytes = 0
+        #: As many bytes as are sent next before the turn ends.
+        self._enough = FLUSH_BYTES
         self._is_end_awaited = False
         #: The transport was given something, and not made to send it yet.
         self._has_given = False
@@ -49,7 +53,10 @@ class Writer:
         else:
             self._turn.append(data)
             self._turn_bytes += len(data)
-            if is_urgent or self._turn_bytes >= FLUSH_BYTES:
+            if is_urgent:
+                self._flush()
+            elif self._turn_bytes >= self._enough:
+                self._enough = min(2 * self._enough, MOST_FLUSH_BYTES)
                 self._flush()
             elif not self._is_end_awaited:
                 self._is_end_awaited = True
@@ -57,6 +64,7 @@ class Writer:
 
     def _end_turn(self) -> None:
         self._is_end_awaited = False
+        self._enough = FLUSH_BYTES
         if self._turn:
             self._flush()
 

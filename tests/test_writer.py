@@ -12,9 +12,9 @@ from twisted.internet.error import ConnectionLost
 from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s.writer import FLUSH_BYTES, Writer
+from s2s.writer import FLUSH_BYTES, MOST_FLUSH_BYTES, Writer
 
-#: A turn of the reactor takes three of these, and sends the third with them.
+#: Three of these are sent before the turn of the reactor ends.
 _FRAME = b"x" * (FLUSH_BYTES // 3 + 1)
 
 
@@ -90,12 +90,20 @@ class FlushTests(SynchronousTestCase):
         self.assertEqual((self.transport.sends, self.transport.reactor.writers), ([b"abc", b"d"], set()))
 
     def test_many_frames(self) -> None:
-        """After so many bytes they are sent at once, and again after as many more; the rest at the turn's end."""
-        for _ in range(7):
+        """After so many bytes they are sent at once, then after twice as many, up to a bound, and at the turn's end.
+
+        The next turn begins with few again.
+        """
+        sizes = [3, 6, 12, 24, 24]
+        self.assertEqual(len(_FRAME) * sizes[-1] // MOST_FLUSH_BYTES, 1)
+        for _ in range(sum(sizes) + 1):
             self.writer.write(_FRAME)
-        self.assertEqual(self.transport.sends, [3 * _FRAME] * 2)
+        self.assertEqual([len(each) // len(_FRAME) for each in self.transport.sends], sizes)
         self.transport.reactor.advance(0)
-        self.assertEqual(self.transport.sends, [3 * _FRAME, 3 * _FRAME, _FRAME])
+        for _ in range(3):
+            self.writer.write(_FRAME)
+        self.assertEqual([len(each) // len(_FRAME) for each in self.transport.sends], [*sizes, 1, 3])
+        self.transport.reactor.advance(0)
         self.assertEqual(self.transport.reactor.getDelayedCalls(), [])
 
     def test_a_peer_that_does_not_read(self) -> None:
@@ -176,7 +184,7 @@ class FlushTests(SynchronousTestCase):
                 transport.takes = size
             self.assertTrue(written.startswith(b"".join(transport.sends)))
             held = len(transport.dataBuffer) - transport.offset + transport._tempDataLen + writer.waiting_bytes
-            self.assertLess(len(written) - len(b"".join(transport.sends)) - held, FLUSH_BYTES)
+            self.assertLess(len(written) - len(b"".join(transport.sends)) - held, MOST_FLUSH_BYTES)
         transport.takes = 1 << 30
         if is_closed:
             writer.finish()
