@@ -45,6 +45,7 @@ _STRICT: Final = (
     | orjson.OPT_PASSTHROUGH_DATETIME
     | orjson.OPT_PASSTHROUGH_SUBCLASS
 )
+_BACKSLASH: Final = ord("\\")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 # Whole strings first, so that brackets inside them are not counted. One that does not end is taken to the end as well:
 # else every quote in it would be tried anew, in time quadratic in the frame.
@@ -166,8 +167,8 @@ def _check_strings(value: Any) -> None:
 
 def _may_hold_nul(text: bytes) -> bool:
     """Whether ``\\u0000`` stands somewhere in JSON: without it there is none in the strings."""
-    # By a single byte first, of which the machine compares many at once.
-    return b"\\" in text and b"\\u0000" in text
+    # By a number first: the machine compares many bytes at once, and nothing is made ready for a search.
+    return _BACKSLASH in text and b"\\u0000" in text
 
 
 def _is_plain(value: Any, depth: int) -> bool:

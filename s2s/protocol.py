@@ -385,7 +385,7 @@ class Link(Int32StringReceiver):
     def _proven(self, ts: int, said: dict[str, Any]) -> None:
         limit = said.get("frame_size_limit")
         if isinstance(limit, int):
-            self.session.peer_frame_size = limit
+            self.session.announce(limit)
         if self.session.prove(ts):
             self.peer = said
             self._events.link_proven(self)

@@ -86,7 +86,8 @@ class Session:
         self.is_open = True
         #: ``key_id`` that the peer signed with last.
         self.peer_key_id: str | None = None
-        self.peer_frame_size = UNANNOUNCED_FRAME_SIZE
+        #: The longest frame that may be sent, in bytes.
+        self.max_frame = min(bounds.frame_size, UNANNOUNCED_FRAME_SIZE)
         self._replay = replay
         #: A health check was sent because of silence, and nothing was heard since.
         self.is_checking = False
@@ -128,6 +129,10 @@ class Session:
             return False
         self._proof_ts = ts
         return True
+
+    def announce(self, frame_size: int) -> None:
+        """The peer says how long a frame it takes, in bytes."""
+        self.max_frame = min(self.bounds.frame_size, frame_size)
 
     def stamp(self, now: float) -> int:
         """Give the ``ts`` of a frame: it never goes back on a link, where it would look older than the proof."""
@@ -236,11 +241,6 @@ class Session:
         if not is_paused:
             self._quiet_since = mono
             self._frame_since = None if self._frame_since is None else mono
-
-    @property
-    def max_frame(self) -> int:
-        """The longest frame that may be sent, in bytes."""
-        return min(self.bounds.frame_size, self.peer_frame_size)
 
     # --- timers -----------------------------------------------------------------------------------------------------
 

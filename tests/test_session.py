@@ -405,7 +405,7 @@ class TimerTests(SynchronousTestCase):
         """The smaller limit of both sides binds, and a peer that says nothing takes 65536 bytes."""
         large = _session(bounds=Bounds(frame_size=262144))
         self.assertEqual(large.max_frame, 65536)
-        large.peer_frame_size = 100_000
+        large.announce(100_000)
         self.assertEqual(large.max_frame, 100_000)
         self.assertEqual(_session(bounds=Bounds(frame_size=4096)).max_frame, 4096)
 
