@@ -15,14 +15,26 @@ from twisted.python.failure import Failure
 from benchmarks.load import Load, Meter
 
 
-async def drive_deferred(calls: Sequence[Callable[[], Deferred[Any]]], load: Load, meter: Meter) -> None:
+async def drive_deferred(
+    calls: Sequence[Callable[[], Deferred[Any]]],
+    load: Load,
+    meter: Meter,
+    rest: Callable[[Failure], float] = lambda _: 0.0,
+) -> None:
     """Keep ``load.window`` requests under way on each of some links.
 
     :param calls: for each link what makes one request; it fires when the answer is there.
+    :param rest: says for how many seconds a failure wants to be left alone; 0: it is none of that kind.
     """
 
     def begin(call: Callable[[], Deferred[Any]]) -> None:
-        call().addCallbacks(done, _failed, callbackArgs=(call,), errbackArgs=(meter,))
+        call().addCallbacks(done, failed, callbackArgs=(call,), errbackArgs=(call,))
+
+    def failed(failure: Failure, call: Callable[[], Deferred[Any]]) -> None:
+        if seconds := rest(failure):
+            task.deferLater(reactor, seconds, begin, call)
+        else:
+            _failed(failure, meter)
 
     def done(_: object, call: Callable[[], Deferred[Any]]) -> None:
         meter.count += 1

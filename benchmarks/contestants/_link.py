@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from twisted.internet import reactor, task
+from twisted.internet import reactor
 from twisted.internet.defer import Deferred, succeed
 from twisted.python.failure import Failure
 
@@ -95,23 +95,19 @@ def drive(place: Place, load: Load, meter: Meter) -> None:
 
     async def driving() -> None:
         engines = await connect(place, load)
-        calls = [lambda link=link: _pushed(link, push(next(made), filling)) for link in engines]
+        calls = [lambda link=link: link.call(COMMAND_PUSH, push(next(made), filling)) for link in engines]
         if load.rate:
             await drive_deferred_evenly(calls[0], load, meter)
         else:
             # Of long frames the link's window and line, which are bounded in bytes, take no more.
-            await drive_deferred(calls, replace(load, window=min(load.window, Bounds().line_bytes // load.size)), meter)
+            window = min(load.window, Bounds().line_bytes // load.size)
+            await drive_deferred(calls, replace(load, window=window), meter, _rest)
 
     _twisted.run(driving())
 
 
-def _pushed(link: Link, payload: dict[str, Any]) -> Deferred[Any]:
-    """Push a command, and again when there is no room for it."""
-    return link.call(COMMAND_PUSH, payload).addErrback(_again, link, payload)
-
-
-def _again(failure: Failure, link: Link, payload: dict[str, Any]) -> Deferred[Any]:
-    failure.trap(Refused)
-    if failure.value.code != Overloaded.code:
-        failure.raiseException()
-    return task.deferLater(reactor, failure.value.details["retry_after_ms"] / 1000, _pushed, link, payload)
+def _rest(failure: Failure) -> float:
+    """Leave a server alone that has no room for a push."""
+    if failure.check(Refused) and failure.value.code == Overloaded.code:
+        return float(failure.value.details["retry_after_ms"]) / 1000
+    return 0.0
