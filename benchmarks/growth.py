@@ -26,7 +26,7 @@ MUST, AIM = 0.9, 1.0
 #: What is measured: by whom, and whether its keys come in no order.
 KINDS: Final[Mapping[str, tuple[Contestant, bool]]] = {
     "durable push, window 1024": (PUSH, False),
-    "with keys in no order": (PUSH, True),
+    "the same with keys in no order": (PUSH, True),
     "whole way": (WHOLE, False),
 }
 IDLE = Contestant("idle links", "s2s_idle", serves=False)
@@ -91,11 +91,13 @@ def main(finished: str, waiting: str, links: int, rounds: int, seconds: float, i
         stand.close()
     medians = {size: {kind: statistics.median(each) for kind, each in of.items()} for size, of in rates.items()}
     empty, most = medians[sizes[0]], medians[max(size for size in sizes if size[1] == "done")]
-    value = round(min(most[kind] / empty[kind] for kind in empty), 3)
-    row = f"any rate with {max(counts['done']):,} finished commands, against an empty table"
-    ratios = [{"row": row, "value": value, "must": MUST, "aim": AIM}]
+    against = f"with {max(counts['done']):,} finished commands, against an empty table"
+    ratios = [
+        {"row": f"{kind}, {against}", "value": round(most[kind] / empty[kind], 3), "must": MUST, "aim": AIM}
+        for kind in KINDS
+    ]
     tables = [
-        ("ratios", [("what", "value", "must", "aim"), (row, f"{value:.2f}", f"{MUST:g}", f"{AIM:g}")]),
+        ("ratios", [("what", "value", "must", "aim"), *(tuple(map(str, ratio.values())) for ratio in ratios)]),
         ("rows that are there", [("rows", *KINDS), *map(_line, medians.items())]),
         ("idle links", [("links", "KiB of the server each"), (str(links), f"{per_link / 1024:.1f}")]),
     ]
