@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 import psutil
@@ -97,7 +97,7 @@ def main(finished: str, waiting: str, links: int, rounds: int, seconds: float, i
         for kind in KINDS
     ]
     tables = [
-        ("ratios", [("what", "value", "must", "aim"), *(tuple(map(str, ratio.values())) for ratio in ratios)]),
+        ("ratios", [("what", "value", "must", "aim"), *map(_ratio_line, ratios)]),
         ("rows that are there", [("rows", *KINDS), *map(_line, medians.items())]),
         ("idle links", [("links", "KiB of the server each"), (str(links), f"{per_link / 1024:.1f}")]),
     ]
@@ -112,6 +112,10 @@ def main(finished: str, waiting: str, links: int, rounds: int, seconds: float, i
     }
     (out / "growth.json").write_text(json.dumps(whole_result, indent=1) + "\n")
     (out / "growth.rst").write_text("\n".join(rst(*table) for table in tables))
+
+
+def _ratio_line(ratio: Mapping[str, Any]) -> tuple[str, ...]:
+    return ratio["row"], f"{ratio['value']:.2f}", f"{ratio['must']:g}", f"{ratio['aim']:g}"
 
 
 def _line(entry: tuple[tuple[int, str], dict[str, float]]) -> tuple[str, ...]:

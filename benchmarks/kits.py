@@ -32,7 +32,7 @@ async def drive_deferred(
 
     def failed(failure: Failure, call: Callable[[], Deferred[Any]]) -> None:
         if seconds := rest(failure):
-            task.deferLater(reactor, seconds, begin, call)
+            task.deferLater(reactor, seconds, begin, call).addErrback(_failed, meter)
         else:
             _failed(failure, meter)
 

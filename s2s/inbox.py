@@ -205,8 +205,11 @@ class Inbox:
         self.batches += 1
         accepted = self.accepted
         self._is_busy = False
-        # While these are answered, the database works on those that wait.
-        self._go_on()
+        # While many are answered, the database works on those that wait, however few.
+        if self._waiters and len(batch) >= ENOUGH_PUSHES:
+            self._begin()
+        else:
+            self._go_on()
         for waiter, outcome in zip(batch, outcomes, strict=True):
             self._answer(waiter, self._refuse(outcome) if isinstance(outcome, StatementRefused) else outcome)
         # Last of all: whoever runs them begins at once.

@@ -19,6 +19,10 @@ MOST_FLUSH_BYTES: Final = 65536
 class Writer:
     """Our side of the write buffer: the transport keeps little, and what it cannot take waits here, counted.
 
+    Uncounted are what one turn of the reactor holds back and what the transport takes on top of it, three times
+    :data:`MOST_FLUSH_BYTES` and two frames at most. Nobody else may write to the transport, and it is closed after
+    :meth:`finish`.
+
     It is the transport's producer, and not the link itself: a link pauses for reasons of its own.
     """
 
@@ -55,12 +59,13 @@ class Writer:
             self._turn_bytes += len(data)
             if is_urgent:
                 self._flush()
-            elif self._turn_bytes >= self._enough:
-                self._enough = min(2 * self._enough, MOST_FLUSH_BYTES)
-                self._flush()
-            elif not self._is_end_awaited:
+                return
+            if not self._is_end_awaited:
                 self._is_end_awaited = True
                 self._descriptor.reactor.callLater(0, self._end_turn)
+            if self._turn_bytes >= self._enough:
+                self._enough = min(2 * self._enough, MOST_FLUSH_BYTES)
+                self._flush()
 
     def _end_turn(self) -> None:
         self._is_end_awaited = False

@@ -315,6 +315,16 @@ class BatchTests(SynchronousTestCase):
         self.database.commit()
         self.assertEqual(self.sizes, [1, 2, inbox.ENOUGH_PUSHES, inbox.ENOUGH_PUSHES])
 
+    def test_few_that_came_while_many_were_committed(self) -> None:
+        """However few, the database has them before the many are answered, which takes its time."""
+        _, *many = self.push_all("k", 1 + inbox.ENOUGH_PUSHES)
+        self.database.commit()
+        self.push_all("few", 1)
+        begun: list[int] = []
+        many[0].addCallback(lambda _: begun.extend(self.sizes))
+        self.database.commit()
+        self.assertEqual(begun, [1, inbox.ENOUGH_PUSHES, 1])
+
     def test_one_by_one(self) -> None:
         """Where pushes come one by one again, they wait for nothing."""
         self.push_all("k", 3)

@@ -102,7 +102,10 @@ class FlushTests(SynchronousTestCase):
         self.transport.reactor.advance(0)
         for _ in range(3):
             self.writer.write(_FRAME)
-        self.assertEqual([len(each) // len(_FRAME) for each in self.transport.sends], [*sizes, 1, 3])
+        self.transport.reactor.advance(0)
+        for _ in range(3):
+            self.writer.write(_FRAME)
+        self.assertEqual([len(each) // len(_FRAME) for each in self.transport.sends], [*sizes, 1, 3, 3])
         self.transport.reactor.advance(0)
         self.assertEqual(self.transport.reactor.getDelayedCalls(), [])
 
@@ -145,7 +148,7 @@ class FlushTests(SynchronousTestCase):
         self.assertEqual(self.transport.sends, [b"ab", b"c", b"d"])
 
     def test_nothing_overtakes(self) -> None:
-        """What the transport did not send yet goes before what is written, whoever gave it."""
+        """What the transport did not send yet goes before what is written, wherever that waits."""
         self.transport.write(b"v")
         self.transport.takes = 0
         self.transport.reactor.turn()
