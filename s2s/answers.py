@@ -119,8 +119,7 @@ class Answers:
         """End a request that we hold: whether its answer, which comes next, is still awaited."""
         is_awaited = self._session.release(held) and self._session.is_open
         # What follows of this is a later turn's.
-        if self._until_quiet:
-            self.look_if_quiet()
+        self.look_if_quiet()
         if not self._session.holds_too_much:
             self._reader.go_on("held")
         return is_awaited

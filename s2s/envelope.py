@@ -170,14 +170,14 @@ def seal(
     """
     # Everything but the body is ASCII, and is encoded at one go.
     reply = "" if ack_of is None else f'"ack_of":"{ack_of}",'
-    to = f'"dst":"{dst}","id":"{id}","payload":'.encode()
-    rest = f',"src":"{src}","ts":{ts},"type":"{type}","v":{VERSION}}}'.encode()
+    to = f'"dst":"{dst}","id":"{id}","payload":'.encode("ascii")
+    rest = f',"src":"{src}","ts":{ts},"type":"{type}","v":{VERSION}}}'.encode("ascii")
     if key is None:
-        return b"".join((b"{", reply.encode(), to, body, rest))
-    head = f'{{{reply}"auth":{{"key_id":"{key.key_id}"'.encode()
+        return b"".join((b"{", reply.encode("ascii"), to, body, rest))
+    head = f'{{{reply}"auth":{{"key_id":"{key.key_id}"'.encode("ascii")
     covered = b"".join((b"},", to, body, rest))
     sig = key.sign(head + covered)
-    return b"".join((head, b',"sig":"', sig.encode(), b'"', covered))
+    return b"".join((head, b',"sig":"', sig.encode("ascii"), b'"', covered))
 
 
 def unguessable_id(ms: int) -> str:

@@ -157,11 +157,14 @@ class Inbox:
 
     # --- one transaction after the other -------------------------------------------------------------------------
 
-    def _go_on(self) -> None:
-        """Begin the next transaction, if none is in flight, when it is worth its while."""
+    def _go_on(self, at_once: bool = False) -> None:
+        """Begin the next transaction, if none is in flight, when it is worth its while.
+
+        :param at_once: it is, however few wait.
+        """
         if self._is_busy or not self._waiters:
             return
-        if self._is_quiet or len(self._waiters) >= ENOUGH_PUSHES:
+        if at_once or self._is_quiet or len(self._waiters) >= ENOUGH_PUSHES:
             self._begin()
         elif not self._is_turn_awaited:
             self._is_turn_awaited = True
@@ -169,8 +172,7 @@ class Inbox:
 
     def _turned(self) -> None:
         self._is_turn_awaited = False
-        if self._waiters and not self._is_busy:
-            self._begin()
+        self._go_on(at_once=True)
 
     def _begin(self) -> None:
         self._is_busy = True
@@ -205,11 +207,8 @@ class Inbox:
         self.batches += 1
         accepted = self.accepted
         self._is_busy = False
-        # While many are answered, the database works on those that wait, however few.
-        if self._waiters and len(batch) >= ENOUGH_PUSHES:
-            self._begin()
-        else:
-            self._go_on()
+        # While many are answered, the database works on those that wait.
+        self._go_on(at_once=len(batch) >= ENOUGH_PUSHES)
         for waiter, outcome in zip(batch, outcomes, strict=True):
             self._answer(waiter, self._refuse(outcome) if isinstance(outcome, StatementRefused) else outcome)
         # Last of all: whoever runs them begins at once.

@@ -136,8 +136,7 @@ class Session:
 
     def stamp(self, now: float) -> int:
         """Give the ``ts`` of a frame: it never goes back on a link, where it would look older than the proof."""
-        ts = int(now)
-        self._stamped = max(self._stamped, ts)
+        self._stamped = max(self._stamped, int(now))
         return self._stamped
 
     # --- what comes in ----------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from twisted.internet import interfaces
 from twisted.internet.abstract import FileDescriptor
 from zope.interface import implementer
 
-#: Of a turn of the reactor the first so many bytes are sent at once, then twice as many and so on up to this: the peer
-#: works on them while we make the others, and is not woken more often than it needs.
+#: Of a turn of the reactor the first so many bytes are sent at once: the peer works on them while we make the others.
 FLUSH_BYTES: Final = 8192
+#: Then twice as many, and so on up to this: it is not to be woken more often than it needs.
 MOST_FLUSH_BYTES: Final = 65536
 
 
