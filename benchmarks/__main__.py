@@ -21,8 +21,8 @@ OUT = Path(__file__).with_name("out")
 
 
 @click.command()
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Each takes everything in turn.")
-@click.option("--seconds", type=click.FloatRange(0.01), default=1.0, show_default=True, help="Measured of each cell.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Each takes everything in turn.")
+@click.option("--seconds", type=click.FloatRange(0.01), default=0.7, show_default=True, help="Measured of each cell.")
 @click.option("--warm-up", type=click.FloatRange(0.0), default=0.7, show_default=True, help="Seconds before that.")
 @click.option("--items", type=click.IntRange(1), help="For what is there from the beginning, instead of enough.")
 @click.option("--only", default="", help="Only cells in whose name this regular expression is found.")

@@ -104,6 +104,8 @@ class Link(Int32StringReceiver):
         self._counters = counters
         self._writer: Writer
         self._frames = 0
+        #: A chunk is being taken, and more frames of it may follow.
+        self._is_in_chunk = False
         self._reader = Reader(self, session, clock)
         self._timer: Timer | None = None
         #: When it comes, in monotonic seconds.
@@ -142,7 +144,11 @@ class Link(Int32StringReceiver):
             # One whole frame, as it comes where there is little to do: nothing to cut and nothing to keep.
             self.stringReceived(data[4:])
         else:
+            self._is_in_chunk = True
             super().dataReceived(data)  # type: ignore[no-untyped-call]
+            self._is_in_chunk = False
+            if not self.session.held:
+                self._writer.flush()
         if self.session.is_open:
             mono = self._clock.mono()
             self.session.partial(mono, bool(self.recvd), self._frames != before)
@@ -358,8 +364,9 @@ class Link(Int32StringReceiver):
             self.abort("the peer does not read")
 
     def _send_reply(self, type: str, body: bytes, ack_of: str) -> None:
-        # Nor has a peer that waits for nothing more.
-        self._send(type, body, ulid_now(), ack_of, is_urgent=not self.session.held)
+        # Nor has a peer that waits for nothing more; what answers a chunk goes together at its end.
+        is_urgent = not (self.session.held or self._is_in_chunk)
+        self._send(type, body, ulid_now(), ack_of, is_urgent=is_urgent)
 
     def _settle(self, reply: Reply) -> None:
         call, outcome = reply.call, reply.outcome()

@@ -70,6 +70,10 @@ class Writer:
     def _end_turn(self) -> None:
         self._is_end_awaited = False
         self._enough = FLUSH_BYTES
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what was written in this turn of the reactor, and do not wait for its end."""
         if self._turn:
             self._flush()
 

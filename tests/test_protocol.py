@@ -40,6 +40,7 @@ from s2s.protocol import Link
 from s2s.replay import ReplayCache
 from s2s.session import Session, State
 from s2s.signing import Key, Keyring, Role, Secret
+from tests.support.descriptor import Descriptor
 
 _NOW = 1_737_990_000
 _SECRET = b"not-to-be-seen-0123456789abcdefg"
@@ -906,6 +907,30 @@ class ResponderTests(LinkTestCase):
         """A health check is answered while other requests wait."""
         self.push_all(5)
         self.assert_open()
+
+    def test_answers_of_a_chunk(self) -> None:
+        """What answers the frames of one chunk is sent together at its end, unless a request is still held."""
+        transport: Any = Descriptor()
+        link = self.make_link(self.role)
+        link.makeConnection(transport)
+        transport.reactor.turn()
+        pushes = [_prefixed(self.frame(COMMAND_PUSH, _push(str(at)))) for at in range(9)]
+
+        def answered(*chunks: bytes) -> list[int]:
+            """Let chunks arrive, and say how many answers each send took."""
+            transport.sends.clear()
+            for chunk in chunks:
+                link.dataReceived(chunk)
+            return [len(_split(each)) for each in transport.sends]
+
+        self.respond = lambda _: _ACK
+        self.assertEqual(answered(b"".join(pushes[:4])), [4])
+        self.assertEqual(answered(pushes[4]), [1])
+        self.assertEqual(answered(pushes[5][:9], pushes[5][9:]), [1])
+        self.respond = lambda request: self.respond_later(request) if len(self.served) == 7 else _ACK
+        self.assertEqual(answered(b"".join(pushes[6:])), [])
+        self.answers[0].callback(_ACK)
+        self.assertEqual([len(_split(each)) for each in transport.sends], [3])
 
 
 class HeldTests(LinkTestCase):

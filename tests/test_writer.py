@@ -6,64 +6,21 @@ from typing import Any
 
 from hypothesis import example, given
 from hypothesis import strategies as st
-from twisted.internet import task
-from twisted.internet.abstract import FileDescriptor
 from twisted.internet.error import ConnectionLost
 from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.writer import FLUSH_BYTES, MOST_FLUSH_BYTES, Writer
+from tests.support.descriptor import Descriptor
 
 #: Three of these are sent before the turn of the reactor ends.
 _FRAME = b"x" * (FLUSH_BYTES // 3 + 1)
 
 
-class _Reactor(task.Clock):
-    """As much of a reactor as a descriptor wants that writes.
-
-    :ivar writers: whom it watches.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.writers: set[FileDescriptor] = set()
-        self.addWriter, self.removeWriter = self.writers.add, self.writers.discard
-
-    def turn(self) -> None:
-        """Call what is due, and whoever may write."""
-        self.advance(0)
-        for each in list(self.writers):
-            each.doWrite()
-
-
-class _Descriptor(FileDescriptor):
-    """A connection on Twisted's own buffer.
-
-    :ivar sends: what its socket took, each time that it took something.
-    :ivar takes: how many bytes the socket takes yet, or how it fails.
-    """
-
-    connected = True
-
-    def __init__(self) -> None:
-        super().__init__(_Reactor())
-        self.sends: list[bytes] = []
-        self.takes: int | Exception = 1 << 20
-
-    def writeSomeData(self, data: bytes) -> int | Exception:
-        """Let the socket take something."""
-        if isinstance(self.takes, Exception):
-            return self.takes
-        taken = bytes(data[: self.takes])
-        self.takes -= len(taken)
-        self.sends += [taken] * bool(taken)
-        return len(taken)
-
-
 class _Wrapper:
     """A transport that gives out what is below it as its own, as TLS does."""
 
-    def __init__(self, below: _Descriptor) -> None:
+    def __init__(self, below: Descriptor) -> None:
         self._below = below
 
     def __getattr__(self, name: str) -> Any:
@@ -75,7 +32,7 @@ class FlushTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         """Make a connection."""
-        self.transport = _Descriptor()
+        self.transport = Descriptor()
         self.writer = Writer(self.transport)
 
     def test_few_frames(self) -> None:
@@ -130,7 +87,7 @@ class FlushTests(SynchronousTestCase):
     def test_a_socket_that_takes_less(self) -> None:
         """The transport gets what the socket did not take, and sees for itself why."""
         for takes, sends in ((3, [b"abc"]), (2, [b"ab"]), (0, []), (ConnectionLost(), [])):
-            transport = _Descriptor()
+            transport = Descriptor()
             transport.takes = takes
             Writer(transport).write(b"abc", is_urgent=True)
             self.assertEqual(transport.sends, sends)
@@ -173,7 +130,7 @@ class FlushTests(SynchronousTestCase):
     @example([("take", 5, False), *[("write", 1, True)] * 9, ("take", 5, False), ("turn", 0, False)], False)
     def test_any_order_of_events(self, events: list[tuple[str, int, bool]], is_closed: bool) -> None:
         """However frames come and the socket takes them, each byte is sent once and in order, and what waits counts."""
-        transport = _Descriptor()
+        transport = Descriptor()
         writer, written = Writer(transport), b""
         transport.takes = 0
         for event, size, is_urgent in events:
@@ -198,7 +155,7 @@ class FlushTests(SynchronousTestCase):
 
     def test_a_descriptor_that_closes(self) -> None:
         """What closes is left to the reactor, which must see the last of it written; so is what lies below TLS."""
-        below = _Descriptor()
+        below = Descriptor()
         above = Writer(_Wrapper(below))
         self.transport.disconnecting = True
         for writer in (self.writer, above):

@@ -97,6 +97,7 @@ def drive(place: Place, load: Load, meter: Meter) -> None:
         engines = await connect(place, load)
         calls = [lambda link=link: link.call(COMMAND_PUSH, push(next(made), filling)) for link in engines]
         if load.rate:
+            # So few never fill an inbox: nobody is to be left alone.
             await drive_deferred_evenly(calls[0], load, meter)
         else:
             # Of long frames the link's window and line, which are bounded in bytes, take no more.
