@@ -145,8 +145,10 @@ class Link(Int32StringReceiver):
             self.stringReceived(data[4:])
         else:
             self._is_in_chunk = True
-            super().dataReceived(data)  # type: ignore[no-untyped-call]
-            self._is_in_chunk = False
+            try:
+                super().dataReceived(data)  # type: ignore[no-untyped-call]
+            finally:
+                self._is_in_chunk = False
             if not self.session.held:
                 self._writer.flush()
         if self.session.is_open:

@@ -914,23 +914,49 @@ class ResponderTests(LinkTestCase):
         link = self.make_link(self.role)
         link.makeConnection(transport)
         transport.reactor.turn()
-        pushes = [_prefixed(self.frame(COMMAND_PUSH, _push(str(at)))) for at in range(9)]
+        pushes = [_prefixed(self.frame(COMMAND_PUSH, _push(), id=f"m{at}")) for at in range(9)]
 
-        def answered(*chunks: bytes) -> list[int]:
-            """Let chunks arrive, and say how many answers each send took."""
+        def sent() -> list[list[str]]:
+            """Say which requests were answered, or were said to be too long, by each send since the last time."""
+            told = [[each.get("ack_of", each["type"]) for each in _split(send)] for send in transport.sends]
             transport.sends.clear()
+            return told
+
+        def answered(*chunks: bytes) -> list[list[str]]:
             for chunk in chunks:
                 link.dataReceived(chunk)
-            return [len(_split(each)) for each in transport.sends]
+            return sent()
 
+        sent()
         self.respond = lambda _: _ACK
-        self.assertEqual(answered(b"".join(pushes[:4])), [4])
-        self.assertEqual(answered(pushes[4]), [1])
-        self.assertEqual(answered(pushes[5][:9], pushes[5][9:]), [1])
-        self.respond = lambda request: self.respond_later(request) if len(self.served) == 7 else _ACK
-        self.assertEqual(answered(b"".join(pushes[6:])), [])
+        self.assertEqual(answered(b"".join(pushes[:3])), [["m0", "m1", "m2"]])
+        self.assertEqual(answered(pushes[3]), [["m3"]])
+        self.assertEqual(answered(pushes[4][:9], pushes[4][9:]), [["m4"]])
+        self.respond = lambda request: self.respond_later(request) if request.envelope.id == "m5" else _ACK
+        self.assertEqual(answered(b"".join(pushes[5:7])), [])
+        transport.reactor.turn()
+        self.assertEqual(sent(), [["m6"]])
         self.answers[0].callback(_ACK)
-        self.assertEqual([len(_split(each)) for each in transport.sends], [3])
+        self.assertEqual(sent(), [["m5"]])
+        # The second one closes the link, and the last one comes too late.
+        too_long = (link.MAX_LENGTH + 1).to_bytes(4, "big")
+        self.assertEqual(answered(pushes[7] + too_long + pushes[8]), [])
+        transport.reactor.turn()
+        self.assertEqual(sent(), [["m7", "s2s.error"]])
+
+    def test_an_error_of_ours_in_a_chunk(self) -> None:
+        """An error of ours that Twisted is told of delays no answer after it."""
+        transport: Any = Descriptor()
+        link = self.make_link(self.role)
+        link.makeConnection(transport)
+        transport.reactor.turn()
+        self.respond = lambda _: _ACK
+        with mock.patch.object(link, "stringReceived", side_effect=ZeroDivisionError):
+            self.assertRaises(ZeroDivisionError, link.dataReceived, _prefixed(b"{}", b"{}"))
+        link.recvd = b""
+        transport.sends.clear()
+        link.dataReceived(_prefixed(self.frame(COMMAND_PUSH, _push())))
+        self.assertEqual(len(transport.sends), 1)
 
 
 class HeldTests(LinkTestCase):

@@ -17,6 +17,9 @@ class Reactor(task.Clock):
         self.writers: set[FileDescriptor] = set()
         self.addWriter, self.removeWriter = self.writers.add, self.writers.discard
 
+    def removeReader(self, descriptor: FileDescriptor) -> None:
+        """Nobody is read."""
+
     def turn(self) -> None:
         """Call what is due, and whoever may write."""
         self.advance(0)
