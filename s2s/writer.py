@@ -58,14 +58,14 @@ class Writer:
             self._turn.append(data)
             self._turn_bytes += len(data)
             if is_urgent:
-                self._flush()
+                self.flush()
                 return
             if not self._is_end_awaited:
                 self._is_end_awaited = True
                 self._descriptor.reactor.callLater(0, self._end_turn)
             if self._turn_bytes >= self._enough:
                 self._enough = min(2 * self._enough, MOST_FLUSH_BYTES)
-                self._flush()
+                self.flush()
 
     def _end_turn(self) -> None:
         self._is_end_awaited = False
@@ -74,10 +74,8 @@ class Writer:
 
     def flush(self) -> None:
         """Send what was written in this turn of the reactor, and do not wait for its end."""
-        if self._turn:
-            self._flush()
-
-    def _flush(self) -> None:
+        if not self._turn:
+            return
         data = b"".join(self._turn)
         self._turn, self._turn_bytes = [], 0
         descriptor = self._descriptor

@@ -908,12 +908,18 @@ class ResponderTests(LinkTestCase):
         self.push_all(5)
         self.assert_open()
 
-    def test_answers_of_a_chunk(self) -> None:
-        """What answers the frames of one chunk is sent together at its end, unless a request is still held."""
+    def make_sending_link(self) -> tuple[Link, Any]:
+        """Make a link on a transport that tells one send from the next; its challenge is sent."""
         transport: Any = Descriptor()
         link = self.make_link(self.role)
         link.makeConnection(transport)
         transport.reactor.turn()
+        transport.sends.clear()
+        return link, transport
+
+    def test_answers_of_a_chunk(self) -> None:
+        """What answers the frames of one chunk is sent together at its end, unless a request is still held."""
+        link, transport = self.make_sending_link()
         pushes = [_prefixed(self.frame(COMMAND_PUSH, _push(), id=f"m{at}")) for at in range(9)]
 
         def sent() -> list[list[str]]:
@@ -927,7 +933,6 @@ class ResponderTests(LinkTestCase):
                 link.dataReceived(chunk)
             return sent()
 
-        sent()
         self.respond = lambda _: _ACK
         self.assertEqual(answered(b"".join(pushes[:3])), [["m0", "m1", "m2"]])
         self.assertEqual(answered(pushes[3]), [["m3"]])
@@ -946,15 +951,11 @@ class ResponderTests(LinkTestCase):
 
     def test_an_error_of_ours_in_a_chunk(self) -> None:
         """An error of ours that Twisted is told of delays no answer after it."""
-        transport: Any = Descriptor()
-        link = self.make_link(self.role)
-        link.makeConnection(transport)
-        transport.reactor.turn()
+        link, transport = self.make_sending_link()
         self.respond = lambda _: _ACK
         with mock.patch.object(link, "stringReceived", side_effect=ZeroDivisionError):
             self.assertRaises(ZeroDivisionError, link.dataReceived, _prefixed(b"{}", b"{}"))
         link.recvd = b""
-        transport.sends.clear()
         link.dataReceived(_prefixed(self.frame(COMMAND_PUSH, _push())))
         self.assertEqual(len(transport.sends), 1)
 
