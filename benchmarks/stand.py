@@ -12,10 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import procrastinate
@@ -33,12 +34,21 @@ _START_S = 30.0
 
 
 class Stand:
-    """A PostgreSQL of the benchmark's own, with everything durable as it comes, and whoever is measured on it."""
+    """A PostgreSQL of the benchmark's own, durable as it comes, and whoever is measured on it.
 
-    def __init__(self) -> None:
+    :param settings: of PostgreSQL, other than they come.
+    """
+
+    def __init__(self, settings: Mapping[str, str] = MappingProxyType({})) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="s2s-bench-")).resolve()
         self._directory.chmod(0o755)
-        self.url, self._process = postmaster.start(self._directory / "postgres")
+        data = self._directory / "postgres"
+        self.url, self._process = postmaster.start(data)
+        for name, value in settings.items():
+            self.execute(sql.SQL("alter system set {} = {}").format(sql.Identifier(name), sql.Literal(value)))
+        if settings:
+            postmaster.stop(data)
+            self.url, self._process = postmaster.start(data)
         self._databases = 0
         #: The server that is driven now.
         self.server: subprocess.Popen[bytes] | None = None
@@ -96,20 +106,20 @@ class Stand:
         if cell.is_drained and items is not None:
             load = replace(load, items=items)
         try:
-            return self.measure_on(contestant, load, url)
+            with self.serving(contestant, url) as place:
+                return self.drive(contestant, load, place)
         finally:
             if url:
                 self.drop_database(url)
 
-    def measure_on(self, contestant: Contestant, load: Load, url: str) -> Result:
-        """Measure on a database that there is."""
-        with self.serving(contestant, url) as place:
-            told = subprocess.run(
-                [*side(contestant, "drive", place), json.dumps(asdict(load))],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
+    def drive(self, contestant: Contestant, load: Load, place: Place) -> Result:
+        """Measure on a server that runs, or on none where a contestant has none."""
+        told = subprocess.run(
+            [*side(contestant, "drive", place), json.dumps(asdict(load))],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
         return Result(**json.loads(told.stdout.splitlines()[-1]))
 
     @contextmanager

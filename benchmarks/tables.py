@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -26,3 +27,21 @@ def rst(title: str, rows: Rows) -> str:
     for row in rows:
         lines += [f"   {'* -' if at == 0 else '  -'} {cell}" for at, cell in enumerate(row)]
     return "\n".join(lines) + "\n"
+
+
+def ratio(row: str, value: float, rounds: Sequence[float], must: float, aim: float) -> dict[str, Any]:
+    """Give a ratio as the results keep it.
+
+    :param value: of the medians.
+    :param rounds: the ratio in each round.
+    """
+    told = {"value": value, "least": min(rounds), "most": max(rounds)}
+    return {"row": row, **{name: round(number, 3) for name, number in told.items()}, "must": must, "aim": aim}
+
+
+def ratio_rows(ratios: Iterable[Mapping[str, Any]]) -> Rows:
+    """Give the rows of a table of ratios."""
+    lines = [
+        (each["row"], *(f"{each[name]:.2f}" for name in ("value", "least", "most", "must", "aim"))) for each in ratios
+    ]
+    return [("what", "value (of medians)", "least (a round)", "most", "must", "aim"), *lines]
