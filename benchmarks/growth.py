@@ -21,7 +21,7 @@ from benchmarks import machine
 from benchmarks.load import Load
 from benchmarks.plan import PUSH, WHOLE, Contestant
 from benchmarks.stand import Stand, side
-from benchmarks.tables import ratio, ratio_rows, rst, show
+from benchmarks.tables import ratio_entry, ratio_rows, rst, show
 
 OUT = Path(__file__).with_name("out")
 #: Commands that are there, and their status.
@@ -106,9 +106,9 @@ def main(
         stand.close()
     medians = {size: {kind: statistics.median(each) for kind, each in of.items()} for size, of in rates.items()}
     empty, most = sizes[0], max(size for size in sizes if size[1] == "done")
-    against = f"with {max(counts['done']):,} finished commands, against an empty table"
+    against = f"with {most[0]:,} finished commands, against an empty table"
     ratios = [
-        ratio(
+        ratio_entry(
             f"{kind}, {against}",
             medians[most][kind] / medians[empty][kind],
             list(map(truediv, rates[most][kind], rates[empty][kind])),
@@ -157,11 +157,11 @@ def _filled(stand: Stand, count: int, status: str) -> str:
 def _rounds(stand: Stand, urls: Mapping[Size, str], kind: str, load: Load, rounds: int) -> Iterator[dict[Size, float]]:
     """Measure one kind round after round, on a server of each size that stays up, and give the rates."""
     contestant, is_scattered = KINDS[kind]
+    load = replace(load, is_scattered=is_scattered)
     with ExitStack() as up:
         places = {size: up.enter_context(stand.serving(contestant, url)) for size, url in urls.items()}
         for number in range(rounds):
-            warm_up_s = load.seconds * (1 if number else _FIRST_WARM_UP)
-            load = replace(load, warm_up_s=warm_up_s, is_scattered=is_scattered)
+            load = replace(load, warm_up_s=load.seconds * (1 if number else _FIRST_WARM_UP))
             rates = {}
             # There and back, so that a machine which slows down for a minute does so for every size.
             for size in list(places)[:: -1 if number % 2 else 1]:

@@ -11,14 +11,14 @@ from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks import tables
 from benchmarks.load import Result
 from benchmarks.plan import RATIOS, Cell
+from benchmarks.tables import Rows, ratio_entry, ratio_rows, rst
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-Table = tuple[str, tables.Rows]
+Table = tuple[str, Rows]
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Run:
             value = ratio.value(self.medians)
             if value is not None:
                 each = [ratio.value(of) or 0.0 for of in rates]
-                yield tables.ratio(ratio.row, value, each, ratio.must, ratio.aim)
+                yield ratio_entry(ratio.row, value, each, ratio.must, ratio.aim)
 
     def tables(self) -> Iterator[Table]:
         """Give the tables: a title, and rows of which the first is the head."""
-        yield "ratios", tables.ratio_rows(self.ratios())
+        yield "ratios", ratio_rows(self.ratios())
         for group in dict.fromkeys(cell.group for cell in self.rounds):
             head = ("what", "a second (median)", "least", "most")
             lines = [self._line(cell) for cell in self.rounds if cell.group == group]
@@ -82,7 +82,7 @@ class Run:
         ]
         whole = {"machine": self.machine, "ratios": list(self.ratios()), "rounds": rounds}
         (directory / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
-        (directory / "results.rst").write_text("\n".join(tables.rst(*table) for table in self.tables()))
+        (directory / "results.rst").write_text("\n".join(rst(*table) for table in self.tables()))
         self._plot(directory / "results.png")
 
     def _plot(self, path: Path) -> None:

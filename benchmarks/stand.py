@@ -50,7 +50,7 @@ class Stand:
             postmaster.stop(data)
             self.url, self._process = postmaster.start(data)
         self._databases = 0
-        #: The server that is driven now.
+        #: The server that was started last.
         self.server: subprocess.Popen[bytes] | None = None
 
     def close(self) -> None:

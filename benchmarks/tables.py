@@ -29,7 +29,7 @@ def rst(title: str, rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ratio(row: str, value: float, rounds: Sequence[float], must: float, aim: float) -> dict[str, Any]:
+def ratio_entry(row: str, value: float, rounds: Sequence[float], must: float, aim: float) -> dict[str, Any]:
     """Give a ratio as the results keep it.
 
     :param value: of the medians.
