@@ -38,7 +38,7 @@ KINDS: Final[Mapping[str, tuple[Contestant, bool]]] = {
 #: measured here is a small part of all that time, and would pay for the rest.
 SETTINGS: Final[Mapping[str, str]] = {
     "shared_buffers": f"{psutil.virtual_memory().total // 4 // 2**20}MB",
-    "max_wal_size": "16GB",
+    "max_wal_size": "32GB",
     "checkpoint_timeout": "1h",
 }
 #: Of the first round, in seconds for each that is measured: a server that has just started meets each page of the index
@@ -104,22 +104,15 @@ def main(
         settings = dict(stand.execute("select name, current_setting(name) from unnest(%s) name", (list(SETTINGS),)))
     finally:
         stand.close()
-    medians = {size: {kind: statistics.median(each) for kind, each in of.items()} for size, of in rates.items()}
     empty, most = sizes[0], max(size for size in sizes if size[1] == "done")
     against = f"with {most[0]:,} finished commands, against an empty table"
     ratios = [
-        ratio_entry(
-            f"{kind}, {against}",
-            medians[most][kind] / medians[empty][kind],
-            list(map(truediv, rates[most][kind], rates[empty][kind])),
-            MUST,
-            AIM,
-        )
+        ratio_entry(f"{kind}, {against}", list(map(truediv, rates[most][kind], rates[empty][kind])), MUST, AIM)
         for kind in KINDS
     ]
     tables = [
         ("ratios", ratio_rows(ratios)),
-        ("rows that are there", [("rows", *KINDS), *map(_line, medians.items())]),
+        ("rows that are there", [("rows", *KINDS), *map(_line, rates.items())]),
         ("idle links", [("links", "KiB of the server each"), (str(links), f"{per_link / 1024:.1f}")]),
         ("PostgreSQL", [("setting", "value"), *settings.items()]),
     ]
@@ -137,10 +130,10 @@ def main(
     (out / "growth.rst").write_text("\n".join(rst(*table) for table in tables))
 
 
-def _line(entry: tuple[Size, dict[str, float]]) -> tuple[str, ...]:
+def _line(entry: tuple[Size, dict[str, list[float]]]) -> tuple[str, ...]:
     (count, status), of = entry
     what = {"done": "finished", "ready": "waiting"}[status]
-    return (f"{count:,} {what}", *(f"{rate:,.0f}" for rate in of.values()))
+    return (f"{count:,} {what}", *(f"{statistics.median(each):,.0f}" for each in of.values()))
 
 
 def _filled(stand: Stand, count: int, status: str) -> str:
@@ -158,6 +151,8 @@ def _rounds(stand: Stand, urls: Mapping[Size, str], kind: str, load: Load, round
     """Measure one kind round after round, on a server of each size that stays up, and give the rates."""
     contestant, is_scattered = KINDS[kind]
     load = replace(load, is_scattered=is_scattered)
+    # Half of max_wal_size and a little, after which the next one comes, is more than a kind writes.
+    stand.execute("checkpoint")
     with ExitStack() as up:
         places = {size: up.enter_context(stand.serving(contestant, url)) for size, url in urls.items()}
         for number in range(rounds):

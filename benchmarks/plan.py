@@ -124,10 +124,10 @@ class Ratio:
     must: float
     aim: float
 
-    def value(self, medians: Mapping[Cell, float]) -> float | None:
+    def value(self, rates: Mapping[Cell, float]) -> float | None:
         """Give the ratio; ``None`` where something was not measured."""
-        ours = [rate for cell, rate in medians.items() if self.ours(cell)]
-        theirs = [rate for cell, rate in medians.items() if self.theirs(cell)]
+        ours = [rate for cell, rate in rates.items() if self.ours(cell)]
+        theirs = [rate for cell, rate in rates.items() if self.theirs(cell)]
         return max(ours) / max(theirs) if ours and theirs else None
 
 

@@ -31,20 +31,14 @@ class Run:
     machine: Mapping[str, str]
     rounds: Mapping[Cell, Sequence[Result]]
 
-    @property
-    def medians(self) -> dict[Cell, float]:
-        """The median rate of each cell."""
-        return {cell: statistics.median(each.rate for each in results) for cell, results in self.rounds.items()}
-
     def ratios(self) -> Iterator[dict[str, Any]]:
-        """Give each ratio of which both sides were measured: of the medians, and the least and the most of a round."""
+        """Give each ratio of which both sides were measured."""
         of_rounds = zip(*self.rounds.values(), strict=True)
         rates = [{cell: each.rate for cell, each in zip(self.rounds, of, strict=True)} for of in of_rounds]
         for ratio in RATIOS:
-            value = ratio.value(self.medians)
-            if value is not None:
-                each = [ratio.value(of) or 0.0 for of in rates]
-                yield ratio_entry(ratio.row, value, each, ratio.must, ratio.aim)
+            each = [value for of in rates if (value := ratio.value(of)) is not None]
+            if each:
+                yield ratio_entry(ratio.row, each, ratio.must, ratio.aim)
 
     def tables(self) -> Iterator[Table]:
         """Give the tables: a title, and rows of which the first is the head."""
@@ -94,9 +88,8 @@ class Run:
         for axis, group in zip(axes[:, 0], groups, strict=True):
             cells = [cell for cell in self.rounds if cell.group == group][::-1]
             colours = ["tab:blue" if cell.contestant.title == "s2s" else "silver" for cell in cells]
-            axis.barh(
-                [cell.name.partition(": ")[2] for cell in cells], [self.medians[cell] for cell in cells], color=colours
-            )
+            medians = [statistics.median(each.rate for each in self.rounds[cell]) for cell in cells]
+            axis.barh([cell.name.partition(": ")[2] for cell in cells], medians, color=colours)
             axis.set_xscale("log")
             axis.set_title(f"{group}: a second")
             axis.tick_params(labelsize=7)

@@ -15,6 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from benchmarks.load import Load, percentiles
 from benchmarks.plan import RATIOS, Cell, cells
+from benchmarks.tables import ratio_entry
 from tests.support.roles import environment
 
 #: One cell of each kind, and what the ratios need.
@@ -88,6 +89,12 @@ class PlanTests(SynchronousTestCase):
             self.assertEqual(ratio.value(rates), 6.0 / len(theirs), ratio.row)
             self.assertIsNone(ratio.value(dict.fromkeys(ours, 1.0)))
             self.assertLess(ratio.must, ratio.aim)
+
+    def test_ratio_of_a_machine_that_slows_down(self) -> None:
+        """A ratio is the median of the rounds' own, however the machine's speed changes from one round to the next."""
+        ours, theirs = (30.0, 20.0, 9.0), (15.0, 5.0, 3.0)
+        entry = ratio_entry("ours against theirs", [a / b for a, b in zip(ours, theirs, strict=True)], 1, 2)
+        self.assertEqual((entry["least"], entry["value"], entry["most"]), (2.0, 3.0, 4.0))
 
     def test_percentiles(self) -> None:
         """By the nearest rank."""
