@@ -151,7 +151,7 @@ def _rounds(stand: Stand, urls: Mapping[Size, str], kind: str, load: Load, round
     """Measure one kind round after round, on a server of each size that stays up, and give the rates."""
     contestant, is_scattered = KINDS[kind]
     load = replace(load, is_scattered=is_scattered)
-    # Half of max_wal_size and a little, after which the next one comes, is more than a kind writes.
+    # The next one comes after half of max_wal_size and a little: more than a kind writes, unless that is as it comes.
     stand.execute("checkpoint")
     with ExitStack() as up:
         places = {size: up.enter_context(stand.serving(contestant, url)) for size, url in urls.items()}

@@ -13,9 +13,9 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from benchmarks.load import Load, percentiles
-from benchmarks.plan import RATIOS, Cell, cells
-from benchmarks.tables import ratio_entry
+from benchmarks.load import Load, Result, percentiles
+from benchmarks.plan import AMP, LINK, RATIOS, Cell, cells
+from benchmarks.report import Run
 from tests.support.roles import environment
 
 #: One cell of each kind, and what the ratios need.
@@ -92,8 +92,12 @@ class PlanTests(SynchronousTestCase):
 
     def test_ratio_of_a_machine_that_slows_down(self) -> None:
         """A ratio is the median of the rounds' own, however the machine's speed changes from one round to the next."""
-        ours, theirs = (30.0, 20.0, 9.0), (15.0, 5.0, 3.0)
-        entry = ratio_entry("ours against theirs", [a / b for a, b in zip(ours, theirs, strict=True)], 1, 2)
+        counts = {LINK: (30, 20, 9), AMP: (15, 5, 3)}
+        rounds = {
+            Cell("link", contestant, Load(64)): [Result(count, 1.0) for count in each]
+            for contestant, each in counts.items()
+        }
+        [entry] = Run({}, rounds).ratios()
         self.assertEqual((entry["least"], entry["value"], entry["most"]), (2.0, 3.0, 4.0))
 
     def test_percentiles(self) -> None:
