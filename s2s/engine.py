@@ -99,9 +99,10 @@ class Engine(Role):
         self._wanted = Wanted(database, clock, basis.identity.name, self._condition)
         self._ledger = Ledger(database, basis.counters, basis.identity.name)
         frame_size = basis.bounds.frame_size
-        self._scheduler = Scheduler(database, clock, jobs, self._condition, frame_size, relay.wake)
+        self._scheduler = Scheduler(database, basis.handlers, clock, jobs, self._condition, frame_size, relay.wake)
         self._orders = OrderRunner(
             database,
+            basis.handlers,
             clock,
             builtin(jobs, frame_size),
             basis.identity.name,
@@ -173,6 +174,7 @@ class Engine(Role):
             # Not cut: an answer may still be on its way out.
             self._connected.close("the grace of the shutdown is over")
         # After what was in flight has been given back.
+        self._clock.scheduler.callLater(GIVE_BACK_S, self._handlers.cancel)
         self._clock.scheduler.callLater(GIVE_BACK_S, self._database.cancel)
 
     def _configure(self) -> None:
@@ -206,7 +208,8 @@ class Engine(Role):
 
     def _state(self) -> dict[str, Any]:
         degraded = self._link is None or self._database.is_away
-        return self._health(state=self._condition.state, degraded=degraded, outbox_depth=self._relay.depth)
+        stuck = [task.name[:200] for task in self._handlers.stuck]
+        return self._health(state=self._condition.state, degraded=degraded, outbox_depth=self._relay.depth, stuck=stuck)
 
     def _counts(self) -> dict[str, int]:
         relay = self._relay

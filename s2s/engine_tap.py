@@ -15,8 +15,8 @@ from s2s.engine import Engine
 from s2s.options import CONNECT, RoleOptions, make_basis, or_refuse, parameter
 from s2s.relay import Relay
 
-#: Connections beside those of jobs and orders: relay, sweep, keys and configuration, audit.
-_THREADS = 4
+#: Connections beside those of jobs and orders: relay, sweep, keys and configuration, audit, looks for work.
+_THREADS = 5
 
 _log = Logger()
 
@@ -45,7 +45,7 @@ def makeService(options: Options) -> Any:
 
 
 def _make(options: Options) -> Any:
-    basis, [endpoint] = make_basis(options, "engine", options["name"], _THREADS + scheduler.LINES + order_runner.LINES)
+    basis, [endpoint] = make_basis(options, "engine", options["name"], _THREADS, scheduler.LINES + order_runner.LINES)
     found = discover()
     for complaint in found.complaints:
         _log.error("{complaint}", complaint=complaint)

@@ -18,6 +18,8 @@
     │   │   └── DeadlinePassed
     │   ├── BadReply             the peer answered with what is no answer to this request
     │   └── Refused              the peer answered ``s2s.error``
+    ├── HandlerTimeout           foreign code took longer than its deadline
+    ├── HandlerStuck             foreign code does not return, past its deadline
     ├── DatabaseError
     │   ├── DatabaseUnavailable  no connection, or it was lost
     │   │   └── CommitLost       with a COMMIT under way, whose outcome is unknown
@@ -158,7 +160,15 @@ class DatabaseError(S2SError):
 
 
 class DatabaseUnavailable(DatabaseError):
-    """There is no connection, or it broke: nothing was done, unless it is a :class:`CommitLost`."""
+    """The database cannot serve now: nothing was done, unless it is a :class:`CommitLost`.
+
+    :param text: the server's message without the data.
+    :param state: the SQLSTATE; empty: there is no connection, or it broke.
+    """
+
+    def __init__(self, text: str, state: str = "") -> None:
+        super().__init__(text)
+        self.state = state
 
 
 class CommitLost(DatabaseUnavailable):
@@ -170,11 +180,30 @@ class StatementRefused(DatabaseError):
 
     :param text: the server's message without the data.
     :param constraint: the constraint's name, where one was violated.
+    :param state: the SQLSTATE.
     """
 
-    def __init__(self, text: str, constraint: str | None = None) -> None:
+    def __init__(self, text: str, constraint: str | None = None, state: str = "") -> None:
         super().__init__(text)
         self.constraint = constraint
+        self.state = state
+
+
+class HandlerTimeout(S2SError):
+    """A call of a handler, a job or an order took longer than its deadline; nothing of it was done."""
+
+
+class HandlerStuck(S2SError):
+    """A call of a handler, a job or an order does not return, although its deadline is over and its SQL was cancelled.
+
+    :param task: the task of the pool that runs it.
+    :param subject: the subject of the call.
+    """
+
+    def __init__(self, task: Any, subject: Any, text: str) -> None:
+        super().__init__(text)
+        self.task = task
+        self.subject = subject
 
 
 class WireError(S2SError):

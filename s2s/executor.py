@@ -9,20 +9,23 @@ process that dies another one charges its commands; :mod:`s2s.store.notes` says 
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from s2s.commands import Command, CommandType
-from s2s.errors import DatabaseUnavailable, one_line
+from s2s.errors import DatabaseUnavailable, HandlerStuck, one_line
 from s2s.reaper import Reaper
 from s2s.store import commands as table
-from s2s.store import notes
-from s2s.store.driver import Cursor, is_lost, savepoint
+from s2s.store import notes, probe, sqlstate
+from s2s.store.driver import Cursor, is_in_transaction, is_lost, is_read_only
+from s2s.store.handler_pool import MOST_STUCK, HandlerPool
 from s2s.store.pool import Database
 from s2s.turns import Turns
 
@@ -34,6 +37,11 @@ ORPHANED_S: Final = 60.0
 LOSSES: Final = 3
 #: So many commands are remembered whose connection was lost.
 _MOST_SUSPECTS: Final = 10_000
+#: Seconds after which a batch begins no further command: those that are left go to the next worker that looks, and the
+#: locks and the snapshot of one transaction do not last for a whole batch of slow handlers.
+BATCH_S: Final = 5.0
+#: Seconds between two tries to write down that a handler is stuck, while the database is away.
+_AGAIN_S: Final = 1.0
 
 
 @dataclass
@@ -46,10 +54,22 @@ class Report:
     dead: int = 0
 
 
+class _Spoiled(Exception):
+    """A handler left the transaction of its batch unusable.
+
+    :param commands: those that the handler had.
+    """
+
+    def __init__(self, commands: Sequence[Command], error: BaseException) -> None:
+        super().__init__(one_line(error))
+        self.cmd_ids = [command.cmd_id for command in commands]
+
+
 class Executor:
     """Runs the commands that are due, in order of priority, ``due_at`` and ``cmd_id``.
 
     :param database: where the commands are.
+    :param handlers: the connections on which their handlers run.
     :param registry: the command types by name.
     :param boot_id: this process's.
     :param is_present: whether its presence lock is held (:class:`s2s.store.listen.Listener`): without it nothing is
@@ -69,6 +89,7 @@ class Executor:
     def __init__(
         self,
         database: Database,
+        handlers: HandlerPool,
         registry: Mapping[str, CommandType],
         boot_id: str,
         *,
@@ -80,12 +101,17 @@ class Executor:
         if clock is None:
             from twisted.internet import reactor as clock  # noqa: PLC0415 - importing it installs it
         self._database = database
+        self._handlers = handlers
+        self._clock = clock
         self._registry = registry
         self._boot_id = boot_id
         self.is_present = is_present
         self._workers = workers
         self.batch_size = batch_size
         self._turns = Turns("a worker of the executor", self._turn, clock, workers)
+        #: The worker of each line, by its number; a stuck one gives its line to the next.
+        self._numbers = list(range(workers))
+        self._next_number = itertools.count(workers)
         self._reaping: list[Deferred[None]] = []
         self._reaper = Reaper(database, boot_id, self._charged, clock)
         #: How often the connection was lost under each command, since it ran last.
@@ -135,7 +161,12 @@ class Executor:
         """``ok``, ``off`` where there are no workers, or why it takes nothing."""
         if not self._workers:
             return "off"
-        return "ok" if self.is_present() else "the database does not know that this process lives"
+        if not self.is_present():
+            return "the database does not know that this process lives"
+        names = "; ".join(task.name for task in self._handlers.stuck)
+        if len(self._handlers.stuck) >= MOST_STUCK:
+            return f"{MOST_STUCK} handlers do not return, start this process again: {names}"
+        return f"ok, but {len(self._handlers.stuck)} handlers do not return: {names}" if names else "ok"
 
     def wake(self) -> None:
         """Look at the table now: something was committed."""
@@ -143,13 +174,16 @@ class Executor:
 
     # --- a worker ------------------------------------------------------------------------------------------------
 
-    async def _turn(self, worker: int) -> float | None:
+    async def _turn(self, line: int) -> float | None:
         """Claim and run one batch.
 
         :returns: seconds to sleep, see :class:`s2s.turns.Turns`.
         """
         if not self.is_present():
             return ABSENT_S
+        if len(self._handlers.stuck) >= MOST_STUCK:
+            return None
+        worker = self._numbers[line]
         size = self.batch_size
         suspects = frozenset(cmd_id for cmd_id, losses in self._losses.items() if losses > 1)
         cmd_ids, due_in_s = await self._database.run(_claim, self._boot_id, worker, size, suspects)
@@ -158,7 +192,14 @@ class Executor:
         if len(cmd_ids) == size:
             self.wake()
         try:
-            report = await self._database.run(self._run, worker, cmd_ids)
+            report = await self._handlers.run(self._run, worker, cmd_ids)
+        except HandlerStuck as stuck:
+            self._numbers[line] = next(self._next_number)
+            report = await self._keep_stuck(worker, stuck)
+        except _Spoiled as spoiled:
+            report = await self._database.run(
+                _charge, self._boot_id, worker, cmd_ids, f"it left the transaction unusable: {spoiled}", spoiled.cmd_ids
+            )
         except DatabaseUnavailable as error:
             # Mostly nobody's fault. But a command that ends its own connection must not do so for ever: what has lost
             # it twice runs singly, uncharged, and one that loses it once more all the same is charged.
@@ -166,6 +207,8 @@ class Executor:
                 self._losses.update(cmd_ids)
             if self._turns.is_stopping or len(cmd_ids) > 1 or self._losses[cmd_ids[0]] < LOSSES:
                 raise
+            # Not while the database refuses other writes, too.
+            await self._database.run(probe.check)
             report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, one_line(error))
         except Exception as error:
             # Not a handler's failure in its savepoint, but the transaction's: a constraint checked at the COMMIT, say.
@@ -176,6 +219,42 @@ class Executor:
             self._losses.pop(cmd_id, None)
         self._count(report)
         return 0.0
+
+    async def _keep_stuck(self, worker: int, stuck: HandlerStuck) -> Report:
+        """Charge the commands whose handler does not return, and free the others of their batch.
+
+        A command that ran alone stays in the note, so that nothing takes it while the thread lives. Of several, nobody
+        knows which one is at fault: they are charged, and each runs alone then.
+        """
+        cmd_ids = [command.cmd_id for command in stuck.subject]
+        is_alone = len(cmd_ids) == 1
+        stuck.task.on_return = lambda: self._came_back(worker, stuck)
+        self.log.error(
+            "a handler is stuck: {name}: {why}; a new worker takes its place, and only the end of this process frees"
+            " the thread",
+            name=stuck.task.name,
+            why=str(stuck),
+        )
+        # The note first: with the end of the session the commands lose their locks.
+        await self._insist(notes.keep_stuck, self._boot_id, worker, cmd_ids)
+        await self._handlers.end(stuck.task)
+        report: Report = await self._insist(_charge_stuck, self._boot_id, worker, cmd_ids, one_line(stuck), is_alone)
+        return report
+
+    def _came_back(self, worker: int, stuck: HandlerStuck) -> None:
+        self.log.warn("a handler that was stuck has returned: {name}", name=stuck.task.name)
+        struck = Deferred.fromCoroutine(self._insist(notes.strike, self._boot_id, worker))
+        struck.addCallbacks(lambda _: self.wake(), lambda failure: failure.trap(DatabaseUnavailable))
+
+    async def _insist(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Run work in a transaction, again and again while the database is away."""
+        while True:
+            try:
+                return await self._database.run(work, *args)
+            except DatabaseUnavailable:
+                if self._turns.is_stopping:
+                    raise
+                await deferLater(self._clock, _AGAIN_S)
 
     def _charged(self, charged: int, dead: int) -> None:
         self.failed += charged
@@ -197,6 +276,7 @@ class Executor:
     def _run(self, txn: Cursor, worker: int, cmd_ids: Sequence[int]) -> Report:
         """Run a batch that is noted, and strike the note, in one transaction."""
         report = Report()
+        until = time.monotonic() + BATCH_S
         # Neighbours of one type make a group: the order of running stays.
         in_hand = _in_hand(txn, self._boot_id, worker, cmd_ids)
         for cmd_type, group in itertools.groupby(in_hand, lambda command: command.cmd_type):
@@ -204,7 +284,7 @@ class Executor:
             if kind is None:
                 report.orphaned += group
             else:
-                self._run_group(txn, kind, list(group), report)
+                self._run_group(txn, kind, list(group), report, until)
         if report.orphaned:
             table.postpone(txn, [command.cmd_id for command in report.orphaned], ORPHANED_S)
         if report.done:
@@ -214,32 +294,47 @@ class Executor:
         notes.strike(txn, self._boot_id, worker)
         return report
 
-    def _run_group(self, txn: Cursor, kind: CommandType, commands: list[Command], report: Report) -> None:
+    def _run_group(self, txn: Cursor, kind: CommandType, commands: list[Command], report: Report, until: float) -> None:
         # BaseException: in this thread a SystemExit is a handler's own, and nobody else's.
-        if kind.batched and len(commands) > 1:
+        if kind.batched and len(commands) > 1 and not _is_late(report, until):
             try:
-                with savepoint(txn):
-                    kind.run_batch(txn, commands)
-            except BaseException:
-                if self._is_over(txn):
-                    raise
+                with self._handlers.foreign(txn, f"{kind.cmd_type}, {len(commands)} commands", commands) as cursor:
+                    kind.run_batch(cursor, commands)
+            except BaseException as error:
+                self._check_usable(txn, commands, error)
             else:
                 report.done += [command.cmd_id for command in commands]
                 return
         for command in commands:
+            if _is_late(report, until):
+                return
             try:
-                with savepoint(txn):
-                    kind.run(txn, command)
+                with self._handlers.foreign(txn, f"{kind.cmd_type}, command {command.cmd_id}", [command]) as cursor:
+                    kind.run(cursor, command)
             except BaseException as error:
-                if self._is_over(txn):
-                    raise
+                self._check_usable(txn, [command], error)
                 report.failed.append((command.cmd_id, one_line(error)))
             else:
                 report.done.append(command.cmd_id)
 
-    def _is_over(self, txn: Cursor) -> bool:
-        """Whether this transaction cannot be committed any more: then no failure in it is the handler's."""
-        return is_lost(txn) or self._database.is_cancelled
+    def _check_usable(self, txn: Cursor, commands: Sequence[Command], error: BaseException) -> None:
+        """Let a failure pass that is its handler's own, after which the batch goes on.
+
+        :raises BaseException: the error itself, where it is the fault of the connection or of the database, or where
+            the process stops.
+        :raises _Spoiled: the transaction cannot be committed any more.
+        """
+        if is_lost(txn) or self._handlers.is_cancelled:
+            raise error
+        if not is_in_transaction(txn):
+            raise _Spoiled(commands, error) from None
+        if sqlstate.of(error).fault != "statement" and (error.pgcode != "25006" or is_read_only(txn)):  # type: ignore[attr-defined]
+            raise error
+
+
+def _is_late(report: Report, until: float) -> bool:
+    """Whether the batch has done something, and has no time left for more."""
+    return bool(report.done or report.failed) and time.monotonic() >= until
 
 
 def _claim(
@@ -257,9 +352,24 @@ def _in_hand(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -> 
     return [command for command in taken if command.cmd_id in noted]
 
 
-def _charge(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], error: str) -> Report:
-    """Charge a whole batch, and strike its note."""
-    failed = [(command.cmd_id, error) for command in _in_hand(txn, boot_id, worker, cmd_ids)]
-    dead = table.charge(txn, failed)
+def _charge(
+    txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], error: str, guilty: Container[int] | None = None
+) -> Report:
+    """Charge a whole batch, or those of it that are guilty, and strike its note."""
+    in_hand = [command.cmd_id for command in _in_hand(txn, boot_id, worker, cmd_ids)]
+    failed = [(cmd_id, error) for cmd_id in in_hand if guilty is None or cmd_id in guilty]
+    dead = table.charge(txn, failed) if failed else 0
     notes.strike(txn, boot_id, worker)
+    return Report(failed=failed, dead=dead)
+
+
+def _charge_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], error: str, is_kept: bool) -> Report:
+    """Charge commands whose handler does not return.
+
+    :param is_kept: their note stands until the thread returns.
+    """
+    failed = [(cmd_id, error) for cmd_id in cmd_ids]
+    dead = table.charge(txn, failed)
+    if not is_kept:
+        notes.strike(txn, boot_id, worker)
     return Report(failed=failed, dead=dead)

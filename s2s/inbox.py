@@ -31,6 +31,7 @@ from s2s.errors import (
     StatementRefused,
     UnknownCommand,
     WireError,
+    one_line,
 )
 from s2s.limits import Counters
 from s2s.store import commands as table
@@ -46,6 +47,8 @@ ENOUGH_PUSHES: Final = 64
 WAITING_PUSHES: Final = 16_384
 WAITING_BYTES: Final = 32 * 1024 * 1024
 RETRY_AFTER_MS: Final = 1000
+#: Seconds for which a refusal by the database counts, where no push has come since.
+TROUBLE_S: Final = 10.0
 
 
 class _Waiter(msgspec.Struct, frozen=True):
@@ -95,12 +98,21 @@ class Inbox:
         self._is_turn_awaited = False
         self._unanswered = 0
         self._drained: Deferred[None] | None = None
+        #: Why the database refused pushes last, and when; a COMMIT clears it.
+        self._trouble = ""
+        self._trouble_at = float("-inf")
         self.accepted = self.duplicates = self.conflicts = self.refused = self.batches = 0
 
     @property
     def waiting(self) -> int:
         """How many pushes wait for a transaction to begin."""
         return len(self._waiters)
+
+    @property
+    def condition(self) -> str:
+        """``ok``, or why the database has just refused pushes."""
+        is_recent = self._reactor.seconds() < self._trouble_at + TROUBLE_S
+        return f"the database refuses them: {self._trouble}" if self._trouble and is_recent else "ok"
 
     def push(self, payload: Mapping[str, Any]) -> Deferred[dict[str, Any]]:
         """Accept one command.
@@ -205,12 +217,15 @@ class Inbox:
 
     def _committed(self, outcomes: Sequence[Outcome | StatementRefused], batch: list[_Waiter]) -> None:
         self.batches += 1
+        self._trouble = ""
         accepted = self.accepted
         self._is_busy = False
         # While many are answered, the database works on those that wait.
         self._go_on(at_once=len(batch) >= ENOUGH_PUSHES)
+        refused = next((outcome for outcome in outcomes if isinstance(outcome, StatementRefused)), None)
+        refusal = InternalError() if refused is None else self._refuse(refused)
         for waiter, outcome in zip(batch, outcomes, strict=True):
-            self._answer(waiter, self._refuse(outcome) if isinstance(outcome, StatementRefused) else outcome)
+            self._answer(waiter, refusal if isinstance(outcome, StatementRefused) else outcome)
         # Last of all: whoever runs them begins at once.
         if self.accepted > accepted:
             self._tell()
@@ -226,8 +241,10 @@ class Inbox:
         error: WireError
         if failure.check(DatabaseUnavailable):
             # The pool has said so in the log, once.
+            self._note(failure.value)
             error = DbUnavailable(retry_after_ms=RETRY_AFTER_MS)
         else:
+            self._note(failure.value)
             incident = secrets.token_hex(8)
             self.log.failure(
                 "incident {incident}: a batch of {pushes} pushes failed", failure, incident=incident, pushes=len(batch)
@@ -240,6 +257,10 @@ class Inbox:
         # Some may be there all the same: whoever runs them is to look.
         self._tell()
 
+    def _note(self, error: BaseException | None) -> None:
+        assert error is not None
+        self._trouble, self._trouble_at = one_line(error), self._reactor.seconds()
+
     def _tell(self) -> None:
         try:
             self._on_commit()
@@ -247,6 +268,8 @@ class Inbox:
             self.log.failure("who is told of new commands stumbled")
 
     def _refuse(self, reason: StatementRefused) -> InternalError:
+        """Return the answer to every push of a batch that the database refused: one incident, and one line."""
+        self._note(reason)
         incident = secrets.token_hex(8)
         self.log.error("incident {incident}: the database refused a push: {why}", incident=incident, why=str(reason))
         return InternalError(incident=incident)

@@ -78,6 +78,7 @@ MET: Final = {
     "http_step": "HTTP requests refused because the database did not answer in time",
     "sign_ins": "HTTP requests refused because too many sign-ins failed from their address",
     "database": "transactions refused because too many wait for a connection",
+    "handler": "handlers that did not return after their deadline",
     "database_answer": "statements given up because the database did not answer in time",
 }
 

@@ -21,6 +21,7 @@ from s2s.lifetime import Lifetime, refuse
 from s2s.limits import Bounds, Counters
 from s2s.role import Basis
 from s2s.signing import Role
+from s2s.store.handler_pool import TIMEOUT_S, HandlerPool
 from s2s.store.pool import Database
 
 T = TypeVar("T")
@@ -30,6 +31,9 @@ HTTP: Final = "tcp:8321:interface=127.0.0.1"
 CONNECT: Final = "tcp:host=127.0.0.1:port=4321"
 FRAME_SIZES: Final = (4096, 262144)
 _TWISTD_PIDFILE: Final = "twistd.pid"
+
+
+HANDLER_TIMEOUTS: Final = (1, 3600)
 
 
 def variable(option: str) -> str:
@@ -57,6 +61,9 @@ def parameter(name: str, default: object, help: str) -> list[object]:
     return [name, None, os.environ.get(variable(name), default), help]
 
 
+_COERCIONS: Final = {"frame-size-limit": between(*FRAME_SIZES), "handler-timeout": between(*HANDLER_TIMEOUTS)}
+
+
 class RoleOptions(usage.Options):
     """The options of either role.
 
@@ -71,6 +78,11 @@ class RoleOptions(usage.Options):
     optParameters = [
         ["database", None, "", "URL of the PostgreSQL, or @FILE; else S2S_DATABASE_URL, else the embedded one"],
         parameter("frame-size-limit", 65536, "longest frame that is read or sent, in bytes, 4096 to 262144"),
+        parameter(
+            "handler-timeout",
+            round(TIMEOUT_S),
+            "seconds that a command handler, a job's or an order's step may take, with its SQL, 1 to 3600",
+        ),
         parameter("state-dir", preflight.STATE_DIR, "where the embedded PostgreSQL lives"),
     ]
     coercions: Mapping[str, Callable[[str], object]] = {}
@@ -84,7 +96,7 @@ class RoleOptions(usage.Options):
 
     def postOptions(self) -> None:
         """Read the values, and keep the two roles' files apart where one directory is home to both."""
-        for name, coerce in {"frame-size-limit": between(*FRAME_SIZES), **self.coercions}.items():
+        for name, coerce in {**_COERCIONS, **self.coercions}.items():
             try:
                 self[name] = coerce(self[name])
             except ValueError as error:
@@ -99,10 +111,11 @@ class RoleOptions(usage.Options):
             twistd["logfile"] = f"{self.process_name}.log"
 
 
-def make_basis(options: RoleOptions, role: Role, name: str, threads: int) -> tuple[Basis, list[Any]]:
+def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handlers: int) -> tuple[Basis, list[Any]]:
     """Make what a role of either kind stands on, and the endpoints where it listens or connects.
 
-    :param threads: connections of the pool.
+    :param threads: connections for our own statements.
+    :param handlers: transactions with foreign code at once.
     :raises OperatorError: one line that names the cure.
     """
     from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
@@ -124,6 +137,12 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int) -> tup
         Bounds(frame_size=options["frame-size-limit"]),
         counters,
         database,
+        HandlerPool(
+            database,
+            f"{options.process_name} handlers",
+            threads=max(handlers, 1),
+            timeout_s=float(options["handler-timeout"]),
+        ),
         LiveKeys(database, clock, found.rows),
         LiveConfig(database, clock, found.snapshot),
         Lifetime(reactor),

@@ -17,6 +17,7 @@ from s2s.condition import Condition
 from s2s.errors import (
     BadPayload,
     CanonicalError,
+    HandlerStuck,
     InternalError,
     Paused,
     ShuttingDown,
@@ -30,7 +31,9 @@ from s2s.jobs import Unfinished, judged
 from s2s.news import news
 from s2s.orders import OrderRun, OrderType
 from s2s.store import orders as table
-from s2s.store.driver import Cursor, is_passing, savepoint
+from s2s.store import sqlstate
+from s2s.store.driver import Cursor
+from s2s.store.handler_pool import HandlerPool
 from s2s.store.orders import Order
 from s2s.store.pool import Database
 from s2s.turns import Turns
@@ -58,6 +61,7 @@ class _Stopped(Exception):
 class OrderRunner:
     """Runs orders step by step, those that wait longest first.
 
+    :param handlers: the connections on which orders run.
     :param kinds: by RPC.
     :param name: the engine's.
     :param has_link: whether there is a proven link, over which orders may come.
@@ -71,6 +75,7 @@ class OrderRunner:
     def __init__(
         self,
         database: Database,
+        handlers: HandlerPool,
         clock: Clock,
         kinds: Mapping[str, OrderType],
         name: str,
@@ -79,6 +84,7 @@ class OrderRunner:
         emitted: Callable[[], object],
     ) -> None:
         self._database = database
+        self._handlers = handlers
         self._clock = clock
         self._kinds = kinds
         self._name = name
@@ -164,8 +170,11 @@ class OrderRunner:
         self._in_hand[order.order_id] = self._clock.mono()
         try:
             with self._condition.job() if rests and not is_paused else nullcontext():
-                stepping = self._database.run(self._step, order, is_paused)
-                after = await self._turns.watched(stepping, f"a step of the order {order.order_id}")
+                after = await self._handlers.run(self._step, order, is_paused)
+        except HandlerStuck as stuck:
+            await self._handlers.end(stuck.task)
+            self.log.error("order {order_id} is stuck: {why}", order_id=order.order_id, why=str(stuck))
+            after = await self._database.run(self._end, order, stuck)
         # Refused: by the COMMIT, at which deferred constraints are checked.
         except (_Stopped, StatementRefused) as stopped:
             error = stopped.error if isinstance(stopped, _Stopped) else stopped
@@ -213,13 +222,13 @@ class OrderRunner:
         run = OrderRun(order.order_id, order.params, order.actor, order.created_at, order.state)
         try:
             # It tells when a job has ended the transaction, or has swallowed the error of a statement.
-            with savepoint(txn):
-                self._check(order, is_paused)
-                outcome = judged(self._kinds[order.rpc].run(txn, run))
+            self._check(order, is_paused)
+            with self._handlers.foreign(txn, f"order {order.order_id}, {order.rpc}") as cursor:
+                outcome = judged(self._kinds[order.rpc].run(cursor, run))
         # BaseException: in this thread a SystemExit is a job's own, and nobody else's. A connection that is lost, or a
         # process that stops, is made something else of by the pool.
         except BaseException as error:
-            if is_passing(error):
+            if sqlstate.of(error).passes or sqlstate.of(error).fault != "statement":
                 raise
             raise _Stopped(error) from None
         if isinstance(outcome, Unfinished):

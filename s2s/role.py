@@ -22,6 +22,7 @@ from s2s.limits import Bounds, Counters
 from s2s.links import LinkFactory
 from s2s.news import Digest
 from s2s.store import config, keys
+from s2s.store.handler_pool import HandlerPool
 from s2s.store.listen import Listener
 from s2s.store.pool import Database
 
@@ -35,6 +36,7 @@ class Basis:
     """What a role of either kind stands on; nothing of it is connected before the role starts.
 
     :param url: the database's; it may hold a password.
+    :param handlers: the connections on which foreign code runs.
     :param live_keys: the keys, read before the start.
     :param live_config: the configuration, read before the start.
     """
@@ -45,6 +47,7 @@ class Basis:
     bounds: Bounds
     counters: Counters
     database: Database
+    handlers: HandlerPool
     live_keys: LiveKeys
     live_config: LiveConfig
     lifetime: Lifetime
@@ -65,6 +68,7 @@ class Role(service.Service, ABC):
         self._clock = basis.clock
         self._counters = basis.counters
         self._database = basis.database
+        self._handlers = basis.handlers
         self._keys = basis.live_keys
         self._config = basis.live_config
         self._lifetime = basis.lifetime
@@ -86,6 +90,7 @@ class Role(service.Service, ABC):
         self._lifetime.watch()
         self._open()
         self._database.start()
+        self._handlers.start()
         self._configure()
         self._keys.start()
         self._config.start()
@@ -108,6 +113,7 @@ class Role(service.Service, ABC):
         self._keys.stop()
         self._config.stop()
         await self._listener.stop()
+        await self._handlers.stop()
         await self._database.stop()
         self._lifetime.ended()
 

@@ -11,12 +11,13 @@ from twisted.logger import Logger
 
 from s2s.clock import Clock
 from s2s.condition import Condition
-from s2s.errors import StatementRefused, harmless, one_line
+from s2s.errors import HandlerStuck, StatementRefused, harmless, one_line
 from s2s.jobs import JobRun, JobType, Unfinished, judged, parse_schedule
 from s2s.news import news
-from s2s.store import config
+from s2s.store import config, sqlstate
 from s2s.store import jobs as table
-from s2s.store.driver import Cursor, savepoint
+from s2s.store.driver import Cursor
+from s2s.store.handler_pool import HandlerPool
 from s2s.store.jobs import DueJob
 from s2s.store.pool import Database
 from s2s.turns import Turns
@@ -43,6 +44,7 @@ class _JobFailed(Exception):
 class Scheduler:
     """Runs jobs when they are due, step by step, while the engine is running.
 
+    :param handlers: the connections on which jobs run.
     :param jobs: by name.
     :param frame_size: the longest frame that the engine sends, in bytes.
     :param emitted: called when there may be something new in the outbox.
@@ -56,6 +58,7 @@ class Scheduler:
     def __init__(
         self,
         database: Database,
+        handlers: HandlerPool,
         clock: Clock,
         jobs: Mapping[str, JobType],
         condition: Condition,
@@ -63,6 +66,7 @@ class Scheduler:
         emitted: Callable[[], object],
     ) -> None:
         self._database = database
+        self._handlers = handlers
         self._jobs = jobs
         self._condition = condition
         self._frame_size = frame_size
@@ -105,17 +109,26 @@ class Scheduler:
             await self._database.run(table.release, due)
             return None
         self._in_hand.add(due.job_type)
+        is_stuck = False
         try:
             with self._condition.job():
-                stepping = self._database.run(self._step, due)
-                report = await self._turns.watched(stepping, f"a step of the job {due.job_type}")
+                report = await self._handlers.run(self._step, due)
+        except HandlerStuck as stuck:
+            is_stuck = True
+            # It begins here no more while its thread lives. Other engines try it after a pause.
+            stuck.task.on_return = lambda: self._in_hand.discard(due.job_type)
+            await self._handlers.end(stuck.task)
+            self._tell_failure(due, str(stuck))
+            await self._database.run(table.fail, due, one_line(stuck))
+            return 0.0
         # Refused: by the COMMIT, at which deferred constraints are checked.
         except (_JobFailed, StatementRefused) as error:
             self._tell_failure(due, str(error))
             await self._database.run(table.fail, due, str(error))
             return 0.0
         finally:
-            self._in_hand.discard(due.job_type)
+            if not is_stuck:
+                self._in_hand.discard(due.job_type)
         if report is not None:
             self._tell(due, report)
         return 0.0
@@ -146,11 +159,11 @@ class Scheduler:
         if not table.hold(txn, due):
             return None
         settings = config.read(txn).values
-        run = JobRun(txn, f"{due.job_type}:{due.due_at}", due.due_at, settings, self._frame_size, due.state)
         try:
             # It tells when the job has ended the transaction, or has swallowed the error of a statement.
-            with savepoint(txn):
-                outcome = judged(self._jobs[due.job_type].run(txn, run))
+            with self._handlers.foreign(txn, f"job {due.job_type}") as cursor:
+                run = JobRun(cursor, f"{due.job_type}:{due.due_at}", due.due_at, settings, self._frame_size, due.state)
+                outcome = judged(self._jobs[due.job_type].run(cursor, run))
             if isinstance(outcome, Unfinished):
                 table.go_on(txn, due.job_type, outcome.state)
                 return Report(False)
@@ -159,6 +172,8 @@ class Scheduler:
         # BaseException: in this thread a SystemExit is the job's own, and nobody else's. A connection that is lost, or
         # a process that stops, is made something else of by the pool.
         except BaseException as error:
+            if sqlstate.of(error).fault != "statement":
+                raise
             raise _JobFailed(one_line(error)) from None
 
 

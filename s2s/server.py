@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twisted.internet import task
-from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
+from twisted.internet.defer import Deferred, DeferredList, gatherResults, maybeDeferred
 from twisted.python.failure import Failure
 
 from s2s.catalogue import BUMP, COMMAND_PUSH, HEALTH_CHECK, SWEEP
@@ -137,7 +137,8 @@ class Server(Role):
         self.links.close_all("the server stops")
 
     def _past_grace(self) -> None:
-        self._database.cancel().addBoth(lambda _: self._executor.abandon())
+        cancelling = gatherResults([self._handlers.cancel(), self._database.cancel()])
+        cancelling.addBoth(lambda _: self._executor.abandon())
 
     def _strike_notes(self) -> None:
         # What is left of a batch rolls back with the process: nobody is to be charged for it.
@@ -161,12 +162,16 @@ class Server(Role):
 
     def _condition(self) -> dict[str, Any]:
         state = "draining" if self._is_draining else "running"
-        return self._health(state=state, degraded=self._database.is_away, outbox_depth=0)
+        stuck = [task.name[:200] for task in self._handlers.stuck]
+        return self._health(state=state, degraded=self._database.is_away, outbox_depth=0, stuck=stuck)
 
     async def _readiness(self) -> dict[str, str]:
         """Give what the parts that must be well say of themselves."""
-        database = "ok" if await self._pulse.feel() else "away"
-        return {"database": database, "executor": self._executor.condition}
+        return {
+            "database": await self._pulse.feel(),
+            "pushes": self._inbox.condition,
+            "executor": self._executor.condition,
+        }
 
     def _counts(self) -> dict[str, int]:
         return {

@@ -16,8 +16,8 @@ from s2s.options import HTTP, LISTEN, RoleOptions, between, make_basis, or_refus
 from s2s.server import Entrance, Server
 from s2s.web.service import POOL_THREADS
 
-#: Connections beside those of the executor's workers: inbox, keys and configuration, steering; the HTTP API.
-_THREADS = 3 + POOL_THREADS
+#: Connections beside those of handlers: inbox and claims, keys and configuration, steering; the HTTP API.
+_THREADS = 4 + POOL_THREADS
 #: Said instead of an endpoint: there is to be none.
 _OFF = "off"
 
@@ -60,12 +60,17 @@ def makeService(options: Options) -> Any:
 def _make(options: Options) -> Any:
     descriptors.allow()
     workers = options["executor-workers"]
-    basis, [listen, http] = make_basis(options, "server", "server", _THREADS + workers)
+    basis, [listen, http] = make_basis(options, "server", "server", _THREADS, workers)
     found = discover()
     for complaint in found.complaints:
         _log.error("{complaint}", complaint=complaint)
     executor = Executor(
-        basis.database, found.commands, basis.identity.boot_id, workers=workers, clock=basis.clock.scheduler
+        basis.database,
+        basis.handlers,
+        found.commands,
+        basis.identity.boot_id,
+        workers=workers,
+        clock=basis.clock.scheduler,
     )
     inbox = Inbox(basis.database, found.commands, executor.wake, basis.counters)
     return Server(

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from s2s.clock import cancel
 from s2s.errors import DatabaseUnavailable
 
-T = TypeVar("T")
-
-#: Seconds after which a step is told of that is not finished: it may hang.
-SLOW_S: Final = 30.0
 #: Seconds between two looks at a table when nothing wakes us, and between two tries when the database is away.
 POLL_S: Final = 1.0
 
@@ -67,20 +62,6 @@ class Turns:
         self._is_woken = True
         for sleeper in self._asleep[:]:
             sleeper.cancel()
-
-    def watched(self, work: Deferred[T], what: str) -> Deferred[T]:
-        """Tell of work that takes long.
-
-        :param what: what it is called in the log.
-        """
-        said = "{what} is not finished after {seconds:g} s: if it hangs, the engine must be started again"
-        timer = self._clock.callLater(SLOW_S, self.log.warn, said, what=what, seconds=SLOW_S)
-
-        def done(outcome: T) -> T:
-            cancel(timer)
-            return outcome
-
-        return work.addBoth(done)
 
     async def _go(self, line: int) -> None:
         while not self.is_stopping:

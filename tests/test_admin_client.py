@@ -58,7 +58,7 @@ class InMemoryTests(DatabaseTestCase):
         database: Any = _Inline(txn)
 
         async def ready() -> dict[str, str]:
-            return {"database": "ok", "executor": "ok"}
+            return {"database": "ok", "pushes": "ok", "executor": "ok"}
 
         self.time = FakeTime()
         web = Web(database, Clock(self.time), Counters(), ready)

@@ -98,6 +98,7 @@ class EngineRoleTests(RoleTestCase):
                 "config_version": 0,
                 "frame_size_limit": 65536,
                 "outbox_depth": 0,
+                "stuck": [],
             },
         )
 

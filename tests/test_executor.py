@@ -18,7 +18,6 @@ from s2s.commands import BUILTIN, BatchedCommandType, Command, CommandType, regi
 from s2s.executor import Executor
 from s2s.store import notes, pool
 from s2s.store.driver import Cursor
-from s2s.store.pool import Database
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
 
@@ -113,13 +112,11 @@ class ExecutorTests(DatabaseTestCase):
         self.patch(reaper, "REAP_S", 0.05)
         self.patch(reaper, "SURE_S", 0.3)
 
-    def start(self, **options: Any) -> Executor:
+    def start(self, timeout_s: float = 60.0, **options: Any) -> Executor:
         """Start an executor that ends with the test."""
-        self.database = Database(self.url, "s2s-run", threads=3, idle_timeout_s=2.0)
-        self.database.start()
-        self.addCleanup(self.database.stop)
+        self.database, self.handlers = self.pools("s2s-run", timeout_s=timeout_s)
         kinds = registry([self.single, self.batched, *BUILTIN])
-        running = Executor(self.database, kinds, "boot-1", **{"workers": 1, **options})
+        running = Executor(self.database, self.handlers, kinds, "boot-1", **{"workers": 1, **options})
         running.start()
         self.addCleanup(running.stop)
         return running
@@ -304,7 +301,7 @@ class ExecutorTests(DatabaseTestCase):
             if not ended:
                 ended.append(1)
                 self.execute(
-                    "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run'"
+                    "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run handlers'"
                 )
 
         self.single.before = end_once
@@ -320,7 +317,7 @@ class ExecutorTests(DatabaseTestCase):
         """A command that ends its own connection whenever it runs is charged in the end, and holds up no other."""
         self.patch(executor, "LOSSES", 2)
         self.single.before = lambda: self.execute(
-            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run'"
+            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run handlers'"
             " and state = 'idle in transaction'"
         )
         self.insert("bad", do="before", priority=1)
@@ -392,7 +389,7 @@ class ExecutorTests(DatabaseTestCase):
             if not ended:
                 ended.append(1)
                 self.execute(
-                    "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run'"
+                    "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run handlers'"
                 )
 
         self.single.before = end_once
@@ -524,7 +521,7 @@ class ExecutorTests(DatabaseTestCase):
         self.patch(turns, "POLL_S", 60.0)
         self.insert("a", do="before")
         self.single.before = lambda: self.execute(
-            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run'"
+            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run handlers'"
         )
         running = self.start()
         await poll(lambda: running._turns._asleep, "the failure")
@@ -536,7 +533,7 @@ class ExecutorTests(DatabaseTestCase):
     async def test_abandon_without_the_database(self) -> None:
         """When the notes cannot be struck the stop goes on all the same, and says what that means."""
         running = self.start()
-        self.patch(self.database, "_url", "postgresql://u@127.0.0.1:1/d")
+        self.patch(self.database, "url", "postgresql://u@127.0.0.1:1/d")
         with capturedLogs() as said:
             await running.abandon()
             await running.stop()
@@ -548,7 +545,8 @@ class ExecutorTests(DatabaseTestCase):
         await poll(lambda: len(self.execute("select * from batch_notes")) > 0, "the batch")
         await poll(self.is_under_way, "the handler")
         stopped = running.stop()
-        self.assertEqual(await self.database.cancel(), ended)
+        self.assertEqual(await self.handlers.cancel(), ended)
+        self.assertTrue(await self.database.cancel())
         await running.abandon()
         if ended:
             await stopped
@@ -600,13 +598,13 @@ class ExecutorTests(DatabaseTestCase):
         ids = dict(self.execute("select idem_key, cmd_id from commands"))
         running = self.start(workers=0)
         self.note("boot-1", "b")
-        report = await self.database.run(running._run, 0, list(ids.values()))
+        report = await self.handlers.run(running._run, 0, list(ids.values()))
         self.assertEqual(report.done, [ids["b"]])
         self.assertEqual(self.execute("select * from batch_notes"), [])
         self.note("boot-1", "c")
         report = await self.database.run(executor._charge, "boot-1", 0, list(ids.values()), "late")
         self.assertEqual(report.failed, [(ids["c"], "late")])
-        report = await self.database.run(running._run, 0, list(ids.values()))
+        report = await self.handlers.run(running._run, 0, list(ids.values()))
         self.assertEqual(report, executor.Report())
         self.assertEqual(self.attempts(), {"a": 0, "b": 0, "c": 1})
 

@@ -32,8 +32,11 @@ ROOMS = {
     ],
     "mezzanine": [
         "clock", "backoff", "dispatch", "writer", "reader", "answers", "protocol",
-        "store", "store.driver", "store.line", "store.pool", "store.audit", "store.config", "store.migrations",
-        "store.keys", "store.rotation", "store.idempotency", "store.commands", "store.notes", "store.notices",
+        "store", "store.sqlstate", "store.cursor", "store.connection", "store.driver", "store.line", "store.troubles",
+        "store.pool",
+        "store.handler_pool", "store.audit", "store.config", "store.migrations",
+        "store.keys", "store.rotation", "store.idempotency", "store.commands", "store.probe", "store.notes",
+        "store.notices",
         "store.outbox", "store.broadcasts", "store.engines", "store.steering", "store.retention", "store.actions",
         "store.commands_admin", "store.outbox_admin", "store.world", "store.seed", "store.jobs", "store.orders",
         "store.tokens", "store.listen",
@@ -72,7 +75,7 @@ _GUARDED = {
     "click": {room for room in _ORDER if room.startswith("cli")},
     "rich": {room for room in _ORDER if room.startswith("cli")},
     # The database's own JSON is not the wire's.
-    "orjson": {"canonical", "store.driver"},
+    "orjson": {"canonical", "store.cursor"},
     "canonicaljson": {"canonical"},
     "hmac": {"signing"},
     "cryptography": {"certs"},

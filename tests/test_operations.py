@@ -34,7 +34,7 @@ from s2s.operations import OPERATIONS, commands, engines, notices, orders, pages
 from s2s.operations.kind import Ask, Operation, Reply, Until, decode, encode, members, perform
 from s2s.operations.pages import Page, after_key, page
 from s2s.store.commands_admin import CommandRow
-from s2s.store.driver import Unreadable
+from s2s.store.cursor import Unreadable
 from s2s.store.engines import EngineRow
 from s2s.tokens import ACCESS
 

@@ -23,7 +23,7 @@ from s2s.orders import OrderRun, OrderType
 from s2s.store import audit
 from s2s.store import orders as table
 from s2s.store.driver import Cursor
-from s2s.store.pool import Database, blocking
+from s2s.store.pool import blocking
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
 
@@ -63,17 +63,19 @@ class OrderRunnerTests(DatabaseTestCase):
         self.condition.wanted = "running"
         self.has_link = False
 
-    def start(self, work: Work, *, ticks: Work = lambda *_: None, name: str = "engine-1") -> OrderRunner:
+    def start(
+        self, work: Work, *, ticks: Work = lambda *_: None, name: str = "engine-1", timeout_s: float = 60.0
+    ) -> OrderRunner:
         """Start a runner, with a pool of its own, that ends with the test.
 
         :param work: of an order about a sector.
         :param ticks: of a forced tick.
         """
-        database = Database(self.url, "s2s-orders", threads=3, idle_timeout_s=5.0)
-        database.start()
-        self.addCleanup(database.stop)
+        database, handlers = self.pools("s2s-orders", timeout_s=timeout_s)
         kinds = {SECTOR: _Kind(SECTOR, work), TICK: _Kind(TICK, ticks, rests=True)}
-        runner = OrderRunner(database, Clock(reactor), kinds, name, self.condition, lambda: self.has_link, lambda: None)
+        runner = OrderRunner(
+            database, handlers, Clock(reactor), kinds, name, self.condition, lambda: self.has_link, lambda: None
+        )
         runner.start()
         self.addCleanup(runner.stop)
         return runner
@@ -330,7 +332,7 @@ class OrderRunnerTests(DatabaseTestCase):
         await poll(lambda: self.condition._jobs, "it hangs")
         # Its lock is lost, as when the database ends the connection of a transaction that does nothing.
         self.execute(
-            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-orders'"
+            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-orders handlers'"
             " and state = 'idle in transaction'"
         )
         for number in range(5):

@@ -10,14 +10,14 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.clock import Clock
 from s2s.errors import DatabaseUnavailable
-from s2s.pulse import ANSWER_S, Pulse
+from s2s.pulse import ANSWER_S, HOLDS_S, Pulse
 
 
 class _Database:
     """A pool that answers when the test says so."""
 
     def __init__(self) -> None:
-        self.asked: list[Deferred[None]] = []
+        self.asked: list[Deferred[Any]] = []
 
     def run(self, _: object) -> Deferred[None]:
         """Take a question."""
@@ -36,14 +36,16 @@ class PulseTests(SynchronousTestCase):
         self.pulse = Pulse(database, Clock(self.time))
 
     def test_one_question(self) -> None:
-        """However many ask, the database is asked once, and all are told; then anew."""
+        """However many ask, the database is asked once, and all are told; the answer holds for a second."""
         waiters = [self.pulse.feel() for _ in range(3)]
         [asked] = self.database.asked
         asked.callback(None)
-        self.assertEqual([self.successResultOf(each) for each in waiters], [True] * 3)
+        self.assertEqual([self.successResultOf(each) for each in waiters], ["ok"] * 3)
+        self.assertEqual(self.successResultOf(self.pulse.feel()), "ok")
+        self.time.advance(HOLDS_S)
         late = self.pulse.feel()
-        self.database.asked[1].errback(DatabaseUnavailable("away"))
-        self.assertFalse(self.successResultOf(late))
+        self.database.asked[1].errback(DatabaseUnavailable("permission denied for sequence s", "42501"))
+        self.assertEqual(self.successResultOf(late), "permission denied for sequence s")
         self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_one_that_hangs(self) -> None:
@@ -52,8 +54,14 @@ class PulseTests(SynchronousTestCase):
         for _ in range(5):
             waiters.append(self.pulse.feel())
             self.time.advance(ANSWER_S)
-        self.assertEqual([self.successResultOf(each) for each in waiters], [False] * 5)
+        self.assertEqual([self.successResultOf(each) for each in waiters], ["no answer within 2 s"] * 5)
         self.assertEqual((len(self.database.asked), self.pulse._waiters), (1, []))
         last = self.pulse.feel()
         self.database.asked[0].callback(None)
-        self.assertTrue(self.successResultOf(last))
+        self.assertEqual(self.successResultOf(last), "ok")
+
+    def test_an_error_of_ours(self) -> None:
+        """An error that is not the database's is named by its kind alone: its text may hold anything."""
+        asked = self.pulse.feel()
+        self.database.asked[0].errback(KeyError("secret"))
+        self.assertEqual(self.successResultOf(asked), "KeyError")

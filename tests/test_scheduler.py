@@ -24,7 +24,7 @@ from s2s.jobs.kind import MOST_TOLD
 from s2s.scheduler import Scheduler
 from s2s.store import jobs as table
 from s2s.store.driver import Cursor
-from s2s.store.pool import Database, blocking
+from s2s.store.pool import blocking
 from tests.support.postgres import DatabaseTestCase
 from tests.support.roles import RoleTestCase, free_port
 from tests.support.waiting import poll
@@ -61,14 +61,12 @@ class SchedulerTestCase(DatabaseTestCase):
         self.patch(turns, "POLL_S", 0.05)
         self.emitted = 0
 
-    def start(self, *jobs: JobType, condition: Condition | None = None) -> Scheduler:
+    def start(self, *jobs: JobType, condition: Condition | None = None, timeout_s: float = 60.0) -> Scheduler:
         """Start a scheduler, with a pool of its own, that ends with the test."""
         condition = condition or Condition()
         condition.wanted = condition.wanted or "running"
-        database = Database(self.url, "s2s-jobs", threads=3, idle_timeout_s=5.0)
-        database.start()
-        self.addCleanup(database.stop)
-        scheduler = Scheduler(database, Clock(reactor), registry(jobs), condition, 65536, self.count_emitted)
+        database, handlers = self.pools("s2s-jobs", timeout_s=timeout_s)
+        scheduler = Scheduler(database, handlers, Clock(reactor), registry(jobs), condition, 65536, self.count_emitted)
         scheduler.start()
         self.addCleanup(scheduler.stop)
         return scheduler
@@ -113,7 +111,7 @@ class SchedulerTestCase(DatabaseTestCase):
     def end_connections(self) -> None:
         """End every connection that is in a transaction."""
         self.execute(
-            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-jobs'"
+            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-jobs handlers'"
             " and state = 'idle in transaction'"
         )
 

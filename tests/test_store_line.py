@@ -204,8 +204,8 @@ class LineTests(DatabaseTestCase):
             go_on.wait(10)
             return connect(*args)
 
-        connect = driver.open_async
-        with mock.patch.object(driver, "open_async", slowly):
+        connect = line.open_async
+        with mock.patch.object(line, "open_async", slowly):
             asked = self.database.run_steps(_ask, "select 1")
             await poll(opening.is_set, "it connects")
             cancelled = self.database.cancel()
@@ -225,8 +225,8 @@ class LineTests(DatabaseTestCase):
                 txn.execute("select pg_terminate_backend(%s, 5000)", (conn.info.backend_pid,))
             return conn
 
-        connect = driver.open_async
-        with mock.patch.object(driver, "open_async", ended):
+        connect = line.open_async
+        with mock.patch.object(line, "open_async", ended):
             await self.assertFailure(self.database.run_steps(_ask, "select 1"), DatabaseUnavailable)
         self.assertEqual(len(made), 1)
         self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])

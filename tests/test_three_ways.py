@@ -133,7 +133,8 @@ READS = (
 )
 
 _DEAD_COMMANDS = (
-    "delete from commands; insert into commands (cmd_id, cmd_type, idem_key, payload, status, finished_at, due_at)"
+    "select setval('commands_cmd_id_seq', 3); delete from commands;"
+    " insert into commands (cmd_id, cmd_type, idem_key, payload, status, finished_at, due_at)"
     " select n, case n when 3 then 'c.d' else 'a.b' end, n::text, '{}', 'dead', now(), now() + interval '1 hour'"
     " from generate_series(1, 3) n"
 )

@@ -6,11 +6,10 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock as FakeClock
-from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import DatabaseUnavailable
-from s2s.turns import POLL_S, SLOW_S, Turns
+from s2s.turns import POLL_S, Turns
 
 
 class TurnsTests(SynchronousTestCase):
@@ -87,18 +86,3 @@ class TurnsTests(SynchronousTestCase):
         self.successResultOf(stopped)
         self.time.advance(POLL_S)
         self.assertEqual(len(self.taken), before)
-
-    def test_watched(self) -> None:
-        """Work that takes long is told of once; its outcome comes through, and what is quick is not told of."""
-        with capturedLogs() as told:
-            quick: Deferred[str] = Deferred()
-            watched = self.turns.watched(quick, "the quick one")
-            quick.callback("done")
-            self.assertEqual(self.successResultOf(watched), "done")
-            slow: Deferred[str] = Deferred()
-            watched = self.turns.watched(slow, "the slow one")
-            self.time.advance(SLOW_S)
-            self.time.advance(SLOW_S)
-            slow.errback(ValueError())
-            self.failureResultOf(watched, ValueError)
-        self.assertEqual([event["what"] for event in told], ["the slow one"])

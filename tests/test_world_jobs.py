@@ -21,7 +21,7 @@ from s2s.jobs import JobRun, Unfinished
 from s2s.jobs.decay import Decay
 from s2s.jobs.drift import BATCH_ROWS, DriftJobType
 from s2s.jobs.port_refresh import PortRefresh
-from s2s.store import driver
+from s2s.store.connection import prepare
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
 from tests.support.postgres import DatabaseTestCase
@@ -130,7 +130,7 @@ class WorldTestCase(DatabaseTestCase):
         self.execute("insert into sectors select n, 'S', (%s::text[])[n] from generate_series(1, 3) n", list(STATUSES))
         self.connection = psycopg2.connect(self.url)
         self.addCleanup(self.connection.close)
-        driver.prepare(self.connection, 30, 30)
+        prepare(self.connection, 30, 30)
 
     @contextmanager
     def undone(self) -> Iterator[Cursor]:

@@ -23,7 +23,8 @@ from rich.text import Text
 
 from s2s import preflight
 from s2s.errors import DatabaseError, S2SError
-from s2s.store import audit, driver, migrations
+from s2s.store import audit, migrations
+from s2s.store.cursor import Unreadable
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
 
@@ -198,7 +199,7 @@ def words(value: Any) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, datetime):
         return value.isoformat()
-    return str(value) if isinstance(value, driver.Unreadable) else value
+    return str(value) if isinstance(value, Unreadable) else value
 
 
 def _shown(value: Any) -> str:

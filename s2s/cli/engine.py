@@ -33,6 +33,7 @@ def list_(door: Door, as_json: bool) -> None:
         "degraded",
         "config_version",
         "outbox_depth",
+        "stuck",
         "uptime_s",
         "version",
         "address",

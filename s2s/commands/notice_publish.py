@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from s2s.commands.kind import BatchedCommandType
 from s2s.store import notices
 from s2s.store.commands import Command
+from s2s.store.cursor import own
 from s2s.store.driver import Cursor
 
 
@@ -23,4 +24,4 @@ class NoticePublish(BatchedCommandType):
 
     def run_batch(self, txn: Cursor, commands: Sequence[Command]) -> None:
         """Publish them in one statement; ``cmd_id`` is unique among the notices."""
-        notices.insert_batch(txn, [(command.cmd_id, command.payload) for command in commands])
+        notices.insert_batch(own(txn), [(command.cmd_id, command.payload) for command in commands])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Final
 
 from s2s.jobs.kind import JobRun, JobType, Outcome, Unfinished
+from s2s.store.cursor import own
 from s2s.store.driver import Cursor
 
 #: Rows that one transaction looks at: whoever wants to change one of them waits no longer than that takes.
@@ -42,6 +43,7 @@ class DriftJobType(JobType):
 
     def run(self, txn: Cursor, run: JobRun) -> Outcome:
         """Do the next batch; after the last one tell how many rows have arrived, if any have."""
+        txn = own(txn)
         changed, arrived = self.counts
         state = run.state or {"rate": run.setting(self.rate), "after": 0, changed: 0, arrived: 0}
         txn.execute(self._statement(), {**state, "statuses": list(self.statuses), "batch_rows": self._batch_rows})

@@ -43,6 +43,7 @@ class Engine:
 
     :param state: as it says, ``no link`` or ``no answer``.
     :param wanted: ``running`` or ``paused``, and ``reason``, why.
+    :param stuck: the jobs and orders whose thread does not return.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Engine:
     degraded: bool | None
     config_version: int | None
     outbox_depth: int | None
+    stuck: list[str] | None
     uptime_s: int | None
     version: str | None
     key_id: str | None
@@ -104,6 +106,7 @@ def _engine(row: EngineRow, answer: Answer | None) -> Engine:
         degraded=said.get("degraded"),
         config_version=said.get("config_version"),
         outbox_depth=said.get("outbox_depth"),
+        stuck=said.get("stuck"),
         uptime_s=said.get("uptime_s"),
         version=said.get("version"),
         key_id=row.key_id,

@@ -26,7 +26,8 @@ from s2s.errors import (
     NotFound,
     WireError,
 )
-from s2s.store.driver import Cursor, Unreadable
+from s2s.store.cursor import Unreadable
+from s2s.store.driver import Cursor
 from s2s.tokens import Access, allows
 
 T = TypeVar("T")

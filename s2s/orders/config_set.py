@@ -9,6 +9,7 @@ from s2s.jobs import Outcome
 from s2s.orders.kind import OrderRun, OrderType
 from s2s.settings import Value
 from s2s.store import config
+from s2s.store.cursor import own
 from s2s.store.driver import Cursor
 from s2s.tokens import Access
 
@@ -21,7 +22,7 @@ class ConfigSet(OrderType):
 
     def run(self, txn: Cursor, order: OrderRun) -> Outcome:
         """Come to the version that is in force, and whether this order made it."""
-        return set_value(txn, order.params["key"], order.params["value"], order.actor)
+        return set_value(own(txn), order.params["key"], order.params["value"], order.actor)
 
 
 def set_value(txn: Cursor, key: str, value: Value, actor: str, at: str = "/payload") -> dict[str, Any]:

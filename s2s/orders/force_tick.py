@@ -10,6 +10,7 @@ from s2s.jobs import JobRun, JobType, Outcome
 from s2s.orders.kind import OrderRun, OrderType
 from s2s.store import config
 from s2s.store import jobs as table
+from s2s.store.cursor import own
 from s2s.store.driver import Cursor
 
 
@@ -34,7 +35,7 @@ class ForceTick(OrderType):
         if kind is None:
             raise NotFound(f"this engine has no job {job_type!r}: see s2s jobs list", path="/payload/job_type")
         # A job is never run twice at once, whoever wants it.
-        table.hold_still(txn, job_type)
-        settings = config.read(txn).values
+        table.hold_still(own(txn), job_type)
+        settings = config.read(own(txn)).values
         run = JobRun(txn, f"order:{order.order_id}", order.created_at, settings, self._frame_size, order.state)
         return kind.run(txn, run)

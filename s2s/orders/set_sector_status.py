@@ -8,6 +8,7 @@ from s2s.errors import NotFound
 from s2s.jobs import Outcome
 from s2s.orders.kind import OrderRun, OrderType
 from s2s.store import world
+from s2s.store.cursor import own
 from s2s.store.driver import Cursor
 
 
@@ -19,7 +20,7 @@ class SetSectorStatus(OrderType):
     def run(self, txn: Cursor, order: OrderRun) -> Outcome:
         """Come to what the sector is, and what it was."""
         sector_id, status = order.params["sector_id"], order.params["status"]
-        was = world.set_sector_status(txn, sector_id, status)
+        was = world.set_sector_status(own(txn), sector_id, status)
         if was is None:
             raise NotFound(f"there is no sector {sector_id}", path="/payload/sector_id")
         return {"sector_id": sector_id, "status": status, "was": was}

@@ -8,6 +8,7 @@ from s2s.errors import BadPayload
 from s2s.jobs import Outcome, Unfinished
 from s2s.orders.kind import OrderRun, OrderType
 from s2s.store import world
+from s2s.store.cursor import own
 from s2s.store.driver import Cursor
 from s2s.tokens import Access
 
@@ -29,6 +30,7 @@ class UpdateAllShips(OrderType):
 
     def run(self, txn: Cursor, order: OrderRun) -> Outcome:
         """Do the next batch; come to how many ships there were."""
+        txn = own(txn)
         field, value = order.params["update_field"], order.params["new_value"]
         most = world.SHIP_FIELDS[field]
         if not 0 <= value <= most:

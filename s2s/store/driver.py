@@ -5,21 +5,16 @@ from __future__ import annotations
 import hashlib
 import re
 import select
-import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
-import orjson
 import psycopg2
-import psycopg2.extras
 from psycopg2.extensions import (
-    POLL_OK,
-    POLL_READ,
-    POLL_WRITE,
     TRANSACTION_STATUS_IDLE,
     TRANSACTION_STATUS_INERROR,
+    TRANSACTION_STATUS_INTRANS,
     TRANSACTION_STATUS_UNKNOWN,
     connection,
     cursor,
@@ -27,23 +22,14 @@ from psycopg2.extensions import (
 )
 
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, OperatorError, StatementRefused
+from s2s.store import sqlstate
+from s2s.store.connection import PlanningConnection
 
 T = TypeVar("T")
 
 Connection = connection
 #: What every store function takes first: a cursor inside a transaction.
 Cursor = cursor
-
-
-class PlanningConnection(connection):
-    """A connection that knows the statements it has planned; :func:`parameters` has every one of ours made so.
-
-    :ivar plans: those statements.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.plans: set[Prepared] = set()
 
 
 #: What the URL may override. A peer that is gone without a word is noticed in about 25 s on an idle connection
@@ -60,9 +46,6 @@ _CONNECT: Final[dict[str, Any]] = {
 #: Seconds after which the database ends the transaction of one who is alone in something and does nothing there: fewer
 #: than the others' statements may wait for him.
 FROZEN_S: Final = 5.0
-#: SQLSTATE classes and codes of a database that cannot serve now, with nothing wrong in the statement: connection,
-#: read-only (a standby after a failover), deadlock, resources, lock timeout, cancelled or shutting down, system.
-_PASSING: Final = re.compile(r"08|25006|40|53|55P03|57|58")
 
 
 def parameters(url: str, **ours: Any) -> dict[str, Any]:
@@ -83,27 +66,6 @@ def parameters(url: str, **ours: Any) -> dict[str, Any]:
             "with %40, %2F and %3F for @, / and ? inside a name or password"
         )
     return {**_CONNECT, **ours, **given, "connection_factory": PlanningConnection}
-
-
-def prepare(conn: Connection, statement_timeout_s: float, idle_timeout_s: float) -> None:
-    """Set what every transaction on a new connection relies on.
-
-    :param statement_timeout_s: seconds after which the database cancels a statement.
-    :param idle_timeout_s: seconds after which it ends a transaction that does nothing.
-    """
-    psycopg2.extras.register_default_jsonb(conn, loads=_read_json)
-    with conn.cursor() as txn:
-        txn.execute(settings(statement_timeout_s, idle_timeout_s))
-    conn.commit()
-
-
-def settings(statement_timeout_s: float, idle_timeout_s: float = 60.0) -> str:
-    """Give the statement that sets what every transaction relies on; see :func:`prepare`."""
-    return (
-        f"set statement_timeout = {round(statement_timeout_s * 1000)};"
-        f" set idle_in_transaction_session_timeout = {round(idle_timeout_s * 1000)}; set synchronous_commit = on;"
-        " set timezone = 'UTC'; set default_transaction_isolation = 'read committed'"
-    )
 
 
 class Prepared:
@@ -161,55 +123,6 @@ def drive(txn: Cursor, steps: Steps[T]) -> T:
         rows = txn.fetchall() if txn.description else []
 
 
-def open_async(parameters: Mapping[str, Any], statement: str, within_s: float) -> PlanningConnection:
-    """Connect, and run a first statement. Blocks; the connection is asynchronous from then on.
-
-    :param within_s: seconds that all of it may take.
-    """
-    deadline = time.monotonic() + within_s
-    conn: PlanningConnection = psycopg2.connect(**parameters, async_=True)
-    try:
-        _settle(conn, deadline, within_s)
-        cursor = conn.cursor()  # kept until it is done: the connection does not
-        cursor.execute(statement)
-        _settle(conn, deadline, within_s)
-    except BaseException:
-        conn.close()
-        raise
-    return conn
-
-
-def _settle(conn: Connection, deadline: float, within_s: float) -> None:
-    """Wait until an asynchronous connection has done what it was asked.
-
-    :param deadline: on the monotonic clock.
-    """
-    events = {POLL_READ: select.POLLIN, POLL_WRITE: select.POLLOUT}
-    while (state := conn.poll()) != POLL_OK:
-        ready = select.poll()
-        ready.register(conn.fileno(), events[state])
-        left_s = deadline - time.monotonic()
-        if left_s <= 0 or not ready.poll(left_s * 1000):
-            raise psycopg2.OperationalError(f"no answer within {within_s:g} s")
-
-
-class Unreadable:
-    """A JSON value of the database that Python cannot read, such as ``1e400``: written by another hand than ours.
-
-    It is no value of any kind, so that whoever uses it refuses it, and the rows beside it are read all the same.
-    """
-
-    def __repr__(self) -> str:
-        return "(JSON that cannot be read)"
-
-
-def _read_json(text: str) -> Any:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return Unreadable()
-
-
 def told(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError:
     """Say a driver's error in our words, without the row's data that it may quote.
 
@@ -217,18 +130,13 @@ def told(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError
     """
     state = error.pgcode or ""
     text = _text(error)
-    if conn is None or is_broken(conn) or is_of_the_connection(error) or _PASSING.match(state):
-        return DatabaseUnavailable(text)
-    return StatementRefused(text, error.diag.constraint_name)
+    if conn is None or is_broken(conn) or is_of_the_connection(error) or sqlstate.meaning(state).unavailable:
+        return DatabaseUnavailable(text, state)
+    return StatementRefused(text, error.diag.constraint_name, state)
 
 
 def _text(error: psycopg2.Error) -> str:
     return (error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def is_passing(error: BaseException) -> bool:
-    """Whether a statement failed for what is over soon, such as a deadlock, with nothing wrong in it."""
-    return isinstance(error, psycopg2.Error) and bool(_PASSING.match(error.pgcode or ""))
 
 
 def is_broken(conn: Connection) -> bool:
@@ -259,6 +167,17 @@ def is_of_the_connection(error: BaseException) -> bool:
 def is_lost(txn: Cursor) -> bool:
     """Whether this transaction is no more: its connection broke, or somebody in it has ended it."""
     return is_broken(txn.connection) or txn.connection.info.transaction_status == TRANSACTION_STATUS_IDLE
+
+
+def is_in_transaction(txn: Cursor) -> bool:
+    """Whether statements of this transaction are still taken."""
+    return bool(txn.connection.info.transaction_status == TRANSACTION_STATUS_INTRANS)
+
+
+def is_read_only(txn: Cursor) -> bool:
+    """Whether this transaction refuses to write."""
+    txn.execute("show transaction_read_only")
+    return bool(txn.fetchone() == ("on",))
 
 
 def commit(conn: Connection) -> None:

@@ -21,8 +21,10 @@ from zope.interface import implementer
 
 from s2s.clock import cancel
 from s2s.errors import DatabaseUnavailable
-from s2s.store import driver
-from s2s.store.driver import PlanningConnection, Prepared, Query, Steps
+from s2s.store import driver, sqlstate
+from s2s.store.connection import PlanningConnection, open_async
+from s2s.store.cursor import StoreCursor
+from s2s.store.driver import Prepared, Query, Steps
 
 T = TypeVar("T")
 
@@ -41,6 +43,7 @@ class Line:
     :param tell: told that the database is there when a query has come to its end, and that it is away, and why, when
         one has not for want of a connection.
     :param on_late: called when the database did not answer in time.
+    :param note: called with each error of the database on a connection that lives.
     """
 
     log = Logger()
@@ -52,12 +55,14 @@ class Line:
         reactor: Any,
         tell: Callable[[bool, str], object],
         on_late: Callable[[], object],
+        note: Callable[[BaseException], object] = lambda _: None,
     ) -> None:
         self._parameters = parameters
         self._statement_timeout_s = statement_timeout_s
         self._reactor = reactor
         self._tell = tell
         self._on_late = on_late
+        self._note = note
         self._conn: PlanningConnection | None = None
         self._cursor: Any = None
         self._fileno = -1
@@ -180,9 +185,13 @@ class Line:
 
     def _connect(self) -> Deferred[None]:
         # The look-up of a host name blocks: off the reactor's thread.
-        settings = driver.settings(self._statement_timeout_s)
         opening: Deferred[PlanningConnection] = threads.deferToThreadPool(
-            self._reactor, self._reactor.getThreadPool(), driver.open_async, self._parameters, settings, CONNECT_S
+            self._reactor,
+            self._reactor.getThreadPool(),
+            open_async,
+            self._parameters,
+            CONNECT_S,
+            self._statement_timeout_s,
         )
         return opening.addCallback(self._connected).addErrback(_told)
 
@@ -191,7 +200,7 @@ class Line:
             conn.close()
             raise DatabaseUnavailable(self._cancelled)
         try:
-            cursor = conn.cursor()
+            cursor = conn.cursor(cursor_factory=StoreCursor)
             # libpq closes its own when it finds the connection broken, under the hands of the reactor: a copy.
             fileno = os.dup(conn.fileno())
         except BaseException:
@@ -247,8 +256,10 @@ class Line:
         failure, conn = Failure(), self._conn
         error = failure.value
         if isinstance(error, psycopg2.Error) and conn is not None:
-            failure = Failure(driver.told(error, conn))
-            if driver.is_broken(conn) or driver.is_of_the_connection(error):
+            told = driver.told(error, conn)
+            failure = Failure(told)
+            self._note(told)
+            if driver.is_broken(conn) or driver.is_of_the_connection(error) or sqlstate.of(error).drops:
                 self._drop()
         self._answer(failure)
 

@@ -17,6 +17,8 @@ from zope.interface import implementer
 
 from s2s.clock import cancel
 from s2s.store import driver
+from s2s.store.connection import open_async
+from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection
 from s2s.store.notes import presence_key
 
@@ -31,10 +33,7 @@ AGAIN_S: Final = 1.0
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 5.0
 #: The database is to notice a dead connection too (in 25 s, by default in hours): until then it keeps our lock.
-_SETTINGS: Final = (
-    "set statement_timeout = 0; set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5;"
-    " set tcp_keepalives_count = 3"
-)
+_SETTINGS: Final = "set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3"
 
 
 @implementer(IReadDescriptor)
@@ -155,7 +154,7 @@ class Listener:
         assert self._conn is not None
         self._timer = self._reactor.callLater(ANSWER_S, self._lost, f"no answer within {ANSWER_S:g} s")
         try:
-            self._cursor = self._conn.cursor()
+            self._cursor = self._conn.cursor(cursor_factory=StoreCursor)
             if self._presence is None or self.is_present:
                 self._cursor.execute("select false")
             else:
@@ -207,4 +206,4 @@ class Listener:
 def _open(parameters: dict[str, Any], channels: list[str]) -> Connection:
     """Connect in a thread, and listen."""
     listens = "; ".join(f'listen "{channel}"' for channel in channels)
-    return driver.open_async(parameters, f"{_SETTINGS}; {listens}", CONNECT_S)
+    return open_async(parameters, CONNECT_S, 0.0, f"{_SETTINGS}; {listens}")

@@ -14,6 +14,7 @@ from typing import Final
 
 from s2s.errors import SchemaError
 from s2s.store import config
+from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection, Cursor, lock_key
 
 #: Also taken by whatever may be made once only, such as the first key.
@@ -62,7 +63,7 @@ def migrate(conn: Connection) -> list[str]:
     """
     done = []
     for migration in available():
-        with conn.cursor() as txn:
+        with conn.cursor(cursor_factory=StoreCursor) as txn:
             # Held until the COMMIT, and taken anew for every file: a waiter then sees what the other one did.
             txn.execute("set local statement_timeout = 0; select pg_advisory_xact_lock(%s)", (LOCK,))
             _check_encoding(txn)
@@ -79,7 +80,7 @@ def migrate(conn: Connection) -> list[str]:
                 )
                 done.append(migration.name)
         conn.commit()
-    with conn.cursor() as txn:
+    with conn.cursor(cursor_factory=StoreCursor) as txn:
         txn.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
         config.declare(txn)
     conn.commit()

@@ -21,7 +21,7 @@ process that stops in a hurry could not strike it (:func:`strike_all`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Set
+from collections.abc import Container, Sequence, Set
 from datetime import datetime
 from typing import Final, NamedTuple
 
@@ -118,6 +118,17 @@ def strike(txn: Cursor, boot_id: str, worker: int) -> None:
     txn.execute("delete from batch_notes where boot_id = %s and worker = %s", (boot_id, worker))
 
 
+def keep_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -> None:
+    """Leave in a worker's note only the commands whose handler does not return.
+
+    Nothing takes them while the note stands. The others are free as soon as the transaction of the batch has ended.
+    """
+    txn.execute(
+        "update batch_notes set cmd_ids = %s::bigint[], stuck = true where boot_id = %s and worker = %s",
+        (numbers(cmd_ids), boot_id, worker),
+    )
+
+
 def strike_all(txn: Cursor, boot_id: str) -> None:
     """Remove every note of a process that ends in order: nobody is to be charged for what it leaves unfinished."""
     txn.execute("delete from batch_notes where boot_id = %s", (boot_id,))
@@ -135,9 +146,15 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Note]) 
     """
     # The notes before the locks: a process takes its lock before it notes anything.
     txn.execute(
-        "select boot_id, worker, noted_at, noted_at < now() - %s * interval '1 second' from batch_notes", (OVERSTAY_S,)
+        "select boot_id, worker, noted_at, stuck, noted_at < now() - %s * interval '1 second' from batch_notes",
+        (OVERSTAY_S,),
     )
-    notes = {Note(*row): is_over for *row, is_over in txn}
+    stuck_notes = set()
+    notes = {}
+    for *row, is_stuck, is_over in txn:
+        notes[Note(*row)] = is_over and not is_stuck
+        if is_stuck:
+            stuck_notes.add(Note(*row))
     held = _held(txn)
     now = held.get(presence_key(boot_id))
     if now is None:
@@ -150,6 +167,10 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Note]) 
     guilty = {**stuck, **dead}
     if now != presence or not guilty or not _is_alone(txn):
         return Look(now, forsaken)
+    for note in stuck_notes & guilty.keys():
+        # Its commands were charged when their handler did not return.
+        txn.execute("delete from batch_notes where (boot_id, worker, noted_at) = %s", (note,))
+        del guilty[note]
     charged = [(cmd_id, why) for note, why in guilty.items() for cmd_id in _reap(txn, note)]
     deaths = {cmd_id for cmd_id, why in charged if why == _DIED}
     return Look(now, forsaken, len(charged), commands.charge(txn, charged, deaths))

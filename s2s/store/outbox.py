@@ -10,6 +10,7 @@ from s2s import canonical, envelope
 from s2s.catalogue import COMMAND_PUSH
 from s2s.errors import TooBigToSend
 from s2s.limits import Bounds
+from s2s.store.cursor import own
 from s2s.store.driver import Cursor, numbers
 
 CHANNEL: Final = "s2s_outbox"
@@ -96,6 +97,7 @@ def put(
     :raises TooBigToSend: its frame would be longer.
     """
     written = check(cmd_type, idem_key, payload, frame_size, priority=priority, due_at=due_at)
+    txn = own(txn)
     txn.execute(
         "insert into outbox (cmd_type, idem_key, payload, priority, due_at)"
         " values (%s, %s, %s::jsonb, %s, %s) returning outbox_id",
@@ -119,7 +121,7 @@ def put_batch(
     :raises TooBigToSend: a frame would be longer; none is emitted.
     """
     written = [check(cmd_type, key, payload, frame_size) for key, payload in commands]
-    txn.execute(
+    own(txn).execute(
         "insert into outbox (cmd_type, idem_key, payload)"
         " select %s, idem_key, payload::jsonb from unnest(%s::text[], %s::text[])"
         " with ordinality c (idem_key, payload, place) order by place",

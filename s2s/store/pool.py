@@ -17,9 +17,12 @@ from twisted.python.failure import Failure
 
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, S2SError
 from s2s.limits import Counters
-from s2s.store import driver
+from s2s.store import driver, sqlstate
+from s2s.store.connection import prepare
+from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection, Cursor, Query, Steps
 from s2s.store.line import Line
+from s2s.store.troubles import Troubles
 
 T = TypeVar("T")
 
@@ -66,11 +69,11 @@ class Database:
     ) -> None:
         if reactor is None:
             from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
-        self._reactor = reactor
-        self._url = url
+        self.reactor = reactor
+        self.url = url
         self._threads = threads
         self._max_waiting = max_waiting
-        self._counters = counters or Counters()
+        self.counters = counters or Counters()
         self._parameters = driver.parameters(url, application_name=application_name)
         self._timeouts = (statement_timeout_s, idle_timeout_s)
         self._pool: Any = None
@@ -78,29 +81,34 @@ class Database:
         self._refusal = _NOT_RUNNING
         self._unfinished = 0
         self._until_idle: list[Deferred[None]] = []
+        self.troubles = Troubles(reactor)
         self.is_away = False
         #: Nothing is committed any more, see :meth:`cancel`.
         self.is_cancelled = False
 
     def start(self) -> None:
         """Start the threads; each connects when it is first used."""
-        self._pool = adbapi.ConnectionPool(
-            "psycopg2",
-            cp_min=self._threads,
-            cp_max=self._threads,
-            cp_openfun=self._prepare,
-            cp_reactor=self._reactor,
-            **self._parameters,
-        )
+        self._pool = self._make_pool()
         self._pool.start()
         self._line = Line(
             self._parameters,
             self._timeouts[0],
-            self._reactor,
+            self.reactor,
             tell=self._tell,
-            on_late=lambda: self._counters.meet("database_answer"),
+            on_late=lambda: self.counters.meet("database_answer"),
+            note=self._note,
         )
         self._refusal = ""
+
+    def _make_pool(self) -> Any:
+        return adbapi.ConnectionPool(
+            "psycopg2",
+            cp_min=self._threads,
+            cp_max=self._threads,
+            cp_openfun=self._prepare,
+            cp_reactor=self.reactor,
+            **self._parameters,
+        )
 
     def stop(self) -> Deferred[None]:
         """Finish what is under way and waits, then close every connection.
@@ -129,7 +137,7 @@ class Database:
             if self._pool is not None:
                 self._line.cancel(_CANCELLED)
         ended: Deferred[bool] = self._idle().addCallback(lambda _: True)
-        return ended.addTimeout(CANCEL_S, self._reactor, lambda _, __: False)
+        return ended.addTimeout(CANCEL_S, self.reactor, lambda _, __: False)
 
     def run_last(self, work: Callable[..., T], *args: Any) -> Deferred[T]:
         """Do as :meth:`run`, on a connection of its own and in bounded time: for what a stop still has to write.
@@ -141,8 +149,8 @@ class Database:
             with self.last_words() as txn:
                 return work(txn, *args)
 
-        outcome: Deferred[T] = threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), in_thread)
-        return outcome.addTimeout(2 * LAST_S, self._reactor, _hangs)
+        outcome: Deferred[T] = threads.deferToThreadPool(self.reactor, self.reactor.getThreadPool(), in_thread)
+        return outcome.addTimeout(2 * LAST_S, self.reactor, _hangs)
 
     @property
     def running(self) -> int:
@@ -162,16 +170,23 @@ class Database:
             connection, when it broke (with :class:`CommitLost` during the COMMIT) or when too many wait, and with
             :class:`StatementRefused` when the database refused the data.
         """
+        refused = self.refusal()
+        if refused is not None:
+            return refused
+        self._unfinished += 1
+        outcome: Deferred[T] = threads.deferToThreadPool(
+            self.reactor, self._pool.threadpool, self._interact, self._pool, work, args
+        )
+        return outcome.addBoth(self._leave)
+
+    def refusal(self) -> Deferred[Any] | None:
+        """Return a failed Deferred where no interaction may begin now."""
         if self._refusal:
             return defer.fail(DatabaseUnavailable(self._refusal))
         if self.waiting >= self._max_waiting:
-            self._counters.meet("database")
+            self.counters.meet("database")
             return defer.fail(DatabaseUnavailable(f"overloaded: {self.waiting} interactions wait for a connection"))
-        self._unfinished += 1
-        outcome: Deferred[T] = threads.deferToThreadPool(
-            self._reactor, self._pool.threadpool, self._interact, self._pool, work, args
-        )
-        return outcome.addBoth(self._leave)
+        return None
 
     def ask(self, query: Query, done: Callable[[list[Any] | Failure], object]) -> None:
         """Do one query on a connection without a thread; it commits by itself.
@@ -211,6 +226,7 @@ class Database:
         return waiter
 
     def _close(self) -> None:
+        self.troubles.stop()
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.close()
@@ -227,29 +243,29 @@ class Database:
 
     def last_words(self) -> AbstractContextManager[Cursor]:
         """Give one blocking transaction of bounded time, on a connection of its own; not for the reactor's thread."""
-        return blocking(self._url, "s2s last", statement_timeout_s=LAST_S, connect_timeout_s=LAST_S)
+        return blocking(self.url, "s2s last", statement_timeout_s=LAST_S, connect_timeout_s=LAST_S)
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 
     def _prepare(self, conn: Connection) -> None:
-        driver.prepare(conn, *self._timeouts)
+        prepare(conn, *self._timeouts)
 
     def _interact(self, pool: Any, work: Callable[..., T], args: tuple[Any, ...]) -> T:
         try:
             conn = self._connect(pool)
         except psycopg2.Error as error:
             away = driver.told(error)
-            self._reactor.callFromThread(self._tell, True, str(away))
+            self.reactor.callFromThread(self._tell, True, str(away))
             raise away from None
         try:
             self._go_on()
-            with conn.cursor() as txn:
+            with conn.cursor(cursor_factory=StoreCursor) as txn:
                 result = work(txn, *args)
             # Here, and not by the errors alone: they can be swallowed.
             self._go_on()
             driver.commit(conn)
         except BaseException as error:
-            is_broken = _roll_back(conn) or driver.is_of_the_connection(error)
+            is_broken = _roll_back(conn) or driver.is_of_the_connection(error) or sqlstate.of(error).drops
             if is_broken:
                 pool.disconnect(conn)
             failed: DatabaseError | None = error if isinstance(error, CommitLost) else None
@@ -259,13 +275,20 @@ class Database:
             if is_broken:
                 # Whatever the work made of it.
                 failed = failed or DatabaseUnavailable("the connection broke")
-                self._reactor.callFromThread(self._tell, True, str(failed))
+                self.reactor.callFromThread(self._tell, True, str(failed))
+            if not is_broken:
+                self._released(pool, conn)
             if failed is not None:
+                self.reactor.callFromThread(self._note, failed)
                 raise failed from None
             raise
+        self._released(pool, conn)
         if self.is_away:
-            self._reactor.callFromThread(self._tell, False)
+            self.reactor.callFromThread(self._tell, False)
         return result
+
+    def _released(self, pool: Any, conn: Connection) -> None:
+        """A transaction has ended, and its connection still works."""
 
     def _go_on(self) -> None:
         if self.is_cancelled:
@@ -279,6 +302,12 @@ class Database:
         return cast("Connection", pool.connect())
 
     # --- in the reactor's thread ---------------------------------------------------------------------------------
+
+    def _note(self, error: BaseException) -> None:
+        """Tell of an error that an operator can mend, on a connection that lives."""
+        state = getattr(error, "state", "")
+        if sqlstate.meaning(state).cure:
+            self.troubles.note(state, str(error))
 
     def _tell(self, is_away: bool, why: str = "") -> None:
         """Write one line when the database goes and one when it is back, however many notice."""
@@ -345,8 +374,8 @@ def blocking(
         if connect_timeout_s is not None:
             parameters["connect_timeout"] = max(1, round(connect_timeout_s))
         conn = psycopg2.connect(**parameters)
-        driver.prepare(conn, statement_timeout_s, statement_timeout_s)
-        with conn.cursor() as txn:
+        prepare(conn, statement_timeout_s, statement_timeout_s)
+        with conn.cursor(cursor_factory=StoreCursor) as txn:
             yield txn
         driver.commit(conn)
     except psycopg2.Error as error:

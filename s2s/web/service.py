@@ -22,7 +22,7 @@ from s2s.web.waiting import Waiting
 
 #: Connections of the pool that the API needs: for what is asked, and for a look at what is waited for.
 POOL_THREADS: Final = THREADS + 1
-#: What a part of the server says of itself when it is well, or is not wanted.
+#: The beginning of what a part of the server says of itself when it is well, or is not wanted.
 WELL: Final = ("ok", "off")
 
 _TEXT: Final = {"type": "string"}
@@ -82,8 +82,8 @@ class Web:
 
     async def _readyz(self) -> dict[str, Any]:
         parts = dict(await self._readiness())
-        if not all(said in WELL for said in parts.values()):
-            why = ", ".join(f"{part}: {said}" for part, said in parts.items() if said not in WELL)
+        if not all(said.startswith(WELL) for said in parts.values()):
+            why = ", ".join(f"{part}: {said}" for part, said in parts.items() if not said.startswith(WELL))
             # Not 409: it is for no fault of the request's.
             raise Problem(NotReady(f"the server is not ready: {why}", retry_after_ms=1000, **parts), 503)
         return {"status": "ready", **parts}
@@ -94,5 +94,6 @@ class Web:
 
 _HEALTH: Final = members({"status": {"const": "ok"}}, "status")
 _READINESS: Final = members(
-    {"status": {"const": "ready"}, "database": _TEXT, "executor": _TEXT}, "status", "database", "executor"
+    {"status": {"const": "ready"}, "database": _TEXT, "pushes": _TEXT, "executor": _TEXT},
+    *("status", "database", "pushes", "executor"),
 )

@@ -15,6 +15,8 @@ from psycopg2 import sql
 from twisted.trial.unittest import TestCase
 
 from s2s.store import migrations
+from s2s.store.handler_pool import HandlerPool
+from s2s.store.pool import Database
 
 _TEMPLATE = "s2s_template"
 _numbers = itertools.count(1)
@@ -123,6 +125,19 @@ class DatabaseTestCase(TestCase):
         self.addCleanup(drop_database, name)
         self.url = database_url(name)
         self._session: Session | None = None
+
+    def pools(self, name: str, threads: int = 3, timeout_s: float = 60.0) -> tuple[Database, HandlerPool]:
+        """Start a pool for our statements and one for foreign code, which end with the test.
+
+        :param timeout_s: seconds that a call of foreign code may take.
+        """
+        database = Database(self.url, name, threads=threads, idle_timeout_s=5.0)
+        database.start()
+        self.addCleanup(database.stop)
+        handlers = HandlerPool(database, f"{name} handlers", threads=threads, timeout_s=timeout_s)
+        handlers.start()
+        self.addCleanup(handlers.stop)
+        return database, handlers
 
     def execute(self, statement: str, *params: Any) -> list[tuple[Any, ...]]:
         """Run one statement and commit it. Blocks.

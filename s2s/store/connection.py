@@ -1,0 +1,166 @@
+"""A connection of psycopg2: what is set on it when it opens, and how it becomes clean again."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import psycopg2
+import psycopg2.extras
+from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, QuotedString, connection
+
+from s2s.store.cursor import StoreCursor, read_json
+
+
+class PlanningConnection(connection):
+    """A connection that knows the statements it has planned; :func:`parameters` has every one of ours made so.
+
+    :ivar plans: those statements.
+    :ivar restore: the statement that undoes, inside a transaction, each change of a setting and of the role.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plans: set[Any] = set()
+        self.restore = ""
+        self._attributes: tuple[Any, ...] = ()
+
+    def remember(self, changed: Iterable[tuple[str, str]]) -> None:
+        """Take the state of the connection now as the clean one.
+
+        :param changed: the rows of :func:`baseline`.
+        """
+        sets = ", ".join(f"pg_catalog.set_config('{name}', {_quote(value, self)}, false)" for name, value in changed)
+        self.restore = f"reset session authorization; reset role; reset all; select {sets}"
+        self._attributes = self._look()
+
+    def make_clean(self) -> bool:
+        """Undo everything that code in the last transaction may have left on the session.
+
+        :returns: ``False``: the connection cannot be made clean, and must be closed.
+        """
+        if not self.restore or self._look() != self._attributes:
+            return False
+        self.plans.clear()
+        self.notifies.clear()
+        try:
+            self.autocommit = True
+            with self.cursor(cursor_factory=StoreCursor) as txn:
+                txn.execute("discard all")
+                txn.execute(self.restore)
+            self.autocommit = False
+        except psycopg2.Error:
+            return False
+        return True
+
+    def _look(self) -> tuple[Any, ...]:
+        """Return what psycopg2 keeps of a connection and code may change."""
+        casters = (dict(self.string_types), dict(self.binary_types))
+        modes = (self.autocommit, self.isolation_level, self.readonly, self.deferrable)
+        return (self.cursor_factory, self.encoding, *modes, *casters)
+
+
+def _quote(text: str, conn: connection) -> str:
+    literal = QuotedString(text)
+    literal.prepare(conn)
+    return literal.getquoted().decode()
+
+
+def prepare(conn: connection, statement_timeout_s: float, idle_timeout_s: float) -> None:
+    """Set what every transaction on a new connection relies on.
+
+    :param statement_timeout_s: seconds after which the database cancels a statement.
+    :param idle_timeout_s: seconds after which it ends a transaction that does nothing.
+    """
+    psycopg2.extras.register_default_jsonb(conn, loads=read_json)
+    with conn.cursor(cursor_factory=StoreCursor) as txn:
+        txn.execute(baseline(statement_timeout_s, idle_timeout_s))
+        changed = txn.fetchall()
+    conn.commit()
+    if isinstance(conn, PlanningConnection):
+        conn.remember(changed)
+
+
+#: Settings that our statements rely on, whatever the defaults of the server, the database and the user are.
+_SETTINGS: Final = {
+    "array_nulls": "on",
+    "bytea_output": "hex",
+    "DateStyle": "ISO, MDY",
+    "default_transaction_deferrable": "off",
+    "default_transaction_isolation": "read committed",
+    "extra_float_digits": "1",
+    "idle_session_timeout": "0",
+    "IntervalStyle": "postgres",
+    "lock_timeout": "0",
+    "session_replication_role": "origin",
+    "standard_conforming_strings": "on",
+    "synchronous_commit": "on",
+    "TimeZone": "UTC",
+    "transaction_timeout": "0",
+    "transform_null_equals": "off",
+}
+
+
+def baseline(statement_timeout_s: float, idle_timeout_s: float = 60.0) -> str:
+    """Return the statement that sets what every transaction relies on; see :func:`prepare`.
+
+    Its rows are the names and values of the settings that it changed. It leaves out a setting that this version of
+    PostgreSQL lacks. ``default_transaction_read_only`` stays as the database's owner set it.
+    """
+    wanted = {
+        **_SETTINGS,
+        "statement_timeout": str(round(statement_timeout_s * 1000)),
+        "idle_in_transaction_session_timeout": str(round(idle_timeout_s * 1000)),
+    }
+    values = ", ".join(f"('{name}', '{value}')" for name, value in wanted.items())
+    return (
+        "select s.name, pg_catalog.set_config(s.name, w.value, false)"  # noqa: S608 - of constants
+        f" from (values {values}) as w (name, value)"
+        " join pg_catalog.pg_settings s using (name) where s.setting <> w.value"
+        # A stronger guarantee than ours stays.
+        " and not (s.name = 'synchronous_commit' and s.setting = 'remote_apply')"
+        # Without its own place in the path, the schema of temporary tables comes first, and a temporary table with the
+        # name of one of ours would take its place.
+        " union all select 'search_path', pg_catalog.set_config('search_path',"
+        " pg_catalog.concat_ws(', ', nullif(path, ''), 'pg_temp'), false)"
+        " from pg_catalog.current_setting('search_path') as path where pg_catalog.strpos(path, 'pg_temp') = 0"
+    )
+
+
+def open_async(
+    parameters: Mapping[str, Any], within_s: float, statement_timeout_s: float, statement: str = ""
+) -> PlanningConnection:
+    """Connect, set what :func:`baseline` says, and run a first statement. Blocks; the connection is asynchronous then.
+
+    :param within_s: seconds that all of it may take.
+    :param statement_timeout_s: seconds after which the database cancels a statement; 0: never.
+    """
+    deadline = time.monotonic() + within_s
+    conn: PlanningConnection = psycopg2.connect(**parameters, async_=True)
+    try:
+        _settle(conn, deadline, within_s)
+        for text in (baseline(statement_timeout_s), statement):
+            if text:
+                cursor = conn.cursor(cursor_factory=StoreCursor)  # kept until it is done: the connection does not
+                cursor.execute(text)
+                _settle(conn, deadline, within_s)
+    except BaseException:
+        conn.close()
+        raise
+    return conn
+
+
+def _settle(conn: connection, deadline: float, within_s: float) -> None:
+    """Wait until an asynchronous connection has done what it was asked.
+
+    :param deadline: on the monotonic clock.
+    """
+    events = {POLL_READ: select.POLLIN, POLL_WRITE: select.POLLOUT}
+    while (state := conn.poll()) != POLL_OK:
+        ready = select.poll()
+        ready.register(conn.fileno(), events[state])
+        left_s = deadline - time.monotonic()
+        if left_s <= 0 or not ready.poll(left_s * 1000):
+            raise psycopg2.OperationalError(f"no answer within {within_s:g} s")

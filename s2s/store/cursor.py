@@ -1,0 +1,142 @@
+"""The cursor of our own statements: psycopg2's process-wide registries change nothing of it.
+
+A plug-in, or a library that it imports, may call ``register_adapter(list, Json)`` or register a type caster for the
+whole process. Our statements write their parameters and read their rows by the rules below alone. Foreign code gets
+psycopg2's plain cursor (:func:`plain`), with the registries as the plug-in left them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any, Final
+
+import orjson
+from psycopg2 import _psycopg as c
+from psycopg2.extensions import AsIs, Binary, QuotedString, connection, cursor, new_type
+from psycopg2.extras import Json
+
+
+class Unreadable:
+    """A JSON value of the database that Python cannot read, such as ``1e400``: written by another hand than ours.
+
+    It is no value of any kind, so that whoever uses it refuses it, and the rows beside it are read all the same.
+    """
+
+    def __repr__(self) -> str:
+        return "(JSON that cannot be read)"
+
+
+def read_json(text: str | bytes) -> Any:
+    """Read a JSON value of the database."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return Unreadable()
+
+
+_JSON: Final = new_type((114, 3802), "S2S_JSON", lambda text, _: None if text is None else read_json(text))
+#: psycopg2's own casters, whatever is registered for the process, and ours for JSON: by the OID of the type.
+_CASTERS: Final[dict[int, Any]] = {
+    oid: caster
+    for caster in (
+        *(c.BOOLEAN, c.INTEGER, c.LONGINTEGER, c.FLOAT, c.DECIMAL, c.UNICODE, c.BINARY, c.ROWID),
+        *(c.PYDATE, c.PYDATETIME, c.PYDATETIMETZ, c.PYTIME, c.PYINTERVAL),
+        *(c.BOOLEANARRAY, c.INTEGERARRAY, c.LONGINTEGERARRAY, c.FLOATARRAY, c.DECIMALARRAY, c.UNICODEARRAY),
+        *(c.PYDATETIMEARRAY, c.PYDATETIMETZARRAY),
+        _JSON,
+    )
+    for oid in caster.values
+}
+
+
+class StoreCursor(cursor):
+    """A cursor that no registry of the process affects."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.string_types = _CASTERS
+
+    def execute(self, query: Any, vars: Any = None) -> None:
+        """Run a statement; see psycopg2 for the parameters."""
+        super().execute(query, None if vars is None else _literals(vars, self.connection))
+
+
+def own(txn: cursor) -> StoreCursor:
+    """Return a cursor for our own statements in the transaction of any cursor."""
+    if isinstance(txn, StoreCursor):
+        return txn
+    made: StoreCursor = txn.connection.cursor(cursor_factory=StoreCursor)
+    return made
+
+
+def plain(txn: cursor) -> cursor:
+    """Return psycopg2's plain cursor in the same transaction, for foreign code."""
+    return txn.connection.cursor(cursor_factory=cursor)
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def _literals(values: Any, conn: connection) -> Any:
+    if isinstance(values, Mapping):
+        return {name: _literal(value, conn) for name, value in values.items()}
+    return tuple([_literal(value, conn) for value in values])
+
+
+def _literal(value: Any, conn: connection) -> Any:
+    """Return what psycopg2 writes as it is: ``None``, or an object that quotes itself."""
+    write = _WRITERS.get(type(value))
+    if write is not None:
+        return write(value, conn)
+    if isinstance(value, tuple):  # a row
+        return AsIs(f"({', '.join(_text(_literal(item, conn)) for item in value)})")
+    return value
+
+
+def _text(literal: Any) -> str:
+    return "null" if literal is None else literal.getquoted().decode()
+
+
+def _quoted(text: str, conn: connection) -> QuotedString:
+    literal = QuotedString(text)
+    literal.prepare(conn)
+    return literal
+
+
+def _bytes(value: bytes, conn: connection) -> Any:
+    literal = Binary(value)
+    literal.prepare(conn)
+    return literal
+
+
+def _array(values: list[Any], conn: connection) -> QuotedString:
+    return _quoted(f"{{{','.join([_item(value) for value in values])}}}", conn)
+
+
+def _item(value: Any) -> str:
+    """Write an item of PostgreSQL's text of an array."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, bool):
+        return "t" if value else "f"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if not isinstance(value, str):
+        raise TypeError(f"an array of {type(value).__name__} cannot be written")
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+_WRITERS: Final[dict[type, Callable[[Any, connection], Any]]] = {
+    type(None): lambda value, _: None,
+    str: _quoted,
+    bool: lambda value, _: AsIs("true" if value else "false"),
+    # A negative number in brackets: "--" would begin a comment.
+    int: lambda value, _: AsIs(str(value) if value >= 0 else f"({value})"),
+    float: lambda value, conn: AsIs(f"'{value!r}'::float8"),
+    bytes: _bytes,
+    list: _array,
+    datetime: lambda value, conn: AsIs(f"'{value.isoformat()}'::timestamptz"),
+    Json: lambda value, conn: _quoted(value.dumps(value.adapted), conn),
+}

@@ -1,0 +1,317 @@
+"""Transactions that run foreign code: command handlers, jobs and orders, on connections that nothing of ours shares.
+
+Each call of foreign code has a deadline. Past it the SQL of the call is cancelled, again and again, and the call fails
+with :class:`HandlerTimeout`. A call that does not return even then is *stuck*: Python cannot end a thread. The pool
+abandons that thread and opens another one in its place, up to :data:`MOST_STUCK`; the transaction of a stuck call is
+never committed.
+
+Foreign code may leave anything on a session: a role, settings, temporary tables, advisory locks, cursors. After each
+call the transaction has its role and settings again, and after each transaction the connection is made clean or closed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, Final, TypeVar, cast
+
+from twisted.enterprise import adbapi
+from twisted.internet import defer, threads
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from s2s.clock import Timer, cancel
+from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, S2SError
+from s2s.store.connection import PlanningConnection
+from s2s.store.cursor import plain
+from s2s.store.driver import Connection, Cursor, is_broken, savepoint
+from s2s.store.pool import Database
+
+T = TypeVar("T")
+
+#: Seconds that a call of foreign code may take, where no setting says otherwise.
+TIMEOUT_S: Final = 60.0
+#: Seconds after the deadline in which the SQL of a call is cancelled, before the call counts as stuck.
+PATIENCE_S: Final = 5.0
+#: Seconds between two looks at the calls under way, and between two cancellations of one call.
+_WATCH_S: Final = 0.25
+_CANCEL_S: Final = 1.0
+#: Stuck threads of one process. Each costs a thread and about 100 kB; at this number no further call begins.
+MOST_STUCK: Final = 8
+
+
+class _Local(threading.local):
+    """The task of each thread."""
+
+    task: Task | None = None
+
+
+class Task:
+    """One transaction that runs foreign code.
+
+    :ivar name: the call under way, or the last one, for people.
+    :ivar subject: what it works on.
+    :ivar is_abandoned: the thread is stuck, and its transaction must not be committed.
+    """
+
+    def __init__(self) -> None:
+        self.outcome: Deferred[Any] = Deferred()
+        self.name = ""
+        self.subject: Any = None
+        self.connection: Connection | None = None
+        self.is_late = False
+        self.is_abandoned = False
+        self.cancelled_at = float("-inf")
+        self.on_return: Callable[[], object] = lambda: None
+        self._entered_at: float | None = None
+        self._lock = threading.Lock()
+
+    def enter(self, name: str, subject: Any) -> None:
+        """Note that foreign code begins. In the thread."""
+        with self._lock:
+            self.name, self.subject, self.is_late, self._entered_at = name, subject, False, time.monotonic()
+
+    def leave(self) -> None:
+        """Note that foreign code has returned. In the thread.
+
+        :raises DatabaseUnavailable: the thread was abandoned meanwhile.
+        """
+        with self._lock:
+            self._entered_at = None
+        self.check()
+
+    def check(self) -> None:
+        """Refuse to go on with an abandoned transaction.
+
+        :raises DatabaseUnavailable: it is one.
+        """
+        if self.is_abandoned:
+            raise DatabaseUnavailable("the call was stuck, and its transaction was abandoned")
+
+    def running_s(self) -> float:
+        """Return the seconds since foreign code began; 0 where none runs."""
+        since = self._entered_at
+        return 0.0 if since is None else time.monotonic() - since
+
+    def abandon(self) -> bool:
+        """Give the thread up, unless it has returned from foreign code by now."""
+        with self._lock:
+            self.is_abandoned = self._entered_at is not None
+        return self.is_abandoned
+
+
+class HandlerPool(Database):
+    """A pool of connections for foreign code.
+
+    :param owner: the pool of our own statements; its URL, counters and log lines serve this one, too.
+    :param application_name: the name of the sessions in ``pg_stat_activity``.
+    :param threads: transactions at once, beside those that are stuck.
+    :param timeout_s: seconds that a call of foreign code may take, with all its SQL.
+    :ivar stuck: the tasks whose thread does not return.
+    """
+
+    log = Logger()
+
+    def __init__(self, owner: Database, application_name: str, *, threads: int, timeout_s: float = TIMEOUT_S) -> None:
+        super().__init__(
+            owner.url,
+            application_name,
+            threads=threads,
+            # By the database, too: it holds while this process stands still.
+            statement_timeout_s=timeout_s + PATIENCE_S,
+            idle_timeout_s=timeout_s + 2 * PATIENCE_S,
+            counters=owner.counters,
+            reactor=owner.reactor,
+        )
+        self._owner = owner
+        self._application_name = application_name
+        self.timeout_s = timeout_s
+        self.stuck: list[Task] = []
+        self._tasks: set[Task] = set()
+        self._local = _Local()
+        self._watching: Timer | None = None
+
+    def run(self, work: Callable[..., T], *args: Any) -> Deferred[T]:
+        """Do as :meth:`Database.run`; foreign code is called inside :meth:`foreign`.
+
+        :returns: fails with :class:`HandlerStuck` as soon as a call of foreign code counts as stuck.
+        """
+        refused = self.refusal()
+        if refused is not None:
+            return refused
+        if len(self.stuck) >= MOST_STUCK:
+            return defer.fail(DatabaseUnavailable(f"{MOST_STUCK} handlers are stuck in this process: start it again"))
+        task = Task()
+        self._unfinished += 1
+        self._tasks.add(task)
+        running: Deferred[T] = threads.deferToThreadPool(
+            self.reactor, self._pool.threadpool, self._interact, self._pool, partial(self._tracked, task, work), args
+        )
+        running.addBoth(self._returned, task)
+        if self._watching is None:
+            self._watching = self.reactor.callLater(_WATCH_S, self._watch)
+        return task.outcome
+
+    def _returned(self, outcome: Any, task: Task) -> None:
+        if task.is_abandoned:
+            self.stuck.remove(task)
+            task.on_return()
+            return
+        self._tasks.discard(task)
+        self._leave(None)
+        if isinstance(outcome, Failure):
+            task.outcome.errback(outcome)
+        else:
+            task.outcome.callback(outcome)
+
+    # --- the watch, in the reactor's thread --------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        self._watching = None
+        for task in list(self._tasks):
+            over_s = task.running_s() - self.timeout_s
+            if over_s > PATIENCE_S:
+                self._abandon(task)
+            elif over_s > 0:
+                self._cancel_late(task)
+        if self._tasks:
+            self._watching = self.reactor.callLater(_WATCH_S, self._watch)
+
+    def _cancel_late(self, task: Task) -> None:
+        task.is_late = True
+        now = time.monotonic()
+        if now >= task.cancelled_at + _CANCEL_S:
+            task.cancelled_at = now
+            self._in_background(self._signal, task, "pg_cancel_backend")
+
+    def _abandon(self, task: Task) -> None:
+        if not task.abandon():
+            return
+        self._tasks.discard(task)
+        self.stuck.append(task)
+        # Another thread takes its place. When this one returns, its connection is gone: the number of connections stays
+        # within the number of threads at once.
+        most = max(self._pool.threadpool.max, self._threads + len(self.stuck))
+        self._pool.threadpool.adjustPoolsize(maxthreads=most)
+        self.counters.meet("handler")
+        self._leave(None)
+        task.outcome.errback(HandlerStuck(task, task.subject, f"{self._too_late()}, and it does not return"))
+
+    def end(self, task: Task) -> Deferred[Any]:
+        """End the session of a stuck task: its locks are free then, and its transaction is rolled back.
+
+        :returns: fires when the session has ended, or the database does not answer.
+        """
+        return self._in_background(self._terminate, task)
+
+    def _in_background(self, work: Callable[..., None], *args: Any) -> Deferred[Any]:
+        done = threads.deferToThreadPool(self.reactor, self.reactor.getThreadPool(), work, *args)
+        return done.addErrback(lambda failure: self.log.failure("a late handler could not be cancelled", failure))
+
+    # --- in another thread -------------------------------------------------------------------------------------------
+
+    def _signal(self, task: Task, function: str) -> None:
+        # Not by psycopg2's own cancel(): it keeps the whole interpreter waiting for a database that hangs.
+        if task.connection is None or (not task.is_abandoned and not task.running_s()):
+            return
+        with suppress(S2SError), self.last_words() as txn:
+            txn.execute(
+                f"select {function}(pid) from pg_stat_activity where pid = %s and application_name = %s",  # noqa: S608
+                (task.connection.info.backend_pid, self._application_name),
+            )
+
+    def _terminate(self, task: Task) -> None:
+        self._signal(task, "pg_terminate_backend")
+        with suppress(OSError, S2SError), socket.socket(fileno=os.dup(cast(Any, task.connection).fileno())) as handle:
+            handle.shutdown(socket.SHUT_RDWR)
+
+    # --- in the thread of a task -------------------------------------------------------------------------------------
+
+    def _tracked(self, task: Task, work: Callable[..., T], txn: Cursor, *args: Any) -> T:
+        task.connection = txn.connection
+        self._local.task = task
+        return work(txn, *args)
+
+    def _go_on(self) -> None:
+        super()._go_on()
+        if self._local.task is not None:
+            self._local.task.check()
+
+    def _interact(self, pool: Any, work: Callable[..., T], args: tuple[Any, ...]) -> T:
+        try:
+            return super()._interact(pool, work, args)
+        finally:
+            self._local.task = None
+
+    def _released(self, pool: Any, conn: Connection) -> None:
+        if not (isinstance(conn, PlanningConnection) and conn.make_clean()):
+            pool.disconnect(conn)
+
+    @contextmanager
+    def foreign(self, txn: Cursor, name: str, subject: Any = None) -> Iterator[Cursor]:
+        """Call foreign code inside: in a savepoint, within the deadline, on a plain cursor of the same transaction.
+
+        The transaction has its role and its settings again afterwards.
+
+        :param name: names the call to people.
+        :param subject: what it works on, for who handles :class:`HandlerStuck`.
+        :raises HandlerTimeout: it took too long.
+        """
+        task, conn = cast("Task", self._local.task), cast("PlanningConnection", txn.connection)
+        with savepoint(txn):
+            task.enter(name, subject)
+            try:
+                yield plain(txn)
+            except BaseException:
+                if task.is_late:
+                    raise self._too_late() from None
+                raise
+            finally:
+                task.leave()
+            if task.is_late:
+                raise self._too_late()
+            # A transaction that was made read-only refuses the first of these.
+            txn.execute(f"set transaction read write; {conn.restore}")
+
+    def _too_late(self) -> HandlerTimeout:
+        return HandlerTimeout(f"it took longer than {self.timeout_s:g} s: see --handler-timeout")
+
+    # --- the pool ----------------------------------------------------------------------------------------------------
+
+    def _make_pool(self) -> Any:
+        pool = adbapi.ConnectionPool(
+            "psycopg2",
+            cp_min=1,
+            cp_max=self._threads,
+            cp_openfun=self._prepare,
+            cp_reactor=self.reactor,
+            **self._parameters,
+        )
+        # Daemons: the end of the process does not wait for a stuck one.
+        pool.threadpool.threadFactory = partial(threading.Thread, daemon=True)  # type: ignore[assignment]
+        return pool
+
+    def _close(self) -> None:
+        cancel(self._watching)
+        if not self.stuck or self._pool is None:
+            super()._close()
+            return
+        # To stop the pool would be to wait for its stuck threads.
+        pool, self._pool = self._pool, None
+        self.reactor.removeSystemEventTrigger(pool.shutdownID)
+        held = {id(task.connection) for task in self.stuck}
+        for conn in list(pool.connections.values()):
+            if id(conn) not in held and not is_broken(conn):
+                conn.close()
+
+    def _note(self, error: BaseException) -> None:
+        self._owner._note(error)
+
+    def _tell(self, is_away: bool, why: str = "") -> None:
+        self._owner._tell(is_away, why)

@@ -1,0 +1,28 @@
+"""A write that shows whether the database serves: everything that a push and a worker write, rolled back again."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from s2s.store.driver import Cursor
+
+#: Milliseconds that the probe waits for a lock that another session holds.
+LOCK_MS: Final = 1000
+_WRITES: Final = (
+    "insert into idempotency_keys (idem_key, fingerprint, cmd_id) values (gen_random_uuid()::text,"
+    " sha256('probe'), nextval('commands_cmd_id_seq'))",
+    "insert into commands (cmd_id, cmd_type, idem_key, payload, status) values"
+    " (currval('commands_cmd_id_seq'), 'probe', 'probe', '{}', 'cancelled')",
+    "insert into batch_notes (boot_id, worker, cmd_ids) values (gen_random_uuid()::text, 0, '{}')",
+)
+
+
+def check(txn: Cursor) -> None:
+    """Write, and roll back to where the transaction stood before.
+
+    :raises DatabaseError: the database refuses a write; by way of the pool.
+    """
+    txn.execute(f"savepoint s2s_probe; set local lock_timeout = {LOCK_MS}")
+    for statement in _WRITES:
+        txn.execute(statement)
+    txn.execute("rollback to savepoint s2s_probe; release savepoint s2s_probe")

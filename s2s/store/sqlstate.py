@@ -1,0 +1,77 @@
+"""The meaning of each SQLSTATE: one table for the whole package (PostgreSQL manual, appendix A).
+
+The longest prefix that matches a code decides. ``docs/faults.rst`` shows the same table to operators.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple
+
+import psycopg2
+
+#: The part that is at fault: the statement (and so the handler that sent it), the connection, or the whole database.
+Fault = Literal["statement", "connection", "database"]
+
+
+class Meaning(NamedTuple):
+    """What one class of errors means.
+
+    :param fault: a handler is charged an attempt only where its statement is at fault.
+    :param drops: close the connection, even if it still works.
+    :param passes: the same statement may succeed later, with nothing changed in it.
+    :param unavailable: answer ``db_unavailable`` to a push, else ``internal_error`` for the one row at fault.
+    :param cure: what an operator can do, for the log; empty: the error says nothing to an operator.
+    """
+
+    fault: Fault = "statement"
+    drops: bool = False
+    passes: bool = False
+    unavailable: bool = True
+    cure: str = ""
+
+
+_REFUSED: Final = Meaning(unavailable=False)
+_GRANT: Final = "run: s2s db status, which names the privileges that are missing"
+_LOCKED: Final = "the view pg_locks shows the session that holds the lock"
+
+#: By prefix. An empty prefix matches every code.
+MEANINGS: Final[dict[str, Meaning]] = {
+    "": _REFUSED,
+    "08": Meaning("connection", drops=True, passes=True),
+    # "cached plan must not change result type": a new connection plans anew.
+    "0A000": Meaning(drops=True),
+    "25006": Meaning("database", drops=True, passes=True, cure="connect to the primary, or end its read-only mode"),
+    "25P03": Meaning("connection", drops=True, passes=True),
+    "25P04": Meaning("connection", drops=True, passes=True),
+    # A prepared statement is missing: a pooler or another program uses this session, too.
+    "26": Meaning(drops=True, passes=True, cure="connect to PostgreSQL itself, or to a pooler in session mode"),
+    "28": Meaning("database", drops=True, passes=True, cure="see the user and the password of the database URL"),
+    "3D": Meaning("database", drops=True, passes=True, cure="see the database of the database URL"),
+    "3F": Meaning(cure="run: s2s db status"),
+    "40": Meaning(passes=True),
+    "42501": Meaning(cure=_GRANT),
+    # A table, a column or a function of ours is missing.
+    **dict.fromkeys(("42P01", "42703", "42883"), Meaning(cure="run: s2s db status")),
+    "53": Meaning(passes=True, cure="see the memory and the limits of the database"),
+    "53100": Meaning("database", passes=True, cure="free some space on the disk of the database"),
+    "53300": Meaning("database", drops=True, passes=True, cure="raise max_connections, or stop another client"),
+    "55P03": Meaning(passes=True, cure=_LOCKED),
+    "57": Meaning("connection", drops=True, passes=True),
+    # A statement timeout, or a cancellation by an operator.
+    "57014": Meaning(passes=True, cure=_LOCKED),
+    "58": Meaning("database", drops=True, passes=True, cure="see the log of the database"),
+    "XX": Meaning(unavailable=False, cure="see the log of the database"),
+    "XX001": Meaning("database", cure="restore the damaged table from a backup"),
+    "XX002": Meaning("database", cure="rebuild the damaged index with REINDEX"),
+}
+_LONGEST_CODE: Final = 5
+
+
+def meaning(code: str) -> Meaning:
+    """Return the meaning of a SQLSTATE."""
+    return next(MEANINGS[code[:length]] for length in range(_LONGEST_CODE, -1, -1) if code[:length] in MEANINGS)
+
+
+def of(error: BaseException) -> Meaning:
+    """Return the meaning of an exception; one without a SQLSTATE is its statement's fault."""
+    return meaning((error.pgcode or "") if isinstance(error, psycopg2.Error) else "")

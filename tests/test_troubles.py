@@ -1,0 +1,85 @@
+"""Errors of the database, and what an operator reads of them: :mod:`s2s.store.troubles`, :mod:`s2s.store.sqlstate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from psycopg2 import errorcodes
+from twisted.internet.task import Clock
+from twisted.logger import capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.store import sqlstate
+from s2s.store.troubles import MOST_STATES, TELL_S, Troubles
+
+
+class TroublesTests(SynchronousTestCase):
+    """With the clock of the test."""
+
+    def setUp(self) -> None:
+        """Make it."""
+        self.time = Clock()
+        self.troubles = Troubles(self.time)
+
+    def lines(self, seconds: float, *states: str) -> list[str]:
+        """Note errors, let time pass, and return the lines that were logged."""
+        with capturedLogs() as told:
+            for state in states:
+                self.troubles.note(state, "no space")
+            self.time.advance(seconds)
+        return [event["log_format"].format(**event) for event in told]
+
+    def test_first(self) -> None:
+        """The first error is told at once, in the server's words, with the SQLSTATE and a cure."""
+        [line] = self.lines(0, "53100")
+        self.assertIn("no space (SQLSTATE 53100): free some space", line)
+
+    def test_many(self) -> None:
+        """However often it comes, it takes a line a minute; each SQLSTATE has its own."""
+        self.assertEqual(len(self.lines(TELL_S - 1, *["53100"] * 1000, *["25006"] * 10)), 2)
+        told = self.lines(1)
+        self.assertEqual(len(told), 2)
+        self.assertIn("53100 came 999 times", told[0])
+
+    def test_over(self) -> None:
+        """A minute without it is told, and ends it; then it is new."""
+        self.lines(0, "53100")
+        self.assertIn("not come again", self.lines(TELL_S)[0])
+        self.assertEqual(self.time.getDelayedCalls(), [])
+        self.assertIn("no space", self.lines(0, "53100")[0])
+
+    def test_bound(self) -> None:
+        """Beyond the bound all SQLSTATEs share a line."""
+        states = [f"X{number:04}" for number in range(MOST_STATES + 10)]
+        self.assertEqual(len(self.lines(0, *states)), MOST_STATES + 1)
+        self.assertEqual(self.troubles.counts["other"], 10)
+
+    def test_stop(self) -> None:
+        """It leaves no timer behind."""
+        self.lines(0, "53100", "25006")
+        self.troubles.stop()
+        self.assertEqual(self.time.getDelayedCalls(), [])
+
+
+class MeaningTests(SynchronousTestCase):
+    """The table of SQLSTATEs."""
+
+    def test_longest_prefix(self) -> None:
+        """The longest prefix decides, and every code that PostgreSQL has is decided."""
+        self.assertEqual(sqlstate.meaning("53100").fault, "database")
+        self.assertEqual(sqlstate.meaning("53200").fault, "statement")
+        self.assertTrue(sqlstate.meaning("57P01").drops)
+        self.assertFalse(sqlstate.meaning("57014").drops)
+        for code in {value for name, value in vars(errorcodes).items() if name.isupper() and len(value) == 5}:
+            self.assertIsNotNone(sqlstate.meaning(code))
+
+    def test_data(self) -> None:
+        """An error of the data alone is answered for its own row, and says nothing to an operator."""
+        for code in ("22P02", "23505", "23503", "P0001", ""):
+            self.assertEqual((sqlstate.meaning(code).unavailable, sqlstate.meaning(code).cure), (False, ""), code)
+
+    def test_the_document(self) -> None:
+        """Every row of the table stands in the page of faults."""
+        page = Path(__file__).parents[1].joinpath("docs", "faults.rst").read_text("utf-8")
+        missing = [prefix for prefix in sqlstate.MEANINGS if prefix and f"``{prefix}``" not in page]
+        self.assertEqual(missing, [])
