@@ -11,7 +11,7 @@ from pathlib import Path
 from s2s import embedded
 from s2s.errors import DatabaseError, OperatorError
 from s2s.signing import Role
-from s2s.store import config, keys, migrations
+from s2s.store import config, keys, migrations, privileges
 from s2s.store.config import Snapshot
 from s2s.store.keys import KeyRow, make_keyring
 from s2s.store.pool import blocking
@@ -81,6 +81,7 @@ def check(url: str, role: Role) -> Found:
     try:
         with blocking(url) as txn:
             migrations.check(txn)
+            privileges.check(txn)
             table, snapshot = keys.read(txn), config.read(txn)
     except DatabaseError as error:
         raise OperatorError(f"the database cannot be used: {error}: see --database and {DATABASE_VARIABLE}") from None

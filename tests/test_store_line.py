@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import closing
 from typing import Any
 from unittest import mock
 
+import psycopg2
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.logger import LogEvent, globalLogPublisher
 
@@ -287,3 +289,38 @@ class OutageTests(DatabaseTestCase):
         finally:
             self.cluster.thaw()
         self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
+
+    async def test_a_commit_that_hangs(self) -> None:
+        """While COMMITs wait for a standby that is away, no more than the stated number of sessions is ever opened."""
+        with blocking(self.cluster.url) as txn:
+            txn.execute("create table made (n integer)")
+        self.configure("'nobody'")
+        try:
+            with mock.patch.object(line, "BEYOND_S", 0.0):
+                for _ in range(line.MOST_GIVEN_UP + 3):
+                    asked: Deferred[Any] = self.database.run_steps(_ask, "insert into made values (1) returning n")
+                    await self.assertFailure(asked, DatabaseUnavailable)
+            self.assertEqual(len(self.sessions()), line.MOST_GIVEN_UP)
+            self.assertIn("have not ended", str(await self.assertFailure(self.asked(), DatabaseUnavailable)))
+        finally:
+            self.configure("''")
+        await poll(lambda: not self.database._line._given_up, "the end of those sessions")
+        self.assertEqual(await self.asked(), [(1,)])
+
+    def asked(self) -> Deferred[Any]:
+        """Ask something."""
+        return self.database.run_steps(_ask, "select 1")
+
+    def sessions(self) -> list[Any]:
+        """Return the sessions that wait for the standby."""
+        with blocking(self.cluster.url, "look") as txn:
+            txn.execute("select pid from pg_stat_activity where application_name = 's2s' and wait_event = 'SyncRep'")
+            return txn.fetchall()
+
+    def configure(self, names: str) -> None:
+        """Name the standbys that a COMMIT waits for."""
+        conn = psycopg2.connect(self.cluster.url)
+        conn.autocommit = True
+        with closing(conn), conn.cursor() as txn:
+            txn.execute(f"alter system set synchronous_standby_names = {names}")
+            txn.execute("select pg_reload_conf()")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction
-from s2s.store import migrations
+from s2s.store import migrations, privileges
 
 
 @click.group()
@@ -33,9 +33,12 @@ def migrate(database: str | None, state_dir: Path) -> None:
 @json_option
 @one_line_errors
 def status(database: str | None, state_dir: Path, as_json: bool) -> None:
-    """List the migrations; exit 1 if one is missing."""
+    """List the migrations, and the privileges that the user lacks; exit 1 if anything is missing."""
     with transaction(database, state_dir, is_checked=False) as txn:
         found = migrations.status(txn)
+        grants = privileges.missing(txn)
     show(found, ("version", "name", "applied_at"), as_json, "this release has no migrations")
-    if any(each.applied_at is None for each in found):
+    for grant in grants:
+        click.echo(f"a privilege is missing, run as the owner of the tables: {grant}", err=True)
+    if grants or any(each.applied_at is None for each in found):
         raise SystemExit(1)

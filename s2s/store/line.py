@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 import psycopg2
 from psycopg2.extensions import POLL_OK, POLL_WRITE
 from twisted.internet import threads
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IReadWriteDescriptor
+from twisted.internet.interfaces import IReadDescriptor, IReadWriteDescriptor
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -28,6 +29,9 @@ from s2s.store.driver import Prepared, Query, Steps
 
 T = TypeVar("T")
 
+#: Sessions whose statement was given up and has not ended. The database does not notice that a client has left while it
+#: hangs in a COMMIT, so that each of them stays one of its sessions; with more of them no further one is opened.
+MOST_GIVEN_UP: Final = 2
 #: Seconds that connecting may take; and that a statement may take beyond those that the database gives it.
 CONNECT_S: Final = 5.0
 BEYOND_S: Final = 2.0
@@ -75,6 +79,7 @@ class Line:
         self._timer: Any = None
         self._deadline = 0.0
         self._until_idle: list[Deferred[None]] = []
+        self._given_up: set[_GivenUp] = set()
         #: Why everything is given up, once it is.
         self._cancelled = ""
 
@@ -121,7 +126,12 @@ class Line:
 
         :returns: fires when it is closed.
         """
-        return self._idle().addCallback(lambda _: self._drop())
+        return self._idle().addCallback(lambda _: self._close())
+
+    def _close(self) -> None:
+        self._drop()
+        for each in list(self._given_up):
+            each.end()
 
     def cancel(self, why: str) -> Deferred[None]:
         """Give up what is under way: whether it was done nobody knows.
@@ -146,6 +156,9 @@ class Line:
         try:
             if self._cancelled:
                 self._end(Failure(DatabaseUnavailable(self._cancelled)))
+            elif conn is None and len(self._given_up) >= MOST_GIVEN_UP:
+                why = f"{MOST_GIVEN_UP} sessions have not ended whose statements got no answer"
+                self._end(Failure(DatabaseUnavailable(why)))
             elif conn is None:
                 self._connect().addCallbacks(lambda _: self._send(query), self._end)
             elif not isinstance(statement, Prepared):
@@ -278,13 +291,21 @@ class Line:
             self._watch()
         elif self._asks is not None:
             self._on_late()
-            self._lost("the database does not answer")
+            self._give_up()
+            self._answer(Failure(DatabaseUnavailable("the database does not answer")))
+
+    def _give_up(self) -> None:
+        """Leave the connection to itself until its statement has ended."""
+        conn = self._conn
+        self._drop(is_closed=False)
+        if conn is not None:
+            _GivenUp(conn, self._reactor, self._given_up).start()
 
     def _lost(self, why: str) -> None:
         self._drop()
         self._answer(Failure(DatabaseUnavailable(why)))
 
-    def _drop(self) -> None:
+    def _drop(self, is_closed: bool = True) -> None:
         cancel(self._timer)
         self._timer = None
         conn, fileno = self._conn, self._fileno
@@ -295,7 +316,8 @@ class Line:
             self._fileno = -1
             self._is_writing = False
             os.close(fileno)
-            conn.close()
+            if is_closed:
+                conn.close()
 
     # --- the reactor's -------------------------------------------------------------------------------------------
 
@@ -318,6 +340,53 @@ class Line:
     def logPrefix(self) -> str:
         """Name us in the reactor's own messages."""
         return "Line"
+
+
+@implementer(IReadDescriptor)
+class _GivenUp:
+    """A connection whose statement was given up, until it ends.
+
+    :param others: the set of those that have not ended, to which this one belongs from its start to its end.
+    """
+
+    def __init__(self, conn: PlanningConnection, reactor: Any, others: set[_GivenUp]) -> None:
+        self._conn = conn
+        self._reactor = reactor
+        self._others = others
+        # libpq closes its own when it finds the connection broken, under the hands of the reactor: a copy.
+        self._fileno = os.dup(conn.fileno())
+
+    def start(self) -> None:
+        """Wait for the end."""
+        self._others.add(self)
+        self._reactor.addReader(self)
+
+    def end(self) -> None:
+        """Close it."""
+        self._others.discard(self)
+        self._reactor.removeReader(self)
+        os.close(self._fileno)
+        self._fileno = -1
+        self._conn.close()
+
+    def doRead(self) -> None:
+        """Take in what the database says: its statement has ended, or the connection has."""
+        with suppress(psycopg2.Error):
+            if self._conn.poll() != POLL_OK:
+                return
+        self.end()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The reactor found the descriptor gone."""
+        self.end()
+
+    def fileno(self) -> int:
+        """The reactor's own descriptor of the connection's socket."""
+        return self._fileno
+
+    def logPrefix(self) -> str:
+        """Name us in the reactor's own messages."""
+        return "Line, given up"
 
 
 def _told(failure: Failure) -> Failure:
