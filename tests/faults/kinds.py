@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import socket
@@ -22,7 +23,7 @@ from psycopg2 import sql
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.threads import deferToThread
 
-from tests.faults import inside
+from tests.faults import inside, odd
 from tests.faults.stage import DEAD_PEER_S, Stage, comes, pause
 from tests.support.peer import CHECK, framed
 from tests.support.postgres import Session
@@ -73,7 +74,7 @@ class Attack:
 #: it is, at most. A migration makes several files and declares the settings once.
 _STEP_S: Final = 15.0
 _COMINGS: Final = 3
-_MIGRATED: Final = {"migrate.file": 6, "migrate.settings": 1}
+_MIGRATED: Final = {"migrate.file": 7, "migrate.settings": 1}
 
 
 async def _at(stage: Stage, step: str, fault: Fault) -> None:
@@ -206,6 +207,28 @@ async def _read_only(stage: Stage) -> None:
     await deferToThread(stage.execute, leave)
 
 
+async def _read_only_by_itself(stage: Stage) -> None:
+    """Sessions that begin meanwhile are read-only from their start, and nobody ends them afterwards."""
+    alter = "alter database postgres set default_transaction_read_only = {}"
+    await deferToThread(stage.execute, alter.format("on"))
+    await deferToThread(
+        stage.execute, "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 's2s%'"
+    )
+    await pause(3)
+    await deferToThread(stage.execute, alter.format("off"))
+
+
+async def _snapshot_held(stage: Stage) -> None:
+    """A transaction keeps its snapshot while others work: no row that is finished can be removed meanwhile."""
+
+    def hold() -> None:
+        with closing(psycopg2.connect(stage.url)) as conn, conn, conn.cursor() as txn:
+            txn.execute("set transaction isolation level repeatable read; select count(*) from commands")
+            txn.execute("select pg_sleep(10)")
+
+    await deferToThread(hold)
+
+
 _FULL: Final = ("commands", "outbox", "orders", "notices")
 
 
@@ -221,6 +244,8 @@ async def _disk_full(stage: Stage) -> None:
     for table in _FULL:
         await deferToThread(stage.execute, trigger.format(table))
     await pause(3)
+    if stage.server.is_running and not stage.server.is_frozen and "SQLSTATE 53100" not in stage.server.whole_log:
+        stage.surprise("server", AssertionError("the log does not tell of the full disk"))
     for table in _FULL:
         await deferToThread(stage.execute, f"drop trigger disk_full on {table}")
 
@@ -388,6 +413,26 @@ def _outcome(answer: bytes) -> dict[str, Any]:
     return {"code": payload.get("code", "ok"), "duplicate": payload.get("duplicate", False)}
 
 
+# --- handlers -------------------------------------------------------------------------------------------------------
+
+
+async def _odd_handlers(stage: Stage, cmd_type: str) -> None:
+    """Commands come whose handlers misbehave; each is to take effect once all the same."""
+    keys = [f"{cmd_type}-{stage.dice.randrange(10**9)}-{number}" for number in range(3)]
+    await deferToThread(stage.emit, cmd_type, *keys[: 1 if cmd_type == odd.Hanging.cmd_type else 3])
+
+
+async def _hangup(stage: Stage) -> None:
+    """A hangup ends nothing."""
+    for name in ("server", "engine"):
+        role = stage.role(name)
+        pid = role.pid
+        os.kill(pid, signal.SIGHUP)
+        await pause(0.5)
+        if role.pid == pid and not role.is_running:
+            stage.surprise(name, AssertionError("SIGHUP has ended it"))
+
+
 # --- clocks and load ------------------------------------------------------------------------------------------------
 
 
@@ -429,7 +474,12 @@ FAULTS: Final = (
     Fault("no database", partial(_database_gone, seconds=5.0)),
     Fault("no database for 30 s", partial(_database_gone, seconds=30.0), is_long=True),
     Fault("read-only database", _read_only),
+    Fault("read-only database left to itself", _read_only_by_itself),
     Fault("full disk", _disk_full),
+    Fault("snapshot held", _snapshot_held, is_long=True),
+    Fault("hanging handler", partial(_odd_handlers, cmd_type=odd.Hanging.cmd_type), is_long=True),
+    Fault("dirty handler", partial(_odd_handlers, cmd_type=odd.Dirty.cmd_type)),
+    Fault("SIGHUP", _hangup),
     Fault("pools taken", _pool_taken),
     Fault("cut link", _cut),
     Fault("half-open link", _half_open),

@@ -22,7 +22,7 @@ from twisted.internet.threads import deferToThread
 
 from s2s.store import seed, tokens
 from s2s.store.pool import blocking
-from tests.faults import inside, mark
+from tests.faults import inside, mark, odd
 from tests.faults.history import History
 from tests.faults.judge import CMD_TYPE, Command, Facts, Order
 from tests.faults.pusher import Pusher
@@ -41,7 +41,8 @@ WHOLE_S: Final = 30.0
 SETTLED_S: Final = 110.0
 #: What a process may hold beyond its beginning: pools grow when they are needed, and an allocator gives little back.
 MORE_BYTES: Final = 16 << 20
-MORE_THREADS: Final = 1
+#: A thread that takes the place of a stuck handler's stays.
+MORE_THREADS: Final = 2
 MORE_DESCRIPTORS: Final = 4
 SECTORS: Final = 50
 _CHANGES: Final = """
@@ -73,6 +74,9 @@ class Stage:
         plugins = self.directory / "s2s" / "plugins"
         plugins.mkdir(parents=True)
         (plugins / "faults_mark.py").write_text("from tests.faults.mark import mark as mark\n")
+        (plugins / "faults_odd.py").write_text(
+            "from tests.faults.odd import dirty as dirty\nfrom tests.faults.odd import hanging as hanging\n"
+        )
         http = free_port()
         self.api = f"http://127.0.0.1:{http}"
         self.server = Server(self.directory, self.url, http=listen(http))
@@ -111,6 +115,7 @@ class Stage:
             seed.make_world(txn, SECTORS, 500, seed_)
             txn.execute(mark.TABLE)
             txn.execute(_CHANGES)
+            txn.execute("create role faults_role")
 
     def connect(self, name: str) -> Peer:
         """Connect a peer of ours to the server itself."""
@@ -130,7 +135,8 @@ class Stage:
         self.second = Engine(self.directory, self.url, self.proxy.port, name="engine-2")
         twistd = [sys.executable, "-m", "tests.faults.inside"]
         for name in self._names:
-            self.role(name).launch_by(twistd, **inside.variables(self.grips[name], self.directory, self._breaks))
+            variables = inside.variables(self.grips[name], self.directory, self._breaks)
+            self.role(name).launch_by(twistd, **variables, S2S_HANDLER_TIMEOUT=str(odd.TIMEOUT_S))
             await self.role(name).start()
         for client in (*self.pushers, self.typist):
             client.start()
@@ -183,6 +189,13 @@ class Stage:
     def surprise(self, name: str, error: Exception) -> None:
         """Take note of what should not be."""
         self.surprises.append(f"{name}: {error}"[:3000])
+
+    def emit(self, cmd_type: str, *keys: str) -> None:
+        """Emit commands whose effect is a notice with the text of their key. Blocks."""
+        number = self.history.invoke("campaign", "emit", keys=list(keys))
+        insert = "insert into outbox (cmd_type, idem_key, payload) select %s, key, '{}' from unnest(%s) key"
+        self.execute(insert, cmd_type, list(keys))
+        self.history.end(number, "campaign", "emit", "ok")
 
     def execute(self, statement: str, *params: Any) -> list[tuple[Any, ...]]:
         """Run a statement on a connection of its own. Blocks."""

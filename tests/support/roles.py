@@ -108,6 +108,17 @@ class Role:
         whole = "".join(file.read_text() for file in (*files, self._log) if file.exists())
         return whole[self._log_from :]
 
+    @property
+    def whole_log(self) -> str:
+        """Everything that it has ever logged, and that is still there."""
+        files = self._log.parent.glob(f"{self._log.name}*")
+        return "".join(file.read_text() for file in files)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it stands still."""
+        return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+
     def turn_page(self) -> None:
         """Let the log begin here."""
         self._log_from += len(self.log)
