@@ -148,6 +148,12 @@ class CleanTests(DatabaseTestCase):
         pids = {(await self.handlers.run(_ask, "select pg_backend_pid()"))[0][0] for _ in range(5)}
         self.assertEqual(len(pids), 1)
 
+    async def test_a_cursor_that_is_kept(self) -> None:
+        """The cursor of a call is closed with it: what the code has kept of it does nothing any more."""
+        kept: list[Cursor] = []
+        await self.call(kept.append)
+        self.assertRaises(psycopg2.InterfaceError, kept[0].execute, "select 1")
+
     async def test_a_read_only_transaction(self) -> None:
         """Code that makes its transaction read-only fails alone; what was done before it in the transaction stays."""
 

@@ -266,13 +266,16 @@ class HandlerPool(Database):
         task, conn = cast("Task", self._local.task), cast("PlanningConnection", txn.connection)
         with savepoint(txn):
             task.enter(name, subject)
+            # Closed afterwards, so that nothing that the code has kept or started uses it any more.
+            cursor = plain(txn)
             try:
-                yield plain(txn)
+                yield cursor
             except BaseException:
                 if task.is_late:
                     raise self._too_late() from None
                 raise
             finally:
+                cursor.close()
                 task.leave()
             if task.is_late:
                 raise self._too_late()
