@@ -1,11 +1,14 @@
 """The only JSON in and out: strict parsing and canonical writing (docs/protocol.rst, "Canonical JSON").
 
-Each direction has an exact path, which says what is wrong, and a fast one beside it for what is plainly right. The fast
-path may give up on a good value, never pass a bad one; ``tests/test_canonical.py`` holds the two together.
+Each direction has an exact path, which says what is wrong, and a fast one beside it. Of a frame both say the same, but
+for the rule that is named where several are broken. The fast writer may give up on a good value, never pass a bad one;
+``tests/test_canonical.py`` holds the paths together.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -21,6 +24,9 @@ from s2s.errors import BadJson, CanonicalError
 MAX_DEPTH: Final = 32
 #: The largest integer that every JSON implementation keeps exact (RFC 8259, section 6).
 MAX_INTEGER: Final = 2**53 - 1
+#: The longest frame, in bytes, in which the first broken rule is looked for by :func:`parse_exactly`: that takes up to
+#: 1 ms for so many bytes, and the sender need not have a key.
+EXPLAINED_BYTES: Final = 1024
 #: The rules by the name that ``details.rule`` of ``bad_json`` carries, each with its fixed text.
 RULES: Final[Mapping[str, str]] = {
     "utf8": "the frame is not valid UTF-8",
@@ -60,13 +66,78 @@ def _refuse(rule: str) -> NoReturn:
 
 
 def parse(frame: bytes) -> dict[str, Any]:
-    """Parse one frame.
+    """Parse one frame, in whatever way it is written.
 
     :param frame: the frame's body.
     :raises BadJson: naming the rule broken (protocol, "Canonical JSON").
     """
-    value = parse_plainly(frame)
-    return parse_exactly(frame) if value is None else value
+    return parse_and_write(frame)[0]
+
+
+def parse_and_write(frame: bytes) -> tuple[dict[str, Any], bytes]:
+    """Parse one frame and write its canonical form, both at the speed of the C libraries.
+
+    A sender without a key decides what a frame holds, so Python code never walks the values of a long one.
+
+    :raises BadJson: naming the rule broken.
+    """
+    try:
+        return _parse_and_write(frame)
+    except BadJson:
+        if len(frame) > EXPLAINED_BYTES:
+            raise
+    value = parse_exactly(frame)
+    return value, rewrite(value)
+
+
+def _parse_and_write(frame: bytes) -> tuple[dict[str, Any], bytes]:
+    # Where several rules are broken, the one named need not be the one that parse_exactly() names.
+    try:
+        value = _without_floats(frame)
+        nested = orjson.dumps(_nested(value, _SPARE_LEVELS), option=_STRICT)
+    except UnicodeDecodeError:
+        _refuse("utf8")
+    except RecursionError:
+        _refuse("depth")
+    except msgspec.ValidationError:  # an integer of thousands of digits
+        _refuse("integer_range")
+    except msgspec.DecodeError:
+        _refuse(_rule_of_unreadable(frame))
+    except orjson.JSONEncodeError as error:
+        _refuse("integer_range" if "Integer" in str(error) else "depth")
+    if type(value) is not dict:
+        _refuse("not_object")
+    written = nested[_SPARE_LEVELS:-_SPARE_LEVELS]
+    if written == frame and not _may_hold_nul(frame):
+        return value, written
+    strings, signs, nuls = _tally(frame)
+    # The parser keeps the last of equal names and takes -0 for 0: then the canonical form has fewer strings or signs.
+    strings_kept, signs_kept, _ = _tally(written)
+    if strings != strings_kept:
+        _refuse("duplicate_member")
+    if signs != signs_kept:
+        _refuse("negative_zero")
+    if nuls:
+        _refuse("nul")
+    return value, written
+
+
+def _rule_of_unreadable(frame: bytes) -> str:
+    try:
+        frame.decode("utf-8")
+    except UnicodeDecodeError:
+        return "utf8"
+    return "bom" if frame.startswith(codecs.BOM_UTF8) else "syntax"
+
+
+def _tally(text: bytes) -> tuple[int, int, int]:
+    """Count the quotes that delimit strings, the minus signs and the NULs of valid JSON."""
+    if _BACKSLASH not in text or not (b'\\"' in text or b"\\u00" in text):
+        return text.count(b'"'), text.count(b"-"), 0
+    # Without the escaped backslashes, a backslash always begins an escape.
+    text = text.replace(b"\\\\", b"")
+    signs = text.count(b"-") + text.count(b"\\u002d") + text.count(b"\\u002D")
+    return text.count(b'"') - text.count(b'\\"'), signs, text.count(b"\\u0000")
 
 
 def parse_plainly(text: bytes, depth: int = 1) -> dict[str, Any] | None:
@@ -146,6 +217,25 @@ def _integer(token: str) -> int:
 def _float(_token: str) -> NoReturn:
     _refuse("float")
 
+
+def _nested(value: Any, levels: int) -> Any:
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def _levels_written() -> int:
+    """Return how many levels orjson writes before it refuses: it has a fixed limit, which no option sets."""
+    levels = MAX_DEPTH
+    with contextlib.suppress(orjson.JSONEncodeError):
+        while levels < 2048:
+            orjson.dumps(_nested(0, levels + 1))
+            levels += 1
+    return levels
+
+
+#: Levels around a value with which orjson refuses exactly the values deeper than :data:`MAX_DEPTH`.
+_SPARE_LEVELS: Final = _levels_written() - MAX_DEPTH
 
 _without_floats: Final = msgspec.json.Decoder(float_hook=_float).decode
 

@@ -53,41 +53,57 @@ class Sealed(msgspec.Struct, frozen=True):
     """A frame whose MAC is still to be checked.
 
     :param signed: the bytes that the signature covers: the canonical envelope without ``auth.sig``.
-    :param envelope: what it says, where that was seen on the way; else it is to be read from the ``members``.
     """
 
     key_id: str
     sig: str
     signed: bytes
-    envelope: Envelope | None = None
-    members: dict[str, Any] = {}
 
 
-def unseal_plainly(frame: bytes) -> Sealed | None:
+class PlainlySealed(Sealed, frozen=True):
+    """A frame that looks canonical around its payload, which is not parsed yet: without a MAC it is not worth it.
+
+    :param signed: as of :class:`Sealed`, if the payload is canonical too.
+    """
+
+    match: re.Match[bytes]
+
+    def read(self) -> Envelope | None:
+        """Read the envelope.
+
+        :returns: ``None`` if the payload is not canonical: then ``signed`` is not what the signature must cover.
+        """
+        _, ack_of, _, _, _, dst, message_id, body, src, ts, type = self.match.groups()
+        payload = canonical.parse_plainly(body, PAYLOAD_DEPTH)
+        if payload is None:
+            return None
+        return Envelope(
+            message_id.decode(),
+            int(ts),
+            src.decode(),
+            dst.decode(),
+            type.decode(),
+            payload,
+            None if ack_of is None else ack_of.decode(),
+        )
+
+
+def unseal_plainly(frame: bytes) -> PlainlySealed | None:
     """Take a frame apart that is written in its canonical form and has the members of an envelope and no others.
 
     :returns: ``None`` for any other: parsed, it is for :func:`unseal_exactly` and :func:`read`.
     """
     match = _CANONICAL.fullmatch(frame)
-    payload = None if match is None else canonical.parse_plainly(match[8], PAYLOAD_DEPTH)
-    if match is None or payload is None:
+    if match is None:
         return None
-    head, ack_of, key_id, sig, rest, dst, message_id, _, src, ts, type = match.groups()
-    envelope = Envelope(
-        message_id.decode(),
-        int(ts),
-        src.decode(),
-        dst.decode(),
-        type.decode(),
-        payload,
-        None if ack_of is None else ack_of.decode(),
-    )
-    return Sealed(key_id.decode(), sig.decode(), head + rest, envelope)
+    head, key_id, sig, rest = match.group(1, 3, 4, 5)
+    return PlainlySealed(key_id.decode(), sig.decode(), head + rest, match)
 
 
-def unseal_exactly(members: dict[str, Any]) -> Sealed:
+def unseal_exactly(members: dict[str, Any], written: bytes) -> Sealed:
     """Take a parsed frame apart, whatever it looked like.
 
+    :param written: its canonical form.
     :raises AuthRequired: there is no ``auth``.
     :raises AuthBad: it is malformed.
     """
@@ -100,7 +116,10 @@ def unseal_exactly(members: dict[str, Any]) -> Sealed:
     if type(key_id) is not str or type(sig) is not str or not KEY_ID.fullmatch(key_id) or not SIGNATURE.fullmatch(sig):
         raise AuthBad()
     unsigned = {name: value for name, value in auth.items() if name != "sig"}
-    return Sealed(key_id, sig, canonical.dumps_exactly({**members, "auth": unsigned}), members=members)
+    before = canonical.rewrite({name: value for name, value in members.items() if name < "auth"})
+    start = len(before) + len('"auth":') + (before != b"{}") - 1
+    end = start + len(canonical.rewrite(auth))
+    return Sealed(key_id, sig, written[:start] + canonical.rewrite(unsigned) + written[end:])
 
 
 def read(members: dict[str, Any]) -> Envelope:

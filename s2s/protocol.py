@@ -219,8 +219,8 @@ class Link(Int32StringReceiver):
 
     # --- what comes in ----------------------------------------------------------------------------------------------
 
-    def _judge(self, frame: bytes, is_last_try: bool = False) -> None:
-        outcome = self._dispatcher.receive(frame, self.session, is_last_try)
+    def _judge(self, frame: bytes, unknown: UnknownKey | None = None) -> None:
+        outcome = self._dispatcher.receive(frame, self.session, unknown)
         match outcome:
             case Request():
                 self._answers.serve(outcome)
@@ -236,15 +236,15 @@ class Link(Int32StringReceiver):
                 reading = (
                     self._keys.refresh()
                     .addTimeout(_KEYS_S, self._clock.scheduler)
-                    .addBoth(lambda _: self._judge_again(frame))
+                    .addBoth(lambda _: self._judge_again(frame, outcome))
                 )
                 reading.addErrback(self._stumbled)
             case UnsignedError():
                 self._unsigned_error(outcome)
 
-    def _judge_again(self, frame: bytes) -> None:
+    def _judge_again(self, frame: bytes, unknown: UnknownKey) -> None:
         if self.session.is_open:
-            self._judge(frame, is_last_try=True)
+            self._judge(frame, unknown)
             self._reader.go_on("keys")
 
     def _stumbled(self, failure: Failure) -> None:

@@ -20,6 +20,7 @@ from s2s.replay import ReplayCache
 from s2s.session import Session
 from s2s.signing import Key, Keyring, Secret
 from s2s.window import Call
+from tests.support import hostile
 
 _NOW = 1_737_990_000
 _KEY = Key("k1", Secret(bytes(range(32))), "any", 0.0)
@@ -139,6 +140,32 @@ class DispatcherTests(SynchronousTestCase):
         self.assertFalse(self.session.has_been_heard)
         self.assertIsInstance(self.receive(frame), Request)
 
+    def test_no_value_is_walked_before_the_mac(self) -> None:
+        """Of a frame whose MAC does not hold, Python code makes a few steps, in any spelling and whatever it holds."""
+        for frame in hostile.frames(65536):
+            with self.subTest(frame=frame[:80], size=len(frame)):
+                self.assertLess(hostile.steps(self.receive, frame), hostile.MOST_STEPS)
+
+    def test_the_payload_is_parsed_after_the_mac(self) -> None:
+        """A canonical frame is parsed once, after its MAC: the key's holder pays for what it says."""
+        parsed: list[bytes] = []
+        parse = canonical.parse_plainly
+        self.patch(canonical, "parse_plainly", lambda *args: parsed.append(args[0]) or parse(*args))
+        self.patch(canonical, "parse_and_write", None)
+        frame = _signed(_members())
+        self.assertIsInstance(self.receive(frame), Request)
+        self.assertEqual(len(parsed), 1)
+
+    def test_the_mac_covers_the_canonical_form(self) -> None:
+        """A payload signed as it is written, and not in its canonical form, does not verify."""
+        for payload in (b'{"a":1.5}', b'{"b":1,"a":1}', b'{"a":-0}', b'{"a":1,"a":1}', b'{"a":"\\u0000"}', b'{"a": 1}'):
+            head = b'{"auth":{"key_id":"k1"'
+            rest = b'},"dst":"server","id":"i1","payload":%b,"src":"engine","ts":%d,"type":"t","v":1}' % (payload, _NOW)
+            frame = b'%b,"sig":"%b"%b' % (head, _KEY.sign(head + rest).encode(), rest)
+            with self.subTest(payload=payload):
+                self.assertIn(self.refusal(frame)[0], ("bad_json", "auth_bad"))
+        self.assertFalse(self.session.has_been_heard)
+
     def test_every_bit_counts(self) -> None:
         """A frame with any one bit flipped does not pass."""
         frame = _signed(_members())
@@ -156,10 +183,21 @@ class DispatcherTests(SynchronousTestCase):
     def test_an_unknown_key_is_asked_for_once(self) -> None:
         """An unknown key_id is to be read again first, then it is auth_bad; it becomes good when it was read."""
         frame = _signed(_members(), _STRANGER)
-        self.assertIsInstance(self.receive(frame), UnknownKey)
-        self.assertEqual(self.refusal(frame, is_last_try=True), ("auth_bad", None, None, True))
+        unknown = self.receive(frame)
+        self.assertIsInstance(unknown, UnknownKey)
+        self.assertEqual(self.refusal(frame, unknown=unknown), ("auth_bad", None, None, True))
         self.keys.keyring = Keyring([_STRANGER])
-        self.assertIsInstance(self.receive(frame, is_last_try=True), Request)
+        self.assertIsInstance(self.receive(frame, unknown=unknown), Request)
+
+    def test_an_unknown_key_is_parsed_once(self) -> None:
+        """The second look at a frame of a key that stays unknown costs its MAC and no parsing, and keeps no objects."""
+        frame = json.dumps(json.loads(_signed(_members(), _STRANGER))).encode()
+        unknown = self.receive(frame)
+        self.assertEqual(
+            {type(getattr(unknown.sealed, name)) for name in unknown.sealed.__struct_fields__}, {str, bytes}
+        )
+        self.patch(canonical, "parse_and_write", None)
+        self.assertEqual(self.refusal(frame, unknown=unknown)[0], "auth_bad")
 
     def test_after_the_mac(self) -> None:
         """What fails after its MAC holds names the member and the request, and the peer was heard."""

@@ -1,0 +1,89 @@
+"""Frames that a stranger without a key may send: as large as the limit, and as dear to judge as they can be made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+_HEAD = b'{"auth":{"key_id":"k1","sig":"' + b"0" * 64 + b'"},"dst":"server","id":"i1","payload":'
+_TAIL = b',"src":"engine","ts":5,"type":"s2s.command.push","v":1}'
+#: Items of a payload's list: each is dear to parse, to write or to count in its own way.
+_ITEMS = (
+    b"[]", b"{}", b'{"a":1}', b'{"a":{}}', b"1", b"12345", b"null", b'""', b'"ab"', '"\u00e9"'.encode(), b'"\\n"',
+    b'"\\""', b'"\\\\"', b'"\\u00e9"', b'"\\ud83d\\ude00"', '"\U0001f600"'.encode(), b'"-0"', b'"\\u002d"', b'"1.5"',
+    b'"\\u0000x"', b'"\\\\u0000"', b'"NaN"', b"[" * 28 + b"]" * 28, b'{"":' * 28 + b"1" + b"}" * 28, b" \n1\t",
+)  # fmt: skip
+#: What breaks a rule at the end of all that, where the parser finds it last.
+_BREACHES = (
+    b"1.5",
+    b"NaN",
+    b"-0",
+    b"9007199254740992",
+    b"9" * 4000,
+    b'"\\u0000"',
+    b'"\\ud800"',
+    b'"\xff"',
+    b"[" * 40,
+    b"]",
+)
+
+
+def _payload(size: int, item: bytes, last: bytes = b"1") -> bytes:
+    room = size - len(_HEAD) - len(_TAIL) - len(b'{"a":[,]}') - len(last)
+    return b'{"a":[' + b",".join([item] * (room // (len(item) + 1))) + b"," + last + b"]}"
+
+
+def frames(size: int) -> Iterator[bytes]:
+    """Make frames of about a size that have a wrong MAC, or break a rule at their end, in several spellings."""
+    payloads = [_payload(size, item) for item in _ITEMS]
+    payloads += [_payload(size, item, breach) for item in (b"[]", b'"ab"') for breach in _BREACHES]
+    room = size - len(_HEAD) - len(_TAIL) - 16
+    payloads += [
+        b"{" + b",".join(b'"%x":1' % at for at in range(room // 9)) + b"}",
+        b"{" + b",".join([b'"a":1'] * (room // 6)) + b"}",
+        b'{"a":"' + b"x" * room + b'"}',
+        b'{"a":"' + b"\\n" * (room // 2) + b'"}',
+        b'{"a":"' + b'\\"' * (room // 2) + b'"}',
+        b'{"a":"' + b"\\\\" * (room // 2) + b'"}',
+        b'{"a":' + b"[" * room,
+        b'{"a":' + b"[" * (room // 2) + b"]" * (room // 2) + b"}",
+        b'{"a":' + b"9" * room + b"}",
+        b'{"a":1}' + b" " * room,
+        b"{" + b'},"src":"engine","ts":5,"type":"t","v":1' * (room // 41) + b"}",
+        b'{"a":"' + b'\\"' * (room // 2),
+    ]
+    for payload in payloads:
+        canonical = _HEAD + payload + _TAIL
+        yield canonical
+        yield canonical.replace(b'"auth":', b' "\\u0061uth":', 1)
+        # The members that make up the frame stand before auth, or in it.
+        yield b'{"a":' + payload + b"," + canonical[1:].replace(payload, b"{}")
+        yield canonical.replace(b'"key_id"', b'"a":' + payload + b',"key_id"', 1).replace(
+            b'"payload":' + payload, b'"payload":{}'
+        )
+    yield b'"' * size
+    yield b"[" * size
+
+
+#: Steps of Python code that one frame may take before its MAC holds: a walk over its values takes tens of thousands.
+MOST_STEPS = 2000
+
+
+def steps(act: Callable[[Any], object], frame: bytes) -> int:
+    """Count the lines of Python code that run while a frame is judged: work that no clock needs to measure."""
+    lines = 0
+
+    def trace(_frame: FrameType, event: str, _arg: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act(frame)
+    finally:
+        sys.settrace(before)
+    return lines
