@@ -66,6 +66,7 @@ MET: Final = {
     "replay_cache": "requests refused because the replay cache is full",
     "links": "connections closed because there are too many",
     "silent_links": "silent connections closed to make room for newer ones",
+    "strangers": "times that a link without a valid frame had to wait until its bytes were taken",
     "inbox": "pushes refused because too many wait to be committed",
     "audit": "entries of the audit that were not written: too many at once, or no database",
     "http_connections": "HTTP connections refused or closed to make room, because there are too many",

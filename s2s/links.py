@@ -18,6 +18,7 @@ from s2s.protocol import Link, LinkEvents
 from s2s.replay import ReplayCache
 from s2s.session import Session
 from s2s.signing import Keyring, Role
+from s2s.strangers import Strangers
 
 MAX_LINKS: Final = 1000
 #: Of them without a valid frame yet.
@@ -44,6 +45,7 @@ class LinkFactory(Factory):
 
     def __post_init__(self) -> None:
         self.replay = ReplayCache(self.clock.mono(), on_full=lambda: self.counters.meet("replay_cache"))
+        self.strangers = Strangers(self.clock, self.counters)
 
     def configure(self, setting: Callable[[str], int]) -> None:
         """Take the settings in force, for every link that there is and will be.
@@ -66,7 +68,7 @@ class LinkFactory(Factory):
     def buildProtocol(self, addr: IAddress | None) -> Link:
         """Make a link for one connection."""
         session = Session(self.role, self.replay, self.timing, self.bounds, self.clock.mono())
-        link = Link(session, self.dispatcher, self.keys, self.clock, self.events, self.counters)
+        link = Link(session, self.dispatcher, self.keys, self.clock, self.events, self.counters, self.strangers)
         link.factory = self
         return link
 
@@ -136,7 +138,7 @@ class ServerLinks:
                 news.warn("engine down: {link}: {why}", link=link, why=link.why)
                 self._engine_down()
                 return
-        if not link.has_told:
+        if not link.has_told and link.may_tell(link.why):
             self.log.info("{link}: closed: {why}", link=link, why=link.why)
 
     def close_all(self, why: str) -> None:

@@ -24,13 +24,18 @@ class Digest:
 
     :param subject: what is counted.
     :param read: gives the counters as they stand, by what a line calls them.
+    :param longest_s: the pause after a line doubles up to so many seconds, as long as there is more to tell.
     """
 
-    def __init__(self, subject: str, read: Callable[[], Mapping[str, int]], clock: Clock) -> None:
+    def __init__(
+        self, subject: str, read: Callable[[], Mapping[str, int]], clock: Clock, *, longest_s: int = 1
+    ) -> None:
         self._subject = subject
         self._read = read
+        self._longest_s = longest_s
+        self._pause_s = self._left_s = 1
         self._told = dict(read())
-        self._loop = task.LoopingCall(self.tell)
+        self._loop = task.LoopingCall(self._tick)
         self._loop.clock = clock.scheduler
 
     def start(self) -> None:
@@ -43,11 +48,18 @@ class Digest:
             self._loop.stop()
             self.tell()
 
-    def tell(self) -> None:
-        """Tell what has been counted since the last time."""
+    def _tick(self) -> None:
+        self._left_s -= 1
+        if not self._left_s:
+            self._pause_s = min(2 * self._pause_s, self._longest_s) if self.tell() else 1
+            self._left_s = self._pause_s
+
+    def tell(self) -> bool:
+        """Tell what has been counted since the last time, if anything was."""
         now = dict(self._read())
         grown = {name: count - self._told.get(name, 0) for name, count in now.items()}
         self._told = now
         if any(grown.values()):
             told = ", ".join(f"{count} {name}" for name, count in grown.items() if count)
             news.info("{subject}: {told}", subject=self._subject, told=told)
+        return any(grown.values())

@@ -20,7 +20,7 @@ from twisted.protocols.basic import Int32StringReceiver
 from twisted.python.failure import Failure
 from ulid_transform import ulid_now
 
-from s2s import canonical, envelope
+from s2s import canonical, envelope, strangers
 from s2s.answers import Answers
 from s2s.catalogue import BY_NAME, ERROR, ERROR_SCHEMA, HEALTH_CHECK
 from s2s.clock import Clock, Timer, cancel
@@ -45,6 +45,7 @@ from s2s.errors import (
 from s2s.limits import Counters
 from s2s.reader import Reader
 from s2s.session import ALSO_PROVES, CHALLENGE, Event, Session, State
+from s2s.strangers import Strangers
 from s2s.window import Call
 from s2s.writer import Writer
 
@@ -52,6 +53,8 @@ from s2s.writer import Writer
 _TCP_USER_TIMEOUT_MS: Final = 20_000
 #: A frame waits so long, in seconds, for the keys to be read again.
 _KEYS_S: Final = 3.0
+#: Why a link ended that neither side closed with a reason.
+_LOST: Final = "the connection was lost"
 #: After these answers a reconnect waits long: trying again soon cannot help.
 _SLOW_CODES: Final = frozenset({"forbidden", "ts_skew"})
 
@@ -90,18 +93,23 @@ class Link(Int32StringReceiver):
         clock: Clock,
         events: LinkEvents,
         counters: Counters,
+        strangers: Strangers,
     ) -> None:
         self.session = session
         self.MAX_LENGTH = session.bounds.frame_size
         self.peer: Mapping[str, Any] = {}
         self.is_slow = False
-        self.why = "the connection was lost"
+        self.why = _LOST
         self.has_told = False
         self._dispatcher = dispatcher
         self._keys = keys
         self._clock = clock
         self._events = events
         self._counters = counters
+        self._strangers = strangers
+        #: Bytes that came, until a frame was valid; and how many times they wait to be taken.
+        self._strange_bytes = 0
+        self._waits = 0
         self._writer: Writer
         self._frames = 0
         #: A chunk is being taken, and more frames of it may follow.
@@ -138,6 +146,8 @@ class Link(Int32StringReceiver):
         """Take a chunk; a link that is closing takes nothing more (twisted#8105)."""
         if not self.session.is_open:
             return
+        if data and not self.session.has_been_heard:
+            self._take_in_turn(len(data))
         before = self._frames
         end = 4 + int.from_bytes(data[:4], "big")
         if len(data) == end <= 4 + self.MAX_LENGTH and not self.paused and not self.recvd:
@@ -156,6 +166,29 @@ class Link(Int32StringReceiver):
             self.session.partial(mono, bool(self.recvd), self._frames != before)
             if self._alarm > mono + self.session.timing.soonest:
                 self._arm()
+
+    def _take_in_turn(self, size: int) -> None:
+        """Stop reading, and taking what was read, until a stranger's bytes have their turn."""
+        before, self._strange_bytes = self._strange_bytes, self._strange_bytes + size
+        network = strangers.network(str(getattr(self.transport.getPeer(), "host", "")))
+        if not self._strangers.may_take(network, before, size, lambda: self.session.is_open, self._have_turn):
+            self._waits += 1
+            self._reader.stop("stranger")
+
+    def _have_turn(self) -> None:
+        # TLS may hand over several pieces of one read.
+        self._waits -= 1
+        if not self._waits:
+            self._reader.go_on("stranger")
+
+    def may_tell(self, why: str) -> bool:
+        """Whether the log has a line of its own for what happened to this link: of a stranger's it has few.
+
+        One who connects and goes without a word, as a probe of the port does, is not told of at all.
+        """
+        if self.session.has_been_heard or self.session.role == "engine":
+            return True
+        return (self._strange_bytes > 0 or why != _LOST) and self._strangers.may_tell(why)
 
     def lengthLimitExceeded(self, length: int) -> None:
         """Refuse a frame by its prefix, before its body is buffered."""
@@ -254,7 +287,7 @@ class Link(Int32StringReceiver):
     def _refuse(self, refusal: Refusal) -> None:
         error = refusal.error
         self._counters.errors_out[error.code] += 1
-        if not error.passing:
+        if not error.passing and self.may_tell(error.code):
             self.log.warn("{peer}: refused, {code}: {text!r}", peer=self, code=error.code, text=error.message)
         if refusal.is_answered:
             self._send(ERROR, self._error_body(error), ulid_now(), refusal.ack_of, is_signed=error.signed)
@@ -280,7 +313,8 @@ class Link(Int32StringReceiver):
         self.is_slow = True
         said = outcome.payload if ERROR_SCHEMA.is_valid(outcome.payload) else {}
         code = said["code"] if isinstance(said, dict) and said else "?"
-        self.log.warn("{peer}: an unsigned error says {code!r}", peer=self, code=code[:64])
+        if self.may_tell("unsigned errors"):
+            self.log.warn("{peer}: an unsigned error says {code!r}", peer=self, code=code[:64])
         if self.session.unsigned_error():
             self._counters.meet("unsigned_errors")
             self.close("unsigned errors came")

@@ -31,7 +31,7 @@ ROOMS = {
         "identity", "names", "limits", "replay", "window", "pace", "session",
     ],
     "mezzanine": [
-        "clock", "backoff", "dispatch", "writer", "reader", "answers", "protocol",
+        "clock", "backoff", "strangers", "dispatch", "writer", "reader", "answers", "protocol",
         "store", "store.sqlstate", "store.cursor", "store.connection", "store.driver", "store.line", "store.troubles",
         "store.pool",
         "store.handler_pool", "store.audit", "store.config", "store.migrations", "store.privileges",

@@ -45,3 +45,21 @@ class DigestTests(TestCase):
         self.assertEqual(self.lines(), ["commands: 1 dead"])
         self.digest.stop()
         self.assertEqual(len(self.lines()), 1)
+
+    def test_what_never_ends_is_told_less_and_less(self) -> None:
+        """The pause after a line doubles up to its bound while there is more to tell, and nothing is left out."""
+        self.digest.stop()
+        digest = Digest("bounds met", lambda: self.counters, Clock(self.scheduler), longest_s=60)
+        digest.start()
+        for _ in range(600):
+            self.counters["run"] += 1
+            self.scheduler.advance(1)
+        told = [int(line.split()[2]) for line in self.lines()]
+        self.assertEqual(told[:7], [1, 2, 4, 8, 16, 32, 60])
+        self.assertLess(len(told), 17)
+        self.scheduler.pump([1] * 200)
+        self.assertEqual(sum(int(line.split()[2]) for line in self.lines()), 600)
+        self.counters["run"] += 1
+        self.scheduler.advance(1)
+        self.assertEqual(self.lines()[-1], "bounds met: 1 run")
+        digest.stop()

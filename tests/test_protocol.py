@@ -40,6 +40,7 @@ from s2s.protocol import Link
 from s2s.replay import ReplayCache
 from s2s.session import Session, State
 from s2s.signing import Key, Keyring, Role, Secret
+from s2s.strangers import Strangers
 from tests.support.descriptor import Descriptor
 
 _NOW = 1_737_990_000
@@ -137,7 +138,9 @@ class LinkTestCase(SynchronousTestCase):
             message.name: self.serve for message in BY_NAME.values() if envelope.other(role) in message.sent_by
         } | {HEALTH_CHECK: lambda request: {**_HEALTH, "role": role}}
         session = Session(role, ReplayCache(0.0), Timing(), self.bounds, self.time.seconds())
-        return Link(session, Dispatcher(self.keys, responders, clock), self.keys, clock, self.events, self.counters)
+        dispatcher = Dispatcher(self.keys, responders, clock)
+        strangers = Strangers(clock, self.counters)
+        return Link(session, dispatcher, self.keys, clock, self.events, self.counters, strangers)
 
     def serve(self, request: Request) -> Any:
         """Note the request, and answer as the test wants it."""

@@ -41,6 +41,10 @@ class Descriptor(FileDescriptor):
         self.sends: list[bytes] = []
         self.takes: int | Exception = 1 << 20
 
+    def getPeer(self) -> object:
+        """It comes from nowhere, as over a local socket."""
+        return None
+
     def writeSomeData(self, data: bytes) -> int | Exception:
         """Let the socket take something."""
         if isinstance(self.takes, Exception):
