@@ -1,15 +1,19 @@
-"""An engine that pushes and pushes, and writes down what it was answered."""
+"""An engine that pushes and pushes and writes down what it was answered, and strangers who want to be in its way."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import select
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 
-from tests.support.peer import PUSH, Frame, Peer, command
+from tests.support import hostile
+from tests.support.peer import PUSH, Frame, Peer, command, framed
 
 #: Pushes that it keeps unanswered at most.
 _WINDOW = 512
@@ -131,3 +135,48 @@ class Flood(Linked):
         self._again.append(key)
         if not answer["details"]["retryable"]:
             self.wrong.append(f"{key}: {code}")
+
+
+class StrangersFlood(threading.Thread):
+    """Somebody without a key, who connects again and again and sends a large frame that does not verify.
+
+    :param port: the server's.
+    :param rate: frames in a second, each over a link of its own.
+    :param seconds: how long at most; see :meth:`finish`.
+    :ivar sent: how many whole frames it sent.
+    """
+
+    #: Links that it leaves open at most: as many as a server keeps without a valid frame.
+    MOST_OPEN = 100
+
+    def __init__(self, port: int, rate: float = 40.0, seconds: float = 60.0) -> None:
+        super().__init__(daemon=True)
+        self._port, self._rate, self._seconds = port, rate, seconds
+        self._is_over = threading.Event()
+        self.sent = 0
+
+    def finish(self) -> None:
+        """Send no more."""
+        self._is_over.set()
+
+    def run(self) -> None:
+        """Send what is due, and read nothing that comes back."""
+        shapes = itertools.cycle([framed(frame) for frame in hostile.dearest(65536)])
+        links: deque[socket.socket] = deque()
+        tried = 0
+        began = time.monotonic()
+        while (passed := time.monotonic() - began) < self._seconds and not self._is_over.wait(1 / self._rate):
+            while tried < passed * self._rate:
+                tried += 1
+                links.append(socket.socket())
+                # So that the whole frame is on its way at once, whether it is read or not.
+                links[-1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+                frame = next(shapes)
+                with contextlib.suppress(OSError):  # not accepted now, or cut
+                    links[-1].settimeout(0.2)
+                    links[-1].connect(("127.0.0.1", self._port))
+                    self.sent += links[-1].send(frame) == len(frame)
+                while len(links) > self.MOST_OPEN:
+                    links.popleft().close()
+        for link in links:
+            link.close()

@@ -1,0 +1,65 @@
+"""A real server under attack: what it costs a stranger, and what it costs the server's engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+import psutil
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.threads import deferToThread
+
+from s2s.strangers import TOLD
+from tests.support.flood import StrangersFlood
+from tests.support.peer import PUSH, Peer, command
+from tests.support.roles import RoleTestCase
+
+#: Seconds that the flood lasts.
+_FLOOD_S = 6.0
+
+
+class PreAuthTests(RoleTestCase):
+    """Strangers at the port of the links."""
+
+    def pushing(self, peer: Peer, name: str, seconds: float) -> list[float]:
+        """Push one command after the other, and return how long each took; each must be accepted."""
+        took: list[float] = []
+        began = time.monotonic()
+        while time.monotonic() < began + seconds:
+            at = time.monotonic()
+            self.assertTrue(peer.call(PUSH, command(f"{name}-{len(took)}"))["accepted"])
+            took.append(time.monotonic() - at)
+            time.sleep(0.02)
+        return took
+
+    @inlineCallbacks
+    def test_a_flood_of_large_frames(self) -> Iterator[Deferred[Any]]:
+        """40 large frames a second that do not verify take a small part of a core, and hold up no engine."""
+        server = self.server()
+        yield server.start()
+        engine = server.connect()
+        self.addCleanup(engine.close)
+        engine.greet()
+        calm = yield deferToThread(self.pushing, engine, "calm", 2.0)
+        process = psutil.Process(server.pid)
+        flood = StrangersFlood(server.port, seconds=_FLOOD_S + 10)
+        flood.start()
+        self.addCleanup(flood.finish)
+        spent = sum(process.cpu_times()[:2])
+        flooded = yield deferToThread(self.pushing, engine, "flooded", _FLOOD_S)
+        # One that connects now gets in, from the address that the flood comes from.
+        late = server.connect(name="late")
+        self.addCleanup(late.close)
+        yield deferToThread(late.greet)
+        spent = sum(process.cpu_times()[:2]) - spent
+        flood.finish()
+        yield deferToThread(flood.join)
+        self.assertGreater(flood.sent, _FLOOD_S * 20)
+        print(f"median push: {median(calm) * 1e3:.2f} ms calm, {median(flooded) * 1e3:.2f} ms flooded; cpu {spent:.2f}")
+        # Without its bounds the server would do nothing else.
+        self.assertLess(spent, _FLOOD_S / 2)
+        yield server.says("strangers")
+        self.assertLessEqual(len(server.lines(": refused, ") + server.lines(": closed: ")), TOLD)
+        self.assertEqual(server.lines("engine down"), [])
