@@ -57,7 +57,8 @@ class PreAuthTests(RoleTestCase):
         flood.finish()
         yield deferToThread(flood.join)
         self.assertGreater(flood.sent, _FLOOD_S * 20)
-        print(f"median push: {median(calm) * 1e3:.2f} ms calm, {median(flooded) * 1e3:.2f} ms flooded; cpu {spent:.2f}")
+        # A generous bound for a busy machine: without the mend it was 10 s.
+        self.assertLess(median(flooded), 2 * median(calm) + 0.1)
         # Without its bounds the server would do nothing else.
         self.assertLess(spent, _FLOOD_S / 2)
         yield server.says("strangers")
