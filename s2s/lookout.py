@@ -39,7 +39,7 @@ class Board:
             return
         self._due = time.monotonic() + _BOARD_S
         with suppress(DatabaseUnavailable), pool.blocking(self._url, "s2s up") as txn:
-            found = notices.list_notices(txn, _SHOWN)
+            found = notices.LISTED.read(txn, _SHOWN, None)
             fresh = [notice for notice in found if self._newest is not None and notice.notice_id > self._newest]
             self._newest = max((notice.notice_id for notice in found), default=0)
             for notice in reversed(fresh):

@@ -8,16 +8,45 @@ from statistics import median
 from typing import Any
 
 import psutil
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.internet.threads import deferToThread
 
 from s2s.strangers import TOLD
+from s2s.web.conductor import LIST_THREADS
 from tests.support.flood import StrangersFlood
+from tests.support.http import ApiTestCase
 from tests.support.peer import PUSH, Peer, command
+from tests.support.postgres import Session
 from tests.support.roles import RoleTestCase
+from tests.support.waiting import poll
 
 #: Seconds that the flood lasts.
 _FLOOD_S = 6.0
+
+
+class ObserverTests(ApiTestCase):
+    """Somebody with an observer's token, who asks for as much as he can."""
+
+    @inlineCallbacks
+    def test_lists_that_take_long(self) -> Iterator[Deferred[Any]]:
+        """While every place of lists is taken, an operator's request is answered; each list ends, and says why."""
+        # No list of commands gets on, as if it had to read millions of rows.
+        with Session(self.url) as other:
+            other.run("begin; lock table notices in access exclusive mode")
+            lists = [deferToThread(self.ask, "GET", "/v1/notices", role="observer") for _ in range(6)]
+            waiting = "select count(*) from pg_locks where not granted and relation = 'notices'::regclass"
+            yield poll(lambda: self.execute(waiting) == [(LIST_THREADS,)], "the places of lists are taken")
+            for _ in range(10):
+                steered = yield deferToThread(self.ask, "POST", "/v1/commands/retry", {"ids": [1]}, role="operator")
+                self.assertEqual(steered.status, 200, steered.raw)
+                looked = yield deferToThread(self.ask, "GET", "/v1/config/relay.window", role="observer")
+                self.assertEqual(looked.status, 200, looked.raw)
+            answers = yield gatherResults(lists)
+            for answer in answers:
+                self.assertEqual((answer.status, answer.body["code"]), (504, "deadline_exceeded"), answer.raw)
+                self.assertIn("narrow it", answer.body["detail"])
+            other.run("rollback")
+        self.assertEqual(self.ask("GET", "/v1/notices").status, 200)
 
 
 class PreAuthTests(RoleTestCase):

@@ -46,7 +46,7 @@ class AuditTestCase(DatabaseTestCase):
     def entries(self, **only: str) -> list[Told]:
         """Give the entries, the oldest first."""
         with blocking(self.url) as txn:
-            found = audit.list_entries(txn, limit=10_000, **only)
+            found = audit.LISTED.read(txn, 10_000, None, **only)
         return [(each.actor, each.action, each.subject, each.params, each.result) for each in reversed(found)]
 
     def new(self) -> list[Told]:

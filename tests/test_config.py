@@ -57,8 +57,8 @@ class TableTests(DatabaseTestCase):
         self.execute("update config set value = '4' where key = 'relay.window'")
         self.execute("update config set version = 99, description = 'x' where key = 'relay.window'")
         with blocking(self.url) as txn:
-            found = table.history(txn)
-            narrowed = table.history(txn, "link.idle_s")
+            found = table.HISTORY.read(txn, 100, None)
+            narrowed = table.HISTORY.read(txn, 100, None, key="link.idle_s")
         told = [(each.version, each.key, each.old_value, each.new_value, each.actor) for each in found]
         self.assertEqual(
             told,

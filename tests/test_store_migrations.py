@@ -49,13 +49,13 @@ class EmptyDatabaseTests(TestCase):
             steering.take(txn, "server", ["e"])
         self.assertEqual(_migrate(self.url), [each.name for each in migrations.available()[2:]])
         with blocking(self.url) as txn:
-            self.assertEqual(audit.list_entries(txn), [])
+            self.assertEqual(audit.LISTED.read(txn, 100, None), [])
             self.assertEqual(config.read(txn).values["relay.window"], 7)
             steering.answer(txn, asked, True, {"ok": True, "state": "paused"})
             txn.execute("update engines set wanted = 'running'")
             txn.execute("update config set value = '8' where key = 'relay.window'")
             txn.execute("update s2s_keys set note = 'old'")
-            entries = audit.list_entries(txn)
+            entries = audit.LISTED.read(txn, 100, None)
         found = [entry.action for entry in reversed(entries)]
         self.assertEqual(found, ["s2s.engine.pause", "engine.wanted", "config.set", "keys.change"])
         self.assertNotIn(secret, repr(entries))

@@ -292,7 +292,7 @@ class NoticeTests(_StoreTestCase):
             "select cmd_id, sector_id, extract(epoch from expires_at - created_at)::bigint from notices order by cmd_id"
         )
         self.assertEqual(rows, [(1, _FAR, 31_556_952_000), (2, None, 60), (3, None, None)])
-        (newest, *_) = await self.run_work(notices.list_notices, 2)
+        (newest, *_) = await self.run_work(notices.LISTED.read, 2, None)
         self.assertEqual((newest.cmd_id, newest.message, newest.expires_at), (3, "m", None))
 
     async def test_one_notice_for_a_command(self) -> None:

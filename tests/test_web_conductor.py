@@ -15,7 +15,7 @@ from s2s.limits import Counters
 from s2s.operations.kind import Ask, Operation, Reply, Until
 from s2s.store import audit
 from s2s.web import conductor as module
-from s2s.web.conductor import STEP_S, THREADS, Conductor, Visit
+from s2s.web.conductor import LIST_THREADS, STEP_S, THREADS, Conductor, Visit
 from s2s.web.waiting import Waiting
 
 _TXN: Any = object()
@@ -71,9 +71,13 @@ class ConductorTests(SynchronousTestCase):
         waiting: Any = Waiting.__new__(Waiting)
         self.conductor = Conductor(database, Clock(self.time), waiting, self.counters)
 
-    def perform(self, begin: Callable[[Ask], Any], visit: Visit | None = None) -> Deferred[Any]:
+    def perform(
+        self, begin: Callable[[Ask], Any], visit: Visit | None = None, *, is_list: bool = False
+    ) -> Deferred[Any]:
         """Begin an operation."""
-        operation: Operation[Any] = Operation("x", "GET", "/x", "observer", "x", {"type": "object"}, begin)
+        operation: Operation[Any] = Operation(
+            "x", "GET", "/x", "observer", "x", {"type": "object"}, begin, is_list=is_list
+        )
         performing = self.conductor.perform(operation, Ask("token:me", "observer"), visit or Visit())
         return Deferred.fromCoroutine(performing)
 
@@ -136,6 +140,22 @@ class ConductorTests(SynchronousTestCase):
             wait.callback(None)
         for each in performing:
             self.successResultOf(each)
+
+    def test_lists_have_places_of_their_own(self) -> None:
+        """However many lists are read and wait, another operation is taken at once; and the other way round."""
+        self.patch(module, "MOST_IN_LINE", 2)
+
+        def begin(_: Ask) -> Any:
+            return Reply((yield lambda txn: 5))
+
+        reading = [self.perform(begin, is_list=True) for _ in range(LIST_THREADS + 2)]
+        self.assertEqual(len(self.database.running), LIST_THREADS)
+        self.failureResultOf(self.perform(begin, is_list=True), Overloaded)
+        steering = [self.perform(begin) for _ in range(THREADS + 2)]
+        self.assertEqual(len(self.database.running), LIST_THREADS + THREADS)
+        while self.database.running:
+            self.database.step()
+        self.assertEqual([self.successResultOf(each).value for each in reading + steering], [5] * 8)
 
     def test_what_has_begun_is_not_refused(self) -> None:
         """However long the line is, a request that has taken a step gets its next one."""

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from s2s.operations import rows
 from s2s.operations.kind import Operation
-from s2s.operations.pages import Page, listing, paged
+from s2s.operations.pages import Page, in_stretches, listing
 from s2s.operations.rows import CMD_TYPE, Words
 from s2s.store import actions, retention
 from s2s.store import commands_admin as table
@@ -36,7 +36,7 @@ LIST: Final[Operation[Page[CommandRow]]] = listing(
     _PATH,
     "List commands, the newest first",
     CommandRow,
-    paged(table.list_commands, lambda row: str(row.cmd_id)),
+    in_stretches(table.LISTED),
     filters={"status": {"enum": ["ready", "done", "dead", "cancelled"]}, "cmd_type": CMD_TYPE},
 )
 SHOW: Final = rows.show("show_command", f"{_PATH}/{{cmd_id}}", "cmd_id", WORDS, CommandRow, table.find)

@@ -8,7 +8,7 @@ from typing import Any, Final
 from s2s.catalogue import BY_NAME
 from s2s.errors import NotFound
 from s2s.operations.kind import Ask, Operation, members, once
-from s2s.operations.pages import KEY, Page, keyed, listing, paged
+from s2s.operations.pages import KEY, Page, in_stretches, keyed, listing
 from s2s.orders.config_set import ConfigSet, set_value
 from s2s.settings import Value
 from s2s.store import config as table
@@ -60,7 +60,7 @@ HISTORY: Final[Operation[Page[Change]]] = listing(
     "/v1/config/history",
     "List the changes of settings, the newest first",
     Change,
-    paged(table.history, lambda row: str(row.version)),
+    in_stretches(table.HISTORY),
     filters={"key": {"type": "string", "maxLength": 200, "description": "Only of this setting."}},
 )
 SHOW: Final = Operation(

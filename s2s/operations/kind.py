@@ -123,6 +123,7 @@ class Operation(Generic[R]):
     :param refusals: what it may be refused with, beside what any may.
     :param statuses: those of its success, and what they mean.
     :param takes_key: whether it takes an ``Idempotency-Key``.
+    :param is_list: whether it may read much: it waits for others of its kind, and nothing else waits for it.
     :param refused: writes down that a request was refused before it began.
     """
 
@@ -139,6 +140,7 @@ class Operation(Generic[R]):
     refusals: tuple[type[WireError], ...] = ()
     statuses: Mapping[int, str] = field(default_factory=lambda: {200: "Done."}, repr=False)
     takes_key: bool = False
+    is_list: bool = False
     refused: Callable[[Cursor, Ask, WireError], None] | None = field(default=None, repr=False)
     where_schema: Schema = field(init=False, repr=False, compare=False)
     query_schema: Schema = field(init=False, repr=False, compare=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from s2s.operations.kind import Operation, once
-from s2s.operations.pages import KEY, Page, keyed, listing, paged
+from s2s.operations.pages import KEY, Page, in_stretches, keyed, listing
 from s2s.store import audit, jobs, keys, world
 from s2s.store.audit import Entry
 from s2s.store.jobs import JobRow
@@ -27,7 +27,7 @@ AUDIT: Final[Operation[Page[Entry]]] = listing(
     "/v1/audit",
     "List who did what, and what came of it, the newest first",
     Entry,
-    paged(audit.list_entries, lambda row: str(row.audit_id)),
+    in_stretches(audit.LISTED),
     filters={
         "actor": {**_TEXT, "description": "Only by this one, such as token:alice, cli:alice or key:k1."},
         "action": {**_TEXT, "description": "Only this, such as config.set or s2s.engine.pause."},
@@ -50,6 +50,7 @@ WORLD: Final = Operation(
     "Count the sectors by their status, the ports and the ships",
     Counts,
     once(lambda txn, _: world.count(txn)),
+    is_list=True,
 )
 
 OPERATIONS: Final[tuple[Operation[Any], ...]] = (KEYS, AUDIT, JOBS, WORLD)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from s2s.commands import BUILTIN, registry
 from s2s.operations.kind import Ask, Operation, Reply, Steps, encode, take_once
-from s2s.operations.pages import Page, listing, paged
+from s2s.operations.pages import Page, in_stretches, listing
 from s2s.store import audit, broadcasts, notices
 from s2s.store.driver import Cursor
 from s2s.store.notices import NoticeRow
@@ -53,7 +53,7 @@ LIST: Final[Operation[Page[NoticeRow]]] = listing(
     "/v1/notices",
     "List notices, the newest first",
     NoticeRow,
-    paged(notices.list_notices, lambda row: str(row.notice_id)),
+    in_stretches(notices.LISTED),
 )
 
 OPERATIONS: Final[tuple[Operation[Any], ...]] = (BROADCAST, LIST)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from s2s.operations import rows
 from s2s.operations.kind import Operation
-from s2s.operations.pages import Page, listing, paged
+from s2s.operations.pages import Page, in_stretches, listing
 from s2s.operations.rows import CMD_TYPE, Words
 from s2s.store import actions
 from s2s.store import outbox_admin as table
@@ -34,7 +34,7 @@ LIST: Final[Operation[Page[OutboxEntry]]] = listing(
     _PATH,
     "List what is in the outbox, the newest first",
     OutboxEntry,
-    paged(table.list_outbox, lambda row: str(row.outbox_id)),
+    in_stretches(table.LISTED),
     filters={"state": {"enum": ["waiting", "dead"]}, "cmd_type": CMD_TYPE},
 )
 SHOW: Final = rows.show("show_outbox_row", f"{_PATH}/{{outbox_id}}", "outbox_id", WORDS, OutboxEntry, table.find)

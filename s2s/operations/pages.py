@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from s2s.errors import WireError
-from s2s.operations.kind import Ask, Operation, Rule, Steps, encode, once
+from s2s.operations.kind import Ask, Operation, Reply, Rule, Steps, encode, once
 from s2s.store.driver import Cursor
+from s2s.store.lists import Listed, time_limit
 
 T = TypeVar("T")
 
@@ -18,6 +19,8 @@ PAGE_ROWS: Final = 50
 MOST_ROWS: Final = 500
 #: A page ends early when its rows have so many bytes of JSON; one row always fits.
 PAGE_BYTES: Final = 2 << 20
+#: Stretches of a table that one request looks through for a page, see :data:`s2s.store.lists.STRETCH_ROWS`.
+MOST_STRETCHES: Final = 20
 #: Rows that are read at once for a page.
 _CHUNK_ROWS: Final = 64
 
@@ -26,7 +29,8 @@ _CHUNK_ROWS: Final = 64
 class Page(Generic[T]):
     """A part of a list.
 
-    :param next_cursor: ask with this one as ``cursor`` for what follows; ``None``: nothing does.
+    :param next_cursor: ask with this one as ``cursor`` for what follows, also where there are no items, since a filter
+        may pass over more rows than one request looks at; ``None``: nothing follows.
     """
 
     items: list[T]
@@ -41,18 +45,25 @@ NUMBER: Final = {
 }
 
 
-def page(read: Callable[..., list[T]], cursor_of: Callable[[T], str], limit: int, cursor: str | None) -> Page[T]:
+def page(
+    read: Callable[..., list[T]],
+    cursor_of: Callable[[T], str],
+    limit: int,
+    cursor: str | None,
+    room: int | None = None,
+) -> Page[T]:
     """Read one page: so many rows, fewer where they are long, and whether there are more.
 
     :param read: gives the first rows after a cursor: ``read(limit=, before=)``.
+    :param room: bytes of JSON after which it ends; :data:`PAGE_BYTES` if left out.
     """
     items: list[T] = []
-    size = 0
+    size, room = 0, PAGE_BYTES if room is None else room
     while True:
         wanted = min(_CHUNK_ROWS, limit + 1 - len(items))
         rows = read(limit=wanted, before=cursor)
         for row in rows:
-            if len(items) == limit or size >= PAGE_BYTES:
+            if len(items) == limit or size >= room:
                 return Page(items, cursor)
             items.append(row)
             size += len(encode(row))
@@ -71,9 +82,38 @@ def paged(read: Callable[..., list[T]], cursor_of: Callable[[T], str]) -> Callab
     def work(txn: Cursor, ask: Ask) -> Page[T]:
         filters = dict(ask.query)
         limit, after = filters.pop("limit"), filters.pop("cursor", None)
-        return page(partial(read, txn, **filters), cursor_of, limit, after)
+        with time_limit(txn):
+            return page(partial(read, txn, **filters), cursor_of, limit, after)
 
     return once(work)
+
+
+def in_stretches(listed: Listed[T]) -> Callable[[Ask], Steps[Page[T]]]:
+    """Make the steps of a list whose filters may pass over many rows: a bounded number in each, and of steps."""
+
+    def begin(ask: Ask) -> Steps[Page[T]]:
+        filters = dict(ask.query)
+        limit, cursor = filters.pop("limit"), filters.pop("cursor", None)
+        items: list[T] = []
+        size = 0
+        for _ in range(MOST_STRETCHES):
+            step = partial(stretch, filters, limit - len(items), cursor, PAGE_BYTES - size)
+            part: Page[T] = yield step
+            items += part.items
+            cursor = part.next_cursor
+            size += sum(len(encode(row)) for row in part.items)
+            if cursor is None or len(items) == limit or size >= PAGE_BYTES:
+                break
+        return Reply(Page(items, cursor))
+
+    def stretch(filters: dict[str, Any], limit: int, cursor: str | None, room: int, txn: Cursor) -> Page[T]:
+        with time_limit(txn):
+            floor = listed.floor(txn, None if cursor is None else int(cursor), **filters)
+            read = partial(listed.read, txn, floor=floor, **filters)
+            part = page(read, lambda row: str(getattr(row, listed.key)), limit, cursor, room)
+        return part if part.next_cursor or floor is None else Page(part.items, str(floor))
+
+    return begin
 
 
 def listing(
@@ -100,7 +140,7 @@ def listing(
     }
     query = {**(filters or {}), "limit": limit, "cursor": cursor}
     kind: Any = Page[row]  # type: ignore[valid-type]
-    return Operation(name, "GET", path, "observer", summary, kind, begin, query=query, refusals=refusals)
+    return Operation(name, "GET", path, "observer", summary, kind, begin, query=query, refusals=refusals, is_list=True)
 
 
 def after_key(rows: Sequence[T], key: Callable[[T], str], limit: int, before: str | None) -> list[T]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from psycopg2.extras import Json
 
 from s2s.store.driver import Cursor
+from s2s.store.lists import Listed
 
 #: Of what was asked so much is kept, in bytes of its JSON.
 KEPT_BYTES: Final = 2000
@@ -77,25 +78,5 @@ def cut(params: Mapping[str, Any], written: bytes) -> Mapping[str, Any]:
     return params if len(written) <= KEPT_BYTES else {"cut": written[:KEPT_BYTES].decode("utf-8", "ignore")}
 
 
-def list_entries(
-    txn: Cursor,
-    *,
-    actor: str | None = None,
-    action: str | None = None,
-    subject: str | None = None,
-    limit: int = 100,
-    before: int | None = None,
-) -> list[Entry]:
-    """List entries, the newest first.
-
-    :param actor: only these; so ``action`` and ``subject``.
-    :param before: only what is older than this ``audit_id``: the last one of the page before.
-    """
-    txn.execute(
-        "select audit_id, at, actor, action, subject, params, result from audit"
-        " where (%(actor)s::text is null or actor = %(actor)s) and (%(action)s::text is null or action = %(action)s)"
-        " and (%(subject)s::text is null or subject = %(subject)s)"
-        " and (%(before)s::bigint is null or audit_id < %(before)s::bigint) order by audit_id desc limit %(limit)s",
-        {"actor": actor, "action": action, "subject": subject, "before": before, "limit": limit},
-    )
-    return [Entry(*row) for row in txn]
+#: By ``subject``, ``actor`` and ``action``.
+LISTED: Final = Listed(Entry, "audit", "audit_id", indexed=("subject", "actor", "action"))

@@ -9,6 +9,7 @@ from typing import Any, Final
 from s2s.store import retention
 from s2s.store.actions import Action
 from s2s.store.driver import Cursor
+from s2s.store.lists import Listed
 
 
 @dataclass(frozen=True)
@@ -55,27 +56,8 @@ CANCEL: Final = Action(
 DISCARD: Final = Action("discard", "commands", "cmd_id", "status", ("dead", "cancelled"), retention.REMOVE)
 
 
-def list_commands(
-    txn: Cursor,
-    status: str | None = None,
-    limit: int = 100,
-    *,
-    cmd_type: str | None = None,
-    before: int | None = None,
-) -> list[CommandRow]:
-    """List commands, the newest first.
-
-    :param status: only these.
-    :param cmd_type: only these.
-    :param before: only what is older than this ``cmd_id``: the last one of the page before.
-    """
-    txn.execute(
-        f"{_SELECT} where (%(status)s::text is null or status = %(status)s)"
-        " and (%(type)s::text is null or cmd_type = %(type)s)"
-        " and (%(before)s::bigint is null or cmd_id < %(before)s::bigint) order by cmd_id desc limit %(limit)s",
-        {"status": status, "type": cmd_type, "before": before, "limit": limit},
-    )
-    return [CommandRow(*row) for row in txn]
+#: By ``status`` and ``cmd_type``.
+LISTED: Final = Listed(CommandRow, "commands", "cmd_id", partial=(("status", "dead"), ("status", "cancelled")))
 
 
 def find(txn: Cursor, cmd_id: int) -> CommandRow | None:

@@ -17,6 +17,7 @@ from s2s.errors import OperatorError, StatementRefused
 from s2s.settings import SETTINGS, Value
 from s2s.store import driver
 from s2s.store.driver import Cursor
+from s2s.store.lists import Listed
 
 CHANNEL: Final = "s2s_config"
 
@@ -89,19 +90,8 @@ def list_settings(txn: Cursor) -> list[ConfigRow]:
     return [ConfigRow(*row) for row in txn]
 
 
-def history(txn: Cursor, key: str | None = None, limit: int = 100, before: int | None = None) -> list[Change]:
-    """List the versions, the newest first.
-
-    :param key: only of this setting.
-    :param before: only what is older than this version: the last one of the page before.
-    """
-    txn.execute(
-        "select version, key, old_value, new_value, actor, changed_at from config_history"
-        " where (%(key)s::text is null or key = %(key)s)"
-        " and (%(before)s::bigint is null or version < %(before)s::bigint) order by version desc limit %(limit)s",
-        {"key": key, "before": before, "limit": limit},
-    )
-    return [Change(*row) for row in txn]
+#: By ``key``.
+HISTORY: Final = Listed(Change, "config_history", "version", indexed=("key",))
 
 
 def change(txn: Cursor, key: str, value: Value, actor: str) -> int | None:

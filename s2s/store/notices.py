@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from s2s.store.driver import Cursor, numbers
+from s2s.store.lists import Listed
 
 #: A longer life is cut to this, in seconds (a thousand years): a timestamp has an end.
 _LONGEST_TTL_S: Final = 31_556_952_000
@@ -60,15 +61,4 @@ def exists(txn: Cursor, message: str) -> bool:
     return txn.rowcount > 0
 
 
-def list_notices(txn: Cursor, limit: int = 100, before: int | None = None) -> list[NoticeRow]:
-    """List notices, the newest first.
-
-    :param before: only what is older than this ``notice_id``: the last one of the page before.
-    """
-    txn.execute(
-        "select notice_id, cmd_id, scope, sector_id, corp_id, player_id, message, severity, created_at, expires_at"
-        " from notices where %(before)s::bigint is null or notice_id < %(before)s::bigint order by notice_id desc"
-        " limit %(limit)s",
-        {"before": before, "limit": limit},
-    )
-    return [NoticeRow(*row) for row in txn]
+LISTED: Final = Listed(NoticeRow, "notices", "notice_id")

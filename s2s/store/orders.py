@@ -259,11 +259,17 @@ def list_orders(
     :param status: only these; so ``rpc``.
     :param before: only what is older than this order: the last one of the page before.
     """
+    given = {name: value for name, value in (("rpc", rpc), ("status", status)) if value is not None}
+    which, values = ", ".join(given), ", ".join(f"%({name})s" for name in given)
+    # As bounds of an index that begins with the filters: see s2s.store.lists.
+    where = [f"({which}) {than} ({values})" for than in (">=", "<=") if given]
+    order = [*given, "created_at", "order_id"]
+    if before is not None:
+        last = ["(select created_at from orders where order_id = %(before)s)", "%(before)s"]
+        where.append(f"({', '.join(order)}) < ({', '.join([f'%({name})s' for name in given] + last)})")
     txn.execute(
-        f"select {_ROW} from orders where (%(status)s::text is null or status = %(status)s)"  # noqa: S608 - a constant
-        " and (%(rpc)s::text is null or rpc = %(rpc)s) and (%(before)s::text is null or (created_at, order_id)"
-        " < (select created_at, order_id from orders where order_id = %(before)s))"
-        " order by created_at desc, order_id desc limit %(limit)s",
-        {"status": status, "rpc": rpc, "before": before, "limit": limit},
+        f"select {_ROW} from orders where {' and '.join(where or ['true'])}"  # noqa: S608 - constants
+        f" order by {', '.join(f'{column} desc' for column in order)} limit %(limit)s",
+        {**given, "before": before, "limit": limit},
     )
     return [OrderRow(*row) for row in txn]

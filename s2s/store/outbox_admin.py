@@ -9,6 +9,7 @@ from typing import Any, Final
 from s2s.store import outbox
 from s2s.store.actions import Action
 from s2s.store.driver import Cursor
+from s2s.store.lists import Listed
 
 
 @dataclass(frozen=True)
@@ -67,27 +68,8 @@ DISCARD: Final = Action(
 )
 
 
-def list_outbox(
-    txn: Cursor,
-    state: str | None = None,
-    limit: int = 100,
-    *,
-    cmd_type: str | None = None,
-    before: int | None = None,
-) -> list[OutboxEntry]:
-    """List rows, the newest first.
-
-    :param state: only these.
-    :param cmd_type: only these.
-    :param before: only what is older than this ``outbox_id``: the last one of the page before.
-    """
-    txn.execute(
-        f"{_SELECT} where (%(state)s::text is null or state = %(state)s)"
-        " and (%(type)s::text is null or cmd_type = %(type)s)"
-        " and (%(before)s::bigint is null or outbox_id < %(before)s::bigint) order by outbox_id desc limit %(limit)s",
-        {"state": state, "type": cmd_type, "before": before, "limit": limit},
-    )
-    return [OutboxEntry(*row) for row in txn]
+#: By ``state`` and ``cmd_type``.
+LISTED: Final = Listed(OutboxEntry, "outbox", "outbox_id", partial=(("state", "dead"),))
 
 
 def find(txn: Cursor, outbox_id: int) -> OutboxEntry | None:

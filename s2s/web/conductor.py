@@ -20,6 +20,8 @@ R = TypeVar("R")
 
 #: Connections of the pool that requests have at once: pushes, keys and the executor have theirs in any case.
 THREADS: Final = 2
+#: Those that lists have, and nothing else: what an operator does never waits for what an observer reads.
+LIST_THREADS: Final = 2
 #: Steps that may stand in line for one of them before requests are refused; one that has begun is never.
 MOST_IN_LINE: Final = 1000
 #: Seconds that a step may take, with its time in line: of a database that hangs nobody hears otherwise.
@@ -73,6 +75,7 @@ class Conductor:
         self._waiting = waiting
         self._counters = counters
         self._places = DeferredSemaphore(THREADS)
+        self._list_places = DeferredSemaphore(LIST_THREADS)
 
     async def perform(self, operation: Operation[R], ask: Ask, visit: Visit) -> Reply[R]:
         """Take the steps of an operation, each in a transaction that is signed by whoever asks.
@@ -84,6 +87,7 @@ class Conductor:
         came: Any = None
         failed: Exception | None = None
         has_begun = False
+        places = self._list_places if operation.is_list else self._places
         while not isinstance(step := advance(steps, came, failed), Reply):
             came = failed = None
             try:
@@ -92,8 +96,8 @@ class Conductor:
                     await visit.wait(self._waiting.wait(step))
                 else:
                     if not has_begun:
-                        self._check_line()
-                    came = await self._run(ask.actor, step, visit)
+                        self._check_line(places)
+                    came = await self._run(places, ask.actor, step, visit)
                     has_begun = True
             except CancelledError:
                 steps.close()
@@ -102,12 +106,12 @@ class Conductor:
                 failed = error
         return step
 
-    def _check_line(self) -> None:
-        if len(self._places.waiting) >= MOST_IN_LINE:
+    def _check_line(self, places: DeferredSemaphore) -> None:
+        if len(places.waiting) >= MOST_IN_LINE:
             self._counters.meet("http_line")
             raise Overloaded(f"{MOST_IN_LINE} requests stand in line already", retry_after_ms=1000)
 
-    async def _run(self, actor: str, step: Step, visit: Visit) -> Any:
+    async def _run(self, places: DeferredSemaphore, actor: str, step: Step, visit: Visit) -> Any:
         """Take one step, within :data:`STEP_S`.
 
         :raises DeadlineExceeded: it was not begun, and will not be.
@@ -115,7 +119,7 @@ class Conductor:
         """
         scheduler = self._clock.scheduler
         until = self._clock.mono() + STEP_S
-        place = self._places.acquire()
+        place = places.acquire()
         await visit.wait(place.addTimeout(STEP_S, scheduler, lambda *_: self._late(DeadlineExceeded(_NOT_BEGUN))))
         answer: Deferred[Any] = Deferred()
 
@@ -123,9 +127,9 @@ class Conductor:
             # One that is over too late gives its place back only then, and tells nobody: the answer was cancelled.
             if isinstance(outcome, Failure):
                 # A thousand that the pool refuses at once would be refused within each other.
-                scheduler.callLater(0, self._places.release)
+                scheduler.callLater(0, places.release)
             else:
-                self._places.release()
+                places.release()
             answer.callback(outcome)
 
         self._database.run(_signed, actor, step).addBoth(done)

@@ -13,15 +13,15 @@ from s2s.operations.kind import members
 from s2s.store import orders, steering, tokens
 from s2s.store.pool import Database
 from s2s.web.api import Api, Plain
-from s2s.web.conductor import THREADS, Conductor
+from s2s.web.conductor import LIST_THREADS, THREADS, Conductor
 from s2s.web.openapi import document
 from s2s.web.problems import Problem
 from s2s.web.sign_in import SignIn
 from s2s.web.site import make_site
 from s2s.web.waiting import Waiting
 
-#: Connections of the pool that the API needs: for what is asked, and for a look at what is waited for.
-POOL_THREADS: Final = THREADS + 1
+#: Connections of the pool that the API needs: for what is asked, for lists, and for a look at what is waited for.
+POOL_THREADS: Final = THREADS + LIST_THREADS + 1
 #: The beginning of what a part of the server says of itself when it is well, or is not wanted.
 WELL: Final = ("ok", "off")
 
