@@ -181,8 +181,10 @@ class Dispatcher:
                 return key, members
             if not self._keys.keyring.has_begun(sealed.key_id, now):
                 return UnknownKey(sealed)
-            raise AuthBad()
+            return Refusal(AuthBad())
         except Unsigned as error:
+            # The frames of its traceback hold all that was parsed, and would be freed by the cyclic collector only.
+            error.__traceback__ = error.__context__ = None
             return Refusal(error)
 
     def _verify(self, sealed: Sealed, now: float) -> Key | None:

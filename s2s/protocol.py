@@ -147,7 +147,7 @@ class Link(Int32StringReceiver):
         if not self.session.is_open:
             return
         if data and not self.session.has_been_heard:
-            self._take_in_turn(len(data))
+            self._take_in_turn(data)
         before = self._frames
         end = 4 + int.from_bytes(data[:4], "big")
         if len(data) == end <= 4 + self.MAX_LENGTH and not self.paused and not self.recvd:
@@ -167,11 +167,11 @@ class Link(Int32StringReceiver):
             if self._alarm > mono + self.session.timing.soonest:
                 self._arm()
 
-    def _take_in_turn(self, size: int) -> None:
+    def _take_in_turn(self, data: bytes) -> None:
         """Stop reading, and taking what was read, until a stranger's bytes have their turn."""
-        before, self._strange_bytes = self._strange_bytes, self._strange_bytes + size
+        before, self._strange_bytes = self._strange_bytes, self._strange_bytes + len(data)
         network = strangers.network(str(getattr(self.transport.getPeer(), "host", "")))
-        if not self._strangers.may_take(network, before, size, lambda: self.session.is_open, self._have_turn):
+        if not self._strangers.may_take(network, before, data, lambda: self.session.is_open, self._have_turn):
             self._waits += 1
             self._reader.stop("stranger")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any
 
@@ -145,6 +146,19 @@ class DispatcherTests(SynchronousTestCase):
         for frame in hostile.frames(65536):
             with self.subTest(frame=frame[:80], size=len(frame)):
                 self.assertLess(hostile.steps(self.receive, frame), hostile.MOST_STEPS)
+
+    def test_nothing_is_kept_of_a_refused_frame(self) -> None:
+        """What was parsed of a frame that is refused is freed at once, and leaves the cyclic collector nothing."""
+        bad = [b'{"a":[%b]}' % b",".join([b"[]"] * 1000), b'{"a":[%b,1.5]}' % b",".join([b"[]"] * 1000)]
+        bad += [json.dumps({**json.loads(_signed(_members())), "a": [[]] * 1000}).encode()]
+        bad += [frame.replace(b"[[]", b'["\\ud800",[]', 1) for frame in bad] + [bad[0][:-1] + b',"b":-0}']
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        for frame in bad:
+            with self.subTest(frame=frame[:40]):
+                self.refusal(frame)
+                self.assertLess(gc.collect(), 500)
 
     def test_the_payload_is_parsed_after_the_mac(self) -> None:
         """A canonical frame is parsed once, after its MAC: the key's holder pays for what it says."""

@@ -443,7 +443,7 @@ class FloodTests(OwnServerTestCase):
         server = yield self.started()
 
         def flood() -> None:
-            for bad in (b"[" * 60_000, *(b"{", b"[]", b'{"a":1.5}', b"\xff", b"[" * 600, b"{}", b'{"auth":1}') * 10):
+            for bad in (b"[" * 20_000, *(b"{", b"[]", b'{"a":1.5}', b"\xff", b"[" * 600, b"{}", b'{"auth":1}') * 10):
                 peer = self.peer(server)
                 peer.write(framed(bad))
                 peer.refusal()

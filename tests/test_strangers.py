@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter as Count
+from functools import partial
 from typing import Any
 
 from hypothesis import given, settings
@@ -21,7 +22,18 @@ from s2s.dispatch import Dispatcher
 from s2s.limits import Counters
 from s2s.links import MAX_SILENT, LinkFactory, ServerLinks
 from s2s.signing import Key, Keyring, Secret
-from s2s.strangers import BURST_S, FIRST_BYTES, FIRST_RATE, LEAST_BYTES, PERIOD_S, RATE, TOLD, Strangers, network
+from s2s.strangers import (
+    BURST_S,
+    FIRST_BYTES,
+    FIRST_RATE,
+    LEAST_BYTES,
+    PERIOD_S,
+    RATE,
+    TOLD,
+    Strangers,
+    network,
+    weight,
+)
 
 _NOW = 1_737_990_000
 _KEY = Key("k1", Secret(bytes(range(32))), "any", 0.0)
@@ -46,7 +58,7 @@ class BudgetTests(SynchronousTestCase):
         def taken() -> None:
             self.taken[address] += size
 
-        may_take = self.strangers.may_take(address, before, size, lambda: address not in self.left, taken)
+        may_take = self.strangers.may_take(address, before, b"x" * size, lambda: address not in self.left, taken)
         if may_take:
             taken()
         return may_take
@@ -75,6 +87,19 @@ class BudgetTests(SynchronousTestCase):
         self.time.advance(0.05)
         self.assertEqual(self.taken["engine"], _LARGE)
         self.assertGreater(self.counters.met["strangers"], 50)
+
+    def test_an_address_keeps_its_order(self) -> None:
+        """Of one address a large read is not overtaken for ever by small ones that come later."""
+        while self.ask("flood"):
+            pass
+        taken: list[int] = []
+        self.strangers.may_take("flood", FIRST_BYTES, b"[" * _LARGE, lambda: True, lambda: taken.append(0))
+        for number in range(1, 60):
+            later = partial(taken.append, number)
+            self.strangers.may_take("flood", FIRST_BYTES, b"x" * 8192, lambda: True, later)
+            self.time.advance(0.1)
+        self.time.pump([0.05] * 200)
+        self.assertEqual(taken, list(range(60)))
 
     def test_first_bytes_are_apart(self) -> None:
         """A first frame as short as a health check is taken at once, though its address has used up all else."""
@@ -106,6 +131,13 @@ class BudgetTests(SynchronousTestCase):
             self.ask(str(number), 1, before=0)
             self.time.advance(0.01)
         self.assertLess(len(self.strangers._first._by_address), 5000)
+
+    def test_what_is_dear_to_parse_counts_more(self) -> None:
+        """What the parser makes an object of counts as more bytes, so that a second's worth takes as long to parse."""
+        self.assertEqual(weight(b"x" * _LARGE), _LARGE)
+        self.assertEqual(weight(b"[]" * (_LARGE // 2)), _LARGE * 5)
+        self.assertEqual(weight(b'{"a":1}' * 1000), 7000 + 16 * 1000)
+        self.assertEqual(weight(b"{"), LEAST_BYTES)
 
     def test_network(self) -> None:
         """IPv4 is counted by address, also as IPv6 writes it, and IPv6 by what one machine has to itself."""
