@@ -25,6 +25,7 @@ from twisted.internet.threads import deferToThread
 
 from tests.faults import inside, odd
 from tests.faults.stage import DEAD_PEER_S, Stage, comes, pause
+from tests.support.flood import StrangersFlood
 from tests.support.peer import CHECK, framed
 from tests.support.postgres import Session
 from tests.support.proxy import Way
@@ -74,7 +75,7 @@ class Attack:
 #: it is, at most. A migration makes several files and declares the settings once.
 _STEP_S: Final = 15.0
 _COMINGS: Final = 3
-_MIGRATED: Final = {"migrate.file": 7, "migrate.settings": 1}
+_MIGRATED: Final = {"migrate.file": 8, "migrate.settings": 1}
 
 
 async def _at(stage: Stage, step: str, fault: Fault) -> None:
@@ -449,6 +450,14 @@ async def _reader_stops(stage: Stage) -> None:
     pusher.is_reading = True
 
 
+async def _strangers(stage: Stage) -> None:
+    """A stranger without a key sends large frames, 40 a second."""
+    flood = StrangersFlood(stage.server.port, rate=40, seconds=5)
+    flood.start()
+    while flood.is_alive():
+        await pause(0.1)
+
+
 async def _many_broadcasts(stage: Stage) -> None:
     await deferToThread(stage.typist.broadcast, f"many-{stage.dice.randrange(10**9)}", 10_000)
 
@@ -495,6 +504,7 @@ FAULTS: Final = (
         for ahead_s in (_JUMP_S, -_JUMP_S)
     ),
     Fault("reader that stops", _reader_stops),
+    Fault("flood of strangers", _strangers),
     Fault("10,000 broadcasts", _many_broadcasts, is_long=True),
 )
 _KILL_MIGRATION: Final = Fault("kill the migration", lambda _: pause(0))

@@ -28,6 +28,7 @@ from tests.faults.judge import CMD_TYPE, Command, Facts, Order
 from tests.faults.pusher import Pusher
 from tests.faults.typist import Typist
 from tests.support.cluster import Cluster
+from tests.support.flood import StrangersFlood
 from tests.support.peer import K1, Key, Peer, connect
 from tests.support.postgres import Session
 from tests.support.proxy import Proxy
@@ -138,6 +139,10 @@ class Stage:
             variables = inside.variables(self.grips[name], self.directory, self._breaks)
             self.role(name).launch_by(twistd, **variables, S2S_HANDLER_TIMEOUT=str(odd.TIMEOUT_S))
             await self.role(name).start()
+        # The first flood takes the allocator to its high-water mark, which further ones do not pass.
+        flood = StrangersFlood(self.server.port, rate=40, seconds=3)
+        flood.start()
+        await deferToThread(flood.join)
         for client in (*self.pushers, self.typist):
             client.start()
         await self.whole()
