@@ -33,7 +33,8 @@ ROOMS = {
     "mezzanine": [
         "clock", "backoff", "dispatch", "writer", "reader", "answers", "protocol",
         "store", "store.driver", "store.line", "store.pool", "store.audit", "store.config", "store.migrations",
-        "store.keys", "store.rotation", "store.idempotency", "store.commands", "store.notes", "store.notices",
+        "store.keys", "store.rotation", "store.idempotency", "store.lookback", "store.ready", "store.commands",
+        "store.notes", "store.notices",
         "store.outbox", "store.broadcasts", "store.engines", "store.steering", "store.retention", "store.actions",
         "store.commands_admin", "store.outbox_admin", "store.world", "store.seed", "store.jobs", "store.orders",
         "store.tokens", "store.listen",
