@@ -265,7 +265,7 @@ class OutboxTests(_CliTestCase):
     def claim(self) -> list[int]:
         """Lease what may be sent."""
         with blocking(self.url) as txn:
-            return [row.outbox_id for row in outbox.claim(txn, 10, 60.0)]
+            return [row.outbox_id for row in outbox.Claims().claim(txn, 10, 60.0)]
 
     def rows(self) -> list[tuple[Any, ...]]:
         """Give every row's id, state and error code."""

@@ -134,16 +134,18 @@ class Ready:
 
         :returns: ``(cmd_id, attempts)`` in run order.
         """
-        if self._starts:
-            rows = self._scan(txn, limit)
-        else:
+        is_whole = not self._starts
+        if is_whole:
             with self._lookback.measured():
                 rows = self._scan(txn, limit)
+        else:
+            rows = self._scan(txn, limit)
         if self._lookback.behind:
             txn.execute(_STILL_BEHIND, {**self._params(limit), "behind": numbers(self._lookback.behind)})
             rows = sorted({*rows, *txn.fetchall()})
         if not rows and self._lookback.is_cheap:
             self._starts = {}
+            return [] if is_whole else self.candidates(txn, limit)
         return [(cmd_id, attempts) for *_, cmd_id, attempts in rows[:limit]]
 
     def noted(self, worker: int, note_id: int) -> None:
