@@ -27,12 +27,11 @@ from s2s.store import notes, probe, sqlstate
 from s2s.store.driver import Cursor, is_in_transaction, is_lost, is_read_only
 from s2s.store.handler_pool import MOST_STUCK, HandlerPool
 from s2s.store.pool import Database
+from s2s.store.ready import Ready
 from s2s.turns import Turns
 
 #: Seconds between two looks whether our presence lock is back.
 ABSENT_S: Final = 0.25
-#: Seconds that a command waits whose handler is gone.
-ORPHANED_S: Final = 60.0
 #: A command that has lost its connection so often, and now alone, is charged for it.
 LOSSES: Final = 3
 #: So many commands are remembered whose connection was lost.
@@ -50,7 +49,6 @@ class Report:
 
     done: list[int] = field(default_factory=list)
     failed: list[tuple[int, str]] = field(default_factory=list)
-    orphaned: list[Command] = field(default_factory=list)
     dead: int = 0
 
 
@@ -116,7 +114,7 @@ class Executor:
         self._reaper = Reaper(database, boot_id, self._charged, clock)
         #: How often the connection was lost under each command, since it ran last.
         self._losses: Counter[int] = Counter()
-        self._orphans_told: set[str] = set()
+        self._ready = Ready(registry)
         self.ran = self.failed = self.dead = 0
 
     def start(self) -> None:
@@ -186,7 +184,7 @@ class Executor:
         worker = self._numbers[line]
         size = self.batch_size
         suspects = frozenset(cmd_id for cmd_id, losses in self._losses.items() if losses > 1)
-        cmd_ids, due_in_s = await self._database.run(_claim, self._boot_id, worker, size, suspects)
+        cmd_ids, due_in_s = await self._database.run(_claim, self._boot_id, worker, size, suspects, self._ready)
         if not cmd_ids:
             return None if due_in_s is None else max(due_in_s, 0.0)
         if len(cmd_ids) == size:
@@ -265,9 +263,6 @@ class Executor:
         self.ran += len(report.done)
         self.failed += len(report.failed)
         self.dead += report.dead
-        for cmd_type in {command.cmd_type for command in report.orphaned} - self._orphans_told:
-            self._orphans_told.add(cmd_type)
-            self.log.warn("no handler serves {cmd_type} any more: its commands wait", cmd_type=cmd_type)
         for cmd_id, error in report.failed:
             self.log.warn("command {cmd_id} failed: {error}", cmd_id=cmd_id, error=error)
 
@@ -278,20 +273,15 @@ class Executor:
         report = Report()
         until = time.monotonic() + BATCH_S
         # Neighbours of one type make a group: the order of running stays.
-        in_hand = _in_hand(txn, self._boot_id, worker, cmd_ids)
+        in_hand = _in_hand(txn, self._boot_id, worker, cmd_ids, self._ready.notes[worker])
         for cmd_type, group in itertools.groupby(in_hand, lambda command: command.cmd_type):
-            kind = self._registry.get(cmd_type)
-            if kind is None:
-                report.orphaned += group
-            else:
+            if (kind := self._registry.get(cmd_type)) is not None:  # or changed by hand since it was claimed
                 self._run_group(txn, kind, list(group), report, until)
-        if report.orphaned:
-            table.postpone(txn, [command.cmd_id for command in report.orphaned], ORPHANED_S)
         if report.done:
             table.finish(txn, report.done)
         if report.failed:
             report.dead = table.charge(txn, report.failed)
-        notes.strike(txn, self._boot_id, worker)
+        notes.strike(txn, self._boot_id, worker, self._ready.notes[worker])
         return report
 
     def _run_group(self, txn: Cursor, kind: CommandType, commands: list[Command], report: Report, until: float) -> None:
@@ -338,17 +328,17 @@ def _is_late(report: Report, until: float) -> bool:
 
 
 def _claim(
-    txn: Cursor, boot_id: str, worker: int, limit: int, suspects: frozenset[int]
+    txn: Cursor, boot_id: str, worker: int, limit: int, suspects: frozenset[int], ready: Ready
 ) -> tuple[list[int], float | None]:
-    cmd_ids = notes.claim(txn, boot_id, worker, limit, suspects)
-    return cmd_ids, None if cmd_ids else table.next_due_s(txn)
+    cmd_ids = notes.claim(txn, boot_id, worker, limit, suspects, ready)
+    return cmd_ids, None if cmd_ids else ready.next_due_s(txn)
 
 
-def _in_hand(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -> list[Command]:
+def _in_hand(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], note_id: int = 0) -> list[Command]:
     """Lock the commands of a worker's batch that are in its note still: what another has charged is not ours to run."""
     taken = table.take(txn, cmd_ids)
     # After the locks, in a statement of its own: it shows what a reaper did before we had them.
-    noted = set(notes.noted(txn, boot_id, worker))
+    noted = set(notes.noted(txn, boot_id, worker, note_id))
     return [command for command in taken if command.cmd_id in noted]
 
 

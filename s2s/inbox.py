@@ -19,9 +19,9 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from s2s import canonical
-from s2s.catalogue.schema import Schema
 from s2s.commands import CommandType
 from s2s.errors import (
+    DatabaseError,
     DatabaseUnavailable,
     DbUnavailable,
     IdemConflict,
@@ -34,6 +34,7 @@ from s2s.errors import (
     one_line,
 )
 from s2s.limits import Counters
+from s2s.served import ServedTypes
 from s2s.store import commands as table
 from s2s.store.commands import Outcome, Push
 from s2s.store.pool import Database
@@ -65,6 +66,7 @@ class Inbox:
     :param on_commit: called after each COMMIT that brought a new command, when its pushes are answered.
     :param counters: counts the pushes refused for want of room.
     :param reactor: for tests.
+    :param types: what is accepted; the registry's types by default.
 
     :ivar accepted: new commands committed.
     :ivar duplicates: pushes answered with their first command.
@@ -82,12 +84,13 @@ class Inbox:
         on_commit: Callable[[], object] = lambda: None,
         counters: Counters | None = None,
         reactor: Any = None,
+        types: ServedTypes | None = None,
     ) -> None:
         if reactor is None:
             from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
         self._reactor = reactor
         self._database = database
-        self._schemas = {cmd_type: Schema(kind.schema) for cmd_type, kind in registry.items()}
+        self._types = types or ServedTypes(registry)
         self._on_commit = on_commit
         self._counters = counters or Counters()
         self._waiters: deque[_Waiter] = deque()
@@ -120,6 +123,17 @@ class Inbox:
         :param payload: as it was parsed, and as the catalogue's schema lets it pass.
         :returns: fires with the payload of its ``s2s.ack`` after the COMMIT, or fails with a :class:`WireError`.
         """
+        if payload["cmd_type"] in self._types.schemas:
+            return self._push(payload)
+        # A refusal is final, and another server may have begun to serve the type just now.
+        return self._types.again().addCallbacks(lambda _: self._push(payload), self._unknowable)
+
+    def _unknowable(self, failure: Failure) -> Deferred[dict[str, Any]]:
+        failure.trap(DatabaseError)
+        self.refused += 1
+        return fail(DbUnavailable(retry_after_ms=RETRY_AFTER_MS))
+
+    def _push(self, payload: Mapping[str, Any]) -> Deferred[dict[str, Any]]:
         try:
             waiter = self._checked(payload)
         except WireError as error:
@@ -143,9 +157,9 @@ class Inbox:
         if self._drained is not None:
             raise ShuttingDown("the server is draining", retry_after_ms=RETRY_AFTER_MS)
         cmd_type, content = payload["cmd_type"], payload["payload"]
-        schema = self._schemas.get(cmd_type)
+        schema = self._types.schemas.get(cmd_type)
         if schema is None:
-            raise UnknownCommand(f"no handler serves {cmd_type}", supported=sorted(self._schemas))
+            raise UnknownCommand(f"no server serves {cmd_type}", supported=sorted(self._types.schemas))
         schema.check(content, "/payload/payload")
         written = canonical.rewrite(content)
         if self._waiters and (len(self._waiters) >= WAITING_PUSHES or self._bytes + len(written) > WAITING_BYTES):

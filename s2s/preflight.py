@@ -26,10 +26,12 @@ class Place:
 
     :param url: it may hold a password.
     :param leave: gives an embedded PostgreSQL back; the last one out stops it.
+    :param trim_log: keeps the log of an embedded PostgreSQL within its bound; it may block for a moment.
     """
 
     url: str = field(repr=False)
     leave: Callable[[], object] = lambda: None
+    trim_log: Callable[[], object] = lambda: None
     is_embedded: bool = False
 
 
@@ -42,7 +44,7 @@ def find_database(given: str | None, state_dir: Path) -> Place:
     url = given or os.environ.get(DATABASE_VARIABLE)
     if not url:
         lease = embedded.join(state_dir)
-        return Place(lease.url, lease.leave, is_embedded=True)
+        return Place(lease.url, lease.leave, lease.trim_log, is_embedded=True)
     if url.startswith("@"):
         try:
             url = Path(url[1:]).read_text("utf-8").strip()

@@ -76,6 +76,7 @@ class Relay:
         #: What a row of the last claim took on average; of the first nothing is known.
         self._row_bytes = 1
         self._next = Settlement()
+        self._claims = outbox.Claims()
         self.window_rows = number("relay.window")
         self.depth = 0
         self.accepted = self.duplicates = self.retried = self.dead = 0
@@ -141,7 +142,7 @@ class Relay:
             return
         self._is_claiming = True
         self._more = self._is_dry = False
-        claiming = self._database.run(outbox.claim, room, LEASE_S, list(self._held))
+        claiming = self._database.run(self._claims.claim, room, LEASE_S, list(self._held))
         claiming.addCallbacks(self._claimed, self._claim_failed, callbackArgs=(room, self._clock.mono()))
         claiming.addErrback(self._unexpected)
 
@@ -149,7 +150,7 @@ class Relay:
         now = self._clock.mono()
         if now >= self._depth_at + DEPTH_S:
             self._depth_at = now
-            self._database.run(outbox.depth).addCallbacks(self._counted, self._unless_away)
+            self._database.run(self._claims.depth).addCallbacks(self._counted, self._unless_away)
         self.wake()
         self._renew()
         self._settle()

@@ -25,8 +25,9 @@ from s2s.responders.health import Health
 from s2s.responders.push import Push
 from s2s.retention import Retention
 from s2s.role import Basis, Role
+from s2s.served import LiveServedTypes
 from s2s.steering import Steerer
-from s2s.store import broadcasts, notes, orders, steering
+from s2s.store import broadcasts, command_types, notes, orders, steering
 from s2s.store.retention import Keep
 from s2s.web.service import Web
 
@@ -51,6 +52,7 @@ class Server(Role):
     :param listen: where engines connect.
     :param http: where the HTTP API is served; ``None``: nowhere.
     :param hosts: further names by which clients of the API may call this server.
+    :param types: the command types that the inbox accepts.
     """
 
     def __init__(
@@ -59,11 +61,13 @@ class Server(Role):
         listen: Entrance,
         inbox: Inbox,
         executor: Executor,
-        http: Entrance | None = None,
-        hosts: Collection[str] = (),
+        http: Entrance | None,
+        hosts: Collection[str],
+        types: LiveServedTypes,
     ) -> None:
         clock = basis.clock
         self._inbox = inbox
+        self._types = types
         self._pulse = Pulse(basis.database, clock)
         self._executor = executor
         self._is_draining = False
@@ -74,6 +78,7 @@ class Server(Role):
             broadcasts.CHANNEL: self._sweep,
             steering.CHANNEL: self._steerer.wake,
             orders.CHANNEL: self._courier.wake,
+            command_types.CHANNEL: types.changed,
         }
         self._web: Web | None = None
         if http is not None:
@@ -115,6 +120,7 @@ class Server(Role):
             news.info("{what} listens on {endpoint}", what=what, endpoint=entrance.described)
 
     def _begin(self) -> None:
+        self._types.start()
         self._executor.start()
         self._steerer.start()
         self._courier.start()
@@ -129,6 +135,7 @@ class Server(Role):
         if self._sweeping.running:
             self._sweeping.stop()
         self._retention.stop()
+        self._types.stop()
         web = [] if self._web is None else [Deferred.fromCoroutine(self._web.stop())]
         await DeferredList(
             [*web, self._inbox.drain(), self._executor.stop(), self._steerer.stop(), self._courier.stop()],

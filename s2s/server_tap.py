@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from twisted.logger import Logger
 
 from s2s import descriptors
+from s2s.commands import CommandType
 from s2s.discovery import discover
 from s2s.endpoints import server_endpoint
+from s2s.errors import DatabaseError, OperatorError
 from s2s.executor import Executor
 from s2s.inbox import Inbox
 from s2s.options import HTTP, LISTEN, RoleOptions, between, make_basis, or_refuse, parameter
+from s2s.served import LiveServedTypes, texts
 from s2s.server import Entrance, Server
+from s2s.store import command_types
+from s2s.store.pool import blocking
 from s2s.web.service import POOL_THREADS
 
 #: Connections beside those of handlers: inbox and claims, keys and configuration, steering; the HTTP API.
@@ -72,7 +79,8 @@ def _make(options: Options) -> Any:
         workers=workers,
         clock=basis.clock.scheduler,
     )
-    inbox = Inbox(basis.database, found.commands, executor.wake, basis.counters)
+    types = LiveServedTypes(basis.database, basis.clock, found.commands, _declare(basis.url, found.commands))
+    inbox = Inbox(basis.database, found.commands, executor.wake, basis.counters, types=types)
     return Server(
         basis,
         Entrance(listen, options["listen"], "listen"),
@@ -80,4 +88,19 @@ def _make(options: Options) -> Any:
         executor,
         http and Entrance(http, options["http"], "http"),
         options["http-hosts"],
+        types,
     )
+
+
+def _declare(url: str, served: Mapping[str, CommandType]) -> dict[str, str]:
+    """Declare the command types, and read all that are known, before anything is accepted.
+
+    A database that takes no writes yet is no reason not to start: the types are declared later.
+    """
+    try:
+        with suppress(DatabaseError), blocking(url) as txn:
+            command_types.declare(txn, texts(served))
+        with blocking(url) as txn:
+            return command_types.read(txn)
+    except DatabaseError as error:
+        raise OperatorError(f"the database cannot be used: {error}") from None

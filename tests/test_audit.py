@@ -347,7 +347,7 @@ class DeadLettersTests(AuditTestCase, CliTestCase):
         with blocking(self.url) as txn:
             rows = [outbox.put(txn, "test.run", key, {}) for key in "abc"]
         with blocking(self.url) as txn:
-            outbox.claim(txn, 1, 60.0)
+            outbox.Claims().claim(txn, 1, 60.0)
         ((held,),) = self.execute("select outbox_id from outbox where send_at <> created_at")
         fresh, other = (row for row in rows if row != held)
         self.s2s("outbox", "cancel", str(held), str(fresh))

@@ -14,6 +14,7 @@ from s2s.cli.outbox import outbox as outbox_group
 from s2s.store import actions, commands, commands_admin, driver, notes, outbox, outbox_admin
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
+from s2s.store.ready import Ready
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
 
@@ -110,7 +111,7 @@ class CommandsTests(_CliTestCase):
             [("ready", 0, None, True)] * 2,
         )
         with blocking(self.url) as txn:
-            self.assertEqual(commands.candidates(txn, 10), [(dead, 0), (cancelled, 0)])
+            self.assertEqual(Ready().candidates(txn, 10), [(dead, 0), (cancelled, 0)])
 
     def test_each_id_has_its_answer(self) -> None:
         """An id that does not exist or is in another state is told of with the cure; the others are done."""
@@ -264,7 +265,7 @@ class OutboxTests(_CliTestCase):
     def claim(self) -> list[int]:
         """Lease what may be sent."""
         with blocking(self.url) as txn:
-            return [row.outbox_id for row in outbox.claim(txn, 10, 60.0)]
+            return [row.outbox_id for row in outbox.Claims().claim(txn, 10, 60.0)]
 
     def rows(self) -> list[tuple[Any, ...]]:
         """Give every row's id, state and error code."""

@@ -110,7 +110,7 @@ class JobRunTests(DatabaseTestCase):
             _Tick().run(txn, JobRun(txn, "test.tick:60", 60, {}, 65536))
             self.assertEqual(self.execute("select count(*) from outbox"), [(0,)])
         with blocking(self.url, "test") as txn:
-            [row] = outbox.claim(txn, 10, 1.0)
+            [row] = outbox.Claims().claim(txn, 10, 1.0)
         self.assertEqual(
             row.push(),
             {

@@ -14,7 +14,7 @@ from s2s.catalogue.schema import Schema
 from s2s.commands.notice_publish import NoticePublish
 from s2s.errors import CanonicalError, StatementRefused, TooBigToSend
 from s2s.signing import Key, Secret
-from s2s.store import broadcasts, notices, outbox
+from s2s.store import broadcasts, lookback, notices, outbox
 from s2s.store.outbox import OutboxRow
 from s2s.store.pool import Database, blocking
 from tests.support.postgres import DatabaseTestCase, rows_read
@@ -43,7 +43,7 @@ class OutboxTests(_StoreTestCase):
 
     async def claim(self, *exclude_ids: int, limit: int = 10) -> list[outbox.OutboxRow]:
         """Lease rows for a minute."""
-        return await self.run_work(outbox.claim, limit, 60.0, exclude_ids)
+        return await self.run_work(outbox.Claims().claim, limit, 60.0, exclude_ids)
 
     async def test_a_row_becomes_a_push(self) -> None:
         """What is put comes out as a payload that the catalogue lets pass, with and without a due_at."""
@@ -108,8 +108,82 @@ class OutboxTests(_StoreTestCase):
             " from generate_series(1, 20000) i"
         )
         with blocking(self.url) as txn:
-            self.assertEqual(len(outbox.claim(txn, 256, 5.0)), 256)
+            self.assertEqual(len(outbox.Claims().claim(txn, 256, 5.0)), 256)
             self.assertLess(rows_read(txn, "outbox"), 1500)
+
+    def test_dead_front(self) -> None:
+        """With a snapshot held, a claim reads what waits and not what was sent before."""
+        self.patch(lookback, "CHEAP_S", -1.0)
+        claims = outbox.Claims(lambda: 0.0)
+        with blocking(self.url) as holder:
+            holder.execute("set transaction isolation level repeatable read; select 1")
+            self.execute(
+                "insert into outbox (cmd_type, idem_key, payload, send_at)"
+                " select 'test.run', 'b' || i, '{}', now() - interval '1 minute' from generate_series(1, 5000) i"
+            )
+            with blocking(self.url) as txn:
+                sent = [row.outbox_id for _ in range(25) for row in claims.claim(txn, 200, 5.0)]
+                self.assertEqual(len(sent), 5000)
+                outbox.delete(txn, sent)
+            self.execute("insert into outbox (cmd_type, idem_key, payload) values ('test.run', 'next', '{}')")
+            whole = self.pages(outbox.Claims())
+            self.assertLess(self.pages(claims), whole - 50)
+            with blocking(self.url) as txn:
+                self.assertEqual(claims.depth(txn), 1)
+
+    def pages(self, claims: outbox.Claims) -> int:
+        """Count the pages that a claim reads; it is undone."""
+        with blocking(self.url) as txn:
+            claims.claim(txn, 200, 5.0)
+            statement = txn.query.rpartition(b" = off; ")[2]
+            txn.connection.rollback()
+            txn.execute(b"explain (analyze, buffers, format json) " + statement)
+            plan = txn.fetchall()[0][0][0]["Plan"]
+            txn.connection.rollback()
+        return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+
+    def test_below_the_start(self) -> None:
+        """A row that appears below where claims start is leased: one of a late commit, one that is due in the past."""
+        self.patch(lookback, "CHEAP_S", -1.0)
+        now = [0.0]
+        claims = outbox.Claims(lambda: now[0])
+        insert = (
+            "insert into outbox (cmd_type, idem_key, payload, send_at)"
+            " values ('test.run', %s, '{}', clock_timestamp() - %s * interval '1 s')"
+        )
+
+        def claim() -> list[str]:
+            with blocking(self.url) as txn:
+                return [row.idem_key for row in claims.claim(txn, 2, 60.0)]
+
+        late = blocking(self.url)
+        txn = late.__enter__()
+        txn.execute(insert, ("late", 60))
+        self.execute(insert, "early", 0)
+        self.assertEqual(claim(), ["early"])
+        late.__exit__(None, None, None)
+        self.assertEqual(claim(), [])
+        now[0] += lookback.LEAST_S
+        self.assertEqual(claim(), ["late"])
+        for number in range(5):
+            self.execute(insert, str(number), 3600)
+        self.execute(insert, "now", 0)
+        now[0] += lookback.LEAST_S
+        self.assertEqual(sorted([*claim(), *claim(), *claim()]), ["0", "1", "2", "3", "4", "now"])
+
+    def test_idle(self) -> None:
+        """Where looks are cheap, a claim that finds nothing has looked at everything: an engine that stops is empty."""
+        self.patch(lookback, "CHEAP_S", float("inf"))
+        claims = outbox.Claims(lambda: 0.0)
+        for key, age in (("a", 0), ("b", 3600)):
+            self.execute(
+                "insert into outbox (cmd_type, idem_key, payload, send_at)"
+                " values ('test.run', %s, '{}', now() - %s * interval '1 s')",
+                key,
+                age,
+            )
+            with blocking(self.url) as txn:
+                self.assertEqual([row.idem_key for row in claims.claim(txn, 10, 60.0)], [key])
 
     async def test_renewed_and_given_back(self) -> None:
         """A lease can be lengthened, and ended; neither counts as an attempt, and what was set aside stays so."""
@@ -130,7 +204,7 @@ class OutboxTests(_StoreTestCase):
         await self.run_work(outbox.delete, [done.outbox_id])
         await self.run_work(outbox.retry, [(again.outbox_id, 0)])
         await self.run_work(outbox.kill, [(dead.outbox_id, "bad_payload", "at /payload/n")])
-        self.assertEqual(await self.run_work(outbox.depth), 1)
+        self.assertEqual(await self.run_work(outbox.Claims().depth), 1)
         (row,) = await self.claim()
         self.assertEqual((row.idem_key, row.attempts), ("again", 1))
         self.assertEqual(
@@ -148,7 +222,7 @@ class OutboxTests(_StoreTestCase):
         with blocking(self.url) as txn:
             outbox.put_batch(txn, "test.run", [(f"k-{n}", {}) for n in range(400)])
         claims = await gatherResults(
-            [database.run(outbox.claim, 50, 60.0) for _ in range(5) for database in self.databases]
+            [database.run(outbox.Claims().claim, 50, 60.0) for _ in range(5) for database in self.databases]
         )
         claims.append(await self.claim(limit=400))
         got = [row.idem_key for claim in claims for row in claim]

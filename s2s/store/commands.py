@@ -219,59 +219,6 @@ class Command:
     priority: int
 
 
-# Every priority that has waiting commands and the first of them, found by one step in the index each, however many wait
-# under it.
-_PRIORITIES: Final = """
-with recursive priorities (priority, due_at) as (
-    (select priority, due_at from commands where status = 'ready' order by priority, due_at limit 1)
-    union all
-    select n.priority, n.due_at
-    from priorities p
-    cross join lateral (
-        select priority, due_at from commands where status = 'ready' and priority > p.priority
-        order by priority, due_at limit 1
-    ) n
-)
-"""
-# No outer "order by": the nested loop gives the order already, and a sort would read every priority to its limit. What
-# has run since the last vacuum stands before the first that waits, and is stepped over once, not twice.
-_CANDIDATES: Final = f"""
-{_PRIORITIES}
-select c.cmd_id, c.attempts
-from priorities p
-cross join lateral (
-    select cmd_id, attempts from commands
-    where status = 'ready' and priority = p.priority and due_at between p.due_at and now()
-        and cmd_id not in (select unnest(cmd_ids) from batch_notes)
-    order by due_at, cmd_id limit %s
-    for update skip locked -- what somebody holds cannot be run, and must not be claimed over and over
-) c
-limit %s
-"""  # noqa: S608
-_NEXT_DUE: Final = f"""
-{_PRIORITIES}
-select extract(epoch from min(c.due_at) - clock_timestamp())::float8
-from priorities p
-cross join lateral (
-    select due_at from commands where status = 'ready' and priority = p.priority and due_at > now()
-    order by due_at limit 1
-) c
-"""  # noqa: S608
-
-
-def candidates(txn: Cursor, limit: int) -> list[tuple[int, int]]:
-    """Find and lock the commands to run next that nobody has noted or locked: ``(cmd_id, attempts)`` in run order."""
-    txn.execute(_CANDIDATES, (limit, limit))
-    return txn.fetchall()
-
-
-def next_due_s(txn: Cursor) -> float | None:
-    """Seconds until a command becomes due that is not due yet; ``None``: there is none."""
-    txn.execute(_NEXT_DUE)
-    row = txn.fetchone()
-    return row[0] if row else None
-
-
 def take(txn: Cursor, cmd_ids: Sequence[int]) -> list[Command]:
     """Lock those of the commands that still wait and that nobody else has locked, in run order."""
     txn.execute(
@@ -319,14 +266,3 @@ def charge(txn: Cursor, failures: Sequence[tuple[int, str]], deaths: Container[i
         },
     )
     return [status for (status,) in txn].count("dead")
-
-
-def postpone(txn: Cursor, cmd_ids: Sequence[int], delay_s: float) -> None:
-    """Let commands wait without a charge.
-
-    :param delay_s: seconds from now.
-    """
-    txn.execute(
-        "update commands set due_at = clock_timestamp() + %s * interval '1 second' where cmd_id = any(%s::bigint[])",
-        (delay_s, numbers(cmd_ids)),
-    )

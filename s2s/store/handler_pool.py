@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Final, TypeVar, cast
 
+import psycopg2
 from twisted.enterprise import adbapi
 from twisted.internet import defer, threads
 from twisted.internet.defer import Deferred
@@ -228,7 +229,11 @@ class HandlerPool(Database):
 
     def _terminate(self, task: Task) -> None:
         self._signal(task, "pg_terminate_backend")
-        with suppress(OSError, S2SError), socket.socket(fileno=os.dup(cast(Any, task.connection).fileno())) as handle:
+        # It may have returned by now, and its connection may be closed.
+        with (
+            suppress(OSError, psycopg2.Error),
+            socket.socket(fileno=os.dup(cast(Any, task.connection).fileno())) as handle,
+        ):
             handle.shutdown(socket.SHUT_RDWR)
 
     # --- in the thread of a task -------------------------------------------------------------------------------------

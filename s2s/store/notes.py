@@ -27,11 +27,13 @@ from typing import Final, NamedTuple
 
 from s2s.store import commands
 from s2s.store.driver import Cursor, lock_key, numbers, one_at_a_time
+from s2s.store.ready import Ready
 
 _CLAIMING: Final = lock_key("claiming")
 _REAPING: Final = lock_key("reaping")
 _DIED: Final = "ProcessDied: the process ended while this command's batch ran"
 _STUCK: Final = "Stuck: the process did not finish this command's batch in time"
+_OF_WORKER: Final = "boot_id = %s and worker = %s and (%s = 0 or note_id = %s)"
 #: Seconds that a note may stand while nothing of it is locked: longer than the database lets any transaction idle.
 OVERSTAY_S: Final = 90.0
 
@@ -82,40 +84,59 @@ def _held(txn: Cursor) -> dict[int, datetime]:
     return dict(txn.fetchall())
 
 
-def claim(txn: Cursor, boot_id: str, worker: int, limit: int, suspects: Container[int] = ()) -> list[int]:
+def claim(
+    txn: Cursor,
+    boot_id: str,
+    worker: int,
+    limit: int,
+    suspects: Container[int] = (),
+    ready: Ready | None = None,
+) -> list[int]:
     """Choose a worker's next batch and note it. Its transaction must be committed before the batch runs.
 
     A command that failed before runs alone, so that what it does wrong it does to itself.
 
     :param suspects: commands that are to run alone too.
+    :param ready: what this process may run next; all commands by default.
     :returns: the cmd_ids in run order, none of them in another note.
     """
-    # Before the lock that everybody needs: a lost connection of ours may still hold the note.
-    strike(txn, boot_id, worker)
-    # One claim at a time, so that batches are disjoint. The note need not reach the disk: it is for the death of a
-    # process, and when the database dies nobody is charged.
-    txn.execute("set local synchronous_commit = off")
+    ready = ready or Ready()
+    # The note need not reach the disk: it is for the death of a process, and when the database dies nobody is charged.
+    # Notes are found by their index, whatever the statistics say: the table is nearly empty, but for what a snapshot
+    # keeps. And before the lock that everybody needs: a lost connection of ours may still hold the note.
+    txn.execute(
+        "set local synchronous_commit = off; set local enable_seqscan = off;"
+        " delete from batch_notes where boot_id = %s and worker = %s and note_id >= %s",
+        (boot_id, worker, ready.first_note),
+    )
+    ready.look_back(txn, limit)
+    # One claim at a time, so that batches are disjoint.
     one_at_a_time(txn, _CLAIMING)
-    found = commands.candidates(txn, limit)
+    found = ready.candidates(txn, limit)
     fresh = itertools.takewhile(lambda one: one[1] == 0 and one[0] not in suspects, found)
     cmd_ids = [cmd_id for cmd_id, _ in fresh] or [cmd_id for cmd_id, _ in found[:1]]
     if cmd_ids:
         txn.execute(
-            "insert into batch_notes (boot_id, worker, cmd_ids) values (%s, %s, %s::bigint[])",
+            "insert into batch_notes (boot_id, worker, cmd_ids) values (%s, %s, %s::bigint[]) returning note_id",
             (boot_id, worker, numbers(cmd_ids)),
         )
+        ((note_id,),) = txn.fetchall()
+        ready.noted(worker, note_id)
     return cmd_ids
 
 
-def noted(txn: Cursor, boot_id: str, worker: int) -> list[int]:
-    """Give the cmd_ids of a worker's note, as it is now."""
-    txn.execute("select unnest(cmd_ids) from batch_notes where boot_id = %s and worker = %s", (boot_id, worker))
+def noted(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> list[int]:
+    """Give the cmd_ids of a worker's note, as it is now.
+
+    :param note_id: where it is known, so that the notes which a snapshot keeps are not read.
+    """
+    txn.execute(f"select unnest(cmd_ids) from batch_notes where {_OF_WORKER}", (boot_id, worker, note_id, note_id))  # noqa: S608
     return [cmd_id for (cmd_id,) in txn]
 
 
-def strike(txn: Cursor, boot_id: str, worker: int) -> None:
-    """Remove a worker's note."""
-    txn.execute("delete from batch_notes where boot_id = %s and worker = %s", (boot_id, worker))
+def strike(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> None:
+    """Remove a worker's note; see :func:`noted`."""
+    txn.execute(f"delete from batch_notes where {_OF_WORKER}", (boot_id, worker, note_id, note_id))  # noqa: S608
 
 
 def keep_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -> None:

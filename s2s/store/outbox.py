@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,10 +13,33 @@ from s2s.errors import TooBigToSend
 from s2s.limits import Bounds
 from s2s.store.cursor import own
 from s2s.store.driver import Cursor, numbers
+from s2s.store.lookback import SLACK_S, Lookback
 
 CHANNEL: Final = "s2s_outbox"
 #: Counting more would take longer than the number is worth.
 MOST_COUNTED: Final = 100_000
+
+
+#: A commit may come a moment after its rows are due; what comes later is found by a look back.
+_START: Final = (
+    f"(least(to_timestamp(%(send_at)s), now() - {SLACK_S} * interval '1 second'),"
+    f" case when to_timestamp(%(send_at)s) <= now() - {SLACK_S} * interval '1 second' then %(outbox_id)s else 0 end)"
+)
+_FROM: Final = f"(send_at, outbox_id) >= {_START}"
+# The index has the order. With statistics of a smaller table, as in any burst, all that waits would be sorted.
+_CLAIM: Final = (
+    "set local synchronous_commit = off; set local enable_sort = off; with claimed as (select outbox_id, send_at"
+    " from outbox where state = 'waiting' and send_at <= now() and not outbox_id = any(%(exclude)s::bigint[]) and {}"
+    " order by send_at, outbox_id limit %(limit)s for update skip locked)"
+    " update outbox o set send_at = now() + %(lease_s)s * interval '1 second'"
+    " from claimed c where o.outbox_id = c.outbox_id"
+    " returning o.outbox_id, o.cmd_type, o.idem_key, o.payload, o.priority, o.due_at, o.attempts,"
+    " extract(epoch from c.send_at)::float8"
+)
+_BEHIND: Final = (
+    f"select outbox_id from outbox where state = 'waiting' and (send_at, outbox_id) < {_START}"  # noqa: S608
+    " and not outbox_id = any(%(exclude)s::bigint[]) order by send_at, outbox_id limit %(limit)s"
+)
 
 
 @dataclass(frozen=True)
@@ -129,25 +153,71 @@ def put_batch(
     )
 
 
-def claim(txn: Cursor, limit: int, lease_s: float, exclude_ids: Sequence[int] = ()) -> list[OutboxRow]:
-    """Lease rows to send, the longest waiting first; two relays never get the same row.
+class Claims:
+    """The claims of one relay, each of which starts where the last one did (:mod:`s2s.store.lookback`).
 
-    Neither a lease nor what comes of it need reach the disk at once: of what the database forgets as it dies the rows
-    are sent again, and the server knows them, or refuses them again.
-
-    :param lease_s: seconds after which a row that was neither deleted nor retried is anybody's again.
-    :param exclude_ids: what the caller still has in flight, should a lease have run out.
+    :param now: monotonic seconds.
     """
-    txn.execute(
-        # The index has the order. With statistics of a smaller table, as in any burst, all that waits would be sorted.
-        "set local synchronous_commit = off; set local enable_sort = off; with claimed as (select outbox_id from outbox"
-        " where state = 'waiting' and send_at <= now() and not outbox_id = any(%s::bigint[])"
-        " order by send_at, outbox_id limit %s for update skip locked)"
-        " update outbox o set send_at = now() + %s * interval '1 second' from claimed c where o.outbox_id = c.outbox_id"
-        " returning o.outbox_id, o.cmd_type, o.idem_key, o.payload, o.priority, o.due_at, o.attempts",
-        (numbers(exclude_ids), limit, lease_s),
-    )
-    return sorted((OutboxRow(*row) for row in txn), key=lambda row: row.outbox_id)
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._lookback = Lookback(now)
+        #: ``send_at``, in Unix seconds, and ``outbox_id`` of the first row of the last claim.
+        self._start: tuple[float, int] | None = None
+
+    def claim(self, txn: Cursor, limit: int, lease_s: float, exclude_ids: Sequence[int] = ()) -> list[OutboxRow]:
+        """Lease rows to send, the longest waiting first; two relays never get the same row.
+
+        Neither a lease nor what comes of it need reach the disk at once: of what the database forgets as it dies the
+        rows are sent again, and the server knows them, or refuses them again.
+
+        :param lease_s: seconds after which a row that was neither deleted nor retried is anybody's again.
+        :param exclude_ids: what the caller still has in flight, should a lease have run out.
+        """
+        params = {"exclude": numbers(exclude_ids), "limit": limit, "lease_s": lease_s}
+        rows: list[OutboxRow] = []
+        is_whole = self._start is None
+        if is_whole:
+            with self._lookback.measured():
+                self._claim(txn, _FROM, params, rows)
+        else:
+            if self._lookback.is_due:
+                self._lookback.look(txn, _BEHIND, {**params, **self._from()})
+                if len(self._lookback.behind) >= limit:
+                    # The work is there.
+                    self._start = None
+            if self._lookback.behind:
+                self._claim(
+                    txn, "outbox_id = any(%(ids)s::bigint[])", {**params, "ids": numbers(self._lookback.behind)}, rows
+                )
+            if len(rows) < limit:
+                self._claim(txn, _FROM, {**params, "limit": limit - len(rows)}, rows)
+        if not rows and self._lookback.is_cheap:
+            self._start = None
+            return [] if is_whole else self.claim(txn, limit, lease_s, exclude_ids)
+        return sorted(rows, key=lambda row: row.outbox_id)
+
+    def depth(self, txn: Cursor) -> int:
+        """Count the rows that wait, in flight or not; :data:`MOST_COUNTED` means that many or more.
+
+        Rows below the start of the last claim are not counted.
+        """
+        txn.execute(
+            "select count(*) from (select from outbox where state = 'waiting'"
+            " and (send_at, outbox_id) >= (to_timestamp(%(send_at)s), %(outbox_id)s) limit %(most)s) waiting",
+            {**self._from(), "most": MOST_COUNTED},
+        )
+        return int((txn.fetchone() or (0,))[0])
+
+    def _claim(self, txn: Cursor, where: str, params: Mapping[str, Any], rows: list[OutboxRow]) -> None:
+        txn.execute(_CLAIM.format(where), {**params, **self._from()})
+        found = txn.fetchall()
+        rows += [OutboxRow(*row[:-1]) for row in found]
+        if found and where == _FROM:
+            self._start = min((send_at, outbox_id) for outbox_id, *_, send_at in found)
+
+    def _from(self) -> dict[str, Any]:
+        send_at, outbox_id = self._start or (float("-inf"), 0)
+        return {"send_at": send_at, "outbox_id": outbox_id}
 
 
 def lease(txn: Cursor, outbox_ids: Sequence[int], lease_s: float) -> None:
@@ -224,9 +294,3 @@ class Settlement:
             retry(txn, self.retries)
         if self.dead:
             kill(txn, self.dead)
-
-
-def depth(txn: Cursor) -> int:
-    """Count the rows that wait, in flight or not; :data:`MOST_COUNTED` means that many or more."""
-    txn.execute("select count(*) from (select from outbox where state = 'waiting' limit %s) waiting", (MOST_COUNTED,))
-    return int((txn.fetchone() or (0,))[0])

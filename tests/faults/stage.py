@@ -40,9 +40,9 @@ DEAD_PEER_S: Final = 4.0
 #: Seconds until everything is whole again, once link and database are back; and until nothing is left of the work.
 WHOLE_S: Final = 30.0
 SETTLED_S: Final = 110.0
-#: What a process may hold beyond its beginning: pools grow when they are needed, and an allocator gives little back. Of the
-#: bytes, 8 MiB are what floods of strangers add to the arenas of Python beside the work: measured, and not more by further
-#: floods.
+#: What a process may hold beyond its beginning: pools grow when they are needed, and an allocator gives little back. Of
+#: the bytes, 8 MiB are what floods of strangers add to the arenas of Python beside the work: measured, and not more by
+#: further floods.
 MORE_BYTES: Final = 24 << 20
 #: A thread that takes the place of a stuck handler's stays.
 MORE_THREADS: Final = 2

@@ -1,0 +1,96 @@
+"""``python -m benchmarks.snapshot``: the rate of accepting and running commands before and while a snapshot is held."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+import click
+import psycopg2
+from rich.console import Console
+from twisted.internet import reactor, task
+from twisted.internet.defer import Deferred
+
+from benchmarks.plan import PUSH
+from benchmarks.stand import Stand
+from s2s.clock import make_monotonic
+from s2s.commands import Command, CommandType, registry
+from s2s.executor import Executor
+from s2s.inbox import Inbox
+from s2s.store.driver import Cursor
+from s2s.store.pool import Database
+
+#: Pushes under way at once, and commands that may wait to be run before no more are pushed.
+_WINDOW = 1024
+_BACKLOG = 5 * _WINDOW
+
+
+class _Nothing(CommandType):
+    """A command without an effect: what is measured is ours alone."""
+
+    cmd_type = "bench.nothing"
+    schema = {"type": "object"}
+    batched = True
+
+    def run(self, txn: Cursor, command: Command) -> None:
+        pass
+
+
+async def _measure(url: str, seconds: float, held_seconds: float, step: float, console: Console) -> None:
+    """Push and run as fast as it goes, and print the rate of every step; a snapshot is held after ``seconds``."""
+    make_monotonic(reactor)
+    database = Database(url, "bench", threads=5)
+    served = registry([_Nothing()])
+    executor = Executor(database, served, "bench")
+    inbox = Inbox(database, served, executor.wake)
+    numbers: Iterator[int] = iter(range(10**12))
+    began, is_over = time.monotonic(), False
+
+    async def push() -> None:
+        while not is_over:
+            if inbox.accepted - executor.ran > _BACKLOG:
+                await task.deferLater(reactor, 0.01, lambda: None)  # type: ignore[arg-type]
+            number = next(numbers)
+            await inbox.push({"cmd_type": "bench.nothing", "idem_key": f"b{number}", "payload": {"number": number}})
+
+    database.start()
+    executor.start()
+    pushing = [Deferred.fromCoroutine(push()) for _ in range(_WINDOW)]
+    holder = psycopg2.connect(url)
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    is_held = False
+    while (now := time.monotonic() - began) < seconds + held_seconds:
+        if now >= seconds and not is_held:
+            is_held = True
+            with holder.cursor() as txn:
+                txn.execute("begin isolation level repeatable read; select 1")
+        ran, at = executor.ran, time.monotonic()
+        await task.deferLater(reactor, step, lambda: None)  # type: ignore[arg-type]
+        rates[is_held].append((executor.ran - ran) / (time.monotonic() - at))
+        console.print(f"{now + step:6.0f} s  {'held' if is_held else 'free'}  {rates[is_held][-1]:8,.0f}/s")
+    is_over = True
+    for each in pushing:
+        await each
+    await executor.stop()
+    await database.stop()
+    holder.close()
+    free, held = (sorted(each)[len(each) // 2] for each in rates.values())
+    last = rates[True][-1]
+    console.print(f"median before {free:,.0f}/s, held {held:,.0f}/s ({held / free:.2f}); last {last / free:.2f}")
+
+
+@click.command()
+@click.option("--seconds", default=60.0, show_default=True, help="Before the snapshot is taken.")
+@click.option("--held", default=600.0, show_default=True, help="Seconds that it is held.")
+@click.option("--step", default=10.0, show_default=True, help="Seconds of one figure.")
+def main(seconds: float, held: float, step: float) -> None:
+    """Hold a snapshot under full load, as a pg_dump or a forgotten psql does."""
+    stand = Stand()
+    with closing(stand):
+        url = stand.make_database(PUSH.schemas)
+        task.react(lambda _: Deferred.fromCoroutine(_measure(url, seconds, held, step, Console())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Which commands to run next (docs/protocol.rst, "Commands"): looks that do not start at what has run.
+
+The order is that of the index ``commands_ready``: priority, ``due_at``, ``cmd_id``. For each priority a process
+remembers the first command that its last look found, and starts there; see :mod:`s2s.store.lookback`. Commands of types
+that it does not serve are left below that point too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from s2s.store.driver import Cursor, numbers
+from s2s.store.lookback import SLACK_S, Lookback
+
+#: Priorities whose points are remembered: all that a push can name. Each costs a look one step in the index.
+_MOST_PRIORITIES: Final = 1024
+_FIRST_ID: Final = -(2**63)
+
+# Where to start, by priority. Between two known priorities others may have appeared: each is found by one step in the
+# index, however many commands wait under it.
+_STARTS: Final = f"""
+with recursive known (priority, due_at, cmd_id) as materialized (
+    select k.priority, least(k.due_at, recent), case when k.due_at <= recent then k.cmd_id else {_FIRST_ID} end
+    from (
+        select priority, to_timestamp(due_at), cmd_id
+        from unnest(%(priorities)s::integer[], %(due_ats)s::float8[], %(cmd_ids)s::bigint[])
+            k (priority, due_at, cmd_id)
+    ) k (priority, due_at, cmd_id), (select now() - {SLACK_S} * interval '1 second') r (recent)
+), found (priority, due_at, high) as (
+    select n.priority, n.due_at, g.high
+    from unnest(%(lows)s::bigint[], %(highs)s::bigint[]) g (low, high)
+    cross join lateral (
+        select priority, due_at from commands where status = 'ready' and priority > g.low and priority < g.high
+        order by priority, due_at limit 1
+    ) n
+    union all
+    select n.priority, n.due_at, f.high
+    from found f
+    cross join lateral (
+        select priority, due_at from commands where status = 'ready' and priority > f.priority and priority < f.high
+        order by priority, due_at limit 1
+    ) n
+), starts (priority, due_at, cmd_id) as materialized (
+    select priority, due_at, cmd_id from known union all select priority, due_at, {_FIRST_ID} from found
+    order by priority
+)
+"""  # noqa: S608 - of constants, as below
+_OURS: Final = """
+    (%(types)s::text is null or cmd_type = any(string_to_array(%(types)s::text, E'\\n')))
+    and cmd_id not in (select unnest(cmd_ids) from batch_notes where note_id >= %(first_note)s)
+"""
+# No outer "order by": the nested loop gives the order already, and a sort would read every priority to its limit. A
+# priority in which nothing is found is a row without a command.
+_CANDIDATES: Final = f"""
+{_STARTS}
+select p.priority, coalesce(c.due_at, extract(epoch from now())::float8), c.cmd_id, c.attempts,
+    (select min(note_id) from batch_notes where note_id >= %(first_note)s)
+from starts p
+left join lateral (
+    select extract(epoch from due_at)::float8 as due_at, cmd_id, attempts from commands
+    where status = 'ready' and priority = p.priority and due_at <= now()
+        and (commands.due_at, commands.cmd_id) >= (p.due_at, p.cmd_id) and {_OURS}
+    order by commands.due_at, cmd_id limit %(limit)s
+    for update skip locked -- what somebody holds cannot be run, and must not be claimed over and over
+) c on true
+limit %(limit)s + (select count(*) from starts)
+"""  # noqa: S608
+_BEHIND: Final = f"""
+{_STARTS}
+select c.cmd_id
+from known p
+cross join lateral (
+    select cmd_id from commands
+    where status = 'ready' and priority = p.priority and (due_at, cmd_id) < (p.due_at, p.cmd_id) and {_OURS}
+    order by due_at, cmd_id limit %(limit)s
+) c
+limit %(limit)s
+"""  # noqa: S608
+_STILL_BEHIND: Final = f"""
+select priority, extract(epoch from due_at)::float8, cmd_id, attempts from commands
+where cmd_id = any(%(behind)s::bigint[]) and status = 'ready' and due_at <= now() and {_OURS}
+for update skip locked
+"""  # noqa: S608
+_NEXT_DUE: Final = f"""
+{_STARTS}
+select extract(epoch from min(c.due_at) - clock_timestamp())::float8
+from starts p
+cross join lateral (
+    select due_at from commands where status = 'ready' and priority = p.priority and due_at > now()
+    order by due_at limit 1
+) c
+"""  # noqa: S608
+
+
+class Ready:
+    """The commands that one process may run next.
+
+    :param types: the command types that it serves; ``None``: all.
+    :param now: monotonic seconds.
+    :ivar first_note: no batch is noted under a lower ``note_id`` any more (:mod:`s2s.store.notes`).
+    :ivar notes: the ``note_id`` of each worker's last batch; 0: not known.
+    """
+
+    def __init__(self, types: Iterable[str] | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self._types = None if types is None else "\n".join(types)
+        self._lookback = Lookback(now)
+        #: By priority: ``due_at`` and ``cmd_id`` where the next look starts. Threads read it, so it is replaced whole.
+        self._starts: dict[int, tuple[float, int]] = {}
+        self.first_note = 0
+        self.notes: dict[int, int] = defaultdict(int)
+        #: Whether there were notes at the last look.
+        self._is_noted = True
+
+    def look_back(self, txn: Cursor, limit: int) -> None:
+        """Look for commands below the points, where it is time to.
+
+        No lock is needed, and none should be held: this may take long.
+        """
+        if not self._starts or not self._lookback.is_due:
+            return
+        self._lookback.look(txn, _BEHIND, self._params(limit))
+        if len(self._lookback.behind) >= limit:
+            # The work is there.
+            self._starts = {}
+
+    def candidates(self, txn: Cursor, limit: int) -> list[tuple[int, int]]:
+        """Find and lock the commands to run next that are neither noted nor locked.
+
+        One caller at a time.
+
+        :returns: ``(cmd_id, attempts)`` in run order.
+        """
+        is_whole = not self._starts
+        if is_whole:
+            with self._lookback.measured():
+                rows = self._scan(txn, limit)
+        else:
+            rows = self._scan(txn, limit)
+        if self._lookback.behind:
+            txn.execute(_STILL_BEHIND, {**self._params(limit), "behind": numbers(self._lookback.behind)})
+            rows = sorted({*rows, *txn.fetchall()})
+        if not rows and self._lookback.is_cheap:
+            self._starts = {}
+            return [] if is_whole else self.candidates(txn, limit)
+        return [(cmd_id, attempts) for *_, cmd_id, attempts in rows[:limit]]
+
+    def noted(self, worker: int, note_id: int) -> None:
+        """Remember the note of a batch, made of candidates just found."""
+        self.notes[worker] = note_id
+        if not self._is_noted:
+            self.first_note = note_id
+
+    def next_due_s(self, txn: Cursor) -> float | None:
+        """Seconds until a command becomes due that is not due yet; ``None``: there is none."""
+        txn.execute(_NEXT_DUE, self._params())
+        row = txn.fetchone()
+        return row[0] if row else None
+
+    def _scan(self, txn: Cursor, limit: int) -> list[tuple[int, float, int, int]]:
+        """Read from the points on, and move them."""
+        txn.execute(_CANDIDATES, self._params(limit))
+        rows = txn.fetchall()
+        # Backwards, so that the first of each priority is what remains.
+        found = {
+            priority: (due_at, _FIRST_ID if cmd_id is None else cmd_id)
+            for priority, due_at, cmd_id, *_ in reversed(rows)
+        }
+        starts = {**self._starts, **found}
+        self._starts = starts if len(starts) <= _MOST_PRIORITIES else {}
+        if rows:
+            self.first_note, self._is_noted = rows[0][-1] or self.first_note, rows[0][-1] is not None
+        return [row[:-1] for row in rows if row[2] is not None]
+
+    def _params(self, limit: int = 0) -> dict[str, Any]:
+        starts = self._starts
+        ends = [-(2**31) - 1, *sorted(starts), 2**31]
+        gaps = [(low, high) for low, high in itertools.pairwise(ends) if high > low + 1]
+        return {
+            "types": self._types,
+            "limit": limit,
+            "first_note": self.first_note,
+            "lows": numbers(low for low, _ in gaps),
+            "highs": numbers(high for _, high in gaps),
+            "priorities": numbers(starts),
+            "due_ats": f"{{{','.join(str(due_at) for due_at, _ in starts.values())}}}",
+            "cmd_ids": numbers(cmd_id for _, cmd_id in starts.values()),
+        }
