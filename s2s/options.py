@@ -61,7 +61,17 @@ def parameter(name: str, default: object, help: str) -> list[object]:
     return [name, None, os.environ.get(variable(name), default), help]
 
 
-_COERCIONS: Final = {"frame-size-limit": between(*FRAME_SIZES), "handler-timeout": between(*HANDLER_TIMEOUTS)}
+def _directory(text: str) -> Path:
+    if not text.strip():
+        raise ValueError("it is empty: name a directory, or leave it out")
+    return Path(text).resolve()
+
+
+_COERCIONS: Final = {
+    "frame-size-limit": between(*FRAME_SIZES),
+    "handler-timeout": between(*HANDLER_TIMEOUTS),
+    "state-dir": _directory,
+}
 
 
 class RoleOptions(usage.Options):
@@ -76,7 +86,7 @@ class RoleOptions(usage.Options):
     endpoints: tuple[tuple[str, Callable[[Any, str], Any], str], ...]
     # S2S_DATABASE_URL is read by preflight, for the command line s2s as well.
     optParameters = [
-        ["database", None, "", "URL of the PostgreSQL, or @FILE; else S2S_DATABASE_URL, else the embedded one"],
+        ["database", None, None, "URL of the PostgreSQL, or @FILE; else S2S_DATABASE_URL, else the embedded one"],
         parameter("frame-size-limit", 65536, "longest frame that is read or sent, in bytes, 4096 to 262144"),
         parameter(
             "handler-timeout",
@@ -122,7 +132,7 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handle
 
     make_monotonic(reactor)
     endpoints = [_endpoint(options, reactor, *each) for each in options.endpoints]
-    place, found, done = preflight.prepare(options["database"] or None, Path(options["state-dir"]).resolve(), role)
+    place, found, done = preflight.prepare(options["database"], options["state-dir"], role)
     for sentence in done:
         print(f"{options.process_name}: {sentence}", flush=True)
     # The last thing of all, also where the service cannot start: a role that is still stopping needs its database.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -30,12 +31,25 @@ from s2s.store.pool import blocking
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+
+def not_empty(context: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Refuse an option that is given but empty, and a variable that is set but empty: click takes both for absent."""
+    variable = param.envvar if isinstance(param.envvar, str) else ""
+    is_default = param.name is None or context.get_parameter_source(param.name) is ParameterSource.DEFAULT
+    is_empty = not os.environ.get(variable, "x").strip() if is_default else not os.fspath(value or "").strip()
+    if is_empty:
+        source = variable if is_default else param.opts[0]
+        raise click.ClickException(f"{source} is empty: give it a value, or leave it out")
+    return value
+
+
 state_dir_option = click.option(
     "--state-dir",
     type=click.Path(file_okay=False, path_type=Path),
     default=preflight.STATE_DIR,
     show_default=True,
     envvar="S2S_STATE_DIR",
+    callback=not_empty,
     help="Where the embedded PostgreSQL lives, when no database is named.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs.")
@@ -62,7 +76,10 @@ def before_option(member: str) -> Callable[[F], F]:
 def database_options(function: F) -> F:
     """Add the options that say where the database is."""
     named = click.option(
-        "--database", metavar="URL", help=f"PostgreSQL URL, or @FILE; else {preflight.DATABASE_VARIABLE}."
+        "--database",
+        metavar="URL",
+        callback=not_empty,
+        help=f"PostgreSQL URL, or @FILE; else {preflight.DATABASE_VARIABLE}.",
     )
     return named(state_dir_option(function))
 

@@ -22,7 +22,7 @@ from twisted.internet.threads import blockingCallFromThread
 
 from s2s import preflight
 from s2s.admin_client import AdminClient
-from s2s.cli.common import actor, database_options, one_line_errors, transaction
+from s2s.cli.common import actor, database_options, not_empty, one_line_errors, transaction
 from s2s.errors import AuthBad, AuthRequired, OperatorError, Refused, Unreachable, WireError, harmless
 from s2s.operations.kind import Ask, Operation, Reply, Steps, Until, advance, perform, said
 from s2s.operations.pages import MOST_ROWS, Page
@@ -204,11 +204,13 @@ def with_door(function: F) -> F:
             "--token-file",
             type=click.Path(dir_okay=False, path_type=Path),
             envvar=TOKEN_VARIABLE,
+            callback=not_empty,
             help=f"File with the token for --url; else {TOKEN_VARIABLE}.",
         ),
         click.option(
             "--url",
             envvar=URL_VARIABLE,
+            callback=not_empty,
             metavar="URL",
             help=f"A server's HTTP API; else {URL_VARIABLE}, else the database that is named, else a running s2s up.",
         ),
@@ -228,7 +230,7 @@ def _open(url: str | None, token_file: Path | None, database: str | None, state_
         if token_file is None:
             raise OperatorError(f"--url needs a token: name its file with --token-file or {TOKEN_VARIABLE}")
         api = Api(url, token_file)
-    elif not (database or os.environ.get(preflight.DATABASE_VARIABLE)):
+    elif not database and preflight.DATABASE_VARIABLE not in os.environ:
         api = find_api(state_dir)
     if api is None:
         with transaction(database, state_dir) as txn:

@@ -74,7 +74,7 @@ class Database:
         self._threads = threads
         self._max_waiting = max_waiting
         self.counters = counters or Counters()
-        self._parameters = driver.parameters(url, application_name=application_name)
+        self._parameters = driver.Parameters(url, application_name=application_name)
         self._timeouts = (statement_timeout_s, idle_timeout_s)
         self._pool: Any = None
         self._line: Line
@@ -89,9 +89,11 @@ class Database:
     def start(self) -> None:
         """Start the threads; each connects when it is first used."""
         self._pool = self._make_pool()
+        # It connects by these, which read an @FILE again.
+        self._pool.dbapi = self._parameters
         self._pool.start()
         self._line = Line(
-            self._parameters,
+            self._parameters.read,
             self._timeouts[0],
             self.reactor,
             tell=self._tell,
@@ -107,7 +109,6 @@ class Database:
             cp_max=self._threads,
             cp_openfun=self._prepare,
             cp_reactor=self.reactor,
-            **self._parameters,
         )
 
     def stop(self) -> Deferred[None]:
