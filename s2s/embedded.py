@@ -46,6 +46,10 @@ class Lease:
         """Whether the server's process lives."""
         return postmaster.find(self._data) is not None
 
+    def trim_log(self) -> None:
+        """Keep the server's log within its bound; to be called about every minute."""
+        postmaster.trim_log(self._data)
+
     def leave(self, patience_s: float = 0.0) -> bool:
         """Give the share back; the last one out stops the server. A second call does nothing.
 
@@ -146,6 +150,7 @@ def guard(state_dir: Path) -> None:
             if told in heard or (stdin in heard and not os.read(stdin, 4096)):
                 lease.leave(GUARD_PATIENCE_S)
                 return
+            lease.trim_log()
         raise OperatorError(f"the PostgreSQL in {state_dir} ended unasked; postgres.log beside its data says why")
     finally:
         lease.leave()

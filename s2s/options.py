@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from twisted.internet.task import LoopingCall
 from twisted.python import usage
 from ulid_transform import ulid_now
 
-from s2s import preflight
+from s2s import log_file, preflight
 from s2s.clock import Clock, make_monotonic
 from s2s.config import LiveConfig
 from s2s.errors import OperatorError
@@ -30,6 +31,12 @@ LISTEN: Final = "tcp:4321:interface=127.0.0.1"
 HTTP: Final = "tcp:8321:interface=127.0.0.1"
 CONNECT: Final = "tcp:host=127.0.0.1:port=4321"
 FRAME_SIZES: Final = (4096, 262144)
+#: Bytes after which a log file is rotated, at least and at most: less rotates at each burst, more fills a disk.
+LOG_BYTES: Final = (100_000, 10_000_000_000)
+#: Rotated log files that are kept, at least and at most.
+LOG_FILES: Final = (1, 1000)
+#: Seconds between two looks at the size of the embedded PostgreSQL's log.
+TRIM_S: Final = 60.0
 _TWISTD_PIDFILE: Final = "twistd.pid"
 
 
@@ -71,6 +78,8 @@ _COERCIONS: Final = {
     "frame-size-limit": between(*FRAME_SIZES),
     "handler-timeout": between(*HANDLER_TIMEOUTS),
     "state-dir": _directory,
+    "log-bytes": between(*LOG_BYTES),
+    "log-files": between(*LOG_FILES),
 }
 
 
@@ -94,6 +103,8 @@ class RoleOptions(usage.Options):
             "seconds that a command handler, a job's or an order's step may take, with its SQL, 1 to 3600",
         ),
         parameter("state-dir", preflight.STATE_DIR, "where the embedded PostgreSQL lives"),
+        parameter("log-bytes", 10_000_000, "size at which the file of --logfile is rotated, in bytes, 100000 to 10^10"),
+        parameter("log-files", 10, "rotated log files that are kept, 1 to 1000"),
     ]
     coercions: Mapping[str, Callable[[str], object]] = {}
 
@@ -131,10 +142,15 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handle
     from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
 
     make_monotonic(reactor)
+    # twistd opens the log after the service is made.
+    reactor.callWhenRunning(log_file.bound, options["log-bytes"], options["log-files"])
     endpoints = [_endpoint(options, reactor, *each) for each in options.endpoints]
     place, found, done = preflight.prepare(options["database"], options["state-dir"], role)
     for sentence in done:
         print(f"{options.process_name}: {sentence}", flush=True)
+    if place.is_embedded:
+        trimming = LoopingCall(reactor.callInThread, place.trim_log)
+        reactor.callWhenRunning(trimming.start, TRIM_S)
     # The last thing of all, also where the service cannot start: a role that is still stopping needs its database.
     atexit.register(place.leave)
     clock = Clock(reactor)

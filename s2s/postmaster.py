@@ -8,6 +8,7 @@ wrong. Who uses a server is the business of :mod:`s2s.embedded`; nothing else ca
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import pwd
@@ -31,6 +32,9 @@ from s2s.errors import OperatorError
 STARTING_S = 300.0
 #: Seconds of a fast shutdown before an immediate one, which costs the next start a recovery.
 STOPPING_S = 30.0
+
+#: Bytes of PostgreSQL's log after which :func:`trim_log` begins a new one; one old one is kept.
+LOG_BYTES = 10_000_000
 
 _PORT = 5432  # only a part of the socket's name: the server listens on no TCP port
 #: What fits into ``sun_path`` on every system, and needs no quoting in a list of socket directories.
@@ -79,7 +83,8 @@ def start(data: Path) -> tuple[str, subprocess.Popen[bytes] | None]:
     install = _find_install()
     install.lay_open(data)
     _make(install, data)
-    log = data.with_name("postgres.log")
+    trim_log(data)
+    log = _log_of(data)
     old = log.stat().st_size if log.exists() else 0
     process: subprocess.Popen[bytes] | None = None
     deadline = time.monotonic() + STARTING_S
@@ -119,6 +124,23 @@ def stop(data: Path) -> None:
     if running.socket_dir != str(data):
         with suppress(OSError):  # not empty after a crash: the next start takes it as it is
             Path(running.socket_dir).rmdir()
+
+
+def trim_log(data: Path) -> None:
+    """Move what a long log of PostgreSQL holds to ``postgres.log.1``; any number of processes may do so at once.
+
+    PostgreSQL keeps its file open, to append to it, so the file is copied and then emptied.
+    """
+    log = _log_of(data)
+    with suppress(FileNotFoundError, PermissionError, BlockingIOError), log.open("rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # another one is at it
+        if os.fstat(file.fileno()).st_size > LOG_BYTES:
+            shutil.copyfile(log, log.with_name(log.name + ".1"))
+            file.truncate(0)
+
+
+def _log_of(data: Path) -> Path:
+    return data.with_name("postgres.log")
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,12 @@ class Place:
 
     :param url: a URL, which may hold a password, or ``@FILE``.
     :param leave: gives an embedded PostgreSQL back; the last one out stops it.
+    :param trim_log: keeps the log of an embedded PostgreSQL within its bound; it may block for a moment.
     """
 
     url: str = field(repr=False)
     leave: Callable[[], object] = lambda: None
+    trim_log: Callable[[], object] = lambda: None
     is_embedded: bool = False
 
 
@@ -43,7 +45,7 @@ def find_database(given: str | None, state_dir: Path) -> Place:
     url, source = (os.environ.get(DATABASE_VARIABLE), DATABASE_VARIABLE) if given is None else (given, "--database")
     if url is None:
         lease = embedded.join(state_dir)
-        return Place(lease.url, lease.leave, is_embedded=True)
+        return Place(lease.url, lease.leave, lease.trim_log, is_embedded=True)
     return Place(locate(url, source))
 
 

@@ -16,7 +16,7 @@ from twisted.internet import threads
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from s2s import embedded
+from s2s import embedded, postmaster
 from s2s.errors import OperatorError
 from tests.support.waiting import poll
 
@@ -212,6 +212,17 @@ class GuardTests(TestCase):
     def ended(self) -> Deferred[object]:
         """Wait until the guardian is gone."""
         return poll(lambda: self.guard.poll() is not None, "the guardian ends")
+
+    @inlineCallbacks
+    def test_long_log(self):
+        """The guardian keeps PostgreSQL's log within its bound while the server runs."""
+        log = self.state_dir / "postgres.log"
+        os.truncate(log, postmaster.LOG_BYTES + 1)
+        yield poll(lambda: log.stat().st_size < postmaster.LOG_BYTES, "the log is short again")
+        self.assertGreater(log.with_name("postgres.log.1").stat().st_size, postmaster.LOG_BYTES)
+        log.with_name("postgres.log.1").unlink()
+        self.close_stdin()
+        yield self.ended()
 
     @inlineCallbacks
     def test_end_of_stdin(self):

@@ -1,0 +1,188 @@
+"""The log files of twistd: bounded, and opened anew by their paths."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.logger import Logger, globalLogPublisher, textFileLogObserver
+from twisted.python.logfile import LogFile
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s import log_file, postmaster
+from s2s.preflight import DATABASE_VARIABLE
+from tests.support.roles import PATIENCE_S, TWISTD, RoleTestCase, environment, free_port, listen
+from tests.support.waiting import poll
+
+_TAC = Path(__file__).parent.parent / "tac"
+
+
+class LogFileTests(SynchronousTestCase):
+    """:mod:`s2s.log_file`, with an observer as twistd makes it."""
+
+    def setUp(self) -> None:
+        """Log to a file, as twistd does."""
+        self.directory = Path(tempfile.mkdtemp(dir=os.curdir)).resolve()
+        self.path = self.directory / "role.log"
+        file = LogFile.fromFullPath(str(self.path))
+        self.addCleanup(file.close)
+        observer = textFileLogObserver(file)
+        globalLogPublisher.addObserver(observer)
+        self.addCleanup(globalLogPublisher.removeObserver, observer)
+        self.log = Logger()
+
+    def names(self) -> list[str]:
+        """List the directory."""
+        return sorted(path.name for path in self.directory.iterdir())
+
+    def test_bound(self) -> None:
+        """However much is logged, only so many files of so many bytes are kept."""
+        log_file.bound(1000, 2)
+        for _ in range(100):
+            self.log.info("x" * 100)
+        self.assertEqual(self.names(), ["role.log", "role.log.1", "role.log.2"])
+        self.assertTrue(all(path.stat().st_size < 1200 for path in self.directory.iterdir()))
+
+    def test_files_of_an_unbounded_past(self) -> None:
+        """Rotated files that an earlier version kept are removed as soon as the log is rotated."""
+        for number in range(1, 31):
+            (self.directory / f"role.log.{number}").write_text("old")
+        log_file.bound(1000, 2)
+        for _ in range(11):
+            self.log.info("x" * 100)
+        self.assertEqual(self.names(), ["role.log", "role.log.1", "role.log.2"])
+
+    def test_reopen_moved(self) -> None:
+        """Where another program has moved the file away, what is logged next stands in a new one."""
+        log_file.bound(1000, 2)
+        self.log.info("before")
+        self.path.rename(self.directory / "moved")
+        self.log.info("between")
+        log_file.reopen()
+        self.log.info("after")
+        self.assertIn("between", (self.directory / "moved").read_text())
+        self.assertIn("after", self.path.read_text())
+        self.assertNotIn("between", self.path.read_text())
+
+    def test_reopen_in_place(self) -> None:
+        """A file that was not moved goes on, with its bound."""
+        log_file.bound(1000, 2)
+        self.log.info("before")
+        log_file.reopen()
+        self.log.info("after")
+        text = self.path.read_text()
+        self.assertIn("before", text)
+        self.assertIn("after", text)
+        for _ in range(11):
+            self.log.info("x" * 100)
+        self.assertEqual(self.names(), ["role.log", "role.log.1"])
+
+    def test_reopen_fails(self) -> None:
+        """Where no file can be opened anew, the old one is written to, and says why."""
+        file = self.path.open()
+        self.addCleanup(file.close)
+        self.path.unlink()
+        self.path.mkdir()
+        log_file.reopen()
+        self.log.info("after")
+        said = file.read()
+        self.assertIn(f"{self.path} cannot be opened anew", said)
+        self.assertIn("after", said)
+        self.path.rmdir()
+
+
+class PostgresLogTests(SynchronousTestCase):
+    """:func:`s2s.postmaster.trim_log`."""
+
+    def setUp(self) -> None:
+        """Make a log that a process appends to."""
+        self.directory = Path(tempfile.mkdtemp(dir=os.curdir)).resolve()
+        self.log = self.directory / "postgres.log"
+        self.writer = self.log.open("ab", buffering=0)
+        self.addCleanup(self.writer.close)
+        self.patch(postmaster, "LOG_BYTES", 100)
+
+    def trim(self) -> None:
+        """Trim it."""
+        postmaster.trim_log(self.directory / "postgres")
+
+    def test_short(self) -> None:
+        """A short log is left as it is."""
+        self.writer.write(b"x" * 100)
+        self.trim()
+        self.assertEqual([path.name for path in self.directory.iterdir()], ["postgres.log"])
+
+    def test_long(self) -> None:
+        """What a long one holds is moved to the one old file, and the process goes on at its new beginning."""
+        for text in (b"a", b"b"):
+            self.writer.write(text * 101)
+            self.trim()
+        self.writer.write(b"next")
+        self.assertEqual(self.log.read_bytes(), b"next")
+        self.assertEqual(self.log.with_name("postgres.log.1").read_bytes(), b"b" * 101)
+
+    def test_two_at_once(self) -> None:
+        """While one process moves it, another leaves it alone, so that nothing is overwritten."""
+        self.writer.write(b"x" * 101)
+
+        def copy(source: Path, to: Path) -> None:
+            to.write_bytes(source.read_bytes())
+            self.trim()
+
+        with mock.patch("shutil.copyfile", copy):
+            self.trim()
+        self.assertEqual(self.log.with_name("postgres.log.1").read_bytes(), b"x" * 101)
+
+    def test_no_log(self) -> None:
+        """Where there is none nothing happens."""
+        self.log.unlink()
+        self.trim()
+        self.assertEqual(list(self.directory.iterdir()), [])
+
+
+class RoleLogTests(RoleTestCase):
+    """The bounds as an operator sets them, with real processes."""
+
+    #: The smallest size; the filling of one file is a test's, so that a line more rotates it.
+    _BYTES = 100_000
+
+    @inlineCallbacks
+    def rotates(self, *argv: str, log: str, **variables: str) -> Iterator[Deferred[Any]]:
+        """See that a server with a full log and a pile of old ones keeps one old file."""
+        path = self.directory / log
+        path.write_text("x" * self._BYTES)
+        for number in range(1, 6):
+            (self.directory / f"{log}.{number}").write_text("old")
+        http, port = listen(free_port()), free_port()
+        variables = {"S2S_LISTEN": listen(port), "S2S_HTTP": http, DATABASE_VARIABLE: self.url, **variables}
+        process = subprocess.Popen(
+            [TWISTD, "--nodaemon", "--pidfile=", *argv],
+            cwd=self.directory,
+            env=environment(**variables),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        self.addCleanup(process.wait, PATIENCE_S)
+        self.addCleanup(process.terminate)
+        yield poll(lambda: "server listens on" in path.read_text(), "it runs", timeout=PATIENCE_S)
+        # A line more, which is the one that rotates.
+        process.terminate()
+        process.wait(PATIENCE_S)
+        kept = sorted(file.name for file in self.directory.glob(f"{log}*"))
+        self.assertEqual(kept, [log, f"{log}.1"])
+
+    def test_options(self) -> Deferred[Any]:
+        """The options of the role bound the file of twistd's ``--logfile``."""
+        return self.rotates("--logfile=s.log", "s2s-server", "--log-bytes=100000", "--log-files=1", log="s.log")
+
+    def test_tac(self) -> Deferred[Any]:
+        """Under a tac file the environment does."""
+        return self.rotates(
+            "--logfile=t.log", f"--python={_TAC / 'server.tac'}", log="t.log", S2S_LOG_BYTES="100000", S2S_LOG_FILES="1"
+        )
