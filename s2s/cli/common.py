@@ -36,16 +36,26 @@ def not_empty(context: click.Context, param: click.Parameter, value: Any) -> Any
     """Refuse an option that is given but empty, and a variable that is set but empty: click takes both for absent."""
     variable = param.envvar if isinstance(param.envvar, str) else ""
     is_default = param.name is None or context.get_parameter_source(param.name) is ParameterSource.DEFAULT
-    is_empty = not os.environ.get(variable, "x").strip() if is_default else not os.fspath(value or "").strip()
+    is_empty = not (os.environ.get(variable, "x") if is_default else str(value)).strip()
     if is_empty:
         source = variable if is_default else param.opts[0]
         raise click.ClickException(f"{source} is empty: give it a value, or leave it out")
     return value
 
 
+class FilledPath(click.Path):
+    """A path, which is not empty: pathlib would read that as the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it."""
+        if not os.fspath(value).strip() and param is not None:
+            raise click.ClickException(f"{param.opts[0]} is empty: give it a value, or leave it out")
+        return super().convert(value, param, ctx)
+
+
 state_dir_option = click.option(
     "--state-dir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FilledPath(file_okay=False, path_type=Path),
     default=preflight.STATE_DIR,
     show_default=True,
     envvar="S2S_STATE_DIR",

@@ -22,7 +22,7 @@ from twisted.internet.threads import blockingCallFromThread
 
 from s2s import preflight
 from s2s.admin_client import AdminClient
-from s2s.cli.common import actor, database_options, not_empty, one_line_errors, transaction
+from s2s.cli.common import FilledPath, actor, database_options, not_empty, one_line_errors, transaction
 from s2s.errors import AuthBad, AuthRequired, OperatorError, Refused, Unreachable, WireError, harmless
 from s2s.operations.kind import Ask, Operation, Reply, Steps, Until, advance, perform, said
 from s2s.operations.pages import MOST_ROWS, Page
@@ -202,7 +202,7 @@ def with_door(function: F) -> F:
     for option in (
         click.option(
             "--token-file",
-            type=click.Path(dir_okay=False, path_type=Path),
+            type=FilledPath(dir_okay=False, path_type=Path),
             envvar=TOKEN_VARIABLE,
             callback=not_empty,
             help=f"File with the token for --url; else {TOKEN_VARIABLE}.",
