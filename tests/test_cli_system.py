@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+from twisted.internet.defer import inlineCallbacks
+from twisted.internet.threads import deferToThread
+
+from s2s.store import migrations
+from tests.support.postgres import DatabaseTestCase
+from tests.support.roles import PATIENCE_S, environment
+from tests.support.waiting import poll
 from tests.test_cli import CliTestCase
+
+_S2S = str(Path(sys.executable).with_name("s2s"))
 
 
 class EmptyTests(CliTestCase):
@@ -28,3 +45,122 @@ class EmptyTests(CliTestCase):
     def test_what_is_typed_goes_first(self) -> None:
         """A variable that is not needed may be empty."""
         self.s2s("keys", "list", "--database", self.url, env={"S2S_DATABASE_URL": ""})
+
+
+class ProcessTestCase(DatabaseTestCase):
+    """Runs ``s2s`` as a process of its own."""
+
+    def start(self, *argv: str, stdout: Any = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
+        """Start one command line on the test's database."""
+        process = subprocess.Popen(
+            [_S2S, *argv],
+            env=environment(**{"S2S_DATABASE_URL": self.url, **variables}),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.addCleanup(self.gone, process)
+        return process
+
+    def gone(self, process: subprocess.Popen[str]) -> None:
+        """See that a process is gone, whatever the test came to."""
+        process.kill()
+        process.communicate()
+
+    def ended(self, process: subprocess.Popen[str], code: int) -> tuple[str, str]:
+        """See how a process ends, without a traceback, and return its output and its errors."""
+        output, errors = process.communicate(timeout=PATIENCE_S)
+        self.assertEqual(process.returncode, code, errors)
+        self.assertNotIn("Traceback", errors)
+        self.assertNotIn("Exception ignored", errors)
+        return output or "", errors
+
+    def lock(self, statement: str) -> int:
+        """Leave a transaction open that has done a statement, and return its backend's pid."""
+        conn = psycopg2.connect(self.url, application_name="a forgotten psql")
+        self.addCleanup(conn.close)
+        conn.cursor().execute(statement)
+        # A test that asks for what it has locked itself would wait for ever.
+        self.execute("set lock_timeout = '20s'")
+        return int(conn.info.backend_pid)
+
+    def backends(self, of: str = "s2s cli", state: str = "true") -> int:
+        """Count the backends of a program."""
+        theirs = "datname = current_database() and application_name = %s"
+        [(count,)] = self.execute(f"select count(*) from pg_stat_activity where {theirs} and {state}", of)
+        return int(count)
+
+
+class LostTests(ProcessTestCase):
+    """Commands that wait for the database, and are ended meanwhile."""
+
+    @inlineCallbacks
+    def test_behind_a_lock(self) -> Any:
+        """Ctrl-C ends a command that waits for a lock at once; neither it nor a kill leaves a backend queued."""
+        self.lock("lock table s2s_migrations")
+        for number, code in ((signal.SIGINT, 1), (signal.SIGTERM, -15), (signal.SIGKILL, -9)):
+            process = self.start("keys", "list")
+            yield poll(lambda: self.backends(state="wait_event_type = 'Lock'") == 1, "it waits for the lock")
+            process.send_signal(number)
+            self.ended(process, code)
+            yield poll(lambda: self.backends() == 0, "its backend is gone")
+
+    def test_a_host_that_does_not_answer(self) -> None:
+        """Ctrl-C ends a command that waits for the first answer of a host."""
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            silent.settimeout(PATIENCE_S)
+            url = f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/d?connect_timeout=600"
+            process = self.start("keys", "list", "--database", url)
+            connected, _ = silent.accept()
+            with connected:
+                process.send_signal(signal.SIGINT)
+                self.ended(process, 1)
+
+
+class MigrateTests(ProcessTestCase):
+    """``s2s db migrate`` behind somebody else's transaction."""
+
+    def setUp(self) -> None:
+        """Forget a migration that takes a lock on the outbox and bears a second run."""
+        super().setUp()
+        self.execute("delete from s2s_migrations where name = '0007_queues'")
+
+    @inlineCallbacks
+    def test_others_get_through(self) -> Any:
+        """While it waits for an open transaction, which it names, rows are emitted; it goes on when that is over."""
+        holder = psycopg2.connect(self.url, application_name="a forgotten psql")
+        self.addCleanup(holder.close)
+        holder.cursor().execute("select from outbox")
+        process = self.start("db", "migrate")
+        yield poll(lambda: self.backends(state="wait_event_type = 'Lock'") == 1, "it waits for the lock")
+        self.execute("insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
+        self.assertIsNone(process.poll())
+        assert process.stderr is not None
+        said = yield deferToThread(process.stderr.readline)
+        pid = holder.info.backend_pid
+        self.assertIn(f"pid {pid} holds them (a forgotten psql, idle in transaction, in a transaction for ", said)
+        self.assertIn(f"select pg_terminate_backend({pid})", said)
+        self.assertNotIn("from outbox", said)
+        holder.rollback()
+        output, errors = self.ended(process, 0)
+        self.assertIn("migrated: 0007_queues", output)
+        self.assertEqual(errors, "")
+
+    def test_in_vain(self) -> None:
+        """Where the lock does not come free in time it ends with a line that names the session, and the cure."""
+        pid = self.lock("lock table s2s_migrations")
+        output, errors = self.ended(self.start("db", "migrate", "--wait", "1"), 1)
+        self.assertEqual(output, "")
+        self.assertIn(f"not free within 1 s: pid {pid} holds them", errors.splitlines()[-1])
+
+    @inlineCallbacks
+    def test_ctrl_c(self) -> Any:
+        """Ctrl-C ends it at once, also while it waits for another migration, and SIGKILL leaves no backend."""
+        self.lock(f"select pg_advisory_xact_lock({migrations.LOCK})")
+        for number, code in ((signal.SIGINT, 1), (signal.SIGKILL, -9)):
+            process = self.start("db", "migrate")
+            yield poll(lambda: self.backends(state="wait_event = 'advisory'") == 1, "it waits for the lock")
+            process.send_signal(number)
+            self.ended(process, code)
+            yield poll(lambda: self.backends() == 0, "its backend is gone")

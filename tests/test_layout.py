@@ -33,7 +33,7 @@ ROOMS = {
     "mezzanine": [
         "clock", "backoff", "strangers", "dispatch", "writer", "reader", "answers", "protocol",
         "store", "store.url", "store.sqlstate", "store.cursor", "store.connection", "store.driver", "store.line",
-        "store.troubles", "store.pool",
+        "store.troubles", "store.interruptible", "store.lock_wait", "store.pool",
         "store.handler_pool", "store.lists", "store.audit", "store.config", "store.migrations", "store.privileges",
         "store.keys", "store.rotation", "store.idempotency", "store.commands", "store.probe", "store.notes",
         "store.notices",

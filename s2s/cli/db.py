@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
 from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction
 from s2s.store import migrations, privileges
+from s2s.store.lock_wait import PATIENCE_S
 
 
 @click.group()
@@ -16,12 +18,21 @@ def db() -> None:
 
 
 @db.command()
+@click.option(
+    "--wait",
+    "wait_s",
+    metavar="SECONDS",
+    type=click.FloatRange(0),
+    default=PATIENCE_S,
+    show_default=True,
+    help="How long to try again where other sessions hold the locks.",
+)
 @database_options
 @one_line_errors
-def migrate(database: str | None, state_dir: Path) -> None:
+def migrate(wait_s: float, database: str | None, state_dir: Path) -> None:
     """Bring the tables up to this release. Running it twice, or twice at once, does no harm."""
     with transaction(database, state_dir, is_checked=False) as txn:
-        done = migrations.migrate(txn.connection)
+        done = migrations.migrate(txn.connection, partial(click.echo, err=True), wait_s)
     for name in done:
         click.echo(f"migrated: {name}")
     if not done:

@@ -17,7 +17,7 @@ from twisted.python.failure import Failure
 
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, S2SError
 from s2s.limits import Counters
-from s2s.store import driver, sqlstate
+from s2s.store import driver, interruptible, sqlstate
 from s2s.store.connection import prepare
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection, Cursor, Query, Steps
@@ -374,11 +374,12 @@ def blocking(
         parameters = driver.parameters(url, application_name=application_name)
         if connect_timeout_s is not None:
             parameters["connect_timeout"] = max(1, round(connect_timeout_s))
-        conn = psycopg2.connect(**parameters)
-        prepare(conn, statement_timeout_s, statement_timeout_s)
-        with conn.cursor(cursor_factory=StoreCursor) as txn:
-            yield txn
-        driver.commit(conn)
+        conn = interruptible.connect(parameters)
+        with interruptible.waits(conn):
+            prepare(conn, statement_timeout_s, statement_timeout_s)
+            with conn.cursor(cursor_factory=StoreCursor) as txn:
+                yield txn
+            driver.commit(conn)
     except psycopg2.Error as error:
         raise driver.told(error, conn) from None
     finally:
