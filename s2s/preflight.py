@@ -11,7 +11,7 @@ from pathlib import Path
 from s2s import embedded
 from s2s.errors import DatabaseError, OperatorError
 from s2s.signing import Role
-from s2s.store import config, keys, migrations, privileges
+from s2s.store import config, keys, migrations, privileges, sequences
 from s2s.store.config import Snapshot
 from s2s.store.keys import KeyRow, make_keyring
 from s2s.store.pool import blocking
@@ -72,7 +72,7 @@ class Found:
 
 
 def check(url: str, role: Role) -> Found:
-    """See that the schema is ours and that a key may sign, by the database's clock, which dated the keys.
+    """See that the schema is ours, that new rows get new ids and that a key may sign, by the clock that dated the keys.
 
     :raises OperatorError: one line that names the cure.
     """
@@ -80,6 +80,7 @@ def check(url: str, role: Role) -> Found:
         with blocking(url) as txn:
             migrations.check(txn)
             privileges.check(txn)
+            sequences.check(txn)
             table, snapshot = keys.read(txn), config.read(txn)
     except DatabaseError as error:
         raise OperatorError(f"the database cannot be used: {error}: see --database and {DATABASE_VARIABLE}") from None

@@ -35,6 +35,7 @@ ROOMS = {
         "store", "store.url", "store.sqlstate", "store.cursor", "store.connection", "store.driver", "store.line",
         "store.troubles", "store.interruptible", "store.lock_wait", "store.pool",
         "store.handler_pool", "store.lists", "store.audit", "store.config", "store.migrations", "store.privileges",
+        "store.sequences",
         "store.keys", "store.rotation", "store.idempotency", "store.commands", "store.probe", "store.notes",
         "store.notices",
         "store.outbox", "store.broadcasts", "store.engines", "store.steering", "store.retention", "store.actions",

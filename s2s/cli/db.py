@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction
-from s2s.store import migrations, privileges
+from s2s.store import migrations, privileges, sequences
 from s2s.store.lock_wait import PATIENCE_S
 
 
@@ -44,12 +44,28 @@ def migrate(wait_s: float, database: str | None, state_dir: Path) -> None:
 @json_option
 @one_line_errors
 def status(database: str | None, state_dir: Path, as_json: bool) -> None:
-    """List the migrations, and the privileges that the user lacks; exit 1 if anything is missing."""
+    """List the migrations, the privileges that the user lacks and the sequences behind their rows; exit 1 if any is."""
     with transaction(database, state_dir, is_checked=False) as txn:
         found = migrations.status(txn)
         grants = privileges.missing(txn)
+        behind = sequences.behind(txn)
     show(found, ("version", "name", "applied_at"), as_json, "this release has no migrations")
     for grant in grants:
         click.echo(f"a privilege is missing, run as the owner of the tables: {grant}", err=True)
-    if grants or any(each.applied_at is None for each in found):
+    for each in behind:
+        click.echo(f"{each}: run: s2s db fix-sequences", err=True)
+    if grants or behind or any(each.applied_at is None for each in found):
         raise SystemExit(1)
+
+
+@db.command(name="fix-sequences")
+@database_options
+@one_line_errors
+def fix_sequences(database: str | None, state_dir: Path) -> None:
+    """Set the sequences of ids that stand behind their rows, as after a restore without them."""
+    with transaction(database, state_dir, "db.fix_sequences") as txn:
+        fixed = sequences.fix(txn)
+    for each in fixed:
+        click.echo(f"set to {each.largest}: {each}")
+    if not fixed:
+        click.echo("no sequence stands behind its rows")

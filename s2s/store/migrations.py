@@ -6,6 +6,7 @@ turns, and the second one finds nothing to do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +22,7 @@ from s2s.store.lock_wait import PATIENCE_S, LockWait
 #: Also taken by whatever may be made once only, such as the first key.
 LOCK: Final = lock_key("migrations")
 
+_TABLE: Final = re.compile(r"^create table (?:if not exists )?(\w+)", re.MULTILINE)
 _MIGRATE: Final = "run: s2s db migrate"
 
 
@@ -53,6 +55,12 @@ def available() -> tuple[Migration, ...]:
         Migration(int(file.name[:4]), file.name[:-4], file.read_text("utf-8"))
         for file in sorted(files, key=lambda file: file.name)
     )
+
+
+@cache
+def tables() -> frozenset[str]:
+    """Return the names of the tables that the migrations make."""
+    return frozenset(name for migration in available() for name in _TABLE.findall(migration.sql))
 
 
 def migrate(
