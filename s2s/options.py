@@ -71,7 +71,10 @@ def parameter(name: str, default: object, help: str) -> list[object]:
 def _directory(text: str) -> Path:
     if not text.strip():
         raise ValueError("it is empty: name a directory, or leave it out")
-    return Path(text).resolve()
+    try:
+        return Path(text).resolve()
+    except OSError as error:
+        raise ValueError(f"{text} cannot be found from here: {error.strerror}") from None
 
 
 _COERCIONS: Final = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -12,9 +13,11 @@ from typing import Any
 import psycopg2
 from twisted.internet.defer import inlineCallbacks
 from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import TestCase
 
 from s2s import preflight
 from s2s.errors import SchemaError
+from s2s.preflight import DATABASE_VARIABLE
 from s2s.store import migrations, sequences
 from s2s.store.pool import blocking
 from tests.support.postgres import DatabaseTestCase
@@ -50,14 +53,19 @@ class EmptyTests(CliTestCase):
         self.s2s("keys", "list", "--database", self.url, env={"S2S_DATABASE_URL": ""})
 
 
-class ProcessTestCase(DatabaseTestCase):
-    """Runs ``s2s`` as a process of its own."""
+class ProcessTestCase(TestCase):
+    """Runs ``s2s`` as a process of its own.
+
+    :ivar url: the database that it is told of.
+    """
+
+    url = ""
 
     def start(self, *argv: str, stdout: Any = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
         """Start one command line on the test's database."""
         process = subprocess.Popen(
             [_S2S, *argv],
-            env=environment(**{"S2S_DATABASE_URL": self.url, **variables}),
+            env=environment(**{DATABASE_VARIABLE: self.url, **variables}),
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.PIPE,
@@ -79,6 +87,10 @@ class ProcessTestCase(DatabaseTestCase):
         self.assertNotIn("Exception ignored", errors)
         return output or "", errors
 
+
+class DatabaseProcessTestCase(ProcessTestCase, DatabaseTestCase):
+    """Runs ``s2s`` on a database of the test's."""
+
     def lock(self, statement: str) -> int:
         """Leave a transaction open that has done a statement, and return its backend's pid."""
         conn = psycopg2.connect(self.url, application_name="a forgotten psql")
@@ -95,7 +107,7 @@ class ProcessTestCase(DatabaseTestCase):
         return int(count)
 
 
-class LostTests(ProcessTestCase):
+class LostTests(DatabaseProcessTestCase):
     """Commands that wait for the database, and are ended meanwhile."""
 
     @inlineCallbacks
@@ -121,7 +133,7 @@ class LostTests(ProcessTestCase):
                 self.ended(process, 1)
 
 
-class MigrateTests(ProcessTestCase):
+class MigrateTests(DatabaseProcessTestCase):
     """``s2s db migrate`` behind somebody else's transaction."""
 
     def setUp(self) -> None:
@@ -210,3 +222,84 @@ class SequenceTests(CliTestCase):
             txn.execute(sequences._OWNED, (list(migrations.tables()),))
             watched = {(row[0], row[1]) for row in txn.fetchall()}
         self.assertEqual(watched, set(columns))
+
+
+class StreamTests(ProcessTestCase):
+    """Output that cannot be written."""
+
+    #: Help, a table, JSON, and the text of a command's own help.
+    commands = (("--help",), ("plugins", "list"), ("plugins", "list", "--json"), ("keys", "add", "--help"))
+
+    def assert_told(self, process: subprocess.Popen[str], why: str) -> None:
+        """See that a command ends with one line and exit code 1."""
+        _, said = self.ended(process, 1)
+        self.assertEqual(said.count("\n"), 1, said)
+        self.assertIn(why, said)
+
+    def test_a_full_disk(self) -> None:
+        """A disk that is full is told."""
+        for argv in self.commands:
+            with open("/dev/full", "w") as full:
+                self.assert_told(
+                    self.start(*argv, stdout=full), "the output cannot be written, No space left on device"
+                )
+
+    def test_a_closed_pipe(self) -> None:
+        """A reader that is gone is told."""
+        for argv in self.commands:
+            read, write = os.pipe()
+            os.close(read)
+            with open(write, "w") as pipe:
+                self.assert_told(self.start(*argv, stdout=pipe), "the output cannot be written, Broken pipe")
+
+    def test_closed_streams(self) -> None:
+        """A closed stdout is told before anything is done; a closed stderr or stdin harms nothing."""
+        for redirection, code in ((">&-", 1), ("2>&-", 0), ("<&-", 0)):
+            script = ["/bin/sh", "-c", f'exec "$0" plugins list {redirection}', _S2S]
+            done = subprocess.run(script, env=environment(), capture_output=True, text=True, check=False)
+            self.assertEqual(done.returncode, code, done.stderr)
+            self.assertEqual("stdout is closed" in done.stderr, bool(code))
+            self.assertEqual("notice.publish" in done.stdout, not code)
+
+    def test_nobody_hears_the_error(self) -> None:
+        """An error that cannot be written either leaves the exit code."""
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([_S2S, "no-such-command"], env=environment(), stderr=full, check=False)
+        self.assertIn(done.returncode, (1, 2))
+
+    def test_a_directory_that_was_removed(self) -> None:
+        """A working directory that is gone is told with its cure."""
+        directory = Path(self.mktemp())
+        directory.mkdir()
+        script = ["/bin/sh", "-c", 'rmdir "$PWD"; exec "$0" keys list', _S2S]
+        done = subprocess.run(script, cwd=directory, env=environment(), capture_output=True, text=True, check=False)
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+        self.assertIn("working directory was removed: change to another one", done.stderr)
+
+    def test_a_thread_of_a_plug_in(self) -> None:
+        """A thread that a plug-in starts, and never ends, does not keep a command from ending."""
+        plugins = Path(self.mktemp(), "s2s", "plugins")
+        plugins.mkdir(parents=True)
+        (plugins / "restless.py").write_text(
+            "import threading\nthreading.Thread(target=threading.Event().wait).start()\n"
+        )
+        process = self.start("plugins", "list", PYTHONPATH=str(plugins.parent.parent.absolute()))
+        output, _ = self.ended(process, 0)
+        self.assertIn("notice.publish", output)
+
+
+class TerminalTests(DatabaseProcessTestCase):
+    """A terminal that is not UTF-8."""
+
+    def test_characters_it_lacks(self) -> None:
+        """Text that the terminal cannot show is escaped in tables, and everything else is shown."""
+        add = ("keys", "add", "--role", "any", "--key-id")
+        self.ended(self.start(*add, "k", "--note", "Jürgen →"), 0)
+        for variables in (
+            {"PYTHONIOENCODING": "ascii"},
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        ):
+            output, _ = self.ended(self.start("keys", "list", **variables), 0)
+            self.assertIn("J\\xfcrgen \\u2192", output)
+            _, errors = self.ended(self.start(*add, "ü", **variables), 1)
+            self.assertIn("the key id", errors)

@@ -134,6 +134,14 @@ def transaction(
         place.leave()
 
 
+class _Output(Console):
+    """The output of tables, which tells a broken pipe as any other output does."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave the error to the program."""
+        raise  # noqa: PLE0704 - it is being handled
+
+
 def show(rows: Sequence[Any], columns: Sequence[str], as_json: bool, nothing: str) -> None:
     """Show dataclass rows: a table of some columns, or JSON of all.
 
@@ -153,7 +161,7 @@ def show(rows: Sequence[Any], columns: Sequence[str], as_json: bool, nothing: st
     for row in found:
         # Text, not str: what a peer wrote is no markup.
         table.add_row(*(Text(_shown(row[column])) for column in columns))
-    Console().print(table)
+    _Output().print(table)
 
 
 def show_one(row: Any, as_json: bool) -> None:
@@ -167,7 +175,7 @@ def show_one(row: Any, as_json: bool) -> None:
     table.add_column(overflow="fold")
     for name, value in members.items():
         table.add_row(name, Text(_shown(value)))
-    Console().print(table)
+    _Output().print(table)
 
 
 def actor() -> str:
