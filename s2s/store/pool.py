@@ -111,6 +111,10 @@ class Database:
             cp_reactor=self.reactor,
         )
 
+    def reread(self) -> None:
+        """Read the file of an ``@FILE`` now, to tell what is wrong with it; each new connection reads it anyway."""
+        self._parameters.read()
+
     def stop(self) -> Deferred[None]:
         """Finish what is under way and waits, then close every connection.
 
