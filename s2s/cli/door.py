@@ -111,7 +111,9 @@ class HttpDoor(Door):
 
     def __init__(self, api: Api) -> None:
         self._reactor = _running_reactor()
-        self._client = AdminClient(api.url, _read_token(api.token_file))
+        self._api = api
+        self._token = _read_token(api.token_file)
+        self._client = AdminClient(api.url, self._token)
 
     def _perform(self, operation: Operation[R], ask: Ask) -> R:
         call: Any = partial(
@@ -126,9 +128,20 @@ class HttpDoor(Door):
             reply: R = blockingCallFromThread(self._reactor, call)
             return reply
         except Refused as error:
-            if error.code in (AuthBad.code, AuthRequired.code):
+            if error.code not in (AuthBad.code, AuthRequired.code):
+                raise
+            if not self._has_new_token():
                 raise OperatorError(f"{error.message}: see --token-file and {TOKEN_VARIABLE}") from None
-            raise
+        return self._perform(operation, ask)
+
+    def _has_new_token(self) -> bool:
+        """Read the token again: it may have been replaced while we wait for an order."""
+        token = _read_token(self._api.token_file)
+        if token == self._token:
+            return False
+        self.close()
+        self._token, self._client = token, AdminClient(self._api.url, token)
+        return True
 
     def close(self) -> None:
         """Let the connections go."""
