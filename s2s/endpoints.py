@@ -1,9 +1,10 @@
-"""Where a server listens: Twisted's endpoint strings, with the two things that they lack.
+"""Where a role listens or connects: Twisted's endpoint strings, with what they lack.
 
 - ``ssl:`` takes one argument more, ``trustRoots=PATH``: the server asks each engine for a certificate, and refuses
   those that none of these roots signed.
 - ``unix:`` has its lock kept by the kernel, and not by a pid in a file, which after a SIGKILL may be that of any
   process, in a container even our own: the next start works.
+- Certificates are read again: a server's on SIGHUP, a client's for every connection.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from twisted.internet import ssl
-from twisted.internet.defer import Deferred, maybeDeferred
-from twisted.internet.endpoints import SSL4ServerEndpoint, UNIXServerEndpoint, serverFromString
-from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStreamServerEndpoint
+from twisted.internet import ssl, threads
+from twisted.internet.defer import Deferred, execute, maybeDeferred
+from twisted.internet.endpoints import SSL4ServerEndpoint, UNIXServerEndpoint, clientFromString, serverFromString
+from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStreamClientEndpoint, IStreamServerEndpoint
+from twisted.internet.protocol import Factory
+from twisted.logger import Logger
 from zope.interface import implementer
+
+from s2s.errors import one_line
 
 T = TypeVar("T")
 
@@ -39,7 +44,7 @@ _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----\s.+?-----END CERTIFICATE-----",
 
 
 def server_endpoint(reactor: Any, description: str) -> Any:
-    """Read the endpoint string of a server.
+    """Read the endpoint string of a server; one of ``ssl:`` has a ``reread()``.
 
     :param description: what :func:`twisted.internet.endpoints.serverFromString` takes, and what this module adds.
     :returns: an ``IStreamServerEndpoint``.
@@ -48,9 +53,12 @@ def server_endpoint(reactor: Any, description: str) -> Any:
     kind, arguments, named = _take_apart(description)
     if kind == "unix":
         return _unix(reactor, _by_name(kind, _UNIX, arguments, named))
-    if kind == "ssl" and "trustRoots" in named:
-        return _mutual(reactor, _by_name(kind, _SSL, arguments, named, "trustRoots"))
-    return serverFromString(reactor, description)
+    if kind != "ssl":
+        return serverFromString(reactor, description)
+    if "trustRoots" not in named:
+        return _TLSEndpoint(reactor, description, lambda each: serverFromString(each, description))
+    ours = _by_name(kind, _SSL, arguments, named, "trustRoots")
+    return _TLSEndpoint(reactor, description, lambda each: _mutual(each, ours))
 
 
 def _take_apart(description: str) -> tuple[str, list[str], dict[str, str]]:
@@ -93,6 +101,106 @@ def _number(arguments: dict[str, str], name: str, default: str, most: int, base:
         if 0 <= number <= most:
             return number
     raise ValueError(f"{name} {text!r} is no number between 0 and {most:{'o' if base == 8 else 'd'}}")
+
+
+def client_endpoint(reactor: Any, description: str) -> Any:
+    """Read the endpoint string of a client; one of TLS reads its files for every connection.
+
+    :returns: an ``IStreamClientEndpoint``.
+    :raises Exception: of any kind.
+    """
+    endpoint = clientFromString(reactor, description)
+    is_tls = description.partition(":")[0] in ("tls", "ssl")
+    return _TLSClient(reactor, description, endpoint) if is_tls else endpoint
+
+
+class _Reading:
+    """Files of an endpoint that are read again; while they cannot be read, those read before stay in force."""
+
+    log = Logger()
+
+    def __init__(self, described: str) -> None:
+        self._described = described
+        self._complaint = ""
+
+    def _read(self) -> Any:
+        """Read them, and keep what they say."""
+        raise NotImplementedError
+
+    def reread(self) -> None:
+        """Read them again; the log says once what is wrong with them. Blocks."""
+        complaint = ""
+        try:
+            self._read()
+        except Exception as error:  # OpenSSL's and Twisted's errors have no common root
+            complaint = one_line(error)
+            if complaint != self._complaint:
+                self.log.error(
+                    "the certificates of {endpoint} cannot be read: {why}; those read before stay in force",
+                    endpoint=self._described,
+                    why=complaint,
+                )
+        self._complaint = complaint
+
+
+@implementer(IStreamServerEndpoint)
+class _TLSEndpoint(_Reading):
+    """A server's endpoint whose next connection has the certificates that were read last.
+
+    :param make: makes an ``SSL4ServerEndpoint`` from the files.
+    """
+
+    def __init__(self, reactor: Any, described: str, make: Callable[[Any], Any]) -> None:
+        super().__init__(described)
+        self._reactor = reactor
+        self._make = make
+        self._port, self._options = self._read()
+
+    def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
+        """Listen."""
+        listening: Deferred[IListeningPort] = execute(
+            self._reactor.listenSSL, self._port, factory, **{**self._options, "contextFactory": self}
+        )
+        return listening
+
+    def getContext(self) -> Any:
+        """Return the TLS context of a connection."""
+        return self._options["contextFactory"].getContext()
+
+    def _read(self) -> Any:
+        made: list[tuple[int, dict[str, Any]]] = []
+        self._make(_Recorder(lambda port, _, **options: made.append((port, options)))).listen(Factory())
+        [(port, options)] = made
+        # Now, and not at the first connection: OpenSSL refuses keys that are too small or not of the certificate.
+        options["contextFactory"].getContext()
+        self._options = options
+        return port, options
+
+
+class _Recorder:
+    """A reactor that takes note of an endpoint that would listen."""
+
+    def __init__(self, listenSSL: Callable[..., object]) -> None:
+        self.listenSSL = listenSSL
+
+
+@implementer(IStreamClientEndpoint)
+class _TLSClient(_Reading):
+    """A client's endpoint whose files are read for every connection: the last one may have been refused for them."""
+
+    def __init__(self, reactor: Any, described: str, endpoint: Any) -> None:
+        super().__init__(described)
+        self._reactor = reactor
+        self._endpoint = endpoint
+
+    def connect(self, factory: IProtocolFactory) -> Deferred[Any]:
+        """Connect."""
+        reading = threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self.reread)
+        connecting: Deferred[Any] = reading.addCallback(lambda _: self._endpoint.connect(factory))
+        return connecting
+
+    def _read(self) -> Any:
+        self._endpoint = clientFromString(self._reactor, self._described)
 
 
 # --- unix: -----------------------------------------------------------------------------------------------------------
@@ -157,7 +265,7 @@ def _mutual(reactor: Any, arguments: dict[str, str]) -> Any:
         trustRoot=ssl.trustRootFromCertificates(roots),
         raiseMinimumTo=ssl.TLSVersion.TLSv1_2,
     )
-    # Now, and not at the first connection: OpenSSL refuses keys that are too small.
+    # OpenSSL refuses keys that are too small.
     _judged(options.getContext, f"{key_path} cannot be used")
     return SSL4ServerEndpoint(
         reactor,

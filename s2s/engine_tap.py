@@ -6,11 +6,11 @@ import re
 import socket
 from typing import Any
 
-from twisted.internet.endpoints import clientFromString
 from twisted.logger import Logger
 
 from s2s import order_runner, scheduler
 from s2s.discovery import discover
+from s2s.endpoints import client_endpoint
 from s2s.engine import Engine
 from s2s.options import CONNECT, RoleOptions, make_basis, or_refuse, parameter
 from s2s.relay import Relay
@@ -31,7 +31,7 @@ class Options(RoleOptions):
     """The engine's options."""
 
     process_name = "s2s-engine"
-    endpoints = (("connect", clientFromString, CONNECT),)
+    endpoints = (("connect", client_endpoint, CONNECT),)
     optParameters = [
         parameter("connect", CONNECT, "endpoint of the server"),
         parameter("name", f"engine-{socket.gethostname()}"[:200], "what operators call this engine"),

@@ -1,4 +1,4 @@
-"""When a role's process ends: on a signal, with its parent, told to by the server, or because it cannot start."""
+"""The end of a process, on a signal, with its parent, by order of the server or before its start; and other signals."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, NoReturn
 
+from twisted.internet import threads
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from s2s import log_file, stacks
 from s2s.clock import cancel
 from s2s.errors import OperatorError
 
@@ -29,6 +31,8 @@ GRACE_S: Final = 5.0
 CUT_S: Final = 1.5
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+#: Whether SIGHUP came before the role has started.
+_early: Final[list[int]] = []
 _log = Logger(namespace="s2s.lifetime")
 
 
@@ -62,6 +66,8 @@ class Lifetime:
     runs is cancelled and rolled back. Whatever has not ended a little later is left: a thread can be neither cancelled
     nor joined. The exit code is 0 in any case, and final.
 
+    :ivar on_start: called when a service starts, after the fork.
+    :ivar rereads: called in a thread on SIGHUP, one after the other; each tells the log what is wrong.
     :ivar past_grace: called in the reactor's thread.
     :ivar last_words: called in another thread just before the process is left; it may block for a second.
     """
@@ -72,11 +78,19 @@ class Lifetime:
         self._deadline: float | None = None
         self._cutting: threading.Timer | None = None
         self._cancelling: Any = None
+        #: Whether the files are being read again, and whether they are to be once more then.
+        self._is_rereading = self._is_asked_again = False
+        self._is_hung_up = False
+        self._has_terminal = os.isatty(0)
+        self.on_start: Callable[[], object] = lambda: None
+        self.rereads: list[Callable[[], object]] = []
         self.past_grace: Callable[[], object] = lambda: None
         self.last_words: Callable[[], object] = lambda: None
 
     def watch(self) -> None:
-        """Take SIGTERM and SIGINT as a shutdown that ends with exit code 0, and the end of stdin where told so.
+        """Take SIGTERM and SIGINT as a shutdown that ends with exit code 0, as the end of stdin where told so.
+
+        SIGHUP reads files again, and SIGQUIT writes the stacks of all threads to the log.
 
         Twisted's own handler, which it sets when the reactor starts, would let the process die of the signal once all
         is stopped. To be called when a service starts: after the fork, whose parent must stay killable.
@@ -85,16 +99,53 @@ class Lifetime:
         def on_signal(number: int, _frame: object) -> None:
             self._reactor.callFromThread(self.end, signal.Signals(number).name)
 
+        def on_hang_up(*_: object) -> None:
+            # A flood of signals comes to one call.
+            if not self._is_hung_up:
+                self._is_hung_up = True
+                self._reactor.callFromThread(self._hang_up)
+
         def take_signals() -> None:
             for number in _SIGNALS:
                 signal.signal(number, on_signal)
+            signal.signal(signal.SIGHUP, on_hang_up)
+            stacks.write_on_sigquit()
 
+        self.on_start()
         take_signals()
+        if _early:
+            self._reactor.callWhenRunning(self._hang_up)
         self._reactor.callWhenRunning(take_signals)
         # Once everything is stopped Python gives the signals back their deadly meaning, unless they are ignored.
         atexit.register(_ignore_signals)
         if os.environ.get(STOP_WITH_STDIN):
             self._reactor.callWhenRunning(self._reactor.addReader, _Parent(self._reactor, self.end))
+
+    def _hang_up(self) -> None:
+        """Read again what may have changed; end where our terminal is gone, which sends SIGHUP as well."""
+        self._is_hung_up = False
+        if self._has_terminal and not os.isatty(0):
+            self.end("the terminal is gone")
+            return
+        log_file.reopen()
+        if self._is_rereading:
+            self._is_asked_again = True
+            return
+        _log.info("SIGHUP: the log was opened anew; the certificates and the file of the database URL are read again")
+        self._is_rereading = True
+        reading = threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._reread)
+        reading.addErrback(lambda failure: _log.failure("the files could not be read again", failure=failure))
+        reading.addCallback(self._has_reread)
+
+    def _reread(self) -> None:
+        for reread in self.rereads:
+            reread()
+
+    def _has_reread(self, _: object) -> None:
+        self._is_rereading = False
+        if self._is_asked_again:
+            self._is_asked_again = False
+            self._hang_up()
 
     def end(self, why: str, grace_s: float = GRACE_S) -> float:
         """Stop the process in order; told twice, the earlier deadline holds.
@@ -148,8 +199,14 @@ class Lifetime:
             _log.error("the end could not be written down: {error!r}", error=error)
 
 
+def wait_for_start() -> None:
+    """Let SIGHUP and SIGQUIT, which would kill, do no harm until a role has started."""
+    signal.signal(signal.SIGHUP, lambda number, _: _early.append(number))
+    stacks.write_on_sigquit()
+
+
 def _ignore_signals() -> None:
-    for number in _SIGNALS:
+    for number in (*_SIGNALS, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -162,7 +219,8 @@ def refuse(why: str) -> NoReturn:
     :raises OperatorError: in a daemon, whose waiting parent Twisted tells of exceptions alone.
     """
     _log.error("{why}", why=why)
-    print(f"{os.path.basename(sys.argv[0])}: {why}", file=sys.__stderr__)
+    with suppress(OSError):
+        print(f"{os.path.basename(sys.argv[0])}: {why}", file=sys.__stderr__)
     if os.path.samestat(os.fstat(2), os.stat(os.devnull)):
         raise OperatorError(why)
     raise SystemExit(1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -12,14 +14,15 @@ from twisted.internet.task import LoopingCall
 from twisted.python import usage
 from ulid_transform import ulid_now
 
-from s2s import log_file, preflight
+from s2s import log_file, preflight, streams
 from s2s.clock import Clock, make_monotonic
 from s2s.config import LiveConfig
 from s2s.errors import OperatorError
 from s2s.identity import Identity
 from s2s.keys import LiveKeys
-from s2s.lifetime import Lifetime, refuse
+from s2s.lifetime import Lifetime, refuse, wait_for_start
 from s2s.limits import Bounds, Counters
+from s2s.pid_file import PidFile
 from s2s.role import Basis
 from s2s.signing import Role
 from s2s.store.handler_pool import TIMEOUT_S, HandlerPool
@@ -68,9 +71,19 @@ def parameter(name: str, default: object, help: str) -> list[object]:
     return [name, None, os.environ.get(variable(name), default), help]
 
 
+def _directory(text: str) -> Path:
+    if not text.strip():
+        raise ValueError("it is empty: name a directory, or leave it out")
+    try:
+        return Path(text).resolve()
+    except OSError as error:
+        raise ValueError(f"{text} cannot be found from here: {error.strerror}") from None
+
+
 _COERCIONS: Final = {
     "frame-size-limit": between(*FRAME_SIZES),
     "handler-timeout": between(*HANDLER_TIMEOUTS),
+    "state-dir": _directory,
     "log-bytes": between(*LOG_BYTES),
     "log-files": between(*LOG_FILES),
 }
@@ -88,7 +101,7 @@ class RoleOptions(usage.Options):
     endpoints: tuple[tuple[str, Callable[[Any, str], Any], str], ...]
     # S2S_DATABASE_URL is read by preflight, for the command line s2s as well.
     optParameters = [
-        ["database", None, "", "URL of the PostgreSQL, or @FILE; else S2S_DATABASE_URL, else the embedded one"],
+        ["database", None, None, "URL of the PostgreSQL, or @FILE; else S2S_DATABASE_URL, else the embedded one"],
         parameter("frame-size-limit", 65536, "longest frame that is read or sent, in bytes, 4096 to 262144"),
         parameter(
             "handler-timeout",
@@ -100,6 +113,7 @@ class RoleOptions(usage.Options):
         parameter("log-files", 10, "rotated log files that are kept, 1 to 1000"),
     ]
     coercions: Mapping[str, Callable[[str], object]] = {}
+    pid_file: PidFile | None = None
 
     @classmethod
     def from_environment(cls) -> RoleOptions:
@@ -109,7 +123,7 @@ class RoleOptions(usage.Options):
         return options
 
     def postOptions(self) -> None:
-        """Read the values, and keep the two roles' files apart where one directory is home to both."""
+        """Read the values, and prepare the process for twistd."""
         for name, coerce in {**_COERCIONS, **self.coercions}.items():
             try:
                 self[name] = coerce(self[name])
@@ -117,12 +131,43 @@ class RoleOptions(usage.Options):
                 # A UsageError would be told below a page of help.
                 refuse(f"--{name} (or {variable(name)}): {error}")
         twistd = getattr(self, "parent", None)
-        if twistd is None:
-            return
+        if twistd is not None:
+            or_refuse(lambda: self._prepare_process(twistd))
+
+    def _prepare_process(self, twistd: Any) -> None:
+        """Keep the files of the two roles apart, and see that twistd can write its own: it would end with a traceback.
+
+        :raises OperatorError: it cannot.
+        """
+        wait_for_start()
+        closed = streams.prepare()
+        atexit.register(streams.abandon, sys.stdout)
+        is_daemon = not (twistd["nodaemon"] or twistd["debug"])
         if twistd["pidfile"] == _TWISTD_PIDFILE:
-            twistd["pidfile"] = f"{self.process_name}.pid"
-        if not twistd["nodaemon"] and not twistd["logfile"]:
+            # In the foreground a supervisor knows the pid.
+            twistd["pidfile"] = f"{self.process_name}.pid" if is_daemon else ""
+        if is_daemon and not twistd["logfile"]:
             twistd["logfile"] = f"{self.process_name}.log"
+        if not os.path.isdir(twistd["rundir"]):
+            raise OperatorError(f"there is no directory {twistd['rundir']}: name another --rundir")
+        if twistd["syslog"] or twistd["logger"]:
+            pass
+        elif twistd["logfile"] in ("", None, "-"):
+            if "stdout" in closed and not is_daemon:
+                raise OperatorError("stdout is closed and the log goes there: open it, or name a --logfile")
+            _write("the log", lambda: print(f"{self.process_name}: starting", flush=True))
+        else:
+            _write(f"the log file {twistd['logfile']}", lambda: open(twistd["logfile"], "ab").close())
+        if twistd["pidfile"]:
+            self.pid_file = PidFile(twistd["pidfile"])
+            twistd["pidfile"] = ""
+
+
+def _write(what: str, write: Callable[[], object]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise OperatorError(f"{what} cannot be written: {error.strerror}: name another --logfile") from None
 
 
 def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handlers: int) -> tuple[Basis, list[Any]]:
@@ -138,9 +183,10 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handle
     # twistd opens the log after the service is made.
     reactor.callWhenRunning(log_file.bound, options["log-bytes"], options["log-files"])
     endpoints = [_endpoint(options, reactor, *each) for each in options.endpoints]
-    place, found, done = preflight.prepare(options["database"] or None, Path(options["state-dir"]).resolve(), role)
+    place, found, done = preflight.prepare(options["database"], options["state-dir"], role)
     for sentence in done:
-        print(f"{options.process_name}: {sentence}", flush=True)
+        with suppress(OSError):
+            print(f"{options.process_name}: {sentence}", flush=True)
     if place.is_embedded:
         trimming = LoopingCall(reactor.callInThread, place.trim_log)
         reactor.callWhenRunning(trimming.start, TRIM_S)
@@ -149,6 +195,11 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handle
     clock = Clock(reactor)
     counters = Counters()
     database = Database(place.url, options.process_name, threads=threads, counters=counters)
+    lifetime = Lifetime(reactor)
+    if options.pid_file is not None:
+        lifetime.on_start = options.pid_file.write
+    rereads = (each.reread for each in (database, *endpoints) if hasattr(each, "reread"))
+    lifetime.rereads.extend(rereads)
     basis = Basis(
         Identity(role, name, ulid_now()),
         place.url,
@@ -164,7 +215,7 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handle
         ),
         LiveKeys(database, clock, found.rows),
         LiveConfig(database, clock, found.snapshot),
-        Lifetime(reactor),
+        lifetime,
     )
     return basis, endpoints
 
@@ -185,3 +236,5 @@ def or_refuse(make: Callable[[], T]) -> T:
         return make()
     except OperatorError as error:
         refuse(str(error))
+    except KeyboardInterrupt:
+        refuse("interrupted before it has started")

@@ -99,7 +99,14 @@ def start(data: Path) -> tuple[str, subprocess.Popen[bytes] | None]:
             process, old = None, log.stat().st_size
         elif time.monotonic() >= deadline:
             raise OperatorError(f"PostgreSQL is not ready after {STARTING_S:g} s; its log is {log}")
-        time.sleep(0.02)
+        try:
+            time.sleep(0.02)
+        except KeyboardInterrupt:
+            # Nobody else knows of it yet. SIGINT is PostgreSQL's fast shutdown.
+            if process is not None:
+                process.send_signal(signal.SIGINT)
+                process.wait(STOPPING_S)
+            raise
     return f"postgresql://postgres@/postgres?host={quote(running.socket_dir, safe='/')}&port={_PORT}", process
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from s2s import embedded
 from s2s.errors import DatabaseError, OperatorError
 from s2s.signing import Role
-from s2s.store import config, keys, migrations, privileges
+from s2s.store import config, keys, migrations, privileges, sequences
 from s2s.store.config import Snapshot
 from s2s.store.keys import KeyRow, make_keyring
 from s2s.store.pool import blocking
+from s2s.store.url import locate
 
 DATABASE_VARIABLE = "S2S_DATABASE_URL"
 STATE_DIR = "var"
@@ -24,7 +25,7 @@ STATE_DIR = "var"
 class Place:
     """Where the tables are.
 
-    :param url: it may hold a password.
+    :param url: a URL, which may hold a password, or ``@FILE``.
     :param leave: gives an embedded PostgreSQL back; the last one out stops it.
     :param trim_log: keeps the log of an embedded PostgreSQL within its bound; it may block for a moment.
     """
@@ -39,18 +40,13 @@ def find_database(given: str | None, state_dir: Path) -> Place:
     """Find the database: the one named, else the environment's, else the embedded one under ``state_dir``.
 
     :param given: a URL, or ``@FILE`` for a file that holds one: what stands in argv can be seen by everybody.
-    :raises OperatorError: the file cannot be read, or the embedded PostgreSQL does not start.
+    :raises OperatorError: what is named cannot be read, or the embedded PostgreSQL does not start.
     """
-    url = given or os.environ.get(DATABASE_VARIABLE)
-    if not url:
+    url, source = (os.environ.get(DATABASE_VARIABLE), DATABASE_VARIABLE) if given is None else (given, "--database")
+    if url is None:
         lease = embedded.join(state_dir)
         return Place(lease.url, lease.leave, lease.trim_log, is_embedded=True)
-    if url.startswith("@"):
-        try:
-            url = Path(url[1:]).read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise OperatorError(f"the file of the database URL cannot be read: {url[1:]}: {error}") from None
-    return Place(url)
+    return Place(locate(url, source))
 
 
 def make_ready(url: str) -> list[str]:
@@ -76,7 +72,7 @@ class Found:
 
 
 def check(url: str, role: Role) -> Found:
-    """See that the schema is ours and that a key may sign, by the database's clock, which dated the keys.
+    """See that the schema is ours, that new rows get new ids and that a key may sign, by the clock that dated the keys.
 
     :raises OperatorError: one line that names the cure.
     """
@@ -84,6 +80,7 @@ def check(url: str, role: Role) -> Found:
         with blocking(url) as txn:
             migrations.check(txn)
             privileges.check(txn)
+            sequences.check(txn)
             table, snapshot = keys.read(txn), config.read(txn)
     except DatabaseError as error:
         raise OperatorError(f"the database cannot be used: {error}: see --database and {DATABASE_VARIABLE}") from None

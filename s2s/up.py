@@ -50,13 +50,21 @@ def run(state_dir: Path, listen: str, http: str, for_seconds: float | None, echo
     :param echo: is called with every line for people.
     :returns: the exit code: 0, or 1 where the broadcast did not come the whole way.
     :raises OperatorError: what is missing, in use or wrong; nothing is left running.
+    :raises OSError: a line could not be written; likewise.
     """
     connect = connect_endpoint(listen)
     base_url = http_url(http)
     state_dir = Path(os.path.abspath(state_dir))
 
+    lost: list[OSError] = []
+
     def say(who: str, what: str, at: str | None = None, /) -> None:
-        echo(f"{at or time.strftime('%H:%M:%S')}  {who:<8}  {what}")
+        if lost:
+            return
+        try:
+            echo(f"{at or time.strftime('%H:%M:%S')}  {who:<8}  {what}")
+        except OSError as error:  # everything stops in order first
+            lost.append(error)
 
     with ExitStack() as stack:  # unwinds in the order of the stop: engine, server, database, locks
         bell = stack.enter_context(_bell())
@@ -94,7 +102,7 @@ def run(state_dir: Path, listen: str, http: str, for_seconds: float | None, echo
         found = {"link": connect, "database": url, "http": base_url, "token_file": str(token_file)}
         written = None
         linked = False
-        while not bell.rung and not all(role.over for role in roles) and not (errand and errand.is_over):
+        while not (bell.rung or lost) and not all(role.over for role in roles) and not (errand and errand.is_over):
             database.tend()
             for role in roles:
                 linked = _retell(role, say) or linked
@@ -111,6 +119,8 @@ def run(state_dir: Path, listen: str, http: str, for_seconds: float | None, echo
                     errand.tend(say)
             time.sleep(_POLL_S)
         say("up", "stopping")
+    if lost:
+        raise lost[0]
     if errand is None:
         return 0
     say("up", errand.verdict)

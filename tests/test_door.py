@@ -16,8 +16,10 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s.cli.door import Door, with_door
+from s2s.cli.door import Door, HttpDoor, with_door
+from s2s.errors import OperatorError, Refused
 from s2s.tokens import make
+from s2s.up import Api
 from tests.support.http import ApiTestCase, shell
 from tests.support.roles import free_port
 from tests.support.waiting import poll
@@ -103,6 +105,39 @@ class WayTests(SynchronousTestCase):
         for variables, argv in (({"S2S_URL": "http://x"}, ()), ({}, ("--url", "http://x"))):
             said = self.way(*argv, expected=1, **variables)
             self.assertEqual(said, "Error: --url needs a token: name its file with --token-file or S2S_TOKEN_FILE")
+
+
+class TokenTests(SynchronousTestCase):
+    """A token that is replaced while a command follows an order."""
+
+    def test_it_is_read_again(self) -> None:
+        """A refused token is read again from its file, once for each that is new."""
+        tried: list[str] = []
+
+        class Client:
+            def __init__(self, _: str, token: str) -> None:
+                self.token = token
+
+            def call(self, *_: Any, **__: Any) -> str:
+                tried.append(self.token)
+                if self.token != "good":
+                    raise Refused("auth_bad", "the token is not valid", {})
+                return "done"
+
+            def close(self) -> None:
+                pass
+
+        self.patch(_MODULE, "AdminClient", Client)
+        self.patch(_MODULE, "_running_reactor", lambda: None)
+        self.patch(_MODULE, "blockingCallFromThread", lambda _, call: call())
+        file = Path(self.mktemp())
+        file.write_text("old")
+        way = HttpDoor(Api("http://x", file))
+        operation: Any = None
+        self.assertRaises(OperatorError, way.call, operation)
+        file.write_text("good")
+        self.assertEqual(way.call(operation), "done")
+        self.assertEqual(tried, ["old", "old", "good"])
 
 
 class ShutTests(ApiTestCase):

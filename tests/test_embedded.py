@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import psycopg2
 from twisted.internet import threads
 from twisted.internet.defer import Deferred, inlineCallbacks
@@ -64,6 +65,21 @@ def heard(process: subprocess.Popen[str]) -> list[str]:
 def shared_state_dir() -> Path:
     """Make a directory that goes with trial's own."""
     return Path(tempfile.mkdtemp(dir=os.curdir)).resolve()
+
+
+class InterruptTests(SynchronousTestCase):
+    """Ctrl-C while the server starts."""
+
+    def test_nothing_is_left(self) -> None:
+        """A start that is interrupted leaves no server behind, and the next one works."""
+        state_dir = Path(tempfile.mkdtemp(dir=os.curdir)).resolve()
+        with mock.patch.object(postmaster.time, "sleep", side_effect=KeyboardInterrupt):
+            self.assertRaises(KeyboardInterrupt, embedded.join, state_dir)
+        named = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+        self.assertEqual([argv for argv in named if str(state_dir) in " ".join(argv)], [])
+        lease = embedded.join(state_dir)
+        self.assertTrue(answers(lease.url))
+        self.assertTrue(lease.leave())
 
 
 class JoinTests(SynchronousTestCase):

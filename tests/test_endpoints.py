@@ -14,7 +14,7 @@ from typing import Any
 
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, inlineCallbacks
-from twisted.internet.endpoints import SSL4ServerEndpoint, TCP4ServerEndpoint
+from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.internet.protocol import Factory
 from twisted.internet.testing import MemoryReactor
 from twisted.protocols import portforward
@@ -84,7 +84,9 @@ class ReadingTests(SynchronousTestCase):
         """A string without anything of ours gives Twisted's own endpoint."""
         self.assertIsInstance(server_endpoint(MemoryReactor(), "tcp:4321:interface=127.0.0.1"), TCP4ServerEndpoint)
         plain = f"ssl:4321:privateKey={self.directory}/server.key:certKey={self.directory}/server.pem"
-        self.assertIsInstance(server_endpoint(MemoryReactor(), plain), SSL4ServerEndpoint)
+        memory = MemoryReactor()
+        server_endpoint(memory, plain).listen(Factory())
+        self.assertEqual([port for port, *_ in memory.sslServers], [4321])
         self.assertRaises(ValueError, server_endpoint, MemoryReactor(), "nonsense:1")
         self.assertRaises(ValueError, server_endpoint, MemoryReactor(), "")
 

@@ -32,9 +32,10 @@ ROOMS = {
     ],
     "mezzanine": [
         "clock", "backoff", "strangers", "dispatch", "writer", "reader", "answers", "protocol",
-        "store", "store.sqlstate", "store.cursor", "store.connection", "store.driver", "store.line", "store.troubles",
-        "store.pool",
+        "store", "store.url", "store.sqlstate", "store.cursor", "store.connection", "store.driver", "store.line",
+        "store.troubles", "store.interruptible", "store.lock_wait", "store.pool",
         "store.handler_pool", "store.lists", "store.audit", "store.config", "store.migrations", "store.privileges",
+        "store.sequences",
         "store.keys", "store.rotation", "store.idempotency", "store.lookback", "store.ready",
         "store.commands", "store.probe", "store.notes", "store.command_types", "store.notices",
         "store.outbox", "store.broadcasts", "store.engines", "store.steering", "store.retention", "store.actions",
@@ -58,7 +59,8 @@ ROOMS = {
     "second": [
         "web", "web.problems", "web.waiting", "web.conductor", "web.sign_in", "web.routes", "web.api", "web.site",
         "web.openapi", "web.service", "admin_transport", "admin_client",
-        "log_file", "lifetime", "tail", "role", "server", "engine", "endpoints", "certs", "descriptors",
+        "log_file", "stacks", "streams", "pid_file", "lifetime", "tail", "role", "server", "engine", "endpoints",
+        "certs", "descriptors",
         "postmaster", "embedded", "preflight", "options", "children", "lookout", "up",
     ],
     "top": [

@@ -92,7 +92,7 @@ class StartingTests(RoleTestCase):
         self.assertEqual(both.count("no database is named: using the embedded PostgreSQL under"), 2, both)
         self.assertEqual(
             sorted(path.name for path in self.directory.iterdir() if path.is_dir() or path.suffix == ".pid"),
-            ["s2s-engine.pid", "s2s-server.pid", "var"],
+            ["var"],
         )
         self.ends(engine)
         self.ends(server)

@@ -275,6 +275,21 @@ class UpTests(TestCase):
         yield self.nothing_left()
 
     @inlineCallbacks
+    def test_a_full_disk(self):
+        """Where its lines cannot be written everything stops in order, and it ends with one line and exit code 1."""
+        with open("/dev/full", "w") as full:
+            up = subprocess.Popen(
+                [str(Path(sys.executable).with_name("s2s")), "up", "--state-dir", str(self.state_dir)],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        _, said = yield deferToThread(up.communicate, timeout=30)
+        self.assertEqual((up.returncode, said.count("\n")), (1, 1), said)
+        self.assertIn("the output cannot be written, No space left on device", said)
+        yield self.nothing_left()
+
+    @inlineCallbacks
     def test_state_directory_in_use(self):
         """A state directory that another ``up`` holds is one line and a failure."""
         with (self.state_dir / "up.lock").open("ab") as other:

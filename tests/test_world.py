@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThread
 
-from s2s.store import seed, world
+from s2s.store import interruptible, seed, world
 from s2s.store.pool import blocking
 from s2s.store.seed import make_world
 from tests.support.postgres import DatabaseTestCase
@@ -180,7 +180,7 @@ class SeedTests(DatabaseTestCase):
 
     def digests(self) -> list[str]:
         """Digest what each table holds."""
-        with blocking(self.url) as txn:
+        with blocking(self.url) as txn, interruptible.copying():
             found = []
             for table in ROWS:
                 text = io.BytesIO()

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
 import click
 
-from s2s import __version__
+from s2s import __version__, streams
 from s2s.cli.audit import audit
 from s2s.cli.broadcast import broadcast
 from s2s.cli.certs import certs
@@ -41,8 +49,75 @@ COMMANDS = (
     db,
 )
 
+#: How a write fails where a disk is full, a reader has gone, a terminal is gone, or the stream is closed.
+_UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE, errno.EIO, errno.EBADF)
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+class _Program(click.Group):
+    """The console script; it ends with a line and an exit code also where its output cannot be written."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Run as the process of its own that it is; tests call :meth:`main`."""
+        if "stdout" in streams.prepare():
+            print("Error: stdout is closed: open it, such as by >/dev/null", file=sys.stderr)
+            code: Any = 1
+        else:
+            try:
+                code = self.main(*args, **options)
+            except SystemExit as end:
+                code = end.code
+            except OSError as error:
+                if not _is_of_output(error):
+                    raise
+                code = 1  # not even the line of an error could be written
+        if not streams.abandon(sys.stdout):
+            code = code or 1
+        streams.abandon(sys.stderr)
+        if any(not each.daemon for each in threading.enumerate() if each is not threading.main_thread()):
+            # Python would wait for a thread that a plug-in has started.
+            os._exit(code if isinstance(code, int) else bool(code))
+        raise SystemExit(code)
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Read the arguments, or write the help."""
+        with _writing():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        with _writing():
+            return super().invoke(ctx)
+
+
+def _is_of_output(error: OSError) -> bool:
+    return error.errno in _UNWRITABLE and error.filename is None
+
+
+def _is_here() -> bool:
+    """Whether the working directory exists."""
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Tell by a line that the output cannot be written, or that the working directory was removed."""
+    try:
+        yield
+    except OSError as error:
+        if not _is_here():
+            raise click.ClickException("the working directory was removed: change to another one") from None
+        if not _is_of_output(error):
+            raise
+        streams.abandon(sys.__stdout__)
+        raise click.ClickException(
+            f"the output cannot be written, {error.strerror}: the command may be done: look before it is repeated"
+        ) from None
+
+
+@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="s2s")
 def main() -> None:
     """Run and look after an s2s link: a signed, durable connection of a server and an engine."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -30,12 +31,35 @@ from s2s.store.pool import blocking
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+
+def not_empty(context: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Refuse an option that is given but empty, and a variable that is set but empty: click takes both for absent."""
+    variable = param.envvar if isinstance(param.envvar, str) else ""
+    is_default = param.name is None or context.get_parameter_source(param.name) is ParameterSource.DEFAULT
+    is_empty = not (os.environ.get(variable, "x") if is_default else str(value)).strip()
+    if is_empty:
+        source = variable if is_default else param.opts[0]
+        raise click.ClickException(f"{source} is empty: give it a value, or leave it out")
+    return value
+
+
+class FilledPath(click.Path):
+    """A path, which is not empty: pathlib would read that as the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it."""
+        if not os.fspath(value).strip() and param is not None:
+            raise click.ClickException(f"{param.opts[0]} is empty: give it a value, or leave it out")
+        return super().convert(value, param, ctx)
+
+
 state_dir_option = click.option(
     "--state-dir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FilledPath(file_okay=False, path_type=Path),
     default=preflight.STATE_DIR,
     show_default=True,
     envvar="S2S_STATE_DIR",
+    callback=not_empty,
     help="Where the embedded PostgreSQL lives, when no database is named.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs.")
@@ -62,7 +86,10 @@ def before_option(member: str) -> Callable[[F], F]:
 def database_options(function: F) -> F:
     """Add the options that say where the database is."""
     named = click.option(
-        "--database", metavar="URL", help=f"PostgreSQL URL, or @FILE; else {preflight.DATABASE_VARIABLE}."
+        "--database",
+        metavar="URL",
+        callback=not_empty,
+        help=f"PostgreSQL URL, or @FILE; else {preflight.DATABASE_VARIABLE}.",
     )
     return named(state_dir_option(function))
 
@@ -107,6 +134,14 @@ def transaction(
         place.leave()
 
 
+class _Output(Console):
+    """The output of tables, which tells a broken pipe as any other output does."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave the error to the program."""
+        raise  # noqa: PLE0704 - it is being handled
+
+
 def show(rows: Sequence[Any], columns: Sequence[str], as_json: bool, nothing: str) -> None:
     """Show dataclass rows: a table of some columns, or JSON of all.
 
@@ -126,7 +161,7 @@ def show(rows: Sequence[Any], columns: Sequence[str], as_json: bool, nothing: st
     for row in found:
         # Text, not str: what a peer wrote is no markup.
         table.add_row(*(Text(_shown(row[column])) for column in columns))
-    Console().print(table)
+    _Output().print(table)
 
 
 def show_one(row: Any, as_json: bool) -> None:
@@ -140,7 +175,7 @@ def show_one(row: Any, as_json: bool) -> None:
     table.add_column(overflow="fold")
     for name, value in members.items():
         table.add_row(name, Text(_shown(value)))
-    Console().print(table)
+    _Output().print(table)
 
 
 def actor() -> str:

@@ -22,7 +22,7 @@ from twisted.internet.threads import blockingCallFromThread
 
 from s2s import preflight
 from s2s.admin_client import AdminClient
-from s2s.cli.common import actor, database_options, one_line_errors, transaction
+from s2s.cli.common import FilledPath, actor, database_options, not_empty, one_line_errors, transaction
 from s2s.errors import AuthBad, AuthRequired, OperatorError, Refused, Unreachable, WireError, harmless
 from s2s.operations.kind import Ask, Operation, Reply, Steps, Until, advance, perform, said
 from s2s.operations.pages import MOST_ROWS, Page
@@ -111,7 +111,9 @@ class HttpDoor(Door):
 
     def __init__(self, api: Api) -> None:
         self._reactor = _running_reactor()
-        self._client = AdminClient(api.url, _read_token(api.token_file))
+        self._api = api
+        self._token = _read_token(api.token_file)
+        self._client = AdminClient(api.url, self._token)
 
     def _perform(self, operation: Operation[R], ask: Ask) -> R:
         call: Any = partial(
@@ -126,9 +128,20 @@ class HttpDoor(Door):
             reply: R = blockingCallFromThread(self._reactor, call)
             return reply
         except Refused as error:
-            if error.code in (AuthBad.code, AuthRequired.code):
+            if error.code not in (AuthBad.code, AuthRequired.code):
+                raise
+            if not self._has_new_token():
                 raise OperatorError(f"{error.message}: see --token-file and {TOKEN_VARIABLE}") from None
-            raise
+        return self._perform(operation, ask)
+
+    def _has_new_token(self) -> bool:
+        """Read the token again: it may have been replaced while we wait for an order."""
+        token = _read_token(self._api.token_file)
+        if token == self._token:
+            return False
+        self.close()
+        self._token, self._client = token, AdminClient(self._api.url, token)
+        return True
 
     def close(self) -> None:
         """Let the connections go."""
@@ -202,13 +215,15 @@ def with_door(function: F) -> F:
     for option in (
         click.option(
             "--token-file",
-            type=click.Path(dir_okay=False, path_type=Path),
+            type=FilledPath(dir_okay=False, path_type=Path),
             envvar=TOKEN_VARIABLE,
+            callback=not_empty,
             help=f"File with the token for --url; else {TOKEN_VARIABLE}.",
         ),
         click.option(
             "--url",
             envvar=URL_VARIABLE,
+            callback=not_empty,
             metavar="URL",
             help=f"A server's HTTP API; else {URL_VARIABLE}, else the database that is named, else a running s2s up.",
         ),
@@ -228,7 +243,7 @@ def _open(url: str | None, token_file: Path | None, database: str | None, state_
         if token_file is None:
             raise OperatorError(f"--url needs a token: name its file with --token-file or {TOKEN_VARIABLE}")
         api = Api(url, token_file)
-    elif not (database or os.environ.get(preflight.DATABASE_VARIABLE)):
+    elif not database and preflight.DATABASE_VARIABLE not in os.environ:
         api = find_api(state_dir)
     if api is None:
         with transaction(database, state_dir) as txn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import psycopg2
@@ -130,15 +130,16 @@ def baseline(statement_timeout_s: float, idle_timeout_s: float = 60.0) -> str:
 
 
 def open_async(
-    parameters: Mapping[str, Any], within_s: float, statement_timeout_s: float, statement: str = ""
+    parameters: Callable[[], Mapping[str, Any]], within_s: float, statement_timeout_s: float, statement: str = ""
 ) -> PlanningConnection:
     """Connect, set what :func:`baseline` says, and run a first statement. Blocks; the connection is asynchronous then.
 
+    :param parameters: returns those of the connection; it may block.
     :param within_s: seconds that all of it may take.
     :param statement_timeout_s: seconds after which the database cancels a statement; 0: never.
     """
     deadline = time.monotonic() + within_s
-    conn: PlanningConnection = psycopg2.connect(**parameters, async_=True)
+    conn: PlanningConnection = psycopg2.connect(**parameters(), async_=True)
     try:
         _settle(conn, deadline, within_s)
         for text in (baseline(statement_timeout_s), statement):

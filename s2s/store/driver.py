@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import select
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,12 +17,13 @@ from psycopg2.extensions import (
     TRANSACTION_STATUS_UNKNOWN,
     connection,
     cursor,
-    parse_dsn,
 )
+from twisted.logger import Logger
 
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, OperatorError, StatementRefused
 from s2s.store import sqlstate
 from s2s.store.connection import PlanningConnection
+from s2s.store.url import read
 
 T = TypeVar("T")
 
@@ -49,23 +49,44 @@ FROZEN_S: Final = 5.0
 
 
 def parameters(url: str, **ours: Any) -> dict[str, Any]:
-    """Read a database URL or a libpq connection string.
+    """Read a database URL, a libpq connection string or ``@FILE``.
 
     :param ours: parameters of ours, which the URL may override.
-    :raises OperatorError: it is neither; the text holds nothing of it, since libpq would quote a password.
+    :raises OperatorError: it cannot be read; the text holds nothing of a password.
     """
-    try:
-        given = parse_dsn(url)
-    except psycopg2.Error:
-        given = {"host": "@@"}
-    # An "@", "/" or "?" that a password holds unescaped cuts the URL elsewhere, and libpq would quote the pieces.
-    elsewhere = [value for name, value in given.items() if name not in ("user", "password", "passfile")]
-    if any("@" in value[1:] for value in elsewhere) or not re.fullmatch(r"[\d,]*", given.get("port", "")):
-        raise OperatorError(
-            "the database URL cannot be read: write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "
-            "with %40, %2F and %3F for @, / and ? inside a name or password"
-        )
-    return {**_CONNECT, **ours, **given, "connection_factory": PlanningConnection}
+    return {**_CONNECT, **ours, **read(url), "connection_factory": PlanningConnection}
+
+
+class Parameters:
+    """The parameters of connections that are made again and again; the file of an ``@FILE`` is read for each.
+
+    :raises OperatorError: see :func:`parameters`.
+    """
+
+    log = Logger()
+
+    def __init__(self, url: str, **ours: Any) -> None:
+        self._url = url
+        self._ours = ours
+        self._last = parameters(url, **ours)
+        self._complaint = ""
+
+    def read(self) -> dict[str, Any]:
+        """Read them; where the file cannot be read, the last ones stay in force and the log says so once."""
+        complaint = ""
+        try:
+            self._last = parameters(self._url, **self._ours)
+        except OperatorError as error:
+            complaint = str(error)
+            if complaint != self._complaint:
+                self.log.error("{complaint}; the URL read before stays in force", complaint=complaint)
+        self._complaint = complaint
+        return self._last
+
+    def connect(self) -> Connection:
+        """Connect. Blocks."""
+        conn: Connection = psycopg2.connect(**self.read())
+        return conn
 
 
 class Prepared:

@@ -299,7 +299,6 @@ class HandlerPool(Database):
             cp_max=self._threads,
             cp_openfun=self._prepare,
             cp_reactor=self.reactor,
-            **self._parameters,
         )
         # Daemons: the end of the process does not wait for a stuck one.
         pool.threadpool.threadFactory = partial(threading.Thread, daemon=True)  # type: ignore[assignment]

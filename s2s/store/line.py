@@ -41,7 +41,7 @@ BEYOND_S: Final = 2.0
 class Line:
     """One connection, made when it is first needed and again when it broke. Each statement commits by itself.
 
-    :param parameters: of the connection.
+    :param parameters: returns those of a connection, in a thread.
     :param statement_timeout_s: seconds after which the database cancels a statement.
     :param reactor: the reactor.
     :param tell: told that the database is there when a query has come to its end, and that it is away, and why, when
@@ -54,7 +54,7 @@ class Line:
 
     def __init__(
         self,
-        parameters: dict[str, Any],
+        parameters: Callable[[], dict[str, Any]],
         statement_timeout_s: float,
         reactor: Any,
         tell: Callable[[bool, str], object],

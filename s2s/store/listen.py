@@ -63,7 +63,7 @@ class Listener:
         if reactor is None:
             from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
         self._reactor = reactor
-        self._parameters = driver.parameters(url, application_name=application_name)
+        self._parameters = driver.Parameters(url, application_name=application_name).read
         self._callbacks = dict(callbacks)
         self._presence = presence
         self._conn: Connection | None = None
@@ -203,7 +203,7 @@ class Listener:
         return "Listener"
 
 
-def _open(parameters: dict[str, Any], channels: list[str]) -> Connection:
+def _open(parameters: Callable[[], dict[str, Any]], channels: list[str]) -> Connection:
     """Connect in a thread, and listen."""
     listens = "; ".join(f'listen "{channel}"' for channel in channels)
     return open_async(parameters, CONNECT_S, 0.0, f"{_SETTINGS}; {listens}")

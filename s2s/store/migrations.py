@@ -6,20 +6,23 @@ turns, and the second one finds nothing to do.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Final
 
 from s2s.errors import SchemaError
 from s2s.store import config
-from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection, Cursor, lock_key
+from s2s.store.lock_wait import PATIENCE_S, LockWait
 
 #: Also taken by whatever may be made once only, such as the first key.
 LOCK: Final = lock_key("migrations")
 
+_TABLE: Final = re.compile(r"^create table (?:if not exists )?(\w+)", re.MULTILINE)
 _MIGRATE: Final = "run: s2s db migrate"
 
 
@@ -54,37 +57,51 @@ def available() -> tuple[Migration, ...]:
     )
 
 
-def migrate(conn: Connection) -> list[str]:
+@cache
+def tables() -> frozenset[str]:
+    """Return the names of the tables that the migrations make."""
+    return frozenset(name for migration in available() for name in _TABLE.findall(migration.sql))
+
+
+def migrate(
+    conn: Connection, tell: Callable[[str], object] = lambda line: None, patience_s: float = PATIENCE_S
+) -> list[str]:
     """Run what this database does not have yet, and declare the settings of this release.
 
     :param conn: an open connection, not in autocommit; every migration is committed.
+    :param tell: see :class:`~s2s.store.lock_wait.LockWait`, as ``patience_s``.
     :returns: the names of the migrations run.
     :raises SchemaError: the database is newer than this release, or does not keep text as UTF-8.
+    :raises OperatorError: other sessions held the locks for too long.
     """
-    done = []
-    for migration in available():
-        with conn.cursor(cursor_factory=StoreCursor) as txn:
-            # Held until the COMMIT, and taken anew for every file: a waiter then sees what the other one did.
-            txn.execute("set local statement_timeout = 0; select pg_advisory_xact_lock(%s)", (LOCK,))
-            _check_encoding(txn)
-            txn.execute(
-                "create table if not exists s2s_migrations ("
-                "version integer primary key, name text not null, applied_at timestamptz not null default now())"
-            )
-            _refuse_newer(txn)
-            txn.execute("select from s2s_migrations where version = %s", (migration.version,))
-            if txn.rowcount == 0:
-                txn.execute(migration.sql)
-                txn.execute(
-                    "insert into s2s_migrations (version, name) values (%s, %s)", (migration.version, migration.name)
-                )
-                done.append(migration.name)
-        conn.commit()
-    with conn.cursor(cursor_factory=StoreCursor) as txn:
-        txn.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
-        config.declare(txn)
-    conn.commit()
+    locks = LockWait(conn, tell, patience_s)
+    with locks.watched():
+        done = [migration.name for migration in available() if locks.run(partial(_run, migration))]
+        locks.run(_declare)
     return done
+
+
+def _run(migration: Migration, txn: Cursor) -> bool:
+    """Run a file that this database does not have; whether it did not."""
+    # Held until the COMMIT, and taken anew for every file: a waiter then sees what the other one did.
+    txn.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
+    _check_encoding(txn)
+    txn.execute(
+        "create table if not exists s2s_migrations ("
+        "version integer primary key, name text not null, applied_at timestamptz not null default now())"
+    )
+    _refuse_newer(txn)
+    txn.execute("select from s2s_migrations where version = %s", (migration.version,))
+    if txn.rowcount:
+        return False
+    txn.execute(migration.sql)
+    txn.execute("insert into s2s_migrations (version, name) values (%s, %s)", (migration.version, migration.name))
+    return True
+
+
+def _declare(txn: Cursor) -> None:
+    txn.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
+    config.declare(txn)
 
 
 def status(txn: Cursor) -> list[Applied]:

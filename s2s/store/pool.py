@@ -17,7 +17,7 @@ from twisted.python.failure import Failure
 
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, S2SError
 from s2s.limits import Counters
-from s2s.store import driver, sqlstate
+from s2s.store import driver, interruptible, sqlstate
 from s2s.store.connection import prepare
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection, Cursor, Query, Steps
@@ -74,7 +74,7 @@ class Database:
         self._threads = threads
         self._max_waiting = max_waiting
         self.counters = counters or Counters()
-        self._parameters = driver.parameters(url, application_name=application_name)
+        self._parameters = driver.Parameters(url, application_name=application_name)
         self._timeouts = (statement_timeout_s, idle_timeout_s)
         self._pool: Any = None
         self._line: Line
@@ -89,9 +89,11 @@ class Database:
     def start(self) -> None:
         """Start the threads; each connects when it is first used."""
         self._pool = self._make_pool()
+        # It connects by these, which read an @FILE again.
+        self._pool.dbapi = self._parameters
         self._pool.start()
         self._line = Line(
-            self._parameters,
+            self._parameters.read,
             self._timeouts[0],
             self.reactor,
             tell=self._tell,
@@ -107,8 +109,11 @@ class Database:
             cp_max=self._threads,
             cp_openfun=self._prepare,
             cp_reactor=self.reactor,
-            **self._parameters,
         )
+
+    def reread(self) -> None:
+        """Read the file of an ``@FILE`` now, to tell what is wrong with it; each new connection reads it anyway."""
+        self._parameters.read()
 
     def stop(self) -> Deferred[None]:
         """Finish what is under way and waits, then close every connection.
@@ -373,11 +378,12 @@ def blocking(
         parameters = driver.parameters(url, application_name=application_name)
         if connect_timeout_s is not None:
             parameters["connect_timeout"] = max(1, round(connect_timeout_s))
-        conn = psycopg2.connect(**parameters)
-        prepare(conn, statement_timeout_s, statement_timeout_s)
-        with conn.cursor(cursor_factory=StoreCursor) as txn:
-            yield txn
-        driver.commit(conn)
+        conn = interruptible.connect(parameters)
+        with interruptible.waits(conn):
+            prepare(conn, statement_timeout_s, statement_timeout_s)
+            with conn.cursor(cursor_factory=StoreCursor) as txn:
+                yield txn
+            driver.commit(conn)
     except psycopg2.Error as error:
         raise driver.told(error, conn) from None
     finally:

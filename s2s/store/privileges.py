@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from typing import Final
 
@@ -10,7 +9,6 @@ from s2s.errors import OperatorError
 from s2s.store import migrations
 from s2s.store.driver import Cursor
 
-_TABLE: Final = re.compile(r"^create table (?:if not exists )?(\w+)", re.MULTILINE)
 _ALL: Final = ("select", "insert", "update", "delete")
 #: Tables of which we need less. The audit is append-only; only the migration writes its own table.
 _FEWER: Final = {"audit": ("select", "insert"), "s2s_migrations": ("select",)}
@@ -42,8 +40,7 @@ order by 1, 2, 3
 
 def missing(txn: Cursor) -> list[str]:
     """Return the statements that grant what the user of this connection lacks; none: it lacks nothing."""
-    tables = {name for migration in migrations.available() for name in _TABLE.findall(migration.sql)}
-    needed = [(name, each) for name in sorted(tables | _FEWER.keys()) for each in _FEWER.get(name, _ALL)]
+    needed = [(name, each) for name in sorted(migrations.tables() | _FEWER.keys()) for each in _FEWER.get(name, _ALL)]
     txn.execute(_MISSING, ([name for name, _ in needed], [each for _, each in needed]))
     lacking: dict[tuple[str, str], list[str]] = defaultdict(list)
     for kind, name, privilege in txn:

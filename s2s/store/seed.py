@@ -8,7 +8,7 @@ from itertools import islice
 from random import Random
 from typing import Final
 
-from s2s.store import audit, world
+from s2s.store import audit, interruptible, world
 from s2s.store.driver import Cursor, lock_key
 
 #: Held by whoever makes a world, so that it is made once.
@@ -69,7 +69,8 @@ def make_world(
         ),
     ):
         while chunk := "".join(islice(rows, CHUNK_ROWS)):
-            txn.copy_expert(statement, io.StringIO(chunk))
+            with interruptible.copying():
+                txn.copy_expert(statement, io.StringIO(chunk))
             progress(txn.rowcount)
     txn.execute("analyze sectors, ports, ships")
     made = {"sectors": sectors, "ports": sectors, "ships": ships, "seed": seed, "replace": replace}

@@ -1,0 +1,101 @@
+"""Reading where the database is: a URL, a libpq connection string, or ``@FILE`` for a file that holds one."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Final
+
+import psycopg2
+from psycopg2.extensions import parse_dsn
+
+from s2s.errors import OperatorError
+
+#: Bytes that a file with a URL may have. A URL has hundreds; the bound ends the read of a file such as ``/dev/zero``.
+MOST_BYTES: Final = 65_536
+_UNREADABLE: Final = (
+    "the database URL cannot be read: write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "
+    "with %40, %2F and %3F for @, / and ? inside a name or password"
+)
+_UNKNOWN: Final = re.compile(r'invalid (?:URI query parameter|connection option):? "([a-z_]{1,40})"')
+
+
+def locate(given: str, source: str) -> str:
+    """Check what an operator gave as the database.
+
+    :param given: a URL, or ``@FILE``: every user of the machine can read argv.
+    :param source: the option or variable, for the error.
+    :returns: a URL, or ``@`` and an absolute path where the file can be read again for every connection.
+    :raises OperatorError: it cannot be read.
+    """
+    given = given.strip()
+    if not given:
+        raise OperatorError(f"{source} is empty: give it a database URL or @FILE, or leave it out")
+    if given.startswith("@"):
+        given = f"@{os.path.abspath(given[1:])}" if len(given) > 1 else given
+        text = _content(given)
+        # The second read of a pipe finds nothing.
+        given = given if os.path.isfile(given[1:]) else text
+    read(given)
+    return given
+
+
+def read(url: str) -> dict[str, str]:
+    """Read the connection parameters of a URL; the file of an ``@FILE`` is read each time.
+
+    :raises OperatorError: with one line that quotes no part of a password, which libpq's own message may do.
+    """
+    text = _content(url) if url.startswith("@") else url.strip()
+    is_uri = re.match(r"postgres(?:ql)?://", text) is not None
+    is_cut = is_uri and _is_cut(text.partition("://")[2])
+    try:
+        given = parse_dsn(text)
+    except psycopg2.Error as error:
+        unknown = _UNKNOWN.search(str(error))
+        # Behind an "@" the name may be a part of a password.
+        if unknown is None or is_cut or (is_uri and "@" in text.partition("?")[2]):
+            raise OperatorError(_UNREADABLE) from None
+        raise OperatorError(
+            f"the database URL has a parameter that PostgreSQL's client does not know, {unknown[1]!r}: correct it, "
+            "or leave it out"
+        ) from None
+    if is_cut or not re.fullmatch(r"[\d,]*", given.get("port", "")):
+        raise OperatorError(_UNREADABLE)
+    return dict(given)
+
+
+def _is_cut(rest: str) -> bool:
+    """Whether an unescaped character of a name or password ends it too early.
+
+    :param rest: the URL behind its ``://``.
+    """
+    user, at, behind = rest.partition("@")
+    if not at:
+        return False
+    if "/" in user:  # libpq looks for no user behind a slash
+        return "@" in rest.partition("?")[0]
+    is_query = "?" in user.partition(":")[0] or re.search(r"\?\w+=", user)
+    return bool(is_query) or "@" in behind.partition("?")[0]
+
+
+def _content(given: str) -> str:
+    """Read the file of an ``@FILE``."""
+    path = Path(given[1:])
+    try:
+        if path.is_dir() or stat.S_ISBLK(path.stat().st_mode):
+            raise OperatorError(f"the file of the database URL is no file: {path}: name one behind the @")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        text = content.decode("utf-8").strip()
+    except OSError as error:
+        raise OperatorError(f"the file of the database URL cannot be read: {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, ValueError):
+        raise OperatorError(f"the file of the database URL cannot be read: {path}: it is not UTF-8 text") from None
+    if not text or len(content) > MOST_BYTES:
+        what = "is empty" if not text else "is too long"
+        raise OperatorError(f"the file of the database URL {what}: {path}: write one URL into it")
+    if text.startswith("@"):
+        raise OperatorError(f"the file of the database URL names another file: {path}: write one URL into it")
+    return text

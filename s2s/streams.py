@@ -1,0 +1,43 @@
+"""The standard streams of a process: closed, full, broken, or not UTF-8."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from typing import Any, Final
+
+_NAMES: Final = ("stdin", "stdout", "stderr")
+
+
+def prepare() -> list[str]:
+    """Make the streams safe: no text fails for its characters, and no file opened later passes for a closed stream.
+
+    :returns: the names of the streams that were closed.
+    """
+    closed = [name for name in _NAMES if getattr(sys, name) is None]
+    null = os.open(os.devnull, os.O_RDWR)
+    while null <= 2:
+        null = os.dup(null)
+    os.close(null)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    return closed
+
+
+def abandon(stream: Any) -> bool:
+    """Write out a stream; where that fails drop it, or Python would fail again as it exits, with exit code 120.
+
+    :returns: whether everything was written.
+    """
+    try:
+        if stream is not None:
+            stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+        return False
+    return True

@@ -1,0 +1,305 @@
+"""The console script and the operating system: variables, streams, signals and lost terminals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+from twisted.internet.defer import inlineCallbacks
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import TestCase
+
+from s2s import preflight
+from s2s.errors import SchemaError
+from s2s.preflight import DATABASE_VARIABLE
+from s2s.store import migrations, sequences
+from s2s.store.pool import blocking
+from tests.support.postgres import DatabaseTestCase
+from tests.support.roles import PATIENCE_S, environment
+from tests.support.waiting import poll
+from tests.test_cli import CliTestCase
+
+_S2S = str(Path(sys.executable).with_name("s2s"))
+
+
+class EmptyTests(CliTestCase):
+    """Options and variables that are there but empty: a deployment that failed to fill them in."""
+
+    def refused(self, source: str, *argv: str, **variables: str) -> None:
+        """See that a command is refused in one line that names the source."""
+        said = self.s2s(*argv, expected=1, env=dict(variables)).output
+        self.assertEqual(said.count("\n"), 1)
+        self.assertIn(f"{source} is empty", said)
+
+    def test_options(self) -> None:
+        """An empty option is not taken for an absent one."""
+        for option in ("--database", "--url", "--token-file", "--state-dir"):
+            self.refused(option, "keys", "list", option, "")
+
+    def test_variables(self) -> None:
+        """Nor is an empty variable, of which the embedded database would be the consequence."""
+        for variable in ("S2S_DATABASE_URL", "S2S_URL", "S2S_TOKEN_FILE", "S2S_STATE_DIR"):
+            self.refused(variable, "keys", "list", **{variable: ""})
+        self.refused("S2S_DATABASE_URL", "db", "status", S2S_DATABASE_URL=" ")
+
+    def test_what_is_typed_goes_first(self) -> None:
+        """A variable that is not needed may be empty."""
+        self.s2s("keys", "list", "--database", self.url, env={"S2S_DATABASE_URL": ""})
+
+
+class ProcessTestCase(TestCase):
+    """Runs ``s2s`` as a process of its own.
+
+    :ivar url: the database that it is told of.
+    """
+
+    url = ""
+
+    def start(self, *argv: str, stdout: Any = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
+        """Start one command line on the test's database."""
+        process = subprocess.Popen(
+            [_S2S, *argv],
+            env=environment(**{DATABASE_VARIABLE: self.url, **variables}),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.addCleanup(self.gone, process)
+        return process
+
+    def gone(self, process: subprocess.Popen[str]) -> None:
+        """See that a process is gone, whatever the test came to."""
+        process.kill()
+        process.communicate()
+
+    def ended(self, process: subprocess.Popen[str], code: int) -> tuple[str, str]:
+        """See how a process ends, without a traceback, and return its output and its errors."""
+        output, errors = process.communicate(timeout=PATIENCE_S)
+        self.assertEqual(process.returncode, code, errors)
+        self.assertNotIn("Traceback", errors)
+        self.assertNotIn("Exception ignored", errors)
+        return output or "", errors
+
+
+class DatabaseProcessTestCase(ProcessTestCase, DatabaseTestCase):
+    """Runs ``s2s`` on a database of the test's."""
+
+    def lock(self, statement: str) -> int:
+        """Leave a transaction open that has done a statement, and return its backend's pid."""
+        conn = psycopg2.connect(self.url, application_name="a forgotten psql")
+        self.addCleanup(conn.close)
+        conn.cursor().execute(statement)
+        # A test that asks for what it has locked itself would wait for ever.
+        self.execute("set lock_timeout = '20s'")
+        return int(conn.info.backend_pid)
+
+    def backends(self, of: str = "s2s cli", state: str = "true") -> int:
+        """Count the backends of a program."""
+        theirs = "datname = current_database() and application_name = %s"
+        [(count,)] = self.execute(f"select count(*) from pg_stat_activity where {theirs} and {state}", of)
+        return int(count)
+
+
+class LostTests(DatabaseProcessTestCase):
+    """Commands that wait for the database, and are ended meanwhile."""
+
+    @inlineCallbacks
+    def test_behind_a_lock(self) -> Any:
+        """Ctrl-C ends a command that waits for a lock at once; neither it nor a kill leaves a backend queued."""
+        self.lock("lock table s2s_migrations")
+        for number, code in ((signal.SIGINT, 1), (signal.SIGTERM, -15), (signal.SIGKILL, -9)):
+            process = self.start("keys", "list")
+            yield poll(lambda: self.backends(state="wait_event_type = 'Lock'") == 1, "it waits for the lock")
+            process.send_signal(number)
+            self.ended(process, code)
+            yield poll(lambda: self.backends() == 0, "its backend is gone")
+
+    def test_a_host_that_does_not_answer(self) -> None:
+        """Ctrl-C ends a command that waits for the first answer of a host."""
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            silent.settimeout(PATIENCE_S)
+            url = f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/d?connect_timeout=600"
+            process = self.start("keys", "list", "--database", url)
+            connected, _ = silent.accept()
+            with connected:
+                process.send_signal(signal.SIGINT)
+                self.ended(process, 1)
+
+
+class MigrateTests(DatabaseProcessTestCase):
+    """``s2s db migrate`` behind somebody else's transaction."""
+
+    def setUp(self) -> None:
+        """Forget a migration that takes a lock on the outbox and bears a second run."""
+        super().setUp()
+        self.execute("delete from s2s_migrations where name = '0007_queues'")
+
+    @inlineCallbacks
+    def test_others_get_through(self) -> Any:
+        """While it waits for an open transaction, which it names, rows are emitted; it goes on when that is over."""
+        holder = psycopg2.connect(self.url, application_name="a forgotten psql")
+        self.addCleanup(holder.close)
+        holder.cursor().execute("select from outbox")
+        process = self.start("db", "migrate")
+        yield poll(lambda: self.backends(state="wait_event_type = 'Lock'") == 1, "it waits for the lock")
+        self.execute("insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
+        self.assertIsNone(process.poll())
+        assert process.stderr is not None
+        said = yield deferToThread(process.stderr.readline)
+        pid = holder.info.backend_pid
+        self.assertIn(f"pid {pid} holds them (a forgotten psql, idle in transaction, in a transaction for ", said)
+        self.assertIn(f"select pg_terminate_backend({pid})", said)
+        self.assertNotIn("from outbox", said)
+        holder.rollback()
+        output, errors = self.ended(process, 0)
+        self.assertIn("migrated: 0007_queues", output)
+        self.assertEqual(errors, "")
+
+    def test_in_vain(self) -> None:
+        """Where the lock does not come free in time it ends with a line that names the session, and the cure."""
+        pid = self.lock("lock table s2s_migrations")
+        output, errors = self.ended(self.start("db", "migrate", "--wait", "1"), 1)
+        self.assertEqual(output, "")
+        self.assertIn(f"not free within 1 s: pid {pid} holds them", errors.splitlines()[-1])
+
+    @inlineCallbacks
+    def test_ctrl_c(self) -> Any:
+        """Ctrl-C ends it at once, also while it waits for another migration, and SIGKILL leaves no backend."""
+        self.lock(f"select pg_advisory_xact_lock({migrations.LOCK})")
+        for number, code in ((signal.SIGINT, 1), (signal.SIGKILL, -9)):
+            process = self.start("db", "migrate")
+            yield poll(lambda: self.backends(state="wait_event = 'advisory'") == 1, "it waits for the lock")
+            process.send_signal(number)
+            self.ended(process, code)
+            yield poll(lambda: self.backends() == 0, "its backend is gone")
+
+
+class SequenceTests(CliTestCase):
+    """Rows that were restored without the sequences of their ids."""
+
+    def test_restored_rows(self) -> None:
+        """``db status`` and a role's start name each sequence and the cure, which lets new rows in again."""
+        self.execute("insert into broadcasts (broadcast_id, message) values (7, 'old')")
+        self.execute("select setval(pg_get_serial_sequence('outbox', 'outbox_id'), 5)")
+        self.execute(
+            "insert into outbox (outbox_id, cmd_type, idem_key, payload)"
+            " select id, 'a.b', id, '{}' from generate_series(1, 9) id"
+        )
+        refused = str(self.assertRaises(SchemaError, preflight.check, self.url, "server"))
+        self.assertIn("broadcasts.broadcast_id stands at 0 and the largest id is 7", refused)
+        self.assertIn("run: s2s db fix-sequences", refused)
+        self.assertNotIn("\n", refused)
+        said = self.s2s("db", "status", expected=1).output
+        self.assertIn("broadcasts.broadcast_id stands at 0", said)
+        self.assertIn("outbox.outbox_id stands at 5 and the largest id is 9: run: s2s db fix-sequences", said)
+        fixed = self.s2s("db", "fix-sequences").output
+        self.assertEqual(fixed.count("set to "), 2)
+        self.s2s("db", "status")
+        self.assertIn("no sequence stands behind", self.s2s("db", "fix-sequences").output)
+        [(key,)] = self.execute(
+            "insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'new', '{}') returning outbox_id"
+        )
+        self.assertEqual(key, 10)
+
+    def test_every_identity_is_watched(self) -> None:
+        """Every identity column of the schema is checked, and a table that is not ours is not."""
+        self.execute("create table theirs (id bigint generated by default as identity)")
+        self.execute("insert into theirs values (7)")
+        columns = self.execute(
+            "select table_name, column_name from information_schema.columns where is_identity = 'YES'"
+            " and table_name <> 'theirs'"
+        )
+        self.assertGreaterEqual(len(columns), 6)
+        with blocking(self.url) as txn:
+            self.assertEqual(sequences.behind(txn), [])
+            txn.execute(sequences._OWNED, (list(migrations.tables()),))
+            watched = {(row[0], row[1]) for row in txn.fetchall()}
+        self.assertEqual(watched, set(columns))
+
+
+class StreamTests(ProcessTestCase):
+    """Output that cannot be written."""
+
+    #: Help, a table, JSON, and the text of a command's own help.
+    commands = (("--help",), ("plugins", "list"), ("plugins", "list", "--json"), ("keys", "add", "--help"))
+
+    def assert_told(self, process: subprocess.Popen[str], why: str) -> None:
+        """See that a command ends with one line and exit code 1."""
+        _, said = self.ended(process, 1)
+        self.assertEqual(said.count("\n"), 1, said)
+        self.assertIn(why, said)
+
+    def test_a_full_disk(self) -> None:
+        """A disk that is full is told."""
+        for argv in self.commands:
+            with open("/dev/full", "w") as full:
+                self.assert_told(
+                    self.start(*argv, stdout=full), "the output cannot be written, No space left on device"
+                )
+
+    def test_a_closed_pipe(self) -> None:
+        """A reader that is gone is told."""
+        for argv in self.commands:
+            read, write = os.pipe()
+            os.close(read)
+            with open(write, "w") as pipe:
+                self.assert_told(self.start(*argv, stdout=pipe), "the output cannot be written, Broken pipe")
+
+    def test_closed_streams(self) -> None:
+        """A closed stdout is told before anything is done; a closed stderr or stdin harms nothing."""
+        for redirection, code in ((">&-", 1), ("2>&-", 0), ("<&-", 0)):
+            script = ["/bin/sh", "-c", f'exec "$0" plugins list {redirection}', _S2S]
+            done = subprocess.run(script, env=environment(), capture_output=True, text=True, check=False)
+            self.assertEqual(done.returncode, code, done.stderr)
+            self.assertEqual("stdout is closed" in done.stderr, bool(code))
+            self.assertEqual("notice.publish" in done.stdout, not code)
+
+    def test_nobody_hears_the_error(self) -> None:
+        """An error that cannot be written either leaves the exit code."""
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([_S2S, "no-such-command"], env=environment(), stderr=full, check=False)
+        self.assertIn(done.returncode, (1, 2))
+
+    def test_a_directory_that_was_removed(self) -> None:
+        """A working directory that is gone is told with its cure."""
+        directory = Path(self.mktemp())
+        directory.mkdir()
+        script = ["/bin/sh", "-c", 'rmdir "$PWD"; exec "$0" keys list', _S2S]
+        done = subprocess.run(script, cwd=directory, env=environment(), capture_output=True, text=True, check=False)
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+        self.assertIn("working directory was removed: change to another one", done.stderr)
+
+    def test_a_thread_of_a_plug_in(self) -> None:
+        """A thread that a plug-in starts, and never ends, does not keep a command from ending."""
+        plugins = Path(self.mktemp(), "s2s", "plugins")
+        plugins.mkdir(parents=True)
+        (plugins / "restless.py").write_text(
+            "import threading\nthreading.Thread(target=threading.Event().wait).start()\n"
+        )
+        process = self.start("plugins", "list", PYTHONPATH=str(plugins.parent.parent.absolute()))
+        output, _ = self.ended(process, 0)
+        self.assertIn("notice.publish", output)
+
+
+class TerminalTests(DatabaseProcessTestCase):
+    """A terminal that is not UTF-8."""
+
+    def test_characters_it_lacks(self) -> None:
+        """Text that the terminal cannot show is escaped in tables, and everything else is shown."""
+        add = ("keys", "add", "--role", "any", "--key-id")
+        self.ended(self.start(*add, "k", "--note", "Jürgen →"), 0)
+        for variables in (
+            {"PYTHONIOENCODING": "ascii"},
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        ):
+            output, _ = self.ended(self.start("keys", "list", **variables), 0)
+            self.assertIn("J\\xfcrgen \\u2192", output)
+            _, errors = self.ended(self.start(*add, "ü", **variables), 1)
+            self.assertIn("the key id", errors)
