@@ -26,6 +26,7 @@ class DueJob:
     """A step to do.
 
     :param due_at: of its run, in Unix seconds.
+    :param runs: finished before this one. A clock that was wrong may bring the same ``due_at`` twice, never both.
     :param state: where the run goes on; empty at its beginning.
     :param attempts: with this one, since the run last got on.
     :param retry_at: no other attempt has the same, so that it tells whether this one is still ours to make.
@@ -33,6 +34,7 @@ class DueJob:
 
     job_type: str
     due_at: int
+    runs: int
     state: Mapping[str, Any]
     attempts: int
     retry_at: datetime
@@ -92,7 +94,8 @@ def attempt(txn: Cursor, job_types: Iterable[str]) -> DueJob | None:
         f"update jobs set attempts = attempts + 1, retry_at = now() + {PAUSE}"  # noqa: S608 - a constant
         " where job_type = any(array(select job_type from jobs where job_type = any(%s) and due_at <= now()"
         " and (retry_at is null or retry_at <= now()) order by due_at, job_type limit 1 for update skip locked))"
-        " returning job_type, floor(extract(epoch from due_at))::bigint, coalesce(state, '{}'), attempts, retry_at",
+        " returning job_type, floor(extract(epoch from due_at))::bigint, runs, coalesce(state, '{}'), attempts,"
+        " retry_at",
         (list(job_types),),
     )
     row = txn.fetchone()
