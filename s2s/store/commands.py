@@ -327,6 +327,7 @@ def postpone(txn: Cursor, cmd_ids: Sequence[int], delay_s: float) -> None:
     :param delay_s: seconds from now.
     """
     txn.execute(
-        "update commands set due_at = clock_timestamp() + %s * interval '1 second' where cmd_id = any(%s::bigint[])",
+        "update commands set due_at = clock_timestamp() + %s * interval '1 second', due_is_ours = true"
+        " where cmd_id = any(%s::bigint[])",
         (delay_s, numbers(cmd_ids)),
     )
