@@ -3,33 +3,61 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from s2s.catalogue import ORDERS
 from s2s.clock import Clock
-from s2s.errors import LinkLost, Refused, S2SError, UnsupportedType
+from s2s.errors import DatabaseError, LinkLost, Refused, S2SError, UnsupportedType, harmless, storable
 from s2s.links import ServerLinks
+from s2s.news import news
 from s2s.protocol import Link
+from s2s.relay import final_code
 from s2s.store import orders as table
-from s2s.store.orders import Order
+from s2s.store.orders import Order, Place
 from s2s.store.pool import Database
 from s2s.turns import Turns
 
-#: Seconds after which an order that is queued still is sent again, by another link if there is one.
+#: Seconds after which an order that is queued still is sent again, by another link if there is one. The pause doubles
+#: up to the second figure: a long order of an engine with a database of its own is asked after so often.
 AGAIN_S: Final = 5.0
-#: Orders that are sent and not answered, at most.
+LONGEST_S: Final = 30.0
+#: Orders that are sent and not answered, at most; and orders of one look at the table.
 MOST: Final = 256
+#: Looks that follow each other without a pause, so that a wake reaches a new order behind 4,096 that stay queued.
+PAGES: Final = 16
+#: Orders whose last sending is remembered, at most. One that is forgotten is sent again before its pause is over.
+REMEMBERED: Final = 10_000
+#: Seconds in which an order has one line in the log at most, and the lines of all orders then.
+TELL_S: Final = 60.0
+MOST_TOLD: Final = 10
+
+
+@dataclass
+class _Sending:
+    """The last time that an order was sent.
+
+    :param again_at: when it may be sent again, by the monotonic clock.
+    :param pause_s: seconds from the sending until then.
+    :param engine: key and name of the engine that said that it has the order. It is asked again while it is linked.
+    """
+
+    again_at: float
+    pause_s: float
+    engine: tuple[object, object] | None = None
 
 
 class Courier:
     """Sends each order that is queued to one of the engines that are linked here.
 
-    The engine answers with what the order's row says, and that row decides: nothing rests on the answer, and an order
-    that is lost on the way is sent again, or found by an engine in the table.
+    An engine that shares the database answers with what the order's row says, and that row decides: an order that is
+    lost on the way is sent again, or found by an engine in the table. Another engine answers for itself, and its word
+    ends the row. Each look takes the page after the one before, so that orders that stay queued hold up no other.
 
     :ivar sent: orders sent.
     """
@@ -40,11 +68,19 @@ class Courier:
         self._database = database
         self._links = links
         self._clock = clock
-        #: When each order that was queued at the last look was sent, by the monotonic clock.
-        self._sent: dict[str, float] = {}
+        #: The longest ago first.
+        self._sent: dict[str, _Sending] = {}
         self._flying: set[str] = set()
-        self._unserved: WeakSet[Link] = WeakSet()
+        #: The look stopped because too many are on their way.
+        self._is_full = False
+        self._after: Place | None = None
+        self._page = 0
+        #: The orders that an engine does not serve.
+        self._unserved: WeakKeyDictionary[Link, set[str]] = WeakKeyDictionary()
         self._places = itertools.count()
+        self._told: set[str] = set()
+        self._told_from = float("-inf")
+        self._untold = 0
         self._turns = Turns("the courier", self._turn, clock.scheduler)
         self.wake = self._turns.wake
         self.sent = 0
@@ -60,40 +96,130 @@ class Courier:
         """
         return self._turns.stop()
 
-    async def _turn(self, _: int) -> None:
-        if self._links.engines:
-            orders = await self._database.run(table.queued, ORDERS, MOST)
-            if not self._turns.is_stopping:
-                self._found(orders)
-
-    def _found(self, orders: list[Order]) -> None:
-        now = self._clock.mono()
-        self._sent = {order.order_id: self._sent.get(order.order_id, float("-inf")) for order in orders}
+    async def _turn(self, _: int) -> float | None:
+        if not self._links.engines:
+            return None
+        orders, end = await self._database.run(table.queued, ORDERS, MOST, self._after)
+        if self._turns.is_stopping:
+            return None
         for order in orders:
-            if now < self._sent[order.order_id] + AGAIN_S or order.order_id in self._flying:
-                continue
-            link = self._next_link()
-            if link is None or len(self._flying) >= MOST:
-                return
-            self._sent[order.order_id] = now
-            self._flying.add(order.order_id)
-            self.sent += 1
-            sending = Deferred.fromCoroutine(self._send(link, order))
-            sending.addErrback(lambda failure: self.log.failure("the courier stumbled", failure))
+            if self._is_due(order) and not self._send_by_a_link(order):
+                self._is_full = True
+                return None
+        self._after = end
+        self._page += 1
+        if end is None:
+            self._page = 0
+            self._forget()
+        return 0.0 if self._page % PAGES else None
 
-    def _next_link(self) -> Link | None:
-        """Take the engines in turn."""
-        links = [link for link in self._links.engines if link.session.is_open and link not in self._unserved]
+    def _is_due(self, order: Order) -> bool:
+        last = self._sent.get(order.order_id)
+        return order.order_id not in self._flying and (last is None or self._clock.mono() >= last.again_at)
+
+    def _send_by_a_link(self, order: Order) -> bool:
+        """Send an order, if an engine serves it; return whether there was room."""
+        last = self._sent.get(order.order_id)
+        link = self._next_link(order, last)
+        if link is None:
+            return True
+        if len(self._flying) >= MOST:
+            return False
+        pause_s = AGAIN_S if last is None else min(2 * last.pause_s, LONGEST_S)
+        self._sent.pop(order.order_id, None)
+        self._sent[order.order_id] = _Sending(self._clock.mono() + pause_s, pause_s, last.engine if last else None)
+        if len(self._sent) > REMEMBERED:
+            del self._sent[next(iter(self._sent))]
+        self._flying.add(order.order_id)
+        self.sent += 1
+        sending = Deferred.fromCoroutine(self._send(link, order))
+        sending.addErrback(lambda failure: self.log.failure("the courier stumbled", failure))
+        return True
+
+    def _next_link(self, order: Order, last: _Sending | None) -> Link | None:
+        """Return the link of the engine that has the order, else take the engines in turn."""
+        links = [
+            link
+            for link in self._links.engines
+            if link.session.is_open and order.rpc not in self._unserved.get(link, ())
+        ]
+        if last is not None and last.engine is not None:
+            links = [link for link in links if _identity(link) == last.engine] or links
         return links[next(self._places) % len(links)] if links else None
+
+    def _forget(self) -> None:
+        """Forget what is not queued any more: it would have been sent again by now."""
+        now = self._clock.mono()
+        self._sent = {each: last for each, last in self._sent.items() if now < last.again_at + LONGEST_S}
 
     async def _send(self, link: Link, order: Order) -> None:
         try:
-            await link.call(order.rpc, {**order.params, "order_id": order.order_id})
-        except S2SError as error:
-            if isinstance(error, Refused) and error.code == UnsupportedType.code:
-                self._unserved.add(link)
-            elif isinstance(error, LinkLost):
-                self._sent.pop(order.order_id, None)
-            self.log.warn("{link}: order {order_id}: {why}", link=link, order_id=order.order_id, why=str(error))
+            try:
+                ack = await link.call(order.rpc, {**order.params, "order_id": order.order_id})
+            except S2SError as error:
+                await self._failed(link, order, error)
+            else:
+                await self._answered(link, order, ack["status"], ack.get("result"))
+        except DatabaseError:
+            pass  # The pool has told. It is sent again, and answered with the same.
         finally:
             self._flying.discard(order.order_id)
+            if self._is_full:
+                self._is_full = False
+                self.wake()
+
+    async def _failed(self, link: Link, order: Order, error: S2SError) -> None:
+        code = final_code(error)
+        last = self._sent.get(order.order_id)
+        if code == UnsupportedType.code:
+            # It is about the engine: another one may serve it.
+            self._unserved.setdefault(link, set()).add(order.rpc)
+            self._sent.pop(order.order_id, None)
+        elif code is not None:
+            details = dict(error.details) if isinstance(error, Refused) else {}
+            message = storable(error.message if isinstance(error, Refused) else str(error))
+            result = {"code": code, "message": message, **({"details": details} if details else {})}
+            await self._answered(link, order, "refused", result)
+            return
+        elif isinstance(error, LinkLost) and last is not None and last.pause_s == AGAIN_S:
+            # By another link, at once: but an order under which links end one after the other has to wait.
+            last.again_at = self._clock.mono()
+        self._tell(link, order, str(error))
+
+    async def _answered(self, link: Link, order: Order, status: str, result: Mapping[str, Any] | None) -> None:
+        if status in table.OPEN:
+            if last := self._sent.get(order.order_id):
+                last.engine = _identity(link)
+            return
+        name, boot_id = (str(link.peer[each]) if each in link.peer else None for each in ("name", "boot_id"))
+        after = await self._database.run(table.answered, order.order_id, status, result, name or "", boot_id)
+        if after is not None:
+            news.info(
+                "order {order_id} {rpc} by {actor!r}: {status} by {link}: {result}",
+                order_id=order.order_id,
+                rpc=order.rpc,
+                actor=order.actor,
+                status=status,
+                link=link,
+                result=harmless(str(dict(result or {})))[:200],
+            )
+
+    def _tell(self, link: Link, order: Order, why: str) -> None:
+        """Log that an order came to nothing yet; see :data:`TELL_S`."""
+        now = self._clock.mono()
+        if now >= self._told_from + TELL_S:
+            if self._untold:
+                self.log.warn("{count} more orders were sent and not taken", count=self._untold)
+            self._told_from, self._untold = now, 0
+            self._told.clear()
+        if order.order_id in self._told:
+            return
+        if len(self._told) >= MOST_TOLD:
+            self._untold += 1
+            return
+        self._told.add(order.order_id)
+        self.log.warn("{link}: order {order_id}: {why}", link=link, order_id=order.order_id, why=why)
+
+
+def _identity(link: Link) -> tuple[object, object]:
+    return link.session.peer_key_id, link.peer.get("name")

@@ -14,6 +14,7 @@ from zope.interface import implementer
 
 from s2s.backoff import Backoff
 from s2s.catalogue import BUMP, HEALTH_CHECK, ORDERS, PAUSE, RESUME, SHUTDOWN, SWEEP
+from s2s.clock_watch import ClockWatch
 from s2s.condition import Condition, guarded
 from s2s.dispatch import Dispatcher, Responder
 from s2s.jobs import JobType
@@ -33,6 +34,7 @@ from s2s.responders.sweep import Sweep
 from s2s.role import Basis, Role
 from s2s.scheduler import Scheduler
 from s2s.store import engines, orders, outbox
+from s2s.store.clock_drift import ENGINE_RULES
 from s2s.wanted import Wanted
 
 #: The grain of ``ts``, in seconds.
@@ -98,6 +100,7 @@ class Engine(Role):
         self._condition = Condition()
         self._wanted = Wanted(database, clock, basis.identity.name, self._condition)
         self._ledger = Ledger(database, basis.counters, basis.identity.name)
+        self._clock_watch = ClockWatch(database, clock, ENGINE_RULES)
         frame_size = basis.bounds.frame_size
         self._scheduler = Scheduler(database, basis.handlers, clock, jobs, self._condition, frame_size, relay.wake)
         self._orders = OrderRunner(
@@ -139,6 +142,7 @@ class Engine(Role):
 
     def _begin(self) -> None:
         self._relay.start()
+        self._clock_watch.start()
         self._scheduler.start()
         self._orders.start()
         # Linked before it is known what is wanted, we would have to refuse what the server asks first.
@@ -157,7 +161,7 @@ class Engine(Role):
     async def _drain(self) -> None:
         self._condition.is_draining = True
         self._wanted.stop()
-        running = gatherResults([self._scheduler.stop(), self._orders.stop()])
+        running = gatherResults([self._scheduler.stop(), self._orders.stop(), self._clock_watch.stop()])
         if self._link is not None:
             await self._link.quiet()
         await running

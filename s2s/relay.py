@@ -227,7 +227,7 @@ class Relay:
 
     def _refused(self, failure: Failure, row: OutboxRow) -> None:
         error = failure.value
-        code = _final_code(error)
+        code = final_code(error)
         if code is None:
             self.retried += 1
             self._next.retries.append((row.outbox_id, self._pause(error, row.attempts)))
@@ -306,8 +306,8 @@ class Relay:
                 waiter.callback(None)
 
 
-def _final_code(error: BaseException | None) -> str | None:
-    """Give the code under which a row is set aside, or ``None`` where it may be accepted later."""
+def final_code(error: BaseException | None) -> str | None:
+    """Return the code of an error that is about the request itself; ``None``: it may be accepted later."""
     if isinstance(error, Refused):
         return None if error.retryable or error.code in _NOT_ITS_FAULT else error.code
     if isinstance(error, TooBigToSend):

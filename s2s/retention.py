@@ -17,6 +17,8 @@ from s2s.store.retention import Keep
 #: Seconds between two passes, and until the first one.
 INTERVAL_S: Final = 600.0
 FIRST_S: Final = 60.0
+#: Seconds by which the time that age is judged by may be behind the clock before it is told.
+BEHIND_S: Final = 3600.0
 
 
 class Retention:
@@ -26,6 +28,7 @@ class Retention:
 
     :param database: where they are.
     :param keep: how long things are kept; asked at each pass.
+    :param is_trusted: whether the database's clock can be believed; asked at each pass.
     :param interval_s: seconds from the end of a pass to the next.
     :param first_s: seconds until the first.
 
@@ -40,6 +43,7 @@ class Retention:
         database: Database,
         clock: Clock,
         keep: Callable[[], Keep],
+        is_trusted: Callable[[], bool] = lambda: True,
         *,
         interval_s: float = INTERVAL_S,
         first_s: float = FIRST_S,
@@ -47,6 +51,9 @@ class Retention:
         self._database = database
         self._clock = clock
         self._keep = keep
+        self._is_trusted = is_trusted
+        #: The last pass found the clock wrong, or far ahead of its own time.
+        self._is_doubtful = False
         self._interval_s = interval_s
         self._first_s = first_s
         self._timer: Timer | None = None
@@ -78,8 +85,9 @@ class Retention:
         """Go once through all that may be old. Never fails."""
         before = self.commands, self.keys
         try:
-            await self._sweep_commands(self._keep())
-            await self._sweep_rest()
+            if await self._may_sweep():
+                await self._sweep_commands(self._keep())
+                await self._sweep_rest()
         except DatabaseUnavailable as error:
             if not self._is_stopping:
                 self.log.warn("what is old was not all removed, it is tried again later: {why}", why=str(error))
@@ -93,6 +101,23 @@ class Retention:
             )
         if not self._is_stopping:
             self._sleep(self._interval_s)
+
+    async def _may_sweep(self) -> bool:
+        """Let our time follow the database's clock, and return whether it may."""
+        if not self._is_trusted():
+            self._doubt("nothing old is removed while the database's clock is in doubt")
+            return False
+        behind_s = await self._database.run(table.advance)
+        if behind_s >= BEHIND_S:
+            self._doubt(f"what is old is removed as of {behind_s:.0f} s ago: an outage, or a clock that is ahead")
+        else:
+            self._is_doubtful = False
+        return True
+
+    def _doubt(self, text: str) -> None:
+        if not self._is_doubtful:
+            self._is_doubtful = True
+            self.log.warn("{text}", text=text)
 
     async def _sweep_commands(self, keep: Keep) -> None:
         after: int | None = 0

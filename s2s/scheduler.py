@@ -19,6 +19,7 @@ from s2s.store import jobs as table
 from s2s.store.driver import Cursor
 from s2s.store.handler_pool import HandlerPool
 from s2s.store.jobs import DueJob
+from s2s.store.own_keys import database_id, own_key
 from s2s.store.pool import Database
 from s2s.turns import Turns
 
@@ -159,10 +160,11 @@ class Scheduler:
         if not table.hold(txn, due):
             return None
         settings = config.read(txn).values
+        key = own_key(database_id(txn), due.job_type, due.due_at, due.runs)
         try:
             # It tells when the job has ended the transaction, or has swallowed the error of a statement.
             with self._handlers.foreign(txn, f"job {due.job_type}") as cursor:
-                run = JobRun(cursor, f"{due.job_type}:{due.due_at}", due.due_at, settings, self._frame_size, due.state)
+                run = JobRun(cursor, key, due.due_at, settings, self._frame_size, due.state)
                 outcome = judged(self._jobs[due.job_type].run(cursor, run))
             if isinstance(outcome, Unfinished):
                 table.go_on(txn, due.job_type, outcome.state)

@@ -11,6 +11,7 @@ from twisted.internet.defer import Deferred, DeferredList, gatherResults, maybeD
 from twisted.python.failure import Failure
 
 from s2s.catalogue import BUMP, COMMAND_PUSH, HEALTH_CHECK, SWEEP
+from s2s.clock_watch import ClockWatch
 from s2s.courier import Courier
 from s2s.dispatch import Dispatcher, Responder
 from s2s.errand import Errand
@@ -28,6 +29,7 @@ from s2s.role import Basis, Role
 from s2s.served import LiveServedTypes
 from s2s.steering import Steerer
 from s2s.store import broadcasts, command_types, notes, orders, steering
+from s2s.store.clock_drift import SERVER_RULES, SERVER_STEPS
 from s2s.store.retention import Keep
 from s2s.web.service import Web
 
@@ -100,7 +102,8 @@ class Server(Role):
         self._sweeping = task.LoopingCall(self._sweep)
         self._sweeping.clock = clock.scheduler
         self._bumps = Errand(BUMP, self._bump_for, self._bumped, clock)
-        self._retention = Retention(basis.database, clock, self._keep)
+        self._clock_watch = ClockWatch(basis.database, clock, SERVER_RULES, SERVER_STEPS)
+        self._retention = Retention(basis.database, clock, self._keep, lambda: self._clock_watch.is_trusted)
         self._digests.append(Digest("commands", self._counts, clock))
         self._entrances: list[tuple[Entrance, Any, str]] = [(listen, self.factory, "server")]
         if http is not None and self._web is not None:
@@ -124,6 +127,7 @@ class Server(Role):
         self._executor.start()
         self._steerer.start()
         self._courier.start()
+        self._clock_watch.start()
         self._retention.start()
         if self._web is not None:
             self._web.start()
@@ -138,7 +142,14 @@ class Server(Role):
         self._types.stop()
         web = [] if self._web is None else [Deferred.fromCoroutine(self._web.stop())]
         await DeferredList(
-            [*web, self._inbox.drain(), self._executor.stop(), self._steerer.stop(), self._courier.stop()],
+            [
+                *web,
+                self._inbox.drain(),
+                self._executor.stop(),
+                self._steerer.stop(),
+                self._courier.stop(),
+                self._clock_watch.stop(),
+            ],
             consumeErrors=True,
         )
         self.links.close_all("the server stops")

@@ -8,12 +8,14 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock as FakeClock
+from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s import courier
 from s2s.clock import Clock
 from s2s.courier import Courier
-from s2s.errors import DatabaseUnavailable, DeadlinePassed, LinkLost, Refused
+from s2s.errors import DatabaseUnavailable, DeadlinePassed, LineFull, LinkLost, Refused, TooBigToSend
+from s2s.store import orders as table
 from s2s.store.orders import Order
 from s2s.turns import POLL_S
 
@@ -23,8 +25,9 @@ SECTOR = "world.set_sector_status.v1"
 class _Link:
     """A link whose calls the test answers."""
 
-    def __init__(self) -> None:
-        self.session: Any = type("Session", (), {"is_open": True})()
+    def __init__(self, name: str) -> None:
+        self.session: Any = SimpleNamespace(is_open=True, peer_key_id="k1")
+        self.peer = {"name": name, "boot_id": f"boot of {name}"}
         self.calls: list[tuple[str, Mapping[str, Any], Deferred[Any]]] = []
 
     def call(self, type: str, payload: Mapping[str, Any]) -> Deferred[Any]:
@@ -41,12 +44,22 @@ class _Database:
 
     def __init__(self) -> None:
         self.queued: list[Order] = []
+        #: What came over the link as the end of an order.
+        self.ended: list[tuple[Any, ...]] = []
         self.is_away = False
         self.looks = 0
 
-    def run(self, _: object, rpcs: object, limit: int) -> Deferred[list[Order]]:
+    def run(self, function: object, *args: Any) -> Deferred[Any]:
+        if self.is_away:
+            return fail(DatabaseUnavailable("gone"))
+        if function is table.answered:
+            self.ended.append(args)
+            return succeed(None)
         self.looks += 1
-        return fail(DatabaseUnavailable("gone")) if self.is_away else succeed(self.queued[:limit])
+        _, limit, after = args
+        begin = 0 if after is None else after[1]
+        page = self.queued[begin : begin + limit]
+        return succeed((page, ("then", begin + limit) if len(page) == limit else None))
 
 
 class CourierTests(SynchronousTestCase):
@@ -56,7 +69,7 @@ class CourierTests(SynchronousTestCase):
         """Start one, with two engines linked."""
         self.time = FakeClock()
         self.database = _Database()
-        self.first, self.second = _Link(), _Link()
+        self.first, self.second = _Link("first"), _Link("second")
         self.links = SimpleNamespace(engines=[])
         self.courier = Courier(self.database, self.links, Clock(self.time))  # type: ignore[arg-type]
         self.courier.start()
@@ -88,8 +101,27 @@ class CourierTests(SynchronousTestCase):
         for _ in range(3):
             self.courier.wake()
         self.assertEqual(self.courier.sent, 2)
-        self.time.pump([1.0] * int(courier.AGAIN_S + 1))
+        self.time.pump([1.0] * int(2 * courier.AGAIN_S + 1))
         self.assertEqual(self.courier.sent, 3)
+        self.second.calls[1][2].callback({"status": "running"})
+        # By then the pause has grown to its longest.
+        self.time.pump([1.0] * 600)
+        for _, _, answer in self.second.calls[2:]:
+            answer.callback({"status": "running"})
+        self.time.pump([1.0] * int(courier.LONGEST_S + 1))
+        self.assertEqual(self.courier.sent, 5)
+
+    def test_asked_again(self) -> None:
+        """The engine that said that it has an order is the one that is asked after it; without it, another one."""
+        self.give("a")
+        self.courier.wake()
+        self.first.calls[0][2].callback({"status": "running"})
+        self.time.pump([1.0] * int(courier.AGAIN_S + 1))
+        self.assertEqual((self.first.sent, self.second.sent), (["a", "a"], []))
+        self.first.calls[1][2].errback(LinkLost("gone"))
+        self.first.session.is_open = False
+        self.time.pump([1.0] * int(2 * courier.AGAIN_S + 1))
+        self.assertEqual((self.first.sent, self.second.sent), (["a", "a"], ["a"]))
 
     def test_what_is_over_is_forgotten(self) -> None:
         """An order that the table no longer shows as queued is neither sent nor remembered."""
@@ -97,7 +129,7 @@ class CourierTests(SynchronousTestCase):
         self.courier.wake()
         self.first.calls[0][2].callback({"status": "done"})
         self.database.queued.clear()
-        self.time.pump([1.0] * 20)
+        self.time.pump([1.0] * int(courier.AGAIN_S + courier.LONGEST_S + 1))
         self.assertEqual((self.courier.sent, self.courier._sent), (1, {}))
 
     def test_nobody_is_linked(self) -> None:
@@ -119,14 +151,120 @@ class CourierTests(SynchronousTestCase):
         self.time.advance(POLL_S)
         self.assertEqual((self.first.sent, self.second.sent), (["a"], ["a"]))
 
+    def test_a_link_that_is_lost_again(self) -> None:
+        """An order under which one link ends after the other waits before it is sent again."""
+        self.give("a")
+        self.courier.wake()
+        for link in (self.first, self.second):
+            link.calls[0][2].errback(LinkLost("gone"))
+            self.time.advance(POLL_S)
+        self.assertEqual(self.courier.sent, 2)
+        self.time.pump([1.0] * int(2 * courier.AGAIN_S))
+        self.assertEqual(self.courier.sent, 3)
+
+    def test_over(self) -> None:
+        """An answer that says how an order ended is written down, with the engine's name and process."""
+        self.give("a", "b", "c")
+        self.courier.wake()
+        self.first.calls[0][2].callback({"status": "done", "result": {"n": 1}})
+        self.second.calls[0][2].callback({"status": "failed", "result": None})
+        self.first.calls[1][2].callback({"status": "running", "result": None})
+        self.assertEqual(
+            self.database.ended,
+            [
+                ("a", "done", {"n": 1}, "first", "boot of first"),
+                ("b", "failed", None, "second", "boot of second"),
+            ],
+        )
+
+    def test_refused(self) -> None:
+        """An error about the order itself ends it as refused; one that may pass, or is about the link, does not."""
+        errors = {
+            "a": Refused("not_found", "no such ship", {"retryable": False}),
+            "b": TooBigToSend(70_000, 65_536),
+            "c": Refused("not_ready", "soon", {}),
+            "d": Refused("forbidden", "not you", {}),
+            "e": LineFull("full"),
+            "f": DeadlinePassed("no answer"),
+        }
+        self.links.engines = [self.first]
+        self.give(*errors)
+        self.courier.wake()
+        for (_, payload, answer), error in zip(list(self.first.calls), errors.values(), strict=True):
+            self.assertIs(errors[payload["order_id"]], error)
+            answer.errback(error)
+        self.assertEqual([each[:2] for each in self.database.ended], [("a", "refused"), ("b", "refused")])
+        self.assertEqual(
+            [each[2] for each in self.database.ended],
+            [
+                {"code": "not_found", "message": "no such ship", "details": {"retryable": False}},
+                {"code": "toolarge", "message": str(errors["b"])},
+            ],
+        )
+
+    def test_the_database_goes_before_the_answer(self) -> None:
+        """An end that cannot be written down is asked for again."""
+        self.give("a")
+        self.courier.wake()
+        self.database.is_away = True
+        self.first.calls[0][2].callback({"status": "done", "result": None})
+        self.database.is_away = False
+        self.time.pump([1.0] * int(courier.AGAIN_S + 1))
+        self.assertEqual(self.second.sent, ["a"])
+
+    def test_the_head_of_the_line(self) -> None:
+        """However many orders stay queued in front of it, a new one is sent at once when there is room."""
+        self.patch(courier, "MOST", 3)
+        self.give(*"abcdefgh")
+        self.courier.wake()
+        self.assertEqual(self.courier.sent, 3)
+        for _ in range(3):
+            for link in (self.first, self.second):
+                for _, _, answer in link.calls:
+                    if not answer.called:
+                        answer.callback({"status": "running", "result": None})
+        self.assertEqual(sorted(self.first.sent + self.second.sent), [*"abcdefgh"])
+        self.give("new")
+        self.courier.wake()
+        self.assertEqual((self.first.sent + self.second.sent).count("new"), 1)
+
+    def test_remembered(self) -> None:
+        """No more sendings are remembered than the bound."""
+        self.patch(courier, "REMEMBERED", 2)
+        self.give(*"abcd")
+        self.courier.wake()
+        self.assertEqual(list(self.courier._sent), ["c", "d"])
+
+    def test_bounded_lines(self) -> None:
+        """A minute has one line for an order and a bounded number of lines; the next one tells how many it was."""
+        self.give(*(f"o{number}" for number in range(20)))
+        with capturedLogs() as logs:
+            for _ in range(25):
+                self.courier.wake()
+                for link in (self.first, self.second):
+                    for _, _, answer in link.calls:
+                        if not answer.called:
+                            answer.errback(DeadlinePassed("no answer"))
+                self.time.pump([1.0] * 5)
+        told = [each["order_id"] for each in logs if "order_id" in each]
+        # 125 seconds: three such minutes were begun.
+        self.assertLessEqual(len(told), 3 * courier.MOST_TOLD)
+        self.assertTrue(len(set(told)) == courier.MOST_TOLD, told)
+        self.assertTrue([each for each in logs if each.get("count")])
+
     def test_unserved(self) -> None:
-        """An engine that serves no orders is asked once."""
+        """An engine that does not serve an order is not sent that kind again, and is sent the other kinds."""
         self.give("a")
         self.courier.wake()
         self.first.calls[0][2].errback(Refused("unsupported_type", "no orders here", {}))
         self.give("b", "c")
         self.courier.wake()
-        self.assertEqual((self.first.sent, self.second.sent), (["a"], ["b", "c"]))
+        self.assertEqual((self.first.sent, self.second.sent), (["a"], ["a", "b", "c"]))
+        self.links.engines = [self.first]
+        tick = Order("tick", "admin.engine.force_tick.v1", {"job_type": "decay"}, "me", "queued", None, {}, 0, 0)
+        self.database.queued = [self.database.queued[0], tick]
+        self.time.pump([1.0] * int(courier.AGAIN_S + 1))
+        self.assertEqual(self.first.sent, ["a", "tick"])
 
     def test_bounded(self) -> None:
         """No more orders are on their way at once than the bound."""

@@ -56,7 +56,7 @@ class EngineRoleTests(RoleTestCase):
         found = self.execute(
             "insert into broadcasts (message) select unnest(%s) returning broadcast_id", list(messages)
         )
-        return [f"broadcast:{number}" for (number,) in found]
+        return [f"broadcast:{self.database_id()}:{number}" for (number,) in found]
 
     def push(self, peer: Peer) -> Frame:
         """Read up to the next push."""

@@ -323,7 +323,8 @@ class ExampleTests(RoleTestCase):
         yield poll(lambda: self.count("jobs where job_type = 'harbour.tide'") == 1, "the job is in the table")
         self.execute("update jobs set due_at = to_timestamp(60) where job_type = 'harbour.tide'")
         # Under its own key: the clock may bring the next minute meanwhile, and its notice.
-        notice = "select message from notices join commands using (cmd_id) where idem_key = 'harbour.tide:60'"
+        key = f"harbour.tide:{self.database_id()}:60:%"
+        notice = f"select message from notices join commands using (cmd_id) where idem_key like '{key}'"
         yield poll(lambda: self.execute(notice) == [("The tide comes in",)], "the notice")
         self.assertEqual(self.execute("select schedule from jobs where job_type ~ '^harbour'"), [("every:60s",)])
 

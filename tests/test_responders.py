@@ -63,7 +63,8 @@ class SweepTests(DatabaseTestCase):
         again = await self.sweep(request(SWEEP, {"since_ts": 0}))
         self.assertEqual((first, again["queued"]), ({"ok": True, "since_ts": 0, "queued": 2}, 0))
         self.assertIsNone(BY_NAME[SWEEP].reply_schema.explain(first))
-        self.assertEqual(self.execute("select idem_key from outbox order by 1"), [("broadcast:1",), ("broadcast:2",)])
+        keys = [(f"broadcast:{self.database_id()}:{number}",) for number in (1, 2)]
+        self.assertEqual(self.execute("select idem_key from outbox order by 1"), keys)
         self.assertEqual(self.woken, 1)
 
     async def test_since_ts_narrows_inclusively(self) -> None:

@@ -28,6 +28,11 @@ _KEEP = Keep(days=7, dead_days=90, key_days=30)
 
 
 class _RetentionTestCase(DatabaseTestCase):
+    def setUp(self) -> None:
+        """Let the time of the retention be that of the database, which is a copy of an older one."""
+        super().setUp()
+        self.execute("update s2s_database set retention_at = now()")
+
     def insert(self, key: str, status: str = "done", days: int = 8, *, ended: int | None = None) -> int:
         """Store a command with its key.
 
@@ -49,7 +54,7 @@ class _RetentionTestCase(DatabaseTestCase):
         )
         return int(cmd_id)
 
-    def insert_key(self, key: str, expires: str = "- interval '1 second'") -> None:
+    def insert_key(self, key: str, expires: str = "- interval '1 hour'") -> None:
         """Store a key whose command is gone.
 
         :param expires: when from now, in SQL.
@@ -63,6 +68,7 @@ class _RetentionTestCase(DatabaseTestCase):
     def step(self, after: int = 0, keep: Keep = _KEEP) -> tuple[int, int | None]:
         """Take one step through the commands."""
         with blocking(self.url) as txn:
+            retention.advance(txn)
             return retention.sweep_commands(txn, after, keep)
 
     def begin(self) -> Cursor:
@@ -283,6 +289,35 @@ class TaskTests(_RetentionTestCase):
         """Let so many seconds go by, and the pass that is due then come to its end."""
         self.scheduler.advance(after_s)
         await poll(self.scheduler.getDelayedCalls, "the next pass is planned")
+
+    async def test_a_clock_in_doubt(self) -> None:
+        """While the database's clock is in doubt nothing is removed, and one line says so."""
+        is_trusted = False
+        doubtful = Retention(self.database, Clock(self.scheduler), lambda: self.keep, lambda: is_trusted)
+        self.addCleanup(doubtful.stop)
+        self.insert("old")
+        with capturedLogs() as logs:
+            doubtful.start()
+            await self.pass_once(FIRST_S)
+            await self.pass_once(INTERVAL_S)
+            self.assertEqual(self.left(), ["old"])
+            is_trusted = True
+            await self.pass_once(INTERVAL_S)
+        self.assertEqual(self.left(), [])
+        told = [each["text"] for each in logs if "text" in each]
+        self.assertEqual(told, ["nothing old is removed while the database's clock is in doubt"])
+
+    async def test_far_behind(self) -> None:
+        """After an outage, or a leap, the time that age is judged by catches up, and one line says so."""
+        self.execute("update s2s_database set retention_at = now() - interval '1 day'")
+        with capturedLogs() as logs:
+            self.retention.start()
+            await self.pass_once(FIRST_S)
+            await self.pass_once(INTERVAL_S)
+        [told] = [each["text"] for each in logs if "text" in each]
+        self.assertIn("what is old is removed as of", told)
+        [(behind,)] = self.execute("select round(extract(epoch from now() - retention_at) / 3600) from s2s_database")
+        self.assertEqual(behind, 22)
 
     async def test_passes(self) -> None:
         """The first pass comes after a minute, the next ones every ten; they remove all that is old, and count it."""

@@ -83,6 +83,10 @@ class SchedulerTestCase(DatabaseTestCase):
             list(job_types),
         )
 
+    def key(self, job_type: str = "tick", due_at: int = _HOUR, runs: int = 0) -> str:
+        """Return the key of a run."""
+        return f"{job_type}:{self.database_id()}:{due_at}:{runs}"
+
     def row(self, columns: str, job_type: str = "tick") -> tuple[Any, ...]:
         """Give columns of a job's row."""
         return self.execute(f"select {columns} from jobs where job_type = %s", job_type)[0]
@@ -157,8 +161,8 @@ class TimeTests(SchedulerTestCase):
             "extract(epoch from due_at)::bigint, extract(epoch from last_due_at)::bigint, runs, last_result, state"
         )
         self.assertEqual(self.row(columns), (next_due, _HOUR, 1, {"caught": 1}, None))
-        self.assertEqual(self.effects(), [(f"tick:{_HOUR}", "{}")])
-        self.assertEqual(self.outbox(), [f"tick:{_HOUR} {{}}"])
+        self.assertEqual(self.effects(), [(self.key(), "{}")])
+        self.assertEqual(self.outbox(), [f"{self.key()} {{}}"])
         self.assertEqual((self.emitted, scheduler.failed), (1, 0))
         self.assertTrue(self.row("last_finished_at between now() - interval '1 minute' and now()")[0])
 
@@ -179,7 +183,7 @@ class TimeTests(SchedulerTestCase):
         self.execute("update jobs set due_at = to_timestamp(3600.7)")
         self.start(_Job("tick", _nothing))
         await self.reached("runs > 0")
-        self.assertEqual(self.effects(), [("tick:3600", "{}")])
+        self.assertEqual(self.effects(), [(self.key(), "{}")])
 
     async def test_a_changed_schedule(self) -> None:
         """A job that is in the table with another schedule is due by its new one; a run that is begun goes on first."""
@@ -190,7 +194,7 @@ class TimeTests(SchedulerTestCase):
         )
         self.start(_Job("tick", _nothing), _Job("begun", _nothing))
         await self.reached("runs > 0", "begun")
-        self.assertEqual(self.effects(), [(f"begun:{_HOUR}", "{'n': 1}")])
+        self.assertEqual(self.effects(), [(self.key("begun"), "{'n': 1}")])
         for job_type in ("tick", "begun"):
             soon = "schedule = 'every:3600s' and due_at between now() and now() + interval '1 hour'"
             self.assertEqual(self.row(soon, job_type), (True,))
@@ -250,8 +254,8 @@ class FailureTests(SchedulerTestCase):
         self.rush()
         await self.reached("runs = 1")
         self.assertEqual(self.row("attempts, error, retry_at"), (0, None, None))
-        self.assertEqual(seen, [(f"tick:{_HOUR}", _HOUR)] * 5)
-        self.assertEqual(self.outbox(), [f"tick:{_HOUR} {{}}"])
+        self.assertEqual(seen, [(self.key(), _HOUR)] * 5)
+        self.assertEqual(self.outbox(), [f"{self.key()} {{}}"])
         await poll(lambda: (scheduler.runs, scheduler.failed) == (1, 4), "the counters")
         told = [each for each in logs if each.get("why", "").startswith("ValueError: not this? one")]
         self.assertEqual([each["attempts"] for each in told], [1, 2, 3])
@@ -305,7 +309,7 @@ class FailureTests(SchedulerTestCase):
                 said, *rest = self.row("error, attempts, runs, state", name)
                 self.assertTrue(said.startswith(error), said)
                 self.assertEqual(rest, [1, 0, None])
-        self.assertEqual([key for key, _ in self.effects()], [f"tick:{2 * _HOUR}"])
+        self.assertEqual([key for key, _ in self.effects()], [self.key(due_at=2 * _HOUR)])
         self.assertEqual(len(self.outbox()), 1)
         self.assertEqual(self.flushLoggedErrors(), [])
 
@@ -341,7 +345,7 @@ class FailureTests(SchedulerTestCase):
                 self.assertIn("savepoint", self.row("error", name)[0].lower())
         # What it has committed itself is there, once.
         committed = sorted(key for key, _ in self.effects())
-        expected = [*(f"{name}:{_HOUR}" for name in works if "commit" in name), f"tick:{2 * _HOUR}"]
+        expected = [*(self.key(name) for name in works if "commit" in name), self.key(due_at=2 * _HOUR)]
         self.assertEqual(committed, sorted(expected))
 
     async def test_a_connection_that_is_lost(self) -> None:
@@ -361,12 +365,12 @@ class FailureTests(SchedulerTestCase):
         await self.reached("attempts = 1")
         looks = self.watch_looks()
         await poll(lambda: len(looks) > 10, "looks of both")
-        self.assertEqual(calls, [f"tick:{_HOUR}"])
+        self.assertEqual(calls, [self.key()])
         self.assertEqual(self.row("attempts, runs, retry_at > now()"), (1, 0, True))
         self.assertEqual([key for key, _ in self.effects() if key.startswith("tick")], [])
         self.rush()
         await self.reached("runs = 1")
-        self.assertEqual(calls, [f"tick:{_HOUR}"] * 2)
+        self.assertEqual(calls, [self.key()] * 2)
         self.assertEqual(self.row("attempts, error"), (0, None))
         self.assertEqual((scheduler.failed, other.failed), (0, 0))
 
@@ -412,7 +416,7 @@ class StepTests(SchedulerTestCase):
         scheduler = self.start(_Job("tick", work))
         await self.reached("runs = 1")
         self.assertEqual(seen, [0, 1, 2])
-        self.assertEqual(self.effects(), [(f"tick:{_HOUR}", state) for state in ("{}", "{'at': 1}", "{'at': 2}")])
+        self.assertEqual(self.effects(), [(self.key(), state) for state in ("{}", "{'at': 1}", "{'at': 2}")])
         self.assertEqual(self.row("last_result, state"), ({"steps": 3}, None))
         await poll(lambda: (scheduler.runs, self.emitted) == (1, 3), "the counters")
 
@@ -454,7 +458,7 @@ class StepTests(SchedulerTestCase):
         self.start(_Job("tick", count))
         await self.reached("runs = 1")
         states = ["{}", "{'at': 1}", "{'at': 2}"]
-        self.assertEqual(self.effects(), [(f"tick:{_HOUR}", state) for state in states])
+        self.assertEqual(self.effects(), [(self.key(), state) for state in states])
 
     async def test_shared(self) -> None:
         """Of three schedulers on one database all do some steps, and every step of every run takes effect once."""
@@ -474,7 +478,7 @@ class StepTests(SchedulerTestCase):
             self.start(*(_Job(name, work_of(scheduler)) for name in names))
         await poll(lambda: self.execute("select sum(runs) from jobs") == [(len(names),)], "all have run", timeout=30)
         states = ["{}", *(f"{{'at': {at}}}" for at in range(1, 12))]
-        expected = sorted((f"{name}:{_HOUR}", state) for name in names for state in states)
+        expected = sorted((self.key(name), state) for name in names for state in states)
         self.assertEqual(sorted(self.effects()), expected)
         self.assertEqual(done_by, [{1}] * 3)
 

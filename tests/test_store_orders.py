@@ -11,6 +11,7 @@ from twisted.internet.threads import deferToThread
 
 from s2s.catalogue import ORDERS
 from s2s.errors import IdemConflict
+from s2s.store import notes
 from s2s.store import orders as table
 from s2s.store.orders import Order
 from s2s.store.pool import blocking
@@ -164,8 +165,11 @@ class GiveTests(OrdersTestCase):
         ):
             self.give(order_id, rpc)
         self.run_(table.finish, self.run_(table.find, "e"), "done", None, "engine-1")
-        self.assertEqual([order.order_id for order in self.run_(table.queued, ORDERS, 9)], ["c", "b", "a"])
-        self.assertEqual([order.order_id for order in self.run_(table.queued, [SECTOR], 1)], ["c"])
+        orders, end = self.run_(table.queued, ORDERS, 2)
+        self.assertEqual([order.order_id for order in orders], ["c", "b"])
+        orders, end = self.run_(table.queued, ORDERS, 2, end)
+        self.assertEqual(([order.order_id for order in orders], end), (["a"], None))
+        self.assertEqual([order.order_id for order in self.run_(table.queued, [SECTOR], 1)[0]], ["c"])
 
 
 class AttemptTests(OrdersTestCase):
@@ -295,6 +299,38 @@ class StepTests(OrdersTestCase):
         self.assertFalse(self.run_(table.hold, first))
         self.run_(table.finish, third, "done", None, "engine-1")
         self.assertFalse(self.run_(table.hold, third))
+
+    def answered(self, order_id: str = "a", boot_id: str | None = "stranger") -> Any:
+        """Take a foreign engine's word that an order is done."""
+        return self.run_(table.answered, order_id, "done", {"n": 1}, "foreign", boot_id)
+
+    def test_answered(self) -> None:
+        """A foreign engine's word ends an order that nobody here is at, once, and leaves every other one alone."""
+        for order_id in "abcde":
+            self.give(order_id)
+        self.assertEqual(self.answered().status, "done")
+        self.assertIsNone(self.answered())
+        self.assertEqual(self.rows("engine, way, result")[0], ("foreign", "link", {"n": 1}))
+        self.execute("update orders set attempts = 1, retry_at = now() + interval '1 minute' where order_id = 'b'")
+        self.assertIsNone(self.answered("b"))
+        # Whoever attempted it is gone.
+        self.execute("update orders set retry_at = now() - interval '1 second' where order_id = 'b'")
+        self.assertEqual(self.answered("b").status, "done")
+        self.execute("update orders set status = 'running' where order_id = 'c'")
+        self.assertIsNone(self.answered("c"))
+        with blocking(self.url) as txn:
+            txn.execute("select from orders where order_id = 'd' for update")
+            self.assertIsNone(self.answered("d"))
+        self.assertIsNone(self.answered("of nobody"))
+
+    def test_answered_by_an_engine_of_this_database(self) -> None:
+        """The word of an engine that shares the database changes nothing: its row says more."""
+        self.give("a")
+        with blocking(self.url) as txn:
+            txn.execute("select pg_advisory_lock(%s)", (notes.presence_key("ours"),))
+            self.assertIsNone(self.answered(boot_id="ours"))
+        self.assertEqual(self.rows("status"), [("queued",)])
+        self.assertEqual(self.answered(boot_id=None).status, "done")
 
     def test_overtaken(self) -> None:
         """An attempt that others have got past holds nothing, though the step that is next has as many attempts."""

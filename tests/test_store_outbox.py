@@ -278,7 +278,13 @@ class BroadcastTests(_StoreTestCase):
         self.assertEqual(await self.sweep(), 0)
         self.assertEqual(
             self.execute("select cmd_type, idem_key, payload from outbox"),
-            [("notice.publish", "broadcast:1", {"scope": "global", "message": "x", "severity": "info"})],
+            [
+                (
+                    "notice.publish",
+                    f"broadcast:{self.database_id()}:1",
+                    {"scope": "global", "message": "x", "severity": "info"},
+                )
+            ],
         )
         self.assertEqual(self.execute("select state, queued_at is not null from broadcasts"), [("queued", True)])
 

@@ -375,5 +375,5 @@ class EngineTests(RoleTestCase):
         }
         at = 1577836800  # 2020
         found = dict(self.execute("select idem_key, payload ->> 'message' from outbox"))
-        self.assertEqual(found, {f"{job}:{at}": message for job, message in told.items()})
+        self.assertEqual(found, {f"{job}:{self.database_id()}:{at}:0": message for job, message in told.items()})
         yield engine.says("job decay: decayed 1, bare 1")

@@ -12,6 +12,7 @@ from s2s.store import config
 from s2s.store import jobs as table
 from s2s.store.cursor import own
 from s2s.store.driver import Cursor
+from s2s.store.own_keys import database_id, own_key
 
 
 class ForceTick(OrderType):
@@ -37,5 +38,6 @@ class ForceTick(OrderType):
         # A job is never run twice at once, whoever wants it.
         table.hold_still(own(txn), job_type)
         settings = config.read(own(txn)).values
-        run = JobRun(txn, f"order:{order.order_id}", order.created_at, settings, self._frame_size, order.state)
+        key = own_key(database_id(own(txn)), "order", order.order_id)
+        run = JobRun(txn, key, order.created_at, settings, self._frame_size, order.state)
         return kind.run(txn, run)

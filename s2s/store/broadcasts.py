@@ -7,6 +7,7 @@ from typing import Any, Final
 from s2s.errors import LocalError
 from s2s.store import outbox
 from s2s.store.driver import Cursor
+from s2s.store.own_keys import database_id, own_key
 
 CHANNEL: Final = "s2s_broadcasts"
 COMMAND: Final = "notice.publish"
@@ -50,6 +51,7 @@ def sweep(txn: Cursor, since_ts: int, limit: int, frame_size: int) -> int:
     :returns: how many were queued; fewer than ``limit``: there are no more.
     """
     queued = 0
+    database = database_id(txn)
     while queued < limit:
         txn.execute(
             f"select broadcast_id, {', '.join(_MEMBERS)} from broadcasts"  # noqa: S608 - constants
@@ -57,7 +59,7 @@ def sweep(txn: Cursor, since_ts: int, limit: int, frame_size: int) -> int:
             " order by broadcast_id limit %s for update skip locked",
             (min(since_ts, _LAST_TS), limit - queued),
         )
-        found = {row[0]: (f"broadcast:{row[0]}", _payload(row[1:])) for row in txn}
+        found = {row[0]: (own_key(database, "broadcast", row[0]), _payload(row[1:])) for row in txn}
         if not found:
             break
         refused = {number: why for number, command in found.items() if (why := _why_not(*command, frame_size))}

@@ -39,7 +39,8 @@ RETRY: Final = Action(
     "cmd_id",
     "status",
     ("dead", "cancelled"),
-    "update commands set status = 'ready', attempts = 0, deaths = 0, due_at = now(), finished_at = null"
+    "update commands set status = 'ready', attempts = 0, deaths = 0, due_at = now(), due_is_ours = true,"
+    " finished_at = null"
     " where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, 'retried'",
 )
 #: Never run it. One that a worker has noted and not locked yet is not taken any more.

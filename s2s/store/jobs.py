@@ -26,6 +26,7 @@ class DueJob:
     """A step to do.
 
     :param due_at: of its run, in Unix seconds.
+    :param runs: finished before this one. A clock that was wrong may bring the same ``due_at`` twice, never both.
     :param state: where the run goes on; empty at its beginning.
     :param attempts: with this one, since the run last got on.
     :param retry_at: no other attempt has the same, so that it tells whether this one is still ours to make.
@@ -33,6 +34,7 @@ class DueJob:
 
     job_type: str
     due_at: int
+    runs: int
     state: Mapping[str, Any]
     attempts: int
     retry_at: datetime
@@ -74,7 +76,9 @@ def declare(txn: Cursor, schedules: Mapping[str, str], next_after: Callable[[str
             " where not exists (select from jobs where job_type = %(job_type)s and schedule = %(schedule)s)"
             " on conflict (job_type) do update set schedule = excluded.schedule,"
             # A run that is begun is finished first, with its time.
-            " due_at = case when j.state is null then excluded.due_at else j.due_at end"
+            " due_at = case when j.state is null then excluded.due_at else j.due_at end,"
+            " attempts = case when j.state is null then 0 else j.attempts end,"
+            " retry_at = case when j.state is null then null else j.retry_at end"
             " where j.schedule <> excluded.schedule",
             {"job_type": job_type, "schedule": schedule, "due_at": next_after(schedule, now)},
         )
@@ -90,9 +94,12 @@ def attempt(txn: Cursor, job_types: Iterable[str]) -> DueJob | None:
     one_at_a_time(txn, _ATTEMPTING)
     txn.execute(
         f"update jobs set attempts = attempts + 1, retry_at = now() + {PAUSE}"  # noqa: S608 - a constant
-        " where job_type = any(array(select job_type from jobs where job_type = any(%s) and due_at <= now()"
+        " where job_type = any(array(select job_type from jobs where job_type = any(%s)"
+        # A run that is begun goes on, whatever the clock has called its time meanwhile.
+        " and (due_at <= now() or state is not null or attempts > 0)"
         " and (retry_at is null or retry_at <= now()) order by due_at, job_type limit 1 for update skip locked))"
-        " returning job_type, floor(extract(epoch from due_at))::bigint, coalesce(state, '{}'), attempts, retry_at",
+        " returning job_type, floor(extract(epoch from due_at))::bigint, runs, coalesce(state, '{}'), attempts,"
+        " retry_at",
         (list(job_types),),
     )
     row = txn.fetchone()

@@ -15,6 +15,7 @@ from psycopg2.extras import Json
 
 from s2s import canonical
 from s2s.errors import CanonicalError, IdemConflict
+from s2s.store import notes
 from s2s.store.driver import Cursor, lock_key, one_at_a_time
 from s2s.store.jobs import PAUSE
 
@@ -151,13 +152,60 @@ def find(txn: Cursor, order_id: str) -> Order:
     return Order(*(txn.fetchone() or ()))
 
 
-def queued(txn: Cursor, rpcs: Iterable[str], limit: int) -> list[Order]:
-    """Give the orders of these RPCs that nobody has begun, those that wait longest first."""
+#: ``stepped_at`` and ``order_id`` of the last order of a page.
+Place = tuple[datetime, str]
+
+
+def queued(
+    txn: Cursor, rpcs: Iterable[str], limit: int, after: Place | None = None
+) -> tuple[list[Order], Place | None]:
+    """Return one page of the orders of these RPCs that nobody has begun, those that wait longest first.
+
+    :param after: the end of the page before; ``None``: the first page.
+    :returns: the page, and its end; ``None``: it is the last page.
+    """
     txn.execute(
-        f"select {_ORDER} from orders where status = 'queued' and rpc = any(%s) order by stepped_at limit %s",  # noqa: S608
-        (list(rpcs), limit),
+        f"select stepped_at, {_ORDER} from orders where status = 'queued' and rpc = any(%(rpcs)s)"  # noqa: S608
+        + ("" if after is None else " and (stepped_at, order_id) > (%(stepped_at)s, %(order_id)s)")
+        + " order by stepped_at, order_id limit %(limit)s",
+        {
+            "rpcs": list(rpcs),
+            "limit": limit,
+            "stepped_at": after and after[0],
+            "order_id": after and after[1],
+        },
     )
-    return [Order(*row) for row in txn]
+    rows = txn.fetchall()
+    end = (rows[-1][0], rows[-1][1]) if len(rows) == limit else None
+    return [Order(*row[1:]) for row in rows], end
+
+
+def answered(
+    txn: Cursor, order_id: str, status: str, result: Mapping[str, Any] | None, engine: str, boot_id: str | None
+) -> Order | None:
+    """End an order by the answer of an engine that does not share this database.
+
+    An engine that shares it has written its row before it answers, so its answer changes nothing.
+
+    :param status: ``done``, ``refused`` or ``failed``.
+    :param engine: its name.
+    :param boot_id: its process. One that shares this database holds its presence lock here.
+    :returns: the order as it is then; ``None``: it was not ended by the answer.
+    """
+    if boot_id is not None and notes.present(txn, {boot_id}):
+        return None
+    txn.execute(
+        f"update orders set way = 'link' where order_id = any(array(select order_id from orders"  # noqa: S608
+        # What an engine of this database is at stays its own: its attempt is fresh, or its step has locked the row.
+        " where order_id = %s and status = 'queued' and (attempts = 0 or retry_at <= now()) for update skip locked))"
+        f" returning {_ORDER}",
+        (order_id,),
+    )
+    row = txn.fetchone()
+    if row is None:
+        return None
+    finish(txn, Order(*row), status, result, engine)
+    return find(txn, order_id)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

@@ -10,12 +10,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from s2s.settings import BY_KEY
+from s2s.store.clock_drift import SLACK_S
 from s2s.store.driver import Cursor
 
 #: Rows that one step looks at, at most.
 STEP_ROWS: Final = 1000
 #: Days that a control request and its answer are kept.
 STEERING_DAYS: Final = 7
+#: By how much a pass lets the time advance by which age is judged. A clock that is ahead by years can so remove nothing
+#: that is more than an hour too young; after an outage that time catches up, six hours in each.
+ADVANCE: Final = "interval '1 hour'"
+_NOW: Final = "(select retention_at from s2s_database)"
+_SOON: Final = f"now() + interval '{SLACK_S} seconds'"
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,19 @@ select cmd_id, 'discarded' from removed
 """
 
 
+def advance(txn: Cursor) -> float:
+    """Let the time by which age is judged follow the database's clock, by :data:`ADVANCE` at most.
+
+    :returns: the seconds that it is behind the clock then.
+    """
+    txn.execute(
+        "insert into s2s_database as d default values on conflict (only_row) do update"  # noqa: S608 - a constant
+        f" set retention_at = least(now(), d.retention_at + {ADVANCE})"
+        " returning extract(epoch from now() - d.retention_at)::float8"
+    )
+    return float((txn.fetchone() or (0.0,))[0])
+
+
 def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None]:
     """Remove what is over among the next commands in the order of their ids.
 
@@ -59,24 +78,31 @@ def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None
     :returns: how many were removed, and where the next step begins; ``None``: what follows is too young.
     """
     txn.execute(
-        "select cmd_id, created_at <= now() - make_interval(days => %s) from commands"
-        " where cmd_id > %s order by cmd_id limit %s",
+        # A time to come was written by a clock that was ahead: it says nothing about the age of what follows.
+        f"select cmd_id, created_at <= {_NOW} - make_interval(days => %s) or created_at > {_SOON},"  # noqa: S608
+        f" finished_at > {_SOON} from commands where cmd_id > %s order by cmd_id limit %s",
         (min(keep.days, keep.dead_days), after, STEP_ROWS),
     )
     page = txn.fetchall()
-    cmd_ids = [cmd_id for cmd_id, _ in page]
+    cmd_ids = [cmd_id for cmd_id, *_ in page]
+    if to_come := [cmd_id for cmd_id, _, is_to_come in page if is_to_come]:
+        txn.execute(
+            "update commands set finished_at = now() where cmd_id = any(array("
+            " select cmd_id from commands where cmd_id = any(%s::bigint[]) for update skip locked))",
+            (to_come,),
+        )
     txn.execute(
-        "select cmd_id from commands where cmd_id = any(%s::bigint[]) and status <> 'ready'"
+        "select cmd_id from commands where cmd_id = any(%s::bigint[]) and status <> 'ready'"  # noqa: S608
         # Ended by hand, it may lack the time.
         " and coalesce(finished_at, created_at)"
-        " <= now() - make_interval(days => case status when 'dead' then %s else %s end) for update skip locked",
+        f" <= {_NOW} - make_interval(days => case status when 'dead' then %s else %s end) for update skip locked",
         (cmd_ids, keep.dead_days, keep.days),
     )
     over = [cmd_id for (cmd_id,) in txn]
     if over:
         txn.execute(REMOVE, {"ids": over, "key_days": keep.key_days})
     # Ids are drawn nearly in the order of time: a whole page of young rows is the end, a single one may be a stray.
-    is_last = len(page) < STEP_ROWS or not any(is_old for _, is_old in page)
+    is_last = len(page) < STEP_ROWS or not any(is_old for _, is_old, _ in page)
     return len(over), None if is_last else cmd_ids[-1]
 
 
@@ -86,8 +112,8 @@ def sweep_keys(txn: Cursor) -> int:
     :returns: how many; fewer than :data:`STEP_ROWS`: there are no more.
     """
     txn.execute(
-        "delete from idempotency_keys where idem_key = any(array("
-        " select idem_key from idempotency_keys where expires_at <= now()"
+        "delete from idempotency_keys where idem_key = any(array("  # noqa: S608
+        f" select idem_key from idempotency_keys where expires_at <= {_NOW}"
         " order by expires_at limit %s for update skip locked))",
         (STEP_ROWS,),
     )
@@ -100,11 +126,18 @@ def sweep_steering(txn: Cursor) -> int:
     :returns: how many; fewer than :data:`STEP_ROWS`: there are no more, or the next pass finds them.
     """
     txn.execute(
-        "delete from steering where request_id = any(array("
+        "update steering set created_at = now() where request_id = any(array("  # noqa: S608
+        " select request_id from steering"
+        " where request_id = any(array(select request_id from steering order by request_id limit %s))"
+        f" and created_at > {_SOON} for update skip locked))",
+        (STEP_ROWS,),
+    )
+    txn.execute(
+        "delete from steering where request_id = any(array("  # noqa: S608
         " select request_id from steering"
         # No index knows their age, so only the first ones are looked at.
         " where request_id = any(array(select request_id from steering order by request_id limit %s))"
-        " and created_at <= now() - make_interval(days => %s) for update skip locked))",
+        f" and created_at <= {_NOW} - make_interval(days => %s) for update skip locked))",
         (STEP_ROWS, STEERING_DAYS),
     )
     return txn.rowcount

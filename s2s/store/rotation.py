@@ -80,7 +80,7 @@ def retire(txn: Cursor, key_id: str) -> Change:
             return Change(key_id, text, False, before)
     with savepoint(txn):
         txn.execute(
-            "update s2s_keys set is_default_tx = false,"
+            "update s2s_keys set is_default_tx = false, closed_at = clock_timestamp(),"
             " active_to = least(active_to, clock_timestamp() + make_interval(secs => %s)) where key_id = %s",
             (RETIRE_S, key_id),
         )
@@ -132,7 +132,7 @@ def revoke(txn: Cursor, key_id: str) -> Change:
     if is_changed:
         txn.execute(
             "update s2s_keys set is_default_tx = false, active_from = least(active_from, clock_timestamp()),"
-            " active_to = least(active_to, clock_timestamp()) where key_id = %s",
+            " active_to = least(active_to, clock_timestamp()), closed_at = clock_timestamp() where key_id = %s",
             (key_id,),
         )
     signers = _settle(txn) if is_changed else table.signers()

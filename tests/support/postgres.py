@@ -150,6 +150,11 @@ class DatabaseTestCase(TestCase):
             self.addCleanup(self._session.close)
         return self._session.run(statement, *params)
 
+    def database_id(self) -> str:
+        """Return the id that is in the keys of this database's own making."""
+        [(database_id,)] = self.execute("select database_id from s2s_database")
+        return str(database_id)
+
 
 def rows_read(txn: Any, table: str) -> int:
     """Give how many rows of a table a transaction has read until now, in whatever way."""

@@ -1,0 +1,174 @@
+"""Watching the database's clock: telling when it leaps, and mending what it delayed (docs/protocol.rst, "Clocks")."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from s2s.clock import Clock
+from s2s.errors import DatabaseError
+from s2s.store import clock_drift
+from s2s.store.pool import Database
+
+#: Seconds between two looks: after a clock is right again, no row of ours waits for longer.
+LOOK_S: Final = 5.0
+#: The clock has leapt if it is off by so many seconds, measured against our monotonic clock.
+LEAP_S: Final = 30.0
+#: A clock that stays where it leapt to for so many seconds was set right: it is trusted again.
+ADOPT_S: Final = 3600.0
+#: Seconds between the database's clock and ours that are told of, and that make it doubtful.
+APART_S: Final = 60.0
+DOUBTFUL_S: Final = 3600.0
+#: Seconds from one look through all commands that are due later to the next, where one step does not see them all.
+CYCLE_S: Final = 600.0
+#: Lines that a minute has at most, of a clock that leaps all the time.
+TELL_S: Final = 60.0
+MOST_TOLD: Final = 5
+
+#: Looks through one table: see :func:`s2s.store.clock_drift.heal_commands`.
+Step = Callable[..., tuple[int, Any]]
+
+
+class ClockWatch:
+    """Compares the database's clock with ours, and pulls back what lies further ahead than it can rightly be.
+
+    :param rules: of :mod:`s2s.store.clock_drift`, tried at each look.
+    :param steps: taken after a leap, at the start, and now and then; at each look where one step is enough.
+
+    :ivar is_trusted: the database's clock agrees with ours. Only then is it safe to remove what it calls old.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self, database: Database, clock: Clock, rules: Mapping[str, str], steps: Mapping[str, Step] | None = None
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._rules = rules
+        self._steps = steps or {}
+        self._looking = LoopingCall(self._look)
+        self._looking.clock = clock.scheduler
+        self._stopped: Deferred[Any] = succeed(None)
+        #: The database's clock less our monotonic one, in seconds, while it was right.
+        self._base: float | None = None
+        #: How far it has leapt from there, and since when.
+        self._leap_s = 0.0
+        self._leapt_at = 0.0
+        self._is_apart = False
+        self._cycle_at = float("-inf")
+        self._healed: Counter[str] = Counter()
+        self._told_from = float("-inf")
+        self._told = 0
+        self._is_failing = False
+        self.is_trusted = False
+
+    def start(self) -> None:
+        """Look from now on."""
+        self._stopped = self._looking.start(LOOK_S)
+
+    def stop(self) -> Deferred[Any]:
+        """Look no more.
+
+        :returns: fires when no look is under way.
+        """
+        if self._looking.running:
+            self._looking.stop()
+        return self._stopped
+
+    async def _look(self) -> None:
+        """Look once. Never fails."""
+        try:
+            is_more = True
+            while is_more and self._looking.running:
+                before = self._clock.mono()
+                at, healed = await self._database.run(clock_drift.look, self._rules)
+                self._judge(at, before, self._clock.mono())
+                self._healed.update(healed)
+                is_more = clock_drift.STEP_ROWS in healed.values()
+            if self._clock.mono() >= self._cycle_at:
+                await self._cycle()
+            self._is_failing = False
+        except DatabaseError as error:
+            if not self._is_failing and self._looking.running:
+                self._is_failing = True
+                self.log.warn("the database's clock is not watched for the moment: {why}", why=str(error))
+        except Exception:
+            self.log.failure("watching the database's clock failed")
+        if self._healed:
+            told = ", ".join(f"{count} {name}" for name, count in self._healed.items())
+            if self._tell(f"times further ahead than can be were pulled back: {told}"):
+                self._healed.clear()
+
+    async def _cycle(self) -> None:
+        """Look through the tables that are too large for one statement."""
+        pause_s = 0.0
+        for name, step in self._steps.items():
+            place = None
+            while self._looking.running:
+                healed, place = await self._database.run(step, place)
+                self._healed.update({name: healed} if healed else {})
+                if place is None:
+                    break
+                pause_s = CYCLE_S
+        self._cycle_at = self._clock.mono() + pause_s
+
+    # --- the clock --------------------------------------------------------------------------------------------------
+
+    def _judge(self, at: float, before: float, after: float) -> None:
+        """Compare a time that the database told between two of our own."""
+        # It was read at any moment between the two: the database may have been slow.
+        low, high = at - after, at - before
+        apart_s = at - self._clock.now()
+        is_apart = abs(apart_s) > APART_S + (after - before)
+        if self._base is None:
+            self._base = (low + high) / 2
+        leap_s = min(0.0, high - self._base) + max(0.0, low - self._base)
+        if abs(leap_s) <= LEAP_S:
+            # No two clocks run alike: what is less than a leap is followed.
+            self._base += leap_s
+            if self._leap_s:
+                self._leapt(0.0)
+                self._tell("the database's clock is right again")
+        elif self._is_apart and not is_apart:
+            # It was wrong when we began to look.
+            self._leapt(0.0)
+            self._base = (low + high) / 2
+            self._tell("the database's clock is right again")
+        elif abs(leap_s - self._leap_s) > LEAP_S:
+            self._leapt(leap_s)
+            ahead = "ahead" if leap_s > 0 else "back"
+            self._tell(
+                f"the database's clock has leapt {abs(leap_s):.0f} s {ahead}: commands and jobs come at wrong times,"
+                " and nothing old is removed, until it is set right"
+            )
+        elif self._clock.mono() >= self._leapt_at + ADOPT_S:
+            self._leapt(0.0)
+            self._base = (low + high) / 2
+            self._tell(f"the database's clock has stayed {abs(leap_s):.0f} s off for {ADOPT_S:.0f} s: it is trusted")
+        if is_apart and not self._is_apart and not self._leap_s:
+            ahead = "ahead of" if apart_s > 0 else "behind"
+            self._tell(f"the database's clock is {abs(apart_s):.0f} s {ahead} this machine's: set the wrong one right")
+        self._is_apart = is_apart
+        self.is_trusted = not self._leap_s and abs(apart_s) <= DOUBTFUL_S + (after - before)
+
+    def _leapt(self, leap_s: float) -> None:
+        self._leap_s = leap_s
+        self._leapt_at = self._clock.mono()
+        self._cycle_at = self._leapt_at
+
+    def _tell(self, text: str) -> bool:
+        """Log a line, unless this minute has its lines; return whether it was logged."""
+        now = self._clock.mono()
+        if now >= self._told_from + TELL_S:
+            self._told_from, self._told = now, 0
+        self._told += 1
+        if self._told > MOST_TOLD:
+            return False
+        self.log.warn("{text}", text=text)
+        return True
