@@ -39,6 +39,9 @@ _MOST_SUSPECTS: Final = 10_000
 #: Seconds after which a batch begins no further command: those that are left go to the next worker that looks, and the
 #: locks and the snapshot of one transaction do not last for a whole batch of slow handlers.
 BATCH_S: Final = 5.0
+#: Handlers of one type that may be stuck in this process, before it takes no more commands of that type: the type may
+#: be at fault, and the others go on. One bad command may take two, first in a batch and then alone.
+STUCK_OF_TYPE: Final = 3
 #: Seconds between two tries to write down that a handler is stuck, while the database is away.
 _AGAIN_S: Final = 1.0
 
@@ -164,7 +167,14 @@ class Executor:
         names = "; ".join(task.name for task in self._handlers.stuck)
         if len(self._handlers.stuck) >= MOST_STUCK:
             return f"{MOST_STUCK} handlers do not return, start this process again: {names}"
-        return f"ok, but {len(self._handlers.stuck)} handlers do not return: {names}" if names else "ok"
+        left_out = sorted(set(self._registry) - set(self._served()))
+        more = f"; no more commands are taken of {', '.join(left_out)}" if left_out else ""
+        return f"ok, but {len(self._handlers.stuck)} handlers do not return: {names}{more}" if names else "ok"
+
+    def _served(self) -> list[str]:
+        """Return the types of which too few handlers are stuck to leave them out."""
+        stuck = Counter(task.subject[0].cmd_type for task in self._handlers.stuck)
+        return [cmd_type for cmd_type in self._registry if stuck[cmd_type] < STUCK_OF_TYPE]
 
     def wake(self) -> None:
         """Look at the table now: something was committed."""
@@ -227,6 +237,7 @@ class Executor:
         cmd_ids = [command.cmd_id for command in stuck.subject]
         is_alone = len(cmd_ids) == 1
         stuck.task.on_return = lambda: self._came_back(worker, stuck)
+        self._ready.serve(self._served())
         self.log.error(
             "a handler is stuck: {name}: {why}; a new worker takes its place, and only the end of this process frees"
             " the thread",
@@ -241,6 +252,7 @@ class Executor:
 
     def _came_back(self, worker: int, stuck: HandlerStuck) -> None:
         self.log.warn("a handler that was stuck has returned: {name}", name=stuck.task.name)
+        self._ready.serve(self._served())
         struck = Deferred.fromCoroutine(self._insist(notes.strike, self._boot_id, worker))
         struck.addCallbacks(lambda _: self.wake(), lambda failure: failure.trap(DatabaseUnavailable))
 

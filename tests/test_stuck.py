@@ -170,6 +170,18 @@ class CommandTests(StuckTestCase):
         self.assertEqual(self.column("attempts"), {"a": 1, "stuck": 2, "b": 1})
         self.assertIn("2 handlers do not return", running.condition)
 
+    async def test_a_type_whose_handlers_do_not_return(self) -> None:
+        """After three of a type it takes no more of that type, and goes on with the others; what returns ends that."""
+        self.insert("stuck-1", "stuck-2", "stuck-3", "stuck-4")
+        running = self.start(lambda _, command: command.idem_key.startswith("stuck") and self.gate.wait(60))
+        await poll(lambda: "no more commands are taken of test.single" in running.condition, "the type is left out")
+        self.insert("other", cmd_type="test.batched")
+        await poll(lambda: self.column("status")["other"] == "done", "another type")
+        self.assertEqual(self.column("attempts")["stuck-4"], 0)
+        self.assertTrue(running.condition.startswith("ok"))
+        self.gate.set()
+        await poll(lambda: set(self.column("status").values()) == {"done"}, "the rest")
+
     async def test_too_many(self) -> None:
         """At the bound the executor takes nothing more, and says what to do; what returns lets it go on."""
         self.patch(executor, "MOST_STUCK", 2)

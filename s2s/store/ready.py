@@ -106,7 +106,9 @@ class Ready:
     """
 
     def __init__(self, types: Iterable[str] | None = None, now: Callable[[], float] = time.monotonic) -> None:
-        self._types = None if types is None else "\n".join(types)
+        self._types: str | None = None
+        if types is not None:
+            self.serve(types)
         self._lookback = Lookback(now)
         #: By priority: ``due_at`` and ``cmd_id`` where the next look starts. Threads read it, so it is replaced whole.
         self._starts: dict[int, tuple[float, int]] = {}
@@ -114,6 +116,10 @@ class Ready:
         self.notes: dict[int, int] = defaultdict(int)
         #: Whether there were notes at the last look.
         self._is_noted = True
+
+    def serve(self, types: Iterable[str]) -> None:
+        """Take only commands of these types from the next look on."""
+        self._types = "\n".join(types)
 
     def look_back(self, txn: Cursor, limit: int) -> None:
         """Look for commands below the points, where it is time to.
