@@ -208,7 +208,7 @@ class RuleTests(DatabaseTestCase):
             jobs.declare(txn, schedules, lambda schedule, ts: parse_schedule(schedule).next_after(ts))
             outbox.put(txn, "test.run", "leased", {})
             outbox.put(txn, "test.run", "put off", {})
-            outbox.claim(txn, 1, 5.0)
+            outbox.Claims().claim(txn, 1, 5.0)
             outbox.retry(txn, [(2, 60.0)])
         self.execute("update jobs set attempts = 9, retry_at = now() + interval '300 seconds' where job_type = 'a'")
         self.execute("insert into orders (rpc, params) values ('test.v1', '{}')")
@@ -281,25 +281,24 @@ class RuleTests(DatabaseTestCase):
         self.execute("update outbox set state = 'dead' where idem_key = 'b'")
         self.assertEqual(self.heal(), {"rows of the outbox": 1})
         with blocking(self.url) as txn:
-            self.assertEqual(sorted(row.idem_key for row in outbox.claim(txn, 9, 1.0)), ["a", "c"])
+            self.assertEqual(sorted(row.idem_key for row in outbox.Claims().claim(txn, 9, 1.0)), ["a", "c"])
 
     def test_commands(self) -> None:
         """A command that was accepted, charged or retried while the clock was ahead is due; one wanted later is not."""
         at = int(self.value("select extract(epoch from now())::bigint"))
         pushes = [Push("t", "plain", bytes(32), "{}"), Push("t", "wanted later", bytes(32), "{}", 7, at + 7200)]
-        pushes += [Push("t", key, bytes(32), "{}", 900) for key in ("charged", "postponed", "retried")]
+        pushes += [Push("t", key, bytes(32), "{}", 900) for key in ("charged", "retried")]
         with blocking(self.url) as txn:
             ids = [each.cmd_id for each in driver.drive(txn, commands.push_batch(pushes))]
             commands.charge(txn, [(ids[2], "error")])
-            commands.postpone(txn, [ids[3]], 60.0)
-        self.execute("update commands set status = 'dead' where cmd_id = %s", ids[4])
+        self.execute("update commands set status = 'dead' where cmd_id = %s", ids[3])
         with blocking(self.url) as txn:
-            actions.act(txn, commands_admin.RETRY, [ids[4]])
+            actions.act(txn, commands_admin.RETRY, [ids[3]])
         self.execute(
             "update commands set created_at = created_at + interval '2 hours',"
             " due_at = due_at + case idem_key when 'wanted later' then interval '0' else interval '2 hours' end"
         )
-        self.assertEqual(self.heal(), {"commands": 4})
+        self.assertEqual(self.heal(), {"commands": 3})
         late = self.execute("select idem_key, extract(epoch from due_at)::bigint from commands where due_at > now()")
         self.assertEqual(late, [("wanted later", at + 7200)])
         self.assertEqual(self.heal(), {})
