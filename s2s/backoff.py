@@ -9,6 +9,9 @@ from typing import Final
 #: Least and longest pause, in seconds: after a lost connection, and after a refusal.
 FAST: Final = (0.1, 5.0)
 SLOW: Final = (5.0, 60.0)
+#: A refusal of a link that lasted for this many seconds counts as the first one. Two processes that share a name leave
+#: each other's links alone for 60 s at most.
+CALM_S: Final = 120.0
 
 
 class Backoff:
@@ -24,12 +27,22 @@ class Backoff:
         self._rng = rng
         self._tries = 0
         self._is_slow = False
+        self._dismissals = 0
 
     def refused(self) -> None:
         """The last link ended by a refusal: wait in the slow class."""
         if not self._is_slow:
             self._is_slow = True
             self._tries = 0
+
+    def dismissed(self, lasted: float) -> None:
+        """The server refused a link that was proven: wait in the slow class, longer after each such link.
+
+        :param lasted: seconds from the proof of the link to its end.
+        """
+        self._dismissals = self._dismissals + 1 if lasted < CALM_S else 1
+        self._is_slow = True
+        self._tries = self._dismissals - 1
 
     def proven(self) -> None:
         """Our challenge was answered: start again."""

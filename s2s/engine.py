@@ -97,6 +97,7 @@ class Engine(Role):
         #: The connection that there is, and whether its link is proven.
         self._connected: Link | None = None
         self._link: Link | None = None
+        self._proven_at = 0.0
         self._condition = Condition()
         self._wanted = Wanted(database, clock, basis.identity.name, self._condition)
         self._ledger = Ledger(database, basis.counters, basis.identity.name)
@@ -194,6 +195,7 @@ class Engine(Role):
     def link_proven(self, link: Link) -> None:
         """The server answers: send what waits."""
         self._backoff.proven()
+        self._proven_at = self._clock.mono()
         self._link = link
         news.info("link up: {link}", link=link)
         self._relay.linked(link)
@@ -201,7 +203,9 @@ class Engine(Role):
     def link_lost(self, link: Link) -> None:
         """Remember how it ended; the outbox waits."""
         self._connected = None
-        if link.is_slow:
+        if link.is_slow and link is self._link:
+            self._backoff.dismissed(self._clock.mono() - self._proven_at)
+        elif link.is_slow:
             self._backoff.refused()
         if link is self._link:
             self._link = None

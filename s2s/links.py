@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -12,6 +13,7 @@ from twisted.logger import Logger
 
 from s2s.clock import Clock
 from s2s.dispatch import Dispatcher, KeySource
+from s2s.errors import Forbidden, harmless
 from s2s.limits import Bounds, Counters, Timing
 from s2s.news import LINK_UP, news
 from s2s.protocol import Link, LinkEvents
@@ -23,6 +25,11 @@ from s2s.strangers import Strangers
 MAX_LINKS: Final = 1000
 #: Of them without a valid frame yet.
 MAX_SILENT: Final = 100
+#: Seconds between two lines about links of one engine that replace each other, which may happen many times a second.
+TELL_S: Final = 60.0
+
+
+_Identity = tuple[str | None, str | None]
 
 
 @dataclass
@@ -78,18 +85,26 @@ class ServerLinks:
 
     :param engine_up: called with the link of an engine that was just proven.
     :param engine_down: called when such a link is gone.
+    :param mono: returns monotonic seconds.
     """
 
     log = Logger()
 
     def __init__(
-        self, counters: Counters, engine_up: Callable[[Link], object], engine_down: Callable[[], object] = lambda: None
+        self,
+        counters: Counters,
+        engine_up: Callable[[Link], object],
+        engine_down: Callable[[], object] = lambda: None,
+        mono: Callable[[], float] = time.monotonic,
     ) -> None:
         self._counters = counters
         self._engine_up = engine_up
         self._engine_down = engine_down
         self._all: dict[Link, None] = {}
-        self._engines: dict[tuple[str | None, str | None], Link] = {}
+        self._engines: dict[_Identity, Link] = {}
+        self._mono = mono
+        #: When a replaced link of an engine was last told, and how many were replaced since; the oldest first.
+        self._replaced: dict[_Identity, tuple[float, int]] = {}
 
     @property
     def engines(self) -> list[Link]:
@@ -120,14 +135,32 @@ class ServerLinks:
         # Taken out first: the newest stands last.
         old = self._engines.pop(identity, None)
         self._engines[identity] = link
-        news.info("{line} {link} (key {key_id})", line=LINK_UP, link=link, key_id=link.session.peer_key_id)
-        if old is not None:
-            if old.peer.get("boot_id") != link.peer.get("boot_id") and old.session.is_open:
-                self.log.warn(
-                    "{link}: replaces the link of another process; if both run, give each a --name", link=link
-                )
-            old.close("the same engine has a newer link")
+        if old is None or self._replace(identity, old, link):
+            news.info("{line} {link} (key {key_id})", line=LINK_UP, link=link, key_id=link.session.peer_key_id)
         self._engine_up(link)
+
+    def _replace(self, identity: _Identity, old: Link, link: Link) -> bool:
+        """Close the old link of an engine, and return whether it is time for a line about that."""
+        told_at, count = self._replaced.pop(identity, (-TELL_S, 0))
+        is_told = self._mono() >= told_at + TELL_S
+        if len(self._replaced) >= MAX_LINKS:
+            del self._replaced[next(iter(self._replaced))]
+        self._replaced[identity] = (self._mono(), 0) if is_told else (told_at, count + 1)
+        old.has_told |= not is_told
+        if old.peer.get("boot_id") == link.peer.get("boot_id"):
+            old.close("the same engine has a newer link")
+            return is_told
+        if is_told and old.session.is_open:
+            self.log.warn(
+                "{link}: replaces the link of another process, as {count} others did since it was last told; "
+                "if both run, give each a --name",
+                link=link,
+                count=count,
+            )
+        name = harmless(str(link.peer.get("name")))
+        taken = f"another process has linked as {name} with this key: give each a --name of its own"
+        old.dismiss(Forbidden(taken), "another process of the same name has a newer link")
+        return is_told
 
     def link_lost(self, link: Link) -> None:
         """Forget the link."""
@@ -147,6 +180,6 @@ class ServerLinks:
             link.close(why)
 
 
-def _identity(link: Link) -> tuple[str | None, str | None]:
+def _identity(link: Link) -> _Identity:
     name = link.peer.get("name")
     return link.session.peer_key_id, name if isinstance(name, str) else None

@@ -25,6 +25,7 @@ from s2s.answers import Answers
 from s2s.catalogue import BY_NAME, ERROR, ERROR_SCHEMA, HEALTH_CHECK
 from s2s.clock import Clock, Timer, cancel
 from s2s.dispatch import Dispatcher, KeySource, Refusal, Reply, Request, UnknownKey, UnsignedError
+from s2s.envelope import Envelope
 from s2s.errors import (
     BY_CODE,
     CallError,
@@ -260,6 +261,7 @@ class Link(Int32StringReceiver):
             case Reply(call=None):
                 self._counters.orphan_replies += 1
                 self.log.debug("{peer}: dropped a reply that nobody awaits", peer=self)
+                self._unawaited(outcome.envelope)
             case Reply():
                 self._settle(outcome)
             case Refusal():
@@ -283,6 +285,25 @@ class Link(Int32StringReceiver):
     def _stumbled(self, failure: Failure) -> None:
         self.log.failure("{peer}: a frame could not be judged", failure, peer=self)
         self.abort("an error of ours")
+
+    def _unawaited(self, got: Envelope) -> None:
+        """Believe a refusal of the whole link, which answers no request, so far as to come back later."""
+        if got.type != ERROR or got.ack_of is not None or not ERROR_SCHEMA.is_valid(got.payload):
+            return
+        if got.payload["code"] in _SLOW_CODES:
+            self._counters.errors_in[got.payload["code"]] += 1
+            self.is_slow = True
+            self.why = f"the peer refuses the link: {harmless(got.payload['message'])}"
+
+    def dismiss(self, error: WireError, why: str) -> None:
+        """Close the link with an error that answers no request (protocol, "Identity").
+
+        :param why: what the log says.
+        """
+        if self.session.is_open:
+            self._counters.errors_out[error.code] += 1
+            self._send(ERROR, self._error_body(error), ulid_now())
+            self.close(why)
 
     def _refuse(self, refusal: Refusal) -> None:
         error = refusal.error

@@ -25,6 +25,8 @@ from s2s.turns import Turns
 
 #: Jobs that run at once in one engine: one that hangs does not hold up the others.
 LINES: Final = 2
+#: Seconds between two looks for jobs that are missing from the table, where somebody removed their rows.
+DECLARE_S: Final = 30.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Scheduler:
         self._condition = condition
         self._frame_size = frame_size
         self._emitted = emitted
-        self._is_declared = False
+        self._clock = clock
+        self._declare_at: float | None = None
         #: What is under way here: one that hangs is not begun again by the other line.
         self._in_hand: set[str] = set()
         self._turns = Turns("the scheduler", self._turn, clock.scheduler, LINES if jobs else 0)
@@ -94,10 +97,9 @@ class Scheduler:
 
         :returns: seconds to sleep, see :class:`s2s.turns.Turns`.
         """
-        if not self._is_declared:
-            schedules = {name: kind.schedule for name, kind in self._jobs.items()}
-            await self._database.run(table.declare, schedules, _next_after)
-            self._is_declared = True
+        if self._declare_at is None or self._clock.mono() >= self._declare_at:
+            await self._database.run(self._declare, self._declare_at is None)
+            self._declare_at = self._clock.mono() + DECLARE_S
         if self._condition.state != "running":
             return None
         due, due_in_s = await self._database.run(
@@ -146,6 +148,11 @@ class Scheduler:
             news.info("job {job}: {told}", job=due.job_type, told=told or "done")
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
+
+    def _declare(self, txn: Cursor, is_first: bool) -> None:
+        # Later the missing ones alone: another engine may have declared another schedule of the same job since.
+        names = self._jobs if is_first else table.missing(txn, self._jobs)
+        table.declare(txn, {name: self._jobs[name].schedule for name in names}, _next_after)
 
     def _attempt(self, txn: Cursor, job_types: list[str]) -> tuple[DueJob | None, float | None]:
         due = table.attempt(txn, job_types)

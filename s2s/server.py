@@ -73,7 +73,7 @@ class Server(Role):
         self._pulse = Pulse(basis.database, clock)
         self._executor = executor
         self._is_draining = False
-        self.links = ServerLinks(basis.counters, self._engine_up, self._links_changed)
+        self.links = ServerLinks(basis.counters, self._engine_up, self._links_changed, clock.mono)
         self._steerer = Steerer(basis.database, self.links, basis.identity.boot_id, clock)
         self._courier = Courier(basis.database, self.links, clock)
         hears = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import getpass
+import os
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +20,10 @@ from s2s.errors import BadPayload, Forbidden, NotReady, WireError
 from s2s.ledger import MAX_WAITING, Ledger
 from s2s.limits import Counters
 from s2s.responders.shutdown import Shutdown
-from s2s.store import actions, audit, commands_admin, config, driver, engines, outbox, steering
+from s2s.store import actions, audit, commands_admin, config, driver, engines, outbox, steering, tokens
 from s2s.store.pool import Database, blocking
 from tests.support.peer import CHECK, Key, ListeningPeer, Peer
-from tests.support.postgres import DatabaseTestCase
+from tests.support.postgres import DatabaseTestCase, database_url, drop_database, make_database, template
 from tests.support.roles import RoleTestCase
 from tests.support.waiting import poll
 from tests.test_cli import CliTestCase
@@ -127,6 +129,11 @@ class AppendOnlyTests(AuditTestCase):
         )
 
 
+def _run(*argv: str) -> None:
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 class ChangesTests(AuditTestCase, CliTestCase):
     """Settings, keys, orders and what is wanted of engines: the tables' own triggers."""
 
@@ -144,6 +151,97 @@ class ChangesTests(AuditTestCase, CliTestCase):
                 (self.user, *setting, {"value": 40}, {"version": 2, "was": 30}),
             ],
         )
+
+    def test_settings_by_sql(self) -> None:
+        """A setting that comes, goes or gets other bounds is told with what it was; a release's own are not."""
+        self.assertEqual(self.new(), [])
+        self.execute("insert into config (key, value, type, max) values ('my.own', '5', 'integer', 9)")
+        self.execute("update config set max = 99 where key = 'my.own'")
+        self.execute("update config set key = 'my.other' where key = 'my.own'")
+        self.execute("delete from config where key = 'my.other'")
+        self.execute("update config_version set version = 7")
+        rules = {"value": 5, "type": "integer", "min": None, "description": ""}
+        self.assertEqual(
+            self.new(),
+            [
+                (self.user, "config.add", "my.own", {**rules, "key": "my.own", "max": 9}, None),
+                (self.user, "config.change", "my.own", {"max": 99}, {"was": {"max": 9}}),
+                (self.user, "config.change", "my.other", {"key": "my.other"}, {"was": {"key": "my.own"}}),
+                (self.user, "config.delete", "my.other", {}, {"was": {**rules, "key": "my.other", "max": 99}}),
+                (self.user, "config.version", "", {"version": 7}, {"was": 0}),
+            ],
+        )
+        ((settings,),) = self.execute("select count(*) from config")
+        self.execute("truncate config, config_version")
+        told = self.new()
+        self.assertEqual([each[1] for each in told].count("config.delete"), settings)
+        self.assertIn((self.user, "config.version", "7", {}, {"was": {"version": 7}}), told)
+
+    def test_truncated(self) -> None:
+        """A TRUNCATE of tokens or engines is told row by row, without a token's hash."""
+        self.execute("insert into engines (name, wanted, reason) values ('a', 'paused', 'night')")
+        with blocking(self.url) as txn:
+            tokens.add(txn, "mine", "admin")
+        self.new()
+        self.execute("truncate api_tokens, engines")
+        token, engine = sorted(self.new(), key=lambda each: each[2], reverse=True)
+        self.assertEqual(token[:4], (self.user, "tokens.revoke", "mine", {}))
+        self.assertEqual(engine[:4], (self.user, "engine.wanted", "a", {}))
+        assert token[4] is not None
+        assert engine[4] is not None
+        self.assertEqual((token[4]["was"]["role"], "token_sha256" in token[4]["was"]), ("admin", False))
+        self.assertEqual((engine[4]["was"]["wanted"], engine[4]["was"]["reason"]), ("paused", "night"))
+
+    def test_from_any_search_path(self) -> None:
+        """Neither a temporary table called audit nor another search_path silences the audit, or gets in the way."""
+        self.execute("create schema other")
+        self.execute("create function other.s2s_actor() returns text language sql as $$ select 'nobody' $$")
+        for number, path in enumerate(("public", "''", "pg_temp, public", "other", "other, public")):
+            with self.subTest(path=path), blocking(self.url) as txn:
+                txn.execute("create temporary table audit (like public.audit including all)")
+                txn.execute("create temporary table config_history (like public.config_history)")
+                txn.execute(f"set search_path = {path}")
+                key = (f"k{number}", _SECRET)
+                txn.execute("insert into public.s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')", key)
+                txn.execute("update public.config set value = to_jsonb(%s) where key = 'relay.window'", (number + 1,))
+                txn.execute("insert into public.broadcasts (message) values ('x')")
+                txn.execute("insert into public.orders (rpc, params) values ('a.b', '{}')")
+                txn.execute(
+                    "select (select count(*) from pg_temp.audit), (select count(*) from pg_temp.config_history)"
+                )
+                self.assertEqual(txn.fetchone(), (0, 0))
+                txn.execute("set search_path = public")
+            told = self.new()
+            self.assertEqual([each[1] for each in told], ["keys.add", "config.set", "a.b"])
+            self.assertEqual([each[0] for each in told], [self.user] * 3)
+
+    def test_every_function_has_its_search_path(self) -> None:
+        """No function of ours resolves a name by the session's search_path, and temporary tables come last."""
+        functions = self.execute("select proname, proconfig from pg_proc where proname ~ '^s2s_'")
+        self.assertGreater(len(functions), 10)
+        for name, settings in functions:
+            with self.subTest(function=name):
+                self.assertIn("search_path=pg_catalog, public, pg_temp", settings or [])
+
+    def test_restored(self) -> None:
+        """pg_restore --data-only brings rows into a migrated database, and each is in its audit."""
+        with blocking(self.url) as txn:
+            tokens.add(txn, "mine", "admin")
+        self.execute("insert into s2s_keys (key_id, key_b64, role) values ('k1', %s, 'any')", _SECRET)
+        self.execute("insert into engines (name, wanted, reason) values ('a', 'paused', 'night')")
+        self.execute("insert into orders (order_id, rpc, params) values ('o', 'a.b', '{}')")
+        self.execute("insert into broadcasts (message) values ('x')")
+        dump, other = self.mktemp(), f"{self.id().rpartition('.')[2]}_{os.getpid()}"
+        make_database(other, template())
+        self.addCleanup(drop_database, other)
+        # These have rows in a migrated database.
+        there = [f"--exclude-table=public.{table}" for table in ("s2s_migrations", "config", "config_version", "audit")]
+        ((programs,),) = self.execute("select setting from pg_config where name = 'BINDIR'")
+        _run(f"{programs}/pg_dump", "--format=custom", "--data-only", *there, f"--file={dump}", self.url)
+        _run(f"{programs}/pg_restore", "--data-only", "--exit-on-error", f"--dbname={database_url(other)}", dump)
+        with blocking(database_url(other)) as txn:
+            told = {(each.action, each.subject) for each in audit.list_entries(txn)}
+        self.assertEqual(told, {("tokens.add", "mine"), ("keys.add", "k1"), ("engine.wanted", "a"), ("a.b", "o")})
 
     def test_keys_by_command_line(self) -> None:
         """Each row that a step of a rotation changes is an entry of that step; a refused step leaves none."""

@@ -62,6 +62,18 @@ class BackoffTests(SynchronousTestCase):
         backoff.proven()
         self.assertEqual(backoff(0), 0.1)
 
+    def test_dismissed_again_and_again(self) -> None:
+        """Each proven link that the server refuses makes the next pause longer, until one lasts for two minutes."""
+        backoff = self.make()
+        pauses = []
+        for lasted in (900.0, 0.1, 7.0, 60.0, 60.0, 120.0, 60.0):
+            backoff.proven()
+            backoff.dismissed(lasted)
+            pauses.append(backoff(0))
+        self.assertEqual(pauses, [10.0, 20.0, 40.0, 60.0, 60.0, 10.0, 20.0])
+        backoff.proven()
+        self.assertEqual(backoff(0), 0.1)
+
     def test_never_given_up(self) -> None:
         """After ten thousand tries the pause is what it was, and no number overflows."""
         backoff = self.make()

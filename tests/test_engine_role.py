@@ -9,6 +9,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
+from s2s.news import LINK_UP
 from tests.support.peer import (
     CHECK,
     ERROR,
@@ -174,6 +175,16 @@ class EngineRoleTests(RoleTestCase):
         yield self.engine_role.says("retry", 2)
         self.assertGreaterEqual(self.pauses()[-1], 5)
 
+    @inlineCallbacks
+    def test_another_process_takes_its_link(self):
+        """A signed refusal of the link that answers nothing makes it come back slowly, and its log has the reason."""
+        peer = self.linked()
+        peer.send(ERROR, {"code": "forbidden", "message": "give each a --name", "details": {"retryable": False}})
+        peer.close()
+        yield self.engine_role.says("retry")
+        self.assertGreaterEqual(self.pauses()[-1], 5)
+        self.assertEqual(len(self.engine_role.lines("link down: the peer refuses the link: give each a --name")), 1)
+
     def test_refuses(self):
         """It refuses as a server does: its own frame, an unsigned one, and what it does not serve."""
         peer = self.linked()
@@ -270,3 +281,27 @@ class EngineRoleTests(RoleTestCase):
         self.assertEqual(seen, set(keys))
         yield self.emptied()
         self.assertEqual(self.count("outbox"), 0)
+
+
+class TwoOfOneNameTests(RoleTestCase):
+    """Two engine processes that run under one name."""
+
+    @inlineCallbacks
+    def test_the_one_that_lost_waits(self):
+        """The older one leaves the link to the newer for 5 s or more, and both logs say what to do."""
+        server = self.server()
+        yield server.start()
+        (self.directory / "other").mkdir()
+        first = self.engine(server.port)
+        second = Engine(self.directory / "other", self.url, server.port)
+        self.addCleanup(second.stop)
+        yield first.start()
+        yield server.says(LINK_UP)
+        yield second.start()
+        yield first.says("retry")
+        [down] = first.lines("link down")
+        self.assertIn("another process has linked as engine-1 with this key: give each a --name of its own", down)
+        [pause] = re.findall(r"Scheduling retry .* in (\S+) seconds", first.log)
+        self.assertGreaterEqual(float(pause), 5)
+        [told] = server.lines("replaces the link of another process")
+        self.assertIn("give each a --name", told)

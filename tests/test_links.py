@@ -6,11 +6,13 @@ from typing import Any
 
 from twisted.internet.task import Clock as FakeClock
 from twisted.internet.testing import StringTransport
+from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s import links
 from s2s.clock import Clock
 from s2s.dispatch import Dispatcher
+from s2s.errors import WireError
 from s2s.limits import Bounds, Counters, Timing
 from s2s.links import MAX_LINKS, MAX_SILENT, LinkFactory, ServerLinks
 from s2s.signing import Key, Keyring, Secret
@@ -35,6 +37,7 @@ class _Link:
         self.why = "the connection was lost"
         self.has_told = False
         self.closed: str | None = None
+        self.dismissed: WireError | None = None
 
     def may_tell(self, why: str) -> bool:
         """There is always a line."""
@@ -46,6 +49,11 @@ class _Link:
             self.session.is_open = False
             self.closed = self.why = why
 
+    def dismiss(self, error: WireError, why: str) -> None:
+        """Close with an error."""
+        self.dismissed = error
+        self.close(why)
+
 
 class ServerLinksTests(SynchronousTestCase):
     """:class:`ServerLinks`."""
@@ -54,7 +62,8 @@ class ServerLinksTests(SynchronousTestCase):
         """Make an empty register."""
         self.up: list[Any] = []
         self.counters = Counters()
-        self.links = ServerLinks(self.counters, self.up.append)
+        self.mono = 0.0
+        self.links = ServerLinks(self.counters, self.up.append, mono=lambda: self.mono)
 
     def made(self, key_id: str | None = None, **peer: Any) -> Any:
         """Let a connection be made."""
@@ -79,6 +88,43 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual((self.links.engines, old.closed), ([new], "the same engine has a newer link"))
         self.links.link_lost(old)
         self.assertEqual((self.links.engines, len(self.links), new.closed), ([new], 1, None))
+
+    def test_another_process_of_the_same_name(self) -> None:
+        """The process whose link is replaced is told why; a link of the same process is closed without a word."""
+        old, new, again = (self.made("k1", name="e1", boot_id=boot) for boot in ("a", "b", "b"))
+        self.links.link_proven(old)
+        self.links.link_proven(new)
+        assert old.dismissed is not None
+        self.assertEqual(old.dismissed.code, "forbidden")
+        self.assertIn("give each a --name", old.dismissed.message)
+        self.links.link_proven(again)
+        self.assertEqual((new.closed, new.dismissed), ("the same engine has a newer link", None))
+        self.assertEqual(self.links.engines, [again])
+
+    def test_a_fight_is_told_once_a_minute(self) -> None:
+        """Links of one engine that replace each other many times a second make one line a minute, with the count."""
+        lines: list[str] = []
+        observer = lambda event: lines.append(str(event["log_format"]).format(**event))  # noqa: E731
+        globalLogPublisher.addObserver(observer)
+        self.addCleanup(globalLogPublisher.removeObserver, observer)
+        for number in range(1, 17 * 120):
+            self.mono = number / 17
+            self.links.link_proven(link := self.made("k1", name="e1", boot_id=str(number)))
+            for each in list(self.links):
+                if each is not link:
+                    self.links.link_lost(each)
+        self.assertEqual(len(lines), 3 * 2 + 1, lines)
+        self.assertIn("as 1019 others did", lines[4])
+
+    def test_memory_of_fights_is_bounded(self) -> None:
+        """However many names are fought for, only the newest are remembered, and the links of none are kept."""
+        for number in range(MAX_LINKS + 50):
+            pair = [self.made("k1", name=str(number), boot_id=boot) for boot in "ab"]
+            for link in pair:
+                self.links.link_proven(link)
+            for link in pair:
+                self.links.link_lost(link)
+        self.assertEqual(len(self.links._replaced), MAX_LINKS)
 
     def test_other_engines(self) -> None:
         """Another name, or another key, is another engine; engines without a name are one for each key."""

@@ -71,6 +71,14 @@ _BROKEN = {
         "class Ring(Ring):\n    schema = {'type': 'object', 'properties': 5}\nring = Ring()",
         "SchemaError: 5 is not of type 'object': mend it",
     ),
+    "remote": (
+        "class Ring(Ring):\n    schema = {'type': 'object', '$ref': 'http://127.0.0.1:1/x'}\nring = Ring()",
+        "http://127.0.0.1:1/x",
+    ),
+    "backtracking": (
+        "class Ring(Ring):\n    schema = {'type': 'object', 'properties': {'a': {'pattern': '(?=a)'}}}\nring = Ring()",
+        "backtracking.ring is left out: the pattern at /properties/a/pattern",
+    ),
     "attribute": (
         "class Ring(Ring):\n    @property\n    def cmd_type(self): raise LookupError('gone')\nring = Ring()",
         "attribute.ring is left out: LookupError: gone",
@@ -239,6 +247,34 @@ class ReadmeTests(SynchronousTestCase):
         for path in ("harbour/__init__.py", "s2s/plugins/harbour_plugins.py", "setup.cfg", "pyproject.toml"):
             with self.subTest(path=path):
                 self.assertTrue(indent((_EXAMPLE / path).read_text("utf-8"), "    ") in readme, path)
+
+
+class PoisonTests(RoleTestCase):
+    """A payload that its schema refuses, where the reason would be sought for years."""
+
+    @inlineCallbacks
+    def test_the_server_lives(self) -> Iterator[Deferred[Any]]:
+        """It answers each poison with the path, serves what comes after, and ends on SIGTERM."""
+        plugin = self.directory / "s2s" / "plugins" / "poison.py"
+        plugin.parent.mkdir(parents=True)
+        members = {"words": {"pattern": "^([A-Za-z]+ ?)+$"}, "rows": {"uniqueItems": True}}
+        schema = {"type": "object", "properties": members}
+        plugin.write_text(_PREAMBLE + f"class Poison(Ring):\n    schema = {schema!r}\nring = Poison()\n")
+        path = os.pathsep.join((str(self.directory), os.environ.get("PYTHONPATH", "")))
+        with mock.patch.dict(os.environ, PYTHONPATH=path.rstrip(os.pathsep)):
+            server = self.server()
+            yield server.start()
+        peer = server.connect()
+        self.addCleanup(peer.close)
+        peer.greet()
+        rows = [{"n": n} for n in range(5000)]
+        for name, poison in (("words", "a" * 48 + "!"), ("rows", [*rows, rows[0]])):
+            refused = peer.call(PUSH, command(name, {name: poison}, cmd_type="bell.ring"))
+            self.assertEqual((refused["code"], refused["details"]["path"]), ("bad_payload", f"/payload/payload/{name}"))
+        self.assertTrue(peer.call(PUSH, command("sound", {"rows": rows[:9]}, cmd_type="bell.ring"))["accepted"])
+        server.terminate()
+        yield poll(lambda: not server.is_running, "the server ends")
+        server.assert_ended_well()
 
 
 @cache

@@ -16,6 +16,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs
 
+from s2s import scheduler as scheduling
 from s2s import turns
 from s2s.clock import Clock
 from s2s.condition import Condition
@@ -208,6 +209,17 @@ class TimeTests(SchedulerTestCase):
         self.start(_Job("tick", _nothing), _Job("other", _nothing))
         await self.reached("runs > 0", "other")
         self.assertEqual(self.row("due_at = '2100-01-01 00:00:07Z'"), (True,))
+
+    async def test_a_row_that_was_removed(self) -> None:
+        """A job whose row was removed is declared again; a row that another engine declared otherwise stays."""
+        self.patch(scheduling, "DECLARE_S", 0.1)
+        self.start(_Job("tick", _nothing), _Job("other", _nothing))
+        await self.reached("true", "other")
+        await self.reached("true", "tick")
+        self.execute("update jobs set schedule = 'every:7s' where job_type = 'other'")
+        self.execute("delete from jobs where job_type = 'tick'")
+        await self.reached("schedule = 'every:3600s'", "tick")
+        self.assertEqual(self.row("schedule", "other"), ("every:7s",))
 
     async def test_what_nobody_has(self) -> None:
         """A job of an engine that is gone stays in the table, and holds up no other."""

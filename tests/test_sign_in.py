@@ -217,11 +217,10 @@ class RealTests(ApiTestCase):
         yield poll(lambda: self.ask("GET", "/v1/config").status == 401, "it is not let in")
 
     def test_only_health_is_open(self) -> None:
-        """Without a token nothing but /healthz answers, whether it is there or not."""
+        """Without a token nothing but /healthz and /readyz answers, whether it is there or not."""
         self.assertEqual(ask(self.api, "GET", "/healthz").body, {"status": "ok"})
         for path in (
             "/",
-            "/readyz",
             "/openapi.json",
             "/v1/engines",
             "/v1/nothing",

@@ -108,6 +108,28 @@ class FrozenTests(DatabaseTestCase):
             orders.give(txn, "o", ForceTick.rpc, {"job_type": "tick"}, "somebody", by_link=True)
         self.check(lambda txn: orders.attempt(txn, [ForceTick.rpc], [], [], 0.0))
 
+    async def test_a_claim_that_was_lost(self) -> None:
+        """A claim whose COMMIT comes late, while the same worker already claims anew, is replaced by the new one."""
+        for key in "ab":
+            self.execute("insert into commands (cmd_type, idem_key, payload) values ('notice.publish', %s, '{}')", key)
+        lost = psycopg2.connect(self.url)
+        self.addCleanup(lost.close)
+        [first] = notes.claim(lost.cursor(), "boot", 0, 1)
+        found: list[int] = []
+
+        def claim() -> None:
+            with blocking(self.url, "again") as txn:
+                found.extend(notes.claim(txn, "boot", 0, 10))
+
+        again: Deferred[None] = deferToThread(claim)
+        waits = "select 1 from pg_stat_activity where application_name = 'again' and wait_event_type = 'Lock'"
+        await poll(lambda: self.execute(waits), "the new claim waits for the lost one")
+        lost.commit()
+        await again
+        [second] = found
+        self.assertNotEqual(first, second)
+        self.assertEqual(self.execute("select cmd_ids from batch_notes"), [([second],)])
+
     def test_a_batch_of_commands(self) -> None:
         """A batch of commands."""
         self.execute("insert into commands (cmd_type, idem_key, payload) values ('notice.publish', 'a', '{}')")

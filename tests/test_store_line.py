@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import psycopg2
+from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.logger import LogEvent, globalLogPublisher
 
@@ -120,7 +121,8 @@ class LineTests(DatabaseTestCase):
         told: Deferred[Any] = Deferred()
 
         def stumble(rows: Any) -> None:
-            told.callback(rows)
+            # Later: a quick answer to the next query would come before this error is logged.
+            reactor.callLater(0, told.callback, rows)
             raise ZeroDivisionError
 
         self.database.ask(Query("select 1", ()), stumble)
@@ -232,6 +234,26 @@ class LineTests(DatabaseTestCase):
             await self.assertFailure(self.database.run_steps(_ask, "select 1"), DatabaseUnavailable)
         self.assertEqual(len(made), 1)
         self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
+
+    async def test_cancel_waits_for_no_connection(self) -> None:
+        """What waits for a connection when the grace is over fails at once, and was not sent."""
+        may_connect = threading.Event()
+        self.addCleanup(may_connect.set)
+
+        def slowly(*args: Any) -> Any:
+            may_connect.wait(20)
+            return connect(*args)
+
+        connect = line.open_async
+        with mock.patch.object(line, "open_async", slowly):
+            asked = self.database.run_steps(_ask, "insert into t values (1)")
+            self.assertNoResult(asked)
+            cancelled = self.database.cancel()
+            self.assertIn("cancelled", str(self.failureResultOf(asked, DatabaseUnavailable).value))
+            may_connect.set()
+        self.assertTrue(await cancelled)
+        await poll(lambda: not self.backends(), "no connection")
+        self.assertEqual(self.execute("select a from t"), [])
 
     async def test_cancel(self) -> None:
         """When the grace is over what is under way is given up at once, and nothing more is taken."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import socket
@@ -54,8 +55,20 @@ class WrapperTests(ApiTestCase):
             "a:b:c",
             "s2s.example",
         ):
-            for path in ("/healthz", "/v1/config"):
-                self.refused(421, "forbidden", "GET", path, headers={"Host": host})
+            self.refused(421, "forbidden", "GET", "/v1/config", headers={"Host": host})
+            for path in ("/healthz", "/readyz"):
+                self.assertEqual(ask(self.api, "GET", path, headers={"Host": host}).status, 200, host)
+
+    def test_checks_of_a_load_balancer(self) -> None:
+        """Health and readiness answer HTTP/1.0 without Host, with any query, and without a token; nothing else does."""
+        port = int(self.api.rpartition(":")[2])
+        for path, status in (
+            (b"/healthz", b"200"), (b"/healthz?x", b"200"), (b"/healthz?a=1&a=1&%FF", b"200"), (b"/readyz", b"200"),
+            (b"/readyz?x=1", b"200"), (b"/openapi.json", b"421"), (b"/v1/config", b"421"),
+        ):  # fmt: skip
+            with socket.create_connection(("127.0.0.1", port)) as raw, self.subTest(path=path):
+                raw.sendall(b"GET " + path + b" HTTP/1.0\r\n\r\n")
+                self.assertEqual(raw.makefile("rb").read().split(b" ")[1], status)
 
     @inlineCallbacks
     def test_more_hosts(self) -> Iterator[Deferred[Any]]:
@@ -63,7 +76,8 @@ class WrapperTests(ApiTestCase):
         api, server = self.make_server("--http-hosts", "s2s.example, Other.Example")
         yield server.start()
         for host, status in (("s2s.example:8321", 200), ("other.example", 200), ("third.example", 421)):
-            self.assertEqual(ask(api, "GET", "/healthz", headers={"Host": host}).status, status)
+            answer = ask(api, "GET", "/v1/config", self.tokens["admin"], headers={"Host": host})
+            self.assertEqual(answer.status, status)
 
     def test_headers(self) -> None:
         """Every answer says what it is, is kept by nobody, lets no other page in, and does not tell what we run on."""
@@ -79,7 +93,7 @@ class WrapperTests(ApiTestCase):
     def test_headers_that_are_wrong(self) -> None:
         """A header that is no text is none of ours; one that stands twice could be read in two ways, and is refused."""
         self.refused(401, "auth_bad", "GET", "/v1/config", headers={"Authorization": "Bearer \u00e9"})
-        self.refused(421, "forbidden", "GET", "/healthz", headers={"Host": "\u00e9"})
+        self.refused(421, "forbidden", "GET", "/v1/config", headers={"Host": "\u00e9"})
         connection = http.client.HTTPConnection("127.0.0.1", int(self.api.rpartition(":")[2]))
         self.addCleanup(connection.close)
         for name in ("Host", "Authorization", "Idempotency-Key", "Content-Type"):
@@ -144,7 +158,7 @@ class WrapperTests(ApiTestCase):
         self.assertEqual(
             self.refused(404, "not_found", "GET", "/v1/orders?cursor=nobody").body["path"], "/query/cursor"
         )
-        self.refused(422, "bad_payload", "GET", "/readyz?x=1")
+        self.refused(422, "bad_payload", "GET", "/openapi.json?x=1")
         self.assertEqual(
             self.ask("GET", "/v1/commands?cmd_type=%C3%A9&limit=500&cursor=999999999999999999").body["items"], []
         )
@@ -181,7 +195,11 @@ class WrapperTests(ApiTestCase):
         )
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
             self.refused(415, "unsupported_type", "POST", TICK, raw=b"{}", headers={"Content-Type": kind})
-        fine = {"Content-Type": "Application/JSON; charset=utf-8"}
+        for coding, raw in (("gzip", gzip.compress(b"{}")), ("br", b"{}"), ("gzip, identity", b"{}")):
+            coded = {"Content-Type": "application/json", "Content-Encoding": coding}
+            answer = self.refused(415, "unsupported_type", "POST", TICK, raw=raw, headers=coded)
+            self.assertIn("without Content-Encoding", answer.body["detail"])
+        fine = {"Content-Encoding": "Identity", "Content-Type": "Application/JSON; charset=utf-8"}
         self.refused(422, "bad_payload", "POST", TICK, raw=b"{}", headers=fine)
         self.assertEqual(self.count("orders"), 0)
 
@@ -452,6 +470,10 @@ class ReadinessTests(ApiTestCase):
         yield poll(lambda: ask(api, "GET", "/readyz", token).status == 503, "it is not ready")
         answer = ask(api, "GET", "/readyz", token)
         self.assertEqual((answer.status, answer.body["database"]), (503, "no answer within 2 s"))
+        answer = ask(api, "GET", "/readyz")
+        self.assertEqual((answer.status, answer.body["database"], answer.body["executor"]), (503, "not ready", "off"))
+        self.assertEqual(answer.body["detail"], "the server is not ready: database: not ready")
+        self.assertEqual(ask(api, "GET", "/readyz", "guessed").status, 401)
         answer = yield hanging
         self.assertEqual((answer.status, answer.body["code"]), (504, "deadline_exceeded"))
         self.cluster.thaw()

@@ -60,6 +60,7 @@ class Change:
 
 def declare(txn: Cursor) -> None:
     """Put this release's settings into the table; values that are there already stay."""
+    txn.execute("select set_config('s2s.action', 'config.declare', true)")
     for setting in SETTINGS:
         txn.execute(
             "insert into config (key, value, type, min, max, description) values (%s, %s, %s, %s, %s, %s)"

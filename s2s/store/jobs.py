@@ -84,6 +84,15 @@ def declare(txn: Cursor, schedules: Mapping[str, str], next_after: Callable[[str
         )
 
 
+def missing(txn: Cursor, job_types: Iterable[str]) -> list[str]:
+    """Return those of some jobs that are not in the table."""
+    txn.execute(
+        "select name from unnest(%s::text[]) name where not exists (select from jobs where job_type = name)",
+        (list(job_types),),
+    )
+    return [name for (name,) in txn]
+
+
 def attempt(txn: Cursor, job_types: Iterable[str]) -> DueJob | None:
     """Count an attempt of the job that is due for the longest time.
 

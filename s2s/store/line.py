@@ -140,6 +140,9 @@ class Line:
         """
         self._cancelled = why
         self._lost(why)
+        if self._done is not None:
+            # It waits for a connection, so that nothing of it was sent.
+            self._end(Failure(DatabaseUnavailable(why)))
         return self._idle()
 
     def _idle(self) -> Deferred[None]:
@@ -160,7 +163,10 @@ class Line:
                 why = f"{MOST_GIVEN_UP} sessions have not ended whose statements got no answer"
                 self._end(Failure(DatabaseUnavailable(why)))
             elif conn is None:
-                self._connect().addCallbacks(lambda _: self._send(query), self._end)
+                # One that was cancelled meanwhile is over.
+                self._connect().addCallbacks(
+                    lambda _: self._send(query), lambda failure: self._end(failure) if self._done is done else None
+                )
             elif not isinstance(statement, Prepared):
                 self._execute(statement, query.params, self._end)
             elif statement in conn.plans:

@@ -39,16 +39,18 @@ _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(:[0-9]{1,5})?")
 class Plain:
     """What is answered without the database, and so is no operation.
 
-    :param give: gives what is said.
-    :param is_open: whether it is answered without a token.
+    :param give: returns what is said; called with whether the request had a valid token.
+    :param is_open: whether it is answered without a token, under any Host, and whatever its query says: a load balancer
+        may have none of the three. A token that is sent counts all the same, where ``reads_token``.
     """
 
     name: str
     path: str
     summary: str
     reply: Mapping[str, Any]
-    give: Callable[[], Awaitable[Any]]
+    give: Callable[[bool], Awaitable[Any]]
     is_open: bool = False
+    reads_token: bool = True
 
 
 class Api(Resource):
@@ -129,18 +131,22 @@ class Api(Resource):
     async def _serve(self, request: Request, visit: Visit) -> Reply[Any]:
         if self.is_stopping:
             raise ShuttingDown("the server is shutting down", retry_after_ms=1000)
-        self._check_host(request)
         method = "GET" if request.method == b"HEAD" else request.method.decode("ascii", "replace")
         path, _, query = request.uri.partition(b"?")
         plain = self._plain.get(path)
         if plain is None or not plain.is_open:
-            caller = await self._sign_in.caller(_header(request, b"authorization"), _address(request))
+            self._check_host(request)
+        authorization = None
+        if plain is None or plain.reads_token:
+            authorization = _header(request, b"authorization")
+        if plain is None or not plain.is_open or authorization is not None:
+            caller = await self._sign_in.caller(authorization, _address(request))
         if plain is not None:
             if method != "GET":
                 raise wrong_method(method, allowed(["GET"]))
-            if query:
+            if query and not plain.is_open:
                 raise BadPayload("this path takes no query", path="/query")
-            return Reply(await plain.give())
+            return Reply(await plain.give(authorization is not None))
         operation, where = self._routes.find(method, path)
         ask = self._ask(request, operation, caller, where, query)
         reply = await self._conductor.perform(operation, ask, visit)
@@ -183,6 +189,9 @@ def _body(request: Request, operation: Operation[Any]) -> Any:
     raw = request.content.read() if operation.method != "GET" and request.content is not None else b""
     if not raw:
         return {}
+    coding = (_header(request, b"content-encoding") or "identity").strip().lower()
+    if coding != "identity":
+        raise problems.wrong_coding()
     media_type = (_header(request, b"content-type") or "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise problems.wrong_media_type()

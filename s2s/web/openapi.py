@@ -74,11 +74,15 @@ def _described(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(plain: Plain) -> dict[str, Any]:
-    statuses = (400, 421, 503) if plain.is_open else (*_ANY, 422)
+    statuses = {400, 503} if plain.is_open else {*_ANY, 422}
+    if plain.reads_token:
+        statuses |= {401, 429}
+    # An empty requirement beside the token makes the token optional.
+    security: list[dict[str, list[str]]] = ([{}] if plain.is_open else []) + ([_TOKEN] if plain.reads_token else [])
     return {
         "operationId": plain.name,
         "summary": f"{plain.summary}.",
-        "security": [] if plain.is_open else [_TOKEN],
+        "security": security,
         "responses": {
             "200": _json("It is.", plain.reply),
             **_refusals(statuses),

@@ -105,6 +105,11 @@ def wrong_media_type() -> Problem:
     return Problem(UnsupportedType("send the body as Content-Type: application/json"), 415)
 
 
+def wrong_coding() -> Problem:
+    """Refuse a body that is compressed."""
+    return Problem(UnsupportedType("send the body as it is, without Content-Encoding: no coding is supported"), 415)
+
+
 def problem(error: BaseException) -> Problem:
     """Say any exception as a problem; one that nobody expected becomes an incident."""
     if isinstance(error, Problem):

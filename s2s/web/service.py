@@ -50,8 +50,10 @@ class Web:
         self._waiting = Waiting(database, clock, counters)
         self._sign_in = SignIn(database, clock, counters)
         plain = (
-            Plain("healthz", "/healthz", "Whether the process is alive", _HEALTH, self._healthz, is_open=True),
-            Plain("readyz", "/readyz", "Whether the database and the executor serve", _READINESS, self._readyz),
+            Plain(
+                "healthz", "/healthz", "Whether the process is alive", _HEALTH, self._healthz, True, reads_token=False
+            ),
+            Plain("readyz", "/readyz", "Whether the database and the executor serve", _READINESS, self._readyz, True),
             Plain("openapi", "/openapi.json", "This document", {"type": "object"}, self._openapi),
         )
         self._document = document(OPERATIONS, plain)
@@ -77,18 +79,21 @@ class Web:
         self._sign_in.stop()
         await self.site.close()
 
-    async def _healthz(self) -> dict[str, str]:
+    async def _healthz(self, _: bool) -> dict[str, str]:
         return {"status": "ok"}
 
-    async def _readyz(self) -> dict[str, Any]:
+    async def _readyz(self, is_known: bool) -> dict[str, Any]:
         parts = dict(await self._readiness())
+        if not is_known:
+            # A stranger learns which part is not well, not why.
+            parts = {part: next(filter(said.startswith, WELL), "not ready") for part, said in parts.items()}
         if not all(said.startswith(WELL) for said in parts.values()):
             why = ", ".join(f"{part}: {said}" for part, said in parts.items() if not said.startswith(WELL))
             # Not 409: it is for no fault of the request's.
             raise Problem(NotReady(f"the server is not ready: {why}", retry_after_ms=1000, **parts), 503)
         return {"status": "ready", **parts}
 
-    async def _openapi(self) -> dict[str, Any]:
+    async def _openapi(self, _: bool) -> dict[str, Any]:
         return self._document
 
 

@@ -75,7 +75,7 @@ class Attack:
 #: it is, at most. A migration makes several files and declares the settings once.
 _STEP_S: Final = 15.0
 _COMINGS: Final = 3
-_MIGRATED: Final = {"migrate.file": 10, "migrate.settings": 1}
+_MIGRATED: Final = {"migrate.file": 11, "migrate.settings": 1}
 
 
 async def _at(stage: Stage, step: str, fault: Fault) -> None:
