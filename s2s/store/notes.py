@@ -117,11 +117,10 @@ def claim(
     cmd_ids = [cmd_id for cmd_id, _ in fresh] or [cmd_id for cmd_id, _ in found[:1]]
     if cmd_ids:
         txn.execute(
-            # A claim whose connection was lost may have been committed since the note was struck.
-            "insert into batch_notes (boot_id, worker, cmd_ids) values (%s, %s, %s::bigint[])"
-            " on conflict (boot_id, worker) do update set cmd_ids = excluded.cmd_ids, noted_at = excluded.noted_at,"
-            " note_id = excluded.note_id, stuck = false returning note_id",
-            (boot_id, worker, numbers(cmd_ids)),
+            # A claim whose connection was lost may have been committed since the notes were struck.
+            "with late as (delete from batch_notes where boot_id = %s and worker = %s and note_id >= %s)"
+            " insert into batch_notes (boot_id, worker, cmd_ids) values (%s, %s, %s::bigint[]) returning note_id",
+            (boot_id, worker, ready.first_note, boot_id, worker, numbers(cmd_ids)),
         )
         ((note_id,),) = txn.fetchall()
         ready.noted(worker, note_id)
