@@ -19,6 +19,7 @@ from s2s.commands import Command, CommandType, registry
 from s2s.executor import Executor
 from s2s.inbox import Inbox
 from s2s.store.driver import Cursor
+from s2s.store.handler_pool import HandlerPool
 from s2s.store.pool import Database
 
 #: Pushes under way at once, and commands that may wait to be run before no more are pushed.
@@ -42,7 +43,8 @@ async def _measure(url: str, seconds: float, held_seconds: float, step: float, c
     make_monotonic(reactor)
     database = Database(url, "bench", threads=5)
     served = registry([_Nothing()])
-    executor = Executor(database, served, "bench")
+    handlers = HandlerPool(database, "bench handlers", threads=2)
+    executor = Executor(database, handlers, served, "bench")
     inbox = Inbox(database, served, executor.wake)
     numbers: Iterator[int] = iter(range(10**12))
     began, is_over = time.monotonic(), False
@@ -55,6 +57,7 @@ async def _measure(url: str, seconds: float, held_seconds: float, step: float, c
             await inbox.push({"cmd_type": "bench.nothing", "idem_key": f"b{number}", "payload": {"number": number}})
 
     database.start()
+    handlers.start()
     executor.start()
     pushing = [Deferred.fromCoroutine(push()) for _ in range(_WINDOW)]
     holder = psycopg2.connect(url)
@@ -73,6 +76,7 @@ async def _measure(url: str, seconds: float, held_seconds: float, step: float, c
     for each in pushing:
         await each
     await executor.stop()
+    await handlers.stop()
     await database.stop()
     holder.close()
     free, held = (sorted(each)[len(each) // 2] for each in rates.values())

@@ -240,7 +240,8 @@ class ChangesTests(AuditTestCase, CliTestCase):
         _run(f"{programs}/pg_dump", "--format=custom", "--data-only", *there, f"--file={dump}", self.url)
         _run(f"{programs}/pg_restore", "--data-only", "--exit-on-error", f"--dbname={database_url(other)}", dump)
         with blocking(database_url(other)) as txn:
-            told = {(each.action, each.subject) for each in audit.list_entries(txn)}
+            txn.execute("select action, subject from audit")
+            told = set(txn)
         self.assertEqual(told, {("tokens.add", "mine"), ("keys.add", "k1"), ("engine.wanted", "a"), ("a.b", "o")})
 
     def test_keys_by_command_line(self) -> None:

@@ -35,7 +35,7 @@ _ALONE: Final = frozenset(
 )  # fmt: skip
 #: Keywords whose refusal may come from any of several schemas: the explanation ends there.
 _COMBINED: Final = (
-    "anyOf", "oneOf", "not", "if", "contains", "dependentSchemas", "patternProperties", "propertyNames",
+    "anyOf", "oneOf", "not", "contains", "dependentSchemas", "patternProperties", "propertyNames",
     "additionalProperties", "unevaluatedItems", "unevaluatedProperties", "$ref", "$dynamicRef",
 )  # fmt: skip
 
@@ -134,12 +134,15 @@ class _Explanation:
     def _go_in(self, rules: Mapping[str, Any]) -> bool:
         """Go to the first part that refuses the value, a member or an item of it."""
         for part, inner, value, step in self._inner(rules):
-            validator = self._parts.get(part)
-            if validator is not None and not validator.is_valid(value):
+            if not self._is_met(part, value):
                 self._part, self._rules, self._value = part, inner, value
                 self._path += step
                 return True
         return False
+
+    def _is_met(self, part: str, value: Any) -> bool:
+        validator = self._parts.get(part)
+        return validator is None or validator.is_valid(value)
 
     def _inner(self, rules: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, str]]:
         """Yield parts with their pointers, the value that each is about, and the step to it."""
@@ -159,6 +162,10 @@ class _Explanation:
         for index, rule in enumerate(rules.get("allOf", ())[: _MOST_TRIES - self._tries]):
             self._tries += 1
             yield f"{here}/allOf/{index}", rule, value, ""
+        if "if" in rules:
+            self._tries += 1
+            branch = "then" if self._is_met(f"{here}/if", value) else "else"
+            yield f"{here}/{branch}", rules.get(branch, True), value, ""
         reference = rules.get("$ref", "")
         if reference == "#" or reference.startswith("#/"):
             pointer = unquote(reference)
