@@ -15,7 +15,19 @@ from s2s.clock import Clock
 from s2s.clock_watch import ADOPT_S, LOOK_S, ClockWatch
 from s2s.errors import DatabaseUnavailable
 from s2s.jobs import parse_schedule
-from s2s.store import actions, clock_drift, commands, commands_admin, driver, jobs, outbox, retention, rotation, tokens
+from s2s.store import (
+    actions,
+    clock_drift,
+    commands,
+    commands_admin,
+    driver,
+    jobs,
+    outbox,
+    ready,
+    retention,
+    rotation,
+    tokens,
+)
 from s2s.store.clock_drift import ENGINE_RULES, SERVER_RULES
 from s2s.store.commands import Push
 from s2s.store.pool import blocking
@@ -302,6 +314,27 @@ class RuleTests(DatabaseTestCase):
         late = self.execute("select idem_key, extract(epoch from due_at)::bigint from commands where due_at > now()")
         self.assertEqual(late, [("wanted later", at + 7200)])
         self.assertEqual(self.heal(), {})
+
+    def test_where_looks_start(self) -> None:
+        """What was pulled back is found by processes whose last look was made by the clock that was ahead."""
+        with blocking(self.url) as txn:
+            driver.drive(txn, commands.push_batch([Push("t", "k", bytes(32), "{}")]))
+            outbox.put(txn, "test.run", "k", {})
+        self.execute("update commands set created_at = created_at + '2 hours', due_at = due_at + interval '2 hours'")
+        self.execute("update outbox set send_at = send_at + interval '2 hours'")
+        ahead = float(self.value("select extract(epoch from now() + interval '2 hours')::float8"))
+        # By a clock that stands still no look back is due.
+        looks, claims = ready.Ready(now=lambda: 0.0), outbox.Claims(lambda: 0.0)
+        for each in (looks, claims):
+            with each._lookback.measured():
+                pass
+            each._lookback._cost_s = 1.0
+        looks._starts, claims._start = {100: (ahead, 1)}, (ahead, 1)
+        self.assertEqual(self.heal(), {"commands": 1, "rows of the outbox": 1})
+        with blocking(self.url) as txn:
+            # It is due by the transaction's clock, less the slack of a look.
+            self.assertEqual(len(looks.candidates(txn, 9)), 1)
+            self.assertEqual(len(claims.claim(txn, 9, 1.0)), 1)
 
     def test_many_commands(self) -> None:
         """Beside any number of commands that users want later each step looks at a bounded number of rows."""

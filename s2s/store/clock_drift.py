@@ -114,7 +114,7 @@ def look(txn: Cursor, rules: Mapping[str, str]) -> tuple[float, dict[str, int]]:
     return at, healed
 
 
-#: ``due_at`` was set by s2s: by the push, which gave none, by a charge, by a postponement or by a retry.
+#: ``due_at`` was set by s2s: by the push, which gave none, by a charge, or by a retry.
 _IS_AHEAD: Final = f"(due_at = created_at or ((attempts > 0 or due_is_ours) and due_at > {_PAUSED}))"
 
 

@@ -10,8 +10,8 @@ create table s2s_database (
 );
 insert into s2s_database default values;
 
--- due_at was set by a postponement or a retry, and not by the push. A charge is known by its attempts. Null costs a push
--- nothing.
+-- due_at was set by an operator's retry, or pulled back, and not given by the push. A charge is known by its attempts. Null
+-- costs a push nothing.
 alter table commands add column due_is_ours boolean;
 
 -- When an operator retired or revoked the key: active_to counts from then.
