@@ -25,6 +25,7 @@ from twisted.internet.threads import deferToThread
 
 from tests.faults import inside, odd
 from tests.faults.stage import DEAD_PEER_S, Stage, comes, pause
+from tests.support import clock_fault
 from tests.support.flood import StrangersFlood
 from tests.support.peer import CHECK, framed
 from tests.support.postgres import Session
@@ -443,6 +444,17 @@ async def _clock(stage: Stage, name: str, ahead_s: float) -> None:
     stage.grips[name].ahead_s = 0.0
 
 
+#: Seconds that the clock of the database is ahead, by as much as :mod:`tests.support.clock_fault` says.
+_LEAP_S: Final = 13.0
+
+
+async def _database_clock(stage: Stage) -> None:
+    """What the roles write meanwhile bears times of two hours later."""
+    await deferToThread(clock_fault.begin, stage.execute)
+    await pause(_LEAP_S)
+    await deferToThread(clock_fault.end, stage.execute)
+
+
 async def _reader_stops(stage: Stage) -> None:
     pusher = stage.dice.choice(stage.pushers)
     pusher.is_reading = False
@@ -503,6 +515,7 @@ FAULTS: Final = (
         for name in ("server", "engine")
         for ahead_s in (_JUMP_S, -_JUMP_S)
     ),
+    Fault("clock of the database", _database_clock, is_long=True),
     Fault("reader that stops", _reader_stops),
     Fault("flood of strangers", _strangers),
     Fault("10,000 broadcasts", _many_broadcasts, is_long=True),
