@@ -149,6 +149,7 @@ class MigrateTests(DatabaseProcessTestCase):
         holder.cursor().execute("select from outbox")
         process = self.start("db", "migrate")
         yield poll(lambda: self.backends(state="wait_event_type = 'Lock'") == 1, "it waits for the lock")
+        self.execute("set lock_timeout = '20s'")
         self.execute("insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
         self.assertIsNone(process.poll())
         assert process.stderr is not None
