@@ -180,7 +180,7 @@ class WatchTests(DatabaseTestCase):
 
     async def test_what_may_not_be_read(self) -> None:
         """A look that the database refuses is one line, once."""
-        self.execute("alter table commands rename to elsewhere")
+        self.patch(table, "_UNSERVED", "select 1 / 0")
         self.watch._lookback = Lookback(self.time.seconds)
         for _ in range(2):
             self.time.advance(watch.WATCH_S)
