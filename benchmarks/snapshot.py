@@ -5,8 +5,8 @@ Beside the rate stands the CPU time of a command, ours and PostgreSQL's, which a
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
 from contextlib import closing, suppress
 
 import click
@@ -14,7 +14,7 @@ import psutil
 import psycopg2
 from rich.console import Console
 from twisted.internet import reactor, task
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, gatherResults
 
 from benchmarks.plan import PUSH
 from benchmarks.stand import Stand
@@ -61,20 +61,25 @@ async def _measure(stand: Stand, seconds: float, held_seconds: float, step: floa
     handlers = HandlerPool(database, "bench handlers", threads=2)
     executor = Executor(database, handlers, served, "bench")
     inbox = Inbox(database, served, executor.wake)
-    numbers: Iterator[int] = iter(range(10**12))
+    numbers = itertools.count()
     began, is_over = time.monotonic(), False
 
     async def push() -> None:
         while not is_over:
             if inbox.accepted - executor.ran > _BACKLOG:
-                await task.deferLater(reactor, 0.01, lambda: None)  # type: ignore[arg-type]
-            number = next(numbers)
-            await inbox.push({"cmd_type": "bench.nothing", "idem_key": f"b{number}", "payload": {"number": number}})
+                await task.deferLater(reactor, 0.005, lambda: None)  # type: ignore[arg-type]
+                continue
+            await gatherResults(
+                [
+                    inbox.push({"cmd_type": "bench.nothing", "idem_key": f"b{number}", "payload": {"number": number}})
+                    for number in itertools.islice(numbers, _WINDOW // 2)
+                ]
+            )
 
     database.start()
     handlers.start()
     executor.start()
-    pushing = [Deferred.fromCoroutine(push()) for _ in range(_WINDOW)]
+    pushing = [Deferred.fromCoroutine(push()) for _ in range(2)]
     holder = psycopg2.connect(url)
     rates: dict[bool, list[float]] = {False: [], True: []}
     is_held = False
