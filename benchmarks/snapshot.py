@@ -1,16 +1,20 @@
-"""``python -m benchmarks.snapshot``: the rate of accepting and running commands before and while a snapshot is held."""
+"""``python -m benchmarks.snapshot``: accepting and running commands before and while a snapshot is held.
+
+Beside the rate stands the CPU time of a command, ours and PostgreSQL's, which a busy machine changes less.
+"""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 
 import click
+import psutil
 import psycopg2
 from rich.console import Console
 from twisted.internet import reactor, task
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, gatherResults
 
 from benchmarks.plan import PUSH
 from benchmarks.stand import Stand
@@ -38,28 +42,44 @@ class _Nothing(CommandType):
         pass
 
 
-async def _measure(url: str, seconds: float, held_seconds: float, step: float, console: Console) -> None:
+def _cpu_s(postmaster: int) -> float:
+    """Add up the CPU time of this process and of PostgreSQL's that live."""
+    total = 0.0
+    for process in (psutil.Process(), *psutil.Process(postmaster).children()):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+async def _measure(stand: Stand, seconds: float, held_seconds: float, step: float, console: Console) -> None:
     """Push and run as fast as it goes, and print the rate of every step; a snapshot is held after ``seconds``."""
+    url = stand.make_database(PUSH.schemas)
     make_monotonic(reactor)
     database = Database(url, "bench", threads=5)
     served = registry([_Nothing()])
     handlers = HandlerPool(database, "bench handlers", threads=2)
     executor = Executor(database, handlers, served, "bench")
     inbox = Inbox(database, served, executor.wake)
-    numbers: Iterator[int] = iter(range(10**12))
+    numbers = itertools.count()
     began, is_over = time.monotonic(), False
 
     async def push() -> None:
         while not is_over:
             if inbox.accepted - executor.ran > _BACKLOG:
-                await task.deferLater(reactor, 0.01, lambda: None)  # type: ignore[arg-type]
-            number = next(numbers)
-            await inbox.push({"cmd_type": "bench.nothing", "idem_key": f"b{number}", "payload": {"number": number}})
+                await task.deferLater(reactor, 0.005, lambda: None)  # type: ignore[arg-type]
+                continue
+            await gatherResults(
+                [
+                    inbox.push({"cmd_type": "bench.nothing", "idem_key": f"b{number}", "payload": {"number": number}})
+                    for number in itertools.islice(numbers, _WINDOW // 2)
+                ]
+            )
 
     database.start()
     handlers.start()
     executor.start()
-    pushing = [Deferred.fromCoroutine(push()) for _ in range(_WINDOW)]
+    pushing = [Deferred.fromCoroutine(push()) for _ in range(2)]
     holder = psycopg2.connect(url)
     rates: dict[bool, list[float]] = {False: [], True: []}
     is_held = False
@@ -68,10 +88,12 @@ async def _measure(url: str, seconds: float, held_seconds: float, step: float, c
             is_held = True
             with holder.cursor() as txn:
                 txn.execute("begin isolation level repeatable read; select 1")
-        ran, at = executor.ran, time.monotonic()
+        ran, at, cpu_s = executor.ran, time.monotonic(), _cpu_s(stand.pid)
         await task.deferLater(reactor, step, lambda: None)  # type: ignore[arg-type]
         rates[is_held].append((executor.ran - ran) / (time.monotonic() - at))
-        console.print(f"{now + step:6.0f} s  {'held' if is_held else 'free'}  {rates[is_held][-1]:8,.0f}/s")
+        cpu_us = 1e6 * (_cpu_s(stand.pid) - cpu_s) / max(1, executor.ran - ran)
+        state = "held" if is_held else "free"
+        console.print(f"{now + step:6.0f} s  {state}  {rates[is_held][-1]:8,.0f}/s  {cpu_us:6.0f} us of CPU each")
     is_over = True
     for each in pushing:
         await each
@@ -92,8 +114,7 @@ def main(seconds: float, held: float, step: float) -> None:
     """Hold a snapshot under full load, as a pg_dump or a forgotten psql does."""
     stand = Stand()
     with closing(stand):
-        url = stand.make_database(PUSH.schemas)
-        task.react(lambda _: Deferred.fromCoroutine(_measure(url, seconds, held, step, Console())))
+        task.react(lambda _: Deferred.fromCoroutine(_measure(stand, seconds, held, step, Console())))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,12 @@ class Stand:
         #: The server that was started last.
         self.server: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int:
+        """PostgreSQL's process."""
+        assert self._process is not None
+        return self._process.pid
+
     def close(self) -> None:
         """Stop the database, and remove it."""
         assert self._process is not None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -156,6 +156,11 @@ class Executor:
             await self._database.run_last(notes.strike_all, self._boot_id)
         except DatabaseUnavailable as error:
             self.log.warn("what was in hand may be charged an attempt: {why}", why=str(error))
+
+    @property
+    def types(self) -> Collection[str]:
+        """The command types that it runs."""
+        return self._registry.keys()
 
     @property
     def condition(self) -> str:

@@ -126,9 +126,9 @@ class Retention:
             self.commands += removed
 
     async def _sweep_rest(self) -> None:
-        removed = table.STEP_ROWS
-        while removed == table.STEP_ROWS and not self._is_stopping:
-            removed = await self._database.run(table.sweep_keys)
+        since: str | None = "-infinity"
+        while since is not None and not self._is_stopping:
+            removed, since = await self._database.run(table.sweep_keys, since)
             self.keys += removed
         removed = table.STEP_ROWS
         while removed == table.STEP_ROWS and not self._is_stopping:

@@ -31,6 +31,7 @@ from s2s.steering import Steerer
 from s2s.store import broadcasts, command_types, notes, orders, steering
 from s2s.store.clock_drift import SERVER_RULES, SERVER_STEPS
 from s2s.store.retention import Keep
+from s2s.watch import Watch
 from s2s.web.service import Web
 
 
@@ -102,6 +103,7 @@ class Server(Role):
         self._sweeping = task.LoopingCall(self._sweep)
         self._sweeping.clock = clock.scheduler
         self._bumps = Errand(BUMP, self._bump_for, self._bumped, clock)
+        self._watch = Watch(basis.database, clock, executor.types)
         self._clock_watch = ClockWatch(basis.database, clock, SERVER_RULES, SERVER_STEPS)
         self._retention = Retention(basis.database, clock, self._keep, lambda: self._clock_watch.is_trusted)
         self._digests.append(Digest("commands", self._counts, clock))
@@ -129,6 +131,7 @@ class Server(Role):
         self._courier.start()
         self._clock_watch.start()
         self._retention.start()
+        self._watch.start()
         if self._web is not None:
             self._web.start()
 
@@ -140,6 +143,7 @@ class Server(Role):
             self._sweeping.stop()
         self._retention.stop()
         self._types.stop()
+        self._watch.stop()
         web = [] if self._web is None else [Deferred.fromCoroutine(self._web.stop())]
         await DeferredList(
             [

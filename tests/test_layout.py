@@ -41,7 +41,7 @@ ROOMS = {
         "store.outbox", "store.own_keys", "store.broadcasts", "store.engines", "store.steering", "store.retention",
         "store.actions",
         "store.commands_admin", "store.outbox_admin", "store.world", "store.seed", "store.jobs", "store.orders",
-        "store.tokens", "store.listen",
+        "store.tokens", "store.watch", "store.listen",
     ],
     "first": [
         "news", "turns", "clock_watch", "pulse", "reread", "keys", "config", "links", "errand", "relay", "condition",
@@ -49,7 +49,7 @@ ROOMS = {
         "jobs.kind", "jobs.drift", "jobs.port_refresh", "jobs.decay", "jobs", "plugins", "discovery",
         "orders.kind", "orders.config_set", "orders.force_tick", "orders.set_sector_status",
         "orders.update_all_ships", "orders", "served", "inbox", "reaper", "executor", "scheduler",
-        "order_runner", "retention",
+        "order_runner", "retention", "watch",
         "responders", "responders.health", "responders.push", "responders.sweep", "responders.bump",
         "responders.pause", "responders.shutdown", "responders.order",
         "operations.kind", "operations.pages", "operations.rows", "operations.engines", "operations.orders",

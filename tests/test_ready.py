@@ -12,8 +12,8 @@ from s2s.store import commands, lookback, notes
 from s2s.store.driver import Cursor
 from s2s.store.lookback import LEAST_S, SHARE, SLACK_S, Lookback
 from s2s.store.pool import blocking
-from s2s.store.ready import Ready
-from tests.support.postgres import DatabaseTestCase
+from s2s.store.ready import FIND_S, Ready
+from tests.support.postgres import DatabaseTestCase, RecordingCursor
 
 _ROW = tuple[str, int, float, str]
 
@@ -129,15 +129,9 @@ class ReadyTests(DatabaseTestCase):
         """Count the pages that the look of a claim reads."""
         with blocking(self.url) as txn:
             txn.execute("set local enable_seqscan = off")
-            self.ready.candidates(txn, 256)
-            return self.pages_of(txn.query, txn)
-
-    def pages_of(self, statement: bytes, txn: Cursor | None = None) -> int:
-        """Count the pages that a statement reads."""
-        txn = txn or self.txn
-        txn.execute(b"explain (analyze, buffers, format json) " + statement)
-        plan = txn.fetchall()[0][0][0]["Plan"]
-        return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+            with txn.connection.cursor(cursor_factory=RecordingCursor) as recording:
+                self.ready.candidates(recording, 256)
+                return recording.pages()
 
     def test_dead_front(self) -> None:
         """With a snapshot held, a claim reads what waits and not what has run."""
@@ -166,8 +160,9 @@ class ReadyTests(DatabaseTestCase):
         self.insert(("c", 100, 0, "test.run"))
         cmd_ids = notes.claim(self.txn, "boot", 0, 10, ready=self.ready)
         self.txn.connection.commit()
-        self.assertEqual(notes.noted(self.txn, "boot", 0, self.ready.notes[0]), cmd_ids)
-        self.assertLess(self.pages_of(self.txn.query), 20)
+        with self.txn.connection.cursor(cursor_factory=RecordingCursor) as recording:
+            self.assertEqual(notes.noted(recording, "boot", 0, self.ready.notes[0]), cmd_ids)
+            self.assertLess(recording.pages(), 20)
         notes.strike(self.txn, "boot", 0)
         self.txn.connection.commit()
         self.assertLess(self.pages(), 100)
@@ -249,14 +244,32 @@ class ReadyTests(DatabaseTestCase):
         self.assertEqual(self.run_batch(), ["theirs"])
 
     def test_new_priorities(self) -> None:
-        """A priority that was empty is found at once: a new one on either side, and one in which all has run."""
+        """A priority that was empty is found: at once where all has run, a new one by the next look for such."""
         self.insert(("a", 100, 0, "test.run"))
         self.assertEqual(self.run_batch(), ["a"])
         self.insert(("100", 100, 0, "test.run"), ("7", 7, -60, "test.run"), ("500", 500, -60, "test.run"))
         self.insert(("8", 8, -60, "test.run"))
+        self.now += FIND_S
         self.assertEqual(self.run_batch(), ["7", "8", "100", "500"])
         self.insert(("7 again", 7, 0, "test.run"), ("9", 9, 0, "test.run"), ("-1", -1, 0, "test.run"))
-        self.assertEqual(self.run_batch(), ["-1", "7 again", "9"])
+        self.assertEqual(self.run_batch(), ["7 again"])
+        self.now += FIND_S
+        self.assertEqual(self.run_batch(), ["-1", "9"])
+
+    def test_dead_priorities(self) -> None:
+        """With a snapshot held, a claim does not read a priority in which all had run before this process started."""
+        self.hold_snapshot()
+        self.fill(20_000)
+        self.assertEqual(len(self.run_all()), 20_000)
+        self.ready = self.process()
+        self.insert(("a", 500, 0, "test.run"))
+        self.assertEqual(self.run_batch(), ["a"])
+        self.insert(("b", 500, 0, "test.run"))
+        self.assertLess(self.pages(), 100)
+        self.assertEqual(self.run_batch(), ["b"])
+        self.insert(("again", 100, 0, "test.run"))
+        self.now += FIND_S
+        self.assertEqual(self.run_batch(), ["again"])
 
     def test_empty_priorities_take_no_room(self) -> None:
         """Priorities whose commands are not due yet leave a small batch whole."""

@@ -31,11 +31,13 @@ class Lookback:
     """The schedule of one process's looks back, and what the last one found.
 
     :param now: monotonic seconds.
+    :param least_s: seconds between two, at least.
     :ivar behind: ids found below the point.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic, least_s: float = LEAST_S) -> None:
         self._now = now
+        self._least_s = least_s
         self._cost_s = 0.0
         self._next = float("-inf")
         self.behind: list[int] = []
@@ -58,7 +60,7 @@ class Lookback:
             yield
         finally:
             self._cost_s = self._now() - began
-            self._next = self._now() + max(LEAST_S, SHARE * self._cost_s)
+            self._next = self._now() + max(self._least_s, SHARE * self._cost_s)
 
     def look(self, txn: Cursor, statement: str, params: Mapping[str, Any]) -> None:
         """Find the ids below the point."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from s2s.store.driver import Cursor, numbers
@@ -19,18 +19,13 @@ from s2s.store.lookback import SLACK_S, Lookback
 #: Priorities whose points are remembered: all that a push can name. Each costs a look one step in the index.
 _MOST_PRIORITIES: Final = 1024
 _FIRST_ID: Final = -(2**63)
+#: Seconds between two looks for priorities that were empty, at least: a claim may come every few milliseconds.
+FIND_S: Final = 0.05
 
-# Where to start, by priority. Between two known priorities others may have appeared: each is found by one step in the
-# index, however many commands wait under it.
-_STARTS: Final = f"""
-with recursive known (priority, due_at, cmd_id) as materialized (
-    select k.priority, least(k.due_at, recent), case when k.due_at <= recent then k.cmd_id else {_FIRST_ID} end
-    from (
-        select priority, to_timestamp(due_at), cmd_id
-        from unnest(%(priorities)s::integer[], %(due_ats)s::float8[], %(cmd_ids)s::bigint[])
-            k (priority, due_at, cmd_id)
-    ) k (priority, due_at, cmd_id), (select now() - {SLACK_S} * interval '1 second') r (recent)
-), found (priority, due_at, high) as (
+# Every priority between those that are known, and the first command under it: one step in the index each, however many
+# wait under it.
+_FIND: Final = """
+with recursive found (priority, due_at, high) as (
     select n.priority, n.due_at, g.high
     from unnest(%(lows)s::bigint[], %(highs)s::bigint[]) g (low, high)
     cross join lateral (
@@ -44,8 +39,18 @@ with recursive known (priority, due_at, cmd_id) as materialized (
         select priority, due_at from commands where status = 'ready' and priority > f.priority and priority < f.high
         order by priority, due_at limit 1
     ) n
-), starts (priority, due_at, cmd_id) as materialized (
-    select priority, due_at, cmd_id from known union all select priority, due_at, {_FIRST_ID} from found
+)
+select priority, extract(epoch from due_at)::float8 from found
+"""
+# Where to start, by priority.
+_STARTS: Final = f"""
+with starts (priority, due_at, cmd_id) as materialized (
+    select k.priority, least(k.due_at, recent), case when k.due_at <= recent then k.cmd_id else {_FIRST_ID} end
+    from (
+        select priority, to_timestamp(due_at), cmd_id
+        from unnest(%(priorities)s::integer[], %(due_ats)s::float8[], %(cmd_ids)s::bigint[])
+            k (priority, due_at, cmd_id)
+    ) k (priority, due_at, cmd_id), (select now() - {SLACK_S} * interval '1 second') r (recent)
     order by priority
 )
 """  # noqa: S608 - of constants, as below
@@ -72,7 +77,7 @@ limit %(limit)s + (select count(*) from starts)
 _BEHIND: Final = f"""
 {_STARTS}
 select c.cmd_id
-from known p
+from starts p
 cross join lateral (
     select cmd_id from commands
     where status = 'ready' and priority = p.priority and (due_at, cmd_id) < (p.due_at, p.cmd_id) and {_OURS}
@@ -110,8 +115,12 @@ class Ready:
         if types is not None:
             self.serve(types)
         self._lookback = Lookback(now)
+        #: When to look for priorities that were empty.
+        self._finding = Lookback(now, least_s=FIND_S)
         #: By priority: ``due_at`` and ``cmd_id`` where the next look starts. Threads read it, so it is replaced whole.
         self._starts: dict[int, tuple[float, int]] = {}
+        #: The next look starts at the beginning.
+        self._is_whole = True
         self.first_note = 0
         self.notes: dict[int, int] = defaultdict(int)
         #: Whether there were notes at the last look.
@@ -122,16 +131,19 @@ class Ready:
         self._types = "\n".join(types)
 
     def look_back(self, txn: Cursor, limit: int) -> None:
-        """Look for commands below the points, where it is time to.
+        """Look for commands below the points and for new priorities, where it is time to.
 
         No lock is needed, and none should be held: this may take long.
         """
-        if not self._starts or not self._lookback.is_due:
+        if self._is_whole:
             return
-        self._lookback.look(txn, _BEHIND, self._params(limit))
-        if len(self._lookback.behind) >= limit:
-            # The work is there.
-            self._starts = {}
+        if self._finding.is_due:
+            with self._finding.measured():
+                self._find(txn, self._starts)
+        if self._lookback.is_due:
+            self._lookback.look(txn, _BEHIND, self._params(limit))
+            # With so many the work is there.
+            self._is_whole = len(self._lookback.behind) >= limit
 
     def candidates(self, txn: Cursor, limit: int) -> list[tuple[int, int]]:
         """Find and lock the commands to run next that are neither noted nor locked.
@@ -140,9 +152,10 @@ class Ready:
 
         :returns: ``(cmd_id, attempts)`` in run order.
         """
-        is_whole = not self._starts
+        is_whole, self._is_whole = self._is_whole, False
         if is_whole:
             with self._lookback.measured():
+                self._find(txn, {})
                 rows = self._scan(txn, limit)
         else:
             rows = self._scan(txn, limit)
@@ -150,7 +163,7 @@ class Ready:
             txn.execute(_STILL_BEHIND, {**self._params(limit), "behind": numbers(self._lookback.behind)})
             rows = sorted({*rows, *txn.fetchall()})
         if not rows and self._lookback.is_cheap:
-            self._starts = {}
+            self._is_whole = True
             return [] if is_whole else self.candidates(txn, limit)
         return [(cmd_id, attempts) for *_, cmd_id, attempts in rows[:limit]]
 
@@ -161,10 +174,18 @@ class Ready:
             self.first_note = note_id
 
     def next_due_s(self, txn: Cursor) -> float | None:
-        """Seconds until a command becomes due that is not due yet; ``None``: there is none."""
+        """Seconds until a command becomes due that was not due at the last look; ``None``: there is none."""
         txn.execute(_NEXT_DUE, self._params())
         row = txn.fetchone()
         return row[0] if row else None
+
+    def _find(self, txn: Cursor, starts: Mapping[int, tuple[float, int]]) -> None:
+        """Find the priorities that are not known yet."""
+        ends = [-(2**31) - 1, *sorted(starts), 2**31]
+        gaps = [(low, high) for low, high in itertools.pairwise(ends) if high > low + 1]
+        txn.execute(_FIND, {"lows": numbers(low for low, _ in gaps), "highs": numbers(high for _, high in gaps)})
+        self._starts = {**dict(starts), **{priority: (due_at, _FIRST_ID) for priority, due_at in txn}}
+        self._is_whole |= len(self._starts) > _MOST_PRIORITIES
 
     def _scan(self, txn: Cursor, limit: int) -> list[tuple[int, float, int, int]]:
         """Read from the points on, and move them."""
@@ -175,22 +196,17 @@ class Ready:
             priority: (due_at, _FIRST_ID if cmd_id is None else cmd_id)
             for priority, due_at, cmd_id, *_ in reversed(rows)
         }
-        starts = {**self._starts, **found}
-        self._starts = starts if len(starts) <= _MOST_PRIORITIES else {}
+        self._starts = {**self._starts, **found}
         if rows:
             self.first_note, self._is_noted = rows[0][-1] or self.first_note, rows[0][-1] is not None
         return [row[:-1] for row in rows if row[2] is not None]
 
     def _params(self, limit: int = 0) -> dict[str, Any]:
         starts = self._starts
-        ends = [-(2**31) - 1, *sorted(starts), 2**31]
-        gaps = [(low, high) for low, high in itertools.pairwise(ends) if high > low + 1]
         return {
             "types": self._types,
             "limit": limit,
             "first_note": self.first_note,
-            "lows": numbers(low for low, _ in gaps),
-            "highs": numbers(high for _, high in gaps),
             "priorities": numbers(starts),
             "due_ats": f"{{{','.join(str(due_at) for due_at, _ in starts.values())}}}",
             "cmd_ids": numbers(cmd_id for _, cmd_id in starts.values()),

@@ -106,18 +106,21 @@ def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None
     return len(over), None if is_last else cmd_ids[-1]
 
 
-def sweep_keys(txn: Cursor) -> int:
+def sweep_keys(txn: Cursor, since: str = "-infinity") -> tuple[int, str | None]:
     """Remove keys that have expired.
 
-    :returns: how many; fewer than :data:`STEP_ROWS`: there are no more.
+    :param since: the expiry where the step before ended: what it removed is not read again.
+    :returns: how many, and where the next step begins; ``None``: there are no more.
     """
     txn.execute(
-        "delete from idempotency_keys where idem_key = any(array("  # noqa: S608
-        f" select idem_key from idempotency_keys where expires_at <= {_NOW}"
-        " order by expires_at limit %s for update skip locked))",
-        (STEP_ROWS,),
+        "with expired as (select idem_key, expires_at from idempotency_keys"  # noqa: S608 - a constant
+        f" where expires_at between %s::timestamptz and {_NOW} order by expires_at limit %s for update skip locked"
+        "), removed as (delete from idempotency_keys where idem_key in (select idem_key from expired)"
+        ") select count(*), max(expires_at)::text from expired",
+        (since, STEP_ROWS),
     )
-    return txn.rowcount
+    ((removed, last),) = txn.fetchall()
+    return removed, last if removed == STEP_ROWS else None
 
 
 def sweep_steering(txn: Cursor) -> int:

@@ -160,3 +160,25 @@ def rows_read(txn: Any, table: str) -> int:
     """Give how many rows of a table a transaction has read until now, in whatever way."""
     txn.execute("select seq_tup_read + idx_tup_fetch from pg_stat_xact_user_tables where relname = %s", (table,))
     return int(txn.fetchone()[0])
+
+
+class RecordingCursor(psycopg2.extensions.cursor):
+    """A cursor that can tell what its statements cost."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._recorded: list[bytes] = []
+
+    def execute(self, query: Any, params: Any = None) -> None:
+        """Run a statement and remember it."""
+        super().execute(query, params)
+        self._recorded.append(self.query)
+
+    def pages(self) -> int:
+        """Count the pages that the statements until now read, each run once more."""
+        pages = 0
+        for statement in self._recorded:
+            super().execute(b"explain (analyze, buffers, format json) " + statement)
+            plan = self.fetchall()[0][0][0]["Plan"]
+            pages += int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+        return pages
