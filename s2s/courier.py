@@ -13,7 +13,7 @@ from twisted.logger import Logger
 
 from s2s.catalogue import ORDERS
 from s2s.clock import Clock
-from s2s.errors import DatabaseError, LinkLost, Refused, S2SError, UnsupportedType, harmless, storable
+from s2s.errors import BadReply, DatabaseError, LinkLost, Refused, S2SError, UnsupportedType, harmless, storable
 from s2s.links import ServerLinks
 from s2s.news import news
 from s2s.protocol import Link
@@ -156,6 +156,8 @@ class Courier:
         try:
             try:
                 ack = await link.call(order.rpc, {**order.params, "order_id": order.order_id})
+                if ack["order_id"] != order.order_id:
+                    raise BadReply(f"{order.rpc} was answered for another order")
             except S2SError as error:
                 await self._failed(link, order, error)
             else:

@@ -143,7 +143,7 @@ class RoleOptions(usage.Options):
         closed = streams.prepare()
         atexit.register(streams.abandon, sys.stdout)
         is_daemon = not (twistd["nodaemon"] or twistd["debug"])
-        if twistd["pidfile"] == _TWISTD_PIDFILE:
+        if twistd["pidfile"] == _TWISTD_PIDFILE and not any(each.startswith("--pidfile") for each in sys.argv):
             # In the foreground a supervisor knows the pid.
             twistd["pidfile"] = f"{self.process_name}.pid" if is_daemon else ""
         if is_daemon and not twistd["logfile"]:

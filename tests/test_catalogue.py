@@ -232,6 +232,35 @@ print(*Schema(json.loads(sys.argv[1])).explain(eval(sys.argv[2])), sep="\\n")
 _MANY = [{"const": n} for n in range(200)]
 
 
+class ApartTests(SynchronousTestCase):
+    """Parts of a schema with an ``$id`` of their own."""
+
+    def test_references_below_an_id(self) -> None:
+        """A reference that starts at such a part is not followed: the refusal is explained as far as that."""
+        document = {
+            "$id": "http://example.com/root",
+            "type": "object",
+            "$defs": {"n": {"type": "integer"}},
+            "properties": {
+                "a": {"$id": "inner", "$defs": {"m": {"type": "integer"}}, "$ref": "#/$defs/m"},
+                "b": {"$id": "other", "$defs": {"n": {"type": "string", "maxLength": 2}}, "$ref": "#/$defs/n"},
+            },
+        }
+        schema = Schema(document)
+        self.assertIsNone(schema.explain({"a": 1, "b": "xy"}))
+        for payload, path in (({"a": "x"}, "/payload/a"), ({"b": "xyz"}, "/payload/b")):
+            error = self.assertRaises(BadPayload, schema.check, payload)
+            self.assertEqual(error.details["path"], path)
+            self.assertNotIn("integer", error.message)
+
+    def test_an_explanation_that_fails(self) -> None:
+        """What is refused is refused, whatever becomes of its explanation."""
+        schema = Schema({"type": "object", "properties": {"a": {"type": "integer"}}})
+        schema.document = {"properties": None}
+        error = self.assertRaises(BadPayload, schema.check, {"a": "x"})
+        self.assertIn("breaks its schema", error.message)
+
+
 class VetTests(SynchronousTestCase):
     """Schemas that would cost too much, or that would fetch something."""
 

@@ -68,7 +68,7 @@ ROOMS = {
         "server_tap", "engine_tap",
         "cli.common", "cli.door", "cli.actions", "cli.audit", "cli.broadcast", "cli.certs", "cli.commands",
         "cli.config", "cli.db", "cli.engine", "cli.jobs", "cli.keys", "cli.notices", "cli.order", "cli.outbox",
-        "cli.plugins", "cli.tokens", "cli.up", "cli.world", "cli",
+        "cli.plugins", "cli.tokens", "cli.up", "cli.world", "cli", "__main__",
     ],
 }  # fmt: skip
 _ORDER = [room for floor in ROOMS.values() for room in floor]

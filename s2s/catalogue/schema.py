@@ -82,7 +82,12 @@ class Schema:
             raise BadPayload(f"at {path}: {text}", path=path)
 
     def _reason(self, value: Any, at: str) -> tuple[str, str]:
-        return _Explanation(self._parts, self.document, value, at).find()
+        try:
+            return _Explanation(self._parts, self.document, value, at).find()
+        except Exception:
+            # The value is refused all the same: an explanation that fails must not turn a final refusal into an error
+            # of ours, which the peer would retry for ever.
+            return at, _BROKEN
 
 
 class _Explanation:
@@ -95,6 +100,7 @@ class _Explanation:
         self._parts = parts
         self._document = document
         self._tries = 0
+        self._is_apart = False
         #: The part that refuses, its pointer, the value that it refuses, and where that stands.
         self._rules: Any = document
         self._part = "#"
@@ -166,8 +172,10 @@ class _Explanation:
             self._tries += 1
             branch = "then" if self._is_met(f"{here}/if", value) else "else"
             yield f"{here}/{branch}", rules.get(branch, True), value, ""
+        # Below a part with an $id of its own a reference starts at that part: the explanation ends there.
+        self._is_apart |= "$id" in rules and here != "#"
         reference = rules.get("$ref", "")
-        if reference == "#" or reference.startswith("#/"):
+        if not self._is_apart and (reference == "#" or reference.startswith("#/")):
             pointer = unquote(reference)
             yield pointer, _at(self._document, pointer), value, ""
 

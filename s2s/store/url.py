@@ -88,7 +88,7 @@ def _content(given: str) -> str:
             raise OperatorError(f"the file of the database URL is no file: {path}: name one behind the @")
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
-        text = content.decode("utf-8").strip()
+        text = content.decode("utf-8-sig").strip()
     except OSError as error:
         raise OperatorError(f"the file of the database URL cannot be read: {path}: {error.strerror}") from None
     except (UnicodeDecodeError, ValueError):
