@@ -235,11 +235,11 @@ class SignalTests(TwistdTestCase):
         process.send_signal(signal.SIGQUIT)
         yield self.says("log", "SIGHUP: the log was opened anew")
         process.terminate()
-        for _ in range(1000):
+        for _ in range(300):
             process.send_signal(signal.SIGHUP)
             process.send_signal(signal.SIGQUIT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.02)
+                process.wait(0.1)
         self.assertEqual(process.returncode, 0)
 
     @inlineCallbacks
