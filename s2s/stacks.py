@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -16,19 +17,27 @@ _log: Final = Logger(namespace="s2s.stacks")
 #: Seconds that the interrupted thread waits until its stack is in the log: it may hold the interpreter for hours then,
 #: as a regular expression does. Longer takes only a log that the same thread was writing.
 _WRITTEN_S: Final = 1.0
-#: Seconds between two reports: a flood of signals must leave time for the work.
+#: Seconds between two reports: a flood of signals must leave time for the work. A signal that comes earlier waits.
 _PAUSE_S: Final = 0.1
 
 
 def write_on_sigquit() -> None:
     """Write the stacks on SIGQUIT from now on; the process goes on."""
     due = 0.0
+    again: threading.Timer | None = None
 
     def on_signal(_: int, interrupted: Any) -> None:
-        nonlocal due
-        if time.monotonic() >= due:
+        nonlocal due, again
+        early_s = due - time.monotonic()
+        if early_s <= 0:
+            again = None
             _report(interrupted)
             due = time.monotonic() + _PAUSE_S
+        elif again is None or not again.is_alive():
+            again = threading.Timer(early_s, os.kill, (os.getpid(), signal.SIGQUIT))
+            again.daemon = True
+            with suppress(RuntimeError):  # as below
+                again.start()
 
     signal.signal(signal.SIGQUIT, on_signal)
 

@@ -161,14 +161,14 @@ class MigrateTests(DatabaseProcessTestCase):
         holder.rollback()
         output, errors = self.ended(process, 0)
         self.assertIn("migrated: 0007_queues", output)
-        self.assertEqual(errors, "")
+        self.assertEqual([line for line in errors.splitlines() if not line.startswith("waiting for locks: ")], [])
 
     def test_in_vain(self) -> None:
         """Where the lock does not come free in time it ends with a line that names the session, and the cure."""
         pid = self.lock("lock table s2s_migrations")
-        output, errors = self.ended(self.start("db", "migrate", "--wait", "1"), 1)
+        output, errors = self.ended(self.start("db", "migrate", "--wait", "4"), 1)
         self.assertEqual(output, "")
-        self.assertIn(f"not free within 1 s: pid {pid} holds them", errors.splitlines()[-1])
+        self.assertIn(f"not free within 4 s: pid {pid} holds them", errors.splitlines()[-1])
 
     @inlineCallbacks
     def test_ctrl_c(self) -> Any:

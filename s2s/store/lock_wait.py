@@ -68,6 +68,7 @@ class LockWait:
 
         :raises OperatorError: the locks were not free in time; the text names the sessions that hold them.
         """
+        is_first = True
         while True:
             try:
                 with self._conn.cursor(cursor_factory=StoreCursor) as txn:
@@ -77,11 +78,13 @@ class LockWait:
                 return result
             except (LockNotAvailable, DeadlockDetected):
                 self._conn.rollback()
-            if time.monotonic() >= self._deadline:
+            # One try may end before the watcher has found the sessions to name.
+            if not is_first and time.monotonic() >= self._deadline:
                 raise OperatorError(
                     f"the locks were not free within {self._patience_s:g} s"
                     f"{f': {self._blockers}' if self._blockers else ''}: try again when the others are done"
                 )
+            is_first = False
             time.sleep(PAUSE_S)
 
     def _watch(self, beside: dict[str, Any], pid: int) -> None:
