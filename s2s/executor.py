@@ -24,7 +24,7 @@ from s2s.errors import DatabaseUnavailable, HandlerStuck, one_line
 from s2s.reaper import Reaper
 from s2s.store import commands as table
 from s2s.store import notes, probe, sqlstate
-from s2s.store.driver import Cursor, is_in_transaction, is_lost, is_read_only
+from s2s.store.driver import Cursor, is_broken, is_in_transaction, is_read_only
 from s2s.store.handler_pool import MOST_STUCK, HandlerPool
 from s2s.store.pool import Database
 from s2s.store.ready import Ready
@@ -53,17 +53,21 @@ class Report:
     done: list[int] = field(default_factory=list)
     failed: list[tuple[int, str]] = field(default_factory=list)
     dead: int = 0
+    #: The id of the transaction.
+    xid: int = 0
 
 
 class _Spoiled(Exception):
     """A handler left the transaction of its batch unusable.
 
     :param commands: those that the handler had.
+    :param report: what the batch had come to before.
     """
 
-    def __init__(self, commands: Sequence[Command], error: BaseException) -> None:
+    def __init__(self, commands: Sequence[Command], error: BaseException, report: Report) -> None:
         super().__init__(one_line(error))
         self.cmd_ids = [command.cmd_id for command in commands]
+        self.report = report
 
 
 class Executor:
@@ -170,7 +174,7 @@ class Executor:
         if not self.is_present():
             return "the database does not know that this process lives"
         names = "; ".join(task.name for task in self._handlers.stuck)
-        if len(self._handlers.stuck) >= MOST_STUCK:
+        if self._handlers.is_full:
             return f"{MOST_STUCK} handlers do not return, start this process again: {names}"
         left_out = sorted(set(self._registry) - set(self._served()))
         more = f"; no more commands are taken of {', '.join(left_out)}" if left_out else ""
@@ -194,7 +198,7 @@ class Executor:
         """
         if not self.is_present():
             return ABSENT_S
-        if len(self._handlers.stuck) >= MOST_STUCK:
+        if self._handlers.is_full:
             return None
         worker = self._numbers[line]
         size = self.batch_size
@@ -210,9 +214,7 @@ class Executor:
             self._numbers[line] = next(self._next_number)
             report = await self._keep_stuck(worker, stuck)
         except _Spoiled as spoiled:
-            report = await self._database.run(
-                _charge, self._boot_id, worker, cmd_ids, f"it left the transaction unusable: {spoiled}", spoiled.cmd_ids
-            )
+            report = await self._database.run(_charge_spoiled, self._boot_id, worker, cmd_ids, spoiled)
         except DatabaseUnavailable as error:
             # Mostly nobody's fault. But a command that ends its own connection must not do so for ever: what has lost
             # it twice runs singly, uncharged, and one that loses it once more all the same is charged.
@@ -290,7 +292,7 @@ class Executor:
         report = Report()
         until = time.monotonic() + BATCH_S
         # Neighbours of one type make a group: the order of running stays.
-        in_hand = _in_hand(txn, self._boot_id, worker, cmd_ids, self._ready.notes[worker])
+        in_hand, report.xid = _in_hand(txn, self._boot_id, worker, cmd_ids, self._ready.notes[worker])
         for cmd_type, group in itertools.groupby(in_hand, lambda command: command.cmd_type):
             if (kind := self._registry.get(cmd_type)) is not None:  # or changed by hand since it was claimed
                 self._run_group(txn, kind, list(group), report, until)
@@ -308,7 +310,7 @@ class Executor:
                 with self._handlers.foreign(txn, f"{kind.cmd_type}, {len(commands)} commands", commands) as cursor:
                     kind.run_batch(cursor, commands)
             except BaseException as error:
-                self._check_usable(txn, commands, error)
+                self._check_usable(txn, commands, error, report)
             else:
                 report.done += [command.cmd_id for command in commands]
                 return
@@ -319,22 +321,22 @@ class Executor:
                 with self._handlers.foreign(txn, f"{kind.cmd_type}, command {command.cmd_id}", [command]) as cursor:
                     kind.run(cursor, command)
             except BaseException as error:
-                self._check_usable(txn, [command], error)
+                self._check_usable(txn, [command], error, report)
                 report.failed.append((command.cmd_id, one_line(error)))
             else:
                 report.done.append(command.cmd_id)
 
-    def _check_usable(self, txn: Cursor, commands: Sequence[Command], error: BaseException) -> None:
+    def _check_usable(self, txn: Cursor, commands: Sequence[Command], error: BaseException, report: Report) -> None:
         """Let a failure pass that is its handler's own, after which the batch goes on.
 
         :raises BaseException: the error itself, where it is the fault of the connection or of the database, or where
             the process stops.
         :raises _Spoiled: the transaction cannot be committed any more.
         """
-        if is_lost(txn) or self._handlers.is_cancelled:
+        if is_broken(txn.connection) or self._handlers.is_cancelled:
             raise error
         if not is_in_transaction(txn):
-            raise _Spoiled(commands, error) from None
+            raise _Spoiled(commands, error, report) from None
         if sqlstate.of(error).fault != "statement" and (error.pgcode != "25006" or is_read_only(txn)):  # type: ignore[attr-defined]
             raise error
 
@@ -351,23 +353,39 @@ def _claim(
     return cmd_ids, None if cmd_ids else ready.next_due_s(txn)
 
 
-def _in_hand(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], note_id: int = 0) -> list[Command]:
+def _in_hand(
+    txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], note_id: int = 0
+) -> tuple[list[Command], int]:
     """Lock the commands of a worker's batch that are in its note still: what another has charged is not ours to run."""
     taken = table.take(txn, cmd_ids)
     # After the locks, in a statement of its own: it shows what a reaper did before we had them.
-    noted = set(notes.noted(txn, boot_id, worker, note_id))
-    return [command for command in taken if command.cmd_id in noted]
+    noted, xid = notes.noted(txn, boot_id, worker, note_id)
+    in_note = set(noted)
+    return [command for command in taken if command.cmd_id in in_note], xid
 
 
 def _charge(
     txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], error: str, guilty: Container[int] | None = None
 ) -> Report:
     """Charge a whole batch, or those of it that are guilty, and strike its note."""
-    in_hand = [command.cmd_id for command in _in_hand(txn, boot_id, worker, cmd_ids)]
+    in_hand = [command.cmd_id for command in _in_hand(txn, boot_id, worker, cmd_ids)[0]]
     failed = [(cmd_id, error) for cmd_id in in_hand if guilty is None or cmd_id in guilty]
     dead = table.charge(txn, failed) if failed else 0
     notes.strike(txn, boot_id, worker)
     return Report(failed=failed, dead=dead)
+
+
+def _charge_spoiled(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], spoiled: _Spoiled) -> Report:
+    """Charge the commands whose handler has ended the transaction of its batch.
+
+    Where it has committed, what the batch had done before has taken effect, and is done.
+    """
+    done = spoiled.report.done if notes.is_committed(txn, spoiled.report.xid) else []
+    if done:
+        table.finish(txn, done)
+    report = _charge(txn, boot_id, worker, cmd_ids, f"it left the transaction unusable: {spoiled}", spoiled.cmd_ids)
+    report.done = done
+    return report
 
 
 def _charge_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], error: str, is_kept: bool) -> Report:

@@ -152,7 +152,7 @@ class OrderRunner:
 
         :returns: seconds to sleep, see :class:`s2s.turns.Turns`.
         """
-        if self._condition.wanted is None:
+        if self._condition.wanted is None or self._handlers.is_full:
             return None
         if line and not self._is_stuck():
             return None
@@ -168,19 +168,24 @@ class OrderRunner:
         if is_paused and order.status == "running":  # paused while we looked
             return 0.0
         self._in_hand[order.order_id] = self._clock.mono()
+        is_stuck = False
         try:
             with self._condition.job() if rests and not is_paused else nullcontext():
                 after = await self._handlers.run(self._step, order, is_paused)
         except HandlerStuck as stuck:
+            is_stuck = True
+            # It begins here no more while its thread lives.
+            stuck.task.on_return = lambda: self._in_hand.pop(order.order_id, None)
             await self._handlers.end(stuck.task)
             self.log.error("order {order_id} is stuck: {why}", order_id=order.order_id, why=str(stuck))
-            after = await self._database.run(self._end, order, stuck)
+            after = await self._database.run(self._end, order, stuck, True)
         # Refused: by the COMMIT, at which deferred constraints are checked.
         except (_Stopped, StatementRefused) as stopped:
             error = stopped.error if isinstance(stopped, _Stopped) else stopped
             after = await self._database.run(self._end, order, error)
         finally:
-            del self._in_hand[order.order_id]
+            if not is_stuck:
+                del self._in_hand[order.order_id]
         if after is not None:
             self._tell(order, after)
         return 0.0
@@ -237,9 +242,12 @@ class OrderRunner:
             table.finish(txn, order, "done", outcome, self._name)
         return table.find(txn, order.order_id)
 
-    def _end(self, txn: Cursor, order: Order, error: BaseException) -> Order | None:
-        """Store that an order is refused, where nothing of it was done, or else that it has failed."""
-        if not table.hold(txn, order):
+    def _end(self, txn: Cursor, order: Order, error: BaseException, waits: bool = False) -> Order | None:
+        """Store that an order is refused, where nothing of it was done, or else that it has failed.
+
+        :param waits: wait for a session of ours that still ends.
+        """
+        if not table.hold(txn, order, waits):
             return None
         # What is internal says nothing against the order.
         is_refusal = isinstance(error, WireError) and error.code != InternalError.code and order.status == "queued"

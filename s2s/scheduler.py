@@ -100,7 +100,7 @@ class Scheduler:
         if self._declare_at is None or self._clock.mono() >= self._declare_at:
             await self._database.run(self._declare, self._declare_at is None)
             self._declare_at = self._clock.mono() + DECLARE_S
-        if self._condition.state != "running":
+        if self._condition.state != "running" or self._handlers.is_full:
             return None
         due, due_in_s = await self._database.run(
             self._attempt, [each for each in self._jobs if each not in self._in_hand]

@@ -194,6 +194,16 @@ class CleanTests(DatabaseTestCase):
         await self.call(code)
         self.assertEqual(seen[0], "wrong")
 
+    async def test_a_callback_for_the_process(self) -> None:
+        """A wait callback that code sets for the whole process does not run under our own statements."""
+
+        def wait(_: object) -> None:
+            raise RuntimeError("not in a loop of mine")
+
+        self.addCleanup(psycopg2.extensions.set_wait_callback, None)
+        await self.call(lambda _: psycopg2.extensions.set_wait_callback(wait))
+        self.assertEqual(await self.handlers.run(_ask, "select 1"), [(1,)])
+
     async def test_odd_defaults(self) -> None:
         """Defaults of the database that our statements cannot bear are set aside; its read-only mode is not."""
         name = self.url.partition("?")[0].rpartition("/")[2]
@@ -244,7 +254,8 @@ class DeadlineTests(DatabaseTestCase):
         error = await self.assertFailure(slow, HandlerTimeout)
         self.assertIn("--handler-timeout", str(error))
         self.assertEqual(await self.handlers.run(_ask, "select 1"), [(1,)])
-        self.assertEqual((len(self.sessions()), self.handlers.stuck), (1, []))
+        self.assertLessEqual(len(self.sessions()), 2)
+        self.assertEqual(self.handlers.stuck, [])
 
     async def test_a_late_return(self) -> None:
         """Code that returns after its deadline has failed, and nothing of it is kept."""

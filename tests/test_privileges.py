@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from click.testing import CliRunner
 
 from s2s.cli import main
-from s2s.errors import OperatorError
+from s2s.errors import DatabaseError, OperatorError
 from s2s.store import privileges, probe
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
@@ -57,6 +57,17 @@ class PrivilegeTests(DatabaseTestCase):
         with self.as_user() as txn:
             error = self.assertRaises(OperatorError, privileges.check, txn)
         self.assertRegex(str(error), "and [0-9]+ more, which s2s db status lists$")
+
+    def test_the_probe(self) -> None:
+        """The probe of the database fails without any privilege that a push or a worker needs."""
+        for privilege, table in (
+            ("insert", "commands"), ("update", "commands"), ("insert", "idempotency_keys"), ("select", "batch_notes"),
+            ("insert", "batch_notes"), ("update", "batch_notes"), ("delete", "batch_notes"),
+        ):  # fmt: skip
+            self.execute(f"revoke {privilege} on {table} from {self.user}")
+            with self.assertRaises(DatabaseError, msg=(privilege, table)), self.as_user() as txn:
+                probe.check(txn)
+            self.execute(f"grant {privilege} on {table} to {self.user}")
 
     def test_the_command_line(self) -> None:
         """``s2s db status`` lists them all, and exits with 1."""

@@ -161,7 +161,7 @@ class ReadyTests(DatabaseTestCase):
         cmd_ids = notes.claim(self.txn, "boot", 0, 10, ready=self.ready)
         self.txn.connection.commit()
         with self.txn.connection.cursor(cursor_factory=RecordingCursor) as recording:
-            self.assertEqual(notes.noted(recording, "boot", 0, self.ready.notes[0]), cmd_ids)
+            self.assertEqual(notes.noted(recording, "boot", 0, self.ready.notes[0])[0], cmd_ids)
             self.assertLess(recording.pages(), 20)
         notes.strike(self.txn, "boot", 0)
         self.txn.connection.commit()

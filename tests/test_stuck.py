@@ -209,6 +209,44 @@ class CommandTests(StuckTestCase):
         self.assertEqual(self.column("attempts"), {"a": 0, "bad": 1, "b": 0})
         self.assertIn("unusable", self.column("error")["bad"])
 
+    async def test_a_handler_that_commits(self) -> None:
+        """A commit by psycopg2 is refused; one in SQL doubles nothing that was done, and charges nobody else."""
+        self.patch(commands, "MAX_BACKOFF_S", 1000)
+
+        def work(txn: Cursor, command: Command) -> None:
+            if command.idem_key == "psycopg2":
+                txn.connection.commit()
+            elif command.idem_key == "sql":
+                txn.execute("commit")
+
+        self.insert("a", "psycopg2", "b", "sql", "c")
+        running = self.start(work)
+        await poll(lambda: running.ran == 3, "the others")
+        self.assertEqual(
+            self.column("status"), {"a": "done", "psycopg2": "ready", "b": "done", "sql": "ready", "c": "done"}
+        )
+        self.assertEqual(self.column("attempts"), {"a": 0, "psycopg2": 1, "b": 0, "sql": 1, "c": 0})
+        self.assertIn("never commits", self.column("error")["psycopg2"])
+        counts = dict(
+            self.execute("select idem_key, count(*) from effects join commands using (cmd_id) group by idem_key")
+        )
+        self.assertEqual({key: counts[key] for key in "abc"}, {"a": 1, "b": 1, "c": 1})
+
+    async def test_a_commit_that_hangs(self) -> None:
+        """A deferred trigger that hangs in the COMMIT is cancelled at the deadline, and the commands behind it run."""
+        self.execute(
+            "create function hang() returns trigger language plpgsql as $$ begin"
+            " if exists (select from commands where cmd_id = new.cmd_id and idem_key = 'hangs')"
+            " then perform pg_sleep(600); end if; return null; end $$;"
+            "create constraint trigger hang after insert on effects deferrable initially deferred"
+            " for each row execute function hang()"
+        )
+        self.insert("hangs", "a")
+        self.start(lambda *_: None)
+        await poll(lambda: self.column("status")["a"] == "done", "the other one", timeout=40)
+        await poll(lambda: self.column("attempts")["hangs"] > 0, "its charge", timeout=40)
+        self.assertEqual(self.column("attempts")["a"], 0)
+
     async def test_the_databases_fault(self) -> None:
         """Nothing is charged for an error of the whole database, such as a full disk, which passes."""
         full = [True]
@@ -341,6 +379,32 @@ class EngineTests(StuckTestCase):
         self.execute("update jobs set due_at = to_timestamp(3600)")
         await poll(lambda: begun.count("there") == 2, "its next run")
         self.assertEqual(begun.count("here"), 1)
+
+    async def test_no_attempt_where_all_is_stuck(self) -> None:
+        """An engine in which too many calls are stuck begins no attempt: its orders and jobs are left to others."""
+        self.patch(handler_pool, "MOST_STUCK", 0)
+        self.execute("insert into jobs (job_type, schedule, due_at) values ('tick', 'every:3600s', to_timestamp(3600))")
+        condition = Condition()
+        condition.wanted = "running"
+        database, handlers = self.pools("s2s-orders", timeout_s=0.5)
+        kinds = {_SECTOR: _Order(lambda: None)}
+        runner = OrderRunner(
+            database, handlers, Clock(reactor), kinds, "engine-1", condition, lambda: False, lambda: None
+        )
+        self.execute("insert into orders (order_id, rpc, params) values ('o', %s, '{}')", _SECTOR)
+        self.assertIsNone(await runner._turn(0))
+        self.assertEqual(self.execute("select attempts from orders"), [(0,)])
+        scheduler = Scheduler(
+            database,
+            handlers,
+            Clock(reactor),
+            job_registry([_Job("tick", lambda: None)]),
+            condition,
+            65536,
+            lambda: None,
+        )
+        self.assertIsNone(await scheduler._turn(0))
+        self.assertEqual(self.execute("select attempts from jobs where job_type = 'tick'"), [(0,)])
 
     async def test_an_order_that_does_not_return(self) -> None:
         """It ends as failed, with the name of the deadline, and the orders behind it run."""

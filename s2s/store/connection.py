@@ -18,6 +18,7 @@ class PlanningConnection(connection):
     """A connection that knows the statements it has planned; :func:`parameters` has every one of ours made so.
 
     :ivar plans: those statements.
+    :ivar is_foreign: foreign code runs on it now, and may not end its transaction.
     :ivar restore: the statement that undoes, inside a transaction, each change of a setting and of the role.
     """
 
@@ -25,7 +26,26 @@ class PlanningConnection(connection):
         super().__init__(*args, **kwargs)
         self.plans: set[Any] = set()
         self.restore = ""
+        self.is_foreign = False
         self._attributes: tuple[Any, ...] = ()
+
+    def commit(self) -> None:
+        """Commit; see :meth:`_check_ours`."""
+        self._check_ours()
+        super().commit()
+
+    def rollback(self) -> None:
+        """Roll back; see :meth:`_check_ours`."""
+        self._check_ours()
+        super().rollback()
+
+    def _check_ours(self) -> None:
+        """Keep foreign code from ending a transaction in which the work of others is.
+
+        :raises psycopg2.ProgrammingError: foreign code runs on this connection now.
+        """
+        if self.is_foreign:
+            raise psycopg2.ProgrammingError("a handler, a job or an order never commits or rolls back")
 
     def remember(self, changed: Iterable[tuple[str, str]]) -> None:
         """Take the state of the connection now as the clean one.
@@ -87,6 +107,8 @@ def prepare(conn: connection, statement_timeout_s: float, idle_timeout_s: float)
 _SETTINGS: Final = {
     "array_nulls": "on",
     "bytea_output": "hex",
+    # Below that, notices of the server would go to our stderr without a bound.
+    "client_min_messages": "warning",
     "DateStyle": "ISO, MDY",
     "default_transaction_deferrable": "off",
     "default_transaction_isolation": "read committed",

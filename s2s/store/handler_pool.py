@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 import psycopg2
+from psycopg2.extensions import set_wait_callback
 from twisted.enterprise import adbapi
 from twisted.internet import defer, threads
 from twisted.internet.defer import Deferred
@@ -146,7 +147,7 @@ class HandlerPool(Database):
         refused = self.refusal()
         if refused is not None:
             return refused
-        if len(self.stuck) >= MOST_STUCK:
+        if self.is_full:
             return defer.fail(DatabaseUnavailable(f"{MOST_STUCK} handlers are stuck in this process: start it again"))
         task = Task()
         self._unfinished += 1
@@ -158,6 +159,11 @@ class HandlerPool(Database):
         if self._watching is None:
             self._watching = self.reactor.callLater(_WATCH_S, self._watch)
         return task.outcome
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many calls are stuck that no further one may begin."""
+        return len(self.stuck) >= MOST_STUCK
 
     def _returned(self, outcome: Any, task: Task) -> None:
         if task.is_abandoned:
@@ -258,6 +264,15 @@ class HandlerPool(Database):
         if not (isinstance(conn, PlanningConnection) and conn.make_clean()):
             pool.disconnect(conn)
 
+    def _commit(self, conn: Connection) -> None:
+        # Deferred triggers run in it, and no timeout of the database covers them.
+        task = cast("Task", self._local.task)
+        task.enter(f"the COMMIT of {task.name}", task.subject)
+        try:
+            super()._commit(conn)
+        finally:
+            task.leave()
+
     @contextmanager
     def foreign(self, txn: Cursor, name: str, subject: Any = None) -> Iterator[Cursor]:
         """Call foreign code inside: in a savepoint, within the deadline, on a plain cursor of the same transaction.
@@ -273,6 +288,7 @@ class HandlerPool(Database):
             task.enter(name, subject)
             # Closed afterwards, so that nothing that the code has kept or started uses it any more.
             cursor = plain(txn)
+            conn.is_foreign = True
             try:
                 yield cursor
             except BaseException:
@@ -280,6 +296,9 @@ class HandlerPool(Database):
                     raise self._too_late() from None
                 raise
             finally:
+                conn.is_foreign = False
+                # A callback for the whole process, such as gevent's, would run under our own statements, too.
+                set_wait_callback(None)
                 cursor.close()
                 task.leave()
             if task.is_late:

@@ -127,13 +127,26 @@ def claim(
     return cmd_ids
 
 
-def noted(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> list[int]:
-    """Give the cmd_ids of a worker's note, as it is now.
+def noted(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> tuple[list[int], int]:
+    """Return the cmd_ids of a worker's note, as it is now, and the id of this transaction.
 
     :param note_id: where it is known, so that the notes which a snapshot keeps are not read.
     """
-    txn.execute(f"select unnest(cmd_ids) from batch_notes where {_OF_WORKER}", (boot_id, worker, note_id, note_id))  # noqa: S608
-    return [cmd_id for (cmd_id,) in txn]
+    txn.execute(
+        f"select cmd_ids, txid_current() from batch_notes where {_OF_WORKER}",  # noqa: S608
+        (boot_id, worker, note_id, note_id),
+    )
+    rows = txn.fetchall()
+    return [cmd_id for cmd_ids, _ in rows for cmd_id in cmd_ids], rows[0][1] if rows else 0
+
+
+def is_committed(txn: Cursor, xid: int) -> bool:
+    """Whether another transaction was committed.
+
+    :param xid: its id, as of :func:`noted`.
+    """
+    txn.execute("select txid_status(%s)", (xid,))
+    return bool(txn.fetchone() == ("committed",))
 
 
 def strike(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> None:

@@ -238,11 +238,14 @@ def attempt(
     return Order(*row) if row else None
 
 
-def hold(txn: Cursor, order: Order) -> bool:
-    """Lock an order until the transaction ends: whether the attempt is still ours to make."""
+def hold(txn: Cursor, order: Order, waits: bool = False) -> bool:
+    """Lock an order until the transaction ends: whether the attempt is still ours to make.
+
+    :param waits: wait for a session that holds it.
+    """
     txn.execute(
         "select from orders where order_id = %s and retry_at = %s and status in ('queued', 'running')"
-        " for update skip locked",
+        f" for update{'' if waits else ' skip locked'}",
         (order.order_id, order.retry_at),
     )
     return txn.rowcount > 0

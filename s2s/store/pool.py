@@ -268,7 +268,7 @@ class Database:
                 result = work(txn, *args)
             # Here, and not by the errors alone: they can be swallowed.
             self._go_on()
-            driver.commit(conn)
+            self._commit(conn)
         except BaseException as error:
             is_broken = _roll_back(conn) or driver.is_of_the_connection(error) or sqlstate.of(error).drops
             if is_broken:
@@ -291,6 +291,9 @@ class Database:
         if self.is_away:
             self.reactor.callFromThread(self._tell, False)
         return result
+
+    def _commit(self, conn: Connection) -> None:
+        driver.commit(conn)
 
     def _released(self, pool: Any, conn: Connection) -> None:
         """A transaction has ended, and its connection still works."""

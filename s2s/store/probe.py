@@ -13,7 +13,11 @@ _WRITES: Final = (
     " sha256('probe'), nextval('commands_cmd_id_seq'))",
     "insert into commands (cmd_id, cmd_type, idem_key, payload, status) values"
     " (currval('commands_cmd_id_seq'), 'probe', 'probe', '{}', 'cancelled')",
-    "insert into batch_notes (boot_id, worker, cmd_ids) values (gen_random_uuid()::text, 0, '{}')",
+    "update commands set status = 'done' where cmd_id = (select cmd_id from commands"
+    " where cmd_id = currval('commands_cmd_id_seq') for update)",
+    "insert into batch_notes (boot_id, worker, cmd_ids) values ('s2s.probe ' || pg_backend_pid(), 0, '{}')",
+    "update batch_notes set cmd_ids = '{1}' where boot_id = 's2s.probe ' || pg_backend_pid()",
+    "delete from batch_notes where boot_id = 's2s.probe ' || pg_backend_pid()",
 )
 
 
