@@ -156,7 +156,7 @@ class Courier:
         try:
             try:
                 ack = await link.call(order.rpc, {**order.params, "order_id": order.order_id})
-                if ack["order_id"] != order.order_id:
+                if ack.get("order_id", order.order_id) != order.order_id:
                     raise BadReply(f"{order.rpc} was answered for another order")
             except S2SError as error:
                 await self._failed(link, order, error)

@@ -35,7 +35,7 @@ class ObserverTests(ApiTestCase):
             other.run("begin; lock table notices in access exclusive mode")
             lists = [deferToThread(self.ask, "GET", "/v1/notices", role="observer") for _ in range(6)]
             waiting = "select count(*) from pg_locks where not granted and relation = 'notices'::regclass"
-            yield poll(lambda: self.execute(waiting) == [(LIST_THREADS,)], "the places of lists are taken")
+            yield poll(lambda: self.execute(waiting)[0][0] >= LIST_THREADS, "the places of lists are taken")
             for _ in range(10):
                 steered = yield deferToThread(self.ask, "POST", "/v1/commands/retry", {"ids": [1]}, role="operator")
                 self.assertEqual(steered.status, 200, steered.raw)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -75,8 +76,15 @@ class InterruptTests(SynchronousTestCase):
         state_dir = Path(tempfile.mkdtemp(dir=os.curdir)).resolve()
         with mock.patch.object(postmaster.time, "sleep", side_effect=KeyboardInterrupt):
             self.assertRaises(KeyboardInterrupt, embedded.join, state_dir)
-        named = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
-        self.assertEqual([argv for argv in named if str(state_dir) in " ".join(argv)], [])
+
+        def left() -> list[list[str]]:
+            named = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+            return [argv for argv in named if str(state_dir) in " ".join(argv)]
+
+        until = time.monotonic() + 20
+        while left() and time.monotonic() < until:
+            time.sleep(0.05)
+        self.assertEqual(left(), [])
         lease = embedded.join(state_dir)
         self.assertTrue(answers(lease.url))
         self.assertTrue(lease.leave())

@@ -23,7 +23,7 @@ _SHOWN_BY = {
     "no-order-lock": ((), 5, "its orders say"),
     "no-replay-cache": (("replay on another link",), 10, "was answered"),
     "no-savepoint": ((), 3, "by halves"),
-    "outbox-elsewhere": (("kill the engine",), 12, "and was published 0 times"),
+    "outbox-elsewhere": (("kill the engine",), 30, "and was published 0 times"),
 }
 #: A role that breaks a promise may leave something undone for ever.
 _BROKEN_S = 15.0

@@ -138,7 +138,7 @@ class KillerTests(RoleTestCase):
         yield server.start()
         self.insert("sleeper", end=end)
         running = (
-            "select 1 from pg_stat_activity where application_name = 's2s-server' and query ~ %s"
+            "select 1 from pg_stat_activity where application_name = 's2s-server handlers' and query ~ %s"
             " and xact_start < now() - interval '0.2 s'"
         )
         yield poll(lambda: self.execute(running, "pg_sleep|insert into effects"), "it sleeps")

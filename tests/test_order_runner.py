@@ -151,8 +151,8 @@ class OrderRunnerTests(DatabaseTestCase):
                     self.assertTrue(result["message"].startswith(message), result)
         self.assertEqual(self.row("o1"), ("done", {"sector": 1}))
         self.assertEqual(self.row("o2")[1]["details"], {"path": "/payload/sector_id"})
-        # Whoever ends the transaction by himself is told on; what he has committed so stays.
-        self.assertEqual({order_id for order_id, _ in self.steps()}, {"o1", "o7"})
+        # A commit is refused, and nothing of it stays.
+        self.assertEqual({order_id for order_id, _ in self.steps()}, {"o1"})
 
     async def test_written_by_hand(self) -> None:
         """A row of any hand is judged by the schema of its request; one of another release is left alone."""

@@ -187,6 +187,13 @@ class ReadyTests(DatabaseTestCase):
         self.assertEqual(self.run_batch(), [])
         self.assertLess(self.pages(), 100)
 
+    def test_served_anew(self) -> None:
+        """Commands of a type that is served again, as when its handlers come back, are found at once."""
+        self.fill(20, "test.other")
+        self.assertEqual(self.run_batch(), [])
+        self.ready.serve(["test.run", "test.other"])
+        self.assertEqual(len(self.run_batch(256)), 20)
+
     def test_many_at_one_moment(self) -> None:
         """Commands that are due at one moment, as after a bulk load, are passed one by one."""
         self.hold_snapshot()

@@ -112,8 +112,6 @@ class Ready:
 
     def __init__(self, types: Iterable[str] | None = None, now: Callable[[], float] = time.monotonic) -> None:
         self._types: str | None = None
-        if types is not None:
-            self.serve(types)
         self._lookback = Lookback(now)
         #: When to look for priorities that were empty.
         self._finding = Lookback(now, least_s=FIND_S)
@@ -125,10 +123,14 @@ class Ready:
         self.notes: dict[int, int] = defaultdict(int)
         #: Whether there were notes at the last look.
         self._is_noted = True
+        if types is not None:
+            self.serve(types)
 
     def serve(self, types: Iterable[str]) -> None:
         """Take only commands of these types from the next look on."""
         self._types = "\n".join(types)
+        # Those that are new may lie below the points.
+        self._is_whole = True
 
     def look_back(self, txn: Cursor, limit: int) -> None:
         """Look for commands below the points and for new priorities, where it is time to.

@@ -36,7 +36,7 @@ STEPS: Final = {
     "finish.write": ("s2s.store.commands", "", "finish", "before"),
     "finish.commit": ("s2s.store.notes", "", "strike", "after"),
     "finish.told": ("s2s.executor", "Executor", "_count", "before"),
-    "relay.claim": ("s2s.store.outbox", "", "claim", "after"),
+    "relay.claim": ("s2s.store.outbox", "Claims", "claim", "after"),
     "relay.send": ("s2s.relay", "Relay", "_send", "after"),
     "relay.ack": ("s2s.relay", "Relay", "_pushed", "before"),
     "relay.settle": ("s2s.store.outbox", "", "delete", "before"),
@@ -166,13 +166,13 @@ def _no_savepoint() -> None:
     """Undoes nothing of a command that fails."""
     from contextlib import contextmanager
 
-    from s2s import executor
+    from s2s.store import handler_pool
 
     @contextmanager
     def nothing(_: object) -> Any:
         yield
 
-    executor.savepoint = nothing
+    handler_pool.savepoint = nothing
 
 
 def _no_replay_cache() -> None:

@@ -11,8 +11,8 @@ from s2s.store.driver import Cursor
 
 #: Seconds that a handler may take in a campaign, and that the hanging one takes: longer than that and the 5 s in which
 #: its SQL is cancelled, so that its thread is stuck for a while.
-TIMEOUT_S: Final = 2
-HANGS_S: Final = 9.0
+TIMEOUT_S: Final = 4
+HANGS_S: Final = 11.0
 #: What the dirty one leaves on its session.
 _LEFT: Final = (
     "set search_path = nowhere, public",
