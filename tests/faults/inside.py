@@ -196,7 +196,7 @@ def _no_idempotency() -> None:
 
 
 def _outbox_elsewhere() -> None:
-    """Writes what is to be sent in another transaction than that of its cause, a moment later."""
+    """Writes what is to be sent in another transaction than that of its cause, seconds later."""
     from s2s.store import outbox
 
     put_batch = outbox.put_batch
@@ -210,7 +210,7 @@ def _outbox_elsewhere() -> None:
             with psycopg2.connect(dsn) as conn, conn.cursor() as other:
                 put_batch(other, cmd_type, commands, **how)
 
-        threading.Timer(0.5, later).start()
+        threading.Timer(3.0, later).start()
 
     outbox.put_batch = put
 
