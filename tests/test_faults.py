@@ -20,7 +20,7 @@ SEED = int(os.environ.get("S2S_FAULTS_SEED", "7"))
 _SHOWN_BY = {
     "ack-before-commit": ((), 3, "was accepted as"),
     "no-idempotency": ((), 3, "is there 2 times"),
-    "no-order-lock": ((), 5, "its orders say"),
+    "no-order-lock": ((), 15, "its orders say"),
     "no-replay-cache": (("replay on another link",), 10, "was answered"),
     "no-savepoint": ((), 3, "by halves"),
     "outbox-elsewhere": (("kill the engine",), 30, "and was published 0 times"),
