@@ -17,7 +17,7 @@ from s2s.store.driver import Cursor
 #: The sequences that columns of some tables own, by identity or as a serial. One that we may not read is left out.
 _OWNED: Final = """
 select tables.relname, columns.attname, settings.seqrelid::regclass::text, tables.oid::regclass::text,
-       coalesce(pg_sequence_last_value(settings.seqrelid), settings.seqstart - settings.seqincrement)
+       settings.seqstart - settings.seqincrement
 from pg_sequence settings
 join pg_depend owns on owns.classid = 'pg_class'::regclass and owns.objid = settings.seqrelid
     and owns.refclassid = 'pg_class'::regclass and owns.deptype in ('a', 'i')
@@ -54,8 +54,9 @@ def behind(txn: Cursor) -> list[Behind]:
     """List the sequences that stand behind the rows of their tables."""
     txn.execute(_OWNED, (list(migrations.tables()),))
     found = []
-    for _, column, sequence, table, stands_at in txn.fetchall():
-        largest = _largest(txn, column, table)
+    for _, column, sequence, table, start in txn.fetchall():
+        largest, stands_at = _look(txn, column, sequence, table)
+        stands_at = start if stands_at is None else stands_at
         if largest > stands_at:
             found.append(Behind(column, sequence, table, stands_at, largest))
     return found
@@ -79,18 +80,21 @@ def fix(txn: Cursor) -> list[Behind]:
     for each in fixed:
         # A row that is inserted meanwhile has taken its id before the sequence is set, or takes it after that.
         txn.execute(sql.SQL("lock table {} in share row exclusive mode").format(_named(each.table)))
-        largest = _largest(txn, each.column, each.table)
-        txn.execute(
-            "select setval(%s::regclass, greatest(%s, coalesce(pg_sequence_last_value(%s::regclass), 0)))",
-            (each.sequence, largest, each.sequence),
-        )
+        largest, stands_at = _look(txn, each.column, each.sequence, each.table)
+        txn.execute("select setval(%s::regclass, greatest(%s, %s))", (each.sequence, largest, stands_at or 0))
     return fixed
 
 
-def _largest(txn: Cursor, column: str, table: str) -> int:
-    txn.execute(sql.SQL("select coalesce(max({}), 0) from {}").format(sql.Identifier(column), _named(table)))
-    [largest] = txn.fetchone() or (0,)
-    return int(largest)
+def _look(txn: Cursor, column: str, sequence: str, table: str) -> tuple[int, int | None]:
+    """Return the largest id, and the last value of its sequence; ``None``: it has not given any.
+
+    One statement reads both: its snapshot is older than its look at the sequence, which no snapshot holds. A row that is
+    inserted meanwhile can move the sequence ahead of the ids that are seen, and never the other way.
+    """
+    look = sql.SQL("select coalesce(max({}), 0), pg_sequence_last_value(%s::regclass) from {}")
+    txn.execute(look.format(sql.Identifier(column), _named(table)), (sequence,))
+    largest, stands_at = txn.fetchone() or (0, None)
+    return int(largest), stands_at
 
 
 def _named(table: str) -> sql.SQL:
