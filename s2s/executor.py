@@ -238,8 +238,8 @@ class Executor:
     async def _keep_stuck(self, worker: int, stuck: HandlerStuck) -> Report:
         """Charge the commands whose handler does not return, and free the others of their batch.
 
-        A command that ran alone stays in the note, so that nothing takes it while the thread lives. Of several, nobody
-        knows which one is at fault: they are charged, and each runs alone then.
+        A command that ran alone stays in the note, so that nothing takes it while the thread lives. Of several, it is
+        not known which one is at fault: they are charged, and each runs alone then.
         """
         cmd_ids = [command.cmd_id for command in stuck.subject]
         is_alone = len(cmd_ids) == 1
@@ -337,7 +337,9 @@ class Executor:
             raise error
         if not is_in_transaction(txn):
             raise _Spoiled(commands, error, report) from None
-        if sqlstate.of(error).fault != "statement" and (error.pgcode != "25006" or is_read_only(txn)):  # type: ignore[attr-defined]
+        # A handler may have made the transaction read-only itself, and its savepoint has undone that.
+        is_its_own = sqlstate.code(error) == "25006" and not is_read_only(txn)
+        if sqlstate.of(error).fault != "statement" and not is_its_own:
             raise error
 
 

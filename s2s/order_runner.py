@@ -226,14 +226,15 @@ class OrderRunner:
             return None
         run = OrderRun(order.order_id, order.params, order.actor, order.created_at, order.state)
         try:
-            # It tells when a job has ended the transaction, or has swallowed the error of a statement.
             self._check(order, is_paused)
+            # It tells when a job has ended the transaction, or has swallowed the error of a statement.
             with self._handlers.foreign(txn, f"order {order.order_id}, {order.rpc}") as cursor:
                 outcome = judged(self._kinds[order.rpc].run(cursor, run))
         # BaseException: in this thread a SystemExit is a job's own, and nobody else's. A connection that is lost, or a
         # process that stops, is made something else of by the pool.
         except BaseException as error:
-            if sqlstate.of(error).passes or sqlstate.of(error).fault != "statement":
+            meaning = sqlstate.of(error)
+            if meaning.passes or meaning.fault != "statement":
                 raise
             raise _Stopped(error) from None
         if isinstance(outcome, Unfinished):

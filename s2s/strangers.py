@@ -19,9 +19,9 @@ from s2s.limits import Counters
 
 #: Bytes of a link that count as its first ones: a challenge and an answer to ours fit.
 FIRST_BYTES: Final = 1024
-#: A read counts as so many bytes at least, because reading one byte costs about as much as judging 512.
+#: The least number of bytes that a read counts as, because reading one byte costs about as much as judging 512.
 LEAST_BYTES: Final = 512
-#: An object, a list or a member counts as so many bytes more: it takes as long to parse.
+#: The bytes that an object, a list or a member adds to that count: it takes as long to parse.
 DENSE_BYTES: Final = 8
 #: First bytes in a second: of one address, and of all.
 FIRST_RATE: Final = (256 << 10, 1 << 20)

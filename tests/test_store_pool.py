@@ -51,15 +51,15 @@ class TellingTests(DatabaseTestCase):
         self.addCleanup(connection.close)
         txn = connection.cursor()
         txn.execute("select 1")
-        self.assertFalse(driver.is_lost(txn))
+        self.assertTrue(driver.is_in_transaction(txn))
         txn.execute("commit")
-        self.assertTrue(driver.is_lost(txn))
+        self.assertFalse(driver.is_in_transaction(txn))
         connection.rollback()
         txn.execute("select pg_backend_pid()")
         self.execute("select pg_terminate_backend(%s)", *txn.fetchone())
         with self.assertRaises(psycopg2.Error):
             txn.execute("select 1")
-        self.assertTrue(driver.is_lost(txn))
+        self.assertFalse(driver.is_in_transaction(txn))
 
 
 class UrlTests(SynchronousTestCase):

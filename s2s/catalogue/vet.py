@@ -38,7 +38,7 @@ _Resolver = Any
 def vet(document: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse a schema that is none, that needs another document, or whose answer may take long.
 
-    :returns: a copy that nobody else can change, of plain JSON.
+    :returns: a copy that no other code can change, of plain JSON.
     :raises jsonschema.exceptions.SchemaError: it is no schema.
     :raises OperatorError: it is one that we do not take; the text names the place and the cure.
     """

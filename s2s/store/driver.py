@@ -11,7 +11,6 @@ from typing import Any, Final, TypeVar, cast
 import msgspec
 import psycopg2
 from psycopg2.extensions import (
-    TRANSACTION_STATUS_IDLE,
     TRANSACTION_STATUS_INERROR,
     TRANSACTION_STATUS_INTRANS,
     TRANSACTION_STATUS_UNKNOWN,
@@ -149,7 +148,7 @@ def told(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError
 
     :param conn: the connection that it came from; ``None``: there was none.
     """
-    state = error.pgcode or ""
+    state = sqlstate.code(error)
     text = _text(error)
     if conn is None or is_broken(conn) or is_of_the_connection(error) or sqlstate.meaning(state).unavailable:
         return DatabaseUnavailable(text, state)
@@ -183,11 +182,6 @@ def is_of_the_connection(error: BaseException) -> bool:
     """
     libpqs = (psycopg2.DatabaseError, psycopg2.OperationalError, psycopg2.InterfaceError)
     return isinstance(error, psycopg2.Error) and type(error) in libpqs and not error.pgcode
-
-
-def is_lost(txn: Cursor) -> bool:
-    """Whether this transaction is no more: its connection broke, or somebody in it has ended it."""
-    return is_broken(txn.connection) or txn.connection.info.transaction_status == TRANSACTION_STATUS_IDLE
 
 
 def is_in_transaction(txn: Cursor) -> bool:

@@ -162,7 +162,7 @@ class HandlerPool(Database):
 
     @property
     def is_full(self) -> bool:
-        """Whether so many calls are stuck that no further one may begin."""
+        """Whether the bound of stuck calls is reached, so that no further call may begin."""
         return len(self.stuck) >= MOST_STUCK
 
     def _returned(self, outcome: Any, task: Task) -> None:

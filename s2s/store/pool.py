@@ -326,11 +326,6 @@ class Database:
         self.is_away = is_away
 
 
-def is_there(txn: Cursor) -> None:
-    """Ask the database for anything at all."""
-    txn.execute("select")
-
-
 def _roll_back(conn: Connection) -> bool:
     """Roll back: whether the connection is of no more use."""
     with suppress(psycopg2.Error):

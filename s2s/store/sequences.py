@@ -88,8 +88,8 @@ def fix(txn: Cursor) -> list[Behind]:
 def _look(txn: Cursor, column: str, sequence: str, table: str) -> tuple[int, int | None]:
     """Return the largest id, and the last value of its sequence; ``None``: it has not given any.
 
-    One statement reads both: its snapshot is older than its look at the sequence, which no snapshot holds. A row that is
-    inserted meanwhile can move the sequence ahead of the ids that are seen, and never the other way.
+    One statement reads both: its snapshot is older than its look at the sequence, which no snapshot holds. A row that
+    is inserted meanwhile can move the sequence ahead of the ids that are seen, and never the other way.
     """
     look = sql.SQL("select coalesce(max({}), 0), pg_sequence_last_value(%s::regclass) from {}")
     txn.execute(look.format(sql.Identifier(column), _named(table)), (sequence,))

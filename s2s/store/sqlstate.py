@@ -67,11 +67,16 @@ MEANINGS: Final[dict[str, Meaning]] = {
 _LONGEST_CODE: Final = 5
 
 
-def meaning(code: str) -> Meaning:
+def meaning(state: str) -> Meaning:
     """Return the meaning of a SQLSTATE."""
-    return next(MEANINGS[code[:length]] for length in range(_LONGEST_CODE, -1, -1) if code[:length] in MEANINGS)
+    return next(MEANINGS[state[:length]] for length in range(_LONGEST_CODE, -1, -1) if state[:length] in MEANINGS)
+
+
+def code(error: BaseException) -> str:
+    """Return the SQLSTATE of an exception; empty: it has none."""
+    return (error.pgcode or "") if isinstance(error, psycopg2.Error) else ""
 
 
 def of(error: BaseException) -> Meaning:
     """Return the meaning of an exception; one without a SQLSTATE is its statement's fault."""
-    return meaning((error.pgcode or "") if isinstance(error, psycopg2.Error) else "")
+    return meaning(code(error))
