@@ -25,7 +25,7 @@ MAX_DEPTH: Final = 32
 #: The largest integer that every JSON implementation keeps exact (RFC 8259, section 6).
 MAX_INTEGER: Final = 2**53 - 1
 #: The longest frame, in bytes, in which the first broken rule is looked for by :func:`parse_exactly`: that takes up to
-#: 1 ms for so many bytes, and the sender need not have a key.
+#: 1 ms, and the sender need not have a key.
 EXPLAINED_BYTES: Final = 1024
 #: The rules by the name that ``details.rule`` of ``bad_json`` carries, each with its fixed text.
 RULES: Final[Mapping[str, str]] = {

@@ -17,11 +17,11 @@ from s2s.store.pool import Database
 
 #: Seconds between two looks: after a clock is right again, no row of ours waits for longer.
 LOOK_S: Final = 5.0
-#: The clock has leapt if it is off by so many seconds, measured against our monotonic clock.
+#: Seconds between our wall clock and our monotonic clock from which the wall clock counts as having leapt.
 LEAP_S: Final = 30.0
-#: A clock that stays where it leapt to for so many seconds was set right: it is trusted again.
+#: Seconds until a clock that stays where it leapt to is trusted again: it was set right.
 ADOPT_S: Final = 3600.0
-#: Seconds between the database's clock and ours that are told of, and that make it doubtful.
+#: Seconds between the database's clock and ours from which a warning is logged, and from which it is doubtful.
 APART_S: Final = 60.0
 DOUBTFUL_S: Final = 3600.0
 #: Seconds from one look through all commands that are due later to the next, where one step does not see them all.

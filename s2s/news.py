@@ -24,7 +24,8 @@ class Digest:
 
     :param subject: what is counted.
     :param read: gives the counters as they stand, by what a line calls them.
-    :param longest_s: the pause after a line doubles up to so many seconds, as long as there is more to tell.
+    :param longest_s: the upper bound, in seconds, of the pause after a line; the pause doubles as long as there is more
+        to tell.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from s2s.preflight import DATABASE_VARIABLE
 from s2s.store import migrations, sequences
 from s2s.store.pool import blocking
 from tests.support.postgres import DatabaseTestCase
-from tests.support.roles import PATIENCE_S, environment
+from tests.support.roles import PATIENCE_S, environment, start_process
 from tests.support.waiting import poll
 from tests.test_cli import CliTestCase
 
@@ -63,21 +63,7 @@ class ProcessTestCase(TestCase):
 
     def start(self, *argv: str, stdout: Any = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
         """Start one command line on the test's database."""
-        process = subprocess.Popen(
-            [_S2S, *argv],
-            env=environment(**{DATABASE_VARIABLE: self.url, **variables}),
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.addCleanup(self.gone, process)
-        return process
-
-    def gone(self, process: subprocess.Popen[str]) -> None:
-        """See that a process is gone, whatever the test came to."""
-        process.kill()
-        process.communicate()
+        return start_process(self, [_S2S, *argv], stdout=stdout, **{DATABASE_VARIABLE: self.url, **variables})
 
     def ended(self, process: subprocess.Popen[str], code: int) -> tuple[str, str]:
         """See how a process ends, without a traceback, and return its output and its errors."""

@@ -19,7 +19,7 @@ from twisted.internet.threads import deferToThread
 from s2s import certs
 from s2s.news import LINK_UP
 from s2s.preflight import DATABASE_VARIABLE
-from tests.support.roles import PATIENCE_S, TWISTD, RoleTestCase, environment, free_port, listen
+from tests.support.roles import PATIENCE_S, TWISTD, RoleTestCase, free_port, listen, start_process
 from tests.support.waiting import poll
 from tests.test_endpoints import connect_tls, listen_tls, make_certificates
 
@@ -42,22 +42,8 @@ class TwistdTestCase(RoleTestCase):
 
     def twistd(self, *argv: str, cwd: Path | None = None, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
         """Start ``twistd ARGV s2s-server``, on ports of its own."""
-        process = subprocess.Popen(
-            [TWISTD, *argv, "s2s-server", "--listen", listen(free_port()), "--http", "off"],
-            cwd=cwd or self.directory,
-            env=environment(**{DATABASE_VARIABLE: self.url}),
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.addCleanup(self.gone, process)
-        return process
-
-    def gone(self, process: subprocess.Popen[str]) -> None:
-        """See that a process is gone, whatever the test came to."""
-        process.kill()
-        process.communicate()
+        server = [TWISTD, *argv, "s2s-server", "--listen", listen(free_port()), "--http", "off"]
+        return start_process(self, server, cwd=cwd or self.directory, stdout=stdout, **{DATABASE_VARIABLE: self.url})
 
     def refused(self, *argv: str, cwd: Path | None = None, stdout: Any = subprocess.PIPE) -> str:
         """See that a start ends with one line and exit code 1, and return the line."""

@@ -144,7 +144,7 @@ class Ready:
                 self._find(txn, self._starts)
         if self._lookback.is_due:
             self._lookback.look(txn, _BEHIND, self._params(limit))
-            # With so many the work is there.
+            # The limit is reached: the work is there.
             self._is_whole = len(self._lookback.behind) >= limit
 
     def candidates(self, txn: Cursor, limit: int) -> list[tuple[int, int]]:

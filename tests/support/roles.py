@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.trial.unittest import TestCase
 
 from s2s.lifetime import STOP_WITH_STDIN
 from s2s.preflight import DATABASE_VARIABLE
@@ -52,6 +53,31 @@ def environment(**more: str) -> dict[str, str]:
     """Give our environment without what would configure a role, and with what a test sets."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("S2S_")}
     return {**ours, **more}
+
+
+def start_process(
+    test: TestCase, argv: list[str], *, cwd: Path | None = None, stdout: Any = subprocess.PIPE, **variables: str
+) -> subprocess.Popen[str]:
+    """Start a process with a clean environment and these variables, which is killed at the end of the test.
+
+    :param stdout: as ``subprocess.Popen`` takes it; the errors are a pipe.
+    """
+
+    def kill() -> None:
+        process.kill()
+        process.communicate()
+
+    process = subprocess.Popen(
+        argv,
+        cwd=cwd,
+        env=environment(**variables),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    test.addCleanup(kill)
+    return process
 
 
 class Role:
