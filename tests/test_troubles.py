@@ -10,7 +10,7 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.store import sqlstate
-from s2s.store.troubles import MOST_STATES, TELL_S, Troubles
+from s2s.store.troubles import MOST_ERRORS, TELL_S, Troubles
 
 
 class TroublesTests(SynchronousTestCase):
@@ -39,7 +39,7 @@ class TroublesTests(SynchronousTestCase):
         self.assertEqual(len(self.lines(TELL_S - 1, *["53100"] * 1000, *["25006"] * 10)), 2)
         told = self.lines(1)
         self.assertEqual(len(told), 2)
-        self.assertIn("53100 came 999 times", told[0])
+        self.assertIn("(SQLSTATE 53100) came 999 times", told[0])
 
     def test_over(self) -> None:
         """A minute without it is told, and ends it; then it is new."""
@@ -48,10 +48,31 @@ class TroublesTests(SynchronousTestCase):
         self.assertEqual(self.time.getDelayedCalls(), [])
         self.assertIn("no space", self.lines(0, "53100")[0])
 
+    def test_texts(self) -> None:
+        """Two texts of one SQLSTATE have a line each: an operator needs both."""
+        with capturedLogs() as told:
+            for table in ("commands", "notices", "commands"):
+                self.troubles.note("42501", f"permission denied for table {table}")
+        lines = [event["log_format"].format(**event) for event in told]
+        self.assertEqual(len(lines), 2)
+        self.assertIn("for table notices (SQLSTATE 42501)", lines[1])
+        self.assertEqual(self.troubles.counts, {"42501": 3})
+        self.assertEqual(len(self.lines(TELL_S)), 2)
+
+    def test_many_texts(self) -> None:
+        """Beyond the bound all texts share a line, and nothing is kept of them a minute later."""
+        with capturedLogs() as told:
+            for number in range(MOST_ERRORS * 3):
+                self.troubles.note("53100", f"could not extend file {number}")
+        self.assertEqual(len(told), MOST_ERRORS + 1)
+        self.assertIn(f"further errors (SQLSTATE other) came {MOST_ERRORS * 2 - 1} times", "".join(self.lines(TELL_S)))
+        self.lines(TELL_S)
+        self.assertEqual(self.time.getDelayedCalls(), [])
+
     def test_bound(self) -> None:
         """Beyond the bound all SQLSTATEs share a line."""
-        states = [f"X{number:04}" for number in range(MOST_STATES + 10)]
-        self.assertEqual(len(self.lines(0, *states)), MOST_STATES + 1)
+        states = [f"X{number:04}" for number in range(MOST_ERRORS + 10)]
+        self.assertEqual(len(self.lines(0, *states)), MOST_ERRORS + 1)
         self.assertEqual(self.troubles.counts["other"], 10)
 
     def test_stop(self) -> None:

@@ -9,15 +9,16 @@ from twisted.logger import Logger
 from s2s.clock import Timer, cancel
 from s2s.store import sqlstate
 
-#: Seconds between two lines about one SQLSTATE, and without it until it counts as over.
+#: Seconds between two lines about one error, and without it until it counts as over.
 TELL_S: Final = 60.0
-#: SQLSTATEs that are told apart. Further ones share one line.
-MOST_STATES: Final = 32
+#: Errors that have a line of their own at one time, and SQLSTATEs that are counted apart. Further ones share one.
+MOST_ERRORS: Final = 32
 _OTHER: Final = "other"
+_FURTHER: Final = ("further errors", _OTHER)
 
 
 class Troubles:
-    """Tells the first error of each SQLSTATE at once, then a count once a minute, then that it is over.
+    """Logs the first error of each text and SQLSTATE at once, then a count once a minute, then that it is over.
 
     :param reactor: an ``IReactorTime``.
     :ivar counts: errors by SQLSTATE, since the start.
@@ -27,9 +28,9 @@ class Troubles:
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
-        #: Errors since the last line, by SQLSTATE.
-        self._untold: dict[str, int] = {}
-        self._timers: dict[str, Timer] = {}
+        #: Errors since the last line, by text and SQLSTATE.
+        self._untold: dict[tuple[str, str], int] = {}
+        self._timers: dict[tuple[str, str], Timer] = {}
         self.counts: dict[str, int] = {}
 
     def note(self, state: str, text: str) -> None:
@@ -38,40 +39,46 @@ class Troubles:
         :param state: its SQLSTATE.
         :param text: the server's message without the data.
         """
-        if state not in self.counts and len(self.counts) >= MOST_STATES:
-            state = _OTHER
-        self.counts[state] = self.counts.get(state, 0) + 1
-        if state in self._untold:
-            self._untold[state] += 1
+        counted = state if state in self.counts or len(self.counts) < MOST_ERRORS else _OTHER
+        self.counts[counted] = self.counts.get(counted, 0) + 1
+        error = (text, state)
+        if error not in self._untold and len(self._untold) >= MOST_ERRORS:
+            error = _FURTHER
+        if error in self._untold:
+            self._untold[error] += 1
             return
-        self._untold[state] = 0
+        self._untold[error] = 0
         self.log.error(
             "the database refuses statements: {text} (SQLSTATE {state}): {cure}",
             text=text,
             state=state,
             cure=sqlstate.meaning(state).cure or "see the log of the database",
         )
-        self._watch(state)
+        self._watch(error)
 
     def stop(self) -> None:
-        """Tell no more."""
+        """Log no more."""
         for timer in self._timers.values():
             cancel(timer)
 
-    def _watch(self, state: str) -> None:
-        self._timers[state] = self._reactor.callLater(TELL_S, self._look, state)
+    def _watch(self, error: tuple[str, str]) -> None:
+        self._timers[error] = self._reactor.callLater(TELL_S, self._look, error)
 
-    def _look(self, state: str) -> None:
-        count = self._untold[state]
+    def _look(self, error: tuple[str, str]) -> None:
+        count = self._untold[error]
+        text, state = error
         if not count:
-            del self._untold[state], self._timers[state]
-            self.log.info("SQLSTATE {state} has not come again for {seconds:g} s", state=state, seconds=TELL_S)
+            del self._untold[error], self._timers[error]
+            self.log.info(
+                "not come again for {seconds:g} s: {text} (SQLSTATE {state})", seconds=TELL_S, text=text, state=state
+            )
             return
         self.log.error(
-            "the database refuses statements still: SQLSTATE {state} came {count} times in {seconds:g} s",
+            "the database refuses statements still: {text} (SQLSTATE {state}) came {count} times in {seconds:g} s",
+            text=text,
             state=state,
             count=count,
             seconds=TELL_S,
         )
-        self._untold[state] = 0
-        self._watch(state)
+        self._untold[error] = 0
+        self._watch(error)
