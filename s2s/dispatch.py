@@ -138,9 +138,12 @@ class Dispatcher:
         if unknown is not None and self._verify(unknown.sealed, now) is None:
             return Refusal(AuthBad())
         # The usual frame is parsed only once its MAC holds. Of any other the MAC covers the canonical form.
+        key = read = None
         plain = envelope.unseal_plainly(frame)
-        key = None if plain is None else self._verify(plain, now)
-        read = None if plain is None or key is None else plain.read()
+        if plain is not None:
+            key = self._verify(plain, now)
+            if key is not None:
+                read = plain.read()
         if key is None or read is None:
             opened = self._open_exactly(frame, now)
             if not isinstance(opened, tuple):

@@ -64,16 +64,18 @@ class PlainlySealed(Sealed, frozen=True):
     """A frame that looks canonical around its payload, which is not parsed yet: without a MAC it is not worth it.
 
     :param signed: as of :class:`Sealed`, if the payload is canonical too.
+    :param rest: the members ``dst``, ``id``, ``payload``, ``src``, ``ts`` and ``type``.
     """
 
-    match: re.Match[bytes]
+    ack_of: bytes | None
+    rest: list[bytes]
 
     def read(self) -> Envelope | None:
         """Read the envelope.
 
         :returns: ``None`` if the payload is not canonical: then ``signed`` is not what the signature must cover.
         """
-        _, ack_of, _, _, _, dst, message_id, body, src, ts, type = self.match.groups()
+        dst, message_id, body, src, ts, type = self.rest
         payload = canonical.parse_plainly(body, PAYLOAD_DEPTH)
         if payload is None:
             return None
@@ -84,7 +86,7 @@ class PlainlySealed(Sealed, frozen=True):
             dst.decode(),
             type.decode(),
             payload,
-            None if ack_of is None else ack_of.decode(),
+            None if self.ack_of is None else self.ack_of.decode(),
         )
 
 
@@ -96,8 +98,8 @@ def unseal_plainly(frame: bytes) -> PlainlySealed | None:
     match = _CANONICAL.fullmatch(frame)
     if match is None:
         return None
-    head, key_id, sig, rest = match.group(1, 3, 4, 5)
-    return PlainlySealed(key_id.decode(), sig.decode(), head + rest, match)
+    head, ack_of, key_id, sig, covered, *rest = match.groups()
+    return PlainlySealed(key_id.decode(), sig.decode(), head + covered, ack_of, rest)
 
 
 def unseal_exactly(members: dict[str, Any], written: bytes) -> Sealed:

@@ -19,6 +19,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from s2s import canonical
+from s2s.catalogue.schema import Schema
 from s2s.commands import CommandType
 from s2s.errors import (
     DatabaseError,
@@ -123,19 +124,12 @@ class Inbox:
         :param payload: as it was parsed, and as the catalogue's schema lets it pass.
         :returns: fires with the payload of its ``s2s.ack`` after the COMMIT, or fails with a :class:`WireError`.
         """
-        if payload["cmd_type"] in self._types.schemas:
-            return self._push(payload)
-        # A refusal is final, and another server may have begun to serve the type just now.
-        return self._types.again().addCallbacks(lambda _: self._push(payload), self._unknowable)
-
-    def _unknowable(self, failure: Failure) -> Deferred[dict[str, Any]]:
-        failure.trap(DatabaseError)
-        self.refused += 1
-        return fail(DbUnavailable(retry_after_ms=RETRY_AFTER_MS))
-
-    def _push(self, payload: Mapping[str, Any]) -> Deferred[dict[str, Any]]:
+        schema = self._types.schemas.get(payload["cmd_type"])
+        if schema is None:
+            # A refusal is final, and another server may have begun to serve the type just now.
+            return self._types.again().addCallbacks(lambda _: self._push_again(payload), self._unknowable)
         try:
-            waiter = self._checked(payload)
+            waiter = self._checked(payload, schema)
         except WireError as error:
             self.refused += 1
             return fail(error)
@@ -145,6 +139,18 @@ class Inbox:
         self._go_on()
         return waiter.answer
 
+    def _unknowable(self, failure: Failure) -> Deferred[dict[str, Any]]:
+        failure.trap(DatabaseError)
+        self.refused += 1
+        return fail(DbUnavailable(retry_after_ms=RETRY_AFTER_MS))
+
+    def _push_again(self, payload: Mapping[str, Any]) -> Deferred[dict[str, Any]]:
+        if payload["cmd_type"] in self._types.schemas:
+            return self.push(payload)
+        self.refused += 1
+        supported = sorted(self._types.schemas)
+        return fail(UnknownCommand(f"no server serves {payload['cmd_type']}", supported=supported))
+
     def drain(self) -> Deferred[None]:
         """Refuse what comes from now on, and finish what waits.
 
@@ -153,13 +159,10 @@ class Inbox:
         self._drained = Deferred() if self._unanswered else succeed(None)
         return self._drained
 
-    def _checked(self, payload: Mapping[str, Any]) -> _Waiter:
+    def _checked(self, payload: Mapping[str, Any], schema: Schema) -> _Waiter:
         if self._drained is not None:
             raise ShuttingDown("the server is draining", retry_after_ms=RETRY_AFTER_MS)
         cmd_type, content = payload["cmd_type"], payload["payload"]
-        schema = self._types.schemas.get(cmd_type)
-        if schema is None:
-            raise UnknownCommand(f"no server serves {cmd_type}", supported=sorted(self._types.schemas))
         schema.check(content, "/payload/payload")
         written = canonical.rewrite(content)
         if self._waiters and (len(self._waiters) >= WAITING_PUSHES or self._bytes + len(written) > WAITING_BYTES):
@@ -229,17 +232,20 @@ class Inbox:
             # The key is known: the way of many finds its command.
             self._run(batch)
 
-    def _committed(self, outcomes: Sequence[Outcome | StatementRefused], batch: list[_Waiter]) -> None:
+    def _singly_committed(self, outcomes: Sequence[Outcome | StatementRefused], batch: list[_Waiter]) -> None:
+        refused = next((outcome for outcome in outcomes if isinstance(outcome, StatementRefused)), None)
+        refusal = InternalError() if refused is None else self._refuse(refused)
+        self._committed([refusal if isinstance(outcome, StatementRefused) else outcome for outcome in outcomes], batch)
+
+    def _committed(self, outcomes: Sequence[Outcome | WireError], batch: list[_Waiter]) -> None:
         self.batches += 1
         self._trouble = ""
         accepted = self.accepted
         self._is_busy = False
         # While many are answered, the database works on those that wait.
         self._go_on(at_once=len(batch) >= ENOUGH_PUSHES)
-        refused = next((outcome for outcome in outcomes if isinstance(outcome, StatementRefused)), None)
-        refusal = InternalError() if refused is None else self._refuse(refused)
         for waiter, outcome in zip(batch, outcomes, strict=True):
-            self._answer(waiter, refusal if isinstance(outcome, StatementRefused) else outcome)
+            self._answer(waiter, outcome)
         # Last of all: whoever runs them begins at once.
         if self.accepted > accepted:
             self._tell()
@@ -247,7 +253,7 @@ class Inbox:
     def _failed(self, failure: Failure, batch: list[_Waiter]) -> None:
         if failure.check(StatementRefused):
             singly = self._database.run(table.push_singly, [waiter.push for waiter in batch])
-            singly.addCallbacks(self._committed, self._given_up, callbackArgs=(batch,), errbackArgs=(batch,))
+            singly.addCallbacks(self._singly_committed, self._given_up, callbackArgs=(batch,), errbackArgs=(batch,))
         else:
             self._given_up(failure, batch)
 
