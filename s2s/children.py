@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from s2s import watchdog
 from s2s.errors import OperatorError
 from s2s.lifetime import CUT_S, GRACE_S, STOP_WITH_STDIN
 from s2s.tail import Tail
@@ -169,7 +170,7 @@ class RoleProcess:
         if now - self._started >= _LONG_LIFE_S:
             self._pause_s = _PAUSE_S
         self._due = now + self._pause_s
-        how = f"exit {code}: {self._reason(code)}" if code > 0 else signal.Signals(-code).name
+        how = f"exit {code}: {self._reason(code)}" if code > 0 else watchdog.meaning(signal.Signals(-code))
         self._say(f"died unasked ({how}), starts again in {self._pause_s:g} s")
         self._pause_s = min(self._pause_s * 2, _PAUSE_MAX_S)
 

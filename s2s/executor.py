@@ -34,7 +34,7 @@ from s2s.turns import Turns
 ABSENT_S: Final = 0.25
 #: A command that has lost its connection so often, and now alone, is charged for it.
 LOSSES: Final = 3
-#: So many commands are remembered whose connection was lost.
+#: Commands that are remembered because their connection was lost or the COMMIT of their batch was refused.
 _MOST_SUSPECTS: Final = 10_000
 #: Seconds after which a batch begins no further command: those that are left go to the next worker that looks, and the
 #: locks and the snapshot of one transaction do not last for a whole batch of slow handlers.
@@ -121,6 +121,8 @@ class Executor:
         self._reaper = Reaper(database, boot_id, self._charged, clock)
         #: How often the connection was lost under each command, since it ran last.
         self._losses: Counter[int] = Counter()
+        #: Commands of batches whose transaction was refused.
+        self._refused: set[int] = set()
         self._ready = Ready(registry)
         self.ran = self.failed = self.dead = 0
 
@@ -202,7 +204,7 @@ class Executor:
             return None
         worker = self._numbers[line]
         size = self.batch_size
-        suspects = frozenset(cmd_id for cmd_id, losses in self._losses.items() if losses > 1)
+        suspects = self._refused.union(cmd_id for cmd_id, losses in self._losses.items() if losses > 1)
         cmd_ids, due_in_s = await self._database.run(_claim, self._boot_id, worker, size, suspects, self._ready)
         if not cmd_ids:
             return None if due_in_s is None else max(due_in_s, 0.0)
@@ -226,12 +228,23 @@ class Executor:
             await self._database.run(probe.check)
             report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, one_line(error))
         except Exception as error:
-            # Not a handler's failure in its savepoint, but the transaction's: a constraint checked at the COMMIT, say.
-            # Charged, the commands run singly, and it is told whose it is.
+            # The failure of the transaction, such as a constraint that is checked at the COMMIT. The commands of a
+            # batch run alone, uncharged, so that only the one at fault is charged.
+            if len(cmd_ids) > 1:
+                self.log.warn(
+                    "a batch of {size} commands was rolled back, and each runs alone: {why}",
+                    size=len(cmd_ids),
+                    why=one_line(error),
+                )
+                if len(self._refused) > _MOST_SUSPECTS:
+                    self._refused.clear()
+                self._refused.update(cmd_ids)
+                return 0.0
             self.log.failure("a batch of {size} commands was rolled back", size=len(cmd_ids))
             report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, one_line(error))
         for cmd_id in cmd_ids:
             self._losses.pop(cmd_id, None)
+        self._refused.difference_update(cmd_ids)
         self._count(report)
         return 0.0
 
@@ -349,7 +362,7 @@ def _is_late(report: Report, until: float) -> bool:
 
 
 def _claim(
-    txn: Cursor, boot_id: str, worker: int, limit: int, suspects: frozenset[int], ready: Ready
+    txn: Cursor, boot_id: str, worker: int, limit: int, suspects: Container[int], ready: Ready
 ) -> tuple[list[int], float | None]:
     cmd_ids = notes.claim(txn, boot_id, worker, limit, suspects, ready)
     return cmd_ids, None if cmd_ids else ready.next_due_s(txn)

@@ -39,6 +39,11 @@ def reopen() -> None:
             file.reopen()
 
 
+def descriptor() -> int:
+    """Return the file descriptor of the log file, or of stderr where there is none."""
+    return next((int(file._file.fileno()) for file in _files()), 2)
+
+
 def _files() -> Iterator[LogFile]:
     """Find the log files among the observers, which Twisted does not list in public."""
     for observer in globalLogPublisher._observers:

@@ -25,6 +25,7 @@ from s2s.store import config, keys
 from s2s.store.handler_pool import HandlerPool
 from s2s.store.listen import Listener
 from s2s.store.pool import Database
+from s2s.watchdog import Watchdog
 
 #: Objects made and not freed until Python looks for cycles. By default it is 700: then a full window of pushes, which
 #: live as long as a COMMIT takes, would have it look all the time.
@@ -82,6 +83,7 @@ class Role(service.Service, ABC):
             presence=self._identity.boot_id,
             application_name=f"s2s-{self._identity.role} listen",
         )
+        self._watchdog = Watchdog(self._clock.scheduler)
         self._digests = [
             Digest("bounds met", lambda: self._counters.met, self._clock, longest_s=_TOLD_S),
             Digest("refused", self._passing, self._clock),
@@ -101,6 +103,7 @@ class Role(service.Service, ABC):
         for digest in self._digests:
             digest.start()
         spare_collector()
+        self._watchdog.start()
         super().startService()  # type: ignore[no-untyped-call]
 
     def stopService(self) -> Deferred[None]:
@@ -117,6 +120,7 @@ class Role(service.Service, ABC):
         await self._listener.stop()
         await self._handlers.stop()
         await self._database.stop()
+        self._watchdog.stop()
         self._lifetime.ended()
 
     def _open(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +120,24 @@ class CleanTests(DatabaseTestCase):
             found = await self.call(_sql(leave), lambda txn, show=show: _ask(txn, show))
             self.assertEqual(found, [(True,)], name)
 
+    async def test_names_in_the_same_transaction(self) -> None:
+        """Two calls in one transaction can use the same names, as two commands of one type do."""
+        statements = (
+            "create temp table work (n integer) on commit drop",
+            "prepare mine as select 1",
+            "declare mine cursor for select 1",
+            "declare held cursor with hold for select 1",
+        )
+
+        def work(txn: Cursor) -> int:
+            for _ in range(2):
+                with self.handlers.foreign(txn, "test") as cursor:
+                    for statement in statements:
+                        cursor.execute(statement)
+            return 2
+
+        self.assertEqual(await self.handlers.run(work), 2)
+
     async def test_a_temporary_table_in_the_way(self) -> None:
         """A temporary table with the name of one of ours takes its place for nobody."""
         self.execute("insert into commands (cmd_type, idem_key, payload) values ('a', 'b', '{}')")
@@ -153,6 +172,53 @@ class CleanTests(DatabaseTestCase):
         kept: list[Cursor] = []
         await self.call(kept.append)
         self.assertRaises(psycopg2.InterfaceError, kept[0].execute, "select 1")
+
+    async def test_a_connection_that_is_kept(self) -> None:
+        """A thread that code leaves behind with its connection ends no transaction, and sees none."""
+        self.execute("create table made (n integer)")
+        refused: list[str] = []
+
+        def leave_behind(cursor: Cursor) -> None:
+            conn = cursor.connection
+
+            def stray() -> None:
+                for use in (conn.commit, conn.rollback, conn.reset, conn.cursor):
+                    try:
+                        use()
+                    except psycopg2.ProgrammingError as error:
+                        refused.append(str(error))
+
+            self.stray = threading.Thread(target=stray)
+
+        def work(txn: Cursor) -> None:
+            with self.handlers.foreign(txn, "leaves a thread") as cursor:
+                leave_behind(cursor)
+            txn.execute("insert into made values (1)")
+            self.stray.start()
+            self.stray.join()
+            raise ValueError("nothing is to be kept")
+
+        await self.assertFailure(self.handlers.run(work), ValueError)
+        self.assertEqual(self.execute("select n from made"), [])
+        self.assertEqual(len(refused), 4, refused)
+
+    async def test_ends_of_a_transaction(self) -> None:
+        """Code that ends the transaction or the connection by psycopg2 is refused; what was done before it stays."""
+        self.execute("create table made (n integer)")
+
+        def work(txn: Cursor) -> int:
+            refused = 0
+            txn.execute("insert into made values (1)")
+            for name in ("commit", "rollback", "close", "reset"):
+                try:
+                    with self.handlers.foreign(txn, name) as cursor:
+                        getattr(cursor.connection, name)()
+                except psycopg2.ProgrammingError:
+                    refused += 1
+            return refused
+
+        self.assertEqual(await self.handlers.run(work), 4)
+        self.assertEqual(self.execute("select n from made"), [(1,)])
 
     async def test_a_read_only_transaction(self) -> None:
         """Code that makes its transaction read-only fails alone; what was done before it in the transaction stays."""
@@ -269,6 +335,28 @@ class DeadlineTests(DatabaseTestCase):
 
         await self.assertFailure(self.call(code), HandlerTimeout)
         self.assertEqual(self.execute("select * from made"), [])
+
+    async def test_a_cancellation_on_its_way(self) -> None:
+        """Code that returns while its cancellation is on the way waits for it: it must not hit the next statement."""
+        order: list[str] = []
+        begun = threading.Event()
+
+        def cancel_slowly(*_: object) -> None:
+            begun.set()
+            time.sleep(0.2)
+            order.append("cancelled")
+
+        self.patch(self.handlers, "_signal", cancel_slowly)
+
+        def work(txn: Cursor) -> None:
+            try:
+                with self.handlers.foreign(txn, "the slow one"):
+                    begun.wait(10)
+            finally:
+                order.append("returned")
+
+        await self.assertFailure(self.handlers.run(work), HandlerTimeout)
+        self.assertEqual(order, ["cancelled", "returned"])
 
     async def test_stuck(self) -> None:
         """Code that does not return is told of; its locks are freed, it commits nothing, and others go on."""

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from unittest import mock
 
 from twisted.internet.defer import inlineCallbacks
 
 from tests.support.roles import RoleTestCase, Server
-from tests.support.waiting import poll
+from tests.support.waiting import pause, poll
 
 #: A plug-in, as a user writes one: what kills, and what does not. A reaper is to be quick here.
 _PLUGIN = """
-import os, signal, time
-from s2s import reaper
+import os, re, signal, time
+from s2s import reaper, watchdog
 from s2s.commands import CommandType
 
 reaper.REAP_S, reaper.SURE_S = 0.1, 0.5
+watchdog.HELD_S, watchdog._BEAT_S = 1.5, 0.2
 
 
 class Careless(CommandType):
@@ -35,11 +37,17 @@ class Careless(CommandType):
                 txn.execute("set local statement_timeout = 0; select pg_sleep(60)")
             case "sleep in Python":
                 time.sleep(60)
+            case "hold the interpreter":
+                re.match("(a+)+$", "a" * 64 + "!")
+            case "compute in Python":
+                until = time.thread_time() + 2 * watchdog.HELD_S
+                while time.thread_time() < until:
+                    pass
 
 
 careless = Careless()
 """
-_DIED = "ProcessDied: the process ended while this command's batch ran"
+_DIED = "ProcessDied: the process ended while this command ran alone"
 
 
 class KillerTests(RoleTestCase):
@@ -49,13 +57,7 @@ class KillerTests(RoleTestCase):
         """Make the table of effects, without a constraint that would hide a second one, and the plug-in."""
         super().setUp()
         self.execute("create table effects (idem_key text)")
-        # The pause after a charge is random. Here it is long, so that the next death comes when it is wanted.
-        self.execute(
-            "create function wait() returns trigger language plpgsql as"
-            " $$ begin new.due_at := '2100-01-01'; return new; end $$;"
-            "create trigger wait before update on commands for each row when (new.attempts > old.attempts)"
-            " execute function wait()"
-        )
+        self.keep_charged()
         plugins = self.directory / "s2s" / "plugins"
         plugins.mkdir(parents=True)
         (plugins / "careless.py").write_text(_PLUGIN)
@@ -105,11 +107,13 @@ class KillerTests(RoleTestCase):
         yield server.start()
         # All were in one batch, and are charged alike.
         yield self.dies_of(server, 1)
-        self.execute("update commands set attempts = 48, deaths = 48 where idem_key = 'killer'")
+        self.assertEqual(self.execute("select deaths from commands where idem_key = 'killer'"), [(1,)])
+        self.execute("update commands set attempts = 9 where idem_key = 'killer'")
         self.rush()
-        yield self.dies_of(server, 49)
+        yield self.dies_of(server, 10)
         self.rush()
-        yield self.dies_of(server, 50, "dead")
+        yield self.dies_of(server, 11, "dead")
+        self.assertEqual(self.execute("select deaths from commands where idem_key = 'killer'"), [(1,)])
         self.assertEqual(self.execute("select error from commands where idem_key = 'killer'"), [(_DIED,)])
 
         def all_done() -> bool:
@@ -124,12 +128,39 @@ class KillerTests(RoleTestCase):
         yield poll(lambda: self.state("one more")[0] == "done", "the next command")
 
     def test_exit(self):
-        """One that ends the process is charged once for each death, dead after 50, and all others run once."""
+        """One that ends the process alone is charged as a failure: dead after ten, and all others run once."""
         return self.goes_dead("exit")
 
     def test_kill(self):
         """So is one by which the process is killed without a last word."""
         return self.goes_dead("kill")
+
+    @inlineCallbacks
+    def test_hold_the_interpreter(self):
+        """A handler that holds the interpreter in C costs its process, which says where, and not the next commands."""
+        server = self.careless_server()
+        self.insert("killer", end="hold the interpreter")
+        yield server.start()
+        yield poll(lambda: not server.is_running, "the death", timeout=20)
+        self.assertEqual(server.exit_code, -signal.SIGPROF)
+        yield self.dies_of(server, 1)
+        self.assertRegex(server.whole_log, r'File ".*careless\.py", line \d+ in run\b')
+        self.insert("other")
+        yield poll(lambda: self.state("other")[0] == "done", "the next command")
+
+    @inlineCallbacks
+    def test_compute_and_stand_still(self):
+        """A handler that computes in Python costs no process, and neither does a stop by a supervisor."""
+        server = self.careless_server()
+        self.insert("busy", end="compute in Python")
+        yield server.start()
+        yield poll(lambda: self.state("busy")[0] == "done", "the end of the computation", timeout=40)
+        server.freeze()
+        yield pause(2.5)
+        server.thaw()
+        self.insert("other")
+        yield poll(lambda: self.state("other")[0] == "done", "the next command")
+        self.assertTrue(server.is_running)
 
     @inlineCallbacks
     def ends_in_time(self, end: str):

@@ -60,8 +60,8 @@ ROOMS = {
     "second": [
         "web", "web.problems", "web.waiting", "web.conductor", "web.sign_in", "web.routes", "web.api", "web.site",
         "web.openapi", "web.service", "admin_transport", "admin_client",
-        "log_file", "stacks", "streams", "pid_file", "lifetime", "tail", "role", "server", "engine", "endpoints",
-        "certs", "descriptors",
+        "log_file", "stacks", "watchdog", "streams", "pid_file", "lifetime", "tail", "role", "server", "engine",
+        "endpoints", "certs", "descriptors",
         "postmaster", "embedded", "preflight", "options", "children", "lookout", "up",
     ],
     "top": [

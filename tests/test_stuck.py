@@ -203,7 +203,7 @@ class CommandTests(StuckTestCase):
                 txn.execute("select 1 / 0")
 
         self.insert("a", "bad", "b")
-        self.patch(commands, "MAX_BACKOFF_S", 1000)
+        self.keep_charged()
         self.start(work)
         await poll(lambda: self.column("status") == {"a": "done", "bad": "ready", "b": "done"}, "the others")
         self.assertEqual(self.column("attempts"), {"a": 0, "bad": 1, "b": 0})
@@ -211,7 +211,7 @@ class CommandTests(StuckTestCase):
 
     async def test_a_handler_that_commits(self) -> None:
         """A commit by psycopg2 is refused; one in SQL doubles nothing that was done, and charges nobody else."""
-        self.patch(commands, "MAX_BACKOFF_S", 1000)
+        self.keep_charged()
 
         def work(txn: Cursor, command: Command) -> None:
             if command.idem_key == "psycopg2":
@@ -295,7 +295,7 @@ class CommandTests(StuckTestCase):
 
     async def test_read_only(self) -> None:
         """A handler that makes its own transaction read-only is charged, and no other command of its batch is."""
-        self.patch(commands, "MAX_BACKOFF_S", 1000)
+        self.keep_charged()
 
         def work(txn: Cursor, command: Command) -> None:
             if command.idem_key == "bad":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
@@ -19,7 +20,9 @@ class PlanningConnection(connection):
 
     :ivar plans: those statements.
     :ivar is_foreign: foreign code runs on it now, and may not end its transaction.
-    :ivar restore: the statement that undoes, inside a transaction, each change of a setting and of the role.
+    :ivar owner: the identifier of the only thread that may use it; ``None``: any thread may.
+    :ivar restore: the statements that undo, inside a transaction, each change of a setting and of the role, and remove
+        the names that the next call may use, too: of cursors, prepared statements and temporary tables.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -27,6 +30,7 @@ class PlanningConnection(connection):
         self.plans: set[Any] = set()
         self.restore = ""
         self.is_foreign = False
+        self.owner: int | None = None
         self._attributes: tuple[Any, ...] = ()
 
     def commit(self) -> None:
@@ -39,13 +43,39 @@ class PlanningConnection(connection):
         self._check_ours()
         super().rollback()
 
+    def reset(self) -> None:
+        """Reset the session; see :meth:`_check_ours`."""
+        self._check_ours()
+        super().reset()
+
+    def close(self) -> None:
+        """Close the connection, from any thread; see :meth:`_check_ours`."""
+        self._check_not_foreign()
+        super().close()
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a cursor; see :meth:`_check_owner`."""
+        self._check_owner()
+        return super().cursor(*args, **kwargs)
+
     def _check_ours(self) -> None:
         """Keep foreign code from ending a transaction in which the work of others is.
 
-        :raises psycopg2.ProgrammingError: foreign code runs on this connection now.
+        :raises psycopg2.ProgrammingError: foreign code runs on this connection now, or has left this thread behind.
         """
+        self._check_not_foreign()
+        self._check_owner()
+
+    def _check_not_foreign(self) -> None:
         if self.is_foreign:
-            raise psycopg2.ProgrammingError("a handler, a job or an order never commits or rolls back")
+            raise psycopg2.ProgrammingError(
+                "a handler, a job or an order never commits or rolls back, and never closes its connection"
+            )
+
+    def _check_owner(self) -> None:
+        """Keep a thread that foreign code has started out of the transactions of others."""
+        if self.owner is not None and self.owner != threading.get_ident():
+            raise psycopg2.ProgrammingError("only the thread of a handler, a job or an order may use its connection")
 
     def remember(self, changed: Iterable[tuple[str, str]]) -> None:
         """Take the state of the connection now as the clean one.
@@ -53,7 +83,10 @@ class PlanningConnection(connection):
         :param changed: the rows of :func:`baseline`.
         """
         sets = ", ".join(f"pg_catalog.set_config('{name}', {_quote(value, self)}, false)" for name, value in changed)
-        self.restore = f"reset session authorization; reset role; reset all; select {sets}"
+        self.restore = (
+            "reset session authorization; reset role; reset all; close all; deallocate all; discard temp;"
+            f" select {sets}"
+        )
         self._attributes = self._look()
 
     def make_clean(self) -> bool:

@@ -73,6 +73,8 @@ class Task:
         self.on_return: Callable[[], object] = lambda: None
         self._entered_at: float | None = None
         self._lock = threading.Lock()
+        #: Held while a cancellation is on its way: it must not arrive at the statement after the call.
+        self.cancelling = threading.Lock()
 
     def enter(self, name: str, subject: Any) -> None:
         """Note that foreign code begins. In the thread."""
@@ -84,7 +86,7 @@ class Task:
 
         :raises DatabaseUnavailable: the thread was abandoned meanwhile.
         """
-        with self._lock:
+        with self.cancelling, self._lock:
             self._entered_at = None
         self.check()
 
@@ -195,7 +197,7 @@ class HandlerPool(Database):
         now = time.monotonic()
         if now >= task.cancelled_at + _CANCEL_S:
             task.cancelled_at = now
-            self._in_background(self._signal, task, "pg_cancel_backend")
+            self._in_background(self._cancel_call, task)
 
     def _abandon(self, task: Task) -> None:
         if not task.abandon():
@@ -223,9 +225,18 @@ class HandlerPool(Database):
 
     # --- in another thread -------------------------------------------------------------------------------------------
 
+    def _cancel_call(self, task: Task) -> None:
+        # One at a time: while the database hangs, each takes seconds.
+        if task.cancelling.acquire(blocking=False):
+            try:
+                if task.running_s():
+                    self._signal(task, "pg_cancel_backend")
+            finally:
+                task.cancelling.release()
+
     def _signal(self, task: Task, function: str) -> None:
         # Not by psycopg2's own cancel(): it keeps the whole interpreter waiting for a database that hangs.
-        if task.connection is None or (not task.is_abandoned and not task.running_s()):
+        if task.connection is None:
             return
         with suppress(S2SError), self.last_words() as txn:
             txn.execute(
@@ -305,9 +316,14 @@ class HandlerPool(Database):
                 raise self._too_late()
             # A transaction that was made read-only refuses the first of these.
             txn.execute(f"set transaction read write; {conn.restore}")
+            conn.plans.clear()
 
     def _too_late(self) -> HandlerTimeout:
         return HandlerTimeout(f"it took longer than {self.timeout_s:g} s: see --handler-timeout")
+
+    def _prepare(self, conn: Connection) -> None:
+        super()._prepare(conn)
+        cast("PlanningConnection", conn).owner = threading.get_ident()
 
     # --- the pool ----------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ from s2s.store.ready import Ready
 _CLAIMING: Final = lock_key("claiming")
 _REAPING: Final = lock_key("reaping")
 _DIED: Final = "ProcessDied: the process ended while this command's batch ran"
+#: A command that had the process to itself may well have ended it: it is charged as any failure is.
+_DIED_ALONE: Final = "ProcessDied: the process ended while this command ran alone"
 _STUCK: Final = "Stuck: the process did not finish this command's batch in time"
 _OF_WORKER: Final = "boot_id = %s and worker = %s and (%s = 0 or note_id = %s)"
 #: Seconds that a note may stand while nothing of it is locked: longer than the database lets any transaction idle.
@@ -182,21 +184,20 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Note]) 
     """
     # The notes before the locks: a process takes its lock before it notes anything.
     txn.execute(
-        "select boot_id, worker, noted_at, stuck, noted_at < now() - %s * interval '1 second' from batch_notes",
+        "select boot_id, worker, noted_at, stuck, cardinality(cmd_ids) = 1,"
+        " noted_at < now() - %s * interval '1 second' from batch_notes",
         (OVERSTAY_S,),
     )
-    stuck_notes = set()
-    notes = {}
-    for *row, is_stuck, is_over in txn:
-        notes[Note(*row)] = is_over and not is_stuck
-        if is_stuck:
-            stuck_notes.add(Note(*row))
+    rows = [(Note(*row[:3]), *row[3:]) for row in txn]
+    stuck_notes = {note for note, is_stuck, _, _ in rows if is_stuck}
+    single_notes = {note for note, _, is_single, _ in rows if is_single}
+    notes = {note: is_over and not is_stuck for note, is_stuck, _, is_over in rows}
     held = _held(txn)
     now = held.get(presence_key(boot_id))
     if now is None:
         return Look(None)
     forsaken = {note for note in notes if note.boot_id != boot_id and presence_key(note.boot_id) not in held}
-    dead = dict.fromkeys(forsaken & sure, _DIED)
+    dead = {note: _DIED_ALONE if note in single_notes else _DIED for note in forsaken & sure}
     # Only where the database was there all the time: after a restart a note is as old as the outage was long.
     overdue = [note for note, is_over in notes.items() if is_over]
     stuck = dict.fromkeys(overdue if overdue and _is_older(txn, now) else (), _STUCK)

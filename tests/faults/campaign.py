@@ -20,8 +20,9 @@ from benchmarks.tables import rst
 from tests.faults.history import Operation, operations
 from tests.faults.judge import Facts, judge
 from tests.faults.kinds import ATTACKS, Attack, program
-from tests.faults.stage import SETTLED_S, WHOLE_S, Stage, facts_of, pause
+from tests.faults.stage import SETTLED_S, WHOLE_S, Stage, facts_of
 from tests.support.http import ask
+from tests.support.waiting import pause
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,16 @@ from psycopg2 import sql
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.threads import deferToThread
 
+from s2s import watchdog
 from tests.faults import inside, odd
-from tests.faults.stage import DEAD_PEER_S, Stage, comes, pause
+from tests.faults.stage import DEAD_PEER_S, Stage, comes
 from tests.support import clock_fault
 from tests.support.flood import StrangersFlood
 from tests.support.peer import CHECK, framed
 from tests.support.postgres import Session
 from tests.support.proxy import Way
 from tests.support.roles import environment
+from tests.support.waiting import pause
 
 
 @dataclass(frozen=True)
@@ -421,7 +423,22 @@ def _outcome(answer: bytes) -> dict[str, Any]:
 async def _odd_handlers(stage: Stage, cmd_type: str) -> None:
     """Commands come whose handlers misbehave; each is to take effect once all the same."""
     keys = [f"{cmd_type}-{stage.dice.randrange(10**9)}-{number}" for number in range(3)]
-    await deferToThread(stage.emit, cmd_type, *keys[: 1 if cmd_type == odd.Hanging.cmd_type else 3])
+    await deferToThread(stage.emit, cmd_type, *keys[: 3 if cmd_type == odd.Dirty.cmd_type else 1])
+
+
+#: Seconds within which the watchdog ends a server: 15 of CPU time, beside all other processes of the campaign.
+_WATCHDOG_S: Final = 90.0
+
+
+async def _interpreter_held(stage: Stage) -> None:
+    """A handler holds the interpreter of the server, and the watchdog ends that process."""
+    await _odd_handlers(stage, odd.Holding.cmd_type)
+    role = stage.role("server")
+    await comes(lambda: not role.is_running, _WATCHDOG_S)
+    if role.exit_code != -watchdog.SIGNAL:
+        stage.surprise("server", AssertionError(f"the watchdog has not ended it: exit code {role.exit_code}"))
+        role.kill()
+    await stage.restart("server")
 
 
 async def _hangup(stage: Stage) -> None:
@@ -499,6 +516,7 @@ FAULTS: Final = (
     Fault("full disk", _disk_full),
     Fault("snapshot held", _snapshot_held, is_long=True),
     Fault("hanging handler", partial(_odd_handlers, cmd_type=odd.Hanging.cmd_type), is_long=True),
+    Fault("handler that holds the interpreter", _interpreter_held, is_long=True),
     Fault("dirty handler", partial(_odd_handlers, cmd_type=odd.Dirty.cmd_type)),
     Fault("SIGHUP", _hangup),
     Fault("pools taken", _pool_taken),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
@@ -53,6 +54,18 @@ class Hanging(_Publishes):
         self._publish(txn, command)
 
 
+class Holding(_Publishes):
+    """Holds the interpreter at its first attempt: no other thread of its process runs any more."""
+
+    cmd_type = "faults.holding"
+
+    def run(self, txn: Cursor, command: Command) -> None:
+        """Hold it for ever, or publish."""
+        if command.attempts == 0:
+            re.match("(a+)+$", "a" * 64 + "!")
+        self._publish(txn, command)
+
+
 class Dirty(_Publishes):
     """Leaves everything behind that it can."""
 
@@ -66,4 +79,5 @@ class Dirty(_Publishes):
 
 
 hanging = Hanging()
+holding = Holding()
 dirty = Dirty()

@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import psutil
-from twisted.internet import reactor
-from twisted.internet.defer import Deferred
-from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
 from s2s.store import seed, tokens
@@ -33,6 +30,7 @@ from tests.support.peer import K1, Key, Peer, connect
 from tests.support.postgres import Session
 from tests.support.proxy import Proxy
 from tests.support.roles import Engine, Role, Server, free_port, listen
+from tests.support.waiting import pause
 
 #: A peer that is silent for so many seconds is given up.
 SETTINGS: Final = {"link.idle_s": 1, "link.check_s": 1, "link.misses": 2}
@@ -78,7 +76,7 @@ class Stage:
         plugins.mkdir(parents=True)
         (plugins / "faults_mark.py").write_text("from tests.faults.mark import mark as mark\n")
         (plugins / "faults_odd.py").write_text(
-            "from tests.faults.odd import dirty as dirty\nfrom tests.faults.odd import hanging as hanging\n"
+            "".join(f"from tests.faults.odd import {name} as {name}\n" for name in ("dirty", "hanging", "holding"))
         )
         http = free_port()
         self.api = f"http://127.0.0.1:{http}"
@@ -332,11 +330,6 @@ async def comes(is_there: Callable[[], bool], within_s: float) -> bool:
     while not (came := is_there()) and time.monotonic() < until:
         await pause(0.02)
     return came
-
-
-def pause(seconds: float) -> Deferred[Any]:
-    """Let time pass."""
-    return deferLater(reactor, seconds)
 
 
 #: The ids of commands to which something was done, as the audit has them.

@@ -127,6 +127,12 @@ class Role:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def exit_code(self) -> int | None:
+        """The exit code of its last process; negative: the signal that ended it."""
+        assert self._process is not None
+        return self._process.poll()
+
+    @property
     def log(self) -> str:
         """Everything that it has logged, since the test began where tests share it, in as many files as twistd made."""
         older = self._log.parent.glob(f"{self._log.name}.*")

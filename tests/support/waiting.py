@@ -32,3 +32,8 @@ async def _poll(condition: Callable[[], Any], what: str, timeout: float) -> Any:
             raise FailTest(f"not within {timeout:g} s: {what} (last seen: {seen!r})")
         await deferLater(reactor, INTERVAL_S)
     return seen
+
+
+def pause(seconds: float) -> Deferred[None]:
+    """Let the reactor run for a time."""
+    return deferLater(reactor, seconds)
