@@ -20,7 +20,6 @@ process that stops in a hurry could not strike it (:func:`strike_all`).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Container, Sequence, Set
 from datetime import datetime
 from typing import Final, NamedTuple
@@ -115,8 +114,8 @@ def claim(
     # One claim at a time, so that batches are disjoint.
     one_at_a_time(txn, _CLAIMING)
     found = ready.candidates(txn, limit)
-    fresh = itertools.takewhile(lambda one: one[1] == 0 and one[0] not in suspects, found)
-    cmd_ids = [cmd_id for cmd_id, _ in fresh] or [cmd_id for cmd_id, _ in found[:1]]
+    alone = (place for place, (cmd_id, attempts) in enumerate(found) if attempts or cmd_id in suspects)
+    cmd_ids = [cmd_id for cmd_id, _ in found[: max(1, next(alone, len(found)))]]
     if cmd_ids:
         txn.execute(
             # A claim whose connection was lost may have been committed since the notes were struck.

@@ -59,18 +59,23 @@ _OURS: Final = """
     and cmd_id not in (select unnest(cmd_ids) from batch_notes where note_id >= %(first_note)s)
 """
 # No outer "order by": the nested loop gives the order already, and a sort would read every priority to its limit. A
-# priority in which nothing is found is a row without a command.
+# priority in which nothing is found is a row without a command. The times and the first note stand where they are
+# needed only, since the client reads each value by itself.
 _CANDIDATES: Final = f"""
 {_STARTS}
-select p.priority, coalesce(c.due_at, extract(epoch from now())::float8), c.cmd_id, c.attempts,
-    (select min(note_id) from batch_notes where note_id >= %(first_note)s)
+select p.priority,
+    case when c.place > 1 and not %(is_timed)s then null else extract(epoch from coalesce(c.due_at, now()))::float8 end,
+    c.cmd_id, c.attempts,
+    case when c.place > 1 then null else (select min(note_id) from batch_notes where note_id >= %(first_note)s) end
 from starts p
 left join lateral (
-    select extract(epoch from due_at)::float8 as due_at, cmd_id, attempts from commands
-    where status = 'ready' and priority = p.priority and due_at <= now()
-        and (commands.due_at, commands.cmd_id) >= (p.due_at, p.cmd_id) and {_OURS}
-    order by commands.due_at, cmd_id limit %(limit)s
-    for update skip locked -- what somebody holds cannot be run, and must not be claimed over and over
+    select row_number() over () as place, locked.* from (
+        select due_at, cmd_id, attempts from commands
+        where status = 'ready' and priority = p.priority and due_at <= now()
+            and (commands.due_at, commands.cmd_id) >= (p.due_at, p.cmd_id) and {_OURS}
+        order by commands.due_at, cmd_id limit %(limit)s
+        for update skip locked -- what somebody holds cannot be run, and must not be claimed over and over
+    ) locked
 ) c on true
 limit %(limit)s + (select count(*) from starts)
 """  # noqa: S608
@@ -167,7 +172,7 @@ class Ready:
         if not rows and self._lookback.is_cheap:
             self._is_whole = True
             return [] if is_whole else self.candidates(txn, limit)
-        return [(cmd_id, attempts) for *_, cmd_id, attempts in rows[:limit]]
+        return [(cmd_id, attempts) for _, _, cmd_id, attempts in rows[:limit]]
 
     def noted(self, worker: int, note_id: int) -> None:
         """Remember the note of a batch, made of candidates just found."""
@@ -189,19 +194,27 @@ class Ready:
         self._starts = {**dict(starts), **{priority: (due_at, _FIRST_ID) for priority, due_at in txn}}
         self._is_whole |= len(self._starts) > _MOST_PRIORITIES
 
-    def _scan(self, txn: Cursor, limit: int) -> list[tuple[int, float, int, int]]:
-        """Read from the points on, and move them."""
-        txn.execute(_CANDIDATES, self._params(limit))
+    def _scan(self, txn: Cursor, limit: int) -> list[tuple[int, float | None, int, int]]:
+        """Read from the points on, and move them.
+
+        :returns: priority, ``due_at``, ``cmd_id`` and attempts. Each has its ``due_at`` where there are commands behind
+            the points to be put in order between them, and otherwise the first of each priority has it.
+        """
+        txn.execute(_CANDIDATES, {**self._params(limit), "is_timed": bool(self._lookback.behind)})
         rows = txn.fetchall()
-        # Backwards, so that the first of each priority is what remains.
-        found = {
-            priority: (due_at, _FIRST_ID if cmd_id is None else cmd_id)
-            for priority, due_at, cmd_id, *_ in reversed(rows)
-        }
-        self._starts = {**self._starts, **found}
+        starts = dict(self._starts)
+        place = None
+        found = []
+        for priority, due_at, cmd_id, attempts, _ in rows:
+            if priority != place:
+                place = priority
+                starts[priority] = (due_at, _FIRST_ID if cmd_id is None else cmd_id)
+            if cmd_id is not None:
+                found.append((priority, due_at, cmd_id, attempts))
+        self._starts = starts
         if rows:
             self.first_note, self._is_noted = rows[0][-1] or self.first_note, rows[0][-1] is not None
-        return [row[:-1] for row in rows if row[2] is not None]
+        return found
 
     def _params(self, limit: int = 0) -> dict[str, Any]:
         starts = self._starts
