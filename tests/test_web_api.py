@@ -299,6 +299,15 @@ class WrapperTests(ApiTestCase):
         rows = self.ask("GET", "/v1/commands").body["items"]
         self.assertEqual([row["payload"] for row in rows], [{}, {"unreadable": "(JSON that cannot be read)"}])
 
+    def test_times_of_another_hand(self) -> None:
+        """A time outside Python's years is shown as its first or last moment, and the rows beside it are shown too."""
+        self.execute(
+            "insert into commands (cmd_id, cmd_type, idem_key, payload, due_at) values (1, 'a', '1', '{}', 'infinity'),"
+            " (2, 'a', '2', '{}', '294276-12-31'), (3, 'a', '3', '{}', '0044-03-15 BC'), (4, 'a', '4', '{}', now())"
+        )
+        rows = self.ask("GET", "/v1/commands").body["items"]
+        self.assertEqual([row["due_at"][:4] for row in rows[1:]], ["0001", "9999", "9999"])
+
     @inlineCallbacks
     def test_the_end(self) -> Iterator[Deferred[Any]]:
         """A server that stops answers whoever waits with what there is, and ends in time."""

@@ -8,7 +8,7 @@ psycopg2's plain cursor (:func:`plain`), with the registries as the plug-in left
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any, Final
 
 import orjson
@@ -36,15 +36,29 @@ def read_json(text: str | bytes) -> Any:
 
 
 _JSON: Final = new_type((114, 3802), "S2S_JSON", lambda text, _: None if text is None else read_json(text))
+
+
+def _read_time(text: str | None, cursor: Any) -> datetime | None:
+    """Read a time; one outside Python's years is the first or the last moment, as psycopg2 reads an infinite one."""
+    try:
+        time: datetime | None = c.PYDATETIMETZ(text, cursor)
+    except ValueError:
+        end = datetime.min if str(text).endswith("BC") else datetime.max
+        time = end.replace(tzinfo=timezone.utc)
+    return time
+
+
+_TIME: Final = new_type(c.PYDATETIMETZ.values, "S2S_TIMESTAMPTZ", _read_time)
 #: psycopg2's own casters, whatever is registered for the process, and ours for JSON: by the OID of the type.
 _CASTERS: Final[dict[int, Any]] = {
     oid: caster
     for caster in (
         *(c.BOOLEAN, c.INTEGER, c.LONGINTEGER, c.FLOAT, c.DECIMAL, c.UNICODE, c.BINARY, c.ROWID),
-        *(c.PYDATE, c.PYDATETIME, c.PYDATETIMETZ, c.PYTIME, c.PYINTERVAL),
+        *(c.PYDATE, c.PYDATETIME, c.PYTIME, c.PYINTERVAL),
         *(c.BOOLEANARRAY, c.INTEGERARRAY, c.LONGINTEGERARRAY, c.FLOATARRAY, c.DECIMALARRAY, c.UNICODEARRAY),
         *(c.PYDATETIMEARRAY, c.PYDATETIMETZARRAY),
         _JSON,
+        _TIME,
     )
     for oid in caster.values
 }
