@@ -34,8 +34,9 @@ from s2s.turns import Turns
 ABSENT_S: Final = 0.25
 #: A command that has lost its connection so often, and now alone, is charged for it.
 LOSSES: Final = 3
-#: Commands that are remembered because their connection was lost or the COMMIT of their batch was refused.
+#: Commands that are remembered because their connection was lost, and because the COMMIT of their batch was refused.
 _MOST_SUSPECTS: Final = 10_000
+_MOST_REFUSED: Final = 1000
 #: Seconds after which a batch begins no further command: those that are left go to the next worker that looks, and the
 #: locks and the snapshot of one transaction do not last for a whole batch of slow handlers.
 BATCH_S: Final = 5.0
@@ -236,7 +237,7 @@ class Executor:
                     size=len(cmd_ids),
                     why=one_line(error),
                 )
-                if len(self._refused) > _MOST_SUSPECTS:
+                if len(self._refused) > _MOST_REFUSED:
                     self._refused.clear()
                 self._refused.update(cmd_ids)
                 return 0.0

@@ -235,11 +235,16 @@ class Inbox:
     def _singly_committed(self, outcomes: Sequence[Outcome | StatementRefused], batch: list[_Waiter]) -> None:
         refused = next((outcome for outcome in outcomes if isinstance(outcome, StatementRefused)), None)
         refusal = InternalError() if refused is None else self._refuse(refused)
-        self._committed([refusal if isinstance(outcome, StatementRefused) else outcome for outcome in outcomes], batch)
+        answers = [refusal if isinstance(outcome, StatementRefused) else outcome for outcome in outcomes]
+        self._committed(answers, batch, refused)
 
-    def _committed(self, outcomes: Sequence[Outcome | WireError], batch: list[_Waiter]) -> None:
+    def _committed(
+        self, outcomes: Sequence[Outcome | WireError], batch: list[_Waiter], refused: StatementRefused | None = None
+    ) -> None:
         self.batches += 1
         self._trouble = ""
+        if refused is not None:
+            self._note(refused)
         accepted = self.accepted
         self._is_busy = False
         # While many are answered, the database works on those that wait.
@@ -289,7 +294,6 @@ class Inbox:
 
     def _refuse(self, reason: StatementRefused) -> InternalError:
         """Return the answer to every push of a batch that the database refused: one incident, and one line."""
-        self._note(reason)
         incident = secrets.token_hex(8)
         self.log.error("incident {incident}: the database refused a push: {why}", incident=incident, why=str(reason))
         return InternalError(incident=incident)

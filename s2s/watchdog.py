@@ -14,6 +14,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+from contextlib import suppress
 from typing import Any, Final
 
 from twisted.internet.task import LoopingCall
@@ -21,8 +22,9 @@ from twisted.internet.task import LoopingCall
 from s2s import log_file
 
 #: Seconds of CPU time without a turn of the reactor, after which the process is ended. A peer cuts its link after about
-#: 20 s of silence, and calls in C that take a second or two are common.
-HELD_S: Final = 15.0
+#: 20 s of silence, and calls in C that take a second or two are common. Threads in C that leave the interpreter alone
+#: use time on every core, so that the reactor has at least 3 s.
+HELD_S: Final = max(15.0, 3.0 * (os.cpu_count() or 1))
 #: Seconds between two settings of the timer.
 _BEAT_S: Final = 1.0
 #: The signal of the timer, by which the process ends.
@@ -48,6 +50,8 @@ class Watchdog:
 
     def start(self) -> None:
         """Watch from now on."""
+        # A parent may have left it ignored.
+        signal.signal(SIGNAL, signal.SIG_DFL)
         self._beating.start(_BEAT_S)
 
     def stop(self) -> None:
@@ -59,11 +63,13 @@ class Watchdog:
         self._keep(None)
 
     def _beat(self) -> None:
-        # The log may have been rotated. Its duplicate stays valid until the next beat.
-        log = os.dup(log_file.descriptor())
-        faulthandler.register(SIGNAL, log, all_threads=True, chain=True)
-        self._keep(log)
         signal.setitimer(signal.ITIMER_PROF, HELD_S)
+        # The log may have been rotated. Its duplicate stays valid until the next beat. Where another thread rotates it
+        # now, or descriptors are used up, the last one stays.
+        with suppress(OSError, ValueError, AttributeError):
+            log = os.dup(log_file.descriptor())
+            faulthandler.register(SIGNAL, log, all_threads=True, chain=True)
+            self._keep(log)
 
     def _keep(self, log: int | None) -> None:
         old, self._log = self._log, log

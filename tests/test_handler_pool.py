@@ -64,6 +64,18 @@ _LEFT = {
 }
 
 
+#: The methods of psycopg2's connection that end the transaction or the connection, with their arguments.
+_ENDS: dict[str, tuple[Any, ...]] = {
+    "commit": (),
+    "rollback": (),
+    "reset": (),
+    "close": (),
+    "cancel": (),
+    "set_isolation_level": (1,),
+    "set_client_encoding": ("LATIN1",),
+}
+
+
 def _sql(statement: str) -> Callable[[Cursor], object]:
     return lambda cursor: cursor.execute(statement)
 
@@ -138,6 +150,24 @@ class CleanTests(DatabaseTestCase):
 
         self.assertEqual(await self.handlers.run(work), 2)
 
+    async def test_names_after_a_failure(self) -> None:
+        """A call that fails leaves no name to the next one."""
+        statements = (
+            "create temp table work (n integer)",
+            "prepare mine as select 1",
+            "declare mine cursor for select 1",
+        )
+
+        def work(txn: Cursor) -> int:
+            for _ in range(2):
+                with contextlib.suppress(ValueError), self.handlers.foreign(txn, "test") as cursor:
+                    for statement in statements:
+                        cursor.execute(statement)
+                    raise ValueError
+            return 2
+
+        self.assertEqual(await self.handlers.run(work), 2)
+
     async def test_a_temporary_table_in_the_way(self) -> None:
         """A temporary table with the name of one of ours takes its place for nobody."""
         self.execute("insert into commands (cmd_type, idem_key, payload) values ('a', 'b', '{}')")
@@ -182,11 +212,11 @@ class CleanTests(DatabaseTestCase):
             conn = cursor.connection
 
             def stray() -> None:
-                for use in (conn.commit, conn.rollback, conn.reset, conn.cursor):
+                for name, args in (*_ENDS.items(), ("cursor", ())):
                     try:
-                        use()
-                    except psycopg2.ProgrammingError as error:
-                        refused.append(str(error))
+                        getattr(conn, name)(*args)
+                    except psycopg2.ProgrammingError:
+                        refused.append(name)
 
             self.stray = threading.Thread(target=stray)
 
@@ -200,7 +230,7 @@ class CleanTests(DatabaseTestCase):
 
         await self.assertFailure(self.handlers.run(work), ValueError)
         self.assertEqual(self.execute("select n from made"), [])
-        self.assertEqual(len(refused), 4, refused)
+        self.assertEqual(refused, [*_ENDS, "cursor"])
 
     async def test_ends_of_a_transaction(self) -> None:
         """Code that ends the transaction or the connection by psycopg2 is refused; what was done before it stays."""
@@ -209,15 +239,15 @@ class CleanTests(DatabaseTestCase):
         def work(txn: Cursor) -> int:
             refused = 0
             txn.execute("insert into made values (1)")
-            for name in ("commit", "rollback", "close", "reset"):
+            for name, args in _ENDS.items():
                 try:
                     with self.handlers.foreign(txn, name) as cursor:
-                        getattr(cursor.connection, name)()
+                        getattr(cursor.connection, name)(*args)
                 except psycopg2.ProgrammingError:
                     refused += 1
             return refused
 
-        self.assertEqual(await self.handlers.run(work), 4)
+        self.assertEqual(await self.handlers.run(work), len(_ENDS))
         self.assertEqual(self.execute("select n from made"), [(1,)])
 
     async def test_a_read_only_transaction(self) -> None:
@@ -357,6 +387,23 @@ class DeadlineTests(DatabaseTestCase):
 
         await self.assertFailure(self.handlers.run(work), HandlerTimeout)
         self.assertEqual(order, ["cancelled", "returned"])
+
+    async def test_a_cancellation_that_comes_late(self) -> None:
+        """A cancellation that begins when its call has returned leaves the next call of the transaction alone."""
+        hit: list[object] = []
+        self.patch(self.handlers, "_signal", lambda *args: hit.append(args))
+
+        def work(txn: Cursor) -> None:
+            task = self.handlers._local.task
+            assert task is not None
+            with self.handlers.foreign(txn, "the first"):
+                entered_at = task.entered_at
+            with self.handlers.foreign(txn, "the second"):
+                self.handlers._cancel_call(task, entered_at)
+                self.handlers._cancel_call(task, task.entered_at)
+
+        await self.handlers.run(work)
+        self.assertEqual(len(hit), 1)
 
     async def test_stuck(self) -> None:
         """Code that does not return is told of; its locks are freed, it commits nothing, and others go on."""

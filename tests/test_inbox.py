@@ -173,6 +173,9 @@ class InboxTests(DatabaseTestCase):
         error = await self.assertFailure(self.inbox.push(_push("k7")), InternalError)
         self.assertIn("incident", error.details)
         self.assertNotIn("not this one", str(error.payload()))
+        self.assertIn("the database refuses them", self.inbox.condition)
+        await self.inbox.push(_push("k100"))
+        self.assertEqual(self.inbox.condition, "ok")
 
     async def test_refusals_at_the_push(self) -> None:
         """An unknown command type and a payload that its schema refuses never reach the database."""

@@ -219,6 +219,23 @@ class ReadyTests(DatabaseTestCase):
                 self.now += LEAST_S
             self.assertEqual(self.run_batch(), [f"late {age}"])
 
+    def test_two_workers(self) -> None:
+        """A look goes on with what was known below its points when it began, whatever another worker finds then."""
+        self.insert(("a", 100, 0, "test.run"))
+        self.assertEqual(self.run_batch(), ["a"])
+        self.insert(("b", 100, 0, "test.run"), ("c", 100, 0, "test.run"), ("past", 100, -3600, "test.run"))
+        ids = dict(self.execute("select idem_key, cmd_id from commands"))
+        scan = self.ready._scan
+
+        def look_back_meanwhile(*args: Any) -> Any:
+            found = scan(*args)
+            self.ready._lookback.behind = [ids["past"]]
+            return found
+
+        self.patch(self.ready, "_scan", look_back_meanwhile)
+        self.assertEqual(self.run_batch(), ["b", "c"])
+        self.assertEqual(self.run_batch(), ["past"])
+
     def test_due_in_the_past(self) -> None:
         """A command that is made due before others that have run goes before all others, after the next look back."""
         self.insert(("a", 100, 0, "test.run"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 from typing import Any
 
@@ -23,6 +25,10 @@ _PASSWORD = "Tr0ub4dor"
 def _one(txn: driver.Cursor, statement: str, *params: Any) -> Any:
     txn.execute(statement, params or None)
     return txn.fetchone()[0] if txn.description else None
+
+
+def _step() -> driver.Steps[Any]:
+    return (yield driver.Query("select 1", ()))
 
 
 class TellingTests(DatabaseTestCase):
@@ -158,6 +164,19 @@ class DatabaseTests(DatabaseTestCase):
         database = self.start_database(threads=1, statement_timeout_s=0.05)
         await self.assertFailure(database.run(_one, "select pg_sleep(5)"), DatabaseUnavailable)
         self.assertEqual(await database.run(_one, "select 1"), 1)
+
+    async def test_refused_connections(self) -> None:
+        """A connection that is refused, or cannot be prepared, leaves no descriptor open, whenever Python collects."""
+        gc.disable()
+        self.addCleanup(gc.enable)
+        refused = self.start_database(self.url.replace("/test_", "/no_such_", 1), threads=1)
+        unprepared = self.start_database(threads=1, statement_timeout_s=-1.0)
+        open_before = len(os.listdir("/proc/self/fd"))
+        for database in (refused, unprepared):
+            for _ in range(10):
+                await self.assertFailure(database.run(_one, "select 1"), DatabaseUnavailable)
+                await self.assertFailure(database.run_steps(_step), DatabaseUnavailable)
+        self.assertLessEqual(len(os.listdir("/proc/self/fd")), open_before + 4)
 
     async def test_lost_idle_connections_cost_nobody_anything(self) -> None:
         """After the database has ended our idle connections, the next calls connect anew without a failure."""

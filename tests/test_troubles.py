@@ -10,7 +10,7 @@ from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.store import sqlstate
-from s2s.store.troubles import MOST_ERRORS, TELL_S, Troubles
+from s2s.store.troubles import MOST_STATES, MOST_TEXTS, TELL_S, Troubles
 
 
 class TroublesTests(SynchronousTestCase):
@@ -60,19 +60,21 @@ class TroublesTests(SynchronousTestCase):
         self.assertEqual(len(self.lines(TELL_S)), 2)
 
     def test_many_texts(self) -> None:
-        """Beyond the bound all texts share a line, and nothing is kept of them a minute later."""
+        """Beyond the bound all texts of a SQLSTATE share a line, and nothing is kept of them two minutes later."""
         with capturedLogs() as told:
-            for number in range(MOST_ERRORS * 3):
+            for number in range(MOST_TEXTS * 3):
                 self.troubles.note("53100", f"could not extend file {number}")
-        self.assertEqual(len(told), MOST_ERRORS + 1)
-        self.assertIn(f"further errors (SQLSTATE other) came {MOST_ERRORS * 2 - 1} times", "".join(self.lines(TELL_S)))
+            self.troubles.note("42501", "permission denied")
+        self.assertEqual(len(told), MOST_TEXTS + 2)
+        self.assertIn("permission denied", told[-1]["text"])
+        self.assertIn(f"further errors (SQLSTATE 53100) came {MOST_TEXTS * 2 - 1} times", "".join(self.lines(TELL_S)))
         self.lines(TELL_S)
         self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_bound(self) -> None:
         """Beyond the bound all SQLSTATEs share a line."""
-        states = [f"X{number:04}" for number in range(MOST_ERRORS + 10)]
-        self.assertEqual(len(self.lines(0, *states)), MOST_ERRORS + 1)
+        states = [f"X{number:04}" for number in range(MOST_STATES + 10)]
+        self.assertEqual(len(self.lines(0, *states)), MOST_STATES + 1)
         self.assertEqual(self.troubles.counts["other"], 10)
 
     def test_stop(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import select
 import threading
 import time
@@ -26,32 +27,17 @@ class PlanningConnection(connection):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.plans: set[Any] = set()
-        self.restore = ""
         self.is_foreign = False
         self.owner: int | None = None
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:
+            # The traceback holds this object, and libpq keeps the socket of a refused connection open.
+            self.close()
+            raise
+        self.plans: set[Any] = set()
+        self.restore = ""
         self._attributes: tuple[Any, ...] = ()
-
-    def commit(self) -> None:
-        """Commit; see :meth:`_check_ours`."""
-        self._check_ours()
-        super().commit()
-
-    def rollback(self) -> None:
-        """Roll back; see :meth:`_check_ours`."""
-        self._check_ours()
-        super().rollback()
-
-    def reset(self) -> None:
-        """Reset the session; see :meth:`_check_ours`."""
-        self._check_ours()
-        super().reset()
-
-    def close(self) -> None:
-        """Close the connection, from any thread; see :meth:`_check_ours`."""
-        self._check_not_foreign()
-        super().close()
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """Return a cursor; see :meth:`_check_owner`."""
@@ -63,10 +49,7 @@ class PlanningConnection(connection):
 
         :raises psycopg2.ProgrammingError: foreign code runs on this connection now, or has left this thread behind.
         """
-        self._check_not_foreign()
         self._check_owner()
-
-    def _check_not_foreign(self) -> None:
         if self.is_foreign:
             raise psycopg2.ProgrammingError(
                 "a handler, a job or an order never commits or rolls back, and never closes its connection"
@@ -113,6 +96,23 @@ class PlanningConnection(connection):
         casters = (dict(self.string_types), dict(self.binary_types))
         modes = (self.autocommit, self.isolation_level, self.readonly, self.deferrable)
         return (self.cursor_factory, self.encoding, *modes, *casters)
+
+
+def _guarded(name: str) -> Callable[..., Any]:
+    """Return a method of psycopg2's connection that foreign code may not call; see ``_check_ours``."""
+    method = getattr(connection, name)
+
+    @functools.wraps(method)
+    def call(self: PlanningConnection, *args: Any, **kwargs: Any) -> Any:
+        self._check_ours()
+        return method(self, *args, **kwargs)
+
+    return call
+
+
+# Each of them ends the transaction, or the connection.
+for _name in ("commit", "rollback", "reset", "close", "cancel", "set_isolation_level", "set_client_encoding"):
+    setattr(PlanningConnection, _name, _guarded(_name))
 
 
 def _quote(text: str, conn: connection) -> str:

@@ -38,10 +38,10 @@ def read_json(text: str | bytes) -> Any:
 _JSON: Final = new_type((114, 3802), "S2S_JSON", lambda text, _: None if text is None else read_json(text))
 
 
-def _read_time(text: str | bytes | None, conn: Any) -> datetime | None:
+def _read_time(text: str | bytes | None, cur: Any) -> datetime | None:
     """Read a time; one outside Python's years is the first or the last moment, as psycopg2 reads an infinite one."""
     try:
-        time: datetime | None = c.PYDATETIMETZ(text, conn)
+        time: datetime | None = c.PYDATETIMETZ(text, cur)
     except ValueError:
         end = datetime.min if str(text).endswith("BC") else datetime.max
         time = end.replace(tzinfo=timezone.utc)

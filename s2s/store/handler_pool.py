@@ -32,7 +32,7 @@ from s2s.clock import Timer, cancel
 from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, S2SError
 from s2s.store.connection import PlanningConnection
 from s2s.store.cursor import plain
-from s2s.store.driver import Connection, Cursor, is_broken, savepoint
+from s2s.store.driver import Connection, Cursor, is_broken, is_in_transaction, savepoint
 from s2s.store.pool import Database
 
 T = TypeVar("T")
@@ -59,6 +59,7 @@ class Task:
 
     :ivar name: the call under way, or the last one, for people.
     :ivar subject: what it works on.
+    :ivar entered_at: when the call under way began, in monotonic seconds; ``None``: none is under way.
     :ivar is_abandoned: the thread is stuck, and its transaction must not be committed.
     """
 
@@ -71,7 +72,7 @@ class Task:
         self.is_abandoned = False
         self.cancelled_at = float("-inf")
         self.on_return: Callable[[], object] = lambda: None
-        self._entered_at: float | None = None
+        self.entered_at: float | None = None
         self._lock = threading.Lock()
         #: Held while a cancellation is on its way: it must not arrive at the statement after the call.
         self.cancelling = threading.Lock()
@@ -79,7 +80,7 @@ class Task:
     def enter(self, name: str, subject: Any) -> None:
         """Note that foreign code begins. In the thread."""
         with self._lock:
-            self.name, self.subject, self.is_late, self._entered_at = name, subject, False, time.monotonic()
+            self.name, self.subject, self.is_late, self.entered_at = name, subject, False, time.monotonic()
 
     def leave(self) -> None:
         """Note that foreign code has returned. In the thread.
@@ -87,7 +88,7 @@ class Task:
         :raises DatabaseUnavailable: the thread was abandoned meanwhile.
         """
         with self.cancelling, self._lock:
-            self._entered_at = None
+            self.entered_at = None
         self.check()
 
     def check(self) -> None:
@@ -100,13 +101,13 @@ class Task:
 
     def running_s(self) -> float:
         """Return the seconds since foreign code began; 0 where none runs."""
-        since = self._entered_at
+        since = self.entered_at
         return 0.0 if since is None else time.monotonic() - since
 
     def abandon(self) -> bool:
         """Give the thread up, unless it has returned from foreign code by now."""
         with self._lock:
-            self.is_abandoned = self._entered_at is not None
+            self.is_abandoned = self.entered_at is not None
         return self.is_abandoned
 
 
@@ -197,7 +198,7 @@ class HandlerPool(Database):
         now = time.monotonic()
         if now >= task.cancelled_at + _CANCEL_S:
             task.cancelled_at = now
-            self._in_background(self._cancel_call, task)
+            self._in_background(self._cancel_call, task, task.entered_at)
 
     def _abandon(self, task: Task) -> None:
         if not task.abandon():
@@ -225,11 +226,12 @@ class HandlerPool(Database):
 
     # --- in another thread -------------------------------------------------------------------------------------------
 
-    def _cancel_call(self, task: Task) -> None:
+    def _cancel_call(self, task: Task, entered_at: float | None) -> None:
         # One at a time: while the database hangs, each takes seconds.
         if task.cancelling.acquire(blocking=False):
             try:
-                if task.running_s():
+                # Not the call after it.
+                if entered_at is not None and task.entered_at == entered_at:
                     self._signal(task, "pg_cancel_backend")
             finally:
                 task.cancelling.release()
@@ -295,7 +297,7 @@ class HandlerPool(Database):
         :raises HandlerTimeout: it took too long.
         """
         task, conn = cast("Task", self._local.task), cast("PlanningConnection", txn.connection)
-        with savepoint(txn):
+        with self._without_plans(txn), savepoint(txn):
             task.enter(name, subject)
             # Closed afterwards, so that nothing that the code has kept or started uses it any more.
             cursor = plain(txn)
@@ -316,7 +318,17 @@ class HandlerPool(Database):
                 raise self._too_late()
             # A transaction that was made read-only refuses the first of these.
             txn.execute(f"set transaction read write; {conn.restore}")
-            conn.plans.clear()
+
+    @contextmanager
+    def _without_plans(self, txn: Cursor) -> Iterator[None]:
+        """Remove the prepared statements of a call that fails: the end of its savepoint leaves them."""
+        try:
+            yield
+        except BaseException:
+            if is_in_transaction(txn):
+                with suppress(psycopg2.Error):
+                    txn.execute("deallocate all")
+            raise
 
     def _too_late(self) -> HandlerTimeout:
         return HandlerTimeout(f"it took longer than {self.timeout_s:g} s: see --handler-timeout")
@@ -341,6 +353,9 @@ class HandlerPool(Database):
 
     def _close(self) -> None:
         cancel(self._watching)
+        for conn in [] if self._pool is None else list(self._pool.connections.values()):
+            # Closed in the reactor's thread.
+            conn.owner = None
         if not self.stuck or self._pool is None:
             super()._close()
             return

@@ -31,7 +31,8 @@ from s2s.store.ready import Ready
 _CLAIMING: Final = lock_key("claiming")
 _REAPING: Final = lock_key("reaping")
 _DIED: Final = "ProcessDied: the process ended while this command's batch ran"
-#: A command that had the process to itself may well have ended it: it is charged as any failure is.
+#: A command that was alone in its batch may well have ended the process: it is charged as any failure is. So is, now
+#: and then, one that another worker had, and the last one of a batch whose others were charged at an earlier look.
 _DIED_ALONE: Final = "ProcessDied: the process ended while this command ran alone"
 _STUCK: Final = "Stuck: the process did not finish this command's batch in time"
 _OF_WORKER: Final = "boot_id = %s and worker = %s and (%s = 0 or note_id = %s)"

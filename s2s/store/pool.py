@@ -253,7 +253,12 @@ class Database:
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 
     def _prepare(self, conn: Connection) -> None:
-        prepare(conn, *self._timeouts)
+        try:
+            prepare(conn, *self._timeouts)
+        except BaseException:
+            # adbapi does not know it yet.
+            conn.close()
+            raise
 
     def _interact(self, pool: Any, work: Callable[..., T], args: tuple[Any, ...]) -> T:
         try:

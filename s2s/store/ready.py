@@ -160,14 +160,16 @@ class Ready:
         :returns: ``(cmd_id, attempts)`` in run order.
         """
         is_whole, self._is_whole = self._is_whole, False
+        # Another worker may look back meanwhile.
+        behind = self._lookback.behind
         if is_whole:
             with self._lookback.measured():
                 self._find(txn, {})
-                rows = self._scan(txn, limit)
+                rows = self._scan(txn, limit, bool(behind))
         else:
-            rows = self._scan(txn, limit)
-        if self._lookback.behind:
-            txn.execute(_STILL_BEHIND, {**self._params(limit), "behind": numbers(self._lookback.behind)})
+            rows = self._scan(txn, limit, bool(behind))
+        if behind:
+            txn.execute(_STILL_BEHIND, {**self._params(limit), "behind": numbers(behind)})
             rows = sorted({*rows, *txn.fetchall()})
         if not rows and self._lookback.is_cheap:
             self._is_whole = True
@@ -194,13 +196,13 @@ class Ready:
         self._starts = {**dict(starts), **{priority: (due_at, _FIRST_ID) for priority, due_at in txn}}
         self._is_whole |= len(self._starts) > _MOST_PRIORITIES
 
-    def _scan(self, txn: Cursor, limit: int) -> list[tuple[int, float | None, int, int]]:
+    def _scan(self, txn: Cursor, limit: int, is_timed: bool) -> list[tuple[int, float | None, int, int]]:
         """Read from the points on, and move them.
 
-        :returns: priority, ``due_at``, ``cmd_id`` and attempts. Each has its ``due_at`` where there are commands behind
-            the points to be put in order between them, and otherwise the first of each priority has it.
+        :param is_timed: return each ``due_at``, to put others in order between them.
+        :returns: priority, ``due_at`` (if not timed: of the first of each priority), ``cmd_id`` and attempts.
         """
-        txn.execute(_CANDIDATES, {**self._params(limit), "is_timed": bool(self._lookback.behind)})
+        txn.execute(_CANDIDATES, {**self._params(limit), "is_timed": is_timed})
         rows = txn.fetchall()
         starts = dict(self._starts)
         place = None

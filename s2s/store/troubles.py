@@ -11,10 +11,11 @@ from s2s.store import sqlstate
 
 #: Seconds between two lines about one error, and without it until it counts as over.
 TELL_S: Final = 60.0
-#: Errors that have a line of their own at one time, and SQLSTATEs that are counted apart. Further ones share one.
-MOST_ERRORS: Final = 32
+#: SQLSTATEs that are told apart, and texts of one SQLSTATE. Further ones share one line.
+MOST_STATES: Final = 32
+MOST_TEXTS: Final = 8
 _OTHER: Final = "other"
-_FURTHER: Final = ("further errors", _OTHER)
+_FURTHER: Final = "further errors"
 
 
 class Troubles:
@@ -39,11 +40,13 @@ class Troubles:
         :param state: its SQLSTATE.
         :param text: the server's message without the data.
         """
-        counted = state if state in self.counts or len(self.counts) < MOST_ERRORS else _OTHER
-        self.counts[counted] = self.counts.get(counted, 0) + 1
+        cure = sqlstate.meaning(state).cure or "see the log of the database"
+        if state not in self.counts and len(self.counts) >= MOST_STATES:
+            state = _OTHER
+        self.counts[state] = self.counts.get(state, 0) + 1
         error = (text, state)
-        if error not in self._untold and len(self._untold) >= MOST_ERRORS:
-            error = _FURTHER
+        if error not in self._untold and sum(told == state for _, told in self._untold) >= MOST_TEXTS:
+            error = (_FURTHER, state)
         if error in self._untold:
             self._untold[error] += 1
             return
@@ -52,7 +55,7 @@ class Troubles:
             "the database refuses statements: {text} (SQLSTATE {state}): {cure}",
             text=text,
             state=state,
-            cure=sqlstate.meaning(state).cure or "see the log of the database",
+            cure=cure,
         )
         self._watch(error)
 
