@@ -44,7 +44,14 @@ SETTLED_S: Final = 110.0
 MORE_BYTES: Final = 24 << 20
 #: A thread that takes the place of a stuck handler's stays.
 MORE_THREADS: Final = 2
+#: Beside those of the sessions that the database knows: a pool opens each of its own when it is needed first.
 MORE_DESCRIPTORS: Final = 4
+#: Sessions of a role, with 8 stuck handlers (docs/faults.rst).
+MOST_SESSIONS: Final = 22
+_SESSIONS: Final = (
+    "select split_part(application_name, ' ', 1), count(*)::integer from pg_stat_activity"
+    " where application_name like 's2s-%' group by 1"
+)
 SECTORS: Final = 50
 _CHANGES: Final = """
 create table sector_changes (n bigserial, sector_id bigint, was text, became text);
@@ -224,22 +231,26 @@ class Stage:
         self.lacks = f"{key} has not come"
         while not await deferToThread(self.execute, "select 1 from notices where message = %s", key):
             await pause(0.1)
-        while leaks := self._leaks():
+        while leaks := self._leaks(dict(await deferToThread(self.execute, _SESSIONS))):
             self.lacks = "; ".join(leaks)
             await pause(0.2)
 
     def levels(self) -> dict[str, tuple[int, ...]]:
         """Give what each role that runs holds: bytes, threads, descriptors."""
-        return {name: astuple(Level.of(self.role(name).pid)) for name in self._names if self.role(name).is_running}
+        return {name: astuple(Level.of(self.role(name).pid))[:3] for name in self._names if self.role(name).is_running}
 
-    def _leaks(self) -> list[str]:
-        """Compare what the processes hold with what they held when they were whole for the first time."""
+    def _leaks(self, sessions: Mapping[str, int]) -> list[str]:
+        """Compare what the processes hold with what they held when they were whole for the first time.
+
+        :param sessions: in the database, by the name of the role. Where two engines run they are told apart by nothing.
+        """
         found = []
         for name in self._names:
             if not self.role(name).is_running:
                 found.append(f"{name} does not run")
                 continue
-            pid, level = self.role(name).pid, Level.of(self.role(name).pid)
+            pid = self.role(name).pid
+            level = Level.of(pid, sessions.get(f"s2s-{name}", 0) if self._breaks is None else 0)
             begun, beginning = self._beginnings.get(name, (0, level))
             if begun != pid:
                 self._beginnings[name] = (pid, level)
@@ -302,25 +313,28 @@ class Level:
     """What a process holds.
 
     :param rss: bytes of memory.
+    :param sessions: in the database.
     """
 
     rss: int
     threads: int
     descriptors: int
+    sessions: int
 
     @classmethod
-    def of(cls, pid: int) -> Level:
-        """Look at a process."""
+    def of(cls, pid: int, sessions: int = 0) -> Level:
+        """Look at a process that has these sessions in the database."""
         process = psutil.Process(pid)
         with process.oneshot():
-            return cls(process.memory_info().rss, process.num_threads(), process.num_fds())
+            return cls(process.memory_info().rss, process.num_threads(), process.num_fds(), sessions)
 
     def is_above(self, beginning: Level) -> bool:
         """Tell a leak from what a pool or an allocator keeps."""
         return (
             self.rss > beginning.rss + MORE_BYTES
             or self.threads > beginning.threads + MORE_THREADS
-            or self.descriptors > beginning.descriptors + MORE_DESCRIPTORS
+            or self.descriptors - self.sessions > beginning.descriptors - beginning.sessions + MORE_DESCRIPTORS
+            or self.sessions > MOST_SESSIONS
         )
 
 
