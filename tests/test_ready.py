@@ -26,11 +26,18 @@ class LookbackTests(SynchronousTestCase):
         self.now = 0.0
         self.lookback = Lookback(lambda: self.now)
 
+    def costs(self, *seconds: float) -> None:
+        """Measure looks."""
+        for cost in seconds:
+            with self.lookback.measured():
+                self.now += cost
+
     def test_share_of_the_time(self) -> None:
         """A look that cost c seconds is followed by the next after 20 c seconds, and meanwhile there is none."""
         self.assertTrue(self.lookback.is_due)
+        self.costs(0.0, 0.005, 0.02, 0.08, 0.3, 1.2)
         with self.lookback.measured():
-            self.now = 3.0
+            self.now += 3.0
             self.assertFalse(self.lookback.is_due)
         self.now += SHARE * 3.0 - 0.1
         self.assertFalse(self.lookback.is_due)
@@ -49,11 +56,19 @@ class LookbackTests(SynchronousTestCase):
 
     def test_one_that_fails(self) -> None:
         """One that fails is tried again in its time."""
+        self.costs(0.0, 0.005, 0.02, 0.08, 0.3)
         with self.assertRaises(ZeroDivisionError), self.lookback.measured():
             self.now += 1.0
             raise ZeroDivisionError
         self.assertFalse(self.lookback.is_due)
         self.now += SHARE
+        self.assertTrue(self.lookback.is_due)
+
+    def test_a_database_that_stands_still(self) -> None:
+        """One that takes 20 s, of which the last one says nothing, as in an outage, is followed by the next soon."""
+        self.costs(0.001, 20.0)
+        self.assertFalse(self.lookback.is_due)
+        self.now += LEAST_S
         self.assertTrue(self.lookback.is_due)
 
 

@@ -21,6 +21,10 @@ SLACK_S: Final = 0.2
 #: Seconds between two looks back, at least, and in multiples of their cost: they take a twentieth of the time at most.
 LEAST_S: Final = 0.25
 SHARE: Final = 20
+#: A look that takes longer than before counts as this many times the last one and these seconds at most: dead rows come
+#: gradually, while a database that stands still, or is away, makes one look long and says nothing of the next.
+GROWTH: Final = 4
+GROWTH_S: Final = 0.005
 #: Seconds that a look from the beginning may cost where nothing else is to be done.
 CHEAP_S: Final = 0.01
 #: Seconds that the database may take for a look back: some 200 million dead rows.
@@ -59,7 +63,7 @@ class Lookback:
         try:
             yield
         finally:
-            self._cost_s = self._now() - began
+            self._cost_s = min(self._now() - began, GROWTH * self._cost_s + GROWTH_S)
             self._next = self._now() + max(self._least_s, SHARE * self._cost_s)
 
     def look(self, txn: Cursor, statement: str, params: Mapping[str, Any]) -> None:
