@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, succeed
@@ -61,6 +62,8 @@ class ClockWatch:
         self._leap_s = 0.0
         self._leapt_at = 0.0
         self._is_apart = False
+        #: Whether the database's clock was behind at the last look.
+        self._was_behind = False
         self._cycle_at = float("-inf")
         self._healed: Counter[str] = Counter()
         self._told_from = float("-inf")
@@ -86,11 +89,15 @@ class ClockWatch:
         try:
             is_more = True
             while is_more and self._looking.running:
-                before = self._clock.mono()
-                at, healed = await self._database.run(clock_drift.look, self._rules)
+                before, now = self._clock.mono(), self._clock.now()
+                at, healed = await self._database.run(
+                    clock_drift.look, self._rules, partial(self._is_behind, before, now)
+                )
+                was_behind = self._is_behind(before, now, at)
                 self._judge(at, before, self._clock.mono())
                 self._healed.update(healed)
-                is_more = clock_drift.STEP_ROWS in healed.values()
+                self._was_behind = self._is_behind(before, now, at)
+                is_more = clock_drift.STEP_ROWS in healed.values() or (was_behind and not self._was_behind)
             if self._clock.mono() >= self._cycle_at:
                 await self._cycle()
             self._is_failing = False
@@ -109,6 +116,8 @@ class ClockWatch:
         """Look through the tables that are too large for one statement."""
         pause_s = 0.0
         for name, step in self._steps.items():
+            if self._was_behind and name not in clock_drift.WHILE_BEHIND:
+                continue
             place = None
             while self._looking.running:
                 healed, place = await self._database.run(step, place)
@@ -117,6 +126,16 @@ class ClockWatch:
                     break
                 pause_s = CYCLE_S
         self._cycle_at = self._clock.mono() + pause_s
+
+    def _is_behind(self, before: float, now: float, at: float) -> bool:
+        """Whether the database's clock is certainly behind. In any thread.
+
+        :param before: our monotonic time before the database was asked.
+        :param now: our wall clock then.
+        :param at: the time that it said.
+        """
+        base = self._base
+        return at < now - APART_S or (base is not None and at - before < base - LEAP_S)
 
     # --- the clock --------------------------------------------------------------------------------------------------
 

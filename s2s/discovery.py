@@ -7,6 +7,7 @@ plug-in, and tells of a broken one by a traceback.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def discover(
             for attribute, value in list(vars(importlib.import_module(name)).items()):
                 with _left_out(f"{name}.{attribute}", complaints):
                     if _is_new(value, ICommandType, found_commands):
-                        _check_schema(value)
+                        _check(value)
                         found_commands = commands.registry([*found_commands.values(), value])
                     if _is_new(value, IJobType, found_jobs):
                         found_jobs = jobs.registry([*found_jobs.values(), value])
@@ -77,11 +78,16 @@ def _is_new(value: Any, interface: Any, known: Mapping[str, Any]) -> bool:
     return bool(verifyObject(IPlugin, value) and verifyObject(interface, value))
 
 
-def _check_schema(kind: CommandType) -> None:
-    """Refuse a schema of anything but objects: no push could satisfy it."""
+def _check(kind: CommandType) -> None:
+    """Refuse a schema of anything but objects, which no push could satisfy, and a handler that nobody would run."""
     if not isinstance(kind.schema, Mapping) or kind.schema.get("type") != "object":
         raise OperatorError('its schema is not one of an object: write a JSON Schema with "type": "object"')
     Schema(kind.schema)
+    for method in (kind.run, kind.run_batch):
+        if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
+            raise OperatorError(
+                f"its {method.__name__}() is async or a generator, and runs in a thread: write a plain one"
+            )
 
 
 @contextmanager

@@ -38,7 +38,10 @@ mix: a peer's mistake is not ours (docs/protocol.rst, "Errors").
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
+
+#: The attribute in which an exception keeps its line.
+_LINE: Final = "_s2s_line"
 
 
 def harmless(text: str) -> str:
@@ -48,11 +51,18 @@ def harmless(text: str) -> str:
 
 def one_line(error: BaseException) -> str:
     """Say an exception in one line that a table can hold: a driver's further lines would quote the row."""
+    if _LINE in vars(error):
+        return str(vars(error)[_LINE])
     try:
         said = str(error)
-    except Exception:  # the exception is a plug-in's own
+    except BaseException:  # the exception is a plug-in's own, and may raise whatever it wants
         said = "it does not say why"
     return storable(f"{type(error).__name__}: {said}")
+
+
+def describe(error: BaseException) -> None:
+    """Have an exception's own code say its line now, inside the deadline of the code that raised it."""
+    vars(error)[_LINE] = one_line(error)
 
 
 def storable(text: str) -> str:

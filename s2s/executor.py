@@ -8,6 +8,7 @@ process that dies another one charges its commands; :mod:`s2s.store.notes` says 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 from collections import Counter
@@ -322,7 +323,7 @@ class Executor:
         if kind.batched and len(commands) > 1 and not _is_late(report, until):
             try:
                 with self._handlers.foreign(txn, f"{kind.cmd_type}, {len(commands)} commands", commands) as cursor:
-                    kind.run_batch(cursor, commands)
+                    _check_nothing(kind.run_batch(cursor, commands))  # type: ignore[func-returns-value]
             except BaseException as error:
                 self._check_usable(txn, commands, error, report)
             else:
@@ -333,7 +334,7 @@ class Executor:
                 return
             try:
                 with self._handlers.foreign(txn, f"{kind.cmd_type}, command {command.cmd_id}", [command]) as cursor:
-                    kind.run(cursor, command)
+                    _check_nothing(kind.run(cursor, command))
             except BaseException as error:
                 self._check_usable(txn, [command], error, report)
                 report.failed.append((command.cmd_id, one_line(error)))
@@ -355,6 +356,20 @@ class Executor:
         is_its_own = sqlstate.code(error) == "25006" and not is_read_only(txn)
         if sqlstate.of(error).fault != "statement" and not is_its_own:
             raise error
+
+
+def _check_nothing(returned: object) -> None:
+    """Refuse what a handler returns that has not done its work yet.
+
+    :raises TypeError: it is a coroutine, a generator or a Deferred.
+    """
+    if returned is None:
+        return
+    if isinstance(returned, Deferred) or inspect.isawaitable(returned) or inspect.isgenerator(returned):
+        if inspect.iscoroutine(returned):
+            returned.close()
+        name = type(returned).__name__
+        raise TypeError(f"the handler returned a {name}, which nobody runs: write it as a plain function")
 
 
 def _is_late(report: Report, until: float) -> bool:

@@ -31,6 +31,8 @@ GRACE_S: Final = 5.0
 CUT_S: Final = 1.5
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+#: What programs send that rotate logs; it would kill.
+_HARMLESS: Final = (signal.SIGUSR1, signal.SIGUSR2)
 #: Whether SIGHUP came before the role has started.
 _early: Final[list[int]] = []
 _log = Logger(namespace="s2s.lifetime")
@@ -109,6 +111,10 @@ class Lifetime:
             for number in _SIGNALS:
                 signal.signal(number, on_signal)
             signal.signal(signal.SIGHUP, on_hang_up)
+            for number in _HARMLESS:
+                # twistd rotates its log file on SIGUSR1, where it has one.
+                if signal.getsignal(number) == signal.SIG_DFL:
+                    signal.signal(number, lambda *_: None)
             stacks.write_on_sigquit()
 
         self.on_start()

@@ -157,10 +157,18 @@ class RoleOptions(usage.Options):
                 raise OperatorError("stdout is closed and the log goes there: open it, or name a --logfile")
             _write("the log", lambda: print(f"{self.process_name}: starting", flush=True))
         else:
-            _write(f"the log file {twistd['logfile']}", lambda: open(twistd["logfile"], "ab").close())
+            _write(f"the log file {twistd['logfile']}", lambda: _try_log(twistd["logfile"]))
         if twistd["pidfile"]:
             self.pid_file = PidFile(twistd["pidfile"])
             twistd["pidfile"] = ""
+
+
+def _try_log(path: str) -> None:
+    with open(path, "ab") as file:
+        if not file.seekable():
+            raise OperatorError(
+                f"{path} is a pipe or a terminal, and no log file: leave --logfile out to log to stdout"
+            )
 
 
 def _write(what: str, write: Callable[[], object]) -> None:

@@ -71,7 +71,10 @@ class Turns:
                 pause_s = await self._turn(line)
             except DatabaseUnavailable:
                 pass  # The pool has said so in the log, once.
-            except Exception:
+            except GeneratorExit:
+                raise
+            except BaseException:
+                # A SystemExit of foreign code, above all: it must not end a line without a word.
                 self.log.failure("{what} failed", what=self._what)
             if pause_s != 0 and not self._is_woken and not self.is_stopping:
                 await self._sleep(POLL_S if pause_s is None else min(pause_s, POLL_S))

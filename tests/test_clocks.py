@@ -55,6 +55,8 @@ class _Database:
         self.is_away = False
         self.healed: list[dict[str, int]] = []
         self.steps: list[Any] = []
+        #: For each look, whether it was to take the clock for one that is behind.
+        self.behind: list[bool] = []
 
     def run(self, function: Any, *args: Any) -> Deferred[Any]:
         if self.is_away:
@@ -64,6 +66,7 @@ class _Database:
             return succeed(function(*args))
         self.time.rightNow += self.wait_s
         at = _NOW + self.time.seconds() + self.ahead_s
+        self.behind.append(args[1](at))
         self.time.rightNow += self.wait_s
         return succeed((at, self.healed.pop(0) if self.healed else {}))
 
@@ -116,6 +119,23 @@ class WatchTests(SynchronousTestCase):
                 self.assertEqual(self.looks(3), ["the database's clock is right again"])
                 self.assertTrue(self.watch.is_trusted)
                 self.looks(20)
+
+    def test_behind(self) -> None:
+        """A look takes the clock for one that is behind only while it is, and not where the database is slow."""
+        for wait_s in (0.0, 400.0):
+            self.database.wait_s = wait_s
+            for ahead_s in (0.0, -7200.0, 0.0, 7200.0, 0.0):
+                self.database.ahead_s = ahead_s
+                self.looks(2)
+                self.assertEqual(self.database.behind[-1], ahead_s < 0, (wait_s, ahead_s))
+
+    def test_behind_from_the_start(self) -> None:
+        """So does the first look of a process, by this machine's clock."""
+        self.database.ahead_s = -7200.0
+        self.looks(3)
+        self.database.ahead_s = 0.0
+        self.looks(2)
+        self.assertEqual((self.database.behind[:3], self.database.behind[-1]), ([True] * 3, False))
 
     def test_both_clocks_leap(self) -> None:
         """So is a leap that this machine's clock shares, as with a database on the same machine."""
@@ -406,6 +426,21 @@ class RuleTests(DatabaseTestCase):
             ),
             [("days", True, False), ("for-ever", None, None), ("until", False, True)],
         )
+
+    def test_while_the_clock_is_behind(self) -> None:
+        """To a clock that is behind every time is far ahead: what is right stays, and what is to be done is done."""
+        with blocking(self.url) as txn:
+            tokens.add(txn, "days", "observer", "", 7)
+            jobs.declare(txn, {"a": "daily@00:00Z"}, lambda schedule, ts: parse_schedule(schedule).next_after(ts))
+            outbox.put(txn, "test.run", "late", {})
+        later = "interval '400 days'"
+        self.execute(f"update api_tokens set created_at = created_at + {later}, expires_at = expires_at + {later}")
+        self.execute(f"update jobs set due_at = due_at + {later}; update outbox set send_at = send_at + {later}")
+        right = self.execute("select expires_at, due_at from api_tokens, jobs")
+        with blocking(self.url) as txn:
+            healed = clock_drift.look(txn, {**ENGINE_RULES, **SERVER_RULES}, lambda _: True)[1]
+        self.assertEqual(healed, {"rows of the outbox": 1})
+        self.assertEqual(self.execute("select expires_at, due_at from api_tokens, jobs"), right)
 
     def test_of_servers(self) -> None:
         """A control request is over, the links of a server that is gone go, and a note is charged in its time."""

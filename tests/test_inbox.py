@@ -177,6 +177,19 @@ class InboxTests(DatabaseTestCase):
         await self.inbox.push(_push("k100"))
         self.assertEqual(self.inbox.condition, "ok")
 
+    async def test_rows_that_are_taken_away(self) -> None:
+        """A key that a trigger of another hand takes away is refused, and those beside it are accepted."""
+        self.execute(
+            "create function eat() returns trigger language plpgsql as"
+            " $$ begin if new.idem_key = 'k1' then return null; end if; return new; end $$;"
+            "create trigger eat before insert on idempotency_keys for each row execute function eat()"
+        )
+        results = await self.push_all([_push(f"k{i}") for i in range(3)])
+        self.assertEqual([type(results[0]), results[1][0], type(results[2])], [tuple, InternalError, tuple])
+        self.assertIn("triggers", self.inbox.condition)
+        self.assertEqual(sorted(key for (key,) in self.execute("select idem_key from commands")), ["k0", "k2"])
+        await self.assertFailure(self.inbox.push(_push("k1")), InternalError)
+
     async def test_refusals_at_the_push(self) -> None:
         """An unknown command type and a payload that its schema refuses never reach the database."""
         error = self.failureResultOf(self.inbox.push(_push("k") | {"cmd_type": "no.such"}), UnknownCommand).value

@@ -8,6 +8,7 @@ from typing import Any
 
 import psycopg2
 from twisted.internet import reactor
+from twisted.internet.defer import Deferred
 from twisted.logger import capturedLogs
 
 from s2s import executor, reaper, turns
@@ -193,6 +194,57 @@ class CommandTests(StuckTestCase):
         self.insert("later")
         self.gate.set()
         await poll(lambda: self.column("status")["later"] == "done", "the next command")
+
+    async def test_a_handler_that_is_async(self) -> None:
+        """A coroutine, a generator or a Deferred that a handler returns has done nothing: its command is charged."""
+        self.keep_charged()
+
+        async def coroutine() -> None:
+            raise AssertionError
+
+        def generator() -> Any:
+            yield
+
+        made = {
+            "coroutine": coroutine,
+            "generator": generator,
+            "Deferred": Deferred,
+            "a": lambda: None,
+            "int": lambda: 5,
+        }
+        self.patch(_Single, "run", lambda _, txn, command: made[command.idem_key]())
+        self.insert(*made)
+        self.start(lambda *_: None)
+        charged = {"coroutine": 1, "generator": 1, "Deferred": 1, "a": 0, "int": 0}
+        await poll(lambda: self.column("attempts") == charged, "the charges")
+        self.assertIn("write it as a plain function", self.column("error")["coroutine"])
+        self.assertEqual((self.column("status")["a"], self.column("status")["int"]), ("done", "done"))
+
+    async def test_an_exception_with_code(self) -> None:
+        """An exception whose text is code costs its own command alone, whether that code raises or does not return."""
+        self.keep_charged()
+
+        class ExitsError(Exception):
+            def __str__(self) -> str:
+                raise SystemExit(3)
+
+        gate = self.gate
+
+        class HangsError(Exception):
+            def __str__(self) -> str:
+                gate.wait(60)
+                return "late"
+
+        def work(_: Cursor, command: Command) -> None:
+            if command.idem_key != "b":
+                raise {"exits": ExitsError, "hangs": HangsError}[command.idem_key]
+
+        self.insert("exits", "hangs", "b")
+        self.start(work)
+        await poll(lambda: self.column("attempts") == {"exits": 1, "hangs": 1, "b": 0}, "the charges")
+        await poll(lambda: self.column("status")["b"] == "done", "the other one")
+        self.assertIn("does not say why", self.column("error")["exits"])
+        self.assertIn("HandlerStuck", self.column("error")["hangs"])
 
     async def test_a_spoiled_transaction(self) -> None:
         """A handler that ends the savepoint of its batch is charged, and nobody else in the batch is."""

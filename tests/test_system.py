@@ -118,6 +118,10 @@ class PidFileTests(TwistdTestCase):
             psutil.wait_procs([daemon], PATIENCE_S)
             (self.directory / "s2s-server.log").unlink()
 
+    def test_a_log_that_is_no_file(self) -> None:
+        """A pipe as the log file, such as /dev/stdout in a container, is refused with the way to log to stdout."""
+        self.assertIn("leave --logfile out", self.refused("-n", "--logfile=/dev/stdout"))
+
     @inlineCallbacks
     def test_a_running_process(self) -> Any:
         """The file of a process that runs is refused with its pid; after a SIGKILL it is taken over."""
@@ -210,6 +214,19 @@ class SignalTests(TwistdTestCase):
             yield self.says("log", "SIGHUP: the log was opened anew")
         self.ends(process)
         self.assertIn("Server Shut Down", (self.directory / "log").read_text())
+
+    @inlineCallbacks
+    def test_signals_of_others(self) -> Any:
+        """SIGUSR1 and SIGUSR2, which programs send that rotate logs, end no role, also where its log is no file."""
+        for argv in (("-n", "--logfile=log"), ("-n",)):
+            with open(self.directory / "stdout", "w") as stdout:
+                process = self.twistd(*argv, stdout=stdout)
+            yield self.says("log" if len(argv) > 1 else "stdout", "server listens on")
+            for number in (signal.SIGUSR1, signal.SIGUSR2):
+                process.send_signal(number)
+                with self.assertRaises(subprocess.TimeoutExpired):
+                    process.wait(0.3)
+            self.ends(process)
 
     @inlineCallbacks
     def test_hang_up_at_any_time(self) -> Any:

@@ -2,12 +2,13 @@
 
 The database's clock dates the rows. If it is ahead for a while, the rows of that while wait until it gets there again;
 if it is behind, every row waits. No rule here needs to know that this happened: each row that s2s itself dates has a
-longest wait, and a time beyond it is pulled back. A ``due_at`` that a user gave has none, and stays.
+longest wait, and a time beyond it is pulled back. A ``due_at`` that a user gave has none, and stays. Only while the
+clock is behind, each time that is right lies far ahead: then :data:`WHILE_BEHIND` holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, Final
 
@@ -98,16 +99,27 @@ SERVER_RULES: Final = {
 }
 
 
-def look(txn: Cursor, rules: Mapping[str, str]) -> tuple[float, dict[str, int]]:
+#: What may be pulled back while the clock is behind: it is to be done soon, and comes too early at worst. Every other
+#: time would be lost for good.
+WHILE_BEHIND: Final = frozenset(("orders", "rows of the outbox", "commands"))
+
+
+def look(
+    txn: Cursor, rules: Mapping[str, str], is_behind: Callable[[float], bool] = lambda _: False
+) -> tuple[float, dict[str, int]]:
     """Read the database's clock, and pull back what lies too far ahead.
 
+    :param is_behind: whether a time that the database says is behind: then :data:`WHILE_BEHIND` holds.
     :returns: Unix seconds, and the rows that were changed by what they are called; :data:`STEP_ROWS` of one kind:
         there may be more.
     """
     txn.execute("select extract(epoch from clock_timestamp())::float8")
     [(at,)] = txn.fetchall()
+    names = rules.keys() & WHILE_BEHIND if is_behind(at) else rules.keys()
     healed = {}
     for name, statement in rules.items():
+        if name not in names:
+            continue
         txn.execute(statement)
         if txn.rowcount:
             healed[name] = txn.rowcount

@@ -58,6 +58,8 @@ class Outcome(msgspec.Struct, frozen=True):
     is_conflict: bool = False
 
 
+#: Insertions and looks for one batch of pushes: a key is swept away between the two once in a blue moon.
+_MOST_ROUNDS: Final = 3
 _NEXT: Final = "nextval('commands_cmd_id_seq')"
 _INSERT: Final = driver.Prepared(
     "s2s_push",
@@ -126,6 +128,7 @@ def push_batch(pushes: Sequence[Push]) -> Steps[list[Outcome]]:
     Each statement may commit by itself: the first one does it all or nothing, and the others only look.
 
     :returns: one outcome for each push, in the same order.
+    :raises StatementRefused: the database neither inserts nor shows a key; what else was new is accepted all the same.
     """
     # Of one key twice in the batch the first one goes to the database.
     first: dict[str, Push] = {}
@@ -134,13 +137,19 @@ def push_batch(pushes: Sequence[Push]) -> Steps[list[Outcome]]:
     made: dict[str, int] = {}
     known: dict[str, idempotency.First] = {}
     unsettled = first
-    while unsettled:
+    for _ in range(_MOST_ROUNDS):
+        if not unsettled:
+            break
         made |= dict((yield _insertion(unsettled.values())))
         # A statement of its own: the insert's snapshot does not show what another transaction has just committed.
         others = [key for key in unsettled if key not in made]
         known |= (yield from idempotency.firsts(others)) if others else {}
-        # In neither only where the key was swept away in between.
+        # In neither only where the key was swept away in between, or where something of another hand takes the rows.
         unsettled = {key: first[key] for key in others if key not in known}
+    if unsettled:
+        raise StatementRefused(
+            "the database neither takes nor knows a key: see the triggers, rules and policies of idempotency_keys"
+        )
 
     outcomes = []
     for push in pushes:
@@ -169,6 +178,8 @@ def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | Statement
         try:
             with driver.savepoint(txn):
                 outcomes[place] = driver.drive(txn, push_batch([drawn[place]]))[0]
+        except StatementRefused as error:
+            outcomes[place] = error
         except psycopg2.Error as error:
             refused = driver.told(error, txn.connection)
             if not isinstance(refused, StatementRefused):

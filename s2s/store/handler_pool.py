@@ -29,7 +29,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from s2s.clock import Timer, cancel
-from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, S2SError
+from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, S2SError, describe
 from s2s.store.connection import PlanningConnection
 from s2s.store.cursor import plain
 from s2s.store.driver import Connection, Cursor, is_broken, is_in_transaction, savepoint
@@ -304,7 +304,8 @@ class HandlerPool(Database):
             conn.is_foreign = True
             try:
                 yield cursor
-            except BaseException:
+            except BaseException as error:
+                describe(error)
                 if task.is_late:
                     raise self._too_late() from None
                 raise

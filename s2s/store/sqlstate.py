@@ -45,6 +45,8 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "25P04": Meaning("connection", drops=True, passes=True),
     # A prepared statement is missing: a pooler or another program uses this session, too.
     "26": Meaning(drops=True, passes=True, cure="connect to PostgreSQL itself, or to a pooler in session mode"),
+    # The same statement was prepared by another program on this session.
+    "42P05": Meaning(drops=True, passes=True, cure="connect to PostgreSQL itself, or to a pooler in session mode"),
     "28": Meaning("database", drops=True, passes=True, cure="see the user and the password of the database URL"),
     "3D": Meaning("database", drops=True, passes=True, cure="see the database of the database URL"),
     "3F": Meaning(cure="run: s2s db status"),
