@@ -79,7 +79,7 @@ def _is_new(value: Any, interface: Any, known: Mapping[str, Any]) -> bool:
 
 
 def _check(kind: CommandType) -> None:
-    """Refuse a schema of anything but objects, which no push could satisfy, and a handler that nobody would run."""
+    """Refuse a schema of anything but objects, which no push could satisfy, and an async handler, which never runs."""
     if not isinstance(kind.schema, Mapping) or kind.schema.get("type") != "object":
         raise OperatorError('its schema is not one of an object: write a JSON Schema with "type": "object"')
     Schema(kind.schema)

@@ -369,7 +369,7 @@ def _check_nothing(returned: object) -> None:
         if inspect.iscoroutine(returned):
             returned.close()
         name = type(returned).__name__
-        raise TypeError(f"the handler returned a {name}, which nobody runs: write it as a plain function")
+        raise TypeError(f"the handler returned a {name}, which never runs: write it as a plain function")
 
 
 def _is_late(report: Report, until: float) -> bool:

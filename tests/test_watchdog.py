@@ -54,6 +54,6 @@ class WatchdogTests(SynchronousTestCase):
         self.assertEqual(signal.getsignal(watchdog.SIGNAL), signal.SIG_DFL)
 
     def test_meaning(self) -> None:
-        """Whoever sees a role end by this signal reads the reason; other signals have their names."""
+        """The signal of the watchdog is told with its reason; every other signal is told by its name."""
         self.assertIn("without an answer", watchdog.meaning(watchdog.SIGNAL))
         self.assertEqual(watchdog.meaning(signal.SIGKILL), "SIGKILL")

@@ -115,11 +115,10 @@ def look(
     """
     txn.execute("select extract(epoch from clock_timestamp())::float8")
     [(at,)] = txn.fetchall()
-    names = rules.keys() & WHILE_BEHIND if is_behind(at) else rules.keys()
+    if is_behind(at):
+        rules = {name: rules[name] for name in rules if name in WHILE_BEHIND}
     healed = {}
     for name, statement in rules.items():
-        if name not in names:
-            continue
         txn.execute(statement)
         if txn.rowcount:
             healed[name] = txn.rowcount

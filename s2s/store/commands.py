@@ -58,7 +58,7 @@ class Outcome(msgspec.Struct, frozen=True):
     is_conflict: bool = False
 
 
-#: Insertions and looks for one batch of pushes: a key is swept away between the two once in a blue moon.
+#: Insertions and looks for one batch of pushes, at most. A second one follows where a key was swept away in between.
 _MOST_ROUNDS: Final = 3
 _NEXT: Final = "nextval('commands_cmd_id_seq')"
 _INSERT: Final = driver.Prepared(

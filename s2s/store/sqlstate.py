@@ -32,6 +32,9 @@ class Meaning(NamedTuple):
 
 _REFUSED: Final = Meaning(unavailable=False)
 _GRANT: Final = "run: s2s db status, which names the privileges that are missing"
+_SHARED_SESSION: Final = Meaning(
+    drops=True, passes=True, cure="connect to PostgreSQL itself, or to a pooler in session mode"
+)
 _LOCKED: Final = "the view pg_locks shows the session that holds the lock"
 
 #: By prefix. An empty prefix matches every code.
@@ -43,10 +46,8 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "25006": Meaning("database", drops=True, passes=True, cure="connect to the primary, or end its read-only mode"),
     "25P03": Meaning("connection", drops=True, passes=True),
     "25P04": Meaning("connection", drops=True, passes=True),
-    # A prepared statement is missing: a pooler or another program uses this session, too.
-    "26": Meaning(drops=True, passes=True, cure="connect to PostgreSQL itself, or to a pooler in session mode"),
-    # The same statement was prepared by another program on this session.
-    "42P05": Meaning(drops=True, passes=True, cure="connect to PostgreSQL itself, or to a pooler in session mode"),
+    # A prepared statement is missing, or another client has prepared it: this session is shared.
+    **dict.fromkeys(("26", "42P05"), _SHARED_SESSION),
     "28": Meaning("database", drops=True, passes=True, cure="see the user and the password of the database URL"),
     "3D": Meaning("database", drops=True, passes=True, cure="see the database of the database URL"),
     "3F": Meaning(cure="run: s2s db status"),
