@@ -34,6 +34,7 @@ from s2s.store import orders as table
 from s2s.store import sqlstate
 from s2s.store.driver import Cursor
 from s2s.store.handler_pool import HandlerPool
+from s2s.store.jobs import SLICE_S
 from s2s.store.orders import Order
 from s2s.store.pool import Database
 from s2s.turns import Turns
@@ -148,7 +149,7 @@ class OrderRunner:
             waiter.callback(None)
 
     async def _turn(self, line: int) -> float | None:
-        """Do one step.
+        """Do the steps of one order for :data:`s2s.store.jobs.SLICE_S`, and at least one step.
 
         :returns: seconds to sleep, see :class:`s2s.turns.Turns`.
         """
@@ -163,15 +164,28 @@ class OrderRunner:
         order = await self._database.run(table.attempt, rpcs, resting, list(self._in_hand), patience_s)
         if order is None:
             return None
+        until = self._clock.mono() + SLICE_S
+        while order is not None:
+            order = await self._do(order, until)
+        return 0.0
+
+    async def _do(self, order: Order, until: float) -> Order | None:
+        """Do one step.
+
+        :param until: when the caller looks for other orders.
+        :returns: the attempt of the next step, where it is ours.
+        """
         rests = self._kinds[order.rpc].rests
         is_paused = rests and self._condition.wanted == "paused"
-        if is_paused and order.status == "running":  # paused while we looked
-            return 0.0
+        # Paused, or stopping, while we looked.
+        if (is_paused and order.status == "running") or self._turns.is_stopping:
+            await self._database.run(table.release, order)
+            return None
         self._in_hand[order.order_id] = self._clock.mono()
         is_stuck = False
         try:
             with self._condition.job() if rests and not is_paused else nullcontext():
-                after = await self._handlers.run(self._step, order, is_paused)
+                after = await self._handlers.run(self._step, order, is_paused, until)
         except HandlerStuck as stuck:
             is_stuck = True
             # It begins here no more while its thread lives.
@@ -186,9 +200,10 @@ class OrderRunner:
         finally:
             if not is_stuck:
                 del self._in_hand[order.order_id]
-        if after is not None:
-            self._tell(order, after)
-        return 0.0
+        if after is None:
+            return None
+        self._tell(order, after)
+        return after if after.is_open and after.retry_at is not None else None
 
     def _is_stuck(self) -> bool:
         return any(self._clock.mono() >= since + STUCK_S for since in self._in_hand.values())
@@ -216,13 +231,15 @@ class OrderRunner:
     def _give(self, txn: Cursor, order_id: str, rpc: str, params: Mapping[str, Any], actor: str) -> tuple[Order, bool]:
         return table.give(txn, order_id, rpc, params, actor, by_link=True)
 
-    def _step(self, txn: Cursor, order: Order, is_paused: bool) -> Order | None:
+    def _step(self, txn: Cursor, order: Order, is_paused: bool, until: float) -> Order | None:
         """Do a step in the transaction that stores it.
 
+        :param until: see :meth:`_do`.
         :returns: the order as it is then; ``None``: it is another engine's by now.
         :raises _Stopped: it is refused, or has failed.
         """
-        if not table.hold(txn, order):
+        place = table.hold(txn, order)
+        if place is None:
             return None
         run = OrderRun(order.order_id, order.params, order.actor, order.created_at, order.state)
         try:
@@ -238,9 +255,8 @@ class OrderRunner:
                 raise
             raise _Stopped(error) from None
         if isinstance(outcome, Unfinished):
-            table.go_on(txn, order, outcome.state, self._name)
-        else:
-            table.finish(txn, order, "done", outcome, self._name)
+            return table.go_on(txn, place, outcome.state, self._name, self._clock.mono() < until)
+        table.finish(txn, order, "done", outcome, self._name)
         return table.find(txn, order.order_id)
 
     def _end(self, txn: Cursor, order: Order, error: BaseException, waits: bool = False) -> Order | None:
@@ -248,7 +264,7 @@ class OrderRunner:
 
         :param waits: wait for a session of ours that still ends.
         """
-        if not table.hold(txn, order, waits):
+        if table.hold(txn, order, waits) is None:
             return None
         # What is internal says nothing against the order.
         is_refusal = isinstance(error, WireError) and error.code != InternalError.code and order.status == "queued"

@@ -34,10 +34,12 @@ class Report:
     """What a step came to.
 
     :param is_finished: the run is over.
+    :param next: the attempt of the next step, where it is ours.
     """
 
     is_finished: bool
     result: Mapping[str, Any] | None = None
+    next: DueJob | None = None
 
 
 class _JobFailed(Exception):
@@ -93,7 +95,7 @@ class Scheduler:
         return self._turns.stop()
 
     async def _turn(self, _: int) -> float | None:
-        """Do one step.
+        """Do the steps of one run for :data:`s2s.store.jobs.SLICE_S`, and at least one step.
 
         :returns: seconds to sleep, see :class:`s2s.turns.Turns`.
         """
@@ -107,15 +109,26 @@ class Scheduler:
         )
         if due is None:
             return due_in_s
-        # Paused while we looked: from then on no job begins.
-        if self._condition.state != "running":
-            await self._database.run(table.release, due)
-            return None
+        until = self._clock.mono() + table.SLICE_S
+        while due is not None:
+            # Paused while we looked: from then on no job begins.
+            if self._condition.state != "running" or self._turns.is_stopping:
+                await self._database.run(table.release, due)
+                return None
+            due = await self._do(due, until)
+        return 0.0
+
+    async def _do(self, due: DueJob, until: float) -> DueJob | None:
+        """Do one step.
+
+        :param until: when the caller looks at what else is due.
+        :returns: the attempt of the next step, where it is ours.
+        """
         self._in_hand.add(due.job_type)
         is_stuck = False
         try:
             with self._condition.job():
-                report = await self._handlers.run(self._step, due)
+                report = await self._handlers.run(self._step, due, until)
         except HandlerStuck as stuck:
             is_stuck = True
             # It begins here no more while its thread lives. Other engines try it after a pause.
@@ -123,18 +136,19 @@ class Scheduler:
             await self._handlers.end(stuck.task)
             self._tell_failure(due, str(stuck))
             await self._database.run(table.fail, due, one_line(stuck))
-            return 0.0
+            return None
         # Refused: by the COMMIT, at which deferred constraints are checked.
         except (_JobFailed, StatementRefused) as error:
             self._tell_failure(due, str(error))
             await self._database.run(table.fail, due, str(error))
-            return 0.0
+            return None
         finally:
             if not is_stuck:
                 self._in_hand.discard(due.job_type)
-        if report is not None:
-            self._tell(due, report)
-        return 0.0
+        if report is None:
+            return None
+        self._tell(due, report)
+        return report.next
 
     def _tell_failure(self, due: DueJob, why: str) -> None:
         self.failed += 1
@@ -158,13 +172,15 @@ class Scheduler:
         due = table.attempt(txn, job_types)
         return due, None if due else table.next_due_s(txn, job_types)
 
-    def _step(self, txn: Cursor, due: DueJob) -> Report | None:
+    def _step(self, txn: Cursor, due: DueJob, until: float) -> Report | None:
         """Do a step in the transaction that stores it.
 
+        :param until: see :meth:`_do`.
         :returns: what it came to; ``None``: it is another engine's by now.
         :raises _JobFailed: the job is to blame.
         """
-        if not table.hold(txn, due):
+        place = table.hold(txn, due)
+        if place is None:
             return None
         settings = config.read(txn).values
         key = own_key(database_id(txn), due.job_type, due.due_at, due.runs)
@@ -174,8 +190,8 @@ class Scheduler:
                 run = JobRun(cursor, key, due.due_at, settings, self._frame_size, due.state)
                 outcome = judged(self._jobs[due.job_type].run(cursor, run))
             if isinstance(outcome, Unfinished):
-                table.go_on(txn, due.job_type, outcome.state)
-                return Report(False)
+                is_next_ours = self._clock.mono() < until
+                return Report(False, next=table.go_on(txn, place, outcome.state, is_next_ours))
             table.finish(txn, due, _next_after, outcome)
             return Report(True, outcome)
         # BaseException: in this thread a SystemExit is the job's own, and nobody else's. A connection that is lost, or

@@ -26,7 +26,7 @@ from s2s.scheduler import Scheduler
 from s2s.store import jobs as table
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
-from tests.support.postgres import DatabaseTestCase
+from tests.support.postgres import DatabaseTestCase, RecordingCursor
 from tests.support.roles import RoleTestCase, free_port
 from tests.support.waiting import poll
 
@@ -507,13 +507,16 @@ class StepTests(SchedulerTestCase):
 
         def holds(due: table.DueJob) -> bool:
             with blocking(self.url) as txn:
-                return table.hold(txn, due)
+                return table.hold(txn, due) is not None
 
         stale = attempt()
         self.rush()
         with blocking(self.url) as txn:
-            self.assertTrue(table.hold(txn, due := table.attempt(txn, ["tick"])))
-            table.go_on(txn, "tick", {"at": 1})
+            due = table.attempt(txn, ["tick"])
+            assert due is not None
+            place = table.hold(txn, due)
+            assert place is not None
+            table.go_on(txn, place, {"at": 1}, False)
         self.assertEqual((due.attempts, holds(stale), holds(due)), (2, False, False))
         fresh = attempt()
         self.assertEqual((fresh.attempts, fresh.due_at), (stale.attempts, stale.due_at))
@@ -522,6 +525,62 @@ class StepTests(SchedulerTestCase):
             table.release(txn, stale)
             table.fail(txn, stale, "long ago")
         self.assertEqual(self.row("attempts, error, retry_at"), (1, None, fresh.retry_at))
+
+    async def test_one_look_for_many_steps(self) -> None:
+        """A run of many steps goes on without a look for other jobs, and looks again when its slice is over."""
+
+        def work(_: Cursor, run: JobRun) -> Outcome:
+            at = run.state.get("at", 0) + 1
+            return Unfinished({"at": at}) if at < 20 else None
+
+        for slice_s, most in ((60.0, 3), (0.0, 22)):
+            self.execute("truncate jobs")
+            self.patch(scheduling.table, "SLICE_S", slice_s)
+            looks = self.watch_looks()
+            self.due("tick")
+            scheduler = self.start(_Job("tick", work))
+            await self.reached("runs = 1")
+            await scheduler.stop()
+            self.assertLessEqual(abs(len(looks) - most), 2, slice_s)
+
+    async def test_a_pause_in_a_slice(self) -> None:
+        """A pause ends a slice: the attempt of the next step is given back, and no step runs until the resume."""
+        condition = Condition()
+
+        def work(_: Cursor, run: JobRun) -> Outcome:
+            at = run.state.get("at", 0) + 1
+            if at == 3:
+                condition.wanted = "paused"
+            return Unfinished({"at": at}) if at < 6 else None
+
+        self.patch(scheduling.table, "SLICE_S", 60.0)
+        self.due("tick")
+        self.start(_Job("tick", work), condition=condition)
+        await self.reached("state ->> 'at' = '3' and attempts = 0 and retry_at is null")
+        await deferLater(reactor, 0.3)
+        self.assertEqual(self.row("state ->> 'at'"), ("3",))
+        condition.wanted = "running"
+        await self.reached("runs = 1")
+
+    def test_what_a_snapshot_keeps(self) -> None:
+        """The cost of a step does not grow with the dead versions of its row that an open snapshot keeps."""
+        holding = psycopg2.connect(self.url)
+        self.addCleanup(holding.close)
+        holding.cursor().execute("begin isolation level repeatable read; select from jobs")
+        self.due("tick")
+        pages = []
+        with blocking(self.url) as txn:
+            due = table.attempt(txn, ["tick"])
+            for number in range(3000):
+                assert due is not None
+                if number % 1000:
+                    place = table.hold(txn, due)
+                    due = table.go_on(txn, place or "", {"at": number}, True)
+                    continue
+                with txn.connection.cursor(cursor_factory=RecordingCursor) as recording:
+                    table.hold(recording, due)
+                    pages.append(recording.pages())
+        self.assertLess(max(pages), 10)
 
     async def test_what_is_locked(self) -> None:
         """A job that somebody else has locked is left alone, without a busy loop, and others run."""

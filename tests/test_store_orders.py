@@ -189,7 +189,8 @@ class AttemptTests(OrdersTestCase):
 
     def go_on(self, order_id: str, state: Any = None) -> None:
         """End a step that has more to do."""
-        self.run_(table.go_on, self.run_(table.find, order_id), state or {"done": 1}, "engine-1")
+        order = self.run_(table.find, order_id)
+        self.run_(table.go_on, order.place, state or {"done": 1}, "engine-1", False)
 
     def due(self) -> None:
         """Let every pause be over."""
@@ -289,9 +290,10 @@ class StepTests(OrdersTestCase):
         first, second = self.attempt(), self.attempt()
         self.assertFalse(self.run_(table.hold, first))
         with blocking(self.url) as txn:
-            self.assertTrue(table.hold(txn, second))
+            place = table.hold(txn, second)
+            assert place is not None
             self.assertFalse(self.run_(table.hold, second))
-            table.go_on(txn, second, {"done": 1, "total": 2}, "engine-1")
+            table.go_on(txn, place, {"done": 1, "total": 2}, "engine-1", False)
         # Its step is done; the next attempt counts from one again.
         self.assertFalse(self.run_(table.hold, second))
         third = self.attempt()
@@ -335,13 +337,26 @@ class StepTests(OrdersTestCase):
     def test_overtaken(self) -> None:
         """An attempt that others have got past holds nothing, though the step that is next has as many attempts."""
         self.give("a")
-        self.run_(table.go_on, self.attempt(), {"done": 1}, "engine-1")
+        self.run_(table.go_on, self.attempt().place, {"done": 1}, "engine-1", False)
         slow = self.attempt()
-        self.run_(table.go_on, self.attempt(), {"done": 2}, "engine-2")
+        self.run_(table.go_on, self.attempt().place, {"done": 2}, "engine-2", False)
         fast = self.attempt()
         self.assertEqual((slow.attempts, slow.status), (fast.attempts, fast.status))
         self.assertFalse(self.run_(table.hold, slow))
         self.assertTrue(self.run_(table.hold, fast))
+
+    def test_the_next_is_ours(self) -> None:
+        """Who goes on at once has the attempt of the next step, which nobody else gets, and can give it back."""
+        self.give("a")
+        first = self.attempt()
+        next_ = self.run_(table.go_on, first.place, {"done": 1}, "engine-1", True)
+        self.assertEqual((next_.attempts, next_.state, next_.status), (1, {"done": 1}, "running"))
+        self.assertIsNone(self.run_(table.attempt, ORDERS, (), (), 0.0))
+        self.assertFalse(self.run_(table.hold, first))
+        self.assertTrue(self.run_(table.hold, next_))
+        self.run_(table.release, next_)
+        self.assertEqual(self.rows("attempts, retry_at"), [(0, None)])
+        self.assertFalse(self.run_(table.hold, next_))
 
     def test_undone(self) -> None:
         """A step that is rolled back leaves the row as the attempt made it."""
@@ -350,14 +365,14 @@ class StepTests(OrdersTestCase):
         before = self.rows("*")
         with self.assertRaises(ZeroDivisionError), blocking(self.url) as txn:
             table.hold(txn, order)
-            table.go_on(txn, order, {"done": 1}, "engine-1")
+            table.go_on(txn, order.place, {"done": 1}, "engine-1", False)
             raise ZeroDivisionError
         self.assertEqual(self.rows("*"), before)
 
     def test_a_life(self) -> None:
         """Begun, gone on and done: its row and the audit say who ran it, how it came, when, and what it came to."""
         self.give("a", SHIPS, {"new_value": 1})
-        self.run_(table.go_on, self.attempt(), {"done": 1, "total": 2}, "engine-1")
+        self.run_(table.go_on, self.attempt().place, {"done": 1, "total": 2}, "engine-1", False)
         begun = self.run_(table.show, "a")
         self.assertEqual((begun.status, begun.state, begun.attempts), ("running", {"done": 1, "total": 2}, 0))
         self.assertEqual((begun.engine, begun.way, begun.finished_at), ("engine-1", "table", None))

@@ -21,6 +21,15 @@ _ATTEMPTING: Final = lock_key("attempting a job")
 PAUSE: Final = "least(power(2, least(attempts, 9)), 300) * interval '1 second'"
 
 
+#: The columns of a :class:`DueJob`.
+_DUE: Final = (
+    "job_type, floor(extract(epoch from due_at))::bigint, runs, coalesce(state, '{}'), attempts, retry_at, ctid::text"
+)
+#: Seconds for which a run or an order of many steps goes on in one process without a look at what else is due: a look
+#: takes longer the more dead versions of rows an open snapshot keeps.
+SLICE_S: Final = 0.25
+
+
 @dataclass(frozen=True)
 class DueJob:
     """A step to do.
@@ -30,6 +39,8 @@ class DueJob:
     :param state: where the run goes on; empty at its beginning.
     :param attempts: with this one, since the run last got on.
     :param retry_at: no other attempt has the same, so that it tells whether this one is still ours to make.
+    :param place: where its row was then (``ctid``): by its key a row is found in a time that grows with its dead
+        versions, which an open snapshot keeps.
     """
 
     job_type: str
@@ -38,6 +49,7 @@ class DueJob:
     state: Mapping[str, Any]
     attempts: int
     retry_at: datetime
+    place: str
 
 
 @dataclass(frozen=True)
@@ -107,8 +119,7 @@ def attempt(txn: Cursor, job_types: Iterable[str]) -> DueJob | None:
         # A run that is begun goes on, whatever the clock has called its time meanwhile.
         " and (due_at <= now() or state is not null or attempts > 0)"
         " and (retry_at is null or retry_at <= now()) order by due_at, job_type limit 1 for update skip locked))"
-        " returning job_type, floor(extract(epoch from due_at))::bigint, runs, coalesce(state, '{}'), attempts,"
-        " retry_at",
+        f" returning {_DUE}",
         (list(job_types),),
     )
     row = txn.fetchone()
@@ -134,13 +145,30 @@ def next_due_s(txn: Cursor, job_types: Iterable[str]) -> float | None:
     return None if seconds is None else float(seconds)
 
 
-def hold(txn: Cursor, job: DueJob) -> bool:
-    """Lock a job until the transaction ends: whether the attempt is still ours to make."""
-    txn.execute(
-        "select from jobs where job_type = %s and retry_at = %s for update skip locked",
-        (job.job_type, job.retry_at),
-    )
-    return txn.rowcount > 0
+def hold(txn: Cursor, job: DueJob) -> str | None:
+    """Lock a job until the transaction ends.
+
+    :returns: the place of its row; ``None``: the attempt is no longer ours to make.
+    """
+    where = "job_type = %(job_type)s and retry_at = %(retry_at)s"
+    return hold_row(txn, "jobs", where, vars(job))
+
+
+def hold_row(txn: Cursor, table: str, where: str, params: Mapping[str, Any], waits: bool = False) -> str | None:
+    """Lock a row until the transaction ends, which is looked for at its last place first.
+
+    :param where: what must be true of it, with named parameters.
+    :param params: of ``where``, and its ``place``; an empty one is not known.
+    :param waits: wait for a session that holds it.
+    :returns: its place, which it keeps until it is changed; ``None``: there is none, or another session holds it.
+    """
+    at_once = "" if waits else " skip locked"
+    for at in ("ctid = %(place)s::tid and ", "") if params["place"] else ("",):
+        txn.execute(f"select ctid::text from {table} where {at}{where} for update{at_once}", params)  # noqa: S608
+        row = txn.fetchone()
+        if row is not None:
+            return str(row[0])
+    return None
 
 
 def hold_still(txn: Cursor, job_type: str) -> None:
@@ -148,12 +176,28 @@ def hold_still(txn: Cursor, job_type: str) -> None:
     txn.execute("select from jobs where job_type = %s for update", (job_type,))
 
 
-def go_on(txn: Cursor, job_type: str, state: Mapping[str, Any]) -> None:
-    """Store where a run goes on: its next step is due at once."""
+def go_on(txn: Cursor, place: str, state: Mapping[str, Any], is_next_ours: bool) -> DueJob | None:
+    """Store where a run goes on: its next step is due at once.
+
+    :param place: of its row, which :func:`hold` has locked.
+    :param is_next_ours: count an attempt of that step, too: the caller does it next, without another look.
+    :returns: that attempt.
+    """
     txn.execute(
-        "update jobs set state = %s, attempts = 0, retry_at = null, error = null where job_type = %s",
-        (Json(dict(state)), job_type),
+        f"update jobs set state = %s, {next_attempt(is_next_ours)}, error = null"  # noqa: S608 - constants
+        f" where ctid = %s::tid returning {_DUE}",
+        (Json(dict(state)), place),
     )
+    (row,) = txn.fetchall()
+    return DueJob(*row) if is_next_ours else None
+
+
+def next_attempt(is_ours: bool) -> str:
+    """Return what is set of a row whose step has got on.
+
+    :param is_ours: whether the caller makes the first attempt of the next step, or whoever looks.
+    """
+    return "attempts = 1, retry_at = now() + interval '1 second'" if is_ours else "attempts = 0, retry_at = null"
 
 
 def finish(txn: Cursor, job: DueJob, next_after: Callable[[str, int], int], result: Mapping[str, Any] | None) -> None:

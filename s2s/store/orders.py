@@ -17,7 +17,7 @@ from s2s import canonical
 from s2s.errors import CanonicalError, IdemConflict
 from s2s.store import notes
 from s2s.store.driver import Cursor, lock_key, one_at_a_time
-from s2s.store.jobs import PAUSE
+from s2s.store.jobs import PAUSE, hold_row, next_attempt
 
 CHANNEL: Final = "s2s_orders"
 #: Notified when an order is over.
@@ -35,6 +35,7 @@ class Order:
     :param state: where it goes on, and how far it is; empty until it runs.
     :param attempts: with this one, since it last got on.
     :param retry_at: no other attempt has the same, so that it tells whether this one is still ours to make.
+    :param place: where its row was then, see :class:`s2s.store.jobs.DueJob`.
     """
 
     order_id: str
@@ -47,6 +48,7 @@ class Order:
     attempts: int
     created_at: int
     retry_at: datetime | None = None
+    place: str = ""
 
     @property
     def is_open(self) -> bool:
@@ -56,7 +58,7 @@ class Order:
 
 _ORDER: Final = (
     "order_id, rpc, params, actor, status, result, case status when 'running' then state else '{}' end, attempts,"
-    " floor(extract(epoch from created_at))::bigint, retry_at"
+    " floor(extract(epoch from created_at))::bigint, retry_at, ctid::text"
 )
 
 
@@ -238,25 +240,38 @@ def attempt(
     return Order(*row) if row else None
 
 
-def hold(txn: Cursor, order: Order, waits: bool = False) -> bool:
-    """Lock an order until the transaction ends: whether the attempt is still ours to make.
+def hold(txn: Cursor, order: Order, waits: bool = False) -> str | None:
+    """Lock an order until the transaction ends.
 
     :param waits: wait for a session that holds it.
+    :returns: the place of its row; ``None``: the attempt is no longer ours to make.
+    """
+    where = "order_id = %(order_id)s and retry_at = %(retry_at)s and status in ('queued', 'running')"
+    return hold_row(txn, "orders", where, vars(order), waits)
+
+
+def go_on(txn: Cursor, place: str, state: Mapping[str, Any], engine: str, is_next_ours: bool) -> Order:
+    """Store where an order goes on: its next step is due at once.
+
+    :param place: of its row, which :func:`hold` has locked.
+    :param is_next_ours: count an attempt of that step, too: the caller does it next, without another look.
+    :returns: the order as it is then.
     """
     txn.execute(
-        "select from orders where order_id = %s and retry_at = %s and status in ('queued', 'running')"
-        f" for update{'' if waits else ' skip locked'}",
-        (order.order_id, order.retry_at),
+        f"update orders set status = 'running', state = %s, {next_attempt(is_next_ours)}, engine = %s,"  # noqa: S608
+        " way = coalesce(way, 'table'), started_at = coalesce(started_at, now())"
+        f" where ctid = %s::tid returning {_ORDER}",
+        (Json(dict(state)), engine, place),
     )
-    return txn.rowcount > 0
+    (row,) = txn.fetchall()
+    return Order(*row)
 
 
-def go_on(txn: Cursor, order: Order, state: Mapping[str, Any], engine: str) -> None:
-    """Store where an order goes on: its next step is due at once."""
+def release(txn: Cursor, order: Order) -> None:
+    """Take an attempt back that was not begun."""
     txn.execute(
-        "update orders set status = 'running', state = %s, attempts = 0, retry_at = null, engine = %s,"
-        " way = coalesce(way, 'table'), started_at = coalesce(started_at, now()) where order_id = %s",
-        (Json(dict(state)), engine, order.order_id),
+        "update orders set attempts = attempts - 1, retry_at = null where order_id = %s and retry_at = %s",
+        (order.order_id, order.retry_at),
     )
 
 
