@@ -6,6 +6,7 @@ plug-in, and tells of a broken one by a traceback.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from s2s import commands, jobs, plugins
 from s2s.catalogue.schema import Schema
 from s2s.commands import CommandType, ICommandType
 from s2s.errors import OperatorError
+from s2s.import_timer import bounded
 from s2s.jobs import IJobType, JobType
 
 #: Characters of a complaint: so many of its beginning, which names the plug-in, and of its end, which names the cure.
@@ -57,7 +59,9 @@ def discover(
         names.extend(module.name for module in getModule(plugins.__name__).iterModules())
     for name in sorted(names):
         with _left_out(name, complaints):
-            for attribute, value in list(vars(importlib.import_module(name)).items()):
+            with bounded(name):
+                module = importlib.import_module(name)
+            for attribute, value in list(vars(module).items()):
                 with _left_out(f"{name}.{attribute}", complaints):
                     if _is_new(value, ICommandType, found_commands):
                         _check(value)
@@ -65,6 +69,12 @@ def discover(
                     if _is_new(value, IJobType, found_jobs):
                         found_jobs = jobs.registry([*found_jobs.values(), value])
     return Found(found_commands, found_jobs, complaints)
+
+
+@functools.cache
+def installed() -> Found:
+    """Return what :func:`discover` finds, which loads every plug-in, at the first call in this process."""
+    return discover()
 
 
 def _is_new(value: Any, interface: Any, known: Mapping[str, Any]) -> bool:

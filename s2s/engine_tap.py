@@ -9,7 +9,7 @@ from typing import Any
 from twisted.logger import Logger
 
 from s2s import order_runner, scheduler
-from s2s.discovery import discover
+from s2s.discovery import installed
 from s2s.endpoints import client_endpoint
 from s2s.engine import Engine
 from s2s.options import CONNECT, RoleOptions, make_basis, or_refuse, parameter
@@ -46,7 +46,7 @@ def makeService(options: Options) -> Any:
 
 def _make(options: Options) -> Any:
     basis, [endpoint] = make_basis(options, "engine", options["name"], _THREADS, scheduler.LINES + order_runner.LINES)
-    found = discover()
+    found = installed()
     for complaint in found.complaints:
         _log.error("{complaint}", complaint=complaint)
     return Engine(basis, endpoint, options["connect"], Relay(basis.database, basis.clock), found.jobs)

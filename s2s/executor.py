@@ -22,6 +22,7 @@ from twisted.logger import Logger
 
 from s2s.commands import Command, CommandType
 from s2s.errors import DatabaseUnavailable, HandlerStuck, one_line
+from s2s.line_quota import LineQuota
 from s2s.reaper import Reaper
 from s2s.store import commands as table
 from s2s.store import notes, probe, sqlstate
@@ -44,6 +45,8 @@ BATCH_S: Final = 5.0
 #: Handlers of one type that may be stuck in this process, before it takes no more commands of that type: the type may
 #: be at fault, and the others go on. One bad command may take two, first in a batch and then alone.
 STUCK_OF_TYPE: Final = 3
+#: Failed commands that have a line of the log each in a minute; the others of that minute share one for each error.
+MOST_TOLD: Final = 20
 #: Seconds between two tries to write down that a handler is stuck, while the database is away.
 _AGAIN_S: Final = 1.0
 
@@ -126,6 +129,7 @@ class Executor:
         #: Commands of batches whose transaction was refused.
         self._refused: set[int] = set()
         self._ready = Ready(registry)
+        self._lines = LineQuota(clock, self._tell_failures, MOST_TOLD)
         self.ran = self.failed = self.dead = 0
 
     def start(self) -> None:
@@ -157,6 +161,7 @@ class Executor:
 
     def _leave_off(self) -> Deferred[Any]:
         self._reaper.stop()
+        self._lines.stop()
         return gatherResults([self._turns.stop(), *self._reaping])
 
     async def _strike_all(self) -> None:
@@ -298,7 +303,12 @@ class Executor:
         self.failed += len(report.failed)
         self.dead += report.dead
         for cmd_id, error in report.failed:
-            self.log.warn("command {cmd_id} failed: {error}", cmd_id=cmd_id, error=error)
+            if self._lines.may_tell(error):
+                self.log.warn("command {cmd_id} failed: {error}", cmd_id=cmd_id, error=error)
+
+    def _tell_failures(self, untold: Mapping[str, int]) -> None:
+        for error, count in untold.items():
+            self.log.warn("{count} more commands failed: {error}", count=count, error=error)
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 

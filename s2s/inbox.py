@@ -234,8 +234,7 @@ class Inbox:
 
     def _singly_committed(self, outcomes: Sequence[Outcome | StatementRefused], batch: list[_Waiter]) -> None:
         refused = next((outcome for outcome in outcomes if isinstance(outcome, StatementRefused)), None)
-        refusal = InternalError() if refused is None else self._refuse(refused)
-        answers = [refusal if isinstance(outcome, StatementRefused) else outcome for outcome in outcomes]
+        answers = [self._refuse(outcome) if isinstance(outcome, StatementRefused) else outcome for outcome in outcomes]
         self._committed(answers, batch, refused)
 
     def _committed(
@@ -293,10 +292,8 @@ class Inbox:
             self.log.failure("who is told of new commands stumbled")
 
     def _refuse(self, reason: StatementRefused) -> InternalError:
-        """Return the answer to every push of a batch that the database refused: one incident, and one line."""
-        incident = secrets.token_hex(8)
-        self.log.error("incident {incident}: the database refused a push: {why}", incident=incident, why=str(reason))
-        return InternalError(incident=incident)
+        """Return the answer to a push that the database refused; the log has the reason, once a minute at most."""
+        return InternalError(incident=self._database.troubles.note(reason.state, str(reason)))
 
     def _answer(self, waiter: _Waiter, outcome: Outcome | WireError) -> None:
         if isinstance(outcome, WireError):

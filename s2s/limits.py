@@ -75,6 +75,7 @@ MET: Final = {
     "http_bodies": "HTTP connections closed because too many bytes of bodies were arriving",
     "http_body": "HTTP requests refused by the length of their body",
     "http_waiting": "HTTP requests refused because too many wait for an order or an engine",
+    "http_strangers": "times that an HTTP request without a valid token had to wait until it was read",
     "http_line": "HTTP requests refused because too many stand in line for the database",
     "http_step": "HTTP requests refused because the database did not answer in time",
     "sign_ins": "HTTP requests refused because too many sign-ins failed from their address",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -41,8 +42,8 @@ LOG_FILES: Final = (1, 1000)
 #: Seconds between two looks at the size of the embedded PostgreSQL's log.
 TRIM_S: Final = 60.0
 _TWISTD_PIDFILE: Final = "twistd.pid"
-
-
+#: Sessions of a role beside those of its two pools: for short statements, and for notifications.
+_OWN_SESSIONS: Final = 2
 HANDLER_TIMEOUTS: Final = (1, 3600)
 
 
@@ -191,7 +192,8 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handle
     # twistd opens the log after the service is made.
     reactor.callWhenRunning(log_file.bound, options["log-bytes"], options["log-files"])
     endpoints = [_endpoint(options, reactor, *each) for each in options.endpoints]
-    place, found, done = preflight.prepare(options["database"], options["state-dir"], role)
+    sessions = threads + handlers + _OWN_SESSIONS
+    place, found, done = preflight.prepare(options["database"], options["state-dir"], role, sessions)
     for sentence in done:
         with suppress(OSError):
             print(f"{options.process_name}: {sentence}", flush=True)
@@ -240,6 +242,8 @@ def _endpoint(options: RoleOptions, reactor: object, name: str, read: Callable[[
 
 def or_refuse(make: Callable[[], T]) -> T:
     """Make a service, or end the process with the one line that an operator's mistake deserves."""
+    # Until the reactor takes the signal. As process 1 of a container the role would not notice it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return make()
     except OperatorError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from s2s import embedded
 from s2s.errors import DatabaseError, OperatorError
 from s2s.signing import Role
-from s2s.store import config, keys, migrations, privileges, sequences
+from s2s.store import config, connection_limits, keys, migrations, privileges, sequences, sqlstate
 from s2s.store.config import Snapshot
 from s2s.store.keys import KeyRow, make_keyring
 from s2s.store.pool import blocking
@@ -60,6 +60,11 @@ def make_ready(url: str) -> list[str]:
     return done if key_id is None else [*done, f"made a random key: {key_id}"]
 
 
+def unusable(error: DatabaseError) -> str:
+    """Return the line for an operator whose database cannot be used."""
+    return f"the database cannot be used: {sqlstate.with_cure(error, f'see --database and {DATABASE_VARIABLE}')}"
+
+
 @dataclass(frozen=True)
 class Found:
     """What a role needs of the database before it starts.
@@ -71,28 +76,31 @@ class Found:
     snapshot: Snapshot
 
 
-def check(url: str, role: Role) -> Found:
+def check(url: str, role: Role, sessions: int = 1) -> Found:
     """See that the schema is ours, that new rows get new ids and that a key may sign, by the clock that dated the keys.
 
+    :param sessions: of the database, which the role has when all of its work is under way.
     :raises OperatorError: one line that names the cure.
     """
     try:
         with blocking(url) as txn:
             migrations.check(txn)
+            connection_limits.check(txn, sessions)
             privileges.check(txn)
             sequences.check(txn)
             table, snapshot = keys.read(txn), config.read(txn)
     except DatabaseError as error:
-        raise OperatorError(f"the database cannot be used: {error}: see --database and {DATABASE_VARIABLE}") from None
+        raise OperatorError(unusable(error)) from None
     now = time.time()
     rows = table.by_clock(now)
     make_keyring(rows)[0].signer(role, now)
     return Found(rows, snapshot)
 
 
-def prepare(given: str | None, state_dir: Path, role: Role) -> tuple[Place, Found, list[str]]:
+def prepare(given: str | None, state_dir: Path, role: Role, sessions: int = 1) -> tuple[Place, Found, list[str]]:
     """Find the database, make it ready if it is the embedded one, and check it.
 
+    :param sessions: see :func:`check`.
     :returns: the place, what was found there, and what was done, a sentence each.
     :raises OperatorError: one line that names the cure.
     """
@@ -101,7 +109,7 @@ def prepare(given: str | None, state_dir: Path, role: Role) -> tuple[Place, Foun
         done = []
         if place.is_embedded:
             done = [f"no database is named: using the embedded PostgreSQL under {state_dir}", *make_ready(place.url)]
-        return place, check(place.url, role), done
+        return place, check(place.url, role, sessions), done
     except BaseException:
         place.leave()
         raise

@@ -20,8 +20,9 @@ from twisted.protocols.basic import Int32StringReceiver
 from twisted.python.failure import Failure
 from ulid_transform import ulid_now
 
-from s2s import canonical, envelope, strangers
+from s2s import canonical, envelope
 from s2s.answers import Answers
+from s2s.budget import network
 from s2s.catalogue import BY_NAME, ERROR, ERROR_SCHEMA, HEALTH_CHECK
 from s2s.clock import Clock, Timer, cancel
 from s2s.dispatch import Dispatcher, KeySource, Refusal, Reply, Request, UnknownKey, UnsignedError
@@ -44,6 +45,7 @@ from s2s.errors import (
     harmless,
 )
 from s2s.limits import Counters
+from s2s.line_quota import LineQuota
 from s2s.reader import Reader
 from s2s.session import ALSO_PROVES, CHALLENGE, Event, Session, State
 from s2s.strangers import Strangers
@@ -55,6 +57,8 @@ _TCP_USER_TIMEOUT_MS: Final = 20_000
 #: A frame waits so long, in seconds, for the keys to be read again.
 _KEYS_S: Final = 3.0
 #: Why a link ended that neither side closed with a reason.
+#: Refused frames of one link that have a line of the log each in a minute; the others of that minute share one.
+MOST_TOLD: Final = 20
 _LOST: Final = "the connection was lost"
 #: After these answers a reconnect waits long: trying again soon cannot help.
 _SLOW_CODES: Final = frozenset({"forbidden", "ts_skew"})
@@ -115,6 +119,7 @@ class Link(Int32StringReceiver):
         self._frames = 0
         #: A chunk is being taken, and more frames of it may follow.
         self._is_in_chunk = False
+        self._lines = LineQuota(clock.scheduler, self._tell_of_frames, MOST_TOLD)
         self._reader = Reader(self, session, clock)
         self._timer: Timer | None = None
         #: When it comes, in monotonic seconds.
@@ -171,8 +176,8 @@ class Link(Int32StringReceiver):
     def _take_in_turn(self, data: bytes) -> None:
         """Stop reading, and taking what was read, until a stranger's bytes have their turn."""
         before, self._strange_bytes = self._strange_bytes, self._strange_bytes + len(data)
-        network = strangers.network(str(getattr(self.transport.getPeer(), "host", "")))
-        if not self._strangers.may_take(network, before, data, lambda: self.session.is_open, self._have_turn):
+        address = network(str(getattr(self.transport.getPeer(), "host", "")))
+        if not self._strangers.may_take(address, before, data, lambda: self.session.is_open, self._have_turn):
             self._waits += 1
             self._reader.stop("stranger")
 
@@ -190,6 +195,13 @@ class Link(Int32StringReceiver):
         if self.session.has_been_heard or self.session.role == "engine":
             return True
         return (self._strange_bytes > 0 or why != _LOST) and self._strangers.may_tell(why)
+
+    def _may_tell_of_frame(self, why: str) -> bool:
+        return self.may_tell(why) and self._lines.may_tell(why)
+
+    def _tell_of_frames(self, untold: Mapping[str, int]) -> None:
+        told = ", ".join(f"{count} {why}" for why, count in untold.items())
+        self.log.warn("{peer}: refused more frames: {told}", peer=self, told=told)
 
     def lengthLimitExceeded(self, length: int) -> None:
         """Refuse a frame by its prefix, before its body is buffered."""
@@ -212,6 +224,7 @@ class Link(Int32StringReceiver):
             self.why = f"TLS failed: {harmless(reason.getErrorMessage())}"
         self.session.move(Event.LOST)
         self._fail_calls()
+        self._lines.stop()
         self._cancel_timer()
         self._answers.look_if_quiet()
         self._events.link_lost(self)
@@ -308,7 +321,7 @@ class Link(Int32StringReceiver):
     def _refuse(self, refusal: Refusal) -> None:
         error = refusal.error
         self._counters.errors_out[error.code] += 1
-        if not error.passing and self.may_tell(error.code):
+        if not error.passing and self._may_tell_of_frame(error.code):
             self.log.warn("{peer}: refused, {code}: {text!r}", peer=self, code=error.code, text=error.message)
         if refusal.is_answered:
             self._send(ERROR, self._error_body(error), ulid_now(), refusal.ack_of, is_signed=error.signed)
@@ -334,7 +347,7 @@ class Link(Int32StringReceiver):
         self.is_slow = True
         said = outcome.payload if ERROR_SCHEMA.is_valid(outcome.payload) else {}
         code = said["code"] if isinstance(said, dict) and said else "?"
-        if self.may_tell("unsigned errors"):
+        if self._may_tell_of_frame("unsigned errors"):
             self.log.warn("{peer}: an unsigned error says {code!r}", peer=self, code=code[:64])
         if self.session.unsigned_error():
             self._counters.meet("unsigned_errors")

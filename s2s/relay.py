@@ -19,6 +19,7 @@ from twisted.python.failure import Failure
 from s2s.catalogue import COMMAND_PUSH
 from s2s.clock import Clock, Timer, cancel
 from s2s.errors import BadPayload, CanonicalError, DatabaseError, LineFull, LocalError, Refused, TooBigToSend, TooLarge
+from s2s.line_quota import LineQuota
 from s2s.pace import Pace
 from s2s.protocol import Link
 from s2s.settings import number
@@ -41,6 +42,8 @@ DEPTH_S: Final = 5.0
 #: Least and longest pause before a row is sent again.
 RETRY_S: Final = (0.1, 5.0)
 #: Refusals that are about the link or the clock, and say nothing against the command, whatever their ``retryable``.
+#: Dead rows that have a line of the log each in a minute; the others of that minute share one for each code.
+MOST_TOLD: Final = 20
 _NOT_ITS_FAULT: Final = frozenset({"replay", "forbidden", "ts_skew"})
 
 
@@ -77,6 +80,7 @@ class Relay:
         self._row_bytes = 1
         self._next = Settlement()
         self._claims = outbox.Claims()
+        self._lines = LineQuota(clock.scheduler, self._tell_dead, MOST_TOLD)
         self.window_rows = number("relay.window")
         self.depth = 0
         self.accepted = self.duplicates = self.retried = self.dead = 0
@@ -104,6 +108,7 @@ class Relay:
         :returns: fires when all that is in flight is answered, or given up, and settled.
         """
         self._is_stopping = True
+        self._lines.stop()
         cancel(self._timer)
         self._timer = self._clock.scheduler.callLater(patience_s, self._give_up)
         self._give_back()
@@ -236,8 +241,13 @@ class Relay:
 
     def _set_aside(self, row: OutboxRow, code: str, message: str) -> None:
         self.dead += 1
-        self.log.error("outbox row {outbox_id} is dead: {code!r}", outbox_id=row.outbox_id, code=code)
+        if self._lines.may_tell(code):
+            self.log.error("outbox row {outbox_id} is dead: {code!r}", outbox_id=row.outbox_id, code=code)
         self._next.dead.append((row.outbox_id, code, message[:500]))
+
+    def _tell_dead(self, untold: Mapping[str, int]) -> None:
+        for code, count in untold.items():
+            self.log.error("{count} more outbox rows are dead: {code!r}", count=count, code=code)
 
     def _pause(self, error: BaseException | None, attempts: int) -> float:
         if isinstance(error, Refused) and error.retry_after_ms is not None:

@@ -11,12 +11,13 @@ from twisted.logger import Logger
 
 from s2s import descriptors
 from s2s.commands import CommandType
-from s2s.discovery import discover
+from s2s.discovery import installed
 from s2s.endpoints import server_endpoint
 from s2s.errors import DatabaseError, OperatorError
 from s2s.executor import Executor
 from s2s.inbox import Inbox
 from s2s.options import HTTP, LISTEN, RoleOptions, between, make_basis, or_refuse, parameter
+from s2s.preflight import unusable
 from s2s.served import LiveServedTypes, texts
 from s2s.server import Entrance, Server
 from s2s.store import command_types
@@ -68,7 +69,7 @@ def _make(options: Options) -> Any:
     descriptors.allow()
     workers = options["executor-workers"]
     basis, [listen, http] = make_basis(options, "server", "server", _THREADS, workers)
-    found = discover()
+    found = installed()
     for complaint in found.complaints:
         _log.error("{complaint}", complaint=complaint)
     executor = Executor(
@@ -103,4 +104,4 @@ def _declare(url: str, served: Mapping[str, CommandType]) -> dict[str, str]:
         with blocking(url) as txn:
             return command_types.read(txn)
     except DatabaseError as error:
-        raise OperatorError(f"the database cannot be used: {error}") from None
+        raise OperatorError(unusable(error)) from None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from s2s.errors import DatabaseUnavailable
+from s2s.errors import DatabaseUnavailable, StatementRefused, one_line
+from s2s.line_quota import LineQuota
 
 #: Seconds between two looks at a table when nothing wakes us, and between two tries when the database is away.
 POLL_S: Final = 1.0
@@ -32,6 +33,7 @@ class Turns:
         self._turn = turn
         self._clock = clock
         self._lines = lines
+        self._quota = LineQuota(clock, self._tell)
         self.is_stopping = False
         #: Something came since a line looked last.
         self._is_woken = False
@@ -48,6 +50,7 @@ class Turns:
         :returns: fires when the turns under way are finished.
         """
         self.is_stopping = True
+        self._quota.stop()
         self.wake_all()
         return gatherResults(self._running)
 
@@ -63,6 +66,10 @@ class Turns:
         for sleeper in self._asleep[:]:
             sleeper.cancel()
 
+    def _tell(self, untold: Mapping[str, int]) -> None:
+        for why, count in untold.items():
+            self.log.error("{what} failed {count} more times: {why}", what=self._what, count=count, why=why)
+
     async def _go(self, line: int) -> None:
         while not self.is_stopping:
             self._is_woken = False
@@ -73,9 +80,14 @@ class Turns:
                 pass  # The pool has said so in the log, once.
             except GeneratorExit:
                 raise
-            except BaseException:
+            except StatementRefused as error:
+                # By a trigger or a constraint that is not ours: a traceback would say nothing more.
+                if self._quota.may_tell(str(error)):
+                    self.log.error("{what}: the database refuses a statement: {why}", what=self._what, why=str(error))
+            except BaseException as error:
                 # A SystemExit of foreign code, above all: it must not end a line without a word.
-                self.log.failure("{what} failed", what=self._what)
+                if self._quota.may_tell(one_line(error)):
+                    self.log.failure("{what} failed", what=self._what)
             if pause_s != 0 and not self._is_woken and not self.is_stopping:
                 await self._sleep(POLL_S if pause_s is None else min(pause_s, POLL_S))
 

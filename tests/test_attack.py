@@ -11,7 +11,7 @@ import psutil
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.internet.threads import deferToThread
 
-from s2s.strangers import TOLD
+from s2s.line_quota import TOLD
 from s2s.web.conductor import LIST_THREADS
 from tests.support.flood import StrangersFlood
 from tests.support.http import ApiTestCase

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,12 @@ class DatabaseProcessTestCase(ProcessTestCase, DatabaseTestCase):
         return int(count)
 
 
+def _is_caught(status: Path, number: int) -> bool:
+    """Whether a process handles a signal, by its file in ``/proc``."""
+    [mask] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("SigCgt:")]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 class LostTests(DatabaseProcessTestCase):
     """Commands that wait for the database, and are ended meanwhile."""
 
@@ -106,6 +113,18 @@ class LostTests(DatabaseProcessTestCase):
             process.send_signal(number)
             self.ended(process, code)
             yield poll(lambda: self.backends() == 0, "its backend is gone")
+
+    def test_as_process_1(self) -> None:
+        """SIGTERM is handled, since process 1 of a container does not get it otherwise."""
+        self.lock("lock table s2s_migrations")
+        process = self.start("keys", "list")
+        status = Path(f"/proc/{process.pid}/status")
+        deadline = time.monotonic() + PATIENCE_S
+        while not _is_caught(status, signal.SIGTERM):
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        self.ended(process, -15)
 
     def test_a_host_that_does_not_answer(self) -> None:
         """Ctrl-C ends a command that waits for the first answer of a host."""

@@ -31,11 +31,11 @@ ROOMS = {
         "settings", "identity", "names", "limits", "replay", "window", "pace", "session",
     ],
     "mezzanine": [
-        "clock", "backoff", "strangers", "dispatch", "writer", "reader", "answers", "protocol",
+        "clock", "backoff", "budget", "line_quota", "strangers", "dispatch", "writer", "reader", "answers", "protocol",
         "store", "store.url", "store.sqlstate", "store.cursor", "store.connection", "store.driver", "store.line",
-        "store.troubles", "store.interruptible", "store.lock_wait", "store.pool",
+        "store.availability", "store.troubles", "store.interruptible", "store.lock_wait", "store.pool",
         "store.handler_pool", "store.lists", "store.audit", "store.config", "store.migrations", "store.privileges",
-        "store.sequences",
+        "store.connection_limits", "store.sequences",
         "store.keys", "store.rotation", "store.idempotency", "store.lookback", "store.ready",
         "store.commands", "store.clock_drift", "store.probe", "store.notes", "store.command_types", "store.notices",
         "store.outbox", "store.own_keys", "store.broadcasts", "store.engines", "store.steering", "store.retention",
@@ -46,7 +46,7 @@ ROOMS = {
     "first": [
         "news", "turns", "clock_watch", "pulse", "reread", "keys", "config", "links", "errand", "relay", "condition",
         "ledger", "wanted", "steering", "courier", "commands.kind", "commands.notice_publish", "commands",
-        "jobs.kind", "jobs.drift", "jobs.port_refresh", "jobs.decay", "jobs", "plugins", "discovery",
+        "jobs.kind", "jobs.drift", "jobs.port_refresh", "jobs.decay", "jobs", "plugins", "import_timer", "discovery",
         "orders.kind", "orders.config_set", "orders.force_tick", "orders.set_sector_status",
         "orders.update_all_ships", "orders", "served", "inbox", "reaper", "executor", "scheduler",
         "order_runner", "retention", "watch",

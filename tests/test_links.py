@@ -14,9 +14,9 @@ from s2s.clock import Clock
 from s2s.dispatch import Dispatcher
 from s2s.errors import WireError
 from s2s.limits import Bounds, Counters, Timing
+from s2s.line_quota import PERIOD_S
 from s2s.links import MAX_LINKS, MAX_SILENT, LinkFactory, ServerLinks
 from s2s.signing import Key, Keyring, Secret
-from s2s.strangers import PERIOD_S
 
 
 class _Session:

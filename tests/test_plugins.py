@@ -7,11 +7,13 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import Any
@@ -21,7 +23,7 @@ from click.testing import CliRunner
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s import commands, discovery, jobs, plugins
+from s2s import commands, discovery, import_timer, jobs, plugins
 from s2s.catalogue.schema import Schema
 from s2s.cli.plugins import plugins as console_command
 from s2s.discovery import Found, discover
@@ -125,6 +127,55 @@ class DiscoveryTestCase(SynchronousTestCase):
             [name for name, kind in found.commands.items() if kind not in ours],
             [name for name, kind in found.jobs.items() if kind not in ours],
         )
+
+
+class ImportTests(DiscoveryTestCase):
+    """Plug-ins whose import does not return: :mod:`s2s.import_timer`."""
+
+    def setUp(self) -> None:
+        """Shorten the waits, and keep what is told."""
+        super().setUp()
+        self.patch(import_timer, "TELL_S", 0.05)
+        self.patch(import_timer, "IMPORT_S", 0.2)
+        self.told = StringIO()
+        self.patch(sys, "__stderr__", self.told)
+
+    def test_it_waits(self) -> None:
+        """An import that waits is told of while it lasts, and left out when its time is over; the others are loaded."""
+        self.write("a_waits", "import time\ntime.sleep(600)")
+        self.write("bell", _SOUND)
+        found = discover()
+        self.assertEqual(self.found(found), (["bell.ring"], ["bell.toll"]))
+        self.assertIn("plug-in s2s.plugins.a_waits is being imported for", self.told.getvalue())
+        [complaint] = found.complaints
+        self.assertIn("a_waits is left out: its import did not return within 0.2 s", complaint)
+
+    def test_it_computes_and_catches(self) -> None:
+        """An import that computes, and catches the first interruptions, is interrupted again."""
+        loop = "for _ in range(3):\n    try:\n        while True: pass\n    except Exception: pass\nraise SystemExit"
+        self.write("loops", loop)
+        [complaint] = discover().complaints
+        self.assertIn("loops is left out", complaint)
+
+    def test_nothing_lasts(self) -> None:
+        """After an import no timer is left, and the signal has its old meaning."""
+        before = signal.getsignal(signal.SIGALRM)
+        discover()
+        self.assertEqual(signal.getitimer(signal.ITIMER_REAL), (0.0, 0.0))
+        self.assertEqual(signal.getsignal(signal.SIGALRM), before)
+
+    def test_it_cannot_be_interrupted(self) -> None:
+        """An import that no signal interrupts ends the process, with its stack on stderr."""
+        self.write(
+            "blocks", "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])\nsignal.pause()"
+        )
+        program = (
+            "from s2s import discovery, import_timer, plugins; import_timer.EXIT_S = 0.5;"
+            f"plugins.__path__.append({str(self.directory)!r}); discovery.discover()"
+        )
+        ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+        self.assertEqual(ended.returncode, 1)
+        self.assertIn("blocks.py", ended.stderr)
 
 
 class DiscoveryTests(DiscoveryTestCase):

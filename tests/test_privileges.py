@@ -10,13 +10,13 @@ from click.testing import CliRunner
 
 from s2s.cli import main
 from s2s.errors import DatabaseError, OperatorError
-from s2s.store import privileges, probe
+from s2s.store import connection_limits, privileges, probe
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
 from tests.support.postgres import DatabaseTestCase
 
 
-class PrivilegeTests(DatabaseTestCase):
+class UserTestCase(DatabaseTestCase):
     """A user that owns nothing."""
 
     def setUp(self) -> None:
@@ -33,6 +33,10 @@ class PrivilegeTests(DatabaseTestCase):
         """Connect as the user."""
         with blocking(re.sub("//[^@/]*@", f"//{self.user}@", self.url)) as txn:
             yield txn
+
+
+class PrivilegeTests(UserTestCase):
+    """:mod:`s2s.store.privileges`."""
 
     def test_what_is_granted_suffices(self) -> None:
         """With the statements that it lists a user lacks nothing, and the database takes its writes."""
@@ -76,3 +80,40 @@ class PrivilegeTests(DatabaseTestCase):
         told = CliRunner().invoke(main, ["db", "status", "--database", url])
         self.assertEqual(told.exit_code, 1)
         self.assertIn(f"grant delete on table outbox to {self.user};", told.stderr)
+
+
+class ConnectionLimitTests(UserTestCase):
+    """:mod:`s2s.store.connection_limits`."""
+
+    def check(self, sessions: int) -> str:
+        """Check as the user, and return why it is refused."""
+        try:
+            with self.as_user() as txn:
+                connection_limits.check(txn, sessions)
+        except OperatorError as error:
+            return str(error)
+        return ""
+
+    def test_of_the_user(self) -> None:
+        """The connection limit of the database user is told with the statement that raises it."""
+        self.execute(f"alter role {self.user} connection limit 6")
+        self.assertEqual(self.check(6), "")
+        refused = self.check(7)
+        self.assertIn(f"the role {self.user} allows 6 connections and this process needs 7", refused)
+        self.assertIn(f"alter role {self.user} connection limit N", refused)
+
+    def test_of_the_database(self) -> None:
+        """The connection limit of the database is told, except to a superuser, whom it does not bind."""
+        database = self.url.partition("?")[0].rpartition("/")[2]
+        self.execute(f"alter database {database} connection limit 5")
+        self.assertIn(f"alter database {database} connection limit N", self.check(7))
+        with blocking(self.url) as txn:
+            connection_limits.check(txn, 7)
+
+    def test_of_the_server(self) -> None:
+        """The sessions that PostgreSQL reserves for superusers do not count."""
+        [(most,)] = self.execute("select current_setting('max_connections')::int")
+        self.assertEqual(self.check(most - 20), "")
+        self.assertIn("alter system set max_connections = N", self.check(most))
+        with blocking(self.url) as txn:
+            connection_limits.check(txn, most)

@@ -11,7 +11,7 @@ from unittest import mock
 import psycopg2
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
-from twisted.logger import LogEvent, globalLogPublisher
+from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 
 from s2s.errors import DatabaseUnavailable, StatementRefused
 from s2s.limits import Counters
@@ -284,7 +284,7 @@ class OutageTests(DatabaseTestCase):
 
     def told(self) -> list[str]:
         """Give what the log says of the database."""
-        return [each["log_format"] for each in self.events if "the database is" in str(each.get("log_format"))]
+        return [line for line in map(formatEvent, self.events) if "the database is" in line]
 
     async def test_gone_and_back(self) -> None:
         """An outage is told once, everything in it is unavailable, and afterwards it is told once that it is over."""

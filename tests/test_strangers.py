@@ -16,22 +16,21 @@ from twisted.logger import formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s import canonical, envelope
+from s2s.budget import BURST_S, network
 from s2s.catalogue import HEALTH_CHECK
 from s2s.clock import Clock
 from s2s.dispatch import Dispatcher
 from s2s.limits import Counters
+from s2s.line_quota import PERIOD_S, TOLD
 from s2s.links import MAX_SILENT, LinkFactory, ServerLinks
+from s2s.protocol import MOST_TOLD
 from s2s.signing import Key, Keyring, Secret
 from s2s.strangers import (
-    BURST_S,
     FIRST_BYTES,
     FIRST_RATE,
     LEAST_BYTES,
-    PERIOD_S,
     RATE,
-    TOLD,
     Strangers,
-    network,
     weight,
 )
 
@@ -287,10 +286,12 @@ class LinkTests(SynchronousTestCase):
         self.assertIn("was not answered in time", self.lines[0])
 
     def test_an_engine_has_its_lines(self) -> None:
-        """What is refused of a peer whose key is right has a line each."""
+        """What is refused of a peer whose key is right has a few lines of its own, then one a minute."""
         link, _ = self.connect()
         self.send(link, self.check())
         told: dict[str, Any] = {"ts": _NOW, "src": "engine", "dst": "server", "type": "a.b", "body": b"{}"}
-        for number in range(20):
+        for number in range(2 * MOST_TOLD):
             self.send(link, envelope.seal(**told, id=f"n{number}", key=_KEY))
-        self.assertEqual(len([line for line in self.lines if "unsupported_type" in line]), 20)
+        self.assertEqual(len([line for line in self.lines if "refused, unsupported_type" in line]), MOST_TOLD)
+        self.time.advance(PERIOD_S)
+        self.assertIn(f"refused more frames: {MOST_TOLD} unsupported_type", self.lines[-1])

@@ -41,6 +41,14 @@ class TroublesTests(SynchronousTestCase):
         self.assertEqual(len(told), 2)
         self.assertIn("(SQLSTATE 53100) came 999 times", told[0])
 
+    def test_incident(self) -> None:
+        """The log names an error by an id, which stays the same while the error lasts."""
+        with capturedLogs() as told:
+            ids = {self.troubles.note("P0001", "no") for _ in range(100)}
+        [incident] = ids
+        self.assertIn(incident, told[0]["log_format"].format(**told[0]))
+        self.assertNotEqual(self.troubles.note("P0001", "another"), incident)
+
     def test_over(self) -> None:
         """A minute without it is told, and ends it; then it is new."""
         self.lines(0, "53100")
@@ -100,6 +108,20 @@ class MeaningTests(SynchronousTestCase):
         """An error of the data alone is answered for its own row, and says nothing to an operator."""
         for code in ("22P02", "23505", "23503", "P0001", ""):
             self.assertEqual((sqlstate.meaning(code).unavailable, sqlstate.meaning(code).cure), (False, ""), code)
+
+    def test_at_connect(self) -> None:
+        """An error at the connect is known by its text, since libpq tells no SQLSTATE."""
+        for text, state in (
+            ('connection to server failed: FATAL:  too many connections for role "game"', "53300"),
+            ('FATAL:  too many connections for database "game"', "53300"),
+            ("FATAL:  sorry, too many clients already", "53300"),
+            ("FATAL:  remaining connection slots are reserved for roles with the SUPERUSER attribute", "53300"),
+            ('FATAL:  password authentication failed for user "game"', "28000"),
+            ('FATAL:  role "game" does not exist', "28000"),
+            ('FATAL:  database "game" does not exist', "3D000"),
+            ("connection refused", ""),
+        ):
+            self.assertEqual(sqlstate.at_connect(text), state, text)
 
     def test_the_document(self) -> None:
         """Every row of the table stands in the page of faults."""

@@ -412,9 +412,9 @@ class BoundTests(ApiTestCase):
         """Requests whose answers are not read are not taken; what was taken is answered when they are."""
         parts = urlsplit(self.api)
         before = self.role.rss
-        requests = [b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"]
-        signed = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n\r\n"
-        requests.append(signed % self.tokens["observer"].encode())
+        # With a token, without which each request would wait for its turn.
+        signed = b"GET /%s HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n\r\n"
+        requests = [signed % (path, self.tokens["observer"].encode()) for path in (b"healthz", b"openapi.json")]
         for request in requests:
             with socket.create_connection((parts.hostname, parts.port), timeout=2) as one:
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
@@ -548,6 +548,8 @@ class WaitingTests(ApiTestCase):
         self.assertEqual([crowd.answered() for crowd in crowds], [0, 0])
         self.assertLess(self.role.rss - before, 100 << 20)
 
+        shortly = f"/v1/orders/{order_id}?wait=1"
+        yield poll(lambda: self.ask("GET", shortly).status == 503, "all of them wait")
         self.assertEqual(self.refused(503, "overloaded", "GET", path).body["retryable"], True)
         # It is given, and so must not look as if it could be given again.
         given = self.ask("POST", TICK + "?wait=5", {"job_type": "decay"})

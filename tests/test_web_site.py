@@ -14,10 +14,11 @@ from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.resource import Resource
 
+from s2s.budget import BURST_S, Budget
 from s2s.clock import Clock
 from s2s.limits import Counters
 from s2s.web import site as module
-from s2s.web.site import ARRIVE_S, BODY_BYTES, IDLE_S, LINGER_S, TAKE_S, make_site
+from s2s.web.site import ARRIVE_S, BODY_BYTES, FIRST_RATE, IDLE_S, LINGER_S, RATE, TAKE_S, make_site
 
 #: Of what requests are made.
 _PIECES = [
@@ -73,6 +74,10 @@ class SiteTestCase(SynchronousTestCase):
         self.counters = Counters()
         self.echo = _Echo()
         self.site = make_site(self.echo, Clock(self.time), self.counters)
+
+    def trust_all(self) -> None:
+        """Let no request wait for its turn as one without a valid token."""
+        self.site.budgets = (Budget((10**6, 10**6), self.site.clock),) * 2
 
     def connect(self) -> tuple[Any, _Transport]:
         """Make a connection."""
@@ -228,6 +233,7 @@ class AnswerTests(SiteTestCase):
 
     def test_not_read(self) -> None:
         """While what was said is not sent, the next request is not answered, nor is more read than a little."""
+        self.trust_all()
         self.echo.holds = True
         channel, transport = self.connect()
         channel.dataReceived(_GET * 3)
@@ -254,6 +260,7 @@ class AnswerTests(SiteTestCase):
 
     def test_in_turns(self) -> None:
         """Of many requests that come in one piece one is answered, then it is others' turn."""
+        self.trust_all()
         channel, other = self.connect()[0], self.connect()[0]
         channel.dataReceived(_GET * 300)
         other.dataReceived(_GET.replace(b"/", b"/other", 1))
@@ -415,3 +422,70 @@ class ConnectionTests(SiteTestCase):
         self.time.pump([0.1, 0])
         self.successResultOf(closing)
         self.assertFalse(transports[1].connected)
+
+
+class StrangerTests(SiteTestCase):
+    """Requests without a valid token wait for their turn."""
+
+    def setUp(self) -> None:
+        """Know one token."""
+        super().setUp()
+        self.site.knows = "Bearer right".__eq__
+
+    def ask(self, connections: list[Any], authorization: bytes = b"Bearer wrong") -> None:
+        """Send one request on each of some connections."""
+        for channel in connections:
+            channel.dataReceived(b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: %s\r\n\r\n" % authorization)
+
+    def test_the_rate_holds(self) -> None:
+        """However many connections ask again and again, burst and rate bound the requests that are read."""
+        pairs = [self.connect() for _ in range(400)]
+        for _ in range(100):
+            waiting = [channel for channel, _ in pairs if not channel._is_answering and not channel._is_in_line]
+            self.ask(waiting)
+            self.time.advance(0.1)
+        seconds = 10 + BURST_S
+        self.assertLessEqual(len(self.echo.seen), (FIRST_RATE[0] + RATE[0]) * seconds)
+        self.assertGreater(len(self.echo.seen), RATE[0] * seconds)
+        self.assertGreater(self.counters.met["http_strangers"], 100)
+
+    def test_all_are_answered(self) -> None:
+        """A request that waited is answered in its turn, with what came behind it."""
+        channel, transport = self.connect()
+        for _ in range(3 * RATE[0]):
+            self.ask([channel])
+            channel.dataReceived(_GET * 2)
+            self.time.advance(0.01)
+        self.time.pump([0.05] * 400)
+        self.assertEqual(transport.value().count(b"200 OK"), 9 * RATE[0])
+
+    def test_a_valid_token_does_not_wait(self) -> None:
+        """A request with a valid token is read at once, from the same address and on a new connection."""
+        self.ask([self.connect()[0] for _ in range(400)])
+        channel, transport = self.connect()
+        for number in range(1, 100):
+            self.ask([channel], b"Bearer right")
+            self.time.advance(0)
+            self.assertEqual(transport.value().count(b"200 OK"), number)
+
+    def test_a_probe_does_not_wait_for_repeaters(self) -> None:
+        """The first request of a connection has its turn apart from those that ask again and again."""
+        channels = [self.connect()[0] for _ in range(50)]
+        for _ in range(10):
+            self.ask([channel for channel in channels if not channel._is_answering and not channel._is_in_line])
+            self.time.advance(0.3)
+        channel, transport = self.connect()
+        channel.dataReceived(_GET)
+        self.assertIn(b"200 OK", transport.value())
+
+    def test_who_has_left(self) -> None:
+        """A connection that is closed while it waits is not read, and leaves nothing behind."""
+        pairs = [self.connect() for _ in range(400)]
+        self.ask([channel for channel, _ in pairs])
+        self.time.advance(0)
+        seen = len(self.echo.seen)
+        for _, transport in pairs:
+            transport.abortConnection()
+        self.time.pump([0.05] * 400)
+        self.assertEqual(len(self.echo.seen), seen)
+        self.assertEqual(self.time.getDelayedCalls(), [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -56,8 +57,13 @@ _UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE, errn
 class _Program(click.Group):
     """The console script; it ends with a line and an exit code also where its output cannot be written."""
 
+    _is_terminated = False
+
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Run as the process of its own that it is; tests call :meth:`main`."""
+        # Process 1 of a container does not get a signal that it does not handle.
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._terminate)
         if "stdout" in streams.prepare():
             print("Error: stdout is closed: open it, such as by >/dev/null", file=sys.stderr)
             code: Any = 1
@@ -73,10 +79,19 @@ class _Program(click.Group):
         if not streams.abandon(sys.stdout):
             code = code or 1
         streams.abandon(sys.stderr)
+        if self._is_terminated:
+            # By the signal itself, so that a parent sees it; process 1 goes on to its exit.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            code = 128 + signal.SIGTERM
         if any(not each.daemon for each in threading.enumerate() if each is not threading.main_thread()):
             # Python would wait for a thread that a plug-in has started.
             os._exit(code if isinstance(code, int) else bool(code))
         raise SystemExit(code)
+
+    def _terminate(self, _: int, __: object) -> None:
+        self._is_terminated = True
+        raise KeyboardInterrupt
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
         """Read the arguments, or write the help."""

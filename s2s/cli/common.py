@@ -102,8 +102,7 @@ def one_line_errors(function: F) -> F:
         try:
             return function(*args, **options)
         except DatabaseError as error:
-            cure = f"see --database and {preflight.DATABASE_VARIABLE}"
-            raise click.ClickException(f"the database cannot be used: {error}: {cure}") from None
+            raise click.ClickException(preflight.unusable(error)) from None
         except S2SError as error:
             raise click.ClickException(str(error)) from None
         except UnicodeEncodeError:

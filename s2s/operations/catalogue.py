@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any, Final
 
 from s2s.catalogue import ERROR_SCHEMA, MESSAGES
-from s2s.discovery import discover
+from s2s.discovery import installed
 from s2s.errors import BY_CODE
 from s2s.operations.kind import Operation, members, once
 
@@ -54,7 +54,7 @@ def _catalogue() -> dict[str, Any]:
             }
             for message in MESSAGES
         },
-        "commands": {cmd_type: dict(kind.schema) for cmd_type, kind in discover().commands.items()},
+        "commands": {cmd_type: dict(kind.schema) for cmd_type, kind in installed().commands.items()},
         "errors": {code: {"retryable": error.retryable, "closes": error.closes} for code, error in BY_CODE.items()},
         "error": ERROR_SCHEMA.document,
     }

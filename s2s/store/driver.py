@@ -19,7 +19,7 @@ from psycopg2.extensions import (
 )
 from twisted.logger import Logger
 
-from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, OperatorError, StatementRefused
+from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, OperatorError, StatementRefused, storable
 from s2s.store import sqlstate
 from s2s.store.connection import PlanningConnection
 from s2s.store.url import read
@@ -148,15 +148,15 @@ def told(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError
 
     :param conn: the connection that it came from; ``None``: there was none.
     """
-    state = sqlstate.code(error)
     text = _text(error)
+    state = sqlstate.code(error) or (sqlstate.at_connect(text) if conn is None else "")
     if conn is None or is_broken(conn) or is_of_the_connection(error) or sqlstate.meaning(state).unavailable:
         return DatabaseUnavailable(text, state)
     return StatementRefused(text, error.diag.constraint_name, state)
 
 
 def _text(error: psycopg2.Error) -> str:
-    return (error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()[0]
+    return storable((error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def is_broken(conn: Connection) -> bool:

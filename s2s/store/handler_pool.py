@@ -135,6 +135,7 @@ class HandlerPool(Database):
             reactor=owner.reactor,
         )
         self._owner = owner
+        self.availability = owner.availability
         self._application_name = application_name
         self.timeout_s = timeout_s
         self.stuck: list[Task] = []
@@ -370,6 +371,3 @@ class HandlerPool(Database):
 
     def _note(self, error: BaseException) -> None:
         self._owner._note(error)
-
-    def _tell(self, is_away: bool, why: str = "") -> None:
-        self._owner._tell(is_away, why)

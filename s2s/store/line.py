@@ -44,8 +44,8 @@ class Line:
     :param parameters: returns those of a connection, in a thread.
     :param statement_timeout_s: seconds after which the database cancels a statement.
     :param reactor: the reactor.
-    :param tell: told that the database is there when a query has come to its end, and that it is away, and why, when
-        one has not for want of a connection.
+    :param tell: called with ``None`` when a query has come to its end, and with the error when one has not for want of
+        a connection.
     :param on_late: called when the database did not answer in time.
     :param note: called with each error of the database on a connection that lives.
     """
@@ -57,7 +57,7 @@ class Line:
         parameters: Callable[[], dict[str, Any]],
         statement_timeout_s: float,
         reactor: Any,
-        tell: Callable[[bool, str], object],
+        tell: Callable[[BaseException | None], object],
         on_late: Callable[[], object],
         note: Callable[[BaseException], object] = lambda _: None,
     ) -> None:
@@ -190,9 +190,9 @@ class Line:
         assert self._done is not None
         done, self._done = self._done, None
         if not isinstance(result, Failure):
-            self._tell(False, "")
+            self._tell(None)
         elif result.check(DatabaseUnavailable) and self._conn is None and not self._cancelled:
-            self._tell(True, str(result.value))
+            self._tell(result.value)
         try:
             done(result)
         except Exception:

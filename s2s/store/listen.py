@@ -16,7 +16,9 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from s2s.clock import cancel
+from s2s.errors import DatabaseUnavailable
 from s2s.store import driver
+from s2s.store.availability import Availability
 from s2s.store.connection import open_async
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection
@@ -30,6 +32,7 @@ HEARTBEAT_S: Final = 4.0
 ANSWER_S: Final = 4.0
 #: Seconds until the presence lock is asked for again.
 AGAIN_S: Final = 1.0
+_NO_ANSWER: Final = f"no answer within {ANSWER_S:g} s"
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 5.0
 #: The database is to notice a dead connection too (in 25 s, by default in hours): until then it keeps our lock.
@@ -71,7 +74,11 @@ class Listener:
         self._fileno = -1
         self._connecting: Deferred[None] = succeed(None)
         self._is_stopped = True
-        self._is_away = False
+        self._availability = Availability(
+            self._reactor,
+            "notifications of the database do not arrive",
+            "notifications of the database arrive again",
+        )
         self._pause_s = _FIRST_PAUSE_S
         self._timer: Any = None
         #: Whether the presence lock is ours.
@@ -93,6 +100,7 @@ class Listener:
         :returns: fires when no thread is connecting any more.
         """
         self._is_stopped = True
+        self._availability.stop()
         self._drop()
         return self._connecting
 
@@ -114,22 +122,19 @@ class Listener:
         self._conn, self._fileno = conn, os.dup(conn.fileno())
         self._pause_s = _FIRST_PAUSE_S
         self._reactor.addReader(self)
-        if self._is_away:
-            self._is_away = False
-            self.log.info("notifications of the database arrive again")
+        self._availability.note(None)
         self._beat()
         self._call(self._callbacks)
 
     def _failed(self, reason: Failure) -> None:
-        self._lost(str(driver.told(reason.value)) if isinstance(reason.value, psycopg2.Error) else repr(reason.value))
+        error = reason.value
+        self._lost(driver.told(error) if isinstance(error, psycopg2.Error) else DatabaseUnavailable(repr(error)))
 
-    def _lost(self, why: str) -> None:
+    def _lost(self, error: BaseException) -> None:
         self._drop()
         if self._is_stopped:
             return
-        if not self._is_away:
-            self._is_away = True
-            self.log.warn("notifications of the database do not arrive: {why}", why=why)
+        self._availability.note(error)
         self._timer = self._reactor.callLater(self._pause_s, self._connect)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
@@ -152,7 +157,7 @@ class Listener:
         the connection that we lost.
         """
         assert self._conn is not None
-        self._timer = self._reactor.callLater(ANSWER_S, self._lost, f"no answer within {ANSWER_S:g} s")
+        self._timer = self._reactor.callLater(ANSWER_S, self._lost, DatabaseUnavailable(_NO_ANSWER))
         try:
             self._cursor = self._conn.cursor(cursor_factory=StoreCursor)
             if self._presence is None or self.is_present:
@@ -160,7 +165,7 @@ class Listener:
             else:
                 self._cursor.execute("select pg_try_advisory_lock(%s)", (presence_key(self._presence),))
         except psycopg2.Error as error:
-            self._lost(str(driver.told(error, self._conn)))
+            self._lost(driver.told(error, self._conn))
 
     def _answered(self) -> None:
         self.is_present |= self._cursor.fetchone()[0]
@@ -177,7 +182,7 @@ class Listener:
             if state == POLL_OK and self._cursor is not None:
                 self._answered()
         except psycopg2.Error as error:
-            self._lost(str(driver.told(error, self._conn)))
+            self._lost(driver.told(error, self._conn))
             return
         heard = {notification.channel for notification in self._conn.notifies}
         self._conn.notifies.clear()
@@ -196,7 +201,7 @@ class Listener:
 
     def connectionLost(self, reason: Failure) -> None:
         """The reactor found the descriptor gone."""
-        self._lost(reason.getErrorMessage())
+        self._lost(DatabaseUnavailable(reason.getErrorMessage()))
 
     def logPrefix(self) -> str:
         """Name us in the reactor's own messages."""

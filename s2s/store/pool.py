@@ -18,6 +18,7 @@ from twisted.python.failure import Failure
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, S2SError
 from s2s.limits import Counters
 from s2s.store import driver, interruptible, sqlstate
+from s2s.store.availability import Availability
 from s2s.store.connection import prepare
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection, Cursor, Query, Steps
@@ -82,7 +83,7 @@ class Database:
         self._unfinished = 0
         self._until_idle: list[Deferred[None]] = []
         self.troubles = Troubles(reactor)
-        self.is_away = False
+        self.availability = Availability(reactor)
         #: Nothing is committed any more, see :meth:`cancel`.
         self.is_cancelled = False
 
@@ -96,7 +97,7 @@ class Database:
             self._parameters.read,
             self._timeouts[0],
             self.reactor,
-            tell=self._tell,
+            tell=self.availability.note,
             on_late=lambda: self.counters.meet("database_answer"),
             note=self._note,
         )
@@ -156,6 +157,11 @@ class Database:
 
         outcome: Deferred[T] = threads.deferToThreadPool(self.reactor, self.reactor.getThreadPool(), in_thread)
         return outcome.addTimeout(2 * LAST_S, self.reactor, _hangs)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the last that was asked of the database found no connection."""
+        return self.availability.is_away
 
     @property
     def running(self) -> int:
@@ -232,6 +238,7 @@ class Database:
 
     def _close(self) -> None:
         self.troubles.stop()
+        self.availability.stop()
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.close()
@@ -265,7 +272,7 @@ class Database:
             conn = self._connect(pool)
         except psycopg2.Error as error:
             away = driver.told(error)
-            self.reactor.callFromThread(self._tell, True, str(away))
+            self.reactor.callFromThread(self.availability.note, away)
             raise away from None
         try:
             self._go_on()
@@ -285,7 +292,7 @@ class Database:
             if is_broken:
                 # Whatever the work made of it.
                 failed = failed or DatabaseUnavailable("the connection broke")
-                self.reactor.callFromThread(self._tell, True, str(failed))
+                self.reactor.callFromThread(self.availability.note, failed)
             if not is_broken:
                 self._released(pool, conn)
             if failed is not None:
@@ -294,7 +301,7 @@ class Database:
             raise
         self._released(pool, conn)
         if self.is_away:
-            self.reactor.callFromThread(self._tell, False)
+            self.reactor.callFromThread(self.availability.note, None)
         return result
 
     def _commit(self, conn: Connection) -> None:
@@ -321,14 +328,6 @@ class Database:
         state = getattr(error, "state", "")
         if sqlstate.meaning(state).cure:
             self.troubles.note(state, str(error))
-
-    def _tell(self, is_away: bool, why: str = "") -> None:
-        """Write one line when the database goes and one when it is back, however many notice."""
-        if is_away and not self.is_away:
-            self.log.warn("the database is not available: {why}", why=why)
-        elif self.is_away and not is_away:
-            self.log.info("the database is available again")
-        self.is_away = is_away
 
 
 def _roll_back(conn: Connection) -> bool:

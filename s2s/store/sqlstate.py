@@ -5,6 +5,7 @@ The longest prefix that matches a code decides. ``docs/faults.rst`` shows the sa
 
 from __future__ import annotations
 
+import re
 from typing import Final, Literal, NamedTuple
 
 import psycopg2
@@ -57,7 +58,14 @@ MEANINGS: Final[dict[str, Meaning]] = {
     **dict.fromkeys(("42P01", "42703", "42883"), Meaning(cure="run: s2s db status")),
     "53": Meaning(passes=True, cure="see the memory and the limits of the database"),
     "53100": Meaning("database", passes=True, cure="free some space on the disk of the database"),
-    "53300": Meaning("database", drops=True, passes=True, cure="raise max_connections, or stop another client"),
+    "53300": Meaning(
+        "database",
+        drops=True,
+        passes=True,
+        cure="raise max_connections or the connection limit of the role or database, or stop another client",
+    ),
+    # Of transaction ids, too; a statement of ours meets no other limit.
+    "54": Meaning(cure="see the log of the database: it may be in need of VACUUM"),
     "55P03": Meaning(passes=True, cure=_LOCKED),
     "57": Meaning("connection", drops=True, passes=True),
     # A statement timeout, or a cancellation by an operator.
@@ -69,10 +77,32 @@ MEANINGS: Final[dict[str, Meaning]] = {
 }
 _LONGEST_CODE: Final = 5
 
+#: The text of an error at the connect, by which libpq tells it, and its SQLSTATE, which libpq keeps to itself. A server
+#: with another ``lc_messages`` has other texts; their errors have no SQLSTATE.
+_AT_CONNECT: Final = (
+    (re.compile("too many (clients|connections)|connection slots are reserved"), "53300"),
+    (re.compile("authentication failed|no password supplied|no pg_hba.conf entry|role .* does not exist"), "28000"),
+    (re.compile("database .* does not exist"), "3D000"),
+)
+
 
 def meaning(state: str) -> Meaning:
     """Return the meaning of a SQLSTATE."""
     return next(MEANINGS[state[:length]] for length in range(_LONGEST_CODE, -1, -1) if state[:length] in MEANINGS)
+
+
+def at_connect(text: str) -> str:
+    """Return the SQLSTATE of an error at the connect by its text; empty: it is not known."""
+    return next((state for pattern, state in _AT_CONNECT if pattern.search(text)), "")
+
+
+def with_cure(error: BaseException, otherwise: str = "") -> str:
+    """Return the text of one of our errors, and what an operator can do about it.
+
+    :param otherwise: the cure of an error that has none of its own.
+    """
+    cure = meaning(getattr(error, "state", "")).cure or otherwise
+    return f"{error}: {cure}" if cure else str(error)
 
 
 def code(error: BaseException) -> str:

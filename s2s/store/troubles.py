@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+from dataclasses import dataclass
 from typing import Any, Final
 
 from twisted.logger import Logger
@@ -18,6 +20,15 @@ _OTHER: Final = "other"
 _FURTHER: Final = "further errors"
 
 
+@dataclass
+class _Trouble:
+    """One error that the log has: by which id, how often it came since its last line, and the timer of the next."""
+
+    incident: str
+    untold: int = 0
+    timer: Timer | None = None
+
+
 class Troubles:
     """Logs the first error of each text and SQLSTATE at once, then a count once a minute, then that it is over.
 
@@ -29,59 +40,63 @@ class Troubles:
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
-        #: Errors since the last line, by text and SQLSTATE.
-        self._untold: dict[tuple[str, str], int] = {}
-        self._timers: dict[tuple[str, str], Timer] = {}
+        #: By text and SQLSTATE.
+        self._current: dict[tuple[str, str], _Trouble] = {}
         self.counts: dict[str, int] = {}
 
-    def note(self, state: str, text: str) -> None:
+    def note(self, state: str, text: str) -> str:
         """Count an error that an operator can mend.
 
         :param state: its SQLSTATE.
         :param text: the server's message without the data.
+        :returns: the id of the incident, by which the log has it.
         """
         cure = sqlstate.meaning(state).cure or "see the log of the database"
         if state not in self.counts and len(self.counts) >= MOST_STATES:
             state = _OTHER
         self.counts[state] = self.counts.get(state, 0) + 1
         error = (text, state)
-        if error not in self._untold and sum(told == state for _, told in self._untold) >= MOST_TEXTS:
+        if error not in self._current and sum(told == state for _, told in self._current) >= MOST_TEXTS:
             error = (_FURTHER, state)
-        if error in self._untold:
-            self._untold[error] += 1
-            return
-        self._untold[error] = 0
+        trouble = self._current.get(error)
+        if trouble is not None:
+            trouble.untold += 1
+            return trouble.incident
+        trouble = self._current[error] = _Trouble(secrets.token_hex(8))
         self.log.error(
-            "the database refuses statements: {text} (SQLSTATE {state}): {cure}",
+            "incident {incident}: the database refuses statements: {text} (SQLSTATE {state}): {cure}",
+            incident=trouble.incident,
             text=text,
             state=state,
             cure=cure,
         )
-        self._watch(error)
+        self._watch(error, trouble)
+        return trouble.incident
 
     def stop(self) -> None:
         """Log no more."""
-        for timer in self._timers.values():
-            cancel(timer)
+        for trouble in self._current.values():
+            cancel(trouble.timer)
 
-    def _watch(self, error: tuple[str, str]) -> None:
-        self._timers[error] = self._reactor.callLater(TELL_S, self._look, error)
+    def _watch(self, error: tuple[str, str], trouble: _Trouble) -> None:
+        trouble.timer = self._reactor.callLater(TELL_S, self._look, error, trouble)
 
-    def _look(self, error: tuple[str, str]) -> None:
-        count = self._untold[error]
+    def _look(self, error: tuple[str, str], trouble: _Trouble) -> None:
         text, state = error
-        if not count:
-            del self._untold[error], self._timers[error]
+        if not trouble.untold:
+            del self._current[error]
             self.log.info(
                 "not come again for {seconds:g} s: {text} (SQLSTATE {state})", seconds=TELL_S, text=text, state=state
             )
             return
         self.log.error(
-            "the database refuses statements still: {text} (SQLSTATE {state}) came {count} times in {seconds:g} s",
+            "incident {incident}: the database refuses statements still: {text} (SQLSTATE {state}) came {count} times "
+            "in {seconds:g} s",
+            incident=trouble.incident,
             text=text,
             state=state,
-            count=count,
+            count=trouble.untold,
             seconds=TELL_S,
         )
-        self._untold[error] = 0
-        self._watch(error)
+        trouble.untold = 0
+        self._watch(error, trouble)

@@ -59,7 +59,7 @@ class Web:
         self._document = document(OPERATIONS, plain)
         self._api = Api(Conductor(database, clock, self._waiting, counters), self._sign_in, plain, hosts)
         self.counts = self._api.counts
-        self.site = make_site(self._api, clock, counters)
+        self.site = make_site(self._api, clock, counters, self._sign_in.knows)
         self.hears = {
             tokens.CHANNEL: self._sign_in.changed,
             orders.OVER_CHANNEL: self._waiting.wake,

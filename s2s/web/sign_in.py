@@ -67,8 +67,7 @@ class SignIn:
         """
         if authorization is None:
             raise AuthRequired("sign in with the header Authorization: Bearer TOKEN, of s2s tokens add")
-        scheme, _, token = authorization.partition(" ")
-        token = token.strip() if scheme.lower() == "bearer" else ""
+        token = _token(authorization)
         caller = self._find(token)
         if caller is None:
             if not self._failures.may_try(address):
@@ -90,6 +89,10 @@ class SignIn:
             raise AuthBad("the token is not valid: it was never made, has expired, or was revoked")
         return caller
 
+    def knows(self, authorization: str) -> bool:
+        """Return whether a header has a token that is in memory and valid now."""
+        return self._find(_token(authorization)) is not None
+
     def _refuse_for_now(self, address: str) -> None:
         self._counters.meet("sign_ins")
         wait_ms = round(1000 * self._failures.wait_s(address))
@@ -106,6 +109,11 @@ class SignIn:
     def _took(self, rows: Sequence[TokenRow]) -> None:
         now = self._clock.mono()
         self._tokens = {row.name: (row, None if row.left_s is None else now + row.left_s) for row in rows}
+
+
+def _token(authorization: str) -> str:
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 class _Failures:

@@ -1,0 +1,70 @@
+"""Whether the database is there, and the lines of the log that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from twisted.logger import Logger
+
+from s2s.line_quota import PERIOD_S, LineQuota
+from s2s.store import sqlstate
+
+_OUTAGES: Final = "outages"
+
+
+class Availability:
+    """Logs one line when something goes and one when it is back; where it comes and goes, one line a minute.
+
+    :param reactor: an ``IReactorTime``.
+    :param away: the sentence for when it goes.
+    :param back: the sentence for when it is back.
+    :ivar is_away: whether it is away now.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        reactor: Any,
+        away: str = "the database is not available",
+        back: str = "the database is available again",
+    ) -> None:
+        self._sentences = (away, back)
+        self._lines = LineQuota(reactor, self._tell)
+        #: Why it went away the last time.
+        self._why = ""
+        self._is_told = False
+        self.is_away = False
+
+    def note(self, error: BaseException | None) -> None:
+        """Note whether it is there, however many notice.
+
+        :param error: why it is away; ``None``: it is there.
+        """
+        is_away = error is not None
+        if is_away == self.is_away:
+            return
+        self.is_away = is_away
+        away, back = self._sentences
+        if error is not None:
+            self._why = sqlstate.with_cure(error)
+            self._is_told = self._lines.may_tell(_OUTAGES)
+            if self._is_told:
+                self.log.warn("{away}: {why}", away=away, why=self._why)
+        elif self._is_told:
+            self.log.info("{back}", back=back)
+
+    def stop(self) -> None:
+        """Log no more."""
+        self._lines.stop()
+
+    def _tell(self, untold: Mapping[str, int]) -> None:
+        self._is_told = self.is_away
+        self.log.warn(
+            "{away}: {count} more times in {seconds:g} s, the last time: {why}",
+            away=self._sentences[0],
+            count=untold[_OUTAGES],
+            seconds=PERIOD_S,
+            why=self._why,
+        )

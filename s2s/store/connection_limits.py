@@ -1,0 +1,43 @@
+"""The limits of PostgreSQL on sessions: below a role's need some of its work never gets one."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from s2s.errors import OperatorError
+from s2s.store.driver import Cursor
+
+#: Each limit on this session's role, database and server, and the statement that raises it. A superuser has the last
+#: one alone; -1 is no limit.
+_LIMITS: Final = """
+select limits.said, limits.most, limits.cure
+from pg_catalog.pg_roles r
+join pg_catalog.pg_database d on d.datname = current_database(),
+lateral (values
+    (format('the role %I', rolname), rolconnlimit, format('alter role %I connection limit', rolname)),
+    (format('the database %I', datname), datconnlimit, format('alter database %I connection limit', datname))
+) as limits (said, most, cure)
+where r.rolname = session_user and not r.rolsuper and limits.most >= 0
+union all
+select 'PostgreSQL', current_setting('max_connections')::int - case when r.rolsuper then 0 else
+    current_setting('superuser_reserved_connections')::int
+    + coalesce(current_setting('reserved_connections', true)::int, 0) end,
+    'alter system set max_connections ='
+from pg_catalog.pg_roles r where r.rolname = session_user
+order by 2
+"""
+
+
+def check(txn: Cursor, sessions: int) -> None:
+    """Refuse a database that never allows as many sessions as a role has.
+
+    :param sessions: those that the role has when all of its work is under way.
+    :raises OperatorError: with the statement that raises the limit.
+    """
+    txn.execute(_LIMITS)
+    for said, most, cure in txn:
+        if most < sessions:
+            raise OperatorError(
+                f"{said} allows {most} connections and this process needs {sessions}: "
+                f"run: {cure} N; with an N of at least {sessions} for each process"
+            )
