@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from s2s.clock import Clock
 
@@ -44,16 +45,15 @@ class _Bucket:
 
 @dataclass
 class _Wait:
-    address: str
     size: int
     is_wanted: Callable[[], bool]
     go_on: Callable[[], object]
 
 
 class Budget:
-    """Units in a second, for each address and for all; what finds no room waits in line.
+    """Units in a second, for each address and for all; what finds no room waits in a line of its address.
 
-    The line is as long as there are connections that may wait, which its user bounds.
+    The lines are as long as there are connections that may wait, which its user bounds.
 
     :param rates: units in a second of one address, and of all.
     """
@@ -63,7 +63,8 @@ class Budget:
         self._rate = rates[0]
         self._all = self._full(rates[1])
         self._by_address: dict[str, _Bucket] = {}
-        self._line: list[_Wait] = []
+        #: The one that had its turn last stands last.
+        self._lines: dict[str, deque[_Wait]] = {}
 
     def _full(self, rate: int) -> _Bucket:
         return _Bucket(rate, rate * BURST_S, self._clock.mono())
@@ -76,14 +77,13 @@ class Budget:
         :param go_on: called at its turn.
         :returns: ``False`` if it must wait.
         """
-        mono = self._clock.mono()
         # Nothing waits for more than a full bucket.
         size = min(size, round(self._rate * BURST_S))
-        if not self._line:
-            if self._takes(address, size, mono):
+        if not self._lines:
+            if self._takes(address, size, self._clock.mono()):
                 return True
             self._clock.scheduler.callLater(LOOK_S, self._look)
-        self._line.append(_Wait(address, size, is_wanted, go_on))
+        self._lines.setdefault(address, deque()).append(_Wait(size, is_wanted, go_on))
         return False
 
     def _takes(self, address: str, size: int, mono: float) -> bool:
@@ -102,18 +102,42 @@ class Budget:
         self._by_address = {address: one for address, one in self._by_address.items() if not one.is_full(mono)}
 
     def _look(self) -> None:
+        """Give each address one turn after the other, as long as there is room."""
         mono = self._clock.mono()
-        line, self._line = [wait for wait in self._line if wait.is_wanted()], []
-        held: set[str] = set()
-        for wait in line:
-            # An address that has used up its own holds up itself alone, and in its own order.
-            if wait.address not in held and self._takes(wait.address, wait.size, mono):
-                wait.go_on()
-            else:
-                held.add(wait.address)
-                self._line.append(wait)
-        if self._line:
-            self._clock.scheduler.callLater(LOOK_S, self._look)
+        try:
+            while self._give_turns(mono):
+                pass
+        finally:
+            if self._lines:
+                self._clock.scheduler.callLater(LOOK_S, self._look)
+
+    def _give_turns(self, mono: float) -> bool:
+        """Give each address a turn, and return whether one had room."""
+        had_room = False
+        for address in list(self._lines):
+            # Without room for the least the others are not looked at: there may be thousands of them.
+            if not self._all.has(1, mono):
+                return False
+            had_room |= self._give_turn(address, mono)
+        return had_room
+
+    def _give_turn(self, address: str, mono: float) -> bool:
+        """Let the first of one address go on, in the order in which they came, if there is room."""
+        line = self._lines.pop(address)
+        while line and not line[0].is_wanted():
+            line.popleft()
+        may_go = bool(line) and self._takes(address, line[0].size, mono)
+        wait = line.popleft() if may_go else None
+        if line:
+            self._lines[address] = line
+        if wait is not None:
+            wait.go_on()
+        return may_go
+
+
+def peer_network(transport: Any) -> str:
+    """Return by what the peer of a connection is counted."""
+    return network(str(getattr(transport.getPeer(), "host", "")))
 
 
 def network(host: str) -> str:

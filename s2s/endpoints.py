@@ -4,6 +4,7 @@
   those that none of these roots signed.
 - ``unix:`` has its lock kept by the kernel, and not by a pid in a file, which after a SIGKILL may be that of any
   process, in a container even our own: the next start works.
+- ``haproxy:`` takes each of these behind it.
 - Certificates are read again: a server's on SIGHUP, a client's for every connection.
 """
 
@@ -24,6 +25,7 @@ from twisted.internet.endpoints import SSL4ServerEndpoint, UNIXServerEndpoint, c
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStreamClientEndpoint, IStreamServerEndpoint
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
+from twisted.protocols.haproxy import proxyEndpoint
 from zope.interface import implementer
 
 from s2s.errors import one_line
@@ -51,6 +53,8 @@ def server_endpoint(reactor: Any, description: str) -> Any:
     :raises ValueError: with one sentence, where what this module reads is wrong; what Twisted reads raises as it likes.
     """
     kind, arguments, named = _take_apart(description)
+    if kind == "haproxy":
+        return _proxied(server_endpoint(reactor, description.partition(":")[2]))
     if kind == "unix":
         return _unix(reactor, _by_name(kind, _UNIX, arguments, named))
     if kind != "ssl":
@@ -59,6 +63,14 @@ def server_endpoint(reactor: Any, description: str) -> Any:
         return _TLSEndpoint(reactor, description, lambda each: serverFromString(each, description))
     ours = _by_name(kind, _SSL, arguments, named, "trustRoots")
     return _TLSEndpoint(reactor, description, lambda each: _mutual(each, ours))
+
+
+def _proxied(behind: Any) -> Any:
+    """Let the peers' addresses come from a proxy."""
+    endpoint: Any = proxyEndpoint(behind)
+    if hasattr(behind, "reread"):
+        endpoint.reread = behind.reread
+    return endpoint
 
 
 def _take_apart(description: str) -> tuple[str, list[str], dict[str, str]]:

@@ -22,7 +22,7 @@ from twisted.logger import Logger
 
 from s2s.commands import Command, CommandType
 from s2s.errors import DatabaseUnavailable, HandlerStuck, one_line
-from s2s.line_quota import LineQuota
+from s2s.line_quota import MOST_TOLD, LineQuota
 from s2s.reaper import Reaper
 from s2s.store import commands as table
 from s2s.store import notes, probe, sqlstate
@@ -45,8 +45,6 @@ BATCH_S: Final = 5.0
 #: Handlers of one type that may be stuck in this process, before it takes no more commands of that type: the type may
 #: be at fault, and the others go on. One bad command may take two, first in a batch and then alone.
 STUCK_OF_TYPE: Final = 3
-#: Failed commands that have a line of the log each in a minute; the others of that minute share one for each error.
-MOST_TOLD: Final = 20
 #: Seconds between two tries to write down that a handler is stuck, while the database is away.
 _AGAIN_S: Final = 1.0
 
@@ -238,16 +236,18 @@ class Executor:
             # The failure of the transaction, such as a constraint that is checked at the COMMIT. The commands of a
             # batch run alone, uncharged, so that only the one at fault is charged.
             if len(cmd_ids) > 1:
-                self.log.warn(
-                    "a batch of {size} commands was rolled back, and each runs alone: {why}",
-                    size=len(cmd_ids),
-                    why=one_line(error),
-                )
+                if self._lines.may_tell(one_line(error)):
+                    self.log.warn(
+                        "a batch of {size} commands was rolled back, and each runs alone: {why}",
+                        size=len(cmd_ids),
+                        why=one_line(error),
+                    )
                 if len(self._refused) > _MOST_REFUSED:
                     self._refused.clear()
                 self._refused.update(cmd_ids)
                 return 0.0
-            self.log.failure("a batch of {size} commands was rolled back", size=len(cmd_ids))
+            if self._lines.may_tell(one_line(error)):
+                self.log.failure("a batch of {size} commands was rolled back", size=len(cmd_ids))
             report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, one_line(error))
         for cmd_id in cmd_ids:
             self._losses.pop(cmd_id, None)
@@ -308,7 +308,7 @@ class Executor:
 
     def _tell_failures(self, untold: Mapping[str, int]) -> None:
         for error, count in untold.items():
-            self.log.warn("{count} more commands failed: {error}", count=count, error=error)
+            self.log.warn("commands failed further, {count} times: {error}", count=count, error=error)
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 

@@ -22,12 +22,15 @@ EXIT_S: Final = 90.0
 
 @contextmanager
 def bounded(name: str) -> Iterator[None]:
-    """Interrupt what runs inside when it takes too long. In the main thread; in others there are no signals.
+    """Interrupt what runs inside when it takes too long.
+
+    Only the main thread gets signals, and has one timer: in others, and inside another import, this does nothing.
 
     :param name: what is imported, for people.
     :raises OperatorError: it took :data:`IMPORT_S`.
     """
-    if threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0):
         yield
         return
     ticks = 0
@@ -36,15 +39,17 @@ def bounded(name: str) -> Iterator[None]:
         nonlocal ticks
         ticks += 1
         if ticks == 1:
-            _say(f"plug-in {name} is being imported for {TELL_S:g} s, and is left out after {IMPORT_S:g} s")
+            _say(f"plug-in {name} has been importing for {TELL_S:g} s, and is left out after {IMPORT_S:g} s")
         # Again and again: code that catches every exception may go on.
         if ticks * TELL_S >= IMPORT_S:
-            raise OperatorError(f"its import did not return within {IMPORT_S:g} s: mend it, or uninstall what it is of")
+            raise OperatorError(
+                f"its import did not return within {IMPORT_S:g} s: mend it, or uninstall what it came with"
+            )
 
     before = signal.signal(signal.SIGALRM, tick)
-    signal.setitimer(signal.ITIMER_REAL, TELL_S, TELL_S)
-    _exit_later()
     try:
+        signal.setitimer(signal.ITIMER_REAL, TELL_S, TELL_S)
+        _exit_later()
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
@@ -53,10 +58,12 @@ def bounded(name: str) -> Iterator[None]:
 
 
 def _exit_later() -> None:
-    with suppress(OSError, ValueError, AttributeError):  # stderr is closed, or no file
+    # Without stderr it raises RuntimeError, and where that is no file, ValueError.
+    with suppress(OSError, ValueError, RuntimeError, AttributeError):
         faulthandler.dump_traceback_later(EXIT_S, exit=True, file=cast("IO[str]", sys.__stderr__))
 
 
 def _say(line: str) -> None:
-    with suppress(OSError, ValueError, AttributeError):
-        print(line, file=sys.__stderr__, flush=True)
+    with suppress(OSError, ValueError):
+        if sys.__stderr__ is not None:
+            print(line, file=sys.__stderr__, flush=True)

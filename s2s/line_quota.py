@@ -12,6 +12,8 @@ from s2s.clock import Timer, cancel
 #: period are counted.
 TOLD: Final = 3
 PERIOD_S: Final = 60.0
+#: The same, where each event may be of interest: a failed command, a dead row, a refused frame.
+MOST_TOLD: Final = 20
 #: Causes that are counted apart; further ones are counted together.
 MOST_CAUSES: Final = 32
 _OTHER: Final = "for other causes"
@@ -23,28 +25,46 @@ class LineQuota:
     :param reactor: an ``IReactorTime``.
     :param tell: called at the end of a period with the number of events without a line, by cause, if there were any.
     :param most: events that have a line each in one period.
+    :param is_first_told: the first event of each cause has a line in any case, of :data:`MOST_CAUSES` causes.
     """
 
-    def __init__(self, reactor: Any, tell: Callable[[Mapping[str, int]], object], most: int = TOLD) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        tell: Callable[[Mapping[str, int]], object],
+        most: int = TOLD,
+        is_first_told: bool = False,
+    ) -> None:
         self._reactor = reactor
         self._tell = tell
         self._most = most
+        self._is_first_told = is_first_told
+        self._is_stopped = False
         self._told = 0
+        #: Causes that have had a line.
+        self._causes: set[str] = set()
         self._untold: Counter[str] = Counter()
         self._timer: Timer | None = None
 
     def may_tell(self, cause: str) -> bool:
         """Return whether an event may have a line of its own; one that may not is counted under its cause."""
+        if self._is_stopped:
+            return True
         if self._timer is None:
             self._begin()
-        if self._told < self._most:
+        if self._told < self._most or (self._is_first_told and self._is_new(cause)):
             self._told += 1
+            self._causes.add(cause)
             return True
         self._untold[cause if cause in self._untold or len(self._untold) < MOST_CAUSES else _OTHER] += 1
         return False
 
+    def _is_new(self, cause: str) -> bool:
+        return len(self._causes) < MOST_CAUSES and cause not in self._causes
+
     def stop(self) -> None:
-        """Tell what is counted now, and no more after that."""
+        """Tell what is counted now; each event after that has a line of its own, and nothing is left to be done."""
+        self._is_stopped = True
         cancel(self._timer)
         self._timer = None
         self._flush()
@@ -56,6 +76,7 @@ class LineQuota:
         self._timer = None
         if not self._untold:
             self._told = 0
+            self._causes.clear()
             return
         # A line for each event again only after a minute in which there was nothing to add up.
         self._begin()

@@ -42,8 +42,8 @@ LOG_FILES: Final = (1, 1000)
 #: Seconds between two looks at the size of the embedded PostgreSQL's log.
 TRIM_S: Final = 60.0
 _TWISTD_PIDFILE: Final = "twistd.pid"
-#: Sessions of a role beside those of its two pools: for short statements, and for notifications.
-_OWN_SESSIONS: Final = 2
+#: Sessions of a role beside those of its two pools: for short statements, for notifications, and to cancel by.
+_OWN_SESSIONS: Final = 3
 HANDLER_TIMEOUTS: Final = (1, 3600)
 
 

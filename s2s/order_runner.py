@@ -255,7 +255,7 @@ class OrderRunner:
                 raise
             raise _Stopped(error) from None
         if isinstance(outcome, Unfinished):
-            return table.go_on(txn, place, outcome.state, self._name, self._clock.mono() < until)
+            return table.go_on(txn, order, place, outcome.state, self._name, self._clock.mono() < until)
         table.finish(txn, order, "done", outcome, self._name)
         return table.find(txn, order.order_id)
 

@@ -102,9 +102,10 @@ def start(data: Path) -> tuple[str, subprocess.Popen[bytes] | None]:
         try:
             time.sleep(0.02)
         except KeyboardInterrupt:
-            # Nobody else knows of it yet. SIGINT is PostgreSQL's fast shutdown.
+            # Nobody else knows of it yet, and it has no clients. Not SIGINT: where a shell's background job ignores it,
+            # PostgreSQL does so too until it has its own handlers.
             if process is not None:
-                process.send_signal(signal.SIGINT)
+                process.terminate()
                 process.wait(STOPPING_S)
             raise
     return f"postgresql://postgres@/postgres?host={quote(running.socket_dir, safe='/')}&port={_PORT}", process

@@ -22,7 +22,7 @@ from ulid_transform import ulid_now
 
 from s2s import canonical, envelope
 from s2s.answers import Answers
-from s2s.budget import network
+from s2s.budget import peer_network
 from s2s.catalogue import BY_NAME, ERROR, ERROR_SCHEMA, HEALTH_CHECK
 from s2s.clock import Clock, Timer, cancel
 from s2s.dispatch import Dispatcher, KeySource, Refusal, Reply, Request, UnknownKey, UnsignedError
@@ -45,7 +45,7 @@ from s2s.errors import (
     harmless,
 )
 from s2s.limits import Counters
-from s2s.line_quota import LineQuota
+from s2s.line_quota import MOST_TOLD, LineQuota
 from s2s.reader import Reader
 from s2s.session import ALSO_PROVES, CHALLENGE, Event, Session, State
 from s2s.strangers import Strangers
@@ -57,8 +57,6 @@ _TCP_USER_TIMEOUT_MS: Final = 20_000
 #: A frame waits so long, in seconds, for the keys to be read again.
 _KEYS_S: Final = 3.0
 #: Why a link ended that neither side closed with a reason.
-#: Refused frames of one link that have a line of the log each in a minute; the others of that minute share one.
-MOST_TOLD: Final = 20
 _LOST: Final = "the connection was lost"
 #: After these answers a reconnect waits long: trying again soon cannot help.
 _SLOW_CODES: Final = frozenset({"forbidden", "ts_skew"})
@@ -176,8 +174,9 @@ class Link(Int32StringReceiver):
     def _take_in_turn(self, data: bytes) -> None:
         """Stop reading, and taking what was read, until a stranger's bytes have their turn."""
         before, self._strange_bytes = self._strange_bytes, self._strange_bytes + len(data)
-        address = network(str(getattr(self.transport.getPeer(), "host", "")))
-        if not self._strangers.may_take(address, before, data, lambda: self.session.is_open, self._have_turn):
+        if not self._strangers.may_take(
+            peer_network(self.transport), before, data, lambda: self.session.is_open, self._have_turn
+        ):
             self._waits += 1
             self._reader.stop("stranger")
 

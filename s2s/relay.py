@@ -19,7 +19,7 @@ from twisted.python.failure import Failure
 from s2s.catalogue import COMMAND_PUSH
 from s2s.clock import Clock, Timer, cancel
 from s2s.errors import BadPayload, CanonicalError, DatabaseError, LineFull, LocalError, Refused, TooBigToSend, TooLarge
-from s2s.line_quota import LineQuota
+from s2s.line_quota import MOST_TOLD, LineQuota
 from s2s.pace import Pace
 from s2s.protocol import Link
 from s2s.settings import number
@@ -42,8 +42,6 @@ DEPTH_S: Final = 5.0
 #: Least and longest pause before a row is sent again.
 RETRY_S: Final = (0.1, 5.0)
 #: Refusals that are about the link or the clock, and say nothing against the command, whatever their ``retryable``.
-#: Dead rows that have a line of the log each in a minute; the others of that minute share one for each code.
-MOST_TOLD: Final = 20
 _NOT_ITS_FAULT: Final = frozenset({"replay", "forbidden", "ts_skew"})
 
 

@@ -191,7 +191,7 @@ class Scheduler:
                 outcome = judged(self._jobs[due.job_type].run(cursor, run))
             if isinstance(outcome, Unfinished):
                 is_next_ours = self._clock.mono() < until
-                return Report(False, next=table.go_on(txn, place, outcome.state, is_next_ours))
+                return Report(False, next=table.go_on(txn, due, place, outcome.state, is_next_ours))
             table.finish(txn, due, _next_after, outcome)
             return Report(True, outcome)
         # BaseException: in this thread a SystemExit is the job's own, and nobody else's. A connection that is lost, or

@@ -33,7 +33,7 @@ class Turns:
         self._turn = turn
         self._clock = clock
         self._lines = lines
-        self._quota = LineQuota(clock, self._tell)
+        self._quota = LineQuota(clock, self._tell, is_first_told=True)
         self.is_stopping = False
         #: Something came since a line looked last.
         self._is_woken = False

@@ -100,6 +100,18 @@ class ReadingTests(SynchronousTestCase):
         heard = [(port, backlog, interface) for port, _, _, backlog, interface in memory.sslServers]
         self.assertEqual(heard, [(4321, 7, "127.0.0.1"), (4322, 50, "")])
 
+    def test_behind_a_proxy(self) -> None:
+        """Behind ``haproxy:`` certificates are asked for, and read again, as without it."""
+        memory = MemoryReactor()
+        endpoint = server_endpoint(memory, f"haproxy:{self.tls()}")
+        endpoint.listen(Factory())
+        [(port, _, contexts, _, _)] = memory.sslServers
+        before = contexts.getContext()
+        self.assertEqual((port, contexts.getContext() is before), (4321, True))
+        endpoint.reread()
+        self.assertIsNot(contexts.getContext(), before)
+        self.assertRaises(ValueError, server_endpoint, memory, "haproxy:ssl:4321:trustRoots=/none")
+
     def test_quoting(self) -> None:
         """A backslash takes its meaning from a colon, an equals sign and a backslash."""
         odd = self.directory.with_name("a:b=c\\d")

@@ -44,6 +44,13 @@ class LineQuotaTests(SynchronousTestCase):
         self.assertEqual(self.sums, [{"a": 1}, {"a": 1}])
         self.assertEqual(self.ask(TOLD + 1), TOLD)
 
+    def test_the_first_of_each_cause(self) -> None:
+        """Where it is wanted, the first event of each cause has a line, whatever others have used up."""
+        self.quota = LineQuota(self.time, self.sums.append, is_first_told=True)
+        self.assertEqual(self.ask(TOLD + 5, "a"), TOLD)
+        self.assertEqual([self.ask(1, "b"), self.ask(1, "b"), self.ask(1, "a")], [1, 0, 0])
+        self.assertEqual(sum(self.ask(1, str(number)) for number in range(2 * MOST_CAUSES)), MOST_CAUSES - 2)
+
     def test_causes_are_bounded(self) -> None:
         """Causes beyond a bound are counted together."""
         self.ask(TOLD)
@@ -64,6 +71,8 @@ class LineQuotaTests(SynchronousTestCase):
         self.quota.stop()
         self.assertEqual(self.time.getDelayedCalls(), [])
         self.assertEqual(self.sums, [{"a": 1}])
+        self.assertEqual(self.ask(TOLD + 1), TOLD + 1)
+        self.assertEqual(self.time.getDelayedCalls(), [])
 
 
 class AvailabilityTests(SynchronousTestCase):
@@ -98,7 +107,8 @@ class AvailabilityTests(SynchronousTestCase):
         told = self.lines(PERIOD_S, *[DatabaseUnavailable("too many"), None] * 200)
         self.assertEqual(len(told), 2 * TOLD + 1)
         self.assertEqual(
-            told[-1], f"the database is not available: {200 - TOLD} more times in 60 s, the last time: too many"
+            told[-1],
+            f"the database is not available: {200 - TOLD} more times in 60 s, the last time: too many; it is there now",
         )
 
     def test_the_end_is_told(self) -> None:

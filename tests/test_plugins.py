@@ -146,7 +146,7 @@ class ImportTests(DiscoveryTestCase):
         self.write("bell", _SOUND)
         found = discover()
         self.assertEqual(self.found(found), (["bell.ring"], ["bell.toll"]))
-        self.assertIn("plug-in s2s.plugins.a_waits is being imported for", self.told.getvalue())
+        self.assertIn("plug-in s2s.plugins.a_waits has been importing for", self.told.getvalue())
         [complaint] = found.complaints
         self.assertIn("a_waits is left out: its import did not return within 0.2 s", complaint)
 

@@ -516,7 +516,7 @@ class StepTests(SchedulerTestCase):
             assert due is not None
             place = table.hold(txn, due)
             assert place is not None
-            table.go_on(txn, place, {"at": 1}, False)
+            table.go_on(txn, due, place, {"at": 1}, False)
         self.assertEqual((due.attempts, holds(stale), holds(due)), (2, False, False))
         fresh = attempt()
         self.assertEqual((fresh.attempts, fresh.due_at), (stale.attempts, stale.due_at))
@@ -575,7 +575,7 @@ class StepTests(SchedulerTestCase):
                 assert due is not None
                 if number % 1000:
                     place = table.hold(txn, due)
-                    due = table.go_on(txn, place or "", {"at": number}, True)
+                    due = table.go_on(txn, due, place or "", {"at": number}, True)
                     continue
                 with txn.connection.cursor(cursor_factory=RecordingCursor) as recording:
                     table.hold(recording, due)

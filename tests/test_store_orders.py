@@ -190,7 +190,7 @@ class AttemptTests(OrdersTestCase):
     def go_on(self, order_id: str, state: Any = None) -> None:
         """End a step that has more to do."""
         order = self.run_(table.find, order_id)
-        self.run_(table.go_on, order.place, state or {"done": 1}, "engine-1", False)
+        self.run_(table.go_on, order, order.place, state or {"done": 1}, "engine-1", False)
 
     def due(self) -> None:
         """Let every pause be over."""
@@ -284,6 +284,11 @@ class StepTests(OrdersTestCase):
         order: Order = self.run_(table.attempt, ORDERS, (), (), 0.0)
         return order
 
+    def go_on_with(self, order: Order, state: Any, engine: str, is_next_ours: bool) -> Order:
+        """End a step that has more to do."""
+        after: Order = self.run_(table.go_on, order, order.place, state, engine, is_next_ours)
+        return after
+
     def test_hold(self) -> None:
         """Who attempted it last holds it; neither who did before, nor a second one, nor anybody once it is over."""
         self.give("a")
@@ -293,7 +298,7 @@ class StepTests(OrdersTestCase):
             place = table.hold(txn, second)
             assert place is not None
             self.assertFalse(self.run_(table.hold, second))
-            table.go_on(txn, place, {"done": 1, "total": 2}, "engine-1", False)
+            table.go_on(txn, second, place, {"done": 1, "total": 2}, "engine-1", False)
         # Its step is done; the next attempt counts from one again.
         self.assertFalse(self.run_(table.hold, second))
         third = self.attempt()
@@ -337,9 +342,9 @@ class StepTests(OrdersTestCase):
     def test_overtaken(self) -> None:
         """An attempt that others have got past holds nothing, though the step that is next has as many attempts."""
         self.give("a")
-        self.run_(table.go_on, self.attempt().place, {"done": 1}, "engine-1", False)
+        self.go_on_with(self.attempt(), {"done": 1}, "engine-1", False)
         slow = self.attempt()
-        self.run_(table.go_on, self.attempt().place, {"done": 2}, "engine-2", False)
+        self.go_on_with(self.attempt(), {"done": 2}, "engine-2", False)
         fast = self.attempt()
         self.assertEqual((slow.attempts, slow.status), (fast.attempts, fast.status))
         self.assertFalse(self.run_(table.hold, slow))
@@ -349,7 +354,7 @@ class StepTests(OrdersTestCase):
         """Who goes on at once has the attempt of the next step, which nobody else gets, and can give it back."""
         self.give("a")
         first = self.attempt()
-        next_ = self.run_(table.go_on, first.place, {"done": 1}, "engine-1", True)
+        next_ = self.run_(table.go_on, first, first.place, {"done": 1}, "engine-1", True)
         self.assertEqual((next_.attempts, next_.state, next_.status), (1, {"done": 1}, "running"))
         self.assertIsNone(self.run_(table.attempt, ORDERS, (), (), 0.0))
         self.assertFalse(self.run_(table.hold, first))
@@ -358,6 +363,14 @@ class StepTests(OrdersTestCase):
         self.assertEqual(self.rows("attempts, retry_at"), [(0, None)])
         self.assertFalse(self.run_(table.hold, next_))
 
+    def test_a_row_that_has_moved(self) -> None:
+        """A row that was changed since its place was read is found by its key."""
+        self.give("a")
+        order = self.attempt()
+        self.execute("update orders set actor = 'other'")
+        self.assertTrue(self.run_(table.hold, order))
+        self.assertEqual(self.go_on_with(order, {"done": 1}, "engine-1", True).actor, "other")
+
     def test_undone(self) -> None:
         """A step that is rolled back leaves the row as the attempt made it."""
         self.give("a")
@@ -365,14 +378,14 @@ class StepTests(OrdersTestCase):
         before = self.rows("*")
         with self.assertRaises(ZeroDivisionError), blocking(self.url) as txn:
             table.hold(txn, order)
-            table.go_on(txn, order.place, {"done": 1}, "engine-1", False)
+            table.go_on(txn, order, order.place, {"done": 1}, "engine-1", False)
             raise ZeroDivisionError
         self.assertEqual(self.rows("*"), before)
 
     def test_a_life(self) -> None:
         """Begun, gone on and done: its row and the audit say who ran it, how it came, when, and what it came to."""
         self.give("a", SHIPS, {"new_value": 1})
-        self.run_(table.go_on, self.attempt().place, {"done": 1, "total": 2}, "engine-1", False)
+        self.go_on_with(self.attempt(), {"done": 1, "total": 2}, "engine-1", False)
         begun = self.run_(table.show, "a")
         self.assertEqual((begun.status, begun.state, begun.attempts), ("running", {"done": 1, "total": 2}, 0))
         self.assertEqual((begun.engine, begun.way, begun.finished_at), ("engine-1", "table", None))

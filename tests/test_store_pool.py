@@ -51,6 +51,13 @@ class TellingTests(DatabaseTestCase):
         self.assertIsInstance(driver.told(caught.exception, connection), StatementRefused)
         self.assertIsInstance(driver.told(psycopg2.ProgrammingError("can't adapt"), connection), StatementRefused)
 
+    def test_the_line_that_says_most(self) -> None:
+        """Of a host with several addresses, the one at which PostgreSQL answered tells why there is no connection."""
+        text = 'connection to "::1" failed: refused\nconnection to "127.0.0.1" failed: FATAL:  role "u" does not exist'
+        told = driver.told(psycopg2.OperationalError(text))
+        self.assertIn('role "u" does not exist', str(told))
+        self.assertEqual(told.state, "28000")
+
     def test_what_is_lost(self) -> None:
         """A transaction is lost with its connection, and when somebody in it has ended it."""
         connection = psycopg2.connect(self.url)

@@ -21,9 +21,8 @@ from s2s.catalogue import HEALTH_CHECK
 from s2s.clock import Clock
 from s2s.dispatch import Dispatcher
 from s2s.limits import Counters
-from s2s.line_quota import PERIOD_S, TOLD
+from s2s.line_quota import MOST_TOLD, PERIOD_S, TOLD
 from s2s.links import MAX_SILENT, LinkFactory, ServerLinks
-from s2s.protocol import MOST_TOLD
 from s2s.signing import Key, Keyring, Secret
 from s2s.strangers import (
     FIRST_BYTES,
@@ -86,6 +85,17 @@ class BudgetTests(SynchronousTestCase):
         self.time.advance(0.05)
         self.assertEqual(self.taken["engine"], _LARGE)
         self.assertGreater(self.counters.met["strangers"], 50)
+
+    def test_addresses_take_turns(self) -> None:
+        """Of many addresses that wait each has its turn, however many reads one of them has in line."""
+        while self.ask(f"other-{self.taken.total()}"):
+            pass
+        for _ in range(200):
+            self.ask("flood")
+        for number in range(5):
+            self.ask(f"engine-{number}")
+        self.time.pump([0.05] * 40)
+        self.assertGreaterEqual(min(self.taken[f"engine-{number}"] for number in range(5)), _LARGE)
 
     def test_an_address_keeps_its_order(self) -> None:
         """Of one address a large read is not overtaken for ever by small ones that come later."""

@@ -119,6 +119,9 @@ class MeaningTests(SynchronousTestCase):
             ('FATAL:  password authentication failed for user "game"', "28000"),
             ('FATAL:  role "game" does not exist', "28000"),
             ('FATAL:  database "game" does not exist', "3D000"),
+            ('FATAL:  pg_hba.conf rejects connection for host "::1"', "28000"),
+            ('FATAL:  role "game" is not permitted to log in', "28000"),
+            ("FATAL:  no more connections allowed (max_client_conn)", "53300"),
             ("connection refused", ""),
         ):
             self.assertEqual(sqlstate.at_connect(text), state, text)

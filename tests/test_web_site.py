@@ -18,7 +18,7 @@ from s2s.budget import BURST_S, Budget
 from s2s.clock import Clock
 from s2s.limits import Counters
 from s2s.web import site as module
-from s2s.web.site import ARRIVE_S, BODY_BYTES, FIRST_RATE, IDLE_S, LINGER_S, RATE, TAKE_S, make_site
+from s2s.web.site import ARRIVE_S, BODY_BYTES, IDLE_S, LINGER_S, RATES, TAKE_S, make_site
 
 #: Of what requests are made.
 _PIECES = [
@@ -77,7 +77,7 @@ class SiteTestCase(SynchronousTestCase):
 
     def trust_all(self) -> None:
         """Let no request wait for its turn as one without a valid token."""
-        self.site.budgets = (Budget((10**6, 10**6), self.site.clock),) * 2
+        self.site.budgets = dict.fromkeys(RATES, Budget((10**6, 10**6), self.site.clock))
 
     def connect(self) -> tuple[Any, _Transport]:
         """Make a connection."""
@@ -445,19 +445,19 @@ class StrangerTests(SiteTestCase):
             self.ask(waiting)
             self.time.advance(0.1)
         seconds = 10 + BURST_S
-        self.assertLessEqual(len(self.echo.seen), (FIRST_RATE[0] + RATE[0]) * seconds)
-        self.assertGreater(len(self.echo.seen), RATE[0] * seconds)
+        self.assertLessEqual(len(self.echo.seen), (RATES["first"][0] + RATES["later"][0]) * seconds)
+        self.assertGreater(len(self.echo.seen), RATES["later"][0] * seconds)
         self.assertGreater(self.counters.met["http_strangers"], 100)
 
     def test_all_are_answered(self) -> None:
         """A request that waited is answered in its turn, with what came behind it."""
         channel, transport = self.connect()
-        for _ in range(3 * RATE[0]):
+        for _ in range(3 * RATES["later"][0]):
             self.ask([channel])
             channel.dataReceived(_GET * 2)
             self.time.advance(0.01)
         self.time.pump([0.05] * 400)
-        self.assertEqual(transport.value().count(b"200 OK"), 9 * RATE[0])
+        self.assertEqual(transport.value().count(b"200 OK"), 9 * RATES["later"][0])
 
     def test_a_valid_token_does_not_wait(self) -> None:
         """A request with a valid token is read at once, from the same address and on a new connection."""
@@ -468,7 +468,26 @@ class StrangerTests(SiteTestCase):
             self.time.advance(0)
             self.assertEqual(transport.value().count(b"200 OK"), number)
 
-    def test_a_probe_does_not_wait_for_repeaters(self) -> None:
+    def test_a_probe_does_not_wait(self) -> None:
+        """A look at the health has its turn apart from all other requests of its address."""
+        self.ask([self.connect()[0] for _ in range(400)])
+        for path in (b"/healthz", b"/readyz?x"):
+            channel, transport = self.connect()
+            channel.dataReceived(_GET.replace(b"/", path, 1))
+            self.assertIn(b"200 OK", transport.value())
+
+    def test_those_in_line_go_first(self) -> None:
+        """Where there are too many connections, one that waits for its turn is cut off, and none that is idle."""
+        self.patch(module, "MOST_CONNECTIONS", 200)
+        _, idle = self.connect()
+        pairs = [self.connect() for _ in range(199)]
+        self.ask([channel for channel, _ in pairs])
+        _, fresh = self.connect()
+        self.time.advance(0)
+        self.assertTrue(idle.connected and fresh.connected)
+        self.assertEqual(sum(not transport.connected for _, transport in pairs), 1)
+
+    def test_a_newcomer_does_not_wait_for_repeaters(self) -> None:
         """The first request of a connection has its turn apart from those that ask again and again."""
         channels = [self.connect()[0] for _ in range(50)]
         for _ in range(10):

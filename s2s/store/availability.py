@@ -62,7 +62,8 @@ class Availability:
     def _tell(self, untold: Mapping[str, int]) -> None:
         self._is_told = self.is_away
         self.log.warn(
-            "{away}: {count} more times in {seconds:g} s, the last time: {why}",
+            "{away}: {count} more times in {seconds:g} s, the last time: {why}; it is {now} now",
+            now="away" if self.is_away else "there",
             away=self._sentences[0],
             count=untold[_OUTAGES],
             seconds=PERIOD_S,

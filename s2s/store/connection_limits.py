@@ -10,7 +10,7 @@ from s2s.store.driver import Cursor
 #: Each limit on this session's role, database and server, and the statement that raises it. A superuser has the last
 #: one alone; -1 is no limit.
 _LIMITS: Final = """
-select limits.said, limits.most, limits.cure
+select limits.said, limits.most, 0, limits.cure
 from pg_catalog.pg_roles r
 join pg_catalog.pg_database d on d.datname = current_database(),
 lateral (values
@@ -19,11 +19,13 @@ lateral (values
 ) as limits (said, most, cure)
 where r.rolname = session_user and not r.rolsuper and limits.most >= 0
 union all
-select 'PostgreSQL', current_setting('max_connections')::int - case when r.rolsuper then 0 else
-    current_setting('superuser_reserved_connections')::int
-    + coalesce(current_setting('reserved_connections', true)::int, 0) end,
+select 'PostgreSQL', current_setting('max_connections')::int - reserved, reserved,
     'alter system set max_connections ='
-from pg_catalog.pg_roles r where r.rolname = session_user
+from pg_catalog.pg_roles r,
+lateral (values (case when r.rolsuper then 0 else
+    current_setting('superuser_reserved_connections')::int
+    + coalesce(current_setting('reserved_connections', true)::int, 0) end)) as kept (reserved)
+where r.rolname = session_user
 order by 2
 """
 
@@ -35,9 +37,10 @@ def check(txn: Cursor, sessions: int) -> None:
     :raises OperatorError: with the statement that raises the limit.
     """
     txn.execute(_LIMITS)
-    for said, most, cure in txn:
+    for said, most, reserved, cure in txn:
         if most < sessions:
+            more = f", and {reserved} for superusers, and start PostgreSQL again" if "system" in cure else ""
             raise OperatorError(
                 f"{said} allows {most} connections and this process needs {sessions}: "
-                f"run: {cure} N; with an N of at least {sessions} for each process"
+                f"run: {cure} N; with an N of at least {sessions} for each process{more}"
             )

@@ -156,7 +156,9 @@ def told(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError
 
 
 def _text(error: psycopg2.Error) -> str:
-    return storable((error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()[0])
+    """Return the line that says most: at the connect, of all addresses of a host, one at which PostgreSQL answered."""
+    lines = (error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()
+    return storable(next((line for line in lines if "FATAL: " in line), lines[0]))
 
 
 def is_broken(conn: Connection) -> bool:

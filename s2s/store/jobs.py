@@ -1,8 +1,9 @@
 """Table ``jobs``: when each job is due, and where a run goes on (docs/protocol.rst, "The world and its jobs").
 
 Any number of engines share it. A step is two transactions: the first counts an attempt, so that a job that kills its
-process is not begun again at once; the second locks the row, does the step, and forgives the attempt. Whose row is
-locked, or was touched by another since, steps aside.
+process is not begun again at once; the second locks the row, does the step, and forgives the attempt. Where the same
+engine does the next step, too, the second counts that attempt. Whose row is locked, or was touched by another since,
+steps aside.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any, Final
 
 from psycopg2.extras import Json
 
+from s2s.errors import StatementRefused
 from s2s.store.driver import Cursor, lock_key, one_at_a_time
 
 _ATTEMPTING: Final = lock_key("attempting a job")
 #: Until the next attempt, after so many in a row; until this one is begun, nobody else makes one.
-PAUSE: Final = "least(power(2, least(attempts, 9)), 300) * interval '1 second'"
+_PAUSE: Final = "least(power(2, least({attempts}, 9)), 300) * interval '1 second'"
+PAUSE: Final = _PAUSE.format(attempts="attempts")
 
 
 #: The columns of a :class:`DueJob`.
@@ -176,20 +179,34 @@ def hold_still(txn: Cursor, job_type: str) -> None:
     txn.execute("select from jobs where job_type = %s for update", (job_type,))
 
 
-def go_on(txn: Cursor, place: str, state: Mapping[str, Any], is_next_ours: bool) -> DueJob | None:
+def go_on(txn: Cursor, job: DueJob, place: str, state: Mapping[str, Any], is_next_ours: bool) -> DueJob | None:
     """Store where a run goes on: its next step is due at once.
 
-    :param place: of its row, which :func:`hold` has locked.
+    :param place: of its row, which :func:`hold` has locked, unless the job has changed it since.
     :param is_next_ours: count an attempt of that step, too: the caller does it next, without another look.
     :returns: that attempt.
     """
-    txn.execute(
-        f"update jobs set state = %s, {next_attempt(is_next_ours)}, error = null"  # noqa: S608 - constants
-        f" where ctid = %s::tid returning {_DUE}",
-        (Json(dict(state)), place),
-    )
-    (row,) = txn.fetchall()
+    change = f"update jobs set state = %s, {next_attempt(is_next_ours)}, error = null where"  # noqa: S608 - constants
+    row = change_row(txn, change, Json(dict(state)), place=place, key=("job_type", job.job_type), returning=_DUE)
     return DueJob(*row) if is_next_ours else None
+
+
+def change_row(
+    txn: Cursor, change: str, *params: Any, place: str, key: tuple[str, str], returning: str
+) -> tuple[Any, ...]:
+    """Change a row, which is looked for at its last place first.
+
+    :param change: the statement up to its ``where``, with the ``params``.
+    :param key: the column and the value of its primary key.
+    :param returning: the columns to return.
+    """
+    column, value = key
+    for where, more in ((f"ctid = %s::tid and {column} = %s", (place, value)), (f"{column} = %s", (value,))):
+        txn.execute(f"{change} {where} returning {returning}", (*params, *more))
+        row = txn.fetchone()
+        if row is not None:
+            return tuple(row)
+    raise StatementRefused(f"a trigger has kept a row from being changed: {value}")
 
 
 def next_attempt(is_ours: bool) -> str:
@@ -197,7 +214,8 @@ def next_attempt(is_ours: bool) -> str:
 
     :param is_ours: whether the caller makes the first attempt of the next step, or whoever looks.
     """
-    return "attempts = 1, retry_at = now() + interval '1 second'" if is_ours else "attempts = 0, retry_at = null"
+    first = f"attempts = 1, retry_at = now() + {_PAUSE.format(attempts=0)}"
+    return first if is_ours else "attempts = 0, retry_at = null"
 
 
 def finish(txn: Cursor, job: DueJob, next_after: Callable[[str, int], int], result: Mapping[str, Any] | None) -> None:

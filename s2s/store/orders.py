@@ -17,7 +17,7 @@ from s2s import canonical
 from s2s.errors import CanonicalError, IdemConflict
 from s2s.store import notes
 from s2s.store.driver import Cursor, lock_key, one_at_a_time
-from s2s.store.jobs import PAUSE, hold_row, next_attempt
+from s2s.store.jobs import PAUSE, change_row, hold_row, next_attempt
 
 CHANNEL: Final = "s2s_orders"
 #: Notified when an order is over.
@@ -250,21 +250,19 @@ def hold(txn: Cursor, order: Order, waits: bool = False) -> str | None:
     return hold_row(txn, "orders", where, vars(order), waits)
 
 
-def go_on(txn: Cursor, place: str, state: Mapping[str, Any], engine: str, is_next_ours: bool) -> Order:
+def go_on(txn: Cursor, order: Order, place: str, state: Mapping[str, Any], engine: str, is_next_ours: bool) -> Order:
     """Store where an order goes on: its next step is due at once.
 
-    :param place: of its row, which :func:`hold` has locked.
+    :param place: of its row, which :func:`hold` has locked, unless the order has changed it since.
     :param is_next_ours: count an attempt of that step, too: the caller does it next, without another look.
     :returns: the order as it is then.
     """
-    txn.execute(
+    change = (
         f"update orders set status = 'running', state = %s, {next_attempt(is_next_ours)}, engine = %s,"  # noqa: S608
-        " way = coalesce(way, 'table'), started_at = coalesce(started_at, now())"
-        f" where ctid = %s::tid returning {_ORDER}",
-        (Json(dict(state)), engine, place),
+        " way = coalesce(way, 'table'), started_at = coalesce(started_at, now()) where"
     )
-    (row,) = txn.fetchall()
-    return Order(*row)
+    key = ("order_id", order.order_id)
+    return Order(*change_row(txn, change, Json(dict(state)), engine, place=place, key=key, returning=_ORDER))
 
 
 def release(txn: Cursor, order: Order) -> None:

@@ -64,8 +64,8 @@ MEANINGS: Final[dict[str, Meaning]] = {
         passes=True,
         cure="raise max_connections or the connection limit of the role or database, or stop another client",
     ),
-    # Of transaction ids, too; a statement of ours meets no other limit.
-    "54": Meaning(cure="see the log of the database: it may be in need of VACUUM"),
+    # Of the data, or of transaction ids.
+    "54": Meaning(unavailable=False, cure="see the log of the database: it may be in need of VACUUM"),
     "55P03": Meaning(passes=True, cure=_LOCKED),
     "57": Meaning("connection", drops=True, passes=True),
     # A statement timeout, or a cancellation by an operator.
@@ -80,8 +80,14 @@ _LONGEST_CODE: Final = 5
 #: The text of an error at the connect, by which libpq tells it, and its SQLSTATE, which libpq keeps to itself. A server
 #: with another ``lc_messages`` has other texts; their errors have no SQLSTATE.
 _AT_CONNECT: Final = (
-    (re.compile("too many (clients|connections)|connection slots are reserved"), "53300"),
-    (re.compile("authentication failed|no password supplied|no pg_hba.conf entry|role .* does not exist"), "28000"),
+    (re.compile("too many (clients|connections)|connection slots are reserved|no more connections allowed"), "53300"),
+    (
+        re.compile(
+            "authentication failed|no password supplied|no pg_hba.conf entry|pg_hba.conf rejects|role .* does not exist"
+            "|not permitted to log in|permission denied for database"
+        ),
+        "28000",
+    ),
     (re.compile("database .* does not exist"), "3D000"),
 )
 

@@ -16,7 +16,7 @@ from twisted.web.http import datetimeToString
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
-from s2s.budget import Budget, network
+from s2s.budget import Budget, peer_network
 from s2s.clock import Clock, Timer, cancel
 from s2s.errors import BadEnvelope, TooLarge, WireError
 from s2s.limits import Counters
@@ -38,12 +38,13 @@ TAKE_S: Final = 60.0
 #: Seconds for which what is still sent is dropped, so that a refusal is read, and for the end of the connection then.
 LINGER_S: Final = 2.0
 
-#: Requests without a valid token in a second, of one address and of all: first ones of a connection, and all others.
-#: Each takes about 0.4 ms of the reactor's time, so all of them take 6 % of a core.
-FIRST_RATE: Final = (50, 100)
-RATE: Final = (20, 50)
-#: The header by which a request is known before it is parsed, where all of it came at once.
+#: Requests without a valid token in a second, of one address and of all: probes, first requests of a connection, and
+#: later ones. Each takes about 0.4 ms of the reactor's time, so all of them take 8 % of a core.
+RATES: Final = {"probe": (20, 50), "first": (50, 100), "later": (20, 50)}
+_PROBE: Final = re.compile(rb"GET /(healthz|readyz)[ ?]")
+#: The header by which a request is known before it is parsed, and the first bytes of a read among which it is sought.
 _AUTHORIZATION: Final = re.compile(rb"^authorization:[ \t]*([!-~ ]+)", re.IGNORECASE | re.MULTILINE)
+_HEAD_BYTES: Final = 16_384
 #: A whole URL where a path is usual (RFC 9112, 3.2.2).
 _ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 
@@ -113,8 +114,8 @@ class _Channel(http.HTTPChannel):
     #: The first bytes of a request that waits for its turn.
     _early = b""
     _is_in_line = False
-    #: A request has begun on this connection.
-    _has_begun = False
+    #: No request has begun on this connection.
+    _is_first = True
 
     def dataReceived(self, data: bytes) -> None:
         """Take what comes, unless the connection is being closed; the first of a request waits for its turn."""
@@ -125,6 +126,7 @@ class _Channel(http.HTTPChannel):
         elif self._is_in_line:
             # TLS may hand over several pieces of one read.
             self._early += data
+            self.site.took(self, len(data))
         elif self._arriving is not None:
             super().dataReceived(data)
         else:
@@ -133,6 +135,8 @@ class _Channel(http.HTTPChannel):
                 super().dataReceived(data)
             else:
                 self._early = data
+                self.site.took(self, len(data))
+                self.resetTimeout()
                 self._networkProducer.pauseProducing()
 
     def _may_begin(self, data: bytes) -> bool:
@@ -140,20 +144,22 @@ class _Channel(http.HTTPChannel):
 
         :param data: its first bytes.
         """
-        budget = self.site.budgets[self._has_begun]
-        self._has_begun = True
-        known = _AUTHORIZATION.search(data)
+        is_first, self._is_first = self._is_first, False
+        known = _AUTHORIZATION.search(data[:_HEAD_BYTES])
         if known is not None and self.site.knows(known[1].decode("ascii").strip()):
             return True
-        address = network(str(getattr(self.transport.getPeer(), "host", "")))
-        self._is_in_line = not budget.take(address, 1, lambda: self._is_in_line, self._begin)
+        kind = "probe" if _PROBE.match(data) else "first" if is_first else "later"
+        turns = self.site.budgets[kind]
+        self._is_in_line = not turns.take(peer_network(self.transport), 1, lambda: self._is_in_line, self._begin)
         if self._is_in_line:
             self.site.counters.meet("http_strangers")
+            self.site.waits(self)
         return not self._is_in_line
 
     def _begin(self) -> None:
         """Read the request whose turn it is."""
         self._is_in_line = False
+        self.site.has_turn(self)
         if self._held is not None:
             self._next()
             return
@@ -316,13 +322,14 @@ class _Site(Site):
     def __init__(self, resource: Resource, clock: Clock, counters: Counters, knows: Callable[[str], bool]) -> None:
         super().__init__(resource, requestFactory=_Request, timeout=IDLE_S, reactor=clock.scheduler)
         self.knows = knows
-        #: For the first request of a connection, and for all others.
-        self.budgets = (Budget(FIRST_RATE, clock), Budget(RATE, clock))
+        self.budgets = {kind: Budget(rates, clock) for kind, rates in RATES.items()}
         self.clock = clock
         self.counters = counters
         self._all: set[_Channel] = set()
         #: Those on which nothing is arriving or under way, the one that has been so longest first.
         self._idle: dict[_Channel, None] = {}
+        #: Those whose request waits for its turn, the one that has waited longest first.
+        self._in_line: dict[_Channel, None] = {}
         #: Bytes of each body that is arriving, the request that began first first.
         self._arriving: dict[_Channel, int] = {}
         self._bodies_bytes = 0
@@ -332,13 +339,21 @@ class _Site(Site):
         """Take a connection."""
         if len(self._all) >= MOST_CONNECTIONS:
             self.counters.meet("http_connections")
-            if not self._idle and not self._arriving:
+            if not self._in_line and not self._idle and not self._arriving:
                 return _Refused()
-            self._evict(self._idle or self._arriving)
+            self._evict(self._in_line or self._idle or self._arriving)
         channel: _Channel = super().buildProtocol(addr)
         self._all.add(channel)
         self._idle[channel] = None
         return channel
+
+    def waits(self, channel: _Channel) -> None:
+        """Its request waits for its turn."""
+        self._in_line[channel] = None
+
+    def has_turn(self, channel: _Channel) -> None:
+        """Its request waits no longer."""
+        self._in_line.pop(channel, None)
 
     def arrives(self, channel: _Channel) -> None:
         """A request arrives."""
@@ -367,6 +382,7 @@ class _Site(Site):
 
     def gone(self, channel: _Channel) -> None:
         """The connection is closed."""
+        self.has_turn(channel)
         self.arrived(channel)
         self._all.discard(channel)
         if self._closing is not None and not self._all:

@@ -68,7 +68,8 @@ def start_process(
         process.communicate()
 
     process = subprocess.Popen(
-        argv,
+        # A background job of a shell ignores SIGINT, and its children inherit that.
+        ["env", "--default-signal=INT", *argv],
         cwd=cwd,
         env=environment(**variables),
         stdin=subprocess.DEVNULL,
