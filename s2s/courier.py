@@ -13,7 +13,17 @@ from twisted.logger import Logger
 
 from s2s.catalogue import ORDERS
 from s2s.clock import Clock
-from s2s.errors import BadReply, DatabaseError, LinkLost, Refused, S2SError, UnsupportedType, harmless, storable
+from s2s.errors import (
+    BadReply,
+    CanonicalError,
+    DatabaseError,
+    LinkLost,
+    Refused,
+    S2SError,
+    UnsupportedType,
+    harmless,
+    storable,
+)
 from s2s.links import ServerLinks
 from s2s.news import news
 from s2s.protocol import Link
@@ -155,6 +165,9 @@ class Courier:
     async def _send(self, link: Link, order: Order) -> None:
         try:
             try:
+                # A number of the database may be beyond every number of JSON parsers.
+                if not isinstance(order.params, dict):
+                    raise CanonicalError("its params are no JSON object that can be read")
                 ack = await link.call(order.rpc, {**order.params, "order_id": order.order_id})
                 if ack.get("order_id", order.order_id) != order.order_id:
                     raise BadReply(f"{order.rpc} was answered for another order")

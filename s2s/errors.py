@@ -199,6 +199,17 @@ class StatementRefused(DatabaseError):
         self.state = state
 
 
+class RowRefused(StatementRefused):
+    """The database does not let a row be changed: a trigger, a constraint, or a value out of range.
+
+    :param key: the row's.
+    """
+
+    def __init__(self, key: str, refused: StatementRefused) -> None:
+        super().__init__(str(refused), refused.constraint, refused.state)
+        self.key = key
+
+
 class HandlerTimeout(S2SError):
     """A call of a handler, a job or an order took longer than its deadline; nothing of it was done."""
 

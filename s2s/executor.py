@@ -21,7 +21,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from s2s.commands import Command, CommandType
-from s2s.errors import DatabaseUnavailable, HandlerStuck, one_line
+from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, one_line
 from s2s.line_quota import MOST_TOLD, LineQuota
 from s2s.reaper import Reaper
 from s2s.store import commands as table
@@ -246,7 +246,8 @@ class Executor:
                     self._refused.clear()
                 self._refused.update(cmd_ids)
                 return 0.0
-            if self._lines.may_tell(one_line(error)):
+            # A deadline has no traceback that says more than the charge does.
+            if not isinstance(error, HandlerTimeout) and self._lines.may_tell(one_line(error)):
                 self.log.failure("a batch of {size} commands was rolled back", size=len(cmd_ids))
             report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, one_line(error))
         for cmd_id in cmd_ids:

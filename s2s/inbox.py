@@ -267,6 +267,9 @@ class Inbox:
             # The pool has said so in the log, once.
             self._note(failure.value)
             error = DbUnavailable(retry_after_ms=RETRY_AFTER_MS)
+        elif isinstance(failure.value, StatementRefused):
+            self._note(failure.value)
+            error = self._refuse(failure.value)
         else:
             self._note(failure.value)
             incident = secrets.token_hex(8)

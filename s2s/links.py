@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -118,7 +119,10 @@ class ServerLinks:
         return len(self._all)
 
     def link_made(self, link: Link) -> None:
-        """Keep both bounds; of the silent links the oldest goes, so that silence cannot keep an engine out."""
+        """Keep both bounds; of the silent links one goes, so that silence cannot keep an engine out.
+
+        It is the oldest one of the address that has the most: a flood from one address costs the others none.
+        """
         if len(self._all) >= MAX_LINKS:
             self._counters.meet("links")
             link.close(f"there are {MAX_LINKS} links already")
@@ -126,7 +130,9 @@ class ServerLinks:
         silent = [each for each in self._all if each.session.is_open and not each.session.has_been_heard]
         if len(silent) >= MAX_SILENT:
             self._counters.meet("silent_links")
-            silent[0].close(f"{MAX_SILENT} newer links are as silent")
+            [(crowd, _)] = Counter(each.network for each in silent).most_common(1)
+            oldest = next(each for each in silent if each.network == crowd)
+            oldest.close(f"{MAX_SILENT} newer links are as silent")
         self._all[link] = None
 
     def link_proven(self, link: Link) -> None:

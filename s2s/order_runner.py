@@ -20,6 +20,7 @@ from s2s.errors import (
     HandlerStuck,
     InternalError,
     Paused,
+    RowRefused,
     ShuttingDown,
     StatementRefused,
     WireError,
@@ -37,7 +38,7 @@ from s2s.store.handler_pool import HandlerPool
 from s2s.store.jobs import SLICE_S
 from s2s.store.orders import Order
 from s2s.store.pool import Database
-from s2s.turns import Turns
+from s2s.turns import LeftOut, Turns
 
 #: Seconds that an order of the table is left to the link, where there is one.
 PATIENCE_S: Final = 3.0
@@ -92,6 +93,7 @@ class OrderRunner:
         self._condition = condition
         self._has_link = has_link
         self._emitted = emitted
+        self._left_out = LeftOut(clock.mono)
         self._turns = Turns("the runner of orders", self._turn, clock.scheduler, LINES)
         #: Those that came over a link are written down one after the other, so that none overtakes those before it.
         self._writing = DeferredLock()
@@ -161,13 +163,26 @@ class OrderRunner:
         rpcs = [rpc for rpc, kind in self._kinds.items() if not (line and kind.rests)]
         resting = [rpc for rpc in rpcs if self._kinds[rpc].rests and is_paused]
         patience_s = PATIENCE_S if self._has_link() else 0.0
-        order = await self._database.run(table.attempt, rpcs, resting, list(self._in_hand), patience_s)
+        others = [*self._in_hand, *self._left_out.keys()]
+        try:
+            order = await self._database.run(table.attempt, rpcs, resting, others, patience_s)
+        except RowRefused as refused:
+            return self._leave_out(refused.key, refused)
         if order is None:
             return None
         until = self._clock.mono() + SLICE_S
         while order is not None:
-            order = await self._do(order, until)
+            order_id = order.order_id
+            try:
+                order = await self._do(order, until)
+            except StatementRefused as refused:
+                return self._leave_out(order_id, refused)
         return 0.0
+
+    def _leave_out(self, order_id: str, refused: StatementRefused) -> float | None:
+        """Let the other orders go on beside one whose row cannot be changed, and return the seconds to sleep."""
+        self._turns.tell_refused(f"order {order_id}: {refused}")
+        return 0.0 if self._left_out.add(order_id) else None
 
     async def _do(self, order: Order, until: float) -> Order | None:
         """Do one step.

@@ -110,6 +110,8 @@ class Link(Int32StringReceiver):
         self._events = events
         self._counters = counters
         self._strangers = strangers
+        #: By what the peer is counted among others.
+        self.network = ""
         #: Bytes that came, until a frame was valid; and how many times they wait to be taken.
         self._strange_bytes = 0
         self._waits = 0
@@ -131,6 +133,7 @@ class Link(Int32StringReceiver):
     def connectionMade(self) -> None:
         """Challenge the peer (protocol, "Challenge")."""
         self._tune()
+        self.network = peer_network(self.transport)
         self._writer = Writer(self.transport)
         self._events.link_made(self)
         if self.session.is_open:
@@ -174,9 +177,7 @@ class Link(Int32StringReceiver):
     def _take_in_turn(self, data: bytes) -> None:
         """Stop reading, and taking what was read, until a stranger's bytes have their turn."""
         before, self._strange_bytes = self._strange_bytes, self._strange_bytes + len(data)
-        if not self._strangers.may_take(
-            peer_network(self.transport), before, data, lambda: self.session.is_open, self._have_turn
-        ):
+        if not self._strangers.may_take(self.network, before, data, lambda: self.session.is_open, self._have_turn):
             self._waits += 1
             self._reader.stop("stranger")
 

@@ -11,7 +11,7 @@ from twisted.logger import Logger
 
 from s2s.clock import Clock
 from s2s.condition import Condition
-from s2s.errors import HandlerStuck, StatementRefused, harmless, one_line
+from s2s.errors import HandlerStuck, RowRefused, StatementRefused, harmless, one_line
 from s2s.jobs import JobRun, JobType, Unfinished, judged, parse_schedule
 from s2s.news import news
 from s2s.store import config, sqlstate
@@ -21,7 +21,7 @@ from s2s.store.handler_pool import HandlerPool
 from s2s.store.jobs import DueJob
 from s2s.store.own_keys import database_id, own_key
 from s2s.store.pool import Database
-from s2s.turns import Turns
+from s2s.turns import LeftOut, Turns
 
 #: Jobs that run at once in one engine: one that hangs does not hold up the others.
 LINES: Final = 2
@@ -80,6 +80,7 @@ class Scheduler:
         self._declare_at: float | None = None
         #: What is under way here: one that hangs is not begun again by the other line.
         self._in_hand: set[str] = set()
+        self._left_out = LeftOut(clock.mono)
         self._turns = Turns("the scheduler", self._turn, clock.scheduler, LINES if jobs else 0)
         self.runs = self.failed = 0
 
@@ -104,19 +105,30 @@ class Scheduler:
             self._declare_at = self._clock.mono() + DECLARE_S
         if self._condition.state != "running" or self._handlers.is_full:
             return None
-        due, due_in_s = await self._database.run(
-            self._attempt, [each for each in self._jobs if each not in self._in_hand]
-        )
+        others = self._in_hand.union(self._left_out.keys())
+        try:
+            due, due_in_s = await self._database.run(self._attempt, [each for each in self._jobs if each not in others])
+        except RowRefused as refused:
+            return self._leave_out(refused.key, refused)
         if due is None:
             return due_in_s
         until = self._clock.mono() + table.SLICE_S
         while due is not None:
+            job_type = due.job_type
             # Paused while we looked: from then on no job begins.
             if self._condition.state != "running" or self._turns.is_stopping:
                 await self._database.run(table.release, due)
                 return None
-            due = await self._do(due, until)
+            try:
+                due = await self._do(due, until)
+            except StatementRefused as refused:
+                return self._leave_out(job_type, refused)
         return 0.0
+
+    def _leave_out(self, job_type: str, refused: StatementRefused) -> float | None:
+        """Let the other jobs go on beside one whose row cannot be changed, and return the seconds to sleep."""
+        self._turns.tell_refused(f"job {job_type}: {refused}")
+        return 0.0 if self._left_out.add(job_type) else None
 
     async def _do(self, due: DueJob, until: float) -> DueJob | None:
         """Do one step.

@@ -14,6 +14,33 @@ from s2s.line_quota import LineQuota
 
 #: Seconds between two looks at a table when nothing wakes us, and between two tries when the database is away.
 POLL_S: Final = 1.0
+#: Seconds for which a row is left out, and rows that are left out at once.
+LEFT_OUT_S: Final = 30.0
+MOST_LEFT_OUT: Final = 1000
+
+
+class LeftOut:
+    """Keys of rows that the database does not let anybody change: others have their turn meanwhile.
+
+    :param mono: returns the monotonic time in seconds.
+    """
+
+    def __init__(self, mono: Callable[[], float]) -> None:
+        self._mono = mono
+        self._until: dict[str, float] = {}
+
+    def add(self, key: str) -> bool:
+        """Leave a row out for :data:`LEFT_OUT_S`; return ``False`` where too many are left out."""
+        is_room = len(self.keys()) < MOST_LEFT_OUT
+        if is_room:
+            self._until[key] = self._mono() + LEFT_OUT_S
+        return is_room
+
+    def keys(self) -> list[str]:
+        """Return those that are left out now."""
+        now = self._mono()
+        self._until = {key: until for key, until in self._until.items() if now < until}
+        return list(self._until)
 
 
 class Turns:
@@ -66,6 +93,12 @@ class Turns:
         for sleeper in self._asleep[:]:
             sleeper.cancel()
 
+    def tell_refused(self, why: str) -> None:
+        """Log, within a quota, that the database refuses a statement: by a trigger or a constraint that is not ours."""
+        # A traceback would say nothing more.
+        if self._quota.may_tell(why):
+            self.log.error("{what}: the database refuses a statement: {why}", what=self._what, why=why)
+
     def _tell(self, untold: Mapping[str, int]) -> None:
         for why, count in untold.items():
             self.log.error("{what} failed {count} more times: {why}", what=self._what, count=count, why=why)
@@ -81,9 +114,7 @@ class Turns:
             except GeneratorExit:
                 raise
             except StatementRefused as error:
-                # By a trigger or a constraint that is not ours: a traceback would say nothing more.
-                if self._quota.may_tell(str(error)):
-                    self.log.error("{what}: the database refuses a statement: {why}", what=self._what, why=str(error))
+                self.tell_refused(str(error))
             except BaseException as error:
                 # A SystemExit of foreign code, above all: it must not end a line without a word.
                 if self._quota.may_tell(one_line(error)):

@@ -16,6 +16,7 @@ from s2s.clock import Clock
 from s2s.courier import Courier
 from s2s.errors import DatabaseUnavailable, DeadlinePassed, LineFull, LinkLost, Refused, TooBigToSend
 from s2s.store import orders as table
+from s2s.store.cursor import Unreadable
 from s2s.store.orders import Order
 from s2s.turns import POLL_S
 
@@ -87,6 +88,14 @@ class CourierTests(SynchronousTestCase):
         self.courier.wake()
         self.assertEqual((self.first.sent, self.second.sent), (["a", "c"], ["b"]))
         self.assertEqual(self.first.calls[0][:2], (SECTOR, {"order_id": "a", "sector_id": 1, "status": "neutral"}))
+
+    def test_params_that_cannot_be_read(self) -> None:
+        """An order whose params no JSON parser reads is refused with a reason, and is not sent."""
+        self.database.queued.append(Order("a", SECTOR, Unreadable(), "me", "queued", None, {}, 0, 0))  # type: ignore[arg-type]
+        self.courier.wake()
+        self.assertEqual((self.first.sent, self.second.sent), ([], []))
+        [(order_id, status, result, *_)] = self.database.ended
+        self.assertEqual((order_id, status, result["code"]), ("a", "refused", "bad_payload"))
 
     def test_sent_again(self) -> None:
         """One that is queued still is sent again after a while, not while its answer is awaited, and not before."""

@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from click.testing import CliRunner
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from s2s.catalogue import ORDERS
+from s2s.cli import main
 from tests.support.peer import ACK, K1, Frame
 from tests.support.postgres import Session, database_url, drop_database, make_database, template
 from tests.support.roles import Engine, RoleTestCase, Server
@@ -170,6 +172,26 @@ class ForeignEngineTests(RoleTestCase):
         self.assertEqual(self.rows()[0][0], "queued")
         self.stranger(_says("done"))
         yield poll(lambda: self.rows() == [("done", None, "stranger", "link")], "it is done")
+
+    @inlineCallbacks
+    def test_a_broadcast(self) -> Iterator[Deferred[Any]]:
+        """Who gives a broadcast that no linked engine can sweep is told so, and nobody is while none is linked."""
+        hint = "no linked engine shares this database"
+
+        def tell() -> str:
+            told = CliRunner(env={"S2S_DATABASE_URL": self.url}).invoke(main, ["broadcast", "hello"])
+            self.assertEqual(told.exit_code, 0, told.output)
+            return str(told.stderr)
+
+        self.assertEqual(tell(), "")
+        self.stranger(_says("done"))
+        yield poll(lambda: self.execute("select 1 from engine_links"), "it is shown as linked")
+        self.assertIn(hint, tell())
+        engine = Engine(self.directory, self.url, self.server_role.port)
+        self.addCleanup(engine.stop)
+        yield engine.start()
+        yield poll(lambda: len(self.execute("select 1 from engine_links")) == 2, "ours is shown, too")
+        self.assertEqual(tell(), "")
 
 
 class OwnDatabaseTests(RoleTestCase):

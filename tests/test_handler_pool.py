@@ -349,6 +349,8 @@ class DeadlineTests(DatabaseTestCase):
         slow = self.call(_sql("set statement_timeout = 0; select pg_sleep(60)"))
         error = await self.assertFailure(slow, HandlerTimeout)
         self.assertIn("--handler-timeout", str(error))
+        renamed = self.call(_sql("set application_name = 'mine'; set statement_timeout = 0; select pg_sleep(60)"))
+        await self.assertFailure(renamed, HandlerTimeout)
         self.assertEqual(await self.handlers.run(_ask, "select 1"), [(1,)])
         self.assertLessEqual(len(self.sessions()), 2)
         self.assertEqual(self.handlers.stuck, [])

@@ -8,6 +8,7 @@ from unittest import mock
 
 from twisted.internet import task
 from twisted.internet.defer import Deferred, DeferredList, fail, gatherResults
+from twisted.logger import capturedLogs, formatEvent
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -176,6 +177,32 @@ class InboxTests(DatabaseTestCase):
         self.assertIn("the database refuses them", self.inbox.condition)
         await self.inbox.push(_push("k100"))
         self.assertEqual(self.inbox.condition, "ok")
+
+    async def test_a_deferred_trigger(self) -> None:
+        """A trigger that refuses one row at the COMMIT refuses that one alone, and leaves no traceback."""
+        self.execute(
+            "create function refuse() returns trigger language plpgsql as $$ begin"
+            " if new.idem_key = 'k7' then raise exception 'not this one' using errcode = '23514'; end if;"
+            " return new; end $$;"
+            "create constraint trigger refuse after insert on commands deferrable initially deferred"
+            " for each row execute function refuse()"
+        )
+        results = await self.push_all([_push(f"k{i}") for i in range(20)])
+        self.assertEqual([result[0] for result in results], [False] * 7 + [InternalError] + [False] * 12)
+        await self.assertFailure(self.inbox.push(_push("k7")), InternalError)
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    async def test_an_exhausted_sequence(self) -> None:
+        """Pushes that find no number for a command may be sent again, and the log names the cure once."""
+        self.execute("alter sequence commands_cmd_id_seq maxvalue 100; select setval('commands_cmd_id_seq', 100)")
+        with capturedLogs() as told:
+            results = await self.push_all([_push(f"k{i}") for i in range(20)])
+            await self.assertFailure(self.inbox.push(_push("k20")), DbUnavailable)
+        self.assertEqual({result[0] for result in results}, {DbUnavailable})
+        lines = [formatEvent(event) for event in told]
+        self.assertEqual([line for line in lines if "alter sequence" in str(line)], lines)
+        self.assertEqual(len(lines), 1)
+        self.assertIn("maximum value", self.inbox.condition)
 
     async def test_rows_that_are_taken_away(self) -> None:
         """A key that a trigger of another hand takes away is refused, and those beside it are accepted."""

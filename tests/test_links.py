@@ -31,7 +31,8 @@ class _Session:
 class _Link:
     """A link that only remembers why it was closed; its connection ends when the test says so."""
 
-    def __init__(self, key_id: str | None = None, **peer: Any) -> None:
+    def __init__(self, key_id: str | None = None, network: str = "127.0.0.1", **peer: Any) -> None:
+        self.network = network
         self.session = _Session(key_id)
         self.peer = peer
         self.why = "the connection was lost"
@@ -160,6 +161,13 @@ class ServerLinksTests(SynchronousTestCase):
         new = self.made()
         self.assertEqual([link for link in (*heard, *silent, new) if link.closed], [silent[0]])
         self.assertEqual(self.counters.met, {"silent_links": 1})
+
+    def test_a_flood_of_silent_links(self) -> None:
+        """A flood of silent links of one address closes its own, and never the older one of another address."""
+        alone = self.made(network="2001:db8::/64")
+        flood = [self.made() for _ in range(3 * MAX_SILENT)]
+        self.assertIsNone(alone.closed)
+        self.assertEqual(sum(link.closed is None for link in flood), MAX_SILENT - 1)
 
     def test_a_burst_of_silent_links(self) -> None:
         """Of a burst the oldest go one by one, even while their connections take a moment to end."""

@@ -11,6 +11,7 @@ from typing import Any
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
+from twisted.logger import capturedLogs, formatEvent
 
 from s2s import order_runner, turns
 from s2s.clock import Clock
@@ -243,6 +244,24 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual(self.row("o4"), ("refused", {"code": "not_found", "message": "long"}))
 
     # --- who runs it ------------------------------------------------------------------------------------------------
+
+    async def test_a_row_that_cannot_be_changed(self) -> None:
+        """An order whose row a trigger does not let change is told of by its id, and those behind it run."""
+        self.execute(
+            "create function keep() returns trigger language plpgsql as $$ begin"
+            " if new.order_id in ('first', 'begun') and (new.order_id = 'first' or new.status <> 'queued')"
+            " then raise exception 'not this one'; end if; return new; end $$;"
+            "create trigger keep before update on orders for each row execute function keep()"
+        )
+        for order_id in ("first", "begun", "last"):
+            self.give(order_id)
+        with capturedLogs() as told:
+            self.start(lambda *_: None)
+            await self.over("last")
+        lines = [str(formatEvent(event)) for event in told]
+        for order_id in ("first", "begun"):
+            self.assertEqual(self.row(order_id, "status"), ("queued",))
+            self.assertEqual(len([line for line in lines if f"order {order_id}: not this one" in line]), 1, lines)
 
     async def test_each_step_once(self) -> None:
         """Three engines share long orders: every step is done once, in its order, and by more than one of them."""

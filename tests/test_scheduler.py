@@ -14,7 +14,7 @@ import psycopg2
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.task import deferLater
-from twisted.logger import capturedLogs
+from twisted.logger import capturedLogs, formatEvent
 
 from s2s import scheduler as scheduling
 from s2s import turns
@@ -22,7 +22,7 @@ from s2s.clock import Clock
 from s2s.condition import Condition
 from s2s.jobs import JobRun, JobType, Outcome, Unfinished, registry
 from s2s.jobs.kind import MOST_TOLD
-from s2s.scheduler import Scheduler
+from s2s.scheduler import LINES, Scheduler
 from s2s.store import jobs as table
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
@@ -360,6 +360,22 @@ class FailureTests(SchedulerTestCase):
         committed = sorted(key for key, _ in self.effects())
         expected = [*(self.key(name) for name in works if "says_commit" in name), self.key(due_at=2 * _HOUR)]
         self.assertEqual(committed, sorted(expected))
+
+    async def test_a_row_that_cannot_be_changed(self) -> None:
+        """A job whose row a trigger does not let change is told of by its name, and the others run."""
+        self.due("stays", "tick")
+        self.execute(
+            "create function keep() returns trigger language plpgsql as $$ begin"
+            " if new.job_type = 'stays' then raise exception 'not this one'; end if; return new; end $$;"
+            "create trigger keep before update on jobs for each row execute function keep()"
+        )
+        with capturedLogs() as told:
+            self.start(_Job("stays", _nothing), _Job("tick", _nothing))
+            await self.reached("runs > 0")
+        lines = [str(formatEvent(event)) for event in told]
+        # Each line of the scheduler may have met it.
+        self.assertIn(len([line for line in lines if "job stays: not this one" in line]), range(1, LINES + 1), lines)
+        self.assertEqual(self.row("runs", "stays"), (0,))
 
     async def test_a_connection_that_is_lost(self) -> None:
         """A job with which the connection ends, as with its process, is undone and not begun again at once."""

@@ -6,15 +6,17 @@ import gc
 import os
 import threading
 from typing import Any
+from urllib.parse import quote
 
 import psycopg2
-from twisted.internet.defer import gatherResults
+from twisted.internet.defer import Deferred, gatherResults
 from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import CommitLost, DatabaseUnavailable, OperatorError, StatementRefused
 from s2s.limits import Counters
 from s2s.store import driver, pool
+from s2s.store.connection import prepare
 from s2s.store.pool import Database, blocking
 from tests.support.postgres import DatabaseTestCase, cluster_url
 from tests.support.waiting import poll
@@ -57,6 +59,29 @@ class TellingTests(DatabaseTestCase):
         told = driver.told(psycopg2.OperationalError(text))
         self.assertIn('role "u" does not exist', str(told))
         self.assertEqual(told.state, "28000")
+
+    async def test_a_backslash_in_a_parameter(self) -> None:
+        """A parameter arrives as it is where the default of a user has backslashes escape in literals."""
+        given = "a\\n\\' or 1=1; --"
+        options = quote("-c standard_conforming_strings=off -c search_path=public")
+        url = f"{self.url}{'&' if '?' in self.url else '?'}options={options}"
+        with blocking(url) as txn:
+            self.assertEqual(_one(txn, "select %s", given), given)
+            self.assertEqual(_one(txn, "show search_path"), "public, pg_temp")
+        database = Database(url, threads=1)
+        database.start()
+        self.addCleanup(database.stop)
+        self.assertEqual(await database.run(_one, "select %s", given), given)
+        asked: Deferred[Any] = Deferred()
+        database.ask(driver.Query("select %s", (given,)), asked.callback)
+        self.assertEqual(await asked, [(given,)])
+
+    def test_a_pooler_that_drops_options(self) -> None:
+        """A connection whose literals would be misread is refused with the statement that mends it."""
+        connection = psycopg2.connect(self.url, options="-c standard_conforming_strings=off")
+        self.addCleanup(connection.close)
+        with self.assertRaisesRegex(psycopg2.OperationalError, "alter role"):
+            prepare(connection, 1.0, 1.0)
 
     def test_what_is_lost(self) -> None:
         """A transaction is lost with its connection, and when somebody in it has ended it."""

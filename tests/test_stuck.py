@@ -21,7 +21,7 @@ from s2s.jobs import registry as job_registry
 from s2s.order_runner import OrderRunner
 from s2s.orders import OrderRun, OrderType
 from s2s.scheduler import Scheduler
-from s2s.store import commands, handler_pool, jobs, notes
+from s2s.store import commands, driver, handler_pool, jobs, notes
 from s2s.store.driver import Cursor
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
@@ -251,7 +251,7 @@ class CommandTests(StuckTestCase):
 
         def work(txn: Cursor, command: Command) -> None:
             if command.idem_key == "bad":
-                txn.execute("rollback to savepoint s2s; release savepoint s2s")
+                txn.execute(f"rollback to savepoint {driver._SAVEPOINT}; release savepoint {driver._SAVEPOINT}")
                 txn.execute("select 1 / 0")
 
         self.insert("a", "bad", "b")
@@ -284,6 +284,22 @@ class CommandTests(StuckTestCase):
         )
         self.assertEqual({key: counts[key] for key in "abc"}, {"a": 1, "b": 1, "c": 1})
 
+    async def test_a_handler_that_begins_another_transaction(self) -> None:
+        """A handler that rolls back and begins anew loses nothing of the others, whatever savepoint it makes."""
+        self.keep_charged()
+
+        def work(txn: Cursor, command: Command) -> None:
+            if command.idem_key == "bad":
+                txn.execute("rollback; begin; savepoint s2s")
+
+        self.insert("a", "bad", "b")
+        running = self.start(work)
+        await poll(lambda: running.ran == 2, "the others")
+        self.assertEqual(self.column("status"), {"a": "done", "bad": "ready", "b": "done"})
+        self.assertEqual(self.column("attempts"), {"a": 0, "bad": 1, "b": 0})
+        effects = self.execute("select idem_key, count(*) from effects join commands using (cmd_id) group by idem_key")
+        self.assertEqual({key: count for key, count in effects if key != "bad"}, {"a": 1, "b": 1})
+
     async def test_a_commit_that_hangs(self) -> None:
         """A deferred trigger that hangs in the COMMIT is cancelled at the deadline, and the commands behind it run."""
         self.execute(
@@ -297,6 +313,7 @@ class CommandTests(StuckTestCase):
         self.start(lambda *_: None)
         await poll(lambda: self.column("status")["a"] == "done", "the other one", timeout=40)
         await poll(lambda: self.column("attempts")["hangs"] > 0, "its charge", timeout=40)
+        self.assertIn("HandlerTimeout", self.column("error")["hangs"])
         self.assertEqual(self.column("attempts")["a"], 0)
 
     async def test_the_databases_fault(self) -> None:

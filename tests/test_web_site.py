@@ -18,7 +18,7 @@ from s2s.budget import BURST_S, Budget
 from s2s.clock import Clock
 from s2s.limits import Counters
 from s2s.web import site as module
-from s2s.web.site import ARRIVE_S, BODY_BYTES, IDLE_S, LINGER_S, RATES, TAKE_S, make_site
+from s2s.web.site import ARRIVE_S, BODY_BYTES, IDLE_S, LINGER_S, MOST_CHUNKS, RATES, TAKE_S, make_site
 
 #: Of what requests are made.
 _PIECES = [
@@ -142,6 +142,24 @@ class BodyTests(SiteTestCase):
             self.time.advance(LINGER_S)
             self.assertFalse(transport.connected)
         self.assertEqual(self.counters.met["http_body"], 3)
+
+    def test_tiny_chunks(self) -> None:
+        """A body of too many chunks is refused, and those that came with the last one are not looked at."""
+        seen: list[bytes] = []
+        handle = module._Request.handleContentChunk
+
+        def watch(request: Any, data: bytes) -> None:
+            seen.append(data)
+            handle(request, data)
+
+        self.patch(module._Request, "handleContentChunk", watch)
+        for count, answer in ((MOST_CHUNKS, b"200 OK"), (10_000, b'"code":"toolarge"')):
+            channel, transport = self.connect()
+            head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+            channel.dataReceived(head + b"1\r\nx\r\n" * count + b"0\r\n\r\n")
+            self.time.advance(0)
+            self.assertIn(answer, transport.value())
+        self.assertEqual(len(seen), 2 * MOST_CHUNKS + 1)
 
 
 class RequestTests(SiteTestCase):

@@ -37,3 +37,5 @@ def broadcast(door: Door, message: str, as_json: bool, **options: Any) -> None:
         ) from None
     told = f"broadcast {made.broadcast_id} waits for a sweep"
     click.echo(json.dumps({"broadcast_id": made.broadcast_id}) if as_json else told)
+    if made.hint:
+        click.echo(made.hint, err=True)

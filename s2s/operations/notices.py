@@ -8,7 +8,7 @@ from typing import Any, Final
 from s2s.commands import BUILTIN, registry
 from s2s.operations.kind import Ask, Operation, Reply, Steps, encode, take_once
 from s2s.operations.pages import Page, in_stretches, listing
-from s2s.store import audit, broadcasts, notices
+from s2s.store import audit, broadcasts, engines, notices
 from s2s.store.driver import Cursor
 from s2s.store.notices import NoticeRow
 
@@ -17,21 +17,28 @@ _DOCUMENT: Final = registry(BUILTIN)[broadcasts.COMMAND].schema
 
 @dataclass(frozen=True)
 class Broadcast:
-    """A broadcast that waits for a sweep."""
+    """A broadcast that waits for a sweep.
+
+    :param hint: why nothing sweeps it now, where that is known.
+    """
 
     broadcast_id: int
+    hint: str | None = None
+
+
+_STRANGERS: Final = "no linked engine shares this database: a broadcast is given where the engine's own database is"
 
 
 def _broadcast(ask: Ask) -> Steps[Broadcast]:
-    broadcast_id = yield from take_once(lambda txn: _add(txn, ask.body), "the broadcast was added")
-    return Reply(Broadcast(broadcast_id), 201)
+    made = yield from take_once(lambda txn: _add(txn, ask.body), "the broadcast was added")
+    return Reply(made, 201)
 
 
-def _add(txn: Cursor, body: dict[str, Any]) -> int:
+def _add(txn: Cursor, body: dict[str, Any]) -> Broadcast:
     broadcast_id = broadcasts.add(txn, **body)
     # Programs make them by the thousand in plain SQL: no trigger tells of each.
     audit.write(txn, "broadcasts.add", str(broadcast_id), audit.cut(body, encode(body)))
-    return broadcast_id
+    return Broadcast(broadcast_id, _STRANGERS if engines.are_strangers(txn) else None)
 
 
 BROADCAST: Final = Operation(

@@ -168,6 +168,8 @@ def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | Statement
 
     :returns: one outcome or refusal for each push, in the same order.
     """
+    # A constraint trigger that is deferred would refuse the COMMIT, and so all of them.
+    txn.execute("set constraints all immediate")
     txn.execute(f"select {_NEXT} from generate_series(1, %s)", (len(pushes),))  # noqa: S608
     drawn = [
         msgspec.structs.replace(push, cmd_id=cmd_id) for push, (cmd_id,) in zip(pushes, txn.fetchall(), strict=True)

@@ -22,6 +22,7 @@ class PlanningConnection(connection):
     :ivar plans: those statements.
     :ivar is_foreign: foreign code runs on it now, and may not end its transaction.
     :ivar owner: the identifier of the only thread that may use it; ``None``: any thread may.
+    :ivar session: the process of the database that serves it, and when that began; ``None``: not known yet.
     :ivar restore: the statements that undo, inside a transaction, each change of a setting and of the role, and remove
         the names that the next call may use, too: of cursors, prepared statements and temporary tables.
     """
@@ -37,6 +38,7 @@ class PlanningConnection(connection):
             raise
         self.plans: set[Any] = set()
         self.restore = ""
+        self.session: tuple[int, str] | None = None
         self._attributes: tuple[Any, ...] = ()
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,11 +62,13 @@ class PlanningConnection(connection):
         if self.owner is not None and self.owner != threading.get_ident():
             raise psycopg2.ProgrammingError("only the thread of a handler, a job or an order may use its connection")
 
-    def remember(self, changed: Iterable[tuple[str, str]]) -> None:
+    def remember(self, changed: Iterable[tuple[str, str]], session: tuple[int, str]) -> None:
         """Take the state of the connection now as the clean one.
 
         :param changed: the rows of :func:`baseline`.
+        :param session: the row of ``_SESSION``.
         """
+        self.session = session
         sets = ", ".join(f"pg_catalog.set_config('{name}', {_quote(value, self)}, false)" for name, value in changed)
         self.restore = (
             "reset session authorization; reset role; reset all; close all; deallocate all; discard temp;"
@@ -115,10 +119,43 @@ for _name in ("commit", "rollback", "reset", "close", "cancel", "set_isolation_l
     setattr(PlanningConnection, _name, _guarded(_name))
 
 
+#: The process of the database that serves this connection, and its start: code may change the name of its session.
+#: Behind a pooler, what libpq takes for the identifier of the process is the pooler's.
+_SESSION: Final = (
+    "select pid, backend_start::text from pg_catalog.pg_stat_activity where pid = pg_catalog.pg_backend_pid()"
+)
+
+
 def _quote(text: str, conn: connection) -> str:
     literal = QuotedString(text)
     literal.prepare(conn)
     return literal.getquoted().decode()
+
+
+def connect(parameters: Mapping[str, Any]) -> PlanningConnection:
+    """Connect. Blocks.
+
+    :param parameters: those of ``psycopg2.connect``.
+    """
+    conn: PlanningConnection = psycopg2.connect(**parameters)
+    if _misreads_literals(conn):
+        conn = psycopg2.connect(**_with_plain_literals(parameters, conn))
+    return conn
+
+
+def _misreads_literals(conn: connection) -> bool:
+    """Whether psycopg2 writes a backslash in a literal as :func:`baseline` has the session not read it.
+
+    psycopg2 asks for the setting once, at the connect. A parameter with a backslash would then end its own literal.
+    """
+    return bool(conn.info.parameter_status("standard_conforming_strings") == "off")
+
+
+def _with_plain_literals(parameters: Mapping[str, Any], conn: connection) -> dict[str, Any]:
+    """Close a connection for which :func:`_misreads_literals` is true, and return the parameters of the next one."""
+    options = conn.info.options
+    conn.close()
+    return {**parameters, "options": f"{options} -c standard_conforming_strings=on"}
 
 
 def prepare(conn: connection, statement_timeout_s: float, idle_timeout_s: float) -> None:
@@ -126,14 +163,26 @@ def prepare(conn: connection, statement_timeout_s: float, idle_timeout_s: float)
 
     :param statement_timeout_s: seconds after which the database cancels a statement.
     :param idle_timeout_s: seconds after which it ends a transaction that does nothing.
+    :raises psycopg2.OperationalError: literals would be misread, see :func:`connect`.
     """
+    _check_literals(conn)
     psycopg2.extras.register_default_jsonb(conn, loads=read_json)
     with conn.cursor(cursor_factory=StoreCursor) as txn:
         txn.execute(baseline(statement_timeout_s, idle_timeout_s))
         changed = txn.fetchall()
+        txn.execute(_SESSION)
+        [session] = txn.fetchall()
     conn.commit()
     if isinstance(conn, PlanningConnection):
-        conn.remember(changed)
+        conn.remember(changed, session)
+
+
+def _check_literals(conn: connection) -> None:
+    if _misreads_literals(conn):
+        raise psycopg2.OperationalError(
+            "standard_conforming_strings is off, and an option of the connection does not change it: run"
+            " alter role USER set standard_conforming_strings = on"
+        )
 
 
 #: Settings that our statements rely on, whatever the defaults of the server, the database and the user are.
@@ -194,9 +243,14 @@ def open_async(
     :param statement_timeout_s: seconds after which the database cancels a statement; 0: never.
     """
     deadline = time.monotonic() + within_s
-    conn: PlanningConnection = psycopg2.connect(**parameters(), async_=True)
+    given = parameters()
+    conn: PlanningConnection = psycopg2.connect(**given, async_=True)
     try:
         _settle(conn, deadline, within_s)
+        if _misreads_literals(conn):
+            conn = psycopg2.connect(**_with_plain_literals(given, conn), async_=True)
+            _settle(conn, deadline, within_s)
+            _check_literals(conn)
         for text in (baseline(statement_timeout_s), statement):
             if text:
                 cursor = conn.cursor(cursor_factory=StoreCursor)  # kept until it is done: the connection does not

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import select
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from twisted.logger import Logger
 
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, OperatorError, StatementRefused, storable
 from s2s.store import sqlstate
-from s2s.store.connection import PlanningConnection
+from s2s.store.connection import PlanningConnection, connect
 from s2s.store.url import read
 
 T = TypeVar("T")
@@ -42,6 +43,9 @@ _CONNECT: Final[dict[str, Any]] = {
     "tcp_user_timeout": 10_000,
     "client_encoding": "UTF8",
 }
+#: Unknown to foreign code: where that ends the transaction and begins another one, the end is noticed by the savepoint
+#: that is missing.
+_SAVEPOINT: Final = f"s2s_{secrets.token_hex(8)}"
 #: Seconds after which the database ends the transaction of one who is alone in something and does nothing there: fewer
 #: than the others' statements may wait for him.
 FROZEN_S: Final = 5.0
@@ -84,8 +88,7 @@ class Parameters:
 
     def connect(self) -> Connection:
         """Connect. Blocks."""
-        conn: Connection = psycopg2.connect(**self.read())
-        return conn
+        return connect(self.read())
 
 
 class Prepared:
@@ -216,12 +219,12 @@ def commit(conn: Connection) -> None:
 @contextmanager
 def savepoint(txn: Cursor) -> Iterator[None]:
     """Undo what is done inside if it raises, and only that."""
-    txn.execute("savepoint s2s")
+    txn.execute(f"savepoint {_SAVEPOINT}")
     try:
         yield
-        txn.execute("release savepoint s2s")
+        txn.execute(f"release savepoint {_SAVEPOINT}")
     except BaseException:
-        txn.execute("rollback to savepoint s2s; release savepoint s2s")
+        txn.execute(f"rollback to savepoint {_SAVEPOINT}; release savepoint {_SAVEPOINT}")
         raise
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from s2s.store import audit
+from s2s.store import audit, notes
 from s2s.store.driver import Cursor
 
 CHANNEL: Final = "s2s_engines"
@@ -95,6 +95,13 @@ def linked(txn: Cursor, names: Sequence[str]) -> set[str]:
         (list(names),),
     )
     return {name for (name,) in txn}
+
+
+def are_strangers(txn: Cursor) -> bool:
+    """Whether engines are linked, and none of them shares this database."""
+    txn.execute(f"select engine_boot_id from engine_links where seen_at >= now() - {_STALE}")  # noqa: S608 - a constant
+    boot_ids = [boot_id for (boot_id,) in txn]
+    return bool(boot_ids) and not notes.present(txn, {boot_id for boot_id in boot_ids if boot_id})
 
 
 def list_engines(txn: Cursor) -> list[EngineRow]:

@@ -30,6 +30,7 @@ from twisted.python.failure import Failure
 
 from s2s.clock import Timer, cancel
 from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, S2SError, describe
+from s2s.store import sqlstate
 from s2s.store.connection import PlanningConnection
 from s2s.store.cursor import plain
 from s2s.store.driver import Connection, Cursor, is_broken, is_in_transaction, savepoint
@@ -44,6 +45,8 @@ PATIENCE_S: Final = 5.0
 #: Seconds between two looks at the calls under way, and between two cancellations of one call.
 _WATCH_S: Final = 0.25
 _CANCEL_S: Final = 1.0
+#: The SQLSTATE of a statement that was cancelled.
+_QUERY_CANCELED: Final = "57014"
 #: Stuck threads of one process. Each costs a thread and about 100 kB; at this number no further call begins.
 MOST_STUCK: Final = 8
 
@@ -136,7 +139,6 @@ class HandlerPool(Database):
         )
         self._owner = owner
         self.availability = owner.availability
-        self._application_name = application_name
         self.timeout_s = timeout_s
         self.stuck: list[Task] = []
         self._tasks: set[Task] = set()
@@ -239,12 +241,14 @@ class HandlerPool(Database):
 
     def _signal(self, task: Task, function: str) -> None:
         # Not by psycopg2's own cancel(): it keeps the whole interpreter waiting for a database that hangs.
-        if task.connection is None:
+        session = getattr(task.connection, "session", None)
+        if session is None:
             return
         with suppress(S2SError), self.last_words() as txn:
+            # Another session may have the process's number by now.
             txn.execute(
-                f"select {function}(pid) from pg_stat_activity where pid = %s and application_name = %s",  # noqa: S608
-                (task.connection.info.backend_pid, self._application_name),
+                f"select {function}(pid) from pg_stat_activity where pid = %s and backend_start = %s",  # noqa: S608
+                session,
             )
 
     def _terminate(self, task: Task) -> None:
@@ -284,6 +288,11 @@ class HandlerPool(Database):
         task.enter(f"the COMMIT of {task.name}", task.subject)
         try:
             super()._commit(conn)
+        except psycopg2.Error as error:
+            # PostgreSQL has rolled back what it tells of as cancelled.
+            if task.is_late and sqlstate.code(error) == _QUERY_CANCELED:
+                raise self._too_late() from None
+            raise
         finally:
             task.leave()
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import psycopg2
 from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, get_wait_callback, set_wait_callback
 
+from s2s.store.connection import connect as open_connection
 from s2s.store.driver import Connection
 
 _EVENTS: Final = {POLL_READ: select.POLLIN, POLL_WRITE: select.POLLOUT}
@@ -27,12 +28,12 @@ _LOOKS: Final = "set client_connection_check_interval = 1000"
 def connect(parameters: Mapping[str, Any]) -> Connection:
     """Connect; in the main thread a signal is handled meanwhile."""
     if threading.current_thread() is not threading.main_thread():
-        return _connect(parameters)
+        return open_connection(parameters)
     came: list[Connection | BaseException] = []
 
     def in_thread() -> None:
         try:
-            came.append(_connect(parameters))
+            came.append(open_connection(parameters))
         except BaseException as error:
             came.append(error)
 
@@ -43,11 +44,6 @@ def connect(parameters: Mapping[str, Any]) -> Connection:
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome
-
-
-def _connect(parameters: Mapping[str, Any]) -> Connection:
-    conn: Connection = psycopg2.connect(**parameters)
-    return conn
 
 
 @contextmanager

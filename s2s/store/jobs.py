@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
+import psycopg2
 from psycopg2.extras import Json
 
-from s2s.errors import StatementRefused
-from s2s.store.driver import Cursor, lock_key, one_at_a_time
+from s2s.errors import RowRefused, StatementRefused
+from s2s.store.driver import Cursor, lock_key, one_at_a_time, told
 
 _ATTEMPTING: Final = lock_key("attempting a job")
 #: Until the next attempt, after so many in a row; until this one is begun, nobody else makes one.
 _PAUSE: Final = "least(power(2, least({attempts}, 9)), 300) * interval '1 second'"
 PAUSE: Final = _PAUSE.format(attempts="attempts")
-
+#: A row that was written by hand may have the largest number of attempts.
+ONE_MORE: Final = "attempts = least(attempts, 1000000) + 1"
 
 #: The columns of a :class:`DueJob`.
 _DUE: Final = (
@@ -112,21 +114,23 @@ def attempt(txn: Cursor, job_types: Iterable[str]) -> DueJob | None:
     """Count an attempt of the job that is due for the longest time.
 
     :param job_types: those that the caller can run now.
+    :raises RowRefused: the database does not take the change of that row.
     """
     # One looks at a time. With an older snapshot one would lock what another has just counted, to find that it is not
     # due: the other would see it locked, and step aside from its own attempt.
     one_at_a_time(txn, _ATTEMPTING)
     txn.execute(
-        f"update jobs set attempts = attempts + 1, retry_at = now() + {PAUSE}"  # noqa: S608 - a constant
-        " where job_type = any(array(select job_type from jobs where job_type = any(%s)"
+        "select job_type, ctid::text from jobs where job_type = any(%s)"
         # A run that is begun goes on, whatever the clock has called its time meanwhile.
         " and (due_at <= now() or state is not null or attempts > 0)"
-        " and (retry_at is null or retry_at <= now()) order by due_at, job_type limit 1 for update skip locked))"
-        f" returning {_DUE}",
+        " and (retry_at is null or retry_at <= now()) order by due_at, job_type limit 1 for update skip locked",
         (list(job_types),),
     )
     row = txn.fetchone()
-    return DueJob(*row) if row else None
+    if row is None:
+        return None
+    change = f"update jobs set {ONE_MORE}, retry_at = now() + {PAUSE} where"  # noqa: S608 - a constant
+    return DueJob(*change_row(txn, change, place=row[1], key=("job_type", row[0]), returning=_DUE))
 
 
 def release(txn: Cursor, job: DueJob) -> None:
@@ -199,14 +203,21 @@ def change_row(
     :param change: the statement up to its ``where``, with the ``params``.
     :param key: the column and the value of its primary key.
     :param returning: the columns to return.
+    :raises RowRefused: the database does not take the change.
     """
     column, value = key
     for where, more in ((f"ctid = %s::tid and {column} = %s", (place, value)), (f"{column} = %s", (value,))):
-        txn.execute(f"{change} {where} returning {returning}", (*params, *more))
+        try:
+            txn.execute(f"{change} {where} returning {returning}", (*params, *more))
+        except psycopg2.Error as error:
+            refused = told(error, txn.connection)
+            if isinstance(refused, StatementRefused):
+                raise RowRefused(value, refused) from None
+            raise
         row = txn.fetchone()
         if row is not None:
             return tuple(row)
-    raise StatementRefused(f"a trigger has kept a row from being changed: {value}")
+    raise RowRefused(value, StatementRefused("a trigger has kept the row from being changed"))
 
 
 def next_attempt(is_ours: bool) -> str:

@@ -17,7 +17,7 @@ from s2s import canonical
 from s2s.errors import CanonicalError, IdemConflict
 from s2s.store import notes
 from s2s.store.driver import Cursor, lock_key, one_at_a_time
-from s2s.store.jobs import PAUSE, change_row, hold_row, next_attempt
+from s2s.store.jobs import ONE_MORE, PAUSE, change_row, hold_row, next_attempt
 
 CHANNEL: Final = "s2s_orders"
 #: Notified when an order is over.
@@ -222,22 +222,24 @@ def attempt(
     :param resting: of these none that runs already.
     :param in_hand: the ``order_id`` of what the caller is at.
     :param patience_s: seconds that what came over no link is left to whoever has one.
+    :raises RowRefused: the database does not take the change of that row.
     """
     # One looks at a time, as with jobs.
     one_at_a_time(txn, _ATTEMPTING)
     txn.execute(
-        f"update orders set attempts = attempts + 1, retry_at = now() + {PAUSE}, stepped_at = clock_timestamp()"  # noqa: S608
-        " where order_id = any(array(select order_id from orders"
-        " where status in ('queued', 'running') and rpc = any(%(rpcs)s)"
+        "select order_id, ctid::text from orders where status in ('queued', 'running') and rpc = any(%(rpcs)s)"
         " and (status = 'queued' or rpc <> all(%(resting)s)) and order_id <> all(%(in_hand)s)"
         " and (retry_at is null or retry_at <= now())"
         " and (status = 'running' or attempts > 0 or way = 'link'"
         " or created_at <= now() - %(patience_s)s * interval '1 second')"
-        f" order by stepped_at limit 1 for update skip locked)) returning {_ORDER}",
+        " order by stepped_at limit 1 for update skip locked",
         {"rpcs": list(rpcs), "resting": list(resting), "in_hand": list(in_hand), "patience_s": patience_s},
     )
     row = txn.fetchone()
-    return Order(*row) if row else None
+    if row is None:
+        return None
+    change = f"update orders set {ONE_MORE}, retry_at = now() + {PAUSE}, stepped_at = clock_timestamp() where"  # noqa: S608
+    return Order(*change_row(txn, change, place=row[1], key=("order_id", row[0]), returning=_ORDER))
 
 
 def hold(txn: Cursor, order: Order, waits: bool = False) -> str | None:

@@ -248,7 +248,8 @@ class Database:
         # Not by psycopg2's own cancel(): it keeps the whole interpreter waiting for a database that hangs.
         deadline = time.monotonic() + CANCEL_S
         while self._unfinished and time.monotonic() < deadline:
-            pids = [conn.info.backend_pid for conn in list(pool.connections.values()) if not conn.closed]
+            sessions = [conn.session for conn in list(pool.connections.values()) if not conn.closed and conn.session]
+            pids = [pid for pid, _ in sessions]
             with suppress(S2SError), self.last_words() as txn:
                 txn.execute("select pg_cancel_backend(pid) from unnest(%s::int[]) as pid", (pids,))
             time.sleep(_CANCEL_AGAIN_S)

@@ -37,6 +37,7 @@ _SHARED_SESSION: Final = Meaning(
     drops=True, passes=True, cure="connect to PostgreSQL itself, or to a pooler in session mode"
 )
 _LOCKED: Final = "the view pg_locks shows the session that holds the lock"
+_WAITED: Final = "see wait_event in the view pg_stat_activity: sessions wait for a lock, or for a standby (SyncRep)"
 
 #: By prefix. An empty prefix matches every code.
 MEANINGS: Final[dict[str, Meaning]] = {
@@ -44,6 +45,7 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "08": Meaning("connection", drops=True, passes=True),
     # "cached plan must not change result type": a new connection plans anew.
     "0A000": Meaning(drops=True),
+    "2200H": Meaning(cure="raise the limit of the sequence: alter sequence NAME as bigint no maxvalue"),
     "25006": Meaning("database", drops=True, passes=True, cure="connect to the primary, or end its read-only mode"),
     "25P03": Meaning("connection", drops=True, passes=True),
     "25P04": Meaning("connection", drops=True, passes=True),
@@ -69,7 +71,7 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "55P03": Meaning(passes=True, cure=_LOCKED),
     "57": Meaning("connection", drops=True, passes=True),
     # A statement timeout, or a cancellation by an operator.
-    "57014": Meaning(passes=True, cure=_LOCKED),
+    "57014": Meaning(passes=True, cure=_WAITED),
     "58": Meaning("database", drops=True, passes=True, cure="see the log of the database"),
     "XX": Meaning(unavailable=False, cure="see the log of the database"),
     "XX001": Meaning("database", cure="restore the damaged table from a backup"),

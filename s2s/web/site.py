@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from io import BytesIO
 from typing import Any, Final
 
@@ -26,6 +27,8 @@ from s2s.web.problems import CONTENT_TYPE, Problem
 
 #: The longest body, in bytes: the longest frame that may be configured.
 BODY_BYTES: Final = 262_144
+#: Chunks of a body without a Content-Length; each takes about 4 us of the reactor's time, however short it is.
+MOST_CHUNKS: Final = 256
 #: Bytes of all bodies that are arriving; of more the request goes that has been arriving longest.
 BODIES_BYTES: Final = 64 << 20
 #: Connections at once; of more the one goes that has been idle longest, or has been sending a request longest.
@@ -49,27 +52,44 @@ _HEAD_BYTES: Final = 16_384
 _ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 
 
+class _BodyRefused(Exception):
+    """The body of a request has been refused: nothing more of it is read."""
+
+
 class _Request(Request):
     """A request whose body has a bound, whether it says how long it is or not."""
 
     channel: _Channel
     _size = 0
+    #: Chunks that may still come; infinite where the length was declared.
+    _chunks_left = float("inf")
     _is_refused = False
 
     def gotLength(self, length: int | None) -> None:
         """Judge the length before the body comes. Twisted's own would open a file for a long one."""
         self.content = BytesIO()
-        if length is not None and length > BODY_BYTES:
-            self._refuse()
+        if length is None:
+            self._chunks_left = MOST_CHUNKS
+        elif length > BODY_BYTES:
+            self._refuse_long()
 
     def handleContentChunk(self, data: bytes) -> None:
-        """Keep what comes, within the bound."""
+        """Keep what comes, within the bounds.
+
+        :raises _BodyRefused: it is beyond one: Twisted's own would go on to decode the chunks that are here.
+        """
         self._size += len(data)
+        self._chunks_left -= 1
         if not self._is_refused and self._size > BODY_BYTES:
-            self._refuse()
-        if not self._is_refused:
-            super().handleContentChunk(data)
-            self.channel.site.took(self.channel, len(data))
+            self._refuse_long()
+        if not self._is_refused and self._chunks_left < 0:
+            self._refuse(
+                TooLarge(f"the body has more than {MOST_CHUNKS} chunks: declare its length", limit=MOST_CHUNKS)
+            )
+        if self._is_refused:
+            raise _BodyRefused
+        super().handleContentChunk(data)
+        self.channel.site.took(self.channel, len(data))
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """Answer it, unless that was done. Twisted's own would also read a body as a form, which is none of ours."""
@@ -90,10 +110,13 @@ class _Request(Request):
         self.setHeader(b"Date", datetimeToString())
         self.channel.site.resource.render(self)
 
-    def _refuse(self) -> None:
+    def _refuse_long(self) -> None:
+        self._refuse(TooLarge(f"the body is longer than {BODY_BYTES} bytes", limit=BODY_BYTES))
+
+    def _refuse(self, error: TooLarge) -> None:
         self._is_refused = True
         self.channel.site.counters.meet("http_body")
-        self.channel.refuse(TooLarge(f"the body is longer than {BODY_BYTES} bytes", limit=BODY_BYTES))
+        self.channel.refuse(error)
 
 
 class _Channel(http.HTTPChannel):
@@ -180,7 +203,8 @@ class _Channel(http.HTTPChannel):
         """
         if self._closing is None:
             is_behind = self._is_answering
-            super().rawDataReceived(data)
+            with suppress(_BodyRefused):
+                super().rawDataReceived(data)
             self._ahead += len(data) if is_behind else 0
             if self._ahead > self._optimisticEagerReadSize:
                 self._networkProducer.pauseProducing()
