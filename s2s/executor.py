@@ -12,13 +12,14 @@ import inspect
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from s2s.commands import Command, CommandType
 from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, one_line
@@ -121,6 +122,8 @@ class Executor:
         self._numbers = list(range(workers))
         self._next_number = itertools.count(workers)
         self._reaping: list[Deferred[None]] = []
+        #: The charges of stuck commands under way.
+        self._keeping: set[Deferred[None]] = set()
         self._reaper = Reaper(database, boot_id, self._charged, clock)
         #: How often the connection was lost under each command, since it ran last.
         self._losses: Counter[int] = Counter()
@@ -160,7 +163,7 @@ class Executor:
     def _leave_off(self) -> Deferred[Any]:
         self._reaper.stop()
         self._lines.stop()
-        return gatherResults([self._turns.stop(), *self._reaping])
+        return gatherResults([self._turns.stop(), *self._reaping, *self._keeping])
 
     async def _strike_all(self) -> None:
         try:
@@ -219,7 +222,11 @@ class Executor:
             report = await self._handlers.run(self._run, worker, cmd_ids)
         except HandlerStuck as stuck:
             self._numbers[line] = next(self._next_number)
-            report = await self._keep_stuck(worker, stuck)
+            # Not awaited: where the database cannot end the session of the call, its locks hold up nobody else.
+            keeping = Deferred.fromCoroutine(self._keep_stuck(worker, stuck, cmd_ids))
+            self._keeping.add(keeping)
+            keeping.addBoth(self._kept, keeping)
+            return 0.0
         except _Spoiled as spoiled:
             report = await self._database.run(_charge_spoiled, self._boot_id, worker, cmd_ids, spoiled)
         except DatabaseUnavailable as error:
@@ -250,13 +257,17 @@ class Executor:
             if not isinstance(error, HandlerTimeout) and self._lines.may_tell(one_line(error)):
                 self.log.failure("a batch of {size} commands was rolled back", size=len(cmd_ids))
             report = await self._database.run(_charge, self._boot_id, worker, cmd_ids, one_line(error))
+        self._finish(cmd_ids, report)
+        return 0.0
+
+    def _finish(self, cmd_ids: Iterable[int], report: Report) -> None:
+        """Forget what was remembered of a batch, and count it."""
         for cmd_id in cmd_ids:
             self._losses.pop(cmd_id, None)
         self._refused.difference_update(cmd_ids)
         self._count(report)
-        return 0.0
 
-    async def _keep_stuck(self, worker: int, stuck: HandlerStuck) -> Report:
+    async def _keep_stuck(self, worker: int, stuck: HandlerStuck, batch: Iterable[int]) -> None:
         """Charge the commands whose handler does not return, and free the others of their batch.
 
         A command that ran alone stays in the note, so that nothing takes it while the thread lives. Of several, it is
@@ -275,8 +286,15 @@ class Executor:
         # The note first: with the end of the session the commands lose their locks.
         await self._insist(notes.keep_stuck, self._boot_id, worker, cmd_ids)
         await self._handlers.end(stuck.task)
-        report: Report = await self._insist(_charge_stuck, self._boot_id, worker, cmd_ids, one_line(stuck), is_alone)
-        return report
+        report = await self._insist(_charge_stuck, self._boot_id, worker, cmd_ids, one_line(stuck), is_alone)
+        self._finish(batch, report)
+        self.wake()
+
+    def _kept(self, outcome: object, keeping: Deferred[None]) -> None:
+        self._keeping.discard(keeping)
+        # While the process stops, the database may be away: who looks for dead processes charges them.
+        if isinstance(outcome, Failure) and not outcome.check(DatabaseUnavailable):
+            self.log.failure("a stuck command could not be charged", outcome)
 
     def _came_back(self, worker: int, stuck: HandlerStuck) -> None:
         self.log.warn("a handler that was stuck has returned: {name}", name=stuck.task.name)

@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg2
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.logger import capturedLogs
 
 from s2s import executor, reaper, turns
@@ -123,6 +123,18 @@ class CommandTests(StuckTestCase):
         self.assertTrue([event for event in told if "a handler is stuck" in event["log_format"]])
         self.insert("later")
         await poll(lambda: self.column("status")["later"] == "done", "the next command")
+
+    async def test_a_session_that_does_not_end(self) -> None:
+        """While the database cannot end the session of a stuck handler, which keeps its locks, the worker goes on."""
+        self.insert("stuck")
+        running = self.start(self.wait_where("stuck"))
+        self.patch(running._handlers, "end", lambda _: succeed(None))
+        await poll(lambda: running._handlers.stuck, "it is stuck")
+        self.insert("later")
+        await poll(lambda: self.column("status")["later"] == "done", "the next command")
+        self.assertEqual(self.column("attempts")["stuck"], 0)
+        self.gate.set()
+        await poll(lambda: self.column("status")["stuck"] == "done", "the stuck one, once its locks are free")
 
     async def test_nobody_takes_what_is_stuck(self) -> None:
         """While its thread lives, neither this process nor another takes the command; then it runs again."""
