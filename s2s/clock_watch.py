@@ -61,6 +61,8 @@ class ClockWatch:
         #: How far it has leapt from there, and since when.
         self._leap_s = 0.0
         self._leapt_at = 0.0
+        #: How far it was ahead of this machine's at the last look, and whether that was too far.
+        self._apart_s = 0.0
         self._is_apart = False
         #: Whether the database's clock was behind at the last look.
         self._was_behind = False
@@ -116,7 +118,7 @@ class ClockWatch:
         """Look through the tables that are too large for one statement."""
         pause_s = 0.0
         for name, step in self._steps.items():
-            if self._was_behind and name not in clock_drift.WHILE_BEHIND:
+            if self._was_behind and name in clock_drift.NOT_WHILE_BEHIND:
                 continue
             place = None
             while self._looking.running:
@@ -128,7 +130,10 @@ class ClockWatch:
         self._cycle_at = self._clock.mono() + pause_s
 
     def _is_behind(self, before: float, now: float, at: float) -> bool:
-        """Whether the database's clock is certainly behind. In any thread.
+        """Whether the database's clock may be behind. In any thread.
+
+        Where it has leapt back, and this machine's with it, either they are behind now or they were ahead before: as
+        they are on a machine that sets its clock right after the start. Nothing tells which.
 
         :param before: our monotonic time before the database was asked.
         :param now: our wall clock then.
@@ -153,7 +158,7 @@ class ClockWatch:
             self._base += leap_s
             if self._leap_s:
                 self._leapt(0.0)
-                self._tell("the database's clock is right again")
+                self._tell("the database's clock is back where it was before it leapt")
         elif self._is_apart and not is_apart:
             # It was wrong when we began to look.
             self._leapt(0.0)
@@ -161,19 +166,23 @@ class ClockWatch:
             self._tell("the database's clock is right again")
         elif abs(leap_s - self._leap_s) > LEAP_S:
             self._leapt(leap_s)
-            ahead = "ahead" if leap_s > 0 else "back"
-            self._tell(
-                f"the database's clock has leapt {abs(leap_s):.0f} s {ahead}: commands and jobs come at wrong times,"
-                " and nothing old is removed, until it is set right"
-            )
+            told = f"leapt {abs(leap_s):.0f} s {'ahead' if leap_s > 0 else 'back'}"
+            if abs(apart_s - self._apart_s) > LEAP_S + (after - before):
+                told = f"the database's clock has {told}: commands and jobs come at wrong times, and nothing old is"
+                self._tell(f"{told} removed, until it is set right")
+            else:
+                told = (
+                    f"the database's clock and this machine's have {told}: either they are wrong now, and are to be set"
+                )
+                self._tell(f"{told} right, or they were wrong before; nothing old is removed for {ADOPT_S:.0f} s")
         elif self._clock.mono() >= self._leapt_at + ADOPT_S:
             self._leapt(0.0)
             self._base = (low + high) / 2
-            self._tell(f"the database's clock has stayed {abs(leap_s):.0f} s off for {ADOPT_S:.0f} s: it is trusted")
+            self._tell(f"the database's clock has stayed where it leapt to for {ADOPT_S:.0f} s: it is trusted")
         if is_apart and not self._is_apart and not self._leap_s:
             ahead = "ahead of" if apart_s > 0 else "behind"
             self._tell(f"the database's clock is {abs(apart_s):.0f} s {ahead} this machine's: set the wrong one right")
-        self._is_apart = is_apart
+        self._apart_s, self._is_apart = apart_s, is_apart
         self.is_trusted = not self._leap_s and abs(apart_s) <= DOUBTFUL_S + (after - before)
 
     def _leapt(self, leap_s: float) -> None:

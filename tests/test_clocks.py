@@ -116,7 +116,7 @@ class WatchTests(SynchronousTestCase):
                 self.assertIn(f"the database's clock has leapt {way}", told)
                 self.assertFalse(self.watch.is_trusted)
                 self.database.ahead_s = 0.0
-                self.assertEqual(self.looks(3), ["the database's clock is right again"])
+                self.assertEqual(self.looks(3), ["the database's clock is back where it was before it leapt"])
                 self.assertTrue(self.watch.is_trusted)
                 self.looks(20)
 
@@ -144,6 +144,22 @@ class WatchTests(SynchronousTestCase):
         (told,) = self.looks(3)
         self.assertIn("7200 s ahead", told)
         self.assertFalse(self.watch.is_trusted)
+
+    def test_both_clocks_are_set_right(self) -> None:
+        """A leap back that both clocks share is told as one that may have set them right, and may be one behind."""
+        for off_s in (0.0, 90.0):
+            with self.subTest(off_s=off_s):
+                self.setUp()
+                self.wall_off_s, self.database.ahead_s = 7200.0, 7200.0 + off_s
+                self.looks(3)
+                self.wall_off_s, self.database.ahead_s = 0.0, off_s
+                (told,) = self.looks(3)
+                self.assertIn("the database's clock and this machine's have leapt 7200 s back: either", told)
+                self.assertIn("or they were wrong before", told)
+                self.assertTrue(self.database.behind[-1])
+                self.looks(int(ADOPT_S / LOOK_S) + 3)
+                self.assertFalse(self.database.behind[-1])
+                self.assertTrue(self.watch.is_trusted)
 
     def test_set_right(self) -> None:
         """A clock that stays where it leapt to is trusted again after an hour."""
@@ -273,7 +289,7 @@ class RuleTests(DatabaseTestCase):
                     self.assertLessEqual(healed, now + period.every_s + clock_drift.SLACK_S)
                     self.assertEqual(healed % period.every_s, period.offset_s)
         self.execute("update jobs set due_at = now(), attempts = 1, retry_at = now() + interval '2 hours'")
-        self.assertEqual(self.heal(), {"jobs": 1})
+        self.assertEqual(self.heal(), {"daily jobs": 1})
         self.assertTrue(self.value("select retry_at <= now() from jobs"))
 
     def test_a_run_that_is_begun(self) -> None:
@@ -427,6 +443,11 @@ class RuleTests(DatabaseTestCase):
             [("days", True, False), ("for-ever", None, None), ("until", False, True)],
         )
 
+    def look_behind(self) -> dict[str, int]:
+        """Look as both roles do by a clock that may be behind, and return what was pulled back."""
+        with blocking(self.url) as txn:
+            return clock_drift.look(txn, {**ENGINE_RULES, **SERVER_RULES}, lambda _: True)[1]
+
     def test_while_the_clock_is_behind(self) -> None:
         """To a clock that is behind every time is far ahead: what is right stays, and what is to be done is done."""
         with blocking(self.url) as txn:
@@ -437,10 +458,53 @@ class RuleTests(DatabaseTestCase):
         self.execute(f"update api_tokens set created_at = created_at + {later}, expires_at = expires_at + {later}")
         self.execute(f"update jobs set due_at = due_at + {later}; update outbox set send_at = send_at + {later}")
         right = self.execute("select expires_at, due_at from api_tokens, jobs")
-        with blocking(self.url) as txn:
-            healed = clock_drift.look(txn, {**ENGINE_RULES, **SERVER_RULES}, lambda _: True)[1]
-        self.assertEqual(healed, {"rows of the outbox": 1})
+        self.assertEqual(self.look_behind(), {"rows of the outbox": 1})
         self.assertEqual(self.execute("select expires_at, due_at from api_tokens, jobs"), right)
+
+    def test_jobs_while_the_clock_may_be_behind(self) -> None:
+        """A job of ``every:Ns`` is due within N seconds by whatever clock, and its next attempt within its pause."""
+        self.execute(
+            "insert into jobs (job_type, schedule, due_at, attempts, retry_at) values"
+            " ('often', 'every:10s', now() + interval '2 hours', 0, null),"
+            " ('failed', 'every:10s', now(), 1, now() + interval '2 hours')"
+        )
+        self.assertEqual(self.look_behind(), {"jobs": 2})
+        self.assertTrue(
+            self.value("select bool_and(greatest(due_at, retry_at) <= now() + interval '10 seconds') from jobs")
+        )
+
+    def test_keys_while_the_clock_may_be_behind(self) -> None:
+        """A key that was made is active, one that was closed ends, what a user planned stays, and so it is later."""
+        add = "insert into s2s_keys (key_id, key_b64, role, created_at, active_from, active_to, closed_at) values"
+        at = "now() + interval"
+        # By a clock that is right, 'b' was made before 'a', and so 'a' signs.
+        self.execute(
+            f"{add} ('b', 'x', 'any', {at} '100 minutes', {at} '100 minutes', null, null),"
+            f" ('a', 'x', 'any', {at} '110 minutes', {at} '110 minutes', null, null),"
+            f" ('planned', 'x', 'any', {at} '110 minutes', {at} '1 day', {at} '2 days', null),"
+            f" ('retired', 'x', 'any', now(), now(), {at} '111 minutes', {at} '110 minutes'),"
+            f" ('revoked', 'x', 'any', now(), now(), {at} '110 minutes', {at} '110 minutes')"
+        )
+        planned = "select active_from, active_to from s2s_keys where key_id = 'planned'"
+        right = self.execute(planned)
+        self.assertEqual(self.look_behind(), {"keys": 5})
+        self.assertEqual(self.execute(planned), right)
+        for later in ("1 second", "2 hours"):
+            found = self.execute(
+                f"select key_id from s2s_keys where active_from <= {at} '{later}'"
+                f" and (active_to is null or active_to > {at} '61 seconds') and key_id <> 'planned'"
+                " order by active_from"
+            )
+            self.assertEqual(found, [("b",), ("a",)], later)
+        self.assertEqual(self.look_behind(), {})
+
+    def test_requests_while_the_clock_may_be_behind(self) -> None:
+        """A control request whose sender was told that nobody took it is not taken later, by whatever clock."""
+        self.execute(
+            "insert into steering (engine, type, payload, expires_at) values ('e', 't', '{}', now() + '2 hours')"
+        )
+        self.assertEqual(self.look_behind(), {"control requests": 1})
+        self.assertEqual(self.execute("select 1 from steering where expires_at > now()"), [])
 
     def test_of_servers(self) -> None:
         """A control request is over, the links of a server that is gone go, and a note is charged in its time."""

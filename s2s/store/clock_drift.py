@@ -3,7 +3,7 @@
 The database's clock dates the rows. If it is ahead for a while, the rows of that while wait until it gets there again;
 if it is behind, every row waits. No rule here needs to know that this happened: each row that s2s itself dates has a
 longest wait, and a time beyond it is pulled back. A ``due_at`` that a user gave has none, and stays. Only while the
-clock is behind, each time that is right lies far ahead: then :data:`WHILE_BEHIND` holds.
+clock is behind, each time that is right lies far ahead: then what is in :data:`NOT_WHILE_BEHIND` stays too.
 """
 
 from __future__ import annotations
@@ -25,33 +25,46 @@ _OUTBOX_S: Final = 60
 _SOON: Final = f"now() + interval '{SLACK_S} seconds'"
 _PAUSED: Final = f"now() + interval '{MAX_BACKOFF_S + SLACK_S} seconds'"
 
+# What was done is past: a key that was made is active, and one that was closed ends, by whatever clock. They keep their
+# order, by which the newest signs where there is no default.
 _KEYS: Final = f"""
-update s2s_keys set
-    active_from = case when active_from = created_at then least(active_from, now()) else active_from end,
-    created_at = least(created_at, now()),
+update s2s_keys k set
+    active_from = case when active_from = created_at then least(active_from, b.made_at) else active_from end,
+    created_at = least(created_at, b.made_at),
     active_to = active_to - greatest(closed_at - now(), interval '0'),
     closed_at = least(closed_at, now())
-where created_at > {_SOON} or closed_at > {_SOON}
+from (
+    select key_id,
+        now() - row_number() over (order by created_at desc, key_id desc) * interval '1 microsecond' as made_at
+    from s2s_keys where created_at > {_SOON} or closed_at > {_SOON}
+) b
+where k.key_id = b.key_id
 """  # noqa: S608 - of constants, as below
 
-# By whole periods, so that it is a time of the schedule still. A run that is begun keeps its time, which is in its key.
-_JOBS: Final = f"""
+
+def _jobs(prefix: str, period: str) -> str:
+    """Give the rule for the jobs of one kind of schedule.
+
+    By whole periods, so that it is a time of the schedule still. A run that is begun keeps its time, which its key has.
+
+    :param prefix: what such a schedule begins with.
+    :param period: an interval, in SQL.
+    """
+    return f"""
 update jobs j set
     due_at = case when b.is_far then j.due_at - b.period
         * (ceil(extract(epoch from j.due_at - now()) / extract(epoch from b.period)) - 1) else j.due_at end,
     retry_at = case when j.retry_at > {_PAUSED} then now() else j.retry_at end
 from (
     select job_type, p.period, state is null and attempts = 0 and due_at > {_SOON} + p.period as is_far
-    from jobs cross join lateral (
-        select interval '1 second'
-            * case when left(schedule, 6) = 'every:' then substring(schedule from '[0-9]+')::integer else 86400 end
-            as period
-    ) p
-    where (state is null and attempts = 0 and due_at > {_SOON} + p.period) or retry_at > {_PAUSED}
+    from jobs cross join lateral (select {period} as period) p
+    where schedule like '{prefix}%'
+        and ((state is null and attempts = 0 and due_at > {_SOON} + p.period) or retry_at > {_PAUSED})
     for update of jobs skip locked
 ) b
 where j.job_type = b.job_type
 """  # noqa: S608
+
 
 # Whatever sets another time of an open order sets stepped_at too, which has an index. They keep their order.
 _ORDERS: Final = f"""
@@ -88,7 +101,13 @@ where created_at > {_SOON}
 
 #: What each role keeps right, by what it is called in the log. Each statement costs a few rows of an index, or of a
 #: table that is small.
-ENGINE_RULES: Final = {"jobs": _JOBS, "orders": _ORDERS, "rows of the outbox": _OUTBOX, "keys": _KEYS}
+ENGINE_RULES: Final = {
+    "jobs": _jobs("every:", "interval '1 second' * substring(schedule from '[0-9]+')::integer"),
+    "daily jobs": _jobs("daily@", "interval '1 day'"),
+    "orders": _ORDERS,
+    "rows of the outbox": _OUTBOX,
+    "keys": _KEYS,
+}
 SERVER_RULES: Final = {
     "orders": _ORDERS,
     "keys": _KEYS,
@@ -99,9 +118,10 @@ SERVER_RULES: Final = {
 }
 
 
-#: What may be pulled back while the clock is behind: it is to be done soon, and comes too early at worst. Every other
-#: time would be lost for good.
-WHILE_BEHIND: Final = frozenset(("orders", "rows of the outbox", "commands"))
+#: What is not pulled back while the clock may be behind: of a life that is counted from then the rest would be lost for
+#: good, and a daily job would run at another time of the day. All else is past, or to be done soon, and comes too early
+#: at worst.
+NOT_WHILE_BEHIND: Final = frozenset(("daily jobs", "tokens", "notices"))
 
 
 def look(
@@ -109,14 +129,14 @@ def look(
 ) -> tuple[float, dict[str, int]]:
     """Read the database's clock, and pull back what lies too far ahead.
 
-    :param is_behind: whether a time that the database says is behind: then :data:`WHILE_BEHIND` holds.
+    :param is_behind: whether a time that the database says may be behind: then :data:`NOT_WHILE_BEHIND` holds.
     :returns: Unix seconds, and the rows that were changed by what they are called; :data:`STEP_ROWS` of one kind:
         there may be more.
     """
     txn.execute("select extract(epoch from clock_timestamp())::float8")
     [(at,)] = txn.fetchall()
     if is_behind(at):
-        rules = {name: rules[name] for name in rules if name in WHILE_BEHIND}
+        rules = {name: rules[name] for name in rules if name not in NOT_WHILE_BEHIND}
     healed = {}
     for name, statement in rules.items():
         txn.execute(statement)
