@@ -67,11 +67,11 @@ class LinkFactory(Factory):
         self.replay.resize(setting("link.fresh_s"), self.clock.mono())
 
     def drop_revoked(self, links: Iterable[Link], keyring: Keyring) -> None:
-        """Close the links whose peer signed last with a key that verifies no more (protocol, "Keys")."""
+        """Close the links whose peer signed last with a key that does not verify now (protocol, "Keys")."""
         for link in list(links):
             key_id = link.session.peer_key_id
-            if key_id is not None and not keyring.verifies_now(key_id, self.clock.now()):
-                link.close(f"the key {key_id} is no longer valid")
+            if key_id is not None and (why := keyring.why_inactive(key_id, self.clock.now())) is not None:
+                link.close(f"the key {key_id} {why}")
 
     def buildProtocol(self, addr: IAddress | None) -> Link:
         """Make a link for one connection."""

@@ -110,6 +110,14 @@ class Key:
         """Whether ``now`` (Unix seconds) lies in its window."""
         return self.active_from <= now and (self.active_to is None or now < self.active_to)
 
+    def why_inactive(self, now: float) -> str | None:
+        """Say why ``now`` does not lie in its window, as what follows its name; ``None``: it does."""
+        if self.is_active(now):
+            return None
+        if self.active_to is not None and self.active_to <= max(now, self.active_from):
+            return "is no longer valid"
+        return f"is not active yet, but in {self.active_from - now:.0f} s: see whether the database's clock is behind"
+
     def may_sign_for(self, role: str) -> bool:
         """Whether an envelope with this ``src`` may bear its signature."""
         return self.role in (role, "any")
@@ -142,12 +150,12 @@ class Keyring:
         """
         return key_id in self._keys and self._keys[key_id].active_from <= now
 
-    def verifies_now(self, key_id: str, now: float) -> bool:
-        """Whether what this key signs is accepted.
+    def why_inactive(self, key_id: str, now: float) -> str | None:
+        """Say why nothing that this key signs is accepted, as what follows its name; ``None``: it is accepted.
 
         :param now: Unix seconds.
         """
-        return key_id in self._keys and self._keys[key_id].is_active(now)
+        return self._keys[key_id].why_inactive(now) if key_id in self._keys else "is not known here"
 
     def signer(self, role: Role, now: float) -> Key:
         """The key that signs for ``role``: the active default of the role, else of ``any``, else the newest active.
@@ -161,9 +169,16 @@ class Keyring:
         return self._signers[span]
 
     def _find_signer(self, role: Role, now: float) -> Key:
-        usable = [key for key in self._keys.values() if key.may_sign_for(role) and key.is_active(now)]
+        keys = [key for key in self._keys.values() if key.may_sign_for(role)]
+        usable = [key for key in keys if key.is_active(now)]
         if not usable:
             cure = f"make one with: s2s keys add --role {role} --key-id ID"
+            coming = [key for key in keys if key.active_from > now and key.active_to is None]
+            if coming:
+                first = min(coming, key=lambda key: key.active_from)
+                cure = (
+                    f"the key {first.key_id} {first.why_inactive(now)}; to use it now: s2s keys activate {first.key_id}"
+                )
             raise NoSigningKey(f"no active key may sign for {role}: {cure}")
         return max(
             usable,

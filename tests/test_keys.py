@@ -296,7 +296,7 @@ class LiveKeysTests(SynchronousTestCase):
     def test_the_watchers_are_told(self) -> None:
         """With no NOTIFY at all the poll finds that a key has ended, and tells whoever closes its links."""
         told: list[bool] = []
-        self.keys.watchers.append(lambda keyring: told.append(keyring.verifies_now("k1", self.time.seconds())))
+        self.keys.watchers.append(lambda keyring: told.append(keyring.why_inactive("k1", self.time.seconds()) is None))
         self.start()
         self.time.advance(5)
         self.database.answer(_row("k1", until=self.database.now))
@@ -306,4 +306,6 @@ class LiveKeysTests(SynchronousTestCase):
 
     def verify(self) -> list[str]:
         """Give the names of the keys that verify now."""
-        return [key_id for key_id in self.known() if self.keys.keyring.verifies_now(key_id, self.time.seconds())]
+        return [
+            key_id for key_id in self.known() if self.keys.keyring.why_inactive(key_id, self.time.seconds()) is None
+        ]

@@ -233,15 +233,17 @@ class LinkFactoryTests(SynchronousTestCase):
         self.assertEqual(len(self.links), 2)
 
     def test_a_key_that_verifies_no_more(self) -> None:
-        """Links whose peer signed last with a revoked or ended key are closed; the others and the unheard stay."""
-        made = [self.connect()[0] for _ in range(4)]
-        for link, key_id in zip(made, ("k1", "gone", "ended"), strict=False):
+        """Links whose peer signed last with a key that does not verify are closed, with why; the others stay."""
+        made = [self.connect()[0] for _ in range(5)]
+        for link, key_id in zip(made, ("k1", "gone", "ended", "later"), strict=False):
             link.session.heard(key_id, 0.0)
-        keyring = Keyring(
-            Key(key_id, Secret(bytes(32)), "any", 0.0, to) for key_id, to in (("k1", None), ("ended", 1e9))
-        )
+        windows = {"k1": (0.0, None), "ended": (0.0, 1e9), "later": (1e12, None)}
+        keyring = Keyring(Key(key_id, Secret(bytes(32)), "any", *window) for key_id, window in windows.items())
         self.factory.drop_revoked(self.links, keyring)
-        self.assertEqual([link.session.is_open for link in made], [True, False, False, True])
+        self.assertEqual([link.session.is_open for link in made], [True, False, False, False, True])
+        self.assertEqual(made[1].why, "the key gone is not known here")
+        self.assertEqual(made[2].why, "the key ended is no longer valid")
+        self.assertIn("the key later is not active yet, but in ", made[3].why)
 
     def test_a_hundred_silent_connections(self) -> None:
         """Of 130 silent connections 30 are closed at once, the rest when nobody answers, and nothing is left."""

@@ -144,6 +144,25 @@ class KeyringTests(SynchronousTestCase):
             error = self.assertRaises(NoSigningKey, Keyring(keys).signer, "engine", 1000.0)
             self.assertIn("s2s keys add --role engine", str(error))
 
+    def test_none_may_sign_yet(self) -> None:
+        """Where a key is to come, the error names the first one, when it comes, and no command that makes one."""
+        keys = [_key("ended", active_to=5.0), _key("late", since=9000.0), _key("k7", since=8200.0)]
+        error = self.assertRaises(NoSigningKey, Keyring(keys).signer, "engine", 1000.0)
+        self.assertIn("the key k7 is not active yet, but in 7200 s", str(error))
+        self.assertIn("the database's clock is behind", str(error))
+        self.assertIn("s2s keys activate k7", str(error))
+        self.assertNotIn("s2s keys add", str(error))
+
+    def test_why_inactive(self) -> None:
+        """A key that is unknown, over or not active yet is told of as such, and one that is active is not."""
+        keyring = Keyring([_key("k"), _key("over", active_to=5.0), _key("later", since=8200.0)])
+        keyring_never = Keyring([_key("never", since=9000.0, active_to=8000.0)])
+        self.assertIsNone(keyring.why_inactive("k", 1000.0))
+        self.assertEqual(keyring.why_inactive("other", 1000.0), "is not known here")
+        self.assertEqual(keyring.why_inactive("over", 1000.0), "is no longer valid")
+        self.assertEqual(keyring_never.why_inactive("never", 1000.0), "is no longer valid")
+        self.assertIn("is not active yet, but in 7200 s", str(keyring.why_inactive("later", 1000.0)))
+
     @settings(max_examples=150, deadline=None, database=None)
     @given(
         st.lists(
