@@ -82,11 +82,13 @@ class Refusal:
 
     :param ack_of: the ``id`` to name in the answer, if it is well formed and the answer is signed.
     :param is_answered: ``False`` for replies: they are never answered.
+    :param key_id: which the frame names, where no key of ours verifies it: for our log, and not for the answer.
     """
 
     error: WireError
     ack_of: str | None = None
     is_answered: bool = True
+    key_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Dispatcher:
         """
         now, mono = self._clock.now(), self._clock.mono()
         if unknown is not None and self._verify(unknown.sealed, now) is None:
-            return Refusal(AuthBad())
+            return Refusal(AuthBad(), key_id=unknown.sealed.key_id)
         # The usual frame is parsed only once its MAC holds. Of any other the MAC covers the canonical form.
         key = read = None
         plain = envelope.unseal_plainly(frame)
@@ -184,7 +186,7 @@ class Dispatcher:
                 return key, members
             if not self._keys.keyring.has_begun(sealed.key_id, now):
                 return UnknownKey(sealed)
-            return Refusal(AuthBad())
+            return Refusal(AuthBad(), key_id=sealed.key_id)
         except Unsigned as error:
             # The frames of its traceback hold all that was parsed, and would be freed by the cyclic collector only.
             error.__traceback__ = error.__context__ = None

@@ -29,6 +29,7 @@ from s2s.dispatch import Dispatcher, KeySource, Refusal, Reply, Request, Unknown
 from s2s.envelope import Envelope
 from s2s.errors import (
     BY_CODE,
+    AuthBad,
     CallError,
     CanonicalError,
     DeadlinePassed,
@@ -60,6 +61,18 @@ _KEYS_S: Final = 3.0
 _LOST: Final = "the connection was lost"
 #: After these answers a reconnect waits long: trying again soon cannot help.
 _SLOW_CODES: Final = frozenset({"forbidden", "ts_skew"})
+#: What the first bytes of other protocols are.
+_OTHERS: Final = {
+    b"HTTP": "HTTP",
+    b"GET ": "HTTP",
+    b"HEAD": "HTTP",
+    b"POST": "HTTP",
+    b"\x15\x03": "TLS",
+    b"\x16\x03": "TLS",
+}
+#: The cures of an engine that is connected to something else, and of two sides without a common key.
+_OTHER_PORT: Final = "see whether this is the port on which a server listens for engines"
+_SAME_KEY: Final = "both sides need one key with one secret, see s2s keys list and s2s keys add --secret-file"
 
 
 class LinkEvents(Protocol):
@@ -115,6 +128,8 @@ class Link(Int32StringReceiver):
         #: Bytes that came, until a frame was valid; and how many times they wait to be taken.
         self._strange_bytes = 0
         self._waits = 0
+        #: The ``key_id`` that we signed with last.
+        self._signed_by = ""
         self._writer: Writer
         self._frames = 0
         #: A chunk is being taken, and more frames of it may follow.
@@ -206,7 +221,15 @@ class Link(Int32StringReceiver):
     def lengthLimitExceeded(self, length: int) -> None:
         """Refuse a frame by its prefix, before its body is buffered."""
         self._counters.meet("frame_size")
-        self._refuse(Refusal(TooLarge(limit=self.MAX_LENGTH)))
+        self._refuse(Refusal(TooLarge(limit=self.MAX_LENGTH)), self._what_it_speaks(length.to_bytes(4, "big")))
+
+    def _what_it_speaks(self, first: bytes) -> str:
+        # A frame that is too long for us alone begins with 0.
+        if self._frames or first[0] == 0:
+            return ""
+        spoken = next((name for start, name in _OTHERS.items() if first.startswith(start)), "another protocol")
+        cure = f": {_OTHER_PORT}" if self.session.role == "engine" else ""
+        return f": it begins with {first!r} and speaks {spoken}{cure}"
 
     def stringReceived(self, string: bytes) -> None:
         """Take one frame."""
@@ -318,11 +341,18 @@ class Link(Int32StringReceiver):
             self._send(ERROR, self._error_body(error), ulid_now())
             self.close(why)
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: Refusal, more: str = "") -> None:
+        """Refuse a frame.
+
+        :param more: what the log says beside it.
+        """
         error = refusal.error
         self._counters.errors_out[error.code] += 1
         if not error.passing and self._may_tell_of_frame(error.code):
-            self.log.warn("{peer}: refused, {code}: {text!r}", peer=self, code=error.code, text=error.message)
+            if refusal.key_id is not None:
+                more = f": {self._why_not_verified(refusal.key_id)}; {_SAME_KEY}"
+            text = error.message
+            self.log.warn("{peer}: refused, {code}: {text!r}{more}", peer=self, code=error.code, text=text, more=more)
         if refusal.is_answered:
             self._send(ERROR, self._error_body(error), ulid_now(), refusal.ack_of, is_signed=error.signed)
         if error.closes:
@@ -330,6 +360,12 @@ class Link(Int32StringReceiver):
             if isinstance(error, TsSkew):
                 self._counters.meet("ts_skew")
             self.close(f"we refused a frame with {error.code}")
+
+    def _why_not_verified(self, key_id: str) -> str:
+        why = self._keys.keyring.why_inactive(key_id, self._clock.now())
+        if why is None:
+            return f"the MAC of the key {key_id} is wrong: its secret differs from ours, or the frame was changed"
+        return f"the key {key_id} {why}"
 
     def _error_body(self, error: WireError) -> bytes:
         try:
@@ -348,7 +384,8 @@ class Link(Int32StringReceiver):
         said = outcome.payload if ERROR_SCHEMA.is_valid(outcome.payload) else {}
         code = said["code"] if isinstance(said, dict) and said else "?"
         if self._may_tell_of_frame("unsigned errors"):
-            self.log.warn("{peer}: an unsigned error says {code!r}", peer=self, code=code[:64])
+            more = f": it does not accept our key {self._signed_by}; {_SAME_KEY}" if code == AuthBad.code else ""
+            self.log.warn("{peer}: an unsigned error says {code!r}{more}", peer=self, code=code[:64], more=more)
         if self.session.unsigned_error():
             self._counters.meet("unsigned_errors")
             self.close("unsigned errors came")
@@ -417,6 +454,8 @@ class Link(Int32StringReceiver):
             self.log.error("{peer}: {error}", peer=self, error=str(error))
             self.close("no key may sign")
             return
+        if key is not None:
+            self._signed_by = key.key_id
         frame = envelope.seal(
             id=message_id,
             ts=self.session.stamp(now),
@@ -471,7 +510,8 @@ class Link(Int32StringReceiver):
         failure.trap(CallError, LocalError)
         error = failure.value
         if self.session.is_open and not (isinstance(error, Refused) and error.code == ALSO_PROVES):
-            self.close(f"our health check failed: {error}")
+            is_mute = self.session.role == "engine" and not self._strange_bytes
+            self.close(f"our health check failed: {error}{f': nothing came at all: {_OTHER_PORT}' if is_mute else ''}")
 
     def _arm(self) -> None:
         if not self.session.is_open:

@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock as FakeClock
 from twisted.internet.testing import StringTransport
-from twisted.logger import globalLogPublisher
+from twisted.logger import capturedLogs, globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.test import iosim
 from twisted.trial.unittest import SynchronousTestCase
@@ -364,6 +364,33 @@ class ProofTests(LinkTestCase):
             link.makeConnection(transport)
         self.assertIn(b'"id":"nobody-knows-%d"' % (_NOW * 1000), transport.value())
 
+    def test_a_mute_port(self) -> None:
+        """An engine that gets not a byte says that it may be another port; one that gets some bytes does not."""
+        self.time.advance(self.link.session.timing.proof)
+        self.assert_closed("was not answered in time: nothing came at all: see whether this is the port on which")
+        self.link = self.make_link(self.role)
+        self.link.makeConnection(StringTransport())
+        self.link.dataReceived(b"\0\0")
+        self.time.advance(self.link.session.timing.proof)
+        self.assertTrue(self.link.why.endswith("was not answered in time"), self.link.why)
+
+    def test_another_protocol(self) -> None:
+        """First bytes that no frame begins with are told with what speaks so; a frame that is too long is none."""
+        for first, told in (
+            (b"HTTP/1.1 400 Bad Request\r\n", ": it begins with b'HTTP' and speaks HTTP: see whether this is the port"),
+            (b"\x15\x03\x03\x00\x02\x02\x0a", " and speaks TLS: see whether this is the port"),
+            (b"SSH-2.0-x\r\n", ": it begins with b'SSH-' and speaks another protocol: see whether this is the port"),
+            (b"\0\xff\xff\xff", None),
+        ):
+            with self.subTest(first=first), capturedLogs() as logs:
+                link = self.make_link(self.role)
+                link.makeConnection(StringTransport())
+                link.dataReceived(first)
+            (line,) = (event["log_format"].format(**event) for event in logs)
+            self.assertIn("refused, toolarge", line)
+            self.assertIn(told or "", line)
+            self.assertEqual("speaks" in line, told is not None)
+
     def test_answered(self) -> None:
         """The answer proves the link, once, and tells who the peer is."""
         self.assertEqual(self.events.happened, ["made"])
@@ -655,6 +682,13 @@ class CallTests(LinkTestCase):
         self.failureResultOf(call, LinkLost)
         self.assert_closed("unsigned")
         self.assertEqual(self.counters.met, {"unsigned_errors": 1})
+
+    def test_an_unsigned_auth_bad(self) -> None:
+        """That the peer does not accept our key is a line that names the key and the cure."""
+        with capturedLogs() as logs:
+            self.say("s2s.error", {"code": "auth_bad", "message": "m", "details": {}}, key=None)
+        (line,) = (event["log_format"].format(**event) for event in logs)
+        self.assertIn("an unsigned error says 'auth_bad': it does not accept our key k1; both sides need one key", line)
 
     def test_deadline(self) -> None:
         """After 3 s, or what the caller says, a call fails with its outcome unknown, and its late reply is dropped."""
@@ -1206,6 +1240,30 @@ class UnknownKeyTests(LinkTestCase):
         self.keys.end_read(_KEY)
         self.assertEqual((self.keys.reads, self.error_codes()), ([], ["auth_bad"]))
         self.assert_closed("auth_bad")
+
+    def test_why_it_is_refused(self) -> None:
+        """The log says of the key that a refused frame names what is wrong with it, and the cure; the peer is not."""
+        secret, answers = _STRANGER.secret, []
+        over, later = Key("over", secret, "any", 0.0, 5.0), Key("later", secret, "any", _NOW + 7200.0)
+        for key, why in (
+            (_STRANGER, "the key stranger is not known here"),
+            (over, "the key over is no longer valid"),
+            (later, "the key later is not active yet, but in 7200 s: see whether the database's clock is behind"),
+            (Key("k1", secret, "any", 0.0), "the MAC of the key k1 is wrong: its secret differs from ours"),
+        ):
+            with self.subTest(key=key.key_id), capturedLogs() as logs:
+                self.keys.keyring = Keyring([_KEY, over, later])
+                self.link, self.transport = self.make_link(self.role), StringTransport()
+                self.link.makeConnection(self.transport)
+                self.written()
+                self.say(COMMAND_PUSH, _push(), key=key)
+                if self.keys.reads:
+                    self.keys.end_read(_KEY, over, later)
+                answers += [each["payload"] for each in self.written()]
+            (line,) = (event["log_format"].format(**event) for event in logs)
+            self.assertIn(f'verify": {why}', line)
+            self.assertIn("; both sides need one key with one secret, see s2s keys list", line)
+        self.assertEqual(answers, answers[:1] * 4)
 
     def test_read_again_and_known(self) -> None:
         """Known after the read, the frame is served, and so are those behind it, in their order."""
