@@ -510,8 +510,11 @@ class Link(Int32StringReceiver):
         failure.trap(CallError, LocalError)
         error = failure.value
         if self.session.is_open and not (isinstance(error, Refused) and error.code == ALSO_PROVES):
-            is_mute = self.session.role == "engine" and not self._strange_bytes
-            self.close(f"our health check failed: {error}{f': nothing came at all: {_OTHER_PORT}' if is_mute else ''}")
+            self._give_up(f"our health check failed: {error}")
+
+    def _give_up(self, why: str) -> None:
+        is_mute = self.session.role == "engine" and not self._strange_bytes
+        self.close(f"{why}: nothing came at all: {_OTHER_PORT}" if is_mute else why)
 
     def _arm(self) -> None:
         if not self.session.is_open:
@@ -539,7 +542,7 @@ class Link(Int32StringReceiver):
         overdue = self.session.overdue(mono)
         if overdue is not None:
             self._counters.meet(overdue[0])
-            self.close(overdue[1])
+            self._give_up(overdue[1])
         elif self.session.wants_check(mono):
             self._check()
         self._send_line()
