@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import IO, Final, cast
 
+from s2s import streams
 from s2s.errors import OperatorError
 
 #: Seconds after which a line says that an import takes long, and after which it is interrupted.
@@ -39,7 +40,7 @@ def bounded(name: str) -> Iterator[None]:
         nonlocal ticks
         ticks += 1
         if ticks == 1:
-            _say(f"plug-in {name} has been importing for {TELL_S:g} s, and is left out after {IMPORT_S:g} s")
+            streams.say(f"plug-in {name} has been importing for {TELL_S:g} s, and is left out after {IMPORT_S:g} s")
         # Again and again: code that catches every exception may go on.
         if ticks * TELL_S >= IMPORT_S:
             raise OperatorError(
@@ -61,9 +62,3 @@ def _exit_later() -> None:
     # Without stderr it raises RuntimeError, and where that is no file, ValueError.
     with suppress(OSError, ValueError, RuntimeError, AttributeError):
         faulthandler.dump_traceback_later(EXIT_S, exit=True, file=cast("IO[str]", sys.__stderr__))
-
-
-def _say(line: str) -> None:
-    with suppress(OSError, ValueError):
-        if sys.__stderr__ is not None:
-            print(line, file=sys.__stderr__, flush=True)

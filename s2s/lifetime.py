@@ -18,7 +18,7 @@ from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from s2s import log_file, stacks
+from s2s import log_file, stacks, streams
 from s2s.clock import cancel
 from s2s.errors import OperatorError
 
@@ -133,11 +133,11 @@ class Lifetime:
         if self._has_terminal and not os.isatty(0):
             self.end("the terminal is gone")
             return
-        log_file.reopen()
+        done = "the log was opened anew; " if log_file.reopen() else ""
         if self._is_rereading:
             self._is_asked_again = True
             return
-        _log.info("SIGHUP: the log was opened anew; the certificates and the file of the database URL are read again")
+        _log.info("SIGHUP: {done}the certificates and the file of the database URL are read again", done=done)
         self._is_rereading = True
         reading = threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._reread)
         reading.addErrback(lambda failure: _log.failure("the files could not be read again", failure=failure))
@@ -225,8 +225,7 @@ def refuse(why: str) -> NoReturn:
     :raises OperatorError: in a daemon, whose waiting parent Twisted tells of exceptions alone.
     """
     _log.error("{why}", why=why)
-    with suppress(OSError):
-        print(f"{os.path.basename(sys.argv[0])}: {why}", file=sys.__stderr__)
+    streams.say(f"{os.path.basename(sys.argv[0])}: {why}")
     if os.path.samestat(os.fstat(2), os.stat(os.devnull)):
         raise OperatorError(why)
     raise SystemExit(1)

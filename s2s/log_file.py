@@ -1,4 +1,4 @@
-"""The log files that twistd writes: bounded, and opened anew when they were moved away.
+"""The log files that twistd writes: bounded, opened anew when they were moved away, and honest about what they lack.
 
 twistd opens its log by itself, for a plugin and for a tac file, and keeps every rotated file. Its
 :class:`~twisted.python.logfile.LogFile` gets its bounds here once the role runs. ``--logger`` and ``--syslog`` keep
@@ -8,15 +8,21 @@ their meaning.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 from twisted.logger import Logger, globalLogPublisher
+from twisted.python import threadable
 from twisted.python.logfile import LogFile
+
+from s2s import streams
+from s2s.errors import OperatorError
 
 _log = Logger(namespace="s2s.log_file")
 
 
 def bound(file_bytes: int, old_files: int) -> None:
-    """Bound every log file that is open.
+    """Bound every log file that is open, and count what it loses from now on.
 
     :param file_bytes: a file of this size is rotated.
     :param old_files: rotated files that are kept; older ones are removed at the next rotation.
@@ -24,19 +30,91 @@ def bound(file_bytes: int, old_files: int) -> None:
     for file in _files():
         file.rotateLength = file_bytes
         file.maxRotatedFiles = old_files
+        file.__class__ = _Counted  # twistd has made it
 
 
-def reopen() -> None:
-    """Open every log file anew by its path, for a program that has moved it away; make it where it is missing."""
+class _Counted(LogFile):
+    """A log file that takes each event whole or not at all, and tells how many were lost once it can be written again.
+
+    Twisted would say nothing, as all that it says goes to the same file.
+    """
+
+    synchronized = ["write"]  # with rotate(), which is so already
+    _lost = 0
+    _why = ""
+
+    def write(self, event: str) -> None:
+        """Write an event, which begins with its time."""
+        told = ""
+        if self._lost:
+            told = (
+                f"{event.partition(' ')[0]} [s2s.log_file#error] {self._lost} events before this line are lost: "
+                f"the log could not be written: {self._why}\n"
+            )
+        try:
+            self._append((told + event).encode())
+        except OSError as error:
+            self._lost += 1
+            self._why = str(error.strerror)
+        else:
+            self._lost = 0
+
+    def _append(self, text: bytes) -> None:
+        if self.shouldRotate():  # type: ignore[no-untyped-call]
+            with suppress(OSError):  # what cannot be rotated is written to all the same
+                self.rotate()  # type: ignore[no-untyped-call]
+        if self._file.closed:  # by a rotation that failed half-way
+            self._openFile()  # type: ignore[no-untyped-call]
+        start = self._file.tell()
+        try:
+            while text:  # a disk that becomes full takes the beginning, and says why at the next try
+                text = text[self._file.write(text) :]
+        except OSError:
+            with suppress(OSError):
+                self._file.seek(start)
+                self._file.truncate()
+            raise
+        self.size = self._file.tell()
+
+
+threadable.synchronize(_Counted)
+
+
+def append(path: str, text: str = "") -> None:
+    """Append to a file as twistd will do: where that fails, its user gets to know.
+
+    :raises OSError: it cannot be written.
+    :raises OperatorError: it is no file.
+    """
+    is_file = not Path(path).is_fifo()  # opening one would wait for a reader
+    if is_file:
+        with open(path, "ab", buffering=0) as file:
+            is_file = file.seekable()
+            if is_file:
+                file.write(text.encode())
+    if not is_file:
+        raise OperatorError(f"{path} is a pipe or a terminal, and no log file: leave --logfile out to log to stdout")
+
+
+def reopen() -> bool:
+    """Open every log file anew by its path, for a program that has moved it away; make it where it is missing.
+
+    :returns: whether it was done. An old file is kept otherwise, and stderr has a line too: the file may be deleted.
+    """
+    is_done = True
     for file in _files():
         try:
             # LogFile.reopen() closes the old file first: without a new one nothing could be logged any more.
-            with open(file.path, "ab"):
-                pass
-        except OSError as error:
-            _log.error("the log {path} cannot be opened anew: {why}", path=file.path, why=error.strerror)
+            append(file.path)
+        except (OSError, OperatorError) as error:
+            is_done = False
+            why = error.strerror if isinstance(error, OSError) else error
+            line = f"the log {file.path} cannot be opened anew, and the old file is written to: {why}"
+            _log.error("{line}", line=line)
+            streams.say(line)
         else:
             file.reopen()
+    return is_done
 
 
 def descriptor() -> int:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import atexit
 import os
+import pwd
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from twisted.internet.task import LoopingCall
 from twisted.python import usage
 from ulid_transform import ulid_now
 
-from s2s import log_file, preflight, streams
+from s2s import __version__, log_file, preflight, streams
 from s2s.clock import Clock, make_monotonic
 from s2s.config import LiveConfig
 from s2s.errors import OperatorError
@@ -120,8 +122,24 @@ class RoleOptions(usage.Options):
     def from_environment(cls) -> RoleOptions:
         """Give the options as the environment alone sets them, for a tac file."""
         options = cls()
-        options.parseOptions([])  # type: ignore[no-untyped-call]
+        options.parseOptions([])
         return options
+
+    def parseOptions(self, options: Sequence[str] | None = None) -> None:
+        """Read the arguments."""
+        try:
+            super().parseOptions(options)  # type: ignore[no-untyped-call]
+        except usage.UsageError as error:
+            # twistd would tell it below a page of help.
+            refuse(f"{error}: see twistd {self.process_name} --help")
+
+    def opt_help(self) -> NoReturn:
+        """Display this help and exit."""
+        _tell(str(self))
+
+    def opt_version(self) -> NoReturn:
+        """Display the version and exit."""
+        _tell(f"s2s, version {__version__}")
 
     def postOptions(self) -> None:
         """Read the values, and prepare the process for twistd."""
@@ -129,7 +147,6 @@ class RoleOptions(usage.Options):
             try:
                 self[name] = coerce(self[name])
             except ValueError as error:
-                # A UsageError would be told below a page of help.
                 refuse(f"--{name} (or {variable(name)}): {error}")
         twistd = getattr(self, "parent", None)
         if twistd is not None:
@@ -149,34 +166,60 @@ class RoleOptions(usage.Options):
             twistd["pidfile"] = f"{self.process_name}.pid" if is_daemon else ""
         if is_daemon and not twistd["logfile"]:
             twistd["logfile"] = f"{self.process_name}.log"
-        if not os.path.isdir(twistd["rundir"]):
-            raise OperatorError(f"there is no directory {twistd['rundir']}: name another --rundir")
+        _check_places(twistd)
+        starting = f"{self.process_name}: starting\n"
         if twistd["syslog"] or twistd["logger"]:
             pass
         elif twistd["logfile"] in ("", None, "-"):
             if "stdout" in closed and not is_daemon:
                 raise OperatorError("stdout is closed and the log goes there: open it, or name a --logfile")
-            _write("the log", lambda: print(f"{self.process_name}: starting", flush=True))
+            _write("the log", "logfile", lambda: print(starting, end="", flush=True))
         else:
-            _write(f"the log file {twistd['logfile']}", lambda: _try_log(twistd["logfile"]))
+            _write(f"the log file {twistd['logfile']}", "logfile", lambda: log_file.append(twistd["logfile"], starting))
         if twistd["pidfile"]:
             self.pid_file = PidFile(twistd["pidfile"])
             twistd["pidfile"] = ""
 
 
-def _try_log(path: str) -> None:
-    with open(path, "ab") as file:
-        if not file.seekable():
-            raise OperatorError(
-                f"{path} is a pipe or a terminal, and no log file: leave --logfile out to log to stdout"
-            )
+def _check_places(twistd: Any) -> None:
+    """See that what twistd's own options name is there.
+
+    :raises OperatorError: it is not.
+    """
+    root, rundir, uid, gid = (twistd[option] for option in ("chroot", "rundir", "uid", "gid"))
+    if root is not None and (rundir == "." or os.path.isabs(rundir)):
+        rundir = f"{root}/{rundir}"
+    for option, directory in (("chroot", root), ("rundir", rundir)):
+        if directory is not None and not os.path.isdir(directory):
+            raise OperatorError(f"there is no directory {directory}: name another --{option}")
+    if root is not None and os.geteuid() != 0:
+        raise OperatorError("--chroot needs root: leave it out, or start as root")
+    if uid is not None and (gid is None or uid != os.geteuid()):
+        try:
+            pwd.getpwuid(uid)
+        except KeyError:
+            raise OperatorError(f"there is no user {uid}, whose groups would be ours: name another --uid") from None
+    if twistd["profile"]:
+        # It is written at the end, there.
+        profile = os.path.join(rundir, twistd["profile"])
+        _write(f"the profile {profile}", "profile", lambda: log_file.append(profile))
 
 
-def _write(what: str, write: Callable[[], object]) -> None:
+def _tell(text: str) -> NoReturn:
+    """End the process with a text for its user."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        streams.abandon(sys.stdout)
+        refuse(f"the output cannot be written, {error.strerror}")
+    raise SystemExit(0)
+
+
+def _write(what: str, option: str, write: Callable[[], object]) -> None:
     try:
         write()
     except OSError as error:
-        raise OperatorError(f"{what} cannot be written: {error.strerror}: name another --logfile") from None
+        raise OperatorError(f"{what} cannot be written: {error.strerror}: name another --{option}") from None
 
 
 def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handlers: int) -> tuple[Basis, list[Any]]:
@@ -207,7 +250,7 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handle
     database = Database(place.url, options.process_name, threads=threads, counters=counters)
     lifetime = Lifetime(reactor)
     if options.pid_file is not None:
-        lifetime.on_start = options.pid_file.write
+        lifetime.on_start = partial(or_refuse, options.pid_file.write)
     rereads = (each.reread for each in (database, *endpoints) if hasattr(each, "reread"))
     lifetime.rereads.extend(rereads)
     basis = Basis(

@@ -30,14 +30,24 @@ class PidFile:
         try:
             self._descriptor = self._take()
         except OSError as error:
-            raise self._refusal(f"cannot be used: {error.strerror}") from None
+            raise self._unusable(error) from None
         # A fork, too, removes it when it ends in order.
         atexit.register(self._remove)
+        # Before the fork as well: a disk that is full is told on the terminal, and the place of the pid is ours then.
+        self.write()
 
     def write(self) -> None:
-        """Write our pid, after the fork."""
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, b"%d\n" % os.getpid(), 0)
+        """Write our pid; once more after the fork.
+
+        :raises OperatorError: it cannot be written.
+        """
+        pid = b"%d\n" % os.getpid()
+        try:
+            # Truncated first, it would give its place on the disk away.
+            os.pwrite(self._descriptor, pid, 0)
+            os.ftruncate(self._descriptor, len(pid))
+        except OSError as error:
+            raise self._unusable(error) from None
 
     def _take(self) -> int:
         while True:
@@ -61,6 +71,9 @@ class PidFile:
         except BlockingIOError:
             running = f"process {content.decode()}, which runs" if content else "a process that starts"
             raise self._refusal(f"is that of {running}: stop it, or run in another directory") from None
+
+    def _unusable(self, error: OSError) -> OperatorError:
+        return self._refusal(f"cannot be used: {error.strerror}")
 
     def _refusal(self, why: str) -> OperatorError:
         return OperatorError(f"the pid file {self._path} {why}: name another --pidfile")

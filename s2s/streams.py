@@ -26,6 +26,13 @@ def prepare() -> list[str]:
     return closed
 
 
+def say(line: str) -> None:
+    """Write a line to stderr, whatever Twisted has made of ``sys.stderr``; without a stderr it is lost."""
+    with suppress(OSError, ValueError):
+        if sys.__stderr__ is not None:
+            print(line, file=sys.__stderr__, flush=True)
+
+
 def abandon(stream: Any) -> bool:
     """Write out a stream; where that fails drop it, or Python would fail again as it exits, with exit code 120.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +38,8 @@ class LogFileTests(SynchronousTestCase):
         globalLogPublisher.addObserver(observer)
         self.addCleanup(globalLogPublisher.removeObserver, observer)
         self.log = Logger()
+        self.told = StringIO()
+        self.patch(sys, "__stderr__", self.told)
 
     def names(self) -> list[str]:
         """List the directory."""
@@ -84,7 +88,7 @@ class LogFileTests(SynchronousTestCase):
         self.assertEqual(self.names(), ["role.log", "role.log.1"])
 
     def test_reopen_fails(self) -> None:
-        """Where no file can be opened anew, the old one is written to, and says why."""
+        """Where no file can be opened anew, the old one is written to, and says why; so does stderr."""
         file = self.path.open()
         self.addCleanup(file.close)
         self.path.unlink()
@@ -92,9 +96,27 @@ class LogFileTests(SynchronousTestCase):
         log_file.reopen()
         self.log.info("after")
         said = file.read()
-        self.assertIn(f"{self.path} cannot be opened anew", said)
+        for text in (said, self.told.getvalue()):
+            self.assertIn(f"{self.path} cannot be opened anew", text)
         self.assertIn("after", said)
         self.path.rmdir()
+
+    def test_rotation_fails(self) -> None:
+        """A file that cannot be rotated is written to all the same."""
+        log_file.bound(100, 2)
+        for broken in ("os.rename", "os.access"):
+            with self.subTest(broken=broken), mock.patch(broken, side_effect=PermissionError):
+                self.log.info("y" * 100)
+                self.log.info(broken)
+                self.assertIn(broken, self.path.read_text())
+
+    def test_reopen_as_a_pipe(self) -> None:
+        """A pipe in the place of the file is not opened, which would wait for its reader."""
+        log_file.bound(1000, 2)
+        self.path.unlink()
+        os.mkfifo(self.path)
+        self.assertFalse(log_file.reopen())
+        self.path.unlink()
 
 
 class PostgresLogTests(SynchronousTestCase):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import resource
 import shutil
 import signal
 import ssl
@@ -119,8 +121,19 @@ class PidFileTests(TwistdTestCase):
             (self.directory / "s2s-server.log").unlink()
 
     def test_a_log_that_is_no_file(self) -> None:
-        """A pipe as the log file, such as /dev/stdout in a container, is refused with the way to log to stdout."""
-        self.assertIn("leave --logfile out", self.refused("-n", "--logfile=/dev/stdout"))
+        """A pipe as the log file is refused with the way to log to stdout, also a named one that nobody reads."""
+        fifo = self.directory / "fifo"
+        os.mkfifo(fifo)
+        for path in ("/dev/stdout", fifo):
+            self.assertIn("leave --logfile out", self.refused("-n", f"--logfile={path}"))
+
+    def test_a_full_disk(self) -> None:
+        """A disk on which the pid has no place is one line, and no empty file is left."""
+        script = ["/bin/sh", "-c", 'ulimit -f 0; exec "$0" -n --pidfile=p.pid s2s-server', TWISTD]
+        done = subprocess.run(script, cwd=self.directory, capture_output=True, text=True, check=False)
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+        self.assertIn("p.pid cannot be used: File too large: name another --pidfile", done.stderr)
+        self.assertFalse((self.directory / "p.pid").exists())
 
     @inlineCallbacks
     def test_a_running_process(self) -> Any:
@@ -144,7 +157,7 @@ class PidFileTests(TwistdTestCase):
         self.assertFalse(self.file.exists())
 
     def test_refused(self) -> None:
-        """A place that cannot be written, and a file that is no pid file, is one line that names the option."""
+        """A place that is missing or cannot be written, or a file that is no pid file, is one line with the option."""
         precious = self.directory / "precious"
         precious.write_text("not a pid")
         for argv, option in (
@@ -153,7 +166,12 @@ class PidFileTests(TwistdTestCase):
             ((f"--pidfile={self.directory}",), "--pidfile"),
             (("-n", "--logfile=/no/such/file"), "--logfile"),
             (("--logfile=/no/such/file",), "--logfile"),
+            (("-n", "--logfile=/dev/full"), "--logfile"),
+            (("--logfile=/dev/full",), "--logfile"),
             (("-n", "--rundir=/no/such/directory"), "--rundir"),
+            (("-n", "--chroot=/no/such/directory"), "--chroot"),
+            (("-n", "--profile=/no/such/file"), "--profile"),
+            (("-n", "--uid=4294967290"), "--uid"),
         ):
             with self.subTest(argv=argv):
                 self.assertIn(f"name another {option}", self.refused(*argv))
@@ -163,7 +181,46 @@ class PidFileTests(TwistdTestCase):
 
 
 class StreamTests(TwistdTestCase):
-    """A role whose stdout cannot be written."""
+    """A role whose output or log cannot be written."""
+
+    def test_help(self) -> None:
+        """Help or a version that cannot be written is one line with exit code 1, and so is an unknown option."""
+        read, write = os.pipe()
+        os.close(read)
+        with open("/dev/full", "w") as full, open(write, "w") as pipe:
+            for stdout, why in ((full, "No space left on device"), (pipe, "Broken pipe")):
+                for option, what in (
+                    ("--help", f"the output cannot be written, {why}"),
+                    ("--version", f"the output cannot be written, {why}"),
+                    ("--nosuch", "option --nosuch not recognized: see twistd s2s-server --help"),
+                ):
+                    argv = [TWISTD, "s2s-server", option]
+                    done = subprocess.run(argv, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+                    self.assertEqual((done.returncode, done.stderr), (1, f"twistd: {what}\n"))
+
+    @inlineCallbacks
+    def test_a_disk_that_fills_for_a_while(self) -> Any:
+        """A role goes on while its log cannot be written, and then says how many events are lost; each is whole."""
+        process = self.twistd("-n", "--logfile=log")
+        yield self.says("log", "server listens on")
+        process.send_signal(signal.SIGHUP)
+        yield self.says("log", "SIGHUP: the log was opened anew")
+        log = self.directory / "log"
+        _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        # Of the first event that is lost the disk takes a part.
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (log.stat().st_size + 10, hard))
+        for _ in range(3):
+            process.send_signal(signal.SIGHUP)
+            with self.assertRaises(subprocess.TimeoutExpired):
+                process.wait(0.3)
+        self.assertEqual(log.read_text().count("SIGHUP"), 1)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        process.send_signal(signal.SIGHUP)
+        yield self.says("log", "SIGHUP: the log was opened anew", 2)
+        self.ends(process)
+        told = r"\n\S+ \[s2s.log_file#error\] [0-9]+ events before this line are lost: .*File too large"
+        self.assertRegex(log.read_text(), told)
+        self.assertEqual([line for line in log.read_text().splitlines()[1:] if not re.match("[0-9]{4}-", line)], [])
 
     def test_where_the_log_goes(self) -> None:
         """A stdout that is full, or has no reader, is refused where the log goes there."""
@@ -214,6 +271,24 @@ class SignalTests(TwistdTestCase):
             yield self.says("log", "SIGHUP: the log was opened anew")
         self.ends(process)
         self.assertIn("Server Shut Down", (self.directory / "log").read_text())
+
+    @inlineCallbacks
+    def test_hang_up_without_a_directory(self) -> Any:
+        """SIGHUP after the directory of the log was removed is told on stderr and in the old log; the role goes on."""
+        directory = self.directory / "logs"
+        directory.mkdir()
+        process = self.twistd("-n", "--logfile=logs/log")
+        yield self.says("logs/log", "server listens on")
+        with (directory / "log").open() as log:
+            shutil.rmtree(directory)
+            process.send_signal(signal.SIGHUP)
+            assert process.stderr is not None
+            said = yield deferToThread(process.stderr.readline)
+            self.assertIn(f"the log {directory / 'log'} cannot be opened anew", said)
+            self.ends(process)
+            logged = log.read()
+        self.assertIn("cannot be opened anew", logged)
+        self.assertNotIn("was opened anew", logged)
 
     @inlineCallbacks
     def test_signals_of_others(self) -> Any:
