@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -58,7 +59,8 @@ def discover(
     with _left_out(f"directory of {plugins.__name__}", complaints):  # one that may not be read
         names.extend(module.name for module in getModule(plugins.__name__).iterModules())
     for name in sorted(names):
-        with _left_out(name, complaints):
+        # What a plug-in prints is no part of a command's output.
+        with redirect_stdout(sys.stderr), _left_out(name, complaints):
             with bounded(name):
                 module = importlib.import_module(name)
             for attribute, value in list(vars(module).items()):

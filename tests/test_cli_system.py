@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -271,6 +272,9 @@ class StreamTests(ProcessTestCase):
                 self.assert_told(
                     self.start(*argv, stdout=full), "the output cannot be written, No space left on device"
                 )
+        with open("/dev/full", "w") as full:
+            completing = self.start(stdout=full, _S2S_COMPLETE="bash_source")
+            self.assert_told(completing, "the output cannot be written, No space left on device")
 
     def test_a_closed_pipe(self) -> None:
         """A reader that is gone is told."""
@@ -304,16 +308,29 @@ class StreamTests(ProcessTestCase):
         self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
         self.assertIn("working directory was removed: change to another one", done.stderr)
 
-    def test_a_thread_of_a_plug_in(self) -> None:
-        """A thread that a plug-in starts, and never ends, does not keep a command from ending."""
+    def test_what_a_plug_in_leaves_behind(self) -> None:
+        """What a plug-in starts and never ends, or has registered for the end, keeps no command from ending."""
         plugins = Path(self.mktemp(), "s2s", "plugins")
         plugins.mkdir(parents=True)
-        (plugins / "restless.py").write_text(
-            "import threading\nthreading.Thread(target=threading.Event().wait).start()\n"
-        )
-        process = self.start("plugins", "list", PYTHONPATH=str(plugins.parent.parent.absolute()))
-        output, _ = self.ended(process, 0)
-        self.assertIn("notice.publish", output)
+        for text in (
+            "import threading\nthreading.Thread(target=threading.Event().wait).start()\n",
+            "import multiprocessing\nqueue = multiprocessing.Queue()\nqueue.put('x' * 10**6)\n",
+            "import atexit, signal\natexit.register(signal.pause)\n",
+        ):
+            (plugins / "restless.py").write_text(text)
+            process = self.start("plugins", "list", PYTHONPATH=str(plugins.parent.parent.absolute()))
+            output, _ = self.ended(process, 0)
+            self.assertIn("notice.publish", output)
+
+    def test_a_plug_in_that_prints(self) -> None:
+        """What a plug-in prints while it is imported goes to stderr, so that the output is what programs expect."""
+        plugins = Path(self.mktemp(), "s2s", "plugins")
+        plugins.mkdir(parents=True)
+        (plugins / "chatty.py").write_text("print('hello')\n")
+        process = self.start("plugins", "list", "--json", PYTHONPATH=str(plugins.parent.parent.absolute()))
+        output, said = self.ended(process, 0)
+        self.assertEqual(said, "hello\n")
+        self.assertTrue(json.loads(output))
 
 
 class TerminalTests(DatabaseProcessTestCase):

@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -75,7 +74,9 @@ class _Program(click.Group):
             except OSError as error:
                 if not _is_of_output(error):
                     raise
-                code = 1  # not even the line of an error could be written
+                # Of completion; or not even the line of an error could be written.
+                streams.say(f"Error: {_unwritten(error)}")
+                code = 1
         if not streams.abandon(sys.stdout):
             code = code or 1
         streams.abandon(sys.stderr)
@@ -84,10 +85,8 @@ class _Program(click.Group):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
             code = 128 + signal.SIGTERM
-        if any(not each.daemon for each in threading.enumerate() if each is not threading.main_thread()):
-            # Python would wait for a thread that a plug-in has started.
-            os._exit(code if isinstance(code, int) else bool(code))
-        raise SystemExit(code)
+        # Python would wait for what a plug-in has left behind: its threads, and its own with atexit.
+        os._exit(code if isinstance(code, int) else bool(code))
 
     def _terminate(self, _: int, __: object) -> None:
         self._is_terminated = True
@@ -106,6 +105,10 @@ class _Program(click.Group):
 
 def _is_of_output(error: OSError) -> bool:
     return error.errno in _UNWRITABLE and error.filename is None
+
+
+def _unwritten(error: OSError) -> str:
+    return f"the output cannot be written, {error.strerror}: the command may be done: look before it is repeated"
 
 
 def _is_here() -> bool:
@@ -127,9 +130,7 @@ def _writing() -> Iterator[None]:
         if not _is_of_output(error):
             raise
         streams.abandon(sys.__stdout__)
-        raise click.ClickException(
-            f"the output cannot be written, {error.strerror}: the command may be done: look before it is repeated"
-        ) from None
+        raise click.ClickException(_unwritten(error)) from None
 
 
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
