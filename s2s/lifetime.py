@@ -226,6 +226,11 @@ def refuse(why: str) -> NoReturn:
     """
     _log.error("{why}", why=why)
     streams.say(f"{os.path.basename(sys.argv[0])}: {why}")
+    # Python would wait for what a plug-in has left behind: its threads, and its own with atexit.
+    leaving = threading.Timer(GRACE_S, os._exit, (1,))
+    leaving.daemon = True
+    with suppress(RuntimeError):  # there may be no room for a thread
+        leaving.start()
     if os.path.samestat(os.fstat(2), os.stat(os.devnull)):
         raise OperatorError(why)
     raise SystemExit(1)

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 from datetime import datetime, timezone
@@ -360,6 +361,23 @@ class SignalTests(TwistdTestCase):
         yield server.start()
         server.terminate()
         yield deferToThread(server.assert_ended_well)
+
+    def test_a_refused_start_with_a_plug_in(self) -> None:
+        """What a plug-in has left behind keeps no role from ending whose start is refused."""
+        plugins = self.directory / "s2s" / "plugins"
+        plugins.mkdir(parents=True)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            argv = [TWISTD, "-n", "s2s-server", "--http", "off", "--listen", listen(taken.getsockname()[1])]
+            for text in (
+                "import threading\nthreading.Thread(target=threading.Event().wait).start()\n",
+                "import atexit, signal\natexit.register(signal.pause)\n",
+            ):
+                (plugins / "restless.py").write_text(text)
+                variables = {DATABASE_VARIABLE: self.url, "PYTHONPATH": str(self.directory)}
+                process = start_process(self, argv, cwd=self.directory, **variables)
+                _, said = process.communicate(timeout=PATIENCE_S)
+                self.assertEqual(process.returncode, 1, said)
+                self.assertIn("choose another --listen", said)
 
 
 class CertificateTests(RoleTestCase):
