@@ -28,6 +28,7 @@ from twisted.logger import Logger
 from twisted.protocols.haproxy import proxyEndpoint
 from zope.interface import implementer
 
+from s2s import files
 from s2s.errors import one_line
 
 T = TypeVar("T")
@@ -42,6 +43,8 @@ _ONLY_ONE_WAY: Final = ("sslmethod", "dhParameters")
 
 _ARGUMENT = re.compile(r"(?:\A|:)((?:\\.|[^:\\])*)", re.DOTALL)
 _NAMED = re.compile(r"((?:\\.|[^=\\])*)=(.*)", re.DOTALL)
+#: Bytes that a file of certificates may have: all the public authorities are a quarter of a million.
+_MOST_BYTES: Final = 16 << 20
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----\s.+?-----END CERTIFICATE-----", re.DOTALL)
 
 
@@ -320,7 +323,7 @@ def _certificates(path: Path) -> list[ssl.Certificate]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return files.read(path, _MOST_BYTES)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 

@@ -31,6 +31,7 @@ ROOMS = {
         "settings", "identity", "names", "limits", "replay", "window", "pace", "session",
     ],
     "mezzanine": [
+        "files", "streams",
         "clock", "backoff", "budget", "line_quota", "strangers", "dispatch", "writer", "reader", "answers", "protocol",
         "store", "store.url", "store.sqlstate", "store.cursor", "store.connection", "store.driver", "store.line",
         "store.availability", "store.troubles", "store.interruptible", "store.lock_wait", "store.pool",
@@ -60,7 +61,7 @@ ROOMS = {
     "second": [
         "web", "web.problems", "web.waiting", "web.conductor", "web.sign_in", "web.routes", "web.api", "web.site",
         "web.openapi", "web.service", "admin_transport", "admin_client",
-        "log_file", "stacks", "watchdog", "streams", "pid_file", "lifetime", "tail", "role", "server", "engine",
+        "log_file", "stacks", "watchdog", "pid_file", "lifetime", "tail", "role", "server", "engine",
         "endpoints", "certs", "descriptors",
         "postmaster", "embedded", "preflight", "options", "children", "lookout", "up",
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from twisted.internet.defer import inlineCallbacks
 from twisted.logger import LogEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s import preflight
+from s2s import files, preflight
 from s2s.errors import OperatorError
 from s2s.store import url as urls
 from s2s.store.driver import Query
@@ -116,6 +117,25 @@ class LocatingTests(SynchronousTestCase):
         os.close(write)
         place = preflight.find_database(f"@/dev/fd/{read}", Path())
         self.assertEqual(place.url, "postgresql://u@h/d")
+
+    def test_a_pipe_in_parts(self) -> None:
+        """A writer of a named pipe may come later, and may pause."""
+        path = Path(self.mktemp())
+        os.mkfifo(path)
+        script = ["/bin/sh", "-c", '{ sleep 0.2; printf postgresql:; sleep 0.2; printf //u@h/d; } > "$0"', str(path)]
+        with subprocess.Popen(script):
+            self.assertEqual(preflight.find_database(f"@{path}", Path()).url, "postgresql://u@h/d")
+
+    def test_a_pipe_that_nobody_writes_to(self) -> None:
+        """A pipe through which nothing comes is refused after a while, with a writer and without one."""
+        self.patch(files, "SILENT_S", 0.1)
+        path = Path(self.mktemp())
+        os.mkfifo(path)
+        self.assertIn(f"{path}: nothing came through it within 0.1 s", self.refused(f"@{path}"))
+        read, write = os.pipe()
+        self.addCleanup(os.close, read)
+        self.addCleanup(os.close, write)
+        self.assertIn("nothing came through it", self.refused(f"@/dev/fd/{read}"))
 
     def test_a_relative_file(self) -> None:
         """A file is remembered by its absolute path: a daemon changes its directory."""

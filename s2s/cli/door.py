@@ -20,7 +20,7 @@ import click
 from click.core import ParameterSource
 from twisted.internet.threads import blockingCallFromThread
 
-from s2s import preflight
+from s2s import files, preflight
 from s2s.admin_client import AdminClient
 from s2s.cli.common import FilledPath, actor, database_options, not_empty, one_line_errors, transaction
 from s2s.errors import AuthBad, AuthRequired, OperatorError, Refused, Unreachable, WireError, harmless
@@ -164,7 +164,7 @@ def _running_reactor() -> Any:
 
 def _read_token(path: Path) -> str:
     try:
-        return path.read_text("ascii").strip()
+        return files.read(path).decode("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise OperatorError(f"the token file {path} cannot be read, {why}: see --token-file") from None

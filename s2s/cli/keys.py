@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from s2s import files
 from s2s.cli.common import ALL, database_options, json_option, one_line_errors, show, transaction
 from s2s.cli.door import Door, rows, with_door
 from s2s.errors import OperatorError
@@ -67,7 +68,7 @@ def add(
 
 def _read_secret(path: Path) -> str:
     try:
-        secret = "".join(path.read_text("ascii").split())
+        secret = "".join(files.read(path).decode("ascii").split())
         decode_secret(secret)
     except OSError as error:
         raise OperatorError(f"the secret file cannot be read: {path}: {error.strerror}") from None

@@ -11,10 +11,9 @@ from typing import Final
 import psycopg2
 from psycopg2.extensions import parse_dsn
 
+from s2s import files
 from s2s.errors import OperatorError
 
-#: Bytes that a file with a URL may have. A URL has hundreds; the bound ends the read of a file such as ``/dev/zero``.
-MOST_BYTES: Final = 65_536
 _UNREADABLE: Final = (
     "the database URL cannot be read: write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "
     "with %40, %2F and %3F for @, / and ? inside a name or password"
@@ -86,16 +85,13 @@ def _content(given: str) -> str:
     try:
         if path.is_dir() or stat.S_ISBLK(path.stat().st_mode):
             raise OperatorError(f"the file of the database URL is no file: {path}: name one behind the @")
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        text = content.decode("utf-8-sig").strip()
+        text = files.read(path).decode("utf-8-sig").strip()
     except OSError as error:
         raise OperatorError(f"the file of the database URL cannot be read: {path}: {error.strerror}") from None
     except (UnicodeDecodeError, ValueError):
         raise OperatorError(f"the file of the database URL cannot be read: {path}: it is not UTF-8 text") from None
-    if not text or len(content) > MOST_BYTES:
-        what = "is empty" if not text else "is too long"
-        raise OperatorError(f"the file of the database URL {what}: {path}: write one URL into it")
+    if not text:
+        raise OperatorError(f"the file of the database URL is empty: {path}: write one URL into it")
     if text.startswith("@"):
         raise OperatorError(f"the file of the database URL names another file: {path}: write one URL into it")
     return text
