@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import stat
 from pathlib import Path
 
@@ -98,6 +99,28 @@ class TableTests(CliTestCase):
         refused = self.s2s("tokens", "add", "bob", "--role", "admin", "--to", str(path), expected=1).output
         self.assertIn("cannot be written, File exists: name another one", refused)
         self.assertEqual([row["name"] for row in self.json("tokens", "list")], ["alice"])
+
+    def test_a_file_of_no_token(self) -> None:
+        """Where the token cannot be written, or cannot be kept, no file stays that is in the way of the next try."""
+        path = Path(self.mktemp())
+        add = ("tokens", "add", "alice", "--role", "admin", "--to", str(path))
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        try:
+            said = self.s2s(*add, expected=1).output
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        self.assertIn("cannot be written, File too large: name another one", said)
+        self.assertFalse(path.exists())
+        self.execute("create function refuse() returns trigger language plpgsql as 'begin raise exception $$no$$; end'")
+        self.execute(
+            "create constraint trigger refused after insert on api_tokens initially deferred"
+            " for each row execute function refuse()"
+        )
+        self.s2s(*add, expected=1)
+        self.assertFalse(path.exists())
+        self.execute("drop trigger refused on api_tokens")
+        self.s2s(*add)
 
     def test_expiry(self) -> None:
         """One that has expired is shown as such, and is valid no more."""

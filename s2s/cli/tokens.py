@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -53,10 +55,9 @@ def add(
     name = name or f"{role}-{secrets.token_hex(4)}"
     if not NAME.fullmatch(name):
         raise OperatorError(f"the name {name!r} cannot be used: take 1 to 64 of A-Z a-z 0-9 _ . -")
-    with transaction(database, state_dir) as txn:
+    with _new_file(path) as write, transaction(database, state_dir) as txn:
         token = table.add(txn, name, role, note, days)
-        if path is not None:
-            write_token(path, token)
+        write(token)
     if as_json:
         told = {"name": name, "role": role, **({"token": token} if path is None else {"token_file": str(path)})}
         click.echo(json.dumps(told, indent=2))
@@ -67,14 +68,38 @@ def add(
         click.echo(f"the token {name} is in {path}")
 
 
-def write_token(path: Path, token: str) -> None:
-    """Write a token to a new file that only its owner can read.
+@contextmanager
+def _new_file(path: Path | None) -> Iterator[Callable[[str], object]]:
+    """Make a file that only its owner can read, and give what writes a line to it; it is removed where anything fails.
 
     :raises OperatorError: it cannot be written, or is there.
     """
+    if path is None:
+        yield lambda _: None
+        return
+
+    def write(line: str) -> None:
+        with _told(path):
+            left = f"{line}\n".encode()
+            while left:
+                left = left[os.write(descriptor, left) :]
+
+    with _told(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(token + "\n")
+        yield write
+    except BaseException:
+        with suppress(OSError):
+            path.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OperatorError(f"the token file {path} cannot be written, {error.strerror}: name another one") from None
 
