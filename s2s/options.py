@@ -131,7 +131,7 @@ class RoleOptions(usage.Options):
             super().parseOptions(options)  # type: ignore[no-untyped-call]
         except usage.UsageError as error:
             # twistd would tell it below a page of help.
-            refuse(f"{error}: see twistd {self.process_name} --help")
+            refuse(f"{str(error).rstrip('.')}: see twistd {self.process_name} --help")
 
     def opt_help(self) -> NoReturn:
         """Display this help and exit."""
