@@ -52,7 +52,7 @@ class _Counted(LogFile):
                 f"the log could not be written: {self._why}\n"
             )
         try:
-            self._append((told + event).encode())
+            self._append((told + event).encode(errors="backslashreplace"))
         except OSError as error:
             self._lost += 1
             self._why = str(error.strerror)

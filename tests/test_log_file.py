@@ -32,9 +32,9 @@ class LogFileTests(SynchronousTestCase):
         """Log to a file, as twistd does."""
         self.directory = Path(tempfile.mkdtemp(dir=os.curdir)).resolve()
         self.path = self.directory / "role.log"
-        file = LogFile.fromFullPath(str(self.path))
-        self.addCleanup(file.close)
-        observer = textFileLogObserver(file)
+        self.file = LogFile.fromFullPath(str(self.path))
+        self.addCleanup(self.file.close)
+        observer = textFileLogObserver(self.file)
         globalLogPublisher.addObserver(observer)
         self.addCleanup(globalLogPublisher.removeObserver, observer)
         self.log = Logger()
@@ -109,6 +109,13 @@ class LogFileTests(SynchronousTestCase):
                 self.log.info("y" * 100)
                 self.log.info(broken)
                 self.assertIn(broken, self.path.read_text())
+
+    def test_characters_that_are_none(self) -> None:
+        """An event that is no UTF-8, as a name of a file may be, is escaped and not lost."""
+        log_file.bound(1000, 2)
+        # By hand: the log of trial bears no such event.
+        self.file.write("a name \udcff of a file\n")
+        self.assertIn("a name \\udcff of a file", self.path.read_text())
 
     def test_reopen_as_a_pipe(self) -> None:
         """A pipe in the place of the file is not opened, which would wait for its reader."""
