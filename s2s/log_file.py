@@ -48,7 +48,7 @@ class _Counted(LogFile):
         told = ""
         if self._lost:
             told = (
-                f"{event.partition(' ')[0]} [s2s.log_file#error] {self._lost} events before this line are lost: "
+                f"{event.partition(' ')[0]} [s2s.log_file#error] events lost before this line: {self._lost}: "
                 f"the log could not be written: {self._why}\n"
             )
         try:

@@ -219,7 +219,7 @@ class StreamTests(TwistdTestCase):
         process.send_signal(signal.SIGHUP)
         yield self.says("log", "SIGHUP: the log was opened anew", 2)
         self.ends(process)
-        told = r"\n\S+ \[s2s.log_file#error\] [0-9]+ events before this line are lost: .*File too large"
+        told = r"\n\S+ \[s2s.log_file#error\] events lost before this line: [0-9]+: .*File too large"
         self.assertRegex(log.read_text(), told)
         self.assertEqual([line for line in log.read_text().splitlines()[1:] if not re.match("[0-9]{4}-", line)], [])
 
