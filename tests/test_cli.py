@@ -10,6 +10,7 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
+from s2s import files
 from s2s.cli import main
 from s2s.signing import decode_secret
 from tests.support.postgres import DatabaseTestCase
@@ -71,8 +72,12 @@ class KeysTests(CliTestCase):
             self.assertIn(why, result.output)
             self.assertNotIn(short.decode(), result.output)
             self.assertEqual(result.output.count("\n"), 1)
-        missing = self.s2s("keys", "add", "--key-id", "k9", "--role", "any", "--secret-file", "no-such", expected=1)
-        self.assertIn("cannot be read", missing.output)
+        self.patch(files, "SILENT_S", 0.1)
+        pipe = self.mktemp()
+        os.mkfifo(pipe)
+        for path, why in (("no-such", "No such file"), (pipe, "nothing came through it")):
+            result = self.s2s("keys", "add", "--key-id", "k9", "--role", "any", "--secret-file", path, expected=1)
+            self.assertIn(f"cannot be read: {path}: {why}", result.output)
         self.assertEqual(self.execute("select count(*) from s2s_keys"), [(0,)])
 
     def test_a_name_twice_or_malformed(self) -> None:

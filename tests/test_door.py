@@ -16,6 +16,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase
 
+from s2s import files
 from s2s.cli.door import Door, HttpDoor, with_door
 from s2s.errors import OperatorError, Refused
 from s2s.tokens import make
@@ -138,6 +139,14 @@ class TokenTests(SynchronousTestCase):
         file.write_text("good")
         self.assertEqual(way.call(operation), "done")
         self.assertEqual(tried, ["old", "old", "good"])
+
+    def test_a_pipe(self) -> None:
+        """A pipe that nobody writes to is a line after a while."""
+        self.patch(files, "SILENT_S", 0.1)
+        pipe = Path(self.mktemp())
+        os.mkfifo(pipe)
+        refused = self.assertRaises(OperatorError, _MODULE._read_token, pipe)
+        self.assertIn(f"{pipe} cannot be read, nothing came through it", str(refused))
 
 
 class ShutTests(ApiTestCase):

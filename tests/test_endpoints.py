@@ -20,7 +20,7 @@ from twisted.internet.testing import MemoryReactor
 from twisted.protocols import portforward
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from s2s import certs
+from s2s import certs, files
 from s2s.endpoints import server_endpoint
 from s2s.news import LINK_UP
 from tests.support.peer import PUSH, Peer, command
@@ -145,6 +145,10 @@ class ReadingTests(SynchronousTestCase):
         self.refused(self.tls(certKey=str(nothing)), "nothing.pem has no certificate")
         self.refused(self.tls(extraCertChain=str(nothing)), "nothing.pem has no certificate")
         self.refused(self.tls(privateKey="no-such"), "no-such cannot be read: No such file")
+        self.patch(files, "SILENT_S", 0.1)
+        pipe = self.directory / "pipe"
+        os.mkfifo(pipe)
+        self.refused(self.tls(trustRoots=str(pipe)), "pipe cannot be read: nothing came through it")
         self.refused(self.tls(privateKey=str(locked)), "locked.key has a passphrase")
         for wrong in (nothing, self.directory / "engine-a.key"):
             self.refused(self.tls(privateKey=str(wrong)), f"{wrong} has no key of", "server.pem")
