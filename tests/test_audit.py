@@ -338,6 +338,55 @@ class ChangesTests(AuditTestCase, CliTestCase):
             ],
         )
 
+    def test_orders_by_sql(self) -> None:
+        """An order that is changed by hand, opened again or removed is told with what it was; its steps are not."""
+        self.execute("insert into orders (order_id, rpc, params) values ('o1', 'a.b', '{}'), ('o2', 'a.b', '{}')")
+        self.new()
+        self.execute(
+            "update orders set status = 'running', engine = 'e', attempts = 2, retry_at = now(), way = 'table'"
+        )
+        self.execute("update orders set state = '{\"done\": 1}', stepped_at = now(), started_at = now()")
+        self.assertEqual(self.new(), [])
+        self.execute("update orders set params = '{\"a\": 1}', actor = 'nobody' where order_id = 'o1'")
+        was = {"params": {}, "actor": self.user}
+        changed = (self.user, "orders.change", "o1", {"params": {"a": 1}, "actor": "nobody"}, {"was": was})
+        self.assertEqual(self.new(), [changed])
+        self.execute("update orders set status = 'done', result = '{}' where order_id = 'o2'")
+        self.new()
+        self.execute("update orders set status = 'queued' where order_id = 'o2'")
+        again = (self.user, "orders.change", "o2", {"status": "queued"}, {"was": {"status": "done"}})
+        self.assertEqual(self.new(), [again])
+        self.execute("delete from orders where order_id = 'o1'")
+        self.execute("truncate orders cascade")
+        told = self.new()
+        self.assertEqual([each[:4] for each in told], [(self.user, "orders.delete", each, {}) for each in ("o1", "o2")])
+        for each in told:
+            assert each[4] is not None
+            self.assertEqual(each[4]["was"]["rpc"], "a.b")
+
+    def test_a_history_by_sql(self) -> None:
+        """What is changed or removed of the history of settings is told with what it was."""
+        for value in (1, 2, 3):
+            self.execute("update config set value = to_jsonb(%s) where key = 'relay.window'", value)
+        self.new()
+        self.execute("update config_history set actor = 'nobody' where version = 1")
+        self.execute("update config_history set actor = 'nobody' where version = 1")
+        self.execute("delete from config_history where version = 2")
+        self.execute("truncate config_history")
+        changed, *deleted = self.new()
+        self.assertEqual(
+            changed,
+            (
+                self.user,
+                "config_history.change",
+                "relay.window",
+                {"actor": "nobody"},
+                {"was": {"actor": self.user}},
+            ),
+        )
+        self.assertEqual([each[:4] for each in deleted], [(self.user, "config_history.delete", "relay.window", {})] * 3)
+        self.assertEqual(sorted(each[4]["was"]["version"] for each in deleted if each[4]), [1, 2, 3])
+
     def test_engines_by_sql(self) -> None:
         """A pause by hand is told with the database's user; what is no change of it is not told."""
         self.execute("insert into engines (name, wanted, reason) values ('a', 'paused', 'night')")
