@@ -84,9 +84,10 @@ def check(url: str, role: Role, sessions: int = 1) -> Found:
     """
     try:
         with blocking(url) as txn:
+            # First: without a privilege the schema seems to be another.
+            privileges.check(txn)
             migrations.check(txn)
             connection_limits.check(txn, sessions)
-            privileges.check(txn)
             sequences.check(txn)
             table, snapshot = keys.read(txn), config.read(txn)
     except DatabaseError as error:

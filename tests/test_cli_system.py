@@ -215,6 +215,25 @@ class SequenceTests(CliTestCase):
         )
         self.assertEqual(key, 10)
 
+    def test_exhausted(self) -> None:
+        """``db status`` names each sequence that is at its bound or nearly so; a role's start refuses one at it."""
+        self.execute("select setval('commands_cmd_id_seq', 995); alter sequence commands_cmd_id_seq maxvalue 1000")
+        self.execute("select setval('outbox_outbox_id_seq', 9); alter sequence outbox_outbox_id_seq maxvalue 9")
+        self.execute("select setval('notices_notice_id_seq', 9223372036854775807)")
+        self.execute("select setval('broadcasts_broadcast_id_seq', 900);")
+        self.execute("alter sequence broadcasts_broadcast_id_seq maxvalue 1000")
+        refused = str(self.assertRaises(SchemaError, preflight.check, self.url, "server"))
+        self.assertIn("is exhausted", refused)
+        self.assertNotIn("\n", refused)
+        said = self.s2s("db", "status", expected=1).output
+        self.assertIn("commands.cmd_id stands at 995, its bound is 1000, and it has 5 values left", said)
+        self.assertNotIn("broadcasts", said)
+        cures = [line.rpartition(": ")[2] for line in said.splitlines() if "its bound is" in line]
+        self.assertEqual(len(cures), 3)
+        for cure in cures:
+            self.execute(cure)
+        self.s2s("db", "status")
+
     def test_while_others_work(self) -> None:
         """Rows that others insert during the check make no sequence stand behind."""
         session = self.execute

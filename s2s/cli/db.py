@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import click
 
 from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction
 from s2s.store import migrations, privileges, sequences
+from s2s.store.driver import Cursor
 from s2s.store.lock_wait import PATIENCE_S
 
 
@@ -31,7 +33,7 @@ def db() -> None:
 @one_line_errors
 def migrate(wait_s: float, database: str | None, state_dir: Path) -> None:
     """Bring the tables up to this release. Running it twice, or twice at once, does no harm."""
-    with transaction(database, state_dir, is_checked=False) as txn:
+    with transaction(database, state_dir, is_checked=False) as txn, privileges.explained(txn):
         done = migrations.migrate(txn.connection, partial(click.echo, err=True), wait_s)
     for name in done:
         click.echo(f"migrated: {name}")
@@ -44,18 +46,27 @@ def migrate(wait_s: float, database: str | None, state_dir: Path) -> None:
 @json_option
 @one_line_errors
 def status(database: str | None, state_dir: Path, as_json: bool) -> None:
-    """List the migrations, the privileges that the user lacks and the sequences behind their rows; exit 1 if any is."""
+    """List the migrations, and what stands in the way of a role or a migration; exit 1 if anything does."""
+    is_whole = True
     with transaction(database, state_dir, is_checked=False) as txn:
+        for line in _wrong(txn):
+            click.echo(line, err=True)
+            is_whole = False
         found = migrations.status(txn)
-        grants = privileges.missing(txn)
-        behind = sequences.behind(txn)
     show(found, ("version", "name", "applied_at"), as_json, "this release has no migrations")
-    for grant in grants:
-        click.echo(f"a privilege is missing, run as the owner of the tables: {grant}", err=True)
-    for each in behind:
-        click.echo(f"{each}: run: s2s db fix-sequences", err=True)
-    if grants or behind or any(each.applied_at is None for each in found):
+    if not is_whole or any(each.applied_at is None for each in found):
         raise SystemExit(1)
+
+
+def _wrong(txn: Cursor) -> Iterator[str]:
+    """Give a line for each thing that is wrong, with its cure; what needs the fewest privileges comes first."""
+    for grant in privileges.missing(txn):
+        yield f"a privilege is missing, run as the owner of the tables: {grant}"
+    yield from privileges.hidden(txn)
+    for behind in sequences.behind(txn):
+        yield f"{behind}: run: s2s db fix-sequences"
+    yield from map(str, sequences.ending(txn))
+    yield from privileges.to_migrate(txn)
 
 
 @db.command(name="fix-sequences")

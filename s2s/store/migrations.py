@@ -86,14 +86,16 @@ def _run(migration: Migration, txn: Cursor) -> bool:
     # Held until the COMMIT, and taken anew for every file: a waiter then sees what the other one did.
     txn.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
     _check_encoding(txn)
-    txn.execute(
-        "create table if not exists s2s_migrations ("
-        "version integer primary key, name text not null, applied_at timestamptz not null default now())"
-    )
     _refuse_newer(txn)
-    txn.execute("select from s2s_migrations where version = %s", (migration.version,))
-    if txn.rowcount:
+    applied = _applied(txn)
+    if migration.version in applied:
         return False
+    if not applied:
+        # Not where it is there: that needs a privilege, too.
+        txn.execute(
+            "create table if not exists s2s_migrations ("
+            "version integer primary key, name text not null, applied_at timestamptz not null default now())"
+        )
     txn.execute(migration.sql)
     txn.execute("insert into s2s_migrations (version, name) values (%s, %s)", (migration.version, migration.name))
     return True

@@ -1,13 +1,17 @@
-"""The privileges that the user of the database needs, and the statements that grant those that are missing."""
+"""What the user of the database needs to see, write and make, and the statements that give what it lacks."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
+
+import psycopg2
 
 from s2s.errors import OperatorError
 from s2s.store import migrations
-from s2s.store.driver import Cursor
+from s2s.store.driver import Cursor, is_broken
 
 _ALL: Final = ("select", "insert", "update", "delete")
 #: Tables of which we need less. The audit is append-only; only the migration writes its own table.
@@ -36,6 +40,31 @@ from pg_catalog.pg_proc p where p.proname like 's2s\\_%%' and p.pronamespace in 
 and not has_function_privilege(p.oid, 'execute')
 order by 1, 2, 3
 """
+#: Our tables of which row level security may hide rows from this user: one policy that lets all through hides none.
+_HIDDEN: Final = """
+select c.oid::regclass::text, quote_ident(current_user)
+from unnest(%s::text[]) as n (name) join pg_catalog.pg_class c on c.oid = to_regclass(n.name)
+where row_security_active(c.oid) and (
+    exists (select from pg_catalog.pg_policy p where p.polrelid = c.oid and not p.polpermissive)
+    or not exists (
+        select from pg_catalog.pg_policy p where p.polrelid = c.oid and p.polcmd = '*'
+        and pg_get_expr(p.polqual, c.oid) = 'true' and coalesce(pg_get_expr(p.polwithcheck, c.oid), 'true') = 'true'
+        and exists (select from unnest(p.polroles) as r (role)
+            where case r.role when 0 then true else pg_has_role(r.role, 'usage') end)
+    )
+)
+order by 1
+"""
+#: The schema in which a migration makes its tables, and an owner of tables of ours in whose name this user may not act.
+#: The schema of temporary tables comes last, and is none for ours.
+_TO_MIGRATE: Final = """
+select quote_ident(current_user), current_setting('search_path'),
+    case when current_schema() !~ '^pg_temp_' then quote_ident(current_schema()) end,
+    has_schema_privilege(current_schema(), 'create'),
+    (select min(quote_ident(pg_get_userbyid(c.relowner)))
+    from unnest(%s::text[]) as n (name) join pg_catalog.pg_class c on c.oid = to_regclass(n.name)
+    where not pg_has_role(c.relowner, 'usage'))
+"""
 
 
 def missing(txn: Cursor) -> list[str]:
@@ -52,13 +81,72 @@ def missing(txn: Cursor) -> list[str]:
     ]
 
 
-def check(txn: Cursor) -> None:
-    """Refuse a database whose user lacks a privilege.
+def hidden(txn: Cursor) -> list[str]:
+    """Return a line for each table of which row level security hides rows from the user of this connection."""
+    txn.execute(_HIDDEN, (sorted(migrations.tables() | _FEWER.keys()),))
+    return [
+        f"row level security hides rows of the table {table} from {user}: run as its owner:"
+        f" alter table {table} disable row level security; or as a superuser: alter role {user} bypassrls;"
+        for table, user in txn
+    ]
 
-    :raises OperatorError: with the statements that grant it.
+
+def to_migrate(txn: Cursor) -> list[str]:
+    """Return a line for each reason why the user of this connection cannot run the migrations that are missing."""
+    if all(each.applied_at for each in migrations.status(txn)):
+        return []
+    txn.execute(_TO_MIGRATE, (sorted(migrations.tables() | _FEWER.keys()),))
+    ((user, path, schema, may_create, owner),) = txn.fetchall()
+    if schema is None:
+        return [
+            f"there is no schema of the search_path {path} that {user} may use: run as the owner of the database:"
+            f" create schema if not exists public; grant usage, create on schema public to {user};"
+            f" alter role {user} set search_path = public;"
+        ]
+    lines = []
+    if not may_create:
+        lines.append(
+            "a privilege to migrate is missing, run as the owner of the database:"
+            f" grant create on schema {schema} to {user};"
+        )
+    if owner is not None:
+        lines.append(f"{user} may not change the tables of {owner}: run s2s db migrate as {owner}")
+    return lines
+
+
+def check(txn: Cursor) -> None:
+    """Refuse a database whose user lacks a privilege, or does not see each row.
+
+    :raises OperatorError: with the statements that mend it.
     """
     grants = missing(txn)
     if grants:
-        more = f" and {len(grants) - _SHOWN} more, which s2s db status lists" if len(grants) > _SHOWN else ""
         shown = " ".join(grants[:_SHOWN])
-        raise OperatorError(f"the database user lacks privileges: run as the owner of the tables: {shown}{more}")
+        raise OperatorError(
+            "the database user lacks privileges: run as the owner of the tables: " + shown + _more(grants, _SHOWN)
+        )
+    _refuse(hidden(txn))
+
+
+@contextmanager
+def explained(txn: Cursor) -> Iterator[None]:
+    """Where a migration is refused, see whether it is its user who cannot do it.
+
+    :raises OperatorError: with the statements that mend it.
+    """
+    try:
+        yield
+    except psycopg2.Error:
+        if not is_broken(txn.connection):
+            txn.connection.rollback()
+            _refuse(hidden(txn) or to_migrate(txn))
+        raise
+
+
+def _refuse(lines: Sequence[str]) -> None:
+    if lines:
+        raise OperatorError(lines[0] + _more(lines, 1))
+
+
+def _more(lines: Sequence[str], shown: int) -> str:
+    return f" and {len(lines) - shown} more, which s2s db status lists" if len(lines) > shown else ""

@@ -1,6 +1,7 @@
 """The sequences of our tables: one that stands behind its rows makes every new row collide with an old one.
 
-Rows that are copied, or restored by ``pg_restore --data-only``, do not move the sequences of their ids.
+Rows that are copied, or restored by ``pg_restore --data-only``, do not move the sequences of their ids. A sequence that
+has come to its bound lets no new row in at all.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from s2s.store.driver import Cursor
 #: The sequences that columns of some tables own, by identity or as a serial. One that we may not read is left out.
 _OWNED: Final = """
 select tables.relname, columns.attname, settings.seqrelid::regclass::text, tables.oid::regclass::text,
-       settings.seqstart - settings.seqincrement
+       settings.seqstart - settings.seqincrement, settings.seqincrement, settings.seqmin, settings.seqmax
 from pg_sequence settings
 join pg_depend owns on owns.classid = 'pg_class'::regclass and owns.objid = settings.seqrelid
     and owns.refclassid = 'pg_class'::regclass and owns.deptype in ('a', 'i')
@@ -28,6 +29,9 @@ where tables.relname = any(%s) and pg_table_is_visible(tables.oid)
 order by 1
 """
 _CURE: Final = "s2s db fix-sequences"
+#: A sequence that has given all of its values but one in so many is told of.
+_LAST: Final = 100
+_MOST: Final = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,53 @@ class Behind:
         return f"the sequence of {where} stands at {self.stands_at} and the largest id is {self.largest}"
 
 
+@dataclass(frozen=True)
+class Ending:
+    """A sequence that has come to its bound, or nearly so.
+
+    :ivar left: how many values it can still give.
+    """
+
+    column: str
+    sequence: str
+    table: str
+    stands_at: int
+    bound: int
+    left: int
+
+    def __str__(self) -> str:
+        # The bound of a bigint cannot be raised: such a sequence was set by hand.
+        cure = (
+            f"alter sequence {self.sequence} as bigint no maxvalue no minvalue"
+            if abs(self.bound) < _MOST
+            else f"select setval('{self.sequence}', coalesce(max({self.column}), 1)) from {self.table}"  # noqa: S608
+        )
+        left = f"has {self.left} values left" if self.left else "is exhausted: no new row gets an id"
+        return (
+            f"the sequence of {self.table}.{self.column} stands at {self.stands_at}, its bound is {self.bound},"
+            f" and it {left}: run as the owner of the table: {cure}"
+        )
+
+
+def ending(txn: Cursor) -> list[Ending]:
+    """List the sequences that have come to their bounds, or nearly so."""
+    found = []
+    txn.execute(_OWNED, (list(migrations.tables()),))
+    for _, column, sequence, table, start, step, least, most in txn.fetchall():
+        txn.execute("select coalesce(pg_sequence_last_value(%s::regclass), %s)", (sequence, start))
+        ((stands_at,),) = txn.fetchall()
+        bound = most if step > 0 else least
+        left = max(0, (bound - stands_at) // step)
+        if left * _LAST < (most - least) // abs(step) or not left:
+            found.append(Ending(column, sequence, table, stands_at, bound, left))
+    return found
+
+
 def behind(txn: Cursor) -> list[Behind]:
     """List the sequences that stand behind the rows of their tables."""
     txn.execute(_OWNED, (list(migrations.tables()),))
     found = []
-    for _, column, sequence, table, start in txn.fetchall():
+    for _, column, sequence, table, start, *_ in txn.fetchall():
         largest, stands_at = _look(txn, column, sequence, table)
         stands_at = start if stands_at is None else stands_at
         if largest > stands_at:
@@ -63,10 +109,12 @@ def behind(txn: Cursor) -> list[Behind]:
 
 
 def check(txn: Cursor) -> None:
-    """Refuse a database in which new rows would collide with old ones.
+    """Refuse a database in which new rows would collide with old ones, or get no id.
 
     :raises SchemaError: the text names the sequence, and the cure.
     """
+    for exhausted in (each for each in ending(txn) if not each.left):
+        raise SchemaError(str(exhausted))
     for each in behind(txn):
         raise SchemaError(f"{each}, as after a restore of rows without their sequences: run: {_CURE}")
 
