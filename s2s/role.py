@@ -21,6 +21,7 @@ from s2s.lifetime import Lifetime
 from s2s.limits import Bounds, Counters
 from s2s.links import LinkFactory
 from s2s.news import Digest
+from s2s.queue_watch import QueueWatch
 from s2s.store import config, keys
 from s2s.store.handler_pool import HandlerPool
 from s2s.store.listen import Listener
@@ -83,6 +84,7 @@ class Role(service.Service, ABC):
             presence=self._identity.boot_id,
             application_name=f"s2s-{self._identity.role} listen",
         )
+        self._queue_watch = QueueWatch(self._database, self._clock)
         self._watchdog = Watchdog(self._clock.scheduler)
         self._digests = [
             Digest("bounds met", lambda: self._counters.met, self._clock, longest_s=_TOLD_S),
@@ -99,6 +101,7 @@ class Role(service.Service, ABC):
         self._keys.start()
         self._config.start()
         self._listener.start()
+        self._queue_watch.start()
         self._begin()
         for digest in self._digests:
             digest.start()
@@ -118,6 +121,7 @@ class Role(service.Service, ABC):
         self._keys.stop()
         self._config.stop()
         await self._listener.stop()
+        await self._queue_watch.stop()
         await self._handlers.stop()
         await self._database.stop()
         self._watchdog.stop()

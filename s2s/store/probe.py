@@ -1,9 +1,13 @@
-"""A write that shows whether the database serves: everything that a push and a worker write, rolled back again."""
+"""A write that shows whether the database serves: everything that a push and a worker write, rolled back again.
+
+What is rolled back notifies nobody, so the queue of notifications is looked at as well.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
+from s2s.store import notify_queue
 from s2s.store.driver import Cursor
 
 #: Milliseconds that the probe waits for a lock that another session holds.
@@ -24,8 +28,9 @@ _WRITES: Final = (
 def check(txn: Cursor) -> None:
     """Write, and roll back to where the transaction stood before.
 
-    :raises DatabaseError: the database refuses a write; by way of the pool.
+    :raises DatabaseError: the database refuses a write, by way of the pool, or would refuse each notification.
     """
+    notify_queue.check(txn)
     txn.execute(f"savepoint s2s_probe; set local lock_timeout = {LOCK_MS}")
     for statement in _WRITES:
         txn.execute(statement)

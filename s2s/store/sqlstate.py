@@ -66,8 +66,18 @@ MEANINGS: Final[dict[str, Meaning]] = {
         passes=True,
         cure="raise max_connections or the connection limit of the role or database, or stop another client",
     ),
-    # Of the data, or of transaction ids.
-    "54": Meaning(unavailable=False, cure="see the log of the database: it may be in need of VACUUM"),
+    # Of the data.
+    "54": Meaning(unavailable=False, cure="see the log of the database"),
+    # One code for limits of the data and of the database: see code().
+    "54000 PreCommit_Notify": Meaning(
+        "database",
+        passes=True,
+        cure="end the session that listens in a long transaction; s2s db status names the oldest one",
+    ),
+    **dict.fromkeys(
+        ("54000 GetNewTransactionId", "54000 GetNewMultiXactId"),
+        Meaning("database", passes=True, cure="VACUUM the database as a superuser"),
+    ),
     "55P03": Meaning(passes=True, cure=_LOCKED),
     "57": Meaning("connection", drops=True, passes=True),
     # A statement timeout, or a cancellation by an operator.
@@ -77,7 +87,7 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "XX001": Meaning("database", cure="restore the damaged table from a backup"),
     "XX002": Meaning("database", cure="rebuild the damaged index with REINDEX"),
 }
-_LONGEST_CODE: Final = 5
+_LONGEST_CODE: Final = max(map(len, MEANINGS))
 
 #: The text of an error at the connect, by which libpq tells it, and its SQLSTATE, which libpq keeps to itself. A server
 #: with another ``lc_messages`` has other texts; their errors have no SQLSTATE.
@@ -114,8 +124,15 @@ def with_cure(error: BaseException, otherwise: str = "") -> str:
 
 
 def code(error: BaseException) -> str:
-    """Return the SQLSTATE of an exception; empty: it has none."""
-    return (error.pgcode or "") if isinstance(error, psycopg2.Error) else ""
+    """Return the SQLSTATE of an exception; empty: it has none.
+
+    Where one code has several meanings, the function of PostgreSQL that raised the error is added: its name is the same
+    in every language, unlike the text.
+    """
+    if not isinstance(error, psycopg2.Error) or not error.pgcode:
+        return ""
+    told = f"{error.pgcode} {error.diag.source_function}"
+    return told if told in MEANINGS else error.pgcode
 
 
 def of(error: BaseException) -> Meaning:
