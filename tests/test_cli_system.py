@@ -22,6 +22,7 @@ from s2s.errors import SchemaError
 from s2s.preflight import DATABASE_VARIABLE
 from s2s.store import migrations, sequences
 from s2s.store.pool import blocking
+from tests.support.cluster import Cluster
 from tests.support.postgres import DatabaseTestCase
 from tests.support.roles import PATIENCE_S, environment, start_process
 from tests.support.waiting import poll
@@ -186,6 +187,81 @@ class MigrateTests(DatabaseProcessTestCase):
             process.send_signal(number)
             self.ended(process, code)
             yield poll(lambda: self.backends() == 0, "its backend is gone")
+
+
+class LateTests(DatabaseProcessTestCase):
+    """What is said while the database does not answer."""
+
+    @inlineCallbacks
+    def test_behind_a_lock(self) -> Any:
+        """A command that waits long for a lock names the session that holds it, once, and goes on when it is free."""
+        holder = psycopg2.connect(self.url, application_name="a forgotten psql")
+        self.addCleanup(holder.close)
+        holder.cursor().execute("update s2s_keys set note = ''; lock table s2s_keys in share mode")
+        process = self.start("keys", "add", "--key-id", "k9", "--role", "any")
+        assert process.stderr is not None
+        said = yield deferToThread(process.stderr.readline)
+        self.assertIn(f"waiting for locks: pid {holder.info.backend_pid} holds them (a forgotten psql, ", said)
+        holder.rollback()
+        _, errors = self.ended(process, 0)
+        self.assertNotIn("waiting", errors)
+
+    @inlineCallbacks
+    def test_at_work(self) -> Any:
+        """A command whose statement is at work for long names its wait event, and Ctrl-C ends it at once."""
+        self.execute(
+            "create function slow() returns trigger language plpgsql as"
+            " $$ begin perform pg_sleep(50); return new; end $$;"
+            "create trigger slow before insert on broadcasts for each row execute function slow()"
+        )
+        process = self.start("broadcast", "hello")
+        assert process.stderr is not None
+        said = yield deferToThread(process.stderr.readline)
+        self.assertRegex(
+            said, "^waiting for the database: its session, pid [0-9]+, is in the wait event Timeout/PgSleep$"
+        )
+        process.send_signal(signal.SIGINT)
+        self.ended(process, 1)
+
+
+class StandbyTests(ProcessTestCase):
+    """COMMITs that wait for a standby that is not there."""
+
+    def setUp(self) -> None:
+        """Start a PostgreSQL of the test's, since the setting is one for all databases."""
+        self.cluster = Cluster()
+        self.addCleanup(self.cluster.remove)
+        self.cluster.migrate()
+        self.url = self.cluster.url
+        self.standby("nobody")
+
+    def standby(self, name: str) -> None:
+        """Name the standby that has to confirm."""
+        conn = psycopg2.connect(self.url)
+        conn.autocommit = True
+        try:
+            conn.cursor().execute("alter system set synchronous_standby_names = %s", (name,))
+            conn.cursor().execute("select pg_reload_conf()")
+        finally:
+            conn.close()
+
+    @inlineCallbacks
+    def test_no_standby(self) -> Any:
+        """The COMMIT's own wait is named, and so is that of a session that holds a lock; both end well."""
+        first = self.start("keys", "add", "--key-id", "k1", "--role", "any")
+        assert first.stderr is not None
+        said = yield deferToThread(first.stderr.readline)
+        self.assertIn("waits until a synchronous standby confirms its COMMIT: see synchronous_standby_names", said)
+        second = self.start("keys", "add", "--key-id", "k2", "--role", "any")
+        assert second.stderr is not None
+        said = yield deferToThread(second.stderr.readline)
+        self.assertRegex(
+            said, r"^waiting for locks: pid [0-9]+ holds them \(s2s cli, .*\), and waits until a synchronous"
+        )
+        self.assertNotIn("pg_terminate_backend", said)
+        self.standby("")
+        for process in (first, second):
+            self.ended(process, 0)
 
 
 class SequenceTests(CliTestCase):

@@ -319,15 +319,6 @@ class RotationTests(KeyTestCase):
         except OperatorError as error:
             assert "\n" not in str(error)
 
-    def test_a_forgotten_transaction(self) -> None:
-        """Somebody's open transaction on the table is told of in one line, after a few seconds."""
-        self.add("a")
-        with blocking(self.url) as other:
-            other.execute("update s2s_keys set note = 'thinking about it'")
-            self.patch(keys, "LOCK_S", 0.2)
-            said = self.assertRaises(OperatorError, self.step, rotation.revoke, "a")
-        self.assertIn("open transaction", str(said))
-
 
 class MakeKeyringTests(SynchronousTestCase):
     """:func:`s2s.store.keys.make_keyring`."""

@@ -24,9 +24,9 @@ from rich.text import Text
 
 from s2s import preflight
 from s2s.errors import DatabaseError, S2SError
-from s2s.store import audit, migrations
+from s2s.store import audit, lock_wait, migrations
 from s2s.store.cursor import Unreadable
-from s2s.store.driver import Cursor
+from s2s.store.driver import Cursor, commit
 from s2s.store.pool import blocking
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -124,11 +124,16 @@ def transaction(
     """
     place = preflight.find_database(database, state_dir)
     try:
-        with blocking(place.url, "s2s cli") as txn:
+        with (
+            blocking(place.url, "s2s cli") as txn,
+            lock_wait.late_told(txn.connection, functools.partial(click.echo, err=True)),
+        ):
             if is_checked:
                 migrations.check(txn)
                 audit.sign(txn, actor(), action, for_session=True)
             yield txn
+            # Here, where it is told what it waits for.
+            commit(txn.connection)
     finally:
         place.leave()
 

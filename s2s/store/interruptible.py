@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import select
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, Final
 
 import psycopg2
@@ -18,6 +19,8 @@ from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, get_wait_callbac
 from s2s.store.connection import connect as open_connection
 from s2s.store.driver import Connection
 
+#: Seconds without an answer after which a wait is late.
+LATE_S: Final = 5.0
 _EVENTS: Final = {POLL_READ: select.POLLIN, POLL_WRITE: select.POLLOUT}
 #: The first version of PostgreSQL that looks, while a statement runs or waits, whether its client still exists.
 _LOOKS_SINCE: Final = 140_000
@@ -76,6 +79,16 @@ def copying() -> Iterator[None]:
 
 
 @contextmanager
+def late(meanwhile: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """Enter a context while the main thread waits for an answer that has not come within :data:`LATE_S`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with _waiting_by(partial(_wait, meanwhile=meanwhile)):
+        yield
+
+
+@contextmanager
 def _waiting_by(callback: Any) -> Iterator[None]:
     before = get_wait_callback()
     set_wait_callback(callback)
@@ -85,8 +98,13 @@ def _waiting_by(callback: Any) -> Iterator[None]:
         set_wait_callback(before)
 
 
-def _wait(conn: Connection) -> None:
-    while (state := conn.poll()) != POLL_OK:
-        ready = select.poll()
-        ready.register(conn.fileno(), _EVENTS[state])
-        ready.poll()
+def _wait(conn: Connection, meanwhile: Callable[[], AbstractContextManager[object]] | None = None) -> None:
+    # psycopg2 calls it for the connections of all threads.
+    patience_ms = LATE_S * 1000 if meanwhile and threading.current_thread() is threading.main_thread() else None
+    with ExitStack() as stack:
+        while (state := conn.poll()) != POLL_OK:
+            ready = select.poll()
+            ready.register(conn.fileno(), _EVENTS[state])
+            if not ready.poll(patience_ms) and meanwhile:
+                stack.enter_context(meanwhile())
+                patience_ms = None

@@ -10,16 +10,12 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Final
 
-from psycopg2.errors import LockNotAvailable
-
 from s2s.errors import NoSigningKey, OperatorError
 from s2s.signing import ROLES, Key, Keyring, Role, decode_secret, random_secret
 from s2s.store.driver import Cursor
 from s2s.store.migrations import LOCK
 
 CHANNEL: Final = "s2s_keys"
-#: Seconds that a change of the table waits for somebody else's.
-LOCK_S: Final = 5.0
 #: The end of the year 9999, in Unix seconds.
 _LAST: Final = 253402300799.0
 
@@ -191,14 +187,7 @@ def utc(seconds: float) -> str:
 
 def lock(txn: Cursor) -> None:
     """Let nobody else write to the table until this transaction ends; plain SQL waits too, and readers do not."""
-    try:
-        txn.execute(
-            "set local lock_timeout = %s; lock table s2s_keys in share row exclusive mode", (round(LOCK_S * 1000),)
-        )
-    except LockNotAvailable:
-        raise OperatorError(
-            "somebody else's open transaction holds the table s2s_keys: end that one, and try again"
-        ) from None
+    txn.execute("lock table s2s_keys in share row exclusive mode")
 
 
 def prefer(txn: Cursor, key_ids: Collection[str]) -> None:

@@ -1,19 +1,20 @@
-"""Waiting for locks without holding anybody up for long, and naming the sessions that hold them."""
+"""Waiting for locks without holding anybody up for long, and naming what keeps the database from an answer."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, TypeVar
 
 import psycopg2
 from psycopg2.errors import DeadlockDetected, LockNotAvailable
 
 from s2s.errors import OperatorError, harmless
+from s2s.store import interruptible
 from s2s.store.cursor import StoreCursor
-from s2s.store.driver import Connection, Cursor, commit
+from s2s.store.driver import Connection, Cursor, commit, told
 
 T = TypeVar("T")
 
@@ -23,45 +24,115 @@ TRY_S: Final = 1.0
 PAUSE_S: Final = 2.0
 #: Seconds of all tries together, where the caller says nothing.
 PATIENCE_S: Final = 300.0
-#: Seconds between two looks at the sessions that block us; less than TRY_S, or a look would never find us waiting.
+#: Seconds between two looks at what we wait for; less than TRY_S, or a look would never find us waiting for a lock.
 _LOOK_S: Final = 0.2
 _SHOWN: Final = 5
 #: The pid 0 stands for a prepared transaction.
 _BLOCKERS: Final = """
 select blocker.pid, session.application_name, session.state,
-       extract(epoch from clock_timestamp() - session.xact_start)::bigint
+       extract(epoch from clock_timestamp() - session.xact_start)::bigint, session.wait_event
 from (select distinct unnest(pg_blocking_pids(%s)) as pid) blocker left join pg_stat_activity session using (pid)
 order by session.xact_start limit %s
 """
+_EVENT: Final = "select wait_event_type, wait_event from pg_stat_activity where pid = %s"
+#: The wait of a COMMIT for its standby, and what to say of it. No lock is to blame, nor whoever holds one meanwhile.
+_SYNC_REP: Final = "SyncRep"
+_STANDBY: Final = "waits until a synchronous standby confirms its COMMIT: see synchronous_standby_names"
+_LOCKS: Final = "waiting for locks: "
+
+
+class _Watcher:
+    """Looks, on a connection of its own, for what a session waits for.
+
+    :param tell: called with a line, in another thread, for each thing that it has not been called with before.
+    :param locks_only: tell of nothing but the sessions that hold locks.
+    :ivar line: the last one that there was to tell.
+    """
+
+    def __init__(self, conn: Connection, tell: Callable[[str], object], *, locks_only: bool = False) -> None:
+        info = conn.info
+        self._beside: dict[str, Any] = {**info.dsn_parameters, "password": info.password}
+        self._pid = info.backend_pid
+        self._tell = tell
+        self._locks_only = locks_only
+        self._told: set[frozenset[int] | str] = set()
+        self.line = ""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look meanwhile."""
+        over = threading.Event()
+        threading.Thread(target=self._watch, args=(over,), daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def _watch(self, over: threading.Event) -> None:
+        conn: Connection | None = None
+        try:
+            while not over.wait(_LOOK_S):
+                if conn is None:
+                    conn = psycopg2.connect(**self._beside)
+                    conn.autocommit = True
+                with conn.cursor(cursor_factory=StoreCursor) as txn:
+                    self._note(*self._look(txn))
+        except psycopg2.Error as error:  # such as no connection to spare
+            if not self._locks_only:
+                self._note("", f"waiting for the database, and a look what for failed: {told(error, conn)}")
+        finally:
+            if conn is not None:
+                conn.close()
+
+    def _note(self, thing: frozenset[int] | str, line: str) -> None:
+        self.line = line or self.line
+        if line and thing not in self._told:
+            self._told.add(thing)
+            self._tell(line)
+
+    def _look(self, txn: Cursor) -> tuple[frozenset[int] | str, str]:
+        """Return what is waited for, and the line that says so; empty: there is nothing to say."""
+        txn.execute(_BLOCKERS, (self._pid, _SHOWN))
+        if rows := txn.fetchall():
+            return frozenset(row[0] for row in rows), _LOCKS + "; ".join(_name(*row) for row in rows)
+        if self._locks_only:
+            return "", ""
+        txn.execute(_EVENT, (self._pid,))
+        kind, event = txn.fetchone() or (None, None)
+        if event == _SYNC_REP:
+            return event, f"waiting for the database: it {_STANDBY}"
+        # The events of a statement that is at work change all the time: they share a line.
+        doing = f": its session, pid {self._pid}, is in the wait event {kind}/{event}" if event else ""
+        return "", f"waiting for the database{doing}"
+
+
+@contextmanager
+def late_told(conn: Connection, tell: Callable[[str], object]) -> Iterator[None]:
+    """While the main thread waits for an answer for long, tell what for, in a line for each thing.
+
+    :param tell: called with a line, in another thread.
+    """
+    with interruptible.late(_Watcher(conn, tell).watching):
+        yield
 
 
 class LockWait:
     """Runs transactions that need locks, again and again until they get them or the patience is over.
 
     :param conn: an open connection, not in autocommit.
-    :param tell: called with a line, in another thread, when other sessions block us than before.
+    :param tell: called with a line, in another thread, when sessions block us that have not been told of.
     :param patience_s: seconds of all waiting.
     """
 
     def __init__(self, conn: Connection, tell: Callable[[str], object], patience_s: float) -> None:
         self._conn = conn
-        self._tell = tell
         self._patience_s = patience_s
         self._deadline = time.monotonic() + patience_s
-        self._over = threading.Event()
-        self._blockers = ""
+        self._watcher = _Watcher(conn, tell, locks_only=True)
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self) -> AbstractContextManager[None]:
         """Look, on a connection of its own, for the sessions that block us."""
-        info = self._conn.info
-        beside = {**info.dsn_parameters, "password": info.password}
-        watcher = threading.Thread(target=self._watch, args=(beside, info.backend_pid), daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            self._over.set()
+        return self._watcher.watching()
 
     def run(self, work: Callable[[Cursor], T]) -> T:
         """Do some work in a transaction, and commit it.
@@ -80,38 +151,21 @@ class LockWait:
                 self._conn.rollback()
             # One try may end before the watcher has found the sessions to name.
             if not is_first and time.monotonic() >= self._deadline:
+                blockers = self._watcher.line.removeprefix(_LOCKS)
                 raise OperatorError(
                     f"the locks were not free within {self._patience_s:g} s"
-                    f"{f': {self._blockers}' if self._blockers else ''}: try again when the others are done"
+                    f"{f': {blockers}' if blockers else ''}: try again when the others are done"
                 )
             is_first = False
             time.sleep(PAUSE_S)
 
-    def _watch(self, beside: dict[str, Any], pid: int) -> None:
-        conn: Connection | None = None
-        told: frozenset[int] = frozenset()
-        with suppress(psycopg2.Error):  # without a connection to spare nothing is named
-            try:
-                while not self._over.wait(_LOOK_S):
-                    if conn is None:
-                        conn = psycopg2.connect(**beside)
-                        conn.autocommit = True
-                    with conn.cursor(cursor_factory=StoreCursor) as txn:
-                        txn.execute(_BLOCKERS, (pid, _SHOWN))
-                        rows = txn.fetchall()
-                    if rows and told != (told := frozenset(row[0] for row in rows)):
-                        self._blockers = "; ".join(_name(*row) for row in rows)
-                        self._tell(f"waiting for locks: {self._blockers}")
-            finally:
-                if conn is not None:
-                    conn.close()
 
-
-def _name(pid: int, application: str | None, state: str | None, open_s: int | None) -> str:
+def _name(pid: int, application: str | None, state: str | None, open_s: int | None, event: str | None) -> str:
     """Name a session and the way to end it; its statement may hold a secret."""
     if pid == 0:
         return "a prepared transaction holds them, see pg_prepared_xacts"
-    told = [harmless(application) if application else "no application_name", state or "of another user"]
+    said = [harmless(application) if application else "no application_name", state or "of another user"]
     if open_s is not None:
-        told.append(f"in a transaction for {open_s} s")
-    return f"pid {pid} holds them ({', '.join(told)}), select pg_terminate_backend({pid}) ends it"
+        said.append(f"in a transaction for {open_s} s")
+    cure = f"and {_STANDBY}" if event == _SYNC_REP else f"select pg_terminate_backend({pid}) ends it"
+    return f"pid {pid} holds them ({', '.join(said)}), {cure}"
