@@ -246,21 +246,27 @@ class StandbyTests(ProcessTestCase):
             conn.close()
 
     @inlineCallbacks
+    def late(self, key_id: str) -> Any:
+        """Add a key, and return the process and its first line."""
+        process = self.start("keys", "add", "--key-id", key_id, "--role", "any")
+        assert process.stderr is not None
+        line = yield deferToThread(process.stderr.readline)
+        return process, line
+
+    @inlineCallbacks
     def test_no_standby(self) -> Any:
-        """The COMMIT's own wait is named, and so is that of a session that holds a lock; both end well."""
-        first = self.start("keys", "add", "--key-id", "k1", "--role", "any")
-        assert first.stderr is not None
-        said = yield deferToThread(first.stderr.readline)
-        self.assertIn("waits until a synchronous standby confirms its COMMIT: see synchronous_standby_names", said)
-        second = self.start("keys", "add", "--key-id", "k2", "--role", "any")
-        assert second.stderr is not None
-        said = yield deferToThread(second.stderr.readline)
+        """The wait of a COMMIT is named, and so are those of whoever holds a lock or is queued for it; all end well."""
+        first, saying = yield self.late("k1")
+        self.assertIn("waits until a synchronous standby confirms its COMMIT: see synchronous_standby_names", saying)
+        second, saying = yield self.late("k2")
         self.assertRegex(
-            said, r"^waiting for locks: pid [0-9]+ holds them \(s2s cli, .*\), and waits until a synchronous"
+            saying, r"^waiting for locks: pid [0-9]+ holds them \(s2s cli, .*\), and waits until a synchron"
         )
-        self.assertNotIn("pg_terminate_backend", said)
+        third, saying = yield self.late("k3")
+        self.assertIn(", and waits for a lock itself", saying)
+        self.assertNotIn("pg_terminate_backend", saying)
         self.standby("")
-        for process in (first, second):
+        for process in (first, second, third):
             self.ended(process, 0)
 
 

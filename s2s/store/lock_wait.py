@@ -30,7 +30,7 @@ _SHOWN: Final = 5
 #: The pid 0 stands for a prepared transaction.
 _BLOCKERS: Final = """
 select blocker.pid, session.application_name, session.state,
-       extract(epoch from clock_timestamp() - session.xact_start)::bigint, session.wait_event
+       extract(epoch from clock_timestamp() - session.xact_start)::bigint, session.wait_event_type, session.wait_event
 from (select distinct unnest(pg_blocking_pids(%s)) as pid) blocker left join pg_stat_activity session using (pid)
 order by session.xact_start limit %s
 """
@@ -160,12 +160,18 @@ class LockWait:
             time.sleep(PAUSE_S)
 
 
-def _name(pid: int, application: str | None, state: str | None, open_s: int | None, event: str | None) -> str:
+def _name(
+    pid: int, application: str | None, state: str | None, open_s: int | None, kind: str | None, event: str | None
+) -> str:
     """Name a session and the way to end it; its statement may hold a secret."""
     if pid == 0:
         return "a prepared transaction holds them, see pg_prepared_xacts"
     said = [harmless(application) if application else "no application_name", state or "of another user"]
     if open_s is not None:
         said.append(f"in a transaction for {open_s} s")
-    cure = f"and {_STANDBY}" if event == _SYNC_REP else f"select pg_terminate_backend({pid}) ends it"
+    cure = f"select pg_terminate_backend({pid}) ends it"
+    if event == _SYNC_REP:
+        cure = f"and {_STANDBY}"
+    elif kind == "Lock":  # or it stands before us in the queue
+        cure = "and waits for a lock itself"
     return f"pid {pid} holds them ({', '.join(said)}), {cure}"
