@@ -76,9 +76,12 @@ class _Watcher:
                     conn = psycopg2.connect(**self._beside)
                     conn.autocommit = True
                 with conn.cursor(cursor_factory=StoreCursor) as txn:
-                    self._note(*self._look(txn))
+                    looked = self._look(txn)
+                # The answer may have come during the look.
+                if not over.is_set():
+                    self._note(*looked)
         except psycopg2.Error as error:  # such as no connection to spare
-            if not self._locks_only:
+            if not self._locks_only and not over.is_set():
                 self._note("", f"waiting for the database, and a look what for failed: {told(error, conn)}")
         finally:
             if conn is not None:
