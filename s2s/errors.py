@@ -24,6 +24,7 @@
     │   ├── DatabaseUnavailable  no connection, or it was lost
     │   │   └── CommitLost       with a COMMIT under way, whose outcome is unknown
     │   └── StatementRefused     the database refused the data
+    │       └── RowRefused       it does not let a row be changed
     └── WireError                what we answer to a peer: one class a code, see :data:`BY_CODE`
         ├── Unsigned             BadJson TooLarge AuthRequired AuthBad
         ├── Forbidden Replay TsSkew

@@ -32,7 +32,7 @@ class Meaning(NamedTuple):
 
 
 _REFUSED: Final = Meaning(unavailable=False)
-_GRANT: Final = "run: s2s db status, which names the privileges that are missing"
+_GRANT: Final = "run: s2s db status, which names what the user lacks"
 _SHARED_SESSION: Final = Meaning(
     drops=True, passes=True, cure="connect to PostgreSQL itself, or to a pooler in session mode"
 )
