@@ -116,7 +116,7 @@ class ClockWatch:
 
     async def _cycle(self) -> None:
         """Look through the tables that are too large for one statement."""
-        pause_s = 0.0
+        pause_s, has_healed = 0.0, False
         for name, step in self._steps.items():
             if self._was_behind and name in clock_drift.NOT_WHILE_BEHIND:
                 continue
@@ -124,10 +124,12 @@ class ClockWatch:
             while self._looking.running:
                 healed, place = await self._database.run(step, place)
                 self._healed.update({name: healed} if healed else {})
+                has_healed |= healed > 0
                 if place is None:
                     break
                 pause_s = CYCLE_S
-        self._cycle_at = self._clock.mono() + pause_s
+        # Where something was written by a clock that was wrong, more of it may come.
+        self._cycle_at = self._clock.mono() + (0.0 if has_healed else pause_s)
 
     def _is_behind(self, before: float, now: float, at: float) -> bool:
         """Whether the database's clock may be behind. In any thread.

@@ -80,12 +80,14 @@ class WatchTests(SynchronousTestCase):
         self.database = _Database(self.time)
         self.wall_off_s = 0.0
         self.places: list[Any] = []
+        #: How many rows each step pulls back.
+        self.found: list[int] = []
         clock = Clock(self.time, lambda: _NOW + self.time.seconds() + self.wall_off_s)
         self.watch = ClockWatch(self.database, clock, {}, {"commands": self.step})  # type: ignore[arg-type]
 
     def step(self, place: Any) -> tuple[int, Any]:
         """Look through what the test says."""
-        return 0, self.places.pop(0) if self.places else None
+        return self.found.pop(0) if self.found else 0, self.places.pop(0) if self.places else None
 
     def looks(self, count: int = 1) -> list[str]:
         """Let some looks go by, and return what was told."""
@@ -220,6 +222,17 @@ class WatchTests(SynchronousTestCase):
         self.looks()
         self.looks(int(clock_watch.CYCLE_S / LOOK_S))
         self.assertEqual(len(self.database.steps), 10)
+
+    def test_a_cycle_that_pulled_back(self) -> None:
+        """A large table in which something was pulled back is looked through again at the next look."""
+        self.places, self.found = ["a"], [1000, 3]
+        self.looks()
+        self.assertEqual(len(self.database.steps), 2)
+        self.places = ["a", "b"]
+        self.looks()
+        self.assertEqual(len(self.database.steps), 5)
+        self.looks(10)
+        self.assertEqual(len(self.database.steps), 5)
 
     def test_away(self) -> None:
         """While the database is away that is told once, and the looks go on."""
