@@ -206,6 +206,10 @@ class JudgeTests(SynchronousTestCase):
             came = {"code": "ok", "duplicate": is_duplicate}
             again = did("replay", came=came, type=PUSH, where="x", was_accepted=is_duplicate)
             self.assertEqual(judge([*DID, again], RIGHT), [])
+        skewed = {"type": CHECK, "where": "x", "id": "i", "was_accepted": False, "was_skewed": True}
+        first, second = (did("replay", came={"code": "ok", "duplicate": False}, **skewed) for _ in range(2))
+        self.assertEqual(judge([*DID, first], RIGHT), [])
+        self.wrong([*DID, first, second], "was answered ok")
         outage = did("outage", since=0.0, until=9.0)
         self.wrong([*DID, outage], "acked while the database was away")
         refused = pushed("fail", code="db_unavailable", retry_after_ms=1000)

@@ -312,10 +312,12 @@ class _Recorded:
     """A request that went over the proxy.
 
     :param was_accepted: it was answered so, as far as the proxy saw.
+    :param was_skewed: it was refused by a peer whose clock was wrong, which does not remember it then.
     """
 
     body: bytes
     was_accepted: bool
+    was_skewed: bool
 
     @property
     def type(self) -> str:
@@ -360,16 +362,24 @@ def _requests(stage: Stage, way: Way, back: Way) -> list[_Recorded]:
     """Give some requests that went this way a while ago: no more of a kind than is needed."""
     answers = [json.loads(answer) for answer in back.recorded]
     accepted = {answer.get("ack_of") for answer in answers if answer["payload"].get("accepted") is True}
+    skewed = {answer.get("ack_of") for answer in answers if answer["payload"].get("code") == "ts_skew"}
     found: dict[str, list[_Recorded]] = {}
     for body in way.recorded:
         frame = json.loads(body)
         if "ack_of" not in frame and "auth" in frame and frame["ts"] <= time.time() - _OLD_S:
-            found.setdefault(frame["type"], []).append(_Recorded(body, frame["id"] in accepted))
+            recorded = _Recorded(body, frame["id"] in accepted, frame["id"] in skewed)
+            found.setdefault(frame["type"], []).append(recorded)
     return [each for kind in found.values() for each in stage.dice.sample(kind, min(5, len(kind)))]
 
 
 def _asked(stage: Stage, where: str, request: _Recorded) -> int:
-    told = {"where": where, "type": request.type, "was_accepted": request.was_accepted}
+    told = {
+        "where": where,
+        "type": request.type,
+        "id": json.loads(request.body)["id"],
+        "was_accepted": request.was_accepted,
+        "was_skewed": request.was_skewed,
+    }
     return stage.history.invoke("attacker", "replay", **told)
 
 
