@@ -222,7 +222,7 @@ class Executor:
             report = await self._handlers.run(self._run, worker, cmd_ids)
         except HandlerStuck as stuck:
             self._numbers[line] = next(self._next_number)
-            # Not awaited: where the database cannot end the session of the call, its locks hold up nobody else.
+            # Not awaited: a session that the database cannot end keeps its locks, and other commands run meanwhile.
             keeping = Deferred.fromCoroutine(self._keep_stuck(worker, stuck, cmd_ids))
             self._keeping.add(keeping)
             keeping.addBoth(self._kept, keeping)

@@ -1,4 +1,4 @@
-"""Files that an operator names, read whole: also a pipe, behind which there may be nobody."""
+"""Files that an operator names are read whole. A pipe without a writer ends with an error after a bounded wait."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 
 #: Bytes that such a file may have: a secret or a URL has hundreds. The bound ends the read of one such as /dev/zero.
 MOST_BYTES: Final = 65_536
-#: Seconds that a pipe is waited for at a time; whoever asks a vault for what it writes takes a few.
+#: Seconds of silence that a pipe may have. A command that fetches a secret from a vault takes a few seconds.
 SILENT_S: Final = 10.0
 
 

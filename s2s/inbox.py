@@ -263,15 +263,13 @@ class Inbox:
 
     def _given_up(self, failure: Failure, batch: list[_Waiter]) -> None:
         error: WireError
+        self._note(failure.value)
         if failure.check(DatabaseUnavailable):
             # The pool has said so in the log, once.
-            self._note(failure.value)
             error = DbUnavailable(retry_after_ms=RETRY_AFTER_MS)
         elif isinstance(failure.value, StatementRefused):
-            self._note(failure.value)
             error = self._refuse(failure.value)
         else:
-            self._note(failure.value)
             incident = secrets.token_hex(8)
             self.log.failure(
                 "incident {incident}: a batch of {pushes} pushes failed", failure, incident=incident, pushes=len(batch)

@@ -93,8 +93,8 @@ class OrderRunner:
         self._condition = condition
         self._has_link = has_link
         self._emitted = emitted
-        self._left_out = LeftOut(clock.mono)
         self._turns = Turns("the runner of orders", self._turn, clock.scheduler, LINES)
+        self._left_out = LeftOut("order", self._turns, clock.mono)
         #: Those that came over a link are written down one after the other, so that none overtakes those before it.
         self._writing = DeferredLock()
         #: What is under way here, and since when.
@@ -167,7 +167,7 @@ class OrderRunner:
         try:
             order = await self._database.run(table.attempt, rpcs, resting, others, patience_s)
         except RowRefused as refused:
-            return self._leave_out(refused.key, refused)
+            return self._left_out.add(refused.key, refused)
         if order is None:
             return None
         until = self._clock.mono() + SLICE_S
@@ -176,13 +176,8 @@ class OrderRunner:
             try:
                 order = await self._do(order, until)
             except StatementRefused as refused:
-                return self._leave_out(order_id, refused)
+                return self._left_out.add(order_id, refused)
         return 0.0
-
-    def _leave_out(self, order_id: str, refused: StatementRefused) -> float | None:
-        """Let the other orders go on beside one whose row cannot be changed, and return the seconds to sleep."""
-        self._turns.tell_refused(f"order {order_id}: {refused}")
-        return 0.0 if self._left_out.add(order_id) else None
 
     async def _do(self, order: Order, until: float) -> Order | None:
         """Do one step.

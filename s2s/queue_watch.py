@@ -14,7 +14,7 @@ from s2s.store import notify_queue
 from s2s.store.notify_queue import FULL, HIGH, Queue
 from s2s.store.pool import Database
 
-#: Seconds between two looks, and until a queue that stays as full is told of again.
+#: Seconds between two looks, and between two lines about a queue that stays full.
 WATCH_S: Final = 60.0
 AGAIN_S: Final = 3600.0
 

@@ -80,8 +80,8 @@ class Scheduler:
         self._declare_at: float | None = None
         #: What is under way here: one that hangs is not begun again by the other line.
         self._in_hand: set[str] = set()
-        self._left_out = LeftOut(clock.mono)
         self._turns = Turns("the scheduler", self._turn, clock.scheduler, LINES if jobs else 0)
+        self._left_out = LeftOut("job", self._turns, clock.mono)
         self.runs = self.failed = 0
 
     def start(self) -> None:
@@ -109,7 +109,7 @@ class Scheduler:
         try:
             due, due_in_s = await self._database.run(self._attempt, [each for each in self._jobs if each not in others])
         except RowRefused as refused:
-            return self._leave_out(refused.key, refused)
+            return self._left_out.add(refused.key, refused)
         if due is None:
             return due_in_s
         until = self._clock.mono() + table.SLICE_S
@@ -122,13 +122,8 @@ class Scheduler:
             try:
                 due = await self._do(due, until)
             except StatementRefused as refused:
-                return self._leave_out(job_type, refused)
+                return self._left_out.add(job_type, refused)
         return 0.0
-
-    def _leave_out(self, job_type: str, refused: StatementRefused) -> float | None:
-        """Let the other jobs go on beside one whose row cannot be changed, and return the seconds to sleep."""
-        self._turns.tell_refused(f"job {job_type}: {refused}")
-        return 0.0 if self._left_out.add(job_type) else None
 
     async def _do(self, due: DueJob, until: float) -> DueJob | None:
         """Do one step.

@@ -20,21 +20,29 @@ MOST_LEFT_OUT: Final = 1000
 
 
 class LeftOut:
-    """Keys of rows that the database does not let anybody change: others have their turn meanwhile.
+    """Keys of rows that the database refuses to change: the other rows have their turns meanwhile.
 
+    :param what: what a row is called in the log.
+    :param turns: logs the refusals.
     :param mono: returns the monotonic time in seconds.
     """
 
-    def __init__(self, mono: Callable[[], float]) -> None:
+    def __init__(self, what: str, turns: Turns, mono: Callable[[], float]) -> None:
+        self._what = what
+        self._turns = turns
         self._mono = mono
         self._until: dict[str, float] = {}
 
-    def add(self, key: str) -> bool:
-        """Leave a row out for :data:`LEFT_OUT_S`; return ``False`` where too many are left out."""
-        is_room = len(self.keys()) < MOST_LEFT_OUT
-        if is_room:
-            self._until[key] = self._mono() + LEFT_OUT_S
-        return is_room
+    def add(self, key: str, refused: StatementRefused) -> float | None:
+        """Leave a row out for :data:`LEFT_OUT_S`, unless too many are left out, and log why.
+
+        :returns: seconds to sleep, see :class:`Turns`.
+        """
+        self._turns.tell_refused(f"{self._what} {key}: {refused}")
+        if len(self.keys()) >= MOST_LEFT_OUT:
+            return None
+        self._until[key] = self._mono() + LEFT_OUT_S
+        return 0.0
 
     def keys(self) -> list[str]:
         """Return those that are left out now."""

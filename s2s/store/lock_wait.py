@@ -13,6 +13,7 @@ from psycopg2.errors import DeadlockDetected, LockNotAvailable
 
 from s2s.errors import OperatorError, harmless
 from s2s.store import interruptible
+from s2s.store.connection import connect
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection, Cursor, commit, told
 
@@ -35,7 +36,7 @@ from (select distinct unnest(pg_blocking_pids(%s)) as pid) blocker left join pg_
 order by session.xact_start limit %s
 """
 _EVENT: Final = "select wait_event_type, wait_event from pg_stat_activity where pid = %s"
-#: The wait of a COMMIT for its standby, and what to say of it. No lock is to blame, nor whoever holds one meanwhile.
+#: The wait event of a COMMIT that waits for its standby, and its text. The cause is the standby, and not a lock.
 _SYNC_REP: Final = "SyncRep"
 _STANDBY: Final = "waits until a synchronous standby confirms its COMMIT: see synchronous_standby_names"
 _LOCKS: Final = "waiting for locks: "
@@ -73,7 +74,7 @@ class _Watcher:
         try:
             while not over.wait(_LOOK_S):
                 if conn is None:
-                    conn = psycopg2.connect(**self._beside)
+                    conn = connect(self._beside)
                     conn.autocommit = True
                 with conn.cursor(cursor_factory=StoreCursor) as txn:
                     looked = self._look(txn)
