@@ -102,8 +102,8 @@ def start(data: Path) -> tuple[str, subprocess.Popen[bytes] | None]:
         try:
             time.sleep(0.02)
         except KeyboardInterrupt:
-            # Nobody else knows of it yet, and it has no clients. Not SIGINT: where a shell's background job ignores it,
-            # PostgreSQL does so too until it has its own handlers.
+            # The database has no clients yet. SIGTERM, because a background job of a shell ignores SIGINT, and so does
+            # PostgreSQL until it has its own handlers.
             if process is not None:
                 process.terminate()
                 process.wait(STOPPING_S)

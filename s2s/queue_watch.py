@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from twisted.internet import task
 from twisted.internet.defer import Deferred, succeed
@@ -30,26 +30,22 @@ class QueueWatch:
         #: The share from which on it was told last, and when.
         self._told = 0.0
         self._told_at = 0.0
-        self._looking: Deferred[None] = succeed(None)
-        self._loop = task.LoopingCall(self._begin)
+        self._stopped: Deferred[Any] = succeed(None)
+        self._loop = task.LoopingCall(lambda: Deferred.fromCoroutine(self.look()))
         self._loop.clock = clock.scheduler
 
     def start(self) -> None:
         """Look from now on."""
-        self._loop.start(WATCH_S, now=False)
+        self._stopped = self._loop.start(WATCH_S, now=False)
 
-    def stop(self) -> Deferred[None]:
+    def stop(self) -> Deferred[Any]:
         """Begin no further look.
 
         :returns: fires when the one under way is finished.
         """
         if self._loop.running:
             self._loop.stop()
-        return self._looking
-
-    def _begin(self) -> Deferred[None]:
-        self._looking = Deferred.fromCoroutine(self.look())
-        return self._looking
+        return self._stopped
 
     async def look(self) -> None:
         """Look once. Never fails."""
