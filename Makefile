@@ -11,7 +11,7 @@ run: $(READY)
 	@$(BIN)/s2s up $(ARGS)
 
 test: $(READY)
-	$(BIN)/trial tests
+	$(BIN)/trial tests campaigns
 
 check: $(READY) docs
 	$(BIN)/ruff check .
@@ -20,7 +20,7 @@ check: $(READY) docs
 
 # A long campaign of faults: make faults ARGS="--seconds 600 --seed 7"
 faults: $(READY)
-	$(BIN)/python -m tests.faults $(ARGS)
+	$(BIN)/python -m campaigns.faults $(ARGS)
 
 # The benchmark, side by side with what else there is: make bench ARGS="--rounds 9"
 bench: $(READY)

@@ -18,10 +18,10 @@ from twisted.internet.defer import Deferred, gatherResults
 
 from benchmarks.plan import PUSH
 from benchmarks.stand import Stand
-from s2s.clock import make_monotonic
-from s2s.commands import Command, CommandType, registry
-from s2s.executor import Executor
-from s2s.inbox import Inbox
+from s2s.handlers.commands import Command, CommandHandler, registry
+from s2s.roles.server.executor import Executor
+from s2s.roles.server.inbox import Inbox
+from s2s.runtime.clock import make_monotonic
 from s2s.store.driver import Cursor
 from s2s.store.handler_pool import HandlerPool
 from s2s.store.pool import Database
@@ -31,7 +31,7 @@ _WINDOW = 1024
 _BACKLOG = 5 * _WINDOW
 
 
-class _Nothing(CommandType):
+class _Nothing(CommandHandler):
     """A command without an effect: what is measured is ours alone."""
 
     cmd_type = "bench.nothing"

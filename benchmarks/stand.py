@@ -26,8 +26,8 @@ from psycopg2 import sql
 from benchmarks.contestants import _link
 from benchmarks.load import Load, Place, Result
 from benchmarks.plan import OURS, THEIRS, Cell, Contestant
-from s2s import postmaster
 from s2s.store import migrations
+from s2s.store.embedded import postmaster
 
 #: Seconds in which a server has to take connections.
 _START_S = 30.0

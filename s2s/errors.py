@@ -1,4 +1,4 @@
-"""Every error of s2s, in one tree.
+"""Every error, in one tree, with its wire code.
 
 ::
 
@@ -22,7 +22,8 @@
     ├── HandlerStuck             foreign code does not return, past its deadline
     ├── DatabaseError
     │   ├── DatabaseUnavailable  no connection, or it was lost
-    │   │   └── CommitLost       with a COMMIT under way, whose outcome is unknown
+    │   │   ├── CommitLost       with a COMMIT under way, whose outcome is unknown
+    │   │   └── NoThread         the operating system starts no further thread
     │   └── StatementRefused     the database refused the data
     │       └── RowRefused       it does not let a row be changed
     └── WireError                what we answer to a peer: one class a code, see :data:`BY_CODE`
@@ -38,11 +39,16 @@ mix: a peer's mistake is not ours (docs/protocol.rst, "Errors").
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 #: The attribute in which an exception keeps its line.
 _LINE: Final = "_s2s_line"
+#: The cure where the operating system starts no further thread.
+THREAD_CURE: Final = "raise the limit of its processes: --pids-limit of a container, TasksMax= of systemd, or ulimit -u"
+#: Control characters and the separators of lines: a table refuses NUL, and a terminal obeys ESC.
+_CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def harmless(text: str) -> str:
@@ -67,8 +73,8 @@ def describe(error: BaseException) -> None:
 
 
 def storable(text: str) -> str:
-    """Give the first line of a text as a table can hold it, 500 characters at most."""
-    return text.partition("\n")[0].replace("\0", "").encode("utf-8", "replace").decode()[:500]
+    """Return the first line of a text, 500 characters at most, without what a table refuses or a terminal obeys."""
+    return _CONTROLS.sub("", text.partition("\n")[0]).encode("utf-8", "replace").decode()[:500]
 
 
 class S2SError(Exception):
@@ -186,6 +192,13 @@ class CommitLost(DatabaseUnavailable):
     """The connection broke during the COMMIT: it may or may not have taken effect."""
 
 
+class NoThread(DatabaseUnavailable):
+    """The operating system starts no further thread: nothing was begun."""
+
+    def __init__(self) -> None:
+        super().__init__(f"no thread can be started: {THREAD_CURE}")
+
+
 class StatementRefused(DatabaseError):
     """The database refused the statement for its data.
 
@@ -267,7 +280,9 @@ class Unsigned(WireError):
 
 
 class BadJson(Unsigned):
-    """The frame is not one strict JSON object; ``details.rule`` names the rule broken (see :mod:`s2s.canonical`)."""
+    """The frame is not one strict JSON object; ``details.rule`` names the rule broken (see
+    :mod:`s2s.protocol.canonical`).
+    """
 
     code = "bad_json"
 
@@ -311,7 +326,7 @@ class Replay(WireError):
 
 
 class TsSkew(WireError):
-    """``ts`` is outside the freshness window; the third in a row closes the link (:mod:`s2s.session`)."""
+    """``ts`` is outside the freshness window; the third in a row closes the link (:mod:`s2s.protocol.session`)."""
 
     code = "ts_skew"
     retryable = True

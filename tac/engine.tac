@@ -2,7 +2,7 @@
 
 from twisted.application.service import Application
 
-from s2s.engine_tap import Options, makeService
+from s2s.roles.engine.tap import Options, makeService
 
 application = Application("s2s-engine")
 makeService(Options.from_environment()).setServiceParent(application)

@@ -2,7 +2,7 @@
 
 from twisted.application.service import Application
 
-from s2s.server_tap import Options, makeService
+from s2s.roles.server.tap import Options, makeService
 
 application = Application("s2s-server")
 makeService(Options.from_environment()).setServiceParent(application)

@@ -7,9 +7,10 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s import canonical, errors
-from s2s.catalogue import ERROR_SCHEMA
+from s2s import errors
 from s2s.errors import BY_CODE, BadJson, InternalError, Refused, S2SError, TooBigToSend, Unsigned, WireError
+from s2s.protocol import canonical
+from s2s.protocol.catalogue import ERROR_SCHEMA
 
 #: Section "Errors" of the protocol: code, retryable, closes the link, signed.
 _TABLE = {

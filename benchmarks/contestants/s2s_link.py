@@ -6,7 +6,7 @@ import itertools
 
 from benchmarks.contestants import _link, _twisted
 from benchmarks.load import Load, Meter, Place
-from s2s.catalogue import COMMAND_PUSH
+from s2s.protocol.catalogue import COMMAND_PUSH
 
 
 def serve(place: Place) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from benchmarks.contestants import _link
 from benchmarks.load import Load, Meter, Place
-from s2s.lifetime import STOP_WITH_STDIN
-from s2s.preflight import DATABASE_VARIABLE
+from s2s.roles.preflight import DATABASE_VARIABLE
+from s2s.roles.shutdown import STOP_WITH_STDIN
 
 TWISTD = str(Path(sys.executable).with_name("twistd"))
 

@@ -1,4 +1,7 @@
-"""The console script ``s2s``: one module for each group of commands, listed in :data:`COMMANDS`."""
+"""The ``s2s`` command.
+
+Each group of commands has one module.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,24 @@ from typing import Any, Final
 
 import click
 
-from s2s import __version__, streams
+from s2s import __version__
 from s2s.cli.audit import audit
 from s2s.cli.broadcast import broadcast
-from s2s.cli.certs import certs
-from s2s.cli.commands import commands
-from s2s.cli.config import config
+from s2s.cli.certs import group as certs
+from s2s.cli.commands import group as commands
+from s2s.cli.config import group as config
 from s2s.cli.db import db
 from s2s.cli.engine import engine
 from s2s.cli.jobs import jobs
-from s2s.cli.keys import keys
-from s2s.cli.notices import notices
+from s2s.cli.keys import group as keys
+from s2s.cli.notices import group as notices
 from s2s.cli.order import order
-from s2s.cli.outbox import outbox
+from s2s.cli.outbox import group as outbox
 from s2s.cli.plugins import plugins
-from s2s.cli.tokens import tokens
+from s2s.cli.tokens import group as tokens
 from s2s.cli.up import up
 from s2s.cli.world import world
+from s2s.runtime import streams
 
 COMMANDS = (
     up,

@@ -7,10 +7,10 @@ from datetime import datetime
 
 import click
 
+from s2s.admin.operations import lists
+from s2s.cli.backend import Backend, rows, with_backend
 from s2s.cli.common import before_option, json_option, limit_option, show, words
-from s2s.cli.door import Door, rows, with_door
-from s2s.operations import lists
-from s2s.store.audit import Entry
+from s2s.store.tables.audit import Entry
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class _Line:
 @click.option("--subject", help="Only of this: an order's id, a setting, a key, an engine's name.")
 @before_option("AUDIT_ID")
 @limit_option
-@with_door
+@with_backend
 @json_option
 def audit(
-    door: Door,
+    backend: Backend,
     actor: str | None,
     action: str | None,
     subject: str | None,
@@ -42,7 +42,7 @@ def audit(
     as_json: bool,
 ) -> None:
     """List who did what, and what came of it, the newest first. Nobody can change or remove an entry."""
-    found = rows(door, lists.AUDIT, limit, actor=actor, action=action, subject=subject, before=before)
+    found = rows(backend, lists.AUDIT, limit, actor=actor, action=action, subject=subject, before=before)
     lines = found if as_json else [_line(entry) for entry in found]
     show(lines, ("audit_id", "at", "actor", "action", "told"), as_json, "there is nothing in the audit")
 

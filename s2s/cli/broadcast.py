@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
+from s2s.admin.operations import notices
+from s2s.cli.backend import Backend, with_backend
 from s2s.cli.common import json_option
-from s2s.cli.door import Door, with_door
 from s2s.errors import DbUnavailable, DeadlineExceeded, OperatorError, Refused
-from s2s.operations import notices
 
 SCOPES = ("global", "sector", "corp", "player")
 
@@ -23,12 +23,12 @@ SCOPES = ("global", "sector", "corp", "player")
 @click.option("--player-id", type=int, help="The player, with --scope player.")
 @click.option("--severity", type=click.Choice(("info", "warn", "error")), default="info", show_default=True)
 @click.option("--ttl", "ttl_s", type=int, metavar="SECONDS", help="How long it lives; for ever without it.")
-@with_door
+@with_backend
 @json_option
-def broadcast(door: Door, message: str, as_json: bool, **options: Any) -> None:
+def broadcast(backend: Backend, message: str, as_json: bool, **options: Any) -> None:
     """Tell the players MESSAGE: the engine takes it to the server, where it becomes a notice."""
     try:
-        made = door.call(notices.BROADCAST, body={"message": message, **options})
+        made = backend.call(notices.BROADCAST, body={"message": message, **options})
     except Refused as error:
         if error.code in (DbUnavailable.code, DeadlineExceeded.code):
             raise OperatorError(f"{error.message}: s2s notices") from None

@@ -8,16 +8,16 @@ from pathlib import Path
 import click
 from twisted.internet.endpoints import quoteStringArgument
 
-from s2s import certs as authority
 from s2s.cli.common import one_line_errors
+from s2s.roles import certs
 
 
-@click.group()
-def certs() -> None:
+@click.group("certs")
+def group() -> None:
     """Make certificates for links over TLS."""
 
 
-@certs.command()
+@group.command()
 @click.argument("directory", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--server", "servers", multiple=True, metavar="NAME_OR_IP", help="How engines reach it; may be repeated.")
 @click.option("--engine", "engines", multiple=True, metavar="NAME", help="An engine; may be repeated.")
@@ -27,12 +27,12 @@ def certs() -> None:
 def make(directory: Path, servers: tuple[str, ...], engines: tuple[str, ...], days: int, renew: bool) -> None:
     """Make certificates in DIR, signed by the authority there, which is made if there is none."""
     directory = directory.absolute()
-    made = authority.make(directory, servers, engines, days, datetime.now(timezone.utc), renew=renew)
+    made = certs.make(directory, servers, engines, days, datetime.now(timezone.utc), renew=renew)
     # Twisted's tls: takes no IPv6 address.
     host = next((name for name in servers if ":" not in name), "SERVER")
     for file in made:
         click.echo(f"made {file}")
-        key, roots = file.with_suffix(".key"), directory / authority.ROOTS
+        key, roots = file.with_suffix(".key"), directory / certs.ROOTS
         if file.name == "server.pem":
             said = _endpoint("ssl", "4321", privateKey=key, certKey=file, trustRoots=roots)
             click.echo(f"  twistd s2s-server --listen '{said}'")

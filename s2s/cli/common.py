@@ -22,12 +22,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from s2s import preflight
 from s2s.errors import DatabaseError, S2SError
-from s2s.store import audit, lock_wait, migrations
+from s2s.roles import preflight
+from s2s.store import lock_wait, migrations
 from s2s.store.cursor import Unreadable
 from s2s.store.driver import Cursor, commit
 from s2s.store.pool import blocking
+from s2s.store.tables import audit
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -7,42 +7,42 @@ from typing import Final
 
 import click
 
+from s2s.admin.operations import config
+from s2s.cli.backend import Backend, rows, with_backend
 from s2s.cli.common import ALL, before_option, json_option, limit_option, show
-from s2s.cli.door import Door, rows, with_door
 from s2s.errors import NotFound, OperatorError, Refused
-from s2s.operations import config as operations
-from s2s.settings import read_as
+from s2s.protocol.settings import read_as
 
 _WANTED: Final = {"boolean": "true or false", "integer": "a whole number"}
 
 
-@click.group()
-def config() -> None:
+@click.group("config")
+def group() -> None:
     """Look at and change the settings, of which every process is told at once."""
 
 
-@config.command(name="list")
-@with_door
+@group.command(name="list")
+@with_backend
 @json_option
-def list_(door: Door, as_json: bool) -> None:
+def list_(backend: Backend, as_json: bool) -> None:
     """List the settings with their bounds."""
-    found = rows(door, operations.LIST, ALL)
+    found = rows(backend, config.LIST, ALL)
     show(found, ("key", "value", "min", "max", "version", "description"), as_json, "there are no settings")
 
 
-@config.command(name="set")
+@group.command(name="set")
 @click.argument("key")
 @click.argument("value")
-@with_door
+@with_backend
 @json_option
-def set_(door: Door, key: str, value: str, as_json: bool) -> None:
+def set_(backend: Backend, key: str, value: str, as_json: bool) -> None:
     """Set KEY to VALUE. Every process uses it at once and says so in its log."""
     try:
-        kind = door.call(operations.SHOW, where={"key": key}).type
+        kind = backend.call(config.SHOW, path_params={"key": key}).type
         wanted = read_as(kind, value)
         if wanted is None:
             raise OperatorError(f"{key} is {_WANTED[kind]}, not {value!r}")
-        found = door.call(operations.SET, where={"key": key}, body={"value": wanted})
+        found = backend.call(config.SET, path_params={"key": key}, body={"value": wanted})
     except Refused as error:
         if error.code == NotFound.code:
             raise OperatorError(f"there is no setting {key!r}: see them with: s2s config list") from None
@@ -56,14 +56,14 @@ def set_(door: Door, key: str, value: str, as_json: bool) -> None:
         click.echo(f"{key} is {value} already")
 
 
-@config.command()
+@group.command()
 @click.option("--key", help="Only of this setting.")
 @before_option("VERSION")
 @limit_option
-@with_door
+@with_backend
 @json_option
-def history(door: Door, key: str | None, before: int | None, limit: int, as_json: bool) -> None:
+def history(backend: Backend, key: str | None, before: int | None, limit: int, as_json: bool) -> None:
     """List the changes, the newest first."""
-    found = rows(door, operations.HISTORY, limit, key=key, before=before)
+    found = rows(backend, config.HISTORY, limit, key=key, before=before)
     columns = ("version", "key", "old_value", "new_value", "actor", "changed_at")
     show(found, columns, as_json, "nothing was ever changed")

@@ -9,9 +9,10 @@ from pathlib import Path
 import click
 
 from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction
-from s2s.store import migrations, notify_queue, privileges, sequences
+from s2s.store import migrations, privileges, sequences, shape
 from s2s.store.driver import Cursor
 from s2s.store.lock_wait import PATIENCE_S
+from s2s.store.monitors import notify_queue
 
 
 @click.group()
@@ -66,6 +67,7 @@ def _wrong(txn: Cursor) -> Iterator[str]:
     for behind in sequences.behind(txn):
         yield f"{behind}: run: s2s db fix-sequences"
     yield from map(str, sequences.ending(txn))
+    yield from shape.wrong(txn)
     queue = notify_queue.look(txn)
     if queue.usage >= notify_queue.HIGH:
         yield str(queue)

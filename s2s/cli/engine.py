@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
+from s2s.admin.operations import engines
+from s2s.admin.operations.operation import Operation
+from s2s.cli.backend import Backend, rows, with_backend
 from s2s.cli.common import ALL, json_option, show
-from s2s.cli.door import Door, rows, with_door
 from s2s.errors import BadPayload, OperatorError, Refused, harmless
-from s2s.operations import engines as operations
-from s2s.operations.kind import Operation
 
 
 @click.group()
@@ -22,9 +22,9 @@ def engine() -> None:
 
 
 @engine.command(name="list")
-@with_door
+@with_backend
 @json_option
-def list_(door: Door, as_json: bool) -> None:
+def list_(backend: Backend, as_json: bool) -> None:
     """List the engines, each with what it says now."""
     columns = (
         "name",
@@ -38,39 +38,39 @@ def list_(door: Door, as_json: bool) -> None:
         "version",
         "address",
     )
-    found = rows(door, operations.LIST, ALL)
+    found = rows(backend, engines.LIST, ALL)
     show(found, columns, as_json, "no engine is linked, and of none is anything wanted")
 
 
 def _command(name: str, operation: Operation[dict[str, Any]], help_text: str, *options: Any) -> None:
     """Add a command that sends one request and shows its answer."""
 
-    def command(door: Door, engine_name: str | None, as_json: bool, **payload: Any) -> None:
-        target = engine_name or _only(door)
+    def command(backend: Backend, engine_name: str | None, as_json: bool, **payload: Any) -> None:
+        target = engine_name or _only(backend)
         try:
-            ack = door.call(operation, where={"name": target}, body=payload)
+            ack = backend.call(operation, path_params={"name": target}, body=payload)
         except Refused as error:
             raise OperatorError(_refusal(error)) from None
         click.echo(json.dumps(ack, indent=2) if as_json else f"{target}: {_told(ack)}")
 
-    opened = with_door(command)
+    opened = with_backend(command)
     for option in (*options, click.argument("engine_name", metavar="[NAME]", required=False)):
         opened = option(opened)
     engine.command(name=name, help=help_text)(json_option(opened))
 
 
 _reason = click.option("--reason", default="asked for at a command line", show_default=True, help="For the log.")
-_command("health", operations.HEALTH, "Ask an engine how it is.")
+_command("health", engines.HEALTH, "Ask an engine how it is.")
 _command(
     "pause",
-    operations.PAUSE_ENGINE,
+    engines.PAUSE_ENGINE,
     "Let an engine begin no job until it is resumed, a restart included. Its outbox still goes out.",
     _reason,
 )
-_command("resume", operations.RESUME_ENGINE, "Let a paused engine go on.", _reason)
+_command("resume", engines.RESUME_ENGINE, "Let a paused engine go on.", _reason)
 _command(
     "shutdown",
-    operations.SHUT_DOWN_ENGINE,
+    engines.SHUT_DOWN_ENGINE,
     "Let an engine finish what it has in hand, and end for good, with exit code 0.",
     _reason,
     click.option(
@@ -79,7 +79,7 @@ _command(
 )
 _command(
     "sweep",
-    operations.SWEEP_ENGINE,
+    engines.SWEEP_ENGINE,
     "Let an engine put the pending broadcasts into its outbox.",
     click.option(
         "--since", "since_ts", type=click.IntRange(0), default=0, show_default=True, help="Created since, Unix seconds."
@@ -87,9 +87,9 @@ _command(
 )
 
 
-def _only(door: Door) -> str:
+def _only(backend: Backend) -> str:
     """Give the name of the only engine that is linked."""
-    linked = sorted({row.name for row in rows(door, operations.LIST, ALL) if row.key_id})
+    linked = sorted({row.name for row in rows(backend, engines.LIST, ALL) if row.key_id})
     if len(linked) == 1:
         return linked[0]
     if not linked:

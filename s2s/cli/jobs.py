@@ -8,10 +8,10 @@ from typing import Final
 
 import click
 
+from s2s.admin.operations import lists
+from s2s.cli.backend import Backend, rows, with_backend
 from s2s.cli.common import ALL, json_option, show, words
-from s2s.cli.door import Door, rows, with_door
-from s2s.operations import lists
-from s2s.store.jobs import JobRow
+from s2s.store.tables.jobs import JobRow
 
 #: Seconds after which a job that is due and not run is told of.
 OVERDUE_S: Final = 30
@@ -23,11 +23,11 @@ def jobs() -> None:
 
 
 @jobs.command(name="list")
-@with_door
+@with_backend
 @json_option
-def list_(door: Door, as_json: bool) -> None:
+def list_(backend: Backend, as_json: bool) -> None:
     """List the jobs that any engine has had, when each is due, and what its last run came to."""
-    found = rows(door, lists.JOBS, ALL)
+    found = rows(backend, lists.JOBS, ALL)
     lines = found if as_json else [_line(row) for row in found]
     columns = ("job_type", "schedule", "last_run", "runs", "told")
     show(lines, columns, as_json, "there are none: they are written down by the first engine that starts")

@@ -9,23 +9,22 @@ from pathlib import Path
 
 import click
 
-from s2s import files
+from s2s.admin.operations import lists
+from s2s.cli.backend import Backend, rows, with_backend
 from s2s.cli.common import ALL, database_options, json_option, one_line_errors, show, transaction
-from s2s.cli.door import Door, rows, with_door
 from s2s.errors import OperatorError
-from s2s.operations import lists
-from s2s.signing import KEY_ID, KEY_ROLES, decode_secret, random_secret
-from s2s.store import keys as table
-from s2s.store import rotation
+from s2s.protocol.signing import KEY_ID, KEY_ROLES, decode_secret, random_secret
+from s2s.runtime import files
 from s2s.store.driver import Cursor
+from s2s.store.tables import keys, rotation
 
 
-@click.group()
-def keys() -> None:
+@click.group("keys")
+def group() -> None:
     """Make, list and change the keys that sign."""
 
 
-@keys.command()
+@group.command()
 @click.option("--key-id", required=True, metavar="ID", help="1 to 64 of A-Z a-z 0-9 _ . -")
 @click.option("--role", type=click.Choice(KEY_ROLES), required=True, help="Whose messages it may sign.")
 @click.option(
@@ -56,7 +55,7 @@ def add(
         raise OperatorError(f"the key id {key_id!r} cannot be used: take 1 to 64 of A-Z a-z 0-9 _ . -")
     secret = random_secret() if secret_file is None else _read_secret(secret_file)
     with transaction(database, state_dir, "keys.add") as txn:
-        table.add(txn, key_id, secret, role, note)
+        keys.add(txn, key_id, secret, role, note)
     told = {"key_id": key_id, "role": role, **({"key_b64": secret} if show_secret else {})}
     if as_json:
         click.echo(json.dumps(told, indent=2))
@@ -79,17 +78,17 @@ def _read_secret(path: Path) -> str:
     return secret
 
 
-@keys.command(name="list")
-@with_door
+@group.command(name="list")
+@with_backend
 @json_option
-def list_(door: Door, as_json: bool) -> None:
+def list_(backend: Backend, as_json: bool) -> None:
     """List the keys and what each does now, without their secrets."""
-    found = rows(door, lists.KEYS, ALL)
+    found = rows(backend, lists.KEYS, ALL)
     columns = ("key_id", "role", "status", "active_from", "active_to", "note")
     show(found, columns, as_json, "there are no keys: make one with: s2s keys add --key-id ID --role any")
 
 
-@keys.command()
+@group.command()
 @click.argument("key_id")
 @database_options
 @json_option
@@ -102,7 +101,7 @@ def activate(key_id: str, database: str | None, state_dir: Path, as_json: bool) 
     _take("keys.activate", rotation.activate, key_id, database, state_dir, as_json)
 
 
-@keys.command()
+@group.command()
 @click.argument("key_id")
 @database_options
 @json_option
@@ -115,7 +114,7 @@ def retire(key_id: str, database: str | None, state_dir: Path, as_json: bool) ->
     _take("keys.retire", rotation.retire, key_id, database, state_dir, as_json)
 
 
-@keys.command()
+@group.command()
 @click.argument("key_id")
 @database_options
 @json_option

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import click
 
+from s2s.admin.operations import notices
+from s2s.cli.backend import Backend, rows, with_backend
 from s2s.cli.common import before_option, json_option, limit_option, show
-from s2s.cli.door import Door, rows, with_door
-from s2s.operations import notices as operations
 
 
-@click.group()
-def notices() -> None:
+@click.group("notices")
+def group() -> None:
     """Look at the notices that the players were given."""
 
 
-@notices.command(name="list")
+@group.command(name="list")
 @before_option("NOTICE_ID")
 @limit_option
-@with_door
+@with_backend
 @json_option
-def list_(door: Door, before: int | None, limit: int, as_json: bool) -> None:
+def list_(backend: Backend, before: int | None, limit: int, as_json: bool) -> None:
     """List notices, the newest first."""
-    found = rows(door, operations.LIST, limit, before=before)
+    found = rows(backend, notices.LIST, limit, before=before)
     show(found, ("notice_id", "scope", "severity", "message", "created_at"), as_json, "there are no notices")

@@ -13,9 +13,11 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from s2s.catalogue import BY_NAME, ORDERS
+from s2s.admin.operations import config, orders
+from s2s.admin.operations.operation import IDEM_KEY
+from s2s.admin.operations.orders import KINDS, Order
+from s2s.cli.backend import Backend, rows, with_backend
 from s2s.cli.common import ALL, interrupt_noted, json_option, limit_option, progress_bar, show, show_one, words
-from s2s.cli.door import Door, rows, with_door
 from s2s.errors import (
     CallError,
     DatabaseUnavailable,
@@ -27,13 +29,11 @@ from s2s.errors import (
     UnknownOutcome,
     harmless,
 )
-from s2s.operations import config, orders
-from s2s.operations.kind import IDEM_KEY
-from s2s.operations.orders import KINDS, Order
-from s2s.orders import OrderType
-from s2s.orders.config_set import ConfigSet
-from s2s.settings import Value, read_as
-from s2s.store.orders import OPEN
+from s2s.handlers.orders import OrderHandler
+from s2s.handlers.orders.config_set import ConfigSet
+from s2s.protocol.catalogue import BY_NAME, ORDERS
+from s2s.protocol.settings import Value, read_as
+from s2s.store.tables.orders import OPEN
 
 #: The exit code where an order is not over, or that is not known.
 NOT_OVER: Final = 3
@@ -55,7 +55,7 @@ _NAMES: Final = {rpc: type(kind).__module__.rpartition(".")[2].replace("_", "-")
 _OPTIONS: Final = ("reason",)
 
 
-def _command(kind: OrderType) -> None:
+def _command(kind: OrderHandler) -> None:
     """Add the command that gives one kind of order: its arguments are the members of the request, in their order.
 
     The schema of the request judges what is typed, and describes the command.
@@ -64,7 +64,7 @@ def _command(kind: OrderType) -> None:
     rules = {member: rule.get("type", "string") for member, rule in document["properties"].items()}
     members = [member for member in rules if member != "order_id"]
 
-    def command(door: Door, idem_key: str | None, wait_s: float, as_json: bool, **typed: str) -> None:
+    def command(backend: Backend, idem_key: str | None, wait_s: float, as_json: bool, **typed: str) -> None:
         if math.isnan(wait_s):
             raise OperatorError("--wait nan: write a number of seconds")
         wrong = None if idem_key is None else IDEM_KEY.explain(idem_key, "--idem-key")
@@ -72,12 +72,12 @@ def _command(kind: OrderType) -> None:
             raise OperatorError(f"{wrong[0]}: {wrong[1]}")
         # What is no text cannot be told to the audit either.
         "".join(typed.values()).encode()
-        types = {**rules, **_kinds(door, rpc, typed)}
+        types = {**rules, **_kinds(backend, rpc, typed)}
         params = {member: _read(types[member], text) for member, text in typed.items()}
-        row = _give(door, rpc, params, idem_key)
-        _end(_follow(door, row, wait_s), as_json)
+        row = _give(backend, rpc, params, idem_key)
+        _end(_follow(backend, row, wait_s), as_json)
 
-    opened = with_door(command)
+    opened = with_backend(command)
     for member in reversed(members):
         rule = document["properties"][member]
         if member in _OPTIONS:
@@ -103,10 +103,10 @@ def _rule(document: Mapping[str, Any], member: str) -> str:
     return f"{member.upper()}: {rule['description']}{f' {joined}' if allowed else ''}"
 
 
-def _give(door: Door, rpc: str, params: Mapping[str, Value], idem_key: str | None) -> Order:
+def _give(backend: Backend, rpc: str, params: Mapping[str, Value], idem_key: str | None) -> Order:
     """Give an order, or show the one that was given with this key before."""
     try:
-        return door.call(orders.GIVE[rpc], body=params, idem_key=idem_key)
+        return backend.call(orders.GIVE[rpc], body=params, idem_key=idem_key)
     except Refused as error:
         order_id = error.details.get("order_id")
         if error.code == IdemConflict.code:
@@ -134,11 +134,11 @@ def _read(kind: str, text: str) -> Value:
     return next(value for value in read if value is not None)
 
 
-def _kinds(door: Door, rpc: str, typed: Mapping[str, str]) -> Mapping[str, str]:
+def _kinds(backend: Backend, rpc: str, typed: Mapping[str, str]) -> Mapping[str, str]:
     """Give the types of members of which the schema allows several."""
     if rpc != ConfigSet.rpc:
         return {}
-    types = {row.key: row.type for row in rows(door, config.LIST, ALL)}
+    types = {row.key: row.type for row in rows(backend, config.LIST, ALL)}
     return {"value": types[typed["key"]]} if typed["key"] in types else {}
 
 
@@ -159,14 +159,17 @@ for _kind in KINDS.values():
 # --- following -------------------------------------------------------------------------------------------------------
 
 
-def _follow(door: Door, row: Order, wait_s: float) -> Order:
+def _follow(backend: Backend, row: Order, wait_s: float) -> Order:
     """Look at an order until it is over, nothing has moved for so long, or Ctrl-C, which leaves it alone."""
     with suppress(KeyboardInterrupt), interrupt_noted() as is_interrupted, progress_bar() as bar:
         task = bar.add_task(row.rpc, visible=False)
         moved_at = time.monotonic()
         while row.status in OPEN and time.monotonic() - moved_at < wait_s and not is_interrupted():
             try:
-                before, row = row, door.call(orders.SHOW, where={"order_id": row.order_id}, query={"wait": _LOOK_S})
+                before, row = (
+                    row,
+                    backend.call(orders.SHOW, path_params={"order_id": row.order_id}, query={"wait": _LOOK_S}),
+                )
             except (DatabaseUnavailable, CallError, OperatorError) as error:
                 lost = "database" if isinstance(error, DatabaseUnavailable) else "server"
                 _leave(f"the {lost} was lost: {error}: look later with: s2s order show {row.order_id}")
@@ -199,12 +202,12 @@ def _end(row: Order, as_json: bool) -> None:
 
 @order.command(name="show")
 @click.argument("order_id", metavar="ID")
-@with_door
+@with_backend
 @json_option
-def show_(door: Door, order_id: str, as_json: bool) -> None:
+def show_(backend: Backend, order_id: str, as_json: bool) -> None:
     """Show all of one order: how far it is, or what came of it."""
     try:
-        found = door.call(orders.SHOW, where={"order_id": order_id})
+        found = backend.call(orders.SHOW, path_params={"order_id": order_id})
     except Refused as error:
         if error.code != NotFound.code:
             raise
@@ -217,11 +220,11 @@ def show_(door: Door, order_id: str, as_json: bool) -> None:
 @click.option("--rpc", type=click.Choice(ORDERS), help="Only these.")
 @click.option("--before", metavar="ORDER_ID", help="Only older ones: the last of the page before.")
 @limit_option
-@with_door
+@with_backend
 @json_option
-def list_(door: Door, status: str | None, rpc: str | None, before: str | None, limit: int, as_json: bool) -> None:
+def list_(backend: Backend, status: str | None, rpc: str | None, before: str | None, limit: int, as_json: bool) -> None:
     """List orders, the newest first."""
-    found = rows(door, orders.LIST, limit, status=status, rpc=rpc, before=before)
+    found = rows(backend, orders.LIST, limit, status=status, rpc=rpc, before=before)
     lines = found if as_json else [_line(row) for row in found]
     show(lines, ("order_id", "given", "status", "told"), as_json, "there are no orders")
 

@@ -4,63 +4,65 @@ from __future__ import annotations
 
 import click
 
+from s2s.admin.operations import outbox
 from s2s.cli.actions import add_action
+from s2s.cli.backend import Backend, rows, with_backend
 from s2s.cli.common import ROW_ID, before_option, json_option, limit_option, show, show_one, type_option
-from s2s.cli.door import Door, rows, with_door
 from s2s.errors import OperatorError, Refused
-from s2s.operations import outbox as operations
 
 
-@click.group()
-def outbox() -> None:
+@click.group("outbox")
+def group() -> None:
     """Look after the commands that wait in the outbox to be sent, or that the server refused."""
 
 
-@outbox.command(name="list")
+@group.command(name="list")
 @click.option("--state", type=click.Choice(("waiting", "dead")), help="Only these.")
 @type_option
 @before_option("OUTBOX_ID")
 @limit_option
-@with_door
+@with_backend
 @json_option
-def list_(door: Door, state: str | None, cmd_type: str | None, before: int | None, limit: int, as_json: bool) -> None:
+def list_(
+    backend: Backend, state: str | None, cmd_type: str | None, before: int | None, limit: int, as_json: bool
+) -> None:
     """List what is in the outbox, the newest first."""
-    found = rows(door, operations.LIST, limit, state=state, cmd_type=cmd_type, before=before)
+    found = rows(backend, outbox.LIST, limit, state=state, cmd_type=cmd_type, before=before)
     columns = ("outbox_id", "cmd_type", "idem_key", "state", "attempts", "send_at", "error_code", "error_message")
     show(found, columns, as_json, "there is nothing in the outbox")
 
 
-@outbox.command(name="show")
+@group.command(name="show")
 @click.argument("outbox_id", type=ROW_ID)
-@with_door
+@with_backend
 @json_option
-def show_(door: Door, outbox_id: int, as_json: bool) -> None:
+def show_(backend: Backend, outbox_id: int, as_json: bool) -> None:
     """Show all of one row, its payload and why it was refused too."""
     try:
-        found = door.call(operations.SHOW, where={"outbox_id": outbox_id})
+        found = backend.call(outbox.SHOW, path_params={"outbox_id": outbox_id})
     except Refused as error:
         raise OperatorError(f"{error.message}: see s2s outbox list") from None
     show_one(found, as_json)
 
 
 add_action(
-    outbox,
+    group,
     "retry",
     "Send dead rows again, now.",
-    operations.WORDS,
+    outbox.WORDS,
     "outbox_id",
-    operations.RETRY,
-    operations.RETRY_DEAD,
+    outbox.RETRY,
+    outbox.RETRY_DEAD,
     "retried",
 )
-add_action(outbox, "cancel", "Keep rows that wait from being sent.", operations.WORDS, "outbox_id", operations.CANCEL)
+add_action(group, "cancel", "Keep rows that wait from being sent.", outbox.WORDS, "outbox_id", outbox.CANCEL)
 add_action(
-    outbox,
+    group,
     "discard",
     "Remove dead rows.",
-    operations.WORDS,
+    outbox.WORDS,
     "outbox_id",
-    operations.DISCARD,
-    operations.DISCARD_DEAD,
+    outbox.DISCARD,
+    outbox.DISCARD_DEAD,
     "discarded",
 )

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from s2s import commands, jobs
 from s2s.cli.common import json_option, show
-from s2s.discovery import discover
+from s2s.handlers import commands, jobs
+from s2s.handlers.discovery import discover
 
 
 @dataclass(frozen=True)

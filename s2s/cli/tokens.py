@@ -13,16 +13,16 @@ import click
 
 from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction
 from s2s.errors import OperatorError
-from s2s.store import tokens as table
-from s2s.tokens import ACCESS, NAME, Access
+from s2s.store.access import ACCESS, NAME, Access
+from s2s.store.tables import tokens
 
 
-@click.group()
-def tokens() -> None:
+@click.group("tokens")
+def group() -> None:
     """Make, list and revoke the tokens of the HTTP API."""
 
 
-@tokens.command()
+@group.command()
 @click.argument("name", required=False)
 @click.option(
     "--role",
@@ -56,7 +56,7 @@ def add(
     if not NAME.fullmatch(name):
         raise OperatorError(f"the name {name!r} cannot be used: take 1 to 64 of A-Z a-z 0-9 _ . -")
     with _new_file(path) as write, transaction(database, state_dir) as txn:
-        token = table.add(txn, name, role, note, days)
+        token = tokens.add(txn, name, role, note, days)
         write(token)
     if as_json:
         told = {"name": name, "role": role, **({"token": token} if path is None else {"token_file": str(path)})}
@@ -104,19 +104,19 @@ def _told(path: Path) -> Iterator[None]:
         raise OperatorError(f"the token file {path} cannot be written, {error.strerror}: name another one") from None
 
 
-@tokens.command(name="list")
+@group.command(name="list")
 @database_options
 @json_option
 @one_line_errors
 def list_(database: str | None, state_dir: Path, as_json: bool) -> None:
     """List the tokens, without what they are."""
     with transaction(database, state_dir) as txn:
-        found = table.list_public(txn)
+        found = tokens.list_public(txn)
     columns = ("name", "role", "is_expired", "expires_at", "created_at", "created_by", "note")
     show(found, columns, as_json, "there are no tokens: make one with: s2s tokens add NAME --role observer")
 
 
-@tokens.command()
+@group.command()
 @click.argument("name")
 @database_options
 @json_option
@@ -124,6 +124,6 @@ def list_(database: str | None, state_dir: Path, as_json: bool) -> None:
 def revoke(name: str, database: str | None, state_dir: Path, as_json: bool) -> None:
     """End the token called NAME. Servers refuse it at once."""
     with transaction(database, state_dir) as txn:
-        if not table.revoke(txn, name):
+        if not tokens.revoke(txn, name):
             raise OperatorError(f"there is no token {name!r}: see them with: s2s tokens list")
     click.echo(json.dumps({"name": name, "revoked": True}) if as_json else f"the token {name} is revoked")

@@ -1,7 +1,9 @@
-"""Where other distributions put their command types and jobs, in the manner of :mod:`twisted.plugins`.
+"""The namespace in which other distributions put their plug-ins.
+
+It works as :mod:`twisted.plugins` does.
 
 Each ships a directory ``s2s/plugins/`` of its own, without an ``__init__.py``, and in it a module that is named after
-itself and holds instances of its types; :mod:`s2s.discovery` finds them.
+itself and holds instances of its types; :mod:`s2s.handlers.discovery` finds them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What lasts: PostgreSQL, and nothing else. Only this package imports psycopg2.
+"""PostgreSQL, and the only importer of psycopg2.
 
 - :mod:`~s2s.store.driver` is psycopg2 itself: how a connection is opened, and which of our errors its own become;
 - :mod:`~s2s.store.pool` runs functions in transactions off the reactor's thread;

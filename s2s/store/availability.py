@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from twisted.logger import Logger
 
-from s2s.line_quota import PERIOD_S, LineQuota
+from s2s.runtime.line_quota import PERIOD_S, LineQuota
 from s2s.store import sqlstate
 
 _OUTAGES: Final = "outages"

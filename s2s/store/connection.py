@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+import random
 import select
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Final
+from weakref import WeakSet
 
 import psycopg2
 import psycopg2.extras
-from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, QuotedString, connection
+from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, QuotedString, connection, cursor
 
 from s2s.store.cursor import StoreCursor, read_json
+
+_RANDOM: Final = random.SystemRandom()
 
 
 class PlanningConnection(connection):
@@ -23,12 +28,13 @@ class PlanningConnection(connection):
     :ivar is_foreign: foreign code runs on it now, and may not end its transaction.
     :ivar owner: the identifier of the only thread that may use it; ``None``: any thread may.
     :ivar session: the process of the database that serves it, and when that began; ``None``: not known yet.
-    :ivar restore: the statements that undo, inside a transaction, each change of a setting and of the role, and remove
-        the names that the next call may use, too: of cursors, prepared statements and temporary tables.
+    :ivar asked_at: when the statement of ours that has no answer yet was sent, in monotonic seconds; ``None``: there is
+        none. See :mod:`s2s.store.silence`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.is_foreign = False
+        self.asked_at: float | None = None
         self.owner: int | None = None
         try:
             super().__init__(*args, **kwargs)
@@ -37,14 +43,31 @@ class PlanningConnection(connection):
             self.close()
             raise
         self.plans: set[Any] = set()
-        self.restore = ""
+        self._restore = ""
         self.session: tuple[int, str] | None = None
+        self._foreign_cursors: WeakSet[Any] = WeakSet()
         self._attributes: tuple[Any, ...] = ()
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """Return a cursor; see :meth:`_check_owner`."""
         self._check_owner()
-        return super().cursor(*args, **kwargs)
+        if not self.is_foreign:
+            return super().cursor(*args, **kwargs)
+        options = {**dict(zip(("name", "cursor_factory", "withhold", "scrollable"), args, strict=False)), **kwargs}
+        default: Any = self.cursor_factory
+        factory = options.get("cursor_factory") or default or cursor
+        options["cursor_factory"] = _owned(factory) if isinstance(factory, type) else factory
+        made = super().cursor(**options)
+        self._foreign_cursors.add(made)
+        return made
+
+    def close_foreign_cursors(self) -> None:
+        """Close the cursors of foreign code, which may have kept them: they would reach into later transactions."""
+        for each in list(self._foreign_cursors):
+            # A named one, in a transaction that has failed.
+            with suppress(psycopg2.Error):
+                each.close()
+        self._foreign_cursors.clear()
 
     def _check_ours(self) -> None:
         """Keep foreign code from ending a transaction in which the work of others is.
@@ -70,18 +93,28 @@ class PlanningConnection(connection):
         """
         self.session = session
         sets = ", ".join(f"pg_catalog.set_config('{name}', {_quote(value, self)}, false)" for name, value in changed)
-        self.restore = (
+        self._restore = (
             "reset session authorization; reset role; reset all; close all; deallocate all; discard temp;"
+            " discard sequences;"
             f" select {sets}"
         )
         self._attributes = self._look()
+
+    def restore(self) -> str:
+        """Return the statements that undo, inside a transaction, each change of a setting and of the role.
+
+        They also remove the names that the next call may use: of cursors, prepared statements and temporary tables. And
+        they end what ``lastval()`` and ``currval()`` return.
+        What ``setseed()`` sets outlives even DISCARD ALL.
+        """
+        return f"{self._restore}, pg_catalog.setseed({_RANDOM.uniform(-1.0, 1.0)!r})"
 
     def make_clean(self) -> bool:
         """Undo everything that code in the last transaction may have left on the session.
 
         :returns: ``False``: the connection cannot be made clean, and must be closed.
         """
-        if not self.restore or self._look() != self._attributes:
+        if not self._restore or self._look() != self._attributes:
             return False
         self.plans.clear()
         self.notifies.clear()
@@ -89,7 +122,7 @@ class PlanningConnection(connection):
             self.autocommit = True
             with self.cursor(cursor_factory=StoreCursor) as txn:
                 txn.execute("discard all")
-                txn.execute(self.restore)
+                txn.execute(self.restore())
             self.autocommit = False
         except psycopg2.Error:
             return False
@@ -109,10 +142,34 @@ def _guarded(name: str) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: PlanningConnection, *args: Any, **kwargs: Any) -> Any:
         self._check_ours()
-        return method(self, *args, **kwargs)
+        self.asked_at = time.monotonic()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.asked_at = None
 
     return call
 
+
+@functools.lru_cache(maxsize=64)
+def _owned(factory: type) -> type:
+    """Return a class of cursors that refuse their statements to a thread which does not own the connection."""
+
+    def guarded(name: str) -> Callable[..., Any]:
+        method = getattr(factory, name)
+
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self.connection._check_owner()
+            return method(self, *args, **kwargs)
+
+        return call
+
+    return type(factory.__name__, (factory,), {name: guarded(name) for name in _STATEMENTS})
+
+
+#: The methods of psycopg2's cursor that send something.
+_STATEMENTS: Final = ("execute", "executemany", "callproc", "copy_from", "copy_to", "copy_expert")
 
 # Each of them ends the transaction, or the connection.
 for _name in ("commit", "rollback", "reset", "close", "cancel", "set_isolation_level", "set_client_encoding"):
@@ -121,8 +178,10 @@ for _name in ("commit", "rollback", "reset", "close", "cancel", "set_isolation_l
 
 #: The process of the database that serves this connection, and its start: code may change the name of its session.
 #: Behind a pooler, what libpq takes for the identifier of the process is the pooler's.
+#: With a default role of its own a user does not see when its session began.
 _SESSION: Final = (
-    "select pid, backend_start::text from pg_catalog.pg_stat_activity where pid = pg_catalog.pg_backend_pid()"
+    "set local role none;"
+    " select pid, backend_start::text from pg_catalog.pg_stat_activity where pid = pg_catalog.pg_backend_pid()"
 )
 
 
@@ -251,11 +310,12 @@ def open_async(
             conn = psycopg2.connect(**_with_plain_literals(given, conn), async_=True)
             _settle(conn, deadline, within_s)
             _check_literals(conn)
-        for text in (baseline(statement_timeout_s), statement):
+        for text in (statement, baseline(statement_timeout_s), _SESSION):
             if text:
                 cursor = conn.cursor(cursor_factory=StoreCursor)  # kept until it is done: the connection does not
                 cursor.execute(text)
                 _settle(conn, deadline, within_s)
+        [conn.session] = cursor.fetchall()
     except BaseException:
         conn.close()
         raise

@@ -7,6 +7,8 @@ psycopg2's plain cursor (:func:`plain`), with the registries as the plug-in left
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from typing import Any, Final
@@ -65,15 +67,29 @@ _CASTERS: Final[dict[int, Any]] = {
 
 
 class StoreCursor(cursor):
-    """A cursor that no registry of the process affects."""
+    """A cursor that no registry of the process affects.
+
+    :cvar is_ours: its statements are those of this package.
+    """
+
+    is_ours = True
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.string_types = _CASTERS
+        # A connection of psycopg2's own class, which an author may have, keeps no such time.
+        self._is_timed = hasattr(self.connection, "asked_at")
 
     def execute(self, query: Any, vars: Any = None) -> None:
         """Run a statement; see psycopg2 for the parameters."""
-        super().execute(query, None if vars is None else _literals(vars, self.connection))
+        conn: Any = self.connection
+        if self._is_timed:
+            conn.asked_at = time.monotonic()
+        try:
+            super().execute(query, None if vars is None else _literals(vars, conn))
+        finally:
+            if self._is_timed:
+                conn.asked_at = None
 
 
 def own(txn: cursor) -> StoreCursor:
@@ -106,6 +122,10 @@ def _literal(value: Any, conn: connection) -> Any:
     if isinstance(value, tuple):  # a row
         return AsIs(f"({', '.join(_text(_literal(item, conn)) for item in value)})")
     return value
+
+
+#: Bound now: a plug-in may put another function in the place of ``json.dumps``.
+_encode: Final = json.JSONEncoder().encode
 
 
 def _text(literal: Any) -> str:
@@ -152,5 +172,5 @@ _WRITERS: Final[dict[type, Callable[[Any, connection], Any]]] = {
     bytes: _bytes,
     list: _array,
     datetime: lambda value, conn: AsIs(f"'{value.isoformat()}'::timestamptz"),
-    Json: lambda value, conn: _quoted(value.dumps(value.adapted), conn),
+    Json: lambda value, conn: _quoted(_encode(value.adapted), conn),
 }

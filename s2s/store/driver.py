@@ -21,7 +21,8 @@ from psycopg2.extensions import (
 from twisted.logger import Logger
 
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, OperatorError, StatementRefused, storable
-from s2s.store import sqlstate
+from s2s.runtime import files
+from s2s.store import libpq, sqlstate
 from s2s.store.connection import PlanningConnection, connect
 from s2s.store.url import read
 
@@ -57,7 +58,8 @@ def parameters(url: str, **ours: Any) -> dict[str, Any]:
     :param ours: parameters of ours, which the URL may override.
     :raises OperatorError: it cannot be read; the text holds nothing of a password.
     """
-    return {**_CONNECT, **ours, **read(url), "connection_factory": PlanningConnection}
+    given = read(url)
+    return {**libpq.AT_START.parameters(given), **_CONNECT, **ours, **given, "connection_factory": PlanningConnection}
 
 
 class Parameters:
@@ -113,12 +115,37 @@ class Query(msgspec.Struct, frozen=True):
     params: tuple[Any, ...]
 
 
-def numbers(values: Iterable[int | None]) -> str:
+def array_literal(values: Iterable[int | None]) -> str:
     """Write numbers as PostgreSQL's text of an array.
 
     Of a list psycopg2 writes an expression, which the database parses value by value.
     """
     return f"{{{','.join(['null' if value is None else str(value) for value in values])}}}"
+
+
+#: Why a statement counts as refused that has written fewer rows than it was to write.
+KEPT: Final = "a trigger has kept the row from being written"
+
+
+def missing(txn: Cursor, table: str, column: str, values: Iterable[str]) -> list[str]:
+    """Return those of some values that no row of a table has.
+
+    :param table: a constant of the caller, as is the ``column``.
+    """
+    txn.execute(
+        f"select each from unnest(%s::text[]) each where not exists (select from {table} where {column} = each)",  # noqa: S608
+        (list(values),),
+    )
+    return [value for (value,) in txn]
+
+
+def check_written(txn: Cursor, rows: int = 1) -> None:
+    """Refuse to go on where the last statement has written fewer rows than it was to write.
+
+    :raises StatementRefused: it has: a trigger of the database's owner may return null.
+    """
+    if txn.rowcount < rows:
+        raise StatementRefused(KEPT)
 
 
 #: A piece of work that says what it wants to ask, is given the rows, and returns what it came to: whoever drives it
@@ -146,12 +173,13 @@ def drive(txn: Cursor, steps: Steps[T]) -> T:
         rows = txn.fetchall() if txn.description else []
 
 
-def told(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError:
+def translate_error(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError:
     """Say a driver's error in our words, without the row's data that it may quote.
 
     :param conn: the connection that it came from; ``None``: there was none.
     """
-    text = _text(error)
+    # libpq says nothing then, or that a host is not known.
+    text = (conn is None and files.exhausted()) or _text(error)
     state = sqlstate.code(error) or (sqlstate.at_connect(text) if conn is None else "")
     if conn is None or is_broken(conn) or is_of_the_connection(error) or sqlstate.meaning(state).unavailable:
         return DatabaseUnavailable(text, state)
@@ -169,7 +197,7 @@ def is_broken(conn: Connection) -> bool:
     return bool(conn.closed) or conn.info.transaction_status == TRANSACTION_STATUS_UNKNOWN
 
 
-def ears(fileno: int) -> select.poll:
+def pending_input(fileno: int) -> select.poll:
     """Give what tells by ``poll(0)`` whether the database has said something to a connection.
 
     To an idle one it has nothing to say but that it ends: all of them have that waiting after a restart of the
@@ -217,18 +245,43 @@ def commit(conn: Connection) -> None:
 
 
 @contextmanager
-def savepoint(txn: Cursor) -> Iterator[None]:
-    """Undo what is done inside if it raises, and only that."""
-    txn.execute(f"savepoint {_SAVEPOINT}")
+def savepoint(txn: Cursor, first: str = "") -> Iterator[None]:
+    """Undo what is done inside if it raises, and only that.
+
+    :param first: statements that are done before it, each with its semicolon.
+    """
+    txn.execute(f"{first}savepoint {_SAVEPOINT}")
     try:
         yield
         txn.execute(f"release savepoint {_SAVEPOINT}")
-    except BaseException:
-        txn.execute(f"rollback to savepoint {_SAVEPOINT}; release savepoint {_SAVEPOINT}")
+    except BaseException as error:
+        try:
+            txn.execute(f"rollback to savepoint {_SAVEPOINT}; release savepoint {_SAVEPOINT}")
+        except psycopg2.Error:
+            # The transaction is gone with its savepoints: a statement that has ended it by its failure tells why.
+            if isinstance(error, psycopg2.Error):
+                raise error from None
+            raise
         raise
 
 
-def one_at_a_time(txn: Cursor, lock: int) -> None:
+@contextmanager
+def refusable(txn: Cursor) -> Iterator[None]:
+    """Undo what is done inside if it raises, and say in our words what the database refuses.
+
+    :raises StatementRefused: it refuses a statement for its data; the transaction goes on.
+    """
+    try:
+        with savepoint(txn):
+            yield
+    except psycopg2.Error as error:
+        refused = translate_error(error, txn.connection)
+        if isinstance(refused, StatementRefused):
+            raise refused from None
+        raise
+
+
+def advisory_lock(txn: Cursor, lock: int) -> None:
     """Wait for an advisory lock, and hold it until the transaction ends.
 
     A process that is frozen with it does not keep the others away for long: the database ends its transaction.

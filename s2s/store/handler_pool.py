@@ -17,22 +17,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import Context
 from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 import psycopg2
 from psycopg2.extensions import set_wait_callback
-from twisted.enterprise import adbapi
-from twisted.internet import defer, threads
+from twisted.internet import defer
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from s2s.clock import Timer, cancel
 from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, S2SError, describe
+from s2s.runtime import own_threads
+from s2s.runtime.clock import Timer, cancel
+from s2s.runtime.memory import Memory
 from s2s.store import sqlstate
 from s2s.store.connection import PlanningConnection
-from s2s.store.cursor import plain
+from s2s.store.cursor import StoreCursor, plain
 from s2s.store.driver import Connection, Cursor, is_broken, is_in_transaction, savepoint
 from s2s.store.pool import Database
 
@@ -47,8 +49,20 @@ _WATCH_S: Final = 0.25
 _CANCEL_S: Final = 1.0
 #: The SQLSTATE of a statement that was cancelled.
 _QUERY_CANCELED: Final = "57014"
+#: PostgreSQL refuses to PREPARE a transaction that has executed UNLISTEN. Prepared by foreign code, it would keep its
+#: locks on the commands of others for ever, or be committed after they have run once more.
+_NEVER_PREPARED: Final = "unlisten *; "
+#: Seconds of a call after which the memory of the process is looked at: some megabytes are not written in less.
+_LARGE_S: Final = 0.001
+#: The exit code of a process that foreign code has forked and not ended.
+_FORKED: Final = 70
 #: Stuck threads of one process. Each costs a thread and about 100 kB; at this number no further call begins.
 MOST_STUCK: Final = 8
+
+
+def call(function: Callable[..., T], *args: Any) -> T:
+    """Call foreign code in a context of its own: what it sets there, such as a precision of decimals, ends with it."""
+    return Context().run(function, *args)
 
 
 class _Local(threading.local):
@@ -143,6 +157,7 @@ class HandlerPool(Database):
         self.stuck: list[Task] = []
         self._tasks: set[Task] = set()
         self._local = _Local()
+        self._memory = Memory()
         self._watching: Timer | None = None
 
     def run(self, work: Callable[..., T], *args: Any) -> Deferred[T]:
@@ -158,7 +173,7 @@ class HandlerPool(Database):
         task = Task()
         self._unfinished += 1
         self._tasks.add(task)
-        running: Deferred[T] = threads.deferToThreadPool(
+        running = own_threads.run_in(
             self.reactor, self._pool.threadpool, self._interact, self._pool, partial(self._tracked, task, work), args
         )
         running.addBoth(self._returned, task)
@@ -224,7 +239,7 @@ class HandlerPool(Database):
         return self._in_background(self._terminate, task)
 
     def _in_background(self, work: Callable[..., None], *args: Any) -> Deferred[Any]:
-        done = threads.deferToThreadPool(self.reactor, self.reactor.getThreadPool(), work, *args)
+        done = own_threads.run(self.reactor, work, *args)
         return done.addErrback(lambda failure: self.log.failure("a late handler could not be cancelled", failure))
 
     # --- in another thread -------------------------------------------------------------------------------------------
@@ -244,10 +259,12 @@ class HandlerPool(Database):
         session = getattr(task.connection, "session", None)
         if session is None:
             return
-        with suppress(S2SError), self.last_words() as txn:
+        with suppress(S2SError), self.shutdown_transaction() as txn:
             # Another session may have the process's number by now.
             txn.execute(
-                f"select {function}(pid) from pg_stat_activity where pid = %s and backend_start = %s",  # noqa: S608
+                # A default role of our user may not see or signal the sessions of that user.
+                f"set local role none; select {function}(pid)"  # noqa: S608
+                " from pg_stat_activity where pid = %s and backend_start = %s",
                 session,
             )
 
@@ -307,11 +324,11 @@ class HandlerPool(Database):
         :raises HandlerTimeout: it took too long.
         """
         task, conn = cast("Task", self._local.task), cast("PlanningConnection", txn.connection)
-        with self._without_plans(txn), savepoint(txn):
+        with self._without_plans(txn), savepoint(txn, "" if task.name else _NEVER_PREPARED):
             task.enter(name, subject)
-            # Closed afterwards, so that nothing that the code has kept or started uses it any more.
-            cursor = plain(txn)
             conn.is_foreign = True
+            cursor = plain(txn)
+            pid = os.getpid()
             try:
                 yield cursor
             except BaseException as error:
@@ -320,15 +337,21 @@ class HandlerPool(Database):
                     raise self._too_late() from None
                 raise
             finally:
+                took_s = task.running_s()
+                if os.getpid() != pid:
+                    # A fork of the code's. It shares our connections, and must not go on as a copy of us.
+                    os._exit(_FORKED)
                 conn.is_foreign = False
                 # A callback for the whole process, such as gevent's, would run under our own statements, too.
                 set_wait_callback(None)
-                cursor.close()
+                conn.close_foreign_cursors()
+                if took_s > _LARGE_S:
+                    self._memory.check()
                 task.leave()
             if task.is_late:
                 raise self._too_late()
             # A transaction that was made read-only refuses the first of these.
-            txn.execute(f"set transaction read write; {conn.restore}")
+            txn.execute(f"set transaction read write; {conn.restore()}")
 
     @contextmanager
     def _without_plans(self, txn: Cursor) -> Iterator[None]:
@@ -346,20 +369,18 @@ class HandlerPool(Database):
 
     def _prepare(self, conn: Connection) -> None:
         super()._prepare(conn)
+        with conn.cursor(cursor_factory=StoreCursor) as txn:
+            # From the first LISTEN of a session on, each UNLISTEN counts.
+            txn.execute("listen s2s; unlisten s2s")
+        conn.commit()
         cast("PlanningConnection", conn).owner = threading.get_ident()
 
     # --- the pool ----------------------------------------------------------------------------------------------------
 
     def _make_pool(self) -> Any:
-        pool = adbapi.ConnectionPool(
-            "psycopg2",
-            cp_min=1,
-            cp_max=self._threads,
-            cp_openfun=self._prepare,
-            cp_reactor=self.reactor,
-        )
+        pool = super()._make_pool()
         # Daemons: the end of the process does not wait for a stuck one.
-        pool.threadpool.threadFactory = partial(threading.Thread, daemon=True)  # type: ignore[assignment]
+        pool.threadpool.threadFactory = partial(own_threads.Thread, daemon=True)
         return pool
 
     def _close(self) -> None:
@@ -370,6 +391,7 @@ class HandlerPool(Database):
         if not self.stuck or self._pool is None:
             super()._close()
             return
+        self._silence.stop()
         # To stop the pool would be to wait for its stuck threads.
         pool, self._pool = self._pool, None
         self.reactor.removeSystemEventTrigger(pool.shutdownID)

@@ -16,6 +16,7 @@ from typing import Any, Final
 import psycopg2
 from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, get_wait_callback, set_wait_callback
 
+from s2s.runtime import own_threads
 from s2s.store.connection import connect as open_connection
 from s2s.store.driver import Connection
 
@@ -41,7 +42,8 @@ def connect(parameters: Mapping[str, Any]) -> Connection:
             came.append(error)
 
     thread = threading.Thread(target=in_thread, daemon=True)
-    thread.start()
+    if not own_threads.try_start(thread):
+        return open_connection(parameters)
     thread.join()
     [outcome] = came
     if isinstance(outcome, BaseException):

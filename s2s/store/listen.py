@@ -8,26 +8,26 @@ from typing import Any, Final
 
 import psycopg2
 from psycopg2.extensions import POLL_OK
-from twisted.internet import threads
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from s2s.clock import cancel
 from s2s.errors import DatabaseUnavailable
+from s2s.runtime import own_threads
+from s2s.runtime.clock import cancel
 from s2s.store import driver
 from s2s.store.availability import Availability
 from s2s.store.connection import open_async
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection
-from s2s.store.notes import presence_key
+from s2s.store.tables.claims import presence_key
 
 #: Seconds that connecting may take, with everything that is said first.
 CONNECT_S: Final = 10.0
 #: Seconds between two heartbeats, and until one must be answered: together with a reconnect less than
-#: :data:`s2s.executor.SURE_S`, after which a process without its presence lock passes for dead.
+#: :data:`s2s.roles.server.reaper.SURE_S`, after which a process without its presence lock passes for dead.
 HEARTBEAT_S: Final = 4.0
 ANSWER_S: Final = 4.0
 #: Seconds until the presence lock is asked for again.
@@ -109,17 +109,20 @@ class Listener:
     def _connect(self) -> None:
         self._timer = None
         # The look-up of a host name blocks: off the reactor's thread.
-        opened = threads.deferToThreadPool(
-            self._reactor, self._reactor.getThreadPool(), _open, self._parameters, list(self._callbacks)
-        )
-        self._connecting = opened.addCallbacks(self._connected, self._failed)
+        opened = own_threads.run(self._reactor, _open, self._parameters, list(self._callbacks))
+        self._connecting = opened.addCallback(self._connected).addErrback(self._failed)
 
     def _connected(self, conn: Connection) -> None:
         if self._is_stopped:
             conn.close()
             return
-        # libpq closes its descriptor when it finds the connection broken, under the reactor's hands: that gets another.
-        self._conn, self._fileno = conn, os.dup(conn.fileno())
+        try:
+            # libpq closes its own when it finds the connection broken, under the hands of the reactor: a copy.
+            self._fileno = os.dup(conn.fileno())
+        except OSError:
+            conn.close()
+            raise
+        self._conn = conn
         self._pause_s = _FIRST_PAUSE_S
         self._reactor.addReader(self)
         self._availability.note(None)
@@ -128,7 +131,9 @@ class Listener:
 
     def _failed(self, reason: Failure) -> None:
         error = reason.value
-        self._lost(driver.told(error) if isinstance(error, psycopg2.Error) else DatabaseUnavailable(repr(error)))
+        self._lost(
+            driver.translate_error(error) if isinstance(error, psycopg2.Error) else DatabaseUnavailable(repr(error))
+        )
 
     def _lost(self, error: BaseException) -> None:
         self._drop()
@@ -165,7 +170,7 @@ class Listener:
             else:
                 self._cursor.execute("select pg_try_advisory_lock(%s)", (presence_key(self._presence),))
         except psycopg2.Error as error:
-            self._lost(driver.told(error, self._conn))
+            self._lost(driver.translate_error(error, self._conn))
 
     def _answered(self) -> None:
         self.is_present |= self._cursor.fetchone()[0]
@@ -182,7 +187,7 @@ class Listener:
             if state == POLL_OK and self._cursor is not None:
                 self._answered()
         except psycopg2.Error as error:
-            self._lost(driver.told(error, self._conn))
+            self._lost(driver.translate_error(error, self._conn))
             return
         heard = {notification.channel for notification in self._conn.notifies}
         self._conn.notifies.clear()

@@ -11,11 +11,12 @@ from typing import Any, Final, TypeVar
 import psycopg2
 from psycopg2.errors import DeadlockDetected, LockNotAvailable
 
-from s2s.errors import OperatorError, harmless
+from s2s.errors import DeadlineExceeded, OperatorError, harmless
+from s2s.runtime import own_threads
 from s2s.store import interruptible
 from s2s.store.connection import connect
 from s2s.store.cursor import StoreCursor
-from s2s.store.driver import Connection, Cursor, commit, told
+from s2s.store.driver import Connection, Cursor, commit, translate_error
 
 T = TypeVar("T")
 
@@ -27,19 +28,29 @@ PAUSE_S: Final = 2.0
 PATIENCE_S: Final = 300.0
 #: Seconds between two looks at what we wait for; less than TRY_S, or a look would never find us waiting for a lock.
 _LOOK_S: Final = 0.2
+#: Seconds without an answer to a look after which the database itself counts as silent.
+_SILENT_S: Final = 2.0
 _SHOWN: Final = 5
+#: The columns of ``pg_stat_activity session`` that :func:`describe_holder` takes after the pid.
+HOLDER: Final = (
+    "session.application_name, session.state, extract(epoch from clock_timestamp() - session.xact_start)::bigint,"
+    " session.wait_event_type, session.wait_event"
+)
 #: The pid 0 stands for a prepared transaction.
-_BLOCKERS: Final = """
-select blocker.pid, session.application_name, session.state,
-       extract(epoch from clock_timestamp() - session.xact_start)::bigint, session.wait_event_type, session.wait_event
+_BLOCKERS: Final = f"""
+select blocker.pid, {HOLDER}
 from (select distinct unnest(pg_blocking_pids(%s)) as pid) blocker left join pg_stat_activity session using (pid)
 order by session.xact_start limit %s
-"""
+"""  # noqa: S608 - of constants
 _EVENT: Final = "select wait_event_type, wait_event from pg_stat_activity where pid = %s"
 #: The wait event of a COMMIT that waits for its standby, and its text. The cause is the standby, and not a lock.
 _SYNC_REP: Final = "SyncRep"
 _STANDBY: Final = "waits until a synchronous standby confirms its COMMIT: see synchronous_standby_names"
 _LOCKS: Final = "waiting for locks: "
+
+
+class Locked(DeadlineExceeded):
+    """Another session holds a lock that was not free in time, for work whose caller is told so."""
 
 
 class _Watcher:
@@ -63,7 +74,8 @@ class _Watcher:
     def watching(self) -> Iterator[None]:
         """Look meanwhile."""
         over = threading.Event()
-        threading.Thread(target=self._watch, args=(over,), daemon=True).start()
+        # Without a thread nothing is told.
+        own_threads.try_start(threading.Thread(target=self._watch, args=(over,), daemon=True))
         try:
             yield
         finally:
@@ -71,6 +83,9 @@ class _Watcher:
 
     def _watch(self, over: threading.Event) -> None:
         conn: Connection | None = None
+        silent = threading.Timer(_SILENT_S, self._note_silence, (over,))
+        silent.daemon = True
+        own_threads.try_start(silent)
         try:
             while not over.wait(_LOOK_S):
                 if conn is None:
@@ -78,15 +93,21 @@ class _Watcher:
                     conn.autocommit = True
                 with conn.cursor(cursor_factory=StoreCursor) as txn:
                     looked = self._look(txn)
+                silent.cancel()
                 # The answer may have come during the look.
                 if not over.is_set():
                     self._note(*looked)
         except psycopg2.Error as error:  # such as no connection to spare
             if not self._locks_only and not over.is_set():
-                self._note("", f"waiting for the database, and a look what for failed: {told(error, conn)}")
+                self._note("", f"waiting for the database, and a look what for failed: {translate_error(error, conn)}")
         finally:
+            silent.cancel()
             if conn is not None:
                 conn.close()
+
+    def _note_silence(self, over: threading.Event) -> None:
+        if not self._locks_only and not over.is_set():
+            self._note("", "waiting for the database: it answers no other session either")
 
     def _note(self, thing: frozenset[int] | str, line: str) -> None:
         self.line = line or self.line
@@ -98,7 +119,7 @@ class _Watcher:
         """Return what is waited for, and the line that says so; empty: there is nothing to say."""
         txn.execute(_BLOCKERS, (self._pid, _SHOWN))
         if rows := txn.fetchall():
-            return frozenset(row[0] for row in rows), _LOCKS + "; ".join(_name(*row) for row in rows)
+            return frozenset(row[0] for row in rows), _LOCKS + "; ".join(describe_holder(*row) for row in rows)
         if self._locks_only:
             return "", ""
         txn.execute(_EVENT, (self._pid,))
@@ -151,7 +172,7 @@ class LockWait:
                     result = work(txn)
                 commit(self._conn)
                 return result
-            except (LockNotAvailable, DeadlockDetected):
+            except (LockNotAvailable, DeadlockDetected, Locked):
                 self._conn.rollback()
             # One try may end before the watcher has found the sessions to name.
             if not is_first and time.monotonic() >= self._deadline:
@@ -164,7 +185,7 @@ class LockWait:
             time.sleep(PAUSE_S)
 
 
-def _name(
+def describe_holder(
     pid: int, application: str | None, state: str | None, open_s: int | None, kind: str | None, event: str | None
 ) -> str:
     """Name a session and the way to end it; its statement may hold a secret."""

@@ -15,12 +15,11 @@ from importlib import resources
 from typing import Final
 
 from s2s.errors import SchemaError
-from s2s.store import config
 from s2s.store.driver import Connection, Cursor, lock_key
 from s2s.store.lock_wait import PATIENCE_S, LockWait
+from s2s.store.tables import config
 
-#: Also taken by whatever may be made once only, such as the first key.
-LOCK: Final = lock_key("migrations")
+_LOCK: Final = lock_key("migrations")
 
 _TABLE: Final = re.compile(r"^create table (?:if not exists )?(\w+)", re.MULTILINE)
 _MIGRATE: Final = "run: s2s db migrate"
@@ -84,7 +83,7 @@ def migrate(
 def _run(migration: Migration, txn: Cursor) -> bool:
     """Run a file that this database does not have; whether it did not."""
     # Held until the COMMIT, and taken anew for every file: a waiter then sees what the other one did.
-    txn.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
+    txn.execute("select pg_advisory_xact_lock(%s)", (_LOCK,))
     _check_encoding(txn)
     _refuse_newer(txn)
     applied = _applied(txn)
@@ -102,7 +101,7 @@ def _run(migration: Migration, txn: Cursor) -> bool:
 
 
 def _declare(txn: Cursor) -> None:
-    txn.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
+    txn.execute("select pg_advisory_xact_lock(%s)", (_LOCK,))
     config.declare(txn)
 
 

@@ -10,19 +10,21 @@ from typing import Any, Final, TypeVar, cast
 
 import psycopg2
 from twisted.enterprise import adbapi
-from twisted.internet import defer, threads
+from twisted.internet import defer
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, S2SError
-from s2s.limits import Counters
+from s2s.protocol.limits import Counters
+from s2s.runtime import own_threads
 from s2s.store import driver, interruptible, sqlstate
+from s2s.store.async_connection import AsyncConnection
 from s2s.store.availability import Availability
 from s2s.store.connection import prepare
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection, Cursor, Query, Steps
-from s2s.store.line import Line
+from s2s.store.silence import Silence
 from s2s.store.troubles import Troubles
 
 T = TypeVar("T")
@@ -78,10 +80,19 @@ class Database:
         self._parameters = driver.Parameters(url, application_name=application_name)
         self._timeouts = (statement_timeout_s, idle_timeout_s)
         self._pool: Any = None
-        self._line: Line
+        self._line: AsyncConnection
         self._refusal = _NOT_RUNNING
         self._unfinished = 0
         self._until_idle: list[Deferred[None]] = []
+        #: Connections that are being prepared: adbapi does not know them yet.
+        self._opening: set[Connection] = set()
+        self._silence = Silence(
+            self._connections,
+            self.shutdown_transaction,
+            statement_timeout_s,
+            lambda: self.counters.meet("database_answer"),
+            self.reactor,
+        )
         self.troubles = Troubles(reactor)
         self.availability = Availability(reactor)
         #: Nothing is committed any more, see :meth:`cancel`.
@@ -93,7 +104,7 @@ class Database:
         # It connects by these, which read an @FILE again.
         self._pool.dbapi = self._parameters
         self._pool.start()
-        self._line = Line(
+        self._line = AsyncConnection(
             self._parameters.read,
             self._timeouts[0],
             self.reactor,
@@ -101,16 +112,19 @@ class Database:
             on_late=lambda: self.counters.meet("database_answer"),
             note=self._note,
         )
+        self._silence.start()
         self._refusal = ""
 
     def _make_pool(self) -> Any:
-        return adbapi.ConnectionPool(
+        pool = adbapi.ConnectionPool(
             "psycopg2",
             cp_min=self._threads,
             cp_max=self._threads,
             cp_openfun=self._prepare,
             cp_reactor=self.reactor,
         )
+        pool.threadpool.threadFactory = own_threads.Thread
+        return pool
 
     def reread(self) -> None:
         """Read the file of an ``@FILE`` now, to tell what is wrong with it; each new connection reads it anyway."""
@@ -139,24 +153,23 @@ class Database:
         if not self.is_cancelled:
             self.is_cancelled = True
             # A daemon: neither a database that hangs nor the end of the process waits for it.
-            threading.Thread(target=self._cancel, args=(self._pool,), daemon=True).start()
+            own_threads.try_start(threading.Thread(target=self._cancel, args=(self._pool,), daemon=True))
             if self._pool is not None:
                 self._line.cancel(_CANCELLED)
         ended: Deferred[bool] = self._idle().addCallback(lambda _: True)
         return ended.addTimeout(CANCEL_S, self.reactor, lambda _, __: False)
 
-    def run_last(self, work: Callable[..., T], *args: Any) -> Deferred[T]:
+    def run_at_shutdown(self, work: Callable[..., T], *args: Any) -> Deferred[T]:
         """Do as :meth:`run`, on a connection of its own and in bounded time: for what a stop still has to write.
 
         It works after :meth:`cancel`, and also when no thread of the pool is free.
         """
 
         def in_thread() -> T:
-            with self.last_words() as txn:
+            with self.shutdown_transaction() as txn:
                 return work(txn, *args)
 
-        outcome: Deferred[T] = threads.deferToThreadPool(self.reactor, self.reactor.getThreadPool(), in_thread)
-        return outcome.addTimeout(2 * LAST_S, self.reactor, _hangs)
+        return own_threads.run(self.reactor, in_thread).addTimeout(2 * LAST_S, self.reactor, _hangs)
 
     @property
     def is_away(self) -> bool:
@@ -185,9 +198,7 @@ class Database:
         if refused is not None:
             return refused
         self._unfinished += 1
-        outcome: Deferred[T] = threads.deferToThreadPool(
-            self.reactor, self._pool.threadpool, self._interact, self._pool, work, args
-        )
+        outcome = own_threads.run_in(self.reactor, self._pool.threadpool, self._interact, self._pool, work, args)
         return outcome.addBoth(self._leave)
 
     def refusal(self) -> Deferred[Any] | None:
@@ -236,7 +247,12 @@ class Database:
         self._until_idle.append(waiter)
         return waiter
 
+    def _connections(self) -> list[Any]:
+        """Return the connections on which a statement of ours may wait for its answer."""
+        return [*self._opening, *self._pool.connections.values(), *self._line.given_up]
+
     def _close(self) -> None:
+        self._silence.stop()
         self.troubles.stop()
         self.availability.stop()
         pool, self._pool = self._pool, None
@@ -250,29 +266,31 @@ class Database:
         while self._unfinished and time.monotonic() < deadline:
             sessions = [conn.session for conn in list(pool.connections.values()) if not conn.closed and conn.session]
             pids = [pid for pid, _ in sessions]
-            with suppress(S2SError), self.last_words() as txn:
-                txn.execute("select pg_cancel_backend(pid) from unnest(%s::int[]) as pid", (pids,))
+            with suppress(S2SError), self.shutdown_transaction() as txn:
+                txn.execute("set local role none; select pg_cancel_backend(pid) from unnest(%s::int[]) as pid", (pids,))
             time.sleep(_CANCEL_AGAIN_S)
 
-    def last_words(self) -> AbstractContextManager[Cursor]:
+    def shutdown_transaction(self) -> AbstractContextManager[Cursor]:
         """Give one blocking transaction of bounded time, on a connection of its own; not for the reactor's thread."""
         return blocking(self.url, "s2s last", statement_timeout_s=LAST_S, connect_timeout_s=LAST_S)
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 
     def _prepare(self, conn: Connection) -> None:
+        self._opening.add(conn)
         try:
             prepare(conn, *self._timeouts)
         except BaseException:
-            # adbapi does not know it yet.
             conn.close()
             raise
+        finally:
+            self._opening.discard(conn)
 
     def _interact(self, pool: Any, work: Callable[..., T], args: tuple[Any, ...]) -> T:
         try:
             conn = self._connect(pool)
         except psycopg2.Error as error:
-            away = driver.told(error)
+            away = driver.translate_error(error)
             self.reactor.callFromThread(self.availability.note, away)
             raise away from None
         try:
@@ -289,7 +307,7 @@ class Database:
             failed: DatabaseError | None = error if isinstance(error, CommitLost) else None
             if failed is None:
                 self._go_on()
-                failed = driver.told(error, conn) if isinstance(error, psycopg2.Error) else None
+                failed = driver.translate_error(error, conn) if isinstance(error, psycopg2.Error) else None
             if is_broken:
                 # Whatever the work made of it.
                 failed = failed or DatabaseUnavailable("the connection broke")
@@ -317,7 +335,7 @@ class Database:
 
     def _connect(self, pool: Any) -> Connection:
         conn = cast("Connection", pool.connect())
-        if not driver.is_broken(conn) and not driver.ears(conn.fileno()).poll(0):
+        if not driver.is_broken(conn) and not driver.pending_input(conn.fileno()).poll(0):
             return conn
         pool.disconnect(conn)
         return cast("Connection", pool.connect())
@@ -354,7 +372,7 @@ def step(txn: Cursor, work: Callable[[Cursor], T]) -> T:
     except BaseException as error:
         _roll_back(conn)
         if isinstance(error, psycopg2.Error):
-            raise driver.told(error, conn) from None
+            raise driver.translate_error(error, conn) from None
         raise
     return result
 
@@ -388,7 +406,7 @@ def blocking(
                 yield txn
             driver.commit(conn)
     except psycopg2.Error as error:
-        raise driver.told(error, conn) from None
+        raise driver.translate_error(error, conn) from None
     finally:
         if conn is not None:
             conn.close()

@@ -78,15 +78,41 @@ MEANINGS: Final[dict[str, Meaning]] = {
         ("54000 GetNewTransactionId", "54000 GetNewMultiXactId"),
         Meaning("database", passes=True, cure="VACUUM the database as a superuser"),
     ),
+    # Known by its text at the connect. Any other error of this code is its statement's fault.
+    "55000 CheckMyDatabase": Meaning(
+        "database",
+        drops=True,
+        passes=True,
+        cure="run in another database: alter database NAME allow_connections true",
+    ),
     "55P03": Meaning(passes=True, cure=_LOCKED),
     "57": Meaning("connection", drops=True, passes=True),
     # A statement timeout, or a cancellation by an operator.
     "57014": Meaning(passes=True, cure=_WAITED),
     "58": Meaning("database", drops=True, passes=True, cure="see the log of the database"),
+    # The session of another server has failed within a statement. Where our own session ends, the severity is FATAL.
+    **dict.fromkeys(
+        ("ERROR 08", "ERROR 57P"),
+        Meaning(passes=True, cure="see the server to which the statement connects, as by postgres_fdw or dblink"),
+    ),
     "XX": Meaning(unavailable=False, cure="see the log of the database"),
     "XX001": Meaning("database", cure="restore the damaged table from a backup"),
     "XX002": Meaning("database", cure="rebuild the damaged index with REINDEX"),
 }
+#: Tables whose ids come from a sequence, which stands behind the rows where these were restored into a running system.
+_NUMBERED: Final = ("audit", "batch_notes", "broadcasts", "commands", "notices", "outbox", "steering")
+MEANINGS.update(
+    dict.fromkeys(
+        (f"23505 {table}_pkey" for table in _NUMBERED), Meaning(passes=True, cure="run: s2s db fix-sequences")
+    )
+)
+#: Times that a clock which is set does not say.
+MEANINGS.update(
+    dict.fromkeys(
+        ("23514 orders_created_at_check", "23514 api_tokens_expires_at_check"),
+        Meaning(passes=True, cure="set the clock of the database right"),
+    )
+)
 _LONGEST_CODE: Final = max(map(len, MEANINGS))
 
 #: The text of an error at the connect, by which libpq tells it, and its SQLSTATE, which libpq keeps to itself. A server
@@ -101,6 +127,7 @@ _AT_CONNECT: Final = (
         "28000",
     ),
     (re.compile("database .* does not exist"), "3D000"),
+    (re.compile("is not currently accepting connections"), "55000 CheckMyDatabase"),
 )
 
 
@@ -126,13 +153,18 @@ def with_cure(error: BaseException, otherwise: str = "") -> str:
 def code(error: BaseException) -> str:
     """Return the SQLSTATE of an exception; empty: it has none.
 
-    Where one code has several meanings, the function of PostgreSQL that raised the error is added: its name is the same
-    in every language, unlike the text.
+    Where one code has several meanings, the constraint that a statement of ours violates is added, or the function of
+    PostgreSQL that raised the error. Or the severity stands in front. They are the same in every language.
     """
     if not isinstance(error, psycopg2.Error) or not error.pgcode:
         return ""
-    told = f"{error.pgcode} {error.diag.source_function}"
-    return told if told in MEANINGS else error.pgcode
+    # A table of foreign code may have a constraint of the same name.
+    constraint = error.diag.constraint_name if getattr(error.cursor, "is_ours", False) else None
+    severe = f"{error.diag.severity_nonlocalized} {error.pgcode}"
+    if meaning(severe) is not _REFUSED:
+        return severe
+    told = (f"{error.pgcode} {name}" for name in (constraint, error.diag.source_function))
+    return next((each for each in told if each in MEANINGS), error.pgcode)
 
 
 def of(error: BaseException) -> Meaning:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from twisted.logger import Logger
 
-from s2s.clock import Timer, cancel
+from s2s.runtime.clock import Timer, cancel
 from s2s.store import sqlstate
 
 #: Seconds between two lines about one error, and without it until it counts as over.

@@ -11,8 +11,8 @@ from typing import Final
 import psycopg2
 from psycopg2.extensions import parse_dsn
 
-from s2s import files
 from s2s.errors import OperatorError
+from s2s.runtime import files
 
 _UNREADABLE: Final = (
     "the database URL cannot be read: write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import psycopg2
 
-from s2s import postmaster
 from s2s.store import migrations
+from s2s.store.embedded import postmaster
 
 
 class Cluster:

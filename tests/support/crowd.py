@@ -7,10 +7,10 @@ import socket
 from collections import Counter
 from urllib.parse import urlsplit
 
-from s2s import descriptors
+from s2s.roles import descriptors
 
 
-class Crowd:
+class ConcurrentClients:
     """Sockets that have sent a request, and what they got.
 
     :param size: how many.

@@ -42,7 +42,7 @@ class Linked(threading.Thread, ABC):
         """Whether nothing is left to do."""
 
     @abstractmethod
-    def _turn(self, peer: Peer) -> None:
+    def _poll_once(self, peer: Peer) -> None:
         """Do a little."""
 
     @abstractmethod
@@ -62,7 +62,7 @@ class Linked(threading.Thread, ABC):
             try:
                 peer.greet()
                 while not self.is_done:
-                    self._turn(peer)
+                    self._poll_once(peer)
             except (OSError, AssertionError):  # the link ended, perhaps within a frame
                 pass
             self._lost()
@@ -100,7 +100,7 @@ class Flood(Linked):
         self._again.extend(self._flying.values())
         self._flying.clear()
 
-    def _turn(self, peer: Peer) -> None:
+    def _poll_once(self, peer: Peer) -> None:
         """Push what is due, and take the answers that there are."""
         wanted = int((time.monotonic() - self._began) * self._rate)
         fresh = range(self.made, self.made if self._is_over.is_set() else max(self.made, wanted))

@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
-from s2s import certs
-from s2s.store import tokens
+from s2s.roles import certs
+from s2s.store.access import ACCESS, Access
 from s2s.store.pool import blocking
-from s2s.tokens import ACCESS, Access
+from s2s.store.tables import tokens
 from tests.support.roles import RoleTestCase, Server, environment, free_port, listen
 
 #: Runs command lines one after the other, in one process: a start takes half a second.

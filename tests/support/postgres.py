@@ -17,6 +17,7 @@ from twisted.trial.unittest import TestCase
 from s2s.store import migrations
 from s2s.store.handler_pool import HandlerPool
 from s2s.store.pool import Database
+from s2s.store.tables.own_keys import digest
 
 _TEMPLATE = "s2s_template"
 _numbers = itertools.count(1)
@@ -26,13 +27,13 @@ _numbers = itertools.count(1)
 def cluster_url() -> str:
     """Start the PostgreSQL of this process if it does not run yet.
 
-    It belongs to a guardian (:mod:`s2s.embedded`) that ends when its stdin does, and then its directory is removed: at
-    our exit, however we die.
+    It belongs to a guardian (:mod:`s2s.store.embedded.lease`) that ends when its stdin does, and then its directory
+    is removed: at our exit, however we die.
 
     :returns: the URL of its database ``postgres``.
     """
     directory = tempfile.mkdtemp(prefix="s2s-trial-")
-    guard = [sys.executable, "-m", "s2s.embedded", "--guard", directory]
+    guard = [sys.executable, "-m", "s2s.store.embedded.lease", "--guard", directory]
     process = subprocess.Popen(
         ["/bin/sh", "-c", '"$@"; rm -rf "$0"', directory, *guard],
         stdin=subprocess.PIPE,
@@ -163,6 +164,14 @@ class DatabaseTestCase(TestCase):
         """Return the id that is in the keys of this database's own making."""
         [(database_id,)] = self.execute("select database_id from s2s_database")
         return str(database_id)
+
+    def broadcast_keys(self) -> list[str]:
+        """Return the keys of the commands that the broadcasts become, in the order of their numbers."""
+        rows = self.execute(
+            "select broadcast_id, (created_at at time zone 'utc')::text, scope, sector_id, corp_id, player_id, message,"
+            " severity, ttl_s from broadcasts order by broadcast_id"
+        )
+        return [f"broadcast:{self.database_id()}:{number}:{digest(*content)}" for number, *content in rows]
 
 
 def rows_read(txn: Any, table: str) -> int:

@@ -83,6 +83,8 @@ class _End(Protocol):
         self._waiting = bytearray()
         self._is_over = False
         self._timer: Any = None
+        #: It takes everything and forwards nothing any more, not even its end.
+        self.is_hole = False
 
     def connectionMade(self) -> None:
         """Take part."""
@@ -117,7 +119,12 @@ class _End(Protocol):
 
     def forward(self) -> None:
         """Forward what waits, as fast as it may go."""
-        if self._proxy.is_stalled or self._timer is not None or None in (self.transport, self.other.transport):
+        if (
+            self._proxy.is_stalled
+            or self.is_hole
+            or self._timer is not None
+            or None in (self.transport, self.other.transport)
+        ):
             return
         rate = self.way.bytes_per_second
         some = bytes(self._waiting if rate is None else self._waiting[: max(1, int(rate * _TICK_S))])
@@ -155,6 +162,7 @@ class Proxy:
     """Listens where the engine connects, and connects to where the server listens.
 
     :param to_port: the server's.
+    :param server: an endpoint in place of that port.
     :ivar port: the proxy's own.
     :ivar up: from the engine to the server.
     :ivar down: from the server to the engine.
@@ -164,12 +172,12 @@ class Proxy:
 
     port: int
 
-    def __init__(self, to_port: int) -> None:
+    def __init__(self, to_port: int, server: Any = None) -> None:
         self.up, self.down = Way(), Way()
         self.connections = 0
         self.is_stalled = False
         self.ends: set[_End] = set()
-        self._server = TCP4ClientEndpoint(reactor, "127.0.0.1", to_port)
+        self._server = server or TCP4ClientEndpoint(reactor, "127.0.0.1", to_port)
         self._listening: Any = None
 
     async def start(self) -> None:
@@ -195,6 +203,12 @@ class Proxy:
         """Take everything, forward nothing and close nothing: neither end can tell it from a peer that is silent."""
         self.is_stalled = True
         for end in self.ends:
+            end.transport.resumeProducing()
+
+    def hole(self) -> None:
+        """Forward nothing more on the connections that there are; new ones work."""
+        for end in self.ends:
+            end.is_hole = True
             end.transport.resumeProducing()
 
     def go_on(self) -> None:

@@ -19,8 +19,8 @@ import psutil
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import TestCase
 
-from s2s.lifetime import STOP_WITH_STDIN
-from s2s.preflight import DATABASE_VARIABLE
+from s2s.roles.preflight import DATABASE_VARIABLE
+from s2s.roles.shutdown import STOP_WITH_STDIN
 from tests.support.peer import K1, Key, Peer, connect
 from tests.support.postgres import DatabaseTestCase, database_url, make_database, template
 from tests.support.waiting import poll

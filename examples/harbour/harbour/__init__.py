@@ -1,10 +1,10 @@
 """A harbour for s2s: ships that dock, and a tide that the players are told of."""
 
-from s2s.commands import BatchedCommandType
-from s2s.jobs import JobType
+from s2s.handlers.commands import BatchCommandHandler
+from s2s.handlers.jobs import Job
 
 
-class Dock(BatchedCommandType):
+class Dock(BatchCommandHandler):
     """``harbour.dock``: a ship has docked. It becomes a row of a table of our own."""
 
     cmd_type = "harbour.dock"
@@ -32,7 +32,7 @@ class Dock(BatchedCommandType):
         )
 
 
-class Tide(JobType):
+class Tide(Job):
     """``harbour.tide``: it turns every minute."""
 
     job_type = "harbour.tide"

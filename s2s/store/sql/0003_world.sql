@@ -27,7 +27,7 @@ create table ports (
 ) with (fillfactor = 50); -- room in each page for its rows' next versions: no index is written for them
 create index ports_sector on ports (sector_id);
 
--- s2s.store.world knows the bounds too, to name them in a refusal; a test holds the two together.
+-- s2s.store.tables.world knows the bounds too, to name them in a refusal; a test holds the two together.
 create table ships (
     ship_id bigint primary key check (ship_id between 1 and 9007199254740991),
     player_id bigint not null check (player_id between 1 and 9007199254740991),

@@ -1,5 +1,5 @@
 -- Lists: an index for each filter that people may ask by, in the order in which pages are read. Commands by their type,
--- and those that are ready or done, have none: it would cost every push. s2s/store/lists.py reads them in stretches.
+-- and those that are ready or done, have none: it would cost every push. s2s/store/tables/lists.py reads them in stretches.
 create index audit_actor on audit (actor, audit_id);
 create index audit_action on audit (action, audit_id);
 create index commands_cancelled on commands (cmd_id) where status = 'cancelled';

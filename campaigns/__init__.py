@@ -1,0 +1,1 @@
+"""Long tests with real processes: faults, floods, the HTTP API under generated requests, and the benchmark."""

@@ -1,0 +1,168 @@
+"""One campaign: faults in random order while the clients work, then the judgement and a table."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, TimeoutError
+from twisted.internet.threads import deferToThread
+
+from benchmarks.tables import rst
+from campaigns.faults.history import Operation, operations
+from campaigns.faults.judge import Facts, judge
+from campaigns.faults.kinds import ATTACKS, Attack, program
+from campaigns.faults.stage import SETTLED_S, WHOLE_S, TestBed, facts_of
+from tests.support.http import ask
+from tests.support.waiting import pause
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a campaign came to.
+
+    :param violations: of the promises, in words.
+    """
+
+    seed: int
+    seconds: float
+    operations: Sequence[Operation]
+    violations: Sequence[str]
+
+    @property
+    def faults(self) -> int:
+        """How many there were."""
+        return sum(each.op == "fault" for each in self.operations)
+
+    def tables(self) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+        """Give what is to be seen: a title, and rows of which the first is the head."""
+        times: defaultdict[str, Counter[bool]] = defaultdict(Counter)
+        took: defaultdict[str, list[float]] = defaultdict(list)
+        steps: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        by_op: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for each in self.operations:
+            by_op[each.op][each.ended] += 1
+            if each.op == "fault":
+                for name in (each.asked["name"], _ALL):
+                    times[name][each.asked["step"] is None] += 1
+            elif each.op == "recovery":
+                for name in (each.asked["fault"], _ALL):
+                    took[name].append(each.came.get("seconds", float("inf")))
+            elif each.op == "step":
+                steps[each.asked["step"]][each.ended] += 1
+        yield (
+            f"{self.faults} faults, seed {self.seed}, {self.seconds:.0f} s",
+            [
+                ("fault", "at any moment", "at a step", "whole again after (median, s)", "worst (s)"),
+                *(
+                    (name, str(times[name][True]), str(times[name][False]), *_typical(took[name]))
+                    for name in sorted(times, key=lambda name: (name == _ALL, name))
+                ),
+            ],
+        )
+        yield (
+            "the steps at which a process stood when a fault began",
+            [("step", "times", "not reached"), *((step, str(of["ok"]), str(of["fail"])) for step, of in steps.items())],
+        )
+        kinds = ("ok", "fail", "unknown")
+        done = [(op, *(str(ended[kind]) for kind in kinds)) for op, ended in sorted(by_op.items())]
+        yield f"operations, {len(self.violations)} violations", [("operation", *kinds), *done]
+
+    def written(self) -> str:
+        """Give the tables as the documents show them."""
+        return "\n".join(rst(*table) for table in self.tables())
+
+
+#: The row that sums up.
+_ALL: Final = "all"
+
+
+def _typical(seconds: Sequence[float]) -> tuple[str, ...]:
+    """Give the median and the worst."""
+    return tuple(f"{of(seconds):.1f}" for of in (statistics.median, max)) if seconds else ("", "")
+
+
+async def run(
+    seed: int,
+    seconds: float,
+    *,
+    attacks: Sequence[Attack] = ATTACKS,
+    pushes: float = 300.0,
+    breaks: str | None = None,
+    settled_s: float = SETTLED_S,
+    path: Path | None = None,
+    say: Callable[[str], object] = lambda _: None,
+) -> Verdict:
+    """Run a campaign.
+
+    :param seed: of the choice of faults and of everything that the clients draw.
+    :param seconds: after which no further fault begins.
+    :param attacks: of which kinds; without any the clients just work.
+    :param settled_s: seconds until nothing may be left to do.
+    :param path: where the history is written.
+    :param say: is told what goes on.
+    """
+    stage = await deferToThread(TestBed, seed, pushes, breaks, path)
+    violations: list[str] = []
+    began = time.monotonic()
+    try:
+        await stage.start()
+        coming = enumerate(program(attacks, seed), 1) if attacks else iter(())
+        while time.monotonic() - began < seconds:
+            number, attack = next(coming, (0, None))
+            if attack is None:
+                await pause(0.5)
+                continue
+            say(f"{time.monotonic() - began:6.1f} s  {attack.name}")
+            stage.rng = random.Random(f"{seed} {number}")
+            await _bring(stage, attack)
+            await pause(stage.rng.uniform(0, 0.5))
+        say(f"{time.monotonic() - began:6.1f} s  settling")
+        await _within(settled_s, stage.settled(), stage, violations)
+        facts = await deferToThread(_facts, stage)
+        done = operations(stage.history.events)
+        violations += judge(done, facts)
+        await stage.end_roles()
+        violations += stage.surprises
+        return Verdict(seed, time.monotonic() - began, done, violations)
+    finally:
+        await stage.stop()
+
+
+async def _bring(stage: TestBed, attack: Attack) -> None:
+    """Bring a fault about, and see how long it takes until everything is whole again."""
+    name = attack.fault.name
+    number = stage.history.invoke("campaign", "fault", name=name, step=attack.step)
+    await attack.run(stage)
+    stage.history.end(number, "campaign", "fault", "ok")
+    since = time.monotonic()
+    number = stage.history.invoke("campaign", "recovery", fault=name, step=attack.step)
+    late: list[str] = []
+    await _within(WHOLE_S, stage.whole(), stage, late)
+    told: dict[str, Any] = {"seconds": time.monotonic() - since, "why": "; ".join(late)}
+    stage.history.end(number, "campaign", "recovery", "fail" if late else "ok", **told, levels=stage.levels())
+
+
+async def _within(seconds: float, waiting: Coroutine[Any, Any, None], stage: TestBed, violations: list[str]) -> None:
+    try:
+        await Deferred.fromCoroutine(waiting).addTimeout(seconds, reactor)
+    except TimeoutError:
+        violations.append(f"not whole again within {seconds:g} s: {stage.lacks}")
+
+
+def _facts(stage: TestBed) -> Facts:
+    answer = ask(stage.api, "GET", "/v1/engines/engine-1", stage.token)
+    return facts_of(stage.execute, {"engine-1": (answer.body.get("config_version"), answer.body.get("state"))})
+
+
+def told(verdict: Verdict) -> str:
+    """Give the violations, one a line."""
+    return json.dumps({"seed": verdict.seed, "violations": list(verdict.violations)}, indent=2)

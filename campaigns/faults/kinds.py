@@ -1,0 +1,585 @@
+"""The faults, each as one coroutine that brings it about and takes it away, and the moments at which they come."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import psutil
+import psycopg2
+from psycopg2 import sql
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.threads import deferToThread
+
+from campaigns.faults import inside, odd
+from campaigns.faults.stage import DEAD_PEER_S, TestBed, comes
+from s2s.runtime import watchdog
+from tests.support import clock_fault
+from tests.support.flood import StrangersFlood
+from tests.support.peer import CHECK, framed
+from tests.support.postgres import Session
+from tests.support.proxy import Way
+from tests.support.roles import environment
+from tests.support.waiting import pause
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault.
+
+    :param run: brings it about and takes it away.
+    :param is_long: it takes so long that it comes at random moments only, and not in a short campaign.
+    """
+
+    name: str
+    run: Callable[[TestBed], Awaitable[None]]
+    is_long: bool = False
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A fault and its moment.
+
+    :param step: of :data:`campaigns.faults.inside.STEPS`, at which the process stands that comes to it when the fault
+        begins; ``None``: any moment.
+    """
+
+    fault: Fault
+    step: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.fault.name if self.step is None else f"{self.fault.name} at {self.step}"
+
+    async def run(self, stage: TestBed) -> None:
+        """Bring it about, and take it away."""
+        if self.step is None:
+            await self.fault.run(stage)
+        elif self.step.startswith("migrate."):
+            await _while_it_migrates(stage, self.step, self.fault)
+        else:
+            await _at(stage, self.step, self.fault)
+
+
+#: Seconds that a process is given to come to the step at which it is to stand still; and at which of its comings there
+#: it is, at most. A migration makes several files and declares the settings once.
+_STEP_S: Final = 15.0
+_COMINGS: Final = 3
+_MIGRATED: Final = {"migrate.file": 11, "migrate.settings": 1}
+
+
+async def _at(stage: TestBed, step: str, fault: Fault) -> None:
+    """Let a fault begin while a process stands at a step, and let the process go on before the fault is over."""
+    name = "engine" if step.split(".", maxsplit=1)[0] in ("relay", "order") else "server"
+    number = stage.history.invoke("campaign", "step", step=step)
+    came = await stage.hold_at(name, step, stage.rng.randint(1, _COMINGS), _STEP_S)
+    stage.history.end(number, "campaign", "step", "ok" if came else "fail")
+    under_way = Deferred.fromCoroutine(fault.run(stage))
+    if came:
+        await pause(stage.rng.uniform(0, 0.5))
+        stage.let_go(name)
+    await under_way
+
+
+async def _while_it_migrates(stage: TestBed, step: str, fault: Fault) -> None:
+    """Let a migration of another database stand at a step, and see that the next one makes that database whole."""
+    name = f"migrated_{stage.rng.randrange(10**9)}"
+    with Session(stage.url) as session:
+        session.run(sql.SQL("create database {}").format(sql.Identifier(name)))
+    url = stage.url.replace("/postgres?", f"/{name}?", 1)
+    grip = inside.Breakpoint(stage.directory / f"{name}.grip")
+    grip.hold(step, stage.rng.randint(1, _MIGRATED[step]))
+    said = environment(**inside.variables(grip, stage.directory))
+    migrate = [sys.executable, "-m", "campaigns.faults.inside", "s2s", "db", "migrate", "--database", url]
+    with subprocess.Popen(migrate, env=said, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as held:
+        process = psutil.Process(held.pid)
+        number = stage.history.invoke("campaign", "step", step=step)
+        came = await comes(lambda: process.status() == psutil.STATUS_STOPPED, _STEP_S)
+        stage.history.end(number, "campaign", "step", "ok" if came else "fail")
+        if fault is _KILL_MIGRATION:
+            held.kill()
+        else:
+            await fault.run(stage)
+        held.send_signal(signal.SIGCONT)
+        _, told = await deferToThread(held.communicate)
+    grip.release()
+    again = await deferToThread(partial(subprocess.run, migrate, env=said, capture_output=True, text=True))
+    ours, theirs = [await deferToThread(_schema, each) for each in (stage.url, url)]
+    is_whole = again.returncode == 0 and {*ours} - {"effects", "sector_changes"} == {*theirs}
+    if not is_whole or "Traceback" in told:
+        stage.surprise("migration", AssertionError(f"{told}{again.stderr} {sorted({*ours} ^ {*theirs})}"))
+    with Session(stage.url) as session:
+        session.run(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+def _schema(url: str) -> list[str]:
+    with Session(url) as session:
+        return [row[0] for row in session.run("select tablename::text from pg_tables where schemaname = 'public'")]
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+async def _kill(stage: TestBed, *names: str) -> None:
+    for name in names:
+        stage.role(name).kill()
+    await pause(stage.rng.uniform(0, 1))
+    await stage.restart(*names)
+
+
+async def _stop(stage: TestBed, name: str) -> None:
+    stage.hold(name)
+    await pause(DEAD_PEER_S + 1)
+    stage.let_go(name)
+
+
+async def _end(stage: TestBed, name: str) -> None:
+    await stage.end_role(name)
+    await stage.restart(name)
+
+
+async def _shut_down(stage: TestBed) -> None:
+    """Ask the engine over HTTP to end; whoever asks need not be answered, and asks again."""
+    role = stage.role("engine")
+    for _ in range(5):
+        await deferToThread(stage.typist.shut_down)
+        if await comes(lambda: not role.is_running, _STEP_S):
+            break
+    try:
+        await deferToThread(role.assert_ended_well)
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        stage.surprise("engine", error)
+        role.kill()
+    await stage.restart("engine")
+
+
+# --- the database ---------------------------------------------------------------------------------------------------
+
+
+async def _database_killed(stage: TestBed) -> None:
+    await deferToThread(stage.cluster.kill)
+    await deferToThread(stage.cluster.start)
+
+
+async def _database_gone(stage: TestBed, seconds: float) -> None:
+    """Links stay up, and nothing is acked."""
+    await deferToThread(stage.cluster.stop)
+    # What was under way when it went may still be answered as it was.
+    await pause(1)
+    links = _links(stage)
+    number = stage.history.invoke("campaign", "outage")
+    await pause(seconds)
+    stage.history.end(number, "campaign", "outage", "ok", links_lost=_links(stage) - links)
+    await deferToThread(stage.cluster.start)
+
+
+def _links(stage: TestBed) -> int:
+    """Count the links that there ever were, the real engine's among them."""
+    return stage.proxy.connections + sum(pusher.links for pusher in stage.pushers)
+
+
+async def _connections_killed(stage: TestBed) -> None:
+    kill = (
+        "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 's2s%' and random() < 0.5"
+    )
+    for _ in range(3):
+        await deferToThread(stage.execute, kill)
+        await pause(0.2)
+
+
+async def _read_only(stage: TestBed) -> None:
+    """Every new transaction is refused its writes, as by a standby after a failover."""
+    alter = "alter database postgres set default_transaction_read_only = {}"
+    leave = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 's2s%'"
+    await deferToThread(stage.execute, alter.format("on"))
+    await deferToThread(stage.execute, leave)
+    await pause(3)
+    await deferToThread(stage.execute, alter.format("off"))
+    await deferToThread(stage.execute, leave)
+
+
+async def _read_only_by_itself(stage: TestBed) -> None:
+    """Sessions that begin meanwhile are read-only from their start, and nobody ends them afterwards."""
+    alter = "alter database postgres set default_transaction_read_only = {}"
+    await deferToThread(stage.execute, alter.format("on"))
+    await deferToThread(
+        stage.execute, "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 's2s%'"
+    )
+    await pause(3)
+    await deferToThread(stage.execute, alter.format("off"))
+
+
+async def _snapshot_held(stage: TestBed) -> None:
+    """A transaction keeps its snapshot while others work: no row that is finished can be removed meanwhile."""
+
+    def hold() -> None:
+        with closing(psycopg2.connect(stage.url)) as conn, conn, conn.cursor() as txn:
+            txn.execute("set transaction isolation level repeatable read; select count(*) from commands")
+            txn.execute("select pg_sleep(10)")
+
+    await deferToThread(hold)
+
+
+_FULL: Final = ("commands", "outbox", "orders", "notices")
+
+
+async def _disk_full(stage: TestBed) -> None:
+    """Every insert is refused with the error of a full disk."""
+    make = (
+        "create or replace function disk_full() returns trigger language plpgsql as $$ begin"
+        " raise exception 'could not extend file: No space left on device' using errcode = '53100'; end $$"
+    )
+    trigger = "create trigger disk_full before insert on {} for each statement execute function disk_full()"
+    # Each in a transaction of its own: locks of several tables at once could be a deadlock with the work.
+    await deferToThread(stage.execute, make)
+    for table in _FULL:
+        await deferToThread(stage.execute, trigger.format(table))
+    await pause(3)
+    if stage.server.is_running and not stage.server.is_frozen and "SQLSTATE 53100" not in stage.server.whole_log:
+        stage.surprise("server", AssertionError("the log does not tell of the full disk"))
+    for table in _FULL:
+        await deferToThread(stage.execute, f"drop trigger disk_full on {table}")
+
+
+async def _pool_taken(stage: TestBed) -> None:
+    """Every connection of the pools waits for a lock, for longer than a statement may take."""
+
+    def lock(table: str) -> None:
+        with closing(psycopg2.connect(stage.url)) as conn, conn, conn.cursor() as txn:
+            txn.execute(f"lock table {table} in access exclusive mode; select pg_sleep(9)")
+
+    await gatherResults([deferToThread(lock, table) for table in ("commands", "outbox", "orders")])
+
+
+# --- the network ----------------------------------------------------------------------------------------------------
+
+
+#: So old are requests that are sent again, in seconds; and so long a link is waited for on which they can be.
+_OLD_S: Final = 3.0
+_INJECT_S: Final = 5.0
+
+
+async def _cut(stage: TestBed) -> None:
+    for _ in range(stage.rng.randint(1, 3)):
+        stage.proxy.cut()
+        await pause(stage.rng.uniform(0.1, 1))
+
+
+async def _half_open(stage: TestBed) -> None:
+    stage.proxy.stall()
+    await pause(DEAD_PEER_S + 1)
+    stage.proxy.go_on()
+
+
+async def _delayed(stage: TestBed) -> None:
+    for way in (stage.proxy.up, stage.proxy.down):
+        way.delay_s = 0.4
+    await pause(3)
+    for way in (stage.proxy.up, stage.proxy.down):
+        way.delay_s = 0.0
+    # What is still on its way would be overtaken.
+    stage.proxy.cut()
+
+
+async def _throttled(stage: TestBed) -> None:
+    way = stage.rng.choice((stage.proxy.up, stage.proxy.down))
+    way.bytes_per_second = 30.0
+    await pause(5)
+    way.bytes_per_second = None
+
+
+async def _garbled(stage: TestBed) -> None:
+    way = stage.rng.choice((stage.proxy.up, stage.proxy.down))
+    way.garble(stage.rng.randrange(2000))
+    await pause(2)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A request that went over the proxy.
+
+    :param was_accepted: it was answered so, as far as the proxy saw.
+    :param was_skewed: it was refused by a peer whose clock was wrong, which does not remember it then.
+    """
+
+    body: bytes
+    was_accepted: bool
+    was_skewed: bool
+
+    @property
+    def type(self) -> str:
+        return str(json.loads(self.body)["type"])
+
+    def is_answered_by(self, answer: bytes) -> bool:
+        return bool(json.loads(answer).get("ack_of") == json.loads(self.body)["id"])
+
+
+async def _replayed_here(stage: TestBed) -> None:
+    """Requests of both sides are sent again over the link on which they came."""
+    await _inject(stage, "same link", _up(stage), _down(stage))
+
+
+async def _replayed_elsewhere(stage: TestBed) -> None:
+    """Those of the engine come over a link of the attacker's, those of the server over the engine's next one."""
+    up, down = _up(stage), _down(stage)
+    await deferToThread(_replay, stage, up)
+    stage.proxy.cut()
+    await stage.whole()
+    await _inject(stage, "another link", [], down)
+
+
+async def _replayed_after_restart(stage: TestBed) -> None:
+    """So do they when nobody remembers them any more; whoever asks for another's health then is answered."""
+    up, down = _up(stage), _down(stage)
+    await _kill(stage, "server", "engine")
+    await stage.whole()
+    await deferToThread(_replay, stage, [each for each in up if each.type != CHECK])
+    await _inject(stage, "after a restart", [], [each for each in down if each.type != CHECK])
+
+
+def _up(stage: TestBed) -> list[_Recorded]:
+    return _requests(stage, stage.proxy.up, stage.proxy.down)
+
+
+def _down(stage: TestBed) -> list[_Recorded]:
+    return _requests(stage, stage.proxy.down, stage.proxy.up)
+
+
+def _requests(stage: TestBed, way: Way, back: Way) -> list[_Recorded]:
+    """Give some requests that went this way a while ago: no more of a kind than is needed."""
+    answers = [json.loads(answer) for answer in back.recorded]
+    accepted = {answer.get("ack_of") for answer in answers if answer["payload"].get("accepted") is True}
+    skewed = {answer.get("ack_of") for answer in answers if answer["payload"].get("code") == "ts_skew"}
+    found: dict[str, list[_Recorded]] = {}
+    for body in way.recorded:
+        frame = json.loads(body)
+        if "ack_of" not in frame and "auth" in frame and frame["ts"] <= time.time() - _OLD_S:
+            recorded = _Recorded(body, frame["id"] in accepted, frame["id"] in skewed)
+            found.setdefault(frame["type"], []).append(recorded)
+    return [each for kind in found.values() for each in stage.rng.sample(kind, min(5, len(kind)))]
+
+
+def _asked(stage: TestBed, where: str, request: _Recorded) -> int:
+    told = {
+        "where": where,
+        "type": request.type,
+        "id": json.loads(request.body)["id"],
+        "was_accepted": request.was_accepted,
+        "was_skewed": request.was_skewed,
+    }
+    return stage.history.invoke("attacker", "replay", **told)
+
+
+async def _inject(stage: TestBed, where: str, up: list[_Recorded], down: list[_Recorded]) -> None:
+    """Send frames again within the engine's link: a refusal ends it, and the next one comes on the next link."""
+    ways = [(request, stage.proxy.up, stage.proxy.down) for request in up]
+    ways += [(request, stage.proxy.down, stage.proxy.up) for request in down]
+    for request, way, back in ways:
+        number = _asked(stage, where, request)
+        before = sum(map(request.is_answered_by, back.recorded))
+        await comes(partial(stage.proxy.inject, request.body, way), _INJECT_S)
+        await pause(0.3)
+        answers = [answer for answer in back.recorded if request.is_answered_by(answer)]
+        if len(answers) > before:
+            stage.history.end(number, "attacker", "replay", "ok", **_outcome(answers[-1]))
+        else:
+            stage.history.end(number, "attacker", "replay", "unknown")
+
+
+def _replay(stage: TestBed, requests: list[_Recorded]) -> None:
+    """Send recorded frames over a link of the attacker's, who has no key."""
+    for request in requests:
+        number = _asked(stage, "a link of his own", request)
+        try:
+            told = _answer_to(stage.server.port, request)
+        except OSError:
+            told = None
+        stage.history.end(number, "attacker", "replay", "unknown" if told is None else "ok", **(told or {}))
+
+
+def _answer_to(port: int, request: _Recorded) -> dict[str, Any] | None:
+    """Give what a server answers to a frame; ``None``: the end of the link."""
+    with socket.create_connection(("127.0.0.1", port), 3) as link:
+        link.sendall(framed(request.body))
+        with link.makefile("rb") as stream:
+            while head := stream.read(4):
+                answer = stream.read(struct.unpack("!I", head)[0])
+                if request.is_answered_by(answer):
+                    return _outcome(answer)
+    return None
+
+
+def _outcome(answer: bytes) -> dict[str, Any]:
+    payload = json.loads(answer)["payload"]
+    return {"code": payload.get("code", "ok"), "duplicate": payload.get("duplicate", False)}
+
+
+# --- handlers -------------------------------------------------------------------------------------------------------
+
+
+async def _odd_handlers(stage: TestBed, cmd_type: str) -> None:
+    """Commands come whose handlers misbehave; each is to take effect once all the same."""
+    keys = [f"{cmd_type}-{stage.rng.randrange(10**9)}-{number}" for number in range(3)]
+    await deferToThread(stage.emit, cmd_type, *keys[: 3 if cmd_type == odd.Dirty.cmd_type else 1])
+
+
+#: Seconds within which the watchdog ends a server: 15 of CPU time, beside all other processes of the campaign.
+_WATCHDOG_S: Final = 90.0
+
+
+async def _interpreter_held(stage: TestBed) -> None:
+    """A handler holds the interpreter of the server, and the watchdog ends that process."""
+    await _odd_handlers(stage, odd.Holding.cmd_type)
+    role = stage.role("server")
+    await comes(lambda: not role.is_running, _WATCHDOG_S)
+    if role.exit_code != -watchdog.SIGNAL:
+        stage.surprise("server", AssertionError(f"the watchdog has not ended it: exit code {role.exit_code}"))
+        role.kill()
+    await stage.restart("server")
+
+
+async def _hangup(stage: TestBed) -> None:
+    """A hangup ends nothing."""
+    for name in ("server", "engine"):
+        role = stage.role(name)
+        pid = role.pid
+        os.kill(pid, signal.SIGHUP)
+        await pause(0.5)
+        if role.pid == pid and not role.is_running:
+            stage.surprise(name, AssertionError("SIGHUP has ended it"))
+
+
+# --- clocks and load ------------------------------------------------------------------------------------------------
+
+
+async def _clock(stage: TestBed, name: str, ahead_s: float) -> None:
+    stage.grips[name].ahead_s = ahead_s
+    await pause(4)
+    stage.grips[name].ahead_s = 0.0
+
+
+#: Seconds that the clock of the database is ahead, by as much as :mod:`tests.support.clock_fault` says.
+_LEAP_S: Final = 13.0
+
+
+async def _database_clock(stage: TestBed) -> None:
+    """What the roles write meanwhile bears times of two hours later."""
+    await deferToThread(clock_fault.begin, stage.execute)
+    await pause(_LEAP_S)
+    await deferToThread(clock_fault.end, stage.execute)
+
+
+async def _reader_stops(stage: TestBed) -> None:
+    pusher = stage.rng.choice(stage.pushers)
+    pusher.is_reading = False
+    await pause(4)
+    pusher.is_reading = True
+
+
+async def _strangers(stage: TestBed) -> None:
+    """A stranger without a key sends large frames, 40 a second."""
+    flood = StrangersFlood(stage.server.port, rate=40, seconds=5)
+    flood.start()
+    while flood.is_alive():
+        await pause(0.1)
+
+
+async def _many_broadcasts(stage: TestBed) -> None:
+    await deferToThread(stage.typist.broadcast, f"many-{stage.rng.randrange(10**9)}", 10_000)
+
+
+_JUMP_S: Final = 600.0
+
+_KILLS: Final = (
+    Fault("kill the server", lambda stage: _kill(stage, "server")),
+    Fault("kill the engine", lambda stage: _kill(stage, "engine")),
+    Fault("kill both", lambda stage: _kill(stage, "server", "engine")),
+)
+#: What can hit a migration.
+_KILL_DATABASE: Final = Fault("kill the database", _database_killed)
+_KILL_CONNECTIONS: Final = Fault("kill connections", _connections_killed)
+FAULTS: Final = (
+    *_KILLS,
+    Fault("stop the server", lambda stage: _stop(stage, "server")),
+    Fault("stop the engine", lambda stage: _stop(stage, "engine")),
+    Fault("end the server", lambda stage: _end(stage, "server")),
+    Fault("shut the engine down", _shut_down),
+    _KILL_DATABASE,
+    _KILL_CONNECTIONS,
+    Fault("no database", partial(_database_gone, seconds=5.0)),
+    Fault("no database for 30 s", partial(_database_gone, seconds=30.0), is_long=True),
+    Fault("read-only database", _read_only),
+    Fault("read-only database left to itself", _read_only_by_itself),
+    Fault("full disk", _disk_full),
+    Fault("snapshot held", _snapshot_held, is_long=True),
+    Fault("hanging handler", partial(_odd_handlers, cmd_type=odd.Hanging.cmd_type), is_long=True),
+    Fault("handler that holds the interpreter", _interpreter_held, is_long=True),
+    Fault("dirty handler", partial(_odd_handlers, cmd_type=odd.Dirty.cmd_type)),
+    Fault("SIGHUP", _hangup),
+    Fault("pools taken", _pool_taken),
+    Fault("cut link", _cut),
+    Fault("half-open link", _half_open),
+    Fault("delayed link", _delayed),
+    Fault("throttled link", _throttled),
+    Fault("garbled byte", _garbled),
+    Fault("replay on the same link", _replayed_here),
+    Fault("replay on another link", _replayed_elsewhere),
+    Fault("replay after a restart", _replayed_after_restart),
+    *(
+        Fault(f"clock of the {name} {ahead_s / 60:+g} min", partial(_clock, name=name, ahead_s=ahead_s))
+        for name in ("server", "engine")
+        for ahead_s in (_JUMP_S, -_JUMP_S)
+    ),
+    Fault("clock of the database", _database_clock, is_long=True),
+    Fault("reader that stops", _reader_stops),
+    Fault("flood of strangers", _strangers),
+    Fault("10,000 broadcasts", _many_broadcasts, is_long=True),
+)
+_KILL_MIGRATION: Final = Fault("kill the migration", lambda _: pause(0))
+
+
+def _attacks() -> Iterator[Attack]:
+    for fault in FAULTS:
+        yield Attack(fault)
+    for step in inside.STEPS:
+        at_step = (_KILL_MIGRATION, _KILL_DATABASE, _KILL_CONNECTIONS) if step.startswith("migrate.") else FAULTS
+        for fault in at_step:
+            if not fault.is_long:
+                yield Attack(fault, step)
+
+
+ATTACKS: Final = tuple(_attacks())
+
+
+def program(attacks: Sequence[Attack], seed: int) -> Iterator[Attack]:
+    """Give an order of attacks without an end: it is a matter of the seed alone.
+
+    In each round comes every fault at a random moment, and every step with one fault; a step goes through the kills
+    first, then through all others, before one comes again.
+    """
+    rng = random.Random(f"program {seed}")
+    left: dict[str, list[Attack]] = {}
+    while True:
+        this_round = [attack for attack in attacks if attack.step is None]
+        for step in dict.fromkeys(attack.step for attack in attacks if attack.step is not None):
+            if not left.get(step):
+                at_step = [attack for attack in attacks if attack.step == step]
+                at_step = rng.sample(at_step, len(at_step))
+                # The last one is the next.
+                left[step] = sorted(at_step, key=lambda attack: attack.fault in (*_KILLS, _KILL_MIGRATION))
+            this_round.append(left[step].pop())
+        rng.shuffle(this_round)
+        yield from this_round

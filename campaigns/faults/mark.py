@@ -1,0 +1,38 @@
+"""A command type whose effect can be counted: it works in two halves, and fails between them when it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from campaigns.faults.judge import CMD_TYPE
+from s2s.handlers.commands import CommandHandler
+from s2s.store.driver import Cursor
+from s2s.store.tables.commands import Command
+
+#: Its table, without a constraint that would hide a second effect.
+TABLE = (
+    "create table effects (idem_key text not null, half integer not null,"
+    " at float8 not null default extract(epoch from clock_timestamp()))"
+)
+
+
+class Mark(CommandHandler):
+    """Writes down that it ran."""
+
+    cmd_type = CMD_TYPE
+    schema: ClassVar[Mapping[str, Any]] = {
+        "type": "object",
+        "properties": {"fails": {"type": "integer"}},
+        "required": ["fails"],
+    }
+
+    def run(self, txn: Cursor, command: Command) -> None:
+        """Do both halves, or the first one and fail, as often as the payload says."""
+        txn.execute("insert into effects (idem_key, half) values (%s, 1)", (command.idem_key,))
+        if command.attempts < command.payload["fails"]:
+            raise ValueError("it is told to fail")
+        txn.execute("insert into effects (idem_key, half) values (%s, 2)", (command.idem_key,))
+
+
+mark = Mark()

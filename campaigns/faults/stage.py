@@ -1,0 +1,395 @@
+"""What a campaign plays on: a PostgreSQL of its own, both roles, the network between them, and their clients."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+from twisted.internet.threads import deferToThread
+
+from campaigns.faults import inside, mark, odd
+from campaigns.faults.history import History
+from campaigns.faults.judge import CMD_TYPE, Command, Facts, Order
+from campaigns.faults.pusher import Pusher
+from campaigns.faults.typist import OperatorWorkload
+from s2s.store.pool import blocking
+from s2s.store.tables import seed, tokens
+from tests.support.cluster import Cluster
+from tests.support.flood import StrangersFlood
+from tests.support.peer import K1, Key, Peer, connect
+from tests.support.postgres import Session
+from tests.support.proxy import Proxy
+from tests.support.roles import Engine, Role, Server, free_port, listen
+from tests.support.waiting import pause
+
+#: A peer that is silent for so many seconds is given up.
+SETTINGS: Final = {"link.idle_s": 1, "link.check_s": 1, "link.misses": 2}
+DEAD_PEER_S: Final = 4.0
+#: Seconds until everything is whole again, once link and database are back; and until nothing is left of the work.
+WHOLE_S: Final = 30.0
+SETTLED_S: Final = 110.0
+#: What a process may hold beyond its beginning: pools grow when they are needed, and an allocator gives little back. Of
+#: the bytes, 8 MiB are what floods of strangers add to the arenas of Python beside the work: measured, and not more by
+#: further floods.
+MORE_BYTES: Final = 24 << 20
+#: A thread that takes the place of a stuck handler's stays.
+MORE_THREADS: Final = 2
+#: Beside those of the sessions that the database knows: a pool opens each of its own when it is needed first.
+MORE_DESCRIPTORS: Final = 4
+#: Sessions of a role, with 8 stuck handlers (docs/faults.rst).
+MOST_SESSIONS: Final = 22
+_SESSIONS: Final = (
+    "select split_part(application_name, ' ', 1), count(*)::integer from pg_stat_activity"
+    " where application_name like 's2s-%' group by 1"
+)
+SECTORS: Final = 50
+_CHANGES: Final = """
+create table sector_changes (n bigserial, sector_id bigint, was text, became text);
+create function note_change() returns trigger language plpgsql as
+$$ begin insert into sector_changes (sector_id, was, became) values (new.sector_id, old.status, new.status);
+return null; end $$;
+create trigger note_change after update on sectors for each row execute function note_change()
+"""
+
+
+class TestBed:
+    """Everything, started and stopped.
+
+    :param pushes: new commands in a second, of both pushers together.
+    :param breaks: a promise that both roles break, see :data:`campaigns.faults.inside.BREAKS`.
+    :ivar ring: the keys that peers of ours verify with, by name.
+    """
+
+    def __init__(self, seed: int, pushes: float = 300.0, breaks: str | None = None, path: Path | None = None) -> None:
+        #: The campaign gives each fault its own, so that what one draws does not change the next.
+        self.rng = random.Random(seed)
+        self.history = History(path)
+        self.directory = Path(tempfile.mkdtemp(prefix="s2s-faults-"))
+        self.cluster = Cluster()
+        self.url = self.cluster.url
+        self.ring: dict[str, Key] = {K1.key_id: K1}
+        self._prepare(seed)
+        plugins = self.directory / "s2s" / "plugins"
+        plugins.mkdir(parents=True)
+        (plugins / "faults_mark.py").write_text("from campaigns.faults.mark import mark as mark\n")
+        (plugins / "faults_odd.py").write_text(
+            "".join(f"from campaigns.faults.odd import {name} as {name}\n" for name in ("dirty", "hanging", "holding"))
+        )
+        http = free_port()
+        self.api = f"http://127.0.0.1:{http}"
+        self.server = Server(self.directory, self.url, http=listen(http))
+        self.proxy = Proxy(self.server.port)
+        #: Where nobody looks at an order's lock, a second engine comes to it.
+        self._names = ("server", "engine", *(("second",) if breaks == "no-order-lock" else ()))
+        self.engine: Engine
+        self.second: Engine
+        self.grips = {name: inside.Breakpoint(self.directory / f"{name}.grip") for name in self._names}
+        #: Why a role stands still, while it does: it goes on when nobody wants it to any more.
+        self._held: Counter[str] = Counter()
+        self._breaks = breaks
+        self.typist = OperatorWorkload(self.history, self.url, self.api, self.token, self.ring, SECTORS, seed)
+        self.pushers = [
+            Pusher(f"pusher-{n}", self.history, partial(self.connect, f"pusher-{n}"), pushes / 2, seed + n, self.typist)
+            for n in range(2)
+        ]
+        self._beginnings: dict[str, tuple[int, Level]] = {}
+        self._probes = 0
+        #: What is waited for.
+        self.lacks = ""
+        #: Tracebacks in the logs of the roles, and ends in disorder.
+        self.surprises: list[str] = []
+
+    def _prepare(self, seed_: int) -> None:
+        self.cluster.migrate()
+        with blocking(self.url) as txn:
+            txn.execute(
+                "insert into s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
+                " values (%s, %s, 'any', true, to_timestamp(0))",
+                K1,
+            )
+            for key, value in SETTINGS.items():
+                txn.execute("update config set value = to_jsonb(%s) where key = %s", (value, key))
+            self.token = tokens.add(txn, "faults", "admin")
+            seed.make_world(txn, SECTORS, 500, seed_)
+            txn.execute(mark.TABLE)
+            txn.execute(_CHANGES)
+            txn.execute("create role faults_role")
+
+    def connect(self, name: str) -> Peer:
+        """Connect a peer of ours to the server itself."""
+        peer = connect(self.server.port, name=name)
+        peer.ring = self.ring
+        return peer
+
+    def role(self, name: str) -> Role:
+        """Give a role by its name."""
+        role: Role = getattr(self, name)
+        return role
+
+    async def start(self) -> None:
+        """Start all of it, and wait until it is whole."""
+        await self.proxy.start()
+        self.engine = Engine(self.directory, self.url, self.proxy.port)
+        self.second = Engine(self.directory, self.url, self.proxy.port, name="engine-2")
+        twistd = [sys.executable, "-m", "campaigns.faults.inside"]
+        for name in self._names:
+            variables = inside.variables(self.grips[name], self.directory, self._breaks)
+            self.role(name).launch_by(twistd, **variables, S2S_HANDLER_TIMEOUT=str(odd.TIMEOUT_S))
+            await self.role(name).start()
+        if self._breaks is None:
+            # The first flood takes the allocator to its high-water mark, which further ones do not pass.
+            flood = StrangersFlood(self.server.port, rate=40, seconds=3)
+            flood.start()
+            await deferToThread(flood.join)
+        for client in (*self.pushers, self.typist):
+            client.start()
+        await self.whole()
+
+    async def restart(self, *names: str) -> None:
+        """Start roles again that have ended."""
+        # Nobody remembers what was asked before.
+        for way in (self.proxy.up, self.proxy.down):
+            way.recorded.clear()
+        for name in names:
+            self.look_at_log(name)
+            self._held[name] = 0
+            await self.role(name).start()
+
+    def hold(self, name: str) -> None:
+        """Let a role stand still, until it is let go as often as it was held."""
+        self._held[name] += 1
+        self.role(name).freeze()
+
+    def let_go(self, name: str) -> None:
+        """Let a role go on; one that was started again since runs anyway."""
+        self._held[name] = max(0, self._held[name] - 1)
+        if not self._held[name]:
+            self.role(name).thaw()
+
+    async def hold_at(self, name: str, step: str, coming: int, within_s: float) -> bool:
+        """Hold a role when it comes to a step.
+
+        :param coming: at which of its comings there.
+        :returns: whether it came in time.
+        """
+        process = psutil.Process(self.role(name).pid)
+        self.grips[name].hold(step, coming)
+        came = await comes(lambda: process.status() == psutil.STATUS_STOPPED, within_s)
+        self.grips[name].release()
+        if came:
+            self._held[name] += 1
+        return came
+
+    def look_at_log(self, name: str) -> None:
+        """Take note of what has surprised a role since it was looked at last."""
+        role = self.role(name)
+        try:
+            role.assert_calm()
+        except AssertionError as error:
+            self.surprise(name, error)
+        role.turn_page()
+
+    def surprise(self, name: str, error: Exception) -> None:
+        """Take note of what should not be."""
+        self.surprises.append(f"{name}: {error}"[:3000])
+
+    def emit(self, cmd_type: str, *keys: str) -> None:
+        """Emit commands whose effect is a notice with the text of their key. Blocks."""
+        number = self.history.invoke("campaign", "emit", keys=list(keys))
+        insert = "insert into outbox (cmd_type, idem_key, payload) select %s, key, '{}' from unnest(%s) key"
+        self.execute(insert, cmd_type, list(keys))
+        self.history.end(number, "campaign", "emit", "ok")
+
+    def execute(self, statement: str, *params: Any) -> list[tuple[Any, ...]]:
+        """Run a statement on a connection of its own. Blocks."""
+        # Also while the database is read-only to others.
+        with Session(f"{self.url}&connect_timeout=3&options=-cdefault_transaction_read_only%3Doff") as session:
+            return session.run(statement, *params)
+
+    async def whole(self) -> None:
+        """Wait until what is emitted now has come the whole way, and no process holds more than in its beginning."""
+        self._probes += 1
+        key = f"probe-{self._probes}"
+        number = self.history.invoke("campaign", "emit", keys=[key])
+        insert = (
+            "insert into outbox (cmd_type, idem_key, payload) values ('notice.publish', %s,"
+            " jsonb_build_object('scope', 'global', 'severity', 'info', 'message', %s))"
+        )
+        self.lacks = "nothing can be emitted"
+        await deferToThread(self.execute, insert, key, key)
+        self.history.end(number, "campaign", "emit", "ok")
+        self.lacks = f"{key} has not come"
+        while not await deferToThread(self.execute, "select 1 from notices where message = %s", key):
+            await pause(0.1)
+        while leaks := self._leaks(dict(await deferToThread(self.execute, _SESSIONS))):
+            self.lacks = "; ".join(leaks)
+            await pause(0.2)
+
+    def levels(self) -> dict[str, tuple[int, ...]]:
+        """Give what each role that runs holds: bytes, threads, descriptors."""
+        return {name: astuple(Level.of(self.role(name).pid))[:3] for name in self._names if self.role(name).is_running}
+
+    def _leaks(self, sessions: Mapping[str, int]) -> list[str]:
+        """Compare what the processes hold with what they held when they were whole for the first time.
+
+        :param sessions: in the database, by the name of the role. Where two engines run they are told apart by nothing.
+        """
+        found = []
+        for name in self._names:
+            if not self.role(name).is_running:
+                found.append(f"{name} does not run")
+                continue
+            pid = self.role(name).pid
+            level = Level.of(pid, sessions.get(f"s2s-{name}", 0) if self._breaks is None else 0)
+            begun, beginning = self._beginnings.get(name, (0, level))
+            if begun != pid:
+                self._beginnings[name] = (pid, level)
+            elif level.is_above(beginning):
+                found.append(f"{name} holds {level}, and held {beginning}")
+        return found
+
+    async def settled(self) -> None:
+        """Let the clients finish, and wait until nothing is on its way."""
+        # The pushers first: the typist looks after what they pushed.
+        for clients in (self.pushers, [self.typist]):
+            for client in clients:
+                client.finish()
+            for client in clients:
+                self.lacks = f"{client.name} does not come to an end"
+                while client.is_alive():
+                    await pause(0.1)
+                if client.failure is not None:
+                    raise client.failure
+        self.lacks = "something is left to do"
+        left = (
+            "select (select count(*) from outbox where state = 'waiting')"
+            " + (select count(*) from commands where status = 'ready')"
+            " + (select count(*) from batch_notes) + (select count(*) from broadcasts where state <> 'queued')"
+            " + (select count(*) from orders where status in ('queued', 'running'))"
+        )
+        while (await deferToThread(self.execute, left))[0][0]:
+            await pause(0.2)
+        await self.whole()
+
+    async def end_roles(self) -> None:
+        """Stop both roles in order, which they are to do without a surprise."""
+        for name in reversed(self._names):
+            await self.end_role(name)
+
+    async def end_role(self, name: str) -> None:
+        """Stop a role in order, which it is to do without a surprise."""
+        self.look_at_log(name)
+        try:
+            await deferToThread(self.role(name).stop)
+        except AssertionError as error:
+            self.surprise(name, error)
+
+    async def stop(self) -> None:
+        """Stop all of it, in whatever state it is."""
+        for client in (*self.pushers, self.typist):
+            client.finish()
+        for name in self._names:
+            role = getattr(self, name, None)
+            if role is not None and role.is_running:
+                role.kill()
+        await self.proxy.stop()
+        await deferToThread(self.cluster.remove)
+        self.history.close()
+        shutil.rmtree(self.directory)
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a process holds.
+
+    :param rss: bytes of memory.
+    :param sessions: in the database.
+    """
+
+    rss: int
+    threads: int
+    descriptors: int
+    sessions: int
+
+    @classmethod
+    def of(cls, pid: int, sessions: int = 0) -> Level:
+        """Look at a process that has these sessions in the database."""
+        process = psutil.Process(pid)
+        with process.oneshot():
+            return cls(process.memory_info().rss, process.num_threads(), process.num_fds(), sessions)
+
+    def is_above(self, beginning: Level) -> bool:
+        """Tell a leak from what a pool or an allocator keeps."""
+        return (
+            self.rss > beginning.rss + MORE_BYTES
+            or self.threads > beginning.threads + MORE_THREADS
+            or self.descriptors - self.sessions > beginning.descriptors - beginning.sessions + MORE_DESCRIPTORS
+            or self.sessions > MOST_SESSIONS
+        )
+
+
+async def comes(is_there: Callable[[], bool], within_s: float) -> bool:
+    """Wait for something, and give whether it came."""
+    until = time.monotonic() + within_s
+    while not (came := is_there()) and time.monotonic() < until:
+        await pause(0.02)
+    return came
+
+
+#: The ids of commands to which something was done, as the audit has them.
+_DONE: Final = "select jsonb_array_elements(result -> 'done' -> '{1}')::bigint from audit where action = 'commands.{0}'"
+
+
+def facts_of(execute: Callable[..., list[tuple[Any, ...]]], engines: Mapping[str, tuple[int, str]]) -> Facts:
+    """Read what the judge wants to know. Blocks.
+
+    :param engines: the version that each has in force, and its state, as it says.
+    """
+
+    def column(statement: str) -> list[Any]:
+        return [value for (value,) in execute(statement)]
+
+    changes: dict[int, list[tuple[str, str]]] = {}
+    for sector, was, became in execute("select sector_id, was, became from sector_changes order by n"):
+        changes.setdefault(sector, []).append((was, became))
+    return Facts(
+        commands=[
+            Command(*row)
+            for row in execute(
+                "select c.cmd_id, c.idem_key, payload, c.status, encode(fingerprint, 'hex') from commands c"
+                " left join idempotency_keys k using (idem_key) where cmd_type = %s order by c.cmd_id",
+                CMD_TYPE,
+            )
+        ],
+        effects=execute("select idem_key, half, at from effects"),
+        notices=column("select message from notices"),
+        outbox=execute("select idem_key, state from outbox"),
+        broadcasts=execute("select message, state from broadcasts"),
+        orders=[Order(*row) for row in execute("select order_id, idem_key, params, status, result from orders")],
+        changes=changes,
+        sectors=dict(execute("select sector_id, status from sectors")),
+        versions=column("select version from config_history order by version"),
+        engines=engines,
+        audited={
+            "order": column("select subject from audit where action = 'world.set_sector_status.v1'"),
+            "config": column("select result ->> 'version' from audit where action like 'config.set%'"),
+            "key": column("select subject from audit where action like 'keys.%'"),
+            "steer": column("select action from audit where action like 's2s.engine.%' and result ->> 'ok' = 'true'"),
+            "wanted": column("select params ->> 'wanted' from audit where action = 'engine.wanted' order by audit_id"),
+            **{
+                verb: column(_DONE.format(verb, word)) for verb, word in (("cancel", "cancelled"), ("retry", "retried"))
+            },
+        },
+        keys=column("select key_id from s2s_keys"),
+        notes=column("select count(*) from batch_notes")[0],
+    )

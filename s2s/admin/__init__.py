@@ -1,0 +1,1 @@
+"""The operators' operations, declared once, and served over HTTP."""

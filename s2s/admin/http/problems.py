@@ -1,0 +1,141 @@
+"""What was refused, as problem details (RFC 9457) with the link's own codes (docs/api.rst, "Errors")."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, Final
+
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from s2s.errors import (
+    BY_CODE,
+    DatabaseUnavailable,
+    DbUnavailable,
+    DeadlineExceeded,
+    Forbidden,
+    InternalError,
+    Refused,
+    S2SError,
+    StatementRefused,
+    UnknownOutcome,
+    Unsigned,
+    UnsupportedType,
+    WireError,
+    harmless,
+)
+
+CONTENT_TYPE: Final = "application/problem+json"
+#: The status of each code.
+STATUS: Final = {
+    "bad_json": 400,
+    "bad_envelope": 400,
+    "unsupported_version": 400,
+    "ts_skew": 400,
+    "auth_required": 401,
+    "auth_bad": 401,
+    "forbidden": 403,
+    "not_found": 404,
+    "unsupported_type": 405,
+    "replay": 409,
+    "idem_conflict": 409,
+    "stale_version": 409,
+    "paused": 409,
+    "not_ready": 409,
+    "toolarge": 413,
+    "bad_payload": 422,
+    "unknown_command": 422,
+    "internal_error": 500,
+    "shutting_down": 503,
+    "overloaded": 503,
+    "db_unavailable": 503,
+    "deadline_exceeded": 504,
+}
+#: The status of what an engine answers of its state; what else it answers should not be, and is a 502.
+_OF_AN_ENGINE: Final = {
+    **{code: STATUS[code] for code in ("not_ready", "paused", "overloaded", "db_unavailable", "deadline_exceeded")},
+    "shutting_down": 409,
+}
+
+_log: Final = Logger(namespace="s2s.admin.http")
+
+
+class Problem(S2SError):
+    """One answer that says no.
+
+    :param error: what it is to the link.
+    :param status: of HTTP, where it is not that of the code.
+    :param headers: what HTTP wants beside it.
+    """
+
+    def __init__(self, error: WireError, status: int | None = None, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(error.message)
+        self.status = status or STATUS[error.code]
+        said = error.payload()
+        details: dict[str, Any] = said["details"]
+        self.body = {
+            "type": f"urn:s2s:error:{error.code}",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": error.message,
+            "code": error.code,
+            **{name: value for name, value in details.items() if name not in _OURS},
+        }
+        self.headers = dict(headers or {})
+        pause_ms = details.get("retry_after_ms")
+        if type(pause_ms) is int:
+            self.headers["Retry-After"] = str(math.ceil(pause_ms / 1000))
+        if self.status == 401:
+            self.headers["WWW-Authenticate"] = 'Bearer realm="s2s"'
+
+
+#: Members that no detail of a peer's may replace.
+_OURS: Final = frozenset({"type", "title", "status", "detail", "code", "instance"})
+
+
+def wrong_host() -> Problem:
+    """Refuse a request for another host than ours: a page elsewhere may have had its name resolved to us."""
+    return Problem(Forbidden("this server does not go by the Host of the request: see --http-hosts"), 421)
+
+
+def wrong_media_type() -> Problem:
+    """Refuse a body that is no JSON."""
+    return Problem(UnsupportedType("send the body as Content-Type: application/json"), 415)
+
+
+def wrong_coding() -> Problem:
+    """Refuse a body that is compressed."""
+    return Problem(UnsupportedType("send the body as it is, without Content-Encoding: no coding is supported"), 415)
+
+
+def problem(error: BaseException) -> Problem:
+    """Say any exception as a problem; one that nobody expected becomes an incident."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, WireError):
+        return Problem(error)
+    if isinstance(error, Refused):
+        return _by_engine(error)
+    if isinstance(error, DatabaseUnavailable):
+        return Problem(DbUnavailable(retry_after_ms=1000))
+    if isinstance(error, UnknownOutcome):
+        return Problem(DeadlineExceeded(str(error)))
+    incident = secrets.token_hex(8)
+    if isinstance(error, StatementRefused):
+        # A traceback would say nothing more.
+        _log.error("incident {incident}: the database refuses a statement: {why}", incident=incident, why=str(error))
+    else:
+        _log.failure("incident {incident}", Failure(error), incident=incident)
+    return Problem(InternalError(incident=incident))
+
+
+def _by_engine(error: Refused) -> Problem:
+    known = BY_CODE.get(error.code)
+    if known is None or issubclass(known, Unsigned):
+        return Problem(InternalError(f"the engine refused, {harmless(error.code)}: {harmless(error.message)}"), 502)
+    said = known(error.message)
+    said.details = {**error.details, "retryable": error.retryable}
+    return Problem(said, _OF_AN_ENGINE.get(error.code, 502))

@@ -1,0 +1,84 @@
+"""The settings (docs/protocol.rst, "Configuration")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from s2s.admin.operations.operation import MOST_BODY_BYTES, Operation, OperationRequest, members, once
+from s2s.admin.operations.pages import KEY, Page, in_stretches, keyed, listing
+from s2s.errors import NotFound
+from s2s.handlers.orders.config_set import ConfigSet, set_value
+from s2s.protocol.catalogue import BY_NAME
+from s2s.protocol.settings import Value
+from s2s.store.driver import Cursor
+from s2s.store.tables import config
+from s2s.store.tables.config import Change, ConfigRow
+
+#: What the order of the same purpose takes.
+_MEMBERS: Final = BY_NAME[ConfigSet.rpc].request_schema.document["properties"]
+_WHERE: Final = {"key": _MEMBERS["key"]}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a setting is now.
+
+    :param version: of the configuration, in force.
+    :param changed: ``False``: it had this value already.
+    """
+
+    key: str
+    value: Value
+    version: int
+    changed: bool
+
+
+def _show(txn: Cursor, ask: OperationRequest) -> ConfigRow:
+    key = ask.path_params["key"]
+    for row in config.list_settings(txn):
+        if row.key == key:
+            return row
+    raise NotFound(f"there is no setting {key!r}")
+
+
+def _set(txn: Cursor, ask: OperationRequest) -> Setting:
+    _show(txn, ask)  # for the setting is none of the body
+    return Setting(**set_value(txn, ask.path_params["key"], ask.body["value"], ask.actor, "/body"))
+
+
+LIST: Final[Operation[Page[ConfigRow]]] = listing(
+    "list_config",
+    "/v1/config",
+    "List the settings with their bounds",
+    ConfigRow,
+    keyed(config.list_settings, lambda row: row.key),
+    cursor=KEY,
+)
+HISTORY: Final[Operation[Page[Change]]] = listing(
+    "list_config_history",
+    "/v1/config/history",
+    "List the changes of settings, the newest first",
+    Change,
+    in_stretches(config.HISTORY),
+    filters={"key": {"type": "string", "maxLength": 200, "description": "Only of this setting."}},
+)
+SHOW: Final = Operation(
+    "show_config", "GET", "/v1/config/{key}", "observer", "Show one setting", ConfigRow, once(_show),
+    path_params=_WHERE, refusals=(NotFound,),
+)  # fmt: skip
+SET: Final = Operation(
+    "set_config",
+    "PUT",
+    "/v1/config/{key}",
+    "admin",
+    "Give a setting a value, which every process uses at once",
+    Setting,
+    once(_set),
+    path_params=_WHERE,
+    body=members({"value": _MEMBERS["value"]}, "value"),
+    body_bytes=MOST_BODY_BYTES,
+    refusals=(NotFound,),
+)
+
+OPERATIONS: Final[tuple[Operation[Any], ...]] = (LIST, HISTORY, SHOW, SET)

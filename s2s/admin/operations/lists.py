@@ -1,0 +1,56 @@
+"""What is only looked at: keys, the audit, jobs, the world."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from s2s.admin.operations.operation import Operation, once
+from s2s.admin.operations.pages import KEY, Page, in_stretches, keyed, listing
+from s2s.store.tables import audit, jobs, keys, world
+from s2s.store.tables.audit import Entry
+from s2s.store.tables.jobs import JobRow
+from s2s.store.tables.keys import PublicKeyRow
+from s2s.store.tables.world import Counts
+
+_TEXT: Final = {"type": "string", "maxLength": 300}
+
+KEYS: Final[Operation[Page[PublicKeyRow]]] = listing(
+    "list_keys",
+    "/v1/keys",
+    "List the keys and what each does now, without their secrets",
+    PublicKeyRow,
+    keyed(keys.list_public, lambda row: row.key_id),
+    cursor=KEY,
+)
+AUDIT: Final[Operation[Page[Entry]]] = listing(
+    "list_audit",
+    "/v1/audit",
+    "List who did what, and what came of it, the newest first",
+    Entry,
+    in_stretches(audit.LISTED),
+    filters={
+        "actor": {**_TEXT, "description": "Only by this one, such as token:alice, cli:alice or key:k1."},
+        "action": {**_TEXT, "description": "Only this, such as config.set or s2s.engine.pause."},
+        "subject": {**_TEXT, "description": "Only of this: an order's id, a setting, a key, an engine's name."},
+    },
+)
+JOBS: Final[Operation[Page[JobRow]]] = listing(
+    "list_jobs",
+    "/v1/jobs",
+    "List the jobs that any engine has had, when each is due, and what its last run came to",
+    JobRow,
+    keyed(jobs.list_jobs, lambda row: row.job_type),
+    cursor=KEY,
+)
+WORLD: Final = Operation(
+    "count_world",
+    "GET",
+    "/v1/world",
+    "observer",
+    "Count the sectors by their status, the ports and the ships",
+    Counts,
+    once(lambda txn, _: world.count(txn)),
+    is_list=True,
+)
+
+OPERATIONS: Final[tuple[Operation[Any], ...]] = (KEYS, AUDIT, JOBS, WORLD)

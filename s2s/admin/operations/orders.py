@@ -1,0 +1,185 @@
+"""Giving the engines orders, and following them (docs/protocol.rst, "Orders and their rows")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from ulid_transform import ulid_now
+
+from s2s.admin.operations.operation import (
+    BODY_BYTES,
+    MOST_BODY_BYTES,
+    Operation,
+    OperationRequest,
+    Part,
+    Reply,
+    Rule,
+    Steps,
+    WaitFor,
+    encode,
+    run_non_idempotent,
+)
+from s2s.admin.operations.pages import Page, listing, paged
+from s2s.errors import BadPayload, IdemConflict, NotFound, S2SError, WireError
+from s2s.handlers.orders import builtin
+from s2s.protocol.catalogue import BY_NAME, ORDERS
+from s2s.store.driver import Cursor
+from s2s.store.tables import audit, orders
+from s2s.store.tables.orders import OrderRow
+
+ORDER_ID: Final[Rule] = {"type": "string", "minLength": 1, "maxLength": 64, "pattern": "^[A-Za-z0-9_-]+$"}
+#: Seconds that a request may wait for the end of an order.
+MOST_WAIT_S: Final = 60
+_WAIT: Final[Rule] = {
+    "type": "number",
+    "minimum": 0,
+    "maximum": MOST_WAIT_S,
+    "default": 0,
+    "description": "Seconds to wait for its end.",
+}
+#: What each order asks of whoever gives it is said where it is declared.
+KINDS: Final = builtin({}, 0)
+
+
+@dataclass(frozen=True)
+class Order(OrderRow):
+    """An order, and in words how far it is."""
+
+    progress: str | None
+
+
+def far(row: OrderRow) -> tuple[int, int] | None:
+    """Give how much of an order is done, and of how much; not each says so."""
+    state = row.state if isinstance(row.state, dict) else {}
+    done, total = state.get("done"), state.get("total")
+    return (done, total) if type(done) is int and type(total) is int else None
+
+
+def _shown(row: OrderRow) -> Order:
+    progress = far(row)
+    return Order(**vars(row), progress=f"{progress[0]} of {progress[1]}" if progress else None)
+
+
+def _give(rpc: str, ask: OperationRequest) -> Steps[Order]:
+    """Write an order down, unless it was given before, and wait for its end as long as is wanted."""
+    order_id = ulid_now()
+    write = partial(_write, rpc, ask, order_id)
+    row: Order
+    if ask.idem_key is None:
+        row, is_new = yield from run_non_idempotent(write, f"order {order_id} was given", order_id=order_id)
+    else:
+        row, is_new = yield write
+    with suppress(S2SError):
+        # It is given: what fails from now on is told by its row, and must not look as if it could be given again.
+        row = yield from _until_over(row, ask.query["wait"])
+    status = 202 if row.status in orders.OPEN else 201 if is_new else 200
+    return Reply(row, status, f"/v1/orders/{row.order_id}")
+
+
+def _write(rpc: str, ask: OperationRequest, order_id: str, txn: Cursor) -> tuple[Order, bool]:
+    try:
+        order, is_new = orders.give(txn, order_id, rpc, ask.body, ask.actor, ask.idem_key)
+    except IdemConflict as error:
+        raise IdemConflict("the Idempotency-Key is that of another order", order_id=error.details["order_id"]) from None
+    return _find(order.order_id, txn), is_new
+
+
+def _show(ask: OperationRequest) -> Steps[Order]:
+    row: Order = yield partial(_find, ask.path_params["order_id"])
+    return Reply((yield from _until_over(row, ask.query["wait"])))
+
+
+def _until_over(row: Order, wait_s: float) -> Part[Order]:
+    """Look at an order again when it is over, or the time is."""
+    if wait_s and row.status in orders.OPEN:
+        yield WaitFor(orders.over, (row.order_id,), wait_s)
+        row = yield partial(_find, row.order_id)
+    return row
+
+
+def _list(txn: Cursor, before: str | None, **which: Any) -> list[Order]:
+    if before is not None and orders.show(txn, before) is None:
+        raise NotFound(f"at /query/cursor: there is no order {before!r}", path="/query/cursor")
+    return [_shown(row) for row in orders.list_orders(txn, before=before, **which)]
+
+
+def _find(order_id: str, txn: Cursor) -> Order:
+    row = orders.show(txn, order_id)
+    if row is None:
+        raise NotFound(f"there is no order {order_id!r}")
+    return _shown(row)
+
+
+#: The text of a setting has no bound of its own.
+_BODY_BYTES: Final = {"admin.config.set.v1": MOST_BODY_BYTES}
+
+
+def _refused(rpc: str, txn: Cursor, ask: OperationRequest, error: WireError) -> None:
+    """Leave an entry in the audit of what was refused at the door: there is no row that would."""
+    result = {"status": "refused", "result": {"code": error.code, "message": error.message}}
+    body = ask.body if isinstance(ask.body, Mapping) else {"body": ask.body}
+    audit.write(txn, rpc, "", audit.cut(body, encode(body)), result)
+
+
+def _operation(rpc: str) -> Operation[Order]:
+    document = BY_NAME[rpc].request_schema.document
+    return Operation(
+        "give_" + rpc.replace(".", "_"),
+        "POST",
+        f"/v1/orders/{rpc}",
+        KINDS[rpc].access,
+        document["description"].rstrip("."),
+        Order,
+        partial(_give, rpc),
+        query={"wait": _WAIT},
+        body={
+            **{name: said for name, said in document.items() if name not in ("$id", "description")},
+            "title": f"Params of {rpc}",
+            "properties": {name: rule for name, rule in document["properties"].items() if name != "order_id"},
+            "required": [name for name in document["required"] if name != "order_id"],
+        },
+        body_bytes=_BODY_BYTES.get(rpc, BODY_BYTES),
+        refusals=(BadPayload, IdemConflict),
+        statuses={
+            200: "It was given before, and is over.",
+            201: "It is new, and over.",
+            202: "It is not over.",
+        },
+        takes_key=True,
+        refused=partial(_refused, rpc),
+    )
+
+
+#: The operation that gives each order, by its RPC.
+GIVE: Final = {rpc: _operation(rpc) for rpc in ORDERS}
+LIST: Final[Operation[Page[Order]]] = listing(
+    "list_orders",
+    "/v1/orders",
+    "List orders, the newest first",
+    Order,
+    paged(_list, lambda row: row.order_id),
+    filters={
+        "status": {"enum": ["queued", "running", "done", "refused", "failed"]},
+        "rpc": {"enum": list(ORDERS)},
+    },
+    cursor={**ORDER_ID, "description": "The next_cursor of the page before."},
+    refusals=(NotFound,),
+)
+SHOW: Final = Operation(
+    "show_order",
+    "GET",
+    "/v1/orders/{order_id}",
+    "observer",
+    "Show one order: how far it is, or what came of it",
+    Order,
+    _show,
+    path_params={"order_id": ORDER_ID},
+    query={"wait": _WAIT},
+    refusals=(NotFound,),
+)
+
+OPERATIONS: Final[tuple[Operation[Any], ...]] = (*GIVE.values(), LIST, SHOW)

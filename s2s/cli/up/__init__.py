@@ -1,0 +1,28 @@
+"""``s2s up``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from s2s.cli.common import one_line_errors, state_dir_option
+from s2s.cli.up import supervisor
+from s2s.roles.options import HTTP, LISTEN
+
+
+@click.command()
+@state_dir_option
+@click.option("--listen", default=LISTEN, show_default=True, metavar="ENDPOINT", help="Where the server listens.")
+@click.option("--http", default=HTTP, show_default=True, metavar="ENDPOINT", help="Where the HTTP API listens.")
+@click.option(
+    "--for",
+    "for_seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Type a broadcast, end after so long, and exit 0 only if it came the whole way.",
+)
+@one_line_errors
+def up(state_dir: Path, listen: str, http: str, for_seconds: float | None) -> None:
+    """Run everything here: PostgreSQL, a server and an engine, linked; until Ctrl-C."""
+    raise SystemExit(supervisor.run(state_dir, listen, http, for_seconds, click.echo))

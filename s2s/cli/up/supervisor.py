@@ -1,0 +1,315 @@
+"""``s2s up``: a database, a server and an engine as real processes, kept running until they are told to stop.
+
+All of them are children with a pipe from us at their stdin: when we die, even by SIGKILL, the roles shut down, and
+PostgreSQL's guardian (:mod:`s2s.store.embedded.lease`) waits for them and stops it. What is in use is said by locks
+that the kernel drops with their holders, so nothing that is left behind has to be believed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from s2s.cli.up.children import DatabaseProcess, RoleProcess
+from s2s.cli.up.notice_watcher import NoticeWatcher, Say, SmokeBroadcast
+from s2s.errors import DatabaseUnavailable, OperatorError
+from s2s.runtime.status_log import LINK_UP
+from s2s.store import migrations, pool
+from s2s.store.embedded import lease
+from s2s.store.tables import keys, tokens
+from s2s.store.tables.seed import make_world
+
+ENGINE_NAME = "engine-1"
+#: The world where there is none: how many sectors and ships, and its seed.
+WORLD = (1000, 10_000, 1)
+
+#: The name of the token that is made for a run.
+TOKEN = "s2s-up"
+
+_POLL_S = 0.2
+#: Seconds in which the children of a killed ``s2s up`` end by themselves.
+_LEFT_BEHIND_S = 30.0
+
+
+def run(state_dir: Path, listen: str, http: str, for_seconds: float | None, echo: Callable[[str], None]) -> int:
+    """Run everything until SIGINT, SIGTERM or SIGHUP, or for a time. Blocks; belongs to the main thread.
+
+    :param state_dir: where the database, the logs and ``up.json`` are; it is made.
+    :param listen: the server's Twisted endpoint string, of ``tcp`` or ``unix``.
+    :param http: that of its HTTP API, of ``tcp``.
+    :param for_seconds: end so many seconds after the link is up, having sent a broadcast through it; None: go on.
+    :param echo: is called with every line for people.
+    :returns: the exit code: 0, or 1 where the broadcast did not come the whole way.
+    :raises OperatorError: what is missing, in use or wrong; nothing is left running.
+    :raises OSError: a line could not be written; likewise.
+    """
+    connect = connect_endpoint(listen)
+    base_url = http_url(http)
+    state_dir = Path(os.path.abspath(state_dir))
+
+    lost: list[OSError] = []
+
+    def say(who: str, what: str, at: str | None = None, /) -> None:
+        if lost:
+            return
+        try:
+            echo(f"{at or time.strftime('%H:%M:%S')}  {who:<8}  {what}")
+        except OSError as error:  # everything stops in order first
+            lost.append(error)
+
+    with ExitStack() as stack:  # unwinds in the order of the stop: engine, server, database, locks
+        bell = stack.enter_context(_bell())
+        lock = stack.enter_context(_exclusive(state_dir, say))
+        database = DatabaseProcess(state_dir, lock, partial(say, "database"))
+        stack.callback(database.stop)
+        url = database.start()
+        share = lease.share(state_dir)
+        stack.callback(os.close, share)
+        token = _prepare(url, partial(say, "database"))
+        token_file = state_dir / "up.token"
+        stack.callback(_withdraw_token, url, token_file)
+        _replace(token_file, token + "\n", 0o600)
+        stack.callback(_json_file(state_dir).unlink, missing_ok=True)
+        argv = {
+            "server": ["s2s-server", "--listen", listen, "--http", http],
+            "engine": ["s2s-engine", "--connect", connect, "--name", ENGINE_NAME],
+        }
+        roles = []
+        for name, options in argv.items():
+            role = RoleProcess(
+                name,
+                [*options, "--state-dir", str(state_dir)],
+                state_dir=state_dir,
+                environment={"S2S_DATABASE_URL": url},
+                keep=(lock, share),
+                say=partial(say, name),
+            )
+            roles.append(role)
+            stack.callback(_forward_status, role, say)
+            stack.callback(role.stop)
+            role.start()
+        errand = None if for_seconds is None else SmokeBroadcast(url, for_seconds)
+        board = NoticeWatcher(url)
+        found = {"link": connect, "database": url, "http": base_url, "token_file": str(token_file)}
+        written = None
+        linked = False
+        while not (bell.rung or lost) and not all(role.over for role in roles) and not (errand and errand.is_over):
+            database.poll()
+            for role in roles:
+                linked = _forward_status(role, say) or linked
+                role.poll(first=not linked)
+            if linked:
+                now = {**found, **{f"{role.name}_pid": role.pid for role in roles}}
+                if written is None:
+                    _tell_where(found, state_dir, say)
+                if written != now:
+                    _replace(_json_file(state_dir), json.dumps(now, indent=2) + "\n")
+                    written = now
+                board.poll(say)
+                if errand:
+                    errand.poll(say)
+            time.sleep(_POLL_S)
+        say("up", "stopping")
+    if lost:
+        raise lost[0]
+    if errand is None:
+        return 0
+    say("up", errand.verdict)
+    return 0 if errand.arrived else 1
+
+
+def _forward_status(role: RoleProcess, say: Say) -> bool:
+    """Tell a role's news, and whether it has a link among it."""
+    linked = False
+    for at, what in role.status_log():
+        say(role.name, what, at)
+        linked = linked or what.startswith(LINK_UP)
+    return linked
+
+
+def connect_endpoint(listen: str) -> str:
+    """Give the client endpoint that reaches a server endpoint of this machine.
+
+    :raises OperatorError: it is not of ``tcp`` or ``unix``, or names no fixed port or path.
+    """
+    kind, first, named = _parts(listen)
+    if kind == "tcp":
+        host, port = _tcp("--listen", listen)
+        return f"tcp:host={_quoted(host)}:port={port}"
+    if kind == "unix" and (path := named.get("address", first)):
+        return f"unix:{_quoted(path)}"
+    raise OperatorError(f"--listen {listen}: s2s up takes tcp:PORT[:interface=ADDRESS] or unix:PATH")
+
+
+def http_url(http: str) -> str:
+    """Give the base URL that reaches an HTTP endpoint of this machine.
+
+    :raises OperatorError: it is not of ``tcp``, or names no fixed port.
+    """
+    if _parts(http)[0] != "tcp":
+        raise OperatorError(f"--http {http}: s2s up takes tcp:PORT[:interface=ADDRESS]")
+    host, port = _tcp("--http", http)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _parts(endpoint: str) -> tuple[str, str, dict[str, str]]:
+    """Give an endpoint's kind, the first of its parts that has no name, and those that have."""
+    kind, *parts = (re.sub(r"\\(.)", r"\1", part) for part in re.split(r"(?<!\\):", endpoint))
+    named = dict(part.split("=", 1) for part in parts if "=" in part)
+    return kind, next((part for part in parts if "=" not in part), ""), named
+
+
+def _tcp(option: str, endpoint: str) -> tuple[str, int]:
+    """Give the host and port at which this machine reaches a ``tcp`` endpoint of its own."""
+    _, first, named = _parts(endpoint)
+    port = named.get("port", first)
+    if not (port.isdecimal() and 0 < int(port) < 65536):
+        raise OperatorError(f"{option} {endpoint}: s2s up needs a port from 1 to 65535, such as tcp:4321")
+    interface = named.get("interface", "")
+    return "127.0.0.1" if interface in ("", "0.0.0.0", "::") else interface, int(port)  # noqa: S104 - compared, not bound
+
+
+def _quoted(value: str) -> str:
+    return re.sub(r"([:\\=])", r"\\\1", value)
+
+
+class _StopFlag:
+    """Whether we were told to end."""
+
+    rung = False
+
+
+@contextmanager
+def _bell() -> Iterator[_StopFlag]:
+    """Turn the signals that end us into a flag, looked at between two steps: the end has an order."""
+    bell = _StopFlag()
+
+    def ring(*_: object) -> None:
+        bell.rung = True
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ring) for number in numbers}
+    try:
+        yield bell
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _exclusive(state_dir: Path, say: Say) -> Iterator[int]:
+    """Hold the state directory against another ``s2s up``, and wait for what a killed one left behind.
+
+    :returns: a locked descriptor for our children to inherit: the lock is free when the last of them has died.
+    """
+    with ExitStack() as stack:
+        try:
+            state_dir.mkdir(parents=True, exist_ok=True)
+            ours = stack.enter_context((state_dir / "up.lock").open("ab"))
+            children = stack.enter_context((state_dir / "up.children.lock").open("ab"))
+        except OSError as error:
+            raise OperatorError(
+                f"the state directory cannot be used ({error.strerror}: {error.filename}): name another --state-dir"
+            ) from error
+        if not _take(ours):
+            raise OperatorError(f"another s2s up runs in {state_dir}: stop it, or name another --state-dir")
+        deadline = time.monotonic() + _LEFT_BEHIND_S
+        if not _take(children):
+            say("up", "waiting for what a killed s2s up left running")
+            while not _take(children):
+                if time.monotonic() >= deadline:
+                    raise OperatorError(f"what a killed s2s up left in {state_dir} does not end: stop it by hand")
+                time.sleep(_POLL_S)
+        yield children.fileno()
+
+
+def _take(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _prepare(url: str, say: Callable[[str], None]) -> str:
+    """Make the tables, the first key and a world, where they are not made yet.
+
+    :returns: a token for this run.
+    """
+    with pool.blocking(url, "s2s up") as txn:
+        for name in migrations.migrate(txn.connection):
+            say(f"migrated: {name}")
+        key_id = keys.add_first_random(txn)
+        is_made = make_world(txn, *WORLD)
+        tokens.revoke(txn, TOKEN)  # of a run that was killed
+        token = tokens.add(txn, TOKEN, "admin", "of the s2s up that runs")
+    if key_id is not None:
+        say(f"made a random key: {key_id}")
+    if is_made:
+        sectors, ships, _ = WORLD
+        say(f"made a world: {sectors} sectors, each with a port, and {ships} ships")
+    return token
+
+
+def _withdraw_token(url: str, token_file: Path) -> None:
+    """End this run's token, as far as that can be."""
+    token_file.unlink(missing_ok=True)
+    with suppress(DatabaseUnavailable), pool.blocking(url, "s2s up", connect_timeout_s=1.0) as txn:
+        tokens.revoke(txn, TOKEN)
+
+
+@dataclass(frozen=True)
+class Api:
+    """Where a running ``s2s up`` serves the HTTP API.
+
+    :param url: its base URL.
+    :param token_file: holds an admin's token.
+    """
+
+    url: str
+    token_file: Path
+
+
+def find_api(state_dir: Path) -> Api | None:
+    """Give the API of the ``s2s up`` that runs in a state directory; ``None``: none does, or it has no link yet."""
+    try:
+        found = json.loads(_json_file(state_dir).read_text())
+        # A killed one leaves its file behind.
+        os.kill(found["server_pid"], 0)
+        return Api(found["http"], Path(found["token_file"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _json_file(state_dir: Path) -> Path:
+    return state_dir / "up.json"
+
+
+def _replace(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a file in one step: a reader sees the old text or the new, and never more than ``mode`` allows."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.unlink(missing_ok=True)
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+        file.write(text)
+    fresh.replace(path)
+
+
+def _tell_where(found: dict[str, str], state_dir: Path, say: Say) -> None:
+    say("up", f"linked at {found['link']}; Ctrl-C stops everything in order")
+    say("up", f"database: {found['database']}")
+    say("up", f"HTTP API: {found['http']}, with the token in {found['token_file']}")
+    say("up", f"logs: {state_dir / 'server.log'} and {state_dir / 'engine.log'}")
+    say("up", f'try: s2s broadcast "Hello" --state-dir {state_dir}')
+    say("up", f" or: s2s order set-sector-status 5 port_closed --state-dir {state_dir}")

@@ -1,0 +1,1 @@
+"""What runs in a transaction: command handlers, jobs, orders, and how plug-ins are found."""

@@ -1,0 +1,64 @@
+"""A bound on the time that the import of a plug-in may take: foreign code, which runs before a role listens."""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import IO, Final, cast
+
+from s2s.errors import OperatorError
+from s2s.runtime import streams
+
+#: Seconds after which a line says that an import takes long, and after which it is interrupted.
+TELL_S: Final = 5.0
+IMPORT_S: Final = 60.0
+#: Seconds after which an import that cannot be interrupted, since it runs in C, ends the process.
+EXIT_S: Final = 90.0
+
+
+@contextmanager
+def bounded(name: str) -> Iterator[None]:
+    """Interrupt what runs inside when it takes too long.
+
+    Only the main thread gets signals, and has one timer: in others, and inside another import, this does nothing.
+
+    :param name: what is imported, for people.
+    :raises OperatorError: it took :data:`IMPORT_S`.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0):
+        yield
+        return
+    ticks = 0
+
+    def tick(_: int, __: FrameType | None) -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks == 1:
+            streams.say(f"plug-in {name} has been importing for {TELL_S:g} s, and is left out after {IMPORT_S:g} s")
+        # Again and again: code that catches every exception may go on.
+        if ticks * TELL_S >= IMPORT_S:
+            raise OperatorError(
+                f"its import did not return within {IMPORT_S:g} s: mend it, or uninstall what it came with"
+            )
+
+    before = signal.signal(signal.SIGALRM, tick)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, TELL_S, TELL_S)
+        _exit_later()
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _exit_later() -> None:
+    # Without stderr it raises RuntimeError, and where that is no file, ValueError.
+    with suppress(OSError, ValueError, RuntimeError, AttributeError):
+        faulthandler.dump_traceback_later(EXIT_S, exit=True, file=cast("IO[str]", sys.__stderr__))

@@ -1,0 +1,83 @@
+"""Jobs that let values drift to a goal: what they have in common (docs/protocol.rst, "The world and its jobs")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Final
+
+from s2s.handlers.jobs.job import Job, JobRun, Outcome, Unfinished
+from s2s.store.cursor import own
+from s2s.store.driver import Cursor
+
+#: Rows that one transaction looks at: whoever wants to change one of them waits no longer than that takes.
+BATCH_ROWS: Final = 20_000
+#: Seconds that a notice lives.
+TTL_S: Final = 3600
+
+
+class DriftJob(Job):
+    """A job that brings values of a table's rows nearer to their goals, batch by batch, at one rate.
+
+    A value goes ``rate`` permille of the way, rounded up, so that it arrives; never past the goal.
+
+    :cvar rate: the setting that has the rate, 0 to 1000.
+    :cvar table: its rows belong to sectors.
+    :cvar row_id: its primary key, a positive number.
+    :cvar goals: by column, the expression of its goal: both from 0 to 2^53-1.
+    :cvar statuses: rows of sectors of these take part.
+    :cvar counts: what the result calls the rows that changed, and those of them that are now at all of their goals.
+    :cvar message: of the notice where there are any of these, with ``{}`` for how many.
+    :param batch_rows: see :data:`BATCH_ROWS`.
+    """
+
+    rate: ClassVar[str]
+    table: ClassVar[str]
+    row_id: ClassVar[str]
+    goals: ClassVar[Mapping[str, str]]
+    statuses: ClassVar[tuple[str, ...]]
+    counts: ClassVar[tuple[str, str]]
+    message: ClassVar[str]
+
+    def __init__(self, batch_rows: int = BATCH_ROWS) -> None:
+        self._batch_rows = batch_rows
+
+    def run(self, txn: Cursor, run: JobRun) -> Outcome:
+        """Do the next batch; after the last one tell how many rows have arrived, if any have."""
+        txn = own(txn)
+        changed, arrived = self.counts
+        state = run.state or {"rate": run.setting(self.rate), "after": 0, changed: 0, arrived: 0}
+        txn.execute(self._statement(), {**state, "statuses": list(self.statuses), "batch_rows": self._batch_rows})
+        rows, last, *counted = txn.fetchone() or ()
+        done = {name: state[name] + count for name, count in zip(self.counts, counted, strict=True)}
+        if rows == self._batch_rows:
+            return Unfinished({**state, **done, "after": last})
+        if done[arrived]:
+            message = self.message.format(done[arrived])
+            notice = {"scope": "global", "message": message, "severity": "info", "ttl_s": TTL_S}
+            run.emit("notice.publish", run.key, notice)
+        return done
+
+    def _statement(self) -> str:
+        """Write the statement of a batch; every name in it is a constant of the class."""
+        row_id = self.row_id
+        drifts = ", ".join(f"{value} = {_drift(value, goal)}" for value, goal in self.goals.items())
+        is_away = f"({', '.join(self.goals)}) <> ({', '.join(self.goals.values())})"
+        # Values are read where they are set: of a row that another transaction has just changed, those that it has now.
+        return (
+            f"with batch as (select {row_id} as id from {self.table} where {row_id} > %(after)s"  # noqa: S608
+            f" order by {row_id} limit %(batch_rows)s),"
+            f" changed as (update {self.table} r set {drifts} from sectors s where r.{row_id} > %(after)s"
+            f" and r.{row_id} <= (select max(id) from batch) and s.sector_id = r.sector_id"
+            f" and s.status = any(%(statuses)s) and %(rate)s > 0 and {is_away} returning {is_away} as is_away)"
+            " select (select count(*) from batch), (select max(id) from batch), count(*),"
+            " count(*) filter (where not is_away) from changed"
+        )
+
+
+def _drift(value: str, goal: str) -> str:
+    """Give the expression of a value that has drifted; SQL divides toward zero.
+
+    Nothing overflows: the way times the rate is 2^53 times 1000 at most, and a ``bigint`` goes to 2^63.
+    """
+    way = f"({goal} - {value})"
+    return f"{value} + ({way} * %(rate)s + case when {way} < 0 then -999 else 999 end) / 1000"

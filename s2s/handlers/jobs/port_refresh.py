@@ -1,0 +1,22 @@
+"""``port_refresh``: trade evens out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from s2s.handlers.jobs.drift import DriftJob
+
+
+class PortRefresh(DriftJob):
+    """Brings stock and price of each port nearer to their base; ports of a ``port_closed`` sector rest."""
+
+    job_type = "port_refresh"
+    schedule = "every:10s"
+    rate = "job.port_refresh.rate_permille"
+    table = "ports"
+    row_id = "port_id"
+    goals: ClassVar[Mapping[str, str]] = {"stock": "base_stock", "price": "base_price"}
+    statuses = ("fedspace", "neutral")
+    counts = ("moved", "at_base")
+    message = "Ports that are back at their usual stock and price: {}"

@@ -1,0 +1,42 @@
+"""``admin.config.set.v1``: give a setting a value."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from s2s.errors import BadPayload, NotFound, OperatorError
+from s2s.handlers.jobs import Outcome
+from s2s.handlers.orders.handler import OrderHandler, OrderRun
+from s2s.protocol.settings import Value
+from s2s.store.access import Access
+from s2s.store.cursor import own
+from s2s.store.driver import Cursor
+from s2s.store.tables import config
+
+
+class ConfigSet(OrderHandler):
+    """Sets a value, which every process is told of at once."""
+
+    rpc: ClassVar[str] = "admin.config.set.v1"
+    access: ClassVar[Access] = "admin"
+
+    def run(self, txn: Cursor, order: OrderRun) -> Outcome:
+        """Come to the version that is in force, and whether this order made it."""
+        return set_value(own(txn), order.params["key"], order.params["value"], order.actor)
+
+
+def set_value(txn: Cursor, key: str, value: Value, actor: str, at: str = "/payload") -> dict[str, Any]:
+    """Give a setting a value.
+
+    :param at: where the two stand in the request.
+    :raises NotFound: there is no such setting.
+    :raises BadPayload: it cannot have this value.
+    """
+    if not config.exists(txn, key):
+        raise NotFound(f"there is no setting {key!r}: see s2s config list", path=f"{at}/key")
+    try:
+        version = config.change(txn, key, value, actor)
+    except OperatorError as error:
+        raise BadPayload(str(error), path=f"{at}/value") from None
+    in_force = config.read(txn).version if version is None else version
+    return {"key": key, "value": value, "version": in_force, "changed": version is not None}

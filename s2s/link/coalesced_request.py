@@ -1,0 +1,84 @@
+"""Requests that a server sends to its engines whenever there is occasion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+from weakref import WeakKeyDictionary, WeakSet
+
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from s2s.errors import NotReady, Refused, S2SError, UnsupportedType
+from s2s.link.connection import Link
+from s2s.runtime.clock import Clock
+
+#: The longest pause that an engine may ask for, in seconds: other occasions come.
+_LONGEST_PAUSE_S: Final = 10.0
+
+
+class CoalescedRequest:
+    """One kind of request: however many occasions there are, one is under way on a link, and one more is to follow.
+
+    :param payload: gives the payload for an engine; ``None``: there is nothing to tell it.
+    :param done: called with a link and the engine's answer: whether to run again at once.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        type: str,
+        payload: Callable[[Link], Mapping[str, Any] | None],
+        done: Callable[[Link, Mapping[str, Any]], bool],
+        clock: Clock,
+    ) -> None:
+        self._type = type
+        self._payload = payload
+        self._done = done
+        self._clock = clock
+        self._running: dict[Link, bool] = {}
+        self._unserved: WeakSet[Link] = WeakSet()
+        self._told: WeakKeyDictionary[Link, str] = WeakKeyDictionary()
+
+    def run_all(self, links: Iterable[Link]) -> None:
+        """There is occasion to ask all of these engines."""
+        for link in list(links):
+            self.run(link)
+
+    def run(self, link: Link) -> None:
+        """There is occasion to ask this engine."""
+        if link in self._running:
+            self._running[link] = True
+            return
+        payload = self._payload(link)
+        if payload is None or not link.session.is_open or link in self._unserved:
+            return
+        self._running[link] = False
+        running = link.call(self._type, payload)
+        running.addCallbacks(self._succeeded, self._failed, callbackArgs=(link,), errbackArgs=(link,))
+        running.addErrback(lambda failure: self.log.failure("an errand stumbled", failure))
+
+    def _succeeded(self, answer: dict[str, Any], link: Link) -> None:
+        may_have_missed = self._running.pop(link)
+        self._told.pop(link, None)
+        if self._done(link, answer) or may_have_missed:
+            self.run(link)
+
+    def _failed(self, failure: Failure, link: Link) -> None:
+        failure.trap(S2SError)
+        error = failure.value
+        may_have_missed = self._running.pop(link)
+        is_early = isinstance(error, Refused) and error.code == NotReady.code
+        if link.session.is_open and not is_early and self._told.get(link) != str(error):
+            # A line for each reason, and not for each try.
+            self._told[link] = str(error)
+            self.log.warn("{link}: {type} failed: {why}", link=link, type=self._type, why=str(error))
+        if isinstance(error, Refused) and error.code == UnsupportedType.code:
+            # Said once; a peer may do without.
+            self._unserved.add(link)
+        elif isinstance(error, Refused) and error.retryable and error.retry_after_ms is not None:
+            pause_s = min(error.retry_after_ms / 1000, _LONGEST_PAUSE_S)
+            self._clock.scheduler.callLater(pause_s, self.run, link)
+        elif may_have_missed:
+            self.run(link)

@@ -1,0 +1,596 @@
+"""One link on a transport: frames, timers, backpressure, calls (docs/protocol.rst, "Framing" and "The life of a link").
+
+What may come and go is decided in :mod:`s2s.protocol.session` and :mod:`s2s.link.dispatcher`; this module moves the
+bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from typing import Any, Final, Protocol
+
+from twisted.internet import defer
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionClosed
+from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
+from twisted.protocols.basic import Int32StringReceiver
+from twisted.python.failure import Failure
+from ulid_transform import ulid_now
+
+from s2s.errors import (
+    BY_CODE,
+    AuthBad,
+    CallError,
+    CanonicalError,
+    DeadlinePassed,
+    InvalidPayload,
+    LineFull,
+    LinkLost,
+    LocalError,
+    NoSigningKey,
+    Refused,
+    TooBigToSend,
+    TooLarge,
+    TsSkew,
+    WireError,
+    harmless,
+)
+from s2s.link.certificate_dates import why_invalid
+from s2s.link.dispatcher import Dispatcher, KeySource, Refusal, Reply, Request, UnknownKey, UnsignedError
+from s2s.link.inbound import InboundRequests
+from s2s.link.read_pause import ReadPause
+from s2s.link.strangers import Strangers
+from s2s.link.write_buffer import WriteBuffer
+from s2s.protocol import canonical, envelope
+from s2s.protocol.catalogue import ACK, BY_NAME, ERROR, ERROR_SCHEMA, HEALTH_CHECK
+from s2s.protocol.envelope import Envelope
+from s2s.protocol.limits import Counters
+from s2s.protocol.session import ALSO_PROVES, CHALLENGE, Event, Session, State
+from s2s.protocol.window import Call
+from s2s.runtime.budget import peer_network
+from s2s.runtime.clock import Clock, Timer, cancel
+from s2s.runtime.line_quota import MOST_TOLD, LineQuota
+
+#: An unacknowledged segment is given up after this many milliseconds (RFC 5482).
+_TCP_USER_TIMEOUT_MS: Final = 20_000
+#: A frame waits so long, in seconds, for the keys to be read again.
+_KEYS_S: Final = 3.0
+#: Why a link ended that neither side closed with a reason.
+_LOST: Final = "the connection was lost"
+#: After these answers a reconnect waits long: trying again soon cannot help.
+_SLOW_CODES: Final = frozenset({"forbidden", "ts_skew"})
+#: What the first bytes of other protocols are.
+_OTHERS: Final = {
+    b"HTTP": "HTTP",
+    b"GET ": "HTTP",
+    b"HEAD": "HTTP",
+    b"POST": "HTTP",
+    b"PUT ": "HTTP",
+    b"\x15\x03": "TLS",
+    b"\x16\x03": "TLS",
+}
+#: The cures of an engine that is connected to something else, and of two sides without a common key.
+_OTHER_PORT: Final = "see whether this is the port on which a server listens for engines"
+#: The two ends of a link disagree about TLS.
+_NO_TLS_HERE: Final = "the server listens without TLS, and the engine connects with it: see --listen ssl: and --connect"
+_NO_TLS_THERE: Final = "where the server listens with TLS, the engine needs --connect tls:HOST:PORT"
+_SAME_KEY: Final = "both sides need one key with one secret, see s2s keys list and s2s keys add --secret-file"
+
+
+class LinkEvents(Protocol):
+    """Who is told of a link's life."""
+
+    def link_made(self, link: Link) -> None:
+        """The transport is there; nothing is known of the peer."""
+
+    def link_proven(self, link: Link) -> None:
+        """The peer answered our health check; ``link.peer`` holds what it said of itself."""
+
+    def link_lost(self, link: Link) -> None:
+        """The link is gone; ``link.why`` says why."""
+
+
+class Link(Int32StringReceiver):
+    """One link, of either role.
+
+    :param events: told of the link's life.
+    :ivar peer: the payload of the peer's latest ``s2s.health.ack``; empty until there is one.
+    :ivar is_slow: whether a reconnect must wait long (protocol, "Reconnecting").
+    :ivar why: why it ended, for the log.
+    :ivar has_told: the log has said so already.
+    :ivar late_ack: called with the link and the payload of an ``s2s.ack`` that no request waits for any more.
+    """
+
+    log = Logger()
+    transport: Any
+
+    def __init__(
+        self,
+        session: Session,
+        dispatcher: Dispatcher,
+        keys: KeySource,
+        clock: Clock,
+        events: LinkEvents,
+        counters: Counters,
+        strangers: Strangers,
+    ) -> None:
+        self.session = session
+        self.MAX_LENGTH = session.bounds.frame_size
+        self.peer: Mapping[str, Any] = {}
+        self.is_slow = False
+        self.why = _LOST
+        self.has_told = False
+        self.late_ack: Callable[[Link, Mapping[str, Any]], object] = lambda *_: None
+        self._dispatcher = dispatcher
+        self._keys = keys
+        self._clock = clock
+        self._events = events
+        self._counters = counters
+        self._strangers = strangers
+        #: By what the peer is counted among others.
+        self.network = ""
+        #: Bytes that came, until a frame was valid; and how many times they wait to be taken.
+        self._strange_bytes = 0
+        self._waits = 0
+        #: The ``key_id`` that we signed with last.
+        self._signed_by = ""
+        self._write_buffer: WriteBuffer
+        self._frames = 0
+        #: A chunk is being taken, and more frames of it may follow.
+        self._is_in_chunk = False
+        self._lines = LineQuota(clock.scheduler, self._tell_of_frames, MOST_TOLD)
+        self._read_pause = ReadPause(self, session, clock)
+        self._timer: Timer | None = None
+        #: When it comes, in monotonic seconds.
+        self._alarm = float("inf")
+        self._answers = InboundRequests(
+            session, dispatcher.responders, clock, counters, self._read_pause, self._send_reply, self._refuse
+        )
+
+    # --- the transport ----------------------------------------------------------------------------------------------
+
+    def connectionMade(self) -> None:
+        """Challenge the peer (protocol, "Challenge")."""
+        self._tune()
+        self.network = peer_network(self.transport)
+        self._write_buffer = WriteBuffer(self.transport)
+        self._events.link_made(self)
+        if self.session.is_open:
+            challenge = self.call(HEALTH_CHECK, {}, timeout=self.session.timing.proof)
+            challenge.addErrback(self._challenge_failed)
+
+    def _tune(self) -> None:
+        with contextlib.suppress(AttributeError):  # no TCP
+            self.transport.setTcpNoDelay(True)
+            self.transport.setTcpKeepAlive(True)
+        handle = getattr(self.transport, "getHandle", lambda: None)()
+        if isinstance(handle, socket.socket) and handle.family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(OSError, AttributeError):  # not on this system
+                handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _TCP_USER_TIMEOUT_MS)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take a chunk; a link that is closing takes nothing more (twisted#8105)."""
+        if not self.session.is_open:
+            return
+        if data and not self.session.has_been_heard:
+            self._take_in_turn(data)
+        before = self._frames
+        end = 4 + int.from_bytes(data[:4], "big")
+        if len(data) == end <= 4 + self.MAX_LENGTH and not self.paused and not self.recvd:
+            # One whole frame, as it comes where there is little to do: nothing to cut and nothing to keep.
+            self.stringReceived(data[4:])
+        else:
+            self._is_in_chunk = True
+            try:
+                super().dataReceived(data)  # type: ignore[no-untyped-call]
+            finally:
+                self._is_in_chunk = False
+            if not self.session.held:
+                self._write_buffer.flush()
+        if self.session.is_open:
+            mono = self._clock.mono()
+            self.session.partial(mono, bool(self.recvd), self._frames != before)
+            if self._alarm > mono + self.session.timing.soonest:
+                self._arm()
+
+    def _take_in_turn(self, data: bytes) -> None:
+        """Stop reading, and taking what was read, until a stranger's bytes have their turn."""
+        before, self._strange_bytes = self._strange_bytes, self._strange_bytes + len(data)
+        if not self._strangers.may_take(self.network, before, data, lambda: self.session.is_open, self._have_turn):
+            self._waits += 1
+            self._read_pause.pause("stranger")
+
+    def _have_turn(self) -> None:
+        # TLS may hand over several pieces of one read.
+        self._waits -= 1
+        if not self._waits:
+            self._read_pause.resume("stranger")
+
+    def may_tell(self, why: str) -> bool:
+        """Whether the log has a line of its own for what happened to this link: of a stranger's it has few.
+
+        One who connects and goes without a word, as a probe of the port does, is not told of at all.
+        """
+        if self.session.has_been_heard or self.session.role == "engine":
+            return True
+        return (self._strange_bytes > 0 or why != _LOST) and self._strangers.may_tell(why)
+
+    def _may_tell_of_frame(self, why: str) -> bool:
+        return self.may_tell(why) and self._lines.may_tell(why)
+
+    def _tell_of_frames(self, untold: Mapping[str, int]) -> None:
+        told = ", ".join(f"{count} {why}" for why, count in untold.items())
+        self.log.warn("{peer}: refused more frames: {told}", peer=self, told=told)
+
+    def lengthLimitExceeded(self, length: int) -> None:
+        """Refuse a frame by its prefix, before its body is buffered."""
+        self._counters.meet("frame_size")
+        self._refuse(Refusal(TooLarge(limit=self.MAX_LENGTH)), self._what_it_speaks(length.to_bytes(4, "big")))
+
+    def _what_it_speaks(self, first: bytes) -> str:
+        # A frame that is too long for us alone begins with 0.
+        if self._frames or first[0] == 0:
+            return ""
+        spoken = next((name for start, name in _OTHERS.items() if first.startswith(start)), "another protocol")
+        if self.session.role == "engine":
+            return f": it begins with {first!r} and speaks {spoken}: {_OTHER_PORT}"
+        return f": it begins with {first!r} and speaks {spoken}{f': {_NO_TLS_HERE}' if spoken == 'TLS' else ''}"
+
+    def stringReceived(self, string: bytes) -> None:
+        """Take one frame."""
+        self._frames += 1
+        # Frames of the same chunk still come after one that closed the link.
+        if self.session.is_open:
+            self._counters.frames_in += 1
+            self._handle_frame(string)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """Fail every call that waits: of what was sent the outcome is unknown."""
+        if self.session.is_open and not reason.check(ConnectionClosed):
+            # TLS refused the peer, or the peer us: the next try would go the same way.
+            self.is_slow = True
+            self.why = f"TLS failed: {harmless(reason.getErrorMessage())}"
+            if "certificate verify failed" in self.why:
+                chain = self.transport.getHandle().get_verified_chain(as_cryptography=True) or []
+                why = why_invalid(chain, datetime.fromtimestamp(self._clock.now(), timezone.utc))
+                self.why += f": {why}" if why else ""
+            elif "wrong version number" in self.why:
+                self.why += f": {_NO_TLS_HERE if self.session.role == 'engine' else _NO_TLS_THERE}"
+        elif self.session.role == "engine" and self.why == _LOST and not self._frames:
+            self.why = f"{_LOST} before a frame came: {_NO_TLS_THERE}"
+        self.session.move(Event.LOST)
+        self._fail_calls()
+        self._lines.stop()
+        self._cancel_timer()
+        self._answers.notify_if_idle()
+        self._events.link_lost(self)
+
+    def close(self, why: str) -> None:
+        """Stop reading now, flush what was written for a short while, then cut."""
+        is_unproven = self.session.state is State.CHALLENGING
+        if not self.session.move(Event.CLOSE):
+            return
+        # Closed before our challenge was answered: by whatever cause, the next try would go the same way.
+        self.is_slow |= is_unproven
+        self.why = why
+        self._fail_calls()
+        self._cancel_timer()
+        self._write_buffer.finish()
+        self.transport.loseConnection()
+        self._timer = self._clock.scheduler.callLater(self.session.timing.flush, self._not_flushed)
+
+    def abort(self, why: str) -> None:
+        """Cut the link at once."""
+        if self.session.is_open:
+            self.close(why)
+        self._cut()
+
+    def _not_flushed(self) -> None:
+        self._counters.meet("flush")
+        self._cut()
+
+    def _cut(self) -> None:
+        self.transport.abortConnection()
+
+    def quiet(self) -> Deferred[None]:
+        """Wait until no request of the peer waits for our answer, or the link is gone."""
+        return self._answers.quiet()
+
+    def _fail_calls(self) -> None:
+        for call in self.session.calls.fail_all():
+            call.waiter.errback(LinkLost(f"the link ended: {self.why}"))
+
+    # --- what comes in ----------------------------------------------------------------------------------------------
+
+    def _handle_frame(self, frame: bytes, unknown: UnknownKey | None = None) -> None:
+        outcome = self._dispatcher.receive(frame, self.session, unknown)
+        match outcome:
+            case Request():
+                self._answers.serve(outcome)
+            case Reply(call=None):
+                self._counters.orphan_replies += 1
+                self.log.debug("{peer}: dropped a reply that nobody awaits", peer=self)
+                self._unawaited(outcome.envelope)
+            case Reply():
+                self._settle(outcome)
+            case Refusal():
+                self._refuse(outcome)
+            case UnknownKey():
+                self._read_pause.pause("keys")
+                reading = (
+                    self._keys.refresh()
+                    .addTimeout(_KEYS_S, self._clock.scheduler)
+                    .addBoth(lambda _: self._retry_frame(frame, outcome))
+                )
+                reading.addErrback(self._on_unexpected_error)
+            case UnsignedError():
+                self._unsigned_error(outcome)
+
+    def _retry_frame(self, frame: bytes, unknown: UnknownKey) -> None:
+        if self.session.is_open:
+            self._handle_frame(frame, unknown)
+            self._read_pause.resume("keys")
+
+    def _on_unexpected_error(self, failure: Failure) -> None:
+        self.log.failure("{peer}: a frame could not be judged", failure, peer=self)
+        self.abort("an error of ours")
+
+    def _unawaited(self, got: Envelope) -> None:
+        """Hand a late answer over; believe a refusal of the whole link so far as to come back later."""
+        if got.type == ACK:
+            self.late_ack(self, got.payload)
+            return
+        if got.type != ERROR or got.ack_of is not None or not ERROR_SCHEMA.is_valid(got.payload):
+            return
+        if got.payload["code"] in _SLOW_CODES:
+            self._counters.errors_in[got.payload["code"]] += 1
+            self.is_slow = True
+            self.why = f"the peer refuses the link: {harmless(got.payload['message'])}"
+
+    def dismiss(self, error: WireError, why: str) -> None:
+        """Close the link with an error that answers no request (protocol, "Identity").
+
+        :param why: what the log says.
+        """
+        if self.session.is_open:
+            self._counters.errors_out[error.code] += 1
+            self._send(ERROR, self._error_body(error), ulid_now())
+            self.close(why)
+
+    def _refuse(self, refusal: Refusal, more: str = "") -> None:
+        """Refuse a frame.
+
+        :param more: what the log says beside it.
+        """
+        error = refusal.error
+        self._counters.errors_out[error.code] += 1
+        if not error.passing and self._may_tell_of_frame(error.code):
+            if refusal.key_id is not None:
+                more = f": {self._why_not_verified(refusal.key_id)}; {_SAME_KEY}"
+            text = error.message
+            self.log.warn("{peer}: refused, {code}: {text!r}{more}", peer=self, code=error.code, text=text, more=more)
+        if refusal.is_answered:
+            self._send(ERROR, self._error_body(error), ulid_now(), refusal.ack_of, is_signed=error.signed)
+        if error.closes:
+            self.has_told = True
+            if isinstance(error, TsSkew):
+                self._counters.meet("ts_skew")
+            self.close(f"we refused a frame with {error.code}")
+
+    def _why_not_verified(self, key_id: str) -> str:
+        why = self._keys.keyring.why_inactive(key_id, self._clock.now())
+        if why is None:
+            return f"the MAC of the key {key_id} is wrong: its secret differs from ours, or the frame was changed"
+        return f"the key {key_id} {why}"
+
+    def _error_body(self, error: WireError) -> bytes:
+        try:
+            body = canonical.dumps(error.payload(), envelope.PAYLOAD_DEPTH)
+            if envelope.size(ERROR, body) <= self.session.max_frame:
+                return body
+        except CanonicalError as mistake:
+            self.log.error("details of {code} cannot be said: {mistake}", code=error.code, mistake=str(mistake))
+        # The code is what the peer must have.
+        return canonical.dumps({"code": error.code, "message": error.code, "details": {"retryable": error.retryable}})
+
+    def _unsigned_error(self, outcome: UnsignedError) -> None:
+        # Anyone on the way can write one: it is told, counted, and believed only so far as to come back later.
+        self._counters.unsigned_errors += 1
+        self.is_slow = True
+        said = outcome.payload if ERROR_SCHEMA.is_valid(outcome.payload) else {}
+        code = said["code"] if isinstance(said, dict) and said else "?"
+        if self._may_tell_of_frame("unsigned errors"):
+            more = f": it does not accept our key {self._signed_by}; {_SAME_KEY}" if code == AuthBad.code else ""
+            self.log.warn("{peer}: an unsigned error says {code!r}{more}", peer=self, code=code[:64], more=more)
+        if self.session.unsigned_error():
+            self._counters.meet("unsigned_errors")
+            self.close("unsigned errors came")
+
+    # --- what goes out ----------------------------------------------------------------------------------------------
+
+    def call(self, type: str, payload: Mapping[str, Any], timeout: float | None = None) -> Deferred[dict[str, Any]]:
+        """Send a request and wait for its reply.
+
+        :param type: a type that our role may send (docs/protocol.rst, "Catalogue").
+        :param timeout: seconds, the wait for the window included; 3 s if left out.
+        :returns: fires with the reply's payload, or fails with a :class:`~s2s.errors.CallError` (``Refused``,
+            ``BadReply``, ``UnknownOutcome``) or, with nothing written, with a :class:`~s2s.errors.LocalError`.
+        """
+        message = BY_NAME[type]
+        if not self.session.is_open:
+            return defer.fail(LinkLost(f"the link ended: {self.why}"))
+        try:
+            if not message.request_schema.is_valid(payload):
+                path, text = message.request_schema.explain(payload) or ("/payload", "")
+                raise InvalidPayload(f"{type} at {path}: {text}")
+            body = canonical.dumps(payload, envelope.PAYLOAD_DEPTH)
+            size = envelope.size(type, body)
+            if size > self.session.max_frame:
+                raise TooBigToSend(size, self.session.max_frame)
+            patience = self.session.timing.call if timeout is None else timeout
+            waiter: Deferred[dict[str, Any]] = Deferred()
+            call = Call(message, body, size, self._clock.mono() + patience, waiter)
+            if self.session.calls.offer(call):
+                self._send_call(call)
+            else:
+                self._counters.meet("window")
+        except LocalError as error:
+            if isinstance(error, LineFull):
+                self._counters.meet("line")
+            return defer.fail()
+        if call.deadline < self._alarm:
+            self._arm()
+        return waiter
+
+    def _send_call(self, call: Call) -> None:
+        # Whoever could foresee a challenge could have it answered before it is made.
+        message_id = envelope.unguessable_id(int(self._clock.now() * 1000)) if call.message is CHALLENGE else ulid_now()
+        body = self.session.calls.sent(call, message_id)
+        # Alone on its way: the peer has nothing to do before it has this one.
+        self._send(call.message.name, body, message_id, is_urgent=self.session.calls.in_flight == 1)
+
+    def _send_line(self) -> None:
+        while self.session.is_open and (call := self.session.calls.next_in_line()) is not None:
+            self._send_call(call)
+
+    def _send(
+        self,
+        type: str,
+        body: bytes,
+        message_id: str,
+        ack_of: str | None = None,
+        *,
+        is_signed: bool = True,
+        is_urgent: bool = False,
+    ) -> None:
+        role, now = self.session.role, self._clock.now()
+        try:
+            key = self._keys.keyring.signer(role, now) if is_signed else None
+        except NoSigningKey as error:
+            self.log.error("{peer}: {error}", peer=self, error=str(error))
+            self.close("no key may sign")
+            return
+        if key is not None:
+            self._signed_by = key.key_id
+        frame = envelope.seal(
+            id=message_id,
+            ts=self.session.stamp(now),
+            src=role,
+            dst=self.session.peer_role,
+            type=type,
+            body=body,
+            key=key,
+            ack_of=ack_of,
+        )
+        self._counters.frames_out += 1
+        self._write_buffer.write(len(frame).to_bytes(4, "big") + frame, is_urgent)
+        if self._write_buffer.waiting_bytes > self.session.bounds.write_bytes:
+            self._counters.meet("write_buffer")
+            self.abort("the peer does not read")
+
+    def _send_reply(self, type: str, body: bytes, ack_of: str) -> None:
+        # Nor has a peer that waits for nothing more; what answers a chunk goes together at its end.
+        is_urgent = not (self.session.held or self._is_in_chunk)
+        self._send(type, body, ulid_now(), ack_of, is_urgent=is_urgent)
+
+    def _settle(self, reply: Reply) -> None:
+        call, outcome = reply.call, reply.outcome()
+        assert call is not None
+        refusal = outcome.code if isinstance(outcome, Refused) else None
+        if refusal is not None:
+            # A code that we do not know may be anything: it must not grow the count without end.
+            self._counters.errors_in[refusal if refusal in BY_CODE else "other"] += 1
+        # What stood in the way of one request stands in the way no more when another has passed.
+        self.is_slow = refusal in _SLOW_CODES
+        if call.message is CHALLENGE and (not isinstance(outcome, CallError) or refusal == ALSO_PROVES):
+            self._proven(reply.envelope.ts, outcome if isinstance(outcome, dict) else {})
+        elif call.message is CHALLENGE and isinstance(outcome, dict):
+            self.peer = outcome
+        self._send_line()
+        if isinstance(outcome, CallError):
+            call.waiter.errback(outcome)
+        else:
+            call.waiter.callback(outcome)
+
+    # --- proof and timers -------------------------------------------------------------------------------------------
+
+    def _proven(self, ts: int, said: dict[str, Any]) -> None:
+        limit = said.get("frame_size_limit")
+        if isinstance(limit, int):
+            self.session.announce(limit)
+        if self.session.prove(ts):
+            self.peer = said
+            self._events.link_proven(self)
+
+    def _challenge_failed(self, failure: Failure) -> None:
+        failure.trap(CallError, LocalError)
+        error = failure.value
+        if self.session.is_open and not (isinstance(error, Refused) and error.code == ALSO_PROVES):
+            self._give_up(f"our health check failed: {error}")
+
+    def _give_up(self, why: str) -> None:
+        is_mute = self.session.role == "engine" and not self._strange_bytes
+        self.close(f"{why}: nothing came at all: {_OTHER_PORT}" if is_mute else why)
+
+    def _arm(self) -> None:
+        if not self.session.is_open:
+            return
+        at = self.session.next_timer()
+        if at == float("inf"):
+            return
+        if self._timer is None or not self._timer.active():
+            self._alarm = at
+            self._timer = self._clock.scheduler.callLater(max(0.0, at - self._clock.mono()), self._tick)
+        elif at < self._alarm:
+            self._alarm = at
+            self._timer.reset(max(0.0, at - self._clock.mono()))
+
+    def _cancel_timer(self) -> None:
+        cancel(self._timer)
+
+    def _tick(self) -> None:
+        self._alarm = float("inf")
+        mono = self._clock.mono()
+        for call in self.session.calls.expire(mono):
+            self._counters.meet("call")
+            call.waiter.errback(DeadlinePassed(f"{call.message.name} was not answered in time"))
+        self._answers.expire(mono)
+        overdue = self.session.overdue(mono)
+        if overdue is not None:
+            self._counters.meet(overdue[0])
+            self._give_up(overdue[1])
+        elif self.session.wants_check(mono):
+            self._check()
+        self._send_line()
+        self._arm()
+
+    def _check(self) -> None:
+        check = self.call(HEALTH_CHECK, {}, timeout=self.session.timing.check)
+        check.addErrback(self._check_failed)
+
+    def _check_failed(self, failure: Failure) -> None:
+        # Any valid frame shows that the peer lives; a lost link has told why itself.
+        failure.trap(CallError, LocalError)
+        if failure.check(DeadlinePassed) and self.session.is_checking:
+            if self.session.missed():
+                self._counters.meet("silence")
+                self.abort(f"the peer left {self.session.timing.misses} health checks unanswered")
+            else:
+                self._check()
+
+    def __str__(self) -> str:
+        """Name the peer in log lines."""
+        name = self.peer.get("name") or self.session.peer_key_id or "a peer"
+        return f"{harmless(name)} at {self.address}"
+
+    @property
+    def address(self) -> str:
+        """Where the peer connects from."""
+        at = self.transport.getPeer() if self.transport is not None else None
+        host, port, name = (getattr(at, part, None) for part in ("host", "port", "name"))
+        return f"{host}:{port}" if host is not None else os.fsdecode(name or "a local socket")

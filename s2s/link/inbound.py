@@ -1,0 +1,126 @@
+"""The peer's requests on one link, and our answers (docs/protocol.rst, "Requests and replies", "Windows")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from ulid_transform import ulid_now
+
+from s2s.errors import DeadlineExceeded, InternalError, TooBigToSend, WireError
+from s2s.link.dispatcher import Refusal, Request, Responder
+from s2s.link.read_pause import ReadPause
+from s2s.protocol import canonical, envelope
+from s2s.protocol.limits import Counters
+from s2s.protocol.session import Held, Session, State
+from s2s.runtime.clock import Clock
+
+
+class InboundRequests:
+    """Has each request answered once, in time, and holds no more of them than its bounds.
+
+    :param reader: stops where too much is held.
+    :param send: writes a reply: its type, its payload's canonical bytes, and the ``id`` of the request.
+    :param refuse: answers with an error.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        session: Session,
+        responders: Mapping[str, Responder],
+        clock: Clock,
+        counters: Counters,
+        reader: ReadPause,
+        send: Callable[[str, bytes, str], None],
+        refuse: Callable[[Refusal], None],
+    ) -> None:
+        self._session = session
+        self._responders = responders
+        self._clock = clock
+        self._counters = counters
+        self._read_pause = reader
+        self._send = send
+        self._refuse = refuse
+        self._until_quiet: list[Deferred[None]] = []
+
+    def serve(self, request: Request) -> None:
+        """Have a request answered."""
+        answer: Mapping[str, Any] | Failure | Deferred[dict[str, Any]]
+        try:
+            answer = self._responders[request.message.name](request)
+        except Exception:
+            answer = Failure()
+        # After it: by now what it has asked for is on its way.
+        held = self._session.hold(request.message, request.envelope.id, request.size, self._clock.mono())
+        if isinstance(answer, Deferred):
+            answer.addBoth(self._answered, held)
+        else:
+            self._answered(answer, held)
+        if self._session.is_saturated:
+            self._counters.meet("held")
+            self._read_pause.pause("held")
+
+    def expire(self, mono: float) -> None:
+        """Refuse what has waited for too long; a later answer is dropped.
+
+        :param mono: monotonic seconds.
+        """
+        for held in self._session.unanswered(mono):
+            self._counters.meet("respond")
+            self._failed(Failure(DeadlineExceeded()), held)
+
+    def quiet(self) -> Deferred[None]:
+        """Wait until no request waits for its answer, or the link is gone."""
+        waiter: Deferred[None] = Deferred()
+        self._until_quiet.append(waiter)
+        self.notify_if_idle()
+        return waiter
+
+    def notify_if_idle(self) -> None:
+        """Tell who waits for it that nothing is held, or that the link is gone."""
+        if self._until_quiet and (not self._session.held or self._session.state is State.CLOSED):
+            waiters, self._until_quiet = self._until_quiet, []
+            for waiter in waiters:
+                # Not now: the last answer is still to be written.
+                self._clock.scheduler.callLater(0, waiter.callback, None)
+
+    def _answered(self, answer: Mapping[str, Any] | Failure, held: Held) -> None:
+        if isinstance(answer, Failure):
+            self._failed(answer, held)
+            return
+        try:
+            self._answer(answer, held)
+        except Exception:
+            self._failed(Failure(), held)
+
+    def _answer(self, payload: Mapping[str, Any], held: Held) -> None:
+        body = canonical.dumps(payload, envelope.PAYLOAD_DEPTH)
+        size = envelope.size(held.message.reply, body)
+        if size > self._session.max_frame:
+            raise TooBigToSend(size, self._session.max_frame)
+        if self._is_awaited(held):
+            self._send(held.message.reply, body, held.id)
+
+    def _failed(self, failure: Failure, held: Held) -> None:
+        error = failure.value
+        if not isinstance(error, WireError):
+            incident = ulid_now()
+            self.log.failure("incident {incident} in {type}", failure, incident=incident, type=held.message.name)
+            error = InternalError(incident=incident)
+        if self._is_awaited(held):
+            self._refuse(Refusal(error, held.id))
+
+    def _is_awaited(self, held: Held) -> bool:
+        """End a request that we hold: whether its answer, which comes next, is still awaited."""
+        is_awaited = self._session.release(held) and self._session.is_open
+        # What follows of this is a later turn's.
+        if self._until_quiet:
+            self.notify_if_idle()
+        if self._read_pause.is_stopped and not self._session.is_saturated:
+            self._read_pause.resume("held")
+        return is_awaited

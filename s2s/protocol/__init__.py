@@ -1,0 +1,1 @@
+"""The wire and the session rules: no I/O, no Twisted, no clock, no database."""

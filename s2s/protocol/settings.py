@@ -1,0 +1,89 @@
+"""The settings: what the table ``config`` holds from the start (docs/protocol.rst, "Configuration").
+
+To add one, add an entry to :data:`SETTINGS`; ``s2s db migrate`` puts it into the table. Whoever uses it asks
+:class:`s2s.roles.live_config.LiveConfig` for it, and is told of every change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+Value = str | int | bool
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    :param least: the least value of an integer, or length of a string.
+    :param most: the greatest.
+    """
+
+    key: str
+    default: Value
+    description: str
+    least: int | None = None
+    most: int | None = None
+
+    @property
+    def type(self) -> str:
+        """``string``, ``integer`` or ``boolean``."""
+        return {str: "string", int: "integer", bool: "boolean"}[type(self.default)]
+
+    @property
+    def number(self) -> int:
+        """The default of an integer setting."""
+        assert type(self.default) is int, self.key
+        return self.default
+
+
+SETTINGS: Final = (
+    Setting("server.sweep_interval_s", 10, "seconds between two sweeps of the broadcasts", 1, 3600),
+    Setting("executor.batch_size", 256, "commands that a worker runs in one transaction at most", 1, 4096),
+    Setting("commands.keep_days", 7, "days after which finished and cancelled commands are removed", 0, 3650),
+    Setting("commands.keep_dead_days", 90, "days after which dead commands are removed", 0, 3650),
+    Setting("commands.keep_key_days", 30, "days that an idem_key outlives its command's row", 1, 3650),
+    Setting("relay.window", 512, "commands that an engine has in flight at most", 1, 1024),
+    Setting("link.window", 1024, "requests that a side keeps unanswered on a link at most", 1, 1024),
+    Setting("link.window_kib", 4096, "KiB of frames that a side keeps unanswered on a link at most", 64, 4096),
+    Setting("link.call_s", 3, "seconds until a request without an answer has failed", 1, 30),
+    Setting("link.fresh_s", 300, "seconds that a request's ts may be off; a wider one opens second by second", 5, 900),
+    Setting("link.idle_s", 10, "seconds of silence after which the peer is asked for its health", 1, 30),
+    Setting("link.check_s", 3, "seconds until a health check counts as missed", 1, 30),
+    Setting("link.misses", 3, "missed health checks in a row after which a link is cut", 1, 10),
+    Setting("job.port_refresh.rate_permille", 100, "share of the way to its base that a port goes in a run", 0, 1000),
+    Setting("job.decay.rate_permille", 10, "share of its shields that a ship loses in a run", 0, 1000),
+)
+
+BY_KEY: Final = {setting.key: setting for setting in SETTINGS}
+
+
+def read_as(kind: str, text: str) -> Value | None:
+    """Read a value that was typed.
+
+    :param kind: ``string``, ``integer`` or ``boolean``.
+    :returns: ``None``: it is nothing of the kind.
+    """
+    if kind == "string":
+        return text
+    if kind == "boolean" and text in ("true", "false"):
+        return text == "true"
+    if kind == "integer" and text.removeprefix("-").isdecimal() and text.isascii() and len(text) <= 17:
+        return int(text)
+    return None
+
+
+def number(key: str) -> int:
+    """Give the default of an integer setting."""
+    return BY_KEY[key].number
+
+
+def value(values: Mapping[str, Value], key: str) -> Value:
+    """Return a setting's value, or the default of its definition where the table ``config`` has no row of it.
+
+    :param values: by key, as the table has them.
+    :raises KeyError: there is no such setting.
+    """
+    return values[key] if key in values else BY_KEY[key].default

@@ -1,0 +1,175 @@
+"""What both roles are made of, started and stopped in one order."""
+
+from __future__ import annotations
+
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from twisted.application import service
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+
+from s2s.errors import BY_CODE, one_line
+from s2s.link.factory import LinkFactory
+from s2s.protocol.identity import Identity
+from s2s.protocol.limits import Bounds, Counters
+from s2s.roles.live_config import LiveConfig
+from s2s.roles.live_keys import LiveKeys
+from s2s.roles.shutdown import Shutdown, refuse
+from s2s.runtime.clock import Clock
+from s2s.runtime.status_log import CounterSummary
+from s2s.runtime.watchdog import Watchdog
+from s2s.store.handler_pool import HandlerPool
+from s2s.store.listen import Listener
+from s2s.store.monitors.held_rows import TABLES
+from s2s.store.monitors.queue_watch import QueueWatch
+from s2s.store.monitors.row_watch import RowWatch
+from s2s.store.pool import Database
+from s2s.store.tables import config, keys
+
+#: Objects made and not freed until Python looks for cycles. By default it is 700: then a full window of pushes, which
+#: live as long as a COMMIT takes, would have it look all the time.
+_MADE: Final = 20_000
+#: Seconds between two lines about bounds that are met all the time: an attacker can see to that.
+_TOLD_S: Final = 60
+
+
+@dataclass
+class RoleDeps:
+    """What a role of either kind stands on; nothing of it is connected before the role starts.
+
+    :param url: the database's; it may hold a password.
+    :param handlers: the connections on which foreign code runs.
+    :param live_keys: the keys, read before the start.
+    :param live_config: the configuration, read before the start.
+    """
+
+    identity: Identity
+    url: str = field(repr=False)
+    clock: Clock
+    bounds: Bounds
+    counters: Counters
+    database: Database
+    handlers: HandlerPool
+    live_keys: LiveKeys
+    live_config: LiveConfig
+    lifetime: Shutdown
+
+
+class Role(service.Service, ABC):
+    """One process of either role.
+
+    :param hears: what to call when a channel of the database is notified, beside keys and configuration.
+    :ivar factory: makes the links; set by whoever inherits.
+    """
+
+    log = Logger()
+    factory: LinkFactory
+
+    def __init__(self, basis: RoleDeps, on_notify: Mapping[str, Callable[[], object]]) -> None:
+        self._identity = basis.identity
+        self._clock = basis.clock
+        self._counters = basis.counters
+        self._database = basis.database
+        self._handlers = basis.handlers
+        self._keys = basis.live_keys
+        self._config = basis.live_config
+        self._lifetime = basis.lifetime
+        self._lifetime.on_grace_expired = self._past_grace
+        self._config.watchers.append(lambda _: self._configure())
+        self._listener = Listener(
+            basis.url,
+            {keys.CHANNEL: self._keys.notify, config.CHANNEL: self._config.notify, **on_notify},
+            presence=self._identity.boot_id,
+            application_name=f"s2s-{self._identity.role} listen",
+        )
+        self._rows = RowWatch(self._database, self._clock, TABLES[self._identity.role])
+        self._watches = [QueueWatch(self._database, self._clock), self._rows]
+        self._watchdog = Watchdog(self._clock.scheduler)
+        self._digests = [
+            CounterSummary("bounds met", lambda: self._counters.met, self._clock, longest_s=_TOLD_S),
+            CounterSummary("refused", self._passing, self._clock),
+        ]
+
+    def startService(self) -> None:
+        """Start everything; an operator's mistake ends the process before anything runs."""
+        self._lifetime.watch()
+        self._open()
+        try:
+            self._start()
+        except Exception as error:
+            # The threads that run by now would keep a process alive that does nothing.
+            self.log.failure("the role cannot start")
+            refuse(one_line(error))
+        super().startService()  # type: ignore[no-untyped-call]
+
+    def _start(self) -> None:
+        self._database.start()
+        self._handlers.start()
+        self._configure()
+        self._keys.start()
+        self._config.start()
+        self._listener.start()
+        for watch in self._watches:
+            watch.start()
+        self._begin()
+        for digest in self._digests:
+            digest.start()
+        tune_gc()
+        self._watchdog.start()
+
+    def stopService(self) -> Deferred[None]:
+        """Take no more, finish what is in hand, then let the database go."""
+        super().stopService()  # type: ignore[no-untyped-call]
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        await self._drain()
+        for digest in self._digests:
+            digest.stop()
+        self._keys.stop()
+        self._config.stop()
+        await self._listener.stop()
+        for watch in self._watches:
+            await watch.stop()
+        await self._handlers.stop()
+        await self._database.stop()
+        self._watchdog.stop()
+        self._lifetime.ended()
+
+    def _open(self) -> None:
+        """Do what may be refused, first of all: it must leave no thread behind that would keep the process alive."""
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Start what stands on the database."""
+
+    @abstractmethod
+    async def _drain(self) -> None:
+        """Finish what is in hand, and close the links."""
+
+    @abstractmethod
+    def _past_grace(self) -> None:
+        """Cancel what still runs."""
+
+    @abstractmethod
+    def _configure(self) -> None:
+        """Put the configuration in force."""
+
+    def _passing(self) -> dict[str, int]:
+        """Give the refusals that are not told one by one."""
+        return {code: count for code, count in self._counters.errors_out.items() if BY_CODE[code].passing}
+
+    def _health(self, **more: Any) -> dict[str, Any]:
+        """Give what every health ack says of our condition."""
+        return {"config_version": self._config.version, **more}
+
+
+def tune_gc() -> None:
+    """Have Python's collector of cycles look seldom, and never again at what is there by now."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_MADE, *gc.get_threshold()[1:])

@@ -1,0 +1,90 @@
+"""The audit of what came over the link and changes no row whose trigger would tell (docs/protocol.rst, "Audit")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.logger import Logger
+
+from s2s.errors import BadPayload, DatabaseUnavailable, Forbidden, WireError
+from s2s.link.dispatcher import Request
+from s2s.protocol import canonical
+from s2s.protocol.catalogue import ORDERS
+from s2s.protocol.envelope import ID, Envelope
+from s2s.protocol.limits import Counters
+from s2s.store.driver import Cursor
+from s2s.store.pool import Database
+from s2s.store.tables import audit
+
+#: Entries that may wait while others are written: what is over is counted, and not written.
+MAX_WAITING: Final = 64
+
+#: What :func:`s2s.store.tables.audit.write` takes.
+_Entry = tuple[str, str, Mapping[str, Any], Mapping[str, Any], str]
+
+
+class AuditLog:
+    """Writes entries of the audit; nobody waits for them.
+
+    What cannot be written, because too much comes at once or the database is away, is counted.
+
+    :param name: the engine's: what a control request is done to.
+    """
+
+    log = Logger()
+
+    def __init__(self, database: Database, counters: Counters, name: str) -> None:
+        self._database = database
+        self._counters = counters
+        self._name = name
+        self._waiting: list[_Entry] = []
+        self._is_writing = False
+        self._writing: Deferred[None] = succeed(None)
+
+    def answered(self, request: Request, answer: Mapping[str, Any]) -> None:
+        """Tell of a control request and what it was answered."""
+        self._note((request.message.name, self._name, request.payload, answer, f"key:{request.key_id}"))
+
+    def refused(self, request: Envelope, key_id: str, error: WireError) -> None:
+        """Tell of an order that was refused at the door, by its schema or by its sender's role: it gets no row."""
+        if request.type not in ORDERS or not isinstance(error, (BadPayload, Forbidden)):
+            return
+        payload = request.payload
+        order_id = payload.get("order_id")
+        subject = order_id if type(order_id) is str and ID.fullmatch(order_id) else ""
+        result = {"status": "refused", "result": {"code": error.code, "message": error.message}}
+        self._note((request.type, subject, audit.cut(payload, canonical.dumps(payload)), result, f"key:{key_id}"))
+
+    def quiet(self) -> Deferred[None]:
+        """Wait until everything is written."""
+        return self._writing
+
+    def _note(self, entry: _Entry) -> None:
+        if len(self._waiting) >= MAX_WAITING:
+            self._counters.meet("audit")
+            return
+        self._waiting.append(entry)
+        if not self._is_writing:
+            self._is_writing = True
+            self._writing = Deferred.fromCoroutine(self._write())
+
+    async def _write(self) -> None:
+        """Write what waits, all at once, and again while more has come. Never fails."""
+        while self._waiting:
+            entries, self._waiting = self._waiting, []
+            try:
+                await self._database.run(_write, entries)
+            except Exception as error:
+                for _ in entries:
+                    self._counters.meet("audit")
+                # Of a database that is away the pool has told.
+                if not isinstance(error, DatabaseUnavailable):
+                    self.log.failure("entries of the audit were not written")
+        self._is_writing = False
+
+
+def _write(txn: Cursor, entries: Sequence[_Entry]) -> None:
+    for entry in entries:
+        audit.write(txn, *entry)

@@ -1,0 +1,41 @@
+"""What operators want of this engine (docs/protocol.rst, "s2s.engine.pause, s2s.engine.resume")."""
+
+from __future__ import annotations
+
+from s2s.roles.engine.state import EngineState
+from s2s.runtime.clock import Clock
+from s2s.runtime.status_log import status_log
+from s2s.store.pool import Database
+from s2s.store.refresher import Refresher
+from s2s.store.tables import engines
+
+
+class DesiredState:
+    """Keeps :attr:`s2s.roles.engine.state.Condition.wanted` as the table ``engines`` has it, whoever wrote it there.
+
+    :param name: the engine's.
+    """
+
+    def __init__(self, database: Database, clock: Clock, name: str, condition: EngineState) -> None:
+        self._database = database
+        self._name = name
+        self._condition = condition
+        self._refresher = Refresher(database, clock, engines.wanted, (name,), self._on_value)
+        self.start, self.stop = self._refresher.start, self._refresher.stop
+        self.notify = self._refresher.notify
+
+    async def set(self, state: str, reason: str, actor: str) -> None:
+        """Store what is wanted; when this returns it is durable and in force.
+
+        :param state: ``running`` or ``paused``.
+        :param actor: who wants it, for the audit.
+        :raises DatabaseUnavailable: it may or may not be stored.
+        """
+        await self._database.run(engines.want, self._name, state, reason, actor)
+        await self._refresher.read_now()
+
+    def _on_value(self, found: tuple[str, str]) -> None:
+        wanted, reason = found
+        before, self._condition.wanted = self._condition.wanted, wanted
+        if before != wanted and (before is not None or wanted == "paused"):
+            status_log.info("engine {state}: {reason!r}", state=self._condition.state, reason=reason)

@@ -1,0 +1,306 @@
+"""Running orders, each once, whichever way they come (docs/protocol.rst, "Orders")."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred, DeferredLock
+from twisted.logger import Logger
+
+from s2s.errors import (
+    BadPayload,
+    CanonicalError,
+    HandlerStuck,
+    InternalError,
+    Paused,
+    RowRefused,
+    ShuttingDown,
+    StatementRefused,
+    WireError,
+    harmless,
+    one_line,
+    storable,
+)
+from s2s.handlers.jobs import Unfinished, validate_outcome
+from s2s.handlers.orders import ForceTick, OrderHandler, OrderRun
+from s2s.protocol import canonical
+from s2s.protocol.catalogue import BY_NAME
+from s2s.roles.engine.state import EngineState
+from s2s.runtime.clock import Clock, cancel
+from s2s.runtime.status_log import status_log
+from s2s.store import sqlstate
+from s2s.store.driver import Cursor
+from s2s.store.handler_pool import HandlerPool, call
+from s2s.store.poll_loop import LeftOut, PollLoop
+from s2s.store.pool import Database
+from s2s.store.tables import orders
+from s2s.store.tables.jobs import SLICE_S
+from s2s.store.tables.orders import Order
+
+#: Seconds that an order of the table is left to the link, where there is one.
+PATIENCE_S: Final = 3.0
+#: Seconds that an order over the link is waited for, before it is answered that it is not over.
+ANSWER_S: Final = 1.5
+#: Orders run one after the other, as they were given. Where a step takes so many seconds, such as that of a job that
+#: hangs or waits for its own other run, a second line takes those orders meanwhile that run no job.
+STUCK_S: Final = 1.0
+LINES: Final = 2
+#: Attempts in a row that do not get on: their processes died, or the database spoilt them, by a deadlock for instance.
+MOST_ATTEMPTS: Final = 20
+
+
+class _Stopped(Exception):
+    """An order was refused, or has failed."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class OrderRunner:
+    """Runs orders step by step, those that wait longest first.
+
+    :param handlers: the connections on which orders run.
+    :param kinds: by RPC.
+    :param name: the engine's.
+    :param has_link: whether there is a proven link, over which orders may come.
+    :param emitted: called when there may be something new in the outbox.
+
+    :ivar over: orders ended here, by their status.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        database: Database,
+        handlers: HandlerPool,
+        clock: Clock,
+        kinds: Mapping[str, OrderHandler],
+        name: str,
+        condition: EngineState,
+        has_link: Callable[[], bool],
+        emitted: Callable[[], object],
+    ) -> None:
+        self._database = database
+        self._handlers = handlers
+        self._clock = clock
+        self._kinds = kinds
+        self._jobs = next((list(kind.jobs) for kind in kinds.values() if isinstance(kind, ForceTick)), None)
+        self._name = name
+        self._condition = condition
+        self._has_link = has_link
+        self._emitted = emitted
+        self._turns = PollLoop("the runner of orders", self._poll_once, clock.scheduler, LINES)
+        self._left_out = LeftOut("order", self._turns, clock.mono)
+        #: Those that came over a link are written down one after the other, so that none overtakes those before it.
+        self._writing = DeferredLock()
+        #: What is under way here, and since when.
+        self._in_hand: dict[str, float] = {}
+        #: Who waits for the end of an order that came over the link.
+        self._waiters: defaultdict[str, list[Deferred[None]]] = defaultdict(list)
+        self.over = dict.fromkeys(("done", "refused", "failed"), 0)
+
+    def start(self) -> None:
+        """Run orders from now on."""
+        self._turns.start()
+
+    def stop(self) -> Deferred[Any]:
+        """Begin no further step.
+
+        :returns: fires when those under way are finished.
+        """
+        stopped = self._turns.stop()
+        for order_id in list(self._waiters):
+            self._settle(order_id)
+        return stopped
+
+    def wake(self) -> None:
+        """There may be an order."""
+        self._turns.wake_all()
+
+    async def take(self, order_id: str, rpc: str, params: Mapping[str, Any], actor: str) -> Order:
+        """Take an order that came over the link: written down first, if nobody has.
+
+        :returns: what its row says when it is over, or after :data:`ANSWER_S`.
+        :raises IdemConflict: its row has other content.
+        :raises ShuttingDown: the engine drains, and the order is new.
+        :raises DatabaseError: it may or may not be written down.
+        """
+        if self._condition.is_draining:
+            # What it asks after is no new work.
+            known = await self._database.run(orders.known, order_id, rpc, params)
+            if known is None:
+                raise ShuttingDown("the engine is shutting down")
+            return known
+        order, _ = await self._writing.run(self._database.run, self._give, order_id, rpc, params, actor)
+        if not order.is_open or self._turns.is_stopping:
+            return order
+        waiter: Deferred[None] = Deferred()
+        self._waiters[order_id].append(waiter)
+        timer = self._clock.scheduler.callLater(ANSWER_S, self._settle, order_id)
+        self.wake()
+        await waiter
+        cancel(timer)
+        return await self._database.run(orders.find, order_id)
+
+    def _settle(self, order_id: str) -> None:
+        for waiter in self._waiters.pop(order_id, ()):
+            waiter.callback(None)
+
+    async def _poll_once(self, line: int) -> float | None:
+        """Do the steps of one order for :data:`s2s.store.tables.jobs.SLICE_S`, and at least one step.
+
+        :returns: seconds to sleep, see :class:`s2s.store.poll_loop.PollLoop`.
+        """
+        if self._condition.wanted is None or self._handlers.is_full:
+            return None
+        if line and not self._is_stuck():
+            return None
+        is_paused = self._condition.wanted == "paused"
+        rpcs = [rpc for rpc, kind in self._kinds.items() if not (line and kind.rests)]
+        resting = [rpc for rpc in rpcs if self._kinds[rpc].rests and is_paused]
+        patience_s = PATIENCE_S if self._has_link() else 0.0
+        others = [*self._in_hand, *self._left_out.keys()]
+        try:
+            order = await self._database.run(orders.attempt, rpcs, resting, others, patience_s, self._jobs)
+        except RowRefused as refused:
+            return self._left_out.add(refused.key, refused)
+        if order is None:
+            return None
+        until = self._clock.mono() + SLICE_S
+        while order is not None:
+            order_id = order.order_id
+            try:
+                order = await self._do(order, until)
+            except StatementRefused as refused:
+                return self._left_out.add(order_id, refused)
+        return 0.0
+
+    async def _do(self, order: Order, until: float) -> Order | None:
+        """Do one step.
+
+        :param until: when the caller looks for other orders.
+        :returns: the attempt of the next step, where it is ours.
+        """
+        rests = self._kinds[order.rpc].rests
+        is_paused = rests and self._condition.wanted == "paused"
+        # Paused, or stopping, while we looked.
+        if (is_paused and order.status == "running") or self._turns.is_stopping:
+            await self._database.run(orders.release, order)
+            return None
+        self._in_hand[order.order_id] = self._clock.mono()
+        is_stuck = False
+        try:
+            with self._condition.job() if rests and not is_paused else nullcontext():
+                after = await self._handlers.run(self._step, order, is_paused, until)
+        except HandlerStuck as stuck:
+            is_stuck = True
+            # It begins here no more while its thread lives.
+            stuck.task.on_return = lambda: self._in_hand.pop(order.order_id, None)
+            await self._handlers.end(stuck.task)
+            self.log.error("order {order_id} is stuck: {why}", order_id=order.order_id, why=str(stuck))
+            after = await self._database.run(self._end, order, stuck, True)
+        # Refused: by the COMMIT, at which deferred constraints are checked.
+        except (_Stopped, StatementRefused) as stopped:
+            error = stopped.error if isinstance(stopped, _Stopped) else stopped
+            after = await self._database.run(self._end, order, error)
+        finally:
+            if not is_stuck:
+                del self._in_hand[order.order_id]
+        if after is None:
+            return None
+        self._tell(order, after)
+        return after if after.is_open and after.retry_at is not None else None
+
+    def _is_stuck(self) -> bool:
+        return any(self._clock.mono() >= since + STUCK_S for since in self._in_hand.values())
+
+    def _tell(self, before: Order, after: Order) -> None:
+        self._emitted()
+        if after.is_open and before.status == after.status:
+            return
+        if not after.is_open:
+            self.over[after.status] += 1
+            self._settle(after.order_id)
+        told = ", ".join(f"{name} {value}" for name, value in (after.result or {}).items() if name != "details")
+        told = f": {harmless(told)}" if told else ""
+        status_log.info(
+            "order {order_id} {rpc} by {actor!r}: {status}{told}",
+            order_id=after.order_id,
+            rpc=after.rpc,
+            actor=after.actor,
+            status=after.status,
+            told=told,
+        )
+
+    # --- in a thread of the pool ---------------------------------------------------------------------------------
+
+    def _give(self, txn: Cursor, order_id: str, rpc: str, params: Mapping[str, Any], actor: str) -> tuple[Order, bool]:
+        return orders.give(txn, order_id, rpc, params, actor, by_link=True)
+
+    def _step(self, txn: Cursor, order: Order, is_paused: bool, until: float) -> Order | None:
+        """Do a step in the transaction that stores it.
+
+        :param until: see :meth:`_do`.
+        :returns: the order as it is then; ``None``: it is another engine's by now.
+        :raises _Stopped: it is refused, or has failed.
+        """
+        place = orders.hold(txn, order)
+        if place is None:
+            return None
+        run = OrderRun(order.order_id, order.params, order.actor, order.created_at, order.state)
+        try:
+            self._check(order, is_paused)
+            # It tells when a job has ended the transaction, or has swallowed the error of a statement.
+            with self._handlers.foreign(txn, f"order {order.order_id}, {order.rpc}") as cursor:
+                outcome = validate_outcome(call(self._kinds[order.rpc].run, cursor, run))
+        # BaseException: in this thread a SystemExit is a job's own, and nobody else's. A connection that is lost, or a
+        # process that stops, is made something else of by the pool.
+        except BaseException as error:
+            meaning = sqlstate.of(error)
+            if meaning.passes or meaning.fault != "statement":
+                raise
+            raise _Stopped(error) from None
+        if isinstance(outcome, Unfinished):
+            return orders.go_on(txn, order, place, outcome.state, self._name, self._clock.mono() < until)
+        orders.finish(txn, order, "done", outcome, self._name)
+        return orders.find(txn, order.order_id)
+
+    def _end(self, txn: Cursor, order: Order, error: BaseException, waits: bool = False) -> Order | None:
+        """Store that an order is refused, where nothing of it was done, or else that it has failed.
+
+        :param waits: wait for a session of ours that still ends.
+        """
+        if orders.hold(txn, order, waits) is None:
+            return None
+        # What is internal says nothing against the order.
+        is_refusal = isinstance(error, WireError) and error.code != InternalError.code and order.status == "queued"
+        orders.finish(txn, order, "refused" if is_refusal else "failed", _why(error), self._name)
+        return orders.find(txn, order.order_id)
+
+    def _check(self, order: Order, is_paused: bool) -> None:
+        """Refuse what may not run; a row may have been written by any hand."""
+        try:
+            canonical.dumps(order.params)
+        except CanonicalError as error:
+            raise BadPayload(str(error)) from None
+        BY_NAME[order.rpc].request_schema.check({**order.params, "order_id": order.order_id})
+        if is_paused:
+            raise Paused("the engine is paused: resume it first")
+        if order.attempts > MOST_ATTEMPTS:
+            raise InternalError(f"it has not got on in {MOST_ATTEMPTS} attempts: processes died, or the database did")
+
+
+def _why(error: BaseException) -> Mapping[str, Any]:
+    """Say an error as the result of an order, such as can be stored, sent and shown."""
+    said = error if isinstance(error, WireError) else InternalError(one_line(error))
+    result = {"code": said.code, "message": storable(said.message)}
+    try:
+        validate_outcome(more := {**result, "details": said.details})
+    except Exception:  # a plug-in may have put anything there
+        return result
+    return more if said.details else result

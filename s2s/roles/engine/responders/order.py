@@ -1,0 +1,34 @@
+"""The admin RPCs (docs/protocol.rst, "Orders")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from s2s.errors import DatabaseError, DbUnavailable
+from s2s.link.dispatcher import Request
+from s2s.roles.engine.order_runner import OrderRunner
+
+
+class Order:
+    """Has an order run, and answers with what its row says."""
+
+    def __init__(self, runner: OrderRunner) -> None:
+        self._runner = runner
+
+    def __call__(self, request: Request) -> Deferred[dict[str, Any]]:
+        """Answer when it is over, and after two seconds at the latest."""
+        return Deferred.fromCoroutine(self._order(request))
+
+    async def _order(self, request: Request) -> dict[str, Any]:
+        # As it was sent: it is compared with its row.
+        payload = request.envelope.payload
+        params = {member: value for member, value in payload.items() if member != "order_id"}
+        order_id = payload["order_id"]
+        try:
+            order = await self._runner.take(order_id, request.message.name, params, f"key:{request.key_id}")
+        except DatabaseError:
+            raise DbUnavailable(retry_after_ms=1000) from None
+        is_well = order.status not in ("refused", "failed")
+        return {"ok": is_well, "order_id": order_id, "status": order.status, "result": order.result}

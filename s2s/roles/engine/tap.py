@@ -1,0 +1,52 @@
+"""``twistd s2s-engine``."""
+
+from __future__ import annotations
+
+import re
+import socket
+from typing import Any
+
+from twisted.logger import Logger
+
+from s2s.handlers.discovery import installed
+from s2s.roles.endpoints import client_endpoint
+from s2s.roles.engine import order_runner, scheduler
+from s2s.roles.engine.relay import Relay
+from s2s.roles.engine.service import Engine
+from s2s.roles.options import CONNECT, RoleOptions, make_basis, or_refuse, parameter
+
+#: Connections beside those of jobs and orders: relay, sweep, keys and configuration, audit, looks for work.
+_THREADS = 5
+
+_log = Logger()
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[!-~]{1,200}", text):
+        raise ValueError("a name has 1 to 200 printable ASCII characters and no space")
+    return text
+
+
+class Options(RoleOptions):
+    """The engine's options."""
+
+    process_name = "s2s-engine"
+    endpoints = (("connect", client_endpoint, CONNECT),)
+    optParameters = [
+        parameter("connect", CONNECT, "endpoint of the server"),
+        parameter("name", f"engine-{socket.gethostname()}"[:200], "what operators call this engine"),
+    ]
+    coercions = {"name": _name}
+
+
+def makeService(options: Options) -> Any:
+    """Make the engine's service; nothing is connected before it starts."""
+    return or_refuse(lambda: _make(options))
+
+
+def _make(options: Options) -> Any:
+    basis, [endpoint] = make_basis(options, "engine", options["name"], _THREADS, scheduler.LINES + order_runner.LINES)
+    found = installed()
+    for complaint in found.complaints:
+        _log.error("{complaint}", complaint=complaint)
+    return Engine(basis, endpoint, options["connect"], Relay(basis.database, basis.clock), found.jobs)

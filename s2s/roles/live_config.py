@@ -1,0 +1,69 @@
+"""The configuration in force in this process (docs/protocol.rst, "Configuration")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from twisted.internet.defer import Deferred
+
+from s2s.protocol import settings
+from s2s.protocol.settings import BY_KEY, Value
+from s2s.runtime.clock import Clock
+from s2s.runtime.status_log import status_log
+from s2s.store.pool import Database
+from s2s.store.refresher import Refresher
+from s2s.store.tables import config
+from s2s.store.tables.config import Snapshot
+
+
+class LiveConfig:
+    """The settings of table ``config``, whole and of one version at any time.
+
+    :param snapshot: as the check before the start found it.
+    :ivar version: the one in force.
+    """
+
+    def __init__(self, database: Database, clock: Clock, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._refresher = Refresher(database, clock, config.read, (), self._on_value)
+        #: Called after every change, to put it in force.
+        self.watchers: list[Callable[[LiveConfig], object]] = []
+        self.start, self.stop = self._refresher.start, self._refresher.stop
+        self.notify = self._refresher.notify
+
+    @property
+    def version(self) -> int:
+        """The version in force."""
+        return self._snapshot.version
+
+    def __getitem__(self, key: str) -> Value:
+        """Give a setting's value.
+
+        :raises KeyError: there is no such setting.
+        """
+        return settings.value(self._snapshot.values, key)
+
+    def number(self, key: str) -> int:
+        """Give the value of an integer setting of ours, within our bounds: the table's can be lifted by hand."""
+        setting, value = BY_KEY[key], self[key]
+        number = value if type(value) is int else setting.number
+        return max(setting.least or 0, min(number, number if setting.most is None else setting.most))
+
+    def read_now(self) -> Deferred[None]:
+        """Read the table again; fires when what was read after this call is in force, or fails."""
+        return self._refresher.read_now()
+
+    def _on_value(self, snapshot: Snapshot) -> None:
+        if snapshot == self._snapshot:
+            return
+        before, self._snapshot = self._snapshot, snapshot
+        for watcher in self.watchers:
+            watcher(self)
+        told = [
+            f"{key} is {value} (was {before.values[key]})"
+            for key, value in snapshot.values.items()
+            if value != before.values.get(key, value)
+        ]
+        status_log.info(
+            "config version {version} is in force: {told}", version=self.version, told="; ".join(told) or "-"
+        )

@@ -1,0 +1,299 @@
+"""What both roles' command lines share; every option can come from the environment too, which the tac files use."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pwd
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar
+
+from twisted.internet.task import LoopingCall
+from twisted.python import usage
+from ulid_transform import ulid_now
+
+from s2s import __version__
+from s2s.errors import OperatorError
+from s2s.protocol.identity import Identity
+from s2s.protocol.limits import Bounds, Counters
+from s2s.protocol.signing import Role
+from s2s.roles import preflight
+from s2s.roles.base import RoleDeps
+from s2s.roles.live_config import LiveConfig
+from s2s.roles.live_keys import LiveKeys
+from s2s.roles.shutdown import Shutdown, refuse, wait_for_start
+from s2s.runtime import log_file, own_threads, streams
+from s2s.runtime.clock import Clock, make_monotonic
+from s2s.runtime.pid_file import PidFile
+from s2s.store.handler_pool import TIMEOUT_S, HandlerPool
+from s2s.store.pool import Database
+
+T = TypeVar("T")
+
+LISTEN: Final = "tcp:4321:interface=127.0.0.1"
+HTTP: Final = "tcp:8321:interface=127.0.0.1"
+CONNECT: Final = "tcp:host=127.0.0.1:port=4321"
+FRAME_SIZES: Final = (4096, 262144)
+#: Bytes after which a log file is rotated, at least and at most: less rotates at each burst, more fills a disk.
+LOG_BYTES: Final = (100_000, 10_000_000_000)
+#: Rotated log files that are kept, at least and at most.
+LOG_FILES: Final = (1, 1000)
+#: Seconds between two looks at the size of the embedded PostgreSQL's log.
+TRIM_S: Final = 60.0
+_TWISTD_PIDFILE: Final = "twistd.pid"
+#: Sessions of a role beside those of its two pools: for short statements, for notifications, and to cancel by.
+_OWN_SESSIONS: Final = 3
+HANDLER_TIMEOUTS: Final = (1, 3600)
+
+
+def variable(option: str) -> str:
+    """Name the environment variable that stands for an option."""
+    return "S2S_" + option.upper().replace("-", "_")
+
+
+def between(least: int, most: int) -> Callable[[str], int]:
+    """Make the coercion of a number with bounds."""
+
+    def coerce(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise ValueError(f"{text!r} is not a number between {least} and {most}")
+        return number
+
+    return coerce
+
+
+def parameter(name: str, default: object, help: str) -> list[object]:
+    """Declare an option, whose default the environment may set."""
+    return [name, None, os.environ.get(variable(name), default), help]
+
+
+def _directory(text: str) -> Path:
+    if not text.strip():
+        raise ValueError("it is empty: name a directory, or leave it out")
+    try:
+        return Path(text).resolve()
+    except OSError as error:
+        raise ValueError(f"{text} cannot be found from here: {error.strerror}") from None
+
+
+_COERCIONS: Final = {
+    "frame-size-limit": between(*FRAME_SIZES),
+    "handler-timeout": between(*HANDLER_TIMEOUTS),
+    "state-dir": _directory,
+    "log-bytes": between(*LOG_BYTES),
+    "log-files": between(*LOG_FILES),
+}
+
+
+class RoleOptions(usage.Options):
+    """The options of either role.
+
+    :cvar process_name: names the role's files and its lines.
+    :cvar endpoints: the options that hold endpoints, what reads each, and an example.
+    :cvar coercions: what to make of an option's text, by name; a ``ValueError`` says what is wrong with it.
+    """
+
+    process_name: str
+    endpoints: tuple[tuple[str, Callable[[Any, str], Any], str], ...]
+    # S2S_DATABASE_URL is read by preflight, for the command line s2s as well.
+    optParameters = [
+        ["database", None, None, "URL of the PostgreSQL, or @FILE; else S2S_DATABASE_URL, else the embedded one"],
+        parameter("frame-size-limit", 65536, "longest frame that is read or sent, in bytes, 4096 to 262144"),
+        parameter(
+            "handler-timeout",
+            round(TIMEOUT_S),
+            "seconds that a command handler, a job's or an order's step may take, with its SQL, 1 to 3600",
+        ),
+        parameter("state-dir", preflight.STATE_DIR, "where the embedded PostgreSQL lives"),
+        parameter("log-bytes", 10_000_000, "size at which the file of --logfile is rotated, in bytes, 100000 to 10^10"),
+        parameter("log-files", 10, "rotated log files that are kept, 1 to 1000"),
+    ]
+    coercions: Mapping[str, Callable[[str], object]] = {}
+    pid_file: PidFile | None = None
+
+    @classmethod
+    def from_environment(cls) -> RoleOptions:
+        """Give the options as the environment alone sets them, for a tac file."""
+        options = cls()
+        options.parseOptions([])
+        return options
+
+    def parseOptions(self, options: Sequence[str] | None = None) -> None:
+        """Read the arguments."""
+        try:
+            super().parseOptions(options)  # type: ignore[no-untyped-call]
+        except usage.UsageError as error:
+            # twistd would tell it below a page of help.
+            refuse(f"{str(error).rstrip('.')}: see twistd {self.process_name} --help")
+
+    def opt_help(self) -> NoReturn:
+        """Display this help and exit."""
+        _tell(str(self))
+
+    def opt_version(self) -> NoReturn:
+        """Display the version and exit."""
+        _tell(f"s2s, version {__version__}")
+
+    def postOptions(self) -> None:
+        """Read the values, and prepare the process for twistd."""
+        for name, coerce in {**_COERCIONS, **self.coercions}.items():
+            try:
+                self[name] = coerce(self[name])
+            except ValueError as error:
+                refuse(f"--{name} (or {variable(name)}): {error}")
+        twistd = getattr(self, "parent", None)
+        if twistd is not None:
+            or_refuse(lambda: self._prepare_process(twistd))
+
+    def _prepare_process(self, twistd: Any) -> None:
+        """Keep the files of the two roles apart, and see that twistd can write its own: it would end with a traceback.
+
+        :raises OperatorError: it cannot.
+        """
+        wait_for_start()
+        closed = streams.prepare()
+        atexit.register(streams.abandon, sys.stdout)
+        is_daemon = not (twistd["nodaemon"] or twistd["debug"])
+        if twistd["pidfile"] == _TWISTD_PIDFILE and not any(each.startswith("--pidfile") for each in sys.argv):
+            # In the foreground a supervisor knows the pid.
+            twistd["pidfile"] = f"{self.process_name}.pid" if is_daemon else ""
+        if is_daemon and not twistd["logfile"]:
+            twistd["logfile"] = f"{self.process_name}.log"
+        _check_places(twistd)
+        starting = f"{self.process_name}: starting\n"
+        if twistd["syslog"] or twistd["logger"]:
+            pass
+        elif twistd["logfile"] in ("", None, "-"):
+            if "stdout" in closed and not is_daemon:
+                raise OperatorError("stdout is closed and the log goes there: open it, or name a --logfile")
+            _write("the log", "logfile", lambda: print(starting, end="", flush=True))
+        else:
+            _write(f"the log file {twistd['logfile']}", "logfile", lambda: log_file.append(twistd["logfile"], starting))
+        if twistd["pidfile"]:
+            self.pid_file = PidFile(twistd["pidfile"])
+            twistd["pidfile"] = ""
+
+
+def _check_places(twistd: Any) -> None:
+    """See that what twistd's own options name is there.
+
+    :raises OperatorError: it is not.
+    """
+    root, rundir, uid, gid = (twistd[option] for option in ("chroot", "rundir", "uid", "gid"))
+    if root is not None and (rundir == "." or os.path.isabs(rundir)):
+        rundir = f"{root}/{rundir}"
+    for option, directory in (("chroot", root), ("rundir", rundir)):
+        if directory is not None and not os.path.isdir(directory):
+            raise OperatorError(f"there is no directory {directory}: name another --{option}")
+    if root is not None and os.geteuid() != 0:
+        raise OperatorError("--chroot needs root: leave it out, or start as root")
+    if uid is not None and (gid is None or uid != os.geteuid()):
+        try:
+            pwd.getpwuid(uid)
+        except KeyError:
+            raise OperatorError(f"there is no user {uid}, whose groups would be ours: name another --uid") from None
+    if twistd["profile"]:
+        # It is written at the end, there.
+        profile = os.path.join(rundir, twistd["profile"])
+        _write(f"the profile {profile}", "profile", lambda: log_file.append(profile))
+
+
+def _tell(text: str) -> NoReturn:
+    """End the process with a text for its user."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        streams.abandon(sys.stdout)
+        refuse(f"the output cannot be written, {error.strerror}")
+    raise SystemExit(0)
+
+
+def _write(what: str, option: str, write: Callable[[], object]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise OperatorError(f"{what} cannot be written: {error.strerror}: name another --{option}") from None
+
+
+def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handlers: int) -> tuple[RoleDeps, list[Any]]:
+    """Make what a role of either kind stands on, and the endpoints where it listens or connects.
+
+    :param threads: connections for our own statements.
+    :param handlers: transactions with foreign code at once.
+    :raises OperatorError: one line that names the cure.
+    """
+    from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
+
+    make_monotonic(reactor)
+    own_threads.resolve_names(reactor)
+    # twistd opens the log after the service is made.
+    reactor.callWhenRunning(log_file.bound, options["log-bytes"], options["log-files"])
+    own_threads.check(threads + max(handlers, 1))
+    endpoints = [_endpoint(options, reactor, *each) for each in options.endpoints]
+    sessions = threads + handlers + _OWN_SESSIONS
+    place, found, done = preflight.prepare(options["database"], options["state-dir"], role, sessions)
+    for sentence in done:
+        with suppress(OSError):
+            print(f"{options.process_name}: {sentence}", flush=True)
+    if place.is_embedded:
+        trimming = LoopingCall(reactor.callInThread, place.trim_log)
+        reactor.callWhenRunning(trimming.start, TRIM_S)
+    # The last thing of all, also where the service cannot start: a role that is still stopping needs its database.
+    atexit.register(place.leave)
+    clock = Clock(reactor)
+    counters = Counters()
+    database = Database(place.url, options.process_name, threads=threads, counters=counters)
+    lifetime = Shutdown(reactor)
+    if options.pid_file is not None:
+        lifetime.on_start = partial(or_refuse, options.pid_file.write)
+    rereads = (each.reread for each in (database, *endpoints) if hasattr(each, "reread"))
+    lifetime.rereads.extend(rereads)
+    basis = RoleDeps(
+        Identity(role, name, ulid_now()),
+        place.url,
+        clock,
+        Bounds(frame_size=options["frame-size-limit"]),
+        counters,
+        database,
+        HandlerPool(
+            database,
+            f"{options.process_name} handlers",
+            threads=max(handlers, 1),
+            timeout_s=float(options["handler-timeout"]),
+        ),
+        LiveKeys(database, clock, found.rows),
+        LiveConfig(database, clock, found.snapshot),
+        lifetime,
+    )
+    return basis, endpoints
+
+
+def _endpoint(options: RoleOptions, reactor: object, name: str, read: Callable[[Any, str], Any], example: str) -> Any:
+    """Read an endpoint string of the role, before a database is started for it."""
+    try:
+        return read(reactor, options[name])
+    except Exception as error:  # every kind of endpoint raises its own
+        raise OperatorError(
+            f"--{name} {options[name]!r} is no endpoint: {error}: write one of Twisted's strings, such as {example}"
+        ) from None
+
+
+def or_refuse(make: Callable[[], T]) -> T:
+    """Make a service, or end the process with the one line that an operator's mistake deserves."""
+    # Until the reactor takes the signal. As process 1 of a container the role would not notice it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return make()
+    except OperatorError as error:
+        refuse(str(error))
+    except KeyboardInterrupt:
+        refuse("interrupted before it has started")

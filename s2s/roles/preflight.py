@@ -1,0 +1,118 @@
+"""Before anything runs: which database, and whether it can serve. All of it blocks, and none of it stays connected."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from s2s.errors import DatabaseError, OperatorError
+from s2s.protocol.signing import Role
+from s2s.store import connection_limits, migrations, privileges, sequences, shape, sqlstate
+from s2s.store.embedded import lease
+from s2s.store.pool import blocking
+from s2s.store.tables import config, keys
+from s2s.store.tables.config import Snapshot
+from s2s.store.tables.keys import KeyRow, make_keyring
+from s2s.store.url import locate
+
+DATABASE_VARIABLE = "S2S_DATABASE_URL"
+STATE_DIR = "var"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tables are.
+
+    :param url: a URL, which may hold a password, or ``@FILE``.
+    :param leave: gives an embedded PostgreSQL back; the last one out stops it.
+    :param trim_log: keeps the log of an embedded PostgreSQL within its bound; it may block for a moment.
+    """
+
+    url: str = field(repr=False)
+    leave: Callable[[], object] = lambda: None
+    trim_log: Callable[[], object] = lambda: None
+    is_embedded: bool = False
+
+
+def find_database(given: str | None, state_dir: Path) -> Place:
+    """Find the database: the one named, else the environment's, else the embedded one under ``state_dir``.
+
+    :param given: a URL, or ``@FILE`` for a file that holds one: what stands in argv can be seen by everybody.
+    :raises OperatorError: what is named cannot be read, or the embedded PostgreSQL does not start.
+    """
+    url, source = (os.environ.get(DATABASE_VARIABLE), DATABASE_VARIABLE) if given is None else (given, "--database")
+    if url is None:
+        held = lease.join(state_dir)
+        return Place(held.url, held.leave, held.trim_log, is_embedded=True)
+    return Place(locate(url, source))
+
+
+def make_ready(url: str) -> list[str]:
+    """Migrate, and make the first key; for the embedded database only, which nobody else prepares.
+
+    :returns: what was done, a sentence each.
+    """
+    with blocking(url) as txn:
+        done = [f"migrated the database: {name}" for name in migrations.migrate(txn.connection)]
+        key_id = keys.add_first_random(txn)
+    return done if key_id is None else [*done, f"made a random key: {key_id}"]
+
+
+def unusable(error: DatabaseError) -> str:
+    """Return the line for an operator whose database cannot be used."""
+    return f"the database cannot be used: {sqlstate.with_cure(error, f'see --database and {DATABASE_VARIABLE}')}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a role needs of the database before it starts.
+
+    :param rows: the keys, their windows told by our clock.
+    """
+
+    rows: Sequence[KeyRow]
+    snapshot: Snapshot
+
+
+def check(url: str, role: Role, sessions: int = 1) -> Found:
+    """See that the schema is ours, that new rows get new ids and that a key may sign, by the clock that dated the keys.
+
+    :param sessions: of the database, which the role has when all of its work is under way.
+    :raises OperatorError: one line that names the cure.
+    """
+    try:
+        with blocking(url) as txn:
+            # First: without a privilege the schema seems to be another.
+            privileges.check(txn)
+            migrations.check(txn)
+            connection_limits.check(txn, sessions)
+            sequences.check(txn)
+            shape.check(txn)
+            table, snapshot = keys.read(txn), config.read(txn)
+    except DatabaseError as error:
+        raise OperatorError(unusable(error)) from None
+    now = time.time()
+    rows = table.by_clock(now)
+    make_keyring(rows)[0].signer(role, now)
+    return Found(rows, snapshot)
+
+
+def prepare(given: str | None, state_dir: Path, role: Role, sessions: int = 1) -> tuple[Place, Found, list[str]]:
+    """Find the database, make it ready if it is the embedded one, and check it.
+
+    :param sessions: see :func:`check`.
+    :returns: the place, what was found there, and what was done, a sentence each.
+    :raises OperatorError: one line that names the cure.
+    """
+    place = find_database(given, state_dir)
+    try:
+        done = []
+        if place.is_embedded:
+            done = [f"no database is named: using the embedded PostgreSQL under {state_dir}", *make_ready(place.url)]
+        return place, check(place.url, role, sessions), done
+    except BaseException:
+        place.leave()
+        raise

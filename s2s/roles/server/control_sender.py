@@ -1,0 +1,125 @@
+"""Control requests from a shell: taken from the database by the server that has the link, and sent over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from twisted.internet import task
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from s2s.errors import DatabaseError, Refused, S2SError
+from s2s.link.connection import Link
+from s2s.link.factory import ServerLinks
+from s2s.protocol.catalogue import BY_NAME
+from s2s.runtime.clock import Clock
+from s2s.runtime.status_log import status_log
+from s2s.store.poll_loop import PollLoop
+from s2s.store.pool import Database
+from s2s.store.tables import control_requests, engines
+from s2s.store.tables.control_requests import Steering
+from s2s.store.tables.engines import LinkRow
+
+
+class ControlSender:
+    """Shows this server's links in ``engine_links``, and sends what ``steering`` asks of its engines."""
+
+    log = Logger()
+
+    def __init__(self, database: Database, links: ServerLinks, boot_id: str, clock: Clock) -> None:
+        self._database = database
+        self._links = links
+        self._boot_id = boot_id
+        self._is_showing = self._is_changed = False
+        self._turns = PollLoop("steering", self._poll_once, clock.scheduler)
+        self.wake = self._turns.wake
+        self._showing = task.LoopingCall(self.links_changed)
+        self._showing.clock = clock.scheduler
+
+    def start(self) -> None:
+        """Take and show from now on."""
+        self._turns.start()
+        self._showing.start(engines.REFRESH_S)
+
+    def stop(self) -> Deferred[Any]:
+        """Take no more.
+
+        :returns: fires when this server's links are no longer shown.
+        """
+        if self._showing.running:
+            self._showing.stop()
+        leaving = self._database.run(engines.show_links, self._boot_id, [])
+        return gatherResults([self._turns.stop(), leaving.addErrback(self._unless_away)])
+
+    def links_changed(self) -> None:
+        """Write the links anew: they have changed, or it is time."""
+        if self._is_showing:
+            self._is_changed = True
+            return
+        self._is_showing, self._is_changed = True, False
+        links = self._links.engines
+        rows = {(str(link.session.peer_key_id), _name(link)): _row(link) for link in links}
+        showing = self._database.run(engines.show_links, self._boot_id, list(rows.values()))
+        showing.addErrback(self._unless_away).addBoth(self._showed)
+
+    def _showed(self, _: object) -> None:
+        self._is_showing = False
+        if self._is_changed and self._showing.running:
+            self.links_changed()
+
+    async def _poll_once(self, _: int) -> None:
+        """Take what somebody may have asked for."""
+        names = {_name(link) for link in self._links.engines}
+        if names:
+            for each in await self._database.run(control_requests.take, self._boot_id, sorted(names)):
+                Deferred.fromCoroutine(self._steer(each)).addErrback(self._unless_away)
+
+    async def _steer(self, asked: Steering) -> None:
+        is_ok: bool | None = None
+        payload: Mapping[str, Any]
+        # Of two links of one name the newer one: the older may be dead, and not known to be.
+        link = next((link for link in reversed(self._links.engines) if _name(link) == asked.engine), None)
+        try:
+            if link is None:
+                payload = {"message": "the link was lost before the request was sent"}
+            elif "server" not in getattr(BY_NAME.get(asked.type), "sent_by", ()):
+                payload = {"message": f"a server does not send {asked.type!r}"}
+            else:
+                is_ok, payload = True, await link.call(asked.type, asked.payload)
+        except Refused as error:
+            is_ok, payload = False, {"code": error.code, "message": error.message, "details": dict(error.details)}
+        except S2SError as error:
+            payload = {"message": str(error)}
+        await self._database.run(control_requests.answer, asked.request_id, is_ok, payload)
+        if asked.type not in _UNTOLD:
+            how = {True: "done", False: "refused", None: "no answer"}[is_ok]
+            status_log.info(
+                "{type} to {engine!r} by {actor!r}: {how}",
+                type=asked.type,
+                engine=asked.engine,
+                actor=asked.actor,
+                how=how,
+            )
+
+    def _unless_away(self, failure: Failure) -> None:
+        # Of a database that is away the pool has told.
+        if not failure.check(DatabaseError):
+            self.log.failure("steering stumbled", failure)
+
+
+#: Asked for by whoever lists the engines.
+_UNTOLD: Final = frozenset({"s2s.health.check"})
+
+
+def _name(link: Link) -> str:
+    name = link.peer.get("name")
+    return name if isinstance(name, str) else ""
+
+
+def _row(link: Link) -> LinkRow:
+    boot_id = link.peer.get("boot_id")
+    return LinkRow(
+        str(link.session.peer_key_id), _name(link), boot_id if isinstance(boot_id, str) else None, link.address
+    )

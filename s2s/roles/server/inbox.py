@@ -1,0 +1,321 @@
+"""Accepting commands by group commit (docs/protocol.rst, "Commands").
+
+The pushes that arrive while a transaction is in flight make the next one. There is no timer: where pushes come one by
+one they wait for nothing; where they come together a few wait for what else this turn of the reactor brings. The more
+arrive, the more share a COMMIT, however fast the disk is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from s2s.errors import (
+    DatabaseError,
+    DatabaseUnavailable,
+    DbUnavailable,
+    IdemConflict,
+    InternalError,
+    Overloaded,
+    ShuttingDown,
+    StatementRefused,
+    UnknownCommand,
+    WireError,
+    one_line,
+)
+from s2s.handlers.commands import CommandHandler
+from s2s.protocol import canonical
+from s2s.protocol.catalogue.schema import Schema
+from s2s.protocol.limits import Counters
+from s2s.roles.server.served_types import ServedTypes
+from s2s.store.pool import Database
+from s2s.store.tables import commands
+from s2s.store.tables.commands import Outcome, Push
+
+#: One transaction takes at most this many pushes, and this many bytes of payloads (one push always fits).
+BATCH_PUSHES: Final = 1024
+BATCH_BYTES: Final = 4 * 1024 * 1024
+#: So many are worth a transaction, which costs as much as some five pushes; fewer wait until the reactor's turn ends.
+ENOUGH_PUSHES: Final = 64
+#: This much may wait before further pushes are refused as ``overloaded``.
+WAITING_PUSHES: Final = 16_384
+WAITING_BYTES: Final = 32 * 1024 * 1024
+RETRY_AFTER_MS: Final = 1000
+#: Seconds for which a refusal by the database counts, where no push has come since.
+TROUBLE_S: Final = 10.0
+
+
+class _Waiter(msgspec.Struct, frozen=True):
+    push: Push
+    size: int
+    answer: Deferred[dict[str, Any]]
+
+
+class Inbox:
+    """Takes the payloads of ``s2s.command.push``.
+
+    :param database: where they are committed.
+    :param registry: the command types by name.
+    :param on_commit: called after each COMMIT that brought a new command, when its pushes are answered.
+    :param counters: counts the pushes refused for want of room.
+    :param reactor: for tests.
+    :param types: what is accepted; the registry's types by default.
+
+    :ivar accepted: new commands committed.
+    :ivar duplicates: pushes answered with their first command.
+    :ivar conflicts: pushes refused for another content under the same key.
+    :ivar refused: pushes refused for anything else.
+    :ivar batches: transactions committed.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        database: Database,
+        registry: Mapping[str, CommandHandler],
+        on_commit: Callable[[], object] = lambda: None,
+        counters: Counters | None = None,
+        reactor: Any = None,
+        types: ServedTypes | None = None,
+    ) -> None:
+        if reactor is None:
+            from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
+        self._reactor = reactor
+        self._database = database
+        self._types = types or ServedTypes(registry)
+        self._on_commit = on_commit
+        self._counters = counters or Counters()
+        self._waiters: deque[_Waiter] = deque()
+        self._bytes = 0
+        self._is_busy = False
+        #: The last transaction had one push.
+        self._is_quiet = True
+        self._is_turn_awaited = False
+        self._unanswered = 0
+        self._drained: Deferred[None] | None = None
+        #: Why the database refused pushes last, and when; a COMMIT clears it.
+        self._trouble = ""
+        self._trouble_at = float("-inf")
+        self.accepted = self.duplicates = self.conflicts = self.refused = self.batches = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many pushes wait for a transaction to begin."""
+        return len(self._waiters)
+
+    @property
+    def condition(self) -> str:
+        """``ok``, or why the database has just refused pushes."""
+        is_recent = self._reactor.seconds() < self._trouble_at + TROUBLE_S
+        return f"the database refuses them: {self._trouble}" if self._trouble and is_recent else "ok"
+
+    def push(self, payload: Mapping[str, Any]) -> Deferred[dict[str, Any]]:
+        """Accept one command.
+
+        :param payload: as it was parsed, and as the catalogue's schema lets it pass.
+        :returns: fires with the payload of its ``s2s.ack`` after the COMMIT, or fails with a :class:`WireError`.
+        """
+        schema = self._types.schemas.get(payload["cmd_type"])
+        if schema is None:
+            # A refusal is final, and another server may have begun to serve the type just now.
+            return self._types.read_now().addCallbacks(lambda _: self._push_again(payload), self._unknowable)
+        try:
+            waiter = self._checked(payload, schema)
+        except WireError as error:
+            self.refused += 1
+            return fail(error)
+        self._unanswered += 1
+        self._waiters.append(waiter)
+        self._bytes += waiter.size
+        self._go_on()
+        return waiter.answer
+
+    def _unknowable(self, failure: Failure) -> Deferred[dict[str, Any]]:
+        failure.trap(DatabaseError)
+        self.refused += 1
+        return fail(DbUnavailable(retry_after_ms=RETRY_AFTER_MS))
+
+    def _push_again(self, payload: Mapping[str, Any]) -> Deferred[dict[str, Any]]:
+        if payload["cmd_type"] in self._types.schemas:
+            return self.push(payload)
+        self.refused += 1
+        supported = sorted(self._types.schemas)
+        return fail(UnknownCommand(f"no server serves {payload['cmd_type']}", supported=supported))
+
+    def drain(self) -> Deferred[None]:
+        """Refuse what comes from now on, and finish what waits.
+
+        :returns: fires when everything is answered.
+        """
+        self._drained = Deferred() if self._unanswered else succeed(None)
+        return self._drained
+
+    def _checked(self, payload: Mapping[str, Any], schema: Schema) -> _Waiter:
+        if self._drained is not None:
+            raise ShuttingDown("the server is draining", retry_after_ms=RETRY_AFTER_MS)
+        cmd_type, content = payload["cmd_type"], payload["payload"]
+        schema.check(content, "/payload/payload")
+        written = canonical.rewrite(content)
+        if self._waiters and (len(self._waiters) >= WAITING_PUSHES or self._bytes + len(written) > WAITING_BYTES):
+            self._counters.meet("inbox")
+            raise Overloaded(
+                f"{len(self._waiters)} commands wait to be committed",
+                limit=WAITING_PUSHES,
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        # The canonical form of {cmd_type, payload}, without writing the payload twice: a cmd_type needs no escape.
+        fingerprint = hashlib.sha256(b'{"cmd_type":"%b","payload":%b}' % (cmd_type.encode(), written)).digest()
+        push = Push(
+            cmd_type,
+            payload["idem_key"],
+            fingerprint,
+            written.decode(),
+            payload.get("priority", 100),
+            payload.get("due_at"),
+        )
+        return _Waiter(push, len(written), Deferred())
+
+    # --- one transaction after the other -------------------------------------------------------------------------
+
+    def _go_on(self, at_once: bool = False) -> None:
+        """Begin the next transaction, if none is in flight, when it is worth its while.
+
+        :param at_once: it is, however few wait.
+        """
+        if self._is_busy or not self._waiters:
+            return
+        if at_once or self._is_quiet or len(self._waiters) >= ENOUGH_PUSHES:
+            self._begin()
+        elif not self._is_turn_awaited:
+            self._is_turn_awaited = True
+            self._reactor.callLater(0, self._turned)
+
+    def _turned(self) -> None:
+        self._is_turn_awaited = False
+        self._go_on(at_once=True)
+
+    def _begin(self) -> None:
+        self._is_busy = True
+        batch: list[_Waiter] = []
+        size = 0
+        while self._waiters and len(batch) < BATCH_PUSHES:
+            size += self._waiters[0].size
+            if batch and size > BATCH_BYTES:
+                break
+            batch.append(self._waiters.popleft())
+            self._bytes -= batch[-1].size
+        self._is_quiet = len(batch) == 1
+        if self._is_quiet:
+            self._database.ask(commands.push_one(batch[0].push), lambda rows: self._asked(rows, batch))
+        else:
+            self._run(batch)
+
+    def _run(self, batch: list[_Waiter]) -> None:
+        writing = self._database.run_steps(commands.push_batch, [waiter.push for waiter in batch])
+        writing.addCallbacks(self._committed, self._failed, callbackArgs=(batch,), errbackArgs=(batch,))
+
+    def _asked(self, rows: list[Any] | Failure, batch: list[_Waiter]) -> None:
+        if isinstance(rows, Failure):
+            self._failed(rows, batch)
+        elif (outcome := commands.pushed_one(rows)) is not None:
+            self._committed([outcome], batch)
+        else:
+            # The key is known: the way of many finds its command.
+            self._run(batch)
+
+    def _singly_committed(self, outcomes: Sequence[Outcome | StatementRefused], batch: list[_Waiter]) -> None:
+        refused = next((outcome for outcome in outcomes if isinstance(outcome, StatementRefused)), None)
+        answers = [self._refuse(outcome) if isinstance(outcome, StatementRefused) else outcome for outcome in outcomes]
+        self._committed(answers, batch, refused)
+
+    def _committed(
+        self, outcomes: Sequence[Outcome | WireError], batch: list[_Waiter], refused: StatementRefused | None = None
+    ) -> None:
+        self.batches += 1
+        self._trouble = ""
+        if refused is not None:
+            self._note(refused)
+        accepted = self.accepted
+        self._is_busy = False
+        # While many are answered, the database works on those that wait.
+        self._go_on(at_once=len(batch) >= ENOUGH_PUSHES)
+        for waiter, outcome in zip(batch, outcomes, strict=True):
+            self._answer(waiter, outcome)
+        # Last of all: whoever runs them begins at once.
+        if self.accepted > accepted:
+            self._tell()
+
+    def _failed(self, failure: Failure, batch: list[_Waiter]) -> None:
+        if failure.check(StatementRefused):
+            singly = self._database.run(commands.push_singly, [waiter.push for waiter in batch])
+            singly.addCallbacks(self._singly_committed, self._given_up, callbackArgs=(batch,), errbackArgs=(batch,))
+        else:
+            self._given_up(failure, batch)
+
+    def _given_up(self, failure: Failure, batch: list[_Waiter]) -> None:
+        error: WireError
+        self._note(failure.value)
+        if failure.check(DatabaseUnavailable):
+            # The pool has said so in the log, once.
+            error = DbUnavailable(retry_after_ms=RETRY_AFTER_MS)
+        elif isinstance(failure.value, StatementRefused):
+            error = self._refuse(failure.value)
+        else:
+            incident = secrets.token_hex(8)
+            self.log.failure(
+                "incident {incident}: a batch of {pushes} pushes failed", failure, incident=incident, pushes=len(batch)
+            )
+            error = InternalError(incident=incident)
+        for waiter in batch:
+            self._answer(waiter, error)
+        self._is_busy = False
+        self._go_on()
+        # Some may be there all the same: whoever runs them is to look.
+        self._tell()
+
+    def _note(self, error: BaseException | None) -> None:
+        assert error is not None
+        self._trouble, self._trouble_at = one_line(error), self._reactor.seconds()
+
+    def _tell(self) -> None:
+        try:
+            self._on_commit()
+        except Exception:
+            self.log.failure("who is told of new commands stumbled")
+
+    def _refuse(self, reason: StatementRefused) -> InternalError:
+        """Return the answer to a push that the database refused; the log has the reason, once a minute at most."""
+        return InternalError(incident=self._database.troubles.note(reason.state, str(reason)))
+
+    def _answer(self, waiter: _Waiter, outcome: Outcome | WireError) -> None:
+        if isinstance(outcome, WireError):
+            self.refused += 1
+            waiter.answer.errback(outcome)
+        elif outcome.is_conflict:
+            self.conflicts += 1
+            waiter.answer.errback(
+                IdemConflict("the idem_key was used before with another content", cmd_id=outcome.cmd_id)
+            )
+        else:
+            self.accepted += outcome.is_new
+            self.duplicates += not outcome.is_new
+            waiter.answer.callback(
+                {
+                    "accepted": True,
+                    "duplicate": not outcome.is_new,
+                    "cmd_id": outcome.cmd_id,
+                    "status": outcome.status,
+                }
+            )
+        self._unanswered -= 1
+        if self._drained is not None and not self._unanswered:
+            self._drained.callback(None)

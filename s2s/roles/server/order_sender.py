@@ -1,0 +1,280 @@
+"""Sending orders that were given to the database over a link (docs/protocol.rst, "Orders")."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+
+from s2s.errors import (
+    BadReply,
+    CanonicalError,
+    DatabaseError,
+    DeadlinePassed,
+    InternalError,
+    LinkLost,
+    Refused,
+    S2SError,
+    UnsupportedType,
+    harmless,
+    storable,
+)
+from s2s.link.connection import Link
+from s2s.link.factory import ServerLinks
+from s2s.protocol.catalogue import BY_NAME, ORDERS
+from s2s.roles.engine.relay import final_code
+from s2s.runtime.clock import Clock
+from s2s.runtime.status_log import status_log
+from s2s.store.poll_loop import PollLoop
+from s2s.store.pool import Database
+from s2s.store.tables import orders
+from s2s.store.tables.orders import Order, Place
+
+#: Seconds after which an order that is queued still is sent again, by another link if there is one. The pause doubles
+#: up to the second figure: a long order of an engine with a database of its own is asked after so often.
+AGAIN_S: Final = 5.0
+LONGEST_S: Final = 30.0
+#: Seconds that an engine has for its answer; it answers within 10 s (docs/protocol.rst, "Requests and replies").
+ANSWER_S: Final = 12.0
+_LATE: Final = "an engine has to answer within 10 s, with running or queued where the order takes longer"
+#: Engines that an order was sent to last and whose late answers count.
+MOST_ASKED: Final = 8
+#: Answers in a row that cannot be read, after which an order has failed: sent again, it would get another one.
+MOST_BAD_ANSWERS: Final = 5
+#: Orders that are sent and not answered, at most; and orders of one look at the table.
+MOST: Final = 256
+#: Looks that follow each other without a pause, so that a wake reaches a new order behind 4,096 that stay queued.
+PAGES: Final = 16
+#: Orders whose last sending is remembered, at most. One that is forgotten is sent again before its pause is over.
+REMEMBERED: Final = 10_000
+#: Seconds in which an order has one line in the log at most, and the lines of all orders then.
+TELL_S: Final = 60.0
+MOST_TOLD: Final = 10
+#: The schema of an answer, which all orders share.
+_REPLY: Final = BY_NAME[ORDERS[0]].reply_schema
+
+
+@dataclass
+class _Sending:
+    """The last time that an order was sent.
+
+    :param again_at: when it may be sent again, by the monotonic clock.
+    :param pause_s: seconds from the sending until then.
+    :param engine: key and name of the engine that said that it has the order. It is asked again while it is linked.
+    :param asked: keys and names of the engines that it was sent to.
+    :param bad_answers: answers in a row that could not be read, as the catalogue has them.
+    """
+
+    again_at: float
+    pause_s: float
+    engine: tuple[object, object] | None = None
+    asked: tuple[tuple[object, object], ...] = ()
+    bad_answers: int = 0
+
+
+class OrderSender:
+    """Sends each order that is queued to one of the engines that are linked here.
+
+    An engine that shares the database answers with what the order's row says, and that row decides: an order that is
+    lost on the way is sent again, or found by an engine in the table. Another engine answers for itself, and its word
+    ends the row. Each look takes the page after the one before, so that orders that stay queued hold up no other.
+
+    :ivar sent: orders sent.
+    """
+
+    log = Logger()
+
+    def __init__(self, database: Database, links: ServerLinks, clock: Clock) -> None:
+        self._database = database
+        self._links = links
+        self._clock = clock
+        #: The longest ago first.
+        self._sent: dict[str, _Sending] = {}
+        self._flying: set[str] = set()
+        #: The look stopped because too many are on their way.
+        self._is_full = False
+        self._after: Place | None = None
+        self._page = 0
+        #: The orders that an engine does not serve.
+        self._unserved: WeakKeyDictionary[Link, set[str]] = WeakKeyDictionary()
+        self._places = itertools.count()
+        self._told: set[str] = set()
+        self._told_from = float("-inf")
+        self._untold = 0
+        self._turns = PollLoop("the courier", self._poll_once, clock.scheduler)
+        self.wake = self._turns.wake
+        self.sent = 0
+
+    def start(self) -> None:
+        """Send from now on."""
+        self._turns.start()
+
+    def stop(self) -> Deferred[Any]:
+        """Send no more.
+
+        :returns: fires when no look at the table is under way.
+        """
+        return self._turns.stop()
+
+    async def _poll_once(self, _: int) -> float | None:
+        if not self._links.engines:
+            return None
+        queued, end = await self._database.run(orders.queued, ORDERS, MOST, self._after)
+        if self._turns.is_stopping:
+            return None
+        for order in queued:
+            if self._is_due(order) and not self._send_by_a_link(order):
+                self._is_full = True
+                return None
+        self._after = end
+        self._page += 1
+        if end is None:
+            self._page = 0
+            self._forget()
+        return 0.0 if self._page % PAGES else None
+
+    def _is_due(self, order: Order) -> bool:
+        last = self._sent.get(order.order_id)
+        return order.order_id not in self._flying and (last is None or self._clock.mono() >= last.again_at)
+
+    def _send_by_a_link(self, order: Order) -> bool:
+        """Send an order, if an engine serves it; return whether there was room."""
+        last = self._sent.get(order.order_id)
+        link = self._next_link(order, last)
+        if link is None:
+            return True
+        if len(self._flying) >= MOST:
+            return False
+        sending = _Sending(self._clock.mono() + AGAIN_S, AGAIN_S)
+        if last is not None:
+            pause_s = min(2 * last.pause_s, LONGEST_S)
+            sending = replace(last, again_at=self._clock.mono() + pause_s, pause_s=pause_s)
+        sending.asked = (*sending.asked, _identity(link))[-MOST_ASKED:]
+        link.late_ack = self._late
+        self._sent.pop(order.order_id, None)
+        self._sent[order.order_id] = sending
+        if len(self._sent) > REMEMBERED:
+            del self._sent[next(iter(self._sent))]
+        self._flying.add(order.order_id)
+        self.sent += 1
+        done = Deferred.fromCoroutine(self._send(link, order))
+        done.addErrback(lambda failure: self.log.failure("the courier stumbled", failure))
+        return True
+
+    def _next_link(self, order: Order, last: _Sending | None) -> Link | None:
+        """Return the link of the engine that has the order, else take the engines in turn."""
+        links = [
+            link
+            for link in self._links.engines
+            if link.session.is_open and order.rpc not in self._unserved.get(link, ())
+        ]
+        if last is not None and last.engine is not None:
+            links = [link for link in links if _identity(link) == last.engine] or links
+        return links[next(self._places) % len(links)] if links else None
+
+    def _forget(self) -> None:
+        """Forget what is not queued any more: it would have been sent again by now."""
+        now = self._clock.mono()
+        self._sent = {each: last for each, last in self._sent.items() if now < last.again_at + LONGEST_S}
+
+    async def _send(self, link: Link, order: Order) -> None:
+        try:
+            try:
+                # A number of the database may be beyond every number of JSON parsers.
+                if not isinstance(order.params, dict):
+                    raise CanonicalError("its params are no JSON object that can be read")
+                ack = await link.call(order.rpc, {**order.params, "order_id": order.order_id}, ANSWER_S)
+                if ack.get("order_id", order.order_id) != order.order_id:
+                    raise BadReply(f"{order.rpc} was answered for another order")
+            except S2SError as error:
+                await self._failed(link, order, error)
+            else:
+                await self._answered(link, order.order_id, ack["status"], ack.get("result"))
+        except DatabaseError:
+            pass  # The pool has told. It is sent again, and answered with the same.
+        finally:
+            self._flying.discard(order.order_id)
+            if self._is_full:
+                self._is_full = False
+                self.wake()
+
+    async def _failed(self, link: Link, order: Order, error: S2SError) -> None:
+        code = final_code(error)
+        last = self._sent.get(order.order_id)
+        if code == UnsupportedType.code:
+            # It is about the engine: another one may serve it.
+            self._unserved.setdefault(link, set()).add(order.rpc)
+            self._sent.pop(order.order_id, None)
+        elif code is not None:
+            details = dict(error.details) if isinstance(error, Refused) else {}
+            message = storable(error.message if isinstance(error, Refused) else str(error))
+            result = {"code": code, "message": message, **({"details": details} if details else {})}
+            await self._answered(link, order.order_id, "refused", result)
+            return
+        elif isinstance(error, LinkLost) and last is not None and last.pause_s == AGAIN_S:
+            # By another link, at once: but an order under which links end one after the other has to wait.
+            last.again_at = self._clock.mono()
+        elif isinstance(error, BadReply) and last is not None:
+            last.bad_answers += 1
+            if last.bad_answers >= MOST_BAD_ANSWERS:
+                message = storable(f"no answer can be read, so it is not known what came of it: {error}")
+                result = {"code": InternalError.code, "message": message}
+                await self._answered(link, order.order_id, "failed", result)
+                return
+        self._tell(link, order, f"{error}: {_LATE}" if isinstance(error, DeadlinePassed) else str(error))
+
+    def _late(self, link: Link, payload: Mapping[str, Any]) -> None:
+        """Let an answer that came too late end an order, if its engine was sent the order; once a sending."""
+        if not _REPLY.is_valid(payload) or payload["status"] in orders.OPEN:
+            return
+        last = self._sent.get(payload["order_id"])
+        if last is not None and _identity(link) in last.asked:
+            last.asked = ()
+            ending = Deferred.fromCoroutine(
+                self._answered(link, payload["order_id"], payload["status"], payload["result"])
+            )
+            ending.addErrback(lambda failure: failure.trap(DatabaseError))  # The pool has told.
+            ending.addErrback(lambda failure: self.log.failure("the courier stumbled", failure))
+
+    async def _answered(self, link: Link, order_id: str, status: str, result: Mapping[str, Any] | None) -> None:
+        if status in orders.OPEN:
+            if last := self._sent.get(order_id):
+                last.engine, last.bad_answers = _identity(link), 0
+            return
+        name, boot_id = (str(link.peer[each]) if each in link.peer else None for each in ("name", "boot_id"))
+        after = await self._database.run(orders.answered, order_id, status, result, name or "", boot_id)
+        if after is not None:
+            status_log.info(
+                "order {order_id} {rpc} by {actor!r}: {status} by {link}: {result}",
+                order_id=order_id,
+                rpc=after.rpc,
+                actor=after.actor,
+                status=status,
+                link=link,
+                result=harmless(str(dict(result or {})))[:200],
+            )
+
+    def _tell(self, link: Link, order: Order, why: str) -> None:
+        """Log that an order came to nothing yet; see :data:`TELL_S`."""
+        now = self._clock.mono()
+        if now >= self._told_from + TELL_S:
+            if self._untold:
+                self.log.warn("{count} more orders were sent and not taken", count=self._untold)
+            self._told_from, self._untold = now, 0
+            self._told.clear()
+        if order.order_id in self._told:
+            return
+        if len(self._told) >= MOST_TOLD:
+            self._untold += 1
+            return
+        self._told.add(order.order_id)
+        self.log.warn("{link}: order {order_id}: {why}", link=link, order_id=order.order_id, why=why)
+
+
+def _identity(link: Link) -> tuple[object, object]:
+    return link.session.peer_key_id, link.peer.get("name")

@@ -1,0 +1,141 @@
+"""Removing what is old, now and then and in small steps (docs/protocol.rst, "Commands")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.logger import Logger
+
+from s2s.errors import DatabaseUnavailable
+from s2s.runtime.clock import Clock, Timer, cancel
+from s2s.store.pool import Database
+from s2s.store.tables import retention
+from s2s.store.tables.retention import Keep
+
+#: Seconds between two passes, and until the first one.
+INTERVAL_S: Final = 600.0
+FIRST_S: Final = 60.0
+#: Seconds by which the time that age is judged by may be behind the clock before it is told.
+BEHIND_S: Final = 3600.0
+#: Seconds until a doubt that lasts is told again.
+TELL_S: Final = 86_400.0
+
+
+class Retention:
+    """Removes commands that are over, expired idempotency keys and old control requests.
+
+    Every step is a transaction of its own, so that others have their turn between two.
+
+    :param database: where they are.
+    :param keep: how long things are kept; asked at each pass.
+    :param is_trusted: whether the database's clock can be believed; asked at each pass.
+    :param interval_s: seconds from the end of a pass to the next.
+    :param first_s: seconds until the first.
+
+    :ivar commands: commands removed.
+    :ivar keys: idempotency keys removed.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        keep: Callable[[], Keep],
+        is_trusted: Callable[[], bool] = lambda: True,
+        *,
+        interval_s: float = INTERVAL_S,
+        first_s: float = FIRST_S,
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._keep = keep
+        self._is_trusted = is_trusted
+        #: What the last pass doubted, and from when on that is told again.
+        self._doubted = ""
+        self._tell_at = 0.0
+        self._interval_s = interval_s
+        self._first_s = first_s
+        self._timer: Timer | None = None
+        self._passing: Deferred[None] = succeed(None)
+        self._is_stopping = False
+        self.commands = self.keys = 0
+
+    def start(self) -> None:
+        """Begin to remove after a while."""
+        self._is_stopping = False
+        self._sleep(self._first_s)
+
+    def stop(self) -> Deferred[None]:
+        """Begin no further step.
+
+        :returns: fires when the one under way is finished.
+        """
+        self._is_stopping = True
+        cancel(self._timer)
+        return self._passing
+
+    def _sleep(self, seconds: float) -> None:
+        self._timer = self._clock.scheduler.callLater(seconds, self._begin)
+
+    def _begin(self) -> None:
+        self._passing = Deferred.fromCoroutine(self._pass())
+
+    async def _pass(self) -> None:
+        """Go once through all that may be old. Never fails."""
+        before = self.commands, self.keys
+        try:
+            if await self._may_sweep():
+                await self._sweep_commands(self._keep())
+                await self._sweep_rest()
+        except DatabaseUnavailable as error:
+            if not self._is_stopping:
+                self.log.warn("what is old was not all removed, it is tried again later: {why}", why=str(error))
+        except Exception:
+            self.log.failure("removing what is old failed")
+        if (self.commands, self.keys) != before:
+            self.log.info(
+                "removed {commands} old commands and {keys} expired idempotency keys",
+                commands=self.commands - before[0],
+                keys=self.keys - before[1],
+            )
+        if not self._is_stopping:
+            self._sleep(self._interval_s)
+
+    async def _may_sweep(self) -> bool:
+        """Let our time follow the database's clock, and return whether it may."""
+        if not self._is_trusted():
+            self._doubt("the clock", "nothing old is removed while the database's clock is in doubt")
+            return False
+        behind_s = await self._database.run(retention.advance)
+        if behind_s >= BEHIND_S:
+            text = f"what is old is removed as of {behind_s:.0f} s ago: an outage, or a clock that is ahead"
+            self._doubt("the age", text)
+        else:
+            self._doubted = ""
+        return True
+
+    def _doubt(self, what: str, text: str) -> None:
+        """Log a doubt when it begins, and once in :data:`TELL_S` while it lasts."""
+        now = self._clock.mono()
+        if what != self._doubted or now >= self._tell_at:
+            self._doubted, self._tell_at = what, now + TELL_S
+            self.log.warn("{text}", text=text)
+
+    async def _sweep_commands(self, keep: Keep) -> None:
+        after: int | None = 0
+        while after is not None and not self._is_stopping:
+            removed, after = await self._database.run(retention.sweep_commands, after, keep)
+            self.commands += removed
+
+    async def _sweep_rest(self) -> None:
+        since: str | None = "-infinity"
+        while since is not None and not self._is_stopping:
+            removed, since = await self._database.run(retention.sweep_keys, since)
+            self.keys += removed
+        removed = retention.STEP_ROWS
+        while removed == retention.STEP_ROWS and not self._is_stopping:
+            removed = await self._database.run(retention.sweep_steering)

@@ -1,0 +1,108 @@
+"""``twistd s2s-server``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from twisted.logger import Logger
+
+from s2s.admin.http.service import POOL_THREADS
+from s2s.errors import DatabaseError, OperatorError
+from s2s.handlers.commands import CommandHandler
+from s2s.handlers.discovery import installed
+from s2s.roles import descriptors
+from s2s.roles.endpoints import server_endpoint
+from s2s.roles.options import HTTP, LISTEN, RoleOptions, between, make_basis, or_refuse, parameter
+from s2s.roles.preflight import unusable
+from s2s.roles.server.executor import Executor
+from s2s.roles.server.inbox import Inbox
+from s2s.roles.server.served_types import LiveServedTypes, texts
+from s2s.roles.server.service import ListenSpec, Server
+from s2s.store.pool import blocking
+from s2s.store.tables import command_types
+
+#: Connections beside those of handlers: inbox and claims, keys and configuration, steering; the HTTP API.
+_THREADS = 4 + POOL_THREADS
+#: Said instead of an endpoint: there is to be none.
+_OFF = "off"
+
+_log = Logger()
+
+
+def _unless_off(reactor: Any, description: str) -> Any:
+    return None if description == _OFF else server_endpoint(reactor, description)
+
+
+def _hosts(text: str) -> list[str]:
+    hosts = [host.strip() for host in text.split(",") if host.strip()]
+    for host in hosts:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,253}", host):
+            raise ValueError(f"{host!r} is no host name: write names without ports, such as s2s.example")
+    return hosts
+
+
+class Options(RoleOptions):
+    """The server's options."""
+
+    process_name = "s2s-server"
+    endpoints = (("listen", server_endpoint, LISTEN), ("http", _unless_off, HTTP))
+    optParameters = [
+        parameter("listen", LISTEN, "endpoint that engines connect to"),
+        parameter("http", HTTP, "endpoint of the HTTP API, or off"),
+        parameter(
+            "http-hosts", "", "names by which clients may call the HTTP API, beside localhost: a.example,b.example"
+        ),
+        parameter("executor-workers", 2, "batches of commands that run at once, 0 to 32; 0: none here"),
+    ]
+    coercions = {"executor-workers": between(0, 32), "http-hosts": _hosts}
+
+
+def makeService(options: Options) -> Any:
+    """Make the server's service; nothing is connected before it starts."""
+    return or_refuse(lambda: _make(options))
+
+
+def _make(options: Options) -> Any:
+    descriptors.allow()
+    workers = options["executor-workers"]
+    basis, [listen, http] = make_basis(options, "server", "server", _THREADS, workers)
+    descriptors.watch(basis.clock.scheduler)
+    found = installed()
+    for complaint in found.complaints:
+        _log.error("{complaint}", complaint=complaint)
+    executor = Executor(
+        basis.database,
+        basis.handlers,
+        found.commands,
+        basis.identity.boot_id,
+        workers=workers,
+        clock=basis.clock.scheduler,
+    )
+    types = LiveServedTypes(basis.database, basis.clock, found.commands, _declare(basis.url, found.commands))
+    inbox = Inbox(basis.database, found.commands, executor.wake, basis.counters, types=types)
+    return Server(
+        basis,
+        ListenSpec(listen, options["listen"], "listen"),
+        inbox,
+        executor,
+        http and ListenSpec(http, options["http"], "http"),
+        options["http-hosts"],
+        types,
+    )
+
+
+def _declare(url: str, served: Mapping[str, CommandHandler]) -> dict[str, str]:
+    """Declare the command types, and read all that are known, before anything is accepted.
+
+    A database that takes no writes yet is no reason not to start: the types are declared later.
+    """
+    try:
+        with suppress(DatabaseError), blocking(url) as txn:
+            command_types.declare(txn, texts(served))
+        with blocking(url) as txn:
+            return command_types.read(txn)
+    except DatabaseError as error:
+        raise OperatorError(unusable(error)) from None

@@ -1,0 +1,202 @@
+"""The log files that twistd writes: bounded, opened anew when they were moved away, and honest about what they lack.
+
+twistd opens its log by itself, for a plugin and for a tac file, and keeps every rotated file. Its
+:class:`~twisted.python.logfile.LogFile` gets its bounds here once the role runs. ``--logger`` and ``--syslog`` keep
+their meaning.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, TextIO, cast
+
+from twisted.logger import FileLogObserver, Logger, globalLogPublisher
+from twisted.python import threadable
+from twisted.python.logfile import LogFile
+
+from s2s.errors import OperatorError
+from s2s.runtime import streams
+
+_log = Logger(namespace="s2s.runtime.log_file")
+
+
+def bound(file_bytes: int, old_files: int) -> None:
+    """Bound every log file that is open, and count what the log loses from now on.
+
+    :param file_bytes: a file of this size is rotated.
+    :param old_files: rotated files that are kept; older ones are removed at the next rotation.
+    """
+    for file in _files():
+        file.rotateLength = file_bytes
+        file.maxRotatedFiles = old_files
+        file.__class__ = _CountedFile  # twistd has made it
+    for observer in _observers():
+        if observer._outFile is sys.__stdout__:
+            observer._outFile = cast("IO[Any]", _CountedStream(sys.__stdout__))
+
+
+class _Counted:
+    """A log that tells how many events it lost once it can be written again.
+
+    Twisted would say nothing, as all that it says goes to the same log.
+    """
+
+    _lost = 0
+    _why = ""
+
+    def write(self, event: str) -> None:
+        """Write an event, which begins with its time."""
+        told = ""
+        if self._lost:
+            told = (
+                f"{event.partition(' ')[0]} [s2s.runtime.log_file#error] events lost before this line: {self._lost}: "
+                f"the log could not be written: {self._why}\n"
+            )
+        try:
+            self._append((told + event).encode(errors="backslashreplace"))
+        except OSError as error:
+            self._lost += 1
+            self._why = str(error.strerror)
+        else:
+            self._lost = 0
+
+    def _append(self, text: bytes) -> None:
+        """Append some text.
+
+        :raises OSError: it cannot be written.
+        """
+        raise NotImplementedError
+
+
+class _CountedFile(_Counted, LogFile):
+    """A log file, which takes each event whole or not at all."""
+
+    synchronized = ["write"]  # with rotate(), which is so already
+    write = _Counted.write
+
+    def _append(self, text: bytes) -> None:
+        if self.shouldRotate():  # type: ignore[no-untyped-call]
+            with suppress(OSError):  # what cannot be rotated is written to all the same
+                self.rotate()  # type: ignore[no-untyped-call]
+            self._leave_removed()
+        if self._file.closed:  # by a rotation that failed half-way
+            self._openFile()  # type: ignore[no-untyped-call]
+        start = self._file.seek(0, os.SEEK_END)  # another program may have cut the file short
+        try:
+            while text:  # a disk that becomes full takes the beginning, and says why at the next try
+                text = text[self._file.write(text) :]
+        except OSError:
+            with suppress(OSError):
+                self._file.seek(start)
+                self._file.truncate()
+            raise
+        self.size = self._file.tell()
+
+    def _leave_removed(self) -> None:
+        """Open the path anew where the file was removed or moved away: it has no bound, as nothing can rotate it.
+
+        :raises OSError: it cannot be opened, as where its directory is gone.
+        """
+        try:
+            os.stat(self.path)
+        except FileNotFoundError:
+            removed = self._file
+            self._openFile()  # type: ignore[no-untyped-call]
+            removed.close()
+        except OSError:
+            pass  # nothing tells whether it is there
+
+
+class _CountedStream(_Counted):
+    """The log on stdout, past its buffer: that would keep what a full disk refused, and raise at each later event.
+
+    An event that finds no room in the pipe in time is lost: a reader that stands still would block the reactor.
+    """
+
+    synchronized = ["write"]
+    write = _Counted.write
+
+    def __init__(self, stream: TextIO) -> None:
+        self._descriptor = stream.fileno()
+        self._is_torn = False
+        #: Seconds that the next event waits for its reader: none after one that waited, until there was room at once.
+        self._patience_s = streams.ROOM_S
+
+    def _append(self, text: bytes) -> None:
+        if self._is_torn:
+            text = b"\n" + text
+        began = time.monotonic()
+        until = began + self._patience_s
+        while text:
+            if not streams.has_room(self._descriptor, max(0.0, until - time.monotonic())):
+                self._patience_s = 0.0
+                raise OSError(errno.EAGAIN, "nobody reads it")
+            written = os.write(self._descriptor, text[: select.PIPE_BUF])
+            text = text[written:]
+            self._is_torn = bool(text)
+        has_waited = time.monotonic() > began + streams.ROOM_S / 10
+        self._patience_s = 0.0 if has_waited else streams.ROOM_S
+
+    def flush(self) -> None:
+        """Do nothing: an event is written at once."""
+
+
+threadable.synchronize(_CountedFile, _CountedStream)
+
+
+def append(path: str, text: str = "") -> None:
+    """Append to a file as twistd will do: where that fails, its user gets to know.
+
+    :raises OSError: it cannot be written.
+    :raises OperatorError: it is no file.
+    """
+    is_file = not Path(path).is_fifo()  # opening one would wait for a reader
+    if is_file:
+        with open(path, "ab", buffering=0) as file:
+            is_file = file.seekable()
+            if is_file:
+                file.write(text.encode())
+    if not is_file:
+        raise OperatorError(f"{path} is a pipe or a terminal, and no log file: leave --logfile out to log to stdout")
+
+
+def reopen() -> bool:
+    """Open every log file anew by its path, for a program that has moved it away; make it where it is missing.
+
+    :returns: whether it was done. An old file is kept otherwise, and stderr has a line too: the file may be deleted.
+    """
+    is_done = True
+    for file in _files():
+        try:
+            # LogFile.reopen() closes the old file first: without a new one nothing could be logged any more.
+            append(file.path)
+        except (OSError, OperatorError) as error:
+            is_done = False
+            why = error.strerror if isinstance(error, OSError) else error
+            line = f"the log {file.path} cannot be opened anew, and the old file is written to: {why}"
+            _log.error("{line}", line=line)
+            streams.say(line)
+        else:
+            file.reopen()
+    return is_done
+
+
+def descriptor() -> int:
+    """Return the file descriptor of the log file, or of stderr where there is none."""
+    return next((int(file._file.fileno()) for file in _files()), 2)
+
+
+def _files() -> Iterator[LogFile]:
+    return (observer._outFile for observer in _observers() if isinstance(observer._outFile, LogFile))
+
+
+def _observers() -> list[FileLogObserver]:
+    """List the observers that write to a file, which Twisted does not list in public."""
+    return [observer for observer in globalLogPublisher._observers if isinstance(observer, FileLogObserver)]

@@ -1,0 +1,100 @@
+"""Threads of our own for what blocks: a plug-in may fill those of the reactor with calls that do not return.
+
+The operating system may refuse a thread. What is to run in it fails then, and is no fault of a handler.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
+
+from twisted.internet import threads
+from twisted.internet._resolver import GAIResolver
+from twisted.internet.defer import Deferred, fail
+from twisted.python.threadpool import ThreadPool
+
+from s2s.errors import THREAD_CURE, NoThread, OperatorError
+
+T = TypeVar("T")
+
+#: Threads that are made at the start, and those at once. A process has two connections that are opened in one, looks at
+#: connections without an answer, and has up to one cancellation for each call of foreign code.
+LEAST: Final = 4
+MOST: Final = 20
+
+_pools: Final[WeakKeyDictionary[Any, ThreadPool]] = WeakKeyDictionary()
+
+
+def run(reactor: Any, work: Callable[..., T], *args: Any) -> Deferred[T]:
+    """Call ``work(*args)`` in a thread.
+
+    :returns: fires with its result.
+    """
+    return run_in(reactor, _pool(reactor), work, *args)
+
+
+def run_in(reactor: Any, pool: ThreadPool, work: Callable[..., T], *args: Any) -> Deferred[T]:
+    """Call ``work(*args)`` in a thread of a pool.
+
+    :param pool: one whose threads are each a :class:`Thread`.
+    :returns: fires with its result, or fails with :class:`NoThread`.
+    """
+    try:
+        outcome: Deferred[T] = threads.deferToThreadPool(reactor, pool, work, *args)
+    except RuntimeError:
+        return fail(NoThread())
+    return outcome
+
+
+class Thread(threading.Thread):
+    """A thread of a pool, which the pool also joins where the operating system has refused to start it."""
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end, if it was started."""
+        if self.ident is not None:
+            super().join(timeout)
+
+
+def try_start(thread: threading.Thread) -> bool:
+    """Start a thread; whether it was started: the operating system may refuse it, and Python does while it exits."""
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True
+
+
+def check(count: int) -> None:
+    """See that this process may have more threads.
+
+    :param count: threads beside those of :func:`run`.
+    :raises OperatorError: the operating system refuses them.
+    """
+    release, made = threading.Event(), list[threading.Thread]()
+    needed = count + LEAST
+    while len(made) < needed and try_start(thread := threading.Thread(target=release.wait, daemon=True)):
+        made.append(thread)
+    release.set()
+    for thread in made:
+        thread.join()
+    if len(made) < needed:
+        raise OperatorError(
+            f"this process needs {needed} threads, and the operating system starts {len(made)}: {THREAD_CURE}"
+        )
+
+
+def resolve_names(reactor: Any) -> None:
+    """Have the reactor look up host names in these threads, too."""
+    reactor.installNameResolver(GAIResolver(reactor, lambda: _pool(reactor)))
+
+
+def _pool(reactor: Any) -> ThreadPool:
+    pool = _pools.get(reactor)
+    if pool is None:
+        pool = _pools[reactor] = ThreadPool(LEAST, MOST, "s2s")
+        pool.threadFactory = Thread
+        pool.start()
+        reactor.addSystemEventTrigger("during", "shutdown", pool.stop)
+    return pool

@@ -1,0 +1,69 @@
+"""The standard streams of a process: closed, full, broken, or not UTF-8."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from contextlib import suppress
+from typing import Any, Final
+
+_NAMES: Final = ("stdin", "stdout", "stderr")
+#: Seconds that a line waits for room in its pipe, socket or terminal: a reader that works makes room within
+#: milliseconds, and the reactor stands still meanwhile.
+ROOM_S: Final = 0.1
+
+
+def prepare() -> list[str]:
+    """Make the streams safe: no text fails for its characters, and no file opened later passes for a closed stream.
+
+    :returns: the names of the streams that were closed.
+    """
+    closed = [name for name in _NAMES if getattr(sys, name) is None]
+    null = os.open(os.devnull, os.O_RDWR)
+    while null <= 2:
+        null = os.dup(null)
+    os.close(null)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    return closed
+
+
+def has_room(descriptor: int, wait_s: float) -> bool:
+    """Return whether up to ``select.PIPE_BUF`` bytes can be written without waiting for a reader.
+
+    ``O_NONBLOCK`` would also hold for every other process that has the same pipe or terminal.
+
+    :param wait_s: seconds to wait until there is room.
+    """
+    room = select.poll()
+    room.register(descriptor, select.POLLOUT)
+    return bool(room.poll(wait_s * 1000))
+
+
+def say(line: str) -> None:
+    """Write a line to stderr, whatever Twisted has made of ``sys.stderr``.
+
+    Without a stderr, or with one that has no reader, the line is lost.
+    """
+    with suppress(OSError, ValueError):
+        if sys.__stderr__ is not None and has_room(sys.__stderr__.fileno(), ROOM_S):
+            print(line, file=sys.__stderr__, flush=True)
+
+
+def abandon(stream: Any) -> bool:
+    """Write out a stream; where that fails drop it, or Python would fail again as it exits, with exit code 120.
+
+    :returns: whether everything was written.
+    """
+    try:
+        if stream is not None:
+            stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+        return False
+    return True

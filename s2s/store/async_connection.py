@@ -1,0 +1,405 @@
+"""Short statements on a connection that the reactor drives itself, one after the other.
+
+A thread of the pool costs two changes between threads, which is more than a short statement takes.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final, TypeVar
+
+import psycopg2
+from psycopg2.extensions import POLL_OK, POLL_WRITE
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IReadDescriptor, IReadWriteDescriptor
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from s2s.errors import DatabaseUnavailable
+from s2s.runtime import own_threads
+from s2s.runtime.clock import cancel
+from s2s.store import driver, sqlstate
+from s2s.store.connection import PlanningConnection, open_async
+from s2s.store.cursor import StoreCursor
+from s2s.store.driver import Prepared, Query, Steps
+
+T = TypeVar("T")
+
+#: Sessions whose statement was given up and has not ended. The database does not notice that a client has left while it
+#: hangs in a COMMIT, so that each of them stays one of its sessions; with more of them no further one is opened.
+MOST_GIVEN_UP: Final = 2
+#: Seconds that connecting may take; and that a statement may take beyond those that the database gives it.
+CONNECT_S: Final = 5.0
+BEYOND_S: Final = 2.0
+
+
+@implementer(IReadWriteDescriptor)
+class AsyncConnection:
+    """One connection, made when it is first needed and again when it broke. Each statement commits by itself.
+
+    :param parameters: returns those of a connection, in a thread.
+    :param statement_timeout_s: seconds after which the database cancels a statement.
+    :param reactor: the reactor.
+    :param tell: called with ``None`` when a query has come to its end, and with the error when one has not for want of
+        a connection.
+    :param on_late: called when the database did not answer in time.
+    :param note: called with each error of the database on a connection that lives.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        parameters: Callable[[], dict[str, Any]],
+        statement_timeout_s: float,
+        reactor: Any,
+        tell: Callable[[BaseException | None], object],
+        on_late: Callable[[], object],
+        note: Callable[[BaseException], object] = lambda _: None,
+    ) -> None:
+        self._parameters = parameters
+        self._statement_timeout_s = statement_timeout_s
+        self._reactor = reactor
+        self._tell = tell
+        self._on_late = on_late
+        self._note = note
+        self._conn: PlanningConnection | None = None
+        self._cursor: Any = None
+        self._fileno = -1
+        self._ears = select.poll()
+        self._is_writing = False
+        #: Told what the query under way comes to.
+        self._done: Callable[[Any], object] | None = None
+        #: Whom the rows of the statement that was sent are for.
+        self._asks: Callable[[list[Any]], None] | None = None
+        self._timer: Any = None
+        self._deadline = 0.0
+        self._until_idle: list[Deferred[None]] = []
+        self._given_up: set[_GivenUp] = set()
+        #: Why everything is given up, once it is.
+        self._cancelled = ""
+
+    def ask(self, query: Query, done: Callable[[list[Any] | Failure], object]) -> None:
+        """Do one query. It goes by callbacks: coroutines and Deferreds take a good part of a short statement's time.
+
+        :param done: called with the rows, or with a failure: :class:`DatabaseUnavailable` when there is no connection
+            or it broke, where what was asked may have been done; :class:`StatementRefused` when the database refused
+            the data. It may ask again at once.
+        """
+        assert self._done is None, "one thing after the other"
+        self._done = done
+        if self._conn is not None and self._ears.poll(0):
+            # Unasked it has only its end to tell.
+            self._drop()
+        self._send(query)
+
+    def run(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
+        """Do one query of ``work(*args)`` after the other.
+
+        :returns: fires with what the work returns, or fails as :meth:`ask` does.
+        """
+        steps: Steps[T] = work(*args)
+        outcome: Deferred[T] = Deferred()
+
+        def go_on(rows: Any) -> None:
+            if isinstance(rows, Failure):
+                outcome.errback(rows)
+                return
+            try:
+                query = steps.send(rows)
+            except StopIteration as end:
+                outcome.callback(end.value)
+            except Exception:
+                outcome.errback()
+            else:
+                self.ask(query, go_on)
+
+        go_on(None)  # the first send is None, as it must be
+        return outcome
+
+    def stop(self) -> Deferred[None]:
+        """Finish what is under way, and close the connection.
+
+        :returns: fires when it is closed.
+        """
+        return self._idle().addCallback(lambda _: self._close())
+
+    def _close(self) -> None:
+        self._drop()
+        for each in list(self._given_up):
+            each.end()
+
+    def cancel(self, why: str) -> Deferred[None]:
+        """Give up what is under way: whether it was done nobody knows.
+
+        :returns: fires when nothing is under way.
+        """
+        self._cancelled = why
+        self._lost(why)
+        if self._done is not None:
+            # It waits for a connection, so that nothing of it was sent.
+            self._end(Failure(DatabaseUnavailable(why)))
+        return self._idle()
+
+    def _idle(self) -> Deferred[None]:
+        if self._done is None:
+            return succeed(None)
+        waiter: Deferred[None] = Deferred()
+        self._until_idle.append(waiter)
+        return waiter
+
+    @property
+    def given_up(self) -> list[PlanningConnection]:
+        """The connections whose statement was given up and has not ended."""
+        return [each.connection for each in self._given_up]
+
+    # --- one query ---------------------------------------------------------------------------------------------------
+
+    def _send(self, query: Query) -> None:
+        conn, statement, done = self._conn, query.statement, self._done
+        try:
+            if self._cancelled:
+                self._end(Failure(DatabaseUnavailable(self._cancelled)))
+            elif conn is None and len(self._given_up) >= MOST_GIVEN_UP:
+                why = f"{MOST_GIVEN_UP} sessions have not ended whose statements got no answer"
+                self._end(Failure(DatabaseUnavailable(why)))
+            elif conn is None:
+                # One that was cancelled meanwhile is over.
+                self._connect().addCallbacks(
+                    lambda _: self._send(query), lambda failure: self._end(failure) if self._done is done else None
+                )
+            elif not isinstance(statement, Prepared):
+                self._execute(statement, query.params, self._end)
+            elif statement in conn.plans:
+                self._execute(statement.call, query.params, self._end)
+            else:
+                self._execute(statement.prepare, (), lambda _: self._planned(conn, statement, query))
+        except Exception:
+            if self._done is not done:
+                raise  # it is over
+            # What nobody foresaw must not leave anybody waiting.
+            failure, self._asks = Failure(), None
+            self._drop()
+            self._end(failure)
+
+    def _planned(self, conn: PlanningConnection, statement: Prepared, query: Query) -> None:
+        conn.plans.add(statement)
+        self._send(query)
+
+    def _end(self, result: list[Any] | Failure) -> None:
+        """The query is over, or given up."""
+        assert self._done is not None
+        done, self._done = self._done, None
+        if not isinstance(result, Failure):
+            self._tell(None)
+        elif result.check(DatabaseUnavailable) and self._conn is None and not self._cancelled:
+            self._tell(result.value)
+        try:
+            done(result)
+        except Exception:
+            self.log.failure("who asked the database stumbled over its answer")
+        if self._done is None and self._until_idle:
+            waiting, self._until_idle = self._until_idle, []
+            for waiter in waiting:
+                waiter.callback(None)
+
+    def _connect(self) -> Deferred[None]:
+        # The look-up of a host name blocks: off the reactor's thread.
+        opening = own_threads.run(self._reactor, open_async, self._parameters, CONNECT_S, self._statement_timeout_s)
+        return opening.addCallback(self._connected).addErrback(_told)
+
+    def _connected(self, conn: PlanningConnection) -> None:
+        if self._cancelled:
+            conn.close()
+            raise DatabaseUnavailable(self._cancelled)
+        try:
+            cursor = conn.cursor(cursor_factory=StoreCursor)
+            # libpq closes its own when it finds the connection broken, under the hands of the reactor: a copy.
+            fileno = os.dup(conn.fileno())
+        except BaseException:
+            conn.close()
+            raise
+        self._conn, self._cursor, self._fileno, self._ears = conn, cursor, fileno, driver.pending_input(fileno)
+        try:
+            self._reactor.addReader(self)
+        except BaseException:
+            self._drop()
+            raise
+
+    def _execute(self, statement: str, params: tuple[Any, ...], asks: Callable[[list[Any]], None]) -> None:
+        self._asks = asks
+        try:
+            self._cursor.execute(statement, params or None)
+        except Exception:
+            # Also what is no error of the database's: parameters that cannot be written.
+            self._failed()
+            return
+        self._deadline = self._reactor.seconds() + self._statement_timeout_s + BEYOND_S
+        if self._timer is None:
+            self._watch()
+        # What the socket did not take at once is written when it can.
+        self._advance()
+
+    def _advance(self) -> None:
+        """Go on with the exchange, as far as it goes now."""
+        if self._conn is None:
+            # The reactor had two events of one descriptor, and the first of them was its end.
+            return
+        try:
+            state = self._conn.poll()
+        except psycopg2.Error:
+            self._failed()
+            return
+        if self._is_writing != (state == POLL_WRITE):
+            self._is_writing = not self._is_writing
+            (self._reactor.addWriter if self._is_writing else self._reactor.removeWriter)(self)
+        asks = self._asks
+        if state != POLL_OK or asks is None:
+            return
+        try:
+            rows = self._cursor.fetchall() if self._cursor.description else []
+        except Exception:
+            self._failed()
+        else:
+            self._asks = None
+            asks(rows)
+
+    def _failed(self) -> None:
+        """What is being handled came of the connection: whoever asked is told; a connection that broke goes first."""
+        failure, conn = Failure(), self._conn
+        error = failure.value
+        if isinstance(error, psycopg2.Error) and conn is not None:
+            told = driver.translate_error(error, conn)
+            failure = Failure(told)
+            self._note(told)
+            if driver.is_broken(conn) or driver.is_of_the_connection(error) or sqlstate.of(error).drops:
+                self._drop()
+        self._answer(failure)
+
+    def _answer(self, failure: Failure) -> None:
+        if self._asks is not None:
+            self._asks = None
+            self._end(failure)
+
+    def _watch(self) -> None:
+        """Look when the answer is due: one timer for many statements, since most are answered long before."""
+        self._timer = self._reactor.callLater(max(0.0, self._deadline - self._reactor.seconds()), self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._asks is not None and self._reactor.seconds() < self._deadline:
+            self._watch()
+        elif self._asks is not None:
+            self._on_late()
+            self._give_up()
+            self._answer(Failure(DatabaseUnavailable("the database does not answer")))
+
+    def _give_up(self) -> None:
+        """Leave the connection to itself until its statement has ended."""
+        conn, fileno = self._detach()
+        if conn is not None:
+            _GivenUp(conn, fileno, self._reactor, self._given_up).start()
+
+    def _lost(self, why: str) -> None:
+        self._drop()
+        self._answer(Failure(DatabaseUnavailable(why)))
+
+    def _drop(self) -> None:
+        conn, fileno = self._detach()
+        if conn is not None:
+            os.close(fileno)
+            conn.close()
+
+    def _detach(self) -> tuple[PlanningConnection | None, int]:
+        """Part from the connection and the reactor's descriptor of it, and return both."""
+        cancel(self._timer)
+        self._timer = None
+        conn, fileno = self._conn, self._fileno
+        if conn is not None:
+            self._reactor.removeReader(self)
+            self._reactor.removeWriter(self)
+            self._conn = self._cursor = None
+            self._fileno = -1
+            self._is_writing = False
+        return conn, fileno
+
+    # --- the reactor's -------------------------------------------------------------------------------------------
+
+    def doRead(self) -> None:
+        """Take in what the database says; unasked it has only its end to tell."""
+        self._advance()
+
+    def doWrite(self) -> None:
+        """Write what is left of a statement."""
+        self._advance()
+
+    def fileno(self) -> int:
+        """The reactor's own descriptor of the connection's socket."""
+        return self._fileno
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The reactor found the descriptor gone."""
+        self._lost(reason.getErrorMessage())
+
+    def logPrefix(self) -> str:
+        """Name us in the reactor's own messages."""
+        return "AsyncConnection"
+
+
+@implementer(IReadDescriptor)
+class _GivenUp:
+    """A connection whose statement was given up, until it ends.
+
+    :param fileno: the reactor's own descriptor of its socket, which is closed at the end.
+    :param others: the set of those that have not ended, to which this one belongs from its start to its end.
+    """
+
+    def __init__(self, conn: PlanningConnection, fileno: int, reactor: Any, others: set[_GivenUp]) -> None:
+        self.connection = conn
+        self._fileno = fileno
+        self._reactor = reactor
+        self._others = others
+
+    def start(self) -> None:
+        """Wait for the end."""
+        self._others.add(self)
+        self.connection.asked_at = time.monotonic()
+        self._reactor.addReader(self)
+
+    def end(self) -> None:
+        """Close it."""
+        self._others.discard(self)
+        self._reactor.removeReader(self)
+        os.close(self._fileno)
+        self._fileno = -1
+        self.connection.close()
+
+    def doRead(self) -> None:
+        """Take in what the database says: its statement has ended, or the connection has."""
+        with suppress(psycopg2.Error):
+            if self.connection.poll() != POLL_OK:
+                return
+        self.end()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The reactor found the descriptor gone."""
+        self.end()
+
+    def fileno(self) -> int:
+        """The reactor's own descriptor of the connection's socket."""
+        return self._fileno
+
+    def logPrefix(self) -> str:
+        """Name us in the reactor's own messages."""
+        return "AsyncConnection, given up"
+
+
+def _told(failure: Failure) -> Failure:
+    """Say why there is no connection."""
+    error = failure.value
+    return Failure(driver.translate_error(error)) if isinstance(error, psycopg2.Error) else failure

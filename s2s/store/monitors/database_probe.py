@@ -1,0 +1,60 @@
+"""Whether the database serves writes."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+from s2s.errors import DatabaseError
+from s2s.runtime.clock import Clock
+from s2s.store.monitors import probe
+from s2s.store.pool import Database
+
+#: Seconds within which a database that serves answers.
+ANSWER_S: Final = 2.0
+#: Seconds for which an answer holds: however many ask, the database writes and rolls back once a second at most.
+HOLDS_S: Final = 1.0
+
+
+class DatabaseProbe:
+    """Writes to the database and rolls back: once at a time, however many want to know."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+        self._is_asking = False
+        self._waiters: list[Deferred[str]] = []
+        self._answer = ""
+        self._answered_at = float("-inf")
+
+    def check(self) -> Deferred[str]:
+        """Return ``ok``, or the reason why the database takes no writes, within :data:`ANSWER_S`."""
+        # One that waits no more is forgotten.
+        waiter: Deferred[str] = Deferred(self._waiters.remove)
+        if self._clock.mono() < self._answered_at + HOLDS_S:
+            waiter.callback(self._answer)
+            return waiter
+        self._waiters.append(waiter)
+        if not self._is_asking:
+            self._is_asking = True
+            self._database.run(probe.check).addBoth(self._answered)
+        late = f"no answer within {ANSWER_S:g} s"
+        return waiter.addTimeout(ANSWER_S, self._clock.scheduler, lambda *_: late)
+
+    def _answered(self, outcome: Any) -> None:
+        self._is_asking = False
+        self._answer = _reason(outcome.value) if isinstance(outcome, Failure) else "ok"
+        self._answered_at = self._clock.mono()
+        waiters = self._waiters[:]
+        self._waiters.clear()
+        for waiter in waiters:
+            waiter.callback(self._answer)
+
+
+def _reason(error: BaseException | None) -> str:
+    """Return the reason in the server's own words; an error of ours is in the log."""
+    if not isinstance(error, DatabaseError):
+        return type(error).__name__
+    return str(error)

@@ -1,0 +1,133 @@
+"""Locks of other programs: on due rows, which our looks skip, and those for which sessions of ours wait."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from s2s.store.driver import Cursor
+from s2s.store.lock_wait import HOLDER, describe_holder
+
+#: Seconds that a row must have been due, and that the transaction of its holder must have lasted.
+WAITING_S: Final = 30
+#: Milliseconds that a look at one table may take.
+_LOOK_MS: Final = 1000
+#: Rows of one table that are looked at, and holders that are named.
+_MOST_ROWS: Final = 100
+_MOST_HOLDERS: Final = 5
+
+_BEFORE: Final = "now() - %(waiting_s)s * interval '1 second'"
+#: By table: its key, and which rows are due.
+_DUE: Final = {
+    "commands": (
+        "cmd_id",
+        f"status = 'ready' and due_at <= {_BEFORE} and cmd_id not in (select unnest(cmd_ids) from batch_notes)",  # noqa: S608
+    ),
+    "jobs": ("job_type", f"due_at <= {_BEFORE} and coalesce(retry_at, due_at) <= {_BEFORE}"),
+    "orders": ("order_id", f"status in ('queued', 'running') and coalesce(retry_at, stepped_at) <= {_BEFORE}"),
+    "outbox": ("outbox_id", f"state = 'waiting' and send_at <= {_BEFORE}"),
+    "broadcasts": ("broadcast_id", f"state = 'pending' and created_at <= {_BEFORE}"),
+}
+#: What each role works on.
+TABLES: Final = {"server": ("commands",), "engine": ("jobs", "orders", "outbox", "broadcasts")}
+
+#: Seconds after which the wait of one of our statements for a lock is logged.
+_WAITS_S: Final = 3
+# A lock of a row comes with one of the table. The pid of a prepared transaction is null.
+_HOLDERS: Final = f"""
+select t.name, coalesce(l.pid, 0), {HOLDER}
+from unnest(%(tables)s::text[]) t (name)
+join pg_locks l on l.locktype = 'relation' and l.granted and l.relation = to_regclass(t.name)
+    and l.database = (select oid from pg_database where datname = current_database())
+left join pg_stat_activity session using (pid)
+where l.mode in ('RowShareLock', 'RowExclusiveLock') and l.pid is distinct from pg_backend_pid()
+    and coalesce(session.application_name, '') not like 's2s-%%'
+    and coalesce(session.xact_start, '-infinity') < {_BEFORE}
+order by session.xact_start
+"""  # noqa: S608 - of constants, as below
+
+
+# Any user of the database may take the advisory lock for which a statement of ours waits.
+_AWAITED: Final = f"""
+select w.pid, blocker.pid, {HOLDER}
+from pg_stat_activity w cross join unnest(pg_blocking_pids(w.pid)) blocker (pid)
+left join pg_stat_activity session on session.pid = blocker.pid
+where w.datname = current_database() and w.application_name like 's2s-%%' and w.wait_event_type = 'Lock'
+    and w.query_start < now() - %(waits_s)s * interval '1 second'
+    and coalesce(session.application_name, '') not like 's2s-%%'
+order by session.xact_start
+"""  # noqa: S608
+
+
+@dataclass(frozen=True)
+class Held:
+    """The harm that locks of other sessions do: rows that are locked, or sessions of ours that wait.
+
+    :param subject: the rows or our sessions, with their state, as the text after their number.
+    :param keys: of the rows, or the pids of our sessions.
+    :param holders: the sessions that may hold the locks, by pid; 0: a prepared transaction.
+    """
+
+    subject: str
+    keys: frozenset[Any]
+    holders: Mapping[int, str]
+
+    def both(self, other: Held) -> Held:
+        """Return what another look at the same table has found as well."""
+        holders = {pid: text for pid, text in self.holders.items() if pid in other.holders}
+        return Held(self.subject, self.keys & other.keys, holders)
+
+    def __bool__(self) -> bool:
+        return bool(self.keys and self.holders)
+
+    def __str__(self) -> str:
+        named = "; ".join(list(self.holders.values())[:_MOST_HOLDERS])
+        return f"{len(self.keys)} {self.subject}: {named}"
+
+
+def look(
+    txn: Cursor, tables: Collection[str], waiting_s: float = WAITING_S, waits_s: float = _WAITS_S
+) -> dict[str, Held]:
+    """Find the rows of some tables that are due and locked by others for long, and our sessions that wait for others.
+
+    Without a session that may hold such locks, no table is read. A row that one of our own sessions has locked in this
+    moment may be among them: a second look tells.
+
+    :param waiting_s: seconds that a row must have been due, and that the transaction of its holder must have lasted.
+    :param waits_s: seconds that a session of ours must have waited.
+    :returns: by their subject.
+    """
+    txn.execute(f"set local statement_timeout = {_LOOK_MS}")
+    txn.execute(_HOLDERS, {"tables": list(tables), "waiting_s": waiting_s})
+    holders: dict[str, dict[int, str]] = {}
+    for table, *holder in txn.fetchall():
+        holders.setdefault(table, {})[holder[0]] = describe_holder(*holder)
+    found = [
+        Held(f"rows of {table} are due and locked by another session", _locked(txn, table, waiting_s), pids)
+        for table, pids in holders.items()
+    ]
+    txn.execute(_AWAITED, {"waits_s": waits_s})
+    awaited = txn.fetchall()
+    found.append(
+        Held(
+            "sessions of s2s wait for what another session has locked",
+            frozenset(row[0] for row in awaited),
+            {row[1]: describe_holder(*row[1:]) for row in awaited},
+        )
+    )
+    return {held.subject: held for held in found if held}
+
+
+def _locked(txn: Cursor, table: str, waiting_s: float) -> frozenset[Any]:
+    key, due = _DUE[table]
+    txn.execute(f"select {key} from {table} where {due} limit {_MOST_ROWS}", {"waiting_s": waiting_s})  # noqa: S608
+    keys = {each for (each,) in txn.fetchall()}
+    if not keys:
+        return frozenset()
+    params = {"keys": list(keys), "waiting_s": waiting_s}
+    txn.execute(f"select {key} from {table} where {key} = any(%(keys)s) for update skip locked", params)  # noqa: S608
+    free = {each for (each,) in txn.fetchall()}
+    # Some may have been done in between.
+    txn.execute(f"select {key} from {table} where {key} = any(%(keys)s) and {due}", params)  # noqa: S608
+    return frozenset(each for (each,) in txn.fetchall() if each not in free)

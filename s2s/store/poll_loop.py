@@ -1,0 +1,159 @@
+"""Taking turns at a table: look, do what is due, and sleep until there may be more."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+
+from s2s.errors import DatabaseUnavailable, StatementRefused, one_line
+from s2s.runtime.line_quota import LineQuota
+
+#: Seconds between two looks at a table when nothing wakes us, and between two tries when the database is away.
+POLL_S: Final = 1.0
+#: Seconds for which a row is left out, and rows that are left out at once.
+LEFT_OUT_S: Final = 30.0
+MOST_LEFT_OUT: Final = 1000
+#: Seconds for which every turn must have failed before that is told as a condition: one may fail by chance.
+FAILING_S: Final = 10.0
+
+
+class LeftOut:
+    """Keys of rows that the database refuses to change: the other rows have their turns meanwhile.
+
+    :param what: what a row is called in the log.
+    :param turns: logs the refusals.
+    :param mono: returns the monotonic time in seconds.
+    """
+
+    def __init__(self, what: str, turns: PollLoop, mono: Callable[[], float]) -> None:
+        self._what = what
+        self._turns = turns
+        self._mono = mono
+        self._until: dict[str, float] = {}
+
+    def add(self, key: str, refused: StatementRefused) -> float | None:
+        """Leave a row out for :data:`LEFT_OUT_S`, unless too many are left out, and log why.
+
+        :returns: seconds to sleep, see :class:`PollLoop`.
+        """
+        self._turns.tell_refused(f"{self._what} {key}: {refused}")
+        if len(self.keys()) >= MOST_LEFT_OUT:
+            return None
+        self._until[key] = self._mono() + LEFT_OUT_S
+        return 0.0
+
+    def keys(self) -> list[str]:
+        """Return those that are left out now."""
+        now = self._mono()
+        self._until = {key: until for key, until in self._until.items() if now < until}
+        return list(self._until)
+
+
+class PollLoop:
+    """Takes one turn after another, in as many lines at once as wanted, until it is stopped.
+
+    :param what: what a line is called in the log.
+    :param turn: takes a turn, given the line's number; gives the seconds to sleep then, :data:`POLL_S` at most, or
+        ``None`` for so many. What it raises ends no line.
+    :param clock: an ``IReactorTime``.
+    :ivar is_stopping: no turn is begun any more.
+    """
+
+    log = Logger()
+
+    def __init__(self, what: str, turn: Callable[[int], Awaitable[float | None]], clock: Any, lines: int = 1) -> None:
+        self._what = what
+        self._poll_once = turn
+        self._clock = clock
+        self._lines = lines
+        self._quota = LineQuota(clock, self._tell, is_first_told=True)
+        self.is_stopping = False
+        #: Something came since a line looked last.
+        self._is_woken = False
+        #: Since when every turn has failed, and why the last one has.
+        self._failing_from: float | None = None
+        self._why = ""
+        self._asleep: list[Deferred[None]] = []
+        self._running: list[Deferred[None]] = []
+
+    def start(self) -> None:
+        """Begin."""
+        self._running = [Deferred.fromCoroutine(self._go(line)) for line in range(self._lines)]
+
+    def stop(self) -> Deferred[Any]:
+        """Begin no turn any more.
+
+        :returns: fires when the turns under way are finished.
+        """
+        self.is_stopping = True
+        self._quota.stop()
+        self.wake_all()
+        return gatherResults(self._running)
+
+    def wake(self) -> None:
+        """There may be something to do: let one line look now."""
+        self._is_woken = True
+        if self._asleep:
+            self._asleep[0].cancel()
+
+    def wake_all(self) -> None:
+        """Let every line look now: they do not all see the same."""
+        self._is_woken = True
+        for sleeper in self._asleep[:]:
+            sleeper.cancel()
+
+    @property
+    def trouble(self) -> str:
+        """Why every turn has failed for :data:`FAILING_S`; empty: not every one has."""
+        failing_from = self._failing_from
+        return self._why if failing_from is not None and self._clock.seconds() >= failing_from + FAILING_S else ""
+
+    def tell_refused(self, why: str) -> None:
+        """Log, within a quota, that the database refuses a statement: by a trigger or a constraint that is not ours."""
+        # A traceback would say nothing more.
+        if self._quota.may_tell(why):
+            self.log.error("{what}: the database refuses a statement: {why}", what=self._what, why=why)
+
+    def _tell(self, untold: Mapping[str, int]) -> None:
+        for why, count in untold.items():
+            self.log.error("{what} failed {count} more times: {why}", what=self._what, count=count, why=why)
+
+    async def _go(self, line: int) -> None:
+        while not self.is_stopping:
+            self._is_woken = False
+            pause_s = None
+            try:
+                pause_s = await self._poll_once(line)
+                self._failing_from = None
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                self._failed(error)
+            if pause_s != 0 and not self._is_woken and not self.is_stopping:
+                await self._sleep(POLL_S if pause_s is None else min(pause_s, POLL_S))
+
+    def _failed(self, error: BaseException) -> None:
+        if self._failing_from is None:
+            self._failing_from = self._clock.seconds()
+        self._why = one_line(error)
+        if isinstance(error, DatabaseUnavailable):
+            return  # The pool has said so in the log, once.
+        if isinstance(error, StatementRefused):
+            self.tell_refused(str(error))
+        # A SystemExit of foreign code, above all: it must not end a line without a word.
+        elif self._quota.may_tell(self._why):
+            self.log.failure("{what} failed", what=self._what)
+
+    async def _sleep(self, seconds: float) -> None:
+        sleeper: Deferred[None] = deferLater(self._clock, seconds)
+        self._asleep.append(sleeper)
+        try:
+            await sleeper
+        except CancelledError:
+            pass
+        finally:
+            self._asleep.remove(sleeper)

@@ -1,0 +1,150 @@
+"""Reading something of the database again, whenever it may have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, Generic, TypeVar
+
+from twisted.internet import task
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from s2s.errors import DatabaseError
+from s2s.runtime.clock import Clock, Timer, cancel
+from s2s.store.pool import Database
+
+T = TypeVar("T")
+
+#: Beside the tables' NOTIFY, which can be lost.
+POLL_S: Final = 30.0
+#: After the beginning of a read that failed.
+RETRY_S: Final = 1.0
+
+
+class Refresher(Generic[T]):
+    """Reads again when it is told to, and now and then; never twice at once. What was read last stays in force.
+
+    :param read: a plain function ``(txn, *args)``.
+    :param took: called with what was read.
+    :param poll_s: seconds between two reads that nobody asked for.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        read: Callable[..., T],
+        args: tuple[Any, ...],
+        took: Callable[[T], object],
+        poll_s: float = POLL_S,
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._read = read
+        self._args = args
+        self._on_value = took
+        self._poll = task.LoopingCall(self.notify)
+        self._poll.clock = clock.scheduler
+        self._poll_s = poll_s
+        self._timer: Timer | None = None
+        self._began_at = float("-inf")
+        self._is_reading = False
+        self._is_stopped = False
+        #: What was wanted during a read.
+        self._gap_wanted: float | None = None
+        self._waiters: list[Deferred[None]] = []
+
+    def start(self) -> Deferred[None]:
+        """Read now, and now and then.
+
+        :returns: fires after the first read, whether it succeeded or not.
+        """
+        self._poll.start(self._poll_s, now=False)
+        return self.refresh()
+
+    def stop(self) -> None:
+        """Read no more; whoever waits for a read that has not begun waits no longer."""
+        self._is_stopped = True
+        if self._poll.running:
+            self._poll.stop()
+        cancel(self._timer)
+        self._fire()
+
+    def notify(self, gap_s: float = 0.0) -> None:
+        """It may have changed: read it soon, see :meth:`read_now`."""
+        self.refresh(gap_s)
+
+    def refresh(self, gap_s: float = 0.0) -> Deferred[None]:
+        """Do as :meth:`read_now`.
+
+        :returns: fires whether the read succeeded or not.
+        """
+        return self.read_now(gap_s).addErrback(self._kept)
+
+    def read_now(self, gap_s: float = 0.0) -> Deferred[None]:
+        """Read it again.
+
+        :param gap_s: seconds since the beginning of the read before, at least.
+        :returns: fires after a read that began after this call, or fails with its :class:`DatabaseError`; at once when
+            nothing is read any more.
+        """
+        waiter: Deferred[None] = Deferred(self._forget)
+        self._waiters.append(waiter)
+        self._read_after(gap_s)
+        return waiter
+
+    def _read_after(self, gap_s: float) -> None:
+        if self._is_stopped:
+            self._fire()
+            return
+        if self._is_reading:
+            # What changed after that read began is not in it.
+            self._gap_wanted = gap_s if self._gap_wanted is None else min(gap_s, self._gap_wanted)
+            return
+        wait_s = self._began_at + gap_s - self._clock.mono()
+        if wait_s <= 0:
+            self._begin()
+        elif self._timer is None or not self._timer.active():
+            self._timer = self._clock.scheduler.callLater(wait_s, self._begin)
+        elif self._clock.mono() + wait_s < self._timer.getTime():
+            self._timer.reset(wait_s)
+
+    def _begin(self) -> None:
+        cancel(self._timer)
+        self._is_reading = True
+        self._began_at = self._clock.mono()
+        waiters, self._waiters = self._waiters, []
+        reading = self._database.run(self._read, *self._args)
+        reading.addCallback(self._on_value).addBoth(self._done, waiters)
+
+    def _done(self, outcome: object, waiters: list[Deferred[None]]) -> None:
+        self._is_reading = False
+        gap_s, self._gap_wanted = self._gap_wanted, None
+        if isinstance(outcome, Failure) and self._poll.running:
+            gap_s = RETRY_S if gap_s is None else gap_s
+        if gap_s is not None:
+            self._read_after(gap_s)
+        for waiter in waiters:
+            if waiter.called:  # it waits no more
+                continue
+            if isinstance(outcome, Failure):
+                waiter.errback(outcome)
+            else:
+                waiter.callback(None)
+
+    def _forget(self, waiter: Deferred[None]) -> None:
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+
+    def _fire(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.callback(None)
+
+    def _kept(self, failure: Failure) -> None:
+        # Of a database that is away the pool has told.
+        if not failure.check(DatabaseError):
+            self.log.failure("reading again failed", failure)

@@ -1,0 +1,1 @@
+"""The tables: one module of plain functions ``(txn, …)`` a table."""

@@ -1,0 +1,111 @@
+"""Table ``broadcasts``: what operators say (docs/protocol.rst, "The engine"). ``insert`` alone makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Final
+
+from s2s.errors import LocalError, StatementRefused
+from s2s.store.driver import Cursor, check_written, refusable
+from s2s.store.tables import outbox
+from s2s.store.tables.own_keys import database_id, digest, own_key
+
+CHANNEL: Final = "s2s_broadcasts"
+COMMAND: Final = "notice.publish"
+
+#: The year 9999, in Unix seconds: a timestamp has an end, and ``since_ts`` may lie beyond it.
+_LAST_TS: Final = 253_402_300_799
+_MEMBERS: Final = ("scope", "sector_id", "corp_id", "player_id", "message", "severity", "ttl_s")
+
+
+def add(
+    txn: Cursor,
+    message: str,
+    scope: str = "global",
+    *,
+    sector_id: int | None = None,
+    corp_id: int | None = None,
+    player_id: int | None = None,
+    severity: str = "info",
+    ttl_s: int | None = None,
+) -> int:
+    """Store a broadcast, to be published by the next sweep.
+
+    :param message: 1 to 4000 characters.
+    :param ttl_s: seconds that the notice lives; for ever by default.
+    :returns: its ``broadcast_id``.
+    """
+    txn.execute(
+        "insert into broadcasts (scope, sector_id, corp_id, player_id, message, severity, ttl_s)"
+        " values (%s, %s, %s, %s, %s, %s, %s) returning broadcast_id",
+        (scope, sector_id, corp_id, player_id, message, severity, ttl_s),
+    )
+    check_written(txn)
+    return int((txn.fetchone() or ())[0])
+
+
+def sweep(txn: Cursor, since_ts: int, limit: int, frame_size: int) -> int:
+    """Move pending broadcasts into the outbox, each once, whatever sweeps overlap.
+
+    :param since_ts: Unix seconds; what was created before stays pending. 0: nothing does.
+    :param limit: how many at most.
+    :param frame_size: the longest frame, in bytes; what needs a longer one is set aside as ``refused``.
+    :returns: how many were queued; fewer than ``limit``: there are no more.
+    :raises StatementRefused: the database refuses all that are left.
+    """
+    queued = last = 0
+    database = database_id(txn)
+    kept: StatementRefused | None = None
+    while queued < limit:
+        txn.execute(
+            f"select broadcast_id, (created_at at time zone 'utc')::text, {', '.join(_MEMBERS)}"  # noqa: S608 - constants
+            " from broadcasts"
+            " where state = 'pending' and broadcast_id > %s"
+            " and created_at >= coalesce(to_timestamp(nullif(%s, 0)), '-infinity')"
+            " order by broadcast_id limit %s for update skip locked",
+            (last, min(since_ts, _LAST_TS), limit - queued),
+        )
+        found = {row[0]: (own_key(database, "broadcast", row[0], digest(*row[1:])), _payload(row[2:])) for row in txn}
+        if not found:
+            break
+        last = max(found)
+        try:
+            with refusable(txn):
+                queued += _queue(txn, found, frame_size)
+        except StatementRefused as refused:
+            kept = refused
+            # The database refuses one of them: each goes by itself.
+            for number, command in found.items():
+                with suppress(StatementRefused), refusable(txn):
+                    queued += _queue(txn, {number: command}, frame_size)
+    if kept is not None and not queued:
+        raise kept
+    return queued
+
+
+def _queue(txn: Cursor, found: Mapping[int, tuple[str, dict[str, Any]]], frame_size: int) -> int:
+    """Move some broadcasts into the outbox, or set them aside; return how many were moved."""
+    refused = {number: why for number, command in found.items() if (why := _why_not(*command, frame_size))}
+    fitting = [command for number, command in found.items() if number not in refused]
+    outbox.put_batch(txn, COMMAND, fitting, frame_size=frame_size)
+    txn.execute(
+        "update broadcasts b set error = s.error, queued_at = case when s.error is null then now() end,"
+        " state = case when s.error is null then 'queued' else 'refused' end"
+        " from unnest(%s::bigint[], %s::text[]) s (broadcast_id, error) where b.broadcast_id = s.broadcast_id",
+        (list(found), [refused.get(number) for number in found]),
+    )
+    check_written(txn, len(found))
+    return len(fitting)
+
+
+def _payload(values: tuple[Any, ...]) -> dict[str, Any]:
+    return {member: value for member, value in zip(_MEMBERS, values, strict=True) if value is not None}
+
+
+def _why_not(idem_key: str, payload: dict[str, Any], frame_size: int) -> str | None:
+    try:
+        outbox.check(COMMAND, idem_key, payload, frame_size)
+    except LocalError as error:
+        return str(error)
+    return None

@@ -1,0 +1,269 @@
+"""Table ``batch_notes``: which batch a worker has in hand (docs/protocol.rst, "Commands").
+
+A note is committed before its batch runs, and struck in the batch's own transaction. One that outlives its process
+names the commands that may have killed it.
+
+**Who is dead?** A process holds its presence lock, a session advisory lock, on its listening connection. The lock is
+free when the process is dead, but also for the moments in which a living one connects anew, and for everybody at once
+after a restart of the database. So a reaper charges a note only when it saw the very same note (``noted_at``) with a
+free lock at two looks, :data:`s2s.roles.server.reaper.SURE_S` apart, while it held its own presence on one and the same
+connection: then the database was there all the time, and whoever lived had the time to notice that its connection was
+dead and to come back.
+
+**And if it lives all the same?** A process that is cut off for longer cannot be told from a dead one. It may cost a
+command an attempt, and never a second run, since reaper and accused exclude each other by the locks of the commands. A
+batch that runs holds them, and is left alone. A batch that still waits for a thread locks its commands when it begins,
+then reads its note again (:func:`claimed`), and does not run what was taken out. A claim whose COMMIT was of unknown
+outcome is never run: its worker's next claim strikes it. The note itself is not locked while the batch runs, or a
+process that stops in a hurry could not strike it (:func:`release_all`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence, Set
+from datetime import datetime
+from typing import Final, NamedTuple
+
+from s2s.errors import StatementRefused
+from s2s.store.driver import Cursor, advisory_lock, array_literal, check_written, lock_key, refusable
+from s2s.store.tables import commands
+from s2s.store.tables.ready import Ready
+
+_CLAIMING: Final = lock_key("claiming")
+_REAPING: Final = lock_key("reaping")
+_DIED: Final = "ProcessDied: the process ended while this command's batch ran"
+#: A command that was alone in its batch may well have ended the process: it is charged as any failure is. So is, now
+#: and then, one that another worker had, and the last one of a batch whose others were charged at an earlier look.
+_DIED_ALONE: Final = "ProcessDied: the process ended while this command ran alone"
+_STUCK: Final = "Stuck: the process did not finish this command's batch in time"
+_OF_WORKER: Final = "boot_id = %s and worker = %s and (%s = 0 or note_id = %s)"
+#: Seconds that a note may stand while nothing of it is locked: longer than the database lets any transaction idle.
+OVERSTAY_S: Final = 90.0
+
+
+class Claim(NamedTuple):
+    """One note: a worker's next one has another time."""
+
+    boot_id: str
+    worker: int
+    noted_at: datetime
+
+
+class Scan(NamedTuple):
+    """What a reaper saw and did.
+
+    :param presence: since when the connection stands that holds the reaper's own presence lock; ``None``: it is not
+        held, and the reaper can judge nobody.
+    :param forsaken: the notes of others whose presence lock is free.
+    :param charged: how many commands were charged an attempt.
+    :param dead: how many of them are dead now.
+    """
+
+    presence: datetime | None
+    orphaned: Set[Claim] = frozenset()
+    charged: int = 0
+    dead: int = 0
+
+
+def presence_key(boot_id: str) -> int:
+    """Give the key of the session advisory lock that is held while the process ``boot_id`` lives."""
+    return lock_key(f"presence {boot_id}")
+
+
+def present(txn: Cursor, boot_ids: Set[str]) -> set[str]:
+    """Give those of some processes, by their ``boot_id``, that hold their presence lock now."""
+    held = _held(txn) if boot_ids else {}
+    return {boot_id for boot_id in boot_ids if presence_key(boot_id) in held}
+
+
+def _held(txn: Cursor) -> dict[int, datetime]:
+    """Give the advisory locks that are held in this database, each with the beginning of its holder's connection."""
+    # A default role of our user may not see when its own sessions began.
+    txn.execute(
+        "set local role none; select l.classid::bigint << 32 | l.objid::bigint, a.backend_start"
+        " from pg_locks l left join pg_stat_activity a using (pid)"
+        " where l.locktype = 'advisory' and l.objsubid = 1 and l.granted"
+        " and l.database = (select oid from pg_database where datname = current_database())"
+    )
+    held = dict(txn.fetchall())
+    txn.execute("reset role")
+    return held
+
+
+def claim(
+    txn: Cursor,
+    boot_id: str,
+    worker: int,
+    limit: int,
+    suspects: Container[int] = (),
+    ready: Ready | None = None,
+) -> list[int]:
+    """Choose a worker's next batch and note it. Its transaction must be committed before the batch runs.
+
+    A command that failed before runs alone, so that what it does wrong it does to itself.
+
+    :param suspects: commands that are to run alone too.
+    :param ready: what this process may run next; all commands by default.
+    :returns: the cmd_ids in run order, none of them in another note.
+    """
+    ready = ready or Ready()
+    # The note need not reach the disk: it is for the death of a process, and when the database dies nobody is charged.
+    # Notes are found by their index, whatever the statistics say: the table is nearly empty, but for what a snapshot
+    # keeps. And before the lock that everybody needs: a lost connection of ours may still hold the note.
+    txn.execute(
+        "set local synchronous_commit = off; set local enable_seqscan = off;"
+        " delete from batch_notes where boot_id = %s and worker = %s and note_id >= %s",
+        (boot_id, worker, ready.first_note),
+    )
+    ready.look_back(txn, limit)
+    # One claim at a time, so that batches are disjoint.
+    advisory_lock(txn, _CLAIMING)
+    found = ready.candidates(txn, limit)
+    alone = (place for place, (cmd_id, attempts) in enumerate(found) if attempts or cmd_id in suspects)
+    cmd_ids = [cmd_id for cmd_id, _ in found[: max(1, next(alone, len(found)))]]
+    if cmd_ids:
+        txn.execute(
+            # A claim whose connection was lost may have been committed since the notes were struck.
+            "with late as (delete from batch_notes where boot_id = %s and worker = %s and note_id >= %s)"
+            " insert into batch_notes (boot_id, worker, cmd_ids) values (%s, %s, %s::bigint[]) returning note_id",
+            (boot_id, worker, ready.first_note, boot_id, worker, array_literal(cmd_ids)),
+        )
+        check_written(txn)
+        ((note_id,),) = txn.fetchall()
+        ready.noted(worker, note_id)
+    return cmd_ids
+
+
+def claimed(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> tuple[list[int], int]:
+    """Return the cmd_ids of a worker's note, as it is now, and the id of this transaction.
+
+    :param note_id: where it is known, so that the notes which a snapshot keeps are not read.
+    """
+    txn.execute(
+        f"select cmd_ids, txid_current() from batch_notes where {_OF_WORKER}",  # noqa: S608
+        (boot_id, worker, note_id, note_id),
+    )
+    rows = txn.fetchall()
+    return [cmd_id for cmd_ids, _ in rows for cmd_id in cmd_ids], rows[0][1] if rows else 0
+
+
+def is_committed(txn: Cursor, xid: int) -> bool:
+    """Whether another transaction was committed.
+
+    :param xid: its id, as of :func:`claimed`.
+    """
+    txn.execute("select txid_status(%s)", (xid,))
+    return bool(txn.fetchone() == ("committed",))
+
+
+def release(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> None:
+    """Remove a worker's note; see :func:`claimed`."""
+    txn.execute(f"delete from batch_notes where {_OF_WORKER}", (boot_id, worker, note_id, note_id))  # noqa: S608
+
+
+def keep_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -> None:
+    """Leave in a worker's note only the commands whose handler does not return.
+
+    Nothing takes them while the note stands. The others are free as soon as the transaction of the batch has ended.
+    """
+    txn.execute(
+        "update batch_notes set cmd_ids = %s::bigint[], stuck = true where boot_id = %s and worker = %s",
+        (array_literal(cmd_ids), boot_id, worker),
+    )
+
+
+def release_all(txn: Cursor, boot_id: str) -> None:
+    """Remove every note of a process that ends in order: nobody is to be charged for what it leaves unfinished."""
+    txn.execute("delete from batch_notes where boot_id = %s", (boot_id,))
+
+
+def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim]) -> Scan:
+    """Look for the notes of dead processes, and charge one attempt to each command of those that are sure by now.
+
+    So is what a living process has in hand for longer than any transaction lasts, ourselves among them: a handler that
+    hangs must not hold what was noted with it. Who still works has its commands locked, and is left alone.
+
+    :param boot_id: our own.
+    :param presence: our presence at the looks that made sure; with another one now nobody is charged.
+    :param sure: the notes that were seen with a free lock long enough ago.
+    """
+    # The notes before the locks: a process takes its lock before it notes anything.
+    txn.execute(
+        "select boot_id, worker, noted_at, stuck, cardinality(cmd_ids) = 1,"
+        " noted_at < now() - %s * interval '1 second' from batch_notes",
+        (OVERSTAY_S,),
+    )
+    rows = [(Claim(*row[:3]), *row[3:]) for row in txn]
+    stuck_notes = {note for note, is_stuck, _, _ in rows if is_stuck}
+    single_notes = {note for note, _, is_single, _ in rows if is_single}
+    notes = {note: is_over and not is_stuck for note, is_stuck, _, is_over in rows}
+    held = _held(txn)
+    now = held.get(presence_key(boot_id))
+    if now is None:
+        return Scan(None)
+    orphaned = {note for note in notes if note.boot_id != boot_id and presence_key(note.boot_id) not in held}
+    dead = {note: _DIED_ALONE if note in single_notes else _DIED for note in orphaned & sure}
+    # Only where the database was there all the time: after a restart a note is as old as the outage was long.
+    overdue = [note for note, is_over in notes.items() if is_over]
+    stuck = dict.fromkeys(overdue if overdue and _is_older(txn, now) else (), _STUCK)
+    guilty = {**stuck, **dead}
+    if now != presence or not guilty or not _is_alone(txn):
+        return Scan(now, orphaned)
+    for note in stuck_notes & guilty.keys():
+        # Its commands were charged when their handler did not return.
+        txn.execute("delete from batch_notes where (boot_id, worker, noted_at) = %s", (note,))
+        del guilty[note]
+    counts = [_charge(txn, note, why) for note, why in guilty.items()]
+    return Scan(now, orphaned, sum(charged for charged, _ in counts), sum(dead for _, dead in counts))
+
+
+def _charge(txn: Cursor, note: Claim, why: str) -> tuple[int, int]:
+    """Charge the commands of a note; where the database refuses that, free them uncharged.
+
+    :returns: how many were charged, and how many of them are dead now.
+    """
+    try:
+        with refusable(txn):
+            cmd_ids = _reap(txn, note)
+            return len(cmd_ids), commands.charge(
+                txn, [(cmd_id, why) for cmd_id in cmd_ids], cmd_ids if why == _DIED else ()
+            )
+    except StatementRefused:
+        # Who runs the one that cannot be changed leaves it out.
+        txn.execute("delete from batch_notes where (boot_id, worker, noted_at) = %s", (note,))
+        return 0, 0
+
+
+def _is_older(txn: Cursor, presence: datetime) -> bool:
+    txn.execute("select %s < now() - %s * interval '1 second'", (presence, OVERSTAY_S))
+    return bool(txn.fetchone() == (True,))
+
+
+def _is_alone(txn: Cursor) -> bool:
+    """Keep other reapers away until the end of the transaction: two of them must not charge one death twice."""
+    txn.execute("select pg_try_advisory_xact_lock(%s)", (_REAPING,))
+    return bool(txn.fetchone() == (True,))
+
+
+def _reap(txn: Cursor, note: Claim) -> list[int]:
+    """Lock the commands to charge, and leave in the note those that another has locked.
+
+    They are left for the next look: the connection of their dead process may still be closing, and a command that kills
+    must not get away uncharged.
+    """
+    txn.execute(
+        "select cmd_id from commands where status = 'ready' and cmd_id in"
+        " (select unnest(cmd_ids) from batch_notes where (boot_id, worker, noted_at) = %s) for update skip locked",
+        (note,),
+    )
+    free = [cmd_id for (cmd_id,) in txn]
+    # What is charged leaves the note; a note goes when nothing in it waits any more.
+    txn.execute(
+        "update batch_notes n set cmd_ids = array("
+        " select c.cmd_id from commands c"
+        " where c.cmd_id = any(n.cmd_ids) and c.status = 'ready' and not c.cmd_id = any(%s::bigint[]))"
+        " where (boot_id, worker, noted_at) = %s",
+        (free, note),
+    )
+    txn.execute("delete from batch_notes where (boot_id, worker, noted_at) = %s and cmd_ids = '{}'", (note,))
+    return free

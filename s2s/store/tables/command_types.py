@@ -1,0 +1,37 @@
+"""Table ``command_types``: what servers of this database serve or have served. Its trigger notifies :data:`CHANNEL`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from s2s.store import driver
+from s2s.store.driver import Cursor
+
+CHANNEL: Final = "s2s_command_types"
+#: Types that are read, those served last first: each costs a server some KiB.
+MOST_TYPES: Final = 1000
+
+
+def declare(txn: Cursor, schemas: Mapping[str, str]) -> None:
+    """Say that a server which starts serves these types.
+
+    :param schemas: by type, as JSON's text; they replace those of an earlier start.
+    """
+    for cmd_type in sorted(schemas):  # in one order: two servers that start at once wait for each other at most
+        txn.execute(
+            "insert into command_types (cmd_type, schema) values (%s, %s)"
+            " on conflict (cmd_type) do update set schema = excluded.schema, served_at = now()",
+            (cmd_type, schemas[cmd_type]),
+        )
+
+
+def missing(txn: Cursor, cmd_types: Iterable[str]) -> list[str]:
+    """Return those of some types that are not in the table."""
+    return driver.missing(txn, "command_types", "cmd_type", cmd_types)
+
+
+def read(txn: Cursor) -> dict[str, str]:
+    """Return the schemas by type, as JSON's text."""
+    txn.execute("select cmd_type, schema from command_types order by served_at desc limit %s", (MOST_TYPES,))
+    return dict(txn.fetchall())

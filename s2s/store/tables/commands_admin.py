@@ -1,0 +1,68 @@
+"""Table ``commands`` as operators see and change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, Final
+
+from s2s.store.driver import Cursor
+from s2s.store.tables import retention
+from s2s.store.tables.actions import Action
+from s2s.store.tables.lists import Listed
+
+
+@dataclass(frozen=True)
+class CommandRow:
+    """A command as people are shown it."""
+
+    cmd_id: int
+    cmd_type: str
+    idem_key: str
+    payload: dict[str, Any]
+    priority: int
+    due_at: datetime
+    status: str
+    attempts: int
+    deaths: int
+    error: str | None
+    created_at: datetime
+    finished_at: datetime | None
+
+
+_SELECT: Final = f"select {', '.join(field.name for field in fields(CommandRow))} from commands"  # noqa: S608
+
+#: Run it again with all its attempts; the last error stays to be seen until it is run.
+RETRY: Final = Action(
+    "retry",
+    "commands",
+    "cmd_id",
+    "status",
+    ("dead", "cancelled"),
+    "update commands set status = 'ready', attempts = 0, deaths = 0, due_at = now(), due_is_ours = true,"
+    " finished_at = null"
+    " where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, 'retried'",
+)
+#: Never run it. One that a worker has noted and not locked yet is not taken any more.
+CANCEL: Final = Action(
+    "cancel",
+    "commands",
+    "cmd_id",
+    "status",
+    ("ready",),
+    "update commands set status = 'cancelled', finished_at = now()"
+    " where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, 'cancelled'",
+)
+#: Remove it; its key is kept for so many days: parameter ``key_days``.
+DISCARD: Final = Action("discard", "commands", "cmd_id", "status", ("dead", "cancelled"), retention.REMOVE)
+
+
+#: By ``status`` and ``cmd_type``.
+LISTED: Final = Listed(CommandRow, "commands", "cmd_id", partial=(("status", "dead"), ("status", "cancelled")))
+
+
+def find(txn: Cursor, cmd_id: int) -> CommandRow | None:
+    """Give one command, if there is one."""
+    txn.execute(f"{_SELECT} where cmd_id = %s", (cmd_id,))
+    row = txn.fetchone()
+    return CommandRow(*row) if row else None

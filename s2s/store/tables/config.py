@@ -1,0 +1,132 @@
+"""Tables ``config`` and ``config_history`` (docs/protocol.rst, "Configuration").
+
+The tables' own triggers hold types and bounds, count the version and write the history, so plain SQL counts too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from psycopg2.extras import Json
+
+from s2s.errors import OperatorError, SchemaError, StatementRefused
+from s2s.protocol.settings import SETTINGS, Value
+from s2s.store import driver
+from s2s.store.driver import Cursor
+from s2s.store.tables.lists import Listed
+
+CHANNEL: Final = "s2s_config"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The whole configuration at one version."""
+
+    version: int
+    values: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class ConfigRow:
+    """A setting as people are shown it.
+
+    :param version: that of its last change; 0: never changed.
+    """
+
+    key: str
+    value: Value
+    type: str
+    min: int | None
+    max: int | None
+    description: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """One version."""
+
+    version: int
+    key: str
+    old_value: Value
+    new_value: Value
+    actor: str
+    changed_at: datetime
+
+
+#: The version where ``config_version`` has lost its row.
+_VERSION: Final = "select coalesce(max(version), 0) from config_history"
+
+
+def declare(txn: Cursor) -> None:
+    """Put this release's settings into the table; values that are there already stay.
+
+    The row of the version is made anew where a restore in part, or a TRUNCATE, has left it out.
+    """
+    txn.execute("select set_config('s2s.action', 'config.declare', true)")
+    for setting in SETTINGS:
+        txn.execute(
+            "insert into config (key, value, type, min, max, description) values (%s, %s, %s, %s, %s, %s)"
+            " on conflict (key) do update"
+            " set min = excluded.min, max = excluded.max, description = excluded.description"
+            " where (config.min, config.max, config.description)"
+            " is distinct from (excluded.min, excluded.max, excluded.description)",
+            (setting.key, Json(setting.default), setting.type, setting.least, setting.most, setting.description),
+        )
+    txn.execute(f"insert into config_version (version) {_VERSION} on conflict do nothing")
+
+
+def read(txn: Cursor) -> Snapshot:
+    """Read version and values, in one statement and so in one snapshot."""
+    txn.execute(
+        f"select coalesce(v.version, ({_VERSION})), c.key, c.value"  # noqa: S608 - a constant
+        " from (select) as one left join config_version v on true left join config c on true"
+    )
+    rows = txn.fetchall()
+    return Snapshot(rows[0][0], {key: value for _, key, value in rows if key is not None})
+
+
+def exists(txn: Cursor, key: str) -> bool:
+    """Whether there is such a setting."""
+    txn.execute("select from config where key = %s", (key,))
+    return txn.rowcount > 0
+
+
+def list_settings(txn: Cursor) -> list[ConfigRow]:
+    """List every setting, by its key."""
+    txn.execute("select key, value, type, min, max, description, version from config order by key")
+    return [ConfigRow(*row) for row in txn]
+
+
+#: By ``key``.
+HISTORY: Final = Listed(Change, "config_history", "version", indexed=("key",))
+
+
+def change(txn: Cursor, key: str, value: Value, actor: str) -> int | None:
+    """Set a value.
+
+    :param actor: who did it, for the history.
+    :returns: the new version, or ``None`` where the setting had this value already.
+    :raises OperatorError: there is no such setting, or it cannot have this value; nothing has changed.
+    :raises SchemaError: the triggers of the table do not fire, so that nobody would be told.
+    """
+    txn.execute("select value, version from config where key = %s for update", (key,))
+    found = txn.fetchone()
+    if found is None:
+        raise OperatorError(f"there is no setting {key!r}: see them with: s2s config list")
+    if type(found[0]) is type(value) and found[0] == value:
+        return None
+    try:
+        with driver.refusable(txn):
+            txn.execute("select set_config('s2s.actor', %s, true)", (actor,))
+            txn.execute("update config set value = %s where key = %s returning version", (Json(value), key))
+            driver.check_written(txn)
+            ((version,),) = txn.fetchall()
+    except StatementRefused as refused:
+        raise OperatorError(str(refused)) from None
+    if version == found[1]:
+        raise SchemaError("the triggers of the table config do not fire: see s2s db status")
+    return int(version)

@@ -1,0 +1,114 @@
+"""Tables ``engines`` and ``engine_links``: what is wanted of engines, and which server has a link to which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from s2s.store.driver import Cursor
+from s2s.store.tables import audit, claims
+
+CHANNEL: Final = "s2s_engines"
+#: A server writes its links anew so often, in seconds; after three times that nobody believes them.
+REFRESH_S: Final = 10.0
+_STALE: Final = f"interval '{3 * REFRESH_S:g} seconds'"
+
+
+@dataclass(frozen=True)
+class LinkRow:
+    """A proven link of a server.
+
+    :param address: where the engine connects from.
+    """
+
+    key_id: str
+    name: str
+    engine_boot_id: str | None
+    address: str
+
+
+@dataclass(frozen=True)
+class EngineRow:
+    """An engine as people are shown it; without a link the last four are ``None``."""
+
+    name: str
+    wanted: str
+    reason: str
+    key_id: str | None
+    boot_id: str | None
+    address: str | None
+    linked_at: datetime | None
+
+
+def wanted(txn: Cursor, name: str) -> tuple[str, str]:
+    """Give ``running`` or ``paused``, and why."""
+    txn.execute("select wanted, reason from engines where name = %s", (name,))
+    return txn.fetchone() or ("running", "")
+
+
+def want(txn: Cursor, name: str, state: str, reason: str, actor: str) -> None:
+    """Store what is wanted of an engine: ``running`` or ``paused``. A repeat changes nothing.
+
+    :param actor: who wants it, for the audit.
+    """
+    audit.sign(txn, actor)
+    txn.execute(
+        "insert into engines (name, wanted, reason) values (%s, %s, %s) on conflict (name) do update"
+        " set wanted = excluded.wanted, reason = excluded.reason, changed_at = now()"
+        " where engines.wanted <> excluded.wanted",
+        (name, state, reason),
+    )
+
+
+def show_links(txn: Cursor, server_boot_id: str, links: Sequence[LinkRow]) -> None:
+    """Write a server's links: these, and no others. Links of servers that are gone go too."""
+    columns = (
+        [link.key_id for link in links],
+        [link.name for link in links],
+        [link.engine_boot_id for link in links],
+        [link.address for link in links],
+    )
+    # Nothing rests on it: what a crash of the database loses is written again.
+    txn.execute("set local synchronous_commit = off")
+    txn.execute(
+        "delete from engine_links l where (server_boot_id = %s and not exists (select"  # noqa: S608 - a constant
+        " from unnest(%s::text[], %s::text[]) as n (key_id, name) where n.key_id = l.key_id and n.name = l.name))"
+        f" or seen_at < now() - {_STALE}",
+        (server_boot_id, *columns[:2]),
+    )
+    txn.execute(
+        "insert into engine_links as l (server_boot_id, key_id, name, engine_boot_id, address)"
+        " select %s, n.* from unnest(%s::text[], %s::text[], %s::text[], %s::text[]) as n"
+        " on conflict (server_boot_id, key_id, name) do update set seen_at = now(), engine_boot_id ="
+        " excluded.engine_boot_id, address = excluded.address, linked_at = case when l.address = excluded.address"
+        " and l.engine_boot_id is not distinct from excluded.engine_boot_id then l.linked_at else now() end",
+        (server_boot_id, *columns),
+    )
+
+
+def linked(txn: Cursor, names: Sequence[str]) -> set[str]:
+    """Give those of some names under which an engine is linked."""
+    txn.execute(
+        f"select distinct name from engine_links where name = any(%s) and seen_at >= now() - {_STALE}",  # noqa: S608
+        (list(names),),
+    )
+    return {name for (name,) in txn}
+
+
+def are_strangers(txn: Cursor) -> bool:
+    """Whether engines are linked, and none of them shares this database."""
+    txn.execute(f"select engine_boot_id from engine_links where seen_at >= now() - {_STALE}")  # noqa: S608 - a constant
+    boot_ids = [boot_id for (boot_id,) in txn]
+    return bool(boot_ids) and not claims.present(txn, {boot_id for boot_id in boot_ids if boot_id})
+
+
+def list_engines(txn: Cursor) -> list[EngineRow]:
+    """List every engine that is linked, or of which something is wanted, by name."""
+    txn.execute(
+        "select name, coalesce(e.wanted, 'running'), coalesce(e.reason, ''), l.key_id, l.engine_boot_id, l.address,"  # noqa: S608
+        f" l.linked_at from engines e full join (select * from engine_links where seen_at >= now() - {_STALE}) l"
+        " using (name) order by name, l.key_id"
+    )
+    return [EngineRow(*row) for row in txn]

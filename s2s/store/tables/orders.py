@@ -1,0 +1,366 @@
+"""Table ``orders``: admin RPCs on their way to an engine (docs/protocol.rst, "Orders").
+
+The row decides: an order runs only by whoever has locked its row while it is open, with the row's params. A step is two
+transactions, as with jobs (:mod:`s2s.store.tables.jobs`). The table's triggers write the audit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, Final
+
+from psycopg2.extras import Json
+
+from s2s.errors import CanonicalError, IdemConflict, StatementRefused
+from s2s.protocol import canonical
+from s2s.store.driver import KEPT, Cursor, advisory_lock, lock_key
+from s2s.store.tables import claims
+from s2s.store.tables.jobs import ONE_MORE, PAUSE, change_row, check_changed, hold_row, next_attempt
+
+CHANNEL: Final = "s2s_orders"
+#: Notified when an order is over.
+OVER_CHANNEL: Final = "s2s_orders_over"
+#: The status of an order that is not over.
+OPEN: Final = ("queued", "running")
+#: The order that runs a job, and seconds for which an engine without that job leaves it to one that has it: more than
+#: an engine takes to look at the table, less than an operator waits.
+FORCE_TICK: Final = "admin.engine.force_tick.v1"
+LEFT_S: Final = 20.0
+_ATTEMPTING: Final = lock_key("attempting an order")
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order as it runs.
+
+    :param created_at: Unix seconds.
+    :param state: where it goes on, and how far it is; empty until it runs.
+    :param attempts: with this one, since it last got on.
+    :param retry_at: no other attempt has the same, so that it tells whether this one is still ours to make.
+    :param place: where its row was then, see :class:`s2s.store.tables.jobs.DueJob`.
+    """
+
+    order_id: str
+    rpc: str
+    params: dict[str, Any]
+    actor: str
+    status: str
+    result: dict[str, Any] | None
+    state: Mapping[str, Any]
+    attempts: int
+    created_at: int
+    retry_at: datetime | None = None
+    place: str = ""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is not over."""
+        return self.status in OPEN
+
+
+_ORDER: Final = (
+    "order_id, rpc, params, actor, status, result, case status when 'running' then state else '{}' end, attempts,"
+    " floor(extract(epoch from created_at))::bigint, retry_at, ctid::text"
+)
+
+
+@dataclass(frozen=True)
+class OrderRow:
+    """An order as people are shown it.
+
+    :param engine: the name of the engine that ran it last.
+    :param way: ``link`` or ``table``: how engines came by it.
+    """
+
+    order_id: str
+    rpc: str
+    params: dict[str, Any]
+    actor: str
+    idem_key: str | None
+    status: str
+    result: dict[str, Any] | None
+    state: dict[str, Any] | None
+    attempts: int
+    engine: str | None
+    way: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+_ROW: Final = ", ".join(field.name for field in fields(OrderRow))
+
+
+# --- giving ----------------------------------------------------------------------------------------------------------
+
+
+def give(
+    txn: Cursor,
+    order_id: str,
+    rpc: str,
+    params: Mapping[str, Any],
+    actor: str,
+    idem_key: str | None = None,
+    *,
+    by_link: bool = False,
+) -> tuple[Order, bool]:
+    """Write an order down, with its audit entry, unless it was given before.
+
+    :param params: valid, without the ``order_id``.
+    :param idem_key: another order with this key is this one, whatever its id.
+    :param by_link: it came over a link; else it is left to one for a while, where there is one.
+    :returns: the order, and whether it is new.
+    :raises IdemConflict: the id or the key stands for an order of other content; nothing is written.
+    """
+    txn.execute(
+        "insert into orders (order_id, rpc, params, actor, idem_key) values (%s, %s, %s::jsonb, %s, %s)"
+        " on conflict do nothing",
+        (order_id, rpc, canonical.dumps(params).decode(), actor, idem_key),
+    )
+    is_new = txn.rowcount > 0
+    # A statement of its own: it sees what another one has just inserted.
+    order = known(txn, order_id, rpc, params, idem_key)
+    if order is None:
+        raise StatementRefused(KEPT)
+    if by_link:
+        txn.execute("update orders set way = 'link' where order_id = %s and way is null", (order_id,))
+    return order, is_new
+
+
+def known(txn: Cursor, order_id: str, rpc: str, params: Mapping[str, Any], idem_key: str | None = None) -> Order | None:
+    """Give an order that was given before.
+
+    :returns: ``None``: it was not.
+    :raises IdemConflict: the id or the key stands for an order of other content.
+    """
+    txn.execute(
+        f"select {_ORDER} from orders where idem_key = %s or order_id = %s order by idem_key = %s desc nulls last",  # noqa: S608
+        (idem_key, order_id, idem_key),
+    )
+    found = [Order(*row) for row in txn]
+    if len(found) > 1 or (found and not _is_same(found[0], rpc, params)):
+        raise IdemConflict("the order was given before with other content", order_id=found[0].order_id)
+    return found[0] if found else None
+
+
+def _is_same(order: Order, rpc: str, params: Mapping[str, Any]) -> bool:
+    try:
+        # As bytes: to Python, true is 1.
+        return (order.rpc, canonical.dumps(order.params)) == (rpc, canonical.dumps(params))
+    except CanonicalError:  # written by another hand than ours
+        return False
+
+
+def find(txn: Cursor, order_id: str) -> Order:
+    """Give an order that there is."""
+    txn.execute(f"select {_ORDER} from orders where order_id = %s", (order_id,))  # noqa: S608 - a constant
+    return Order(*(txn.fetchone() or ()))
+
+
+#: ``stepped_at`` and ``order_id`` of the last order of a page.
+Place = tuple[datetime, str]
+
+
+def queued(
+    txn: Cursor, rpcs: Iterable[str], limit: int, after: Place | None = None
+) -> tuple[list[Order], Place | None]:
+    """Return one page of the orders of these RPCs that nobody has begun, those that wait longest first.
+
+    :param after: the end of the page before; ``None``: the first page.
+    :returns: the page, and its end; ``None``: it is the last page.
+    """
+    txn.execute(
+        f"select stepped_at, {_ORDER} from orders where status = 'queued' and rpc = any(%(rpcs)s)"  # noqa: S608
+        + ("" if after is None else " and (stepped_at, order_id) > (%(stepped_at)s, %(order_id)s)")
+        + " order by stepped_at, order_id limit %(limit)s",
+        {
+            "rpcs": list(rpcs),
+            "limit": limit,
+            "stepped_at": after and after[0],
+            "order_id": after and after[1],
+        },
+    )
+    rows = txn.fetchall()
+    end = (rows[-1][0], rows[-1][1]) if len(rows) == limit else None
+    return [Order(*row[1:]) for row in rows], end
+
+
+def answered(
+    txn: Cursor, order_id: str, status: str, result: Mapping[str, Any] | None, engine: str, boot_id: str | None
+) -> Order | None:
+    """End an order by the answer of an engine that does not share this database.
+
+    An engine that shares it has written its row before it answers, so its answer changes nothing.
+
+    :param status: ``done``, ``refused`` or ``failed``.
+    :param engine: its name.
+    :param boot_id: its process. One that shares this database holds its presence lock here.
+    :returns: the order as it is then; ``None``: it was not ended by the answer.
+    """
+    if boot_id is not None and claims.present(txn, {boot_id}):
+        return None
+    txn.execute(
+        f"update orders set way = 'link' where order_id = any(array(select order_id from orders"  # noqa: S608
+        # What an engine of this database is at stays its own: its attempt is fresh, or its step has locked the row.
+        " where order_id = %s and status = 'queued' and (attempts = 0 or retry_at <= now()) for update skip locked))"
+        f" returning {_ORDER}",
+        (order_id,),
+    )
+    row = txn.fetchone()
+    if row is None:
+        return None
+    finish(txn, Order(*row), status, result, engine)
+    return find(txn, order_id)
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def attempt(
+    txn: Cursor,
+    rpcs: Iterable[str],
+    resting: Iterable[str],
+    in_hand: Iterable[str],
+    patience_s: float,
+    jobs: Sequence[str] | None = None,
+) -> Order | None:
+    """Count an attempt of the open order that has waited longest for a step.
+
+    :param rpcs: those that the caller serves now.
+    :param resting: of these none that runs already.
+    :param in_hand: the ``order_id`` of what the caller is at.
+    :param patience_s: seconds that what came over no link is left to whoever has one.
+    :param jobs: those of the caller; ``None``: it has each. An order to run another one is left for :data:`LEFT_S` to
+        an engine that has it, where an engine has ever declared it.
+    :raises RowRefused: the database does not take the change of that row.
+    """
+    # One looks at a time, as with jobs.
+    advisory_lock(txn, _ATTEMPTING)
+    txn.execute(
+        "select order_id, ctid::text from orders where status in ('queued', 'running') and rpc = any(%(rpcs)s)"
+        " and (status = 'queued' or rpc <> all(%(resting)s)) and order_id <> all(%(in_hand)s)"
+        " and (retry_at is null or retry_at <= now())"
+        " and (status = 'running' or attempts > 0 or way = 'link'"
+        " or created_at <= now() - %(patience_s)s * interval '1 second')"
+        " and not (rpc = %(tick)s and params ->> 'job_type' <> all(%(jobs)s)"
+        "  and stepped_at > now() - %(left_s)s * interval '1 second'"
+        "  and exists (select from jobs where job_type = params ->> 'job_type'))"
+        " order by stepped_at limit 1 for update skip locked",
+        {
+            "rpcs": list(rpcs),
+            "resting": list(resting),
+            "in_hand": list(in_hand),
+            "patience_s": patience_s,
+            "jobs": list(jobs or ()),
+            "tick": FORCE_TICK,
+            "left_s": 0.0 if jobs is None else LEFT_S,
+        },
+    )
+    row = txn.fetchone()
+    if row is None:
+        return None
+    change = f"update orders set {ONE_MORE}, retry_at = now() + {PAUSE}, stepped_at = clock_timestamp() where"  # noqa: S608
+    return Order(*change_row(txn, change, place=row[1], key=("order_id", row[0]), returning=_ORDER))
+
+
+def hold(txn: Cursor, order: Order, waits: bool = False) -> str | None:
+    """Lock an order until the transaction ends.
+
+    :param waits: wait for a session that holds it.
+    :returns: the place of its row; ``None``: the attempt is no longer ours to make.
+    """
+    where = "order_id = %(order_id)s and retry_at = %(retry_at)s and status in ('queued', 'running')"
+    return hold_row(txn, "orders", where, vars(order), waits)
+
+
+def go_on(txn: Cursor, order: Order, place: str, state: Mapping[str, Any], engine: str, is_next_ours: bool) -> Order:
+    """Store where an order goes on: its next step is due at once.
+
+    :param place: of its row, which :func:`hold` has locked, unless the order has changed it since.
+    :param is_next_ours: count an attempt of that step, too: the caller does it next, without another look.
+    :returns: the order as it is then.
+    """
+    change = (
+        f"update orders set status = 'running', state = %s, {next_attempt(is_next_ours)}, engine = %s,"  # noqa: S608
+        " way = coalesce(way, 'table'), started_at = coalesce(started_at, now()) where"
+    )
+    key = ("order_id", order.order_id)
+    return Order(*change_row(txn, change, Json(dict(state)), engine, place=place, key=key, returning=_ORDER))
+
+
+def release(txn: Cursor, order: Order) -> None:
+    """Take an attempt back that was not begun."""
+    txn.execute(
+        "update orders set attempts = attempts - 1, retry_at = null where order_id = %s and retry_at = %s",
+        (order.order_id, order.retry_at),
+    )
+
+
+def finish(txn: Cursor, order: Order, status: str, result: Mapping[str, Any] | None, engine: str) -> None:
+    """End an order.
+
+    :param status: ``done``, ``refused`` (it never ran) or ``failed``.
+    :raises RowRefused: a trigger has kept the row from being changed.
+    """
+    txn.execute(
+        "update orders set status = %(status)s, result = %(result)s, retry_at = null, engine = %(engine)s,"
+        " way = coalesce(way, 'table'), finished_at = clock_timestamp(),"
+        " started_at = case when %(status)s <> 'refused' then coalesce(started_at, now()) end"
+        " where order_id = %(order_id)s",
+        {
+            "status": status,
+            "result": None if result is None else Json(dict(result)),
+            "engine": engine,
+            "order_id": order.order_id,
+        },
+    )
+    check_changed(txn, "orders", "order_id", order.order_id)
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+def show(txn: Cursor, order_id: str) -> OrderRow | None:
+    """Give an order, if there is one of this id."""
+    txn.execute(f"select {_ROW} from orders where order_id = %s", (order_id,))  # noqa: S608 - a constant
+    row = txn.fetchone()
+    return OrderRow(*row) if row else None
+
+
+def over(txn: Cursor, order_ids: Sequence[str]) -> set[str]:
+    """Give those of some orders that are over, or that there are not."""
+    txn.execute(
+        "select order_id from orders where order_id = any(%s) and status = any(%s)", (list(order_ids), list(OPEN))
+    )
+    return set(order_ids) - {order_id for (order_id,) in txn}
+
+
+def list_orders(
+    txn: Cursor,
+    *,
+    status: str | None = None,
+    rpc: str | None = None,
+    limit: int = 100,
+    before: str | None = None,
+) -> list[OrderRow]:
+    """List orders, the newest first.
+
+    :param status: only these; so ``rpc``.
+    :param before: only what is older than this order: the last one of the page before.
+    """
+    given = {name: value for name, value in (("rpc", rpc), ("status", status)) if value is not None}
+    which, values = ", ".join(given), ", ".join(f"%({name})s" for name in given)
+    # As bounds of an index that begins with the filters: see s2s.store.tables.lists.
+    where = [f"({which}) {than} ({values})" for than in (">=", "<=") if given]
+    order = [*given, "created_at", "order_id"]
+    if before is not None:
+        last = ["(select created_at from orders where order_id = %(before)s)", "%(before)s"]
+        where.append(f"({', '.join(order)}) < ({', '.join([f'%({name})s' for name in given] + last)})")
+    txn.execute(
+        f"select {_ROW} from orders where {' and '.join(where or ['true'])}"  # noqa: S608 - constants
+        f" order by {', '.join(f'{column} desc' for column in order)} limit %(limit)s",
+        {**given, "before": before, "limit": limit},
+    )
+    return [OrderRow(*row) for row in txn]

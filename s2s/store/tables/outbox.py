@@ -1,0 +1,302 @@
+"""Table ``outbox``: commands on their way to the server (docs/protocol.rst, "The engine")."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from s2s.errors import TooBigToSend
+from s2s.protocol import canonical, envelope
+from s2s.protocol.catalogue import COMMAND_PUSH
+from s2s.protocol.limits import Bounds
+from s2s.store.cursor import own
+from s2s.store.driver import Cursor, array_literal, check_written
+from s2s.store.tables.lookback import SLACK_S, Lookback
+
+CHANNEL: Final = "s2s_outbox"
+#: Counting more would take longer than the number is worth.
+MOST_COUNTED: Final = 100_000
+
+
+#: A commit may come a moment after its rows are due; what comes later is found by a look back.
+_START: Final = (
+    f"(least(to_timestamp(%(send_at)s), now() - {SLACK_S} * interval '1 second'),"
+    f" case when to_timestamp(%(send_at)s) <= now() - {SLACK_S} * interval '1 second' then %(outbox_id)s else 0 end)"
+)
+_FROM: Final = f"(send_at, outbox_id) >= {_START}"
+# The index has the order. With statistics of a smaller table, as in any burst, all that waits would be sorted.
+_CLAIM: Final = (
+    "set local synchronous_commit = off; set local enable_sort = off; with claimed as (select outbox_id, send_at"
+    " from outbox where state = 'waiting' and send_at <= now() and not outbox_id = any(%(exclude)s::bigint[]) and {}"
+    " order by send_at, outbox_id limit %(limit)s for update skip locked)"
+    " update outbox o set send_at = now() + %(lease_s)s * interval '1 second'"
+    " from claimed c where o.outbox_id = c.outbox_id"
+    " returning o.outbox_id, o.cmd_type, o.idem_key, o.payload, o.priority, o.due_at, o.attempts,"
+    " extract(epoch from c.send_at)::float8"
+)
+_BEHIND: Final = (
+    f"select outbox_id from outbox where state = 'waiting' and (send_at, outbox_id) < {_START}"  # noqa: S608
+    " and not outbox_id = any(%(exclude)s::bigint[]) order by send_at, outbox_id limit %(limit)s"
+)
+
+
+@dataclass(frozen=True)
+class OutboxRow:
+    """A command to push.
+
+    :param due_at: the command's own, in Unix seconds.
+    :param attempts: how often it was sent before without being settled.
+    """
+
+    outbox_id: int
+    cmd_type: str
+    idem_key: str
+    payload: dict[str, Any]
+    priority: int
+    due_at: int | None
+    attempts: int
+
+    def push(self) -> dict[str, Any]:
+        """Give the payload of its ``s2s.command.push``."""
+        return _push(self.cmd_type, self.idem_key, self.payload, self.priority, self.due_at)
+
+
+def _push(
+    cmd_type: str, idem_key: str, payload: Mapping[str, Any], priority: int = 100, due_at: int | None = None
+) -> dict[str, Any]:
+    push = {"cmd_type": cmd_type, "idem_key": idem_key, "payload": payload, "priority": priority}
+    return push if due_at is None else {**push, "due_at": due_at}
+
+
+def frame_size_of(push: Mapping[str, Any]) -> int:
+    """Give the largest size of the frame that carries a push, in bytes, whatever its key and its ids are.
+
+    :raises CanonicalError: it holds what canonical JSON cannot say.
+    """
+    return envelope.size(COMMAND_PUSH, canonical.dumps(push, depth=2))
+
+
+def check(
+    cmd_type: str,
+    idem_key: str,
+    payload: Mapping[str, Any],
+    frame_size: int = Bounds.frame_size,
+    *,
+    priority: int = 100,
+    due_at: int | None = None,
+) -> str:
+    """Refuse a command that could never be sent (docs/protocol.rst, "Framing").
+
+    :param frame_size: the longest frame, in bytes.
+    :returns: the payload in its canonical form.
+    :raises CanonicalError: the payload holds what canonical JSON cannot say.
+    :raises TooBigToSend: its frame would be longer.
+    """
+    written = canonical.dumps(payload).decode()
+    size = frame_size_of(_push(cmd_type, idem_key, payload, priority, due_at))
+    if size > frame_size:
+        raise TooBigToSend(size, frame_size)
+    return written
+
+
+def put(
+    txn: Cursor,
+    cmd_type: str,
+    idem_key: str,
+    payload: Mapping[str, Any],
+    *,
+    priority: int = 100,
+    due_at: int | None = None,
+    frame_size: int = Bounds.frame_size,
+) -> int:
+    """Emit a command; it is sent once the transaction is committed.
+
+    :param idem_key: the same for the same intention, however often it is emitted.
+    :param due_at: Unix seconds before which the server does not run it.
+    :param frame_size: the longest frame, in bytes.
+    :returns: its ``outbox_id``.
+    :raises CanonicalError: the payload holds what canonical JSON cannot say.
+    :raises TooBigToSend: its frame would be longer.
+    """
+    written = check(cmd_type, idem_key, payload, frame_size, priority=priority, due_at=due_at)
+    txn = own(txn)
+    txn.execute(
+        "insert into outbox (cmd_type, idem_key, payload, priority, due_at)"
+        " values (%s, %s, %s::jsonb, %s, %s) returning outbox_id",
+        (cmd_type, idem_key, written, priority, due_at),
+    )
+    check_written(txn)
+    return int((txn.fetchone() or ())[0])
+
+
+def put_batch(
+    txn: Cursor,
+    cmd_type: str,
+    commands: Sequence[tuple[str, Mapping[str, Any]]],
+    *,
+    frame_size: int = Bounds.frame_size,
+) -> None:
+    """Emit many commands of one type in one statement.
+
+    :param commands: ``(idem_key, payload)``.
+    :param frame_size: the longest frame, in bytes.
+    :raises CanonicalError: a payload holds what canonical JSON cannot say; none is emitted.
+    :raises TooBigToSend: a frame would be longer; none is emitted.
+    """
+    written = [check(cmd_type, key, payload, frame_size) for key, payload in commands]
+    txn = own(txn)
+    txn.execute(
+        "insert into outbox (cmd_type, idem_key, payload)"
+        " select %s, idem_key, payload::jsonb from unnest(%s::text[], %s::text[])"
+        " with ordinality c (idem_key, payload, place) order by place",
+        (cmd_type, [key for key, _ in commands], written),
+    )
+    check_written(txn, len(commands))
+
+
+class Claims:
+    """The claims of one relay, each of which starts where the last one did (:mod:`s2s.store.tables.lookback`).
+
+    :param now: monotonic seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._lookback = Lookback(now)
+        #: ``send_at``, in Unix seconds, and ``outbox_id`` of the first row of the last claim.
+        self._start: tuple[float, int] | None = None
+
+    def claim(self, txn: Cursor, limit: int, lease_s: float, exclude_ids: Sequence[int] = ()) -> list[OutboxRow]:
+        """Lease rows to send, the longest waiting first; two relays never get the same row.
+
+        Neither a lease nor what comes of it need reach the disk at once: of what the database forgets as it dies the
+        rows are sent again, and the server knows them, or refuses them again.
+
+        :param lease_s: seconds after which a row that was neither deleted nor retried is anybody's again.
+        :param exclude_ids: what the caller still has in flight, should a lease have run out.
+        """
+        params = {"exclude": array_literal(exclude_ids), "limit": limit, "lease_s": lease_s}
+        rows: list[OutboxRow] = []
+        is_whole = self._start is None
+        if is_whole:
+            with self._lookback.measured():
+                self._claim(txn, _FROM, params, rows)
+        else:
+            if self._lookback.is_due:
+                self._lookback.look(txn, _BEHIND, {**params, **self._from()})
+                if len(self._lookback.behind) >= limit:
+                    # The work is there.
+                    self._start = None
+            if self._lookback.behind:
+                self._claim(
+                    txn,
+                    "outbox_id = any(%(ids)s::bigint[])",
+                    {**params, "ids": array_literal(self._lookback.behind)},
+                    rows,
+                )
+            if len(rows) < limit:
+                self._claim(txn, _FROM, {**params, "limit": limit - len(rows)}, rows)
+        if not rows and self._lookback.is_cheap:
+            self._start = None
+            return [] if is_whole else self.claim(txn, limit, lease_s, exclude_ids)
+        return sorted(rows, key=lambda row: row.outbox_id)
+
+    def depth(self, txn: Cursor) -> int:
+        """Count the rows that wait, in flight or not; :data:`MOST_COUNTED` means that many or more.
+
+        Rows below the start of the last claim are not counted.
+        """
+        txn.execute(
+            "select count(*) from (select from outbox where state = 'waiting'"
+            " and (send_at, outbox_id) >= (to_timestamp(%(send_at)s), %(outbox_id)s) limit %(most)s) waiting",
+            {**self._from(), "most": MOST_COUNTED},
+        )
+        return int((txn.fetchone() or (0,))[0])
+
+    def _claim(self, txn: Cursor, where: str, params: Mapping[str, Any], rows: list[OutboxRow]) -> None:
+        txn.execute(_CLAIM.format(where), {**params, **self._from()})
+        found = txn.fetchall()
+        rows += [OutboxRow(*row[:-1]) for row in found]
+        if found and where == _FROM:
+            self._start = min((send_at, outbox_id) for outbox_id, *_, send_at in found)
+
+    def _from(self) -> dict[str, Any]:
+        send_at, outbox_id = self._start or (float("-inf"), 0)
+        return {"send_at": send_at, "outbox_id": outbox_id}
+
+
+def lease(txn: Cursor, outbox_ids: Sequence[int], lease_s: float) -> None:
+    """Hold claimed rows for so many seconds from now; 0 gives them back to whoever claims next."""
+    txn.execute(
+        "update outbox set send_at = now() + %s * interval '1 second'"
+        " where outbox_id = any(%s::bigint[]) and state = 'waiting'",
+        (lease_s, array_literal(outbox_ids)),
+    )
+
+
+def delete(txn: Cursor, outbox_ids: Sequence[int]) -> None:
+    """Remove rows that the server has."""
+    txn.execute("delete from outbox where outbox_id = any(%s::bigint[])", (array_literal(outbox_ids),))
+
+
+def retry(txn: Cursor, retries: Sequence[tuple[int, float]]) -> None:
+    """Send rows again later.
+
+    :param retries: ``(outbox_id, seconds from now)``.
+    """
+    txn.execute(
+        "update outbox o set attempts = attempts + 1, send_at = now() + r.delay_s * interval '1 second'"
+        " from unnest(%s::bigint[], %s::float8[]) r (outbox_id, delay_s)"
+        " where o.outbox_id = r.outbox_id and o.state = 'waiting'",
+        ([outbox_id for outbox_id, _ in retries], [float(delay_s) for _, delay_s in retries]),
+    )
+
+
+def kill(txn: Cursor, refusals: Sequence[tuple[int, str, str]]) -> None:
+    """Set rows aside that the server will never take.
+
+    :param refusals: ``(outbox_id, code, message)``.
+    """
+    txn.execute(
+        "update outbox o set state = 'dead', attempts = attempts + 1, error_code = r.code, error_message = r.message"
+        " from unnest(%s::bigint[], %s::text[], %s::text[]) r (outbox_id, code, message)"
+        " where o.outbox_id = r.outbox_id and o.state = 'waiting'",
+        tuple(list(column) for column in zip(*refusals, strict=True)) or ([], [], []),
+    )
+
+
+@dataclass
+class Settlement:
+    """What a relay has to say of its rows, in one transaction.
+
+    :ivar retries: ``(outbox_id, seconds from now)``.
+    :ivar dead: ``(outbox_id, code, message)``.
+    :ivar given_back: claimed, and not sent.
+    :ivar renewed: still in flight.
+    """
+
+    accepted: list[int] = field(default_factory=list)
+    retries: list[tuple[int, float]] = field(default_factory=list)
+    dead: list[tuple[int, str, str]] = field(default_factory=list)
+    given_back: list[int] = field(default_factory=list)
+    renewed: list[int] = field(default_factory=list)
+
+    @property
+    def let_go(self) -> list[int]:
+        """The rows that are the relay's no more."""
+        return [*self.accepted, *self.given_back, *(each[0] for each in self.retries), *(each[0] for each in self.dead)]
+
+    def settle(self, txn: Cursor, lease_s: float) -> None:
+        """Write it; leases first, since a row may have been answered after its lease was found old."""
+        txn.execute("set local synchronous_commit = off")  # as of :func:`claim`
+        if self.renewed:
+            lease(txn, self.renewed, lease_s)
+        if self.given_back:
+            lease(txn, self.given_back, 0.0)
+        if self.accepted:
+            delete(txn, self.accepted)
+        if self.retries:
+            retry(txn, self.retries)
+        if self.dead:
+            kill(txn, self.dead)

@@ -1,0 +1,79 @@
+"""Table ``outbox`` as operators see and change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, Final
+
+from s2s.store.driver import Cursor
+from s2s.store.tables import outbox
+from s2s.store.tables.actions import Action
+from s2s.store.tables.lists import Listed
+
+
+@dataclass(frozen=True)
+class OutboxEntry:
+    """A row of the outbox as people are shown it.
+
+    :param due_at: the command's own, in Unix seconds.
+    :param send_at: not before; in the future also while an engine has it in hand.
+    """
+
+    outbox_id: int
+    cmd_type: str
+    idem_key: str
+    payload: dict[str, Any]
+    priority: int
+    due_at: int | None
+    state: str
+    attempts: int
+    send_at: datetime
+    error_code: str | None
+    error_message: str | None
+    created_at: datetime
+
+
+_SELECT: Final = f"select {', '.join(field.name for field in fields(OutboxEntry))} from outbox"  # noqa: S608
+
+#: Send it again, now: the relays are told.
+RETRY: Final = Action(
+    "retry",
+    "outbox",
+    "outbox_id",
+    "state",
+    ("dead",),
+    "update outbox set state = 'waiting', attempts = 0, send_at = now(), error_code = null, error_message = null"  # noqa: S608
+    f" where outbox_id = any(%(ids)s::bigint[]) returning outbox_id, 'retried', pg_notify('{outbox.CHANNEL}', '')",
+)
+#: Do not send it any more. Every claim moves ``send_at``: where it was moved, an engine had the row in hand.
+CANCEL: Final = Action(
+    "cancel",
+    "outbox",
+    "outbox_id",
+    "state",
+    ("waiting",),
+    "update outbox set state = 'dead', error_code = 'cancelled', error_message = 'an operator cancelled it'"
+    " where outbox_id = any(%(ids)s::bigint[])"
+    " returning outbox_id, case when send_at = created_at then 'cancelled' else 'cancelled_late' end",
+)
+#: Remove it.
+DISCARD: Final = Action(
+    "discard",
+    "outbox",
+    "outbox_id",
+    "state",
+    ("dead",),
+    "delete from outbox where outbox_id = any(%(ids)s::bigint[]) returning outbox_id, 'discarded'",
+)
+
+
+#: By ``state`` and ``cmd_type``.
+LISTED: Final = Listed(OutboxEntry, "outbox", "outbox_id", partial=(("state", "dead"),))
+
+
+def find(txn: Cursor, outbox_id: int) -> OutboxEntry | None:
+    """Give one row, if there is one."""
+    txn.execute(f"{_SELECT} where outbox_id = %s", (outbox_id,))
+    row = txn.fetchone()
+    return OutboxEntry(*row) if row else None

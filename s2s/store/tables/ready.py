@@ -1,0 +1,239 @@
+"""Which commands to run next (docs/protocol.rst, "Commands"): looks that do not start at what has run.
+
+The order is that of the index ``commands_ready``: priority, ``due_at``, ``cmd_id``. For each priority a process
+remembers the first command that its last look found, and starts there; see :mod:`s2s.store.tables.lookback`.
+Commands of types that it does not serve are left below that point too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+from s2s.store.driver import Cursor, array_literal
+from s2s.store.tables.lookback import SLACK_S, Lookback
+
+#: Priorities whose points are remembered: all that a push can name. Each costs a look one step in the index.
+_MOST_PRIORITIES: Final = 1024
+_FIRST_ID: Final = -(2**63)
+#: Seconds between two looks for priorities that were empty, at least: a claim may come every few milliseconds.
+FIND_S: Final = 0.05
+
+# Every priority between those that are known, and the first command under it: one step in the index each, however many
+# wait under it.
+_FIND: Final = """
+with recursive found (priority, due_at, high) as (
+    select n.priority, n.due_at, g.high
+    from unnest(%(lows)s::bigint[], %(highs)s::bigint[]) g (low, high)
+    cross join lateral (
+        select priority, due_at from commands where status = 'ready' and priority > g.low and priority < g.high
+        order by priority, due_at limit 1
+    ) n
+    union all
+    select n.priority, n.due_at, f.high
+    from found f
+    cross join lateral (
+        select priority, due_at from commands where status = 'ready' and priority > f.priority and priority < f.high
+        order by priority, due_at limit 1
+    ) n
+)
+select priority, extract(epoch from due_at)::float8 from found
+"""
+# Where to start, by priority.
+_STARTS: Final = f"""
+with starts (priority, due_at, cmd_id) as materialized (
+    select k.priority, least(k.due_at, recent), case when k.due_at <= recent then k.cmd_id else {_FIRST_ID} end
+    from (
+        select priority, to_timestamp(due_at), cmd_id
+        from unnest(%(priorities)s::integer[], %(due_ats)s::float8[], %(cmd_ids)s::bigint[])
+            k (priority, due_at, cmd_id)
+    ) k (priority, due_at, cmd_id), (select now() - {SLACK_S} * interval '1 second') r (recent)
+    order by priority
+)
+"""  # noqa: S608 - of constants, as below
+_OURS: Final = """
+    (%(types)s::text is null or cmd_type = any(string_to_array(%(types)s::text, E'\\n')))
+    and cmd_id not in (select unnest(cmd_ids) from batch_notes where note_id >= %(first_note)s)
+    and not cmd_id = any(%(left_out)s::bigint[])
+"""
+# No outer "order by": the nested loop gives the order already, and a sort would read every priority to its limit. A
+# priority in which nothing is found is a row without a command. The times and the first note stand where they are
+# needed only, since the client reads each value by itself.
+_CANDIDATES: Final = f"""
+{_STARTS}
+select p.priority,
+    case when c.place > 1 and not %(is_timed)s then null else extract(epoch from coalesce(c.due_at, now()))::float8 end,
+    c.cmd_id, c.attempts,
+    case when c.place > 1 then null else (select min(note_id) from batch_notes where note_id >= %(first_note)s) end
+from starts p
+left join lateral (
+    select row_number() over () as place, locked.* from (
+        select due_at, cmd_id, attempts from commands
+        where status = 'ready' and priority = p.priority and due_at <= now()
+            and (commands.due_at, commands.cmd_id) >= (p.due_at, p.cmd_id) and {_OURS}
+        order by commands.due_at, cmd_id limit %(limit)s
+        for update skip locked -- what somebody holds cannot be run, and must not be claimed over and over
+    ) locked
+) c on true
+limit %(limit)s + (select count(*) from starts)
+"""  # noqa: S608
+_BEHIND: Final = f"""
+{_STARTS}
+select c.cmd_id
+from starts p
+cross join lateral (
+    select cmd_id from commands
+    where status = 'ready' and priority = p.priority and (due_at, cmd_id) < (p.due_at, p.cmd_id) and {_OURS}
+    order by due_at, cmd_id limit %(limit)s
+) c
+limit %(limit)s
+"""  # noqa: S608
+_STILL_BEHIND: Final = f"""
+select priority, extract(epoch from due_at)::float8, cmd_id, attempts from commands
+where cmd_id = any(%(behind)s::bigint[]) and status = 'ready' and due_at <= now() and {_OURS}
+for update skip locked
+"""  # noqa: S608
+_NEXT_DUE: Final = f"""
+{_STARTS}
+select extract(epoch from min(c.due_at) - clock_timestamp())::float8
+from starts p
+cross join lateral (
+    select due_at from commands where status = 'ready' and priority = p.priority and due_at > now()
+    order by due_at limit 1
+) c
+"""  # noqa: S608
+
+
+class Ready:
+    """The commands that one process may run next.
+
+    :param types: the command types that it serves; ``None``: all.
+    :param now: monotonic seconds.
+    :ivar first_note: no batch is noted under a lower ``note_id`` any more (:mod:`s2s.store.tables.claims`).
+    :ivar notes: the ``note_id`` of each worker's last batch; 0: not known.
+    """
+
+    def __init__(self, types: Iterable[str] | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self._types: str | None = None
+        self._lookback = Lookback(now)
+        #: When to look for priorities that were empty.
+        self._finding = Lookback(now, least_s=FIND_S)
+        #: By priority: ``due_at`` and ``cmd_id`` where the next look starts. Threads read it, so it is replaced whole.
+        self._starts: dict[int, tuple[float, int]] = {}
+        #: The next look starts at the beginning.
+        self._is_whole = True
+        self.first_note = 0
+        self.notes: dict[int, int] = defaultdict(int)
+        #: Whether there were notes at the last look.
+        self._is_noted = True
+        self._left_out = array_literal([])
+        if types is not None:
+            self.serve(types)
+
+    def serve(self, types: Iterable[str]) -> None:
+        """Take only commands of these types from the next look on."""
+        self._types = "\n".join(types)
+        # Those that are new may lie below the points.
+        self._is_whole = True
+
+    def leave_out(self, cmd_ids: Iterable[int]) -> None:
+        """Take none of these commands from the next look on."""
+        self._left_out = array_literal(cmd_ids)
+
+    def look_back(self, txn: Cursor, limit: int) -> None:
+        """Look for commands below the points and for new priorities, where it is time to.
+
+        No lock is needed, and none should be held: this may take long.
+        """
+        if self._is_whole:
+            return
+        if self._finding.is_due:
+            with self._finding.measured():
+                self._find(txn, self._starts)
+        if self._lookback.is_due:
+            self._lookback.look(txn, _BEHIND, self._params(limit))
+            # The limit is reached: the work is there.
+            self._is_whole = len(self._lookback.behind) >= limit
+
+    def candidates(self, txn: Cursor, limit: int) -> list[tuple[int, int]]:
+        """Find and lock the commands to run next that are neither noted nor locked.
+
+        One caller at a time.
+
+        :returns: ``(cmd_id, attempts)`` in run order.
+        """
+        is_whole, self._is_whole = self._is_whole, False
+        # Another worker may look back meanwhile.
+        behind = self._lookback.behind
+        if is_whole:
+            with self._lookback.measured():
+                self._find(txn, {})
+                rows = self._scan(txn, limit, bool(behind))
+        else:
+            rows = self._scan(txn, limit, bool(behind))
+        if behind:
+            txn.execute(_STILL_BEHIND, {**self._params(limit), "behind": array_literal(behind)})
+            rows = sorted({*rows, *txn.fetchall()})
+        if not rows and self._lookback.is_cheap:
+            self._is_whole = True
+            return [] if is_whole else self.candidates(txn, limit)
+        return [(cmd_id, attempts) for _, _, cmd_id, attempts in rows[:limit]]
+
+    def noted(self, worker: int, note_id: int) -> None:
+        """Remember the note of a batch, made of candidates just found."""
+        self.notes[worker] = note_id
+        if not self._is_noted:
+            self.first_note = note_id
+
+    def next_due_s(self, txn: Cursor) -> float | None:
+        """Seconds until a command becomes due that was not due at the last look; ``None``: there is none."""
+        txn.execute(_NEXT_DUE, self._params())
+        row = txn.fetchone()
+        return row[0] if row else None
+
+    def _find(self, txn: Cursor, starts: Mapping[int, tuple[float, int]]) -> None:
+        """Find the priorities that are not known yet."""
+        ends = [-(2**31) - 1, *sorted(starts), 2**31]
+        gaps = [(low, high) for low, high in itertools.pairwise(ends) if high > low + 1]
+        txn.execute(
+            _FIND, {"lows": array_literal(low for low, _ in gaps), "highs": array_literal(high for _, high in gaps)}
+        )
+        self._starts = {**dict(starts), **{priority: (due_at, _FIRST_ID) for priority, due_at in txn}}
+        self._is_whole |= len(self._starts) > _MOST_PRIORITIES
+
+    def _scan(self, txn: Cursor, limit: int, is_timed: bool) -> list[tuple[int, float | None, int, int]]:
+        """Read from the points on, and move them.
+
+        :param is_timed: return each ``due_at``, to put others in order between them.
+        :returns: priority, ``due_at`` (if not timed: of the first of each priority), ``cmd_id`` and attempts.
+        """
+        txn.execute(_CANDIDATES, {**self._params(limit), "is_timed": is_timed})
+        rows = txn.fetchall()
+        starts = dict(self._starts)
+        place = None
+        found = []
+        for priority, due_at, cmd_id, attempts, _ in rows:
+            if priority != place:
+                place = priority
+                starts[priority] = (due_at, _FIRST_ID if cmd_id is None else cmd_id)
+            if cmd_id is not None:
+                found.append((priority, due_at, cmd_id, attempts))
+        self._starts = starts
+        if rows:
+            self.first_note, self._is_noted = rows[0][-1] or self.first_note, rows[0][-1] is not None
+        return found
+
+    def _params(self, limit: int = 0) -> dict[str, Any]:
+        starts = self._starts
+        return {
+            "types": self._types,
+            "limit": limit,
+            "first_note": self.first_note,
+            "priorities": array_literal(starts),
+            "due_ats": f"{{{','.join(str(due_at) for due_at, _ in starts.values())}}}",
+            "cmd_ids": array_literal(cmd_id for _, cmd_id in starts.values()),
+            "left_out": self._left_out,
+        }

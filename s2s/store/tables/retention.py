@@ -1,0 +1,153 @@
+"""What is removed in time: commands that are over, keys that outlived theirs, control requests of old.
+
+Every function here is one bounded step, for a transaction of its own. None of them waits for a row that another
+transaction has locked, so any number of processes may take steps at once, beside pushes and workers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from s2s.protocol.settings import BY_KEY
+from s2s.store.driver import Cursor
+from s2s.store.tables.clock_drift import SLACK_S
+
+#: Rows that one step looks at, at most.
+STEP_ROWS: Final = 1000
+#: Days that a control request and its answer are kept.
+STEERING_DAYS: Final = 7
+#: By how much a pass lets the time advance by which age is judged. A clock that is ahead by years can so remove nothing
+#: that is more than an hour too young; after an outage that time catches up, six hours in each.
+ADVANCE: Final = "interval '1 hour'"
+#: A time before s2s existed, in SQL. What is older was dated by a clock that was not set.
+UNSET: Final = "timestamptz '2020-01-01 00:00:00+00'"
+_NOW: Final = "(select retention_at from s2s_database)"
+_SOON: Final = f"now() + interval '{SLACK_S} seconds'"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """How long things are kept (docs/protocol.rst, "Commands").
+
+    :param days: days from its end until a command that is done or cancelled is removed.
+    :param dead_days: the same of a dead one.
+    :param key_days: days that an ``idem_key`` outlives its command's row.
+    """
+
+    days: int
+    dead_days: int
+    key_days: int
+
+
+def keep(txn: Cursor) -> Keep:
+    """Read how long things are kept now: the table's settings, else the defaults."""
+    names = ("commands.keep_days", "commands.keep_dead_days", "commands.keep_key_days")
+    txn.execute("select key, value from config where key = any(%s)", (list(names),))
+    set_here = dict(txn.fetchall())
+    return Keep(*(int(set_here.get(name, BY_KEY[name].default)) for name in names))
+
+
+#: Removes commands whose rows the caller has locked; their keys stay for a while and remember how they ended.
+REMOVE: Final = """
+with removed as (
+    delete from commands where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, idem_key, status
+), kept as (
+    update idempotency_keys k set status = r.status, expires_at = now() + make_interval(days => %(key_days)s)
+    from removed r where k.idem_key = r.idem_key and k.cmd_id = r.cmd_id
+)
+select cmd_id, 'discarded' from removed
+"""
+
+
+def advance(txn: Cursor) -> float:
+    """Let the time by which age is judged follow the database's clock, by :data:`ADVANCE` at most.
+
+    Where it lies before :data:`UNSET` it adopts the present: it would take years to catch up, and bounds nothing.
+
+    :returns: the seconds that it is behind the clock then.
+    """
+    txn.execute(
+        "insert into s2s_database as d default values on conflict (only_row) do update"  # noqa: S608 - a constant
+        f" set retention_at = case when d.retention_at < {UNSET} then now()"
+        f" else least(now(), d.retention_at + {ADVANCE}) end"
+        " returning extract(epoch from now() - d.retention_at)::float8"
+    )
+    return float((txn.fetchone() or (0.0,))[0])
+
+
+def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None]:
+    """Remove what is over among the next commands in the order of their ids.
+
+    :param after: the ``cmd_id`` where the step before ended; 0 at first.
+    :returns: how many were removed, and where the next step begins; ``None``: what follows is too young.
+    """
+    txn.execute(
+        # A time to come was written by a clock that was ahead: it says nothing about the age of what follows. Nor does
+        # one of a clock that had not been set: what ended by it is kept as if it ended now.
+        f"select cmd_id, created_at <= {_NOW} - make_interval(days => %s) or created_at > {_SOON},"  # noqa: S608
+        f" finished_at > {_SOON} or (finished_at < {UNSET} and now() >= {UNSET})"
+        " from commands where cmd_id > %s order by cmd_id limit %s",
+        (min(keep.days, keep.dead_days), after, STEP_ROWS),
+    )
+    page = txn.fetchall()
+    cmd_ids = [cmd_id for cmd_id, *_ in page]
+    if misdated := [cmd_id for cmd_id, _, is_misdated in page if is_misdated]:
+        txn.execute(
+            "update commands set finished_at = now() where cmd_id = any(array("
+            " select cmd_id from commands where cmd_id = any(%s::bigint[]) for update skip locked))",
+            (misdated,),
+        )
+    txn.execute(
+        "select cmd_id from commands where cmd_id = any(%s::bigint[]) and status <> 'ready'"  # noqa: S608
+        # Ended by hand, it may lack the time.
+        " and coalesce(finished_at, created_at)"
+        f" <= {_NOW} - make_interval(days => case status when 'dead' then %s else %s end) for update skip locked",
+        (cmd_ids, keep.dead_days, keep.days),
+    )
+    over = [cmd_id for (cmd_id,) in txn]
+    if over:
+        txn.execute(REMOVE, {"ids": over, "key_days": keep.key_days})
+    # Ids are drawn nearly in the order of time: a whole page of young rows is the end, a single one may be a stray.
+    is_last = len(page) < STEP_ROWS or not any(is_old for _, is_old, _ in page)
+    return len(over), None if is_last else cmd_ids[-1]
+
+
+def sweep_keys(txn: Cursor, since: str = "-infinity") -> tuple[int, str | None]:
+    """Remove keys that have expired.
+
+    :param since: the expiry where the step before ended: what it removed is not read again.
+    :returns: how many, and where the next step begins; ``None``: there are no more.
+    """
+    txn.execute(
+        "with expired as (select idem_key, expires_at from idempotency_keys"  # noqa: S608 - a constant
+        f" where expires_at between %s::timestamptz and {_NOW} order by expires_at limit %s for update skip locked"
+        "), removed as (delete from idempotency_keys where idem_key in (select idem_key from expired)"
+        ") select count(*), max(expires_at)::text from expired",
+        (since, STEP_ROWS),
+    )
+    ((removed, last),) = txn.fetchall()
+    return removed, last if removed == STEP_ROWS else None
+
+
+def sweep_steering(txn: Cursor) -> int:
+    """Remove old control requests.
+
+    :returns: how many; fewer than :data:`STEP_ROWS`: there are no more, or the next pass finds them.
+    """
+    txn.execute(
+        "update steering set created_at = now() where request_id = any(array("  # noqa: S608
+        " select request_id from steering"
+        " where request_id = any(array(select request_id from steering order by request_id limit %s))"
+        f" and created_at > {_SOON} for update skip locked))",
+        (STEP_ROWS,),
+    )
+    txn.execute(
+        "delete from steering where request_id = any(array("  # noqa: S608
+        " select request_id from steering"
+        # No index knows their age, so only the first ones are looked at.
+        " where request_id = any(array(select request_id from steering order by request_id limit %s))"
+        f" and created_at <= {_NOW} - make_interval(days => %s) for update skip locked))",
+        (STEP_ROWS, STEERING_DAYS),
+    )
+    return txn.rowcount

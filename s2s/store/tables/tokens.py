@@ -1,0 +1,89 @@
+"""Table ``api_tokens`` (docs/api.rst, "Tokens"). Its triggers notify channel ``s2s_tokens``, and write the audit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Final
+
+from s2s.errors import OperatorError
+from s2s.store.access import Access, digest, make
+from s2s.store.driver import Cursor
+
+CHANNEL: Final = "s2s_tokens"
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A token as it is compared with what a request brings.
+
+    :param token_sha256: all that is kept of it.
+    :param left_s: seconds that it is valid for, from when it was read; ``None``: for ever.
+    """
+
+    name: str
+    role: Access
+    token_sha256: bytes = field(repr=False)
+    left_s: float | None
+
+
+@dataclass(frozen=True)
+class PublicTokenRow:
+    """A token as people are shown it.
+
+    :param is_expired: by the database's clock.
+    """
+
+    name: str
+    role: Access
+    note: str
+    created_at: datetime
+    created_by: str
+    expires_at: datetime | None
+    is_expired: bool
+
+
+def read(txn: Cursor) -> list[TokenRow]:
+    """Read every token that is valid."""
+    txn.execute(
+        "select name, role, token_sha256, extract(epoch from expires_at - clock_timestamp())::float8 from api_tokens"
+        " where expires_at is null or expires_at > clock_timestamp()"
+    )
+    return [TokenRow(name, role, bytes(kept), left_s) for name, role, kept, left_s in txn]
+
+
+def list_public(txn: Cursor) -> list[PublicTokenRow]:
+    """List the tokens by name."""
+    txn.execute(
+        "select name, role, note, created_at, created_by, expires_at, coalesce(expires_at <= now(), false)"
+        " from api_tokens order by name"
+    )
+    return [PublicTokenRow(*row) for row in txn]
+
+
+def add(txn: Cursor, name: str, role: Access, note: str = "", days: int | None = None) -> str:
+    """Make a token.
+
+    :param name: one that matches :data:`s2s.store.access.NAME`.
+    :param days: until it expires; ``None``: it does not.
+    :returns: the token, which is nowhere else.
+    :raises OperatorError: there is one of this name.
+    """
+    token = make(name)
+    txn.execute(
+        "insert into api_tokens (name, role, token_sha256, note, expires_at)"
+        " values (%s, %s, %s, %s, now() + make_interval(days => %s)) on conflict do nothing",
+        (name, role, digest(token), note, days),
+    )
+    if txn.rowcount == 0:
+        raise OperatorError(f"there is a token {name!r} already: choose another name, or s2s tokens revoke {name}")
+    return token
+
+
+def revoke(txn: Cursor, name: str) -> bool:
+    """Remove a token.
+
+    :returns: whether there was one.
+    """
+    txn.execute("delete from api_tokens where name = %s", (name,))
+    return txn.rowcount > 0

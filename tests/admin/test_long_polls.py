@@ -1,0 +1,139 @@
+"""Waiting for what the database says: :mod:`s2s.admin.http.long_polls`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock as FakeTime
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.admin.http import long_polls
+from s2s.admin.http.long_polls import LongPolls
+from s2s.admin.operations.operation import WaitFor
+from s2s.errors import DatabaseUnavailable, Overloaded
+from s2s.protocol.limits import Counters
+from s2s.runtime.clock import Clock
+
+
+class _Database:
+    """A pool that asks the test."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, Sequence[Any], Deferred[Any]]] = []
+
+    def run(self, look: Callable[..., Any], ids: Sequence[Any]) -> Deferred[Any]:
+        """Note what is looked for."""
+        answer: Deferred[Any] = Deferred()
+        self.asked.append((look, sorted(ids), answer))
+        return answer
+
+
+def _orders(_: object, ids: Sequence[Any]) -> Sequence[Any]:
+    return ids
+
+
+def _engines(_: object, ids: Sequence[Any]) -> Sequence[Any]:
+    return ids
+
+
+class WaitingTests(SynchronousTestCase):
+    """With a database and a clock of the test's."""
+
+    def setUp(self) -> None:
+        """Make it."""
+        self.time = FakeTime()
+        self.database = _Database()
+        self.counters = Counters()
+        database: Any = self.database
+        self.waiting = LongPolls(database, Clock(self.time), self.counters)
+        self.waiting.start()
+
+    def wait(self, look: Any, *ids: Any, seconds: float = 30) -> Deferred[None]:
+        """Wait."""
+        return self.waiting.wait(WaitFor(look, ids, seconds))
+
+    def looked(self, over: Sequence[Any] = ()) -> tuple[Any, Sequence[Any]]:
+        """Answer the next look."""
+        look, ids, answer = self.database.asked.pop(0)
+        answer.callback(set(over))
+        return look, ids
+
+    def test_one_look_for_all(self) -> None:
+        """Those who wait for the same kind of thing have one look, and each ends when all of its own is over."""
+        one, two = self.wait(_orders, 1), self.wait(_orders, 2)
+        self.looked()
+        self.assertEqual(self.looked([1]), (_orders, [1, 2]))
+        self.successResultOf(one)
+        both, other = self.wait(_orders, 2, 3), self.wait(_engines, 9)
+        self.assertEqual(self.looked([2]), (_orders, [2, 3]))
+        self.successResultOf(two)
+        self.assertNoResult(both)
+        self.assertEqual(self.looked(), (_orders, [3]))
+        self.assertEqual(self.looked([9]), (_engines, [9]))
+        self.successResultOf(other)
+        self.assertNoResult(both)
+        self.time.advance(1)
+        self.assertEqual(self.looked([3]), (_orders, [3]))
+        self.successResultOf(both)
+        self.assertEqual(len(self.waiting), 0)
+        self.time.advance(5)
+        self.assertEqual(self.database.asked, [])
+
+    def test_woken(self) -> None:
+        """It looks when it is woken, and once a second all the same; a lost database ends nothing."""
+        waiter = self.wait(_orders, 1)
+        self.looked()
+        self.waiting.wake()
+        self.looked()
+        self.time.advance(1)
+        _, _, answer = self.database.asked.pop(0)
+        answer.errback(DatabaseUnavailable("away"))
+        self.assertNoResult(waiter)
+        self.time.advance(1)
+        self.looked([1])
+        self.successResultOf(waiter)
+
+    def test_time(self) -> None:
+        """A wait ends when its time is over, and is looked for no more."""
+        waiter = self.wait(_orders, 1, seconds=2)
+        self.looked()
+        self.time.advance(1)
+        self.looked()
+        self.time.advance(1)
+        self.successResultOf(waiter)
+        self.database.asked.clear()
+        self.time.advance(3)
+        self.assertEqual(self.database.asked, [])
+
+    def test_cancelled(self) -> None:
+        """Whoever asked is gone: its wait is too."""
+        waiter = self.wait(_orders, 1)
+        waiter.cancel()
+        self.failureResultOf(waiter, CancelledError)
+        self.looked([1])
+        self.assertEqual(len(self.waiting), 0)
+        self.assertEqual([call for call in self.time.getDelayedCalls() if call.getTime() > 2], [])
+
+    def test_the_bound(self) -> None:
+        """Only so many may wait; one more is told to come again."""
+        self.patch(long_polls, "MOST", 2)
+        self.wait(_orders, 1)
+        second = self.wait(_orders, 2)
+        error = self.assertRaises(Overloaded, self.wait, _orders, 3)
+        self.assertEqual(error.details["retry_after_ms"], 1000)
+        self.assertEqual(self.counters.met["http_waiting"], 1)
+        second.cancel()
+        self.failureResultOf(second)
+        self.assertNoResult(self.wait(_orders, 3))
+
+    def test_the_end(self) -> None:
+        """When it stops nobody waits any more, and whoever comes then does not begin to."""
+        waiter = self.wait(_orders, 1)
+        stopping = self.waiting.stop()
+        self.successResultOf(waiter)
+        self.assertNoResult(stopping)
+        self.looked()
+        self.successResultOf(stopping)
+        self.successResultOf(self.wait(_orders, 2))

@@ -1,0 +1,269 @@
+"""Taking the steps of an operation beside other work: :mod:`s2s.admin.http.operation_runner`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred, fail
+from twisted.internet.task import Clock as FakeTime
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.admin.http import operation_runner
+from s2s.admin.http.long_polls import LongPolls
+from s2s.admin.http.operation_runner import LIST_THREADS, STEP_S, THREADS, ClientRequest, OperationRunner
+from s2s.admin.operations.operation import Operation, OperationRequest, Reply, WaitFor
+from s2s.errors import DatabaseUnavailable, DeadlineExceeded, DeadlinePassed, NotFound, Overloaded
+from s2s.protocol.limits import Counters
+from s2s.runtime.clock import Clock
+from s2s.store.tables import audit
+
+_TXN: Any = object()
+
+
+class _Database:
+    """A pool whose work is done when the test says so."""
+
+    def __init__(self, time: FakeTime) -> None:
+        self.time = time
+        self.running: list[tuple[Callable[[], Any], Deferred[Any]]] = []
+        self.refusal: Exception | None = None
+
+    def run(self, work: Callable[..., Any], *args: Any) -> Deferred[Any]:
+        """Take work, or refuse it at once."""
+        if self.refusal is not None:
+            return fail(self.refusal)
+        done: Deferred[Any] = Deferred()
+        self.running.append((lambda: work(_TXN, *args), done))
+        return done
+
+    def step(self) -> None:
+        """Do the oldest piece."""
+        work, done = self.running.pop(0)
+        try:
+            result = work()
+        except Exception as error:
+            done.errback(error)
+        else:
+            done.callback(result)
+        self.time.advance(0)
+
+
+class ConductorTests(SynchronousTestCase):
+    """With a pool and waits of the test's."""
+
+    def setUp(self) -> None:
+        """Make it."""
+        self.time = FakeTime()
+        self.database = _Database(self.time)
+        self.waits: list[Deferred[None]] = []
+        self.signed: list[str] = []
+        self.patch(audit, "sign", lambda _, actor: self.signed.append(actor))
+        self.counters = Counters()
+        database: Any = self.database
+
+        def wait(_: object, until: WaitFor) -> Deferred[None]:
+            over: Deferred[None] = Deferred()
+            self.waits.append(over)
+            return over
+
+        self.patch(LongPolls, "wait", wait)
+        waiting: Any = LongPolls.__new__(LongPolls)
+        self.conductor = OperationRunner(database, Clock(self.time), waiting, self.counters)
+
+    def perform(
+        self, begin: Callable[[OperationRequest], Any], visit: ClientRequest | None = None, *, is_list: bool = False
+    ) -> Deferred[Any]:
+        """Begin an operation."""
+        operation: Operation[Any] = Operation(
+            "x", "GET", "/x", "observer", "x", {"type": "object"}, begin, is_list=is_list
+        )
+        performing = self.conductor.perform(
+            operation, OperationRequest("token:me", "observer"), visit or ClientRequest()
+        )
+        return Deferred.fromCoroutine(performing)
+
+    def test_steps(self) -> None:
+        """Each step is a piece of work of its own, signed by whoever asks; what it gives is what the next one sees."""
+
+        def begin(_: OperationRequest) -> Any:
+            first = yield lambda txn: (txn, 1)
+            second = yield lambda txn: (txn, first[1] + 1)
+            return Reply([first, second], 201)
+
+        performing = self.perform(begin)
+        self.database.step()
+        self.assertNoResult(performing)
+        self.database.step()
+        reply = self.successResultOf(performing)
+        self.assertEqual((reply.value, reply.status), ([(_TXN, 1), (_TXN, 2)], 201))
+        self.assertEqual(self.signed, ["token:me", "token:me"])
+
+    def test_failures(self) -> None:
+        """A step that fails does so where it was asked for; what is not made good there fails the request."""
+
+        def begin(_: OperationRequest) -> Any:
+            try:
+                yield lambda txn: 1 / 0
+            except ZeroDivisionError:
+                yield lambda txn: None
+            raise NotFound("it is not there")
+
+        performing = self.perform(begin)
+        self.database.step()
+        self.database.step()
+        self.failureResultOf(performing, NotFound)
+
+        def away(_: OperationRequest) -> Any:
+            yield lambda txn: (_ for _ in ()).throw(DatabaseUnavailable("away"))
+
+        performing = self.perform(away)
+        self.database.step()
+        self.failureResultOf(performing, DatabaseUnavailable)
+
+    def test_a_few_at_once(self) -> None:
+        """Only so many steps are at the database at once; waiting takes no place; the line has an end."""
+        self.patch(operation_runner, "MOST_IN_LINE", 2)
+
+        def begin(_: OperationRequest) -> Any:
+            yield lambda txn: None
+            yield WaitFor(lambda _, ids: ids, (1,), 5)
+            return Reply({})
+
+        performing = [self.perform(begin) for _ in range(THREADS + 2)]
+        self.assertEqual(len(self.database.running), THREADS)
+        error = self.failureResultOf(self.perform(begin), Overloaded)
+        self.assertEqual(error.value.details["retry_after_ms"], 1000)
+        self.assertEqual(self.counters.met["http_line"], 1)
+        for _ in performing:
+            self.database.step()
+        self.assertEqual((len(self.waits), len(self.database.running)), (THREADS + 2, 0))
+        for wait in self.waits:
+            wait.callback(None)
+        for each in performing:
+            self.successResultOf(each)
+
+    def test_lists_have_places_of_their_own(self) -> None:
+        """However many lists are read and wait, another operation is taken at once; and the other way round."""
+        self.patch(operation_runner, "MOST_IN_LINE", 2)
+
+        def begin(_: OperationRequest) -> Any:
+            return Reply((yield lambda txn: 5))
+
+        reading = [self.perform(begin, is_list=True) for _ in range(LIST_THREADS + 2)]
+        self.assertEqual(len(self.database.running), LIST_THREADS)
+        self.failureResultOf(self.perform(begin, is_list=True), Overloaded)
+        steering = [self.perform(begin) for _ in range(THREADS + 2)]
+        self.assertEqual(len(self.database.running), LIST_THREADS + THREADS)
+        while self.database.running:
+            self.database.step()
+        self.assertEqual([self.successResultOf(each).value for each in reading + steering], [5] * 8)
+
+    def test_what_has_begun_is_not_refused(self) -> None:
+        """However long the line is, a request that has taken a step gets its next one."""
+        self.patch(operation_runner, "MOST_IN_LINE", 1)
+
+        def begin(_: OperationRequest) -> Any:
+            yield lambda txn: None
+            yield WaitFor(lambda _, ids: ids, (1,), 5)
+            return Reply((yield lambda txn: 5))
+
+        performing = []
+        for _ in range(THREADS + 5):
+            performing.append(self.perform(begin))
+            self.database.step()
+        for wait in self.waits:
+            wait.callback(None)
+        self.assertEqual(len(self.database.running), THREADS)
+        self.failureResultOf(self.perform(begin), Overloaded)
+        while self.database.running:
+            self.database.step()
+        self.assertEqual([self.successResultOf(each).value for each in performing], [5] * len(performing))
+
+    def test_a_database_that_hangs(self) -> None:
+        """A step that takes too long is told of: one that was begun as unknown, one in line as never to be begun."""
+        taken = []
+
+        def begin(ask: OperationRequest) -> Any:
+            return Reply((yield lambda txn: taken.append(5) or 5))
+
+        hanging = [self.perform(begin) for _ in range(THREADS + 1)]
+        self.time.advance(STEP_S - 0.1)
+        for each in hanging:
+            self.assertNoResult(each)
+        self.time.advance(0.1)
+        for each in hanging[:THREADS]:
+            self.failureResultOf(each, DeadlinePassed)
+        self.failureResultOf(hanging[THREADS], DeadlineExceeded)
+        self.assertEqual(self.counters.met["http_step"], THREADS + 1)
+        self.assertEqual(len(self.database.running), THREADS)
+        after = self.perform(begin)
+        while self.database.running:
+            self.database.step()
+        self.assertEqual(self.successResultOf(after).value, 5)
+        self.assertEqual(len(taken), THREADS + 1)
+        self.assertEqual(self.time.getDelayedCalls(), [])
+
+    def test_a_thousand_that_fail_at_once(self) -> None:
+        """Where the pool takes nothing, all in line are told, each for itself, and every place is free again."""
+
+        def begin(_: OperationRequest) -> Any:
+            return Reply((yield lambda txn: 5))
+
+        performing = [self.perform(begin) for _ in range(1000)]
+        self.database.refusal = DatabaseUnavailable("away")
+        for _ in range(THREADS):
+            self.database.step()
+        for _ in performing:
+            self.time.advance(0)
+        for each in performing[:THREADS]:
+            self.successResultOf(each)
+        for each in performing[THREADS:]:
+            self.failureResultOf(each, DatabaseUnavailable)
+        self.database.refusal = None
+        after = self.perform(begin)
+        self.database.step()
+        self.successResultOf(after)
+
+    def test_gone(self) -> None:
+        """When whoever asked is gone nothing is waited for, and nothing more is done; a step under way is finished."""
+        done = []
+
+        def begin(_: OperationRequest) -> Any:
+            yield lambda txn: done.append("first")
+            try:
+                yield WaitFor(lambda _, ids: ids, (1,), 5)
+                yield lambda txn: done.append("second")
+            finally:
+                done.append("closed")
+
+        waiting, working = ClientRequest(), ClientRequest()
+        first = self.perform(begin, waiting)
+        self.database.step()
+        waiting.leave()
+        self.failureResultOf(first, CancelledError)
+        second = self.perform(begin, working)
+        working.leave()
+        self.assertNoResult(second)
+        self.database.step()
+        self.failureResultOf(second, CancelledError)
+        self.assertEqual(done, ["first", "closed", "first", "closed"])
+        self.assertEqual(self.database.running, [])
+
+    def test_gone_from_the_line(self) -> None:
+        """Whoever leaves while a step stands in line takes it along, and holds no place."""
+        visits = [ClientRequest() for _ in range(THREADS + 2)]
+
+        def begin(_: OperationRequest) -> Any:
+            return Reply((yield lambda txn: 5))
+
+        performing = [self.perform(begin, visit) for visit in visits]
+        visits[THREADS].leave()
+        self.failureResultOf(performing.pop(THREADS), CancelledError)
+        while self.database.running:
+            self.database.step()
+        self.assertEqual([self.successResultOf(each).value for each in performing], [5] * (THREADS + 1))
+        gone = ClientRequest()
+        gone.leave()
+        self.failureResultOf(self.perform(begin, gone), CancelledError)
+        self.assertEqual((self.database.running, self.time.getDelayedCalls()), ([], []))

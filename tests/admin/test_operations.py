@@ -1,0 +1,262 @@
+"""What an operation is: its checks, its steps and its pages: :mod:`s2s.admin.operations.operation` and its pages."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.admin import operations
+from s2s.admin.operations import OPERATIONS, commands, engines, notices, orders, pages
+from s2s.admin.operations.operation import Operation, OperationRequest, Reply, WaitFor, decode, encode, members, perform
+from s2s.admin.operations.pages import Page, after_key, page
+from s2s.errors import (
+    BadPayload,
+    CommitLost,
+    DatabaseUnavailable,
+    DbUnavailable,
+    DeadlineExceeded,
+    DeadlinePassed,
+    Forbidden,
+    NotFound,
+    Overloaded,
+    StatementRefused,
+    UnknownOutcome,
+    WireError,
+)
+from s2s.protocol.catalogue import ORDERS
+from s2s.store.access import ACCESS
+from s2s.store.cursor import Unreadable
+from s2s.store.tables.commands_admin import CommandRow
+from s2s.store.tables.engines import EngineRow
+
+_TXN: Any = object()
+
+
+def _operation(begin: Callable[[OperationRequest], Any], **more: Any) -> Operation[Any]:
+    said: dict[str, Any] = {
+        "path_params": {"id": {"type": "integer", "minimum": 1}},
+        "query": {"wait": {"type": "number", "maximum": 5, "default": 2}, "word": {"type": "string"}},
+        "body": members({"n": {"type": "integer"}}, "n"),
+        **more,
+    }
+    return Operation("x", "POST", "/v1/x/{id}", "operator", "Do it", {"type": "object"}, begin, **said)
+
+
+class PerformTests(SynchronousTestCase):
+    """Taking steps."""
+
+    def steps(self, operation: Operation[Any], **ask: Any) -> Any:
+        """Begin."""
+        said: dict[str, Any] = {"path_params": {"id": 1}, "body": {"n": 1}, "access": "operator", **ask}
+        return perform(operation, OperationRequest("me", **said))
+
+    def test_defaults(self) -> None:
+        """What is not said in the query is what its schema says; what is said stays."""
+        seen = []
+
+        def begin(ask: OperationRequest) -> Any:
+            seen.append(dict(ask.query))
+            yield lambda _: None
+            return Reply({})
+
+        for query in ({}, {"wait": 1, "word": "a"}):
+            next(self.steps(_operation(begin), query=query))
+        self.assertEqual(seen, [{"wait": 2}, {"wait": 1, "word": "a"}])
+
+    def test_refused(self) -> None:
+        """A path, a role, a query or a body that may not be is refused before the first step; in this order."""
+
+        def begin(ask: OperationRequest) -> Any:
+            raise AssertionError("it has begun")
+            yield
+
+        for ask, error, at in (
+            ({"path_params": {"id": 0}, "access": "observer"}, NotFound, None),
+            ({"access": "observer", "query": {"wait": 9}}, Forbidden, None),
+            ({"query": {"wait": 9}, "body": {}}, BadPayload, "/query/wait"),
+            ({"query": {"x": 1}}, BadPayload, "/query/x"),
+            ({"body": {}}, BadPayload, "/body/n"),
+            ({"body": []}, BadPayload, "/body"),
+        ):
+            refused = self.assertRaises(error, next, self.steps(_operation(begin), **ask))
+            self.assertEqual(refused.details.get("path"), at)
+
+    def test_told(self) -> None:
+        """An operation that tells of refusals does so in a step of its own, and is refused then all the same."""
+        told: list[Any] = []
+
+        def tell(txn: Any, ask: OperationRequest, error: WireError) -> None:
+            told.append((txn, ask.actor, error.code))
+
+        for ask, code in (({"access": "observer"}, "forbidden"), ({"body": {}}, "bad_payload")):
+            steps = self.steps(_operation(lambda _: iter(()), refused=tell), **ask)
+            next(steps)(_TXN)
+            self.assertEqual(told.pop(), (_TXN, "me", code))
+            self.assertRaises((Forbidden, BadPayload), steps.send, None)
+        self.assertRaises(
+            NotFound, next, self.steps(_operation(lambda _: iter(()), refused=tell), path_params={"id": 0})
+        )
+        self.assertEqual(told, [])
+
+
+class OnceTests(SynchronousTestCase):
+    """What must not be done twice, when it is not known whether it was done."""
+
+    def begin(self, operation: Operation[Any], body: Any, **ask: Any) -> Any:
+        """Begin, and give the steps with the first one taken."""
+        steps = perform(operation, OperationRequest("me", "admin", body=body, **ask))
+        next(steps)
+        return steps
+
+    def test_unknown(self) -> None:
+        """Without a key it is told not to be asked for again, and an order by its id; with one it may be."""
+        tick, broadcast = orders.GIVE["admin.engine.force_tick.v1"], notices.BROADCAST
+        for lost, said in ((CommitLost("x"), DbUnavailable), (DeadlinePassed("x"), DeadlineExceeded)):
+            for operation, body in (
+                (tick, {"job_type": "decay"}),
+                (broadcast, {"scope": "global", "message": "Hello", "severity": "info", "ttl_s": 60}),
+            ):
+                error = self.assertRaises(said, self.begin(operation, body).throw, lost)
+                details = error.payload()["details"]
+                self.assertIs(details.pop("retryable"), False)
+                self.assertEqual(list(details), ["order_id"] if operation is tick else [])
+                self.assertIn(details.get("order_id", ""), str(error))
+            error = self.assertRaises(type(lost), self.begin(tick, {"job_type": "decay"}, idem_key="k").throw, lost)
+
+    def test_not_begun(self) -> None:
+        """What certainly was not done may be asked for again."""
+        for lost in (DatabaseUnavailable("x"), DeadlineExceeded(), Overloaded()):
+            steps = self.begin(
+                notices.BROADCAST, {"scope": "global", "message": "Hello", "severity": "info", "ttl_s": 60}
+            )
+            self.assertIs(self.assertRaises(type(lost), steps.throw, lost), lost)
+
+    def test_given(self) -> None:
+        """An order that is given is answered as such, whatever comes of waiting for it."""
+        now = datetime.now(timezone.utc)
+        row = orders.Order(
+            "1", "x", {}, "me", None, "queued", None, None, 0, None, None, now, None, None, progress=None
+        )
+        for lost in (Overloaded(), DeadlinePassed("x"), DatabaseUnavailable("x"), StatementRefused("x")):
+            for later in (False, True):
+                steps = self.begin(orders.GIVE["admin.engine.force_tick.v1"], {"job_type": "decay"}, query={"wait": 5})
+                self.assertIsInstance(steps.send((row, True)), WaitFor)
+                if later:
+                    steps.send(None)
+                reply = self.assertRaises(StopIteration, steps.throw, lost).value
+                self.assertEqual((reply.status, reply.value, reply.location), (202, row, "/v1/orders/1"))
+
+    def test_asked(self) -> None:
+        """An engine that was asked may have obeyed, whatever comes of waiting for its answer."""
+        for lost in (Overloaded(), DeadlinePassed("x"), DatabaseUnavailable("x"), StatementRefused("x")):
+            steps = self.begin(engines.PAUSE_ENGINE, {"reason": "x"}, path_params={"name": "e"})
+            steps.send(None)
+            steps.send(EngineRow("e", "running", "", "k1", None, None, None))
+            self.assertIsInstance(steps.send(1), WaitFor)
+            self.assertRaises(UnknownOutcome, steps.throw, lost)
+
+
+class PageTests(SynchronousTestCase):
+    """Reading lists."""
+
+    @given(
+        sizes=st.lists(st.integers(0, 40), max_size=40),
+        limit=st.integers(1, 12),
+        most=st.integers(1, 200),
+        chunk=st.integers(1, 9),
+    )
+    def test_model(self, sizes: list[int], limit: int, most: int, chunk: int) -> None:
+        """Pages taken together are the list, none is too long, or too large by more than a row, and the last ends."""
+        rows = [{"id": at, "text": "x" * size} for at, size in enumerate(sizes, 1)]
+        self.patch(pages, "PAGE_BYTES", most)
+        self.patch(pages, "_CHUNK_ROWS", chunk)
+
+        def read(limit: int, before: str | None) -> list[Any]:
+            self.assertLessEqual(limit, chunk)
+            return rows[int(before or 0) :][:limit]
+
+        found: list[Any] = []
+        cursor = None
+        while True:
+            one: Page[Any] = page(read, lambda row: str(row["id"]), limit, cursor)
+            self.assertLessEqual(len(one.items), limit)
+            self.assertLess(sum(len(encode(row)) for row in one.items[:-1]), most)
+            found += one.items
+            if one.next_cursor is None:
+                break
+            self.assertTrue(one.items)
+            cursor = one.next_cursor
+        self.assertEqual(found, rows)
+
+    @given(st.lists(st.text(max_size=3), unique=True), st.integers(1, 5))
+    def test_short_lists(self, names: list[str], limit: int) -> None:
+        """A list that is read as a whole is cut by its keys, whatever is in them."""
+        found: list[str] = []
+        cursor = None
+        while True:
+            one = page(partial(after_key, names, str), str, limit, cursor)
+            found += one.items
+            cursor = one.next_cursor
+            if cursor is None:
+                break
+        self.assertEqual(found, sorted(names))
+
+
+class JsonTests(SynchronousTestCase):
+    """Replies as JSON."""
+
+    def test_round_trip(self) -> None:
+        """A row is the same when it has been written and read."""
+        at = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=timezone.utc)
+        row = CommandRow(5, "a.b", "k", {"n": [1.5, None, "\u00e9"]}, 100, at, "ready", 0, 0, None, at, None)
+        self.assertEqual(decode(json.loads(encode(row)), commands.SHOW), row)
+        later = {**json.loads(encode(row)), "of_a_later_release": 1}
+        self.assertEqual(decode(later, commands.SHOW), row)
+        self.assertRaises(ValueError, decode, {"cmd_id": 5}, commands.SHOW)
+
+    def test_what_cannot_be_read(self) -> None:
+        """JSON that Python cannot read is an object that says so; what is no JSON at all is nobody's to write."""
+        self.assertEqual(encode({"a": Unreadable()}), b'{"a":{"unreadable":"(JSON that cannot be read)"}}')
+        self.assertRaises(NotImplementedError, encode, object())
+
+
+class DeclarationTests(SynchronousTestCase):
+    """What is declared."""
+
+    def test_all_are_listed(self) -> None:
+        """Every operation that a module of s2s.admin.operations makes is in OPERATIONS, under a name of its own."""
+        made = set()
+        for path in Path(operations.__file__).parent.glob("*.py"):
+            module = importlib.import_module(f"s2s.admin.operations.{path.stem}")
+            for value in vars(module).values():
+                if isinstance(value, Operation):
+                    made.add(value.name)
+                elif isinstance(value, dict) and value and all(isinstance(each, Operation) for each in value.values()):
+                    made.update(each.name for each in value.values())
+        listed = [operation.name for operation in OPERATIONS]
+        self.assertEqual(len(listed), len(set(listed)))
+        self.assertEqual(made - set(listed), set())
+
+    def test_orders(self) -> None:
+        """There is one that gives each order of the catalogue, with the order's own schema but for its id."""
+        given_ = {operation.path: operation for operation in OPERATIONS if operation.takes_key}
+        self.assertEqual(set(given_), {f"/v1/orders/{rpc}" for rpc in ORDERS})
+        for operation in given_.values():
+            self.assertNotIn("order_id", operation.body["properties"])
+            self.assertFalse(operation.body["additionalProperties"])
+
+    def test_observers(self) -> None:
+        """Whatever is not a GET, but for a question, is not an observer's; whatever is, is."""
+        for operation in OPERATIONS:
+            self.assertIn(operation.access, ACCESS)
+            reads = operation.method == "GET" or operation.name == "health_engine"
+            self.assertEqual(not operation.is_write, reads, operation)

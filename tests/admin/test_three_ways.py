@@ -1,0 +1,567 @@
+"""Everything that can be done over HTTP, done by the command line, by the client and by a bare request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.admin.client import AdminClient
+from s2s.admin.operations import OPERATIONS
+from s2s.admin.operations.operation import encode
+from s2s.cli import main
+from s2s.errors import Refused
+from tests.cli.test_order import GIVEN, WorldTestCase
+from tests.support.http import ApiTestCase
+from tests.support.waiting import poll
+
+#: What may be done at a command line, but not over HTTP: it is the database's, or this machine's.
+NOT_OVER_HTTP = {
+    "up", "certs make", "plugins list", "db migrate", "db status", "db fix-sequences", "world seed", "keys add",
+    "keys activate", "keys retire", "keys revoke", "tokens add", "tokens list", "tokens revoke",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Deed:
+    """One thing, said in three ways.
+
+    :param line: what is typed, beginning with the command's name.
+    :param call: what is called.
+    :param request: method, path and body.
+    :param before: SQL that lets it be done once more.
+    :param check: SQL, and what it gives when it was done.
+    """
+
+    line: tuple[str, ...]
+    call: Callable[[AdminClient], Deferred[Any]]
+    request: tuple[Any, ...]
+    before: str = "select"
+    check: tuple[str, Any] = ("select", None)
+
+    @property
+    def command(self) -> str:
+        """The name of the command."""
+        return next(name for name in COMMANDS if (*self.line,)[: len(name.split())] == tuple(name.split()))
+
+
+def _commands(group: click.Group, *before: str) -> Iterator[str]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from _commands(command, *before, name)
+        else:
+            yield " ".join((*before, name))
+
+
+COMMANDS = sorted(_commands(main), key=len, reverse=True)
+
+#: Lists and single rows: each way gives the same.
+READS = (
+    Deed(("engine", "list"), lambda c: c.list_engines(), ("GET", "/v1/engines")),
+    Deed(("order", "list"), lambda c: c.list_orders(), ("GET", "/v1/orders")),
+    Deed(
+        (
+            "order",
+            "list",
+            "--status",
+            "queued",
+            "--rpc",
+            "admin.engine.force_tick.v1",
+            "--limit",
+            "1",
+            "--before",
+            "o2",
+        ),
+        lambda c: c.list_orders(status="queued", rpc="admin.engine.force_tick.v1", limit=1, cursor="o2"),
+        ("GET", "/v1/orders?status=queued&rpc=admin.engine.force_tick.v1&limit=1&cursor=o2"),
+    ),
+    Deed(("order", "show", "o1"), lambda c: c.show_order("o1"), ("GET", "/v1/orders/o1")),
+    Deed(("commands", "list"), lambda c: c.list_commands(), ("GET", "/v1/commands")),
+    Deed(
+        ("commands", "list", "--status", "dead", "--type", "a.b", "--limit", "2", "--before", "3"),
+        lambda c: c.list_commands(status="dead", cmd_type="a.b", limit=2, cursor="3"),
+        ("GET", "/v1/commands?status=dead&cmd_type=a.b&limit=2&cursor=3"),
+    ),
+    Deed(("commands", "show", "2"), lambda c: c.show_command(2), ("GET", "/v1/commands/2")),
+    Deed(("outbox", "list"), lambda c: c.list_outbox(), ("GET", "/v1/outbox")),
+    Deed(
+        ("outbox", "list", "--state", "dead", "--type", "a.b", "--limit", "2", "--before", "3"),
+        lambda c: c.list_outbox(state="dead", cmd_type="a.b", limit=2, cursor="3"),
+        ("GET", "/v1/outbox?state=dead&cmd_type=a.b&limit=2&cursor=3"),
+    ),
+    Deed(("outbox", "show", "2"), lambda c: c.show_outbox_row(2), ("GET", "/v1/outbox/2")),
+    Deed(("notices", "list"), lambda c: c.list_notices(), ("GET", "/v1/notices")),
+    Deed(
+        ("notices", "list", "--limit", "1", "--before", "2"),
+        lambda c: c.list_notices(limit=1, cursor="2"),
+        ("GET", "/v1/notices?limit=1&cursor=2"),
+    ),
+    Deed(("config", "list"), lambda c: c.list_config(), ("GET", "/v1/config")),
+    Deed(("config", "history"), lambda c: c.list_config_history(), ("GET", "/v1/config/history")),
+    Deed(
+        ("config", "history", "--key", "relay.window", "--limit", "1", "--before", "2"),
+        lambda c: c.list_config_history(key="relay.window", limit=1, cursor="2"),
+        ("GET", "/v1/config/history?key=relay.window&limit=1&cursor=2"),
+    ),
+    Deed(("audit",), lambda c: c.list_audit(), ("GET", "/v1/audit")),
+    Deed(
+        (
+            "audit",
+            "--actor",
+            "tester",
+            "--action",
+            "config.set",
+            "--subject",
+            "relay.window",
+            "--limit",
+            "1",
+            "--before",
+            "99",
+        ),
+        lambda c: c.list_audit(actor="tester", action="config.set", subject="relay.window", limit=1, cursor="99"),
+        ("GET", "/v1/audit?actor=tester&action=config.set&subject=relay.window&limit=1&cursor=99"),
+    ),
+    Deed(("keys", "list"), lambda c: c.list_keys(), ("GET", "/v1/keys")),
+    Deed(("jobs", "list"), lambda c: c.list_jobs(), ("GET", "/v1/jobs")),
+    Deed(("world", "show"), lambda c: c.count_world(), ("GET", "/v1/world")),
+)
+
+_DEAD_COMMANDS = (
+    "select setval('commands_cmd_id_seq', 3); delete from commands;"
+    " insert into commands (cmd_id, cmd_type, idem_key, payload, status, finished_at, due_at)"
+    " select n, case n when 3 then 'c.d' else 'a.b' end, n::text, '{}', 'dead', now(), now() + interval '1 hour'"
+    " from generate_series(1, 3) n"
+)
+_READY_COMMANDS = f"{_DEAD_COMMANDS}; update commands set status = 'ready', due_at = now() + interval '1 hour'"
+_COMMANDS_NOW = "select array_agg(cmd_id || status order by cmd_id) from commands"
+_DEAD_ROWS = (
+    "delete from outbox; insert into outbox (outbox_id, cmd_type, idem_key, payload, state)"
+    " select n, case n when 3 then 'c.d' else 'a.b' end, n::text, '{}', 'dead' from generate_series(1, 3) n"
+)
+_WAITING_ROWS = f"{_DEAD_ROWS}; update outbox set state = 'waiting', send_at = now() + interval '1 hour'"
+_ROWS_NOW = "select array_agg(outbox_id || state order by outbox_id) from outbox"
+
+#: Changes of rows: of each way the same comes.
+WRITES = (
+    Deed(
+        ("commands", "retry", "1", "2"),
+        lambda c: c.retry_commands([1, 2]),
+        ("POST", "/v1/commands/retry", {"ids": [1, 2]}),
+        _DEAD_COMMANDS,
+        (_COMMANDS_NOW, ["1ready", "2ready", "3dead"]),
+    ),
+    Deed(
+        ("commands", "retry", "--all-dead", "--type", "a.b"),
+        lambda c: c.retry_dead_commands(cmd_type="a.b"),
+        ("POST", "/v1/commands/retry-dead", {"cmd_type": "a.b"}),
+        _DEAD_COMMANDS,
+        (_COMMANDS_NOW, ["1ready", "2ready", "3dead"]),
+    ),
+    Deed(
+        ("commands", "cancel", "3"),
+        lambda c: c.cancel_commands([3]),
+        ("POST", "/v1/commands/cancel", {"ids": [3]}),
+        _READY_COMMANDS,
+        (_COMMANDS_NOW, ["1ready", "2ready", "3cancelled"]),
+    ),
+    Deed(
+        ("commands", "discard", "1"),
+        lambda c: c.discard_commands([1]),
+        ("POST", "/v1/commands/discard", {"ids": [1]}),
+        _DEAD_COMMANDS,
+        (_COMMANDS_NOW, ["2dead", "3dead"]),
+    ),
+    Deed(
+        ("commands", "discard", "--all-dead"),
+        lambda c: c.discard_dead_commands(),
+        ("POST", "/v1/commands/discard-dead", {}),
+        _DEAD_COMMANDS,
+        (_COMMANDS_NOW, None),
+    ),
+    Deed(
+        ("outbox", "retry", "1"),
+        lambda c: c.retry_outbox_rows([1]),
+        ("POST", "/v1/outbox/retry", {"ids": [1]}),
+        _DEAD_ROWS,
+        (_ROWS_NOW, ["1waiting", "2dead", "3dead"]),
+    ),
+    Deed(
+        ("outbox", "retry", "--all-dead", "--type", "c.d"),
+        lambda c: c.retry_dead_outbox_rows(cmd_type="c.d"),
+        ("POST", "/v1/outbox/retry-dead", {"cmd_type": "c.d"}),
+        _DEAD_ROWS,
+        (_ROWS_NOW, ["1dead", "2dead", "3waiting"]),
+    ),
+    Deed(
+        ("outbox", "cancel", "2"),
+        lambda c: c.cancel_outbox_rows([2]),
+        ("POST", "/v1/outbox/cancel", {"ids": [2]}),
+        _WAITING_ROWS,
+        (_ROWS_NOW, ["1waiting", "2dead", "3waiting"]),
+    ),
+    Deed(
+        ("outbox", "discard", "1", "3"),
+        lambda c: c.discard_outbox_rows([1, 3]),
+        ("POST", "/v1/outbox/discard", {"ids": [1, 3]}),
+        _DEAD_ROWS,
+        (_ROWS_NOW, ["2dead"]),
+    ),
+    Deed(
+        ("outbox", "discard", "--all-dead"),
+        lambda c: c.discard_dead_outbox_rows(),
+        ("POST", "/v1/outbox/discard-dead"),
+        _DEAD_ROWS,
+        (_ROWS_NOW, None),
+    ),
+    Deed(
+        ("broadcast", "Hello", "--scope", "sector", "--sector-id", "5", "--severity", "warn", "--ttl", "60"),
+        lambda c: c.add_broadcast("Hello", scope="sector", sector_id=5, severity="warn", ttl_s=60),
+        (
+            "POST",
+            "/v1/broadcasts",
+            {"message": "Hello", "scope": "sector", "sector_id": 5, "severity": "warn", "ttl_s": 60},
+        ),
+        "delete from broadcasts",
+        (
+            "select array_agg(row(message, scope, sector_id, severity, ttl_s)::text) from broadcasts",
+            ["(Hello,sector,5,warn,60)"],
+        ),
+    ),
+    Deed(
+        ("config", "set", "relay.window", "7"),
+        lambda c: c.set_config("relay.window", 7),
+        ("PUT", "/v1/config/relay.window", {"value": 7}),
+        "update config set value = '9' where key = 'relay.window'",
+        ("select value from config where key = 'relay.window'", 7),
+    ),
+)
+#: What the command line does in another way, and single settings and rows.
+CLIENT_ONLY = (
+    Deed(
+        (),
+        lambda c: c.retry_command(1),
+        ("POST", "/v1/commands/1/retry"),
+        _DEAD_COMMANDS,
+        (_COMMANDS_NOW, ["1ready", "2dead", "3dead"]),
+    ),
+    Deed(
+        (),
+        lambda c: c.cancel_command(1),
+        ("POST", "/v1/commands/1/cancel", {}),
+        _READY_COMMANDS,
+        (_COMMANDS_NOW, ["1cancelled", "2ready", "3ready"]),
+    ),
+    Deed(
+        (),
+        lambda c: c.discard_command(1),
+        ("POST", "/v1/commands/1/discard"),
+        _DEAD_COMMANDS,
+        (_COMMANDS_NOW, ["2dead", "3dead"]),
+    ),
+    Deed(
+        (),
+        lambda c: c.retry_outbox_row(1),
+        ("POST", "/v1/outbox/1/retry"),
+        _DEAD_ROWS,
+        (_ROWS_NOW, ["1waiting", "2dead", "3dead"]),
+    ),
+    Deed(
+        (),
+        lambda c: c.cancel_outbox_row(1),
+        ("POST", "/v1/outbox/1/cancel"),
+        _WAITING_ROWS,
+        (_ROWS_NOW, ["1dead", "2waiting", "3waiting"]),
+    ),
+    Deed(
+        (),
+        lambda c: c.discard_outbox_row(1),
+        ("POST", "/v1/outbox/1/discard"),
+        _DEAD_ROWS,
+        (_ROWS_NOW, ["2dead", "3dead"]),
+    ),
+    Deed((), lambda c: c.show_config("relay.window"), ("GET", "/v1/config/relay.window")),
+    Deed((), lambda c: c.show_catalogue(), ("GET", "/v1/catalogue")),
+)
+
+
+class ThreeWaysTestCase(ApiTestCase, WorldTestCase):
+    """A server with its API, and a client of it."""
+
+    @inlineCallbacks
+    def setUp(self) -> Iterator[Deferred[Any]]:
+        """Make the client."""
+        yield super().setUp()
+        self.client = AdminClient(self.api, self.tokens["admin"])
+        self.addCleanup(self.client.close)
+
+    def bare(self, deed: Deed) -> Any:
+        """Do it by a bare request."""
+        answer = self.ask(*deed.request)
+        self.assertIn(answer.status, (200, 201), (deed.request, answer.raw))
+        return answer.body
+
+    def called(self, deed: Deed) -> Deferred[Any]:
+        """Do it by the client, and give what it came to as it was on the wire."""
+        return deed.call(self.client).addCallback(lambda reply: json.loads(encode(reply)))
+
+    def typed(self, *deeds: Deed) -> list[Any]:
+        """Do them by the command line, and give what they wrote as JSON."""
+        told = self.shell(*((*deed.line, "--json") for deed in deeds))
+        for deed, (code, _, stderr) in zip(deeds, told, strict=True):
+            self.assertEqual((code, stderr), (0, ""), deed.line)
+        return [json.loads(stdout) for _, stdout, _ in told]
+
+
+class RowTests(ThreeWaysTestCase):
+    """Looking at rows and changing them, with no engine there."""
+
+    @inlineCallbacks
+    def test_reads(self) -> Iterator[Deferred[Any]]:
+        """Each way gives the same rows, filtered and cut alike."""
+        self.execute(f"{_DEAD_COMMANDS}; {_DEAD_ROWS}")
+        self.execute(
+            "insert into orders (order_id, rpc, params, created_at) select 'o' || n, 'admin.engine.force_tick.v1',"
+            " '{\"job_type\": \"decay\"}', now() + n * interval '1 second' from generate_series(1, 3) n"
+        )
+        self.execute(
+            "insert into notices (notice_id, cmd_id, scope, message, severity)"
+            " select n, n, 'global', 'hello ' || n, 'info' from generate_series(1, 3) n"
+        )
+        for value in (5, 6, 7):
+            self.execute(f"set s2s.actor = 'tester'; update config set value = '{value}' where key = 'relay.window'")
+        self.execute("insert into engines (name, wanted, reason) values ('e1', 'paused', 'night')")
+        typed = yield deferToThread(self.typed, *READS)
+        for deed, shown in zip(READS, typed, strict=True):
+            body = self.bare(deed)
+            called = yield self.called(deed)
+            self.assertEqual(called, body, deed.request)
+            rows = body["items"] if set(body) == {"items", "next_cursor"} else body
+            self.assertTrue(rows, deed.request)
+            self.assertEqual(_times(shown), _times(rows), deed.line)
+
+    @inlineCallbacks
+    def test_writes(self) -> Iterator[Deferred[Any]]:
+        """Each way does the same, and is in the audit with who did it."""
+        for deed in WRITES:
+            self.execute(deed.before)
+            yield deferToThread(self.typed, deed)
+            self.assert_done(deed)
+        yield self.without_the_shell(WRITES)
+
+    @inlineCallbacks
+    def test_what_the_shell_has_no_word_for(self) -> Iterator[Deferred[Any]]:
+        """Single rows and settings, and the catalogue, are the client's and a bare request's."""
+        yield self.without_the_shell(CLIENT_ONLY)
+
+    @inlineCallbacks
+    def without_the_shell(self, deeds: Sequence[Deed]) -> Iterator[Deferred[Any]]:
+        """Do deeds by the two other ways, and compare what they say."""
+        for deed in deeds:
+            self.execute(deed.before)
+            body = self.bare(deed)
+            self.assert_done(deed)
+            self.execute(deed.before)
+            called = yield self.called(deed)
+            self.assert_done(deed)
+            for each in (body, called):
+                for changing in ("broadcast_id", "version"):
+                    each.pop(changing, None)
+            self.assertEqual(called, body)
+
+    def assert_done(self, deed: Deed) -> None:
+        """See that it was done, and by whom."""
+        say, wanted = deed.check
+        if wanted is None and say == "select":
+            return
+        self.assertEqual(self.execute(say)[0][0], wanted, deed)
+        [(actor,)] = self.execute("select actor from audit order by audit_id desc limit 1")
+        self.assertEqual(actor, "token:an-admin", deed)
+
+
+class EngineTests(ThreeWaysTestCase):
+    """Steering a real engine, and giving it orders."""
+
+    @inlineCallbacks
+    def setUp(self) -> Iterator[Deferred[Any]]:
+        """Start the engine."""
+        yield super().setUp()
+        self.peer = self.engine(self.role.port)
+        yield self.peer.start()
+        yield self.linked()
+
+    @inlineCallbacks
+    def linked(self) -> Iterator[Deferred[Any]]:
+        """Wait until it can be steered."""
+        yield poll(
+            lambda: self.ask("GET", "/v1/engines/engine-1").body.get("state") in ("running", "paused"), "it is up"
+        )
+
+    @inlineCallbacks
+    def test_steering(self) -> Iterator[Deferred[Any]]:
+        """Health, pause, resume, sweep and shutdown come to the engine's own answer by each way."""
+        why = {"reason": "a test"}
+        steps: tuple[tuple[str, Mapping[str, Any], Callable[[AdminClient], Deferred[Any]], str, Any], ...] = (
+            ("health", {}, lambda c: c.health_engine("engine-1"), "role", "engine"),
+            ("pause", why, lambda c: c.pause_engine("engine-1", **why), "state", "paused"),
+            ("resume", why, lambda c: c.resume_engine("engine-1", **why), "state", "running"),
+            ("sweep", {"since_ts": 9}, lambda c: c.sweep_engine("engine-1", since_ts=9), "since_ts", 9),
+        )
+        words = {"reason": "--reason", "since_ts": "--since", "grace_ms": "--grace-ms"}
+
+        def line(verb: str, body: Mapping[str, Any]) -> list[str]:
+            options = [text for name, value in body.items() for text in (words[name], str(value))]
+            return ["engine", verb, "engine-1", *options, "--json"]
+
+        for verb, body, call, member, wanted in steps:
+            [(code, stdout, stderr)] = yield deferToThread(self.shell, line(verb, body))
+            self.assertEqual((code, stderr), (0, ""))
+            answer = self.ask("POST", f"/v1/engines/engine-1/{verb}", body)
+            called = yield call(self.client)
+            for said in (json.loads(stdout), answer.body, called):
+                self.assertEqual((said["engine"], said[member]), ("engine-1", wanted))
+        shown = yield self.client.show_engine("engine-1")
+        self.assertEqual((shown.name, shown.state, shown.wanted), ("engine-1", "running", "running"))
+        self.assertEqual(json.loads(encode(shown)).keys(), self.ask("GET", "/v1/engines/engine-1").body.keys())
+
+        body = {"grace_ms": 3000, **why}
+        [(code, stdout, stderr)] = yield deferToThread(self.shell, line("shutdown", body))
+        self.assertEqual((code, stderr, json.loads(stdout)["state"]), (0, "", "draining"))
+        self.peer.assert_ended_well()
+        yield self.peer.start()
+        yield self.linked()
+        self.assertEqual(self.ask("POST", "/v1/engines/engine-1/shutdown", body).body["state"], "draining")
+        self.peer.assert_ended_well()
+        yield self.peer.start()
+        yield self.linked()
+        called = yield self.client.shutdown_engine("engine-1", **why)
+        self.assertEqual(called["state"], "draining")
+        self.peer.assert_ended_well()
+
+    @inlineCallbacks
+    def test_orders(self) -> Iterator[Deferred[Any]]:
+        """Each order is given and followed to its end by each way, and its row says who gave it."""
+        told = yield deferToThread(self.shell, *[["order", *argv, "--json"] for argv, *_ in GIVEN])
+        for (_, rpc, params, result, *_), (code, stdout, stderr) in zip(GIVEN, told, strict=True):
+            self.assertEqual((code, stderr), (0, ""))
+            self.assert_order(json.loads(stdout), rpc, params, result)
+        for _, rpc, params, result, *_ in GIVEN:
+            answer = self.ask("POST", f"/v1/orders/{rpc}?wait=20", params)
+            self.assertEqual(answer.status, 201, answer.raw)
+            self.assertEqual(answer.headers["location"], f"/v1/orders/{answer.body['order_id']}")
+            self.assert_order(answer.body, rpc, params, result)
+        for _, rpc, params, result, *_ in GIVEN:
+            order = yield self.client.give_order(rpc, params, wait_s=20)
+            self.assert_order(json.loads(encode(order)), rpc, params, result)
+
+    def assert_order(self, row: Mapping[str, Any], rpc: str, params: Any, result: Mapping[str, Any]) -> None:
+        """See that an order was given and done; what it comes to depends on what was done before."""
+        self.assertEqual((row["rpc"], row["params"], row["status"]), (rpc, params, "done"), row)
+        self.assertEqual(row["result"].keys(), result.keys())
+        self.assertEqual((row["actor"], row["way"], row["engine"]), ("token:an-admin", "link", "engine-1"))
+
+
+class WholenessTests(SynchronousTestCase):
+    """What these tests do, taken together."""
+
+    def test_whole(self) -> None:
+        """Every command that can go over HTTP, and every operation, is in one of these tests."""
+        over_http = set(COMMANDS) - NOT_OVER_HTTP
+        done = {deed.command for deed in (*READS, *WRITES)}
+        steered = {f"engine {verb}" for verb in ("health", "pause", "resume", "sweep", "shutdown")}
+        ordered = {f"order {argv[0]}" for argv, *_ in GIVEN}
+        self.assertEqual(over_http, done | steered | ordered)
+        for name in over_http:
+            command: Any = main
+            for word in name.split():
+                command = command.commands[word]
+            self.assertIn("url", {param.name for param in command.params}, name)
+        methods = {operation.name for operation in OPERATIONS if not operation.name.startswith("give_")}
+        self.assertEqual({name for name in methods if not hasattr(AdminClient, name)}, set())
+
+
+class ObserverTests(ThreeWaysTestCase):
+    """A token that may only look."""
+
+    @inlineCallbacks
+    def test_it_reads_all(self) -> Iterator[Deferred[Any]]:
+        """It reads whatever can be read, by each way."""
+        self.execute(f"{_DEAD_COMMANDS}; {_DEAD_ROWS}")
+        self.execute(
+            "insert into orders (order_id, rpc, params) select 'o' || n, 'x', '{}' from generate_series(1, 3) n"
+        )
+        self.execute("insert into engines (name) values ('e1')")
+        where = {"order_id": "o1", "cmd_id": "2", "outbox_id": "2", "name": "e1", "key": "relay.window"}
+        for operation in OPERATIONS:
+            if operation.method == "GET":
+                answer = self.ask("GET", operation.path.format_map(where), role="observer")
+                self.assertEqual(answer.status, 200, (operation, answer.raw))
+        for path in ("/healthz", "/readyz", "/openapi.json"):
+            self.assertEqual(self.ask("GET", path, role="observer").status, 200)
+        told = yield deferToThread(self.shell, *[deed.line for deed in READS], role="observer")
+        self.assertEqual({code for code, *_ in told}, {0})
+        client = AdminClient(self.api, self.tokens["observer"])
+        for deed in READS:
+            yield deed.call(client)
+        yield client.close()
+
+    @inlineCallbacks
+    def test_it_changes_nothing(self) -> Iterator[Deferred[Any]]:
+        """Whatever would change anything is refused, by each way, and leaves nothing but an entry for an order."""
+        self.execute(f"{_DEAD_COMMANDS}; {_DEAD_ROWS}")
+        before = self.everything()
+        where = {"cmd_id": "2", "outbox_id": "2", "name": "e1", "key": "relay.window"}
+        writes = [operation for operation in OPERATIONS if operation.is_write]
+        for operation in writes:
+            path = operation.path.format_map(where)
+            answer = self.refused(403, "forbidden", operation.method, path, {}, role="observer")
+            self.assertIn(
+                f"it takes a token of role {operation.access}, and yours is of role observer", answer.body["detail"]
+            )
+        lines = [deed.line for deed in WRITES if deed.line != ("config", "set", "relay.window", "7")]
+        told = yield deferToThread(self.shell, *lines, ("config", "set", "relay.window", "7"), role="observer")
+        for code, stdout, stderr in told:
+            self.assertEqual((code, stdout), (1, ""))
+            self.assertRegex(stderr, "^Error: .*it takes a token of role .*, and yours is of role observer\n$")
+        client = AdminClient(self.api, self.tokens["observer"])
+        for deed in WRITES:
+            refused = yield self.assertFailure(deed.call(client), Refused)
+            self.assertEqual(refused.code, "forbidden")
+        yield client.close()
+        self.assertEqual(self.everything(), before)
+        audit = self.execute(
+            "select action, actor, result -> 'result' ->> 'code' from audit where actor like 'token:%'"
+        )
+        orders = [operation.path.rpartition("/")[2] for operation in writes if operation.takes_key]
+        self.assertEqual(sorted(audit), sorted((rpc, "token:an-observer", "forbidden") for rpc in orders))
+
+    def everything(self) -> dict[str, list[Any]]:
+        """Give all rows but those of the audit."""
+        tables = self.execute("select table_name from information_schema.tables where table_schema = 'public'")
+        names = sorted({name for (name,) in tables} - {"audit", "engine_links"})
+        return {name: self.execute(f"select t::text from {name} t order by 1") for name in names}
+
+    def test_an_operator(self) -> None:
+        """An operator steers and looks after rows, and sets neither settings nor every ship."""
+        self.execute(_DEAD_COMMANDS)
+        self.assertEqual(self.ask("POST", "/v1/commands/1/retry", role="operator").status, 200)
+        tick = self.ask("POST", "/v1/orders/admin.engine.force_tick.v1", {"job_type": "decay"}, role="operator")
+        self.assertEqual(tick.status, 202)
+        self.refused(404, "not_found", "POST", "/v1/engines/e1/pause", {"reason": "x"}, role="operator")
+        for rpc in ("admin.config.set.v1", "admin.player.update_all_ships.v1"):
+            self.refused(403, "forbidden", "POST", f"/v1/orders/{rpc}", {}, role="operator")
+        self.refused(403, "forbidden", "PUT", "/v1/config/relay.window", {"value": 7}, role="operator")
+
+
+def _times(value: Any) -> Any:
+    """Let times be written in one way."""
+    if isinstance(value, dict):
+        return {name: _times(each) for name, each in value.items() if name != "uptime_s"}
+    if isinstance(value, list):
+        return [_times(each) for each in value]
+    return value.replace("+00:00", "Z") if isinstance(value, str) else value

@@ -1,0 +1,154 @@
+"""What ``s2s up`` keeps alive, tried on small scripts in twistd's place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from twisted.internet.defer import inlineCallbacks
+from twisted.trial.unittest import TestCase
+
+from s2s.cli.up import children
+from s2s.errors import OperatorError
+from tests.support.waiting import poll
+
+#: Every script may use these.
+_PRELUDE = """#!{python}
+import os, signal, sys, time
+log = open([word for word in sys.argv if word.startswith("--logfile=")][0].partition("=")[2], "a", buffering=1)
+def write(system, text):
+    log.write(f"2026-11-22T18:49:35+0000 [{{system}}] {{text}}\\n")
+"""
+
+
+class DatabaseProcessTests(TestCase):
+    """:class:`s2s.cli.up.children.DatabaseProcess`."""
+
+    def test_one_that_cannot_start(self):
+        """A database that cannot start is refused once, and is neither called dead nor started again by the end."""
+        state_dir = Path(self.mktemp())
+        (state_dir / "postgres").mkdir(parents=True)
+        (state_dir / "postgres" / "PG_VERSION").write_text("9\n")
+        said: list[str] = []
+        database = children.DatabaseProcess(state_dir, os.open(os.devnull, os.O_RDONLY), said.append)
+        self.addCleanup(os.close, database._lock)
+        self.assertIn("was made by PostgreSQL 9", str(self.assertRaises(OperatorError, database.start)))
+        database.stop()
+        self.assertEqual(said, [])
+
+
+class RoleProcessTests(TestCase):
+    """:class:`s2s.cli.up.children.RoleProcess`."""
+
+    def role(self, script: str) -> children.RoleProcess:
+        """Start a role that runs a script."""
+        state_dir = Path(self.mktemp()).resolve()
+        state_dir.mkdir()
+        program = state_dir / "twistd"
+        program.write_text(_PRELUDE.format(python=sys.executable) + script)
+        program.chmod(0o700)
+        self.patch(children, "twistd", lambda: program)
+        self.said: list[str] = []
+        role = children.RoleProcess(
+            "server", ["s2s-server"], state_dir=state_dir, environment={"S2S_X": "42"}, keep=(), say=self.said.append
+        )
+        self.addCleanup(role.stop)
+        role.start()
+        return role
+
+    def refused(self, role: children.RoleProcess):
+        """Wait for the error with which a role's first start ends."""
+
+        def look() -> str | None:
+            try:
+                role.poll(first=True)
+            except OperatorError as error:
+                return str(error)
+            return None
+
+        return poll(look, "the role is refused")
+
+    def status_log(self, role: children.RoleProcess, wanted: str):
+        """Wait for a piece of news."""
+        return poll(lambda: wanted in [what for _, what in role.status_log()], f"the news {wanted!r}")
+
+    @inlineCallbacks
+    def test_news(self):
+        """Lines of the news are told with their time of day, and no others."""
+        role = self.role(
+            'write("s2s.link#info", "noise"); write("s2s.runtime.status_log#info", "engine up: e"); sys.stdin.read()'
+        )
+        told = yield poll(lambda: list(role.status_log()), "news")
+        self.assertEqual(told, [("18:49:35", "engine up: e")])
+
+    @inlineCallbacks
+    def test_environment(self):
+        """It is given its variables, and the one that ties it to its stdin."""
+        role = self.role(
+            'write("s2s.runtime.status_log#info", os.environ["S2S_X"] + os.environ["S2S_STOP_WITH_STDIN"])'
+        )
+        yield self.status_log(role, "421")
+
+    @inlineCallbacks
+    def test_killed_is_started_again(self):
+        """A role that dies unasked is started again, with another pid, and both are said."""
+        role = self.role('write("s2s.runtime.status_log#info", str(os.getpid())); sys.stdin.read()')
+        first = role.pid
+        yield self.status_log(role, str(first))
+        os.kill(first, signal.SIGKILL)
+        yield poll(lambda: role.poll(first=False) or role.pid != first, "another pid")
+        yield self.status_log(role, str(role.pid))
+        self.assertEqual(self.said, ["died unasked (SIGKILL), starts again in 0.5 s", f"started again, pid {role.pid}"])
+
+    @inlineCallbacks
+    def test_exit_0_is_final(self):
+        """A role that ends with exit 0 is not started again."""
+        role = self.role("")
+        yield poll(lambda: role.poll(first=False) or role.over, "the role is over")
+        self.assertIn("final", self.said[0])
+
+    @inlineCallbacks
+    def test_failed_role_waits_longer_each_time(self):
+        """A role that fails when it is started again waits twice as long, and its reason is said."""
+        role = self.role('sys.exit("no luck")')
+        yield poll(lambda: role.poll(first=False) or len(self.said) == 3, "the second death")
+        self.assertEqual(self.said[0], "died unasked (exit 1: no luck), starts again in 0.5 s")
+        self.assertEqual(self.said[2], "died unasked (exit 1: no luck), starts again in 1 s")
+
+    @inlineCallbacks
+    def test_first_start_refused(self):
+        """An error at the first start is the line that the role said last."""
+        role = self.role('print("a warning", file=sys.stderr); sys.exit("port 1 is in use: name another")')
+        self.assertEqual((yield self.refused(role)), "port 1 is in use: name another")
+
+    @inlineCallbacks
+    def test_reason_in_the_log(self):
+        """A role that says nothing to the terminal is believed by its log."""
+        role = self.role('write("-#info", "up"); write("-#critical", "cannot"); write("-#info", "down"); sys.exit(1)')
+        self.assertEqual((yield self.refused(role)), "cannot")
+
+    @inlineCallbacks
+    def test_no_reason(self):
+        """A role that says nothing at all is pointed at."""
+        role = self.role("sys.exit(3)")
+        self.assertEqual((yield self.refused(role)), "the server ended with exit 3; its log says more")
+
+    @inlineCallbacks
+    def test_hanging_role_is_killed(self):
+        """A role that does not end when it is told to is killed, and this is said."""
+        self.patch(children, "_ENDS_S", 0.1)
+        role = self.role(
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+            'write("s2s.runtime.status_log#info", "deaf"); time.sleep(60)'
+        )
+        yield self.status_log(role, "deaf")
+        role.stop()
+        self.assertEqual(self.said, ["did not end within 0.1 s and was killed"])
+        self.assertRaises(ProcessLookupError, os.kill, role.pid, 0)
+
+    def test_program_missing(self) -> None:
+        """Without twistd the line names the cure."""
+        self.patch(sys, "executable", os.path.abspath("nowhere/python"))
+        self.assertIn("pip install", str(self.assertRaises(OperatorError, children.twistd)))

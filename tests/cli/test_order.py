@@ -1,0 +1,585 @@
+"""Orders typed in a shell: to the database, to an engine by either way, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.cli import main
+from s2s.cli.common import interrupt_noted
+from s2s.handlers.jobs import BUILTIN
+from s2s.protocol.catalogue import ORDERS
+from tests.cli.test_cli import CliTestCase
+from tests.support.peer import CHECK, ERROR, Frame, ListeningPeer, Peer
+from tests.support.roles import RoleTestCase, environment, free_port
+from tests.support.waiting import poll
+
+TICK, CONFIG = "admin.engine.force_tick.v1", "admin.config.set.v1"
+SECTOR, SHIPS = "world.set_sector_status.v1", "admin.player.update_all_ships.v1"
+PAUSE = "s2s.engine.pause"
+WHY = ("--reason", "a test")
+
+#: Each order: what is typed, its RPC and params, what it comes to, and what the world says then.
+GIVEN: tuple[tuple[tuple[str, ...], str, Frame, Any, str, Any], ...] = (
+    (
+        ("force-tick", "decay"),
+        TICK,
+        {"job_type": "decay"},
+        {"decayed": 4, "bare": 0},
+        "min(shields) from ships where sector_id <> 1",
+        990,
+    ),
+    (
+        ("config-set", "relay.window", "7"),
+        CONFIG,
+        {"key": "relay.window", "value": 7},
+        {"key": "relay.window", "value": 7, "version": 1, "changed": True},
+        "value from config where key = 'relay.window'",
+        7,
+    ),
+    (
+        ("set-sector-status", "3", "port_closed"),
+        SECTOR,
+        {"sector_id": 3, "status": "port_closed"},
+        {"sector_id": 3, "status": "port_closed", "was": "neutral"},
+        "status from sectors where sector_id = 3",
+        "port_closed",
+    ),
+    (
+        ("update-all-ships", "turns", "0", *WHY),
+        SHIPS,
+        {"update_field": "turns", "new_value": 0, "reason": "a test"},
+        {"update_field": "turns", "new_value": 0, "ships": 6},
+        "max(turns) from ships",
+        0,
+    ),
+)
+#: What of the rows changes when each is run once.
+CHANGES = {"config": 1, "sectors": 1, "ships": 4 + 6}
+
+#: Orders that an engine refuses: what is typed, the code, and why.
+REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("force-tick", "no.such"), "not_found", "this engine has no job 'no.such': see s2s jobs list"),
+    (("config-set", "no.such", "1"), "not_found", "there is no setting 'no.such': see s2s config list"),
+    (("config-set", "relay.window", "0"), "bad_payload", "relay.window must be from 1 to 1024"),
+    (("config-set", "relay.window", "-1"), "bad_payload", "relay.window must be from 1 to 1024"),
+    (("config-set", "relay.window", "1025"), "bad_payload", "relay.window must be from 1 to 1024"),
+    (("config-set", "relay.window", "true"), "bad_payload", "relay.window must be of type integer"),
+    (("config-set", "relay.window", "many"), "bad_payload", "relay.window must be of type integer"),
+    (("set-sector-status", "99", "neutral"), "not_found", "there is no sector 99"),
+    (("update-all-ships", "turns", "-1", *WHY), "bad_payload", "turns must be from 0 to 1000000"),
+    (("update-all-ships", "turns", "1000001", *WHY), "bad_payload", "turns must be from 0 to 1000000"),
+    (("update-all-ships", "shields", "1000000001", *WHY), "bad_payload", "shields must be from 0 to 1000000000"),
+)
+#: Orders that their schema refuses, and at which member.
+AT_THE_DOOR: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("force-tick", "No Such"), "job_type"),
+    (("config-set", "", "1"), "key"),
+    (("config-set", "relay.window", "9007199254740992"), "value"),
+    (("set-sector-status", "3", "closed"), "status"),
+    (("set-sector-status", "0", "neutral"), "sector_id"),
+    (("set-sector-status", "true", "neutral"), "sector_id"),
+    (("set-sector-status", "Sol", "neutral"), "sector_id"),
+    (("update-all-ships", "player_id", "1", *WHY), "update_field"),
+    (("update-all-ships", "turns", "true", *WHY), "new_value"),
+    (("update-all-ships", "turns", "1.5", *WHY), "new_value"),
+    (("update-all-ships", "turns", "1", "--reason", ""), "reason"),
+)
+#: The same as they come over the link.
+RAW_REFUSED: tuple[tuple[str, Frame, str], ...] = (
+    (TICK, {"job_type": "no.such"}, "not_found"),
+    (CONFIG, {"key": "no.such", "value": 1}, "not_found"),
+    (CONFIG, {"key": "relay.window", "value": 0}, "bad_payload"),
+    (CONFIG, {"key": "relay.window", "value": 1025}, "bad_payload"),
+    (CONFIG, {"key": "relay.window", "value": True}, "bad_payload"),
+    (CONFIG, {"key": "relay.window", "value": "7"}, "bad_payload"),
+    (SECTOR, {"sector_id": 99, "status": "neutral"}, "not_found"),
+    (SHIPS, {"update_field": "turns", "new_value": -1, "reason": "x"}, "bad_payload"),
+    (SHIPS, {"update_field": "turns", "new_value": 1_000_001, "reason": "x"}, "bad_payload"),
+)
+RAW_AT_THE_DOOR: tuple[tuple[str, Frame, str], ...] = (
+    (TICK, {"job_type": "No Such"}, "job_type"),
+    (CONFIG, {"key": "relay.window", "value": None}, "value"),
+    (SECTOR, {"sector_id": 3, "status": "closed"}, "status"),
+    (SECTOR, {"sector_id": True, "status": "neutral"}, "sector_id"),
+    (SHIPS, {"update_field": "player_id", "new_value": 1, "reason": "x"}, "update_field"),
+    (SHIPS, {"update_field": "turns", "new_value": True, "reason": "x"}, "new_value"),
+    (SHIPS, {"update_field": "turns", "new_value": 1}, "reason"),
+    (SHIPS, {"update_field": "turns", "new_value": 1, "reason": "x", "where": "1 = 1"}, "where"),
+)
+
+
+class WorldTestCase(RoleTestCase):
+    """A small world, in which no job is due."""
+
+    def setUp(self) -> None:
+        """Make it."""
+        super().setUp()
+        self.execute("insert into sectors values (1, 'Sol', 'fedspace'), (2, 'Rim', 'neutral'), (3, 'Dock', 'neutral')")
+        self.execute("insert into ports values (1, 2, 'ore', 10, 100, 200, 50, 60, 1, 99)")
+        self.execute("insert into ships select n, n, 1 + n % 3, 10, 20, 1000, 40 from generate_series(1, 6) n")
+        for kind in BUILTIN:
+            self.execute(
+                "insert into jobs (job_type, schedule, due_at) values (%s, %s, now() + interval '1 day')",
+                kind.job_type,
+                kind.schedule,
+            )
+
+    def world(self) -> dict[str, list[Any]]:
+        """Give all that an order may change."""
+        tables = ("sectors", "ports", "ships", "config", "config_version", "config_history", "jobs", "outbox")
+        return {name: self.execute(f"select * from {name} order by 1") for name in tables}
+
+    def count_changes(self) -> None:
+        """Count from now on how often a row is changed."""
+        self.execute(
+            "create table changes (what text);"
+            "create function note() returns trigger language plpgsql as"
+            " 'begin insert into changes values (tg_table_name); return null; end'"
+        )
+        for name in CHANGES:
+            self.execute(f"create trigger note after update on {name} for each row execute function note()")
+
+    def assert_done(self, *ways: str) -> None:
+        """See that the four orders were run once each, by these ways."""
+        for (_, rpc, params, result, say, wanted), row in zip(GIVEN, self.json("order", "list")[::-1], strict=True):
+            self.assertEqual((row["rpc"], row["params"], row["status"]), (rpc, params, "done"))
+            self.assertEqual(row["result"], result)
+            self.assertIn(row["way"], ways)
+            self.assertEqual(row["engine"], "engine-1")
+            self.assertEqual(self.execute(f"select {say}"), [(wanted,)])
+            audit = self.execute(
+                "select action, params, result ->> 'status', actor from audit where subject = %s order by audit_id",
+                row["order_id"],
+            )
+            self.assertEqual(audit, [(rpc, params, None, row["actor"]), (rpc, params, "done", row["actor"])])
+            self.assertRegex(row["actor"], "^cli:.")
+        self.assertEqual(dict(self.execute("select what, count(*) from changes group by 1")), CHANGES)
+
+
+class ShellTests(WorldTestCase, CliTestCase):
+    """From the command line to real processes, and back."""
+
+    @inlineCallbacks
+    def test_over_the_link(self) -> Iterator[Deferred[Any]]:
+        """Each of the four goes over the link, is done when the command ends, and is told in one line."""
+        yield self.linked()
+        self.count_changes()
+        for argv, *_ in GIVEN:
+            self.assertRegex(self.s2s("order", *argv).output, r"^order [0-9A-Z]{26} is done: .+\n$")
+        self.assert_done("link")
+
+    @inlineCallbacks
+    def linked(self) -> Iterator[Deferred[Any]]:
+        """Start a server and an engine, and wait until the link stands."""
+        server = self.server()
+        self.role = self.engine(server.port)
+        yield server.start()
+        yield self.role.start()
+        yield self.role.says("link up")
+        yield poll(lambda: [row["state"] for row in self.json("engine", "list")] == ["running"], "it runs")
+
+    @inlineCallbacks
+    def test_from_the_table(self) -> Iterator[Deferred[Any]]:
+        """Without a link the engine finds each of the four in the table, and what may not run it refuses."""
+        self.count_changes()
+        yield self.engine(free_port()).start()
+        told = [self.json("order", *argv) for argv, *_ in GIVEN]
+        self.assertEqual([(row["status"], row["way"]) for row in told], [("done", "table")] * 4)
+        self.assert_done("table")
+        # What another hand has written there is judged like any other.
+        before = self.world()
+        for rpc, params, _ in RAW_AT_THE_DOOR:
+            self.execute("insert into orders (rpc, params) values (%s, %s::jsonb)", rpc, json.dumps(params))
+        refused = "select count(*) from orders where status = 'refused' and result ->> 'code' = 'bad_payload'"
+        yield poll(lambda: self.execute(refused) == [(len(RAW_AT_THE_DOOR),)], "they are refused")
+        self.assertEqual(self.world(), before)
+
+    @inlineCallbacks
+    def test_killed_in_between(self) -> Iterator[Deferred[Any]]:
+        """Given while the engine stands still, which is then killed, each is done once when it is there again."""
+        yield self.linked()
+        self.count_changes()
+        before = self.world()
+        self.role.freeze()
+        keys = [("--idem-key", f"key {argv[0]}") for argv, *_ in GIVEN]
+        for key, (argv, *_) in zip(keys, GIVEN, strict=True):
+            said = self.s2s("order", *argv, *key, "--wait", "0", expected=3).output
+            self.assertRegex(said, r"^order (\w{26}) is queued, begun by no engine yet: see s2s order show \1\n$")
+        ids = [row["order_id"] for row in self.json("order", "list", "--status", "queued")][::-1]
+        self.role.kill()
+        self.assertEqual(self.world(), before)
+        yield self.role.start()
+        # The same again with its key is the same order, which is followed to its end.
+        self.assertEqual(
+            [self.json("order", *argv, *key)["order_id"] for key, (argv, *_) in zip(keys, GIVEN, strict=True)],
+            ids,
+        )
+        self.assert_done("link", "table")
+        said = self.s2s("order", "force-tick", "port_refresh", *keys[0], expected=1).output
+        self.assertEqual(
+            said, f"Error: the --idem-key is that of another order: see it with: s2s order show {ids[0]}\n"
+        )
+
+    @inlineCallbacks
+    def test_refused(self) -> Iterator[Deferred[Any]]:
+        """What is refused leaves the world as it was, is told in one line, and is in the audit with its code."""
+        yield self.linked()
+        before = self.world()
+        for argv, code, why in REFUSED:
+            self.assert_refused(argv, code, why)
+        self.s2s("engine", "pause")
+        self.assert_refused(("force-tick", "decay"), "paused", "the engine is paused: resume it first")
+        self.assertEqual(self.world(), before)
+        self.assertEqual(len(self.json("order", "list", "--status", "refused")), len(REFUSED) + 1)
+        # All others are run by a paused engine too.
+        for argv, *_ in GIVEN[1:]:
+            self.s2s("order", *argv)
+
+    def assert_refused(self, argv: tuple[str, ...], code: str, why: str) -> None:
+        """See that an engine refuses an order, and that its row, the audit and the command line say why."""
+        result = self.s2s("order", *argv, "--json", expected=1)
+        row = json.loads(result.stdout)
+        self.assertEqual(result.stderr, f"Error: order {row['order_id']} is refused, {code}: {why}\n")
+        self.assertEqual((row["status"], row["result"]["code"], row["result"]["message"]), ("refused", code, why))
+        audit = self.execute("select params, result from audit where subject = %s order by audit_id", row["order_id"])
+        self.assertEqual([params for params, _ in audit], [row["params"]] * 2)
+        told = {"status": "refused", "result": row["result"], "engine": "engine-1", "way": "link"}
+        self.assertEqual([said for _, said in audit], [None, told])
+
+
+class RawTests(WorldTestCase):
+    """The same as a server that is not ours sends them."""
+
+    @inlineCallbacks
+    def setUp(self) -> Iterator[Deferred[Any]]:
+        """Start an engine, and be its server."""
+        super().setUp()
+        listening = ListeningPeer()
+        self.addCleanup(listening.close)
+        self.role = self.engine(listening.port)
+        yield self.role.start()
+        self.peer: Peer = listening.accept()
+        self.addCleanup(self.peer.close)
+        self.peer.greet()
+        yield poll(lambda: self.peer.call(CHECK, {})["state"] == "running", "it runs")
+
+    def answer(self, order_id: str, rpc: str, params: Frame) -> tuple[str, Frame]:
+        """Give the type and the payload of what an order is answered."""
+        frame = self.peer.answer(self.peer.send(rpc, {"order_id": order_id, **params}))
+        return frame["type"], frame["payload"]
+
+    def test_refused(self) -> None:
+        """An engine's refusal is the order's end, with its code; a schema's is an error, and there is no order."""
+        before = self.world()
+        for at, (rpc, params, code) in enumerate(RAW_REFUSED):
+            self.assert_refused(f"raw-{at}", rpc, params, code)
+        for rpc, params, member in RAW_AT_THE_DOOR:
+            type, said = self.answer("door", rpc, params)
+            self.assertEqual(
+                (type, said["code"], said["details"]["path"]), (ERROR, "bad_payload", f"/payload/{member}")
+            )
+        self.peer.call(PAUSE, {"reason": "a test"})
+        self.assert_refused("paused", TICK, {"job_type": "decay"}, "paused")
+        self.assertEqual(self.world(), before)
+        self.assertEqual(self.count("orders"), len(RAW_REFUSED) + 1)
+
+    def assert_refused(self, order_id: str, rpc: str, params: Frame, code: str) -> None:
+        """See that an order is refused, and that the audit says so."""
+        type, said = self.answer(order_id, rpc, params)
+        self.assertEqual((type, said["ok"], said["order_id"], said["status"]), ("s2s.ack", False, order_id, "refused"))
+        self.assertEqual(said["result"]["code"], code)
+        audit = self.execute("select actor, action, result ->> 'status' from audit where subject = %s", order_id)
+        self.assertEqual(audit, [("key:k1", rpc, None), ("key:k1", rpc, "refused")])
+        # Asked again it is answered again, and not run again.
+        self.assertEqual(self.answer(order_id, rpc, params), (type, said))
+
+    def test_the_same_again(self) -> None:
+        """An order that comes again is answered again; with other content it is a conflict, and changes nothing."""
+        one = {"key": "relay.window", "value": 1}
+        done = self.answer("a", CONFIG, one)
+        self.assertEqual((done[0], done[1]["ok"], done[1]["status"]), ("s2s.ack", True, "done"))
+        self.assertEqual(done[1]["result"], {**one, "version": 1, "changed": True})
+        before = self.world()
+        self.assertEqual(self.answer("a", CONFIG, one), done)
+        for rpc, params in (
+            (CONFIG, {**one, "value": True}),  # to Python it is 1
+            (CONFIG, {**one, "value": 2}),
+            (SECTOR, {"sector_id": 3, "status": "fedspace"}),
+        ):
+            type, said = self.answer("a", rpc, params)
+            self.assertEqual((type, said["code"], said["details"]["order_id"]), (ERROR, "idem_conflict", "a"))
+        self.assertEqual(self.world(), before)
+        self.assertEqual(self.count("orders"), 1)
+
+
+class _Shell:
+    """A clock for the command line, on which something happens while it sleeps.
+
+    :param steps: what happens, one at each look.
+    """
+
+    def __init__(self, *steps: Callable[[], object]) -> None:
+        self._steps = list(steps)
+        self._now = 0.0
+
+    def monotonic(self) -> float:
+        """Give the time."""
+        return self._now
+
+    def sleep(self, _: float) -> None:
+        """Let a second go by."""
+        self._now += 1
+        if self._steps:
+            self._steps.pop(0)()
+
+
+class FollowTests(CliTestCase):
+    """Giving, following and looking at orders, with the engine played by SQL."""
+
+    SECTOR = ("order", "set-sector-status", "3", "neutral")
+
+    def follow(self, *steps: str | None, argv: tuple[str, ...] = SECTOR, expected: int) -> Any:
+        """Give an order, and do something to its row at each look."""
+
+        def step(set_to: str | None) -> Callable[[], object]:
+            return lambda: set_to and self.execute(f"update orders set {set_to}")
+
+        shell = _Shell(*map(step, steps))
+        for module in ("s2s.cli.order", "s2s.cli.backend"):
+            self.patch(importlib.import_module(module), "time", shell)
+        return self.s2s(*argv, expected=expected)
+
+    def test_at_the_door(self) -> None:
+        """What the schema refuses is one line and an entry of the audit, and no order."""
+        for argv, member in AT_THE_DOOR:
+            result = self.s2s("order", *argv, expected=1)
+            self.assertRegex(result.stderr, rf"^Error: refused, bad_payload: at /{member}: must satisfy .+\n$")
+            self.assertEqual(result.stdout, "")
+        self.assertEqual(self.execute("select count(*) from orders"), [(0,)])
+        audit = self.execute("select actor, action, params, result from audit order by audit_id")
+        self.assertEqual(len(audit), len(AT_THE_DOOR))
+        for (argv, member), (actor, action, params, result) in zip(AT_THE_DOOR, audit, strict=True):
+            self.assertRegex(actor, "^cli:.")
+            self.assertIn(action, ORDERS)
+            self.assertIn(str(params[member]).lower(), [word.lower() for word in argv])
+            self.assertEqual((result["status"], result["result"]["code"]), ("refused", "bad_payload"))
+            self.assertIn(f"at /body/{member}: ", result["result"]["message"])
+
+    def test_values(self) -> None:
+        """A value is read as its setting wants it, and else as what it looks like."""
+        self.execute("insert into config (key, value, type) values ('a.text', '\"x\"', 'string')")
+        for key, text, value in (
+            ("a.text", "12", "12"),
+            ("a.text", "true", "true"),
+            ("relay.window", "12", 12),
+            ("relay.window", "-12", -12),
+            ("relay.window", "false", False),
+            ("relay.window", "1.5", "1.5"),
+            ("no.such", "12", 12),
+            ("no.such", "true", True),
+            ("no.such", "twelve", "twelve"),
+        ):
+            self.s2s("order", "config-set", key, text, "--wait", "0", expected=3)
+            [(said, kind)] = self.execute(
+                "select params -> 'value', jsonb_typeof(params -> 'value') from orders order by created_at desc limit 1"
+            )
+            self.assertEqual((said, type(said)), (value, type(value)), kind)
+
+    def test_every_order_has_its_command(self) -> None:
+        """Each of the catalogue's orders can be typed, and its help says what the exit codes mean."""
+        order = main.commands["order"]
+        told = [self.s2s("order", name, "--help").output for name in order.commands]  # type: ignore[attr-defined]
+        for rpc in ORDERS:
+            [page] = [page for page in told if f"({rpc})" in " ".join(page.split())]
+            self.assertIn("3: it is not over", " ".join(page.split()))
+
+    def test_nobody_takes_it(self) -> None:
+        """When nothing moves for so long the command ends, says how far it is, and the order stays."""
+        result = self.follow(argv=(*self.SECTOR, "--wait", "5"), expected=3)
+        self.assertRegex(result.stderr, r"^order (\w+) is queued, begun by no engine yet: see s2s order show \1\n$")
+        result = self.follow(
+            "status = 'running', state = '{\"done\": 2, \"total\": 9}'",
+            argv=(*self.SECTOR, "--wait", "5", "--json"),
+            expected=3,
+        )
+        self.assertRegex(result.stderr, r"^order (\w+) is running, 2 of 9: see s2s order show \1\n$")
+        self.assertEqual(json.loads(result.stdout)["status"], "running")
+        self.assertEqual(self.execute("select count(*) from orders where status = 'running'"), [(2,)])
+
+    def test_as_long_as_it_moves(self) -> None:
+        """It waits on while an order gets on, however long that takes in all."""
+        steps = [f"status = 'running', state = '{{\"done\": {at}}}'" for at in range(20)]
+        argv = (*self.SECTOR, "--wait", "2")
+        self.follow(None, *steps, None, "status = 'done'", argv=argv, expected=0)
+        self.follow(None, *steps, None, None, "status = 'done'", argv=argv, expected=3)
+
+    def test_the_end(self) -> None:
+        """Done is told on stdout; a failure in one line on stderr, whatever its text has in it."""
+        done = self.follow('status = \'done\', result = \'{"ships": 6, "sector": "\\u001b[2J"}\'', expected=0)
+        self.assertRegex(done.stdout, r'^order \w+ is done: ships 6, sector "\\u001b\[2J"\n$')
+        self.assertEqual(done.stderr, "")
+        said = '{"code": "internal_error", "message": "two\\nlines"}'
+        failed = self.follow(f"status = 'failed', result = '{said}'", argv=(*self.SECTOR, "--json"), expected=1)
+        self.assertRegex(failed.stderr, r"^Error: order \w+ is failed, internal_error: 'two\\nlines'\n$")
+        row = json.loads(failed.stdout)
+        self.assertEqual((row["status"], row["result"], row["progress"]), ("failed", json.loads(said), None))
+        nothing = self.follow("status = 'done'", argv=(*self.SECTOR, "--idem-key", "k"), expected=0)
+        self.assertRegex(nothing.stdout, r"^order \w+ is done: there is nothing to tell\n$")
+
+    def test_the_database_goes_away(self) -> None:
+        """Where the database is lost while it waits the outcome is unknown, and it says where to look."""
+        lose = "status = status where pg_terminate_backend((select pid from pg_stat_activity where datname ="
+        result = self.follow(f"{lose} current_database() and application_name = 's2s cli'))", expected=3)
+        [(order_id,)] = self.execute("select order_id from orders")
+        self.assertRegex(result.stderr, rf"^the database was lost: .+: look later with: s2s order show {order_id}\n$")
+
+    def test_looking(self) -> None:
+        """Orders are shown with how far they are, and listed by status and RPC, the newest first."""
+        self.assertEqual(self.s2s("order", "list").output, "there are no orders\n")
+        self.follow(argv=(*self.SECTOR, "--wait", "0", "--idem-key", "k"), expected=3)
+        argv = ("order", "update-all-ships", "fuel", "1", *WHY, "--wait", "0")
+        self.follow(argv=argv, expected=3)
+        self.execute(
+            "update orders set status = 'running', state = '{\"done\": 2, \"total\": 9}' where rpc = %s", SHIPS
+        )
+        rows = self.json("order", "list")
+        self.assertEqual([(row["rpc"], row["progress"]) for row in rows], [(SHIPS, "2 of 9"), (SECTOR, None)])
+        self.assertEqual(self.json("order", "list", "--limit", "1"), rows[:1])
+        self.assertEqual(self.json("order", "list", "--status", "queued"), rows[1:])
+        self.assertEqual(self.json("order", "list", "--rpc", SHIPS), rows[:1])
+        self.assertEqual(self.json("order", "show", rows[1]["order_id"]), rows[1])
+        self.assertEqual((rows[1]["idem_key"], rows[1]["params"]), ("k", {"sector_id": 3, "status": "neutral"}))
+        self.assertIn("2 of 9", self.s2s("order", "show", rows[0]["order_id"]).output)
+        said = self.s2s("order", "show", "nobody", expected=1).output
+        self.assertEqual(said, "Error: there is no order 'nobody': see s2s order list\n")
+
+    def test_mistyped(self) -> None:
+        """A key that cannot be one, what is no text and an option that there is not are told, and nothing is given."""
+        for key in ("", "\u00e9", "x" * 201):
+            result = self.s2s(*self.SECTOR, "--idem-key", key, expected=1)
+            self.assertRegex(result.stderr, r"^Error: --idem-key: must satisfy .+\n$")
+        result = self.s2s("order", "set-sector-status", "3", "\udcff", expected=1)
+        self.assertEqual(result.stderr, "Error: an argument is not UTF-8: type it in a UTF-8 terminal\n")
+        self.s2s(*self.SECTOR, "--wiat", "5", expected=2)
+        self.assertEqual(self.execute("select count(*) from orders"), [(0,)])
+
+    def test_on_a_terminal(self) -> None:
+        """On a terminal a bar is live while it runs; Ctrl-C leaves the order alone, and it can be followed again."""
+        argv = ("order", "update-all-ships", "fuel", "1", *WHY, "--idem-key", "k")
+        self.execute("create table seen (n int)")
+        with _Terminal(self.url, *argv) as terminal:
+            terminal.until(lambda: self.execute("select count(*) from orders") == [(1,)])
+            self.execute("update orders set status = 'running', state = '{\"done\": 30, \"total\": 100}'")
+            terminal.until(lambda: "30/100" in terminal.shown)
+            terminal.process.send_signal(signal.SIGINT)
+            self.assertEqual(terminal.end()[0], 3)
+        [(order_id,)] = self.execute("select order_id from orders where status = 'running'")
+        self.assertIn(f"order {order_id} is running, 30 of 100: see s2s order show {order_id}", terminal.shown)
+        self.assertNotIn("Traceback", terminal.shown)
+        with _Terminal(self.url, *argv) as terminal:
+            terminal.until(lambda: "30/100" in terminal.shown)
+            self.execute("update orders set status = 'done', result = '{\"ships\": 100}'")
+            self.assertEqual(terminal.end(), (0, f"order {order_id} is done: ships 100\n"))
+
+
+class InterruptTests(SynchronousTestCase):
+    """Ctrl-C while something is followed."""
+
+    def setUp(self) -> None:
+        """Let it mean what it means in a program of its own."""
+        super().setUp()
+        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+
+    def test_where_an_exception_is_lost(self) -> None:
+        """It is noted wherever it comes, also in a destructor; a second one ends the program."""
+
+        class Unlucky:
+            def __del__(self) -> None:
+                signal.raise_signal(signal.SIGINT)
+
+        with interrupt_noted() as is_interrupted:
+            self.assertFalse(is_interrupted())
+            Unlucky()
+            self.assertTrue(is_interrupted())
+            with self.assertRaises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
+
+    def test_where_it_means_something_else(self) -> None:
+        """Whoever ignores it, as a shell's job in the background does, goes on ignoring it; so does another thread."""
+
+        def note() -> bool:
+            with interrupt_noted() as is_interrupted:
+                return is_interrupted()
+
+        with ThreadPoolExecutor(1) as threads:
+            self.assertFalse(threads.submit(note).result())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with interrupt_noted() as is_interrupted:
+            signal.raise_signal(signal.SIGINT)
+            self.assertFalse(is_interrupted())
+
+
+class _Terminal:
+    """``s2s`` as a process of its own, whose stderr is a terminal.
+
+    :ivar shown: what the terminal was sent.
+    """
+
+    def __init__(self, url: str, *argv: str) -> None:
+        self._ours, theirs = pty.openpty()
+        os.set_blocking(self._ours, False)
+        # Tests that run in the background ignore Ctrl-C, and what they start would inherit that.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("s2s")), *argv],
+            env=environment(S2S_DATABASE_URL=url, TERM="xterm", COLUMNS="200"),
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            text=True,
+        )
+        signal.signal(signal.SIGINT, before)
+        os.close(theirs)
+        self.shown = ""
+
+    def __enter__(self) -> _Terminal:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        os.close(self._ours)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Look until it is so."""
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline, f"it never comes: {self.shown!r}"
+            self._read()
+            time.sleep(0.02)
+
+    def end(self) -> tuple[int, str]:
+        """Wait for its end, and give the exit code and what it wrote to stdout."""
+        self.until(lambda: self.process.poll() is not None)
+        self._read()
+        assert self.process.stdout is not None
+        return self.process.returncode, self.process.stdout.read()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # nothing now; or, at its end, nothing any more
+            self.shown += os.read(self._ours, 1 << 16).decode()

@@ -1,0 +1,531 @@
+"""The console script and the operating system: variables, streams, signals and lost terminals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+from twisted.internet.defer import inlineCallbacks
+from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import TestCase
+
+from s2s.errors import DatabaseUnavailable, SchemaError
+from s2s.roles import preflight
+from s2s.roles.preflight import DATABASE_VARIABLE
+from s2s.store import migrations, sequences, sqlstate
+from s2s.store.pool import blocking
+from s2s.store.tables import lists
+from tests.cli.test_cli import CliTestCase
+from tests.support.cluster import Cluster
+from tests.support.postgres import DatabaseTestCase
+from tests.support.roles import PATIENCE_S, environment, start_process
+from tests.support.waiting import poll
+
+_S2S = str(Path(sys.executable).with_name("s2s"))
+
+
+class EmptyTests(CliTestCase):
+    """Options and variables that are there but empty: a deployment that failed to fill them in."""
+
+    def refused(self, source: str, *argv: str, **variables: str) -> None:
+        """See that a command is refused in one line that names the source."""
+        said = self.s2s(*argv, expected=1, env=dict(variables)).output
+        self.assertEqual(said.count("\n"), 1)
+        self.assertIn(f"{source} is empty", said)
+
+    def test_options(self) -> None:
+        """An empty option is not taken for an absent one."""
+        for option in ("--database", "--url", "--token-file", "--state-dir"):
+            self.refused(option, "keys", "list", option, "")
+
+    def test_variables(self) -> None:
+        """Nor is an empty variable, of which the embedded database would be the consequence."""
+        for variable in ("S2S_DATABASE_URL", "S2S_URL", "S2S_TOKEN_FILE", "S2S_STATE_DIR"):
+            self.refused(variable, "keys", "list", **{variable: ""})
+        self.refused("S2S_DATABASE_URL", "db", "status", S2S_DATABASE_URL=" ")
+
+    def test_what_is_typed_goes_first(self) -> None:
+        """A variable that is not needed may be empty."""
+        self.s2s("keys", "list", "--database", self.url, env={"S2S_DATABASE_URL": ""})
+
+
+class ProcessTestCase(TestCase):
+    """Runs ``s2s`` as a process of its own.
+
+    :ivar url: the database that it is told of.
+    """
+
+    url = ""
+
+    def start(self, *argv: str, stdout: Any = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
+        """Start one command line on the test's database."""
+        return start_process(self, [_S2S, *argv], stdout=stdout, **{DATABASE_VARIABLE: self.url, **variables})
+
+    def ended(self, process: subprocess.Popen[str], code: int) -> tuple[str, str]:
+        """See how a process ends, without a traceback, and return its output and its errors."""
+        output, errors = process.communicate(timeout=PATIENCE_S)
+        self.assertEqual(process.returncode, code, errors)
+        self.assertNotIn("Traceback", errors)
+        self.assertNotIn("Exception ignored", errors)
+        return output or "", errors
+
+
+class DatabaseProcessTestCase(ProcessTestCase, DatabaseTestCase):
+    """Runs ``s2s`` on a database of the test's."""
+
+    def lock(self, statement: str) -> int:
+        """Leave a transaction open that has done a statement, and return its backend's pid."""
+        conn = psycopg2.connect(self.url, application_name="a forgotten psql")
+        self.addCleanup(conn.close)
+        conn.cursor().execute(statement)
+        # A test that asks for what it has locked itself would wait for ever.
+        self.execute("set lock_timeout = '20s'")
+        return int(conn.info.backend_pid)
+
+    def backends(self, of: str = "s2s cli", state: str = "true") -> int:
+        """Count the backends of a program."""
+        theirs = "datname = current_database() and application_name = %s"
+        [(count,)] = self.execute(f"select count(*) from pg_stat_activity where {theirs} and {state}", of)
+        return int(count)
+
+
+def _is_caught(status: Path, number: int) -> bool:
+    """Whether a process handles a signal, by its file in ``/proc``."""
+    [mask] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("SigCgt:")]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+class LostTests(DatabaseProcessTestCase):
+    """Commands that wait for the database, and are ended meanwhile."""
+
+    @inlineCallbacks
+    def test_behind_a_lock(self) -> Any:
+        """Ctrl-C ends a command that waits for a lock at once; neither it nor a kill leaves a backend queued."""
+        self.lock("lock table s2s_migrations")
+        for number, code in ((signal.SIGINT, 1), (signal.SIGTERM, -15), (signal.SIGKILL, -9)):
+            process = self.start("keys", "list")
+            yield poll(lambda: self.backends(state="wait_event_type = 'Lock'") == 1, "it waits for the lock")
+            process.send_signal(number)
+            self.ended(process, code)
+            yield poll(lambda: self.backends() == 0, "its backend is gone")
+
+    def test_as_process_1(self) -> None:
+        """SIGTERM is handled, since process 1 of a container does not get it otherwise."""
+        self.lock("lock table s2s_migrations")
+        process = self.start("keys", "list")
+        status = Path(f"/proc/{process.pid}/status")
+        deadline = time.monotonic() + PATIENCE_S
+        while not _is_caught(status, signal.SIGTERM):
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        self.ended(process, -15)
+
+    def test_a_host_that_does_not_answer(self) -> None:
+        """Ctrl-C ends a command that waits for the first answer of a host."""
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            silent.settimeout(PATIENCE_S)
+            url = f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/d?connect_timeout=600"
+            process = self.start("keys", "list", "--database", url)
+            connected, _ = silent.accept()
+            with connected:
+                process.send_signal(signal.SIGINT)
+                self.ended(process, 1)
+
+
+class MigrateTests(DatabaseProcessTestCase):
+    """``s2s db migrate`` behind somebody else's transaction."""
+
+    def setUp(self) -> None:
+        """Forget a migration that takes a lock on the outbox and bears a second run."""
+        super().setUp()
+        self.execute("delete from s2s_migrations where name = '0007_queues'")
+
+    @inlineCallbacks
+    def test_others_get_through(self) -> Any:
+        """While it waits for an open transaction, which it names, rows are emitted; it goes on when that is over."""
+        holder = psycopg2.connect(self.url, application_name="a forgotten psql")
+        self.addCleanup(holder.close)
+        holder.cursor().execute("select from outbox")
+        process = self.start("db", "migrate")
+        yield poll(lambda: self.backends(state="wait_event_type = 'Lock'") == 1, "it waits for the lock")
+        self.execute("set lock_timeout = '20s'")
+        self.execute("insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
+        self.assertIsNone(process.poll())
+        assert process.stderr is not None
+        said = yield deferToThread(process.stderr.readline)
+        pid = holder.info.backend_pid
+        self.assertIn(f"pid {pid} holds them (a forgotten psql, idle in transaction, in a transaction for ", said)
+        self.assertIn(f"select pg_terminate_backend({pid})", said)
+        self.assertNotIn("from outbox", said)
+        holder.rollback()
+        output, errors = self.ended(process, 0)
+        self.assertIn("migrated: 0007_queues", output)
+        self.assertEqual([line for line in errors.splitlines() if not line.startswith("waiting for locks: ")], [])
+
+    def test_in_vain(self) -> None:
+        """Where the lock does not come free in time it ends with a line that names the session, and the cure."""
+        pid = self.lock("lock table s2s_migrations")
+        output, errors = self.ended(self.start("db", "migrate", "--wait", "4"), 1)
+        self.assertEqual(output, "")
+        self.assertIn(f"not free within 4 s: pid {pid} holds them", errors.splitlines()[-1])
+
+    @inlineCallbacks
+    def test_ctrl_c(self) -> Any:
+        """Ctrl-C ends it at once, also while it waits for another migration, and SIGKILL leaves no backend."""
+        self.lock(f"select pg_advisory_xact_lock({migrations._LOCK})")
+        for number, code in ((signal.SIGINT, 1), (signal.SIGKILL, -9)):
+            process = self.start("db", "migrate")
+            yield poll(lambda: self.backends(state="wait_event = 'advisory'") == 1, "it waits for the lock")
+            process.send_signal(number)
+            self.ended(process, code)
+            yield poll(lambda: self.backends() == 0, "its backend is gone")
+
+
+class LateTests(DatabaseProcessTestCase):
+    """What is said while the database does not answer."""
+
+    @inlineCallbacks
+    def test_behind_a_lock(self) -> Any:
+        """A command that waits long for a lock names the session that holds it, once, and goes on when it is free."""
+        holder = psycopg2.connect(self.url, application_name="a forgotten psql")
+        self.addCleanup(holder.close)
+        holder.cursor().execute("update s2s_keys set note = ''; lock table s2s_keys in share mode")
+        process = self.start("keys", "add", "--key-id", "k9", "--role", "any")
+        assert process.stderr is not None
+        said = yield deferToThread(process.stderr.readline)
+        self.assertIn(f"waiting for locks: pid {holder.info.backend_pid} holds them (a forgotten psql, ", said)
+        holder.rollback()
+        _, errors = self.ended(process, 0)
+        self.assertNotIn("waiting", errors)
+
+    @inlineCallbacks
+    def test_a_list_behind_a_lock(self) -> Any:
+        """A list that waits for a lock names the session that holds it as well, and is whole when it is free."""
+        holder = psycopg2.connect(self.url, application_name="a forgotten psql")
+        self.addCleanup(holder.close)
+        for argv, table in (
+            (("order", "list"), "orders"),
+            (("notices", "list"), "notices"),
+            (("commands", "list"), "commands"),
+            (("audit",), "audit"),
+            (("jobs", "list"), "jobs"),
+        ):
+            holder.cursor().execute(f"lock table {table} in access exclusive mode")
+            process = self.start(*argv, "--json")
+            assert process.stderr is not None
+            said = yield deferToThread(process.stderr.readline)
+            self.assertIn(f"waiting for locks: pid {holder.info.backend_pid} holds them (a forgotten psql, ", said)
+            with self.assertRaises(subprocess.TimeoutExpired):
+                process.wait(lists.LIMIT_S)
+            holder.rollback()
+            output, errors = self.ended(process, 0)
+            self.assertEqual((json.loads(output), errors), ([], ""))
+
+    @inlineCallbacks
+    def test_at_work(self) -> Any:
+        """A command whose statement is at work for long names its wait event, and Ctrl-C ends it at once."""
+        self.execute(
+            "create function slow() returns trigger language plpgsql as"
+            " $$ begin perform pg_sleep(50); return new; end $$;"
+            "create trigger slow before insert on broadcasts for each row execute function slow()"
+        )
+        process = self.start("broadcast", "hello")
+        assert process.stderr is not None
+        said = yield deferToThread(process.stderr.readline)
+        self.assertRegex(
+            said, "^waiting for the database: its session, pid [0-9]+, is in the wait event Timeout/PgSleep$"
+        )
+        process.send_signal(signal.SIGINT)
+        self.ended(process, 1)
+
+
+class StandbyTests(ProcessTestCase):
+    """COMMITs that wait for a standby that is not there."""
+
+    def setUp(self) -> None:
+        """Start a PostgreSQL of the test's, since the setting is one for all databases."""
+        self.cluster = Cluster()
+        self.addCleanup(self.cluster.remove)
+        self.cluster.migrate()
+        self.url = self.cluster.url
+        self.standby("nobody")
+
+    def standby(self, name: str) -> None:
+        """Name the standby that has to confirm."""
+        conn = psycopg2.connect(self.url)
+        conn.autocommit = True
+        try:
+            conn.cursor().execute("alter system set synchronous_standby_names = %s", (name,))
+            conn.cursor().execute("select pg_reload_conf()")
+        finally:
+            conn.close()
+
+    @inlineCallbacks
+    def late(self, key_id: str) -> Any:
+        """Add a key, and return the process and its first line."""
+        process = self.start("keys", "add", "--key-id", key_id, "--role", "any")
+        assert process.stderr is not None
+        line = yield deferToThread(process.stderr.readline)
+        return process, line
+
+    @inlineCallbacks
+    def test_no_standby(self) -> Any:
+        """The wait of a COMMIT is named, and so are those of whoever holds a lock or is queued for it; all end well."""
+        first, saying = yield self.late("k1")
+        self.assertIn("waits until a synchronous standby confirms its COMMIT: see synchronous_standby_names", saying)
+        second, saying = yield self.late("k2")
+        self.assertRegex(
+            saying, r"^waiting for locks: pid [0-9]+ holds them \(s2s cli, .*\), and waits until a synchron"
+        )
+        third, saying = yield self.late("k3")
+        self.assertIn(", and waits for a lock itself", saying)
+        self.assertNotIn("pg_terminate_backend", saying)
+        self.standby("")
+        for process in (first, second, third):
+            self.ended(process, 0)
+
+    @inlineCallbacks
+    def test_a_frozen_database(self) -> Any:
+        """A command says that the database answers no session, and Ctrl-C ends the wait."""
+        conn = psycopg2.connect(self.url)
+        self.addCleanup(conn.close)
+        conn.autocommit = True
+        cursor = conn.cursor()
+
+        def is_waiting() -> bool:
+            cursor.execute("select count(*) from pg_stat_activity where wait_event = 'SyncRep'")
+            return cursor.fetchall() == [(1,)]
+
+        process = self.start("keys", "add", "--key-id", "k1", "--role", "any")
+        yield poll(is_waiting)
+        self.cluster.freeze()
+        self.addCleanup(self.cluster.thaw)
+        assert process.stderr is not None
+        saying = yield deferToThread(process.stderr.readline)
+        self.assertEqual(saying, "waiting for the database: it answers no other session either\n")
+        process.send_signal(signal.SIGINT)
+        self.ended(process, 1)
+
+
+class SequenceTests(CliTestCase):
+    """Rows that were restored without the sequences of their ids."""
+
+    def test_restored_rows(self) -> None:
+        """``db status`` and a role's start name each sequence and the cure, which lets new rows in again."""
+        self.execute("insert into broadcasts (broadcast_id, message) values (7, 'old')")
+        self.execute("select setval(pg_get_serial_sequence('outbox', 'outbox_id'), 5)")
+        self.execute(
+            "insert into outbox (outbox_id, cmd_type, idem_key, payload)"
+            " select id, 'a.b', id, '{}' from generate_series(1, 9) id"
+        )
+        refused = str(self.assertRaises(SchemaError, preflight.check, self.url, "server"))
+        self.assertIn("broadcasts.broadcast_id stands at 0 and the largest id is 7", refused)
+        self.assertIn("run: s2s db fix-sequences", refused)
+        self.assertNotIn("\n", refused)
+        said = self.s2s("db", "status", expected=1).output
+        self.assertIn("broadcasts.broadcast_id stands at 0", said)
+        self.assertIn("outbox.outbox_id stands at 5 and the largest id is 9: run: s2s db fix-sequences", said)
+        fixed = self.s2s("db", "fix-sequences").output
+        self.assertEqual(fixed.count("set to "), 2)
+        self.s2s("db", "status")
+        self.assertIn("no sequence stands behind", self.s2s("db", "fix-sequences").output)
+        [(key,)] = self.execute(
+            "insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'new', '{}') returning outbox_id"
+        )
+        self.assertEqual(key, 10)
+
+    def test_restored_while_roles_run(self) -> None:
+        """Each collision of an id that a sequence gives has a meaning of its own, with the same cure."""
+        self.execute("insert into commands (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
+        with blocking(self.url) as txn:
+            txn.execute(sequences._OWNED, (list(migrations.tables()),))
+            owned = [(row[0], row[1]) for row in txn.fetchall()]
+        values = {
+            "audit": "insert into audit (actor, action, {id}) overriding system value values ('x', 'y', 1)",
+            "batch_notes": "insert into batch_notes (boot_id, worker, cmd_ids, {id}) overriding system value"
+            " values ('x', 1, '{{}}', 1)",
+            "broadcasts": "insert into broadcasts (message, {id}) values ('x', 1)",
+            "commands": "insert into commands (cmd_type, idem_key, payload, {id}) values ('a.b', 'l', '{{}}', 1)",
+            "notices": "insert into notices (cmd_id, scope, severity, message, {id})"
+            " values (nextval('outbox_outbox_id_seq'), 'global', 'info', 'x', 1)",
+            "outbox": "insert into outbox (cmd_type, idem_key, payload, {id}) values ('a.b', 'k', '{{}}', 1)",
+            "steering": "insert into steering (engine, type, payload, actor, expires_at, {id})"
+            " values ('e', 's2s.engine.pause', '{{}}', 'x', now(), 1)",
+        }
+        self.assertEqual(set(values), {table for table, _ in owned})
+        for table, column in owned:
+            statement = values[table].format(id=column)
+            with self.subTest(table=table):
+                self.execute(f"delete from {table}" if table != "audit" else "select 1")
+                self.execute(statement)
+                error = self.assertRaises(psycopg2.Error, self.execute, statement)
+                self.assertEqual(sqlstate.of(error).cure, "")  # of a statement of another hand
+                said = self.assertRaises(DatabaseUnavailable, self.by_ours, statement)
+                self.assertEqual(sqlstate.meaning(said.state).cure, "run: s2s db fix-sequences", said)
+
+    def by_ours(self, statement: str) -> None:
+        """Run a statement as one of our own."""
+        with blocking(self.url) as txn:
+            txn.execute(statement)
+
+    def test_exhausted(self) -> None:
+        """``db status`` names each sequence that is at its bound or nearly so; a role's start refuses one at it."""
+        self.execute("select setval('commands_cmd_id_seq', 995); alter sequence commands_cmd_id_seq maxvalue 1000")
+        self.execute("select setval('outbox_outbox_id_seq', 9); alter sequence outbox_outbox_id_seq maxvalue 9")
+        self.execute("select setval('notices_notice_id_seq', 9223372036854775807)")
+        self.execute("select setval('broadcasts_broadcast_id_seq', 900);")
+        self.execute("alter sequence broadcasts_broadcast_id_seq maxvalue 1000")
+        refused = str(self.assertRaises(SchemaError, preflight.check, self.url, "server"))
+        self.assertIn("is exhausted", refused)
+        self.assertNotIn("\n", refused)
+        said = self.s2s("db", "status", expected=1).output
+        self.assertIn("commands.cmd_id stands at 995, its bound is 1000, and it has 5 values left", said)
+        self.assertNotIn("broadcasts", said)
+        cures = [line.rpartition(": ")[2] for line in said.splitlines() if "its bound is" in line]
+        self.assertEqual(len(cures), 3)
+        for cure in cures:
+            self.execute(cure)
+        self.s2s("db", "status")
+
+    def test_while_others_work(self) -> None:
+        """Rows that others insert during the check make no sequence stand behind."""
+        session = self.execute
+
+        class Busy:
+            """A cursor beside which a row is inserted before and after each statement."""
+
+            def __init__(self, txn: Any) -> None:
+                self._txn = txn
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._txn, name)
+
+            def execute(self, *statement: Any) -> None:
+                session("insert into broadcasts (message) values ('beside')")
+                self._txn.execute(*statement)
+                session("insert into broadcasts (message) values ('beside')")
+
+        with blocking(self.url) as txn:
+            busy: Any = Busy(txn)
+            self.assertEqual(sequences.behind(busy), [])
+
+    def test_every_identity_is_watched(self) -> None:
+        """Every identity column of the schema is checked, and a table that is not ours is not."""
+        self.execute("create table theirs (id bigint generated by default as identity)")
+        self.execute("insert into theirs values (7)")
+        columns = self.execute(
+            "select table_name, column_name from information_schema.columns where is_identity = 'YES'"
+            " and table_name <> 'theirs'"
+        )
+        self.assertGreaterEqual(len(columns), 6)
+        with blocking(self.url) as txn:
+            self.assertEqual(sequences.behind(txn), [])
+            txn.execute(sequences._OWNED, (list(migrations.tables()),))
+            watched = {(row[0], row[1]) for row in txn.fetchall()}
+        self.assertEqual(watched, set(columns))
+
+
+class StreamTests(ProcessTestCase):
+    """Output that cannot be written."""
+
+    #: Help, a table, JSON, and the text of a command's own help.
+    commands = (("--help",), ("plugins", "list"), ("plugins", "list", "--json"), ("keys", "add", "--help"))
+
+    def assert_told(self, process: subprocess.Popen[str], why: str) -> None:
+        """See that a command ends with one line and exit code 1."""
+        _, said = self.ended(process, 1)
+        self.assertEqual(said.count("\n"), 1, said)
+        self.assertIn(why, said)
+
+    def test_a_full_disk(self) -> None:
+        """A disk that is full is told."""
+        for argv in self.commands:
+            with open("/dev/full", "w") as full:
+                self.assert_told(
+                    self.start(*argv, stdout=full), "the output cannot be written, No space left on device"
+                )
+        with open("/dev/full", "w") as full:
+            completing = self.start(stdout=full, _S2S_COMPLETE="bash_source")
+            self.assert_told(completing, "the output cannot be written, No space left on device")
+
+    def test_a_closed_pipe(self) -> None:
+        """A reader that is gone is told."""
+        for argv in self.commands:
+            read, write = os.pipe()
+            os.close(read)
+            with open(write, "w") as pipe:
+                self.assert_told(self.start(*argv, stdout=pipe), "the output cannot be written, Broken pipe")
+
+    def test_closed_streams(self) -> None:
+        """A closed stdout is told before anything is done; a closed stderr or stdin harms nothing."""
+        for redirection, code in ((">&-", 1), ("2>&-", 0), ("<&-", 0)):
+            script = ["/bin/sh", "-c", f'exec "$0" plugins list {redirection}', _S2S]
+            done = subprocess.run(script, env=environment(), capture_output=True, text=True, check=False)
+            self.assertEqual(done.returncode, code, done.stderr)
+            self.assertEqual("stdout is closed" in done.stderr, bool(code))
+            self.assertEqual("notice.publish" in done.stdout, not code)
+
+    def test_nobody_hears_the_error(self) -> None:
+        """An error that cannot be written either leaves the exit code."""
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([_S2S, "no-such-command"], env=environment(), stderr=full, check=False)
+        self.assertIn(done.returncode, (1, 2))
+
+    def test_a_directory_that_was_removed(self) -> None:
+        """A working directory that is gone is told with its cure."""
+        directory = Path(self.mktemp())
+        directory.mkdir()
+        script = ["/bin/sh", "-c", 'rmdir "$PWD"; exec "$0" keys list', _S2S]
+        done = subprocess.run(script, cwd=directory, env=environment(), capture_output=True, text=True, check=False)
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+        self.assertIn("working directory was removed: change to another one", done.stderr)
+
+    def test_what_a_plug_in_leaves_behind(self) -> None:
+        """What a plug-in starts and never ends, or has registered for the end, keeps no command from ending."""
+        plugins = Path(self.mktemp(), "s2s", "plugins")
+        plugins.mkdir(parents=True)
+        for text in (
+            "import threading\nthreading.Thread(target=threading.Event().wait).start()\n",
+            "import multiprocessing\nqueue = multiprocessing.Queue()\nqueue.put('x' * 10**6)\n",
+            "import atexit, signal\natexit.register(signal.pause)\n",
+        ):
+            (plugins / "restless.py").write_text(text)
+            process = self.start("plugins", "list", PYTHONPATH=str(plugins.parent.parent.absolute()))
+            output, _ = self.ended(process, 0)
+            self.assertIn("notice.publish", output)
+
+    def test_a_plug_in_that_prints(self) -> None:
+        """What a plug-in prints while it is imported goes to stderr, so that the output is what programs expect."""
+        plugins = Path(self.mktemp(), "s2s", "plugins")
+        plugins.mkdir(parents=True)
+        (plugins / "chatty.py").write_text("print('hello')\n")
+        process = self.start("plugins", "list", "--json", PYTHONPATH=str(plugins.parent.parent.absolute()))
+        output, said = self.ended(process, 0)
+        self.assertEqual(said, "hello\n")
+        self.assertTrue(json.loads(output))
+
+
+class TerminalTests(DatabaseProcessTestCase):
+    """A terminal that is not UTF-8."""
+
+    def test_characters_it_lacks(self) -> None:
+        """Text that the terminal cannot show is escaped in tables, and everything else is shown."""
+        add = ("keys", "add", "--role", "any", "--key-id")
+        self.ended(self.start(*add, "k", "--note", "Jürgen →"), 0)
+        for variables in (
+            {"PYTHONIOENCODING": "ascii"},
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        ):
+            output, _ = self.ended(self.start("keys", "list", **variables), 0)
+            self.assertIn("J\\xfcrgen \\u2192", output)
+            _, errors = self.ended(self.start(*add, "ü", **variables), 1)
+            self.assertIn("the key id", errors)

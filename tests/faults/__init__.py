@@ -1,4 +1,0 @@
-"""A campaign of faults against real processes, and a judge that reads its history (docs/faults.rst).
-
-``python -m tests.faults --seconds 600 --seed 7``, or ``make faults ARGS=…``.
-"""

@@ -1,0 +1,455 @@
+"""Command types and jobs of other distributions: found where they are sound, and told of in one line where not."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from textwrap import dedent, indent
+from typing import Any
+from unittest import mock
+
+from click.testing import CliRunner
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s import plugins
+from s2s.cli.plugins import plugins as console_command
+from s2s.handlers import commands, discovery, import_timer, jobs
+from s2s.handlers.discovery import Found, discover
+from s2s.protocol.catalogue.schema import Schema
+from s2s.store.pool import blocking
+from tests.support.peer import PUSH, command
+from tests.support.roles import RoleTestCase, environment
+from tests.support.waiting import poll
+
+_EXAMPLE = Path(__file__).parents[2] / "examples" / "harbour"
+_PREAMBLE = """
+from s2s.handlers.commands import BUILTIN, BatchCommandHandler, CommandHandler, ICommandHandler
+from s2s.handlers.jobs import Job
+
+class Ring(CommandHandler):
+    cmd_type = "bell.ring"
+    schema = {"type": "object"}
+    def run(self, txn, command): pass
+
+class Toll(Job):
+    job_type = "bell.toll"
+    schedule = "daily@12:00Z"
+    def run(self, txn, run): pass
+"""
+_SOUND = _PREAMBLE + "ring, toll = Ring(), Toll()\n"
+
+#: Modules with one plug-in that is broken, and what the line about each says.
+_BROKEN = {
+    "not_there": ("import no_such_module_at_all", "ModuleNotFoundError: No module named"),
+    "raises": ("1 / 0", "ZeroDivisionError: division by zero: mend it"),
+    "exits": ("import sys; sys.exit(3)", "SystemExit: 3: mend it"),
+    "bare": ("class Odd(BaseException): pass\nraise Odd('two\\nlines')", "Odd: two lines: mend it"),
+    "unreadable": ("def (", "SyntaxError: invalid syntax (unreadable.py, line"),
+    "mute": (
+        "class Mute(Exception):\n    def __str__(self): raise RuntimeError\nraise Mute",
+        "Mute: it does not say why",
+    ),
+    "terminal": ("raise RuntimeError('\\x1b[2J\\x07\\u202e')", "RuntimeError: ?[2J??: mend it"),
+    "endless": ("raise RuntimeError('x' * 10_000)", "mend it, or uninstall what it came with"),
+    "no_name": ("class Ring(Ring):\n    cmd_type = None\nring = Ring()", "no_name.ring is left out: TypeError"),
+    "bad_name": ("class Ring(Ring):\n    cmd_type = 'Bell Ring'\nring = Ring()", "write it as [a-z][a-z0-9_.]{0,63}"),
+    "ours": ("class Ring(Ring):\n    cmd_type = 'notice.publish'\nring = Ring()", "give it a name of its own"),
+    "twice": ("ring, again = Ring(), Ring()", "twice.again is left out: the command type s2s.plugins.twice.Ring"),
+    "no_schema": ("class Wring(CommandHandler):\n    cmd_type = 'w'\n    run = Ring.run\nwring = Wring()", "schema"),
+    "scalar": ("class Ring(Ring):\n    schema = {'type': 'string'}\nring = Ring()", "not one of an object"),
+    "no_mapping": ("class Ring(Ring):\n    schema = True\nring = Ring()", "not one of an object"),
+    "bad_schema": (
+        "class Ring(Ring):\n    schema = {'type': 'object', 'properties': 5}\nring = Ring()",
+        "SchemaError: 5 is not of type 'object': mend it",
+    ),
+    "remote": (
+        "class Ring(Ring):\n    schema = {'type': 'object', '$ref': 'http://127.0.0.1:1/x'}\nring = Ring()",
+        "http://127.0.0.1:1/x",
+    ),
+    "backtracking": (
+        "class Ring(Ring):\n    schema = {'type': 'object', 'properties': {'a': {'pattern': '(?=a)'}}}\nring = Ring()",
+        "backtracking.ring is left out: the pattern at /properties/a/pattern",
+    ),
+    "dear": (
+        "texts = [{'pattern': '[ab]*a[ab]{100}[cd]{%d}' % n} for n in range(1, 11)]\n"
+        "class Ring(Ring):\n    schema = {'type': 'object', 'properties': {'a': {'anyOf': texts}}}\nring = Ring()",
+        "because of its part #/properties/a/anyOf/0: bound its arrays with maxItems",
+    ),
+    "attribute": (
+        "class Ring(Ring):\n    @property\n    def cmd_type(self): raise LookupError('gone')\nring = Ring()",
+        "attribute.ring is left out: LookupError: gone",
+    ),
+    "arguments": (
+        "class Ring(Ring):\n    def run(self): pass\nring = Ring()",
+        "doesn't allow enough arguments",
+    ),
+    "no_plugin": (
+        "from zope.interface import implementer\n@implementer(ICommandHandler)\nclass Bare:\n    pass\nbare = Bare()",
+        "twisted.plugin.IPlugin",
+    ),
+    "bad_job": ("class Toll(Toll):\n    job_type = '9'\ntoll = Toll()", "write it as [a-z][a-z0-9_.]{0,63}"),
+    "job_twice": ("toll, again = Toll(), Toll()", "give it a name of its own"),
+    "hourly": ("class Toll(Toll):\n    schedule = 'hourly'\ntoll = Toll()", "or daily@HH:MMZ in UTC"),
+    "ghost": (
+        "class Ghost:\n    def __getattribute__(self, name): raise RuntimeError('no ' + name)\nghost = Ghost()",
+        "ghost.ghost is left out: RuntimeError: no",
+    ),
+}
+
+
+class DiscoveryTestCase(SynchronousTestCase):
+    """A test with a directory that holds plug-ins, and no others but ours."""
+
+    def setUp(self) -> None:
+        """Make the directory."""
+        self.directory = Path(self.mktemp(), "s2s", "plugins").absolute()
+        self.directory.mkdir(parents=True)
+        self.patch(plugins, "__path__", [*plugins.__path__[:1], str(self.directory)])
+        self.patch(sys, "dont_write_bytecode", True)
+        known = set(sys.modules)
+        self.addCleanup(lambda: [sys.modules.pop(name) for name in set(sys.modules) - known if "s2s.plugins." in name])
+
+    def write(self, name: str, text: str) -> None:
+        """Write a module."""
+        (self.directory / f"{name}.py").write_text(dedent(text))
+        importlib.invalidate_caches()
+
+    def found(self, found: Found) -> tuple[list[str], list[str]]:
+        """Give the names of what was found beside our own."""
+        ours = (*commands.BUILTIN, *jobs.BUILTIN)
+        return (
+            [name for name, kind in found.commands.items() if kind not in ours],
+            [name for name, kind in found.jobs.items() if kind not in ours],
+        )
+
+
+class ImportTests(DiscoveryTestCase):
+    """Plug-ins whose import does not return: :mod:`s2s.handlers.import_timer`."""
+
+    def setUp(self) -> None:
+        """Shorten the waits, and keep what is told."""
+        super().setUp()
+        self.patch(import_timer, "TELL_S", 0.05)
+        self.patch(import_timer, "IMPORT_S", 0.2)
+        self.told = os.fdopen(os.memfd_create("stderr"), "w+")
+        self.addCleanup(self.told.close)
+        self.patch(sys, "__stderr__", self.told)
+
+    def test_it_waits(self) -> None:
+        """An import that waits is told of while it lasts, and left out when its time is over; the others are loaded."""
+        self.write("a_waits", "import time\ntime.sleep(600)")
+        self.write("bell", _SOUND)
+        found = discover()
+        self.assertEqual(self.found(found), (["bell.ring"], ["bell.toll"]))
+        self.told.seek(0)
+        self.assertIn("plug-in s2s.plugins.a_waits has been importing for", self.told.read())
+        [complaint] = found.complaints
+        self.assertIn("a_waits is left out: its import did not return within 0.2 s", complaint)
+
+    def test_it_computes_and_catches(self) -> None:
+        """An import that computes, and catches the first interruptions, is interrupted again."""
+        loop = "for _ in range(3):\n    try:\n        while True: pass\n    except Exception: pass\nraise SystemExit"
+        self.write("loops", loop)
+        [complaint] = discover().complaints
+        self.assertIn("loops is left out", complaint)
+
+    def test_nothing_lasts(self) -> None:
+        """After an import no timer is left, and the signal has its old meaning."""
+        before = signal.getsignal(signal.SIGALRM)
+        discover()
+        self.assertEqual(signal.getitimer(signal.ITIMER_REAL), (0.0, 0.0))
+        self.assertEqual(signal.getsignal(signal.SIGALRM), before)
+
+    def test_it_cannot_be_interrupted(self) -> None:
+        """An import that no signal interrupts ends the process, with its stack on stderr."""
+        self.write(
+            "blocks", "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])\nsignal.pause()"
+        )
+        program = (
+            "from s2s import plugins; from s2s.handlers import discovery, import_timer; import_timer.EXIT_S = 0.5;"
+            f"plugins.__path__.append({str(self.directory)!r}); discovery.discover()"
+        )
+        ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+        self.assertEqual(ended.returncode, 1)
+        self.assertIn("blocks.py", ended.stderr)
+
+
+class DiscoveryTests(DiscoveryTestCase):
+    """:func:`discover`."""
+
+    def test_nothing(self) -> None:
+        """Where nothing is installed there are the built-in types alone."""
+        found = discover()
+        self.assertEqual(list(found.commands.values()), list(commands.BUILTIN))
+        self.assertEqual((list(found.jobs.values()), found.complaints), (list(jobs.BUILTIN), []))
+
+    def test_sound(self) -> None:
+        """Instances are found, ours first and then by their modules' names; classes and other objects are not."""
+        self.write("zebra", _PREAMBLE + "class Z(Ring):\n    cmd_type = 'a.first'\nz = Z()\nnothing = [Ring(), 5]\n")
+        self.write("bell", _SOUND)
+        found = discover()
+        self.assertEqual(found.complaints, [])
+        names = [*(kind.cmd_type for kind in commands.BUILTIN), "bell.ring", "a.first"]
+        self.assertEqual((list(found.commands), self.found(found)[1]), (names, ["bell.toll"]))
+
+    def test_one_of_both_kinds(self) -> None:
+        """An object may be a command type and a job at once."""
+        self.write("both", _PREAMBLE + "class Both(Ring, Toll):\n    def run(self, txn, run): pass\nboth = Both()\n")
+        self.assertEqual(self.found(discover()), (["bell.ring"], ["bell.toll"]))
+
+    def test_another_name_for_the_same(self) -> None:
+        """An object that has two names, or is imported by another plug-in, is found once and is no complaint."""
+        self.write("a_bell", _SOUND + "also = ring\n")
+        self.write("b_bell", "from s2s.plugins.a_bell import ring, toll")
+        found = discover()
+        self.assertEqual((self.found(found), found.complaints), ((["bell.ring"], ["bell.toll"]), []))
+
+    def test_nothing_is_written(self) -> None:
+        """Looking for plug-ins leaves no file behind, unlike Twisted's own search."""
+        self.write("bell", _SOUND)
+        discover()
+        self.assertEqual([path.name for path in self.directory.iterdir()], ["bell.py"])
+
+    def test_broken(self) -> None:
+        """Each kind of broken plug-in is told of in one line that names it, the fault and the cure."""
+        for name, (text, expected) in _BROKEN.items():
+            with self.subTest(name=name):
+                self.write(name, f"{_PREAMBLE}\n{text}\n")
+                [said] = discover().complaints
+                (self.directory / f"{name}.py").unlink()
+                sys.modules.pop(f"s2s.plugins.{name}", None)
+                self.assertTrue(said.startswith(f"plug-in s2s.plugins.{name}"), said)
+                self.assertIn(expected, said)
+                self.assertTrue(said.isprintable() and len(said) <= 300, said)
+
+    def test_broken_ones_stop_nothing(self) -> None:
+        """All of them at once: each has its line, and the sound plug-ins before and after them are found."""
+        rename = ("bell.", "last.")
+        self.write("a_bell", _SOUND)
+        for name, (text, _) in _BROKEN.items():
+            self.write(name, f"{_PREAMBLE}\n{text}\n")
+        self.write("zz_bell", _SOUND.replace(*rename))
+        found = discover()
+        names, job_names = self.found(found)
+        self.assertEqual((names[0], names[-1]), ("bell.ring", "last.ring"))
+        self.assertEqual(job_names, ["bell.toll", "last.toll"])
+        complained = {name for name in _BROKEN for said in found.complaints if f"s2s.plugins.{name}" in said}
+        self.assertEqual(complained, set(_BROKEN))
+
+    def test_passed_over(self) -> None:
+        """A module whose name is no identifier, and a directory with an ``__init__.py``, have a line each."""
+        self.write("my-bell", _SOUND)
+        elsewhere = Path(self.mktemp()).absolute()
+        directory = elsewhere / "s2s" / "plugins"
+        directory.mkdir(parents=True)
+        (directory / "__init__.py").write_text("")
+        self.patch(sys, "path", [*sys.path, str(elsewhere)])
+        # As another copy of s2s has it.
+        self.assertEqual(len(discover().complaints), 1)
+        (directory / "bell.py").write_text(_SOUND)
+        module, package = discover().complaints
+        self.assertIn(f"plug-in {self.directory}/my-bell.py is left out: its name", module)
+        self.assertIn("rename it", module)
+        self.assertIn("is left out: it has an __init__.py: remove that file", package)
+
+    def test_a_directory_that_may_not_be_read(self) -> None:
+        """Where the directories cannot be listed, that is a line, and what comes with s2s is there."""
+
+        def fail(_: str) -> None:
+            raise PermissionError(13, "Permission denied", "/some/where")
+
+        self.patch(discovery, "getModule", fail)
+        found = discover()
+        self.assertIn("notice.publish", found.commands)
+        self.assertEqual(len(found.complaints), 1)
+        self.assertIn("/some/where", found.complaints[0])
+
+    def test_the_first_keeps_the_name(self) -> None:
+        """Of two plug-ins of one name that of the first module stays."""
+        self.write("b_bell", _SOUND)
+        self.write("a_bell", _SOUND)
+        found = discover()
+        self.assertEqual(type(found.commands["bell.ring"]).__module__, "s2s.plugins.a_bell")
+        self.assertEqual(len(found.complaints), 2)
+
+    def test_interrupt(self) -> None:
+        """Ctrl-C while a plug-in is loaded is no fault of the plug-in."""
+        self.write("slow", "raise KeyboardInterrupt")
+        self.assertRaises(KeyboardInterrupt, discover)
+
+
+class ConsoleTests(DiscoveryTestCase):
+    """``s2s plugins list``."""
+
+    def test_list(self) -> None:
+        """It shows what there is, whose it is and when jobs are due, and on stderr what is left out."""
+        self.write("bell", _SOUND)
+        self.write("broken", "1 / 0")
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(console_command, ["list"])
+        self.assertEqual(result.exit_code, 0, result.output)
+        lines = [line.split() for line in result.stdout.splitlines()]
+        self.assertIn(["command", "notice.publish", "s2s", "-"], lines)
+        self.assertIn(["command", "bell.ring", "s2s.plugins.bell", "-"], lines)
+        self.assertIn(["job", "bell.toll", "s2s.plugins.bell", "daily@12:00Z"], lines)
+        self.assertRegex(result.stderr, r"\Aplug-in s2s\.plugins\.broken is left out: ZeroDivisionError.*\n\Z")
+
+    def test_json(self) -> None:
+        """For programs it writes the same as JSON."""
+        self.write("bell", _SOUND)
+        rows = json.loads(CliRunner().invoke(console_command, ["list", "--json"]).stdout)
+        ring = {"kind": "command", "name": "bell.ring", "source": "s2s.plugins.bell", "schedule": None}
+        self.assertIn(ring, rows)
+
+
+class ReadmeTests(SynchronousTestCase):
+    """The README's section on plug-ins."""
+
+    def test_it_shows_the_example_in_full(self) -> None:
+        """What the README shows is what the other tests install, to the letter."""
+        readme = (_EXAMPLE.parent.parent / "README.rst").read_text("utf-8")
+        for path in ("harbour/__init__.py", "s2s/plugins/harbour_plugins.py", "setup.cfg", "pyproject.toml"):
+            with self.subTest(path=path):
+                self.assertTrue(indent((_EXAMPLE / path).read_text("utf-8"), "    ") in readme, path)
+
+
+class PoisonTests(RoleTestCase):
+    """A payload that its schema refuses, where the reason would be sought for years."""
+
+    @inlineCallbacks
+    def test_the_server_lives(self) -> Iterator[Deferred[Any]]:
+        """It answers each poison with the path, serves what comes after, and ends on SIGTERM."""
+        plugin = self.directory / "s2s" / "plugins" / "poison.py"
+        plugin.parent.mkdir(parents=True)
+        members = {"words": {"pattern": "^([A-Za-z]+ ?)+$"}, "rows": {"uniqueItems": True}}
+        schema = {"type": "object", "properties": members}
+        plugin.write_text(_PREAMBLE + f"class Poison(Ring):\n    schema = {schema!r}\nring = Poison()\n")
+        path = os.pathsep.join((str(self.directory), os.environ.get("PYTHONPATH", "")))
+        with mock.patch.dict(os.environ, PYTHONPATH=path.rstrip(os.pathsep)):
+            server = self.server()
+            yield server.start()
+        peer = server.connect()
+        self.addCleanup(peer.close)
+        peer.greet()
+        rows = [{"n": n} for n in range(5000)]
+        for name, poison in (("words", "a" * 48 + "!"), ("rows", [*rows, rows[0]])):
+            refused = peer.call(PUSH, command(name, {name: poison}, cmd_type="bell.ring"))
+            self.assertEqual((refused["code"], refused["details"]["path"]), ("bad_payload", f"/payload/payload/{name}"))
+        self.assertTrue(peer.call(PUSH, command("sound", {"rows": rows[:9]}, cmd_type="bell.ring"))["accepted"])
+        server.terminate()
+        yield poll(lambda: not server.is_running, "the server ends")
+        server.assert_ended_well()
+
+
+@cache
+def _installed() -> str:
+    """Install the example as pip does it, once for all tests, and give the directory."""
+    directory = tempfile.mkdtemp(prefix="s2s-harbour-")
+    atexit.register(shutil.rmtree, directory)
+    # A copy: the build leaves its traces beside the sources.
+    sources = shutil.copytree(
+        _EXAMPLE, Path(directory, "sources"), ignore=shutil.ignore_patterns("build", "*.egg-info")
+    )
+    target = str(Path(directory, "target"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps"]
+    done = subprocess.run(
+        [*pip, "--no-build-isolation", "--target", target, str(sources)],
+        check=False,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return target
+
+
+class ExampleTests(RoleTestCase):
+    """``examples/harbour``, installed, beside a plug-in that is broken."""
+
+    def setUp(self) -> None:
+        """Let the processes that we start find both."""
+        super().setUp()
+        broken = self.directory / "s2s" / "plugins" / "broken.py"
+        broken.parent.mkdir(parents=True)
+        broken.write_text("raise RuntimeError('two\\nlines')")
+        path = os.pathsep.join((_installed(), str(self.directory), os.environ.get("PYTHONPATH", "")))
+        found = mock.patch.dict(os.environ, PYTHONPATH=path.rstrip(os.pathsep))
+        found.start()
+        self.addCleanup(found.stop)
+
+    @inlineCallbacks
+    def test_its_command(self) -> Iterator[Deferred[Any]]:
+        """The server checks, takes and runs the example's command, and says of the broken plug-in one line."""
+        server = self.server()
+        yield server.start()
+        peer = server.connect()
+        self.addCleanup(peer.close)
+        peer.greet()
+        refused = peer.call(PUSH, command("sunk", {"ship_id": 7}, cmd_type="harbour.dock"))
+        self.assertEqual((refused["code"], refused["details"]["path"]), ("bad_payload", "/payload/payload/berth"))
+        acks = [
+            peer.call(PUSH, command(f"dock {berth}", {"ship_id": 7, "berth": berth}, cmd_type="harbour.dock"))
+            for berth in (1, 99)
+        ]
+        yield poll(
+            lambda: self.execute("select array_agg(distinct status) from commands") == [(["done"],)], "both are done"
+        )
+        docked = self.execute("select cmd_id, ship_id, berth from harbour_berths order by cmd_id")
+        self.assertEqual(docked, [(acks[0]["cmd_id"], 7, 1), (acks[1]["cmd_id"], 7, 99)])
+        [line] = server.lines("plug-in")
+        self.assertIn("plug-in s2s.plugins.broken is left out: RuntimeError: two lines: mend it", line)
+
+    def test_its_job(self) -> None:
+        """The example's job emits one notice for each of its times, which the server's schema accepts."""
+        with mock.patch.object(sys, "path", [_installed(), *sys.path]):
+            tide = importlib.import_module("harbour").Tide()
+        self.addCleanup(sys.modules.pop, "harbour")
+        with blocking(self.url) as txn:
+            for due_at in (60, 120):
+                tide.run(txn, jobs.JobRun(txn, f"harbour.tide:{due_at}", due_at, {}, 65536))
+        emitted = self.execute("select cmd_type, idem_key, payload from outbox order by outbox_id")
+        self.assertEqual([row[1].rpartition(":")[0] for row in emitted], ["harbour.tide:60", "harbour.tide:120"])
+        for cmd_type, _, payload in emitted:
+            Schema(commands.registry(commands.BUILTIN)[cmd_type].schema).check(payload)
+
+    @inlineCallbacks
+    def test_its_job_is_scheduled(self) -> Iterator[Deferred[Any]]:
+        """An engine that finds the example's job runs it when it is due, and a server publishes what it emits."""
+        server = self.server()
+        engine = self.engine(server.port)
+        yield server.start()
+        yield engine.start()
+        yield poll(lambda: self.count("jobs where job_type = 'harbour.tide'") == 1, "the job is in the table")
+        self.execute("update jobs set due_at = to_timestamp(60) where job_type = 'harbour.tide'")
+        # Under its own key: the clock may bring the next minute meanwhile, and its notice.
+        key = f"harbour.tide:{self.database_id()}:60:%"
+        notice = f"select message from notices join commands using (cmd_id) where idem_key like '{key}'"
+        yield poll(lambda: self.execute(notice) == [("The tide comes in",)], "the notice")
+        self.assertEqual(self.execute("select schedule from jobs where job_type ~ '^harbour'"), [("every:60s",)])
+
+    def test_list(self) -> None:
+        """``s2s plugins list`` shows its command and its job, and complains of the broken one on stderr."""
+        s2s = str(Path(sys.executable).with_name("s2s"))
+        done = subprocess.run(
+            [s2s, "plugins", "list", "--json"], env=environment(), capture_output=True, text=True, check=True
+        )
+        rows = [row for row in json.loads(done.stdout) if row["source"] == "harbour"]
+        self.assertEqual(
+            rows,
+            [
+                {"kind": "command", "name": "harbour.dock", "source": "harbour", "schedule": None},
+                {"kind": "job", "name": "harbour.tide", "source": "harbour", "schedule": "every:60s"},
+            ],
+        )
+        self.assertRegex(done.stderr, r"\Aplug-in s2s\.plugins\.broken is left out: [^\n]*\n\Z")

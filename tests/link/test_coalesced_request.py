@@ -1,0 +1,105 @@
+"""Requests that a server sends whenever there is occasion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock as FakeClock
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.errors import DeadlinePassed, Refused
+from s2s.link.coalesced_request import CoalescedRequest
+from s2s.runtime.clock import Clock
+
+
+class _Session:
+    is_open = True
+
+
+class _Link:
+    """A link whose calls the test answers."""
+
+    def __init__(self) -> None:
+        self.session = _Session()
+        self.calls: list[Deferred[dict[str, Any]]] = []
+
+    def call(self, type: str, payload: Mapping[str, Any]) -> Deferred[dict[str, Any]]:
+        self.calls.append(Deferred())
+        return self.calls[-1]
+
+
+class ErrandTests(SynchronousTestCase):
+    """:class:`CoalescedRequest`."""
+
+    def setUp(self) -> None:
+        """Make one that goes on while the answer says so."""
+        self.time = FakeClock()
+        self.link: Any = _Link()
+        self.payload: dict[str, Any] | None = {}
+        self.errand = CoalescedRequest(
+            "s2s.broadcast.sweep", lambda _: self.payload, lambda _, answer: bool(answer["more"]), Clock(self.time)
+        )
+
+    def test_one_under_way(self) -> None:
+        """Any number of occasions during a request make one more, and no occasion makes none."""
+        for _ in range(5):
+            self.errand.run(self.link)
+        self.assertEqual(len(self.link.calls), 1)
+        self.link.calls[0].callback({"more": 0})
+        self.assertEqual(len(self.link.calls), 2)
+        self.link.calls[1].callback({"more": 0})
+        self.assertEqual(len(self.link.calls), 2)
+
+    def test_links_are_apart(self) -> None:
+        """One link's request holds up no other's."""
+        other: Any = _Link()
+        self.errand.run_all([self.link, other])
+        self.errand.run_all([self.link, other])
+        self.assertEqual((len(self.link.calls), len(other.calls)), (1, 1))
+
+    def test_goes_on(self) -> None:
+        """An answer that says so makes another request at once."""
+        self.errand.run(self.link)
+        self.link.calls[0].callback({"more": 1})
+        self.link.calls[1].callback({"more": 0})
+        self.assertEqual(len(self.link.calls), 2)
+
+    def test_nothing_to_tell(self) -> None:
+        """Without a payload, or on a link that is closing, nothing is sent."""
+        self.payload = None
+        self.errand.run(self.link)
+        self.payload = {}
+        self.link.session.is_open = False
+        self.errand.run(self.link)
+        self.assertEqual(self.link.calls, [])
+
+    def test_sent_again_when_told_to(self) -> None:
+        """A refusal for now is tried again after the pause that it asks for, and after 10 s at the latest."""
+        for asked_ms, waited in ((100, 0.1), (600_000, 10.0)):
+            self.link.calls.clear()
+            self.errand.run(self.link)
+            self.link.calls[0].errback(Refused("not_ready", "", {"retryable": True, "retry_after_ms": asked_ms}))
+            self.time.advance(waited - 0.01)
+            self.assertEqual(len(self.link.calls), 1)
+            self.time.advance(0.02)
+            self.assertEqual(len(self.link.calls), 2)
+            self.link.calls[1].callback({"more": 0})
+
+    def test_failures(self) -> None:
+        """After another failure it waits for the next occasion, or takes the one that came meanwhile."""
+        self.errand.run(self.link)
+        self.link.calls[0].errback(DeadlinePassed("late"))
+        self.assertEqual(len(self.link.calls), 1)
+        self.errand.run(self.link)
+        self.errand.run(self.link)
+        self.link.calls[1].errback(DeadlinePassed("late"))
+        self.assertEqual(len(self.link.calls), 3)
+
+    def test_not_served(self) -> None:
+        """A peer that does not serve the type is not asked again on this link."""
+        self.errand.run(self.link)
+        self.link.calls[0].errback(Refused("unsupported_type", "", {}))
+        self.errand.run(self.link)
+        self.assertEqual(len(self.link.calls), 1)

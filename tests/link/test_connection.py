@@ -1,0 +1,1462 @@
+"""One link on a transport: frames, proof, calls, responders, backpressure, closing. No socket, no real time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+from unittest import mock
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.error import ConnectionDone
+from twisted.internet.task import Clock as FakeClock
+from twisted.internet.testing import StringTransport
+from twisted.logger import capturedLogs, globalLogPublisher
+from twisted.python.failure import Failure
+from twisted.test import iosim
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.errors import (
+    BadPayload,
+    BadReply,
+    CanonicalError,
+    DeadlinePassed,
+    Forbidden,
+    InvalidPayload,
+    LineFull,
+    LinkLost,
+    Overloaded,
+    Refused,
+    TooBigToSend,
+)
+from s2s.link.connection import Link
+from s2s.link.dispatcher import Dispatcher, Request
+from s2s.link.strangers import Strangers
+from s2s.protocol import canonical, envelope
+from s2s.protocol.catalogue import BY_NAME, COMMAND_PUSH, HEALTH_ACK, HEALTH_CHECK, SWEEP
+from s2s.protocol.limits import Bounds, Counters, Timing
+from s2s.protocol.replay import ReplayCache
+from s2s.protocol.session import Session, State
+from s2s.protocol.signing import Key, Keyring, Role, Secret
+from s2s.runtime.clock import Clock
+from tests.support.descriptor import Descriptor
+
+_NOW = 1_737_990_000
+_SECRET = b"not-to-be-seen-0123456789abcdefg"
+_KEY = Key("k1", Secret(_SECRET), "any", 0.0)
+_STRANGER = Key("stranger", Secret(b"x" * 32), "any", 0.0)
+_HEALTH = {"role": "engine", "version": "1", "uptime_s": 1}
+_ACK = {"accepted": True, "duplicate": False, "cmd_id": 1, "status": "ready"}
+
+
+class _Keys:
+    """A KeySource whose reads end when the test says so.
+
+    :ivar reads: the reads under way.
+    """
+
+    def __init__(self, *keys: Key) -> None:
+        self.keyring = Keyring(keys)
+        self.reads: list[Deferred[None]] = []
+
+    def refresh(self) -> Deferred[None]:
+        """Begin a read."""
+        self.reads.append(Deferred())
+        return self.reads[-1]
+
+    def end_read(self, *keys: Key) -> None:
+        """End the oldest read, with these keys."""
+        self.keyring = Keyring(keys)
+        self.reads.pop(0).callback(None)
+
+
+class _Events:
+    """Remembers what happened, and to which link."""
+
+    def __init__(self) -> None:
+        self.happened: list[str] = []
+        self.on_made: Callable[[Link], object] = lambda link: None
+
+    def link_made(self, link: Link) -> None:
+        self.happened.append("made")
+        self.on_made(link)
+
+    def link_proven(self, link: Link) -> None:
+        self.happened.append("proven")
+
+    def link_lost(self, link: Link) -> None:
+        self.happened.append("lost")
+
+
+def _prefixed(*frames: bytes) -> bytes:
+    return b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames)
+
+
+def _split(written: bytes) -> list[dict[str, Any]]:
+    """Read back what a link wrote."""
+    frames = []
+    while written:
+        size = int.from_bytes(written[:4], "big")
+        assert len(written) >= 4 + size, "half a frame was written"
+        frames.append(json.loads(written[4 : 4 + size]))
+        written = written[4 + size :]
+    return frames
+
+
+def _push(key: str = "k", **content: Any) -> dict[str, Any]:
+    return {"cmd_type": "a.b", "idem_key": key, "payload": content}
+
+
+class LinkTestCase(SynchronousTestCase):
+    """A link of ours on a transport of strings; the test is the peer."""
+
+    role: Role = "server"
+    bounds = Bounds()
+
+    def setUp(self) -> None:
+        """Connect, and take the challenge from the wire."""
+        self.time = FakeClock()
+        self.keys = _Keys(_KEY)
+        self.events = _Events()
+        self.counters = Counters()
+        self.served: list[Request] = []
+        self.answers: list[Deferred[Any]] = []
+        self.respond: Callable[[Request], Any] = self.respond_later
+        self.link = self.make_link(self.role)
+        self.transport = StringTransport()
+        self.number = 0
+        self.link.makeConnection(self.transport)
+        self.challenge, *rest = self.written()
+        self.assertEqual(rest, [])
+
+    def make_link(self, role: Role) -> Link:
+        """Make a link that serves every type that its role may be sent."""
+        clock = Clock(self.time, lambda: _NOW + self.time.seconds())
+        responders = {
+            message.name: self.serve for message in BY_NAME.values() if envelope.other(role) in message.sent_by
+        } | {HEALTH_CHECK: lambda request: {**_HEALTH, "role": role}}
+        session = Session(role, ReplayCache(0.0), Timing(), self.bounds, self.time.seconds())
+        dispatcher = Dispatcher(self.keys, responders, clock)
+        strangers = Strangers(clock, self.counters)
+        return Link(session, dispatcher, self.keys, clock, self.events, self.counters, strangers)
+
+    def serve(self, request: Request) -> Any:
+        """Note the request, and answer as the test wants it."""
+        self.served.append(request)
+        return self.respond(request)
+
+    def respond_later(self, request: Request) -> Deferred[Any]:
+        """Answer when the test fires the Deferred."""
+        self.answers.append(Deferred())
+        return self.answers[-1]
+
+    # --- the peer ---
+
+    def written(self) -> list[dict[str, Any]]:
+        """Take what was written since the last time."""
+        frames = _split(self.transport.value())
+        self.transport.clear()
+        return frames
+
+    def frame(self, type: str, payload: Any = None, *, key: Key | None = _KEY, **changes: Any) -> bytes:
+        """Make a frame of the peer."""
+        self.number += 1
+        told = {"id": f"p{self.number}", "ts": int(_NOW + self.time.seconds()), "dst": self.role, "ack_of": None}
+        told |= {"src": envelope.other(self.role), **changes}
+        return envelope.seal(type=type, body=canonical.dumps({} if payload is None else payload), key=key, **told)
+
+    def deliver(self, *frames: bytes) -> None:
+        """Let frames arrive in one chunk."""
+        self.link.dataReceived(_prefixed(*frames))
+
+    def say(self, type: str, payload: Any = None, **more: Any) -> None:
+        """Let one frame arrive."""
+        self.deliver(self.frame(type, payload, **more))
+
+    def prove(self, **said: Any) -> None:
+        """Answer the challenge."""
+        self.say(HEALTH_ACK, {**_HEALTH, **said}, ack_of=self.challenge["id"])
+
+    def lose(self) -> None:
+        """Let the connection end."""
+        self.link.connectionLost(Failure(ConnectionDone()))
+
+    # --- what is to be seen ---
+
+    def error_codes(self) -> list[str]:
+        """Take what was written, and give the codes of the errors in it."""
+        return [each["payload"]["code"] for each in self.written() if each["type"] == "s2s.error"]
+
+    def assert_closed(self, why: str = "") -> None:
+        """The link is closing and reads no more."""
+        self.assertIs(self.link.session.state, State.CLOSING)
+        self.assertTrue(self.transport.disconnecting)
+        self.assertIn(why, self.link.why)
+        served, written = len(self.served), self.transport.value()
+        self.say(HEALTH_CHECK)
+        self.assertEqual((len(self.served), self.transport.value()), (served, written))
+
+    def assert_open(self) -> None:
+        """The link serves a request."""
+        self.assertFalse(self.transport.disconnecting)
+        self.written()
+        self.say(HEALTH_CHECK)
+        self.assertEqual([each["type"] for each in self.written()], [HEALTH_ACK])
+
+
+class FramingTests(LinkTestCase):
+    """Lengths and chunks."""
+
+    def idem_keys(self) -> list[str]:
+        """Give what was served, in order."""
+        return [request.payload["idem_key"] for request in self.served]
+
+    def frames(self, count: int) -> list[bytes]:
+        """Make pushes of the keys 0, 1, 2 and so on."""
+        return [self.frame(COMMAND_PUSH, _push(str(at))) for at in range(count)]
+
+    def test_whole(self) -> None:
+        """A frame in one chunk is served once."""
+        self.deliver(*self.frames(1))
+        self.assertEqual(self.idem_keys(), ["0"])
+
+    def test_byte_by_byte(self) -> None:
+        """Frames that come one byte at a time are served when their last byte is there."""
+        stream = _prefixed(*self.frames(3))
+        for at in range(len(stream) - 1):
+            self.link.dataReceived(stream[at : at + 1])
+        self.assertEqual(self.idem_keys(), ["0", "1"])
+        self.link.dataReceived(stream[-1:])
+        self.assertEqual(self.idem_keys(), ["0", "1", "2"])
+
+    def test_any_chunks(self) -> None:
+        """However a stream is cut, its frames are served once and in order."""
+        frames = self.frames(60)
+        stream = _prefixed(*frames)
+        ends = list(itertools.accumulate(4 + len(frame) for frame in frames))
+        rng, at = random.Random(1), 0
+        while at < len(stream):
+            # To the end of a frame, too: one that comes whole and alone goes past the buffer.
+            to = rng.choice(
+                [end for end in ends if end > at][:1] * 4 + [at + size for size in (1, 2, 3, 5, 50, 400, 1500)]
+            )
+            self.link.dataReceived(stream[at:to])
+            at = to
+        self.assertEqual(self.idem_keys(), [str(number) for number in range(60)])
+
+    def test_trailing_frames(self) -> None:
+        """A chunk of a whole frame, another and half a third serves two, and the third when it is whole."""
+        stream = _prefixed(*self.frames(3))
+        self.link.dataReceived(stream[:-100])
+        self.assertEqual(self.idem_keys(), ["0", "1"])
+        self.link.dataReceived(stream[-100:])
+        self.assertEqual(self.idem_keys(), ["0", "1", "2"])
+
+    def test_a_whole_frame_while_paused(self) -> None:
+        """What still comes after the reading has stopped waits until it goes on, also a whole frame alone."""
+        self.link.pauseProducing()
+        for frame in self.frames(2):
+            self.deliver(frame)
+        self.assertEqual(self.idem_keys(), [])
+        self.link.resumeProducing()
+        self.assertEqual(self.idem_keys(), ["0", "1"])
+
+    def test_a_whole_frame_inside_another(self) -> None:
+        """A chunk that looks like a whole frame is none where it is the rest of another."""
+        within = _prefixed(*self.frames(1))
+        self.link.dataReceived(len(within).to_bytes(4, "big"))
+        self.link.dataReceived(within)
+        self.assertEqual((self.idem_keys(), self.error_codes()), ([], ["bad_json"]))
+
+    def test_the_limit(self) -> None:
+        """A body of exactly the limit is served; it may be filled up with white space."""
+        (frame,) = self.frames(1)
+        self.deliver(frame + b" " * (self.bounds.frame_size - len(frame)))
+        self.assertEqual(self.idem_keys(), ["0"])
+
+    def test_over_the_limit(self) -> None:
+        """A longer one is refused on its four bytes alone, unsigned, and the link is closed."""
+        too_long = self.bounds.frame_size + 1
+        for length, body in ((too_long, b""), (too_long, b" " * too_long), (2**31, b""), (2**32 - 1, b"")):
+            self.setUp()
+            self.link.dataReceived(length.to_bytes(4, "big") + body)
+            (error,) = self.written()
+            self.assertEqual(error["payload"]["code"], "toolarge")
+            self.assertEqual(error["payload"]["details"], {"retryable": False, "limit": 65536})
+            self.assertNotIn("auth", error)
+            self.assertNotIn("ack_of", error)
+            self.assert_closed("toolarge")
+            self.assertEqual(self.counters.met, {"frame_size": 1})
+
+    def test_length_zero(self) -> None:
+        """A length of 0 is bad_json of the rule syntax, and closes."""
+        self.link.dataReceived(bytes(4))
+        (error,) = self.written()
+        self.assertEqual((error["payload"]["code"], error["payload"]["details"]["rule"]), ("bad_json", "syntax"))
+        self.assert_closed("bad_json")
+
+    def test_nothing_behind_a_bad_frame(self) -> None:
+        """Frames behind one that closes, in its chunk or a later one, are not looked at, nor the ones before again."""
+        for bad, code in (
+            (lambda: _prefixed(b"{}x"), "bad_json"),
+            (lambda: _prefixed(b'{"a":1}'), "auth_required"),
+            (lambda: _prefixed(self.frame(COMMAND_PUSH, _push()).replace(b'"a.b"', b'"a.c"')), "auth_bad"),
+            (lambda: _prefixed(self.frame(COMMAND_PUSH, _push(), dst="engine")), "forbidden"),
+            (lambda: _prefixed(*[self.frame(HEALTH_CHECK, id="twice")] * 2), "replay"),
+            (lambda: b"\xff\xff\xff\xff", "toolarge"),
+            (lambda: bytes(4), "bad_json"),
+        ):
+            self.setUp()
+            before, after = self.frames(2)
+            self.link.dataReceived(_prefixed(before) + bad() + _prefixed(after))
+            with self.subTest(code=code):
+                self.assertEqual(self.idem_keys(), ["0"])
+                self.assertEqual(self.error_codes(), [code])
+                self.deliver(after)
+                self.link.dataReceived(b"\0" * 10)
+                self.time.advance(1)
+                self.assertEqual((self.idem_keys(), self.written()), (["0"], []))
+
+    def test_a_frame_that_takes_too_long(self) -> None:
+        """A frame not whole 10 s after its first byte closes the link; it was no refusal, so a reconnect is fast."""
+        self.prove()
+        (frame,) = self.frames(1)
+        stream = _prefixed(frame)
+        for at in range(10):
+            self.link.dataReceived(stream[at : at + 1])
+            self.time.advance(0.999)
+        self.assertFalse(self.transport.disconnecting)
+        self.time.advance(0.1)
+        self.assert_closed("too long")
+        self.assertFalse(self.link.is_slow)
+        self.assertEqual(self.counters.met, {"frame": 1})
+
+    def test_refusals_are_counted(self) -> None:
+        """The codes that we answered with, and the frames either way, are counted."""
+        self.say(COMMAND_PUSH, {})
+        self.say("moon.landing")
+        self.say("moon.landing")
+        self.assertEqual(self.counters.errors_out, {"bad_payload": 1, "unsupported_type": 2})
+        self.assertEqual((self.counters.frames_in, self.counters.frames_out), (3, 4))
+        self.assert_open()
+
+
+class ProofTests(LinkTestCase):
+    """The challenge and what it is worth."""
+
+    role: Role = "engine"
+
+    def test_the_challenge(self) -> None:
+        """At the connect a signed health check goes out, at once and alone."""
+        said = {name: self.challenge[name] for name in ("type", "src", "dst", "payload", "v", "ts")}
+        self.assertEqual(
+            said, {"type": HEALTH_CHECK, "src": "engine", "dst": "server", "payload": {}, "v": 1, "ts": _NOW}
+        )
+        self.assertEqual(self.challenge["auth"]["key_id"], "k1")
+
+    def test_nobody_can_foresee_it(self) -> None:
+        """Its id is drawn so that nobody can know it before from other ids; so are those of later health checks."""
+        with mock.patch.object(envelope, "unguessable_id", lambda ms: f"nobody-knows-{ms}"):
+            link = self.make_link(self.role)
+            transport = StringTransport()
+            link.makeConnection(transport)
+        self.assertIn(b'"id":"nobody-knows-%d"' % (_NOW * 1000), transport.value())
+
+    def test_a_mute_port(self) -> None:
+        """An engine that gets not a byte says that it may be another port; one that gets some bytes does not."""
+        self.time.advance(self.link.session.timing.proof)
+        self.assert_closed("was not answered in time: nothing came at all: see whether this is the port on which")
+        for some, told in (
+            (b"", "no valid frame came: nothing came at all: see whether"),
+            (b"\0\0", "no valid frame came"),
+        ):
+            link = self.make_link(self.role)
+            # The link is a little older than its health check.
+            self.time.advance(0.1)
+            link.makeConnection(StringTransport())
+            link.dataReceived(some)
+            self.time.advance(link.session.timing.proof - 0.1)
+            self.assertTrue(link.why.startswith(told), link.why)
+            self.assertEqual("see whether" in link.why, not some)
+
+    def test_another_protocol(self) -> None:
+        """First bytes that no frame begins with are told with what speaks so; a frame that is too long is none."""
+        for first, told in (
+            (b"HTTP/1.1 400 Bad Request\r\n", ": it begins with b'HTTP' and speaks HTTP: see whether this is the port"),
+            (b"\x15\x03\x03\x00\x02\x02\x0a", " and speaks TLS: see whether this is the port"),
+            (b"SSH-2.0-x\r\n", ": it begins with b'SSH-' and speaks another protocol: see whether this is the port"),
+            (b"\0\xff\xff\xff", None),
+        ):
+            with self.subTest(first=first), capturedLogs() as logs:
+                link = self.make_link(self.role)
+                link.makeConnection(StringTransport())
+                link.dataReceived(first)
+            (line,) = (event["log_format"].format(**event) for event in logs)
+            self.assertIn("refused, toolarge", line)
+            self.assertIn(told or "", line)
+            self.assertEqual("speaks" in line, told is not None)
+
+    def test_answered(self) -> None:
+        """The answer proves the link, once, and tells who the peer is."""
+        self.assertEqual(self.events.happened, ["made"])
+        self.prove(name="s1", role="server", frame_size_limit=8192)
+        self.assertEqual(self.events.happened, ["made", "proven"])
+        self.assertEqual(self.link.peer["name"], "s1")
+        self.assertEqual(self.link.session.max_frame, 8192)
+        self.assertIs(self.link.session.state, State.PROVEN)
+        self.assertIn("s1", str(self.link))
+
+    def test_unsupported_type_proves_too(self) -> None:
+        """A signed unsupported_type answers the challenge; nothing is known of the peer then."""
+        payload = {"code": "unsupported_type", "message": "m", "details": {}}
+        self.say("s2s.error", payload, ack_of=self.challenge["id"])
+        self.assertEqual(self.events.happened, ["made", "proven"])
+        self.assertEqual(self.link.peer, {})
+        self.assertFalse(self.link.is_slow)
+        self.time.advance(6)
+        self.assert_open()
+
+    def test_refused(self) -> None:
+        """Any other signed error in answer closes the link, for a slow reconnect."""
+        for code in ("forbidden", "ts_skew", "overloaded", "made_up"):
+            self.setUp()
+            payload = {"code": code, "message": "m", "details": {}}
+            self.say("s2s.error", payload, ack_of=self.challenge["id"])
+            self.assert_closed()
+            self.assertTrue(self.link.is_slow)
+            self.assertNotIn("proven", self.events.happened)
+
+    def test_answered_by_nonsense(self) -> None:
+        """An answer of another type, or whose payload its schema refuses, is no proof and closes."""
+        for type, payload in (("s2s.ack", {}), (HEALTH_ACK, {"role": "moon"}), (HEALTH_ACK, {**_HEALTH, "name": ""})):
+            self.setUp()
+            self.say(type, payload, ack_of=self.challenge["id"])
+            self.assert_closed()
+            self.assertTrue(self.link.is_slow)
+            self.assertNotIn("proven", self.events.happened)
+
+    def test_not_answered(self) -> None:
+        """Without an answer the link is closed after 5 s, whatever else came, for a slow reconnect."""
+        for chatter in (False, True):
+            self.setUp()
+            self.time.advance(4.9)
+            if chatter:
+                self.say(HEALTH_CHECK)
+                self.say(HEALTH_ACK, _HEALTH, ack_of="another")
+                self.say(HEALTH_ACK, _HEALTH)
+            self.assertFalse(self.transport.disconnecting)
+            self.time.advance(0.2)
+            self.assert_closed()
+            self.assertTrue(self.link.is_slow)
+            self.assertEqual(self.counters.met["proof"] + self.counters.met["call"], 1)
+
+    def test_an_unsigned_error_answers_nothing(self) -> None:
+        """An unsigned error that names the challenge proves nothing and refuses nothing."""
+        payload = {"code": "unsupported_type", "message": "m", "details": {}}
+        self.say("s2s.error", payload, ack_of=self.challenge["id"], key=None)
+        self.assertEqual(self.events.happened, ["made"])
+        self.assertTrue(self.link.is_slow)
+        self.prove()
+        self.assertEqual(self.events.happened, ["made", "proven"])
+        self.assertFalse(self.link.is_slow)
+
+    def test_control_before_the_proof(self) -> None:
+        """Before the proof a sweep is not_ready, and after it one of the same link is served."""
+        self.say(SWEEP, {"since_ts": 0})
+        (error,) = self.written()
+        self.assertEqual((error["payload"]["code"], error["ack_of"]), ("not_ready", "p1"))
+        self.prove()
+        self.say(SWEEP, {"since_ts": 0})
+        self.assertEqual(len(self.served), 1)
+
+    def test_control_older_than_the_proof(self) -> None:
+        """A sweep recorded before this link is a replay, and closes it."""
+        self.time.advance(2)
+        self.prove()
+        self.say(SWEEP, {"since_ts": 0}, ts=_NOW + 1)
+        self.assertEqual((self.error_codes(), self.served), (["replay"], []))
+        self.assert_closed("replay")
+
+    def test_third_skew_closes(self) -> None:
+        """Two stale requests leave the link up, the third is answered and closes it."""
+        self.prove()
+        for _ in range(2):
+            self.say(SWEEP, {"since_ts": 0}, ts=_NOW - 301)
+            self.assertFalse(self.transport.disconnecting)
+        self.say(SWEEP, {"since_ts": 0}, ts=_NOW - 301)
+        self.assertEqual(self.error_codes(), ["ts_skew"] * 3)
+        self.assert_closed("ts_skew")
+        self.assertEqual(self.counters.met, {"ts_skew": 1})
+
+    def test_closed_as_it_is_made(self) -> None:
+        """A link that is turned away at the connect sends no challenge."""
+        self.events.on_made = lambda link: link.close("too many")
+        link, transport = self.make_link("server"), StringTransport()
+        link.makeConnection(transport)
+        self.assertEqual((transport.value(), transport.disconnecting), (b"", True))
+
+    def test_our_own_frames_sent_back(self) -> None:
+        """A mirror is refused: our own challenge that comes back is forbidden."""
+        self.deliver(canonical.dumps(self.challenge))
+        (error,) = self.written()
+        self.assertEqual((error["payload"]["code"], error["ack_of"]), ("forbidden", self.challenge["id"]))
+        self.assert_closed("forbidden")
+
+
+class SilenceTests(LinkTestCase):
+    """Health checks on silence."""
+
+    def setUp(self) -> None:
+        """Prove the link."""
+        super().setUp()
+        self.prove()
+
+    def advance(self, seconds: float) -> list[str]:
+        """Let time pass in small steps, and give the types of what was written."""
+        for _ in range(round(seconds * 10)):
+            self.time.advance(0.1)
+        return [each["type"] for each in self.written()]
+
+    def test_a_check_on_silence(self) -> None:
+        """After 10 s without a frame one health check goes out; answered, the next comes 10 s later."""
+        self.assertEqual(self.advance(9.9), [])
+        self.time.advance(0.2)
+        (check,) = self.written()
+        self.assertEqual(check["type"], HEALTH_CHECK)
+        self.say(HEALTH_ACK, _HEALTH, ack_of=check["id"])
+        self.assertEqual(self.advance(9.8), [])
+        self.assertEqual(self.advance(0.4), [HEALTH_CHECK])
+        self.assertEqual(self.events.happened, ["made", "proven"])
+
+    def test_three_unanswered(self) -> None:
+        """Three checks go out one after the other, 3 s each, then the link is aborted: in under 35 s."""
+        self.assertEqual(self.advance(18.5), [HEALTH_CHECK] * 3)
+        self.assertFalse(self.transport.disconnected)
+        self.advance(1)
+        self.assertTrue(self.transport.disconnected)
+        self.assertIn("3 health checks", self.link.why)
+        self.assertFalse(self.link.is_slow)
+        self.assertEqual(self.counters.met, {"call": 3, "silence": 1})
+
+    def test_any_frame_ends_silence(self) -> None:
+        """A peer that sends anything valid in between is not given up."""
+        for _ in range(10):
+            self.advance(8)
+            self.say(COMMAND_PUSH, {})
+            self.assertEqual([each["type"] for each in self.written()], ["s2s.error"])
+        self.assert_open()
+
+    def test_a_frame_ends_the_round_of_checks(self) -> None:
+        """A peer that left checks unanswered and then sends a frame has 10 s of silence again before it is asked."""
+        self.assertEqual(self.advance(17), [HEALTH_CHECK] * 3)
+        self.say(HEALTH_ACK, _HEALTH, ack_of="another")
+        self.assertEqual(self.advance(9.5), [])
+        self.assert_open()
+
+    def test_a_refused_check_is_an_answer(self) -> None:
+        """A peer that answers a check by any signed error lives."""
+        self.advance(10.1)
+        for _ in range(3):
+            (check,) = self.link.session.calls._pending.values()
+            payload = {"code": "overloaded", "message": "m", "details": {}}
+            self.say("s2s.error", payload, ack_of=check.id)
+            self.advance(10.1)
+        self.assertFalse(self.transport.disconnecting)
+
+
+class CallTests(LinkTestCase):
+    """Requests of ours."""
+
+    role: Role = "engine"
+    bounds = Bounds(window_frames=3, line_calls=4)
+
+    def setUp(self) -> None:
+        """Prove the link."""
+        super().setUp()
+        self.prove()
+
+    def push(self, key: str = "k", **more: Any) -> tuple[Deferred[Any], str]:
+        """Push a command, and give the call and the id under which it went out."""
+        call = self.link.call(COMMAND_PUSH, _push(key), **more)
+        (frame,) = self.written()
+        return call, frame["id"]
+
+    def test_answered(self) -> None:
+        """A call sends one signed request and gives the payload of its reply, members we do not know included."""
+        call = self.link.call(COMMAND_PUSH, _push("k", n=1))
+        (frame,) = self.written()
+        self.assertEqual((frame["type"], frame["payload"]), (COMMAND_PUSH, _push("k", n=1)))
+        self.assertNotIn("ack_of", frame)
+        self.assertNoResult(call)
+        self.say("s2s.ack", {**_ACK, "news": [1]}, ack_of=frame["id"])
+        self.assertEqual(self.successResultOf(call), {**_ACK, "news": [1]})
+
+    def test_any_order(self) -> None:
+        """Replies may come in any order, and each finds its call."""
+        calls = [self.push(str(at)) for at in range(3)]
+        for at in (2, 0, 1):
+            self.say("s2s.ack", {**_ACK, "cmd_id": at + 1}, ack_of=calls[at][1])
+        self.assertEqual([self.successResultOf(call)["cmd_id"] for call, _ in calls], [1, 2, 3])
+
+    def test_ids_are_new(self) -> None:
+        """Every transmission has an id of its own, and ts never goes back."""
+        ids = {self.push()[1] for _ in range(3)}
+        self.assertEqual(len(ids), 3)
+
+    def test_the_ts_of_a_reply_is_not_checked(self) -> None:
+        """A reply may have any ts."""
+        call, message_id = self.push()
+        self.say("s2s.ack", _ACK, ack_of=message_id, ts=5)
+        self.successResultOf(call)
+
+    def test_refused(self) -> None:
+        """A signed error fails the call with its code, message and details; the link stays up."""
+        call, message_id = self.push()
+        self.say("s2s.error", {"code": "paused", "message": "m", "details": {"retry_after_ms": 5}}, ack_of=message_id)
+        error = self.failureResultOf(call, Refused).value
+        self.assertEqual((error.code, error.retryable, error.retry_after_ms), ("paused", True, 5))
+        self.assert_open()
+        self.assertFalse(self.link.is_slow)
+
+    def test_codes_for_a_slow_reconnect(self) -> None:
+        """After forbidden and ts_skew a reconnect waits long."""
+        for code in ("forbidden", "ts_skew"):
+            self.link.is_slow = False
+            call, message_id = self.push()
+            self.say("s2s.error", {"code": code, "message": "m", "details": {}}, ack_of=message_id)
+            self.failureResultOf(call, Refused)
+            self.assertTrue(self.link.is_slow)
+
+    def test_bad_replies(self) -> None:
+        """A reply of the wrong type, or with a bad payload, fails the call as no success; the link stays up."""
+        for type, payload in (
+            (HEALTH_ACK, _HEALTH),
+            (COMMAND_PUSH, _push()),
+            ("moon.ack", _ACK),
+            ("s2s.ack", {}),
+            ("s2s.ack", {**_ACK, "accepted": False}),
+            ("s2s.ack", {**_ACK, "cmd_id": True}),
+            ("s2s.error", {}),
+            ("s2s.error", {"code": "Bad Code", "message": "m", "details": {}}),
+        ):
+            with self.subTest(type=type, payload=payload):
+                call, message_id = self.push()
+                self.say(type, payload, ack_of=message_id)
+                self.failureResultOf(call, BadReply)
+                self.assert_open()
+
+    def test_replies_nobody_asked_for(self) -> None:
+        """A reply to nothing, or a second one, is counted and dropped, and the link stays up."""
+        call, message_id = self.push()
+        self.say("s2s.ack", _ACK, ack_of="nothing")
+        self.say("s2s.ack", _ACK)
+        self.say("s2s.error", {"code": "paused", "message": "m", "details": {}}, ack_of="nothing")
+        self.assertNoResult(call)
+        self.say("s2s.ack", _ACK, ack_of=message_id)
+        self.say("s2s.ack", {**_ACK, "cmd_id": 2}, ack_of=message_id)
+        self.assertEqual(self.successResultOf(call)["cmd_id"], 1)
+        self.assertEqual((self.counters.orphan_replies, self.written()), (4, []))
+        self.assert_open()
+
+    def test_an_unsigned_ack(self) -> None:
+        """An unsigned ack that names a pending request is no success: it is auth_required, and closes."""
+        call, message_id = self.push()
+        self.say("s2s.ack", _ACK, ack_of=message_id, key=None)
+        self.failureResultOf(call, LinkLost)
+        self.assertEqual(self.error_codes(), ["auth_required"])
+        self.assert_closed()
+
+    def test_a_wrongly_signed_ack(self) -> None:
+        """An ack signed by a key that is not ours is no success either."""
+        call, message_id = self.push()
+        forged = Key("k1", Secret(b"f" * 32), "any", 0.0)
+        self.say("s2s.ack", _ACK, ack_of=message_id, key=forged)
+        self.failureResultOf(call, LinkLost)
+        self.assertEqual(self.error_codes(), ["auth_bad"])
+
+    def test_unsigned_errors(self) -> None:
+        """One unsigned error changes nothing but the class of reconnecting; the second closes; neither is answered."""
+        call, message_id = self.push()
+        said = {"code": "idem_conflict", "message": "m", "details": {}}
+        self.say("s2s.error", said, ack_of=message_id, key=None)
+        self.assertNoResult(call)
+        self.assertTrue(self.link.is_slow)
+        self.assertEqual((self.counters.unsigned_errors, self.written()), (1, []))
+        self.deliver(b'{"type":"s2s.error","payload":7}')
+        self.assertEqual((self.counters.unsigned_errors, self.written()), (2, []))
+        self.failureResultOf(call, LinkLost)
+        self.assert_closed("unsigned")
+        self.assertEqual(self.counters.met, {"unsigned_errors": 1})
+
+    def test_an_unsigned_auth_bad(self) -> None:
+        """That the peer does not accept our key is a line that names the key and the cure."""
+        with capturedLogs() as logs:
+            self.say("s2s.error", {"code": "auth_bad", "message": "m", "details": {}}, key=None)
+        (line,) = (event["log_format"].format(**event) for event in logs)
+        self.assertIn("an unsigned error says 'auth_bad': it does not accept our key k1; both sides need one key", line)
+
+    def test_deadline(self) -> None:
+        """After 3 s, or what the caller says, a call fails with its outcome unknown, and its late reply is dropped."""
+        call, message_id = self.push()
+        short, _ = self.push(timeout=0.5)
+        self.time.advance(0.5)
+        self.failureResultOf(short, DeadlinePassed)
+        self.time.advance(2.4)
+        self.assertNoResult(call)
+        self.time.advance(0.2)
+        self.failureResultOf(call, DeadlinePassed)
+        self.say("s2s.ack", _ACK, ack_of=message_id)
+        self.assertEqual((self.counters.orphan_replies, self.counters.met), (1, {"call": 2}))
+        self.assert_open()
+
+    def test_window(self) -> None:
+        """With the window full calls wait in line, and one goes out for each that ends, in order."""
+        flying = [self.push(str(at)) for at in range(3)]
+        waiting = [self.link.call(COMMAND_PUSH, _push(str(at))) for at in range(3, 6)]
+        self.assertEqual(self.written(), [])
+        self.say("s2s.ack", _ACK, ack_of=flying[1][1])
+        self.say("s2s.error", {"code": "paused", "message": "m", "details": {}}, ack_of=flying[0][1])
+        sent = self.written()
+        self.assertEqual([each["payload"]["idem_key"] for each in sent], ["3", "4"])
+        self.failureResultOf(flying[0][0], Refused)
+        self.say("s2s.ack", {**_ACK, "cmd_id": 9}, ack_of=sent[0]["id"])
+        self.assertEqual(self.successResultOf(waiting[0])["cmd_id"], 9)
+
+    def test_the_next_goes_out_before_the_caller_goes_on(self) -> None:
+        """A call made by the callback of a reply stands behind the line."""
+        flying = [self.push(str(at)) for at in range(3)]
+        self.link.call(COMMAND_PUSH, _push("line")).addErrback(lambda failure: None)
+        flying[0][0].addCallback(lambda _: self.link.call(COMMAND_PUSH, _push("new")))
+        self.say("s2s.ack", _ACK, ack_of=flying[0][1])
+        self.assertEqual([each["payload"]["idem_key"] for each in self.written()], ["line"])
+        self.say("s2s.ack", _ACK, ack_of=flying[1][1])
+        self.assertEqual([each["payload"]["idem_key"] for each in self.written()], ["new"])
+
+    def test_deadline_in_line(self) -> None:
+        """A call whose time runs out in line is never written, and frees the line."""
+        flying = [self.push(str(at), timeout=9) for at in range(3)]
+        late = self.link.call(COMMAND_PUSH, _push("late"), timeout=1)
+        self.time.advance(1)
+        self.failureResultOf(late, DeadlinePassed)
+        self.say("s2s.ack", _ACK, ack_of=flying[0][1])
+        self.assertEqual(self.written(), [])
+
+    def test_a_deadline_lets_the_next_go(self) -> None:
+        """A call that ends by its deadline makes room for the line."""
+        for at in range(3):
+            self.push(str(at), timeout=1)[0].addErrback(lambda failure: None)
+        self.link.call(COMMAND_PUSH, _push("next"))
+        self.time.advance(1)
+        self.assertEqual([each["payload"]["idem_key"] for each in self.written()], ["next"])
+
+    def test_line_full(self) -> None:
+        """Beyond the line's bound a call fails at once, and what stands in line is not touched."""
+        calls = [self.link.call(COMMAND_PUSH, _push(str(at))) for at in range(7)]
+        self.failureResultOf(self.link.call(COMMAND_PUSH, _push("8")), LineFull)
+        for call in calls:
+            self.assertNoResult(call)
+        self.assertEqual(self.counters.met, {"window": 4, "line": 1})
+
+    def test_health_checks_pass_the_line(self) -> None:
+        """With the window full a health check goes out at once."""
+        for at in range(5):
+            self.link.call(COMMAND_PUSH, _push(str(at)))
+        self.written()
+        self.link.call(HEALTH_CHECK, {})
+        self.assertEqual([each["type"] for each in self.written()], [HEALTH_CHECK])
+
+    def test_link_lost(self) -> None:
+        """When the link is lost every call, in flight or in line, fails at once and once; later ones fail too."""
+        calls = [self.link.call(COMMAND_PUSH, _push(str(at))) for at in range(6)]
+        outcomes: list[Any] = []
+        for call in calls:
+            call.addBoth(outcomes.append)
+        self.lose()
+        self.assertEqual([type(each.value) for each in outcomes], [LinkLost] * 6)
+        self.failureResultOf(self.link.call(COMMAND_PUSH, _push()), LinkLost)
+        self.assertEqual(self.events.happened, ["made", "proven", "lost"])
+        self.time.advance(100)
+        self.assertEqual((len(outcomes), self.time.getDelayedCalls()), (6, []))
+
+    def test_an_errback_that_calls_again(self) -> None:
+        """A caller that tries again at once on a lost link gets one failure for each try, and no endless loop."""
+        tries: list[Any] = []
+
+        def again(failure: Failure) -> Any:
+            tries.append(failure.value)
+            return self.link.call(COMMAND_PUSH, _push()).addErrback(tries.append) if len(tries) == 1 else None
+
+        self.link.call(COMMAND_PUSH, _push()).addErrback(again)
+        self.lose()
+        self.assertEqual(len(tries), 2)
+
+    def test_local_errors(self) -> None:
+        """What may not be said fails here, with nothing written and nothing pending."""
+        for type, payload, error in (
+            (COMMAND_PUSH, {}, InvalidPayload),
+            (COMMAND_PUSH, {**_push(), "urgent": 1}, InvalidPayload),
+            (COMMAND_PUSH, _push(n=1.5), CanonicalError),
+            (COMMAND_PUSH, _push(n=2**53), CanonicalError),
+            (COMMAND_PUSH, _push(deep=json.loads("[" * 30 + "]" * 30)), CanonicalError),
+            (COMMAND_PUSH, _push(text="x" * 65536), TooBigToSend),
+        ):
+            failure = self.failureResultOf(self.link.call(type, payload), error)
+            self.assertTrue(str(failure.value))
+        self.assertEqual((self.written(), self.link.session.calls.in_flight), ([], 0))
+
+    def test_the_peers_limit(self) -> None:
+        """A frame beyond what the peer announced is not sent, one below it is, and a later word of the peer counts."""
+        self.setUp()
+        self.written()
+        check = self.link.call(HEALTH_CHECK, {})
+        (frame,) = self.written()
+        self.say(HEALTH_ACK, {**_HEALTH, "frame_size_limit": 4096}, ack_of=frame["id"])
+        self.successResultOf(check)
+        self.failureResultOf(self.link.call(COMMAND_PUSH, _push(text="x" * 4000)), TooBigToSend)
+        self.link.call(COMMAND_PUSH, _push(text="x" * 3500))
+        self.assertLess(len(self.transport.value()), 4100)
+
+    def test_no_key_to_sign_with(self) -> None:
+        """Without a key that may sign nothing is written, the call fails, and the link is closed."""
+        self.keys.keyring = Keyring()
+        self.failureResultOf(self.link.call(COMMAND_PUSH, _push()), LinkLost)
+        self.assertEqual(self.written(), [])
+        self.assertIs(self.link.session.state, State.CLOSING)
+
+    def test_rotation(self) -> None:
+        """A new key signs the very next frame, on the link that stands."""
+        self.keys.keyring = Keyring([_KEY, Key("k2", Secret(b"2" * 32), "any", 1.0, is_default_tx=True)])
+        self.link.call(COMMAND_PUSH, _push())
+        self.assertEqual([each["auth"]["key_id"] for each in self.written()], ["k2"])
+
+
+class ResponderTests(LinkTestCase):
+    """Requests of the peer's."""
+
+    def setUp(self) -> None:
+        """Prove the link."""
+        super().setUp()
+        self.prove()
+
+    def push_all(self, count: int) -> None:
+        """Let pushes p1, p2, ... arrive."""
+        first = self.number
+        for at in range(first, first + count):
+            self.say(COMMAND_PUSH, _push(str(at)))
+
+    def test_answers(self) -> None:
+        """Each request is answered once, under its id, signed, when its answer is there, in any order."""
+        self.push_all(3)
+        ids = [request.envelope.id for request in self.served]
+        for at in (1, 2, 0):
+            self.answers[at].callback({**_ACK, "cmd_id": at + 1})
+        told = [(each["type"], each["ack_of"], each["payload"]["cmd_id"]) for each in self.written()]
+        self.assertEqual(told, [("s2s.ack", ids[at], at + 1) for at in (1, 2, 0)])
+        self.assertEqual(self.link.session._held, {})
+
+    def test_answers_at_once(self) -> None:
+        """A responder may answer by a value, or by a Deferred that has fired."""
+        for answer in (_ACK, succeed(_ACK)):
+            self.respond = lambda request, answer=answer: answer
+            self.say(COMMAND_PUSH, _push())
+            self.assertEqual([each["payload"] for each in self.written()], [_ACK])
+
+    def test_refusals(self) -> None:
+        """A WireError of a responder, raised or later, is the answer with its code and details; the link stays up."""
+        self.respond = lambda request: fail(Overloaded("full", retry_after_ms=7))
+        self.say(COMMAND_PUSH, _push())
+        (error,) = self.written()
+        self.assertEqual(error["payload"]["details"], {"retryable": True, "retry_after_ms": 7})
+        self.assertEqual((error["ack_of"], error["auth"]["key_id"]), ("p2", "k1"))
+
+        def refuse(request: Request) -> Any:
+            raise BadPayload("wrong", path="/payload/payload/n")
+
+        self.respond = refuse
+        self.say(COMMAND_PUSH, _push())
+        self.assertEqual(self.error_codes(), ["bad_payload"])
+        self.assert_open()
+
+    def test_a_refusal_that_closes(self) -> None:
+        """A responder's error that closes is answered, and then the link is closed."""
+        self.respond = lambda request: fail(Forbidden("no"))
+        self.say(COMMAND_PUSH, _push())
+        self.assertEqual(self.error_codes(), ["forbidden"])
+        self.assert_closed("forbidden")
+
+    def test_an_exception(self) -> None:
+        """An unexpected exception is internal_error with an incident that our log has, and tells the peer nothing."""
+        logged: list[Any] = []
+        globalLogPublisher.addObserver(logged.append)
+        self.addCleanup(globalLogPublisher.removeObserver, logged.append)
+        for respond in (self.stumble, lambda request: fail(ZeroDivisionError("hunter2"))):
+            self.respond = respond
+            self.say(COMMAND_PUSH, _push())
+            self.assertNotIn(b"hunter2", self.transport.value())
+            self.assertNotIn(b"ZeroDivision", self.transport.value())
+            (error,) = self.written()
+            self.assertEqual((error["payload"]["code"], error["ack_of"]), ("internal_error", f"p{self.number}"))
+            incident = error["payload"]["details"]["incident"]
+            self.assertEqual(len([event for event in logged if event.get("incident") == incident]), 1)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 2)
+        self.assert_open()
+
+    def stumble(self, request: Request) -> Any:
+        """Raise what nobody expects."""
+        raise ZeroDivisionError("hunter2")
+
+    def test_answers_that_cannot_be_sent(self) -> None:
+        """An answer that canonical JSON cannot say, or that is too big, becomes internal_error."""
+        for answer, error in (
+            ({**_ACK, "cost": 1.5}, CanonicalError),
+            (None, CanonicalError),
+            ({**_ACK, "text": "x" * 70000}, TooBigToSend),
+        ):
+            self.respond = lambda request, answer=answer: answer
+            self.say(COMMAND_PUSH, _push())
+            self.assertEqual(self.error_codes(), ["internal_error"])
+            self.assertEqual(len(self.flushLoggedErrors(error)), 1)
+        self.assertEqual(self.link.session._held, {})
+
+    def test_too_slow(self) -> None:
+        """A request not answered within 10 s is deadline_exceeded, once; the late answer, or failure, is dropped."""
+        self.push_all(2)
+        ids = [request.envelope.id for request in self.served]
+        for _ in range(99):
+            self.time.advance(0.1)
+        self.assertEqual(self.error_codes(), [])
+        self.time.advance(0.2)
+        errors = [each for each in self.written() if each["type"] == "s2s.error"]
+        self.assertEqual([each["payload"]["code"] for each in errors], ["deadline_exceeded"] * 2)
+        self.assertEqual(self.counters.met["respond"], 2)
+        self.assertEqual([each["ack_of"] for each in errors], ids)
+        self.answers[0].callback(_ACK)
+        self.answers[1].errback(Overloaded("late"))
+        self.time.advance(1)
+        self.assertEqual([each for each in self.written() if "ack_of" in each], [])
+
+    def test_answers_to_a_link_that_is_gone(self) -> None:
+        """An answer that comes when the link is closing or lost is dropped."""
+        self.push_all(3)
+        self.link.close("test")
+        self.answers[0].callback(_ACK)
+        self.lose()
+        self.answers[1].callback(_ACK)
+        self.answers[2].errback(Overloaded("late"))
+        self.assertEqual(self.written(), [])
+
+    def test_health_is_answered_at_once(self) -> None:
+        """A health check is answered while other requests wait."""
+        self.push_all(5)
+        self.assert_open()
+
+    def make_sending_link(self) -> tuple[Link, Any]:
+        """Make a link on a transport that tells one send from the next; its challenge is sent."""
+        transport: Any = Descriptor()
+        link = self.make_link(self.role)
+        link.makeConnection(transport)
+        transport.reactor.turn()
+        transport.sends.clear()
+        return link, transport
+
+    def test_answers_of_a_chunk(self) -> None:
+        """What answers the frames of one chunk is sent together at its end, unless a request is still held."""
+        link, transport = self.make_sending_link()
+        pushes = [_prefixed(self.frame(COMMAND_PUSH, _push(), id=f"m{at}")) for at in range(9)]
+
+        def sent() -> list[list[str]]:
+            """Say which requests were answered, or were said to be too long, by each send since the last time."""
+            told = [[each.get("ack_of", each["type"]) for each in _split(send)] for send in transport.sends]
+            transport.sends.clear()
+            return told
+
+        def answered(*chunks: bytes) -> list[list[str]]:
+            for chunk in chunks:
+                link.dataReceived(chunk)
+            return sent()
+
+        self.respond = lambda _: _ACK
+        self.assertEqual(answered(b"".join(pushes[:3])), [["m0", "m1", "m2"]])
+        self.assertEqual(answered(pushes[3]), [["m3"]])
+        self.assertEqual(answered(pushes[4][:9], pushes[4][9:]), [["m4"]])
+        self.respond = lambda request: self.respond_later(request) if request.envelope.id == "m5" else _ACK
+        self.assertEqual(answered(b"".join(pushes[5:7])), [])
+        transport.reactor.turn()
+        self.assertEqual(sent(), [["m6"]])
+        self.answers[0].callback(_ACK)
+        self.assertEqual(sent(), [["m5"]])
+        # The second one closes the link, and the last one comes too late.
+        too_long = (link.MAX_LENGTH + 1).to_bytes(4, "big")
+        self.assertEqual(answered(pushes[7] + too_long + pushes[8]), [])
+        transport.reactor.turn()
+        self.assertEqual(sent(), [["m7", "s2s.error"]])
+
+    def test_an_error_of_ours_in_a_chunk(self) -> None:
+        """An error of ours that Twisted is told of delays no answer after it."""
+        link, transport = self.make_sending_link()
+        self.respond = lambda _: _ACK
+        with mock.patch.object(link, "stringReceived", side_effect=ZeroDivisionError):
+            self.assertRaises(ZeroDivisionError, link.dataReceived, _prefixed(b"{}", b"{}"))
+        link.recvd = b""
+        link.dataReceived(_prefixed(self.frame(COMMAND_PUSH, _push())))
+        self.assertEqual(len(transport.sends), 1)
+
+
+class HeldTests(LinkTestCase):
+    """Backpressure: what we hold stops our reading, and nothing is lost or comes twice."""
+
+    def setUp(self) -> None:
+        """Prove the link, and make a stream of 3,000 pushes."""
+        super().setUp()
+        self.prove()
+        self.total = 3000
+        self.stream = _prefixed(*(self.frame(COMMAND_PUSH, _push(str(at))) for at in range(self.total)))
+
+    def test_reading_stops_and_goes_on(self) -> None:
+        """At 1024 held requests reading stops; answered in any order, each of 3,000 is served once and in order."""
+        self.link.dataReceived(self.stream)
+        self.assertEqual((len(self.served), self.transport.producerState), (1024, "paused"))
+        rng, waiting, replies = random.Random(2), dict[int, Deferred[Any]](), 0
+        while True:
+            waiting |= {at: each for at, each in enumerate(self.answers) if not each.called}
+            if not waiting:
+                break
+            for at in rng.sample(sorted(waiting), min(len(waiting), rng.choice((1, 3, 500, 1024)))):
+                waiting.pop(at).callback(_ACK)
+                replies += 1
+            self.time.advance(0)
+            self.assertLessEqual(len(self.served) - replies, 1024)
+        self.assert_all_once()
+        self.assertEqual(self.transport.producerState, "producing")
+        self.assertGreater(self.counters.met["held"], 1)
+
+    def assert_all_once(self) -> None:
+        """Every push was served once, in order, and answered once."""
+        keys = [request.payload["idem_key"] for request in self.served]
+        self.assertEqual(keys, [str(at) for at in range(self.total)])
+        acked = [each["ack_of"] for each in self.written() if each["type"] == "s2s.ack"]
+        self.assertEqual(sorted(acked), sorted(request.envelope.id for request in self.served))
+
+    def test_responders_that_finish_at_once(self) -> None:
+        """With many held, responders that answer at once do not make any frame come twice, wherever it is cut."""
+        cut = len(self.stream) // 3 + 17
+        self.link.dataReceived(self.stream[:cut])
+        self.assertEqual(len(self.served), len(self.answers))
+        held, self.answers = self.answers, []
+        rest = self.stream[cut:]
+        self.respond = lambda request: self.respond_later(request) if len(self.served) % 40 == 0 else _ACK
+        self.link.dataReceived(rest[:50000])
+        self.link.dataReceived(rest[50000:])
+        for answers in (held, self.answers):
+            while answers:
+                answers.pop().callback(_ACK)
+                self.time.advance(0)
+        self.assert_all_once()
+
+    def test_answered_inside_the_chunk(self) -> None:
+        """Answering all that is held, inside the very chunk that would stop the reading, changes nothing."""
+
+        def answer_all_at_the_bound(request: Request) -> Any:
+            later = self.respond_later(request)
+            if len(self.answers) == 1024:
+                answers, self.answers = self.answers, []
+                for each in answers:
+                    each.callback(_ACK)
+            return later
+
+        self.respond = answer_all_at_the_bound
+        self.link.dataReceived(self.stream)
+        for _ in range(5):
+            self.time.advance(0)
+        for each in self.answers:
+            each.callback(_ACK)
+        self.time.advance(0)
+        self.assert_all_once()
+
+    def test_bytes(self) -> None:
+        """8 MiB of held requests stop the reading as well."""
+        filling = self.frame(COMMAND_PUSH, _push(text="x" * 60000))
+        for _ in range(8 * 1024 * 1024 // len(filling) + 1):
+            self.assertEqual(self.transport.producerState, "producing")
+            self.deliver(filling)
+        self.assertEqual(self.transport.producerState, "paused")
+        self.answers[0].callback(_ACK)
+        self.time.advance(0)
+        self.assertEqual(self.transport.producerState, "producing")
+
+    def test_it_always_reads_again(self) -> None:
+        """Where nobody answers, the requests are refused after 10 s and reading goes on by itself."""
+        self.link.dataReceived(self.stream)
+        for _ in range(35):
+            self.time.advance(1)
+        self.assertEqual(len(self.served), self.total)
+        codes = self.error_codes()
+        self.assertEqual(codes, ["deadline_exceeded"] * self.total)
+        self.assertFalse(self.transport.disconnecting)
+
+    def test_paused_time_is_not_silence(self) -> None:
+        """While reading is stopped no health check is sent for silence; it is once reading has gone on for 10 s."""
+        self.link.dataReceived(self.stream[: len(self.stream) // 2])
+        self.written()
+        self.time.advance(9.5)
+        self.answers[0].callback(_ACK)
+        self.time.advance(0)
+        self.assertEqual({each["type"] for each in self.written()}, {"s2s.ack"})
+
+    def test_closing_while_it_is_stopped(self) -> None:
+        """A link that is closed while its reading is stopped serves nothing of what it has not read."""
+        self.link.dataReceived(self.stream)
+        self.link.close("test")
+        for each in self.answers:
+            each.callback(_ACK)
+        self.time.advance(1)
+        self.assertEqual(len(self.served), 1024)
+
+
+class _NarrowTransport(StringTransport):
+    """A transport that takes so many bytes and then pauses its producer, as a real one does."""
+
+    room = 0
+
+    def write(self, data: bytes) -> None:
+        super().write(data)
+        self.room -= len(data)
+        if self.room <= 0 and self.producer is not None:
+            self.producer.pauseProducing()
+
+
+class WriteBufferTests(LinkTestCase):
+    """A peer that does not read."""
+
+    bounds = Bounds(write_bytes=20_000)
+
+    def setUp(self) -> None:
+        """Prove the link, answer at once, and let the transport take no more."""
+        super().setUp()
+        self.prove()
+        self.respond = lambda request: {**_ACK, "cmd_id": len(self.served)}
+        self.transport.producer.pauseProducing()
+
+    def test_reading_goes_on(self) -> None:
+        """What cannot be written waits, in order, while requests are read and served."""
+        for _ in range(20):
+            self.say(COMMAND_PUSH, _push())
+        self.assertEqual((len(self.served), self.transport.value()), (20, b""))
+        self.assertEqual(self.transport.producerState, "producing")
+        self.transport.producer.resumeProducing()
+        self.assertEqual([each["payload"]["cmd_id"] for each in self.written()], list(range(1, 21)))
+
+    def test_narrow(self) -> None:
+        """A transport that takes a little at a time gets everything once and in order."""
+        link, self.transport = self.make_link("server"), _NarrowTransport()
+        self.transport.room = 100
+        self.served.clear()
+        link.makeConnection(self.transport)
+        for _ in range(20):
+            link.dataReceived(_prefixed(self.frame(COMMAND_PUSH, _push())))
+        for _ in range(50):
+            self.transport.room = 500
+            self.transport.producer.resumeProducing()
+        _, *acks = self.written()
+        self.assertEqual([each["payload"]["cmd_id"] for each in acks], list(range(1, 21)))
+
+    def test_cut(self) -> None:
+        """When too much waits to be written the link is cut, and calls fail."""
+        calls = [self.link.call(SWEEP, {"since_ts": 0}) for _ in range(3)]
+        pushes = 0
+        while not self.transport.disconnected:
+            self.say(COMMAND_PUSH, _push())
+            pushes += 1
+            self.assertLess(pushes, 200)
+        self.assertGreater(pushes * 300, 15_000)
+        self.assertIn("does not read", self.link.why)
+        self.assertEqual(self.counters.met, {"write_buffer": 1})
+        for call in calls:
+            self.failureResultOf(call, LinkLost)
+
+    def test_default(self) -> None:
+        """By default 16 MiB may wait."""
+        self.assertEqual(Bounds().write_bytes, 16 << 20)
+
+    def test_closing_flushes(self) -> None:
+        """A link that closes hands all that waits to the transport before it lets go."""
+        self.say(COMMAND_PUSH, _push())
+        self.deliver(b"{}")
+        self.assertEqual([each["type"] for each in self.written()], ["s2s.ack", "s2s.error"])
+        self.assertTrue(self.transport.disconnecting)
+        self.assertIsNone(self.transport.producer)
+
+
+class ClosingTests(LinkTestCase):
+    """How a link ends."""
+
+    def test_flush_then_abort(self) -> None:
+        """A closing link has 2 s to flush, then it is aborted."""
+        self.link.close("test")
+        self.assertEqual((self.transport.disconnecting, self.transport.disconnected), (True, False))
+        self.time.advance(1.9)
+        self.assertFalse(self.transport.disconnected)
+        self.time.advance(0.2)
+        self.assertTrue(self.transport.disconnected)
+        self.assertEqual(self.counters.met, {"flush": 1})
+
+    def test_flushed_in_time(self) -> None:
+        """A link that ends within 2 s is not aborted, and no timer is left."""
+        self.link.close("test")
+        self.lose()
+        self.assertEqual((self.time.getDelayedCalls(), self.transport.disconnected), ([], False))
+        self.assertEqual(self.events.happened, ["made", "lost"])
+
+    def test_closing_twice(self) -> None:
+        """The first reason stands, and closing again changes nothing."""
+        self.link.close("first")
+        self.link.close("second")
+        self.link.abort("third")
+        self.assertEqual(self.link.why, "first")
+        self.assertTrue(self.transport.disconnected)
+        self.lose()
+        self.link.close("fourth")
+        self.assertIs(self.link.session.state, State.CLOSED)
+
+    def test_lost_without_a_word(self) -> None:
+        """A connection that just ends leaves no timer and tells so once."""
+        self.prove()
+        self.lose()
+        self.assertEqual(self.events.happened, ["made", "proven", "lost"])
+        self.assertEqual(self.time.getDelayedCalls(), [])
+
+    def test_nothing_is_written_after_the_close(self) -> None:
+        """A closing link answers no frame and sends no call."""
+        self.prove()
+        self.written()
+        self.link.close("test")
+        self.say(HEALTH_CHECK)
+        self.failureResultOf(self.link.call(SWEEP, {"since_ts": 0}), LinkLost)
+        self.assertEqual(self.written(), [])
+
+
+class UnknownKeyTests(LinkTestCase):
+    """A key_id that is not in memory."""
+
+    def test_read_again_and_refused(self) -> None:
+        """An unknown key makes the keys be read again, once; still unknown, it is auth_bad, and closes."""
+        self.deliver(self.frame(COMMAND_PUSH, _push(), key=_STRANGER))
+        self.assertEqual((len(self.keys.reads), self.transport.producerState, self.written()), (1, "paused", []))
+        self.keys.end_read(_KEY)
+        self.assertEqual((self.keys.reads, self.error_codes()), ([], ["auth_bad"]))
+        self.assert_closed("auth_bad")
+
+    def test_why_it_is_refused(self) -> None:
+        """The log says of the key that a refused frame names what is wrong with it, and the cure; the peer is not."""
+        secret, answers = _STRANGER.secret, []
+        over, later = Key("over", secret, "any", 0.0, 5.0), Key("later", secret, "any", _NOW + 7200.0)
+        for key, why in (
+            (_STRANGER, "the key stranger is not known here"),
+            (over, "the key over is no longer valid"),
+            (later, "the key later is not active yet, but in 7200 s: see whether the database's clock is behind"),
+            (Key("k1", secret, "any", 0.0), "the MAC of the key k1 is wrong: its secret differs from ours"),
+        ):
+            with self.subTest(key=key.key_id), capturedLogs() as logs:
+                self.keys.keyring = Keyring([_KEY, over, later])
+                self.link, self.transport = self.make_link(self.role), StringTransport()
+                self.link.makeConnection(self.transport)
+                self.written()
+                self.say(COMMAND_PUSH, _push(), key=key)
+                if self.keys.reads:
+                    self.keys.end_read(_KEY, over, later)
+                answers += [each["payload"] for each in self.written()]
+            (line,) = (event["log_format"].format(**event) for event in logs)
+            self.assertIn(f'verify": {why}', line)
+            self.assertIn("; both sides need one key with one secret, see s2s keys list", line)
+        self.assertEqual(answers, answers[:1] * 4)
+
+    def test_read_again_and_known(self) -> None:
+        """Known after the read, the frame is served, and so are those behind it, in their order."""
+        frames = [self.frame(COMMAND_PUSH, _push("0")), self.frame(COMMAND_PUSH, _push("1"), key=_STRANGER)]
+        frames += [self.frame(COMMAND_PUSH, _push(str(at)), key=(_KEY, _STRANGER)[at % 2]) for at in range(2, 6)]
+        self.deliver(*frames)
+        self.assertEqual(len(self.served), 1)
+        self.keys.end_read(_KEY, _STRANGER)
+        self.assertEqual(len(self.served), 2)
+        self.time.advance(0)
+        self.assertEqual([request.payload["idem_key"] for request in self.served], list("012345"))
+        self.assertEqual((self.keys.reads, self.transport.producerState), ([], "producing"))
+
+    def test_frames_behind_a_refused_one(self) -> None:
+        """Frames behind one that is refused after the read are not looked at."""
+        self.deliver(self.frame(COMMAND_PUSH, _push(), key=_STRANGER), self.frame(COMMAND_PUSH, _push()))
+        self.keys.end_read(_KEY)
+        self.time.advance(1)
+        self.assertEqual(self.served, [])
+
+    def test_a_read_that_ends_at_once(self) -> None:
+        """Keys that are there at once change nothing of the order, inside one chunk."""
+        self.keys.refresh = lambda: succeed(None)  # type: ignore[method-assign]
+        self.deliver(self.frame(COMMAND_PUSH, _push("0")), self.frame(COMMAND_PUSH, _push("1"), key=_STRANGER))
+        self.assertEqual((len(self.served), self.error_codes()), (1, ["auth_bad"]))
+
+    def test_lost_during_the_read(self) -> None:
+        """A link that is gone when the read ends does nothing with the frame."""
+        self.deliver(self.frame(COMMAND_PUSH, _push(), key=_STRANGER))
+        self.lose()
+        self.keys.end_read(_KEY, _STRANGER)
+        self.time.advance(1)
+        self.assertEqual((self.served, self.written()), ([], []))
+
+    def test_two_reasons_to_stop(self) -> None:
+        """Reading goes on only when every reason to stop it has gone."""
+        self.prove()
+        self.link.session.bounds = Bounds(held_frames=1)
+        self.deliver(self.frame(COMMAND_PUSH, _push("0"), key=_STRANGER), self.frame(COMMAND_PUSH, _push("1")))
+        self.keys.end_read(_KEY, _STRANGER)
+        self.time.advance(0)
+        self.assertEqual((len(self.served), self.transport.producerState), (1, "paused"))
+        self.answers[0].callback(_ACK)
+        self.time.advance(0)
+        self.assertEqual(len(self.served), 2)
+
+    def test_an_ended_key_is_not_read_again(self) -> None:
+        """A key that is known and has ended is refused at once."""
+        ended = Key("ended", Secret(b"e" * 32), "any", 0.0, 5.0)
+        self.keys.keyring = Keyring([_KEY, ended])
+        self.deliver(self.frame(COMMAND_PUSH, _push(), key=ended))
+        self.assertEqual((self.keys.reads, self.error_codes()), ([], ["auth_bad"]))
+
+
+class SecrecyTests(LinkTestCase):
+    """What is seen of a link from outside."""
+
+    def test_no_secret_is_shown(self) -> None:
+        """No repr of anything that makes up a link, and no line of its log, holds a secret or a payload."""
+        events: list[dict[str, Any]] = []
+        globalLogPublisher.addObserver(events.append)
+        self.addCleanup(globalLogPublisher.removeObserver, events.append)
+        self.prove(name="e1")
+        self.link.call(SWEEP, {"since_ts": 0}).addErrback(lambda failure: None)
+        self.say(COMMAND_PUSH, {**_push(text="hunter2"), "priority": "hunter2"})
+        self.say(COMMAND_PUSH, _push(), key=Key("k1", Secret(b"forged-" * 5), "any", 0.0))
+        self.lose()
+        things: Iterable[Any] = [self.link, self.link.session, self.keys.keyring, _KEY, self.counters, *events]
+        for thing in things:
+            for shown in (repr(thing), str(thing)):
+                for secret in (_SECRET.decode(), _SECRET.hex(), "forged-forged", "hunter2"):
+                    self.assertNotIn(secret, shown)
+        self.assertTrue(any("auth_bad" in str(event) for event in events))
+
+    def test_peer_text_is_quoted(self) -> None:
+        """A line feed that a peer sends cannot begin a line of our log."""
+        lines: list[str] = []
+        observer = lambda event: lines.append(event["log_format"].format(**event))  # noqa: E731
+        globalLogPublisher.addObserver(observer)
+        self.addCleanup(globalLogPublisher.removeObserver, observer)
+        self.prove(name="e1\nserver: all is well")
+        self.say("s2s.error", {"code": "x", "message": "a\nb", "details": {}}, key=None)
+        self.say("moon\\nlanding")
+        self.deliver(b"{}")
+        self.assertGreater(len(lines), 2)
+        for line in lines:
+            self.assertNotIn("\n", line)
+
+    def test_unix_sockets_have_a_name_too(self) -> None:
+        """A peer without host and port is named all the same."""
+        self.assertIn(" at ", str(self.link))
+        self.transport.peerAddr = object()
+        self.assertIn("a local socket", str(self.link))
+
+
+class _ByteTransport(iosim.FakeTransport):
+    """Delivers every chunk byte by byte."""
+
+    def bufferReceived(self, buf: bytes) -> None:
+        for at in range(len(buf)):
+            super().bufferReceived(buf[at : at + 1])
+
+
+class PairTests(LinkTestCase):
+    """Two links of ours back to back."""
+
+    def connect(self, transport: Any = iosim.FakeTransport) -> tuple[Link, Link, iosim.IOPump]:
+        """Connect an engine to a server, and let both say what they have to say."""
+        server, engine = self.make_link("server"), self.make_link("engine")
+        pump = iosim.connect(
+            server, transport(server, isServer=True), engine, transport(engine, isServer=False), clock=self.time
+        )
+        pump.flush()
+        return server, engine, pump
+
+    def test_both_prove(self) -> None:
+        """Each side proves the link for itself, whole or byte by byte, and no side refuses anything."""
+        for transport in (iosim.FakeTransport, _ByteTransport):
+            server, engine, _ = self.connect(transport)
+            self.assertEqual([each.session.state for each in (server, engine)], [State.PROVEN] * 2)
+            self.assertEqual((server.peer["role"], engine.peer["role"]), ("engine", "server"))
+        self.assertEqual(self.counters.errors_out, {})
+
+    def test_calls_both_ways(self) -> None:
+        """Pushes and sweeps cross each other on one link, byte by byte too."""
+        for transport in (iosim.FakeTransport, _ByteTransport):
+            server, engine, pump = self.connect(transport)
+            self.respond = lambda request: (
+                {"ok": True, "queued": 1, **request.payload} if request.message.name == SWEEP else _ACK
+            )
+            pushes = [engine.call(COMMAND_PUSH, _push(str(at))) for at in range(50)]
+            sweeps = [server.call(SWEEP, {"since_ts": at}) for at in range(50)]
+            pump.flush()
+            self.assertEqual([self.successResultOf(each) for each in pushes], [_ACK] * 50)
+            self.assertEqual([self.successResultOf(each)["since_ts"] for each in sweeps], list(range(50)))
+
+    def test_more_than_the_window(self) -> None:
+        """3,000 calls at once, more than window and held bound, all succeed, and each is served once."""
+        _, engine, pump = self.connect()
+        answered: list[str] = []
+        for at in range(3000):
+            engine.call(COMMAND_PUSH, _push(str(at))).addCallback(lambda ack: answered.append(ack["status"]))
+        pump.flush()
+        while self.answers:
+            self.assertLessEqual(len(self.answers), 1024)
+            while self.answers:
+                self.answers.pop(0).callback(_ACK)
+            pump.flush()
+        self.assertEqual(len(answered), 3000)
+        keys = [request.payload["idem_key"] for request in self.served]
+        self.assertEqual(keys, [str(at) for at in range(3000)])
+
+    def test_long_silence(self) -> None:
+        """Two idle links keep each other alive for hours."""
+        server, engine, pump = self.connect()
+        for _ in range(2000):
+            self.time.advance(4)
+            pump.flush()
+        self.assertEqual([each.session.state for each in (server, engine)], [State.PROVEN] * 2)
+        self.assertEqual((self.counters.errors_out, self.counters.orphan_replies), ({}, 0))
+
+    def test_one_side_closes(self) -> None:
+        """When one side closes both tell so once, and calls on either fail."""
+        server, engine, pump = self.connect()
+        calls = [engine.call(COMMAND_PUSH, _push()), server.call(SWEEP, {"since_ts": 0})]
+        self.events.happened.clear()
+        server.close("test")
+        pump.flush()
+        for call in calls:
+            self.failureResultOf(call, LinkLost)
+        self.assertEqual(self.events.happened, ["lost", "lost"])
+
+    def test_without_a_common_key(self) -> None:
+        """Two sides without a common key refuse each other unsigned, close, and would come back slowly."""
+        shared, self.keys = self.keys, _Keys(_STRANGER)
+        engine = self.make_link("engine")
+        self.keys = shared
+        server = self.make_link("server")
+        pump = iosim.connect(
+            server, iosim.FakeTransport(server, True), engine, iosim.FakeTransport(engine, False), clock=self.time
+        )
+        for keys in (engine._keys, server._keys):
+            while keys.reads:
+                keys.reads.pop().callback(None)
+        pump.flush()
+        self.assertEqual(self.counters.errors_out.keys(), {"auth_bad"})
+        self.assertNotIn("proven", self.events.happened)
+        for each in (server, engine):
+            self.assertFalse(each.session.is_open)

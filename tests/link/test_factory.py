@@ -1,0 +1,303 @@
+"""Making links, and a server's links taken together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.task import Clock as FakeClock
+from twisted.internet.testing import StringTransport
+from twisted.logger import globalLogPublisher
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.errors import WireError
+from s2s.link import factory
+from s2s.link.dispatcher import Dispatcher
+from s2s.link.factory import MAX_LINKS, MAX_SILENT, LinkFactory, ServerLinks
+from s2s.protocol.limits import Bounds, Counters, Timing
+from s2s.protocol.signing import Key, Keyring, Secret
+from s2s.runtime.clock import Clock
+from s2s.runtime.line_quota import PERIOD_S, TOLD
+
+
+class _Session:
+    """What ServerLinks looks at."""
+
+    def __init__(self, key_id: str | None) -> None:
+        self.peer_key_id = key_id
+        self.has_been_heard = key_id is not None
+        self.is_open = True
+
+
+class _Link:
+    """A link that only remembers why it was closed; its connection ends when the test says so."""
+
+    def __init__(self, key_id: str | None = None, network: str = "127.0.0.1", **peer: Any) -> None:
+        self.network = network
+        self.session = _Session(key_id)
+        self.peer = peer
+        self.why = "the connection was lost"
+        self.has_told = False
+        self.closed: str | None = None
+        self.dismissed: WireError | None = None
+
+    def may_tell(self, why: str) -> bool:
+        """There is always a line."""
+        return True
+
+    def close(self, why: str) -> None:
+        """Close, once."""
+        if self.session.is_open:
+            self.session.is_open = False
+            self.closed = self.why = why
+
+    def dismiss(self, error: WireError, why: str) -> None:
+        """Close with an error."""
+        self.dismissed = error
+        self.close(why)
+
+
+class ServerLinksTests(SynchronousTestCase):
+    """:class:`ServerLinks`."""
+
+    def setUp(self) -> None:
+        """Make an empty register."""
+        self.up: list[Any] = []
+        self.counters = Counters()
+        self.time = FakeClock()
+        self.links = ServerLinks(self.counters, Clock(self.time), self.up.append)
+
+    def made(self, key_id: str | None = None, **peer: Any) -> Any:
+        """Let a connection be made."""
+        link: Any = _Link(key_id, **peer)
+        self.links.link_made(link)
+        return link
+
+    def lines(self) -> list[str]:
+        """Return a list that grows with every line of the log."""
+        lines: list[str] = []
+        observer = lambda event: lines.append(str(event["log_format"]).format(**event))  # noqa: E731
+        globalLogPublisher.addObserver(observer)
+        self.addCleanup(globalLogPublisher.removeObserver, observer)
+        return lines
+
+    def loop(self, *names: str) -> None:
+        """Let engines link, prove themselves and go."""
+        for name in names:
+            self.links.link_proven(link := self.made("k1", name=name))
+            self.links.link_lost(link)
+
+    def test_engines(self) -> None:
+        """An engine counts as up when its link is proven, and no more when that is lost."""
+        link = self.made("k1", name="e1")
+        self.assertEqual((len(self.links), self.links.engines, self.up), (1, [], []))
+        self.links.link_proven(link)
+        self.assertEqual((self.links.engines, self.up), ([link], [link]))
+        self.links.link_lost(link)
+        self.assertEqual((len(self.links), self.links.engines), (0, []))
+
+    def test_a_newer_link_replaces_the_older(self) -> None:
+        """A new proven link of the same engine closes the old one, whose end then changes nothing."""
+        old, new = self.made("k1", name="e1"), self.made("k1", name="e1")
+        self.links.link_proven(old)
+        self.links.link_proven(new)
+        self.assertEqual((self.links.engines, old.closed), ([new], "the same engine has a newer link"))
+        self.links.link_lost(old)
+        self.assertEqual((self.links.engines, len(self.links), new.closed), ([new], 1, None))
+
+    def test_another_process_of_the_same_name(self) -> None:
+        """The process whose link is replaced is told why; a link of the same process is closed without a word."""
+        old, new, again = (self.made("k1", name="e1", boot_id=boot) for boot in ("a", "b", "b"))
+        self.links.link_proven(old)
+        self.links.link_proven(new)
+        assert old.dismissed is not None
+        self.assertEqual(old.dismissed.code, "forbidden")
+        self.assertIn("give each a --name", old.dismissed.message)
+        self.links.link_proven(again)
+        self.assertEqual((new.closed, new.dismissed), ("the same engine has a newer link", None))
+        self.assertEqual(self.links.engines, [again])
+
+    def test_a_fight_is_told_once_a_minute(self) -> None:
+        """Links of one engine that replace each other many times a second make one line a minute, with the count."""
+        lines = self.lines()
+        for number in range(1, 17 * 120):
+            self.time.advance(number / 17 - self.time.seconds())
+            self.links.link_proven(link := self.made("k1", name="e1", boot_id=str(number)))
+            for each in list(self.links):
+                if each is not link:
+                    self.links.link_lost(each)
+        self.assertEqual(len(lines), 3 * 2 + 1, lines)
+        self.assertIn("as 1019 others did", lines[4])
+
+    def test_an_engine_that_comes_and_goes_is_told_once_a_minute(self) -> None:
+        """A peer that closes each link after its proof has a few lines, then one a minute, with the cause."""
+        lines = self.lines()
+        for _ in range(181 * 10):
+            self.loop("e1")
+            self.time.advance(0.1)
+        self.assertEqual(len(lines), 2 * TOLD + 3, lines)
+        self.assertIn("engine e1 (key k1) came up 597 more times, and is down now", lines[2 * TOLD])
+        self.assertIn("it may close each link right after it was proven: see its log", lines[-1])
+
+    def test_a_healthy_engine_beside_one_that_comes_and_goes(self) -> None:
+        """An engine that comes and goes hides no other, and once it stays up its end has a line again."""
+        self.loop(*["e1"] * 100)
+        lines = self.lines()
+        self.loop("e2")
+        self.assertEqual(len(lines), 2)
+        self.links.link_proven(link := self.made("k1", name="e1"))
+        self.time.advance(PERIOD_S)
+        self.assertIn("and is up now", lines[-1])
+        self.links.link_lost(link)
+        self.assertEqual(len(lines), 4)
+
+    def test_engines_of_many_names_are_told_together(self) -> None:
+        """However many names a peer takes, the log and the memory have a bound."""
+        lines = self.lines()
+        self.loop(*(f"e{number}" for number in range(MAX_LINKS + 50)))
+        self.assertEqual(len(lines), 2 * factory.MOST_ENGINES_TOLD)
+        self.time.advance(PERIOD_S)
+        self.assertEqual(lines[-1], "engines came up 950 more times: s2s engine list shows those that are up")
+        self.assertEqual(len(self.links._lines), MAX_LINKS)
+
+    def test_memory_of_fights_is_bounded(self) -> None:
+        """However many names are fought for, only the newest are remembered, and the links of none are kept."""
+        for number in range(MAX_LINKS + 50):
+            pair = [self.made("k1", name=str(number), boot_id=boot) for boot in "ab"]
+            for link in pair:
+                self.links.link_proven(link)
+            for link in pair:
+                self.links.link_lost(link)
+        self.assertEqual(len(self.links._replaced), MAX_LINKS)
+
+    def test_other_engines(self) -> None:
+        """Another name, or another key, is another engine; engines without a name are one for each key."""
+        made = [
+            self.made("k1", name="e1"),
+            self.made("k1", name="e2"),
+            self.made("k2", name="e1"),
+            self.made("k1"),
+            self.made("k2"),
+        ]
+        for link in made:
+            self.links.link_proven(link)
+        self.assertEqual(self.links.engines, made)
+        self.links.link_proven(self.made("k1"))
+        self.assertEqual([link.closed is None for link in made], [True, True, True, False, True])
+
+    def test_too_many(self) -> None:
+        """Of 1,001 links the last is closed at once, and the others stay; when one ends, there is room."""
+        made = [self.made("k1") for _ in range(MAX_LINKS)]
+        over = self.made("k1")
+        self.assertIsNotNone(over.closed)
+        self.assertEqual((len(self.links), self.counters.met), (MAX_LINKS, {"links": 1}))
+        self.assertEqual([link for link in made if link.closed], [])
+        self.links.link_lost(over)
+        self.links.link_lost(made[0])
+        self.assertIsNone(self.made("k1").closed)
+
+    def test_too_many_silent(self) -> None:
+        """With 100 silent links the oldest of them goes for a new one, and links that were heard are not counted."""
+        heard = [self.made("k1") for _ in range(50)]
+        silent = [self.made() for _ in range(MAX_SILENT)]
+        self.assertEqual([link for link in silent if link.closed], [])
+        new = self.made()
+        self.assertEqual([link for link in (*heard, *silent, new) if link.closed], [silent[0]])
+        self.assertEqual(self.counters.met, {"silent_links": 1})
+
+    def test_a_flood_of_silent_links(self) -> None:
+        """A flood of silent links of one address closes its own, and never the older one of another address."""
+        alone = self.made(network="2001:db8::/64")
+        flood = [self.made() for _ in range(3 * MAX_SILENT)]
+        self.assertIsNone(alone.closed)
+        self.assertEqual(sum(link.closed is None for link in flood), MAX_SILENT - 1)
+
+    def test_a_burst_of_silent_links(self) -> None:
+        """Of a burst the oldest go one by one, even while their connections take a moment to end."""
+        silent = [self.made() for _ in range(MAX_SILENT + 30)]
+        self.assertEqual([link.closed is not None for link in silent], [True] * 30 + [False] * MAX_SILENT)
+
+    def test_a_link_heard_in_time(self) -> None:
+        """A silent link that was heard meanwhile is not closed for being the oldest."""
+        silent = [self.made() for _ in range(MAX_SILENT)]
+        silent[0].session.has_been_heard = True
+        self.made()
+        self.made()
+        self.assertEqual([link for link in silent if link.closed], [silent[1]])
+
+    def test_close_all(self) -> None:
+        """At the stop every link is closed."""
+        made = [self.made("k1", name="e1"), self.made()]
+        self.links.close_all("the server stops")
+        self.assertEqual([link.closed for link in made], ["the server stops"] * 2)
+
+    def test_losing_what_was_never_kept(self) -> None:
+        """The end of a link that was turned away is no surprise."""
+        self.links.link_lost(_Link())  # type: ignore[arg-type]
+        self.assertEqual(len(self.links), 0)
+
+    def test_numbers(self) -> None:
+        """The bounds are the protocol's."""
+        self.assertEqual((factory.MAX_LINKS, factory.MAX_SILENT), (1000, 100))
+
+
+class LinkFactoryTests(SynchronousTestCase):
+    """:class:`LinkFactory`."""
+
+    def setUp(self) -> None:
+        """Make a factory of a server's links."""
+        self.time = FakeClock()
+        clock = Clock(self.time, lambda: 1e9)
+        keys: Any = type("Keys", (), {"keyring": Keyring([Key("k1", Secret(bytes(32)), "any", 0.0)])})()
+        self.links = ServerLinks(Counters(), clock, lambda link: None)
+        self.factory = LinkFactory(
+            "server",
+            Dispatcher(keys, {}, clock),
+            keys,
+            clock,
+            self.links,
+            Bounds(frame_size=8192),
+            Timing(proof=2.0, flush=1.0),
+        )
+
+    def connect(self) -> tuple[Any, StringTransport]:
+        """Make a link and connect it."""
+        link, transport = self.factory.buildProtocol(None), StringTransport()
+        link.makeConnection(transport)
+        return link, transport
+
+    def test_links_are_of_one_process(self) -> None:
+        """Links share the replay cache and the counters, and have a session and a limit each."""
+        (one, _), (two, _) = self.connect(), self.connect()
+        self.assertIs(one.session._replay, two.session._replay)
+        self.assertIs(one._counters, two._counters)
+        self.assertIsNot(one.session, two.session)
+        self.assertEqual((one.MAX_LENGTH, one.session.max_frame, one.session.role), (8192, 8192, "server"))
+        self.assertEqual(len(self.links), 2)
+
+    def test_a_key_that_verifies_no_more(self) -> None:
+        """Links whose peer signed last with a key that does not verify are closed, with why; the others stay."""
+        made = [self.connect()[0] for _ in range(5)]
+        for link, key_id in zip(made, ("k1", "gone", "ended", "later"), strict=False):
+            link.session.heard(key_id, 0.0)
+        windows = {"k1": (0.0, None), "ended": (0.0, 1e9), "later": (1e12, None)}
+        keyring = Keyring(Key(key_id, Secret(bytes(32)), "any", *window) for key_id, window in windows.items())
+        self.factory.drop_revoked(self.links, keyring)
+        self.assertEqual([link.session.is_open for link in made], [True, False, False, False, True])
+        self.assertEqual(made[1].why, "the key gone is not known here")
+        self.assertEqual(made[2].why, "the key ended is no longer valid")
+        self.assertIn("the key later is not active yet, but in ", made[3].why)
+
+    def test_a_hundred_silent_connections(self) -> None:
+        """Of 130 silent connections 30 are closed at once, the rest when nobody answers, and nothing is left."""
+        made = [self.connect() for _ in range(130)]
+        self.assertEqual([transport.disconnecting for _, transport in made], [True] * 30 + [False] * 100)
+        self.time.advance(2.0)
+        self.assertTrue(all(transport.disconnecting for _, transport in made))
+        self.time.advance(1.0)
+        for link, transport in made:
+            self.assertTrue(transport.disconnected)
+            link.connectionLost()
+        # What the log has not told of them one by one comes in one line.
+        self.time.advance(PERIOD_S)
+        self.time.advance(PERIOD_S)
+        self.assertEqual((len(self.links), self.time.getDelayedCalls()), (0, []))

@@ -1,0 +1,236 @@
+"""Orders to an engine with a database of its own, such as one in another language: its word ends the row."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from click.testing import CliRunner
+from twisted.internet.defer import Deferred, inlineCallbacks
+
+from s2s.cli import main
+from s2s.protocol.catalogue import ORDERS
+from tests.support.peer import ACK, K1, Frame
+from tests.support.postgres import Session, database_url, drop_database, make_database, template
+from tests.support.roles import Engine, RoleTestCase, Server
+from tests.support.waiting import poll
+
+SECTOR = "world.set_sector_status.v1"
+#: A stranger's answer to an order: the payload of its ack, or of its error; ``None``: it never answers.
+Answer = Callable[[Frame], Frame | None]
+
+
+class _Stranger:
+    """A linked engine that answers orders in a thread, until its link ends.
+
+    :ivar got: the ``order_id`` of each order that came, in their order.
+    """
+
+    def __init__(self, server: Server, name: str, answer: Answer) -> None:
+        self.got: list[str] = []
+        self._peer = server.connect(name=name)
+        self._peer.greet()
+        self._peer.may_be_cut = True
+        self._answer = answer
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        try:
+            while (frame := self._peer.read()) is not None:
+                if frame["type"] not in ORDERS or "ack_of" in frame:
+                    continue
+                self.got.append(frame["payload"]["order_id"])
+                said = self._answer(frame["payload"])
+                if said is None:
+                    continue
+                if "late" in said:
+                    # The server waits for no second answer.
+                    self._peer.reply(frame, ACK, {})
+                    said = said["late"]
+                if "code" in said:
+                    self._peer.refuse(frame, said["code"])
+                else:
+                    self._peer.reply(frame, ACK, {"order_id": frame["payload"]["order_id"], **said})
+        except OSError:
+            pass  # closed by the test
+
+    def leave(self) -> None:
+        """End the link, and the thread."""
+        self._peer.link.shutdown(2)
+        self._thread.join(10)
+        self._peer.close()
+
+
+def _says(status: str, result: Any = None) -> Answer:
+    return lambda _: {"ok": status not in ("refused", "failed"), "status": status, "result": result}
+
+
+class ForeignEngineTests(RoleTestCase):
+    """The server with raw peers that have no database in common with it."""
+
+    @inlineCallbacks
+    def setUp(self) -> Iterator[Deferred[Any]]:
+        """Start the server."""
+        super().setUp()
+        self.server_role = self.server()
+        yield self.server_role.start()
+
+    def stranger(self, answer: Answer, name: str = "stranger") -> _Stranger:
+        """Link an engine that ends with the test."""
+        stranger = _Stranger(self.server_role, name, answer)
+        self.addCleanup(stranger.leave)
+        return stranger
+
+    def give(self, count: int = 1, name: str = "o") -> None:
+        """Put orders into the table, each after the one before."""
+        self.execute(
+            "insert into orders (order_id, rpc, params, stepped_at) select %s || n, %s,"
+            """ '{"sector_id": 1, "status": "neutral"}', now() + n * interval '1 microsecond'"""
+            " from generate_series(1, %s) n",
+            name,
+            SECTOR,
+            count,
+        )
+
+    def rows(self, name: str = "%") -> list[tuple[Any, ...]]:
+        """Return status, result, engine and way of orders."""
+        query = "select status, result, engine, way from orders where order_id like %s order by order_id"
+        return self.execute(query, name)
+
+    @inlineCallbacks
+    def test_done(self) -> Iterator[Deferred[Any]]:
+        """An order answered as done is sent once, and its row and its audit say what the engine said."""
+        stranger = self.stranger(_says("done", {"changed": 3}))
+        self.give()
+        yield poll(lambda: self.rows() == [("done", {"changed": 3}, "stranger", "link")], "it is done")
+        self.assertEqual(
+            self.execute("select started_at is not null, finished_at is not null, retry_at from orders"),
+            [(True, True, None)],
+        )
+        [(told,)] = self.execute("select result from audit where subject = 'o1' and result is not null")
+        self.assertEqual(told, {"status": "done", "result": {"changed": 3}, "engine": "stranger", "way": "link"})
+        yield self.server_role.says("order o1 world.set_sector_status.v1 by")
+        self.assertEqual(stranger.got, ["o1"])
+
+    @inlineCallbacks
+    def test_refused_and_failed(self) -> Iterator[Deferred[Any]]:
+        """So do a refusal and a failure, and an error that says that the order is at fault."""
+        why = {"code": "not_found", "message": "no such sector"}
+        answers: dict[str, Answer] = {
+            "o1": _says("refused", why),
+            "o2": _says("failed", {"code": "internal_error", "message": "half of it"}),
+            "o3": lambda _: {"code": "bad_payload"},
+        }
+        self.stranger(lambda payload: answers[payload["order_id"]](payload))
+        self.give(3)
+        yield poll(lambda: all(row[0] not in ("queued", "running") for row in self.rows()), "all are over")
+        self.assertEqual([row[0] for row in self.rows()], ["refused", "failed", "refused"])
+        self.assertEqual(self.rows("o1")[0][1], why)
+        self.assertEqual(self.rows("o3")[0][1], {"code": "bad_payload", "message": "bad_payload"})
+
+    @inlineCallbacks
+    def test_running_first(self) -> Iterator[Deferred[Any]]:
+        """An order that is running keeps its row open; that engine is asked again, and its last word ends it."""
+        said = iter(("running", "done"))
+
+        def answer(payload: Frame) -> Frame | None:
+            return _says(next(said))(payload)
+
+        stranger = self.stranger(answer)
+        self.give()
+        yield poll(lambda: len(stranger.got) == 1, "it is sent")
+        other = self.stranger(_says("refused"), "another")
+        self.assertEqual(self.rows()[0][0], "queued")
+        yield poll(lambda: self.rows()[0][0] == "done", "it is done")
+        self.assertEqual((stranger.got, other.got), (["o1", "o1"], []))
+
+    @inlineCallbacks
+    def test_late(self) -> Iterator[Deferred[Any]]:
+        """A signed end that no request waits for any more ends the row."""
+        end = _says("done", {"changed": 3})
+        stranger = self.stranger(lambda payload: {"late": end(payload)})
+        self.give()
+        yield poll(lambda: self.rows() == [("done", {"changed": 3}, "stranger", "link")], "it is done")
+        self.assertEqual(stranger.got, ["o1"])
+
+    @inlineCallbacks
+    def head_of_the_line(self, answer: Answer) -> Iterator[Deferred[Any]]:
+        """See that a new order is done while 300 before it get an answer that ends none of them."""
+        done = _says("done")
+        stranger = self.stranger(lambda payload: (done if payload["order_id"] == "new1" else answer)(payload))
+        self.give(300)
+        yield poll(lambda: len(set(stranger.got)) >= 256, "the line is full")
+        self.give(1, "new")
+        yield poll(lambda: self.rows("new1")[0][0] == "done", "the new one is done")
+        self.assertEqual({row[0] for row in self.rows("o%")}, {"queued"})
+        # A bounded number of lines a minute, and one that counts the rest.
+        self.assertLess(len(self.server_role.lines(": order o")), 40)
+
+    def test_never_answered(self) -> Deferred[Any]:
+        """Three hundred orders that are never answered hold up no order after them."""
+        return self.head_of_the_line(lambda _: None)
+
+    def test_never_over(self) -> Deferred[Any]:
+        """Three hundred orders that are answered as running hold up no order after them."""
+        return self.head_of_the_line(_says("running"))
+
+    @inlineCallbacks
+    def test_an_engine_without_orders(self) -> Iterator[Deferred[Any]]:
+        """An engine that serves no orders is told apart from the order: it stays queued for another engine."""
+        self.stranger(lambda _: {"code": "unsupported_type"}, "none")
+        self.give()
+        yield self.server_role.says("order o1: unsupported_type")
+        self.assertEqual(self.rows()[0][0], "queued")
+        self.stranger(_says("done"))
+        yield poll(lambda: self.rows() == [("done", None, "stranger", "link")], "it is done")
+
+    @inlineCallbacks
+    def test_a_broadcast(self) -> Iterator[Deferred[Any]]:
+        """Who gives a broadcast that no linked engine can sweep is told so, and nobody is while none is linked."""
+        hint = "no linked engine shares this database"
+
+        def tell() -> str:
+            told = CliRunner(env={"S2S_DATABASE_URL": self.url}).invoke(main, ["broadcast", "hello"])
+            self.assertEqual(told.exit_code, 0, told.output)
+            return str(told.stderr)
+
+        self.assertEqual(tell(), "")
+        self.stranger(_says("done"))
+        yield poll(lambda: self.execute("select 1 from engine_links"), "it is shown as linked")
+        self.assertIn(hint, tell())
+        engine = Engine(self.directory, self.url, self.server_role.port)
+        self.addCleanup(engine.stop)
+        yield engine.start()
+        yield poll(lambda: len(self.execute("select 1 from engine_links")) == 2, "ours is shown, too")
+        self.assertEqual(tell(), "")
+
+
+class OwnDatabaseTests(RoleTestCase):
+    """Our own engine, with another database than the server's."""
+
+    @inlineCallbacks
+    def test_done(self) -> Iterator[Deferred[Any]]:
+        """An order that our engine ran in its own database is over in the server's too."""
+        name = "engine_database_of_its_own"
+        make_database(name, template())
+        self.addCleanup(drop_database, name)
+        with Session(database_url(name)) as session:
+            add = "insert into s2s_keys (key_id, key_b64, role, active_from) values (%s, %s, 'any', to_timestamp(0))"
+            session.run(add, *K1)
+            session.run("insert into sectors (sector_id, name) values (1, 'a')")
+        server = self.server()
+        yield server.start()
+        engine = Engine(self.directory, database_url(name), server.port)
+        self.addCleanup(engine.stop)
+        yield engine.start()
+        for order_id, sector_id in (("there", 1), ("missing", 2)):
+            params = f'{{"sector_id": {sector_id}, "status": "fedspace"}}'
+            self.execute(
+                "insert into orders (order_id, rpc, params) values (%s, %s, %s::jsonb)", order_id, SECTOR, params
+            )
+        query = "select status, engine from orders order by order_id"
+        yield poll(lambda: self.execute(query) == [("refused", "engine-1"), ("done", "engine-1")], "both are over")
+        with Session(database_url(name)) as session:
+            self.assertEqual(session.run("select status from sectors"), [("fedspace",)])

@@ -1,0 +1,213 @@
+"""Commands that kill the process they run in, and a process that is told to end while one runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from unittest import mock
+
+import psutil
+from twisted.internet.defer import inlineCallbacks
+
+from tests.support.roles import RoleTestCase, Server
+from tests.support.waiting import pause, poll
+
+#: A plug-in, as a user writes one: what kills, and what does not. A reaper is to be quick here.
+_PLUGIN = """
+import os, re, signal, time
+from s2s.roles.server import reaper
+from s2s.runtime import watchdog
+from s2s.handlers.commands import CommandHandler
+
+reaper.REAP_S, reaper.SURE_S = 0.1, 0.5
+watchdog.HELD_S, watchdog._BEAT_S = 1.5, 0.2
+
+
+class Careless(CommandHandler):
+    cmd_type = "test.careless"
+    schema = {"type": "object"}
+
+    def run(self, txn, command):
+        txn.execute("insert into effects values (%s)", (command.idem_key,))
+        match command.payload.get("end"):
+            case "exit":
+                os._exit(0)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "sleep in the database":
+                txn.execute("set local statement_timeout = 0; select pg_sleep(60)")
+            case "sleep in Python":
+                time.sleep(60)
+            case "fork and exit" | "fork and fail" as end:
+                child = os.fork()
+                if child == 0:
+                    raise SystemExit(0) if end == "fork and exit" else ValueError("in the child")
+                os.waitpid(child, 0)
+            case "hold the interpreter":
+                re.match("(a+)+$", "a" * 64 + "!")
+            case "compute in Python":
+                until = time.thread_time() + 2 * watchdog.HELD_S
+                while time.thread_time() < until:
+                    pass
+
+
+careless = Careless()
+"""
+_DIED = "ProcessDied: the process ended while this command ran alone"
+
+
+class KillerTests(RoleTestCase):
+    """A server, started again after each death."""
+
+    def setUp(self) -> None:
+        """Make the table of effects, without a constraint that would hide a second one, and the plug-in."""
+        super().setUp()
+        self.execute("create table effects (idem_key text)")
+        self.keep_charged()
+        plugins = self.directory / "s2s" / "plugins"
+        plugins.mkdir(parents=True)
+        (plugins / "careless.py").write_text(_PLUGIN)
+
+    def insert(self, *keys: str, end: str = "") -> None:
+        """Store commands that are due."""
+        self.execute(
+            "insert into commands (cmd_type, idem_key, payload)"
+            " select 'test.careless', key, jsonb_build_object('end', %s) from unnest(%s) key",
+            end,
+            list(keys),
+        )
+
+    def state(self, key: str) -> tuple[str, int]:
+        """Give a command's status and attempts."""
+        ((status, attempts),) = self.execute("select status, attempts from commands where idem_key = %s", key)
+        return status, attempts
+
+    def rush(self) -> None:
+        """Make every waiting command due, the killer before all others that failed."""
+        self.execute("update commands set due_at = now() - attempts * interval '1 s' where status = 'ready'")
+
+    @inlineCallbacks
+    def dies_of(self, server: Server, attempts: int, status: str = "ready"):
+        """See it die, start it again, and see the killer charged once for it."""
+        yield poll(lambda: not server.is_running, "the death", timeout=20)
+        self.assertEqual(self.state("killer"), ("ready", attempts - 1))
+        yield server.start()
+        yield poll(lambda: self.state("killer") != ("ready", attempts - 1), "the charge")
+        self.assertEqual(self.state("killer"), (status, attempts))
+        yield poll(lambda: self.count("batch_notes") == 0, "no note is left")
+        self.assertTrue(server.is_running)
+
+    def careless_server(self) -> Server:
+        """Make a server with the plug-in."""
+        with mock.patch.dict(os.environ, PYTHONPATH=str(self.directory)):
+            return self.server("--executor-workers", "2")
+
+    @inlineCallbacks
+    def goes_dead(self, end: str):
+        """Put a killer among others, let it die thrice, and see what is left."""
+        server = self.careless_server()
+        others = [f"other {number}" for number in range(20)]
+        self.insert(*others[:10])
+        self.insert("killer", end=end)
+        self.insert(*others[10:])
+        yield server.start()
+        # All were in one batch, and are charged alike.
+        yield self.dies_of(server, 1)
+        self.assertEqual(self.execute("select deaths from commands where idem_key = 'killer'"), [(1,)])
+        self.execute("update commands set attempts = 9 where idem_key = 'killer'")
+        self.rush()
+        yield self.dies_of(server, 10)
+        self.rush()
+        yield self.dies_of(server, 11, "dead")
+        self.assertEqual(self.execute("select deaths from commands where idem_key = 'killer'"), [(1,)])
+        self.assertEqual(self.execute("select error from commands where idem_key = 'killer'"), [(_DIED,)])
+
+        def all_done() -> bool:
+            self.rush()
+            return {self.state(other)[0] for other in others} == {"done"}
+
+        yield poll(all_done, "all others are done")
+        self.assertEqual(sorted(key for (key,) in self.execute("select * from effects")), sorted(others))
+        self.assertLessEqual(max(self.state(other)[1] for other in others), 3)
+        # It goes on as if nothing had been.
+        self.insert("one more")
+        yield poll(lambda: self.state("one more")[0] == "done", "the next command")
+
+    def test_exit(self):
+        """One that ends the process alone is charged as a failure: dead after ten, and all others run once."""
+        return self.goes_dead("exit")
+
+    def test_kill(self):
+        """So is one by which the process is killed without a last word."""
+        return self.goes_dead("kill")
+
+    @inlineCallbacks
+    def test_a_fork_that_goes_on(self):
+        """A process that a handler forks and does not end never goes on as a copy of the server, on its connections."""
+        server = self.careless_server()
+        self.insert("before")
+        self.insert("exits", end="fork and exit")
+        self.insert("fails", end="fork and fail")
+        self.insert("after")
+        yield server.start()
+        keys = ("before", "exits", "fails", "after")
+        yield poll(lambda: all(self.state(key)[0] == "done" for key in keys), "the commands")
+        self.assertEqual([self.state(key) for key in keys], [("done", 0)] * 4)
+        self.assertEqual(sorted(key for (key,) in self.execute("select * from effects")), sorted(keys))
+        self.assertEqual(psutil.Process(server.pid).children(), [])
+
+    @inlineCallbacks
+    def test_hold_the_interpreter(self):
+        """A handler that holds the interpreter in C costs its process, which says where, and not the next commands."""
+        server = self.careless_server()
+        self.insert("killer", end="hold the interpreter")
+        yield server.start()
+        yield poll(lambda: not server.is_running, "the death", timeout=20)
+        self.assertEqual(server.exit_code, -signal.SIGPROF)
+        yield self.dies_of(server, 1)
+        self.assertRegex(server.whole_log, r'File ".*careless\.py", line \d+ in run\b')
+        self.insert("other")
+        yield poll(lambda: self.state("other")[0] == "done", "the next command")
+
+    @inlineCallbacks
+    def test_compute_and_stand_still(self):
+        """A handler that computes in Python costs no process, and neither does a stop by a supervisor."""
+        server = self.careless_server()
+        self.insert("busy", end="compute in Python")
+        yield server.start()
+        yield poll(lambda: self.state("busy")[0] == "done", "the end of the computation", timeout=40)
+        server.freeze()
+        yield pause(2.5)
+        server.thaw()
+        self.insert("other")
+        yield poll(lambda: self.state("other")[0] == "done", "the next command")
+        self.assertTrue(server.is_running)
+
+    @inlineCallbacks
+    def ends_in_time(self, end: str):
+        """Tell a server to end while a command sleeps, and see that nothing came of the command."""
+        server = self.careless_server()
+        yield server.start()
+        self.insert("sleeper", end=end)
+        running = (
+            "select 1 from pg_stat_activity where application_name = 's2s-server handlers' and query ~ %s"
+            " and xact_start < now() - interval '0.2 s'"
+        )
+        yield poll(lambda: self.execute(running, "pg_sleep|insert into effects"), "it sleeps")
+        began = time.monotonic()
+        server.terminate()
+        yield poll(lambda: not server.is_running, "the end", timeout=15)
+        # The grace, what follows it, and a busy machine.
+        self.assertTrue(5 <= time.monotonic() - began < 10)
+        server.assert_ended_well()
+        self.assertEqual((self.state("sleeper"), self.count("batch_notes")), (("ready", 0), 0))
+        self.assertEqual(self.count("effects"), 0)
+
+    def test_told_to_end_while_a_command_is_in_sql(self):
+        """Past the grace running SQL is cancelled and rolled back; nobody is charged, and the exit code is 0."""
+        return self.ends_in_time("sleep in the database")
+
+    def test_told_to_end_while_a_command_is_in_python(self):
+        """A handler that nothing can cancel is left behind; what it did is rolled back, and nobody is charged."""
+        return self.ends_in_time("sleep in Python")

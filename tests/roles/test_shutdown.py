@@ -1,0 +1,107 @@
+"""The end of a process (docs/protocol.rst, "s2s.engine.shutdown")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.error import ReactorNotRunning
+from twisted.internet.task import Clock as FakeClock
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.roles import shutdown
+from s2s.roles.shutdown import CUT_S, GRACE_S, Shutdown
+
+
+class _Reactor(FakeClock):
+    """A reactor that can be stopped once."""
+
+    stops = 0
+
+    def stop(self) -> None:
+        self.stops += 1
+        if self.stops > 1:
+            raise ReactorNotRunning
+
+
+class _Timer:
+    """A thread's timer that never comes."""
+
+    made: list[_Timer]
+
+    def __init__(self, seconds: float, call: Callable[[], object]) -> None:
+        self.seconds = seconds
+        self.is_cancelled = False
+        self.made.append(self)
+
+    def start(self) -> None:
+        """Wait."""
+
+    def cancel(self) -> None:
+        """Wait no more."""
+        self.is_cancelled = True
+
+
+class LifetimeTests(SynchronousTestCase):
+    """:class:`Shutdown`."""
+
+    def setUp(self) -> None:
+        """Make one whose threads are ours."""
+        _Timer.made = []
+        self.patch(shutdown.threading, "Timer", _Timer)
+        self.reactor: Any = _Reactor()
+        self.wall = 1000.0
+        self.lifetime = Shutdown(self.reactor, lambda: self.wall)
+        self.cancelled: list[float] = []
+        self.lifetime.on_grace_expired = lambda: self.cancelled.append(self.reactor.seconds())
+
+    @property
+    def cut_at(self) -> list[float]:
+        """When the process would be left."""
+        return [timer.seconds for timer in _Timer.made if not timer.is_cancelled]
+
+    def test_grace(self) -> None:
+        """The reactor is stopped at once; what runs is cancelled when the grace is over; soon after comes the cut."""
+        self.assertEqual(self.lifetime.end("a test"), 1000 + GRACE_S)
+        self.assertEqual((self.reactor.stops, self.cut_at), (1, [GRACE_S + CUT_S]))
+        self.reactor.advance(GRACE_S - 0.1)
+        self.assertEqual(self.cancelled, [])
+        self.reactor.advance(0.1)
+        self.assertEqual(self.cancelled, [GRACE_S])
+
+    def test_the_earliest_holds(self) -> None:
+        """A later deadline changes nothing, and is told the one that holds; an earlier one takes its place."""
+        self.assertEqual(self.lifetime.end("first", 600), 1600)
+        self.assertEqual(self.lifetime.end("second", 700), 1600)
+        self.assertEqual(self.lifetime.end("third", 5), 1005)
+        self.assertEqual(self.cut_at, [5 + CUT_S])
+        self.reactor.advance(5)
+        self.assertEqual(self.cancelled, [5])
+        self.reactor.advance(700)
+        self.assertEqual(self.cancelled, [5])
+        self.assertEqual(self.lifetime.end("too late", 1), 1005 - 705)
+
+    def test_steps_of_the_clock(self) -> None:
+        """The wall clock, which somebody may set, decides nothing."""
+        self.lifetime.end("first", 600)
+        self.wall += 3600
+        self.assertEqual(self.lifetime.end("second", 5), 4605)
+        self.assertEqual(self.cut_at, [5 + CUT_S])
+        self.wall -= 7200
+        self.lifetime.end("third", 600)
+        self.assertEqual(self.cut_at, [5 + CUT_S])
+
+    def test_ended_in_time(self) -> None:
+        """Once everything has stopped by itself nothing is cancelled any more."""
+        self.lifetime.end("a test", 5)
+        self.lifetime.ended()
+        self.reactor.advance(10)
+        self.assertEqual(self.cancelled, [])
+
+    def test_last_words_that_fail(self) -> None:
+        """The process is left with exit code 0 also where the last words cannot be said."""
+        left: list[int] = []
+        self.patch(shutdown.os, "_exit", left.append)
+        self.lifetime.shutdown_transaction = lambda: 1 // 0
+        self.lifetime._cut()
+        self.assertEqual(left, [0])

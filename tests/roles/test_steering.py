@@ -1,0 +1,246 @@
+"""Steering from a shell, the whole way: command line, database, server, link, engine, and back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from click.testing import CliRunner
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.threads import deferToThread
+
+from s2s.cli import main
+from s2s.store.pool import blocking
+from s2s.store.tables import control_requests, engines
+from s2s.store.tables.engines import LinkRow
+from tests.cli.test_cli import CliTestCase
+from tests.support.peer import CHECK, K1, Key, Peer
+from tests.support.roles import Engine, RoleTestCase, Server
+from tests.support.waiting import poll
+
+
+class SteeringTests(RoleTestCase, CliTestCase):
+    """A server and an engine as real processes."""
+
+    @inlineCallbacks
+    def linked(self) -> Iterator[Deferred[Any]]:
+        """Start both, and wait until an operator can see the engine run."""
+        self.server_role: Server = self.server()
+        self.engine_role: Engine = self.engine(self.server_role.port)
+        yield self.server_role.start()
+        yield self.engine_role.start()
+        yield self.seen(state="running")
+
+    def seen(self, **wanted: Any) -> Deferred[Any]:
+        """Wait until the list of engines shows exactly one, like this."""
+
+        def look() -> bool:
+            found = self.json("engine", "list")
+            return len(found) == 1 and all(found[0][name] == value for name, value in wanted.items())
+
+        return poll(look, f"an engine {wanted}", timeout=20)
+
+    @inlineCallbacks
+    def test_pause_resume_sweep_shutdown(self):
+        """Each command shows the engine's answer; after the shutdown the engine has ended with exit code 0."""
+        yield self.linked()
+        self.assertEqual(self.s2s("engine", "pause", "engine-1", "--reason", "night").output, "engine-1: paused\n")
+        yield self.seen(state="paused", wanted="paused", reason="night", degraded=False)
+        # The only engine need not be named.
+        self.assertEqual(self.json("engine", "resume"), {"engine": "engine-1", "ok": True, "state": "running"})
+        self.execute("insert into broadcasts (message) values ('hello')")
+        yield poll(lambda: self.count("notices") == 1, "the notice is there")
+        self.assertEqual(self.s2s("engine", "sweep").output, "engine-1: 0 broadcasts queued\n")
+        said = self.s2s("engine", "shutdown", "--grace-ms", "3000").output
+        self.assertRegex(said, r"^engine-1: draining, its grace ends at \d\d:\d\d:\d\d UTC\n$")
+        yield poll(lambda: not self.engine_role.is_running, "the engine has ended", timeout=20)
+        self.engine_role.assert_ended_well()
+        yield self.seen_none()
+        told = self.server_role.lines("s2s.engine.pause to 'engine-1' by 'cli:")
+        self.assertEqual(len(told), 1)
+
+    def seen_none(self) -> Deferred[Any]:
+        """Wait until no engine is linked."""
+        return poll(lambda: [row["state"] for row in self.json("engine", "list")] == ["no link"], "no link is left")
+
+    @inlineCallbacks
+    def test_without_a_link(self):
+        """What no server can send is refused with the cure, and is never sent later."""
+        self.assertIn("no engine is linked", self.s2s("engine", "pause", expected=1).output)
+        refused = self.s2s("engine", "pause", "engine-1", expected=1).output
+        self.assertEqual(refused, "Error: no server has a link to an engine 'engine-1': see s2s engine list\n")
+        self.assertEqual(self.count("steering"), 0)
+        # A server that shows its link and takes nothing, as while another session has locked the audit.
+        self.execute("insert into engine_links (server_boot_id, key_id, name, address) values ('s', 'k', 'there', 'x')")
+        refused = self.s2s("engine", "pause", "there", expected=1).output
+        self.assertIn("no server took the request to an engine 'there' in time: its link has ended, or the", refused)
+        self.assertEqual(self.count("steering"), 0)
+        self.execute("delete from engine_links")
+        yield self.linked()
+        self.assertEqual(self.count("engines"), 0)
+
+    @inlineCallbacks
+    def test_configuration(self):
+        """A setting typed in a shell is in force in both roles, which say so; the engine's health has its version."""
+        yield self.linked()
+        self.assertEqual(
+            self.s2s("config", "set", "server.sweep_interval_s", "3").output,
+            "server.sweep_interval_s is 3, version 1\n",
+        )
+        self.assertEqual(self.json("config", "set", "relay.window", "7")["version"], 2)
+        yield self.seen(config_version=2)
+        for role in (self.server_role, self.engine_role):
+            yield role.says("relay.window is 7 (was 512)")
+        self.assertEqual(self.s2s("config", "set", "relay.window", "7").output, "relay.window is 7 already\n")
+        for argv, why in (
+            (("relay.window", "0"), "relay.window must be from 1 to 1024"),
+            (("relay.window", "many"), "relay.window is a whole number, not 'many'"),
+            (("no.such", "1"), "there is no setting 'no.such': see them with: s2s config list"),
+        ):
+            self.assertEqual(self.s2s("config", "set", *argv, expected=1).output, f"Error: {why}\n")
+        history = self.json("config", "history", "--key", "relay.window")
+        self.assertEqual([(row["version"], row["old_value"], row["new_value"]) for row in history], [(2, 512, 7)])
+        self.assertRegex(history[0]["actor"], r"^cli:.+")
+        values = {row["key"]: row["value"] for row in self.json("config", "list")}
+        self.assertEqual((values["relay.window"], values["server.sweep_interval_s"]), (7, 3))
+
+    @inlineCallbacks
+    def test_an_engine_that_is_behind(self):
+        """An engine that was away when the configuration changed is bumped as soon as its link is proven."""
+        yield self.linked()
+        self.engine_role.stop()
+        self.s2s("config", "set", "relay.window", "7")
+        # It reads the newest at its start; one that reads none would be told: a peer of ours.
+        peer = self.peer(config_version=0)
+        self.assertEqual(peer.request("s2s.config.bump")["payload"], {"version": 1})
+        self.assertEqual([], [each for each in self.peers(config_version=1) if each == "s2s.config.bump"])
+
+    def peer(self, key: Key = K1, **health: Any) -> Peer:
+        """Link an engine of ours."""
+        peer = self.server_role.connect(name="engine-9", key=key)
+        self.addCleanup(peer.close)
+        said = peer.serves[CHECK]
+        peer.serves[CHECK] = lambda payload: {**said(payload), **health}
+        peer.serves["s2s.config.bump"] = lambda payload: {"ok": True, **payload}
+        peer.greet()
+        return peer
+
+    def peers(self, **health: Any) -> list[str]:
+        """Link an engine of ours, and give what it is asked up to the first sweep."""
+        peer = self.peer(**health)
+        asked: list[str] = []
+        peer.until(lambda frame: asked.append(frame["type"]) or frame["type"] == "s2s.broadcast.sweep")
+        return asked
+
+    @inlineCallbacks
+    def test_an_engine_that_refuses(self):
+        """A refusal is shown with its code, a missing answer as an unknown outcome; both end with exit code 1."""
+        self.server_role = self.server()
+        yield self.server_role.start()
+        peer = self.peer(config_version=0)
+        refusing = self.in_thread("engine", "pause", "engine-9")
+        peer.refuse(peer.request("s2s.engine.pause"), "db_unavailable", retryable=True)
+        result = yield refusing
+        self.assertEqual(result, (1, "Error: engine-9 refused, db_unavailable: db_unavailable\n"))
+        lost = self.in_thread("engine", "pause", "engine-9")
+        peer.request("s2s.engine.pause")
+        peer.close()
+        code, output = yield lost
+        self.assertEqual(code, 1)
+        self.assertIn("engine-9 did not answer, the outcome is unknown: the link ended", output)
+
+    @inlineCallbacks
+    def test_a_server_that_dies_with_it(self):
+        """A server that took a request and is gone is not waited for; what became of it is unknown, and it says so."""
+        self.server_role = self.server()
+        yield self.server_role.start()
+        peer = self.peer(config_version=0)
+        asking = self.in_thread("engine", "pause", "engine-9")
+        peer.request("s2s.engine.pause")
+        began = time.monotonic()
+        self.server_role.kill()
+        code, output = yield asking
+        self.assertEqual(code, 1)
+        self.assertIn("the outcome is unknown: the server that took the request did not report", output)
+        self.assertLess(time.monotonic() - began, control_requests.GONE_S + 5)
+
+    @inlineCallbacks
+    def test_the_newer_of_two_links(self):
+        """Of two links of one name, as after a rotation with the older one half open, the newer one is asked."""
+        self.add_key(other := Key("k2", K1.key_b64))
+        self.server_role = self.server()
+        yield self.server_role.start()
+        old = self.peer(config_version=0)
+        new = self.peer(key=other, config_version=0)
+        asking = self.in_thread("engine", "pause", "engine-9")
+        new.reply(new.request("s2s.engine.pause"), "s2s.ack", {"ok": True, "state": "paused"})
+        result = yield asking
+        self.assertEqual(result, (0, "engine-9: paused\n"))
+        old.close()
+
+    def in_thread(self, *argv: str) -> Deferred[Any]:
+        """Run a command line beside us."""
+
+        def run() -> tuple[int, str]:
+            result = CliRunner(env={"S2S_DATABASE_URL": self.url}).invoke(main, list(argv))
+            return result.exit_code, result.output
+
+        return deferToThread(run)
+
+
+class TableTests(RoleTestCase):
+    """:mod:`s2s.store.tables.control_requests` and :mod:`s2s.store.tables.engines`."""
+
+    def test_taken_once(self) -> None:
+        """A request is taken by one server, the one that has the engine; one that has expired, by none."""
+        with blocking(self.url) as txn:
+            mine = control_requests.ask(txn, "a", "s2s.engine.pause", {"reason": "x"}, "me", 5)
+            control_requests.ask(txn, "a", "s2s.engine.resume", {"reason": "x"}, "me", -1)
+            control_requests.ask(txn, "b", "s2s.engine.pause", {"reason": "x"}, "me", 5)
+        with blocking(self.url) as txn:
+            self.assertEqual([each.request_id for each in control_requests.take(txn, "s1", ["a", "c"])], [mine])
+            self.assertEqual(control_requests.take(txn, "s2", ["a"]), [])
+            # The one of b waits still. Nobody takes the one that has expired any more, and there is no 0.
+            self.assertEqual(control_requests.settled(txn, [mine, mine + 1, mine + 2, 0]), {mine + 1, 0})
+            found = control_requests.conclude(txn, [mine, mine + 1])
+            self.assertEqual(
+                [(each.is_taken, each.is_over) for each in found.values()], [(True, False), (False, False)]
+            )
+            control_requests.answer(txn, mine, False, {"code": "paused"})
+            self.assertEqual(control_requests.settled(txn, [mine]), {mine})
+            answer = control_requests.conclude(txn, [mine])[mine]
+        self.assertEqual(
+            (answer.is_taken, answer.is_over, answer.is_ok, answer.answer), (True, True, False, {"code": "paused"})
+        )
+
+    def test_links_shown(self) -> None:
+        """A server's links are those that it wrote last; a server that is gone is forgotten; wanted engines stay."""
+        first, second = LinkRow("k1", "a", "b1", "here:1"), LinkRow("k1", "b", None, "here:2")
+        with blocking(self.url) as txn:
+            engines.show_links(txn, "s1", [first, second])
+            engines.show_links(txn, "s2", [LinkRow("k1", "c", "b3", "there:3")])
+            engines.want(txn, "d", "paused", "night", "key:k1")
+            engines.want(txn, "d", "paused", "again", "key:k1")
+        with blocking(self.url) as txn:
+            found = {row.name: (row.wanted, row.reason, row.address) for row in engines.list_engines(txn)}
+            self.assertEqual(
+                found,
+                {
+                    "a": ("running", "", "here:1"),
+                    "b": ("running", "", "here:2"),
+                    "c": ("running", "", "there:3"),
+                    "d": ("paused", "night", None),
+                },
+            )
+            before = {row.name: row.linked_at for row in engines.list_engines(txn)}
+        with blocking(self.url) as txn:
+            engines.show_links(txn, "s1", [first, LinkRow("k1", "b", None, "here:9")])
+            after = {row.name: row.linked_at for row in engines.list_engines(txn)}
+            self.assertEqual((before["a"] == after["a"], before["b"] == after["b"]), (True, False))
+            engines.show_links(txn, "s1", [])
+        self.execute("update engine_links set seen_at = now() - interval '1 minute'")
+        with blocking(self.url) as txn:
+            self.assertEqual([row.name for row in engines.list_engines(txn)], ["d"])
+            engines.show_links(txn, "s1", [])
+        self.assertEqual(self.count("engine_links"), 0)

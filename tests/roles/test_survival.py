@@ -1,0 +1,198 @@
+"""A link of real processes under what goes wrong on real machines (docs/protocol.rst, "Timers and bounds")."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+
+from s2s.store.pool import blocking
+from s2s.store.tables import control_requests
+from tests.support.peer import CHECK, Peer
+from tests.support.roles import Engine, RoleTestCase, Server
+from tests.support.waiting import poll
+
+#: The settings that say when a silent peer is given up, and the seconds that they come to.
+QUICK = {"link.idle_s": 1, "link.check_s": 1, "link.misses": 2}
+NOTICED_S = 3
+
+
+class SurvivalTests(RoleTestCase):
+    """A server, an engine, and peers of ours."""
+
+    def configure(self, **settings: int) -> None:
+        """Change settings in plain SQL."""
+        for key, value in settings.items():
+            self.execute("update config set value = to_jsonb(%s) where key = %s", value, key)
+
+    @inlineCallbacks
+    def linked(self) -> Iterator[Deferred[Any]]:
+        """Start both roles, quick to notice."""
+        self.configure(**QUICK)
+        self.server_role: Server = self.server()
+        self.engine_role: Engine = self.engine(self.server_role.port)
+        yield self.server_role.start()
+        yield self.engine_role.start()
+        yield self.server_role.says("engine up: engine-1")
+        yield self.engine_role.says("link up")
+
+    def peer(self, **how: Any) -> Peer:
+        """Connect as an engine."""
+        peer = self.server_role.connect(**how)
+        self.addCleanup(peer.close)
+        peer.greet()
+        return peer
+
+    @inlineCallbacks
+    def becomes_a_notice(self, message: str) -> Iterator[Deferred[Any]]:
+        """See that the whole way is open."""
+        self.execute("insert into broadcasts (message) values (%s)", message)
+        yield poll(
+            lambda: self.execute("select 1 from notices where message = %s", message), f"notice {message}", timeout=20
+        )
+
+    @inlineCallbacks
+    def test_stopped_engine(self):
+        """An engine that stands still is given up in the time that the settings say, and is back when it goes on."""
+        yield self.linked()
+        began = time.monotonic()
+        self.engine_role.freeze()
+        yield self.server_role.says("engine down: engine-1")
+        self.assertLess(time.monotonic() - began, NOTICED_S + 4)
+        self.assertIn("left 2 health checks unanswered", self.server_role.lines("engine down")[0])
+        yield self.server_role.says("1 silence")
+        self.engine_role.thaw()
+        yield self.server_role.says("engine up: engine-1", 2)
+        yield self.becomes_a_notice("after the engine's rest")
+
+    @inlineCallbacks
+    def test_stopped_server(self):
+        """An engine gives a server up that stands still, and finds it again when it goes on."""
+        yield self.linked()
+        self.server_role.freeze()
+        yield self.engine_role.says("link down: the peer left 2 health checks unanswered")
+        self.server_role.thaw()
+        yield self.engine_role.says("link up", 2)
+        yield self.becomes_a_notice("after the server's rest")
+
+    @inlineCallbacks
+    def test_half_open(self):
+        """A peer that vanished without a word is given up, though its connection never ends."""
+        yield self.linked()
+        self.peer(name="vanished")
+        yield self.server_role.says("engine down: vanished")
+        self.assertEqual(self.server_role.lines("engine down: engine-1"), [])
+
+    @inlineCallbacks
+    def test_a_peer_that_never_reads(self):
+        """One that asks and asks and never reads is cut, and the server's memory stays within the buffer's bound."""
+        yield self.linked()
+        before = self.server_role.rss
+        peer = self.peer(name="deaf")
+
+        def ask() -> None:
+            peer.link.settimeout(20)
+            try:
+                while True:
+                    peer.write(b"".join(peer.frame(CHECK, {}) for _ in range(500)))
+            except OSError:
+                pass
+
+        yield deferToThread(ask)
+        yield self.server_role.says("the peer does not read")
+        self.assertLess(self.server_role.rss - before, 64 << 20)
+        yield self.becomes_a_notice("after the deaf one")
+
+    @inlineCallbacks
+    def test_a_byte_a_second(self):
+        """A frame that trickles in is given 10 s and no more, while others are served."""
+        self.server_role = self.server()
+        yield self.server_role.start()
+        peer = self.peer(name="slow")
+        began = time.monotonic()
+        frame = peer.frame(CHECK, {})
+        for place in range(60):
+            try:
+                peer.write(frame[place : place + 1])
+            except OSError:
+                break
+            yield deferLater(reactor, 0.5)
+            # What the server asks meanwhile cannot be answered: our frame is not whole.
+            if select.select([peer.link], [], [], 0)[0]:
+                peer.link.recv(1 << 16)
+            if self.server_role.lines("a frame took too long to come whole"):
+                break
+        self.assertIn("a frame took too long to come whole", self.reasons("slow"))
+        self.assertLess(time.monotonic() - began, 14)
+
+    def reasons(self, name: str) -> str:
+        """Give why a peer's link ended."""
+        return " ".join(self.server_role.lines(f"engine down: {name}"))
+
+    @inlineCallbacks
+    def test_replaced(self):
+        """A new link of an engine takes the place of its old one, whose requests fail at once."""
+        yield self.linked()
+        old = self.peer(name="twin")
+        with blocking(self.url) as txn:
+            asked = control_requests.ask(txn, "twin", "s2s.engine.pause", {"reason": "a test"}, "a test", 5)
+        old.request("s2s.engine.pause")
+        began = time.monotonic()
+        new = self.peer(name="twin")
+        self.assertEqual([frame["type"] for frame in old.rest() if frame["type"] != CHECK], [])
+        yield self.server_role.says("the same engine has a newer link")
+        answered = "select answer from steering where request_id = %s and answered_at is not null"
+        yield poll(lambda: self.execute(answered, asked), "the request has failed")
+        self.assertLess(time.monotonic() - began, 2)
+        self.assertIn("the same engine has a newer link", self.execute(answered, asked)[0][0]["message"])
+        with blocking(self.url) as txn:
+            control_requests.ask(txn, "twin", "s2s.engine.resume", {"reason": "a test"}, "a test", 5)
+        new.request("s2s.engine.resume")
+
+    @inlineCallbacks
+    def test_lost_listen(self):
+        """The connections that hear NOTIFY are lost, and come back by themselves; nothing else notices."""
+        yield self.linked()
+        self.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where datname = current_database() and application_name like '%% listen'"
+        )
+        for role in (self.server_role, self.engine_role):
+            yield role.says("notifications of the database arrive again")
+        # Sweeps come every 10 s, the poll of settings every 30: what is quicker than that was heard.
+        began = time.monotonic()
+        yield self.becomes_a_notice("heard again")
+        self.configure(**{"relay.window": 9})
+        yield self.engine_role.says("relay.window is 9")
+        self.assertLess(time.monotonic() - began, 8)
+        self.assertEqual(self.server_role.lines("engine down"), [])
+
+    @inlineCallbacks
+    def test_settings_hold_for_links_that_are(self):
+        """A setting changes links that stand already: a peer that may be silent for long may not be any more."""
+        self.server_role = self.server()
+        yield self.server_role.start()
+        peer = self.peer(name="quiet")
+        self.configure(**QUICK)
+        # Until the timer that runs by the old setting has come.
+        yield poll(lambda: self.server_role.lines("engine down: quiet"), "it is given up", timeout=10 + NOTICED_S + 4)
+        peer.close()
+
+    @inlineCallbacks
+    def test_freshness(self):
+        """A narrower window holds at once, for the refusal and for what it says."""
+        self.server_role = self.server()
+        yield self.server_role.start()
+        peer = self.peer(name="late")
+        late = {"ts": int(time.time()) - 60}
+        self.assertEqual(peer.call(CHECK, {}, **late)["role"], "server")
+        self.configure(**{"link.fresh_s": 30})
+        yield self.server_role.says("link.fresh_s is 30 (was 300)")
+        refused = peer.call(CHECK, {}, **late)
+        self.assertEqual((refused["code"], refused["details"]["max_skew_s"]), ("ts_skew", 30))

@@ -1,0 +1,137 @@
+"""What one of many takes for itself: attempts of jobs and orders, and batches of commands."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import psycopg2
+from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThread
+
+from s2s.handlers.orders.force_tick import ForceTick
+from s2s.store import driver
+from s2s.store.driver import Cursor
+from s2s.store.pool import blocking
+from s2s.store.tables import claims, jobs, orders
+from tests.support.postgres import DatabaseTestCase
+from tests.support.waiting import poll
+
+_GATE = 77
+#: Whoever says so waits at the gate in the middle of the statement: after its snapshot, before it looks.
+_TRIGGER = """
+create function wait_at_gate() returns trigger language plpgsql as $$ begin
+    if current_setting('application_name') = 'late' then perform pg_advisory_xact_lock_shared({gate}); end if;
+    return null;
+end $$;
+create trigger a_gate before update on {table} for each statement execute function wait_at_gate()
+"""
+
+
+class AttemptTests(DatabaseTestCase):
+    """Two look for something to do at the same time."""
+
+    async def check(self, table: str, attempt: Callable[[Cursor], Any], hold: Callable[[Cursor, Any], bool]) -> None:
+        """One of them counts an attempt, and can make it while the other still looks."""
+        self.execute(_TRIGGER.format(table=table, gate=_GATE))
+        gate = psycopg2.connect(self.url)
+        self.addCleanup(gate.close)
+        gate.cursor().execute("select pg_advisory_xact_lock(%s)", (_GATE,))
+        found: dict[str, Any] = {}
+        may_end = threading.Event()
+        self.addCleanup(may_end.set)
+
+        def look(name: str) -> None:
+            with blocking(self.url, name) as txn:
+                found[name] = attempt(txn)
+                if name == "late":
+                    may_end.wait(20)
+
+        def state(name: str) -> str | None:
+            rows = self.execute(
+                "select coalesce(wait_event_type, '') from pg_stat_activity where application_name = %s", name
+            )
+            return rows[0][0] if rows else None
+
+        late: Deferred[None] = deferToThread(look, "late")
+        await poll(lambda: state("late") == "Lock", "the late one at the gate")
+        quick: Deferred[None] = deferToThread(look, "quick")
+        await poll(lambda: state("quick") == "Lock" or quick.called, "the quick one")
+        gate.rollback()
+        await poll(lambda: "late" in found, "what the late one has found")
+        if not quick.called:
+            # It takes its turn.
+            may_end.set()
+            await late
+            await quick
+        [due] = [each for each in found.values() if each is not None]
+        with blocking(self.url, "hold") as txn:
+            self.assertTrue(hold(txn, due))
+        may_end.set()
+        await late
+        await quick
+
+    async def test_a_job(self) -> None:
+        """A job's."""
+        self.execute("insert into jobs (job_type, schedule, due_at) values ('tick', 'every:60s', to_timestamp(0))")
+        await self.check("jobs", lambda txn: jobs.attempt(txn, ["tick"]), jobs.hold)
+
+    async def test_an_order(self) -> None:
+        """An order's."""
+        rpc = ForceTick.rpc
+        with blocking(self.url, "give") as txn:
+            orders.give(txn, "o", rpc, {"job_type": "tick"}, "somebody", by_link=True)
+        await self.check("orders", lambda txn: orders.attempt(txn, [rpc], [], [], 0.0), orders.hold)
+
+
+class FrozenTests(DatabaseTestCase):
+    """One is frozen while it looks for something to do: it keeps nobody else from it for longer than is borne."""
+
+    def check(self, attempt: Callable[[Cursor], Any]) -> None:
+        """Another finds what the frozen one had found."""
+        self.patch(driver, "FROZEN_S", 0.2)
+        frozen = psycopg2.connect(self.url)
+        self.addCleanup(frozen.close)
+        self.assertTrue(attempt(frozen.cursor()))
+        with blocking(self.url, "another", statement_timeout_s=8.0) as txn:
+            self.assertTrue(attempt(txn))
+        self.assertRaises(psycopg2.OperationalError, frozen.commit)
+
+    def test_a_job(self) -> None:
+        """A job."""
+        self.execute("insert into jobs (job_type, schedule, due_at) values ('tick', 'every:60s', to_timestamp(0))")
+        self.check(lambda txn: jobs.attempt(txn, ["tick"]))
+
+    def test_an_order(self) -> None:
+        """An order."""
+        with blocking(self.url, "give") as txn:
+            orders.give(txn, "o", ForceTick.rpc, {"job_type": "tick"}, "somebody", by_link=True)
+        self.check(lambda txn: orders.attempt(txn, [ForceTick.rpc], [], [], 0.0))
+
+    async def test_a_claim_that_was_lost(self) -> None:
+        """A claim whose COMMIT comes late, while the same worker already claims anew, is replaced by the new one."""
+        for key in "ab":
+            self.execute("insert into commands (cmd_type, idem_key, payload) values ('notice.publish', %s, '{}')", key)
+        lost = psycopg2.connect(self.url)
+        self.addCleanup(lost.close)
+        [first] = claims.claim(lost.cursor(), "boot", 0, 1)
+        found: list[int] = []
+
+        def claim() -> None:
+            with blocking(self.url, "again") as txn:
+                found.extend(claims.claim(txn, "boot", 0, 10))
+
+        again: Deferred[None] = deferToThread(claim)
+        waits = "select 1 from pg_stat_activity where application_name = 'again' and wait_event_type = 'Lock'"
+        await poll(lambda: self.execute(waits), "the new claim waits for the lost one")
+        lost.commit()
+        await again
+        [second] = found
+        self.assertNotEqual(first, second)
+        self.assertEqual(self.execute("select cmd_ids from batch_notes"), [([second],)])
+
+    def test_a_batch_of_commands(self) -> None:
+        """A batch of commands."""
+        self.execute("insert into commands (cmd_type, idem_key, payload) values ('notice.publish', 'a', '{}')")
+        self.check(lambda txn: claims.claim(txn, "boot", 0, 10))

@@ -1,0 +1,67 @@
+"""Whether the database answers: :mod:`s2s.store.monitors.database_probe`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock as FakeTime
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.errors import DatabaseUnavailable
+from s2s.runtime.clock import Clock
+from s2s.store.monitors.database_probe import ANSWER_S, HOLDS_S, DatabaseProbe
+
+
+class _Database:
+    """A pool that answers when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[Deferred[Any]] = []
+
+    def run(self, _: object) -> Deferred[None]:
+        """Take a question."""
+        self.asked.append(Deferred())
+        return self.asked[-1]
+
+
+class PulseTests(SynchronousTestCase):
+    """With a clock and a pool of the test's."""
+
+    def setUp(self) -> None:
+        """Make it."""
+        self.time = FakeTime()
+        self.database = _Database()
+        database: Any = self.database
+        self.pulse = DatabaseProbe(database, Clock(self.time))
+
+    def test_one_question(self) -> None:
+        """However many ask, the database is asked once, and all are told; the answer holds for a second."""
+        waiters = [self.pulse.check() for _ in range(3)]
+        [asked] = self.database.asked
+        asked.callback(None)
+        self.assertEqual([self.successResultOf(each) for each in waiters], ["ok"] * 3)
+        self.assertEqual(self.successResultOf(self.pulse.check()), "ok")
+        self.time.advance(HOLDS_S)
+        late = self.pulse.check()
+        self.database.asked[1].errback(DatabaseUnavailable("permission denied for sequence s", "42501"))
+        self.assertEqual(self.successResultOf(late), "permission denied for sequence s")
+        self.assertEqual(self.time.getDelayedCalls(), [])
+
+    def test_one_that_hangs(self) -> None:
+        """A database that hangs does not answer in time, is not asked again meanwhile, and may come back."""
+        waiters = []
+        for _ in range(5):
+            waiters.append(self.pulse.check())
+            self.time.advance(ANSWER_S)
+        self.assertEqual([self.successResultOf(each) for each in waiters], ["no answer within 2 s"] * 5)
+        self.assertEqual((len(self.database.asked), self.pulse._waiters), (1, []))
+        last = self.pulse.check()
+        self.database.asked[0].callback(None)
+        self.assertEqual(self.successResultOf(last), "ok")
+
+    def test_an_error_of_ours(self) -> None:
+        """An error that is not the database's is named by its kind alone: its text may hold anything."""
+        asked = self.pulse.check()
+        self.database.asked[0].errback(KeyError("secret"))
+        self.assertEqual(self.successResultOf(asked), "KeyError")

@@ -1,0 +1,571 @@
+"""Foreign code in transactions: its deadline, and what it may leave behind (:mod:`s2s.store.handler_pool`)."""
+
+from __future__ import annotations
+
+import contextlib
+import decimal
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import psycopg2
+import psycopg2.extensions
+from psycopg2.extras import DictCursor, Json
+from twisted.internet import reactor
+from twisted.internet.defer import gatherResults
+from twisted.internet.threads import deferToThread
+
+from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, StatementRefused
+from s2s.store import handler_pool
+from s2s.store.cursor import StoreCursor
+from s2s.store.driver import Cursor
+from s2s.store.handler_pool import HandlerPool
+from tests.support.postgres import DatabaseTestCase
+from tests.support.waiting import poll
+
+#: Everything that code may leave on a session by SQL, each with the query that shows it and the answer of a clean one.
+_LEFT = {
+    "role": ("set role other", "select current_user = session_user"),
+    "session_authorization": ("set session authorization other", "select session_user <> 'other'"),
+    "search_path": ("set search_path = nowhere", "select current_setting('search_path') <> 'nowhere'"),
+    "datestyle": ("set datestyle = 'SQL, DMY'", "select current_setting('datestyle') = 'ISO, MDY'"),
+    "timezone": ("set timezone = 'Asia/Tokyo'", "select current_setting('timezone') = 'UTC'"),
+    "array_nulls": ("set array_nulls = off", "select current_setting('array_nulls') = 'on'"),
+    "strings": (
+        "set standard_conforming_strings = off",
+        "select current_setting('standard_conforming_strings') = 'on'",
+    ),
+    "timeout": ("set statement_timeout = 1", "select current_setting('statement_timeout') = '65s'"),
+    "lock timeout": ("set lock_timeout = 1", "select current_setting('lock_timeout') = '0'"),
+    "read-only session": (
+        "set session characteristics as transaction read only",
+        "select current_setting('default_transaction_read_only') = 'off'",
+    ),
+    "isolation": (
+        "set session characteristics as transaction isolation level serializable",
+        "select current_setting('transaction_isolation') = 'read committed'",
+    ),
+    "actor": (
+        "select set_config('s2s.actor', 'nobody', false)",
+        "select coalesce(current_setting('s2s.actor', true), '') = ''",
+    ),
+    "commits": ("set synchronous_commit = off", "select current_setting('synchronous_commit') = 'on'"),
+    "temporary table": ("create temp table commands (n integer)", "select to_regclass('pg_temp.commands') is null"),
+    "advisory lock": (
+        "select pg_advisory_lock(42)",
+        "select not exists (select from pg_locks where locktype = 'advisory' and pid = pg_backend_pid())",
+    ),
+    "listen": ("listen nothing", "select not exists (select pg_listening_channels())"),
+    "prepared": ("prepare mine as select 1", "select not exists (select from pg_prepared_statements)"),
+    "cursor": (
+        "declare mine cursor with hold for select 1",
+        "select not exists (select from pg_cursors where name = 'mine')",
+    ),
+}
+
+
+#: The methods of psycopg2's connection that end the transaction or the connection, with their arguments.
+_ENDS: dict[str, tuple[Any, ...]] = {
+    "commit": (),
+    "rollback": (),
+    "reset": (),
+    "close": (),
+    "cancel": (),
+    "set_isolation_level": (1,),
+    "set_client_encoding": ("LATIN1",),
+}
+
+
+def _sql(statement: str) -> Callable[[Cursor], object]:
+    return lambda cursor: cursor.execute(statement)
+
+
+def _in_python(name: str, value: Any) -> Callable[[Cursor], object]:
+    return lambda cursor: setattr(cursor.connection, name, value)
+
+
+class CleanTests(DatabaseTestCase):
+    """What one transaction's foreign code leaves on its connection."""
+
+    def setUp(self) -> None:
+        """Start a pool with one connection."""
+        super().setUp()
+        self.execute("drop role if exists other; create role other")
+        self.addCleanup(self.execute, "drop owned by other; drop role other")
+        _, self.handlers = self.pools("s2s-clean", threads=1)
+
+    def call(self, code: Callable[[Cursor], Any], then: Callable[[Cursor], Any] = lambda _: None) -> Any:
+        """Run foreign code in a transaction of its own, and our own code after it in the same transaction."""
+
+        def work(txn: Cursor) -> Any:
+            with self.handlers.foreign(txn, "test") as cursor:
+                code(cursor)
+            return then(txn)
+
+        return self.handlers.run(work)
+
+    async def test_after_the_transaction(self) -> None:
+        """Whatever SQL has left on a session, the next transaction finds it clean."""
+        for name, (leave, show) in _LEFT.items():
+            await self.call(_sql(leave))
+            found = await self.handlers.run(_ask, show)
+            self.assertEqual(found, [(True,)], name)
+
+    async def test_after_a_failure(self) -> None:
+        """It does so, too, where the code raises after it has left something."""
+
+        def fail(leave: str) -> Callable[[Cursor], object]:
+            def code(cursor: Cursor) -> None:
+                cursor.execute(leave)
+                raise ValueError(leave)
+
+            return code
+
+        for name, (leave, show) in _LEFT.items():
+            await self.assertFailure(self.call(fail(leave)), ValueError)
+            self.assertEqual(await self.handlers.run(_ask, show), [(True,)], name)
+
+    async def test_in_the_same_transaction(self) -> None:
+        """Our own statements after a call run as the user that we connect as, with the settings that we set."""
+        for name in ("role", "session_authorization", "search_path", "datestyle", "array_nulls", "timeout", "actor"):
+            leave, show = _LEFT[name]
+            found = await self.call(_sql(leave), lambda txn, show=show: _ask(txn, show))
+            self.assertEqual(found, [(True,)], name)
+
+    async def test_names_in_the_same_transaction(self) -> None:
+        """Two calls in one transaction can use the same names, as two commands of one type do."""
+        statements = (
+            "create temp table work (n integer) on commit drop",
+            "prepare mine as select 1",
+            "declare mine cursor for select 1",
+            "declare held cursor with hold for select 1",
+        )
+
+        def work(txn: Cursor) -> int:
+            for _ in range(2):
+                with self.handlers.foreign(txn, "test") as cursor:
+                    for statement in statements:
+                        cursor.execute(statement)
+            return 2
+
+        self.assertEqual(await self.handlers.run(work), 2)
+
+    async def test_names_after_a_failure(self) -> None:
+        """A call that fails leaves no name to the next one."""
+        statements = (
+            "create temp table work (n integer)",
+            "prepare mine as select 1",
+            "declare mine cursor for select 1",
+        )
+
+        def work(txn: Cursor) -> int:
+            for _ in range(2):
+                with contextlib.suppress(ValueError), self.handlers.foreign(txn, "test") as cursor:
+                    for statement in statements:
+                        cursor.execute(statement)
+                    raise ValueError
+            return 2
+
+        self.assertEqual(await self.handlers.run(work), 2)
+
+    async def test_a_temporary_table_in_the_way(self) -> None:
+        """A temporary table with the name of one of ours takes its place for nobody."""
+        self.execute("insert into commands (cmd_type, idem_key, payload) values ('a', 'b', '{}')")
+        leave = _sql("create temp table commands (cmd_id bigint)")
+        self.assertEqual(await self.call(leave, lambda txn: _ask(txn, "select count(*) from commands")), [(1,)])
+
+    async def test_in_python(self) -> None:
+        """A connection on which psycopg2's own state was changed is replaced."""
+
+        def register(cursor: Cursor) -> None:
+            oids = psycopg2.extensions.new_type((20, 23), "WRONG", lambda *_: "wrong")
+            psycopg2.extensions.register_type(oids, cursor.connection)
+
+        changes = {
+            "cursor_factory": _in_python("cursor_factory", DictCursor),
+            "caster": register,
+        }
+        for name, change in changes.items():
+            [(pid,)] = await self.handlers.run(_ask, "select pg_backend_pid()")
+            await self.call(change)
+            found = await self.handlers.run(_ask, "select pg_backend_pid(), 7::bigint, 7")
+            self.assertNotEqual(found[0][0], pid, f"{name} {found} {pid}")
+            self.assertEqual(found[0][1:], (7, 7), name)
+
+    async def test_a_clean_connection_stays(self) -> None:
+        """A connection on which nothing was left is used again."""
+        pids = {(await self.handlers.run(_ask, "select pg_backend_pid()"))[0][0] for _ in range(5)}
+        self.assertEqual(len(pids), 1)
+
+    async def test_a_cursor_that_is_kept(self) -> None:
+        """The cursor of a call is closed with it: what the code has kept of it does nothing any more."""
+        kept: list[Cursor] = []
+        await self.call(kept.append)
+        self.assertTrue(kept[0].closed)
+
+    async def test_cursors_that_are_made(self) -> None:
+        """So is every cursor that the code makes, of whatever class; a named one, too, in a transaction that failed."""
+        kept: list[Any] = []
+
+        def make(cursor: Cursor) -> None:
+            conn = cursor.connection
+            kept.extend((conn.cursor(), conn.cursor("named"), conn.cursor(cursor_factory=DictCursor)))
+            kept[1].execute("select generate_series(1, 3)")
+            kept[2].execute("select 1 as one")
+            self.assertEqual((kept[1].fetchone(), kept[2].fetchone()["one"]), ((1,), 1))
+
+        def fail(cursor: Cursor) -> None:
+            make(cursor)
+            cursor.execute("select nothing")
+
+        for code in (make, fail):
+            kept.clear()
+            await self.call(code).addErrback(lambda failure: failure.trap(DatabaseUnavailable) and None)
+            self.assertEqual([each.closed for each in kept], [True] * 3)
+            self.assertEqual(await self.handlers.run(_ask, "select 1"), [(1,)])
+
+    async def test_a_cursor_of_another_worker(self) -> None:
+        """A cursor that code shares between workers refuses the other one: the effect would be lost with the first."""
+        _, others = self.pools("s2s-others", threads=1)
+        shared: list[Cursor] = []
+        began, ends = threading.Event(), threading.Event()
+
+        def share(cursor: Cursor) -> None:
+            shared.append(cursor)
+            began.set()
+            ends.wait(10)
+
+        first = self.call(share)
+        await deferToThread(began.wait, 10)
+        self.addCleanup(ends.set)
+
+        def use(txn: Cursor) -> None:
+            with others.foreign(txn, "test"):
+                shared[0].execute("select 1")
+
+        await self.assertFailure(others.run(use), psycopg2.ProgrammingError, StatementRefused)
+        ends.set()
+        await first
+
+    async def test_numbers_of_sequences(self) -> None:
+        """A call does not see by ``lastval()`` or ``currval()`` what the one before it in the transaction has drawn."""
+        self.execute("create sequence tickets")
+        for look in ("select lastval()", "select currval('tickets')"):
+
+            def work(txn: Cursor, look: str = look) -> None:
+                for statement in ("select nextval('tickets')", look):
+                    with self.handlers.foreign(txn, "test") as cursor:
+                        cursor.execute(statement)
+
+            failure = await self.assertFailure(self.handlers.run(work), StatementRefused, DatabaseUnavailable)
+            self.assertIn("is not yet defined in this session", str(failure))
+
+    async def test_random_numbers(self) -> None:
+        """Random numbers of the database do not repeat where one call after the other has set the same seed."""
+        found = [
+            await self.call(_sql("select setseed(0.5)"), lambda txn: _ask(txn, "select random()")) for _ in range(2)
+        ]
+        found += [await self.handlers.run(_ask, "select random()")]
+        self.assertEqual(len({number for [(number,)] in found}), 3)
+
+    async def test_context(self) -> None:
+        """What code sets in its context, such as the precision of decimals, is not there in the next call."""
+
+        def imprecise(txn: Cursor) -> None:
+            with self.handlers.foreign(txn, "test"):
+                handler_pool.call(lambda: decimal.getcontext().__setattr__("prec", 3))
+
+        def divide(txn: Cursor) -> str:
+            with self.handlers.foreign(txn, "test"):
+                return handler_pool.call(lambda: str(decimal.Decimal(1) / 3))
+
+        await self.handlers.run(imprecise)
+        self.assertEqual(await self.handlers.run(divide), f"0.{'3' * 28}")
+
+    async def test_the_environment(self) -> None:
+        """What a plug-in sets in the environment for connections of its own does not reach ours."""
+        changed = mock.patch.dict(os.environ, PGOPTIONS="-c search_path=nowhere", PGPASSWORD="another")
+        changed.start()
+        self.addCleanup(changed.stop)
+        _, later = self.pools("s2s-environment", threads=1)
+        self.assertNotEqual(await later.run(_ask, "show search_path"), [("nowhere, pg_temp",)])
+        await later.run(_ask, "select from commands")
+
+    async def test_a_connection_that_is_kept(self) -> None:
+        """A thread that code leaves behind with its connection ends no transaction, and sees none."""
+        self.execute("create table made (n integer)")
+        refused: list[str] = []
+
+        def leave_behind(cursor: Cursor) -> None:
+            conn = cursor.connection
+
+            def stray() -> None:
+                for name, args in (*_ENDS.items(), ("cursor", ())):
+                    try:
+                        getattr(conn, name)(*args)
+                    except psycopg2.ProgrammingError:
+                        refused.append(name)
+
+            self.stray = threading.Thread(target=stray)
+
+        def work(txn: Cursor) -> None:
+            with self.handlers.foreign(txn, "leaves a thread") as cursor:
+                leave_behind(cursor)
+            txn.execute("insert into made values (1)")
+            self.stray.start()
+            self.stray.join()
+            raise ValueError("nothing is to be kept")
+
+        await self.assertFailure(self.handlers.run(work), ValueError)
+        self.assertEqual(self.execute("select n from made"), [])
+        self.assertEqual(refused, [*_ENDS, "cursor"])
+
+    async def test_ends_of_a_transaction(self) -> None:
+        """Code that ends the transaction or the connection by psycopg2 is refused; what was done before it stays."""
+        self.execute("create table made (n integer)")
+
+        def work(txn: Cursor) -> int:
+            refused = 0
+            txn.execute("insert into made values (1)")
+            for name, args in _ENDS.items():
+                try:
+                    with self.handlers.foreign(txn, name) as cursor:
+                        getattr(cursor.connection, name)(*args)
+                except psycopg2.ProgrammingError:
+                    refused += 1
+            return refused
+
+        self.assertEqual(await self.handlers.run(work), len(_ENDS))
+        self.assertEqual(self.execute("select n from made"), [(1,)])
+
+    async def test_a_read_only_transaction(self) -> None:
+        """Code that makes its transaction read-only fails alone; what was done before it in the transaction stays."""
+
+        def work(txn: Cursor) -> bool:
+            with self.handlers.foreign(txn, "writes") as cursor:
+                cursor.execute("create table made (n integer)")
+            with contextlib.suppress(psycopg2.Error), self.handlers.foreign(txn, "reads") as cursor:
+                cursor.execute("set transaction read only")
+            with self.handlers.foreign(txn, "writes") as cursor:
+                cursor.execute("insert into made values (1)")
+            return True
+
+        self.assertTrue(await self.handlers.run(work))
+        self.assertEqual(self.execute("select n from made"), [(1,)])
+
+    async def test_registries_of_the_process(self) -> None:
+        """Our statements write and read by psycopg2's own rules, and foreign code by those that it has registered."""
+        kinds = (list, str, int, dict, bool, bytes)
+        before = {key: value for key, value in psycopg2.extensions.adapters.items() if key[0] in kinds}
+        types = dict(psycopg2.extensions.string_types)
+        self.addCleanup(psycopg2.extensions.adapters.update, before)
+        self.addCleanup(psycopg2.extensions.string_types.update, types)
+        for kind in kinds:
+            psycopg2.extensions.register_adapter(kind, Json)
+        wrong = psycopg2.extensions.new_type(tuple(types), "WRONG", lambda *_: "wrong")
+        psycopg2.extensions.register_type(wrong)
+        values = ([1, 2], ["a", 'b"\\', None], "it's", -5, True, b"\0\1", None)
+        casts = ("bigint[]", "text[]", "text", "bigint", "boolean", "bytea", "text")
+        query = f"select {', '.join(f'%s::{cast}' for cast in casts)}"
+        [row] = await self.handlers.run(_ask, query, values)
+        self.assertEqual([bytes(each) if isinstance(each, memoryview) else each for each in row], list(values))
+        seen: list[Any] = []
+
+        def code(cursor: Cursor) -> None:
+            cursor.execute("select 1, %s::jsonb", ([1],))
+            seen.extend(cursor.fetchone() or ())
+
+        await self.call(code)
+        self.assertEqual(seen[0], "wrong")
+
+    async def test_a_callback_for_the_process(self) -> None:
+        """A wait callback that code sets for the whole process does not run under our own statements."""
+
+        def wait(_: object) -> None:
+            raise RuntimeError("not in a loop of mine")
+
+        self.addCleanup(psycopg2.extensions.set_wait_callback, None)
+        await self.call(lambda _: psycopg2.extensions.set_wait_callback(wait))
+        self.assertEqual(await self.handlers.run(_ask, "select 1"), [(1,)])
+
+    async def test_odd_defaults(self) -> None:
+        """Defaults of the database that our statements cannot bear are set aside; its read-only mode is not."""
+        name = self.url.partition("?")[0].rpartition("/")[2]
+        for setting in (
+            "array_nulls = off",
+            "datestyle = 'German'",
+            "timezone = 'Asia/Tokyo'",
+            "bytea_output = escape",
+        ):
+            self.execute(f"alter database {name} set {setting}")
+        self.execute(f"alter database {name} set default_transaction_read_only = on")
+        _, other = self.pools("s2s-odd", threads=1)
+        found = await other.run(_ask, "select %s::text[], '2026-11-28 12:00Z'::timestamptz::text", (["a", None],))
+        self.assertEqual(found, [(["a", None], "2026-11-28 12:00:00+00")])
+        self.assertEqual(await other.run(_ask, "show transaction_read_only"), [("on",)])
+
+
+class DeadlineTests(DatabaseTestCase):
+    """Foreign code that takes too long."""
+
+    def setUp(self) -> None:
+        """Be impatient."""
+        super().setUp()
+        self.patch(handler_pool, "PATIENCE_S", 0.5)
+        self.patch(handler_pool, "_WATCH_S", 0.05)
+        self.patch(handler_pool, "_CANCEL_S", 0.1)
+        self.handlers: HandlerPool
+        self.database, self.handlers = self.pools("s2s-late", threads=2, timeout_s=0.3)
+        self.gate = threading.Event()
+        self.addCleanup(self.gate.set)
+
+    def call(self, code: Callable[[Cursor], Any]) -> Any:
+        """Run foreign code in a transaction of its own."""
+
+        def work(txn: Cursor) -> Any:
+            with self.handlers.foreign(txn, "the slow one", "subject") as cursor:
+                return code(cursor)
+
+        return self.handlers.run(work)
+
+    def sessions(self) -> list[Any]:
+        """Return the sessions of the pool."""
+        return self.execute("select pid, state from pg_stat_activity where application_name = 's2s-late handlers'")
+
+    async def test_sql_is_cancelled(self) -> None:
+        """SQL that takes too long is cancelled, whatever the code has set for itself, and the connection goes on."""
+        slow = self.call(_sql("set statement_timeout = 0; select pg_sleep(60)"))
+        error = await self.assertFailure(slow, HandlerTimeout)
+        self.assertIn("--handler-timeout", str(error))
+        renamed = self.call(_sql("set application_name = 'mine'; set statement_timeout = 0; select pg_sleep(60)"))
+        await self.assertFailure(renamed, HandlerTimeout)
+        self.assertEqual(await self.handlers.run(_ask, "select 1"), [(1,)])
+        self.assertLessEqual(len(self.sessions()), 2)
+        self.assertEqual(self.handlers.stuck, [])
+
+    async def test_under_a_default_role(self) -> None:
+        """It is cancelled as well where the user has a default role, which may neither see nor signal the session."""
+        self.execute("create role login_role login; create role default_role; grant default_role to login_role")
+        self.addCleanup(self.execute, "drop role login_role; drop role default_role")
+        self.execute("alter role login_role set role = default_role")
+        self.patch(self, "url", f"{self.url}&user=login_role" if "?" in self.url else f"{self.url}?user=login_role")
+        _, handlers = self.pools("s2s-role", threads=1, timeout_s=0.3)
+
+        def work(txn: Cursor) -> None:
+            with handlers.foreign(txn, "the slow one", "subject") as cursor:
+                cursor.execute("select pg_sleep(60)")
+
+        await self.assertFailure(handlers.run(work), HandlerTimeout)
+        self.assertEqual(handlers.stuck, [])
+
+    async def test_a_late_return(self) -> None:
+        """Code that returns after its deadline has failed, and nothing of it is kept."""
+        self.execute("create table made (n integer)")
+
+        def code(cursor: Cursor) -> None:
+            cursor.execute("insert into made values (1)")
+            with contextlib.suppress(psycopg2.Error):
+                cursor.execute("savepoint mine; select pg_sleep(60)")
+            cursor.execute("rollback to savepoint mine")
+
+        await self.assertFailure(self.call(code), HandlerTimeout)
+        self.assertEqual(self.execute("select * from made"), [])
+
+    async def test_a_cancellation_on_its_way(self) -> None:
+        """Code that returns while its cancellation is on the way waits for it: it must not hit the next statement."""
+        order: list[str] = []
+        begun = threading.Event()
+
+        def cancel_slowly(*_: object) -> None:
+            begun.set()
+            time.sleep(0.2)
+            order.append("cancelled")
+
+        self.patch(self.handlers, "_signal", cancel_slowly)
+
+        def work(txn: Cursor) -> None:
+            try:
+                with self.handlers.foreign(txn, "the slow one"):
+                    begun.wait(10)
+            finally:
+                order.append("returned")
+
+        await self.assertFailure(self.handlers.run(work), HandlerTimeout)
+        self.assertEqual(order, ["cancelled", "returned"])
+
+    async def test_a_cancellation_that_comes_late(self) -> None:
+        """A cancellation that begins when its call has returned leaves the next call of the transaction alone."""
+        hit: list[object] = []
+        self.patch(self.handlers, "_signal", lambda *args: hit.append(args))
+
+        def work(txn: Cursor) -> None:
+            task = self.handlers._local.task
+            assert task is not None
+            with self.handlers.foreign(txn, "the first"):
+                entered_at = task.entered_at
+            with self.handlers.foreign(txn, "the second"):
+                self.handlers._cancel_call(task, entered_at)
+                self.handlers._cancel_call(task, task.entered_at)
+
+        await self.handlers.run(work)
+        self.assertEqual(len(hit), 1)
+
+    async def test_stuck(self) -> None:
+        """Code that does not return is told of; its locks are freed, it commits nothing, and others go on."""
+        self.execute("create table made (n integer)")
+
+        def code(cursor: Cursor) -> None:
+            cursor.execute("lock table made; insert into made values (1)")
+            self.gate.wait(60)
+
+        error = await self.assertFailure(self.call(code), HandlerStuck)
+        [task] = self.handlers.stuck
+        self.assertEqual((error.subject, error.task, task.name), ("subject", task, "the slow one"))
+        came_back: list[int] = []
+        task.on_return = lambda: came_back.append(1)
+        await self.handlers.end(task)
+        await poll(lambda: not self.sessions(), "the end of its session")
+        self.assertEqual(self.execute("select * from made"), [])
+        self.assertEqual(await gatherResults([self.handlers.run(_ask, "select 1") for _ in range(2)]), [[(1,)]] * 2)
+        self.gate.set()
+        await poll(lambda: came_back, "its return")
+        self.assertEqual((self.handlers.stuck, self.execute("select * from made")), ([], []))
+        self.assertEqual(self.database.counters.met["handler"], 1)
+
+    async def test_too_many_stuck(self) -> None:
+        """Past the bound no further call begins, and the reason says so; when one returns, calls begin again."""
+        self.patch(handler_pool, "MOST_STUCK", 2)
+        await gatherResults(
+            [self.assertFailure(self.call(lambda _: self.gate.wait(60)), HandlerStuck) for _ in range(2)]
+        )
+        refused = await self.assertFailure(self.handlers.run(_ask, "select 1"), DatabaseUnavailable)
+        self.assertIn("start it again", str(refused))
+        self.gate.set()
+        await poll(lambda: not self.handlers.stuck, "their return")
+        self.assertEqual(await self.handlers.run(_ask, "select 1"), [(1,)])
+
+    async def test_stop_with_a_stuck_one(self) -> None:
+        """The stop of the pool does not wait for a stuck thread, and closes the other connections."""
+        await self.assertFailure(self.call(lambda _: self.gate.wait(60)), HandlerStuck)
+        await self.handlers.end(self.handlers.stuck[0])
+        await self.handlers.run(_ask, "select 1")
+        await self.handlers.stop()
+        await poll(lambda: not self.sessions(), "the end of every session")
+
+    async def test_threads_are_daemons(self) -> None:
+        """A thread of the pool does not keep the process alive."""
+        thread: list[threading.Thread] = []
+        await self.call(lambda _: thread.append(threading.current_thread()))
+        self.assertTrue(thread[0].daemon)
+        self.assertNotIn(threading.main_thread(), thread)
+        await deferToThread(lambda: None)
+        self.assertIs(self.handlers.reactor, reactor)
+
+
+def _ask(txn: Cursor, query: str, params: tuple[Any, ...] = ()) -> list[Any]:
+    assert isinstance(txn, StoreCursor)
+    txn.execute(query, params or None)
+    return txn.fetchall()

@@ -1,0 +1,416 @@
+"""Table ``orders``: giving, finding, attempting, holding and ending them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg2
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.threads import deferToThread
+
+from s2s.errors import IdemConflict
+from s2s.protocol.catalogue import ORDERS
+from s2s.store.pool import blocking
+from s2s.store.tables import claims
+from s2s.store.tables import orders as table
+from s2s.store.tables.orders import Order
+from tests.support.postgres import DatabaseTestCase
+from tests.support.waiting import poll
+
+TICK, CONFIG = "admin.engine.force_tick.v1", "admin.config.set.v1"
+SECTOR, SHIPS = "world.set_sector_status.v1", "admin.player.update_all_ships.v1"
+PARAMS = {"sector_id": 1, "status": "fedspace"}
+
+
+class OrdersTestCase(DatabaseTestCase):
+    """Each call in a transaction of its own."""
+
+    def run_(self, function: Any, *args: Any, **more: Any) -> Any:
+        """Do one thing, and commit it."""
+        with blocking(self.url) as txn:
+            return function(txn, *args, **more)
+
+    def give(
+        self, order_id: str, rpc: str = SECTOR, params: Any = PARAMS, idem_key: str | None = None, **more: Any
+    ) -> Any:
+        """Give an order, and see that it is the one that comes back."""
+        return self.run_(table.give, order_id, rpc, params, "me", idem_key, **more)
+
+    def conflict(self, *args: Any, **more: Any) -> str:
+        """See that an order cannot be given, and give the id of the one in its way."""
+        error = self.assertRaises(IdemConflict, self.give, *args, **more)
+        return str(error.details["order_id"])
+
+    def rows(self, columns: str = "order_id") -> list[Any]:
+        """Give what the table holds, in the order of the ids."""
+        return self.execute(f"select {columns} from orders order by order_id")
+
+
+class GiveTests(OrdersTestCase):
+    """:func:`table.give` and :func:`table.queued`."""
+
+    def test_once(self) -> None:
+        """A new order is queued and open, whoever gave it is named, and the audit has it in the same transaction."""
+        order, is_new = self.give("a", idem_key="k")
+        self.assertEqual((order.order_id, order.rpc, order.params, order.actor), ("a", SECTOR, PARAMS, "me"))
+        self.assertEqual((order.status, order.is_open, order.state, order.attempts), ("queued", True, {}, 0))
+        self.assertTrue(is_new)
+        audit = self.execute("select actor, action, subject, params, result from audit")
+        self.assertEqual(audit, [("me", SECTOR, "a", PARAMS, None)])
+
+    def test_by_link(self) -> None:
+        """Of an order that came over a link the row says so, also where it was in the table first."""
+        self.give("a", by_link=True)
+        self.give("b")
+        self.assertEqual(self.rows("way"), [("link",), (None,)])
+        self.give("b", by_link=True)
+        self.assertEqual(self.rows("way"), [("link",), ("link",)])
+
+    def test_given_back(self) -> None:
+        """An order that is set back by hand begins anew, wherever it was."""
+        self.give("a")
+        self.execute("update orders set status = 'running', state = '{\"done\": 5}'")
+        self.assertEqual(self.run_(table.find, "a").state, {"done": 5})
+        self.execute("update orders set status = 'queued'")
+        self.assertEqual(self.run_(table.find, "a").state, {})
+
+    def test_twice(self) -> None:
+        """Given again with the same content it is the same order, whatever became of it, and nothing is written."""
+        first, _ = self.give("a", idem_key="k")
+        self.assertEqual(self.give("a"), (first, False))
+        self.assertEqual(self.give("a", idem_key="k"), (first, False))
+        # In another order of its members it is the same.
+        self.assertEqual(self.give("a", params=dict(reversed(PARAMS.items()))), (first, False))
+        self.run_(table.finish, first, "refused", {"code": "not_found"}, "engine-1")
+        again, is_new = self.give("a")
+        self.assertEqual((again.status, again.result, again.is_open), ("refused", {"code": "not_found"}, False))
+        self.assertFalse(is_new)
+        self.assertEqual(self.execute("select count(*) from audit where result is null"), [(1,)])
+
+    def test_a_key_again(self) -> None:
+        """An ``idem_key`` stands for its order, whatever id comes with it."""
+        first, _ = self.give("a", idem_key="k")
+        self.assertEqual(self.give("b", idem_key="k"), (first, False))
+        self.assertEqual(self.rows(), [("a",)])
+
+    def test_conflicts(self) -> None:
+        """Other params, another RPC, or an id and a key of two orders are refused, and nothing changes."""
+        self.give("a", idem_key="k")
+        self.give("b")
+        before = self.rows("*")
+        self.assertEqual(self.conflict("a", params={**PARAMS, "sector_id": 2}), "a")
+        self.assertEqual(self.conflict("a", rpc=SHIPS), "a")
+        self.assertEqual(self.conflict("c", params={**PARAMS, "sector_id": 2}, idem_key="k"), "a")
+        self.assertEqual(self.conflict("b", idem_key="k"), "a")
+        self.assertEqual(self.rows("*"), before)
+
+    def test_a_boolean_is_no_integer(self) -> None:
+        """True is not 1, false is not 0, and "1" is neither."""
+        self.give("a", CONFIG, {"key": "relay.window", "value": 1})
+        self.give("b", CONFIG, {"key": "relay.window", "value": False})
+        for order_id, value in (("a", True), ("a", "1"), ("b", 0)):
+            self.assertEqual(self.conflict(order_id, CONFIG, {"key": "relay.window", "value": value}), order_id)
+        self.assertFalse(self.give("a", CONFIG, {"key": "relay.window", "value": 1})[1])
+
+    def test_a_row_that_nobody_could_send(self) -> None:
+        """A row of another hand, with what canonical JSON cannot say, is like no order that comes."""
+        self.execute("insert into orders (order_id, rpc, params) values ('a', %s, '{\"value\": 1.5}')", CONFIG)
+        self.assertEqual(self.conflict("a", CONFIG, {"value": 1}), "a")
+
+    @inlineCallbacks
+    def test_two_at_once(self) -> Iterator[Deferred[Any]]:
+        """Of two that give it at once the later one waits, and finds the first one's, or gives it if that is undone."""
+        for order_id, later_id, key, is_undone, is_same in (
+            ("a", "a", None, False, True),
+            ("b", "b", None, True, True),
+            ("c", "d", "k1", False, True),
+            ("e", "f", "k2", True, True),
+            ("g", "g", None, False, False),
+        ):
+            first = psycopg2.connect(self.url)
+            self.addCleanup(first.close)
+            with first.cursor() as txn:
+                table.give(txn, order_id, SECTOR, PARAMS, "first", key)
+            params = PARAMS if is_same else {**PARAMS, "sector_id": 2}
+            giving = deferToThread(self.run_, table.give, later_id, SECTOR, params, "second", key)
+            yield poll(self.is_waiting, "the later one waits")
+            if is_undone:
+                first.rollback()
+            else:
+                first.commit()
+            if not is_same:
+                yield self.assertFailure(giving, IdemConflict)
+                continue
+            order, is_new = yield giving
+            expected = (later_id, "second") if is_undone else (order_id, "first")
+            self.assertEqual((order.order_id, order.actor, is_new), (*expected, is_undone))
+        self.assertEqual(self.rows(), [("a",), ("b",), ("c",), ("f",), ("g",)])
+
+    def is_waiting(self) -> bool:
+        """Whether somebody waits for another's row."""
+        waiting = self.execute(
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        )
+        return waiting == [(1,)]
+
+    def test_queued(self) -> None:
+        """What nobody has begun is given the oldest first, so many at most, of the RPCs asked for."""
+        for order_id, rpc in (
+            ("c", SECTOR),
+            ("b", SHIPS),
+            ("a", SECTOR),
+            ("e", SECTOR),
+            ("d", "of.another.v1"),
+        ):
+            self.give(order_id, rpc)
+        self.run_(table.finish, self.run_(table.find, "e"), "done", None, "engine-1")
+        orders, end = self.run_(table.queued, ORDERS, 2)
+        self.assertEqual([order.order_id for order in orders], ["c", "b"])
+        orders, end = self.run_(table.queued, ORDERS, 2, end)
+        self.assertEqual(([order.order_id for order in orders], end), (["a"], None))
+        self.assertEqual([order.order_id for order in self.run_(table.queued, [SECTOR], 1)[0]], ["c"])
+
+
+class AttemptTests(OrdersTestCase):
+    """:func:`table.attempt`: whose step is next."""
+
+    def attempt(
+        self, rpcs: Any = ORDERS, resting: Any = (), in_hand: Any = (), patience_s: float = 0.0
+    ) -> Order | None:
+        """Attempt a step."""
+        found: Order | None = self.run_(table.attempt, rpcs, resting, in_hand, patience_s)
+        return found
+
+    def attempted(self, *args: Any, **more: Any) -> str | None:
+        """Attempt a step, and give its order's id."""
+        order = self.attempt(*args, **more)
+        return None if order is None else order.order_id
+
+    def go_on(self, order_id: str, state: Any = None) -> None:
+        """End a step that has more to do."""
+        order = self.run_(table.find, order_id)
+        self.run_(table.go_on, order, order.place, state or {"done": 1}, "engine-1", False)
+
+    def due(self) -> None:
+        """Let every pause be over."""
+        self.execute("update orders set retry_at = now() where retry_at is not null")
+
+    def test_in_turns(self) -> None:
+        """Whoever waits longest for a step: neither does a long one hold up short ones, nor they the long one."""
+        for order_id in "cab":
+            self.give(order_id)
+        self.assertEqual(self.attempted(), "c")
+        self.go_on("c")
+        self.assertEqual(self.attempted(), "a")
+        self.go_on("a")
+        self.give("d")
+        self.assertEqual([self.attempted(), self.attempted()], ["b", "c"])
+        self.go_on("c")
+        self.go_on("b")
+        # The longest wait since its last step, or since it was given.
+        self.assertEqual([self.attempted() for _ in range(5)], ["a", "d", "b", "c", None])
+
+    def test_counted(self) -> None:
+        """An attempt is in the row before anything is done, and keeps others from it for a pause that doubles."""
+        self.give("a")
+        pauses = []
+        for attempts in (1, 2, 3):
+            order = self.attempt()
+            assert order is not None
+            self.assertEqual((order.attempts, order.status), (attempts, "queued"))
+            self.assertIsNone(self.attempt())
+            pauses += self.execute("select round(extract(epoch from retry_at - stepped_at)) from orders")
+            self.due()
+        self.assertEqual([pause / pauses[0][0] for (pause,) in pauses], [1, 2, 4])
+        self.execute("update orders set attempts = 40")
+        self.attempt()
+        [(pause,)] = self.execute("select round(extract(epoch from retry_at - stepped_at)) from orders")
+        self.assertEqual(pause, 300)
+
+    def test_patience(self) -> None:
+        """A young order is left to the link for so long, unless it came over it, or was attempted or begun before."""
+        for order_id in ("expected", "young", "old", "tried", "begun"):
+            self.give(order_id)
+        self.execute("update orders set created_at = now() - interval '4 seconds' where order_id = 'old'")
+        self.execute("update orders set attempts = 1 where order_id = 'tried'")
+        self.execute("update orders set way = 'link' where order_id = 'expected'")
+        self.go_on("begun")
+        found = {self.attempted(patience_s=3.0) for _ in range(4)}
+        self.assertEqual(found, {"expected", "old", "tried", "begun"})
+        self.assertIsNone(self.attempt(patience_s=3.0))
+        self.assertEqual(self.attempted(), "young")
+
+    def test_in_hand(self) -> None:
+        """What the caller is at is not attempted by him again, though its pause is over; another may."""
+        self.give("a")
+        self.assertEqual(self.attempted(), "a")
+        self.due()
+        self.assertIsNone(self.attempt(in_hand=["a"]))
+        self.assertEqual(self.attempted(), "a")
+
+    def test_resting(self) -> None:
+        """Of an RPC that rests what is queued is attempted, so that it can be refused, and what runs is left alone."""
+        self.give("running", TICK)
+        self.go_on("running")
+        self.give("queued", TICK)
+        self.assertEqual(self.attempted(resting=[TICK]), "queued")
+        self.assertIsNone(self.attempt(resting=[TICK]))
+        self.assertEqual(self.attempted(), "running")
+
+    def test_whose_it_is(self) -> None:
+        """What is over, of another release, or locked by whoever runs it is passed over."""
+        for order_id, rpc in (
+            ("over", SECTOR),
+            ("foreign", "of.another.v1"),
+            ("held", SECTOR),
+            ("next", SECTOR),
+        ):
+            self.give(order_id, rpc)
+        self.run_(table.finish, self.run_(table.find, "over"), "failed", {}, "engine-1")
+        with blocking(self.url) as txn:
+            txn.execute("select from orders where order_id = 'held' for update")
+            self.assertEqual([self.attempted(), self.attempted()], ["next", None])
+        self.assertEqual(self.attempted(), "held")
+        self.assertEqual(self.attempted(rpcs=["of.another.v1"]), "foreign")
+
+
+class StepTests(OrdersTestCase):
+    """:func:`table.hold`, :func:`table.go_on` and :func:`table.finish`: a step and its end."""
+
+    def attempt(self) -> Order:
+        """Attempt a step of the only order, whatever the pause."""
+        self.execute("update orders set retry_at = null")
+        order: Order = self.run_(table.attempt, ORDERS, (), (), 0.0)
+        return order
+
+    def go_on_with(self, order: Order, state: Any, engine: str, is_next_ours: bool) -> Order:
+        """End a step that has more to do."""
+        after: Order = self.run_(table.go_on, order, order.place, state, engine, is_next_ours)
+        return after
+
+    def test_hold(self) -> None:
+        """Who attempted it last holds it; neither who did before, nor a second one, nor anybody once it is over."""
+        self.give("a")
+        first, second = self.attempt(), self.attempt()
+        self.assertFalse(self.run_(table.hold, first))
+        with blocking(self.url) as txn:
+            place = table.hold(txn, second)
+            assert place is not None
+            self.assertFalse(self.run_(table.hold, second))
+            table.go_on(txn, second, place, {"done": 1, "total": 2}, "engine-1", False)
+        # Its step is done; the next attempt counts from one again.
+        self.assertFalse(self.run_(table.hold, second))
+        third = self.attempt()
+        self.assertEqual((third.attempts, third.status, third.state), (1, "running", {"done": 1, "total": 2}))
+        self.assertFalse(self.run_(table.hold, first))
+        self.run_(table.finish, third, "done", None, "engine-1")
+        self.assertFalse(self.run_(table.hold, third))
+
+    def answered(self, order_id: str = "a", boot_id: str | None = "stranger") -> Any:
+        """Take a foreign engine's word that an order is done."""
+        return self.run_(table.answered, order_id, "done", {"n": 1}, "foreign", boot_id)
+
+    def test_answered(self) -> None:
+        """A foreign engine's word ends an order that nobody here is at, once, and leaves every other one alone."""
+        for order_id in "abcde":
+            self.give(order_id)
+        self.assertEqual(self.answered().status, "done")
+        self.assertIsNone(self.answered())
+        self.assertEqual(self.rows("engine, way, result")[0], ("foreign", "link", {"n": 1}))
+        self.execute("update orders set attempts = 1, retry_at = now() + interval '1 minute' where order_id = 'b'")
+        self.assertIsNone(self.answered("b"))
+        # Whoever attempted it is gone.
+        self.execute("update orders set retry_at = now() - interval '1 second' where order_id = 'b'")
+        self.assertEqual(self.answered("b").status, "done")
+        self.execute("update orders set status = 'running' where order_id = 'c'")
+        self.assertIsNone(self.answered("c"))
+        with blocking(self.url) as txn:
+            txn.execute("select from orders where order_id = 'd' for update")
+            self.assertIsNone(self.answered("d"))
+        self.assertIsNone(self.answered("of nobody"))
+
+    def test_answered_by_an_engine_of_this_database(self) -> None:
+        """The word of an engine that shares the database changes nothing: its row says more."""
+        self.give("a")
+        with blocking(self.url) as txn:
+            txn.execute("select pg_advisory_lock(%s)", (claims.presence_key("ours"),))
+            self.assertIsNone(self.answered(boot_id="ours"))
+        self.assertEqual(self.rows("status"), [("queued",)])
+        self.assertEqual(self.answered(boot_id=None).status, "done")
+
+    def test_overtaken(self) -> None:
+        """An attempt that others have got past holds nothing, though the step that is next has as many attempts."""
+        self.give("a")
+        self.go_on_with(self.attempt(), {"done": 1}, "engine-1", False)
+        slow = self.attempt()
+        self.go_on_with(self.attempt(), {"done": 2}, "engine-2", False)
+        fast = self.attempt()
+        self.assertEqual((slow.attempts, slow.status), (fast.attempts, fast.status))
+        self.assertFalse(self.run_(table.hold, slow))
+        self.assertTrue(self.run_(table.hold, fast))
+
+    def test_the_next_is_ours(self) -> None:
+        """Who goes on at once has the attempt of the next step, which nobody else gets, and can give it back."""
+        self.give("a")
+        first = self.attempt()
+        next_ = self.run_(table.go_on, first, first.place, {"done": 1}, "engine-1", True)
+        self.assertEqual((next_.attempts, next_.state, next_.status), (1, {"done": 1}, "running"))
+        self.assertIsNone(self.run_(table.attempt, ORDERS, (), (), 0.0))
+        self.assertFalse(self.run_(table.hold, first))
+        self.assertTrue(self.run_(table.hold, next_))
+        self.run_(table.release, next_)
+        self.assertEqual(self.rows("attempts, retry_at"), [(0, None)])
+        self.assertFalse(self.run_(table.hold, next_))
+
+    def test_a_row_that_has_moved(self) -> None:
+        """A row that was changed since its place was read is found by its key."""
+        self.give("a")
+        order = self.attempt()
+        self.execute("update orders set actor = 'other'")
+        self.assertTrue(self.run_(table.hold, order))
+        self.assertEqual(self.go_on_with(order, {"done": 1}, "engine-1", True).actor, "other")
+
+    def test_undone(self) -> None:
+        """A step that is rolled back leaves the row as the attempt made it."""
+        self.give("a")
+        order = self.attempt()
+        before = self.rows("*")
+        with self.assertRaises(ZeroDivisionError), blocking(self.url) as txn:
+            table.hold(txn, order)
+            table.go_on(txn, order, order.place, {"done": 1}, "engine-1", False)
+            raise ZeroDivisionError
+        self.assertEqual(self.rows("*"), before)
+
+    def test_a_life(self) -> None:
+        """Begun, gone on and done: its row and the audit say who ran it, how it came, when, and what it came to."""
+        self.give("a", SHIPS, {"new_value": 1})
+        self.go_on_with(self.attempt(), {"done": 1, "total": 2}, "engine-1", False)
+        begun = self.run_(table.show, "a")
+        self.assertEqual((begun.status, begun.state, begun.attempts), ("running", {"done": 1, "total": 2}, 0))
+        self.assertEqual((begun.engine, begun.way, begun.finished_at), ("engine-1", "table", None))
+        self.run_(table.finish, self.attempt(), "done", {"ships": 2}, "engine-2")
+        over = self.run_(table.show, "a")
+        self.assertEqual((over.status, over.result, over.engine, over.way), ("done", {"ships": 2}, "engine-2", "table"))
+        self.assertEqual(over.started_at, begun.started_at)
+        self.assertLess(over.started_at, over.finished_at)
+        self.assertFalse(self.run_(table.find, "a").is_open)
+        told = {"status": "done", "result": {"ships": 2}, "engine": "engine-2", "way": "table"}
+        audit = self.execute("select subject, result from audit order by audit_id")
+        self.assertEqual(audit, [("a", None), ("a", told)])
+
+    def test_shown(self) -> None:
+        """People see one by its id, and the newest of a status or an RPC first, so many at most."""
+        for order_id, rpc in (("c", SECTOR), ("b", SHIPS), ("a", SECTOR)):
+            self.give(order_id, rpc)
+        self.run_(table.finish, self.run_(table.find, "c"), "refused", None, "engine-1")
+
+        def listed(**which: Any) -> list[str]:
+            return [row.order_id for row in self.run_(table.list_orders, **which)]
+
+        self.assertEqual(listed(), ["a", "b", "c"])
+        self.assertEqual(listed(limit=2), ["a", "b"])
+        self.assertEqual(listed(status="queued"), ["a", "b"])
+        self.assertEqual(listed(rpc=SECTOR), ["a", "c"])
+        self.assertEqual(listed(rpc=SECTOR, status="refused"), ["c"])
+        self.assertIsNone(self.run_(table.show, "nobody"))

@@ -1,0 +1,210 @@
+"""The privileges of the database's user, and what is said of those that it lacks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from click.testing import CliRunner
+
+from s2s.cli import main
+from s2s.errors import DatabaseError, OperatorError
+from s2s.roles import preflight
+from s2s.store import connection_limits, migrations, privileges
+from s2s.store.driver import Cursor
+from s2s.store.monitors import probe
+from s2s.store.pool import blocking
+from tests.support.postgres import DatabaseTestCase
+
+
+class UserTestCase(DatabaseTestCase):
+    """A user that owns nothing."""
+
+    def setUp(self) -> None:
+        """Make it, with every privilege that is needed."""
+        super().setUp()
+        self.user = self.url.partition("?")[0].rpartition("/")[2] + "_user"
+        self.execute(f"create role {self.user} login")
+        self.addCleanup(self.execute, f"drop owned by {self.user}; drop role {self.user}")
+        with self.as_user() as txn:
+            self.execute(" ".join(privileges.missing(txn)))
+
+    @contextmanager
+    def as_user(self) -> Iterator[Cursor]:
+        """Connect as the user."""
+        with blocking(re.sub("//[^@/]*@", f"//{self.user}@", self.url)) as txn:
+            yield txn
+
+
+class PrivilegeTests(UserTestCase):
+    """:mod:`s2s.store.privileges`."""
+
+    def test_what_is_granted_suffices(self) -> None:
+        """With the statements that it lists a user lacks nothing, and the database takes its writes."""
+        with self.as_user() as txn:
+            self.assertEqual(privileges.missing(txn), [])
+            privileges.check(txn)
+            probe.check(txn)
+
+    def test_a_sequence(self) -> None:
+        """A privilege that is missing on a sequence is named, with the statement that grants it."""
+        self.execute(f"revoke all on sequence commands_cmd_id_seq from {self.user}")
+        with self.as_user() as txn:
+            error = self.assertRaises(OperatorError, privileges.check, txn)
+        self.assertIn(f"grant usage on sequence commands_cmd_id_seq to {self.user};", str(error))
+
+    def test_tables(self) -> None:
+        """Privileges of one table share a statement; of many tables the first few are shown, and the rest counted."""
+        self.execute(f"revoke insert, update on commands from {self.user}")
+        with self.as_user() as txn:
+            self.assertEqual(privileges.missing(txn), [f"grant insert, update on table commands to {self.user};"])
+        self.execute(f"revoke all on all tables in schema public from {self.user}")
+        with self.as_user() as txn:
+            error = self.assertRaises(OperatorError, privileges.check, txn)
+        self.assertRegex(str(error), "and [0-9]+ more, which s2s db status lists$")
+
+    def test_the_probe(self) -> None:
+        """The probe of the database fails without any privilege that a push or a worker needs."""
+        for privilege, table in (
+            ("insert", "commands"), ("update", "commands"), ("insert", "idempotency_keys"), ("select", "batch_notes"),
+            ("insert", "batch_notes"), ("update", "batch_notes"), ("delete", "batch_notes"),
+        ):  # fmt: skip
+            self.execute(f"revoke {privilege} on {table} from {self.user}")
+            with self.assertRaises(DatabaseError, msg=(privilege, table)), self.as_user() as txn:
+                probe.check(txn)
+            self.execute(f"grant {privilege} on {table} to {self.user}")
+
+    def test_the_command_line(self) -> None:
+        """``s2s db status`` lists them all, and exits with 1."""
+        self.execute(f"revoke delete on outbox from {self.user}")
+        url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
+        told = CliRunner().invoke(main, ["db", "status", "--database", url])
+        self.assertEqual(told.exit_code, 1)
+        self.assertIn(f"grant delete on table outbox to {self.user};", told.stderr)
+
+
+class RowSecurityTests(UserTestCase):
+    """Row level security, which hides rows without an error."""
+
+    def status(self) -> str:
+        """See that ``s2s db status`` exits with 1, and return what it says."""
+        url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
+        told = CliRunner().invoke(main, ["db", "status", "--database", url])
+        self.assertEqual(told.exit_code, 1)
+        return told.stderr
+
+    def test_it_is_named(self) -> None:
+        """A role's start and ``s2s db status`` name each table of which it hides rows, and both cures."""
+        tables = ("commands", "s2s_keys", "s2s_migrations")
+        for table in tables:
+            self.execute(f"alter table {table} enable row level security")
+        url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
+        refused = str(self.assertRaises(OperatorError, preflight.check, url, "server"))
+        self.assertIn(f"hides rows of the table commands from {self.user}: run as its owner: alter table", refused)
+        self.assertIn(f"alter role {self.user} bypassrls; and 2 more, which s2s db status lists", refused)
+        said = self.status()
+        for table in tables:
+            self.assertIn(f"alter table {table} disable row level security;", said)
+
+    def test_a_policy_that_hides_nothing(self) -> None:
+        """A table whose policy lets all rows through is not named, unless another policy restricts it."""
+        self.execute("alter table commands enable row level security")
+        self.execute("create policy everything on commands using (true)")
+        with self.as_user() as txn:
+            privileges.check(txn)
+        self.execute("create policy nothing on commands as restrictive using (false)")
+        with self.as_user() as txn:
+            self.assertEqual(len(privileges.hidden(txn)), 1)
+
+    def test_of_the_owner(self) -> None:
+        """Neither the owner of the tables nor a user that bypasses it is told."""
+        self.execute("alter table commands enable row level security")
+        with blocking(self.url) as txn:
+            self.assertEqual(privileges.hidden(txn), [])
+        self.execute(f"alter role {self.user} bypassrls")
+        with self.as_user() as txn:
+            privileges.check(txn)
+
+
+class MigrateTests(UserTestCase):
+    """``s2s db migrate`` by a user that may not."""
+
+    def both(self) -> str:
+        """See that ``s2s db migrate`` and ``s2s db status`` refuse in the same words, and return the line."""
+        url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
+        migrate, status = (CliRunner().invoke(main, ["db", verb, "--database", url]) for verb in ("migrate", "status"))
+        self.assertEqual((migrate.exit_code, status.exit_code), (1, 1))
+        line = migrate.stderr.removeprefix("Error: ")
+        self.assertEqual((line.count("\n"), line), (1, status.stderr))
+        return line
+
+    def empty(self) -> None:
+        """Remove the schema, and make it anew for everybody to look at."""
+        self.execute("drop schema public cascade; create schema public; grant usage on schema public to public")
+
+    def test_without_create(self) -> None:
+        """Without CREATE on the schema both name the grant, with which the migration goes through."""
+        self.empty()
+        line = self.both()
+        self.assertIn(f"grant create on schema public to {self.user};", line)
+        self.execute(line.rpartition(": ")[2])
+        url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
+        self.assertEqual(CliRunner().invoke(main, ["db", "migrate", "--database", url]).exit_code, 0)
+
+    def test_without_a_schema(self) -> None:
+        """Where no schema of the search_path exists, or none may be used, both say so with the cure."""
+        self.empty()
+        self.execute(f"alter role {self.user} set search_path = nowhere, elsewhere")
+        line = self.both()
+        self.assertIn("no schema of the search_path nowhere, elsewhere", line)
+        self.assertIn(f"grant usage, create on schema public to {self.user};", line)
+
+    def test_tables_of_another(self) -> None:
+        """Where the tables belong to another, both name the owner."""
+        self.execute(f"grant create on schema public to {self.user}")
+        self.execute("delete from s2s_migrations where name = '0007_queues'")
+        self.assertIn("run s2s db migrate as postgres", self.both())
+
+    def test_up_to_date(self) -> None:
+        """Where there is nothing to do it needs no privilege to create."""
+        with self.as_user() as txn:
+            self.assertEqual(privileges.to_migrate(txn), [])
+            self.assertEqual(migrations.migrate(txn.connection), [])
+
+
+class ConnectionLimitTests(UserTestCase):
+    """:mod:`s2s.store.connection_limits`."""
+
+    def check(self, sessions: int) -> str:
+        """Check as the user, and return why it is refused."""
+        try:
+            with self.as_user() as txn:
+                connection_limits.check(txn, sessions)
+        except OperatorError as error:
+            return str(error)
+        return ""
+
+    def test_of_the_user(self) -> None:
+        """The connection limit of the database user is told with the statement that raises it."""
+        self.execute(f"alter role {self.user} connection limit 6")
+        self.assertEqual(self.check(6), "")
+        refused = self.check(7)
+        self.assertIn(f"the role {self.user} allows 6 connections and this process needs 7", refused)
+        self.assertIn(f"alter role {self.user} connection limit N", refused)
+
+    def test_of_the_database(self) -> None:
+        """The connection limit of the database is told, except to a superuser, whom it does not bind."""
+        database = self.url.partition("?")[0].rpartition("/")[2]
+        self.execute(f"alter database {database} connection limit 5")
+        self.assertIn(f"alter database {database} connection limit N", self.check(7))
+        with blocking(self.url) as txn:
+            connection_limits.check(txn, 7)
+
+    def test_of_the_server(self) -> None:
+        """The sessions that PostgreSQL reserves for superusers do not count."""
+        [(most,)] = self.execute("select current_setting('max_connections')::int")
+        self.assertEqual(self.check(most - 20), "")
+        self.assertIn("alter system set max_connections = N", self.check(most))
+        with blocking(self.url) as txn:
+            connection_limits.check(txn, most)

@@ -1,0 +1,67 @@
+"""A database that is read-only for a while: no session that began then stays so (:mod:`s2s.store.sqlstate`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.logger import capturedLogs
+
+from s2s.errors import DatabaseUnavailable
+from s2s.roles.server.inbox import Inbox
+from s2s.runtime.clock import Clock
+from s2s.store.driver import Cursor, Query, Steps
+from s2s.store.monitors.database_probe import HOLDS_S, DatabaseProbe
+from s2s.store.pool import Database
+from tests.support.postgres import DatabaseTestCase
+
+
+def _write(txn: Cursor) -> None:
+    txn.execute("insert into made values (1)")
+
+
+def _steps() -> Steps[Any]:
+    return (yield Query("insert into made values (1) returning n", ()))
+
+
+class ReadOnlyTests(DatabaseTestCase):
+    """Both ways to the database: with a thread and without one."""
+
+    def setUp(self) -> None:
+        """Make a table, and let sessions be read-only from their start."""
+        super().setUp()
+        self.execute("create table made (n integer)")
+        self.name = self.url.partition("?")[0].rpartition("/")[2]
+        self.set("on")
+        self.database = Database(self.url, threads=2)
+        self.database.start()
+        self.addCleanup(self.database.stop)
+
+    def set(self, value: str) -> None:
+        """Let sessions that begin from now on be read-only, or not."""
+        self.execute(f"alter database {self.name} set default_transaction_read_only = {value}")
+
+    async def test_it_heals(self) -> None:
+        """A write is refused as unavailable and told once; with the end of the read-only time the next one succeeds."""
+        with capturedLogs() as told:
+            for _ in range(3):
+                error = await self.assertFailure(self.database.run(_write), DatabaseUnavailable)
+                self.assertEqual(error.state, "25006")
+                await self.assertFailure(self.database.run_steps(_steps), DatabaseUnavailable)
+        self.assertEqual([event["state"] for event in told if "state" in event], ["25006"])
+        self.set("off")
+        await self.database.run(_write)
+        await self.database.run_steps(_steps)
+        self.assertEqual(self.execute("select count(*) from made"), [(2,)])
+
+    async def test_it_is_not_ready(self) -> None:
+        """The probe of the database and the inbox say why, and are well again afterwards."""
+        clock = Clock(pool_reactor := self.database.reactor)
+        pulse, inbox = DatabaseProbe(self.database, clock), Inbox(self.database, {}, reactor=pool_reactor)
+        self.assertIn("read-only transaction", await pulse.check())
+        inbox._note(await self.assertFailure(self.database.run(_write), DatabaseUnavailable))
+        self.assertIn("read-only transaction", inbox.condition)
+        self.set("off")
+        pulse._answered_at -= HOLDS_S
+        self.assertEqual(await pulse.check(), "ok")
+        inbox._committed([], [])
+        self.assertEqual(inbox.condition, "ok")

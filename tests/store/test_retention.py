@@ -1,0 +1,480 @@
+"""Removing what is old: in bounded steps, beside pushes, workers and others who remove."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import psycopg2
+from twisted.internet import task
+from twisted.internet.threads import deferToThread
+from twisted.logger import LogLevel, capturedLogs
+
+from s2s.errors import IdemConflict
+from s2s.handlers.commands import Command, CommandHandler, registry
+from s2s.roles.server.inbox import Inbox
+from s2s.roles.server.retention import FIRST_S, INTERVAL_S, TELL_S, Retention
+from s2s.runtime.clock import Clock
+from s2s.store import driver
+from s2s.store.driver import Cursor
+from s2s.store.pool import Database, blocking
+from s2s.store.tables import actions, commands, commands_admin, idempotency, retention
+from s2s.store.tables.commands import Outcome, Push
+from s2s.store.tables.retention import Keep
+from tests.support.postgres import DatabaseTestCase
+from tests.support.waiting import poll
+
+_KEEP = Keep(days=7, dead_days=90, key_days=30)
+
+
+def _pages(plan: dict[str, Any], index: str) -> int:
+    """Count the pages that the scan of an index reads in a plan."""
+    if plan.get("Index Name") == index:
+        return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+    return sum(_pages(part, index) for part in plan.get("Plans", []))
+
+
+class _RetentionTestCase(DatabaseTestCase):
+    def setUp(self) -> None:
+        """Let the time of the retention be that of the database, which is a copy of an older one."""
+        super().setUp()
+        self.execute("update s2s_database set retention_at = now()")
+
+    def insert(self, key: str, status: str = "done", days: int = 8, *, ended: int | None = None) -> int:
+        """Store a command with its key.
+
+        :param days: its age.
+        :param ended: days since it ended; as old as it is by default.
+        :returns: its cmd_id.
+        """
+        [(cmd_id,)] = self.execute(
+            "with made as (insert into commands (cmd_type, idem_key, payload, status, created_at, finished_at)"
+            " values ('test.run', %s, '{}', %s, now() - make_interval(days => %s), case when %s <> 'ready'"
+            " then now() - make_interval(days => %s) end) returning cmd_id, idem_key)"
+            " insert into idempotency_keys (idem_key, cmd_id, fingerprint)"
+            " select idem_key, cmd_id, decode(repeat('00', 32), 'hex') from made returning cmd_id",
+            key,
+            status,
+            days,
+            status,
+            days if ended is None else ended,
+        )
+        return int(cmd_id)
+
+    def insert_key(self, key: str, expires: str = "- interval '1 hour'") -> None:
+        """Store a key whose command is gone.
+
+        :param expires: when from now, in SQL.
+        """
+        self.execute(
+            "insert into idempotency_keys (idem_key, cmd_id, fingerprint, status, expires_at)"
+            f" values (%s, 7, decode(repeat('00', 32), 'hex'), 'done', now() {expires})",
+            key,
+        )
+
+    def step(self, after: int = 0, keep: Keep = _KEEP) -> tuple[int, int | None]:
+        """Take one step through the commands."""
+        with blocking(self.url) as txn:
+            retention.advance(txn)
+            return retention.sweep_commands(txn, after, keep)
+
+    def begin(self) -> Cursor:
+        """Open a transaction on a connection of its own; it is rolled back with the test."""
+        connection = psycopg2.connect(self.url)
+        self.addCleanup(connection.close)
+        return connection.cursor()
+
+    def push(self, key: str) -> Outcome:
+        """Push the command of a key."""
+        with blocking(self.url) as txn:
+            return driver.drive(txn, commands.push_batch([Push("test.run", key, bytes(32), "{}")]))[0]
+
+    def left(self) -> list[str]:
+        """Give the keys of the commands that are left."""
+        return [key for (key,) in self.execute("select idem_key from commands order by cmd_id")]
+
+
+class StepTests(_RetentionTestCase):
+    """:mod:`s2s.store.tables.retention`."""
+
+    def test_what_is_over(self) -> None:
+        """What ended so long ago is removed, the dead after their own time; what waits never is."""
+        for key, status, days, ended in (
+            ("done", "done", 8, 8),
+            ("cancelled", "cancelled", 8, 8),
+            ("just ended", "done", 8, 6),
+            ("dead", "dead", 8, 8),
+            ("long dead", "dead", 91, 91),
+            ("waits", "ready", 1000, 1000),
+            ("young", "done", 6, 6),
+        ):
+            self.insert(key, status, days, ended=ended)
+        self.insert("by hand")
+        self.execute("update commands set finished_at = null where idem_key = 'by hand'")
+        self.assertEqual(self.step(), (4, None))
+        self.assertEqual(self.left(), ["just ended", "dead", "waits", "young"])
+        self.assertEqual(
+            self.execute(
+                "select idem_key, status, round(extract(epoch from expires_at - now()) / 86400)::int"
+                " from idempotency_keys where expires_at is not null order by 1"
+            ),
+            [("by hand", "done", 30), ("cancelled", "cancelled", 30), ("done", "done", 30), ("long dead", "dead", 30)],
+        )
+
+    def test_bounded_steps(self) -> None:
+        """A step looks at a bounded number of rows and says where the next begins; a page of young rows is the end."""
+        self.patch(retention, "STEP_ROWS", 3)
+        ids = [self.insert(f"old{n}") for n in range(3)]
+        stray = [self.insert("young stray", days=0), self.insert("waits", "ready"), self.insert("old3")]
+        young = [self.insert(f"young{n}", days=1) for n in range(5)]
+        self.assertEqual(self.step(), (3, ids[-1]))
+        self.assertEqual(self.step(ids[-1]), (1, stray[-1]))
+        self.assertEqual(self.step(stray[-1]), (0, None))
+        self.assertEqual(self.step(young[-1]), (0, None))
+        self.assertEqual(self.left(), ["young stray", "waits", *(f"young{n}" for n in range(5))])
+
+    def test_nothing_is_kept(self) -> None:
+        """With zero days what is over goes at the next pass, and what waits stays."""
+        for status in ("done", "dead", "cancelled", "ready"):
+            self.insert(status, status, 0)
+        self.assertEqual(self.step(keep=Keep(0, 0, 1)), (3, None))
+        self.assertEqual(self.left(), ["ready"])
+
+    def test_a_step_costs_its_rows(self) -> None:
+        """Beside a hundred thousand commands a step reads its own rows only."""
+        self.execute(
+            "insert into commands (cmd_type, idem_key, payload, status, finished_at)"
+            " select 'test.run', 'f' || i, '{}', 'done', now() from generate_series(1, 100000) i"
+        )
+        self.execute("vacuum analyze commands")
+        with blocking(self.url) as txn:
+            self.assertEqual(retention.sweep_commands(txn, 50_000, _KEEP), (0, None))
+            txn.execute("select seq_tup_read, idx_tup_fetch from pg_stat_xact_user_tables where relname = 'commands'")
+            [(scanned, fetched)] = txn.fetchall()
+        self.assertEqual(scanned, 0)
+        self.assertLessEqual(fetched, 2 * retention.STEP_ROWS)
+
+    def test_removed_beside_others(self) -> None:
+        """What another transaction has locked is left alone, and nobody waits: not for a worker, nor for a sweep."""
+        self.insert("theirs")
+        self.insert("mine")
+        other = self.begin()
+        other.execute("select from commands where idem_key = 'theirs' for update")
+        self.assertEqual(self.step(), (1, None))
+        self.assertEqual(retention.sweep_commands(other, 0, _KEEP), (1, None))
+        self.assertEqual(self.step(), (0, None))
+        other.connection.commit()
+        self.assertEqual(self.left(), [])
+
+    def test_what_is_retried_meanwhile(self) -> None:
+        """A dead command that an operator retries while it is swept is run, not removed."""
+        cmd_id = self.insert("dead", "dead", 91)
+        operator = self.begin()
+        actions.act(operator, commands_admin.RETRY, [cmd_id])
+        self.assertEqual(self.step(), (0, None))
+        operator.connection.commit()
+        self.assertEqual(self.step(), (0, None))
+        self.assertEqual(self.execute("select status from commands"), [("ready",)])
+
+    def test_dead_keys(self) -> None:
+        """With a snapshot held, a step does not read what the steps before it have removed."""
+        with blocking(self.url) as holder:
+            holder.execute("set transaction isolation level repeatable read; select 1")
+            self.execute(
+                "insert into idempotency_keys (idem_key, cmd_id, fingerprint, expires_at)"
+                " select n::text, n, decode(repeat('00', 32), 'hex'), now() - n * interval '1 second'"
+                " from generate_series(1, 10500) n"
+            )
+            self.execute("analyze idempotency_keys")
+            with blocking(self.url) as txn:
+                removed, since = 0, "-infinity"
+                for _ in range(10):
+                    count, following = retention.sweep_keys(txn, since)
+                    txn.connection.commit()
+                    removed, since = removed + count, following or since
+                read = []
+                for start in ("-infinity", since):
+                    self.assertEqual(retention.sweep_keys(txn, start), (500, None))
+                    statement = txn.query
+                    txn.connection.rollback()
+                    txn.execute(b"explain (analyze, buffers, format json) " + statement)
+                    read.append(_pages(txn.fetchall()[0][0][0]["Plan"], "idempotency_keys_expires"))
+                    txn.connection.rollback()
+        self.assertEqual(removed, 10_000)
+        self.assertLess(read[1], read[0] / 3)
+
+    def test_expired_keys(self) -> None:
+        """Expired keys are removed, a bounded number in a step; the others and those of living commands stay."""
+        self.patch(retention, "STEP_ROWS", 2)
+        self.insert("alive", "ready")
+        for key in "abc":
+            self.insert_key(key)
+        self.insert_key("later", "+ interval '1 minute'")
+        with blocking(self.url) as txn:
+            self.assertEqual([retention.sweep_keys(txn)[0] for _ in range(3)], [2, 1, 0])
+        self.assertEqual(self.execute("select idem_key from idempotency_keys order by 1"), [("alive",), ("later",)])
+
+    def test_old_steering(self) -> None:
+        """Control requests older than a week are removed, a bounded number in a step."""
+        self.patch(retention, "STEP_ROWS", 2)
+        self.execute(
+            "insert into steering (engine, type, payload, created_at, expires_at)"
+            " select 'e', 'test', '{}', now() - make_interval(days => d), now() from unnest(array[9, 8, 8, 6, 0]) d"
+        )
+        with blocking(self.url) as txn:
+            self.assertEqual([retention.sweep_steering(txn) for _ in range(3)], [2, 1, 0])
+        self.assertEqual(self.execute("select count(*) from steering"), [(2,)])
+
+    def test_what_is_set(self) -> None:
+        """How long things are kept is read from the settings, and is their default where there is none."""
+        with blocking(self.url) as txn:
+            txn.execute("delete from config")
+            self.assertEqual(retention.keep(txn), _KEEP)
+            txn.execute("insert into config (key, value, type) values ('commands.keep_dead_days', '1', 'integer')")
+            self.assertEqual(retention.keep(txn), Keep(7, 1, 30))
+
+
+class RaceTests(_RetentionTestCase):
+    """A push of a key, at the moment when it or its command is swept."""
+
+    async def push_behind(self, key: str, end: Callable[[], None]) -> Outcome:
+        """Push while another transaction holds the key, and end that one once the push waits for it."""
+        pushing = deferToThread(self.push, key)
+        waiting = "select 1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        await poll(lambda: self.execute(waiting) or pushing.called, "the push waits for the sweep")
+        self.assertFalse(pushing.called)
+        end()
+        return await pushing
+
+    async def test_the_key_is_being_swept(self) -> None:
+        """A push that meets its expired key while it is removed makes a new command."""
+        self.insert_key("k")
+        sweep = self.begin()
+        self.assertEqual(retention.sweep_keys(sweep), (1, None))
+        outcome = await self.push_behind("k", sweep.connection.commit)
+        self.assertTrue(outcome.is_new)
+        self.assertEqual(
+            self.execute(
+                "select c.cmd_id, k.expires_at from commands c join idempotency_keys k using (cmd_id, idem_key)"
+            ),
+            [(outcome.cmd_id, None)],
+        )
+
+    async def test_the_sweep_is_rolled_back(self) -> None:
+        """Where the removal does not come about, the push is a duplicate of what was."""
+        self.insert_key("k")
+        sweep = self.begin()
+        self.assertEqual(retention.sweep_keys(sweep), (1, None))
+        self.assertEqual(await self.push_behind("k", sweep.connection.rollback), Outcome(7, "done"))
+
+    def test_the_key_was_swept_in_between(self) -> None:
+        """A push whose key is swept after its insert found it and before it is read makes a new command."""
+        self.insert_key("k")
+        self.insert_key("other", "+ interval '1 hour'")
+        real = idempotency.firsts
+
+        def swept_before(keys: list[str]) -> Any:
+            with blocking(self.url) as sweep:
+                retention.sweep_keys(sweep)
+            return real(keys)
+
+        with mock.patch.object(idempotency, "firsts", swept_before), blocking(self.url) as txn:
+            pushes = [Push("test.run", key, bytes(32), "{}") for key in ("other", "k", "k")]
+            other, first, again = driver.drive(txn, commands.push_batch(pushes))
+        self.assertEqual(other, Outcome(7, "done"))
+        self.assertTrue(first.is_new)
+        self.assertEqual(again, Outcome(first.cmd_id, "ready"))
+        self.assertEqual(self.execute("select cmd_id, idem_key from commands"), [(first.cmd_id, "k")])
+
+    async def test_the_command_is_being_swept(self) -> None:
+        """A push that meets its key while the command's row is removed is told how the command ended."""
+        cmd_id = self.insert("k", "cancelled")
+        sweep = self.begin()
+        self.assertEqual(retention.sweep_commands(sweep, 0, _KEEP), (1, None))
+        self.assertEqual(await self.push_behind("k", sweep.connection.commit), Outcome(cmd_id, "cancelled"))
+        self.assertEqual(self.left(), [])
+
+
+class _Test(CommandHandler):
+    """Takes any payload."""
+
+    cmd_type = "test.run"
+    schema = {"type": "object"}
+
+    def run(self, txn: Cursor, command: Command) -> None:
+        """Do nothing."""
+
+
+class TaskTests(_RetentionTestCase):
+    """:class:`Retention` on a real database."""
+
+    def setUp(self) -> None:
+        """Start a pool and make the task."""
+        super().setUp()
+        self.database = Database(self.url, threads=1)
+        self.database.start()
+        self.addCleanup(self.database.stop)
+        self.scheduler = task.Clock()
+        self.keep = _KEEP
+        self.retention = Retention(self.database, Clock(self.scheduler), lambda: self.keep)
+        self.addCleanup(self.retention.stop)
+
+    async def pass_once(self, after_s: float) -> None:
+        """Let so many seconds go by, and the pass that is due then come to its end."""
+        self.scheduler.advance(after_s)
+        await poll(self.scheduler.getDelayedCalls, "the next pass is planned")
+
+    async def test_a_clock_in_doubt(self) -> None:
+        """While the database's clock is in doubt nothing is removed, and one line says so."""
+        is_trusted = False
+        doubtful = Retention(self.database, Clock(self.scheduler), lambda: self.keep, lambda: is_trusted)
+        self.addCleanup(doubtful.stop)
+        self.insert("old")
+        with capturedLogs() as logs:
+            doubtful.start()
+            await self.pass_once(FIRST_S)
+            await self.pass_once(INTERVAL_S)
+            self.assertEqual(self.left(), ["old"])
+            is_trusted = True
+            await self.pass_once(INTERVAL_S)
+        self.assertEqual(self.left(), [])
+        told = [each["text"] for each in logs if "text" in each]
+        self.assertEqual(told, ["nothing old is removed while the database's clock is in doubt"])
+
+    async def test_far_behind(self) -> None:
+        """After an outage, or a leap, the time that age is judged by catches up, and one line says so."""
+        self.execute("update s2s_database set retention_at = now() - interval '1 day'")
+        with capturedLogs() as logs:
+            self.retention.start()
+            await self.pass_once(FIRST_S)
+            await self.pass_once(INTERVAL_S)
+        [told] = [each["text"] for each in logs if "text" in each]
+        self.assertIn("what is old is removed as of", told)
+        [(behind,)] = self.execute("select round(extract(epoch from now() - retention_at) / 3600) from s2s_database")
+        self.assertEqual(behind, 22)
+
+    async def test_a_doubt_that_lasts(self) -> None:
+        """Each doubt has a line of its own when it begins, also behind another one, and a line a day while it lasts."""
+        is_trusted = False
+        doubtful = Retention(self.database, Clock(self.scheduler), lambda: self.keep, lambda: is_trusted)
+        self.addCleanup(doubtful.stop)
+        self.execute("update s2s_database set retention_at = now() - interval '400 days'")
+        with capturedLogs() as logs:
+            doubtful.start()
+            await self.pass_once(FIRST_S)
+            is_trusted = True
+            for _ in range(3):
+                await self.pass_once(INTERVAL_S)
+            await self.pass_once(TELL_S)
+        told = [each["text"][:30] for each in logs if "text" in each]
+        self.assertEqual(told, ["nothing old is removed while t", *["what is old is removed as of 3"] * 2])
+
+    async def test_passes(self) -> None:
+        """The first pass comes after a minute, the next ones every ten; they remove all that is old, and count it."""
+        self.patch(retention, "STEP_ROWS", 2)
+        self.retention.start()
+        self.scheduler.advance(FIRST_S - 1)
+        for number in range(5):
+            self.insert(f"k{number}")
+            self.insert_key(f"expired{number}")
+        with capturedLogs() as logged:
+            await self.pass_once(1)
+            self.assertEqual((self.left(), self.retention.commands, self.retention.keys), ([], 5, 5))
+            self.insert("another")
+            self.scheduler.advance(INTERVAL_S - 1)
+            self.assertEqual(self.left(), ["another"])
+            await self.pass_once(1)
+            await self.pass_once(INTERVAL_S)
+        self.assertEqual((self.left(), self.retention.commands, self.retention.keys), ([], 6, 5))
+        self.assertEqual(len([event for event in logged if "removed" in (event["log_format"] or "")]), 2)
+
+    async def test_a_swept_command_is_a_duplicate(self) -> None:
+        """A push of a command that was swept is answered with its cmd_id and last status, and conflicts as before."""
+        inbox = Inbox(self.database, registry([_Test()]))
+        push = {"cmd_type": "test.run", "idem_key": "k", "payload": {"n": 1}}
+        first = await inbox.push(push)
+        self.execute("update commands set status = 'dead', created_at = now() - interval '91 days'")
+        self.retention.start()
+        await self.pass_once(FIRST_S)
+        self.assertEqual(self.left(), [])
+        again = await inbox.push(push)
+        self.assertEqual(again, {"accepted": True, "duplicate": True, "cmd_id": first["cmd_id"], "status": "dead"})
+        conflict = await self.assertFailure(inbox.push({**push, "payload": {"n": 2}}), IdemConflict)
+        self.assertEqual(conflict.details["cmd_id"], first["cmd_id"])
+        self.execute("update idempotency_keys set expires_at = now()")
+        await self.pass_once(INTERVAL_S)
+        anew = await inbox.push(push)
+        self.assertFalse(anew["duplicate"])
+        self.assertGreater(anew["cmd_id"], first["cmd_id"])
+
+    async def test_the_settings_are_asked_each_time(self) -> None:
+        """A change of the days holds from the next pass on."""
+        self.insert("k", days=3)
+        self.retention.start()
+        await self.pass_once(FIRST_S)
+        self.assertEqual(self.left(), ["k"])
+        self.keep = Keep(2, 90, 30)
+        await self.pass_once(INTERVAL_S)
+        self.assertEqual(self.left(), [])
+
+    async def test_two_servers_at_once(self) -> None:
+        """Two servers that remove at the same time remove everything once between them."""
+        self.patch(retention, "STEP_ROWS", 10)
+        for number in range(60):
+            self.insert(f"k{number}")
+        other_database = Database(self.url, threads=1)
+        other_database.start()
+        self.addCleanup(other_database.stop)
+        other = Retention(other_database, Clock(self.scheduler), lambda: _KEEP)
+        self.addCleanup(other.stop)
+        other.start()
+        self.retention.start()
+        self.scheduler.advance(FIRST_S)
+        await poll(lambda: len(self.scheduler.getDelayedCalls()) == 2, "both passes are over")
+        self.assertEqual((self.left(), self.retention.commands + other.commands), ([], 60))
+
+    async def test_the_database_is_away(self) -> None:
+        """Without a database a pass ends with one line at most, and the next one does what is left."""
+        self.insert("k")
+        await self.database.stop()
+        self.retention.start()
+        with capturedLogs() as logged:
+            await self.pass_once(FIRST_S)
+        self.assertEqual([event["log_level"] for event in logged if event.get("why")], [LogLevel.warn])
+        self.database.start()
+        await self.pass_once(INTERVAL_S)
+        self.assertEqual(self.left(), [])
+
+    async def test_a_pass_that_fails(self) -> None:
+        """A pass that fails for a reason of ours is told with its traceback, and the next one is planned."""
+        self.keep = Keep("no number", 90, 30)  # type: ignore[arg-type]
+        self.retention.start()
+        await self.pass_once(FIRST_S)
+        self.assertEqual(len(self.flushLoggedErrors(TypeError)), 1)
+        self.insert("k")
+        self.keep = _KEEP
+        await self.pass_once(INTERVAL_S)
+        self.assertEqual(self.left(), [])
+
+    async def test_stop(self) -> None:
+        """Stopped in a step, it finishes that one and begins no other; stopped before, it never begins."""
+        self.patch(retention, "STEP_ROWS", 1)
+        for key in "ab":
+            self.insert(key)
+        other = self.begin()
+        other.execute("lock table commands")
+        self.retention.start()
+        self.scheduler.advance(FIRST_S)
+        await poll(
+            lambda: self.execute("select 1 from pg_stat_activity where wait_event_type = 'Lock'"), "the step waits"
+        )
+        stopped = self.retention.stop()
+        self.assertNoResult(stopped)
+        other.connection.rollback()
+        await stopped
+        self.assertEqual((self.left(), self.retention.commands), (["b"], 1))
+        self.assertEqual(self.scheduler.getDelayedCalls(), [])
+        self.retention.start()
+        await self.retention.stop()
+        self.assertEqual(self.scheduler.getDelayedCalls(), [])

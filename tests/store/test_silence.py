@@ -1,0 +1,110 @@
+"""Connections to the database on which no answer comes, though they look alive: :mod:`s2s.store.silence`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, DeferredList, gatherResults
+from twisted.internet.endpoints import UNIXClientEndpoint
+from twisted.logger import LogEvent, formatEvent, globalLogPublisher
+
+from s2s.errors import DatabaseUnavailable
+from s2s.store import async_connection, silence
+from s2s.store.driver import Cursor, Query
+from s2s.store.pool import Database
+from tests.support.postgres import DatabaseTestCase
+from tests.support.proxy import Proxy
+from tests.support.waiting import pause, poll
+
+
+def _one(txn: Cursor, statement: str) -> Any:
+    txn.execute(statement)
+    return txn.fetchall()[0][0]
+
+
+class SilenceTests(DatabaseTestCase):
+    """A pool behind a proxy that forgets connections."""
+
+    async def setUp(self) -> None:
+        """Put the proxy between."""
+        super().setUp()
+        self.patch(silence, "SILENT_S", 0.6)
+        self.patch(silence, "LOOK_S", 0.1)
+        [directory] = parse_qs(urlsplit(self.url).query)["host"]
+        self.proxy = Proxy(0, UNIXClientEndpoint(reactor, f"{directory}/.s.PGSQL.5432"))
+        await self.proxy.start()
+        self.addCleanup(self.proxy.stop)
+        name = urlsplit(self.url).path
+        self.database = Database(f"postgresql://postgres@127.0.0.1:{self.proxy.port}{name}", "behind", threads=2)
+        self.database.start()
+        self.addCleanup(self.database.stop)
+        self.told: list[LogEvent] = []
+        globalLogPublisher.addObserver(self.told.append)
+        self.addCleanup(globalLogPublisher.removeObserver, self.told.append)
+
+    def sessions(self) -> int:
+        """Count the sessions of the pool."""
+        (row,) = self.execute("select count(*)::int from pg_stat_activity where application_name = 'behind'")
+        return int(row[0])
+
+    async def test_a_statement(self) -> None:
+        """A statement that no answer comes to fails, its session ends with its locks, and the next one works."""
+        await gatherResults([self.database.run(_one, "select pg_sleep(0.05)") for _ in range(2)])
+        self.assertEqual(self.sessions(), 2)
+        self.proxy.hole()
+        asked = [self.database.run(_one, "select 1") for _ in range(2)]
+        for is_answered, failure in await DeferredList(asked, consumeErrors=True):
+            self.assertFalse(is_answered)
+            failure.trap(DatabaseUnavailable)
+        self.assertEqual(await self.database.run(_one, "select 1"), 1)
+        await poll(lambda: self.sessions() == 1, "the sessions to end")
+        lines = [event for event in self.told if event["log_namespace"] == "s2s.store.silence.Silence"]
+        self.assertEqual(len(lines), 2)
+        self.assertEqual(self.database.counters.met["database_answer"], 2)
+
+    async def test_a_statement_without_a_thread(self) -> None:
+        """A connection that was given up for want of an answer ends, so that there is always room for the next one."""
+        self.patch(async_connection, "BEYOND_S", 0.1)
+        self.database._line._statement_timeout_s = 0.1
+        for _ in range(async_connection.MOST_GIVEN_UP + 2):
+            await self.ask("select 1")
+            self.proxy.hole()
+            with self.assertRaises(DatabaseUnavailable):
+                await self.ask("select 1")
+            await poll(lambda: not self.database._line.given_up, "the end of the connection")
+
+    async def test_what_works_on(self) -> None:
+        """A statement that the database works on is left alone, however long it takes, and so is a transaction."""
+        self.assertEqual(await self.database.run(_one, "select 1 from pg_sleep(1.5)"), 1)
+
+        def in_steps(txn: Cursor) -> list[Any]:
+            return [_one(txn, "select 1 from pg_sleep(0.4)") for _ in range(4)]
+
+        self.assertEqual(await self.database.run(in_steps), [1] * 4)
+        await pause(0.3)
+        self.assertEqual([event for event in self.told if event["log_namespace"].endswith("Silence")], [])
+
+    async def test_a_backend_that_hangs(self) -> None:
+        """A backend that stands still in a statement past its timeout is given up, up to a bound of them."""
+        self.patch(silence, "HUNG_S", -7.5)
+        self.patch(silence, "MOST_HUNG", 1)
+        hanging = self.database.run(_one, "select 1 from pg_sleep(0.3)")
+        active = "select pid from pg_stat_activity where application_name = 'behind' and wait_event = 'PgSleep'"
+        [(pid,)] = await poll(lambda: self.execute(active), "the statement")
+        self.addCleanup(os.kill, pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGSTOP)
+        with self.assertRaises(DatabaseUnavailable):
+            await hanging
+        await poll(lambda: any(f"see process {pid} of" in formatEvent(event) for event in self.told), "the line")
+        # The bound: what else is slow is waited for.
+        self.assertEqual(await self.database.run(_one, "select 1 from pg_sleep(1.5)"), 1)
+
+    async def ask(self, statement: str) -> Any:
+        """Ask without a thread."""
+        done: Deferred[Any] = Deferred()
+        self.database.ask(Query(statement, ()), done.callback)
+        return await done

@@ -1,0 +1,134 @@
+"""Errors of the database, and what an operator reads of them: :mod:`s2s.store.troubles`, :mod:`s2s.store.sqlstate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from psycopg2 import errorcodes
+from twisted.internet.task import Clock
+from twisted.logger import capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.store import sqlstate
+from s2s.store.troubles import MOST_STATES, MOST_TEXTS, TELL_S, Troubles
+
+
+class TroublesTests(SynchronousTestCase):
+    """With the clock of the test."""
+
+    def setUp(self) -> None:
+        """Make it."""
+        self.time = Clock()
+        self.troubles = Troubles(self.time)
+
+    def lines(self, seconds: float, *states: str) -> list[str]:
+        """Note errors, let time pass, and return the lines that were logged."""
+        with capturedLogs() as told:
+            for state in states:
+                self.troubles.note(state, "no space")
+            self.time.advance(seconds)
+        return [event["log_format"].format(**event) for event in told]
+
+    def test_first(self) -> None:
+        """The first error is told at once, in the server's words, with the SQLSTATE and a cure."""
+        [line] = self.lines(0, "53100")
+        self.assertIn("no space (SQLSTATE 53100): free some space", line)
+
+    def test_many(self) -> None:
+        """However often it comes, it takes a line a minute; each SQLSTATE has its own."""
+        self.assertEqual(len(self.lines(TELL_S - 1, *["53100"] * 1000, *["25006"] * 10)), 2)
+        told = self.lines(1)
+        self.assertEqual(len(told), 2)
+        self.assertIn("(SQLSTATE 53100) came 999 times", told[0])
+
+    def test_incident(self) -> None:
+        """The log names an error by an id, which stays the same while the error lasts."""
+        with capturedLogs() as told:
+            ids = {self.troubles.note("P0001", "no") for _ in range(100)}
+        [incident] = ids
+        self.assertIn(incident, told[0]["log_format"].format(**told[0]))
+        self.assertNotEqual(self.troubles.note("P0001", "another"), incident)
+
+    def test_over(self) -> None:
+        """A minute without it is told, and ends it; then it is new."""
+        self.lines(0, "53100")
+        self.assertIn("not come again", self.lines(TELL_S)[0])
+        self.assertEqual(self.time.getDelayedCalls(), [])
+        self.assertIn("no space", self.lines(0, "53100")[0])
+
+    def test_texts(self) -> None:
+        """Two texts of one SQLSTATE have a line each: an operator needs both."""
+        with capturedLogs() as told:
+            for table in ("commands", "notices", "commands"):
+                self.troubles.note("42501", f"permission denied for table {table}")
+        lines = [event["log_format"].format(**event) for event in told]
+        self.assertEqual(len(lines), 2)
+        self.assertIn("for table notices (SQLSTATE 42501)", lines[1])
+        self.assertEqual(self.troubles.counts, {"42501": 3})
+        self.assertEqual(len(self.lines(TELL_S)), 2)
+
+    def test_many_texts(self) -> None:
+        """Beyond the bound all texts of a SQLSTATE share a line, and nothing is kept of them two minutes later."""
+        with capturedLogs() as told:
+            for number in range(MOST_TEXTS * 3):
+                self.troubles.note("53100", f"could not extend file {number}")
+            self.troubles.note("42501", "permission denied")
+        self.assertEqual(len(told), MOST_TEXTS + 2)
+        self.assertIn("permission denied", told[-1]["text"])
+        self.assertIn(f"further errors (SQLSTATE 53100) came {MOST_TEXTS * 2 - 1} times", "".join(self.lines(TELL_S)))
+        self.lines(TELL_S)
+        self.assertEqual(self.time.getDelayedCalls(), [])
+
+    def test_bound(self) -> None:
+        """Beyond the bound all SQLSTATEs share a line."""
+        states = [f"X{number:04}" for number in range(MOST_STATES + 10)]
+        self.assertEqual(len(self.lines(0, *states)), MOST_STATES + 1)
+        self.assertEqual(self.troubles.counts["other"], 10)
+
+    def test_stop(self) -> None:
+        """It leaves no timer behind."""
+        self.lines(0, "53100", "25006")
+        self.troubles.stop()
+        self.assertEqual(self.time.getDelayedCalls(), [])
+
+
+class MeaningTests(SynchronousTestCase):
+    """The table of SQLSTATEs."""
+
+    def test_longest_prefix(self) -> None:
+        """The longest prefix decides, and every code that PostgreSQL has is decided."""
+        self.assertEqual(sqlstate.meaning("53100").fault, "database")
+        self.assertEqual(sqlstate.meaning("53200").fault, "statement")
+        self.assertTrue(sqlstate.meaning("57P01").drops)
+        self.assertFalse(sqlstate.meaning("57014").drops)
+        for code in {value for name, value in vars(errorcodes).items() if name.isupper() and len(value) == 5}:
+            self.assertIsNotNone(sqlstate.meaning(code))
+
+    def test_data(self) -> None:
+        """An error of the data alone is answered for its own row, and says nothing to an operator."""
+        for code in ("22P02", "23505", "23503", "P0001", ""):
+            self.assertEqual((sqlstate.meaning(code).unavailable, sqlstate.meaning(code).cure), (False, ""), code)
+
+    def test_at_connect(self) -> None:
+        """An error at the connect is known by its text, since libpq tells no SQLSTATE."""
+        for text, state in (
+            ('connection to server failed: FATAL:  too many connections for role "game"', "53300"),
+            ('FATAL:  too many connections for database "game"', "53300"),
+            ("FATAL:  sorry, too many clients already", "53300"),
+            ("FATAL:  remaining connection slots are reserved for roles with the SUPERUSER attribute", "53300"),
+            ('FATAL:  password authentication failed for user "game"', "28000"),
+            ('FATAL:  role "game" does not exist', "28000"),
+            ('FATAL:  database "game" does not exist', "3D000"),
+            ('FATAL:  pg_hba.conf rejects connection for host "::1"', "28000"),
+            ('FATAL:  role "game" is not permitted to log in', "28000"),
+            ("FATAL:  no more connections allowed (max_client_conn)", "53300"),
+            ('FATAL:  database "game" is not currently accepting connections', "55000 CheckMyDatabase"),
+            ("connection refused", ""),
+        ):
+            self.assertEqual(sqlstate.at_connect(text), state, text)
+
+    def test_the_document(self) -> None:
+        """Every row of the table stands in the page of faults."""
+        page = Path(__file__).parents[2].joinpath("docs", "faults.rst").read_text("utf-8")
+        missing = [prefix for prefix in sqlstate.MEANINGS if prefix and f"``{prefix}``" not in page]
+        self.assertEqual(missing, [])
