@@ -34,10 +34,12 @@ HUNG_S: Final = 22.0
 #: Backends of a pool that hang and have been given up. Each stays a session of the database; with more of them none is
 #: given up, and none is opened in its place.
 MOST_HUNG: Final = 4
-#: What a session does; one that waits for a statement of ours is ended, and its locks are free.
+#: What a session does. One that has waited for a statement of ours for so long that an answer under way would have
+#: arrived is ended, and its locks are free.
 _LOOK: Final = (
     "set local role none;"
-    " select case when state like 'idle%%' and pg_terminate_backend(pid) then 'idle'"
+    " select case when state like 'idle%%' and clock_timestamp() - state_change >= make_interval(secs => %s)"
+    " and pg_terminate_backend(pid) then 'idle'"
     " when wait_event = 'SyncRep' then 'standby' else 'working' end"
     " from pg_stat_activity where pid = %s and backend_start = %s"
 )
@@ -123,7 +125,7 @@ class Silence:
     def _why(self, session: tuple[int, str], silent_s: float) -> str:
         """Ask the database why no answer comes; empty: it may come."""
         with self._another() as txn:
-            txn.execute(_LOOK, session)
+            txn.execute(_LOOK, (SILENT_S, *session))
             doing = [state for (state,) in txn.fetchall()]
             if doing in ([], ["idle"]):
                 return _SILENT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -19,6 +20,9 @@ from s2s.store.pool import Database
 from tests.support.postgres import DatabaseTestCase
 from tests.support.proxy import Proxy
 from tests.support.waiting import pause, poll
+
+#: The session of the pool that sleeps in a statement.
+_ACTIVE = "select pid from pg_stat_activity where application_name = 'behind' and wait_event = 'PgSleep'"
 
 
 def _one(txn: Cursor, statement: str) -> Any:
@@ -88,13 +92,22 @@ class SilenceTests(DatabaseTestCase):
         await pause(0.3)
         self.assertEqual([event for event in self.told if event["log_namespace"].endswith("Silence")], [])
 
+    async def test_an_answer_under_way(self) -> None:
+        """A session whose statement has just ended is left alone for a while: its answer may be under way."""
+        began = time.monotonic()
+        answer = self.database.run(_one, "select 1 from pg_sleep(0.8)")
+        await poll(lambda: self.execute(_ACTIVE), "the statement")
+        self.proxy.hole()
+        with self.assertRaises(DatabaseUnavailable):
+            await answer
+        self.assertGreaterEqual(time.monotonic() - began, 0.8 + silence.SILENT_S)
+
     async def test_a_backend_that_hangs(self) -> None:
         """A backend that stands still in a statement past its timeout is given up, up to a bound of them."""
         self.patch(silence, "HUNG_S", -7.5)
         self.patch(silence, "MOST_HUNG", 1)
         hanging = self.database.run(_one, "select 1 from pg_sleep(0.3)")
-        active = "select pid from pg_stat_activity where application_name = 'behind' and wait_event = 'PgSleep'"
-        [(pid,)] = await poll(lambda: self.execute(active), "the statement")
+        [(pid,)] = await poll(lambda: self.execute(_ACTIVE), "the statement")
         self.addCleanup(os.kill, pid, signal.SIGCONT)
         os.kill(pid, signal.SIGSTOP)
         with self.assertRaises(DatabaseUnavailable):
