@@ -15,6 +15,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 CHECK, ACK, ERROR, BUMP = "s2s.health.check", "s2s.ack", "s2s.error", "s2s.config.bump"
@@ -155,7 +156,9 @@ class Peer:
             assert sig == key.mac(canonical(frame)), f"a wrong signature: {frame}"
         if "ack_of" not in frame and frame["type"] in self.serves:
             reply = self.serves[frame["type"]](frame["payload"])
-            self.reply(frame, HEALTH_ACK if frame["type"] == CHECK else ACK, reply)
+            # The other side may have closed the link after it sent this; the rest of its frames is still to be read.
+            with suppress(ConnectionError):
+                self.reply(frame, HEALTH_ACK if frame["type"] == CHECK else ACK, reply)
         return frame
 
     @property
