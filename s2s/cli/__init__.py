@@ -70,6 +70,9 @@ class _Program(click.Group):
         if "stdout" in streams.prepare():
             print("Error: stdout is closed: open it, such as by >/dev/null", file=sys.stderr)
             code: Any = 1
+        elif wrong := streams.not_utf8():
+            print(f"Error: an argument or a variable is not UTF-8: {wrong}: use a UTF-8 terminal", file=sys.stderr)
+            code = 1
         else:
             try:
                 code = self.main(*args, **options)

@@ -106,8 +106,6 @@ def one_line_errors(function: F) -> F:
             raise click.ClickException(preflight.unusable(error)) from None
         except S2SError as error:
             raise click.ClickException(str(error)) from None
-        except UnicodeEncodeError:
-            raise click.ClickException("an argument is not UTF-8: type it in a UTF-8 terminal") from None
 
     return wrapped  # type: ignore[return-value]
 

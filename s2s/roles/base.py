@@ -19,6 +19,7 @@ from s2s.protocol.limits import Bounds, Counters
 from s2s.roles.live_config import LiveConfig
 from s2s.roles.live_keys import LiveKeys
 from s2s.roles.shutdown import Shutdown, refuse
+from s2s.runtime import streams
 from s2s.runtime.clock import Clock
 from s2s.runtime.status_log import CounterSummary
 from s2s.runtime.watchdog import Watchdog
@@ -97,6 +98,7 @@ class Role(service.Service, ABC):
     def startService(self) -> None:
         """Start everything; an operator's mistake ends the process before anything runs."""
         self._lifetime.watch()
+        streams.bound_lines()
         self._open()
         try:
             self._start()

@@ -81,8 +81,9 @@ def _directory(text: str) -> Path:
         raise ValueError("it is empty: name a directory, or leave it out")
     try:
         return Path(text).resolve()
-    except OSError as error:
-        raise ValueError(f"{text} cannot be found from here: {error.strerror}") from None
+    except OSError:
+        # The working directory was removed, which matters to a role with an embedded database alone.
+        return Path(text)
 
 
 _COERCIONS: Final = {
@@ -145,6 +146,8 @@ class RoleOptions(usage.Options):
 
     def postOptions(self) -> None:
         """Read the values, and prepare the process for twistd."""
+        if wrong := streams.not_utf8():
+            refuse(f"an option or a variable is not UTF-8: {wrong}: write it in UTF-8")
         for name, coerce in {**_COERCIONS, **self.coercions}.items():
             try:
                 self[name] = coerce(self[name])

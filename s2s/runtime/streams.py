@@ -6,12 +6,48 @@ import os
 import select
 import sys
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, AnyStr, Final
+
+from twisted.logger import LoggingFile
 
 _NAMES: Final = ("stdin", "stdout", "stderr")
 #: Seconds that a line waits for room in its pipe, socket or terminal: a reader that works makes room within
 #: milliseconds, and the reactor stands still meanwhile.
 ROOM_S: Final = 0.1
+#: Characters of a logged line, after which it ends: output without an end of line would be kept in memory.
+LONGEST_LINE: Final = 16_384
+
+
+class _LineLog(LoggingFile):
+    """A stream whose text becomes lines of the log, none longer than :data:`LONGEST_LINE`."""
+
+    #: Characters of the line that has not ended.
+    _open = 0
+
+    def write(self, message: AnyStr) -> None:
+        """Log each line that has ended."""
+        text = message if isinstance(message, str) else message.decode(self.encoding, "backslashreplace")
+        for number, line in enumerate(text.split("\n")):
+            if number:
+                self._end_line()
+            for start in range(0, len(line), LONGEST_LINE):
+                piece = line[start : start + LONGEST_LINE]
+                if self._open + len(piece) > LONGEST_LINE:
+                    self._end_line()
+                super().write(piece)
+                self._open += len(piece)
+
+    def _end_line(self) -> None:
+        super().write("\n")
+        self._open = 0
+
+
+def bound_lines() -> None:
+    """Bound the lines that Twisted's log makes of what is printed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is LoggingFile:
+            setattr(sys, name, _LineLog(stream.log, stream.level, stream.encoding))
 
 
 def prepare() -> list[str]:
@@ -28,6 +64,16 @@ def prepare() -> list[str]:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     return closed
+
+
+def not_utf8() -> str:
+    """Return the first argument or variable of ours that is not UTF-8, as ASCII with escapes; empty: all are."""
+    ours = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("S2S_")]
+    for text in [*sys.argv[1:], *ours]:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            # A variable may hold a password.
+            return text.partition("=")[0].encode("ascii", "backslashreplace").decode()
+    return ""
 
 
 def has_room(descriptor: int, wait_s: float) -> bool:

@@ -11,14 +11,16 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.admin.http import operation_runner
 from s2s.admin.http.long_polls import LongPolls
-from s2s.admin.http.operation_runner import LIST_THREADS, STEP_S, THREADS, ClientRequest, OperationRunner
+from s2s.admin.http.operation_runner import STEP_S, THREADS, ClientRequest, Line, OperationRunner
 from s2s.admin.operations.operation import Operation, OperationRequest, Reply, WaitFor
 from s2s.errors import DatabaseUnavailable, DeadlineExceeded, DeadlinePassed, NotFound, Overloaded
 from s2s.protocol.limits import Counters
 from s2s.runtime.clock import Clock
+from s2s.store.access import Access
 from s2s.store.tables import audit
 
 _TXN: Any = object()
+STEERING = THREADS["steering"]
 
 
 class _Database:
@@ -72,15 +74,18 @@ class ConductorTests(SynchronousTestCase):
         self.conductor = OperationRunner(database, Clock(self.time), waiting, self.counters)
 
     def perform(
-        self, begin: Callable[[OperationRequest], Any], visit: ClientRequest | None = None, *, is_list: bool = False
+        self,
+        begin: Callable[[OperationRequest], Any],
+        visit: ClientRequest | None = None,
+        *,
+        access: Access = "operator",
+        is_list: bool = False,
     ) -> Deferred[Any]:
         """Begin an operation."""
         operation: Operation[Any] = Operation(
             "x", "GET", "/x", "observer", "x", {"type": "object"}, begin, is_list=is_list
         )
-        performing = self.conductor.perform(
-            operation, OperationRequest("token:me", "observer"), visit or ClientRequest()
-        )
+        performing = self.conductor.perform(operation, OperationRequest("token:me", access), visit or ClientRequest())
         return Deferred.fromCoroutine(performing)
 
     def test_steps(self) -> None:
@@ -130,34 +135,42 @@ class ConductorTests(SynchronousTestCase):
             yield WaitFor(lambda _, ids: ids, (1,), 5)
             return Reply({})
 
-        performing = [self.perform(begin) for _ in range(THREADS + 2)]
-        self.assertEqual(len(self.database.running), THREADS)
+        performing = [self.perform(begin) for _ in range(STEERING + 2)]
+        self.assertEqual(len(self.database.running), STEERING)
         error = self.failureResultOf(self.perform(begin), Overloaded)
         self.assertEqual(error.value.details["retry_after_ms"], 1000)
         self.assertEqual(self.counters.met["http_line"], 1)
         for _ in performing:
             self.database.step()
-        self.assertEqual((len(self.waits), len(self.database.running)), (THREADS + 2, 0))
+        self.assertEqual((len(self.waits), len(self.database.running)), (STEERING + 2, 0))
         for wait in self.waits:
             wait.callback(None)
         for each in performing:
             self.successResultOf(each)
 
-    def test_lists_have_places_of_their_own(self) -> None:
-        """However many lists are read and wait, another operation is taken at once; and the other way round."""
+    def test_the_three_lines(self) -> None:
+        """Observers, whatever they ask for, and the lists of operators never make an operator's other requests wait."""
         self.patch(operation_runner, "MOST_IN_LINE", 2)
 
         def begin(_: OperationRequest) -> Any:
             return Reply((yield lambda txn: 5))
 
-        reading = [self.perform(begin, is_list=True) for _ in range(LIST_THREADS + 2)]
-        self.assertEqual(len(self.database.running), LIST_THREADS)
-        self.failureResultOf(self.perform(begin, is_list=True), Overloaded)
-        steering = [self.perform(begin) for _ in range(THREADS + 2)]
-        self.assertEqual(len(self.database.running), LIST_THREADS + THREADS)
+        lines: list[tuple[Line, dict[str, Any]]] = [
+            ("observers", {"access": "observer"}),
+            ("lists", {"is_list": True}),
+            ("steering", {}),
+        ]
+        performing, running = [], 0
+        for line, asking in lines:
+            running += THREADS[line]
+            performing += [self.perform(begin, **asking) for _ in range(THREADS[line] + 2)]
+            self.assertEqual(len(self.database.running), running)
+        for _, asking in lines:
+            self.failureResultOf(self.perform(begin, **asking), Overloaded)
+        self.failureResultOf(self.perform(begin, access="observer", is_list=True), Overloaded)
         while self.database.running:
             self.database.step()
-        self.assertEqual([self.successResultOf(each).value for each in reading + steering], [5] * 8)
+        self.assertEqual([self.successResultOf(each).value for each in performing], [5] * len(performing))
 
     def test_what_has_begun_is_not_refused(self) -> None:
         """However long the line is, a request that has taken a step gets its next one."""
@@ -169,12 +182,12 @@ class ConductorTests(SynchronousTestCase):
             return Reply((yield lambda txn: 5))
 
         performing = []
-        for _ in range(THREADS + 5):
+        for _ in range(STEERING + 5):
             performing.append(self.perform(begin))
             self.database.step()
         for wait in self.waits:
             wait.callback(None)
-        self.assertEqual(len(self.database.running), THREADS)
+        self.assertEqual(len(self.database.running), STEERING)
         self.failureResultOf(self.perform(begin), Overloaded)
         while self.database.running:
             self.database.step()
@@ -187,21 +200,21 @@ class ConductorTests(SynchronousTestCase):
         def begin(ask: OperationRequest) -> Any:
             return Reply((yield lambda txn: taken.append(5) or 5))
 
-        hanging = [self.perform(begin) for _ in range(THREADS + 1)]
+        hanging = [self.perform(begin) for _ in range(STEERING + 1)]
         self.time.advance(STEP_S - 0.1)
         for each in hanging:
             self.assertNoResult(each)
         self.time.advance(0.1)
-        for each in hanging[:THREADS]:
+        for each in hanging[:STEERING]:
             self.failureResultOf(each, DeadlinePassed)
-        self.failureResultOf(hanging[THREADS], DeadlineExceeded)
-        self.assertEqual(self.counters.met["http_step"], THREADS + 1)
-        self.assertEqual(len(self.database.running), THREADS)
+        self.failureResultOf(hanging[STEERING], DeadlineExceeded)
+        self.assertEqual(self.counters.met["http_step"], STEERING + 1)
+        self.assertEqual(len(self.database.running), STEERING)
         after = self.perform(begin)
         while self.database.running:
             self.database.step()
         self.assertEqual(self.successResultOf(after).value, 5)
-        self.assertEqual(len(taken), THREADS + 1)
+        self.assertEqual(len(taken), STEERING + 1)
         self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_a_thousand_that_fail_at_once(self) -> None:
@@ -212,13 +225,13 @@ class ConductorTests(SynchronousTestCase):
 
         performing = [self.perform(begin) for _ in range(1000)]
         self.database.refusal = DatabaseUnavailable("away")
-        for _ in range(THREADS):
+        for _ in range(STEERING):
             self.database.step()
         for _ in performing:
             self.time.advance(0)
-        for each in performing[:THREADS]:
+        for each in performing[:STEERING]:
             self.successResultOf(each)
-        for each in performing[THREADS:]:
+        for each in performing[STEERING:]:
             self.failureResultOf(each, DatabaseUnavailable)
         self.database.refusal = None
         after = self.perform(begin)
@@ -252,17 +265,17 @@ class ConductorTests(SynchronousTestCase):
 
     def test_gone_from_the_line(self) -> None:
         """Whoever leaves while a step stands in line takes it along, and holds no place."""
-        visits = [ClientRequest() for _ in range(THREADS + 2)]
+        visits = [ClientRequest() for _ in range(STEERING + 2)]
 
         def begin(_: OperationRequest) -> Any:
             return Reply((yield lambda txn: 5))
 
         performing = [self.perform(begin, visit) for visit in visits]
-        visits[THREADS].leave()
-        self.failureResultOf(performing.pop(THREADS), CancelledError)
+        visits[STEERING].leave()
+        self.failureResultOf(performing.pop(STEERING), CancelledError)
         while self.database.running:
             self.database.step()
-        self.assertEqual([self.successResultOf(each).value for each in performing], [5] * (THREADS + 1))
+        self.assertEqual([self.successResultOf(each).value for each in performing], [5] * (STEERING + 1))
         gone = ClientRequest()
         gone.leave()
         self.failureResultOf(self.perform(begin, gone), CancelledError)

@@ -489,6 +489,25 @@ class StreamTests(ProcessTestCase):
         self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
         self.assertIn("working directory was removed: change to another one", done.stderr)
 
+    def test_another_encoding(self) -> None:
+        """An argument, a variable or a directory that is not UTF-8 is named in one line."""
+        directory = os.fsencode(self.mktemp()) + b"\xe9"
+        os.mkdir(directory)
+        for argv, variables, said in (
+            ([b"engine", b"pause", b"e1", b"--reason", b"caf\xe9"], {}, "caf\\udce9"),
+            ([b"db", b"status", b"--state-dir", directory], {}, "\\udce9"),
+            ([b"db", b"status"], {}, "\\udce9/var"),
+            ([b"db", b"status"], {b"S2S_DATABASE_URL": b"postgresql://x:secret\xe9@"}, "S2S_DATABASE_URL"),
+        ):
+            ours = {os.fsencode(name): os.fsencode(value) for name, value in environment().items()}
+            done = subprocess.run(
+                [_S2S.encode(), *argv], cwd=directory, env={**ours, **variables}, capture_output=True, check=False
+            )
+            self.assertEqual((done.returncode, done.stderr.count(b"\n")), (1, 1), done.stderr)
+            self.assertIn("not UTF-8", done.stderr.decode())
+            self.assertIn(said, done.stderr.decode())
+            self.assertNotIn(b"secret", done.stderr)
+
     def test_what_a_plug_in_leaves_behind(self) -> None:
         """What a plug-in starts and never ends, or has registered for the end, keeps no command from ending."""
         plugins = Path(self.mktemp(), "s2s", "plugins")

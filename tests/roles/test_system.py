@@ -301,6 +301,21 @@ class StreamTests(TwistdTestCase):
         self.ends(process)
 
 
+class DirectoryTests(TwistdTestCase):
+    """The working directory of a role."""
+
+    @inlineCallbacks
+    def test_removed(self) -> Any:
+        """A role that has a database starts although its working directory was removed, as by a deployment."""
+        gone = self.directory / "gone"
+        gone.mkdir()
+        argv = ["/bin/sh", "-c", 'rmdir "$PWD"; exec "$0" "$@"', TWISTD, "-n", f"--logfile={self.directory}/log"]
+        server = ["s2s-server", "--listen", listen(free_port()), "--http", "off"]
+        process = start_process(self, [*argv, *server], cwd=gone, **{DATABASE_VARIABLE: self.url})
+        yield self.says("log", "server listens")
+        self.ends(process)
+
+
 class SignalTests(TwistdTestCase):
     """Signals beside SIGTERM and SIGINT."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeVar
+from collections.abc import Mapping
+from typing import Any, Final, Literal, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore
 from twisted.python.failure import Failure
@@ -18,11 +19,12 @@ from s2s.store.tables import audit
 
 R = TypeVar("R")
 
-#: Connections of the pool that requests have at once: pushes, keys and the executor have theirs in any case.
-THREADS: Final = 2
-#: Those that lists have, and nothing else: what an operator does never waits for what an observer reads.
-LIST_THREADS: Final = 2
-#: Steps that may stand in line for one of them before requests are refused; one that has begun is never.
+#: The line in which a request waits: observers wait for each other alone, and so do the lists of operators. A pause
+#: never waits for a read.
+Line = Literal["observers", "lists", "steering"]
+#: Connections of the pool that the requests of each line have at once. Pushes, keys and the executor have others.
+THREADS: Final[Mapping[Line, int]] = {"observers": 2, "lists": 2, "steering": 2}
+#: Requests that may wait in a line before further ones are refused; one that has begun is never refused.
 MOST_IN_LINE: Final = 1000
 #: Seconds that a step may take, with its time in line: of a database that hangs nobody hears otherwise.
 STEP_S: Final = 10.0
@@ -74,8 +76,7 @@ class OperationRunner:
         self._database = database
         self._waiting = waiting
         self._counters = counters
-        self._places = DeferredSemaphore(THREADS)
-        self._list_places = DeferredSemaphore(LIST_THREADS)
+        self._places = {line: DeferredSemaphore(threads) for line, threads in THREADS.items()}
 
     async def perform(self, operation: Operation[R], ask: OperationRequest, visit: ClientRequest) -> Reply[R]:
         """Take the steps of an operation, each in a transaction that is signed by whoever asks.
@@ -87,7 +88,7 @@ class OperationRunner:
         came: Any = None
         failed: Exception | None = None
         has_begun = False
-        places = self._list_places if operation.is_list else self._places
+        places = self._places[_line(operation, ask)]
         while not isinstance(step := advance(steps, came, failed), Reply):
             came = failed = None
             try:
@@ -140,6 +141,12 @@ class OperationRunner:
     def _late(self, error: Exception) -> Failure:
         self._counters.meet("http_step")
         return Failure(error)
+
+
+def _line(operation: Operation[Any], ask: OperationRequest) -> Line:
+    if ask.access == "observer":
+        return "observers"
+    return "lists" if operation.is_list else "steering"
 
 
 def _signed(txn: Cursor, actor: str, step: Step) -> Any:

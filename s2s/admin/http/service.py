@@ -8,7 +8,7 @@ from typing import Any, Final
 from s2s.admin.http.api import Api, Plain
 from s2s.admin.http.long_polls import LongPolls
 from s2s.admin.http.openapi import document
-from s2s.admin.http.operation_runner import LIST_THREADS, THREADS, OperationRunner
+from s2s.admin.http.operation_runner import THREADS, OperationRunner
 from s2s.admin.http.problems import Problem
 from s2s.admin.http.sign_in import SignIn
 from s2s.admin.http.site import make_site
@@ -20,8 +20,8 @@ from s2s.runtime.clock import Clock
 from s2s.store.pool import Database
 from s2s.store.tables import control_requests, orders, tokens
 
-#: Connections of the pool that the API needs: for what is asked, for lists, and for a look at what is waited for.
-POOL_THREADS: Final = THREADS + LIST_THREADS + 1
+#: Connections of the pool that the API needs: for requests, and one for the look at the rows that requests wait for.
+POOL_THREADS: Final = sum(THREADS.values()) + 1
 #: The beginning of what a part of the server says of itself when it is well, or is not wanted.
 WELL: Final = ("ok", "off")
 

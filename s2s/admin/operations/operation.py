@@ -131,7 +131,7 @@ class Operation(Generic[R]):
     :param refusals: what it may be refused with, beside what any may.
     :param statuses: those of its success, and what they mean.
     :param takes_key: whether it takes an ``Idempotency-Key``.
-    :param is_list: whether it may read much: it waits for others of its kind, and nothing else waits for it.
+    :param is_list: whether it may read much: the lists of operators wait for each other, and steering never for them.
     :param refused: writes down that a request was refused before it began.
     """
 

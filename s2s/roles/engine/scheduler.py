@@ -82,6 +82,8 @@ class Scheduler:
         self._emitted = emitted
         self._clock = clock
         self._declare_at: float | None = None
+        #: One worker declares, so that no difference is logged twice.
+        self._is_declaring = False
         #: As the last look found them.
         self._other_schedules: Mapping[str, OtherSchedule] = {}
         #: What is under way here: one that hangs is not begun again by the other line.
@@ -106,9 +108,13 @@ class Scheduler:
 
         :returns: seconds to sleep, see :class:`s2s.store.poll_loop.PollLoop`.
         """
-        if self._declare_at is None or self._clock.mono() >= self._declare_at:
+        if not self._is_declaring and self._clock.mono() >= (self._declare_at or 0.0):
             is_first = self._declare_at is None
-            self._tell_schedules(await self._database.run(self._declare, is_first, self._other_schedules))
+            self._is_declaring = True
+            try:
+                self._tell_schedules(await self._database.run(self._declare, is_first, self._other_schedules))
+            finally:
+                self._is_declaring = False
             self._declare_at = self._clock.mono() + DECLARE_S
         if self._condition.state != "running" or self._handlers.is_full:
             return None

@@ -81,9 +81,10 @@ def join(state_dir: Path) -> Lease:
     :raises OperatorError: the package is not installed, the directory is not ours to write, or PostgreSQL does not
         start.
     """
-    state_dir = Path(os.path.realpath(state_dir))
-    data = state_dir / "postgres"
     try:
+        state_dir = Path(os.path.realpath(state_dir))
+        str(state_dir).encode()
+        data = state_dir / "postgres"
         state_dir.mkdir(parents=True, exist_ok=True)
         with _locked(state_dir / "postgres.start.lock"):
             lock = share(state_dir)
@@ -93,7 +94,15 @@ def join(state_dir: Path) -> Lease:
             except BaseException:
                 os.close(lock)
                 raise
+    except UnicodeEncodeError:
+        raise OperatorError(
+            f"the path of the embedded PostgreSQL is not UTF-8: {str(state_dir)!a}: name another --state-dir"
+        ) from None
     except OSError as error:
+        if error.filename is None:
+            raise OperatorError(
+                "the working directory was removed: change to another one, or name a database with --database"
+            ) from error
         raise OperatorError(
             f"the embedded PostgreSQL cannot use {state_dir} ({error.strerror}: {error.filename}): "
             "name a directory of your own with --state-dir, or a database with --database"

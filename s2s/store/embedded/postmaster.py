@@ -224,6 +224,9 @@ def _make(install: _Install, data: Path) -> None:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            # The names of files may be in any encoding.
+            encoding="utf-8",
+            errors="backslashreplace",
             check=False,
             **install.identity,
         )

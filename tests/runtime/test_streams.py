@@ -1,0 +1,69 @@
+"""The standard streams of a process: :mod:`s2s.runtime.streams`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from unittest import mock
+
+from twisted.logger import LogEvent, Logger, LoggingFile, LogLevel
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.runtime import streams
+from s2s.runtime.streams import LONGEST_LINE
+
+
+class LineTests(SynchronousTestCase):
+    """What is printed in a process whose streams are Twisted's log."""
+
+    def setUp(self) -> None:
+        """Stand in for stdout and stderr as Twisted does."""
+        self.events: list[LogEvent] = []
+        log = Logger("printed", observer=self.events.append)
+        for name, level in (("stdout", LogLevel.info), ("stderr", LogLevel.error)):
+            self.patch(sys, name, LoggingFile(log, level, "utf-8"))
+        streams.bound_lines()
+
+    def lines(self) -> list[str]:
+        """Return the lines that were logged."""
+        return [event["log_io"] for event in self.events]
+
+    def test_lines(self) -> None:
+        """Lines are logged as they were printed, in however many pieces, at the level of their stream."""
+        print("a", "b")
+        print("c", end="")
+        print("d\n\ne", file=sys.stderr)
+        print("f")
+        self.assertEqual(self.lines(), ["a b", "d", "", "e", "cf"])
+        self.assertEqual({event["log_level"] for event in self.events[1:4]}, {LogLevel.error})
+
+    def test_no_end(self) -> None:
+        """Output that never ends its line is logged in lines of a bounded length, and none of it is lost."""
+        for _ in range(3 * LONGEST_LINE):
+            print(".", end="")
+        print("x" * 5 * LONGEST_LINE, end="")
+        self.assertEqual(self.lines(), ["." * LONGEST_LINE] * 3 + ["x" * LONGEST_LINE] * 4)
+        print()
+        self.assertEqual(self.lines()[-1], "x" * LONGEST_LINE)
+
+    def test_another_stream(self) -> None:
+        """A stream that is not Twisted's log is left as it is."""
+        self.patch(sys, "stdout", sys.__stdout__)
+        streams.bound_lines()
+        self.assertIs(sys.stdout, sys.__stdout__)
+
+
+class EncodingTests(SynchronousTestCase):
+    """Arguments and variables in another encoding than UTF-8."""
+
+    def test_found(self) -> None:
+        """The first one is returned as ASCII, of a variable the name alone."""
+        for argv, variables, wrong in (
+            (["caf\u00e9"], {"S2S_A": "\u00e9"}, ""),
+            (["x", "caf\udce9"], {}, "caf\\udce9"),
+            ([], {"S2S_DATABASE_URL": "secret\udce9"}, "S2S_DATABASE_URL"),
+            ([], {"OTHER": "\udce9"}, ""),
+        ):
+            self.patch(sys, "argv", ["s2s", *argv])
+            with mock.patch.dict(os.environ, variables):
+                self.assertEqual(streams.not_utf8(), wrong)
