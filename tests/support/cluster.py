@@ -12,13 +12,14 @@ import psycopg2
 
 from s2s.store import migrations
 from s2s.store.embedded import postmaster
+from tests.support.postgres import memory_directory
 
 
 class Cluster:
     """One server, started and stopped at will. Every method blocks."""
 
     def __init__(self) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="s2s-cluster-")).resolve()
+        self._directory = Path(tempfile.mkdtemp(prefix="s2s-cluster-", dir=memory_directory())).resolve()
         self._directory.chmod(0o755)
         self.start()
 
