@@ -9,10 +9,10 @@ from pathlib import Path
 import click
 
 from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction
-from s2s.store import migrations, privileges, sequences, shape
+from s2s.store import kept_rows, migrations, privileges, sequences, shape
 from s2s.store.driver import Cursor
 from s2s.store.lock_wait import PATIENCE_S
-from s2s.store.monitors import notify_queue
+from s2s.store.monitors import guard_watch, notify_queue
 
 
 @click.group()
@@ -53,6 +53,8 @@ def status(database: str | None, state_dir: Path, as_json: bool) -> None:
         for line in _wrong(txn):
             click.echo(line, err=True)
             is_whole = False
+        for guard in kept_rows.guards(txn, migrations.tables()):
+            click.echo(f"s2s has not made the {guard}; to remove it: {guard.cure}", err=True)
         found = migrations.status(txn)
     show(found, ("version", "name", "applied_at"), as_json, "this release has no migrations")
     if not is_whole or any(each.applied_at is None for each in found):
@@ -68,6 +70,8 @@ def _wrong(txn: Cursor) -> Iterator[str]:
         yield f"{behind}: run: s2s db fix-sequences"
     yield from map(str, sequences.ending(txn))
     yield from shape.wrong(txn)
+    _, kept = guard_watch.look(txn)
+    yield from kept
     queue = notify_queue.look(txn)
     if queue.usage >= notify_queue.HIGH:
         yield str(queue)

@@ -25,6 +25,7 @@ from s2s.runtime.status_log import CounterSummary
 from s2s.runtime.watchdog import Watchdog
 from s2s.store.handler_pool import HandlerPool
 from s2s.store.listen import Listener
+from s2s.store.monitors.guard_watch import GuardWatch
 from s2s.store.monitors.held_rows import TABLES
 from s2s.store.monitors.queue_watch import QueueWatch
 from s2s.store.monitors.row_watch import RowWatch
@@ -88,7 +89,8 @@ class Role(service.Service, ABC):
             application_name=f"s2s-{self._identity.role} listen",
         )
         self._rows = RowWatch(self._database, self._clock, TABLES[self._identity.role])
-        self._watches = [QueueWatch(self._database, self._clock), self._rows]
+        self._guards = GuardWatch(self._database, self._clock)
+        self._watches = [QueueWatch(self._database, self._clock), self._rows, self._guards]
         self._watchdog = Watchdog(self._clock.scheduler)
         self._digests = [
             CounterSummary("bounds met", lambda: self._counters.met, self._clock, longest_s=_TOLD_S),
@@ -160,6 +162,11 @@ class Role(service.Service, ABC):
     @abstractmethod
     def _configure(self) -> None:
         """Put the configuration in force."""
+
+    @property
+    def _kept(self) -> str:
+        """Why rows of ours are not written; empty: all are."""
+        return "; ".join(filter(None, (self._database.kept, self._guards.kept)))
 
     def _passing(self) -> dict[str, int]:
         """Give the refusals that are not told one by one."""

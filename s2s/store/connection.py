@@ -16,6 +16,7 @@ import psycopg2
 import psycopg2.extras
 from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, QuotedString, connection, cursor
 
+from s2s.errors import StatementRefused
 from s2s.store.cursor import StoreCursor, read_json
 
 _RANDOM: Final = random.SystemRandom()
@@ -30,12 +31,14 @@ class PlanningConnection(connection):
     :ivar session: the process of the database that serves it, and when that began; ``None``: not known yet.
     :ivar asked_at: when the statement of ours that has no answer yet was sent, in monotonic seconds; ``None``: there is
         none. See :mod:`s2s.store.silence`.
+    :ivar kept: what the transaction has to tell of rows that were not written: :mod:`s2s.store.kept_rows`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.is_foreign = False
         self.asked_at: float | None = None
         self.owner: int | None = None
+        self.kept: list[StatementRefused] = []
         try:
             super().__init__(*args, **kwargs)
         except BaseException:
@@ -227,7 +230,14 @@ def prepare(conn: connection, statement_timeout_s: float, idle_timeout_s: float)
     _check_literals(conn)
     psycopg2.extras.register_default_jsonb(conn, loads=read_json)
     with conn.cursor(cursor_factory=StoreCursor) as txn:
-        txn.execute(baseline(statement_timeout_s, idle_timeout_s))
+        statement = baseline(statement_timeout_s, idle_timeout_s)
+        try:
+            txn.execute(statement)
+        except psycopg2.errors.InsufficientPrivilege:
+            conn.rollback()
+            txn.execute(_DENIED)
+            _refuse_settings(txn.fetchall())
+            raise
         changed = txn.fetchall()
         txn.execute(_SESSION)
         [session] = txn.fetchall()
@@ -264,6 +274,40 @@ _SETTINGS: Final = {
     "transaction_timeout": "0",
     "transform_null_equals": "off",
 }
+
+
+class SettingDenied(psycopg2.OperationalError):
+    """A default of the user or of the database sets what our statements rely on, and only a superuser may change it."""
+
+    pgcode = "42501 setting"
+
+
+#: Settings whose defaults only a superuser may change for a session, and where these come from.
+_DENIED: Final = (
+    "select s.name, w.value, s.source, pg_catalog.quote_ident(current_user),"  # noqa: S608 - of constants
+    " pg_catalog.quote_ident(pg_catalog.current_database())"
+    f" from (values {', '.join(str((name, value)) for name, value in _SETTINGS.items())}) as w (name, value)"
+    " join pg_catalog.pg_settings s using (name)"
+    " where s.setting <> w.value and s.context in ('superuser', 'superuser-backend')"
+)
+_RESETS: Final = {
+    "user": "alter role {user} reset {name}",
+    "database": "alter database {database} reset {name}",
+    "database user": "alter role {user} in database {database} reset {name}",
+    "global": "alter role all reset {name}",
+}
+
+
+def _refuse_settings(denied: Iterable[tuple[str, str, str, str, str]]) -> None:
+    """Name a setting that is not as our statements need it, and the statement that mends it.
+
+    :param denied: the rows of :data:`_DENIED`.
+    :raises SettingDenied: there is one.
+    """
+    for name, value, source, user, database in denied:
+        reset = _RESETS.get(source, "alter system reset {name}; select pg_reload_conf()")
+        cure = reset.format(user=user, database=database, name=name)
+        raise SettingDenied(f"{user} may not set {name} to {value}, and its default is another one: run {cure}")
 
 
 def baseline(statement_timeout_s: float, idle_timeout_s: float = 60.0) -> str:
@@ -313,8 +357,14 @@ def open_async(
         for text in (statement, baseline(statement_timeout_s), _SESSION):
             if text:
                 cursor = conn.cursor(cursor_factory=StoreCursor)  # kept until it is done: the connection does not
-                cursor.execute(text)
-                _settle(conn, deadline, within_s)
+                try:
+                    cursor.execute(text)
+                    _settle(conn, deadline, within_s)
+                except psycopg2.errors.InsufficientPrivilege:
+                    cursor.execute(_DENIED)
+                    _settle(conn, deadline, within_s)
+                    _refuse_settings(cursor.fetchall())
+                    raise
         [conn.session] = cursor.fetchall()
     except BaseException:
         conn.close()

@@ -123,10 +123,6 @@ def array_literal(values: Iterable[int | None]) -> str:
     return f"{{{','.join(['null' if value is None else str(value) for value in values])}}}"
 
 
-#: Why a statement counts as refused that has written fewer rows than it was to write.
-KEPT: Final = "a trigger has kept the row from being written"
-
-
 def missing(txn: Cursor, table: str, column: str, values: Iterable[str]) -> list[str]:
     """Return those of some values that no row of a table has.
 
@@ -137,15 +133,6 @@ def missing(txn: Cursor, table: str, column: str, values: Iterable[str]) -> list
         (list(values),),
     )
     return [value for (value,) in txn]
-
-
-def check_written(txn: Cursor, rows: int = 1) -> None:
-    """Refuse to go on where the last statement has written fewer rows than it was to write.
-
-    :raises StatementRefused: it has: a trigger of the database's owner may return null.
-    """
-    if txn.rowcount < rows:
-        raise StatementRefused(KEPT)
 
 
 #: A piece of work that says what it wants to ask, is given the rows, and returns what it came to: whoever drives it

@@ -32,7 +32,6 @@ from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, S2SErr
 from s2s.runtime import own_threads
 from s2s.runtime.clock import Timer, cancel
 from s2s.runtime.memory import Memory
-from s2s.store import sqlstate
 from s2s.store.connection import PlanningConnection
 from s2s.store.cursor import StoreCursor, plain
 from s2s.store.driver import Connection, Cursor, is_broken, is_in_transaction, savepoint
@@ -307,7 +306,7 @@ class HandlerPool(Database):
             super()._commit(conn)
         except psycopg2.Error as error:
             # PostgreSQL has rolled back what it tells of as cancelled.
-            if task.is_late and sqlstate.code(error) == _QUERY_CANCELED:
+            if task.is_late and error.pgcode == _QUERY_CANCELED:
                 raise self._too_late() from None
             raise
         finally:

@@ -16,6 +16,7 @@ from typing import Final
 
 from s2s.errors import SchemaError
 from s2s.store.driver import Connection, Cursor, lock_key
+from s2s.store.kept_rows import check_written
 from s2s.store.lock_wait import PATIENCE_S, LockWait
 from s2s.store.tables import config
 
@@ -97,6 +98,7 @@ def _run(migration: Migration, txn: Cursor) -> bool:
         )
     txn.execute(migration.sql)
     txn.execute("insert into s2s_migrations (version, name) values (%s, %s)", (migration.version, migration.name))
+    check_written(txn, "insert", "s2s_migrations")
     return True
 
 

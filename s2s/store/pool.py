@@ -18,14 +18,14 @@ from twisted.python.failure import Failure
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, S2SError
 from s2s.protocol.limits import Counters
 from s2s.runtime import own_threads
-from s2s.store import driver, interruptible, sqlstate
+from s2s.store import driver, interruptible, kept_rows, migrations, sqlstate
 from s2s.store.async_connection import AsyncConnection
 from s2s.store.availability import Availability
-from s2s.store.connection import prepare
+from s2s.store.connection import PlanningConnection, prepare
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection, Cursor, Query, Steps
 from s2s.store.silence import Silence
-from s2s.store.troubles import Troubles
+from s2s.store.troubles import TELL_S, Troubles
 
 T = TypeVar("T")
 
@@ -94,6 +94,9 @@ class Database:
             self.reactor,
         )
         self.troubles = Troubles(reactor)
+        #: The rules on our tables, as looked for last, and when; ``None``: the look is under way.
+        self._rules: str | None = None
+        self._rules_at = float("-inf")
         self.availability = Availability(reactor)
         #: Nothing is committed any more, see :meth:`cancel`.
         self.is_cancelled = False
@@ -175,6 +178,11 @@ class Database:
     def is_away(self) -> bool:
         """Whether the last that was asked of the database found no connection."""
         return self.availability.is_away
+
+    @property
+    def kept(self) -> str:
+        """Why rows of ours are not written: :mod:`s2s.store.kept_rows`; empty: all are."""
+        return "; ".join(self.troubles.current(kept_rows.STATE, kept_rows.RULE_STATE))
 
     @property
     def running(self) -> int:
@@ -300,7 +308,11 @@ class Database:
             # Here, and not by the errors alone: they can be swallowed.
             self._go_on()
             self._commit(conn)
+            kept, conn.kept = conn.kept, []
+            for each in kept:
+                self.reactor.callFromThread(self._note, each)
         except BaseException as error:
+            conn.kept.clear()
             is_broken = _roll_back(conn) or driver.is_of_the_connection(error) or sqlstate.of(error).drops
             if is_broken:
                 pool.disconnect(conn)
@@ -317,6 +329,8 @@ class Database:
             if failed is not None:
                 self.reactor.callFromThread(self._note, failed)
                 raise failed from None
+            if getattr(error, "state", "") == kept_rows.STATE:
+                self.reactor.callFromThread(self._note, error)
             raise
         self._released(pool, conn)
         if self.is_away:
@@ -333,20 +347,37 @@ class Database:
         if self.is_cancelled:
             raise DatabaseUnavailable(_CANCELLED) from None
 
-    def _connect(self, pool: Any) -> Connection:
-        conn = cast("Connection", pool.connect())
+    def _connect(self, pool: Any) -> PlanningConnection:
+        conn = cast("PlanningConnection", pool.connect())
         if not driver.is_broken(conn) and not driver.pending_input(conn.fileno()).poll(0):
             return conn
         pool.disconnect(conn)
-        return cast("Connection", pool.connect())
+        return cast("PlanningConnection", pool.connect())
 
     # --- in the reactor's thread ---------------------------------------------------------------------------------
 
     def _note(self, error: BaseException) -> None:
         """Tell of an error that an operator can mend, on a connection that lives."""
         state = getattr(error, "state", "")
-        if sqlstate.meaning(state).cure:
+        if state == kept_rows.RULE_STATE:
+            self._note_rule(state, str(error))
+        elif sqlstate.meaning(state).cure:
             self.troubles.note(state, str(error))
+
+    def _note_rule(self, state: str, text: str) -> None:
+        """Tell which rule is at fault; PostgreSQL does not say."""
+        now = self.reactor.seconds()
+        if now < self._rules_at + TELL_S:
+            if self._rules is not None:
+                self.troubles.note(state, f"{text}: {self._rules}")
+            return
+        self._rules_at, self._rules = now, None
+
+        def found(outcome: Any) -> None:
+            self._rules = "no rule is found" if isinstance(outcome, Failure) else str(outcome)
+            self.troubles.note(state, f"{text}: {self._rules}")
+
+        self.run(_rules).addBoth(found)
 
 
 def _roll_back(conn: Connection) -> bool:
@@ -354,6 +385,10 @@ def _roll_back(conn: Connection) -> bool:
     with suppress(psycopg2.Error):
         conn.rollback()
     return driver.is_broken(conn)
+
+
+def _rules(txn: Cursor) -> str:
+    return kept_rows.described([guard for guard in kept_rows.guards(txn, migrations.tables()) if guard.kind == "rule"])
 
 
 def _hangs(_: object, __: float) -> Failure:
@@ -405,6 +440,9 @@ def blocking(
             with conn.cursor(cursor_factory=StoreCursor) as txn:
                 yield txn
             driver.commit(conn)
+            for kept in cast("PlanningConnection", conn).kept:
+                # Who asked is told, though the rest is done.
+                raise kept
     except psycopg2.Error as error:
         raise driver.translate_error(error, conn) from None
     finally:

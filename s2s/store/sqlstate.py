@@ -37,7 +37,10 @@ _SHARED_SESSION: Final = Meaning(
     drops=True, passes=True, cure="connect to PostgreSQL itself, or to a pooler in session mode"
 )
 _LOCKED: Final = "the view pg_locks shows the session that holds the lock"
-_WAITED: Final = "see wait_event in the view pg_stat_activity: sessions wait for a lock, or for a standby (SyncRep)"
+_WAITED: Final = (
+    "it took too long: see wait_event in the view pg_stat_activity: sessions wait for a lock, or for a standby"
+    " (SyncRep)"
+)
 
 #: By prefix. An empty prefix matches every code.
 MEANINGS: Final[dict[str, Meaning]] = {
@@ -45,6 +48,10 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "08": Meaning("connection", drops=True, passes=True),
     # "cached plan must not change result type": a new connection plans anew.
     "0A000": Meaning(drops=True),
+    # A rule rewrites a statement of ours into what PostgreSQL does not take.
+    "0A000 RewriteQuery": Meaning(cure="remove the rule: drop rule NAME on TABLE; s2s db status names both"),
+    # No SQLSTATE: see s2s.store.kept_rows.
+    "09000 kept": Meaning(unavailable=False, cure="a trigger has to return its row: mend it, or remove what is named"),
     "2200H": Meaning(cure="raise the limit of the sequence: alter sequence NAME as bigint no maxvalue"),
     "25006": Meaning("database", drops=True, passes=True, cure="connect to the primary, or end its read-only mode"),
     "25P03": Meaning("connection", drops=True, passes=True),
@@ -56,6 +63,8 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "3F": Meaning(cure="run: s2s db status"),
     "40": Meaning(passes=True),
     "42501": Meaning(cure=_GRANT),
+    # Of no statement: s2s.store.connection has found the setting.
+    "42501 setting": Meaning("database", drops=True, passes=True, cure="as a superuser"),
     # A table, a column or a function of ours is missing.
     **dict.fromkeys(("42P01", "42703", "42883"), Meaning(cure="run: s2s db status")),
     "53": Meaning(passes=True, cure="see the memory and the limits of the database"),
@@ -87,8 +96,11 @@ MEANINGS: Final[dict[str, Meaning]] = {
     ),
     "55P03": Meaning(passes=True, cure=_LOCKED),
     "57": Meaning("connection", drops=True, passes=True),
-    # A statement timeout, or a cancellation by an operator.
     "57014": Meaning(passes=True, cure=_WAITED),
+    # Known by its text.
+    "57014 user request": Meaning(
+        passes=True, cure="somebody has cancelled it, as by pg_cancel_backend: the log of the database may say who"
+    ),
     "58": Meaning("database", drops=True, passes=True, cure="see the log of the database"),
     # The session of another server has failed within a statement. Where our own session ends, the severity is FATAL.
     **dict.fromkeys(
@@ -131,6 +143,10 @@ _AT_CONNECT: Final = (
 )
 
 
+#: A statement timeout has the same SQLSTATE, and comes from the same function of PostgreSQL.
+_BY_REQUEST: Final = re.compile("due to user request")
+
+
 def meaning(state: str) -> Meaning:
     """Return the meaning of a SQLSTATE."""
     return next(MEANINGS[state[:length]] for length in range(_LONGEST_CODE, -1, -1) if state[:length] in MEANINGS)
@@ -154,12 +170,15 @@ def code(error: BaseException) -> str:
     """Return the SQLSTATE of an exception; empty: it has none.
 
     Where one code has several meanings, the constraint that a statement of ours violates is added, or the function of
-    PostgreSQL that raised the error. Or the severity stands in front. They are the same in every language.
+    PostgreSQL that raised the error. Or the severity stands in front. They are the same in every language. A
+    cancellation is told from a timeout by its text, in English.
     """
     if not isinstance(error, psycopg2.Error) or not error.pgcode:
         return ""
     # A table of foreign code may have a constraint of the same name.
     constraint = error.diag.constraint_name if getattr(error.cursor, "is_ours", False) else None
+    if error.pgcode == "57014" and _BY_REQUEST.search(str(error.diag.message_primary)):
+        return "57014 user request"
     severe = f"{error.diag.severity_nonlocalized} {error.pgcode}"
     if meaning(severe) is not _REFUSED:
         return severe

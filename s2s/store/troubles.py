@@ -73,6 +73,10 @@ class Troubles:
         self._watch(error, trouble)
         return trouble.incident
 
+    def current(self, *states: str) -> list[str]:
+        """Return the texts of the errors of some SQLSTATEs that are not over."""
+        return [text for text, state in self._current if state in states]
+
     def stop(self) -> None:
         """Log no more."""
         for trouble in self._current.values():

@@ -498,6 +498,26 @@ class ReadinessTests(ApiTestCase):
         return super().setUp()
 
     @inlineCallbacks
+    def test_rows_that_are_kept(self) -> Iterator[Deferred[Any]]:
+        """A rule and a trigger that keep rows of ours are named, and the server goes on."""
+        with blocking(self.cluster.url) as txn:
+            token = tokens.add(txn, "a", "admin")
+            txn.execute("insert into s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')", K1)
+            txn.execute(
+                "create rule quiet as on update to orders do instead nothing;"
+                "create function keep() returns trigger language plpgsql as $$ begin return null; end $$;"
+                "create trigger keep before delete on outbox for each row execute function keep()"
+            )
+        self.url = self.cluster.url
+        api, server = self.make_server("--executor-workers", "0")
+        yield server.start()
+        yield poll(lambda: ask(api, "GET", "/readyz", token).body["database"] != "ok", "the look")
+        ready = ask(api, "GET", "/readyz", token)
+        self.assertEqual(ready.status, 200)
+        self.assertRegex(ready.body["database"], "^ok, but rule quiet on orders .*drop rule quiet.*drop trigger keep")
+        self.assertEqual(ask(api, "GET", "/readyz").body["database"], "ok")
+
+    @inlineCallbacks
     def test_the_database_is_away(self) -> Iterator[Deferred[Any]]:
         """While the database hangs or is away the process lives and is not ready, and requests are to be sent again."""
         with blocking(self.cluster.url) as txn:

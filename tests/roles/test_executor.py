@@ -19,7 +19,8 @@ from s2s.handlers.commands import BUILTIN, BatchCommandHandler, Command, Command
 from s2s.roles.server import executor, reaper
 from s2s.roles.server.executor import Executor
 from s2s.store import poll_loop, pool
-from s2s.store.driver import KEPT, Cursor
+from s2s.store.driver import Cursor
+from s2s.store.kept_rows import KEPT
 from s2s.store.tables import claims
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import pause, poll

@@ -10,6 +10,8 @@ import psycopg2
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.task import Clock as FakeClock
+from twisted.internet.task import deferLater
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import (
@@ -136,6 +138,52 @@ class RelayTests(DatabaseTestCase):
     def empty(self) -> Deferred[Any]:
         """Wait until the outbox is empty."""
         return self.until(lambda: not self.left(), "an empty outbox")
+
+    async def test_what_cannot_be_removed(self) -> None:
+        """What was accepted and cannot be removed is not sent again; it is told, and goes once it can be removed."""
+        self.patch(outbox, "KEPT_S", 0.2)
+        self.execute(
+            "create function keep() returns trigger language plpgsql as $$ begin return null; end $$;"
+            "create trigger keep before delete on outbox for each row when (old.idem_key <> 'k1')"
+            " execute function keep()"
+        )
+        keys = self.put(3)
+        self.relay.linked(self.link)
+        with capturedLogs() as told:
+            await self.sent(3)
+            self.link.accept()
+            await self.until(lambda: len(self.left()) == 2, "the removal of the one that can be removed")
+            # They come again, and wait no longer for each other.
+            await deferLater(reactor, 1.0)
+            self.relay.wake()
+            await deferLater(reactor, 0.2)
+        self.assertEqual(self.link.keys, keys)
+        lines = [line for event in told if "outbox" in (line := str(formatEvent(event)))]
+        self.assertEqual(len(lines), 1, lines)
+        self.assertIn("(delete on outbox): trigger keep on outbox (delete, function keep()): drop trigger", lines[0])
+        self.execute("drop trigger keep on outbox")
+        await self.empty()
+        self.assertEqual((self.link.keys, self.relay.accepted, self.relay.duplicates), (keys, 3, 0))
+        self.assertEqual(self.relay._undeleted, {})
+
+    async def test_what_cannot_be_leased(self) -> None:
+        """Rows that the database does not let be leased are told, and hold up no other."""
+        self.execute(
+            "create function keep() returns trigger language plpgsql as $$ begin return null; end $$;"
+            "create trigger keep before update on outbox for each row when (old.idem_key <> 'k1')"
+            " execute function keep()"
+        )
+        self.patch(relay, "CLAIM_ROWS", 2)
+        self.put(4)
+        with capturedLogs() as told:
+            self.relay.linked(self.link)
+            await self.sent(1)
+            self.link.accept()
+            await self.until(lambda: len(self.left()) == 3, "the removal")
+        self.assertEqual(self.link.keys, ["k1"])
+        lines = [line for event in told if "outbox" in (line := str(formatEvent(event)))]
+        self.assertEqual(len(lines), 1, lines)
+        self.assertIn("(update on outbox): trigger keep on outbox", lines[0])
 
     async def test_accepted(self) -> None:
         """What was accepted, as new or as a duplicate, is deleted and counted."""

@@ -24,7 +24,8 @@ from s2s.roles.engine.scheduler import LINES, Scheduler
 from s2s.roles.engine.state import EngineState
 from s2s.runtime.clock import Clock
 from s2s.store import poll_loop
-from s2s.store.driver import KEPT, Cursor
+from s2s.store.driver import Cursor
+from s2s.store.kept_rows import KEPT
 from s2s.store.pool import blocking
 from s2s.store.tables import jobs as table
 from s2s.store.tables.claims import presence_key

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from s2s.errors import OperatorError, StatementRefused
-from s2s.store.driver import KEPT, Cursor
+from twisted.logger import capturedLogs, formatEvent
+
+from s2s.errors import DatabaseUnavailable, OperatorError, StatementRefused
+from s2s.store import sqlstate
+from s2s.store.driver import Cursor
+from s2s.store.kept_rows import KEPT
 from s2s.store.monitors import probe
 from s2s.store.pool import blocking
-from s2s.store.tables import broadcasts, claims, config, control_requests, notices, orders, outbox
+from s2s.store.tables import (
+    actions,
+    audit,
+    broadcasts,
+    claims,
+    command_types,
+    commands,
+    commands_admin,
+    config,
+    control_requests,
+    engines,
+    jobs,
+    keys,
+    notices,
+    orders,
+    outbox,
+    outbox_admin,
+    retention,
+    rotation,
+    tokens,
+)
+from s2s.store.tables.own_keys import database_id
 from tests.support.postgres import DatabaseTestCase
+from tests.support.waiting import poll
 
 
 class KeptRowsTests(DatabaseTestCase):
@@ -24,9 +51,13 @@ class KeptRowsTests(DatabaseTestCase):
     def refused(self, table: str, work: Callable[[Cursor], Any], when: str = "insert") -> None:
         """See that work fails where a table keeps its rows from being written."""
         self.execute(f"create trigger keep before {when} on {table} for each row execute function keep()")
-        try:
+
+        def attempt() -> Any:
             with blocking(self.url) as txn:
-                self.assertIn(KEPT, str(self.assertRaises((StatementRefused, OperatorError), work, txn)))
+                return work(txn)
+
+        try:
+            self.assertIn(KEPT, str(self.assertRaises((StatementRefused, OperatorError), attempt)))
         finally:
             self.execute(f"drop trigger keep on {table}")
 
@@ -51,6 +82,44 @@ class KeptRowsTests(DatabaseTestCase):
             for work in each:
                 with self.subTest(table=table):
                     self.refused(table, work)
+        self.execute("insert into outbox (cmd_type, idem_key, payload, state) values ('a.b', 'dead', '{}', 'dead')")
+        self.execute("insert into commands (cmd_type, idem_key, payload, status) values ('a.b', 'd', '{}', 'dead')")
+        self.execute("insert into s2s_keys (key_id, key_b64, role) values ('k', repeat('A', 43) || '=', 'any')")
+        [(dead,)] = self.execute("select outbox_id from outbox")
+        [(dead_command,)] = self.execute("select cmd_id from commands where status = 'dead'")
+        with blocking(self.url) as txn:
+            tokens.add(txn, "token", "observer")
+            orders.give(txn, "given", "admin.engine.force_tick.v1", {"job_type": "decay"}, "cli:x")
+            request_id = control_requests.ask(txn, "engine-1", "s2s.engine.pause", {}, "cli:x")
+            claims.claim(txn, "boot-2", 0, 10)
+        self.refused("outbox", lambda txn: actions.act(txn, outbox_admin.RETRY, [dead]), "update")
+        self.refused("outbox", lambda txn: actions.act_on_dead(txn, outbox_admin.DISCARD, 0), "delete")
+        self.refused(
+            "commands", lambda txn: actions.act(txn, commands_admin.DISCARD, [dead_command], key_days=1), "delete"
+        )
+        self.refused("audit", lambda txn: audit.write(txn, "a", "b", {}))
+        self.refused("api_tokens", lambda txn: tokens.add(txn, "x", "observer"))
+        self.refused("api_tokens", lambda txn: tokens.revoke(txn, "token"), "delete")
+        self.refused("s2s_keys", lambda txn: keys.add(txn, "x", "A" * 43 + "=", "any"))
+        self.refused("s2s_keys", lambda txn: rotation.retire(txn, "k"), "update")
+        self.refused("s2s_keys", lambda txn: rotation.revoke(txn, "k"), "update")
+        self.refused("s2s_keys", lambda txn: rotation.activate(txn, "k"), "update")
+        self.refused("engines", lambda txn: engines.want(txn, "engine-1", "paused", "why", "cli:x"))
+        links = [engines.LinkRow("k", "engine-1", "boot-1", "here")]
+        self.refused("engine_links", lambda txn: engines.show_links(txn, "boot-1", links))
+        self.refused("jobs", lambda txn: jobs.declare(txn, "boot-1", {"tick": "every:5s"}, lambda _, now: now))
+        self.refused("command_types", lambda txn: command_types.declare(txn, {"a.b": "{}"}))
+        self.refused("steering", lambda txn: control_requests.take(txn, "boot-1", ["engine-1"]), "update")
+        self.refused("steering", lambda txn: control_requests.answer(txn, request_id, True, {}), "update")
+        self.refused("steering", lambda txn: control_requests.conclude(txn, [request_id]), "delete")
+        self.refused("orders", lambda txn: orders.answered(txn, "given", "done", None, "engine-1", None), "update")
+        self.refused("batch_notes", lambda txn: claims.release(txn, "boot-2", 0), "delete")
+        self.refused("batch_notes", lambda txn: claims.release_all(txn, "boot-2"), "delete")
+        self.refused("batch_notes", lambda txn: claims.keep_stuck(txn, "boot-2", 0, [1]), "update")
+        self.execute("truncate s2s_database; delete from config where key = 'commands.keep_days'")
+        self.refused("s2s_database", database_id)
+        self.refused("s2s_database", retention.advance)
+        self.refused("config", config.declare)
         self.refused("broadcasts", lambda txn: broadcasts.sweep(txn, 0, 10, 65536), "update")
         self.refused("config", lambda txn: config.change(txn, "executor.batch_size", 7, "cli:x"), "update")
 
@@ -71,6 +140,95 @@ class KeptRowsTests(DatabaseTestCase):
         self.assertEqual(self.execute("select payload ->> 'message' from outbox order by 1"), [("first",), ("last",)])
         with blocking(self.url) as txn:
             self.assertRaises(StatementRefused, broadcasts.sweep, txn, 0, 10, 65536)
+
+    def test_a_part_is_kept(self) -> None:
+        """An action does what it can, and says of each other row that it is kept."""
+        self.execute(
+            "insert into outbox (cmd_type, idem_key, payload, state) values ('a.b', 'x', '{}', 'dead'),"
+            " ('a.b', 'kept', '{}', 'dead');"
+            "create trigger keep before delete on outbox for each row when (old.idem_key = 'kept')"
+            " execute function keep()"
+        )
+        [(first,), (kept,)] = self.execute("select outbox_id from outbox order by 1")
+        with self.assertRaisesRegex(StatementRefused, KEPT), blocking(self.url) as txn:
+            outcomes = actions.act(txn, outbox_admin.DISCARD, [first, kept])
+        self.assertEqual([each.outcome for each in outcomes], ["discarded", actions.KEPT])
+        self.assertEqual(self.execute("select outbox_id from outbox"), [(kept,)])
+
+    def test_retention(self) -> None:
+        """A sweep that removes nothing tells of it, says so in its counts, and goes on."""
+        self.execute(
+            "insert into commands (cmd_type, idem_key, payload, status, created_at, finished_at) select 'a.b', n, '{}',"
+            " 'done', '2021-01-01', '2021-01-01' from generate_series(1, 3) n;"
+            "insert into idempotency_keys (idem_key, fingerprint, cmd_id, expires_at) select 'e' || n, sha256('x'), n,"
+            " '2021-01-01' from generate_series(1, 1000) n;"
+            "insert into idempotency_keys (idem_key, fingerprint, cmd_id) select idem_key, sha256('x'), cmd_id"
+            " from commands;"
+            "insert into steering (engine, type, payload, actor, created_at, expires_at) values"
+            " ('engine-1', 's2s.engine.pause', '{}', 'x', '2021-01-01', '2021-01-01')"
+        )
+        keep = retention.Keep(1, 1, 1)
+        works: dict[str, Callable[[Cursor], Any]] = {
+            "commands": lambda txn: retention.sweep_commands(txn, 0, keep),
+            "idempotency_keys": retention.sweep_keys,
+            "steering": retention.sweep_steering,
+        }
+        for table, work in works.items():
+            with self.subTest(table=table):
+                self.refused(table, work, "delete")
+                self.execute(f"create trigger keep before delete on {table} for each row execute function keep()")
+                with contextlib.suppress(StatementRefused), blocking(self.url) as txn:
+                    self.assertIn(work(txn), [(0, None), 0])
+                self.execute(f"drop trigger keep on {table}")
+        # A key that is to expire with its command.
+        self.refused("idempotency_keys", works["commands"], "update")
+
+    def test_the_cause(self) -> None:
+        """The error names the table, the verb and what keeps the row, with the statement that removes it."""
+        self.execute('create trigger "Keep it" before insert on outbox for each row execute function keep()')
+        with blocking(self.url) as txn:
+            refused = self.assertRaises(StatementRefused, outbox.put, txn, "a.b", "k", {})
+        self.assertIn('(insert on outbox): trigger "Keep it" on outbox (insert, function keep())', str(refused))
+        self.assertIn('drop trigger "Keep it" on outbox: a trigger has to return', sqlstate.with_cure(refused))
+
+    async def test_the_pool(self) -> None:
+        """The pool logs that rows are kept, once, and knows it until it is over; work that goes on is committed."""
+        database, handlers = self.pools("s2s-kept")
+        self.execute(
+            "insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'x', '{}');"
+            "create trigger keep before delete on outbox for each row execute function keep()"
+        )
+        [(kept,)] = self.execute("select outbox_id from outbox")
+        with capturedLogs() as told:
+            for pool in (database, handlers):
+                self.assertEqual(await pool.run(outbox.delete, [kept]), [kept])
+            with self.assertRaises(StatementRefused):
+                self.execute("create trigger keep before insert on notices for each row execute function keep()")
+                await database.run(notices.insert_batch, [(1, {"scope": "global", "message": "hello"})])
+            await poll(lambda: "notices" in database.kept, "the second line")
+        lines = [str(formatEvent(event)) for event in told]
+        self.assertEqual(len(lines), 2, lines)
+        self.assertIn("(delete on outbox): trigger keep on outbox", lines[0])
+        self.assertIn("(insert on notices): trigger keep on notices", lines[1])
+        self.assertIn("delete on outbox", database.kept)
+
+    async def test_a_rule(self) -> None:
+        """A rule that breaks a statement of ours is named with its table, and the database counts as available."""
+        database, _ = self.pools("s2s-kept")
+        self.execute(
+            "create table spied (n int); create rule spy as on insert to commands do also insert into spied values (1)"
+        )
+        with capturedLogs() as told:
+            for _ in range(3):
+                with self.assertRaises(DatabaseUnavailable):
+                    await database.run_steps(
+                        commands.push_batch, [commands.Push("a.b", "k", b"x" * 32, "{}", 100, None)]
+                    )
+            await poll(lambda: database.kept, "the line")
+        [line] = [str(formatEvent(event)) for event in told]
+        self.assertIn("rule spy on commands (insert): drop rule spy on commands", line)
+        self.assertNotIn("not available", line)
+        self.assertFalse(database.is_away)
 
     def test_the_probe(self) -> None:
         """The probe behind ``/readyz`` notices each of the rows that it writes."""

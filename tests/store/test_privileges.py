@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from click.testing import CliRunner
+from twisted.internet.defer import Deferred
 
 from s2s.cli import main
-from s2s.errors import DatabaseError, OperatorError
+from s2s.errors import DatabaseError, DatabaseUnavailable, OperatorError
 from s2s.roles import preflight
 from s2s.store import connection_limits, migrations, privileges
-from s2s.store.driver import Cursor
+from s2s.store.driver import Cursor, Query
 from s2s.store.monitors import probe
-from s2s.store.pool import blocking
+from s2s.store.pool import Database, blocking
+from s2s.store.sqlstate import with_cure
 from tests.support.postgres import DatabaseTestCase
 
 
@@ -35,6 +38,30 @@ class UserTestCase(DatabaseTestCase):
         """Connect as the user."""
         with blocking(re.sub("//[^@/]*@", f"//{self.user}@", self.url)) as txn:
             yield txn
+
+
+class SettingTests(UserTestCase):
+    """Defaults that only a superuser may change for a session."""
+
+    async def test_each_source(self) -> None:
+        """A default of the user or the database is named with the statement that resets it, by each connection."""
+        database = self.url.partition("?")[0].rpartition("/")[2]
+        url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
+        for of in (f"role {self.user}", f"database {database}", f"role {self.user} in database {database}"):
+            with self.subTest(of=of):
+                self.execute(f"alter {of} set session_replication_role = replica")
+                error = self.assertRaises(DatabaseUnavailable, blocking(url).__enter__)
+                self.assertIn(f"run alter {of} reset session_replication_role: as a superuser", with_cure(error))
+                pool = Database(url, threads=1)
+                pool.start()
+                with self.assertRaisesRegex(DatabaseUnavailable, "reset session_replication_role"):
+                    await pool.run(probe.check)
+                asked: Deferred[Any] = Deferred()
+                pool.ask(Query("select 1", ()), asked.callback)
+                with self.assertRaisesRegex(DatabaseUnavailable, "reset session_replication_role"):
+                    await asked
+                await pool.stop()
+                self.execute(f"alter {of} reset session_replication_role")
 
 
 class PrivilegeTests(UserTestCase):

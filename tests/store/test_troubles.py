@@ -9,8 +9,11 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from s2s.errors import DatabaseError
 from s2s.store import sqlstate
+from s2s.store.pool import blocking
 from s2s.store.troubles import MOST_STATES, MOST_TEXTS, TELL_S, Troubles
+from tests.support.postgres import DatabaseTestCase
 
 
 class TroublesTests(SynchronousTestCase):
@@ -90,6 +93,20 @@ class TroublesTests(SynchronousTestCase):
         self.lines(0, "53100", "25006")
         self.troubles.stop()
         self.assertEqual(self.time.getDelayedCalls(), [])
+
+
+class CancelledTests(DatabaseTestCase):
+    """Statements that end before they are done."""
+
+    def test_who_has_cancelled(self) -> None:
+        """A cancellation by somebody is told from a statement timeout, each with its cure."""
+        for statement, cure in (
+            ("select pg_cancel_backend(pg_backend_pid()), pg_sleep(5)", "somebody has cancelled it"),
+            ("set local statement_timeout = 50; select pg_sleep(5)", "it took too long"),
+        ):
+            with self.assertRaises(DatabaseError) as caught, blocking(self.url) as txn:
+                txn.execute(statement)
+            self.assertIn(cure, sqlstate.with_cure(caught.exception))
 
 
 class MeaningTests(SynchronousTestCase):

@@ -27,6 +27,7 @@ from s2s.errors import (
     WireError,
     harmless,
 )
+from s2s.store import kept_rows, sqlstate
 
 CONTENT_TYPE: Final = "application/problem+json"
 #: The status of each code.
@@ -127,6 +128,9 @@ def problem(error: BaseException) -> Problem:
     if isinstance(error, StatementRefused):
         # A traceback would say nothing more.
         _log.error("incident {incident}: the database refuses a statement: {why}", incident=incident, why=str(error))
+        if error.state == kept_rows.STATE:
+            # The cure is the operator's.
+            return Problem(InternalError(sqlstate.with_cure(error), incident=incident))
     else:
         _log.failure("incident {incident}", Failure(error), incident=incident)
     return Problem(InternalError(incident=incident))

@@ -25,6 +25,7 @@ WORDS: Final = Wording(
         "dead": ("is dead and does not run", ("retry", "discard")),
         "cancelled": ("is cancelled already", ("retry", "discard")),
         actions.LOCKED: ("is running now: try again", ()),
+        actions.KEPT: ("is kept as it is by a trigger or a rule: s2s db status names it", ()),
         actions.MISSING: ("there is none", ()),
     },
 )

@@ -23,6 +23,7 @@ WORDS: Final = Wording(
         "waiting": ("waits and is sent by itself; to keep it from that", ("cancel",)),
         "dead": ("is dead and is not sent", ("retry", "discard")),
         actions.LOCKED: ("is being settled now: try again", ()),
+        actions.KEPT: ("is kept as it is by a trigger or a rule: s2s db status names it", ()),
         actions.MISSING: ("there is none, the server may have it", ()),
     },
 )

@@ -41,6 +41,12 @@ POLL_S: Final = 1.0
 DEPTH_S: Final = 5.0
 #: Least and longest pause before a row is sent again.
 RETRY_S: Final = (0.1, 5.0)
+#: By how much each row that cannot be removed lengthens the pause until it is tried again, in seconds, and the longest
+#: pause: the watch of the clock pulls back what lies further ahead.
+UNDELETED_S: Final = 0.01
+MOST_KEPT_S: Final = 60.0
+#: Such rows that are remembered, some 10 MB. Others are sent again, and are duplicates.
+MOST_UNDELETED: Final = 100_000
 #: Refusals that are about the link or the clock, and say nothing against the command, whatever their ``retryable``.
 _NOT_ITS_FAULT: Final = frozenset({"replay", "forbidden", "ts_skew"})
 
@@ -78,6 +84,8 @@ class Relay:
         self._row_bytes = 1
         self._next = Settlement()
         self._claims = outbox.Claims()
+        #: Rows that the server has and that the database does not let be removed: they are not sent again.
+        self._undeleted: dict[int, None] = {}
         self._lines = LineQuota(clock.scheduler, self._tell_dead, MOST_TOLD)
         self.window_rows = number("relay.window")
         self.depth = 0
@@ -168,6 +176,9 @@ class Relay:
         self._more |= len(rows) == room or bool(rows and self._at_rest)
         for row in rows:
             self._held[row.outbox_id] = since
+            if row.outbox_id in self._undeleted:
+                self._next.accepted.append(row.outbox_id)
+                continue
             try:
                 self._ready.append((row, push := row.push(), outbox.frame_size_of(push)))
             except CanonicalError as error:  # put there by another hand than ours
@@ -280,7 +291,8 @@ class Relay:
         settlement.renewed = [outbox_id for outbox_id in settlement.renewed if outbox_id in self._held]
         if settlement != Settlement():
             self._is_settling = True
-            settling = self._database.run(settlement.settle, LEASE_S)
+            kept_s = min(outbox.KEPT_S + len(self._undeleted) * UNDELETED_S, MOST_KEPT_S)
+            settling = self._database.run(settlement.settle, LEASE_S, kept_s)
             # Where it fails their leases end, they are sent again, and the server knows them as duplicates.
             settling.addErrback(self._unless_away)
             settling.addBoth(self._settled, settlement)
@@ -288,8 +300,12 @@ class Relay:
         elif not self._flying and not self._is_claiming:
             self._rest()
 
-    def _settled(self, _: object, settlement: Settlement) -> None:
+    def _settled(self, undeleted: list[int] | None, settlement: Settlement) -> None:
         self._is_settling = False
+        if undeleted is not None and (undeleted or self._undeleted):
+            for outbox_id in settlement.accepted:
+                self._undeleted.pop(outbox_id, None)
+            self._undeleted.update(dict.fromkeys(undeleted[: MOST_UNDELETED - len(self._undeleted)]))
         for outbox_id in settlement.let_go:
             self._held.pop(outbox_id, None)
         self._more |= bool(settlement.given_back)

@@ -236,7 +236,7 @@ class Engine(Role):
             self.log.warn("{link}: no link: {why}", link=link, why=link.why)
 
     def _state(self) -> dict[str, Any]:
-        degraded = self._link is None or self._database.is_away
+        degraded = self._link is None or self._database.is_away or bool(self._kept)
         stuck = [task.name[:200] for task in self._handlers.stuck]
         return self._health(state=self._condition.state, degraded=degraded, outbox_depth=self._relay.depth, stuck=stuck)
 

@@ -183,14 +183,19 @@ class Server(Role):
     def _condition(self) -> dict[str, Any]:
         state = "draining" if self._is_draining else "running"
         stuck = [task.name[:200] for task in self._handlers.stuck]
-        return self._health(state=state, degraded=self._database.is_away, outbox_depth=0, stuck=stuck)
+        return self._health(
+            state=state, degraded=self._database.is_away or bool(self._kept), outbox_depth=0, stuck=stuck
+        )
 
     async def _readiness(self) -> dict[str, str]:
         """Give what the parts that must be well say of themselves."""
         executor = self._executor.condition
         if self._rows.held and executor != "off":
             executor += f"{', but' if executor == 'ok' else ';'} {self._rows.held}"
-        return {"database": await self._pulse.check(), "pushes": self._inbox.condition, "executor": executor}
+        database = await self._pulse.check()
+        if self._kept:
+            database += f"{', but' if database == 'ok' else ';'} {self._kept}"
+        return {"database": database, "pushes": self._inbox.condition, "executor": executor}
 
     def _counts(self) -> dict[str, int]:
         return {

@@ -7,21 +7,42 @@ from __future__ import annotations
 
 from typing import Final
 
-from s2s.store.driver import Cursor, check_written
+from s2s.store.driver import Cursor
+from s2s.store.kept_rows import Verb, check_written
 from s2s.store.monitors import notify_queue
 
 #: Milliseconds that the probe waits for a lock that another session holds.
 LOCK_MS: Final = 1000
-_WRITES: Final = (
-    "insert into idempotency_keys (idem_key, fingerprint, cmd_id) values (gen_random_uuid()::text,"
-    " sha256('probe'), nextval('commands_cmd_id_seq'))",
-    "insert into commands (cmd_id, cmd_type, idem_key, payload, status) values"
-    " (currval('commands_cmd_id_seq'), 'probe', 'probe', '{}', 'cancelled')",
-    "update commands set status = 'done' where cmd_id = (select cmd_id from commands"
-    " where cmd_id = currval('commands_cmd_id_seq') for update)",
-    "insert into batch_notes (boot_id, worker, cmd_ids) values ('s2s.probe ' || pg_backend_pid(), 0, '{}')",
-    "update batch_notes set cmd_ids = '{1}' where boot_id = 's2s.probe ' || pg_backend_pid()",
-    "delete from batch_notes where boot_id = 's2s.probe ' || pg_backend_pid()",
+_WRITES: Final[tuple[tuple[Verb, str, str], ...]] = (
+    (
+        "insert",
+        "idempotency_keys",
+        "insert into idempotency_keys (idem_key, fingerprint, cmd_id) values (gen_random_uuid()::text,"
+        " sha256('probe'), nextval('commands_cmd_id_seq'))",
+    ),
+    (
+        "insert",
+        "commands",
+        "insert into commands (cmd_id, cmd_type, idem_key, payload, status) values"
+        " (currval('commands_cmd_id_seq'), 'probe', 'probe', '{}', 'cancelled')",
+    ),
+    (
+        "update",
+        "commands",
+        "update commands set status = 'done' where cmd_id = (select cmd_id from commands"
+        " where cmd_id = currval('commands_cmd_id_seq') for update)",
+    ),
+    (
+        "insert",
+        "batch_notes",
+        "insert into batch_notes (boot_id, worker, cmd_ids) values ('s2s.probe ' || pg_backend_pid(), 0, '{}')",
+    ),
+    (
+        "update",
+        "batch_notes",
+        "update batch_notes set cmd_ids = '{1}' where boot_id = 's2s.probe ' || pg_backend_pid()",
+    ),
+    ("delete", "batch_notes", "delete from batch_notes where boot_id = 's2s.probe ' || pg_backend_pid()"),
 )
 
 
@@ -32,7 +53,7 @@ def check(txn: Cursor) -> None:
     """
     notify_queue.check(txn)
     txn.execute(f"savepoint s2s_probe; set local lock_timeout = {LOCK_MS}")
-    for statement in _WRITES:
+    for verb, table, statement in _WRITES:
         txn.execute(statement)
-        check_written(txn)
+        check_written(txn, verb, table)
     txn.execute("rollback to savepoint s2s_probe; release savepoint s2s_probe")

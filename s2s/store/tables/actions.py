@@ -9,11 +9,12 @@ refused order does: the attempt is what is told of. Of all dead rows only steps 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from s2s.store.driver import Cursor
+from s2s.store.kept_rows import Verb, note, refusal
 from s2s.store.tables import audit
 
 #: Rows that one transaction changes, at most.
@@ -21,6 +22,8 @@ STEP_ROWS: Final = 1000
 #: What stands in the way, beside a state that the action is not for.
 LOCKED: Final = "locked"
 MISSING: Final = "missing"
+#: A trigger or a rule of another hand keeps the row as it is.
+KEPT: Final = "kept"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Action:
     :param takes: the states that it is for.
     :param statement: does it to the rows ``%(ids)s``, which are locked and in one of these states, and returns for
         each its id and, in a word, what became of it.
+    :param writes: the verb of the statement.
+    :param settles: what is left to do with the rows that the statement has returned.
     """
 
     verb: str
@@ -42,6 +47,8 @@ class Action:
     state: str
     takes: tuple[str, ...]
     statement: str
+    writes: Verb = "update"
+    settles: Callable[[Cursor, Sequence[tuple[Any, ...]]], None] | None = None
 
     @property
     def name(self) -> str:
@@ -54,7 +61,8 @@ class RowOutcome:
     """What became of one row.
 
     :param is_done: the action was done.
-    :param outcome: the statement's word; or what stands in the way: :data:`LOCKED`, :data:`MISSING` or its state.
+    :param outcome: the statement's word; or what stands in the way: :data:`LOCKED`, :data:`KEPT`, :data:`MISSING`
+        or its state.
     """
 
     id: int
@@ -68,13 +76,14 @@ def act(txn: Cursor, action: Action, ids: Sequence[int], **params: Any) -> list[
     :param ids: :data:`STEP_ROWS` at most, without repeats.
     :param params: further parameters of the statement.
     :returns: a fate for each, in the same order; the audit has them too.
+    :raises StatementRefused: the database keeps all of them as they are.
     """
     txn.execute(
         f"select {action.id} from {action.table} where {action.id} = any(%s::bigint[]) and {action.state} = any(%s)"  # noqa: S608
         " for update skip locked",
         (list(ids), list(action.takes)),
     )
-    done = _apply(txn, action, params)
+    done, kept = _apply(txn, action, params)
     # A statement of its own after the locks: of what is in a fitting state and was not locked, another has the lock.
     txn.execute(
         f"select {action.id}, {action.state} from {action.table} where {action.id} = any(%s::bigint[])",  # noqa: S608
@@ -84,7 +93,9 @@ def act(txn: Cursor, action: Action, ids: Sequence[int], **params: Any) -> list[
 
     def obstacle(row_id: int) -> str:
         state: str = states.get(row_id, MISSING)
-        return LOCKED if state in action.takes else state
+        if state in action.takes:
+            return KEPT if row_id in kept else LOCKED
+        return state
 
     left = {row_id: obstacle(row_id) for row_id in ids if row_id not in done}
     audit.write(txn, action.name, "", {"ids": list(ids)}, {"done": _by_word(done), "left": _by_word(left)})
@@ -98,6 +109,7 @@ def act_on_dead(txn: Cursor, action: Action, after: int, cmd_type: str | None = 
     :param after: the last id of the step before; 0 at first.
     :param cmd_type: only these.
     :returns: their ids in order; none: there are no more.
+    :raises StatementRefused: the database keeps all of them as they are.
     """
     txn.execute(
         f"select {action.id} from {action.table} where {action.id} > %(after)s and {action.state} = 'dead'"  # noqa: S608
@@ -105,16 +117,30 @@ def act_on_dead(txn: Cursor, action: Action, after: int, cmd_type: str | None = 
         " for update skip locked",
         {"after": after, "type": cmd_type, "limit": STEP_ROWS},
     )
-    done = _apply(txn, action, params)
+    done, _ = _apply(txn, action, params)
     if done:
         audit.write(txn, action.name, "", {"all_dead": True, "type": cmd_type}, {"done": _by_word(done)})
     return sorted(done)
 
 
-def _apply(txn: Cursor, action: Action, params: dict[str, Any]) -> dict[int, str]:
-    """Do an action to the rows whose ids the transaction has just locked."""
-    txn.execute(action.statement, {**params, "ids": [row_id for (row_id,) in txn.fetchall()]})
-    return {row[0]: row[1] for row in txn}
+def _apply(txn: Cursor, action: Action, params: dict[str, Any]) -> tuple[dict[int, str], set[int]]:
+    """Do an action to the rows whose ids the transaction has just locked.
+
+    :returns: what became of each, and those that the database keeps as they are.
+    :raises StatementRefused: it keeps all of them.
+    """
+    ids = [row_id for (row_id,) in txn.fetchall()]
+    txn.execute(action.statement, {**params, "ids": ids})
+    rows = txn.fetchall()
+    done = {row[0]: row[1] for row in rows}
+    kept = set(ids) - done.keys()
+    if kept and not done:
+        raise refusal(txn, action.writes, action.table)
+    if kept:
+        note(txn, action.writes, action.table)
+    if action.settles is not None:
+        action.settles(txn, rows)
+    return done, kept
 
 
 def _by_word(words: Mapping[int, str]) -> dict[str, list[int]]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from psycopg2.extras import Json
 
 from s2s.store.driver import Cursor
+from s2s.store.kept_rows import check_written
 from s2s.store.tables.lists import Listed
 
 #: Of what was asked so much is kept, in bytes of its JSON.
@@ -68,6 +69,7 @@ def write(
         "insert into audit (actor, action, subject, params, result) values (coalesce(%s, s2s_actor()), %s, %s, %s, %s)",
         (actor, action, subject, Json(dict(params)), None if result is None else Json(dict(result))),
     )
+    check_written(txn, "insert", "audit")
 
 
 def cut(params: Mapping[str, Any], written: bytes) -> Mapping[str, Any]:

@@ -7,7 +7,8 @@ from contextlib import suppress
 from typing import Any, Final
 
 from s2s.errors import LocalError, StatementRefused
-from s2s.store.driver import Cursor, check_written, refusable
+from s2s.store.driver import Cursor, refusable
+from s2s.store.kept_rows import check_written
 from s2s.store.tables import outbox
 from s2s.store.tables.own_keys import database_id, digest, own_key
 
@@ -41,7 +42,7 @@ def add(
         " values (%s, %s, %s, %s, %s, %s, %s) returning broadcast_id",
         (scope, sector_id, corp_id, player_id, message, severity, ttl_s),
     )
-    check_written(txn)
+    check_written(txn, "insert", "broadcasts")
     return int((txn.fetchone() or ())[0])
 
 
@@ -95,7 +96,7 @@ def _queue(txn: Cursor, found: Mapping[int, tuple[str, dict[str, Any]]], frame_s
         " from unnest(%s::bigint[], %s::text[]) s (broadcast_id, error) where b.broadcast_id = s.broadcast_id",
         (list(found), [refused.get(number) for number in found]),
     )
-    check_written(txn, len(found))
+    check_written(txn, "update", "broadcasts", len(found))
     return len(fitting)
 
 

@@ -25,7 +25,9 @@ from datetime import datetime
 from typing import Final, NamedTuple
 
 from s2s.errors import StatementRefused
-from s2s.store.driver import Cursor, advisory_lock, array_literal, check_written, lock_key, refusable
+from s2s.store.driver import Cursor, advisory_lock, array_literal, lock_key, refusable
+from s2s.store.kept_rows import check_written, refusal, still_there
+from s2s.store.kept_rows import note as note_kept
 from s2s.store.tables import commands
 from s2s.store.tables.ready import Ready
 
@@ -128,7 +130,7 @@ def claim(
             " insert into batch_notes (boot_id, worker, cmd_ids) values (%s, %s, %s::bigint[]) returning note_id",
             (boot_id, worker, ready.first_note, boot_id, worker, array_literal(cmd_ids)),
         )
-        check_written(txn)
+        check_written(txn, "insert", "batch_notes")
         ((note_id,),) = txn.fetchall()
         ready.noted(worker, note_id)
     return cmd_ids
@@ -158,7 +160,12 @@ def is_committed(txn: Cursor, xid: int) -> bool:
 
 def release(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> None:
     """Remove a worker's note; see :func:`claimed`."""
-    txn.execute(f"delete from batch_notes where {_OF_WORKER}", (boot_id, worker, note_id, note_id))  # noqa: S608
+    params = (boot_id, worker, note_id, note_id)
+    txn.execute(f"delete from batch_notes where {_OF_WORKER}", params)  # noqa: S608
+    if not txn.rowcount:
+        txn.execute(f"select from batch_notes where {_OF_WORKER}", params)
+        if txn.fetchall():
+            note_kept(txn, "delete", "batch_notes")
 
 
 def keep_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -> None:
@@ -170,11 +177,14 @@ def keep_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -
         "update batch_notes set cmd_ids = %s::bigint[], stuck = true where boot_id = %s and worker = %s",
         (array_literal(cmd_ids), boot_id, worker),
     )
+    if not txn.rowcount:
+        still_there(txn, "update", "batch_notes", "boot_id", [boot_id], f"worker = {int(worker)}")
 
 
 def release_all(txn: Cursor, boot_id: str) -> None:
     """Remove every note of a process that ends in order: nobody is to be charged for what it leaves unfinished."""
     txn.execute("delete from batch_notes where boot_id = %s", (boot_id,))
+    still_there(txn, "delete", "batch_notes", "boot_id", [boot_id])
 
 
 def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim]) -> Scan:
@@ -265,5 +275,8 @@ def _reap(txn: Cursor, note: Claim) -> list[int]:
         " where (boot_id, worker, noted_at) = %s",
         (free, note),
     )
+    if free and not txn.rowcount:
+        # They would be charged again at each look.
+        raise refusal(txn, "update", "batch_notes")
     txn.execute("delete from batch_notes where (boot_id, worker, noted_at) = %s and cmd_ids = '{}'", (note,))
     return free

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from s2s.store.driver import Cursor, array_literal
+from s2s.store.kept_rows import still_there
 from s2s.store.tables.commands import MAX_BACKOFF_S
 
 #: Seconds that a time may lie further ahead than its longest wait: a clock is corrected by less than that all the time.
@@ -190,7 +191,10 @@ def _pull_back(txn: Cursor, cmd_ids: list[int]) -> int:
         f" and {_IS_AHEAD} for update skip locked))",
         (array_literal(cmd_ids),),
     )
-    return txn.rowcount
+    healed = txn.rowcount
+    if not healed:
+        still_there(txn, "update", "commands", "cmd_id", cmd_ids, f"status = 'ready' and {_IS_AHEAD}")
+    return healed
 
 
 def heal_notices(txn: Cursor, before: Any = None) -> tuple[int, Any]:
@@ -212,7 +216,10 @@ def heal_notices(txn: Cursor, before: Any = None) -> tuple[int, Any]:
         " where notice_id = any(%s::bigint[])",
         (array_literal(ahead),),
     )
-    return len(ahead), page[-1][0] if len(page) == STEP_ROWS else None
+    healed = txn.rowcount
+    if healed < len(ahead):
+        still_there(txn, "update", "notices", "notice_id", ahead, f"created_at > {_SOON}")
+    return healed, page[-1][0] if len(page) == STEP_ROWS else None
 
 
 #: What a server looks through in steps, by what it is called in the log.

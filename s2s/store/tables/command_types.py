@@ -7,6 +7,7 @@ from typing import Final
 
 from s2s.store import driver
 from s2s.store.driver import Cursor
+from s2s.store.kept_rows import note
 
 CHANNEL: Final = "s2s_command_types"
 #: Types that are read, those served last first: each costs a server some KiB.
@@ -24,6 +25,8 @@ def declare(txn: Cursor, schemas: Mapping[str, str]) -> None:
             " on conflict (cmd_type) do update set schema = excluded.schema, served_at = now()",
             (cmd_type, schemas[cmd_type]),
         )
+        if not txn.rowcount:
+            note(txn, "insert or update", "command_types")
 
 
 def missing(txn: Cursor, cmd_types: Iterable[str]) -> list[str]:

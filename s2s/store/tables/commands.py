@@ -11,6 +11,7 @@ import msgspec
 from s2s.errors import StatementRefused
 from s2s.store import driver
 from s2s.store.driver import Cursor, Query, Steps, array_literal
+from s2s.store.kept_rows import refusal
 from s2s.store.tables import idempotency
 
 #: A command that has failed so often is dead.
@@ -299,4 +300,4 @@ def _check_changed(txn: Cursor, cmd_ids: Sequence[int]) -> None:
         "select cmd_id from commands where cmd_id = any(%s::bigint[]) and status = 'ready'", (array_literal(cmd_ids),)
     )
     if txn.fetchone():
-        raise StatementRefused(driver.KEPT)
+        raise refusal(txn, "update", "commands")

@@ -54,7 +54,9 @@ CANCEL: Final = Action(
     " where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, 'cancelled'",
 )
 #: Remove it; its key is kept for so many days: parameter ``key_days``.
-DISCARD: Final = Action("discard", "commands", "cmd_id", "status", ("dead", "cancelled"), retention.REMOVE)
+DISCARD: Final = Action(
+    "discard", "commands", "cmd_id", "status", ("dead", "cancelled"), retention.REMOVE, "delete", retention.note_keys
+)
 
 
 #: By ``status`` and ``cmd_type``.

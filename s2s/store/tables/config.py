@@ -16,6 +16,7 @@ from s2s.errors import OperatorError, SchemaError, StatementRefused
 from s2s.protocol.settings import SETTINGS, Value
 from s2s.store import driver
 from s2s.store.driver import Cursor
+from s2s.store.kept_rows import check_written, note
 from s2s.store.tables.lists import Listed
 
 CHANNEL: Final = "s2s_config"
@@ -77,6 +78,8 @@ def declare(txn: Cursor) -> None:
             (setting.key, Json(setting.default), setting.type, setting.least, setting.most, setting.description),
         )
     txn.execute(f"insert into config_version (version) {_VERSION} on conflict do nothing")
+    if driver.missing(txn, "config", "key", [setting.key for setting in SETTINGS]):
+        note(txn, "insert or update", "config")
 
 
 def read(txn: Cursor) -> Snapshot:
@@ -123,7 +126,7 @@ def change(txn: Cursor, key: str, value: Value, actor: str) -> int | None:
         with driver.refusable(txn):
             txn.execute("select set_config('s2s.actor', %s, true)", (actor,))
             txn.execute("update config set value = %s where key = %s returning version", (Json(value), key))
-            driver.check_written(txn)
+            check_written(txn, "update", "config")
             ((version,),) = txn.fetchall()
     except StatementRefused as refused:
         raise OperatorError(str(refused)) from None

@@ -13,7 +13,8 @@ from typing import Any, Final
 from psycopg2.extras import Json
 
 from s2s.protocol.catalogue import HEALTH_CHECK
-from s2s.store.driver import Cursor, check_written
+from s2s.store.driver import Cursor
+from s2s.store.kept_rows import check_written, note, still_there
 from s2s.store.tables import claims
 
 CHANNEL: Final = "s2s_steering"
@@ -73,19 +74,25 @@ def ask(txn: Cursor, engine: str, type: str, payload: Mapping[str, Any], actor: 
         " values (%s, %s, %s, %s, now() + %s * interval '1 second') returning request_id",
         (engine, type, Json(dict(payload)), actor, patience_s),
     )
-    check_written(txn)
+    check_written(txn, "insert", "steering")
     return int((txn.fetchone() or ())[0])
 
 
 def take(txn: Cursor, server_boot_id: str, engines: Sequence[str]) -> list[Steering]:
     """Take what is asked of some engines, in order."""
     txn.execute(
-        "update steering set taken_by = %s where request_id in (select request_id from steering"
+        "with asked as (select request_id from steering"
         " where taken_by is null and expires_at > now() and engine = any(%s) order by request_id"
-        " for update skip locked) returning request_id, engine, type, payload, actor",
-        (server_boot_id, list(engines)),
+        " for update skip locked), taken as (update steering set taken_by = %s where request_id in"
+        " (select request_id from asked) returning request_id, engine, type, payload, actor)"
+        " select asked.request_id, engine, type, payload, actor from asked left join taken using (request_id)"
+        " order by request_id",
+        (list(engines), server_boot_id),
     )
-    return sorted((Steering(*row) for row in txn), key=lambda asked: asked.request_id)
+    rows = txn.fetchall()
+    if any(engine is None for _, engine, *_ in rows):
+        note(txn, "update", "steering")
+    return [Steering(*row) for row in rows if row[1] is not None]
 
 
 def answer(txn: Cursor, request_id: int, is_ok: bool | None, payload: Mapping[str, Any]) -> None:
@@ -97,6 +104,8 @@ def answer(txn: Cursor, request_id: int, is_ok: bool | None, payload: Mapping[st
         "update steering set is_ok = %s, answer = %s, answered_at = now() where request_id = %s",
         (is_ok, Json(dict(payload)), request_id),
     )
+    if not txn.rowcount:
+        still_there(txn, "update", "steering", "request_id", [request_id])
 
 
 def settled(txn: Cursor, request_ids: Sequence[int]) -> set[int]:
@@ -123,11 +132,17 @@ def conclude(txn: Cursor, request_ids: Sequence[int]) -> dict[int, Answer]:
         (list(request_ids),),
     )
     found = {row[0]: Answer(*row[1:]) for row in txn}
+    if any(not answer.is_taken for answer in found.values()):
+        note(txn, "delete", "steering")
     # Looked at every second somewhere, and of no more use; what steers stays for a while.
     txn.execute(
         "delete from steering where request_id = any(%s) and type = %s and answered_at is not null",
         (list(request_ids), HEALTH_CHECK),
     )
+    if txn.rowcount < sum(answer.is_over for answer in found.values()):
+        still_there(
+            txn, "delete", "steering", "request_id", request_ids, f"type = '{HEALTH_CHECK}' and answered_at is not null"
+        )
     return {request_id: found.get(request_id, _UNTAKEN) for request_id in request_ids}
 
 

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Final
 
 from s2s.store.driver import Cursor
+from s2s.store.kept_rows import note, refusal
 from s2s.store.tables import audit, claims
 
 CHANNEL: Final = "s2s_engines"
@@ -60,6 +61,9 @@ def want(txn: Cursor, name: str, state: str, reason: str, actor: str) -> None:
         " where engines.wanted <> excluded.wanted",
         (name, state, reason),
     )
+    # Without a row of its own an engine is to run.
+    if not txn.rowcount and wanted(txn, name)[0] != state:
+        raise refusal(txn, "insert or update", "engines")
 
 
 def show_links(txn: Cursor, server_boot_id: str, links: Sequence[LinkRow]) -> None:
@@ -86,6 +90,8 @@ def show_links(txn: Cursor, server_boot_id: str, links: Sequence[LinkRow]) -> No
         " and l.engine_boot_id is not distinct from excluded.engine_boot_id then l.linked_at else now() end",
         (server_boot_id, *columns),
     )
+    if txn.rowcount < len(links):
+        note(txn, "insert or update", "engine_links")
 
 
 def linked(txn: Cursor, names: Sequence[str]) -> set[str]:

@@ -18,7 +18,8 @@ from psycopg2.extras import Json
 
 from s2s.errors import RowRefused, StatementRefused
 from s2s.store import driver
-from s2s.store.driver import KEPT, Cursor, advisory_lock, lock_key, translate_error
+from s2s.store.driver import Cursor, advisory_lock, lock_key, translate_error
+from s2s.store.kept_rows import note, refusal
 from s2s.store.tables import claims
 
 _ATTEMPTING: Final = lock_key("attempting a job")
@@ -113,6 +114,13 @@ def declare(txn: Cursor, boot_id: str, schedules: Mapping[str, str], next_after:
             " where j.schedule <> excluded.schedule",
             {"job_type": job_type, "schedule": schedule, "due_at": next_after(schedule, now), "boot_id": boot_id},
         )
+    txn.execute(
+        "select from unnest(%s::text[], %s::text[]) own (job_type, schedule) where not exists"
+        " (select from jobs where jobs.job_type = own.job_type and jobs.schedule = own.schedule)",
+        (list(schedules), list(schedules.values())),
+    )
+    if txn.rowcount:
+        note(txn, "insert or update", "jobs")
 
 
 def missing(txn: Cursor, job_types: Iterable[str]) -> list[str]:
@@ -172,6 +180,15 @@ def release(txn: Cursor, job: DueJob) -> None:
         "update jobs set attempts = attempts - 1, retry_at = null where job_type = %s and retry_at = %s",
         (job.job_type, job.retry_at),
     )
+    _note_kept(txn, job)
+
+
+def _note_kept(txn: Cursor, job: DueJob) -> None:
+    """Tell the operator where the last statement should have changed an attempt that is ours still, and has not."""
+    if not txn.rowcount:
+        txn.execute("select from jobs where job_type = %s and retry_at = %s", (job.job_type, job.retry_at))
+        if txn.fetchall():
+            note(txn, "update", "jobs")
 
 
 def next_due_s(txn: Cursor, job_types: Iterable[str]) -> float | None:
@@ -250,7 +267,7 @@ def change_row(
         row = txn.fetchone()
         if row is not None:
             return tuple(row)
-    raise RowRefused(value, StatementRefused(KEPT))
+    raise RowRefused(value, refusal(txn, "update", change.split()[1]))
 
 
 def check_changed(txn: Cursor, table: str, column: str, value: str) -> None:
@@ -263,7 +280,7 @@ def check_changed(txn: Cursor, table: str, column: str, value: str) -> None:
     if not txn.rowcount:
         txn.execute(f"select from {table} where {column} = %s", (value,))
         if txn.rowcount:
-            raise RowRefused(value, StatementRefused(KEPT))
+            raise RowRefused(value, refusal(txn, "update", table))
 
 
 def next_attempt(is_ours: bool) -> str:
@@ -302,6 +319,7 @@ def fail(txn: Cursor, job: DueJob, error: str) -> None:
         f"update jobs set error = %s, retry_at = now() + {PAUSE} where job_type = %s and retry_at = %s",  # noqa: S608
         (error, job.job_type, job.retry_at),
     )
+    _note_kept(txn, job)
 
 
 def list_jobs(txn: Cursor) -> list[JobRow]:

@@ -13,6 +13,7 @@ from typing import Final
 from s2s.errors import NoSigningKey, OperatorError
 from s2s.protocol.signing import ROLES, Key, Keyring, Role, decode_secret, random_secret
 from s2s.store.driver import Cursor, lock_key
+from s2s.store.kept_rows import check_written, refusal
 
 CHANNEL: Final = "s2s_keys"
 #: Held while the first key is made.
@@ -200,6 +201,14 @@ def prefer(txn: Cursor, key_ids: Collection[str]) -> None:
         (chosen, chosen),
     )
     txn.execute("update s2s_keys set is_default_tx = true where key_id = any(%s) and not is_default_tx", (chosen,))
+    # The table is locked, so that nobody else has changed it in between.
+    txn.execute(
+        "select from s2s_keys where is_default_tx <> (key_id = any(%s))"
+        " and role in (select role from s2s_keys where key_id = any(%s))",
+        (chosen, chosen),
+    )
+    if txn.rowcount:
+        raise refusal(txn, "update", "s2s_keys")
 
 
 def add(txn: Cursor, key_id: str, key_b64: str, role: str, note: str = "") -> None:
@@ -217,6 +226,8 @@ def add(txn: Cursor, key_id: str, key_b64: str, role: str, note: str = "") -> No
         (key_id, key_b64, role, note),
     )
     if txn.rowcount == 0:
+        txn.execute("select from s2s_keys where key_id = %s", (key_id,))
+        check_written(txn, "insert", "s2s_keys")
         raise OperatorError(f"there is a key {key_id!r} already: choose another --key-id")
     # Without a default the newest key signs: whoever signed goes on, and where nobody did the new key begins.
     prefer(txn, {before.get(role, key_id) for role in read(txn).signers()})

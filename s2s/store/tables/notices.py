@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from s2s.store.driver import Cursor, array_literal, check_written
+from s2s.store.driver import Cursor, array_literal
+from s2s.store.kept_rows import check_written
 from s2s.store.tables.lists import Listed
 
 #: A longer life is cut to this, in seconds (a thousand years): a timestamp has an end.
@@ -53,7 +54,7 @@ def insert_batch(txn: Cursor, notices: Sequence[tuple[int, Mapping[str, Any]]]) 
             array_literal(None if ttl is None else min(ttl, _LONGEST_TTL_S) for ttl in members("ttl_s")),
         ),
     )
-    check_written(txn, len(notices))
+    check_written(txn, "insert", "notices", len(notices))
 
 
 def exists(txn: Cursor, message: str) -> bool:

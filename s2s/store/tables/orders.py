@@ -13,9 +13,10 @@ from typing import Any, Final
 
 from psycopg2.extras import Json
 
-from s2s.errors import CanonicalError, IdemConflict, StatementRefused
+from s2s.errors import CanonicalError, IdemConflict
 from s2s.protocol import canonical
-from s2s.store.driver import KEPT, Cursor, advisory_lock, lock_key
+from s2s.store.driver import Cursor, advisory_lock, lock_key
+from s2s.store.kept_rows import note, refusal
 from s2s.store.tables import claims
 from s2s.store.tables.jobs import ONE_MORE, PAUSE, change_row, check_changed, hold_row, next_attempt
 
@@ -123,9 +124,11 @@ def give(
     # A statement of its own: it sees what another one has just inserted.
     order = known(txn, order_id, rpc, params, idem_key)
     if order is None:
-        raise StatementRefused(KEPT)
+        raise refusal(txn, "insert", "orders")
     if by_link:
         txn.execute("update orders set way = 'link' where order_id = %s and way is null", (order_id,))
+        if is_new and not txn.rowcount:
+            raise refusal(txn, "update", "orders")
     return order, is_new
 
 
@@ -201,15 +204,20 @@ def answered(
     """
     if boot_id is not None and claims.present(txn, {boot_id}):
         return None
+    # What an engine of this database is at stays its own: its attempt is fresh, or its step has locked the row.
+    free = (
+        "select order_id from orders where order_id = %s and status = 'queued' and (attempts = 0 or retry_at <= now())"
+        " for update skip locked"
+    )
     txn.execute(
-        f"update orders set way = 'link' where order_id = any(array(select order_id from orders"  # noqa: S608
-        # What an engine of this database is at stays its own: its attempt is fresh, or its step has locked the row.
-        " where order_id = %s and status = 'queued' and (attempts = 0 or retry_at <= now()) for update skip locked))"
-        f" returning {_ORDER}",
+        f"update orders set way = 'link' where order_id = any(array({free})) returning {_ORDER}",  # noqa: S608
         (order_id,),
     )
     row = txn.fetchone()
     if row is None:
+        txn.execute(free, (order_id,))
+        if txn.rowcount:
+            note(txn, "update", "orders")
         return None
     finish(txn, Order(*row), status, result, engine)
     return find(txn, order_id)
@@ -296,6 +304,8 @@ def release(txn: Cursor, order: Order) -> None:
         "update orders set attempts = attempts - 1, retry_at = null where order_id = %s and retry_at = %s",
         (order.order_id, order.retry_at),
     )
+    if not txn.rowcount and hold(txn, order):
+        note(txn, "update", "orders")
 
 
 def finish(txn: Cursor, order: Order, status: str, result: Mapping[str, Any] | None, engine: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,12 +12,17 @@ from s2s.protocol import canonical, envelope
 from s2s.protocol.catalogue import COMMAND_PUSH
 from s2s.protocol.limits import Bounds
 from s2s.store.cursor import own
-from s2s.store.driver import Cursor, array_literal, check_written
+from s2s.store.driver import Cursor, array_literal
+from s2s.store.kept_rows import check_written, note, still_there
 from s2s.store.tables.lookback import SLACK_S, Lookback
 
 CHANNEL: Final = "s2s_outbox"
 #: Counting more would take longer than the number is worth.
 MOST_COUNTED: Final = 100_000
+#: Seconds until a row is tried again that the database does not let be changed or removed: a line a minute tells of it.
+KEPT_S: Final = 30.0
+#: Rows that a claim leaves out because they cannot be leased. With more, those that follow may have to wait for them.
+MOST_KEPT: Final = 1000
 
 
 #: A commit may come a moment after its rows are due; what comes later is found by a look back.
@@ -30,11 +35,13 @@ _FROM: Final = f"(send_at, outbox_id) >= {_START}"
 _CLAIM: Final = (
     "set local synchronous_commit = off; set local enable_sort = off; with claimed as (select outbox_id, send_at"
     " from outbox where state = 'waiting' and send_at <= now() and not outbox_id = any(%(exclude)s::bigint[]) and {}"
-    " order by send_at, outbox_id limit %(limit)s for update skip locked)"
+    " order by send_at, outbox_id limit %(limit)s for update skip locked), leased as ("
     " update outbox o set send_at = now() + %(lease_s)s * interval '1 second'"
     " from claimed c where o.outbox_id = c.outbox_id"
-    " returning o.outbox_id, o.cmd_type, o.idem_key, o.payload, o.priority, o.due_at, o.attempts,"
-    " extract(epoch from c.send_at)::float8"
+    " returning o.outbox_id, o.cmd_type, o.idem_key, o.payload, o.priority, o.due_at, o.attempts)"
+    # What is claimed and not leased, a trigger keeps from being changed.
+    " select c.outbox_id, cmd_type, idem_key, payload, priority, due_at, attempts,"
+    " extract(epoch from c.send_at)::float8 from claimed c left join leased using (outbox_id)"
 )
 _BEHIND: Final = (
     f"select outbox_id from outbox where state = 'waiting' and (send_at, outbox_id) < {_START}"  # noqa: S608
@@ -127,7 +134,7 @@ def put(
         " values (%s, %s, %s::jsonb, %s, %s) returning outbox_id",
         (cmd_type, idem_key, written, priority, due_at),
     )
-    check_written(txn)
+    check_written(txn, "insert", "outbox")
     return int((txn.fetchone() or ())[0])
 
 
@@ -153,7 +160,7 @@ def put_batch(
         " with ordinality c (idem_key, payload, place) order by place",
         (cmd_type, [key for key, _ in commands], written),
     )
-    check_written(txn, len(commands))
+    check_written(txn, "insert", "outbox", len(commands))
 
 
 class Claims:
@@ -166,6 +173,9 @@ class Claims:
         self._lookback = Lookback(now)
         #: ``send_at``, in Unix seconds, and ``outbox_id`` of the first row of the last claim.
         self._start: tuple[float, int] | None = None
+        self._now = now
+        #: Rows that the database does not let be leased, and until when they are left out.
+        self._kept: dict[int, float] = {}
 
     def claim(self, txn: Cursor, limit: int, lease_s: float, exclude_ids: Sequence[int] = ()) -> list[OutboxRow]:
         """Lease rows to send, the longest waiting first; two relays never get the same row.
@@ -176,7 +186,8 @@ class Claims:
         :param lease_s: seconds after which a row that was neither deleted nor retried is anybody's again.
         :param exclude_ids: what the caller still has in flight, should a lease have run out.
         """
-        params = {"exclude": array_literal(exclude_ids), "limit": limit, "lease_s": lease_s}
+        self._kept = {outbox_id: until for outbox_id, until in self._kept.items() if self._now() < until}
+        params = {"exclude": array_literal([*exclude_ids, *self._kept]), "limit": limit, "lease_s": lease_s}
         rows: list[OutboxRow] = []
         is_whole = self._start is None
         if is_whole:
@@ -217,7 +228,12 @@ class Claims:
     def _claim(self, txn: Cursor, where: str, params: Mapping[str, Any], rows: list[OutboxRow]) -> None:
         txn.execute(_CLAIM.format(where), {**params, **self._from()})
         found = txn.fetchall()
-        rows += [OutboxRow(*row[:-1]) for row in found]
+        kept = [row[0] for row in found if row[1] is None]
+        if kept:
+            note(txn, "update", "outbox")
+            room = MOST_KEPT - len(self._kept)
+            self._kept.update(dict.fromkeys(kept[:room], self._now() + KEPT_S))
+        rows += [OutboxRow(*row[:-1]) for row in found if row[1] is not None]
         if found and where == _FROM:
             self._start = min((send_at, outbox_id) for outbox_id, *_, send_at in found)
 
@@ -230,14 +246,28 @@ def lease(txn: Cursor, outbox_ids: Sequence[int], lease_s: float) -> None:
     """Hold claimed rows for so many seconds from now; 0 gives them back to whoever claims next."""
     txn.execute(
         "update outbox set send_at = now() + %s * interval '1 second'"
-        " where outbox_id = any(%s::bigint[]) and state = 'waiting'",
+        " where outbox_id = any(%s::bigint[]) and state = 'waiting' returning outbox_id",
         (lease_s, array_literal(outbox_ids)),
     )
+    _note_kept(txn, outbox_ids)
 
 
-def delete(txn: Cursor, outbox_ids: Sequence[int]) -> None:
-    """Remove rows that the server has."""
+def _note_kept(txn: Cursor, outbox_ids: Iterable[int]) -> list[int]:
+    """Return those of some waiting rows that the last statement has not returned, though they wait still."""
+    written = {outbox_id for (outbox_id,) in txn.fetchall()}
+    missing = [outbox_id for outbox_id in outbox_ids if outbox_id not in written]
+    return still_there(txn, "update", "outbox", "outbox_id", missing, "state = 'waiting'")
+
+
+def delete(txn: Cursor, outbox_ids: Sequence[int]) -> list[int]:
+    """Remove rows that the server has.
+
+    :returns: those that are there still: the database does not let them be removed.
+    """
     txn.execute("delete from outbox where outbox_id = any(%s::bigint[])", (array_literal(outbox_ids),))
+    if txn.rowcount >= len(outbox_ids):
+        return []
+    return still_there(txn, "delete", "outbox", "outbox_id", outbox_ids)
 
 
 def retry(txn: Cursor, retries: Sequence[tuple[int, float]]) -> None:
@@ -248,22 +278,25 @@ def retry(txn: Cursor, retries: Sequence[tuple[int, float]]) -> None:
     txn.execute(
         "update outbox o set attempts = attempts + 1, send_at = now() + r.delay_s * interval '1 second'"
         " from unnest(%s::bigint[], %s::float8[]) r (outbox_id, delay_s)"
-        " where o.outbox_id = r.outbox_id and o.state = 'waiting'",
+        " where o.outbox_id = r.outbox_id and o.state = 'waiting' returning o.outbox_id",
         ([outbox_id for outbox_id, _ in retries], [float(delay_s) for _, delay_s in retries]),
     )
+    _note_kept(txn, [outbox_id for outbox_id, _ in retries])
 
 
-def kill(txn: Cursor, refusals: Sequence[tuple[int, str, str]]) -> None:
+def kill(txn: Cursor, refusals: Sequence[tuple[int, str, str]]) -> list[int]:
     """Set rows aside that the server will never take.
 
     :param refusals: ``(outbox_id, code, message)``.
+    :returns: those that wait still: the database does not let them be changed so.
     """
     txn.execute(
         "update outbox o set state = 'dead', attempts = attempts + 1, error_code = r.code, error_message = r.message"
         " from unnest(%s::bigint[], %s::text[], %s::text[]) r (outbox_id, code, message)"
-        " where o.outbox_id = r.outbox_id and o.state = 'waiting'",
+        " where o.outbox_id = r.outbox_id and o.state = 'waiting' returning o.outbox_id",
         tuple(list(column) for column in zip(*refusals, strict=True)) or ([], [], []),
     )
+    return _note_kept(txn, [outbox_id for outbox_id, *_ in refusals])
 
 
 @dataclass
@@ -287,16 +320,21 @@ class Settlement:
         """The rows that are the relay's no more."""
         return [*self.accepted, *self.given_back, *(each[0] for each in self.retries), *(each[0] for each in self.dead)]
 
-    def settle(self, txn: Cursor, lease_s: float) -> None:
-        """Write it; leases first, since a row may have been answered after its lease was found old."""
+    def settle(self, txn: Cursor, lease_s: float, kept_s: float = KEPT_S) -> list[int]:
+        """Write it; leases first, since a row may have been answered after its lease was found old.
+
+        :param kept_s: seconds until a row comes again that can neither be removed nor set aside.
+        :returns: the accepted ones that cannot be removed.
+        """
         txn.execute("set local synchronous_commit = off")  # as of :func:`claim`
         if self.renewed:
             lease(txn, self.renewed, lease_s)
         if self.given_back:
             lease(txn, self.given_back, 0.0)
-        if self.accepted:
-            delete(txn, self.accepted)
+        undeleted = delete(txn, self.accepted) if self.accepted else []
         if self.retries:
             retry(txn, self.retries)
-        if self.dead:
-            kill(txn, self.dead)
+        kept = [*undeleted, *(kill(txn, self.dead) if self.dead else ())]
+        if kept:
+            lease(txn, kept, kept_s)
+        return undeleted

@@ -65,6 +65,7 @@ DISCARD: Final = Action(
     "state",
     ("dead",),
     "delete from outbox where outbox_id = any(%(ids)s::bigint[]) returning outbox_id, 'discarded'",
+    "delete",
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 
 from s2s.store.driver import Cursor
+from s2s.store.kept_rows import refusal
 
 
 def database_id(txn: Cursor) -> str:
@@ -18,7 +19,11 @@ def database_id(txn: Cursor) -> str:
     row = txn.fetchone()
     if row is None:
         txn.execute("insert into s2s_database default values on conflict (only_row) do nothing")
-        return database_id(txn)
+        # In a statement of its own, which sees what another session has just inserted.
+        txn.execute("select database_id from s2s_database")
+        row = txn.fetchone()
+    if row is None:
+        raise refusal(txn, "insert", "s2s_database")
     return str(row[0])
 
 

@@ -6,11 +6,13 @@ transaction has locked, so any number of processes may take steps at once, besid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from s2s.protocol.settings import BY_KEY
 from s2s.store.driver import Cursor
+from s2s.store.kept_rows import note, still_there
 from s2s.store.tables.clock_drift import SLACK_S
 
 #: Rows that one step looks at, at most.
@@ -54,9 +56,9 @@ with removed as (
     delete from commands where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, idem_key, status
 ), kept as (
     update idempotency_keys k set status = r.status, expires_at = now() + make_interval(days => %(key_days)s)
-    from removed r where k.idem_key = r.idem_key and k.cmd_id = r.cmd_id
+    from removed r where k.idem_key = r.idem_key and k.cmd_id = r.cmd_id returning k.cmd_id
 )
-select cmd_id, 'discarded' from removed
+select cmd_id, 'discarded', idem_key, kept.cmd_id is not null from removed left join kept using (cmd_id)
 """
 
 
@@ -73,7 +75,10 @@ def advance(txn: Cursor) -> float:
         f" else least(now(), d.retention_at + {ADVANCE}) end"
         " returning extract(epoch from now() - d.retention_at)::float8"
     )
-    return float((txn.fetchone() or (0.0,))[0])
+    row = txn.fetchone()
+    if row is None:
+        note(txn, "insert or update", "s2s_database")
+    return float((row or (0.0,))[0])
 
 
 def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None]:
@@ -98,6 +103,8 @@ def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None
             " select cmd_id from commands where cmd_id = any(%s::bigint[]) for update skip locked))",
             (misdated,),
         )
+        if not txn.rowcount:
+            still_there(txn, "update", "commands", "cmd_id", misdated, f"finished_at > {_SOON}")
     txn.execute(
         "select cmd_id from commands where cmd_id = any(%s::bigint[]) and status <> 'ready'"  # noqa: S608
         # Ended by hand, it may lack the time.
@@ -106,11 +113,25 @@ def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None
         (cmd_ids, keep.dead_days, keep.days),
     )
     over = [cmd_id for (cmd_id,) in txn]
+    removed = []
     if over:
         txn.execute(REMOVE, {"ids": over, "key_days": keep.key_days})
+        removed = txn.fetchall()
+        if len(removed) < len(over):
+            note(txn, "delete", "commands")
+        note_keys(txn, removed)
     # Ids are drawn nearly in the order of time: a whole page of young rows is the end, a single one may be a stray.
     is_last = len(page) < STEP_ROWS or not any(is_old for _, is_old, _ in page)
-    return len(over), None if is_last else cmd_ids[-1]
+    return len(removed), None if is_last else cmd_ids[-1]
+
+
+def note_keys(txn: Cursor, removed: Sequence[tuple[Any, ...]]) -> None:
+    """Tell the operator of keys that have no expiry though their commands are removed: they would stay for ever.
+
+    :param removed: the rows of :data:`REMOVE`.
+    """
+    unset = [idem_key for _, _, idem_key, is_set in removed if not is_set]
+    still_there(txn, "update", "idempotency_keys", "idem_key", unset, "expires_at is null")
 
 
 def sweep_keys(txn: Cursor, since: str = "-infinity") -> tuple[int, str | None]:
@@ -122,12 +143,15 @@ def sweep_keys(txn: Cursor, since: str = "-infinity") -> tuple[int, str | None]:
     txn.execute(
         "with expired as (select idem_key, expires_at from idempotency_keys"  # noqa: S608 - a constant
         f" where expires_at between %s::timestamptz and {_NOW} order by expires_at limit %s for update skip locked"
-        "), removed as (delete from idempotency_keys where idem_key in (select idem_key from expired)"
-        ") select count(*), max(expires_at)::text from expired",
+        "), removed as (delete from idempotency_keys where idem_key in (select idem_key from expired) returning 1"
+        ") select count(*), (select count(*) from removed), max(expires_at)::text from expired",
         (since, STEP_ROWS),
     )
-    ((removed, last),) = txn.fetchall()
-    return removed, last if removed == STEP_ROWS else None
+    ((expired, removed, last),) = txn.fetchall()
+    if removed < expired:
+        note(txn, "delete", "idempotency_keys")
+    # Where none can be removed, the next step would find the same ones.
+    return removed, last if expired == STEP_ROWS and removed else None
 
 
 def sweep_steering(txn: Cursor) -> int:
@@ -143,11 +167,15 @@ def sweep_steering(txn: Cursor) -> int:
         (STEP_ROWS,),
     )
     txn.execute(
-        "delete from steering where request_id = any(array("  # noqa: S608
-        " select request_id from steering"
+        "with old as (select request_id from steering"  # noqa: S608
         # No index knows their age, so only the first ones are looked at.
         " where request_id = any(array(select request_id from steering order by request_id limit %s))"
-        f" and created_at <= {_NOW} - make_interval(days => %s) for update skip locked))",
+        f" and created_at <= {_NOW} - make_interval(days => %s) for update skip locked), removed as ("
+        " delete from steering where request_id in (select request_id from old) returning 1)"
+        " select count(*), (select count(*) from removed) from old",
         (STEP_ROWS, STEERING_DAYS),
     )
-    return txn.rowcount
+    ((old, removed),) = txn.fetchall()
+    if removed < old:
+        note(txn, "delete", "steering")
+    return int(removed)

@@ -12,6 +12,7 @@ from typing import Final
 from s2s.errors import OperatorError
 from s2s.protocol.signing import Role
 from s2s.store.driver import Cursor, savepoint
+from s2s.store.kept_rows import check_written
 from s2s.store.tables.keys import KeyTable, lock, make_keyring, prefer, read, utc
 
 #: Seconds that a retired key still verifies, so that frames on their way arrive.
@@ -84,6 +85,7 @@ def retire(txn: Cursor, key_id: str) -> Change:
             " active_to = least(active_to, clock_timestamp() + make_interval(secs => %s)) where key_id = %s",
             (RETIRE_S, key_id),
         )
+        check_written(txn, "update", "s2s_keys")
         after = read(txn)
         end = after.row(key_id).active_to
         assert end is not None
@@ -135,6 +137,7 @@ def revoke(txn: Cursor, key_id: str) -> Change:
             " active_to = least(active_to, clock_timestamp()), closed_at = clock_timestamp() where key_id = %s",
             (key_id,),
         )
+        check_written(txn, "update", "s2s_keys")
     signers = _settle(txn) if is_changed else table.signers()
     unsigned = [role for role in row.roles if role not in signers]
     warning = f"no key can sign for {' and '.join(unsigned)} any more: {_another(unsigned)}" if unsigned else None

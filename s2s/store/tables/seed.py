@@ -10,6 +10,7 @@ from typing import Final
 
 from s2s.store import interruptible
 from s2s.store.driver import Cursor, lock_key
+from s2s.store.kept_rows import check_written
 from s2s.store.tables import audit, world
 
 #: Held by whoever makes a world, so that it is made once.
@@ -72,6 +73,7 @@ def make_world(
         while chunk := "".join(islice(rows, CHUNK_ROWS)):
             with interruptible.copying():
                 txn.copy_expert(statement, io.StringIO(chunk))
+            check_written(txn, "insert", statement.split()[1], chunk.count("\n"))
             progress(txn.rowcount)
     txn.execute("analyze sectors, ports, ships")
     made = {"sectors": sectors, "ports": sectors, "ships": ships, "seed": seed, "replace": replace}

@@ -9,6 +9,7 @@ from typing import Final
 from s2s.errors import OperatorError
 from s2s.store.access import Access, digest, make
 from s2s.store.driver import Cursor
+from s2s.store.kept_rows import check_written, refusal
 
 CHANNEL: Final = "s2s_tokens"
 
@@ -76,6 +77,8 @@ def add(txn: Cursor, name: str, role: Access, note: str = "", days: int | None =
         (name, role, digest(token), note, days),
     )
     if txn.rowcount == 0:
+        txn.execute("select from api_tokens where name = %s", (name,))
+        check_written(txn, "insert", "api_tokens")
         raise OperatorError(f"there is a token {name!r} already: choose another name, or s2s tokens revoke {name}")
     return token
 
@@ -86,4 +89,9 @@ def revoke(txn: Cursor, name: str) -> bool:
     :returns: whether there was one.
     """
     txn.execute("delete from api_tokens where name = %s", (name,))
-    return txn.rowcount > 0
+    is_gone = txn.rowcount > 0
+    if not is_gone:
+        txn.execute("select from api_tokens where name = %s", (name,))
+        if txn.rowcount:
+            raise refusal(txn, "delete", "api_tokens")
+    return is_gone

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from s2s.store.driver import Cursor
+from s2s.store.kept_rows import check_written
 
 #: What ``update_all_ships`` may set, and the greatest value of each; the least is 0. The table's checks hold it too.
 SHIP_FIELDS: Final = {"turns": 1_000_000, "fuel": 10**9, "shields": 10**9, "hold_capacity": 10**9}
@@ -54,6 +55,7 @@ def set_sector_status(txn: Cursor, sector_id: int, status: str) -> str | None:
     if found is None:
         return None
     txn.execute("update sectors set status = %s where sector_id = %s", (status, sector_id))
+    check_written(txn, "update", "sectors")
     return str(found[0])
 
 

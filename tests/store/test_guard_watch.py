@@ -1,0 +1,91 @@
+"""Triggers and rules of another hand on our tables: :mod:`s2s.store.monitors.guard_watch`."""
+
+from __future__ import annotations
+
+from twisted.internet import reactor
+from twisted.logger import capturedLogs, formatEvent
+
+from s2s.runtime.clock import Clock
+from s2s.store.monitors import guard_watch
+from s2s.store.monitors.guard_watch import GuardWatch
+from s2s.store.pool import blocking
+from tests.cli.test_cli import CliTestCase
+from tests.support.postgres import DatabaseTestCase
+
+_KEEP = "create function keep() returns trigger language plpgsql as $$ begin return null; end $$;"
+
+
+class GuardWatchTests(DatabaseTestCase):
+    """Each is told once, and what keeps rows is known."""
+
+    def look(self) -> list[str]:
+        """Return what keeps rows."""
+        with blocking(self.url) as txn:
+            return guard_watch.look(txn)[1]
+
+    async def test_one_line(self) -> None:
+        """A trigger and a rule have a line each when they come, and one when they go."""
+        self.execute(_KEEP)
+        database, _ = self.pools("s2s-guards")
+        watch = GuardWatch(database, Clock(reactor))
+        with capturedLogs() as told:
+            await watch.look()
+            self.assertEqual((told, watch.kept), ([], ""))
+            self.execute(
+                "create trigger stop before delete on outbox for each row execute function keep();"
+                "create rule quiet as on update to orders do instead nothing"
+            )
+            for _ in range(2):
+                await watch.look()
+            kept = watch.kept
+            self.execute("drop trigger stop on outbox; drop rule quiet on orders")
+            await watch.look()
+        self.assertEqual(watch.kept, "")
+        self.assertIn("(delete on outbox)", kept)
+        self.assertIn("drop rule quiet on orders", kept)
+        lines = [str(formatEvent(event)) for event in told]
+        self.assertEqual(len(lines), 4, lines)
+        self.assertIn("the rule quiet on orders (update): where it keeps a row", lines[0])
+        self.assertIn("the trigger stop on outbox (delete, function keep()): where", lines[1])
+        self.assertIn("drop trigger stop on outbox", lines[1])
+
+    def test_each_trial(self) -> None:
+        """A trigger that keeps all rows of a table is found by a trial, which leaves nothing behind."""
+        self.execute(_KEEP)
+        for table, (_, column) in guard_watch._TRIALS.items():
+            for when in ("insert", "update", "delete") if column else ("insert",):
+                with self.subTest(table=table, when=when):
+                    self.execute(f"create trigger stop before {when} on {table} for each row execute function keep()")
+                    [line] = self.look()
+                    self.assertIn(f"({when} on {table})", line)
+                    self.execute(f"drop trigger stop on {table}")
+                    self.assertEqual(self.execute(f"select count(*) from {table}"), [(0,)])
+
+    def test_what_does_no_harm(self) -> None:
+        """A trigger that returns its row, and one that is disabled, keep nothing."""
+        self.execute(
+            "create function pass() returns trigger language plpgsql as $$ begin return coalesce(new, old); end $$;"
+            + _KEEP
+            + "create trigger pass before insert or update or delete on outbox for each row execute function pass();"
+            "create trigger stop before insert on notices for each row execute function keep();"
+            "create trigger stop before insert on outbox for each row execute function keep();"
+            "alter table outbox disable trigger stop; alter table notices disable trigger stop"
+        )
+        self.assertEqual(self.look(), [])
+
+
+class StatusTests(CliTestCase):
+    """``s2s db status``."""
+
+    def test_it_names_them(self) -> None:
+        """It names each with the statement that removes it, and exits with 1 where rows are kept."""
+        self.execute(
+            _KEEP + "create trigger later before insert on notices for each row when (new.message = 'x')"
+            " execute function keep()"
+        )
+        self.execute("insert into s2s_keys (key_id, key_b64, role) values ('k', repeat('A', 43) || '=', 'any')")
+        result = self.s2s("db", "status")
+        self.assertIn("trigger later on notices (insert, function keep()); to remove it: drop", result.stderr)
+        self.execute("create rule quiet as on update to orders do instead nothing")
+        result = self.s2s("db", "status", expected=1)
+        self.assertIn("drop rule quiet on orders", result.stderr)
