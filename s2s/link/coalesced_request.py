@@ -48,7 +48,7 @@ class CoalescedRequest:
         self._rng = rng
         #: Refusals in a row of a link, and what waits to ask it again.
         self._refusals: WeakKeyDictionary[Link, int] = WeakKeyDictionary()
-        self._retries: WeakKeyDictionary[Link, Timer] = WeakKeyDictionary()
+        self._retries: dict[Link, Timer] = {}
 
     def stop(self) -> None:
         """Ask nobody again, and tell what had no line."""
@@ -101,9 +101,14 @@ class CoalescedRequest:
             pause_s = retry_pause(error.retry_after_ms, refusals, self._rng, _LONGEST_PAUSE_S)
             # One at a time: every occasion meanwhile would add another one.
             cancel(self._retries.get(link))
-            self._retries[link] = self._clock.scheduler.callLater(pause_s, self.run, link)
+            self._retries[link] = self._clock.scheduler.callLater(pause_s, self._retry, link)
         elif may_have_missed:
             self.run(link)
+
+    def _retry(self, link: Link) -> None:
+        # The timer refers to the link, which would never be freed.
+        self._retries.pop(link, None)
+        self.run(link)
 
     def _tell(self, untold: Mapping[str, int]) -> None:
         told = ", ".join(f"{count} {cause}" for cause, count in untold.items())

@@ -107,6 +107,7 @@ class ErrandTests(SynchronousTestCase):
             self.link.calls[-1].errback(Refused("not_ready", "", {"retryable": True, "retry_after_ms": 5000}))
         self.time.advance(5)
         self.assertEqual(len(self.link.calls), 21)
+        self.assertEqual(self.errand._retries, {}, "a link that has ended would be kept")
         self.link.calls[-1].errback(Refused("not_ready", "", {"retryable": True, "retry_after_ms": 5000}))
         self.errand.stop()
         self.assertEqual(self.time.getDelayedCalls(), [])
