@@ -139,7 +139,12 @@ class DeadlinePassed(UnknownOutcome):
 
 
 class BadReply(CallError):
-    """The reply's type or payload is not what the catalogue promises for the request."""
+    """The reply's type or payload is not what the catalogue promises for the request.
+
+    :cvar code: what a row of ours says then; never on the wire.
+    """
+
+    code: Final = "bad_reply"
 
 
 class Refused(CallError):

@@ -57,3 +57,19 @@ class Backoff:
             # Drawn above the floor, the first one too: all engines may have been refused together.
             return least + self._rng() * (min(longest, least * 2.0 ** min(self._tries, 16)) - least)
         return self._rng() * min(longest, least * 2.0 ** min(self._tries - 1, 16))
+
+
+def retry_pause(asked_ms: int | None, attempts: int, rng: Callable[[], float], longest_s: float = FAST[1]) -> float:
+    """Return the seconds to wait before a request that was refused for now is sent again.
+
+    :param asked_ms: the peer's ``retry_after_ms``. One that is below 100 ms counts as none: a peer that says 0 to
+        every request would be sent them as fast as it answers.
+    :param attempts: tries of this request before the one that was refused.
+    :param rng: gives a number from 0 to 1.
+    :param longest_s: the longest pause that a peer may ask for.
+    """
+    least, longest = FAST
+    if asked_ms is not None and asked_ms >= least * 1000:
+        # Compared as integers: a number of the wire may be beyond every float.
+        return min(asked_ms, int(longest_s * 1000)) / 1000
+    return least + rng() * (min(longest, least * 2.0 ** min(attempts + 1, 10)) - least)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
@@ -9,9 +10,11 @@ from weakref import WeakKeyDictionary, WeakSet
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from s2s.errors import NotReady, Refused, S2SError, UnsupportedType
+from s2s.errors import BadReply, NotReady, Refused, S2SError, UnsupportedType
+from s2s.link.backoff import retry_pause
 from s2s.link.connection import Link
-from s2s.runtime.clock import Clock
+from s2s.runtime.clock import Clock, Timer, cancel
+from s2s.runtime.line_quota import LineQuota
 
 #: The longest pause that an engine may ask for, in seconds: other occasions come.
 _LONGEST_PAUSE_S: Final = 10.0
@@ -32,6 +35,7 @@ class CoalescedRequest:
         payload: Callable[[Link], Mapping[str, Any] | None],
         done: Callable[[Link, Mapping[str, Any]], bool],
         clock: Clock,
+        rng: Callable[[], float] = random.random,
     ) -> None:
         self._type = type
         self._payload = payload
@@ -40,6 +44,17 @@ class CoalescedRequest:
         self._running: dict[Link, bool] = {}
         self._unserved: WeakSet[Link] = WeakSet()
         self._told: WeakKeyDictionary[Link, str] = WeakKeyDictionary()
+        self._lines = LineQuota(clock.scheduler, self._tell, is_first_told=True)
+        self._rng = rng
+        #: Refusals in a row of a link, and what waits to ask it again.
+        self._refusals: WeakKeyDictionary[Link, int] = WeakKeyDictionary()
+        self._retries: dict[Link, Timer] = {}
+
+    def stop(self) -> None:
+        """Ask nobody again, and tell what had no line."""
+        for timer in self._retries.values():
+            cancel(timer)
+        self._lines.stop()
 
     def run_all(self, links: Iterable[Link]) -> None:
         """There is occasion to ask all of these engines."""
@@ -62,6 +77,7 @@ class CoalescedRequest:
     def _succeeded(self, answer: dict[str, Any], link: Link) -> None:
         may_have_missed = self._running.pop(link)
         self._told.pop(link, None)
+        self._refusals.pop(link, None)
         if self._done(link, answer) or may_have_missed:
             self.run(link)
 
@@ -69,16 +85,31 @@ class CoalescedRequest:
         failure.trap(S2SError)
         error = failure.value
         may_have_missed = self._running.pop(link)
-        is_early = isinstance(error, Refused) and error.code == NotReady.code
-        if link.session.is_open and not is_early and self._told.get(link) != str(error):
+        # Of an answer that is not valid the link has told.
+        is_told = isinstance(error, BadReply) or (isinstance(error, Refused) and error.code == NotReady.code)
+        if link.session.is_open and not is_told and self._told.get(link) != str(error):
             # A line for each reason, and not for each try.
             self._told[link] = str(error)
-            self.log.warn("{link}: {type} failed: {why}", link=link, type=self._type, why=str(error))
+            if self._lines.may_tell(error.code if isinstance(error, Refused) else "without an answer"):
+                self.log.warn("{link}: {type} failed: {why}", link=link, type=self._type, why=str(error))
         if isinstance(error, Refused) and error.code == UnsupportedType.code:
             # Said once; a peer may do without.
             self._unserved.add(link)
         elif isinstance(error, Refused) and error.retryable and error.retry_after_ms is not None:
-            pause_s = min(error.retry_after_ms / 1000, _LONGEST_PAUSE_S)
-            self._clock.scheduler.callLater(pause_s, self.run, link)
+            refusals = self._refusals.get(link, 0)
+            self._refusals[link] = refusals + 1
+            pause_s = retry_pause(error.retry_after_ms, refusals, self._rng, _LONGEST_PAUSE_S)
+            # One at a time: every occasion meanwhile would add another one.
+            cancel(self._retries.get(link))
+            self._retries[link] = self._clock.scheduler.callLater(pause_s, self._retry, link)
         elif may_have_missed:
             self.run(link)
+
+    def _retry(self, link: Link) -> None:
+        # The timer refers to the link, which would never be freed.
+        self._retries.pop(link, None)
+        self.run(link)
+
+    def _tell(self, untold: Mapping[str, int]) -> None:
+        told = ", ".join(f"{count} {cause}" for cause, count in untold.items())
+        self.log.warn("{type} failed further times: {told}", type=self._type, told=told)

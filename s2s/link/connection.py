@@ -25,6 +25,7 @@ from ulid_transform import ulid_now
 from s2s.errors import (
     BY_CODE,
     AuthBad,
+    BadReply,
     CallError,
     CanonicalError,
     DeadlinePassed,
@@ -43,6 +44,7 @@ from s2s.errors import (
 from s2s.link.certificate_dates import why_invalid
 from s2s.link.dispatcher import Dispatcher, KeySource, Refusal, Reply, Request, UnknownKey, UnsignedError
 from s2s.link.inbound import InboundRequests
+from s2s.link.peer_lines import ANSWERS, ENDS, FRAMES, PeerLines
 from s2s.link.read_pause import ReadPause
 from s2s.link.strangers import Strangers
 from s2s.link.write_buffer import WriteBuffer
@@ -54,7 +56,6 @@ from s2s.protocol.session import ALSO_PROVES, CHALLENGE, Event, Session, State
 from s2s.protocol.window import Call
 from s2s.runtime.budget import peer_network
 from s2s.runtime.clock import Clock, Timer, cancel
-from s2s.runtime.line_quota import MOST_TOLD, LineQuota
 
 #: An unacknowledged segment is given up after this many milliseconds (RFC 5482).
 _TCP_USER_TIMEOUT_MS: Final = 20_000
@@ -118,6 +119,7 @@ class Link(Int32StringReceiver):
         events: LinkEvents,
         counters: Counters,
         strangers: Strangers,
+        peer_lines: PeerLines,
     ) -> None:
         self.session = session
         self.MAX_LENGTH = session.bounds.frame_size
@@ -132,6 +134,7 @@ class Link(Int32StringReceiver):
         self._events = events
         self._counters = counters
         self._strangers = strangers
+        self._peer_lines = peer_lines
         #: By what the peer is counted among others.
         self.network = ""
         #: Bytes that came, until a frame was valid; and how many times they wait to be taken.
@@ -143,13 +146,19 @@ class Link(Int32StringReceiver):
         self._frames = 0
         #: A chunk is being taken, and more frames of it may follow.
         self._is_in_chunk = False
-        self._lines = LineQuota(clock.scheduler, self._tell_of_frames, MOST_TOLD)
         self._read_pause = ReadPause(self, session, clock)
         self._timer: Timer | None = None
         #: When it comes, in monotonic seconds.
         self._alarm = float("inf")
         self._answers = InboundRequests(
-            session, dispatcher.responders, clock, counters, self._read_pause, self._send_reply, self._refuse
+            session,
+            dispatcher.responders,
+            clock,
+            counters,
+            self._read_pause,
+            self._send_reply,
+            self._refuse,
+            lambda cause: self.may_tell(cause, FRAMES),
         )
 
     # --- the transport ----------------------------------------------------------------------------------------------
@@ -211,21 +220,18 @@ class Link(Int32StringReceiver):
         if not self._waits:
             self._read_pause.resume("stranger")
 
-    def may_tell(self, why: str) -> bool:
-        """Whether the log has a line of its own for what happened to this link: of a stranger's it has few.
+    def may_tell(self, why: str, what: str = ENDS) -> bool:
+        """Whether the log has a line of its own for what this link does: a peer has few, on all of its links.
 
-        One who connects and goes without a word, as a probe of the port does, is not told of at all.
+        A stranger who connects and goes without a word, as a probe of the port does, is not told of at all.
+
+        :param what: what it does, see :class:`~s2s.link.peer_lines.PeerLines`.
         """
         if self.session.has_been_heard or self.session.role == "engine":
-            return True
+            key_id = self.session.peer_key_id
+            who = "a peer" if key_id is None else f"the key {harmless(key_id)}"
+            return self._peer_lines.may_tell(f"{who} from {self.network or 'a local socket'}", what, why)
         return (self._strange_bytes > 0 or why != _LOST) and self._strangers.may_tell(why)
-
-    def _may_tell_of_frame(self, why: str) -> bool:
-        return self.may_tell(why) and self._lines.may_tell(why)
-
-    def _tell_of_frames(self, untold: Mapping[str, int]) -> None:
-        told = ", ".join(f"{count} {why}" for why, count in untold.items())
-        self.log.warn("{peer}: refused more frames: {told}", peer=self, told=told)
 
     def lengthLimitExceeded(self, length: int) -> None:
         """Refuse a frame by its prefix, before its body is buffered."""
@@ -265,7 +271,6 @@ class Link(Int32StringReceiver):
             self.why = f"{_LOST} before a frame came: {_NO_TLS_THERE}"
         self.session.move(Event.LOST)
         self._fail_calls()
-        self._lines.stop()
         self._cancel_timer()
         self._answers.notify_if_idle()
         self._events.link_lost(self)
@@ -314,7 +319,10 @@ class Link(Int32StringReceiver):
                 self._answers.serve(outcome)
             case Reply(call=None):
                 self._counters.orphan_replies += 1
-                self.log.debug("{peer}: dropped a reply that nobody awaits", peer=self)
+                # An error that answers nothing refuses the link.
+                is_answer = outcome.envelope.type != ERROR or outcome.envelope.ack_of is not None
+                if is_answer and self.may_tell("answers that nobody awaits", ANSWERS):
+                    self.log.info("{peer}: dropped an answer that nobody awaits: {why}", peer=self, why=_why(outcome))
                 self._unawaited(outcome.envelope)
             case Reply():
                 self._settle(outcome)
@@ -337,7 +345,8 @@ class Link(Int32StringReceiver):
             self._read_pause.resume("keys")
 
     def _on_unexpected_error(self, failure: Failure) -> None:
-        self.log.failure("{peer}: a frame could not be judged", failure, peer=self)
+        if self.may_tell("a frame could not be judged", FRAMES):
+            self.log.failure("{peer}: a frame could not be judged", failure, peer=self)
         self.abort("an error of ours")
 
     def _unawaited(self, got: Envelope) -> None:
@@ -369,7 +378,7 @@ class Link(Int32StringReceiver):
         """
         error = refusal.error
         self._counters.errors_out[error.code] += 1
-        if not error.passing and self._may_tell_of_frame(error.code):
+        if not error.passing and self.may_tell(error.code, FRAMES):
             if refusal.key_id is not None:
                 more = f": {self._why_not_verified(refusal.key_id)}; {_SAME_KEY}"
             text = error.message
@@ -394,7 +403,9 @@ class Link(Int32StringReceiver):
             if envelope.size(ERROR, body) <= self.session.max_frame:
                 return body
         except CanonicalError as mistake:
-            self.log.error("details of {code} cannot be said: {mistake}", code=error.code, mistake=str(mistake))
+            if self.may_tell("errors whose details cannot be said", FRAMES):
+                text = "details of {code} cannot be said: {mistake}"
+                self.log.error(text, code=error.code, mistake=str(mistake))
         # The code is what the peer must have.
         return canonical.dumps({"code": error.code, "message": error.code, "details": {"retryable": error.retryable}})
 
@@ -404,7 +415,7 @@ class Link(Int32StringReceiver):
         self.is_slow = True
         said = outcome.payload if ERROR_SCHEMA.is_valid(outcome.payload) else {}
         code = said["code"] if isinstance(said, dict) and said else "?"
-        if self._may_tell_of_frame("unsigned errors"):
+        if self.may_tell("unsigned errors", FRAMES):
             more = f": it does not accept our key {self._signed_by}; {_SAME_KEY}" if code == AuthBad.code else ""
             self.log.warn("{peer}: an unsigned error says {code!r}{more}", peer=self, code=code[:64], more=more)
         if self.session.unsigned_error():
@@ -472,7 +483,9 @@ class Link(Int32StringReceiver):
         try:
             key = self._keys.keyring.signer(role, now) if is_signed else None
         except NoSigningKey as error:
-            self.log.error("{peer}: {error}", peer=self, error=str(error))
+            if self.may_tell("no key may sign"):
+                self.log.error("{peer}: {error}", peer=self, error=str(error))
+            self.has_told = True
             self.close("no key may sign")
             return
         if key is not None:
@@ -512,6 +525,10 @@ class Link(Int32StringReceiver):
         elif call.message is CHALLENGE and isinstance(outcome, dict):
             self.peer = outcome
         self._send_line()
+        # A challenge that fails closes the link, which tells why.
+        is_challenge = call.message is CHALLENGE and self.session.state is State.CHALLENGING
+        if isinstance(outcome, BadReply) and not is_challenge and self.may_tell(call.message.name, ANSWERS):
+            self.log.warn("{peer}: its answer is not valid: {why}", peer=self, why=str(outcome))
         if isinstance(outcome, CallError):
             call.waiter.errback(outcome)
         else:
@@ -594,3 +611,10 @@ class Link(Int32StringReceiver):
         at = self.transport.getPeer() if self.transport is not None else None
         host, port, name = (getattr(at, part, None) for part in ("host", "port", "name"))
         return f"{host}:{port}" if host is not None else os.fsdecode(name or "a local socket")
+
+
+def _why(reply: Reply) -> str:
+    """Say why nobody awaits a reply."""
+    if reply.envelope.ack_of is None:
+        return f"its {harmless(reply.envelope.type)} has no ack_of"
+    return "it came too late, or twice, or its ack_of is the id of no request"

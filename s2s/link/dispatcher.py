@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import msgspec
 from twisted.internet.defer import Deferred
 
-from s2s.errors import AuthBad, BadReply, CallError, Refused, Unsigned, WireError
+from s2s.errors import AuthBad, BadReply, CallError, Refused, Unsigned, WireError, harmless
 from s2s.protocol import canonical, envelope
 from s2s.protocol.catalogue import ERROR, ERROR_SCHEMA, MessageType
 from s2s.protocol.envelope import Envelope
@@ -66,11 +66,13 @@ class Reply(msgspec.Struct, frozen=True):
         asked, got = self.call.message, self.envelope
         is_error = got.type == ERROR
         if not is_error and got.type != asked.reply:
-            return BadReply(f"{asked.name} was answered by another type")
+            return BadReply(f"{asked.name} was answered by {harmless(got.type)} in place of {asked.reply}")
         schema = ERROR_SCHEMA if is_error else asked.reply_schema
         wrong = None if schema.is_valid(got.payload) else schema.explain(got.payload)
         if wrong is not None:
-            return BadReply(f"{asked.name} was answered by a bad payload: at {wrong[0]}: {wrong[1]}")
+            # The names of members on the path are the peer's.
+            where = f"at {harmless(wrong[0])}: {wrong[1]}"
+            return BadReply(f"{asked.name} was answered by {got.type} with a bad payload: {where}")
         if is_error:
             return Refused(got.payload["code"], got.payload["message"], got.payload["details"])
         return got.payload

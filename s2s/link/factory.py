@@ -14,6 +14,7 @@ from twisted.logger import Logger
 from s2s.errors import Forbidden, harmless
 from s2s.link.connection import Link, LinkEvents
 from s2s.link.dispatcher import Dispatcher, KeySource
+from s2s.link.peer_lines import PeerLines
 from s2s.link.strangers import Strangers
 from s2s.protocol.limits import Bounds, Counters, Timing
 from s2s.protocol.replay import ReplayCache
@@ -55,6 +56,12 @@ class LinkFactory(Factory):
     def __post_init__(self) -> None:
         self.replay = ReplayCache(self.clock.mono(), on_full=lambda: self.counters.meet("replay_cache"))
         self.strangers = Strangers(self.clock, self.counters)
+        self.peer_lines = PeerLines(self.clock)
+
+    def tell_rest(self) -> None:
+        """Tell of peers and strangers what had no line yet."""
+        self.strangers.stop()
+        self.peer_lines.stop()
 
     def configure(self, setting: Callable[[str], int]) -> None:
         """Take the settings in force, for every link that there is and will be.
@@ -77,7 +84,16 @@ class LinkFactory(Factory):
     def buildProtocol(self, addr: IAddress | None) -> Link:
         """Make a link for one connection."""
         session = Session(self.role, self.replay, self.timing, self.bounds, self.clock.mono())
-        link = Link(session, self.dispatcher, self.keys, self.clock, self.events, self.counters, self.strangers)
+        link = Link(
+            session,
+            self.dispatcher,
+            self.keys,
+            self.clock,
+            self.events,
+            self.counters,
+            self.strangers,
+            self.peer_lines,
+        )
         link.factory = self
         return link
 
@@ -174,6 +190,8 @@ class ServerLinks:
 
     def _tell_often(self, identity: _Identity, count: int) -> None:
         key_id, name = identity
+        if not self._all_lines.may_tell("up", count):
+            return
         self.log.warn(
             "engine {name} (key {key_id}) came up {count} more times, and is {state} now: it may close each link right"
             " after it was proven: see its log",
@@ -191,7 +209,7 @@ class ServerLinks:
     def _replace(self, identity: _Identity, old: Link, link: Link) -> bool:
         """Close the old link of an engine, and return whether it is time for a line about that."""
         told_at, count = self._replaced.pop(identity, (-TELL_S, 0))
-        is_told = self._clock.mono() >= told_at + TELL_S
+        is_told = self._clock.mono() >= told_at + TELL_S and self._all_lines.may_tell("up")
         if len(self._replaced) >= MAX_LINKS:
             del self._replaced[next(iter(self._replaced))]
         self._replaced[identity] = (self._clock.mono(), 0) if is_told else (told_at, count + 1)

@@ -25,6 +25,7 @@ class InboundRequests:
     :param reader: stops where too much is held.
     :param send: writes a reply: its type, its payload's canonical bytes, and the ``id`` of the request.
     :param refuse: answers with an error.
+    :param may_tell: whether the log may have a line, and a traceback, for a cause.
     """
 
     log = Logger()
@@ -38,6 +39,7 @@ class InboundRequests:
         reader: ReadPause,
         send: Callable[[str, bytes, str], None],
         refuse: Callable[[Refusal], None],
+        may_tell: Callable[[str], bool],
     ) -> None:
         self._session = session
         self._responders = responders
@@ -46,6 +48,7 @@ class InboundRequests:
         self._read_pause = reader
         self._send = send
         self._refuse = refuse
+        self._may_tell = may_tell
         self._until_quiet: list[Deferred[None]] = []
 
     def serve(self, request: Request) -> None:
@@ -110,7 +113,9 @@ class InboundRequests:
         error = failure.value
         if not isinstance(error, WireError):
             incident = ulid_now()
-            self.log.failure("incident {incident} in {type}", failure, incident=incident, type=held.message.name)
+            name = held.message.name
+            if self._may_tell(f"incidents in {name}"):
+                self.log.failure("incident {incident} in {type}", failure, incident=incident, type=name)
             error = InternalError(incident=incident)
         if self._is_awaited(held):
             self._refuse(Refusal(error, held.id))

@@ -68,6 +68,10 @@ class Strangers:
         """
         return self._lines.may_tell(why.partition(":")[0])
 
+    def stop(self) -> None:
+        """Tell what is counted now."""
+        self._lines.stop()
+
     def _tell(self, untold: Mapping[str, int]) -> None:
         told = ", ".join(f"{count} {why}" for why, count in untold.items())
         self.log.warn(

@@ -305,7 +305,7 @@ def dumps_exactly(value: Mapping[str, Any], depth: int = 1) -> bytes:
     :raises CanonicalError: what cannot be said, where, and what to say instead.
     """
     if not isinstance(value, Mapping):
-        raise CanonicalError(f"a {type(value).__name__} is not an object: canonical JSON is written of a mapping")
+        raise CanonicalError(f"canonical JSON is written of a mapping, and this is of type {type(value).__name__}")
     written: bytes = encode_canonical_json(_sayable(value, "", depth))
     return written
 
@@ -332,7 +332,8 @@ def _sayable(value: Any, path: str, depth: int) -> Any:
             wrong("integer_range")
         return int.__index__(value)
     if isinstance(value, float):
-        wrong("float")
+        # A parser of the database's JSON makes a float of every integer that is beyond 64 bits.
+        wrong("integer_range" if abs(value) > MAX_INTEGER and value.is_integer() else "float")
     if isinstance(value, (Mapping, list, tuple)):
         if depth > MAX_DEPTH:
             wrong("depth")
@@ -346,5 +347,6 @@ def _sayable(value: Any, path: str, depth: int) -> Any:
             for name, member in value.items()
         }
     raise CanonicalError(
-        f"at {path or '/'}: a {type(value).__name__} cannot be said: use a string, an integer, a list or an object"
+        f"at {path or '/'}: a value of type {type(value).__name__} has no canonical form: "
+        "use a string, an integer, a list or an object"
     )

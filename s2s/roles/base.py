@@ -94,7 +94,7 @@ class Role(service.Service, ABC):
         self._watchdog = Watchdog(self._clock.scheduler)
         self._digests = [
             CounterSummary("bounds met", lambda: self._counters.met, self._clock, longest_s=_TOLD_S),
-            CounterSummary("refused", self._passing, self._clock),
+            CounterSummary("refused", self._passing, self._clock, longest_s=_TOLD_S),
         ]
 
     def startService(self) -> None:
@@ -132,6 +132,7 @@ class Role(service.Service, ABC):
 
     async def _stop(self) -> None:
         await self._drain()
+        self.factory.tell_rest()
         for digest in self._digests:
             digest.stop()
         self._keys.stop()

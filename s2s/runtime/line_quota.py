@@ -46,8 +46,11 @@ class LineQuota:
         self._untold: Counter[str] = Counter()
         self._timer: Timer | None = None
 
-    def may_tell(self, cause: str) -> bool:
-        """Return whether an event may have a line of its own; one that may not is counted under its cause."""
+    def may_tell(self, cause: str, count: int = 1) -> bool:
+        """Return whether an event may have a line of its own; one that may not is counted under its cause.
+
+        :param count: the events that the line would stand for.
+        """
         if self._is_stopped:
             return True
         if self._timer is None:
@@ -56,7 +59,7 @@ class LineQuota:
             self._told += 1
             self._causes.add(cause)
             return True
-        self._untold[cause if cause in self._untold or len(self._untold) < MOST_CAUSES else _OTHER] += 1
+        self._untold[cause if cause in self._untold or len(self._untold) < MOST_CAUSES else _OTHER] += count
         return False
 
     def _is_new(self, cause: str) -> bool:

@@ -18,23 +18,49 @@ from psycopg2 import _psycopg as c
 from psycopg2.extensions import AsIs, Binary, QuotedString, connection, cursor, new_type
 from psycopg2.extras import Json
 
+from s2s.errors import CanonicalError
+from s2s.protocol.canonical import MAX_DEPTH
+
 
 class Unreadable:
     """A JSON value of the database that Python cannot read, such as ``1e400``: written by another hand than ours.
 
     It is no value of any kind, so that whoever uses it refuses it, and the rows beside it are read all the same.
+
+    :param why: a sentence for people.
     """
 
+    def __init__(self, why: str = "") -> None:
+        self.why = why
+
     def __repr__(self) -> str:
-        return "(JSON that cannot be read)"
+        return f"(JSON that cannot be read{f': {self.why}' if self.why else ''})"
+
+
+#: The parser's reasons by how they begin, each with the sentence for people.
+_REASONS: Final = {
+    "number is infinity": "a number in it is out of range, beyond 1.8e308: say it as a string",
+    "depth limit": f"it is nested deeper than {MAX_DEPTH} levels",
+}
 
 
 def read_json(text: str | bytes) -> Any:
     """Read a JSON value of the database."""
     try:
         return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return Unreadable()
+    except orjson.JSONDecodeError as error:
+        said = str(error).partition(":")[0]
+        return Unreadable(next((why for begin, why in _REASONS.items() if said.startswith(begin)), said))
+
+
+def check_readable(value: Any, name: str) -> None:
+    """Refuse a JSON value of the database that cannot be read.
+
+    :param name: what it is, for people.
+    :raises CanonicalError: it cannot be read, and why.
+    """
+    if isinstance(value, Unreadable):
+        raise CanonicalError(f"the {name} cannot be read: {value.why}")
 
 
 _JSON: Final = new_type((114, 3802), "S2S_JSON", lambda text, _: None if text is None else read_json(text))

@@ -334,7 +334,9 @@ class WrapperTests(ApiTestCase):
             " values (1, 'a', '1', '{\"n\": 1e400}'), (2, 'a', '2', '{}')"
         )
         rows = self.ask("GET", "/v1/commands").body["items"]
-        self.assertEqual([row["payload"] for row in rows], [{}, {"unreadable": "(JSON that cannot be read)"}])
+        why = "a number in it is out of range, beyond 1.8e308: say it as a string"
+        unreadable = {"unreadable": f"(JSON that cannot be read: {why})"}
+        self.assertEqual([row["payload"] for row in rows], [{}, unreadable])
 
     def test_times_of_another_hand(self) -> None:
         """A time outside Python's years is shown as its first or last moment, and the rows beside it are shown too."""

@@ -34,7 +34,7 @@ from s2s.errors import (
 )
 from s2s.protocol.catalogue import ORDERS
 from s2s.store.access import ACCESS
-from s2s.store.cursor import Unreadable
+from s2s.store.cursor import Unreadable, read_json
 from s2s.store.tables.commands_admin import CommandRow
 from s2s.store.tables.engines import EngineRow
 
@@ -226,6 +226,8 @@ class JsonTests(SynchronousTestCase):
     def test_what_cannot_be_read(self) -> None:
         """JSON that Python cannot read is an object that says so; what is no JSON at all is nobody's to write."""
         self.assertEqual(encode({"a": Unreadable()}), b'{"a":{"unreadable":"(JSON that cannot be read)"}}')
+        said = b'{"a":{"unreadable":"(JSON that cannot be read: it is nested deeper than 32 levels)"}}'
+        self.assertEqual(encode({"a": read_json("[" * 4000 + "]" * 4000)}), said)
         self.assertRaises(NotImplementedError, encode, object())
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock as FakeClock
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import DeadlinePassed, Refused
 from s2s.link.coalesced_request import CoalescedRequest
 from s2s.runtime.clock import Clock
+from s2s.runtime.line_quota import PERIOD_S, TOLD
 
 
 class _Session:
@@ -86,6 +88,42 @@ class ErrandTests(SynchronousTestCase):
             self.time.advance(0.02)
             self.assertEqual(len(self.link.calls), 2)
             self.link.calls[1].callback({"more": 0})
+
+    def test_a_pause_of_nothing(self) -> None:
+        """A refusal that asks for no pause at all is tried again more and more seldom."""
+        self.errand._rng = lambda: 1.0
+        self.errand.run(self.link)
+        for _ in range(1000):
+            if not self.link.calls[-1].called:
+                self.link.calls[-1].errback(Refused("overloaded", "", {"retryable": True, "retry_after_ms": 0}))
+            self.time.advance(0.01)
+        # 0.2, 0.4, ... and 5 s.
+        self.assertEqual(len(self.link.calls), 6)
+
+    def test_one_retry_at_a_time(self) -> None:
+        """However many occasions there are meanwhile, one retry of a link waits."""
+        for _ in range(20):
+            self.errand.run(self.link)
+            self.link.calls[-1].errback(Refused("not_ready", "", {"retryable": True, "retry_after_ms": 5000}))
+        self.time.advance(5)
+        self.assertEqual(len(self.link.calls), 21)
+        self.assertEqual(self.errand._retries, {}, "a link that has ended would be kept")
+        self.link.calls[-1].errback(Refused("not_ready", "", {"retryable": True, "retry_after_ms": 5000}))
+        self.errand.stop()
+        self.assertEqual(self.time.getDelayedCalls(), [])
+
+    def test_lines_are_bounded(self) -> None:
+        """An engine that refuses on one link after the other has a few lines, and then one a minute."""
+        with capturedLogs() as logs:
+            for _ in range(20 * 60):
+                link: Any = _Link()
+                self.errand.run(link)
+                link.calls[0].errback(Refused("internal_error", "no", {"retryable": False}))
+                self.time.advance(0.05)
+            self.time.advance(PERIOD_S)
+        lines = [formatEvent(event) for event in logs]
+        self.assertLessEqual(len(lines), TOLD + 2)
+        self.assertIn("s2s.broadcast.sweep failed further times: ", lines[-1])
 
     def test_failures(self) -> None:
         """After another failure it waits for the next occasion, or takes the one that came meanwhile."""

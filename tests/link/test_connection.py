@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock as FakeClock
 from twisted.internet.testing import StringTransport
-from twisted.logger import capturedLogs, globalLogPublisher
+from twisted.logger import capturedLogs, formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.test import iosim
 from twisted.trial.unittest import SynchronousTestCase
@@ -33,6 +33,7 @@ from s2s.errors import (
 )
 from s2s.link.connection import Link
 from s2s.link.dispatcher import Dispatcher, Request
+from s2s.link.peer_lines import PeerLines
 from s2s.link.strangers import Strangers
 from s2s.protocol import canonical, envelope
 from s2s.protocol.catalogue import BY_NAME, COMMAND_PUSH, HEALTH_ACK, HEALTH_CHECK, SWEEP
@@ -41,6 +42,7 @@ from s2s.protocol.replay import ReplayCache
 from s2s.protocol.session import Session, State
 from s2s.protocol.signing import Key, Keyring, Role, Secret
 from s2s.runtime.clock import Clock
+from s2s.runtime.line_quota import PERIOD_S, TOLD
 from tests.support.descriptor import Descriptor
 
 _NOW = 1_737_990_000
@@ -140,7 +142,8 @@ class LinkTestCase(SynchronousTestCase):
         session = Session(role, ReplayCache(0.0), Timing(), self.bounds, self.time.seconds())
         dispatcher = Dispatcher(self.keys, responders, clock)
         strangers = Strangers(clock, self.counters)
-        return Link(session, dispatcher, self.keys, clock, self.events, self.counters, strangers)
+        lines = PeerLines(clock)
+        return Link(session, dispatcher, self.keys, clock, self.events, self.counters, strangers, lines)
 
     def serve(self, request: Request) -> Any:
         """Note the request, and answer as the test wants it."""
@@ -643,9 +646,61 @@ class CallTests(LinkTestCase):
         ):
             with self.subTest(type=type, payload=payload):
                 call, message_id = self.push()
-                self.say(type, payload, ack_of=message_id)
+                with capturedLogs() as logs:
+                    self.say(type, payload, ack_of=message_id)
                 self.failureResultOf(call, BadReply)
                 self.assert_open()
+                told = [formatEvent(event) for event in logs if "its answer is not valid" in event["log_format"]]
+                # Further ones are counted.
+                self.assertTrue(told == [] or "s2s.command.push was answered by " in str(told[0]), told)
+
+    def test_bad_replies_are_told(self) -> None:
+        """Whatever we ask, an answer that is not valid has a line with its path and the reason; many share one."""
+        asked: tuple[tuple[str, dict[str, Any], dict[str, Any], str], ...] = (
+            (COMMAND_PUSH, _push(), {**_ACK, "cmd_id": "1"}, "/payload/cmd_id: must satisfy type"),
+            (HEALTH_CHECK, {}, {"version": "1", "uptime_s": 1}, "/payload/role: the member is required"),
+            (SWEEP, {"since_ts": 0}, {"ok": True, "since_ts": 0, "queued": -1}, "/payload/queued: must satisfy"),
+            ("s2s.config.bump", {"version": 2}, {"ok": True}, "/payload/version: the member is required"),
+            ("s2s.engine.pause", {"reason": "x"}, {"ok": True, "state": 7}, "/payload/state: must satisfy type"),
+            ("s2s.engine.resume", {"reason": "x"}, {}, "the member is required"),
+            ("s2s.engine.shutdown", {"reason": "x", "grace_ms": 1}, {}, "the member is required"),
+            (
+                "world.set_sector_status.v1",
+                {"order_id": "a", "sector_id": 1, "status": "neutral"},
+                {"ok": True, "order_id": "a", "status": "begun", "result": None},
+                "/payload/status: must satisfy enum",
+            ),
+        )
+        for type, payload, answer, why in asked:
+            with self.subTest(type=type), capturedLogs() as logs:
+                call = self.link.call(type, payload)
+                [frame] = self.written()
+                reply = HEALTH_ACK if type == HEALTH_CHECK else "s2s.ack"
+                self.say(reply, answer, ack_of=frame["id"])
+                error = self.failureResultOf(call, BadReply).value
+                [line] = [str(formatEvent(event)) for event in logs]
+                self.assertIn(f"its answer is not valid: {type} was answered by {reply} with a bad payload: at ", line)
+                self.assertIn(why, line)
+                self.assertIn(str(error), line)
+
+    def test_a_bad_reply_of_control_characters(self) -> None:
+        """What a peer calls its members reaches the log without control characters."""
+        call, message_id = self.push()
+        with capturedLogs() as logs:
+            self.say("s2s.error", {"code": "paused", "message": "m", "details": {"limit": "x"}}, ack_of=message_id)
+            self.say("\x1b[31m", {}, ack_of="nothing")
+        self.failureResultOf(call, BadReply)
+        self.assertNotIn("\x1b", "".join(str(formatEvent(event)) for event in logs))
+
+    def test_answers_that_nobody_awaits(self) -> None:
+        """An answer without ack_of has a line that says so, and many answers that nobody awaits share one."""
+        with capturedLogs() as logs:
+            for _ in range(50):
+                self.say("s2s.ack", _ACK)
+            self.time.advance(PERIOD_S)
+        lines = [str(formatEvent(event)) for event in logs]
+        self.assertIn("dropped an answer that nobody awaits: its s2s.ack has no ack_of", lines[0])
+        self.assertEqual(len(lines), TOLD + 1, lines)
 
     def test_replies_nobody_asked_for(self) -> None:
         """A reply to nothing, or a second one, is counted and dropped, and the link stays up."""

@@ -159,6 +159,19 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual(lines[-1], "engines came up 950 more times: s2s engine list shows those that are up")
         self.assertEqual(len(self.links._lines), MAX_LINKS)
 
+    def test_fights_under_many_names_are_told_together(self) -> None:
+        """A peer that fights with itself under ever new names, or comes and goes under many, has a bound of lines."""
+        lines = self.lines()
+        for number in range(500):
+            pair = [self.made("k1", name=str(number), boot_id=boot) for boot in "ab"]
+            for link in pair:
+                self.links.link_proven(link)
+            for link in pair:
+                self.links.link_lost(link)
+        self.loop(*(f"e{number % 300}" for number in range(3000)))
+        self.time.advance(PERIOD_S)
+        self.assertLessEqual(len(lines), 3 * factory.MOST_ENGINES_TOLD + 1)
+
     def test_memory_of_fights_is_bounded(self) -> None:
         """However many names are fought for, only the newest are remembered, and the links of none are kept."""
         for number in range(MAX_LINKS + 50):

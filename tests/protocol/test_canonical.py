@@ -371,6 +371,7 @@ class DumpsTests(SynchronousTestCase):
         for value, place, words in (
             ({"a": [1, {"b": 1.5}]}, "/a/1/b", "basis points"),
             ({"a": 2**53}, "/a", "as a string"),
+            ({"a": 1e20}, "/a", "an integer is beyond"),
             ({"a": "x\0"}, "/a", "U+0000"),
             ({"a": ["\ud800"]}, "/a/0", "surrogate"),
             ({"\ud800": 1}, "/", "surrogate"),

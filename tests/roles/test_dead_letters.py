@@ -324,7 +324,7 @@ class OutboxTests(_CliTestCase):
         self.s2s("cancel", accepted, refused, again)
         with blocking(self.url) as txn:
             outbox.delete(txn, [accepted])
-            outbox.retry(txn, [(again, 0.0)])
+            outbox.retry(txn, [(again, 0.0, "paused", "")])
             outbox.kill(txn, [(refused, "bad_payload", "no")])
         self.assertEqual([(row[0], row[1]) for row in self.rows()], [(refused, "dead"), (again, "dead")])
         self.assertEqual(self.claim(), [])
@@ -337,7 +337,7 @@ class OutboxTests(_CliTestCase):
         self.s2s("discard", *rows)
         with blocking(self.url) as txn:
             outbox.delete(txn, rows[:1])
-            outbox.retry(txn, [(rows[1], 0.0)])
+            outbox.retry(txn, [(rows[1], 0.0, "paused", "")])
             outbox.kill(txn, [(rows[2], "bad_payload", "no")])
         self.assertEqual(self.rows(), [])
 

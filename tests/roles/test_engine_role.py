@@ -16,6 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.roles.engine.service import CONNECTING_S, _TellingEndpoint
 from s2s.runtime.clock import Clock
+from s2s.runtime.line_quota import MOST_TOLD
 from s2s.runtime.status_log import LINK_UP
 from tests.support.peer import (
     CHECK,
@@ -105,6 +106,11 @@ class EngineRoleTests(RoleTestCase):
     def emptied(self) -> Iterator[Deferred[Any]]:
         """Wait until nothing waits in the outbox."""
         yield poll(lambda: not self.execute("select 1 from outbox where state = 'waiting'"), "the outbox is empty")
+
+    def said(self, code: str) -> str:
+        """Give what the row that waits says of its last attempt, if that had this code."""
+        rows = self.execute("select error_message from outbox where state = 'waiting' and error_code = %s", code)
+        return "".join(message for (message,) in rows)
 
     # --- challenge and proof --------------------------------------------------------------------------------------
 
@@ -259,6 +265,52 @@ class EngineRoleTests(RoleTestCase):
         self.accept(peer, pushes[-1])
         yield self.emptied()
         self.assertEqual(self.count("outbox"), 0)
+
+    @inlineCallbacks
+    def test_answers_that_are_not_valid(self):
+        """A push that is answered by what is no answer is sent again, and the log and the row have the path and why."""
+        self.broadcast("hello")
+        peer = self.linked()
+        peer.send(SWEEP, {"since_ts": 0})
+        ack = {"accepted": True, "duplicate": False, "cmd_id": 1, "status": "ready"}
+        for type, payload, why in (
+            ("s2s.ack", {**ack, "cmd_id": "1"}, "by s2s.ack with a bad payload: at /payload/cmd_id: must satisfy type"),
+            ("s2s.ack", {**ack, "accepted": False}, "by s2s.ack with a bad payload: at /payload/accepted: "),
+            (HEALTH_ACK, {"role": "server", "version": "9", "uptime_s": 1}, "by s2s.health.ack in place of s2s.ack"),
+            (ERROR, {"code": "paused", "message": "m"}, "by s2s.error with a bad payload: at /payload/details: the m"),
+        ):
+            peer.reply(self.push(peer), type, payload)
+            yield poll(lambda why=why: why in self.said("bad_reply"), f"the row says {why}")
+        told = self.engine_role.lines("its answer is not valid: s2s.command.push was answered by s2s.ack with a bad")
+        self.assertIn("at /payload/cmd_id: must satisfy type", told[0])
+        again = self.push(peer)
+        peer.refuse(again, "overloaded", retryable=True, retry_after_ms=100)
+        yield poll(lambda: self.said("overloaded"), "the row has the last one")
+        self.accept(peer, self.push(peer))
+        yield self.emptied()
+
+    @inlineCallbacks
+    def test_a_pause_of_nothing(self):
+        """A server that refuses each push for now, and asks for no pause at all, is not sent it without a pause."""
+        self.broadcast("hello")
+        peer = self.linked()
+        peer.send(SWEEP, {"since_ts": 0})
+        began = time.monotonic()
+        for _ in range(5):
+            peer.refuse(self.push(peer), "overloaded", retryable=True, retry_after_ms=0)
+        self.accept(peer, self.push(peer))
+        self.assertGreaterEqual(time.monotonic() - began, 0.5)
+        yield self.emptied()
+
+    @inlineCallbacks
+    def test_a_server_that_closes_every_link(self):
+        """A server that proves each link and closes it has a bounded number of lines in the engine's log."""
+        for _ in range(2 * MOST_TOLD):
+            self.linked().close()
+        self.engine_role.stop()
+        yield poll(lambda: self.engine_role.lines("the link came up"), "the rest is told")
+        self.assertLessEqual(len(self.engine_role.lines("link up")), MOST_TOLD)
+        self.assertLessEqual(len(self.engine_role.lines("link down")), MOST_TOLD)
 
     @inlineCallbacks
     def test_set_aside(self):

@@ -306,6 +306,20 @@ class ExecutorTests(DatabaseTestCase):
         ((error,),) = self.execute("select error from commands where idem_key = 'bad sql'")
         self.assertEqual(error, 'UniqueViolation: duplicate key value violates unique constraint "effects_cmd_id_key"')
 
+    async def test_payloads_that_cannot_be_read(self) -> None:
+        """A payload of plain SQL that no JSON parser reads fails its command with the reason; its batch goes on."""
+        for cmd_type in ("test.single", "test.batched"):
+            text = "insert into commands (cmd_type, idem_key, payload) values (%s, %s, '{\"n\": 1e400}')"
+            self.execute(text, cmd_type, f"odd {cmd_type}")
+        self.insert("a", cmd_type="test.batched")
+        self.insert("b")
+        self.start()
+        await self.until("done", "a", "b")
+        why = "CanonicalError: the payload cannot be read: a number in it is out of range, beyond 1.8e308"
+        failed = "select error from commands where idem_key like 'odd%%' and attempts > 0"
+        errors = await poll(lambda: self.execute(failed)[1:] and self.execute(failed), "both have failed")
+        self.assertEqual([error.startswith(why) for (error,) in errors], [True, True], errors)
+
     async def test_retries(self) -> None:
         """What fails twice and then works is done, with its attempts counted."""
         self.insert("a", do="raise twice")

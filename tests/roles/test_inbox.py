@@ -28,6 +28,7 @@ from s2s.protocol.catalogue import BY_NAME, COMMAND_PUSH
 from s2s.protocol.limits import Counters
 from s2s.roles.server import inbox
 from s2s.roles.server.inbox import Inbox
+from s2s.runtime.line_quota import PERIOD_S, TOLD
 from s2s.store.driver import Cursor, Query
 from s2s.store.pool import Database, blocking
 from s2s.store.tables.commands import Outcome
@@ -434,6 +435,18 @@ class BatchTests(SynchronousTestCase):
         answer = self.inbox.push(_push("k"))
         self.database.commit()
         self.successResultOf(answer)
+
+    def test_incidents_are_bounded(self) -> None:
+        """Pushes that fail again and again for what nobody foresaw leave a few tracebacks, and then a count."""
+        with capturedLogs() as logs:
+            for number in range(100):
+                answer = self.inbox.push(_push(f"k{number}"))
+                self.database.batches[-1][1].errback(ZeroDivisionError("x"))
+                self.failureResultOf(answer, InternalError)
+            self.time.advance(PERIOD_S)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), TOLD)
+        count = f"{100 - TOLD} more batches of pushes failed: ZeroDivisionError: x"
+        self.assertEqual(formatEvent(logs[-1]), count)
 
     def test_who_is_told_stumbles(self) -> None:
         """Where whoever is told of a COMMIT fails, the pushes are answered all the same, and the next ones too."""

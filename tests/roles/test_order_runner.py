@@ -210,12 +210,34 @@ class OrderRunnerTests(DatabaseTestCase):
         for order_id in odd:
             status, result = self.row(order_id)
             self.assertEqual((status, result["code"]), ("refused", "bad_payload"))
+        for order_id, why in (
+            ("huge", "a number in it is out of range, beyond 1.8e308: say it as a string"),
+            ("deep", "it is nested deeper than 32 levels"),
+        ):
+            message = f"the JSON of its params cannot be read: {why}"
+            self.assertEqual(self.row(order_id)[1]["message"], message)
         self.assertEqual(self.row("good")[0], "done")
         with blocking(self.url) as txn:
             self.assertEqual(len(table.list_orders(txn)), len(odd) + 2)
             self.assertEqual(len(audit.LISTED.read(txn, 100, None)), 2 * len(odd) + 3)
         self.assertEqual(self.row("later"), ("queued", None))
         self.assertEqual(self.steps(), [("good", "{}")])
+
+    async def test_lines_are_bounded(self) -> None:
+        """However many orders come, a minute has a bounded number of lines, and the rest is told as a count."""
+        self.patch(order_runner, "MOST_LINES", 5)
+        self.execute(
+            "insert into orders (order_id, rpc, params)"
+            ' select \'o\' || n, %s, \'{"sector_id": 1, "status": "neutral"}\' from generate_series(1, 20) n',
+            SECTOR,
+        )
+        with capturedLogs() as logs:
+            runner = self.start()
+            await self.over(*(f"o{number}" for number in range(1, 21)))
+            await runner.stop()
+        lines = [str(formatEvent(event)) for event in logs]
+        self.assertEqual(len([line for line in lines if line.startswith("order o")]), 5)
+        self.assertIn("further orders: 15 done: see s2s order list", lines)
 
     async def test_a_step_that_fails(self) -> None:
         """What fails after a step was committed has failed, and is not refused; that step stays."""

@@ -92,11 +92,14 @@ class CourierTests(SynchronousTestCase):
 
     def test_params_that_cannot_be_read(self) -> None:
         """An order whose params no JSON parser reads is refused with a reason, and is not sent."""
-        self.database.queued.append(Order("a", SECTOR, Unreadable(), "me", "queued", None, {}, 0, 0))  # type: ignore[arg-type]
+        unreadable: Any = Unreadable("it is nested deeper than 32 levels")
+        self.database.queued.append(Order("a", SECTOR, unreadable, "me", "queued", None, {}, 0, 0))
         self.courier.wake()
         self.assertEqual((self.first.sent, self.second.sent), ([], []))
         [(order_id, status, result, *_)] = self.database.ended
         self.assertEqual((order_id, status, result["code"]), ("a", "refused", "bad_payload"))
+        why = "the JSON of its params cannot be read: it is nested deeper than 32 levels"
+        self.assertEqual(result["message"], why)
 
     def test_sent_again(self) -> None:
         """One that is queued still is sent again after a while, not while its answer is awaited, and not before."""

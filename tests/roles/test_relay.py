@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from s2s.errors import (
     BadReply,
     DatabaseUnavailable,
+    DeadlineExceeded,
     DeadlinePassed,
     InvalidPayload,
     LineFull,
@@ -31,6 +33,7 @@ from s2s.roles.engine import relay
 from s2s.roles.engine.congestion_window import CongestionWindow
 from s2s.roles.engine.relay import PUSH_S, Relay
 from s2s.runtime.clock import Clock
+from s2s.runtime.line_quota import PERIOD_S, TOLD
 from s2s.store.pool import Database
 from s2s.store.tables import outbox
 from s2s.store.tables.outbox import OutboxRow, Settlement
@@ -299,15 +302,27 @@ class RelayTests(DatabaseTestCase):
         self.put(1)
         self.execute(
             "insert into outbox (cmd_type, idem_key, payload) values"
-            """ ('a.b', 'odd', '{"n": 1.5}'), ('a.b', 'huge', '{"n": 1e400}'), ('a.b', 'deep', %s)""",
-            '{"a":' * 1100 + "1" + "}" * 1100,
+            """ ('a.b', 'odd', '{"n": 1.5}'), ('a.b', 'huge', '{"n": 1e400}'), ('a.b', 'deep', %s),"""
+            " ('a.b', 'long', %s)",
+            '{"a":' * 4000 + "1" + "}" * 4000,
+            '{"a":' + "1" * 100_000 + "}",
         )
         self.put(1, since=1)
         self.relay.linked(self.link)
         await poll(lambda: set(self.link.waiting) == {"k0", "k1"}, "the good rows sent", timeout=3.0)
         self.link.accept()
-        dead = [(name, "dead", "bad_payload") for name in ("odd", "huge", "deep")]
+        dead = [(name, "dead", "bad_payload") for name in ("odd", "huge", "deep", "long")]
         await self.until(lambda: self.left() == dead, "the odd rows set aside")
+        out_of_range = "the payload cannot be read: a number in it is out of range, beyond 1.8e308: say it as a string"
+        self.assertEqual(
+            [text for (text,) in self.execute("select error_message from outbox order by outbox_id")],
+            [
+                "at /payload/n: a number is not an integer: say it in basis points, in permille or as a decimal string",
+                out_of_range,
+                "the payload cannot be read: it is nested deeper than 32 levels",
+                out_of_range,
+            ],
+        )
 
     async def test_window(self) -> None:
         """At most 512 rows are in flight; as they are answered the others follow, each once."""
@@ -414,7 +429,7 @@ class RelayTests(DatabaseTestCase):
             self.link.accept()
             await poll(lambda: self.link.waiting or flushing.called, "more pushes, or the end")
         await flushing
-        self.assertEqual(self.left(), [("k0", "waiting", None)])
+        self.assertEqual(self.left(), [("k0", "waiting", "overloaded")])
 
     async def test_stop(self) -> None:
         """The stop ends when what is in flight is settled, sends no more, and leaves the rest for the next start."""
@@ -664,7 +679,10 @@ class RelayTimingTests(SynchronousTestCase):
         self.time.advance(1.1)
         self.time.advance(1.1)
         self.database.end("settle", None)
-        self.assertEqual(self.database.settlements, [Settlement(retries=[(1, 30.0)]), Settlement(renewed=[2])])
+        self.assertEqual(
+            self.database.settlements,
+            [Settlement(retries=[(1, 30.0, "overloaded", "overloaded: m")]), Settlement(renewed=[2])],
+        )
 
     # --- flush and stop -------------------------------------------------------------------------------------------
 
@@ -729,14 +747,41 @@ class RelayTimingTests(SynchronousTestCase):
         self.time.advance(0.2)
         self.database.end("settle", None)
         self.successResultOf(stopping)
-        self.assertEqual(self.database.settlements, [Settlement(retries=[(1, 0.1)])])
+        why = (DeadlineExceeded.code, "it was given up before it was answered")
+        self.assertEqual(self.database.settlements, [Settlement(retries=[(1, 0.1, *why)])])
         self.link.accept()
         self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_pauses(self) -> None:
-        """Without the peer's wish a row rests 100 ms at least, and longer the oftener it was sent, up to 5 s."""
-        pauses = []
-        for rng in (0.0, 1.0):
-            each = Relay(self.database, Clock(self.time), rng=lambda rng=rng: rng)  # type: ignore[arg-type]
-            pauses.append([each._pause(LinkLost("gone"), attempts) for attempts in (0, 1, 3, 5, 100)])
-        self.assertEqual(pauses, [[0.1] * 5, [0.2, 0.4, 1.6, 5.0, 5.0]])
+        """Each attempt of a row that was sent before rests longer, and a peer that asks for 0 ms changes nothing."""
+        for error in (LinkLost("gone"), Refused("overloaded", "m", {"retry_after_ms": 0})):
+            self.setUp()
+            self.relay._rng = lambda: 1.0
+            rows = [replace(row, attempts=at) for row, at in zip(self.rows("k1", "k2", "k3"), (0, 3, 100), strict=True)]
+            self.database.end("claim", rows)
+            self.link.refuse(error)
+            while self.database.under_way and len(self.pauses()) < len(rows):
+                self.database.end("settle", None)
+            self.assertEqual(sorted(self.pauses()), [0.2, 1.6, 5.0])
+
+    def pauses(self) -> list[float]:
+        """Return the pauses of what was settled to be sent again."""
+        return [pause for settlement in self.database.settlements for _, pause, *_ in settlement.retries]
+
+    def test_what_is_sent_again_is_told(self) -> None:
+        """A row that is sent again for what is no passing state has a line with the cause; many share one a minute."""
+        self.database.end("claim", self.rows(*(f"k{number}" for number in range(100))))
+        with capturedLogs() as logs:
+            self.link.refuse(DeadlinePassed("s2s.command.push was not answered in time"), *list(self.link.waiting)[:50])
+            self.link.refuse(Refused("teapot", "no", {"retryable": True}), *list(self.link.waiting)[:10])
+            self.link.refuse(Refused("overloaded", "later", {"retry_after_ms": 30_000}))
+            self.time.advance(PERIOD_S)
+        lines = [formatEvent(event) for event in logs]
+        row = "outbox row 1 is sent again: s2s.command.push was not answered in time: see s2s outbox show 1"
+        self.assertEqual(lines[0], row)
+        self.assertIn("teapot: no", lines[TOLD])
+        self.assertEqual([line for line in lines if "overloaded" in line], [])
+        self.assertEqual(
+            lines[TOLD + 1 :],
+            ["47 more outbox rows are sent again: 'deadline_exceeded'", "9 more outbox rows are sent again: 'teapot'"],
+        )

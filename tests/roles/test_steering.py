@@ -151,6 +151,28 @@ class SteeringTests(RoleTestCase, CliTestCase):
         self.assertIn("engine-9 did not answer, the outcome is unknown: the link ended", output)
 
     @inlineCallbacks
+    def test_an_answer_that_is_not_valid(self):
+        """An answer that breaks its schema is an unknown outcome, and who asked is told the path; so is the log."""
+        self.server_role = self.server()
+        yield self.server_role.start()
+        peer = self.peer(config_version=0)
+        asking = self.in_thread("engine", "pause", "engine-9")
+        peer.reply(peer.request("s2s.engine.pause"), "s2s.ack", {"ok": True, "state": 7})
+        code, output = yield asking
+        self.assertEqual(code, 1)
+        why = "s2s.engine.pause was answered by s2s.ack with a bad payload: at /payload/state: must satisfy type"
+        told = f"engine-9 gave an answer that is not valid, the outcome is unknown: {why}"
+        self.assertIn(told, " ".join(output.split()))
+        self.assertEqual(len(self.server_role.lines(f"its answer is not valid: {why}")), 1)
+        self.assertEqual(len(self.server_role.lines("s2s.engine.pause to 'engine-9' by ")), 1)
+        peer.serves[CHECK] = lambda _: {"role": "engine"}
+        listing = self.in_thread("engine", "list", "--json")
+        peer.until(lambda frame: frame["type"] == CHECK)
+        code, output = yield listing
+        self.assertIn('"invalid answer"', output)
+        self.assertEqual(len(self.server_role.lines("s2s.health.check was answered by s2s.health.ack with a bad")), 1)
+
+    @inlineCallbacks
     def test_a_server_that_dies_with_it(self):
         """A server that took a request and is gone is not waited for; what became of it is unknown, and it says so."""
         self.server_role = self.server()

@@ -34,6 +34,14 @@ class LineQuotaTests(SynchronousTestCase):
         self.time.advance(PERIOD_S)
         self.assertEqual(self.sums, [{"a": 4, "b": 2}])
 
+    def test_a_line_for_many(self) -> None:
+        """An event that stands for many is counted as many."""
+        self.ask(TOLD)
+        self.quota.may_tell("a", 7)
+        self.quota.may_tell("a")
+        self.time.advance(PERIOD_S)
+        self.assertEqual(self.sums, [{"a": 8}])
+
     def test_lines_of_their_own_again(self) -> None:
         """Events have lines of their own again after a period in which nothing was added up."""
         self.ask(TOLD + 1)

@@ -6,13 +6,14 @@ import getpass
 import os
 import subprocess
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg2
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s.errors import BadPayload, Forbidden, NotReady, WireError
+from s2s.errors import BadPayload, Forbidden, NotReady, StatementRefused, WireError
 from s2s.link.dispatcher import Request
 from s2s.protocol.catalogue import BY_NAME, ORDERS, SHUTDOWN
 from s2s.protocol.envelope import Envelope
@@ -595,6 +596,8 @@ class _Slow:
 
     def __init__(self) -> None:
         self.running: list[tuple[Deferred[None], Any]] = []
+        self.noted: list[tuple[str, str]] = []
+        self.troubles = SimpleNamespace(note=lambda state, text: self.noted.append((state, text)))
 
     def run(self, _: Any, entries: Any) -> Deferred[None]:
         """Note what is to be written."""
@@ -630,6 +633,14 @@ class LedgerTests(SynchronousTestCase):
         self.successResultOf(quiet)
         self.refuse(BadPayload("no"))
         self.assertEqual(len(self.database.running), 3)
+
+    def test_what_the_database_refuses(self) -> None:
+        """Entries that the database refuses are counted, and told by the lines that are bounded for all refusals."""
+        for _ in range(10):
+            self.refuse(BadPayload("no"), order_id="o1")
+            self.database.running[-1][0].errback(StatementRefused("not here", state="P0001"))
+        self.assertEqual(self.counters.met, {"audit": 10})
+        self.assertEqual(self.database.noted, [("P0001", "not here")] * 10)
 
     def test_what_is_told(self) -> None:
         """An order that its schema or its sender's role forbids is told; what may be sent again is not, nor others."""

@@ -270,7 +270,7 @@ class RuleTests(DatabaseTestCase):
             outbox.put(txn, "test.run", "leased", {})
             outbox.put(txn, "test.run", "put off", {})
             outbox.Claims().claim(txn, 1, 5.0)
-            outbox.retry(txn, [(2, 60.0)])
+            outbox.retry(txn, [(2, 60.0, "paused", "")])
         self.execute("update jobs set attempts = 9, retry_at = now() + interval '300 seconds' where job_type = 'a'")
         self.execute("insert into orders (rpc, params) values ('test.v1', '{}')")
         for due in ("now() + interval '1 day'", "'infinity'", "now() - interval '1 day'", "now()"):

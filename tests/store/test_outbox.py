@@ -202,14 +202,14 @@ class OutboxTests(_StoreTestCase):
         await self.put("done", "again", "dead")
         done, again, dead = await self.claim()
         await self.run_work(outbox.delete, [done.outbox_id])
-        await self.run_work(outbox.retry, [(again.outbox_id, 0)])
+        await self.run_work(outbox.retry, [(again.outbox_id, 0, "paused", "for now")])
         await self.run_work(outbox.kill, [(dead.outbox_id, "bad_payload", "at /payload/n")])
         self.assertEqual(await self.run_work(outbox.Claims().depth), 1)
         (row,) = await self.claim()
         self.assertEqual((row.idem_key, row.attempts), ("again", 1))
         self.assertEqual(
-            self.execute("select idem_key, error_code, error_message from outbox where state = 'dead'"),
-            [("dead", "bad_payload", "at /payload/n")],
+            self.execute("select idem_key, error_code, error_message from outbox order by outbox_id"),
+            [("again", "paused", "for now"), ("dead", "bad_payload", "at /payload/n")],
         )
 
     async def test_nothing_to_settle(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from s2s.admin.operations.operation import Operation, OperationRequest, Part, Reply, Rule, Steps, WaitFor
 from s2s.admin.operations.pages import KEY, Page, after_key, listing, page
 from s2s.errors import (
+    BadReply,
     DbUnavailable,
     DeadlineExceeded,
     InternalError,
@@ -41,7 +42,7 @@ SHOWN_S: Final = 0.3
 class Engine:
     """An engine and what it says of itself; without a link most is unknown.
 
-    :param state: as it says, ``no link`` or ``no answer``.
+    :param state: as it says, ``no link``, ``no answer`` or ``invalid answer``.
     :param wanted: ``running`` or ``paused``, and ``reason``, why.
     :param stuck: the jobs and orders whose thread does not return.
     """
@@ -101,7 +102,7 @@ def _engine(row: EngineRow, answer: Answer | None) -> Engine:
     said: Mapping[str, Any] = (answer.answer if answer is not None and answer.is_ok else None) or {}
     return Engine(
         name=row.name,
-        state=said.get("state", "no link" if row.key_id is None else "no answer"),
+        state=said.get("state", _unsaid(row, answer)),
         wanted=row.wanted,
         degraded=said.get("degraded"),
         config_version=said.get("config_version"),
@@ -114,6 +115,18 @@ def _engine(row: EngineRow, answer: Answer | None) -> Engine:
         linked_at=row.linked_at,
         reason=row.reason,
     )
+
+
+def _unsaid(row: EngineRow, answer: Answer | None) -> str:
+    """Return the state of an engine that does not say it."""
+    if row.key_id is None:
+        return "no link"
+    return "invalid answer" if answer is not None and _is_invalid(answer) else "no answer"
+
+
+def _is_invalid(answer: Answer) -> bool:
+    """Return whether the engine answered with what is no answer; the log of the server says why."""
+    return answer.is_ok is None and (answer.answer or {}).get("code") == BadReply.code
 
 
 def _answers(
@@ -162,7 +175,8 @@ def _steer(type: str, ask: OperationRequest) -> Steps[dict[str, Any]]:
     if answer.is_ok is False:
         raise Refused(said["code"], said["message"], {**said["details"], "engine": name})
     why = harmless(str(said.get("message", "the server that took the request did not report")))
-    raise UnknownOutcome(f"{harmless(name)} did not answer, the outcome is unknown: {why}")
+    did = "gave an answer that is not valid" if _is_invalid(answer) else "did not answer"
+    raise UnknownOutcome(f"{harmless(name)} {did}, the outcome is unknown: {why}")
 
 
 _UNLINKED: Final = "no server has a link to an engine '{name}'"

@@ -8,7 +8,7 @@ from typing import Any, Final
 from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 
-from s2s.errors import BadPayload, DatabaseUnavailable, Forbidden, WireError
+from s2s.errors import BadPayload, DatabaseUnavailable, Forbidden, StatementRefused, WireError
 from s2s.link.dispatcher import Request
 from s2s.protocol import canonical
 from s2s.protocol.catalogue import ORDERS
@@ -79,8 +79,11 @@ class AuditLog:
             except Exception as error:
                 for _ in entries:
                     self._counters.meet("audit")
+                if isinstance(error, StatementRefused):
+                    # A line a minute: a peer decides how often.
+                    self._database.troubles.note(error.state, str(error))
                 # Of a database that is away the pool has told.
-                if not isinstance(error, DatabaseUnavailable):
+                elif not isinstance(error, DatabaseUnavailable):
                     self.log.failure("entries of the audit were not written")
         self._is_writing = False
 

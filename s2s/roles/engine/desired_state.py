@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from twisted.logger import Logger
+
 from s2s.roles.engine.state import EngineState
 from s2s.runtime.clock import Clock
+from s2s.runtime.line_quota import MOST_TOLD, LineQuota
 from s2s.runtime.status_log import status_log
 from s2s.store.pool import Database
 from s2s.store.refresher import Refresher
@@ -16,13 +21,21 @@ class DesiredState:
     :param name: the engine's.
     """
 
+    log = Logger()
+
     def __init__(self, database: Database, clock: Clock, name: str, condition: EngineState) -> None:
         self._database = database
         self._name = name
         self._condition = condition
         self._refresher = Refresher(database, clock, engines.wanted, (name,), self._on_value)
-        self.start, self.stop = self._refresher.start, self._refresher.stop
-        self.notify = self._refresher.notify
+        self.start, self.notify = self._refresher.start, self._refresher.notify
+        #: A server may pause and resume an engine many times a second.
+        self._lines = LineQuota(clock.scheduler, self._tell, MOST_TOLD)
+
+    def stop(self) -> None:
+        """Read no more."""
+        self._refresher.stop()
+        self._lines.stop()
 
     async def set(self, state: str, reason: str, actor: str) -> None:
         """Store what is wanted; when this returns it is durable and in force.
@@ -37,5 +50,9 @@ class DesiredState:
     def _on_value(self, found: tuple[str, str]) -> None:
         wanted, reason = found
         before, self._condition.wanted = self._condition.wanted, wanted
-        if before != wanted and (before is not None or wanted == "paused"):
+        if before != wanted and (before is not None or wanted == "paused") and self._lines.may_tell(wanted):
             status_log.info("engine {state}: {reason!r}", state=self._condition.state, reason=reason)
+
+    def _tell(self, untold: Mapping[str, int]) -> None:
+        told = ", ".join(f"{count} times {state}" for state, count in untold.items())
+        self.log.warn("the engine was wanted {told}, and is {state} now", told=told, state=self._condition.state)

@@ -30,8 +30,10 @@ from s2s.protocol import canonical
 from s2s.protocol.catalogue import BY_NAME
 from s2s.roles.engine.state import EngineState
 from s2s.runtime.clock import Clock, cancel
+from s2s.runtime.line_quota import LineQuota
 from s2s.runtime.status_log import status_log
 from s2s.store import sqlstate
+from s2s.store.cursor import check_readable
 from s2s.store.driver import Cursor
 from s2s.store.handler_pool import HandlerPool, call
 from s2s.store.poll_loop import LeftOut, PollLoop
@@ -50,6 +52,8 @@ STUCK_S: Final = 1.0
 LINES: Final = 2
 #: Attempts in a row that do not get on: their processes died, or the database spoilt them, by a deadlock for instance.
 MOST_ATTEMPTS: Final = 20
+#: Lines about orders in one minute. Further ones are counted: a server may send many a second.
+MOST_LINES: Final = 100
 
 
 class _Stopped(Exception):
@@ -102,6 +106,7 @@ class OrderRunner:
         self._in_hand: dict[str, float] = {}
         #: Who waits for the end of an order that came over the link.
         self._waiters: defaultdict[str, list[Deferred[None]]] = defaultdict(list)
+        self._lines = LineQuota(clock.scheduler, self._tell_rest, MOST_LINES)
         self.over = dict.fromkeys(("done", "refused", "failed"), 0)
 
     def start(self) -> None:
@@ -114,6 +119,7 @@ class OrderRunner:
         :returns: fires when those under way are finished.
         """
         stopped = self._turns.stop()
+        self._lines.stop()
         for order_id in list(self._waiters):
             self._settle(order_id)
         return stopped
@@ -226,6 +232,8 @@ class OrderRunner:
         if not after.is_open:
             self.over[after.status] += 1
             self._settle(after.order_id)
+        if not self._lines.may_tell(after.status):
+            return
         told = ", ".join(f"{name} {value}" for name, value in (after.result or {}).items() if name != "details")
         told = f": {harmless(told)}" if told else ""
         status_log.info(
@@ -236,6 +244,10 @@ class OrderRunner:
             status=after.status,
             told=told,
         )
+
+    def _tell_rest(self, untold: Mapping[str, int]) -> None:
+        told = ", ".join(f"{count} {status}" for status, count in untold.items())
+        status_log.info("further orders: {told}: see s2s order list", told=told)
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 
@@ -285,6 +297,8 @@ class OrderRunner:
     def _check(self, order: Order, is_paused: bool) -> None:
         """Refuse what may not run; a row may have been written by any hand."""
         try:
+            check_readable(order.params, "JSON of its params")
+            check_readable(order.state, "JSON of its state")
             canonical.dumps(order.params)
         except CanonicalError as error:
             raise BadPayload(str(error)) from None

@@ -16,7 +16,23 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from s2s.errors import BadPayload, CanonicalError, DatabaseError, LineFull, LocalError, Refused, TooBigToSend, TooLarge
+from s2s.errors import (
+    BY_CODE,
+    BadPayload,
+    BadReply,
+    CanonicalError,
+    DatabaseError,
+    DeadlineExceeded,
+    DeadlinePassed,
+    LineFull,
+    LinkLost,
+    LocalError,
+    Refused,
+    TooBigToSend,
+    TooLarge,
+    storable,
+)
+from s2s.link.backoff import retry_pause
 from s2s.link.connection import Link
 from s2s.protocol.catalogue import COMMAND_PUSH
 from s2s.protocol.settings import number
@@ -39,14 +55,14 @@ RENEW_S: Final = 1.5
 POLL_S: Final = 1.0
 #: Between two counts of what waits, which look at every row.
 DEPTH_S: Final = 5.0
-#: Least and longest pause before a row is sent again.
-RETRY_S: Final = (0.1, 5.0)
 #: By how much each row that cannot be removed lengthens the pause until it is tried again, in seconds, and the longest
 #: pause: the watch of the clock pulls back what lies further ahead.
 UNDELETED_S: Final = 0.01
 MOST_KEPT_S: Final = 60.0
 #: Such rows that are remembered, some 10 MB. Others are sent again, and are duplicates.
 MOST_UNDELETED: Final = 100_000
+#: The longest pause, in seconds, that the server may ask for before a row is sent again.
+LONGEST_PAUSE_S: Final = 60.0
 #: Refusals that are about the link or the clock, and say nothing against the command, whatever their ``retryable``.
 _NOT_ITS_FAULT: Final = frozenset({"replay", "forbidden", "ts_skew"})
 
@@ -87,6 +103,7 @@ class Relay:
         #: Rows that the server has and that the database does not let be removed: they are not sent again.
         self._undeleted: dict[int, None] = {}
         self._lines = LineQuota(clock.scheduler, self._tell_dead, MOST_TOLD)
+        self._again_lines = LineQuota(clock.scheduler, self._tell_again, is_first_told=True)
         self.window_rows = number("relay.window")
         self.depth = 0
         self.accepted = self.duplicates = self.retried = self.dead = 0
@@ -115,6 +132,7 @@ class Relay:
         """
         self._is_stopping = True
         self._lines.stop()
+        self._again_lines.stop()
         cancel(self._timer)
         self._timer = self._clock.scheduler.callLater(patience_s, self._give_up)
         self._give_back()
@@ -243,10 +261,30 @@ class Relay:
         error = failure.value
         code = final_code(error)
         if code is None:
-            self.retried += 1
-            self._next.retries.append((row.outbox_id, self._pause(error, row.attempts)))
+            self._send_again(row, error)
         else:
             self._set_aside(row, code, str(error))
+
+    def _send_again(self, row: OutboxRow, error: BaseException | None) -> None:
+        self.retried += 1
+        code = why_again(error)
+        asked_ms = error.retry_after_ms if isinstance(error, Refused) else None
+        pause_s = retry_pause(asked_ms, row.attempts, self._rng, LONGEST_PAUSE_S)
+        message = storable(str(error)) or "it was given up before it was answered"
+        self._next.retries.append((row.outbox_id, pause_s, code, message))
+        # Of an answer that is not valid, as of its own end, the link tells; of what passes a count is enough.
+        is_passing = isinstance(error, Refused) and code in BY_CODE and BY_CODE[code].passing
+        is_worth_it = isinstance(error, (Refused, DeadlinePassed)) and not is_passing and not self._is_stopping
+        if is_worth_it and self._again_lines.may_tell(code):
+            self.log.warn(
+                "outbox row {outbox_id} is sent again: {why}: see s2s outbox show {outbox_id}",
+                outbox_id=row.outbox_id,
+                why=str(error),
+            )
+
+    def _tell_again(self, untold: Mapping[str, int]) -> None:
+        for code, count in untold.items():
+            self.log.warn("{count} more outbox rows are sent again: {code!r}", count=count, code=code)
 
     def _set_aside(self, row: OutboxRow, code: str, message: str) -> None:
         self.dead += 1
@@ -256,17 +294,11 @@ class Relay:
                 outbox_id=row.outbox_id,
                 code=code,
             )
-        self._next.dead.append((row.outbox_id, code, message[:500]))
+        self._next.dead.append((row.outbox_id, code, storable(message)))
 
     def _tell_dead(self, untold: Mapping[str, int]) -> None:
         for code, count in untold.items():
             self.log.error("{count} more outbox rows are dead: {code!r}", count=count, code=code)
-
-    def _pause(self, error: BaseException | None, attempts: int) -> float:
-        if isinstance(error, Refused) and error.retry_after_ms is not None:
-            return min(error.retry_after_ms, 60_000) / 1000
-        least, longest = RETRY_S
-        return least + self._rng() * (min(longest, least * 2.0 ** min(attempts + 1, 10)) - least)
 
     def _landed(self, outcome: object, pushing: Deferred[Any], size: int, sent_at: float, ahead: int) -> None:
         self._flying.discard(pushing)
@@ -311,7 +343,7 @@ class Relay:
         self._more |= bool(settlement.given_back)
         if self._timer is not None and self._timer.active() and not self._is_stopping:
             due_in_s = self._timer.getTime() - self._clock.mono()
-            soonest_s = min((delay_s for _, delay_s in settlement.retries), default=POLL_S)
+            soonest_s = min((delay_s for _, delay_s, *_ in settlement.retries), default=POLL_S)
             self._timer.reset(min(due_in_s, soonest_s) if due_in_s > 0 else 0)
         self._settle()
         if self._more:
@@ -343,3 +375,16 @@ def final_code(error: BaseException | None) -> str | None:
     if isinstance(error, LocalError) and not isinstance(error, LineFull):
         return BadPayload.code
     return None
+
+
+def why_again(error: BaseException | None) -> str:
+    """Return the code that a row has after an attempt whose error says nothing against the row."""
+    match error:
+        case Refused() | BadReply():
+            return error.code
+        case LinkLost():
+            return "link_lost"
+        case LineFull():
+            return "not_sent"
+        case _:
+            return DeadlineExceeded.code

@@ -15,6 +15,7 @@ from s2s.roles.engine.state import EngineState
 from s2s.runtime.clock import Clock
 from s2s.runtime.status_log import status_log
 from s2s.store import sqlstate
+from s2s.store.cursor import check_readable
 from s2s.store.driver import Cursor
 from s2s.store.handler_pool import HandlerPool, call
 from s2s.store.poll_loop import LeftOut, PollLoop
@@ -236,6 +237,7 @@ class Scheduler:
         settings = config.read(txn).values
         key = own_key(database_id(txn), due.job_type, due.due_at, due.runs)
         try:
+            check_readable(due.state, "JSON of its state")
             # It tells when the job has ended the transaction, or has swallowed the error of a statement.
             with self._handlers.foreign(txn, f"job {due.job_type}") as cursor:
                 run = JobRun(cursor, key, due.due_at, settings, self._frame_size, due.state)

@@ -33,6 +33,7 @@ from s2s.roles.engine.scheduler import Scheduler
 from s2s.roles.engine.state import EngineState, guard
 from s2s.roles.health import Health
 from s2s.runtime.clock import Clock, Timer, cancel
+from s2s.runtime.line_quota import MOST_TOLD, PERIOD_S, LineQuota
 from s2s.runtime.status_log import CounterSummary, status_log
 from s2s.store.monitors.clock_watch import ClockWatch
 from s2s.store.tables import engines, orders, outbox
@@ -117,6 +118,9 @@ class Engine(Role):
         self._connected: Link | None = None
         self._link: Link | None = None
         self._proven_at = 0.0
+        #: A server may take each link, prove it and close it, many times a second.
+        self._lines = LineQuota(clock.scheduler, self._tell_often, MOST_TOLD)
+        self._is_up_told = False
         self._condition = EngineState()
         self._wanted = DesiredState(database, clock, basis.identity.name, self._condition)
         self._ledger = AuditLog(database, basis.counters, basis.identity.name)
@@ -194,6 +198,7 @@ class Engine(Role):
             self._connected.close("the engine stops")
         await self._client.stopService()
         await self._ledger.quiet()
+        self._lines.stop()
 
     def _past_grace(self) -> None:
         if self._connected is not None:
@@ -218,7 +223,9 @@ class Engine(Role):
         self._backoff.proven()
         self._proven_at = self._clock.mono()
         self._link = link
-        status_log.info("link up: {link}", link=link)
+        self._is_up_told = self._lines.may_tell("up")
+        if self._is_up_told:
+            status_log.info("link up: {link}", link=link)
         self._relay.linked(link)
 
     def link_lost(self, link: Link) -> None:
@@ -231,9 +238,18 @@ class Engine(Role):
         if link is self._link:
             self._link = None
             self._relay.linked(None)
-            status_log.warn("link down: {why}", why=link.why)
-        else:
+            if self._is_up_told or self._clock.mono() >= self._proven_at + PERIOD_S:
+                status_log.warn("link down: {why}", why=link.why)
+        elif link.may_tell(link.why):
             self.log.warn("{link}: no link: {why}", link=link, why=link.why)
+
+    def _tell_often(self, untold: Mapping[str, int]) -> None:
+        self.log.warn(
+            "the link came up {count} more times, and is {state} now: the server may close each link right after it was"
+            " proven: see its log",
+            count=sum(untold.values()),
+            state="down" if self._link is None else "up",
+        )
 
     def _state(self) -> dict[str, Any]:
         degraded = self._link is None or self._database.is_away or bool(self._kept)

@@ -10,12 +10,13 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from s2s.errors import DatabaseError, Refused, S2SError
+from s2s.errors import BadReply, DatabaseError, Refused, S2SError
 from s2s.link.connection import Link
 from s2s.link.factory import ServerLinks
 from s2s.protocol.catalogue import BY_NAME
 from s2s.runtime.clock import Clock
 from s2s.runtime.status_log import status_log
+from s2s.store.cursor import check_readable
 from s2s.store.poll_loop import PollLoop
 from s2s.store.pool import Database
 from s2s.store.tables import control_requests, engines
@@ -78,6 +79,7 @@ class ControlSender:
 
     async def _steer(self, asked: Steering) -> None:
         is_ok: bool | None = None
+        how = "no answer"
         payload: Mapping[str, Any]
         # Of two links of one name the newer one: the older may be dead, and not known to be.
         link = next((link for link in reversed(self._links.engines) if _name(link) == asked.engine), None)
@@ -87,14 +89,18 @@ class ControlSender:
             elif "server" not in getattr(BY_NAME.get(asked.type), "sent_by", ()):
                 payload = {"message": f"a server does not send {asked.type!r}"}
             else:
+                check_readable(asked.payload, "payload")
                 is_ok, payload = True, await link.call(asked.type, asked.payload)
+                how = "done"
         except Refused as error:
+            how = "refused"
             is_ok, payload = False, {"code": error.code, "message": error.message, "details": dict(error.details)}
         except S2SError as error:
-            payload = {"message": str(error)}
+            is_ok, payload = None, {"message": str(error)}
+            if isinstance(error, BadReply):
+                how, payload = "an answer that is not valid", {"code": error.code, **payload}
         await self._database.run(control_requests.answer, asked.request_id, is_ok, payload)
         if asked.type not in _UNTOLD:
-            how = {True: "done", False: "refused", None: "no answer"}[is_ok]
             status_log.info(
                 "{type} to {engine!r} by {actor!r}: {how}",
                 type=asked.type,

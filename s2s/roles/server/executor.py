@@ -28,6 +28,7 @@ from s2s.handlers.commands import Command, CommandHandler
 from s2s.roles.server.reaper import Reaper
 from s2s.runtime.line_quota import MOST_TOLD, LineQuota
 from s2s.store import sqlstate
+from s2s.store.cursor import Unreadable, check_readable
 from s2s.store.driver import Cursor, is_broken, is_in_transaction, is_read_only
 from s2s.store.handler_pool import MOST_STUCK, HandlerPool, call
 from s2s.store.monitors import probe
@@ -410,7 +411,8 @@ class Executor:
 
     def _run_group(self, txn: Cursor, kind: CommandHandler, batch: list[Command], report: Report, until: float) -> None:
         # BaseException: in this thread a SystemExit is a handler's own, and nobody else's.
-        if kind.batched and len(batch) > 1 and not _is_late(report, until):
+        is_readable = not any(isinstance(command.payload, Unreadable) for command in batch)
+        if kind.batched and len(batch) > 1 and is_readable and not _is_late(report, until):
             try:
                 with self._handlers.foreign(txn, f"{kind.cmd_type}, {len(batch)} commands", batch) as cursor:
                     # A copy: the handler may change the list.
@@ -426,6 +428,7 @@ class Executor:
             if _is_late(report, until):
                 return
             try:
+                check_readable(command.payload, "payload")
                 with self._handlers.foreign(txn, f"{kind.cmd_type}, command {command.cmd_id}", [command]) as cursor:
                     _check_nothing(call(kind.run, cursor, command))
             except BaseException as error:

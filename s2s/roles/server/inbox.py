@@ -36,6 +36,7 @@ from s2s.protocol import canonical
 from s2s.protocol.catalogue.schema import Schema
 from s2s.protocol.limits import Counters
 from s2s.roles.server.served_types import ServedTypes
+from s2s.runtime.line_quota import LineQuota
 from s2s.store.pool import Database
 from s2s.store.tables import commands
 from s2s.store.tables.commands import Outcome, Push
@@ -105,6 +106,7 @@ class Inbox:
         #: Why the database refused pushes last, and when; a COMMIT clears it.
         self._trouble = ""
         self._trouble_at = float("-inf")
+        self._lines = LineQuota(reactor, self._tell_incidents)
         self.accepted = self.duplicates = self.conflicts = self.refused = self.batches = 0
 
     @property
@@ -156,6 +158,7 @@ class Inbox:
 
         :returns: fires when everything is answered.
         """
+        self._lines.stop()
         self._drained = Deferred() if self._unanswered else succeed(None)
         return self._drained
 
@@ -271,9 +274,9 @@ class Inbox:
             error = self._refuse(failure.value)
         else:
             incident = secrets.token_hex(8)
-            self.log.failure(
-                "incident {incident}: a batch of {pushes} pushes failed", failure, incident=incident, pushes=len(batch)
-            )
+            if self._lines.may_tell(self._trouble):
+                text = "incident {incident}: a batch of {pushes} pushes failed"
+                self.log.failure(text, failure, incident=incident, pushes=len(batch))
             error = InternalError(incident=incident)
         for waiter in batch:
             self._answer(waiter, error)
@@ -281,6 +284,10 @@ class Inbox:
         self._go_on()
         # Some may be there all the same: whoever runs them is to look.
         self._tell()
+
+    def _tell_incidents(self, untold: Mapping[str, int]) -> None:
+        for why, count in untold.items():
+            self.log.error("{count} more batches of pushes failed: {why}", count=count, why=why)
 
     def _note(self, error: BaseException | None) -> None:
         assert error is not None

@@ -13,7 +13,6 @@ from twisted.logger import Logger
 
 from s2s.errors import (
     BadReply,
-    CanonicalError,
     DatabaseError,
     DeadlinePassed,
     InternalError,
@@ -30,6 +29,7 @@ from s2s.protocol.catalogue import BY_NAME, ORDERS
 from s2s.roles.engine.relay import final_code
 from s2s.runtime.clock import Clock
 from s2s.runtime.status_log import status_log
+from s2s.store.cursor import check_readable
 from s2s.store.poll_loop import PollLoop
 from s2s.store.pool import Database
 from s2s.store.tables import orders
@@ -186,8 +186,7 @@ class OrderSender:
         try:
             try:
                 # A number of the database may be beyond every number of JSON parsers.
-                if not isinstance(order.params, dict):
-                    raise CanonicalError("its params are no JSON object that can be read")
+                check_readable(order.params, "JSON of its params")
                 ack = await link.call(order.rpc, {**order.params, "order_id": order.order_id}, ANSWER_S)
                 if ack.get("order_id", order.order_id) != order.order_id:
                     raise BadReply(f"{order.rpc} was answered for another order")

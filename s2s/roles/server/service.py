@@ -140,6 +140,8 @@ class Server(Role):
         await DeferredList([maybeDeferred(port.stopListening) for port in self._ports])
         if self._sweeping.running:
             self._sweeping.stop()
+        self._sweeps.stop()
+        self._bumps.stop()
         self._retention.stop()
         self._types.stop()
         web = [] if self._web is None else [Deferred.fromCoroutine(self._web.stop())]

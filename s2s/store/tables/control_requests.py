@@ -49,7 +49,8 @@ class Answer:
     :param taken_by: the ``boot_id`` of the server that has sent it, or is about to.
     :param is_over: it has been answered, or the server that took it knows no answer.
     :param is_ok: the answer is the reply's payload and no refusal; ``None``: there is none.
-    :param answer: the payload of the reply, or of the ``s2s.error``; ``message`` alone where nothing came.
+    :param answer: the payload of the reply, or of the ``s2s.error``; ``message`` where nothing
+        came, and the ``code`` of :class:`~s2s.errors.BadReply` where that was not valid.
     """
 
     taken_by: str | None

@@ -11,7 +11,7 @@ from s2s.errors import TooBigToSend
 from s2s.protocol import canonical, envelope
 from s2s.protocol.catalogue import COMMAND_PUSH
 from s2s.protocol.limits import Bounds
-from s2s.store.cursor import own
+from s2s.store.cursor import check_readable, own
 from s2s.store.driver import Cursor, array_literal
 from s2s.store.kept_rows import check_written, note, still_there
 from s2s.store.tables.lookback import SLACK_S, Lookback
@@ -66,7 +66,11 @@ class OutboxRow:
     attempts: int
 
     def push(self) -> dict[str, Any]:
-        """Give the payload of its ``s2s.command.push``."""
+        """Give the payload of its ``s2s.command.push``.
+
+        :raises CanonicalError: the row's JSON cannot be read.
+        """
+        check_readable(self.payload, "payload")
         return _push(self.cmd_type, self.idem_key, self.payload, self.priority, self.due_at)
 
 
@@ -270,18 +274,20 @@ def delete(txn: Cursor, outbox_ids: Sequence[int]) -> list[int]:
     return still_there(txn, "delete", "outbox", "outbox_id", outbox_ids)
 
 
-def retry(txn: Cursor, retries: Sequence[tuple[int, float]]) -> None:
+def retry(txn: Cursor, retries: Sequence[tuple[int, float, str, str]]) -> None:
     """Send rows again later.
 
-    :param retries: ``(outbox_id, seconds from now)``.
+    :param retries: ``(outbox_id, seconds from now, code, message)``: the last two say why the attempt came to nothing.
     """
+    ids, delays, codes, messages = (list(column) for column in zip(*retries, strict=True)) if retries else ([],) * 4
     txn.execute(
-        "update outbox o set attempts = attempts + 1, send_at = now() + r.delay_s * interval '1 second'"
-        " from unnest(%s::bigint[], %s::float8[]) r (outbox_id, delay_s)"
+        "update outbox o set attempts = attempts + 1, send_at = now() + r.delay_s * interval '1 second',"
+        " error_code = r.code, error_message = r.message"
+        " from unnest(%s::bigint[], %s::float8[], %s::text[], %s::text[]) r (outbox_id, delay_s, code, message)"
         " where o.outbox_id = r.outbox_id and o.state = 'waiting' returning o.outbox_id",
-        ([outbox_id for outbox_id, _ in retries], [float(delay_s) for _, delay_s in retries]),
+        (ids, [float(delay_s) for delay_s in delays], codes, messages),
     )
-    _note_kept(txn, [outbox_id for outbox_id, _ in retries])
+    _note_kept(txn, ids)
 
 
 def kill(txn: Cursor, refusals: Sequence[tuple[int, str, str]]) -> list[int]:
@@ -303,14 +309,14 @@ def kill(txn: Cursor, refusals: Sequence[tuple[int, str, str]]) -> list[int]:
 class Settlement:
     """What a relay has to say of its rows, in one transaction.
 
-    :ivar retries: ``(outbox_id, seconds from now)``.
+    :ivar retries: ``(outbox_id, seconds from now, code, message)``.
     :ivar dead: ``(outbox_id, code, message)``.
     :ivar given_back: claimed, and not sent.
     :ivar renewed: still in flight.
     """
 
     accepted: list[int] = field(default_factory=list)
-    retries: list[tuple[int, float]] = field(default_factory=list)
+    retries: list[tuple[int, float, str, str]] = field(default_factory=list)
     dead: list[tuple[int, str, str]] = field(default_factory=list)
     given_back: list[int] = field(default_factory=list)
     renewed: list[int] = field(default_factory=list)

@@ -17,6 +17,7 @@ class OutboxEntry:
     """A row of the outbox as people are shown it.
 
     :param due_at: the command's own, in Unix seconds.
+    :param error_code: of the last attempt, also while the row waits; ``error_message``, its text.
     :param send_at: not before; in the future also while an engine has it in hand.
     """
 
