@@ -70,7 +70,10 @@ def not_utf8() -> str:
     """Return the first argument or variable of ours that is not UTF-8, as ASCII with escapes; empty: all are."""
     ours = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("S2S_")]
     for text in [*sys.argv[1:], *ours]:
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        try:
+            # The bytes themselves: in a locale of ASCII Python has not decoded them.
+            os.fsencode(text).decode()
+        except UnicodeDecodeError:
             # A variable may hold a password.
             return text.partition("=")[0].encode("ascii", "backslashreplace").decode()
     return ""
