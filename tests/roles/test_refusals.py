@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 import time
@@ -38,6 +39,7 @@ VECTORS_NOW = 1737990000
 TOGETHER = 50
 #: What a server's memory may grow by under a flood of bad input, in bytes.
 GROWTH = 4 << 20
+_sources = itertools.count(1)
 _WELL_FORMED_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -59,10 +61,13 @@ class Refusals(RoleTestCase):
     """What every test of a refusal needs, whosever the server is."""
 
     before: dict[str, int]
+    source = ""
 
     def peer(self, server: Server, **how: Any) -> Peer:
-        """Connect to a server."""
-        peer = server.connect(**how)
+        """Connect to a server, from an address that no other test has: a peer's lines in the log are bounded."""
+        if not self.source:
+            self.source = f"127.0.1.{next(_sources)}"
+        peer = server.connect(source=self.source, **how)
         self.addCleanup(peer.close)
         return peer
 

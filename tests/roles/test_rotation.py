@@ -128,6 +128,7 @@ class RotationTests(RoleTestCase):
         self.role: Server = self.server("--executor-workers", "0")
         yield self.role.start()
         self.pusher = Pusher(self.url)
+        self.addCleanup(self.pusher.factory.tell_rest)
         # In whatever state the test ends: forgetting twice does nothing.
         self.addCleanup(self.pusher.forget_the_table)
         self.addCleanup(lambda: [link.abort("the test is over") for link in self.pusher.links])

@@ -232,9 +232,9 @@ class Peer:
         return said
 
 
-def connect(port: int, **how: Any) -> Peer:
-    """Connect as an engine; ``how`` is as for :class:`Peer`."""
-    return Peer(socket.create_connection(("127.0.0.1", port), PATIENCE_S), **how)
+def connect(port: int, source: str = "127.0.0.1", **how: Any) -> Peer:
+    """Connect as an engine from an address of this machine; ``how`` is as for :class:`Peer`."""
+    return Peer(socket.create_connection(("127.0.0.1", port), PATIENCE_S, (source, 0)), **how)
 
 
 class ListeningPeer:
