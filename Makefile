@@ -1,17 +1,24 @@
-# `make run` and `make test` do all the set-up themselves. ARGS goes to `s2s up`: make run ARGS="--for 20"
+# `make run` and `make test` do all the set-up themselves. ARGS goes to them: make run ARGS="--for 20", make test ARGS=tests.link
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: run test check faults bench bench-growth docs lock clean
+# A container may forbid compiled modules, without which each start of a process takes half a second longer.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: run test campaigns check faults bench bench-growth docs lock clean
 
 run: $(READY)
 	@$(BIN)/s2s up $(ARGS)
 
 test: $(READY)
-	$(BIN)/trial tests campaigns
+	$(BIN)/python -m tests $(ARGS)
+
+# Long tests: faults, floods, the HTTP API under generated requests, the benchmark. They are measured, so two at a time.
+campaigns: $(READY)
+	$(BIN)/python -m tests --jobs 2 campaigns
 
 check: $(READY) docs
 	$(BIN)/ruff check .
