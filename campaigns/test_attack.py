@@ -11,7 +11,7 @@ import psutil
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.internet.threads import deferToThread
 
-from s2s.admin.http.operation_runner import LIST_THREADS
+from s2s.admin.http.operation_runner import THREADS
 from s2s.runtime.line_quota import TOLD
 from tests.support.flood import StrangersFlood
 from tests.support.http import ApiTestCase
@@ -29,17 +29,17 @@ class ObserverTests(ApiTestCase):
 
     @inlineCallbacks
     def test_lists_that_take_long(self) -> Iterator[Deferred[Any]]:
-        """While every place of lists is taken, an operator's request is answered; each list ends, and says why."""
+        """While every place of observers is taken, an operator's request is answered; each list ends, and says why."""
         # No list of commands gets on, as if it had to read millions of rows.
         with Session(self.url) as other:
             other.run("begin; lock table notices in access exclusive mode")
             lists = [deferToThread(self.ask, "GET", "/v1/notices", role="observer") for _ in range(6)]
             waiting = "select count(*) from pg_locks where not granted and relation = 'notices'::regclass"
-            yield poll(lambda: self.execute(waiting)[0][0] >= LIST_THREADS, "the places of lists are taken")
+            yield poll(lambda: self.execute(waiting)[0][0] >= THREADS["observers"], "the places of observers are taken")
             for _ in range(10):
                 steered = yield deferToThread(self.ask, "POST", "/v1/commands/retry", {"ids": [1]}, role="operator")
                 self.assertEqual(steered.status, 200, steered.raw)
-                looked = yield deferToThread(self.ask, "GET", "/v1/config/relay.window", role="observer")
+                looked = yield deferToThread(self.ask, "GET", "/v1/config/relay.window", role="operator")
                 self.assertEqual(looked.status, 200, looked.raw)
             answers = yield gatherResults(lists)
             for answer in answers:
