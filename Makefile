@@ -2,7 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What `make run` needs is installed first; the benchmark, the linters and the tests need several times as much.
+RUN := $(VENV)/.run
 READY := $(VENV)/.ready
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+LOCK := $(VENV)/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-header \
+	--no-emit-index-url --no-emit-find-links --no-annotate setup.cfg
 ARGS ?=
 
 # A container may forbid compiled modules, without which each start of a process takes half a second longer.
@@ -10,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test campaigns check faults bench bench-growth docs lock clean
 
-run: $(READY)
+run: $(RUN)
 	@$(BIN)/s2s up $(ARGS)
 
 test: $(READY)
@@ -40,18 +45,22 @@ bench-growth: $(READY)
 docs: $(READY)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
 
-# What make installs is pinned with its hashes; run this after a change of the bounds in setup.cfg.
-lock: $(READY)
+# What make installs is pinned with its hashes: update the pins after a change of the bounds in setup.cfg.
+lock:
 	$(PYTHON) -m venv $(VENV)/lock
 	$(VENV)/lock/bin/pip install --quiet uv
-	$(VENV)/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-header \
-		--no-emit-index-url --no-emit-find-links --no-annotate --extra dev --output-file requirements.lock setup.cfg
+	$(LOCK) --extra dev --output-file requirements-dev.lock
+	$(LOCK) --extra checkout --constraint requirements-dev.lock --output-file requirements.lock
 
-$(READY): setup.cfg pyproject.toml requirements.lock
+$(RUN): setup.cfg pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit("s2s needs Python 3.10 or newer; name one: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(PIP) --require-hashes -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $(RUN)
+
+$(READY): $(RUN) requirements-dev.lock
+	$(PIP) --require-hashes -r requirements-dev.lock
 	@touch $(READY)
 
 clean:

