@@ -1,0 +1,7 @@
+"""The tests: a directory for each package of :mod:`s2s`."""
+
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("s2s", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("s2s")

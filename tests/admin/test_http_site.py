@@ -258,7 +258,7 @@ class RequestTests(SiteTestCase):
             self.time.advance(LINGER_S)
             self.assertFalse(transport.connected)
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(st.lists(st.one_of(st.binary(max_size=40), st.sampled_from(_PIECES)), max_size=12))
     def test_anything(self, pieces: list[bytes]) -> None:
         """Whatever comes, nothing is raised, and no timer is left when the connection is gone."""

@@ -32,7 +32,7 @@ from tests.support.waiting import poll
 MOST = 2**53 - 1
 MOST_SHIELDS = 10**9
 STATUSES = ("fedspace", "neutral", "port_closed")
-_SOME = settings(max_examples=40, deadline=None, database=None)
+_SOME = settings(max_examples=40)
 
 
 def drifted(value: int, goal: int, rate: int) -> int:

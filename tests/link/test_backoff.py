@@ -79,7 +79,7 @@ class BackoffTests(SynchronousTestCase):
         backoff = self.make()
         self.assertEqual(_pauses(backoff, 10_000)[-1], 5.0)
 
-    @settings(max_examples=100, deadline=None, database=None)
+    @settings(max_examples=100)
     @given(st.lists(st.sampled_from(["refused", "proven", "try"]), max_size=40), st.randoms(use_true_random=False))
     def test_bounds(self, happens: list[str], rng: object) -> None:
         """Whatever happens, a fast pause is within 0 and 5 s and a slow one within 5 and 60 s."""

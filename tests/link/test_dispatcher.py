@@ -329,13 +329,13 @@ class DispatcherTests(SynchronousTestCase):
         self.refusal(_signed(_members(v=2), _ENGINE_KEY))
         self.assertEqual((self.session.has_been_heard, self.session.peer_key_id), (True, "ke"))
 
-    @settings(max_examples=200, deadline=None, database=None)
+    @settings(max_examples=200)
     @given(st.binary(max_size=300))
     def test_random_bytes(self, frame: bytes) -> None:
         """Of random bytes only an unsigned refusal comes out."""
         self.assertFalse(self.receive(frame).error.signed)
 
-    @settings(max_examples=200, deadline=None, database=None)
+    @settings(max_examples=200)
     @given(st.data())
     def test_random_signed_members(self, data: st.DataObject) -> None:
         """Of any signed members whatever only a verdict comes out, and a refusal that can be sent."""

@@ -54,7 +54,7 @@ class BudgetTests(SynchronousTestCase):
             taken()
         return may_take
 
-    @settings(max_examples=30, deadline=None, database=None)
+    @settings(max_examples=30)
     @given(st.lists(st.tuples(st.sampled_from("abcdefg"), st.integers(1, _LARGE), st.integers(0, 30)), max_size=60))
     def test_bounds_hold(self, asked: list[tuple[str, int, int]]) -> None:
         """Whoever asks for whatever, no address and not all together get more than burst and rate."""

@@ -25,7 +25,7 @@ from s2s.errors import BadJson, CanonicalError
 from s2s.protocol import canonical
 from s2s.protocol.canonical import MAX_DEPTH, MAX_INTEGER, RULES
 
-_MANY = settings(max_examples=200, deadline=None, database=None)
+_MANY = settings(max_examples=200)
 
 # --- what may be said ---
 

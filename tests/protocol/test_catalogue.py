@@ -88,7 +88,7 @@ def _likely(rule: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 
 #: Look for any example, not for the smallest.
-_ANY = settings(max_examples=5000, phases=[Phase.generate], deadline=None, database=None)
+_ANY = settings(max_examples=5000, phases=[Phase.generate])
 
 
 class SchemaTests(SynchronousTestCase):
@@ -104,7 +104,7 @@ class SchemaTests(SynchronousTestCase):
         """Hold both validators of a schema to one answer, where both answers do occur."""
         exact = Draft202012Validator(schema.document)
 
-        @settings(max_examples=60, deadline=None, database=None)
+        @settings(max_examples=60)
         @given(_payloads(schema))
         def agree(payload: Any) -> None:
             is_valid = schema.is_valid(payload)
@@ -146,7 +146,7 @@ class SchemaTests(SynchronousTestCase):
     def test_refusals_can_be_sent(self) -> None:
         """Every refusal has a path below /payload and makes an error that canonical JSON can say."""
 
-        @settings(max_examples=200, deadline=None, database=None)
+        @settings(max_examples=200)
         @given(
             st.sampled_from(sorted(_SCHEMAS)).flatmap(lambda name: st.tuples(st.just(name), _payloads(_SCHEMAS[name])))
         )

@@ -18,7 +18,7 @@ from s2s.protocol.catalogue import MESSAGES, REPLY_ONLY
 from s2s.protocol.envelope import Envelope
 from s2s.protocol.signing import Key, Sealed, Secret
 
-_MANY = settings(max_examples=200, deadline=None, database=None)
+_MANY = settings(max_examples=200)
 _SECRET = bytes(range(32))
 _KEY = Key("k1", Secret(_SECRET), "any", 0.0)
 _SIG = "0" * 64

@@ -55,7 +55,7 @@ class ReplayCacheTests(SynchronousTestCase):
         self.assertEqual(len(cache), 2)
         self.assertRaises(Replay, cache.enter, "k", "b", 1215.0)
 
-    @settings(max_examples=300, deadline=None, database=None)
+    @settings(max_examples=300)
     @given(st.lists(st.tuples(st.floats(0, 700), st.integers(0, 5)), max_size=30))
     def test_never_early(self, steps: list[tuple[float, int]]) -> None:
         """Whatever comes at whatever pace, nothing is forgotten within two windows, and nothing is kept for ever."""

@@ -71,7 +71,7 @@ class StateTests(SynchronousTestCase):
         expected |= {(each, Event.LOST): closed for each in (c, p, closing)}
         self.assertEqual(TRANSITIONS, expected)
 
-    @settings(max_examples=100, deadline=None, database=None)
+    @settings(max_examples=100)
     @given(st.lists(st.sampled_from(Event), max_size=8))
     def test_the_dead_stay_dead(self, events: list[Event]) -> None:
         """Once a link is lost it is closed, whatever comes after, and once it is closing it never opens again."""
@@ -197,7 +197,7 @@ class AdmissionTests(SynchronousTestCase):
                 with self.subTest(ahead=ahead, later=later):
                     self.assertEqual(outcome, "replay" if later - ahead <= 300 else "ts_skew")
 
-    @settings(max_examples=300, deadline=None, database=None)
+    @settings(max_examples=300)
     @given(st.integers(-301, 301), st.floats(0, 700), st.floats(0, 650), st.sampled_from([0.0, 0.25, 0.999]))
     @example(300, 0.0, 600.9, 0.0)
     @example(300, 599.9, 600.8, 0.25)

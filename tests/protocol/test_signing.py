@@ -72,7 +72,7 @@ class SecretTests(SynchronousTestCase):
 class KeyTests(SynchronousTestCase):
     """:class:`Key`."""
 
-    @settings(max_examples=100, deadline=None, database=None)
+    @settings(max_examples=100)
     @given(st.binary(min_size=32, max_size=150), st.binary(max_size=200))
     def test_signature(self, secret: bytes, message: bytes) -> None:
         """A signature is the HMAC-SHA256 in lower-case hex, also of the second message, and verifies."""
@@ -163,7 +163,7 @@ class KeyringTests(SynchronousTestCase):
         self.assertEqual(keyring_never.why_inactive("never", 1000.0), "is no longer valid")
         self.assertIn("is not active yet, but in 7200 s", str(keyring.why_inactive("later", 1000.0)))
 
-    @settings(max_examples=150, deadline=None, database=None)
+    @settings(max_examples=150)
     @given(
         st.lists(
             st.tuples(

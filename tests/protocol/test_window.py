@@ -155,9 +155,7 @@ class WindowTests(SynchronousTestCase):
 
     def test_any_order_of_events(self) -> None:
         """Whatever is offered, answered, expired and failed: the sums are right and every call ends once."""
-        run_state_machine_as_test(
-            _Calls, settings=settings(max_examples=60, stateful_step_count=40, deadline=None, database=None)
-        )
+        run_state_machine_as_test(_Calls, settings=settings(max_examples=60, stateful_step_count=40))
 
 
 class _Calls(RuleBasedStateMachine):

@@ -82,7 +82,7 @@ class PushTests(DatabaseTestCase):
         self.assertEqual(self.push(_push("a")), [Outcome(first.cmd_id, "done")])
         self.assertEqual(self.execute("select count(*) from commands"), [(0,)])
 
-    @settings(max_examples=40, deadline=None, database=None)
+    @settings(max_examples=40)
     @given(st.lists(_pushes(), min_size=1, max_size=8))
     def test_one_by_one(self, pushes: list[Push]) -> None:
         """One push alone goes by a statement of its own: it makes of each what the statement for many makes of all."""

@@ -336,7 +336,7 @@ class ReadyTests(DatabaseTestCase):
         )
         self.assertEqual(len(self.run_all()), 3000)
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(st.data())
     def test_nothing_is_lost(self, data: st.DataObject) -> None:
         """Whatever comes in whatever order, late, in the past or under a new priority, all that is served runs once."""

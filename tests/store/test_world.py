@@ -134,7 +134,7 @@ class StoreTests(DatabaseTestCase):
         self.execute("insert into sectors values (1, 'Sol', 'neutral')")
         ids = st.sets(st.integers(1, 60) | st.integers(1, MOST_ID - 1), max_size=40)
 
-        @settings(max_examples=60, deadline=None)
+        @settings(max_examples=60)
         @given(ids, st.integers(1, 45), st.sampled_from(sorted(world.SHIP_FIELDS)))
         def check(ids: set[int], rows: int, field: str) -> None:
             txn.execute("delete from ships")
@@ -231,7 +231,7 @@ class SeedTests(DatabaseTestCase):
     def test_any_seed(self) -> None:
         """Whatever the sizes and the seed, the tables take what is made."""
 
-        @settings(max_examples=20, deadline=None)
+        @settings(max_examples=20)
         @given(st.integers(1, 40), st.integers(0, 40), st.integers())
         def check(sectors: int, ships: int, seed: int) -> None:
             seen: list[int] = []
