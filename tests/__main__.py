@@ -77,8 +77,9 @@ def _work(number: int, names: int) -> int:
     """Run modules in this process; its report goes to a file."""
     os.set_inheritable(names, False)
     sys.path.insert(0, os.getcwd())
+    directory = str(_DIRECTORY / str(number))
     with _report(number).open("w") as stream:
-        result: Any = TrialRunner(TreeReporter, stream=stream, workingDirectory=str(_DIRECTORY / str(number))).run(
+        result: Any = TrialRunner(TreeReporter, stream=stream, realTimeErrors=True, workingDirectory=directory).run(
             _Modules(names)  # type: ignore[arg-type]
         )
     return 0 if result.wasSuccessful() else 1

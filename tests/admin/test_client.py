@@ -190,8 +190,6 @@ class _Endless(Protocol):
 class NetworkTests(DatabaseTestCase):
     """Against sockets that are no server of ours."""
 
-    timeout = 20
-
     @inlineCallbacks
     def listening(self, factory: Any, scheme: str = "http") -> Iterator[Deferred[Any]]:
         """Listen, and give a client."""

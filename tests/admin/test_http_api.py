@@ -436,7 +436,7 @@ class OrderTests(ApiTestCase, WorldTestCase):
         )
         self.assertIn("engine-1 did not answer, the outcome is unknown", answer.body["detail"])
         engine.kill()
-        yield poll(lambda: self.ask("GET", "/v1/engines/engine-1").status == 404, "its link is gone", timeout=20)
+        yield poll(lambda: self.ask("GET", "/v1/engines/engine-1").status == 404, "its link is gone")
         self.execute("insert into engines (name, wanted) values ('engine-1', 'paused') on conflict do nothing")
         self.refused(409, "not_ready", "POST", "/v1/engines/engine-1/resume", {"reason": "x"})
 
@@ -559,7 +559,7 @@ class ReadinessTests(ApiTestCase):
         answer = ask(api, "POST", TICK, token, {"job_type": "decay"})
         self.assertEqual((answer.status, answer.body["retryable"]), (503, True))
         self.cluster.start()
-        yield poll(lambda: ask(api, "GET", "/readyz", token).status == 200, "it is ready", timeout=30)
+        yield poll(lambda: ask(api, "GET", "/readyz", token).status == 200, "it is ready")
         self.assertEqual(ask(api, "GET", "/readyz").body, ready.body)
         self.assertEqual(ask(api, "GET", "/v1/config", token).status, 200)
 
@@ -618,5 +618,5 @@ class WaitingTests(ApiTestCase):
         self.assertEqual((given.status, given.body["status"]), (202, "queued"))
 
         self.execute("update orders set status = 'done', finished_at = now()")
-        yield poll(lambda: sum(crowd.answered() for crowd in crowds) == MOST, "all are answered", timeout=30)
+        yield poll(lambda: sum(crowd.answered() for crowd in crowds) == MOST, "all are answered")
         self.assertEqual([crowd.statuses() for crowd in crowds], [{200: part}] * len(crowds))

@@ -186,7 +186,7 @@ class ShutTests(ApiTestCase):
     def test_a_token_that_ends(self) -> Iterator[Deferred[Any]]:
         """A token that is revoked while an order is followed leaves it where it is, too."""
         following = deferToThread(self.shell, ["order", "force-tick", "decay", "--wait", "30"])
-        yield poll(lambda: self.count("orders"), "it is given", timeout=20)
+        yield poll(lambda: self.count("orders"), "it is given")
         self.execute("delete from api_tokens")
         [(code, _, stderr)] = yield following
         self.assertEqual(code, 3)
@@ -198,7 +198,7 @@ class ShutTests(ApiTestCase):
         following = deferToThread(
             self.shell, ["order", "force-tick", "decay", "--wait", "30"], ["order", "force-tick", "decay"]
         )
-        yield poll(lambda: self.count("orders"), "it is given", timeout=20)
+        yield poll(lambda: self.count("orders"), "it is given")
         self.role.kill()
         [(code, stdout, stderr), (after, _, unreachable)] = yield following
         [(order_id,)] = self.execute("select order_id from orders")

@@ -115,7 +115,7 @@ class Run:
 
     def ended(self) -> Deferred[Any]:
         """Wait for its end."""
-        return poll(lambda: self.process.poll() is not None, "s2s up ends", timeout=30)
+        return poll(lambda: self.process.poll() is not None, "s2s up ends")
 
     def _unless_ended(self, look: Any, what: str) -> Deferred[Any]:
         def checked() -> bool:
@@ -123,7 +123,7 @@ class Run:
             assert seen or self.process.poll() is None, f"s2s up ended before {what}:\n{self.output}"
             return bool(seen)
 
-        return poll(checked, what, timeout=20)
+        return poll(checked, what)
 
     def kill(self) -> None:
         """See that it is gone after the test."""
@@ -135,8 +135,6 @@ class Run:
 
 class UpTests(TestCase):
     """:func:`s2s.cli.up.supervisor.run`."""
-
-    timeout = 60
 
     def setUp(self) -> None:
         """Choose a port."""
@@ -151,7 +149,7 @@ class UpTests(TestCase):
 
     def nothing_left(self) -> Deferred[Any]:
         """Wait until no process knows the state directory."""
-        return poll(lambda: not processes(self.state_dir), "nothing is left running", timeout=25)
+        return poll(lambda: not processes(self.state_dir), "nothing is left running")
 
     @inlineCallbacks
     def test_whole_way(self):
@@ -284,7 +282,7 @@ class UpTests(TestCase):
                 stderr=subprocess.PIPE,
                 text=True,
             )
-        _, said = yield deferToThread(supervisor.communicate, timeout=30)
+        _, said = yield deferToThread(supervisor.communicate, timeout=60)
         self.assertEqual((supervisor.returncode, said.count("\n")), (1, 1), said)
         self.assertIn("the output cannot be written, No space left on device", said)
         yield self.nothing_left()

@@ -62,7 +62,7 @@ class ControlTests(RoleTestCase):
 
     def ended(self) -> Deferred[Any]:
         """Wait until its process has ended."""
-        return poll(lambda: not self.role.is_running, "it has ended", timeout=20)
+        return poll(lambda: not self.role.is_running, "it has ended")
 
     # --- pause and resume -----------------------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ class CrashTests(RoleTestCase):
             self.assertTrue(answer["accepted"], answer)
             self.assertEqual(answer["duplicate"], key in found, key)
             self.assertEqual(answer["cmd_id"], found.get(key, answer["cmd_id"]))
-        yield poll(lambda: self.settled(MANY), "all of them have run", timeout=40)
+        yield poll(lambda: self.settled(MANY), "all of them have run")
         self.assert_once(MANY)
 
     @inlineCallbacks
@@ -91,10 +91,10 @@ class CrashTests(RoleTestCase):
         yield server.start()
         yield engine.start()
         for role, wanted in ((server, MANY // 3), (engine, MANY)):
-            yield poll(lambda wanted=wanted: self.count("commands") >= wanted, "the stream flows", timeout=40)
+            yield poll(lambda wanted=wanted: self.count("commands") >= wanted, "the stream flows")
             role.kill()
             self.assertGreater(self.count("outbox"), 0)
             yield role.start()
-        yield poll(lambda: self.settled(2 * MANY), "everything has become a notice", timeout=40)
+        yield poll(lambda: self.settled(2 * MANY), "everything has become a notice")
         self.assert_once(2 * MANY)
         self.assertEqual(self.execute("select distinct state from broadcasts"), [("queued",)])

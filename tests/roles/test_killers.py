@@ -90,7 +90,7 @@ class KillerTests(RoleTestCase):
     @inlineCallbacks
     def dies_of(self, server: Server, attempts: int, status: str = "ready"):
         """See it die, start it again, and see the killer charged once for it."""
-        yield poll(lambda: not server.is_running, "the death", timeout=20)
+        yield poll(lambda: not server.is_running, "the death")
         self.assertEqual(self.state("killer"), ("ready", attempts - 1))
         yield server.start()
         yield poll(lambda: self.state("killer") != ("ready", attempts - 1), "the charge")
@@ -163,7 +163,7 @@ class KillerTests(RoleTestCase):
         server = self.careless_server()
         self.insert("killer", end="hold the interpreter")
         yield server.start()
-        yield poll(lambda: not server.is_running, "the death", timeout=20)
+        yield poll(lambda: not server.is_running, "the death")
         self.assertEqual(server.exit_code, -signal.SIGPROF)
         yield self.dies_of(server, 1)
         self.assertRegex(server.whole_log, r'File ".*careless\.py", line \d+ in run\b')
@@ -176,7 +176,7 @@ class KillerTests(RoleTestCase):
         server = self.careless_server()
         self.insert("busy", end="compute in Python")
         yield server.start()
-        yield poll(lambda: self.state("busy")[0] == "done", "the end of the computation", timeout=40)
+        yield poll(lambda: self.state("busy")[0] == "done", "the end of the computation")
         server.freeze()
         yield pause(2.5)
         server.thaw()
@@ -197,7 +197,7 @@ class KillerTests(RoleTestCase):
         yield poll(lambda: self.execute(running, "pg_sleep|insert into effects"), "it sleeps")
         began = time.monotonic()
         server.terminate()
-        yield poll(lambda: not server.is_running, "the end", timeout=15)
+        yield poll(lambda: not server.is_running, "the end")
         # The grace, what follows it, and a busy machine.
         self.assertTrue(5 <= time.monotonic() - began < 10)
         server.assert_ended_well()

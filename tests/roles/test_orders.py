@@ -52,8 +52,6 @@ class OrderTestCase(RoleTestCase):
 class RaceTests(OrderTestCase):
     """Link and table."""
 
-    timeout = 180
-
     @inlineCallbacks
     def test_a_thousand_races(self) -> Iterator[Deferred[Any]]:
         """Orders that come over the link to one engine, while another finds them in the table, run once each."""
@@ -105,8 +103,6 @@ class RaceTests(OrderTestCase):
 class LongOrderTests(OrderTestCase):
     """``admin.player.update_all_ships.v1``."""
 
-    timeout = 300
-
     def make_ships(self, ships: int) -> None:
         """Make ships that count their changes, in their fuel."""
         self.ships = ships
@@ -138,7 +134,7 @@ class LongOrderTests(OrderTestCase):
         self.give("long", SHIPS, {"update_field": "turns", "new_value": 77, "reason": "a test"})
         for _ in range(3):
             before = self.done()
-            yield poll(lambda before=before: self.done() > before, "it gets on", timeout=30)
+            yield poll(lambda before=before: self.done() > before, "it gets on")
             engine.kill()
             self.assertEqual(self.order("long")[0], "running")
             self.assertEqual(self.execute("select count(*) from ships where turns = 77"), [(self.done(),)])

@@ -78,7 +78,7 @@ class Pusher:
     def finish(self) -> Iterator[Deferred[Any]]:
         """Push no more, and wait for the last answers."""
         self._beat.stop()
-        yield poll(lambda: self.answered == self.sent, "every push is answered", timeout=20)
+        yield poll(lambda: self.answered == self.sent, "every push is answered")
 
     @inlineCallbacks
     def forget_the_table(self) -> Iterator[Deferred[Any]]:
@@ -119,8 +119,6 @@ class Pusher:
 class RotationTests(RoleTestCase):
     """``s2s keys`` in a shell, while an engine pushes."""
 
-    timeout = 120
-
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
         """Start a server that only accepts, and a pusher."""
@@ -146,7 +144,7 @@ class RotationTests(RoleTestCase):
     def more_pushed(self, count: int) -> Deferred[Any]:
         """Wait until so many more are pushed."""
         wanted = self.pusher.sent + count
-        return poll(lambda: self.pusher.failed or self.pusher.sent >= wanted, f"{count} more are pushed", timeout=60)
+        return poll(lambda: self.pusher.failed or self.pusher.sent >= wanted, f"{count} more are pushed")
 
     @inlineCallbacks
     def rotate(self, old: str, new: str) -> Iterator[Deferred[Any]]:
@@ -169,7 +167,7 @@ class RotationTests(RoleTestCase):
         pusher = self.pusher
         yield self.rotate("k1", "k2")
         yield self.rotate("k2", "k3")
-        yield poll(lambda: pusher.failed or pusher.sent >= LEAST, f"{LEAST} are pushed", timeout=60)
+        yield poll(lambda: pusher.failed or pusher.sent >= LEAST, f"{LEAST} are pushed")
         yield pusher.finish()
         self.assertEqual((pusher.failed, pusher.lost, len(pusher.links)), ([], [], 1))
         self.assertGreaterEqual(pusher.sent, LEAST)

@@ -583,7 +583,7 @@ class StepTests(SchedulerTestCase):
         self.due(*names)
         for scheduler in range(3):
             self.start(*(_Job(name, work_of(scheduler)) for name in names))
-        await poll(lambda: self.execute("select sum(runs) from jobs") == [(len(names),)], "all have run", timeout=30)
+        await poll(lambda: self.execute("select sum(runs) from jobs") == [(len(names),)], "all have run")
         states = ["{}", *(f"{{'at': {at}}}" for at in range(1, 12))]
         expected = sorted((self.key(name), state) for name in names for state in states)
         self.assertEqual(sorted(self.effects()), expected)

@@ -39,7 +39,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
             found = self.json("engine", "list")
             return len(found) == 1 and all(found[0][name] == value for name, value in wanted.items())
 
-        return poll(look, f"an engine {wanted}", timeout=20)
+        return poll(look, f"an engine {wanted}")
 
     @inlineCallbacks
     def test_pause_resume_sweep_shutdown(self):
@@ -54,7 +54,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
         self.assertEqual(self.s2s("engine", "sweep").output, "engine-1: 0 broadcasts queued\n")
         said = self.s2s("engine", "shutdown", "--grace-ms", "3000").output
         self.assertRegex(said, r"^engine-1: draining, its grace ends at \d\d:\d\d:\d\d UTC\n$")
-        yield poll(lambda: not self.engine_role.is_running, "the engine has ended", timeout=20)
+        yield poll(lambda: not self.engine_role.is_running, "the engine has ended")
         self.engine_role.assert_ended_well()
         yield self.seen_none()
         told = self.server_role.lines("s2s.engine.pause to 'engine-1' by 'cli:")

@@ -329,8 +329,8 @@ class CommandTests(CommandTestCase):
         )
         self.insert("hangs", "a")
         self.start(lambda *_: None)
-        await poll(lambda: self.column("status")["a"] == "done", "the other one", timeout=40)
-        await poll(lambda: self.column("attempts")["hangs"] > 0, "its charge", timeout=40)
+        await poll(lambda: self.column("status")["a"] == "done", "the other one")
+        await poll(lambda: self.column("attempts")["hangs"] > 0, "its charge")
         self.assertIn("HandlerTimeout", self.column("error")["hangs"])
         self.assertEqual(self.column("attempts")["a"], 0)
 

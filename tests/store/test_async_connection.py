@@ -267,8 +267,6 @@ class LineTests(DatabaseTestCase):
 class OutageTests(DatabaseTestCase):
     """A database of its own, which goes, hangs and comes back."""
 
-    timeout = 60
-
     def setUp(self) -> None:
         """Start it, and a line to it."""
         self._session = None

@@ -704,7 +704,7 @@ class SteeringTests(AuditTestCase, RoleTestCase, CliTestCase):
         def runs() -> bool:
             return [row["state"] for row in self.json("engine", "list")] == ["running"]
 
-        yield poll(runs, "it runs", timeout=20)
+        yield poll(runs, "it runs")
         self.new()
         why, grace = ("--reason", "night"), {"grace_ms": 3000}
         for argv, params, result, stored in (
@@ -719,7 +719,7 @@ class SteeringTests(AuditTestCase, RoleTestCase, CliTestCase):
             change = ("key:k1", "engine.wanted", "engine-1", {**params, "wanted": stored}, None)
             self.assertEqual(self.new(), [(*asked, None), *([change] if stored else []), (*asked, result)])
         self.s2s("engine", "shutdown", "engine-1", *why, "--grace-ms", "3000")
-        yield poll(lambda: not engine.is_running, "it has ended", timeout=20)
+        yield poll(lambda: not engine.is_running, "it has ended")
         engine.assert_ended_well()
         asked, *ended = self.new()
         params = {"reason": "night", **grace}
@@ -756,7 +756,7 @@ class SteeringTests(AuditTestCase, RoleTestCase, CliTestCase):
         # Without any time left: the entry is written all the same.
         ack = self.peer.call(SHUTDOWN, {**why, "grace_ms": 0})
         self.peer.rest()
-        yield poll(lambda: not self.role.is_running, "it has ended", timeout=20)
+        yield poll(lambda: not self.role.is_running, "it has ended")
         self.role.assert_ended_well()
         self.assertEqual(
             self.new(),

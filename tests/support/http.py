@@ -108,8 +108,6 @@ class ApiTestCase(RoleTestCase):
     :ivar role: the server.
     """
 
-    timeout = 120
-
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
         """Start it."""

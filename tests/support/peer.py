@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 CHECK, ACK, ERROR, BUMP = "s2s.health.check", "s2s.ack", "s2s.error", "s2s.config.bump"
 HEALTH_ACK, PUSH, SWEEP = "s2s.health.ack", "s2s.command.push", "s2s.broadcast.sweep"
 #: Seconds until something that does not come fails the test.
-PATIENCE_S = 15.0
+PATIENCE_S = 60.0
 
 _numbers = itertools.count(1)
 

@@ -23,7 +23,7 @@ from s2s.roles.preflight import DATABASE_VARIABLE
 from s2s.roles.shutdown import STOP_WITH_STDIN
 from tests.support.peer import K1, Key, Peer, connect
 from tests.support.postgres import DatabaseTestCase, database_url, make_database, template
-from tests.support.waiting import poll
+from tests.support.waiting import PATIENCE_S, poll
 
 TWISTD = str(Path(sys.executable).with_name("twistd"))
 #: twistd with a wall clock that stands still, for vectors that were signed at one moment.
@@ -33,8 +33,6 @@ time.time = lambda at=float(sys.argv.pop(1)): at
 from twisted.scripts import twistd
 twistd.run()
 """
-#: Seconds that a start or a stop may take on a busy machine.
-PATIENCE_S = 20.0
 
 
 def free_port() -> int:
@@ -278,8 +276,6 @@ def _shared_server() -> tuple[str, Server]:
 
 class RoleTestCase(DatabaseTestCase):
     """A test with real roles on a database of its own, in which ``k1`` is the key that both sign with."""
-
-    timeout = 60
 
     def setUp(self) -> None:
         """Make the database, its key and a directory."""

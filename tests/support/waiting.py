@@ -10,11 +10,13 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import FailTest
 
+#: Seconds until something that does not come fails the test: many times what it takes on a machine that is busy.
+PATIENCE_S = 60.0
 #: Seconds between two looks.
 INTERVAL_S = 0.02
 
 
-def poll(condition: Callable[[], Any], what: str = "the condition", *, timeout: float = 20.0) -> Deferred[Any]:
+def poll(condition: Callable[[], Any], what: str = "the condition", *, timeout: float = PATIENCE_S) -> Deferred[Any]:
     """Look at a condition on the reactor until it is true.
 
     :param condition: is called without arguments; what it returns, or its Deferred's result, is judged by truth.
