@@ -199,7 +199,7 @@ class Link(Int32StringReceiver):
                 super().dataReceived(data)  # type: ignore[no-untyped-call]
             finally:
                 self._is_in_chunk = False
-            if not self.session.held:
+            if not self.session.pending:
                 self._write_buffer.flush()
         if self.session.is_open:
             mono = self._clock.mono()
@@ -302,9 +302,9 @@ class Link(Int32StringReceiver):
     def _cut(self) -> None:
         self.transport.abortConnection()
 
-    def quiet(self) -> Deferred[None]:
+    def wait_idle(self) -> Deferred[None]:
         """Wait until no request of the peer waits for our answer, or the link is gone."""
-        return self._answers.quiet()
+        return self._answers.wait_idle()
 
     def _fail_calls(self) -> None:
         for call in self.session.calls.fail_all():
@@ -508,7 +508,7 @@ class Link(Int32StringReceiver):
 
     def _send_reply(self, type: str, body: bytes, ack_of: str) -> None:
         # Nor has a peer that waits for nothing more; what answers a chunk goes together at its end.
-        is_urgent = not (self.session.held or self._is_in_chunk)
+        is_urgent = not (self.session.pending or self._is_in_chunk)
         self._send(type, body, ulid_now(), ack_of, is_urgent=is_urgent)
 
     def _settle(self, reply: Reply) -> None:

@@ -15,7 +15,7 @@ from s2s.link.dispatcher import Refusal, Request, Responder
 from s2s.link.read_pause import ReadPause
 from s2s.protocol import canonical, envelope
 from s2s.protocol.limits import Counters
-from s2s.protocol.session import Held, Session, State
+from s2s.protocol.session import PendingRequest, Session, State
 from s2s.runtime.clock import Clock
 
 
@@ -49,7 +49,7 @@ class InboundRequests:
         self._send = send
         self._refuse = refuse
         self._may_tell = may_tell
-        self._until_quiet: list[Deferred[None]] = []
+        self._until_idle: list[Deferred[None]] = []
 
     def serve(self, request: Request) -> None:
         """Have a request answered."""
@@ -59,11 +59,11 @@ class InboundRequests:
         except Exception:
             answer = Failure()
         # After it: by now what it has asked for is on its way.
-        held = self._session.hold(request.message, request.envelope.id, request.size, self._clock.mono())
+        pending = self._session.track(request.message, request.envelope.id, request.size, self._clock.mono())
         if isinstance(answer, Deferred):
-            answer.addBoth(self._answered, held)
+            answer.addBoth(self._answered, pending)
         else:
-            self._answered(answer, held)
+            self._answered(answer, pending)
         if self._session.is_saturated:
             self._counters.meet("held")
             self._read_pause.pause("held")
@@ -73,58 +73,58 @@ class InboundRequests:
 
         :param mono: monotonic seconds.
         """
-        for held in self._session.unanswered(mono):
+        for pending in self._session.unanswered(mono):
             self._counters.meet("respond")
-            self._failed(Failure(DeadlineExceeded()), held)
+            self._failed(Failure(DeadlineExceeded()), pending)
 
-    def quiet(self) -> Deferred[None]:
+    def wait_idle(self) -> Deferred[None]:
         """Wait until no request waits for its answer, or the link is gone."""
         waiter: Deferred[None] = Deferred()
-        self._until_quiet.append(waiter)
+        self._until_idle.append(waiter)
         self.notify_if_idle()
         return waiter
 
     def notify_if_idle(self) -> None:
         """Tell who waits for it that nothing is held, or that the link is gone."""
-        if self._until_quiet and (not self._session.held or self._session.state is State.CLOSED):
-            waiters, self._until_quiet = self._until_quiet, []
+        if self._until_idle and (not self._session.pending or self._session.state is State.CLOSED):
+            waiters, self._until_idle = self._until_idle, []
             for waiter in waiters:
                 # Not now: the last answer is still to be written.
                 self._clock.scheduler.callLater(0, waiter.callback, None)
 
-    def _answered(self, answer: Mapping[str, Any] | Failure, held: Held) -> None:
+    def _answered(self, answer: Mapping[str, Any] | Failure, pending: PendingRequest) -> None:
         if isinstance(answer, Failure):
-            self._failed(answer, held)
+            self._failed(answer, pending)
             return
         try:
-            self._answer(answer, held)
+            self._answer(answer, pending)
         except Exception:
-            self._failed(Failure(), held)
+            self._failed(Failure(), pending)
 
-    def _answer(self, payload: Mapping[str, Any], held: Held) -> None:
+    def _answer(self, payload: Mapping[str, Any], pending: PendingRequest) -> None:
         body = canonical.dumps(payload, envelope.PAYLOAD_DEPTH)
-        size = envelope.size(held.message.reply, body)
+        size = envelope.size(pending.message.reply, body)
         if size > self._session.max_frame:
             raise TooBigToSend(size, self._session.max_frame)
-        if self._is_awaited(held):
-            self._send(held.message.reply, body, held.id)
+        if self._is_awaited(pending):
+            self._send(pending.message.reply, body, pending.id)
 
-    def _failed(self, failure: Failure, held: Held) -> None:
+    def _failed(self, failure: Failure, pending: PendingRequest) -> None:
         error = failure.value
         if not isinstance(error, WireError):
             incident = ulid_now()
-            name = held.message.name
+            name = pending.message.name
             if self._may_tell(f"incidents in {name}"):
                 self.log.failure("incident {incident} in {type}", failure, incident=incident, type=name)
             error = InternalError(incident=incident)
-        if self._is_awaited(held):
-            self._refuse(Refusal(error, held.id))
+        if self._is_awaited(pending):
+            self._refuse(Refusal(error, pending.id))
 
-    def _is_awaited(self, held: Held) -> bool:
+    def _is_awaited(self, pending: PendingRequest) -> bool:
         """End a request that we hold: whether its answer, which comes next, is still awaited."""
-        is_awaited = self._session.release(held) and self._session.is_open
+        is_awaited = self._session.untrack(pending) and self._session.is_open
         # What follows of this is a later turn's.
-        if self._until_quiet:
+        if self._until_idle:
             self.notify_if_idle()
         if self._read_pause.is_stopped and not self._session.is_saturated:
             self._read_pause.resume("held")

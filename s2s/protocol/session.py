@@ -54,7 +54,7 @@ TRANSITIONS: Final = {
 UNANNOUNCED_FRAME_SIZE: Final = 65536
 
 
-class Held(msgspec.Struct, eq=False):
+class PendingRequest(msgspec.Struct, eq=False):
     """A request that waits for our answer, and no more of it than is needed then.
 
     :param id: its envelope's.
@@ -104,8 +104,8 @@ class Session:
         #: Requests of ours.
         self.calls = Window(bounds)
         #: In the order in which they came.
-        self._held: dict[Held, None] = {}
-        self._held_bytes = 0
+        self._pending: dict[PendingRequest, None] = {}
+        self._pending_bytes = 0
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -204,35 +204,35 @@ class Session:
 
     # --- requests that we hold --------------------------------------------------------------------------------------
 
-    def hold(self, message: MessageType, id: str, size: int, mono: float) -> Held:
-        """A request waits for our answer, which :meth:`release` ends."""
-        held = Held(message, id, size, mono + self.timing.respond)
-        self._held[held] = None
-        self._held_bytes += size
-        return held
+    def track(self, message: MessageType, id: str, size: int, mono: float) -> PendingRequest:
+        """A request waits for our answer, which :meth:`untrack` ends."""
+        pending = PendingRequest(message, id, size, mono + self.timing.respond)
+        self._pending[pending] = None
+        self._pending_bytes += size
+        return pending
 
-    def release(self, held: Held) -> bool:
+    def untrack(self, pending: PendingRequest) -> bool:
         """A request is to be answered: ``False`` if it was answered before."""
-        if held not in self._held:
+        if pending not in self._pending:
             return False
-        del self._held[held]
-        self._held_bytes -= held.size
+        del self._pending[pending]
+        self._pending_bytes -= pending.size
         return True
 
-    def unanswered(self, mono: float) -> list[Held]:
+    def unanswered(self, mono: float) -> list[PendingRequest]:
         """Give what has waited for too long."""
         # All wait equally long, so that the first come is the first due.
-        return list(itertools.takewhile(lambda held: held.deadline <= mono, self._held))
+        return list(itertools.takewhile(lambda pending: pending.deadline <= mono, self._pending))
 
     @property
-    def held(self) -> int:
+    def pending(self) -> int:
         """How many requests wait for our answer."""
-        return len(self._held)
+        return len(self._pending)
 
     @property
     def is_saturated(self) -> bool:
         """Whether no more is to be read until something is answered."""
-        return len(self._held) >= self.bounds.held_frames or self._held_bytes >= self.bounds.held_bytes
+        return len(self._pending) >= self.bounds.held_frames or self._pending_bytes >= self.bounds.held_bytes
 
     def paused(self, mono: float, is_paused: bool) -> None:
         """Reading stops or goes on; while it stops, silence and frame time are not counted."""
@@ -284,8 +284,8 @@ class Session:
                 times.append(self._quiet_since + self.timing.idle)
             if self._frame_since is not None:
                 times.append(self._frame_since + self.timing.frame)
-        if self._held:
-            times.append(next(iter(self._held)).deadline)
+        if self._pending:
+            times.append(next(iter(self._pending)).deadline)
         return min(times)
 
 

@@ -909,7 +909,7 @@ class ResponderTests(LinkTestCase):
             self.answers[at].callback({**_ACK, "cmd_id": at + 1})
         told = [(each["type"], each["ack_of"], each["payload"]["cmd_id"]) for each in self.written()]
         self.assertEqual(told, [("s2s.ack", ids[at], at + 1) for at in (1, 2, 0)])
-        self.assertEqual(self.link.session._held, {})
+        self.assertEqual(self.link.session._pending, {})
 
     def test_answers_at_once(self) -> None:
         """A responder may answer by a value, or by a Deferred that has fired."""
@@ -973,7 +973,7 @@ class ResponderTests(LinkTestCase):
             self.say(COMMAND_PUSH, _push())
             self.assertEqual(self.error_codes(), ["internal_error"])
             self.assertEqual(len(self.flushLoggedErrors(error)), 1)
-        self.assertEqual(self.link.session._held, {})
+        self.assertEqual(self.link.session._pending, {})
 
     def test_too_slow(self) -> None:
         """A request not answered within 10 s is deadline_exceeded, once; the late answer, or failure, is dropped."""

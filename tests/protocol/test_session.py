@@ -285,41 +285,41 @@ class AdmissionTests(SynchronousTestCase):
         self.assertEqual(self.admit(each, _request("s2s.broadcast.sweep", id="i2")), "not_ready")
 
 
-class HeldTests(SynchronousTestCase):
+class PendingRequestTests(SynchronousTestCase):
     """Requests that wait for our answer."""
 
     def test_bounds(self) -> None:
         """Reading stops at 1024 requests or 8 MiB, and not before."""
         by_number, by_bytes = _session("server"), _session("server")
         for _ in range(1023):
-            by_number.hold(_PUSH, "i", 10, 0.0)
+            by_number.track(_PUSH, "i", 10, 0.0)
         self.assertFalse(by_number.is_saturated)
-        by_number.hold(_PUSH, "i", 10, 0.0)
+        by_number.track(_PUSH, "i", 10, 0.0)
         self.assertTrue(by_number.is_saturated)
-        held = by_bytes.hold(_PUSH, "i", (8 << 20) - 1, 0.0)
+        pending = by_bytes.track(_PUSH, "i", (8 << 20) - 1, 0.0)
         self.assertFalse(by_bytes.is_saturated)
-        by_bytes.hold(_PUSH, "i", 1, 0.0)
+        by_bytes.track(_PUSH, "i", 1, 0.0)
         self.assertTrue(by_bytes.is_saturated)
-        self.assertTrue(by_bytes.release(held))
+        self.assertTrue(by_bytes.untrack(pending))
         self.assertFalse(by_bytes.is_saturated)
 
     def test_answered_once(self) -> None:
         """A request is released once; the second answer to it finds nothing. One that is like another is another."""
         each = _session()
-        held = [each.hold(_PUSH, "i", 10, 0.0) for _ in range(3)]
-        self.assertEqual(each.held, 3)
-        self.assertEqual([each.release(one) for one in (*held, *held)], [True] * 3 + [False] * 3)
-        self.assertEqual(each.held, 0)
+        pending = [each.track(_PUSH, "i", 10, 0.0) for _ in range(3)]
+        self.assertEqual(each.pending, 3)
+        self.assertEqual([each.untrack(one) for one in (*pending, *pending)], [True] * 3 + [False] * 3)
+        self.assertEqual(each.pending, 0)
 
     def test_late_ones(self) -> None:
         """What waits for 10 s is given, the first come first."""
         each = _session()
-        first, second = each.hold(_PUSH, "a", 1, 0.0), each.hold(_PUSH, "b", 1, 5.0)
+        first, second = each.track(_PUSH, "a", 1, 0.0), each.track(_PUSH, "b", 1, 5.0)
         self.assertEqual(each.unanswered(9.9), [])
         self.assertEqual(each.unanswered(10.0), [first])
         self.assertEqual(each.unanswered(15.0), [first, second])
         self.assertEqual((first.message, first.id), (_PUSH, "a"))
-        each.release(first)
+        each.untrack(first)
         self.assertEqual(each.unanswered(15.0), [second])
         self.assertEqual(each.next_timer(), 5.0)
         each.prove(_NOW)
@@ -412,7 +412,7 @@ class TimerTests(SynchronousTestCase):
     def test_deadlines_run_while_paused(self) -> None:
         """Our own deadlines, and those of the requests that we hold, go on."""
         each = _proven()
-        each.hold(_PUSH, "a", 1, 0.0)
+        each.track(_PUSH, "a", 1, 0.0)
         each.paused(0.0, True)
         self.assertEqual(each.next_timer(), 10.0)
         call = _call(deadline=3.0)

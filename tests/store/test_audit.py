@@ -624,7 +624,7 @@ class LedgerTests(SynchronousTestCase):
         self.assertEqual(self.counters.met, {"audit": 10})
         ((writing, entries),) = self.database.running
         self.assertEqual([subject for _, subject, *_ in entries], ["o0"])
-        quiet = self.ledger.quiet()
+        quiet = self.ledger.wait_idle()
         writing.callback(None)
         writing, entries = self.database.running[1]
         self.assertEqual([subject for _, subject, *_ in entries], [f"o{n}" for n in range(1, MAX_WAITING + 1)])
@@ -681,12 +681,12 @@ class AwayTests(AuditTestCase):
         request = Request(Envelope("i", 1, "server", "engine", SHUTDOWN, payload), BY_NAME[SHUTDOWN], payload, "k1", 9)
         answer = {"ok": True, "state": "draining", "deadline_ms": 7500}
         self.assertEqual(shutdown(request), answer)
-        await ledger.quiet()
+        await ledger.wait_idle()
         self.assertEqual(counters.met, {"audit": 1})
         database.start()
         self.addCleanup(database.stop)
         shutdown(request)
-        await ledger.quiet()
+        await ledger.wait_idle()
         self.assertEqual(self.entries(), [("key:k1", SHUTDOWN, "engine-1", payload, answer)])
 
 

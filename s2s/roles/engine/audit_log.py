@@ -57,7 +57,7 @@ class AuditLog:
         result = {"status": "refused", "result": {"code": error.code, "message": error.message}}
         self._note((request.type, subject, audit.cut(payload, canonical.dumps(payload)), result, f"key:{key_id}"))
 
-    def quiet(self) -> Deferred[None]:
+    def wait_idle(self) -> Deferred[None]:
         """Wait until everything is written."""
         return self._writing
 

@@ -109,14 +109,19 @@ class Scheduler:
 
         :returns: seconds to sleep, see :class:`s2s.store.poll_loop.PollLoop`.
         """
+        is_first = self._declare_at is None
+        if is_first and self._is_declaring:
+            # Nothing runs before all jobs are declared. The worker that declares them wakes this one.
+            return None
         if not self._is_declaring and self._clock.mono() >= (self._declare_at or 0.0):
-            is_first = self._declare_at is None
             self._is_declaring = True
             try:
                 self._tell_schedules(await self._database.run(self._declare, is_first, self._other_schedules))
             finally:
                 self._is_declaring = False
             self._declare_at = self._clock.mono() + DECLARE_S
+            if is_first:
+                self._turns.wake()
         if self._condition.state != "running" or self._handlers.is_full:
             return None
         others = self._in_hand.union(self._left_out.keys())

@@ -189,15 +189,15 @@ class Engine(Role):
         self._wanted.stop()
         running = gatherResults([self._scheduler.stop(), self._orders.stop(), self._clock_watch.stop()])
         if self._link is not None:
-            await self._link.quiet()
+            await self._link.wait_idle()
         await running
         await self._relay.flush()
         await self._relay.stop()
         if self._connected is not None:
-            await self._connected.quiet()
+            await self._connected.wait_idle()
             self._connected.close("the engine stops")
         await self._client.stopService()
-        await self._ledger.quiet()
+        await self._ledger.wait_idle()
         self._lines.stop()
 
     def _past_grace(self) -> None:
