@@ -106,7 +106,7 @@ def main() -> int:
     """Run the modules, and print the reports of failures."""
     parser = argparse.ArgumentParser(prog="python -m tests", description="Run test modules in several processes.")
     parser.add_argument("names", nargs="*", default=["tests"], help="packages or modules; all of tests if left out")
-    parser.add_argument("--jobs", type=int, default=2 * (os.cpu_count() or 1), help="processes (default: 2 a core)")
+    parser.add_argument("--jobs", type=int, default=3 * (os.cpu_count() or 1), help="processes (default: 3 a core)")
     parser.add_argument("--worker", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
