@@ -1,8 +1,7 @@
 """Run test modules in several processes: ``python -m tests [--jobs N] [NAME ...]``.
 
 Each process runs one module after another in one ``trial``, so that the modules share its PostgreSQL. trial's own
-``-j`` spreads single tests over its processes: each would start the servers that the tests of a module share, and a
-failure with a long text leaves it hanging.
+``-j`` spreads single tests over its processes, so each would start the servers that the tests of a module share.
 """
 
 from __future__ import annotations
