@@ -614,7 +614,7 @@ class Link(Int32StringReceiver):
 
 
 def _why(reply: Reply) -> str:
-    """Say why nobody awaits a reply."""
+    """Return the reason why a reply belongs to no request."""
     if reply.envelope.ack_of is None:
         return f"its {harmless(reply.envelope.type)} has no ack_of"
     return "it came too late, or twice, or its ack_of is the id of no request"

@@ -16,7 +16,7 @@ from s2s.store.tables import engines
 
 
 class DesiredState:
-    """Keeps :attr:`s2s.roles.engine.state.Condition.wanted` as the table ``engines`` has it, whoever wrote it there.
+    """Keeps :attr:`s2s.roles.engine.state.EngineState.wanted` equal to the row of the engine in the table ``engines``.
 
     :param name: the engine's.
     """

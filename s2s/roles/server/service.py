@@ -192,12 +192,11 @@ class Server(Role):
     async def _readiness(self) -> dict[str, str]:
         """Give what the parts that must be well say of themselves."""
         executor = self._executor.condition
-        if self._rows.held and executor != "off":
-            executor += f"{', but' if executor == 'ok' else ';'} {self._rows.held}"
-        database = await self._pulse.check()
-        if self._kept:
-            database += f"{', but' if database == 'ok' else ';'} {self._kept}"
-        return {"database": database, "pushes": self._inbox.condition, "executor": executor}
+        return {
+            "database": _with(await self._pulse.check(), self._kept),
+            "pushes": self._inbox.condition,
+            "executor": executor if executor == "off" else _with(executor, self._rows.held),
+        }
 
     def _counts(self) -> dict[str, int]:
         return {
@@ -231,3 +230,8 @@ class Server(Role):
     def _bumped(self, link: Link, ack: Mapping[str, Any]) -> bool:
         link.peer = {**link.peer, "config_version": ack["version"]}
         return False
+
+
+def _with(condition: str, trouble: str) -> str:
+    """Return what a part says of itself, with a trouble of its tables where there is one."""
+    return f"{condition}{', but' if condition == 'ok' else ';'} {trouble}" if trouble else condition
