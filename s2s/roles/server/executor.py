@@ -411,8 +411,8 @@ class Executor:
 
     def _run_group(self, txn: Cursor, kind: CommandHandler, batch: list[Command], report: Report, until: float) -> None:
         # BaseException: in this thread a SystemExit is a handler's own, and nobody else's.
-        is_readable = not any(isinstance(command.payload, Unreadable) for command in batch)
-        if kind.batched and len(batch) > 1 and is_readable and not _is_late(report, until):
+        is_whole = kind.batched and len(batch) > 1 and not _is_late(report, until)
+        if is_whole and not any(isinstance(command.payload, Unreadable) for command in batch):
             try:
                 with self._handlers.foreign(txn, f"{kind.cmd_type}, {len(batch)} commands", batch) as cursor:
                     # A copy: the handler may change the list.
