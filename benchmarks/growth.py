@@ -49,25 +49,25 @@ IDLE = Contestant("idle links", "s2s_idle", serves=False)
 #: Keys in no order. What waits is due tomorrow.
 _FILL = """
 with made as (
-    insert into commands (cmd_type, idem_key, payload, status, finished_at, due_at)
+    insert into s2s.commands (cmd_type, idem_key, payload, status, finished_at, due_at)
     select 'notice.publish', md5(n::text),
         jsonb_build_object('scope', 'global', 'severity', 'info', 'message', %(message)s), %(status)s,
         case when %(status)s = 'done' then now() end, now() + interval '1 day'
     from generate_series(%(first)s, %(last)s) n
     returning idem_key, cmd_id
 )
-insert into idempotency_keys (idem_key, fingerprint, cmd_id)
+insert into s2s.idempotency_keys (idem_key, fingerprint, cmd_id)
 select idem_key, sha256(idem_key::bytea), cmd_id from made
 """
 _STEP = 500_000
 #: What a measurement has added goes before the next one, so that each size stays what it is called.
 _EMPTY = (
     """
-    with gone as (delete from commands where cmd_id > %(count)s returning idem_key)
-    delete from idempotency_keys where idem_key in (select idem_key from gone)
+    with gone as (delete from s2s.commands where cmd_id > %(count)s returning idem_key)
+    delete from s2s.idempotency_keys where idem_key in (select idem_key from gone)
     """,
-    "truncate notices, outbox",
-    "vacuum (index_cleanup on) commands, idempotency_keys",
+    "truncate s2s.notices, s2s.outbox",
+    "vacuum (index_cleanup on) s2s.commands, s2s.idempotency_keys",
 )
 
 

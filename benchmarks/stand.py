@@ -84,7 +84,7 @@ class Stand:
                 migrations.migrate(connection)
             secret = base64.b64encode(_link.SECRET).decode()
             self.execute(
-                "insert into s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
+                "insert into s2s.s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
                 " values (%s, %s, 'any', true, to_timestamp(0))",
                 (_link.KEY_ID, secret),
                 url=url,

@@ -32,9 +32,9 @@ class ObserverTests(ApiTestCase):
         """While every place of observers is taken, an operator's request is answered; each list ends, and says why."""
         # No list of commands gets on, as if it had to read millions of rows.
         with Session(self.url) as other:
-            other.run("begin; lock table notices in access exclusive mode")
+            other.run("begin; lock table s2s.notices in access exclusive mode")
             lists = [deferToThread(self.ask, "GET", "/v1/notices", role="observer") for _ in range(6)]
-            waiting = "select count(*) from pg_locks where not granted and relation = 'notices'::regclass"
+            waiting = "select count(*) from pg_locks where not granted and relation = 's2s.notices'::regclass"
             yield poll(lambda: self.execute(waiting)[0][0] >= THREADS["observers"], "the places of observers are taken")
             for _ in range(10):
                 steered = yield deferToThread(self.ask, "POST", "/v1/commands/retry", {"ids": [1]}, role="operator")

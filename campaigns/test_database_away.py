@@ -44,7 +44,7 @@ class AwayTests(TestCase):
         self.addCleanup(self.cluster.remove)
         self.cluster.migrate()
         self.execute(
-            "insert into s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
+            "insert into s2s.s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
             " values (%s, %s, 'any', true, to_timestamp(0))",
             *K1,
         )
@@ -94,10 +94,10 @@ class AwayTests(TestCase):
         self.assertTrue(peer.call(PUSH, command("before"))["duplicate"])
         self.assertFalse(peer.call(PUSH, command("meanwhile-1"))["duplicate"])
         # The other way, and what hears NOTIFY.
-        self.execute("insert into broadcasts (message) values ('we are back')")
+        self.execute("insert into s2s.broadcasts (message) values ('we are back')")
         yield poll(lambda: self.count("notices where message = 'we are back'") == 1, "a notice", timeout=30)
         peer.serves[BUMP] = lambda payload: {"ok": True, **payload}
-        self.execute("update config set value = '9' where key = 'relay.window'")
+        self.execute("update s2s.config set value = '9' where key = 'relay.window'")
         yield self.engine.says("relay.window is 9 (was 512)")
         for role, line in ((self.server, "engine up: engine-1"), (self.engine, "link up")):
             self.assertEqual(len(role.lines(line)), 1, role.log)
@@ -110,7 +110,7 @@ class AwayTests(TestCase):
         peer = self.server.connect(name="watcher")
         self.addCleanup(peer.close)
         peer.greet()
-        self.execute("insert into outbox (cmd_type, idem_key, payload) values ('no.such', 'k', '{}')")
+        self.execute("insert into s2s.outbox (cmd_type, idem_key, payload) values ('no.such', 'k', '{}')")
         yield deferToThread(self.cluster.freeze)
         try:
             peer.send(PUSH, command("into the void"))

@@ -11,7 +11,8 @@ from benchmarks.contestants.procrastinate_jobs import NAME, app_of
 from benchmarks.load import Load, Meter, Place, keys, push
 
 _PUBLISH = (
-    "insert into notices (cmd_id, scope, severity, message) values (%(cmd_id)s, %(scope)s, %(severity)s, %(message)s)"
+    "insert into s2s.notices (cmd_id, scope, severity, message) values (%(cmd_id)s, %(scope)s,"
+    " %(severity)s, %(message)s)"
 )
 
 

@@ -17,18 +17,18 @@ from benchmarks.kits import drive_loop
 from benchmarks.load import Load, Meter, Place, keys, push
 
 _ONE = (
-    "with fresh as (insert into idempotency_keys (idem_key, fingerprint, cmd_id)"
-    " values (%(key)s, %(fingerprint)s, nextval('commands_cmd_id_seq')) on conflict do nothing returning cmd_id)"
-    " insert into commands (cmd_id, cmd_type, idem_key, payload)"
+    "with fresh as (insert into s2s.idempotency_keys (idem_key, fingerprint, cmd_id)"
+    " values (%(key)s, %(fingerprint)s, nextval('s2s.commands_cmd_id_seq')) on conflict do nothing returning cmd_id)"
+    " insert into s2s.commands (cmd_id, cmd_type, idem_key, payload)"
     " select cmd_id, %(type)s, %(key)s, %(payload)s from fresh returning cmd_id"
 )
 _MANY = (
     "with pushed as materialized (select * from unnest(%(keys)s::text[], %(fingerprints)s::bytea[], %(types)s::text[],"
     " %(payloads)s::text[]) as p (idem_key, fingerprint, type, payload)),"
-    " fresh as (insert into idempotency_keys (idem_key, fingerprint, cmd_id)"
-    " select idem_key, fingerprint, nextval('commands_cmd_id_seq') from pushed on conflict do nothing"
+    " fresh as (insert into s2s.idempotency_keys (idem_key, fingerprint, cmd_id)"
+    " select idem_key, fingerprint, nextval('s2s.commands_cmd_id_seq') from pushed on conflict do nothing"
     " returning idem_key, cmd_id)"
-    " insert into commands (cmd_id, cmd_type, idem_key, payload)"
+    " insert into s2s.commands (cmd_id, cmd_type, idem_key, payload)"
     " select cmd_id, type, idem_key, payload::jsonb from fresh join pushed using (idem_key) returning cmd_id"
 )
 

@@ -14,7 +14,7 @@ from benchmarks.load import Load, Meter, Place
 
 #: Of keys that nobody has used, also where this was done before.
 _FILL = (
-    "insert into outbox (cmd_type, idem_key, payload) select 'notice.publish', concat('whole-', %s, '-', n),"
+    "insert into s2s.outbox (cmd_type, idem_key, payload) select 'notice.publish', concat('whole-', %s, '-', n),"
     " jsonb_build_object('scope', 'global', 'severity', 'info', 'message', %s) from generate_series(1, %s) n"
 )
 
@@ -28,7 +28,7 @@ def drive(place: Place, load: Load, meter: Meter) -> None:
     """Fill the outbox, let an engine loose, and see when the last command is done."""
     with closing(psycopg2.connect(place.url)) as connection, connection.cursor() as txn:
         connection.autocommit = True
-        txn.execute("select coalesce(max(cmd_id), 0) from commands")
+        txn.execute("select coalesce(max(cmd_id), 0) from s2s.commands")
         before = txn.fetchall()[0][0]
         txn.execute(_FILL, (before, load.filling, load.items))
         program = "import sys; from benchmarks.contestants import s2s_whole; s2s_whole.engine(*sys.argv[1:])"
@@ -41,7 +41,7 @@ def drive(place: Place, load: Load, meter: Meter) -> None:
             finally:
                 engine.communicate()
         txn.execute(
-            "select count(*), extract(epoch from max(finished_at) - min(created_at))::float8 from commands"
+            "select count(*), extract(epoch from max(finished_at) - min(created_at))::float8 from s2s.commands"
             " where status = 'done' and cmd_id > %s",
             (before,),
         )
@@ -56,8 +56,8 @@ def engine(port: str, url: str) -> None:
 def _left(txn: psycopg2.extensions.cursor, before: int) -> bool:
     """Whether anything waits to be sent, or waits to be run and was accepted after a certain command."""
     txn.execute(
-        "select exists (select from outbox where state = 'waiting')"
-        " or exists (select from commands where status = 'ready' and cmd_id > %s)",
+        "select exists (select from s2s.outbox where state = 'waiting')"
+        " or exists (select from s2s.commands where status = 'ready' and cmd_id > %s)",
         (before,),
     )
     return bool(txn.fetchall()[0][0])

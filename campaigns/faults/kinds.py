@@ -118,7 +118,7 @@ async def _while_it_migrates(stage: TestBed, step: str, fault: Fault) -> None:
     grip.release()
     again = await deferToThread(partial(subprocess.run, migrate, env=said, capture_output=True, text=True))
     ours, theirs = [await deferToThread(_schema, each) for each in (stage.url, url)]
-    is_whole = again.returncode == 0 and {*ours} - {"effects", "sector_changes"} == {*theirs}
+    is_whole = again.returncode == 0 and {*ours} == {*theirs}
     if not is_whole or "Traceback" in told:
         stage.surprise("migration", AssertionError(f"{told}{again.stderr} {sorted({*ours} ^ {*theirs})}"))
     with Session(stage.url) as session:
@@ -127,7 +127,8 @@ async def _while_it_migrates(stage: TestBed, step: str, fault: Fault) -> None:
 
 def _schema(url: str) -> list[str]:
     with Session(url) as session:
-        return [row[0] for row in session.run("select tablename::text from pg_tables where schemaname = 'public'")]
+        tables = "select schemaname || '.' || tablename from pg_tables where schemaname in ('s2s', 's2s_world')"
+        return [row[0] for row in session.run(tables)]
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
@@ -227,19 +228,20 @@ async def _snapshot_held(stage: TestBed) -> None:
 
     def hold() -> None:
         with closing(psycopg2.connect(stage.url)) as conn, conn, conn.cursor() as txn:
-            txn.execute("set transaction isolation level repeatable read; select count(*) from commands")
+            txn.execute("set transaction isolation level repeatable read; select count(*) from s2s.commands")
             txn.execute("select pg_sleep(10)")
 
     await deferToThread(hold)
 
 
-_FULL: Final = ("commands", "outbox", "orders", "notices")
+_FULL: Final = ("s2s.commands", "s2s.outbox", "s2s.orders", "s2s.notices")
 
 
 async def _disk_full(stage: TestBed) -> None:
     """Every insert is refused with the error of a full disk."""
     make = (
-        "create or replace function disk_full() returns trigger language plpgsql as $$ begin"
+        "create or replace function disk_full() returns trigger language plpgsql set search_path from current"
+        " as $$ begin"
         " raise exception 'could not extend file: No space left on device' using errcode = '53100'; end $$"
     )
     trigger = "create trigger disk_full before insert on {} for each statement execute function disk_full()"
@@ -261,7 +263,7 @@ async def _pool_taken(stage: TestBed) -> None:
         with closing(psycopg2.connect(stage.url)) as conn, conn, conn.cursor() as txn:
             txn.execute(f"lock table {table} in access exclusive mode; select pg_sleep(9)")
 
-    await gatherResults([deferToThread(lock, table) for table in ("commands", "outbox", "orders")])
+    await gatherResults([deferToThread(lock, table) for table in ("s2s.commands", "s2s.outbox", "s2s.orders")])
 
 
 # --- the network ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from s2s.store.tables.commands import Command
 
 #: Its table, without a constraint that would hide a second effect.
 TABLE = (
-    "create table effects (idem_key text not null, half integer not null,"
+    "create table public.effects (idem_key text not null, half integer not null,"
     " at float8 not null default extract(epoch from clock_timestamp()))"
 )
 
@@ -29,10 +29,10 @@ class Mark(CommandHandler):
 
     def run(self, txn: Cursor, command: Command) -> None:
         """Do both halves, or the first one and fail, as often as the payload says."""
-        txn.execute("insert into effects (idem_key, half) values (%s, 1)", (command.idem_key,))
+        txn.execute("insert into public.effects (idem_key, half) values (%s, 1)", (command.idem_key,))
         if command.attempts < command.payload["fails"]:
             raise ValueError("it is told to fail")
-        txn.execute("insert into effects (idem_key, half) values (%s, 2)", (command.idem_key,))
+        txn.execute("insert into public.effects (idem_key, half) values (%s, 2)", (command.idem_key,))
 
 
 mark = Mark()

@@ -37,7 +37,7 @@ class _Publishes(CommandHandler):
 
     def _publish(self, txn: Cursor, command: Command) -> None:
         txn.execute(
-            "insert into public.notices (cmd_id, scope, message, severity) values (%s, 'global', %s, 'info')",
+            "insert into s2s.notices (cmd_id, scope, message, severity) values (%s, 'global', %s, 'info')",
             (command.cmd_id, command.idem_key),
         )
 

@@ -54,11 +54,11 @@ _SESSIONS: Final = (
 )
 SECTORS: Final = 50
 _CHANGES: Final = """
-create table sector_changes (n bigserial, sector_id bigint, was text, became text);
-create function note_change() returns trigger language plpgsql as
-$$ begin insert into sector_changes (sector_id, was, became) values (new.sector_id, old.status, new.status);
+create table public.sector_changes (n bigserial, sector_id bigint, was text, became text);
+create function note_change() returns trigger language plpgsql set search_path from current as
+$$ begin insert into public.sector_changes (sector_id, was, became) values (new.sector_id, old.status, new.status);
 return null; end $$;
-create trigger note_change after update on sectors for each row execute function note_change()
+create trigger note_change after update on s2s_world.sectors for each row execute function note_change()
 """
 
 
@@ -113,12 +113,12 @@ class TestBed:
         self.cluster.migrate()
         with blocking(self.url) as txn:
             txn.execute(
-                "insert into s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
+                "insert into s2s.s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
                 " values (%s, %s, 'any', true, to_timestamp(0))",
                 K1,
             )
             for key, value in SETTINGS.items():
-                txn.execute("update config set value = to_jsonb(%s) where key = %s", (value, key))
+                txn.execute("update s2s.config set value = to_jsonb(%s) where key = %s", (value, key))
             self.token = tokens.add(txn, "faults", "admin")
             seed.make_world(txn, SECTORS, 500, seed_)
             txn.execute(mark.TABLE)
@@ -206,7 +206,7 @@ class TestBed:
     def emit(self, cmd_type: str, *keys: str) -> None:
         """Emit commands whose effect is a notice with the text of their key. Blocks."""
         number = self.history.invoke("campaign", "emit", keys=list(keys))
-        insert = "insert into outbox (cmd_type, idem_key, payload) select %s, key, '{}' from unnest(%s) key"
+        insert = "insert into s2s.outbox (cmd_type, idem_key, payload) select %s, key, '{}' from unnest(%s) key"
         self.execute(insert, cmd_type, list(keys))
         self.history.end(number, "campaign", "emit", "ok")
 
@@ -222,14 +222,14 @@ class TestBed:
         key = f"probe-{self._probes}"
         number = self.history.invoke("campaign", "emit", keys=[key])
         insert = (
-            "insert into outbox (cmd_type, idem_key, payload) values ('notice.publish', %s,"
+            "insert into s2s.outbox (cmd_type, idem_key, payload) values ('notice.publish', %s,"
             " jsonb_build_object('scope', 'global', 'severity', 'info', 'message', %s))"
         )
         self.lacks = "nothing can be emitted"
         await deferToThread(self.execute, insert, key, key)
         self.history.end(number, "campaign", "emit", "ok")
         self.lacks = f"{key} has not come"
-        while not await deferToThread(self.execute, "select 1 from notices where message = %s", key):
+        while not await deferToThread(self.execute, "select 1 from s2s.notices where message = %s", key):
             await pause(0.1)
         while leaks := self._leaks(dict(await deferToThread(self.execute, _SESSIONS))):
             self.lacks = "; ".join(leaks)
@@ -272,10 +272,10 @@ class TestBed:
                     raise client.failure
         self.lacks = "something is left to do"
         left = (
-            "select (select count(*) from outbox where state = 'waiting')"
-            " + (select count(*) from commands where status = 'ready')"
-            " + (select count(*) from batch_notes) + (select count(*) from broadcasts where state <> 'queued')"
-            " + (select count(*) from orders where status in ('queued', 'running'))"
+            "select (select count(*) from s2s.outbox where state = 'waiting')"
+            " + (select count(*) from s2s.commands where status = 'ready')"
+            " + (select count(*) from s2s.batch_notes) + (select count(*) from s2s.broadcasts where state <> 'queued')"
+            " + (select count(*) from s2s.orders where status in ('queued', 'running'))"
         )
         while (await deferToThread(self.execute, left))[0][0]:
             await pause(0.2)
@@ -347,7 +347,9 @@ async def comes(is_there: Callable[[], bool], within_s: float) -> bool:
 
 
 #: The ids of commands to which something was done, as the audit has them.
-_DONE: Final = "select jsonb_array_elements(result -> 'done' -> '{1}')::bigint from audit where action = 'commands.{0}'"
+_DONE: Final = (
+    "select jsonb_array_elements(result -> 'done' -> '{1}')::bigint from s2s.audit where action = 'commands.{0}'"
+)
 
 
 def facts_of(execute: Callable[..., list[tuple[Any, ...]]], engines: Mapping[str, tuple[int, str]]) -> Facts:
@@ -360,36 +362,40 @@ def facts_of(execute: Callable[..., list[tuple[Any, ...]]], engines: Mapping[str
         return [value for (value,) in execute(statement)]
 
     changes: dict[int, list[tuple[str, str]]] = {}
-    for sector, was, became in execute("select sector_id, was, became from sector_changes order by n"):
+    for sector, was, became in execute("select sector_id, was, became from public.sector_changes order by n"):
         changes.setdefault(sector, []).append((was, became))
     return Facts(
         commands=[
             Command(*row)
             for row in execute(
-                "select c.cmd_id, c.idem_key, payload, c.status, encode(fingerprint, 'hex') from commands c"
+                "select c.cmd_id, c.idem_key, payload, c.status, encode(fingerprint, 'hex') from s2s.commands c"
                 " left join idempotency_keys k using (idem_key) where cmd_type = %s order by c.cmd_id",
                 CMD_TYPE,
             )
         ],
         effects=execute("select idem_key, half, at from effects"),
-        notices=column("select message from notices"),
-        outbox=execute("select idem_key, state from outbox"),
-        broadcasts=execute("select message, state from broadcasts"),
-        orders=[Order(*row) for row in execute("select order_id, idem_key, params, status, result from orders")],
+        notices=column("select message from s2s.notices"),
+        outbox=execute("select idem_key, state from s2s.outbox"),
+        broadcasts=execute("select message, state from s2s.broadcasts"),
+        orders=[Order(*row) for row in execute("select order_id, idem_key, params, status, result from s2s.orders")],
         changes=changes,
-        sectors=dict(execute("select sector_id, status from sectors")),
-        versions=column("select version from config_history order by version"),
+        sectors=dict(execute("select sector_id, status from s2s_world.sectors")),
+        versions=column("select version from s2s.config_history order by version"),
         engines=engines,
         audited={
-            "order": column("select subject from audit where action = 'world.set_sector_status.v1'"),
-            "config": column("select result ->> 'version' from audit where action like 'config.set%'"),
-            "key": column("select subject from audit where action like 'keys.%'"),
-            "steer": column("select action from audit where action like 's2s.engine.%' and result ->> 'ok' = 'true'"),
-            "wanted": column("select params ->> 'wanted' from audit where action = 'engine.wanted' order by audit_id"),
+            "order": column("select subject from s2s.audit where action = 'world.set_sector_status.v1'"),
+            "config": column("select result ->> 'version' from s2s.audit where action like 'config.set%'"),
+            "key": column("select subject from s2s.audit where action like 'keys.%'"),
+            "steer": column(
+                "select action from s2s.audit where action like 's2s.engine.%' and result ->> 'ok' = 'true'"
+            ),
+            "wanted": column(
+                "select params ->> 'wanted' from s2s.audit where action = 'engine.wanted' order by audit_id"
+            ),
             **{
                 verb: column(_DONE.format(verb, word)) for verb, word in (("cancel", "cancelled"), ("retry", "retried"))
             },
         },
-        keys=column("select key_id from s2s_keys"),
-        notes=column("select count(*) from batch_notes")[0],
+        keys=column("select key_id from s2s.s2s_keys"),
+        notes=column("select count(*) from s2s.batch_notes")[0],
     )

@@ -110,7 +110,7 @@ class OperatorWorkload(threading.Thread):
         messages = [f"{name}-{n}" for n in range(many)]
 
         def insert(txn: Any) -> None:
-            txn.execute("insert into broadcasts (message) select unnest(%s::text[])", (messages,))
+            txn.execute("insert into s2s.broadcasts (message) select unnest(%s::text[])", (messages,))
 
         self._in_sql("broadcast", {"messages": messages}, insert)
 
@@ -209,7 +209,7 @@ def _handle(verb: str, cmd_id: int, then: PendingRequest | None = None) -> Pendi
 
 def _emit(txn: Any, names: list[str]) -> None:
     txn.execute(
-        "insert into outbox (cmd_type, idem_key, payload) select 'notice.publish', name,"
+        "insert into s2s.outbox (cmd_type, idem_key, payload) select 'notice.publish', name,"
         " jsonb_build_object('scope', 'global', 'severity', 'info', 'message', name) from unnest(%s::text[]) name",
         (names,),
     )

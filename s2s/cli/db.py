@@ -53,10 +53,10 @@ def status(database: str | None, state_dir: Path, as_json: bool) -> None:
         for line in _wrong(txn):
             click.echo(line, err=True)
             is_whole = False
-        for guard in kept_rows.guards(txn, migrations.tables()):
+        for guard in kept_rows.guards(txn, migrations.tables()) if migrations.is_visible(txn) else ():
             click.echo(f"s2s has not made the {guard}; to remove it: {guard.cure}", err=True)
         found = migrations.status(txn)
-    show(found, ("version", "name", "applied_at"), as_json, "this release has no migrations")
+    show(found, ("schema", "version", "name", "applied_at"), as_json, "this release has no migrations")
     if not is_whole or any(each.applied_at is None for each in found):
         raise SystemExit(1)
 
@@ -66,12 +66,13 @@ def _wrong(txn: Cursor) -> Iterator[str]:
     for grant in privileges.missing(txn):
         yield f"a privilege is missing, run as the owner of the tables: {grant}"
     yield from privileges.hidden(txn)
-    for behind in sequences.behind(txn):
-        yield f"{behind}: run: s2s db fix-sequences"
-    yield from map(str, sequences.ending(txn))
-    yield from shape.wrong(txn)
-    _, kept = guard_watch.look(txn)
-    yield from kept
+    if migrations.is_visible(txn):
+        for behind in sequences.behind(txn):
+            yield f"{behind}: run: s2s db fix-sequences"
+        yield from map(str, sequences.ending(txn))
+        yield from shape.wrong(txn)
+        _, kept = guard_watch.look(txn)
+        yield from kept
     queue = notify_queue.look(txn)
     if queue.usage >= notify_queue.HIGH:
         yield str(queue)

@@ -20,6 +20,9 @@ from s2s.errors import StatementRefused
 from s2s.store.cursor import StoreCursor, read_json
 
 _RANDOM: Final = random.SystemRandom()
+#: Our statements name our tables with their schema, so that no table, function or operator of another schema is used.
+#: The schema of temporary tables is searched first unless it is named, also for types.
+SET_PATH: Final = "set search_path = pg_catalog, pg_temp; "
 
 
 class PlanningConnection(connection):
@@ -98,8 +101,7 @@ class PlanningConnection(connection):
         sets = ", ".join(f"pg_catalog.set_config('{name}', {_quote(value, self)}, false)" for name, value in changed)
         self._restore = (
             "reset session authorization; reset role; reset all; close all; deallocate all; discard temp;"
-            " discard sequences;"
-            f" select {sets}"
+            f" discard sequences; {SET_PATH}select {sets}"
         )
         self._attributes = self._look()
 
@@ -284,7 +286,7 @@ class SettingDenied(psycopg2.OperationalError):
 
 #: Settings whose defaults only a superuser may change for a session, and where these come from.
 _DENIED: Final = (
-    "select s.name, w.value, s.source, pg_catalog.quote_ident(current_user),"  # noqa: S608 - of constants
+    f"{SET_PATH}select s.name, w.value, s.source, pg_catalog.quote_ident(current_user),"  # noqa: S608 - of constants
     " pg_catalog.quote_ident(pg_catalog.current_database())"
     f" from (values {', '.join(str((name, value)) for name, value in _SETTINGS.items())}) as w (name, value)"
     " join pg_catalog.pg_settings s using (name)"
@@ -323,16 +325,11 @@ def baseline(statement_timeout_s: float, idle_timeout_s: float = 60.0) -> str:
     }
     values = ", ".join(f"('{name}', '{value}')" for name, value in wanted.items())
     return (
-        "select s.name, pg_catalog.set_config(s.name, w.value, false)"  # noqa: S608 - of constants
+        f"{SET_PATH}select s.name, pg_catalog.set_config(s.name, w.value, false)"  # noqa: S608 - of constants
         f" from (values {values}) as w (name, value)"
         " join pg_catalog.pg_settings s using (name) where s.setting <> w.value"
         # A stronger guarantee than ours stays.
         " and not (s.name = 'synchronous_commit' and s.setting = 'remote_apply')"
-        # Without its own place in the path, the schema of temporary tables comes first, and a temporary table with the
-        # name of one of ours would take its place.
-        " union all select 'search_path', pg_catalog.set_config('search_path',"
-        " pg_catalog.concat_ws(', ', nullif(path, ''), 'pg_temp'), false)"
-        " from pg_catalog.current_setting('search_path') as path where pg_catalog.strpos(path, 'pg_temp') = 0"
     )
 
 

@@ -232,12 +232,13 @@ def commit(conn: Connection) -> None:
 
 
 @contextmanager
-def savepoint(txn: Cursor, first: str = "") -> Iterator[None]:
+def savepoint(txn: Cursor, before: str = "", after: str = "") -> Iterator[None]:
     """Undo what is done inside if it raises, and only that.
 
-    :param first: statements that are done before it, each with its semicolon.
+    :param before: statements to do before the savepoint, each with its semicolon.
+    :param after: statements to do first inside it.
     """
-    txn.execute(f"{first}savepoint {_SAVEPOINT}")
+    txn.execute(f"{before}savepoint {_SAVEPOINT}; {after}")
     try:
         yield
         txn.execute(f"release savepoint {_SAVEPOINT}")

@@ -51,6 +51,8 @@ _QUERY_CANCELED: Final = "57014"
 #: PostgreSQL refuses to PREPARE a transaction that has executed UNLISTEN. Prepared by foreign code, it would keep its
 #: locks on the commands of others for ever, or be committed after they have run once more.
 _NEVER_PREPARED: Final = "unlisten *; "
+#: Foreign code finds its tables by the search_path of its user and its database, and not by ours.
+_OWN_PATH: Final = "set local search_path to default"
 #: Seconds of a call after which the memory of the process is looked at: some megabytes are not written in less.
 _LARGE_S: Final = 0.001
 #: The exit code of a process that foreign code has forked and not ended.
@@ -323,7 +325,7 @@ class HandlerPool(Database):
         :raises HandlerTimeout: it took too long.
         """
         task, conn = cast("Task", self._local.task), cast("PlanningConnection", txn.connection)
-        with self._without_plans(txn), savepoint(txn, "" if task.name else _NEVER_PREPARED):
+        with self._without_plans(txn), savepoint(txn, "" if task.name else _NEVER_PREPARED, _OWN_PATH):
             task.enter(name, subject)
             conn.is_foreign = True
             cursor = plain(txn)

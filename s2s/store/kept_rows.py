@@ -26,7 +26,7 @@ RULE_STATE: Final = "0A000 RewriteQuery"
 #: Triggers, rules and policies that one line names.
 _SHOWN: Final = 5
 
-#: Functions of ours begin with ``s2s_``. A type of 1 is for each row, 2 is before, 64 is instead of.
+#: Functions of ours are in the schema s2s. A type of 1 is for each row, 2 is before, 64 is instead of.
 _GUARDS: Final = """
 with ours as (
     select to_regclass(n.name) as oid from unnest(%s::text[]) as n (name) where to_regclass(n.name) is not null
@@ -35,7 +35,8 @@ select t.tgrelid::regclass::text, 'trigger', quote_ident(t.tgname), array_remove
     case when t.tgtype & 4 > 0 then 'insert' end, case when t.tgtype & 16 > 0 then 'update' end,
     case when t.tgtype & 8 > 0 then 'delete' end], null), p.oid::regprocedure::text
 from ours join pg_catalog.pg_trigger t on t.tgrelid = ours.oid join pg_catalog.pg_proc p on p.oid = t.tgfoid
-where not t.tgisinternal and t.tgenabled in ('O', 'A') and t.tgtype & 67 = 3 and p.proname not like 's2s\\_%%'
+where not t.tgisinternal and t.tgenabled in ('O', 'A') and t.tgtype & 67 = 3
+    and p.pronamespace is distinct from to_regnamespace('s2s')
 union all
 select r.ev_class::regclass::text, 'rule', quote_ident(r.rulename),
     array[case r.ev_type when '2' then 'update' when '3' then 'insert' else 'delete' end], ''

@@ -14,7 +14,7 @@ from psycopg2.errors import DeadlockDetected, LockNotAvailable
 from s2s.errors import DeadlineExceeded, OperatorError, harmless
 from s2s.runtime import own_threads
 from s2s.store import interruptible
-from s2s.store.connection import connect
+from s2s.store.connection import SET_PATH, connect
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection, Cursor, commit, translate_error
 
@@ -91,6 +91,8 @@ class _Watcher:
                 if conn is None:
                     conn = connect(self._beside)
                     conn.autocommit = True
+                    with conn.cursor(cursor_factory=StoreCursor) as txn:
+                        txn.execute(SET_PATH)
                 with conn.cursor(cursor_factory=StoreCursor) as txn:
                     looked = self._look(txn)
                 silent.cancel()

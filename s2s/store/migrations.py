@@ -1,7 +1,7 @@
-"""Numbered SQL files, each run once and in one transaction, under an advisory lock.
+"""Numbered SQL files, all that a database lacks in one transaction, under an advisory lock.
 
-A migration is a file ``sql/NNNN_name.sql``; it never changes once released. Two processes that migrate at once take
-turns, and the second one finds nothing to do.
+A migration is a file ``sql/SCHEMA/NNNN_name.sql``; it never changes once released. It names its tables with their
+schema, which is made first. Two processes that migrate at once take turns, and the second one finds nothing to do.
 """
 
 from __future__ import annotations
@@ -10,110 +10,154 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, partial
+from functools import cache
 from importlib import resources
 from typing import Final
 
-from s2s.errors import SchemaError
-from s2s.store.driver import Connection, Cursor, lock_key
+import psycopg2
+from psycopg2 import sql
+from psycopg2.errors import DeadlockDetected, LockNotAvailable
+
+from s2s.errors import SchemaError, StatementRefused
+from s2s.store import sqlstate
+from s2s.store.driver import Connection, Cursor, lock_key, translate_error
 from s2s.store.kept_rows import check_written
 from s2s.store.lock_wait import PATIENCE_S, LockWait
 from s2s.store.tables import config
 
 _LOCK: Final = lock_key("migrations")
 
-_TABLE: Final = re.compile(r"^create table (?:if not exists )?(\w+)", re.MULTILINE)
+_TABLE: Final = re.compile(r"^create table (?:if not exists )?([\w.]+)", re.MULTILINE)
 _MIGRATE: Final = "run: s2s db migrate"
+#: The migrations of these schemas run in this order.
+SCHEMAS: Final = ("s2s", "s2s_world")
 
 
 @dataclass(frozen=True)
 class Migration:
     """One file.
 
+    :param schema: the schema of its tables.
+    :param version: counted from 1 in each schema.
     :param name: the file's name without the suffix, such as ``0001_initial``.
     """
 
+    schema: str
     version: int
     name: str
     sql: str
+
+    def __str__(self) -> str:
+        return f"{self.schema}/{self.name}"
 
 
 @dataclass(frozen=True)
 class Applied:
     """One migration and when this database got it; ``None``: not yet."""
 
+    schema: str
     version: int
     name: str
     applied_at: datetime | None
+
+    def __str__(self) -> str:
+        return f"{self.schema}/{self.name}"
+
+
+class MigrationFailed(SchemaError):
+    """A file failed, and no migration of this release was applied."""
 
 
 @cache
 def available() -> tuple[Migration, ...]:
     """Read the package's files, in order."""
-    files = (file for file in resources.files("s2s.store").joinpath("sql").iterdir() if file.name.endswith(".sql"))
+    directory = resources.files("s2s.store").joinpath("sql")
     return tuple(
-        Migration(int(file.name[:4]), file.name[:-4], file.read_text("utf-8"))
-        for file in sorted(files, key=lambda file: file.name)
+        Migration(schema, int(file.name[:4]), file.name[:-4], file.read_text("utf-8"))
+        for schema in SCHEMAS
+        for file in sorted(directory.joinpath(schema).iterdir(), key=lambda file: file.name)
+        if file.name.endswith(".sql")
     )
 
 
 @cache
 def tables() -> frozenset[str]:
-    """Return the names of the tables that the migrations make."""
+    """Return the names of the tables that the migrations make, with their schemas."""
     return frozenset(name for migration in available() for name in _TABLE.findall(migration.sql))
 
 
 def migrate(
     conn: Connection, tell: Callable[[str], object] = lambda line: None, patience_s: float = PATIENCE_S
 ) -> list[str]:
-    """Run what this database does not have yet, and declare the settings of this release.
+    """Run all that this database does not have yet, or nothing, and declare the settings of this release.
 
-    :param conn: an open connection, not in autocommit; every migration is committed.
+    :param conn: an open connection, not in autocommit; the migrations are committed.
     :param tell: see :class:`~s2s.store.lock_wait.LockWait`, as ``patience_s``.
-    :returns: the names of the migrations run.
+    :returns: the migrations run.
     :raises SchemaError: the database is newer than this release, or does not keep text as UTF-8.
+    :raises MigrationFailed: a file failed.
     :raises OperatorError: other sessions held the locks for too long.
     """
     locks = LockWait(conn, tell, patience_s)
     with locks.watched():
-        done = [migration.name for migration in available() if locks.run(partial(_run, migration))]
-        locks.run(_declare)
-    return done
+        return locks.run(_run)
 
 
-def _run(migration: Migration, txn: Cursor) -> bool:
-    """Run a file that this database does not have; whether it did not."""
-    # Held until the COMMIT, and taken anew for every file: a waiter then sees what the other one did.
+def _run(txn: Cursor) -> list[str]:
+    # Held until the COMMIT: a waiter then sees what the other one did.
     txn.execute("select pg_advisory_xact_lock(%s)", (_LOCK,))
     _check_encoding(txn)
     _refuse_newer(txn)
     applied = _applied(txn)
-    if migration.version in applied:
-        return False
-    if not applied:
+    missing = [migration for migration in available() if (migration.schema, migration.version) not in applied]
+    if missing:
+        for schema in SCHEMAS:
+            _make_schema(txn, schema)
         # Not where it is there: that needs a privilege, too.
-        txn.execute(
-            "create table if not exists s2s_migrations ("
-            "version integer primary key, name text not null, applied_at timestamptz not null default now())"
-        )
-    txn.execute(migration.sql)
-    txn.execute("insert into s2s_migrations (version, name) values (%s, %s)", (migration.version, migration.name))
-    check_written(txn, "insert", "s2s_migrations")
-    return True
-
-
-def _declare(txn: Cursor) -> None:
-    txn.execute("select pg_advisory_xact_lock(%s)", (_LOCK,))
+        if not applied:
+            txn.execute(
+                "create table if not exists s2s.migrations (schema text not null, version integer not null,"
+                " name text not null, applied_at timestamptz not null default now(), primary key (schema, version))"
+            )
+    for migration in missing:
+        _apply(txn, migration)
     config.declare(txn)
+    return [str(migration) for migration in missing]
+
+
+def _make_schema(txn: Cursor, schema: str) -> None:
+    # "if not exists" needs the privilege to make one, too.
+    txn.execute("select to_regnamespace(%s) is null", (schema,))
+    if txn.fetchone() == (True,):
+        txn.execute(sql.SQL("create schema {}").format(sql.Identifier(schema)))
+
+
+def _apply(txn: Cursor, migration: Migration) -> None:
+    try:
+        txn.execute(migration.sql)
+    except psycopg2.Error as error:
+        refused = translate_error(error, txn.connection)
+        # A lock is waited for, and a lost connection is no fault of the file.
+        if isinstance(error, LockNotAvailable | DeadlockDetected) or not isinstance(refused, StatementRefused):
+            raise
+        raise MigrationFailed(
+            f"the migration {migration} failed, and none of this release was applied: {sqlstate.with_cure(refused)}"
+        ) from error
+    txn.execute(
+        "insert into s2s.migrations (schema, version, name) values (%s, %s, %s)",
+        (migration.schema, migration.version, migration.name),
+    )
+    check_written(txn, "insert", "s2s.migrations")
 
 
 def status(txn: Cursor) -> list[Applied]:
     """List every migration of this release and of the database, in order."""
     applied = _applied(txn)
     ours = [
-        applied.pop(migration.version, Applied(migration.version, migration.name, None)) for migration in available()
+        applied.pop((each.schema, each.version), Applied(each.schema, each.version, each.name, None))
+        for each in available()
     ]
-    return ours + [applied[version] for version in sorted(applied)]
+    return ours + [applied[key] for key in sorted(applied)]
 
 
 def check(txn: Cursor) -> None:
@@ -124,28 +168,39 @@ def check(txn: Cursor) -> None:
     _check_encoding(txn)
     _refuse_newer(txn)
     applied = _applied(txn)
-    missing = [migration.name for migration in available() if migration.version not in applied]
+    missing = [str(each) for each in available() if (each.schema, each.version) not in applied]
     if len(missing) == len(available()):
         raise SchemaError(f"the database has no tables of s2s yet: {_MIGRATE}")
     if missing:
         raise SchemaError(f"the database lacks {', '.join(missing)}: {_MIGRATE}")
 
 
-def _applied(txn: Cursor) -> dict[int, Applied]:
-    txn.execute("select to_regclass('s2s_migrations') is not null")
+def is_visible(txn: Cursor) -> bool:
+    """Whether this user may look into our schemas, as far as they exist: without that no name in them is resolved."""
+    txn.execute(
+        "select coalesce(bool_and(has_schema_privilege(oid, 'usage')), true) from pg_namespace where nspname = any(%s)",
+        (list(SCHEMAS),),
+    )
+    return txn.fetchone() == (True,)
+
+
+def _applied(txn: Cursor) -> dict[tuple[str, int], Applied]:
+    if not is_visible(txn):
+        return {}
+    txn.execute("select to_regclass('s2s.migrations') is not null")
     if txn.fetchone() != (True,):
         return {}
-    txn.execute("select version, name, applied_at from s2s_migrations order by version")
-    return {row[0]: Applied(*row) for row in txn}
+    txn.execute("select schema, version, name, applied_at from s2s.migrations order by schema, version")
+    return {(row[0], row[1]): Applied(*row) for row in txn}
 
 
 def _refuse_newer(txn: Cursor) -> None:
-    known = available()[-1].version
-    newer = [row.name for version, row in _applied(txn).items() if version > known]
-    if newer:
-        raise SchemaError(
-            f"the database has {newer[-1]} and this release knows up to {available()[-1].name}: install a newer s2s"
-        )
+    known = {each.schema: each for each in available()}
+    for each in _applied(txn).values():
+        if each.schema in known and each.version > known[each.schema].version:
+            raise SchemaError(
+                f"the database has {each} and this release knows up to {known[each.schema]}: install a newer s2s"
+            )
 
 
 def _check_encoding(txn: Cursor) -> None:

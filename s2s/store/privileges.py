@@ -15,15 +15,18 @@ from s2s.store.driver import Cursor, is_broken
 
 _ALL: Final = ("select", "insert", "update", "delete")
 #: Tables of which we need less. The audit is append-only; only the migration writes its own table.
-_FEWER: Final = {"audit": ("select", "insert"), "s2s_migrations": ("select",)}
+_FEWER: Final = {"s2s.audit": ("select", "insert"), "s2s.migrations": ("select",)}
 #: Statements that a one-line error shows. ``s2s db status`` shows all of them.
 _SHOWN: Final = 3
 
+#: Finds a table without the privilege to look into its schema, which to_regclass needs.
+_CLASS: Final = """pg_catalog.pg_class c on c.relname = split_part(n.name, '.', 2)
+    and c.relnamespace = to_regnamespace(split_part(n.name, '.', 1))"""
 #: Our tables that there are, their schemas, their sequences, and our functions; each with what is needed and missing.
-_MISSING: Final = """
+_MISSING: Final = f"""
 with ours as (
     select n.privilege, c.oid, c.oid::regclass::text as name, c.relnamespace
-    from unnest(%s::text[], %s::text[]) as n (name, privilege) join pg_catalog.pg_class c on c.oid = to_regclass(n.name)
+    from unnest(%s::text[], %s::text[]) as n (name, privilege) join {_CLASS}
 )
 select 'schema', relnamespace::regnamespace::text, 'usage' from ours
 where not has_schema_privilege(relnamespace, 'usage')
@@ -36,14 +39,14 @@ join pg_catalog.pg_class s on s.oid = d.objid
 where case when s.relkind = 'S' then not has_sequence_privilege(s.oid, 'usage') end
 union
 select 'function', p.oid::regprocedure::text, 'execute'
-from pg_catalog.pg_proc p where p.proname like 's2s\\_%%' and p.pronamespace in (select relnamespace from ours)
+from pg_catalog.pg_proc p where p.pronamespace = to_regnamespace('s2s')
 and not has_function_privilege(p.oid, 'execute')
 order by 1, 2, 3
-"""
+"""  # noqa: S608 - of constants
 #: Our tables of which row level security may hide rows from this user: one policy that lets all through hides none.
-_HIDDEN: Final = """
+_HIDDEN: Final = f"""
 select c.oid::regclass::text, quote_ident(current_user)
-from unnest(%s::text[]) as n (name) join pg_catalog.pg_class c on c.oid = to_regclass(n.name)
+from unnest(%s::text[]) as n (name) join {_CLASS}
 where row_security_active(c.oid) and (
     exists (select from pg_catalog.pg_policy p where p.polrelid = c.oid and not p.polpermissive)
     or not exists (
@@ -54,17 +57,25 @@ where row_security_active(c.oid) and (
     )
 )
 order by 1
-"""
-#: The schema in which a migration makes its tables, and an owner of tables of ours in whose name this user may not act.
-#: The schema of temporary tables comes last, and is none for ours.
+"""  # noqa: S608 - of constants
+#: What a migration needs: it makes our schemas and their tables. A schema that somebody else has made is used.
 _TO_MIGRATE: Final = """
-select quote_ident(current_user), current_setting('search_path'),
-    case when current_schema() !~ '^pg_temp_' then quote_ident(current_schema()) end,
-    has_schema_privilege(current_schema(), 'create'),
-    (select min(quote_ident(pg_get_userbyid(c.relowner)))
-    from unnest(%s::text[]) as n (name) join pg_catalog.pg_class c on c.oid = to_regclass(n.name)
-    where not pg_has_role(c.relowner, 'usage'))
+select 'database', quote_ident(current_database()), array['create'], quote_ident(current_user)
+from unnest(%s::text[]) as n (name)
+where to_regnamespace(n.name) is null and not has_database_privilege(current_database(), 'create')
+union
+select 'schema', quote_ident(n.name), array['usage', 'create'], quote_ident(current_user)
+from unnest(%s::text[]) as n (name)
+where case when to_regnamespace(n.name) is not null
+    then not has_schema_privilege(n.name, 'usage') or not has_schema_privilege(n.name, 'create') end
+order by 1, 2
 """
+#: An owner of tables of ours in whose name this user may not act.
+_OWNER: Final = f"""
+select quote_ident(current_user), min(quote_ident(pg_get_userbyid(c.relowner)))
+from unnest(%s::text[]) as n (name) join {_CLASS}
+where not pg_has_role(c.relowner, 'usage')
+"""  # noqa: S608 - of constants
 
 
 def missing(txn: Cursor) -> list[str]:
@@ -95,20 +106,15 @@ def to_migrate(txn: Cursor) -> list[str]:
     """Return a line for each reason why the user of this connection cannot run the migrations that are missing."""
     if all(each.applied_at for each in migrations.status(txn)):
         return []
-    txn.execute(_TO_MIGRATE, (sorted(migrations.tables() | _FEWER.keys()),))
-    ((user, path, schema, may_create, owner),) = txn.fetchall()
-    if schema is None:
-        return [
-            f"there is no schema of the search_path {path} that {user} may use: run as the owner of the database:"
-            f" create schema if not exists public; grant usage, create on schema public to {user};"
-            f" alter role {user} set search_path = public;"
-        ]
-    lines = []
-    if not may_create:
-        lines.append(
-            "a privilege to migrate is missing, run as the owner of the database:"
-            f" grant create on schema {schema} to {user};"
-        )
+    schemas = list(migrations.SCHEMAS)
+    txn.execute(_TO_MIGRATE, (schemas, schemas))
+    lines = [
+        "a privilege to migrate is missing, run as the owner of the database:"
+        f" grant {', '.join(privileges)} on {kind} {name} to {user};"
+        for kind, name, privileges, user in txn
+    ]
+    txn.execute(_OWNER, (sorted(migrations.tables() | _FEWER.keys()),))
+    ((user, owner),) = txn.fetchall()
     if owner is not None:
         lines.append(f"{user} may not change the tables of {owner}: run s2s db migrate as {owner}")
     return lines
@@ -136,7 +142,7 @@ def explained(txn: Cursor) -> Iterator[None]:
     """
     try:
         yield
-    except psycopg2.Error:
+    except (psycopg2.Error, migrations.MigrationFailed):
         if not is_broken(txn.connection):
             txn.connection.rollback()
             _refuse(hidden(txn) or to_migrate(txn))

@@ -24,7 +24,7 @@ join pg_depend owns on owns.classid = 'pg_class'::regclass and owns.objid = sett
     and owns.refclassid = 'pg_class'::regclass and owns.deptype in ('a', 'i')
 join pg_class tables on tables.oid = owns.refobjid
 join pg_attribute columns on columns.attrelid = tables.oid and columns.attnum = owns.refobjsubid
-where tables.relname = any(%s) and pg_table_is_visible(tables.oid)
+where tables.oid in (select to_regclass(name) from unnest(%s::text[]) name)
     and has_sequence_privilege(settings.seqrelid, 'select, usage') and has_table_privilege(tables.oid, 'select')
 order by 1
 """

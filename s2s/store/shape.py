@@ -15,9 +15,9 @@ from s2s.errors import SchemaError
 from s2s.store import migrations
 from s2s.store.driver import Cursor
 
-_TRIGGER: Final = re.compile(r"^create trigger (\w+)\s[^;]*?\son (\w+)", re.MULTILINE)
-_UNIQUE: Final = re.compile(r"^create unique index (\w+) on (\w+)", re.MULTILINE)
-_TABLE: Final = re.compile(r"^create table (\w+) \((.*?)^\)", re.MULTILINE | re.DOTALL)
+_TRIGGER: Final = re.compile(r"^create trigger (\w+)\s[^;]*?\son ([\w.]+)", re.MULTILINE)
+_UNIQUE: Final = re.compile(r"^create unique index (\w+) on ([\w.]+)", re.MULTILINE)
+_TABLE: Final = re.compile(r"^create table ([\w.]+) \((.*?)^\)", re.MULTILINE | re.DOTALL)
 _UNIQUE_COLUMN: Final = re.compile(r"^ +(\w+) [^-\n]*\bunique\b", re.MULTILINE)
 _IN_PART: Final = "as after a restore in part: restore the whole dump into an empty database"
 
@@ -49,8 +49,9 @@ def _made() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         triggers += _TRIGGER.findall(migration.sql)
         indexes += _UNIQUE.findall(migration.sql)
         for table, body in _TABLE.findall(migration.sql):
-            indexes.append((f"{table}_pkey", table))
-            indexes += [(f"{table}_{column}_key", table) for column in _UNIQUE_COLUMN.findall(body)]
+            name = table.partition(".")[2]
+            indexes.append((f"{name}_pkey", table))
+            indexes += [(f"{name}_{column}_key", table) for column in _UNIQUE_COLUMN.findall(body)]
     return triggers, indexes
 
 
@@ -71,12 +72,12 @@ def wrong(txn: Cursor) -> Iterator[str]:
     txn.execute(_INDEXES, ([name for name, _ in indexes], [table for _, table in indexes]))
     for name, table in txn.fetchall():
         yield f"the table {table} lacks the unique index {name}, {_IN_PART}"
-    txn.execute("select to_regclass('config_version') is not null")
+    txn.execute("select to_regclass('s2s.config_version') is not null")
     if txn.fetchone() != (True,):
         return
-    txn.execute("select from config_version")
+    txn.execute("select from s2s.config_version")
     if not txn.rowcount:
-        yield "the table config_version lacks its row, as after a restore in part: run: s2s db migrate"
+        yield "the table s2s.config_version lacks its row, as after a restore in part: run: s2s db migrate"
 
 
 def check(txn: Cursor) -> None:

@@ -33,6 +33,9 @@ class Meaning(NamedTuple):
 
 _REFUSED: Final = Meaning(unavailable=False)
 _GRANT: Final = "run: s2s db status, which names what the user lacks"
+_MISSING: Final = (
+    "run: s2s db status; a trigger of yours on a table of s2s writes the schema of each name, or sets its search_path"
+)
 _SHARED_SESSION: Final = Meaning(
     drops=True, passes=True, cure="connect to PostgreSQL itself, or to a pooler in session mode"
 )
@@ -66,7 +69,7 @@ MEANINGS: Final[dict[str, Meaning]] = {
     # Of no statement: s2s.store.connection has found the setting.
     "42501 setting": Meaning("database", drops=True, passes=True, cure="as a superuser"),
     # A table, a column or a function of ours is missing.
-    **dict.fromkeys(("42P01", "42703", "42883"), Meaning(cure="run: s2s db status")),
+    **dict.fromkeys(("42P01", "42703", "42883"), Meaning(cure=_MISSING)),
     "53": Meaning(passes=True, cure="see the memory and the limits of the database"),
     "53100": Meaning("database", passes=True, cure="free some space on the disk of the database"),
     "53300": Meaning(

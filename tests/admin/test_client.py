@@ -86,7 +86,9 @@ class InMemoryTests(DatabaseTestCase):
 
     def test_typed(self) -> None:
         """Rows come as the classes that the tables have, times as times."""
-        self.execute("insert into commands (cmd_id, cmd_type, idem_key, payload) values (5, 'a.b', 'k', '{\"n\": 1}')")
+        self.execute(
+            "insert into s2s.commands (cmd_id, cmd_type, idem_key, payload) values (5, 'a.b', 'k', '{\"n\": 1}')"
+        )
         page = self.call(self.client.list_commands(status="ready"))
         [row] = page.items
         self.assertIsInstance(row, CommandRow)
@@ -97,7 +99,7 @@ class InMemoryTests(DatabaseTestCase):
     def test_pages(self) -> None:
         """A list is walked to its end, page by page, each row once; a filter goes along."""
         self.execute(
-            "insert into commands (cmd_id, cmd_type, idem_key, payload)"
+            "insert into s2s.commands (cmd_id, cmd_type, idem_key, payload)"
             " select n, case when n % 2 = 0 then 'a.b' else 'c.d' end, n::text, '{}' from generate_series(1, 25) n"
         )
 
@@ -122,7 +124,7 @@ class InMemoryTests(DatabaseTestCase):
         self.assertEqual(self.refused(self.client.show_command(9)).code, "not_found")
         self.call(self.client.give_order("admin.engine.force_tick.v1", {"job_type": "decay"}, idem_key="k"))
         conflict = self.refused(self.client.give_order("admin.engine.force_tick.v1", {"job_type": "x"}, idem_key="k"))
-        [(order_id,)] = self.execute("select order_id from orders")
+        [(order_id,)] = self.execute("select order_id from s2s.orders")
         self.assertEqual((conflict.code, conflict.details["order_id"]), ("idem_conflict", order_id))
         stranger = AdminClient("http://localhost", TOKEN, http=self.stub)
         self.assertEqual(self.refused(stranger.list_keys()).code, "auth_bad")
@@ -130,7 +132,7 @@ class InMemoryTests(DatabaseTestCase):
     def test_names(self) -> None:
         """A name goes whole, whatever is in it."""
         for name in ("a/b", "a b", "\u00e9", "a?b#c", "%2F", "..a", "'; drop table engines; --"):
-            self.execute("insert into engines (name, wanted) values (%s, 'paused')", name)
+            self.execute("insert into s2s.engines (name, wanted) values (%s, 'paused')", name)
             shown = self.call(self.client.show_engine(name))
             self.assertEqual((shown.name, shown.state), (name, "no link"))
             self.assertEqual(self.refused(self.client.pause_engine(name, reason="x")).code, "not_ready")

@@ -245,7 +245,7 @@ class WrapperTests(ApiTestCase):
         self.ask("POST", SECTOR, {"sector_id": 0, "status": "neutral"})
         self.ask("POST", SECTOR, {"sector_id": 1, "status": "x" * 5000})
         told = self.execute(
-            "select actor, action, params, result from audit where actor like 'token:%' order by audit_id"
+            "select actor, action, params, result from s2s.audit where actor like 'token:%' order by audit_id"
         )
         self.assertEqual({row[:2] for row in told}, {("token:an-admin", "world.set_sector_status.v1")})
         self.assertEqual(told[0][2], {"sector_id": 0, "status": "neutral"})
@@ -255,7 +255,7 @@ class WrapperTests(ApiTestCase):
     def test_rows_in_the_way(self) -> None:
         """A row that is in another state than the action is for, or is not there, is said to be so."""
         self.execute(
-            "insert into commands (cmd_id, cmd_type, idem_key, payload, status, finished_at)"
+            "insert into s2s.commands (cmd_id, cmd_type, idem_key, payload, status, finished_at)"
             " values (1, 'a.b', '1', '{}', 'done', now()), (2, 'a.b', '2', '{}', 'dead', now())"
         )
         answer = self.refused(409, "stale_version", "POST", "/v1/commands/1/retry")
@@ -267,7 +267,7 @@ class WrapperTests(ApiTestCase):
         )
         self.refused(404, "not_found", "POST", "/v1/commands/3/retry")
         with blocking(self.url) as txn:
-            txn.execute("select from commands where cmd_id = 2 for update")
+            txn.execute("select from s2s.commands where cmd_id = 2 for update")
             answer = self.refused(409, "not_ready", "POST", "/v1/commands/2/retry")
             self.assertEqual((answer.headers["retry-after"], answer.body["retryable"]), ("1", True))
         fates = self.ask("POST", "/v1/commands/retry", {"ids": [3, 2, 1, 2]}).body["items"]
@@ -279,7 +279,7 @@ class WrapperTests(ApiTestCase):
     def test_long_rows(self) -> None:
         """A page of long rows ends early, and goes on where it ended: nothing is left out, and nothing comes twice."""
         self.execute(
-            "insert into outbox (cmd_type, idem_key, payload) select 'a.b', n::text,"
+            "insert into s2s.outbox (cmd_type, idem_key, payload) select 'a.b', n::text,"
             " jsonb_build_object('text', repeat('x', 100000)) from generate_series(1, 50) n"
         )
         seen: list[int] = []
@@ -305,7 +305,7 @@ class WrapperTests(ApiTestCase):
         ):
             self.execute(f"insert into {table} ({columns}) select {values} from generate_series(1, 5) n")
         for value in range(2, 7):
-            self.execute(f"update config set value = '{value}' where key = 'relay.window'")
+            self.execute(f"update s2s.config set value = '{value}' where key = 'relay.window'")
         for operation in OPERATIONS:
             if "cursor" not in operation.query:
                 continue
@@ -330,7 +330,7 @@ class WrapperTests(ApiTestCase):
     def test_json_of_another_hand(self) -> None:
         """A row that holds JSON which Python cannot read is shown all the same, and so are those beside it."""
         self.execute(
-            "insert into commands (cmd_id, cmd_type, idem_key, payload)"
+            "insert into s2s.commands (cmd_id, cmd_type, idem_key, payload)"
             " values (1, 'a', '1', '{\"n\": 1e400}'), (2, 'a', '2', '{}')"
         )
         rows = self.ask("GET", "/v1/commands").body["items"]
@@ -341,7 +341,8 @@ class WrapperTests(ApiTestCase):
     def test_times_of_another_hand(self) -> None:
         """A time outside Python's years is shown as its first or last moment, and the rows beside it are shown too."""
         self.execute(
-            "insert into commands (cmd_id, cmd_type, idem_key, payload, due_at) values (1, 'a', '1', '{}', 'infinity'),"
+            "insert into s2s.commands (cmd_id, cmd_type, idem_key, payload, due_at) values (1, 'a', '1',"
+            " '{}', 'infinity'),"
             " (2, 'a', '2', '{}', '294276-12-31'), (3, 'a', '3', '{}', '0044-03-15 BC'), (4, 'a', '4', '{}', now())"
         )
         rows = self.ask("GET", "/v1/commands").body["items"]
@@ -437,7 +438,7 @@ class OrderTests(ApiTestCase, WorldTestCase):
         self.assertIn("engine-1 did not answer, the outcome is unknown", answer.body["detail"])
         engine.kill()
         yield poll(lambda: self.ask("GET", "/v1/engines/engine-1").status == 404, "its link is gone")
-        self.execute("insert into engines (name, wanted) values ('engine-1', 'paused') on conflict do nothing")
+        self.execute("insert into s2s.engines (name, wanted) values ('engine-1', 'paused') on conflict do nothing")
         self.refused(409, "not_ready", "POST", "/v1/engines/engine-1/resume", {"reason": "x"})
 
 
@@ -504,11 +505,12 @@ class ReadinessTests(ApiTestCase):
         """A rule and a trigger that keep rows of ours are named, and the server goes on."""
         with blocking(self.cluster.url) as txn:
             token = tokens.add(txn, "a", "admin")
-            txn.execute("insert into s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')", K1)
+            txn.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')", K1)
             txn.execute(
-                "create rule quiet as on update to orders do instead nothing;"
-                "create function keep() returns trigger language plpgsql as $$ begin return null; end $$;"
-                "create trigger keep before delete on outbox for each row execute function keep()"
+                "create rule quiet as on update to s2s.orders do instead nothing;"
+                "create function keep() returns trigger language plpgsql set search_path from current as $$"
+                " begin return null; end $$;"
+                "create trigger keep before delete on s2s.outbox for each row execute function keep()"
             )
         self.url = self.cluster.url
         api, server = self.make_server("--executor-workers", "0")
@@ -516,7 +518,9 @@ class ReadinessTests(ApiTestCase):
         yield poll(lambda: ask(api, "GET", "/readyz", token).body["database"] != "ok", "the look")
         ready = ask(api, "GET", "/readyz", token)
         self.assertEqual(ready.status, 200)
-        self.assertRegex(ready.body["database"], "^ok, but rule quiet on orders .*drop rule quiet.*drop trigger keep")
+        self.assertRegex(
+            ready.body["database"], "^ok, but rule quiet on s2s.orders .*drop rule quiet.*drop trigger keep"
+        )
         self.assertEqual(ask(api, "GET", "/readyz").body["database"], "ok")
 
     @inlineCallbacks
@@ -524,7 +528,7 @@ class ReadinessTests(ApiTestCase):
         """While the database hangs or is away the process lives and is not ready, and requests are to be sent again."""
         with blocking(self.cluster.url) as txn:
             token = tokens.add(txn, "a", "admin")
-            txn.execute("insert into s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')", K1)
+            txn.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')", K1)
         self.url = self.cluster.url
         api, server = self.make_server("--executor-workers", "0")
         yield server.start()
@@ -617,6 +621,6 @@ class WaitingTests(ApiTestCase):
         given = self.ask("POST", TICK + "?wait=5", {"job_type": "decay"})
         self.assertEqual((given.status, given.body["status"]), (202, "queued"))
 
-        self.execute("update orders set status = 'done', finished_at = now()")
+        self.execute("update s2s.orders set status = 'done', finished_at = now()")
         yield poll(lambda: sum(crowd.answered() for crowd in crowds) == MOST, "all are answered")
         self.assertEqual([crowd.statuses() for crowd in crowds], [{200: part}] * len(crowds))

@@ -209,11 +209,11 @@ class RealTests(ApiTestCase):
         """A token that is revoked, or changed by plain SQL, is so at once, on a connection that stands too."""
         self.assertEqual(self.ask("GET", "/v1/config").status, 200)
         self.assertEqual(self.ask("PUT", "/v1/config/relay.window", {"value": 9}, role="operator").status, 403)
-        self.execute("update api_tokens set role = 'admin' where role = 'operator'")
+        self.execute("update s2s.api_tokens set role = 'admin' where role = 'operator'")
         yield poll(
             lambda: self.ask("PUT", "/v1/config/relay.window", {"value": 9}, role="operator").status == 200, "it may"
         )
-        self.execute("delete from api_tokens where name = 'an-admin'")
+        self.execute("delete from s2s.api_tokens where name = 'an-admin'")
         yield poll(lambda: self.ask("GET", "/v1/config").status == 401, "it is not let in")
 
     def test_only_health_is_open(self) -> None:

@@ -133,19 +133,19 @@ READS = (
 )
 
 _DEAD_COMMANDS = (
-    "select setval('commands_cmd_id_seq', 3); delete from commands;"
-    " insert into commands (cmd_id, cmd_type, idem_key, payload, status, finished_at, due_at)"
+    "select setval('s2s.commands_cmd_id_seq', 3); delete from s2s.commands;"
+    " insert into s2s.commands (cmd_id, cmd_type, idem_key, payload, status, finished_at, due_at)"
     " select n, case n when 3 then 'c.d' else 'a.b' end, n::text, '{}', 'dead', now(), now() + interval '1 hour'"
     " from generate_series(1, 3) n"
 )
-_READY_COMMANDS = f"{_DEAD_COMMANDS}; update commands set status = 'ready', due_at = now() + interval '1 hour'"
-_COMMANDS_NOW = "select array_agg(cmd_id || status order by cmd_id) from commands"
+_READY_COMMANDS = f"{_DEAD_COMMANDS}; update s2s.commands set status = 'ready', due_at = now() + interval '1 hour'"
+_COMMANDS_NOW = "select array_agg(cmd_id || status order by cmd_id) from s2s.commands"
 _DEAD_ROWS = (
-    "delete from outbox; insert into outbox (outbox_id, cmd_type, idem_key, payload, state)"
+    "delete from s2s.outbox; insert into s2s.outbox (outbox_id, cmd_type, idem_key, payload, state)"
     " select n, case n when 3 then 'c.d' else 'a.b' end, n::text, '{}', 'dead' from generate_series(1, 3) n"
 )
-_WAITING_ROWS = f"{_DEAD_ROWS}; update outbox set state = 'waiting', send_at = now() + interval '1 hour'"
-_ROWS_NOW = "select array_agg(outbox_id || state order by outbox_id) from outbox"
+_WAITING_ROWS = f"{_DEAD_ROWS}; update s2s.outbox set state = 'waiting', send_at = now() + interval '1 hour'"
+_ROWS_NOW = "select array_agg(outbox_id || state order by outbox_id) from s2s.outbox"
 
 #: Changes of rows: of each way the same comes.
 WRITES = (
@@ -227,9 +227,9 @@ WRITES = (
             "/v1/broadcasts",
             {"message": "Hello", "scope": "sector", "sector_id": 5, "severity": "warn", "ttl_s": 60},
         ),
-        "delete from broadcasts",
+        "delete from s2s.broadcasts",
         (
-            "select array_agg(row(message, scope, sector_id, severity, ttl_s)::text) from broadcasts",
+            "select array_agg(row(message, scope, sector_id, severity, ttl_s)::text) from s2s.broadcasts",
             ["(Hello,sector,5,warn,60)"],
         ),
     ),
@@ -237,8 +237,8 @@ WRITES = (
         ("config", "set", "relay.window", "7"),
         lambda c: c.set_config("relay.window", 7),
         ("PUT", "/v1/config/relay.window", {"value": 7}),
-        "update config set value = '9' where key = 'relay.window'",
-        ("select value from config where key = 'relay.window'", 7),
+        "update s2s.config set value = '9' where key = 'relay.window'",
+        ("select value from s2s.config where key = 'relay.window'", 7),
     ),
 )
 #: What the command line does in another way, and single settings and rows.
@@ -326,16 +326,18 @@ class RowTests(ThreeWaysTestCase):
         """Each way gives the same rows, filtered and cut alike."""
         self.execute(f"{_DEAD_COMMANDS}; {_DEAD_ROWS}")
         self.execute(
-            "insert into orders (order_id, rpc, params, created_at) select 'o' || n, 'admin.engine.force_tick.v1',"
+            "insert into s2s.orders (order_id, rpc, params, created_at) select 'o' || n, 'admin.engine.force_tick.v1',"
             " '{\"job_type\": \"decay\"}', now() + n * interval '1 second' from generate_series(1, 3) n"
         )
         self.execute(
-            "insert into notices (notice_id, cmd_id, scope, message, severity)"
+            "insert into s2s.notices (notice_id, cmd_id, scope, message, severity)"
             " select n, n, 'global', 'hello ' || n, 'info' from generate_series(1, 3) n"
         )
         for value in (5, 6, 7):
-            self.execute(f"set s2s.actor = 'tester'; update config set value = '{value}' where key = 'relay.window'")
-        self.execute("insert into engines (name, wanted, reason) values ('e1', 'paused', 'night')")
+            self.execute(
+                f"set s2s.actor = 'tester'; update s2s.config set value = '{value}' where key = 'relay.window'"
+            )
+        self.execute("insert into s2s.engines (name, wanted, reason) values ('e1', 'paused', 'night')")
         typed = yield deferToThread(self.typed, *READS)
         for deed, shown in zip(READS, typed, strict=True):
             body = self.bare(deed)
@@ -380,7 +382,7 @@ class RowTests(ThreeWaysTestCase):
         if wanted is None and say == "select":
             return
         self.assertEqual(self.execute(say)[0][0], wanted, deed)
-        [(actor,)] = self.execute("select actor from audit order by audit_id desc limit 1")
+        [(actor,)] = self.execute("select actor from s2s.audit order by audit_id desc limit 1")
         self.assertEqual(actor, "token:an-admin", deed)
 
 
@@ -493,9 +495,9 @@ class ObserverTests(ThreeWaysTestCase):
         """It reads whatever can be read, by each way."""
         self.execute(f"{_DEAD_COMMANDS}; {_DEAD_ROWS}")
         self.execute(
-            "insert into orders (order_id, rpc, params) select 'o' || n, 'x', '{}' from generate_series(1, 3) n"
+            "insert into s2s.orders (order_id, rpc, params) select 'o' || n, 'x', '{}' from generate_series(1, 3) n"
         )
-        self.execute("insert into engines (name) values ('e1')")
+        self.execute("insert into s2s.engines (name) values ('e1')")
         where = {"order_id": "o1", "cmd_id": "2", "outbox_id": "2", "name": "e1", "key": "relay.window"}
         for operation in OPERATIONS:
             if operation.method == "GET":
@@ -535,14 +537,14 @@ class ObserverTests(ThreeWaysTestCase):
         yield client.close()
         self.assertEqual(self.everything(), before)
         audit = self.execute(
-            "select action, actor, result -> 'result' ->> 'code' from audit where actor like 'token:%'"
+            "select action, actor, result -> 'result' ->> 'code' from s2s.audit where actor like 'token:%'"
         )
         orders = [operation.path.rpartition("/")[2] for operation in writes if operation.takes_key]
         self.assertEqual(sorted(audit), sorted((rpc, "token:an-observer", "forbidden") for rpc in orders))
 
     def everything(self) -> dict[str, list[Any]]:
         """Give all rows but those of the audit."""
-        tables = self.execute("select table_name from information_schema.tables where table_schema = 'public'")
+        tables = self.execute("select table_name from information_schema.tables where table_schema like 's2s%'")
         names = sorted({name for (name,) in tables} - {"audit", "engine_links"})
         return {name: self.execute(f"select t::text from {name} t order by 1") for name in names}
 

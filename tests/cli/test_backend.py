@@ -187,7 +187,7 @@ class ShutTests(ApiTestCase):
         """A token that is revoked while an order is followed leaves it where it is, too."""
         following = deferToThread(self.shell, ["order", "force-tick", "decay", "--wait", "30"])
         yield poll(lambda: self.count("orders"), "it is given")
-        self.execute("delete from api_tokens")
+        self.execute("delete from s2s.api_tokens")
         [(code, _, stderr)] = yield following
         self.assertEqual(code, 3)
         self.assertRegex(stderr, r"the token is not valid.*: look later with: s2s order show ")
@@ -201,7 +201,7 @@ class ShutTests(ApiTestCase):
         yield poll(lambda: self.count("orders"), "it is given")
         self.role.kill()
         [(code, stdout, stderr), (after, _, unreachable)] = yield following
-        [(order_id,)] = self.execute("select order_id from orders")
+        [(order_id,)] = self.execute("select order_id from s2s.orders")
         self.assertEqual((code, stdout), (3, ""))
         # On a busy machine it dies before it has said that it has the order.
         followed = f"the server was lost: .*: look later with: s2s order show {order_id}"

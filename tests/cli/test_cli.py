@@ -45,7 +45,7 @@ class KeysTests(CliTestCase):
     def test_add_makes_a_random_key_and_hides_it(self) -> None:
         """A key made at random has 32 bytes in the table, and no output shows it."""
         said = self.s2s("keys", "add", "--key-id", "k9", "--role", "engine").output
-        [(role, key_b64)] = self.execute("select role, key_b64 from s2s_keys where key_id = 'k9'")
+        [(role, key_b64)] = self.execute("select role, key_b64 from s2s.s2s_keys where key_id = 'k9'")
         self.assertEqual(role, "engine")
         self.assertEqual(len(decode_secret(key_b64).reveal()), 32)
         self.assertNotIn(key_b64, said + self.s2s("keys", "list").output + self.s2s("keys", "list", "--json").output)
@@ -53,14 +53,14 @@ class KeysTests(CliTestCase):
     def test_show_secret(self) -> None:
         """Asked to, it prints the secret that is in the table."""
         told = self.json("keys", "add", "--key-id", "k9", "--role", "any", "--show-secret")
-        [(key_b64,)] = self.execute("select key_b64 from s2s_keys where key_id = 'k9'")
+        [(key_b64,)] = self.execute("select key_b64 from s2s.s2s_keys where key_id = 'k9'")
         self.assertEqual(told, {"key_id": "k9", "role": "any", "key_b64": key_b64})
 
     def test_secret_file(self) -> None:
         """A secret comes from a file in base64, line ends and all."""
         secret = base64.b64encode(b"s" * 40)
         self.s2s("keys", "add", "--key-id", "k9", "--role", "server", "--secret-file", self.file(secret + b"\n"))
-        self.assertEqual(self.execute("select key_b64 from s2s_keys where key_id='k9'"), [(secret.decode(),)])
+        self.assertEqual(self.execute("select key_b64 from s2s.s2s_keys where key_id='k9'"), [(secret.decode(),)])
 
     def test_bad_secrets(self) -> None:
         """A short, malformed or missing secret is one line that quotes nothing of it."""
@@ -78,7 +78,7 @@ class KeysTests(CliTestCase):
         for path, why in (("no-such", "No such file"), (pipe, "nothing came through it")):
             result = self.s2s("keys", "add", "--key-id", "k9", "--role", "any", "--secret-file", path, expected=1)
             self.assertIn(f"cannot be read: {path}: {why}", result.output)
-        self.assertEqual(self.execute("select count(*) from s2s_keys"), [(0,)])
+        self.assertEqual(self.execute("select count(*) from s2s.s2s_keys"), [(0,)])
 
     def test_a_name_twice_or_malformed(self) -> None:
         """A key id that is taken, or cannot be one, is refused in one line."""
@@ -99,7 +99,7 @@ class KeysTests(CliTestCase):
         self.assertIn("already", self.s2s("keys", "retire", "k1").output)
         told = self.json("keys", "activate", "k2")
         self.assertEqual((told["is_changed"], told["signers"]), (False, {"engine": "k2", "server": "k2"}))
-        for (key_b64,) in self.execute("select key_b64 from s2s_keys"):
+        for (key_b64,) in self.execute("select key_b64 from s2s.s2s_keys"):
             self.assertNotIn(key_b64, "".join(said) + str(told))
 
     def test_revoke_warns(self) -> None:
@@ -134,7 +134,7 @@ class BroadcastTests(CliTestCase):
         )
         self.assertEqual(told, {"broadcast_id": 2})
         self.assertEqual(
-            self.execute("select scope, player_id, message, severity, ttl_s, state from broadcasts order by 1"),
+            self.execute("select scope, player_id, message, severity, ttl_s, state from s2s.broadcasts order by 1"),
             [
                 ("global", None, "to all", "info", None, "pending"),
                 ("player", 7, "to one", "warn", 60, "pending"),
@@ -152,7 +152,7 @@ class BroadcastTests(CliTestCase):
             (("x", "--ttl", "0"), "ttl_s"),
         ):
             self.assertIn(why, self.s2s("broadcast", *argv, expected=1).output)
-        self.assertEqual(self.execute("select count(*) from broadcasts"), [(0,)])
+        self.assertEqual(self.execute("select count(*) from s2s.broadcasts"), [(0,)])
 
 
 class ListTests(CliTestCase):
@@ -167,11 +167,11 @@ class ListTests(CliTestCase):
     def test_rows(self) -> None:
         """Rows come newest first, limited and filtered, with nothing that a terminal would obey."""
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload, status) values"
+            "insert into s2s.commands (cmd_type, idem_key, payload, status) values"
             " ('notice.publish', 'one', '{}', 'done'), ('notice.publish', 'two', '{}', 'ready')"
         )
         self.execute(
-            "insert into notices (cmd_id, scope, message, severity) values (1, 'global', %s, 'info')",
+            "insert into s2s.notices (cmd_id, scope, message, severity) values (1, 'global', %s, 'info')",
             "\x1b[31m[bold]red",
         )
         self.assertEqual([row["idem_key"] for row in self.json("commands", "list")], ["two", "one"])
@@ -188,11 +188,10 @@ class DbTests(CliTestCase):
 
     def test_migrate_and_status(self) -> None:
         """A database without tables is told of with the cure, migrated once, and then up to date."""
-        self.execute("drop schema public cascade")
-        self.execute("create schema public")
+        self.execute("drop schema s2s, s2s_world cascade")
         self.assertIn("s2s db migrate", self.s2s("notices", "list", expected=1).output)
         self.s2s("db", "status", expected=1)
-        self.assertIn("migrated: 0001", self.s2s("db", "migrate").output)
+        self.assertIn("migrated: s2s/0001", self.s2s("db", "migrate").output)
         self.assertIn("up to date", self.s2s("db", "migrate").output)
         self.assertTrue(all(row["applied_at"] for row in self.json("db", "status")))
 

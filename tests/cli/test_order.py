@@ -40,7 +40,7 @@ GIVEN: tuple[tuple[tuple[str, ...], str, Frame, Any, str, Any], ...] = (
         TICK,
         {"job_type": "decay"},
         {"decayed": 4, "bare": 0},
-        "min(shields) from ships where sector_id <> 1",
+        "min(shields) from s2s_world.ships where sector_id <> 1",
         990,
     ),
     (
@@ -48,7 +48,7 @@ GIVEN: tuple[tuple[tuple[str, ...], str, Frame, Any, str, Any], ...] = (
         CONFIG,
         {"key": "relay.window", "value": 7},
         {"key": "relay.window", "value": 7, "version": 1, "changed": True},
-        "value from config where key = 'relay.window'",
+        "value from s2s.config where key = 'relay.window'",
         7,
     ),
     (
@@ -56,7 +56,7 @@ GIVEN: tuple[tuple[tuple[str, ...], str, Frame, Any, str, Any], ...] = (
         SECTOR,
         {"sector_id": 3, "status": "port_closed"},
         {"sector_id": 3, "status": "port_closed", "was": "neutral"},
-        "status from sectors where sector_id = 3",
+        "status from s2s_world.sectors where sector_id = 3",
         "port_closed",
     ),
     (
@@ -64,7 +64,7 @@ GIVEN: tuple[tuple[tuple[str, ...], str, Frame, Any, str, Any], ...] = (
         SHIPS,
         {"update_field": "turns", "new_value": 0, "reason": "a test"},
         {"update_field": "turns", "new_value": 0, "ships": 6},
-        "max(turns) from ships",
+        "max(turns) from s2s_world.ships",
         0,
     ),
 )
@@ -129,20 +129,24 @@ class WorldTestCase(RoleTestCase):
     def setUp(self) -> None:
         """Make it."""
         super().setUp()
-        self.execute("insert into sectors values (1, 'Sol', 'fedspace'), (2, 'Rim', 'neutral'), (3, 'Dock', 'neutral')")
-        self.execute("insert into ports values (1, 2, 'ore', 10, 100, 200, 50, 60, 1, 99)")
-        self.execute("insert into ships select n, n, 1 + n % 3, 10, 20, 1000, 40 from generate_series(1, 6) n")
+        self.execute(
+            "insert into s2s_world.sectors values (1, 'Sol', 'fedspace'), (2, 'Rim', 'neutral'), (3, 'Dock', 'neutral')"
+        )
+        self.execute("insert into s2s_world.ports values (1, 2, 'ore', 10, 100, 200, 50, 60, 1, 99)")
+        self.execute(
+            "insert into s2s_world.ships select n, n, 1 + n % 3, 10, 20, 1000, 40 from generate_series(1, 6) n"
+        )
         for kind in BUILTIN:
             self.execute(
-                "insert into jobs (job_type, schedule, due_at) values (%s, %s, now() + interval '1 day')",
+                "insert into s2s.jobs (job_type, schedule, due_at) values (%s, %s, now() + interval '1 day')",
                 kind.job_type,
                 kind.schedule,
             )
         # The watch of the clock would pull back, within a minute, what is due later than its schedule allows.
         self.execute(
-            "create function stay() returns trigger language plpgsql as"
+            "create function stay() returns trigger language plpgsql set search_path from current as"
             " 'begin new.due_at := greatest(new.due_at, old.due_at); return new; end';"
-            "create trigger stay before update of due_at on jobs for each row execute function stay()"
+            "create trigger stay before update of due_at on s2s.jobs for each row execute function stay()"
         )
 
     def world(self) -> dict[str, list[Any]]:
@@ -153,9 +157,9 @@ class WorldTestCase(RoleTestCase):
     def count_changes(self) -> None:
         """Count from now on how often a row is changed."""
         self.execute(
-            "create table changes (what text);"
-            "create function note() returns trigger language plpgsql as"
-            " 'begin insert into changes values (tg_table_name); return null; end'"
+            "create table public.changes (what text);"
+            "create function note() returns trigger language plpgsql set search_path from current as"
+            " 'begin insert into public.changes values (tg_table_name); return null; end'"
         )
         for name in CHANGES:
             self.execute(f"create trigger note after update on {name} for each row execute function note()")
@@ -169,12 +173,12 @@ class WorldTestCase(RoleTestCase):
             self.assertEqual(row["engine"], "engine-1")
             self.assertEqual(self.execute(f"select {say}"), [(wanted,)])
             audit = self.execute(
-                "select action, params, result ->> 'status', actor from audit where subject = %s order by audit_id",
+                "select action, params, result ->> 'status', actor from s2s.audit where subject = %s order by audit_id",
                 row["order_id"],
             )
             self.assertEqual(audit, [(rpc, params, None, row["actor"]), (rpc, params, "done", row["actor"])])
             self.assertRegex(row["actor"], "^cli:.")
-        self.assertEqual(dict(self.execute("select what, count(*) from changes group by 1")), CHANGES)
+        self.assertEqual(dict(self.execute("select what, count(*) from public.changes group by 1")), CHANGES)
 
 
 class ShellTests(WorldTestCase, CliTestCase):
@@ -210,8 +214,8 @@ class ShellTests(WorldTestCase, CliTestCase):
         # What another hand has written there is judged like any other.
         before = self.world()
         for rpc, params, _ in RAW_AT_THE_DOOR:
-            self.execute("insert into orders (rpc, params) values (%s, %s::jsonb)", rpc, json.dumps(params))
-        refused = "select count(*) from orders where status = 'refused' and result ->> 'code' = 'bad_payload'"
+            self.execute("insert into s2s.orders (rpc, params) values (%s, %s::jsonb)", rpc, json.dumps(params))
+        refused = "select count(*) from s2s.orders where status = 'refused' and result ->> 'code' = 'bad_payload'"
         yield poll(lambda: self.execute(refused) == [(len(RAW_AT_THE_DOOR),)], "they are refused")
         self.assertEqual(self.world(), before)
 
@@ -262,7 +266,9 @@ class ShellTests(WorldTestCase, CliTestCase):
         row = json.loads(result.stdout)
         self.assertEqual(result.stderr, f"Error: order {row['order_id']} is refused, {code}: {why}\n")
         self.assertEqual((row["status"], row["result"]["code"], row["result"]["message"]), ("refused", code, why))
-        audit = self.execute("select params, result from audit where subject = %s order by audit_id", row["order_id"])
+        audit = self.execute(
+            "select params, result from s2s.audit where subject = %s order by audit_id", row["order_id"]
+        )
         self.assertEqual([params for params, _ in audit], [row["params"]] * 2)
         told = {"status": "refused", "result": row["result"], "engine": "engine-1", "way": "link"}
         self.assertEqual([said for _, said in audit], [None, told])
@@ -309,7 +315,7 @@ class RawTests(WorldTestCase):
         type, said = self.answer(order_id, rpc, params)
         self.assertEqual((type, said["ok"], said["order_id"], said["status"]), ("s2s.ack", False, order_id, "refused"))
         self.assertEqual(said["result"]["code"], code)
-        audit = self.execute("select actor, action, result ->> 'status' from audit where subject = %s", order_id)
+        audit = self.execute("select actor, action, result ->> 'status' from s2s.audit where subject = %s", order_id)
         self.assertEqual(audit, [("key:k1", rpc, None), ("key:k1", rpc, "refused")])
         # Asked again it is answered again, and not run again.
         self.assertEqual(self.answer(order_id, rpc, params), (type, said))
@@ -363,7 +369,7 @@ class FollowTests(CliTestCase):
         """Give an order, and do something to its row at each look."""
 
         def step(set_to: str | None) -> Callable[[], object]:
-            return lambda: set_to and self.execute(f"update orders set {set_to}")
+            return lambda: set_to and self.execute(f"update s2s.orders set {set_to}")
 
         shell = _Shell(*map(step, steps))
         for module in ("s2s.cli.order", "s2s.cli.backend"):
@@ -376,8 +382,8 @@ class FollowTests(CliTestCase):
             result = self.s2s("order", *argv, expected=1)
             self.assertRegex(result.stderr, rf"^Error: refused, bad_payload: at /{member}: must satisfy .+\n$")
             self.assertEqual(result.stdout, "")
-        self.assertEqual(self.execute("select count(*) from orders"), [(0,)])
-        audit = self.execute("select actor, action, params, result from audit order by audit_id")
+        self.assertEqual(self.execute("select count(*) from s2s.orders"), [(0,)])
+        audit = self.execute("select actor, action, params, result from s2s.audit order by audit_id")
         self.assertEqual(len(audit), len(AT_THE_DOOR))
         for (argv, member), (actor, action, params, result) in zip(AT_THE_DOOR, audit, strict=True):
             self.assertRegex(actor, "^cli:.")
@@ -388,7 +394,7 @@ class FollowTests(CliTestCase):
 
     def test_values(self) -> None:
         """A value is read as its setting wants it, and else as what it looks like."""
-        self.execute("insert into config (key, value, type) values ('a.text', '\"x\"', 'string')")
+        self.execute("insert into s2s.config (key, value, type) values ('a.text', '\"x\"', 'string')")
         for key, text, value in (
             ("a.text", "12", "12"),
             ("a.text", "true", "true"),
@@ -402,7 +408,8 @@ class FollowTests(CliTestCase):
         ):
             self.s2s("order", "config-set", key, text, "--wait", "0", expected=3)
             [(said, kind)] = self.execute(
-                "select params -> 'value', jsonb_typeof(params -> 'value') from orders order by created_at desc limit 1"
+                "select params -> 'value', jsonb_typeof(params -> 'value') from s2s.orders order by"
+                " created_at desc limit 1"
             )
             self.assertEqual((said, type(said)), (value, type(value)), kind)
 
@@ -425,7 +432,7 @@ class FollowTests(CliTestCase):
         )
         self.assertRegex(result.stderr, r"^order (\w+) is running, 2 of 9: see s2s order show \1\n$")
         self.assertEqual(json.loads(result.stdout)["status"], "running")
-        self.assertEqual(self.execute("select count(*) from orders where status = 'running'"), [(2,)])
+        self.assertEqual(self.execute("select count(*) from s2s.orders where status = 'running'"), [(2,)])
 
     def test_as_long_as_it_moves(self) -> None:
         """It waits on while an order gets on, however long that takes in all."""
@@ -451,7 +458,7 @@ class FollowTests(CliTestCase):
         """Where the database is lost while it waits the outcome is unknown, and it says where to look."""
         lose = "status = status where pg_terminate_backend((select pid from pg_stat_activity where datname ="
         result = self.follow(f"{lose} current_database() and application_name = 's2s cli'))", expected=3)
-        [(order_id,)] = self.execute("select order_id from orders")
+        [(order_id,)] = self.execute("select order_id from s2s.orders")
         self.assertRegex(result.stderr, rf"^the database was lost: .+: look later with: s2s order show {order_id}\n$")
 
     def test_looking(self) -> None:
@@ -461,7 +468,7 @@ class FollowTests(CliTestCase):
         argv = ("order", "update-all-ships", "fuel", "1", *WHY, "--wait", "0")
         self.follow(argv=argv, expected=3)
         self.execute(
-            "update orders set status = 'running', state = '{\"done\": 2, \"total\": 9}' where rpc = %s", SHIPS
+            "update s2s.orders set status = 'running', state = '{\"done\": 2, \"total\": 9}' where rpc = %s", SHIPS
         )
         rows = self.json("order", "list")
         self.assertEqual([(row["rpc"], row["progress"]) for row in rows], [(SHIPS, "2 of 9"), (SECTOR, None)])
@@ -480,24 +487,24 @@ class FollowTests(CliTestCase):
             result = self.s2s(*self.SECTOR, "--idem-key", key, expected=1)
             self.assertRegex(result.stderr, r"^Error: --idem-key: must satisfy .+\n$")
         self.s2s(*self.SECTOR, "--wiat", "5", expected=2)
-        self.assertEqual(self.execute("select count(*) from orders"), [(0,)])
+        self.assertEqual(self.execute("select count(*) from s2s.orders"), [(0,)])
 
     def test_on_a_terminal(self) -> None:
         """On a terminal a bar is live while it runs; Ctrl-C leaves the order alone, and it can be followed again."""
         argv = ("order", "update-all-ships", "fuel", "1", *WHY, "--idem-key", "k")
-        self.execute("create table seen (n int)")
+        self.execute("create table public.seen (n int)")
         with _Terminal(self.url, *argv) as terminal:
-            terminal.until(lambda: self.execute("select count(*) from orders") == [(1,)])
-            self.execute("update orders set status = 'running', state = '{\"done\": 30, \"total\": 100}'")
+            terminal.until(lambda: self.execute("select count(*) from s2s.orders") == [(1,)])
+            self.execute("update s2s.orders set status = 'running', state = '{\"done\": 30, \"total\": 100}'")
             terminal.until(lambda: "30/100" in terminal.shown)
             terminal.process.send_signal(signal.SIGINT)
             self.assertEqual(terminal.end()[0], 3)
-        [(order_id,)] = self.execute("select order_id from orders where status = 'running'")
+        [(order_id,)] = self.execute("select order_id from s2s.orders where status = 'running'")
         self.assertIn(f"order {order_id} is running, 30 of 100: see s2s order show {order_id}", terminal.shown)
         self.assertNotIn("Traceback", terminal.shown)
         with _Terminal(self.url, *argv) as terminal:
             terminal.until(lambda: "30/100" in terminal.shown)
-            self.execute("update orders set status = 'done', result = '{\"ships\": 100}'")
+            self.execute("update s2s.orders set status = 'done', result = '{\"ships\": 100}'")
             self.assertEqual(terminal.end(), (0, f"order {order_id} is done: ships 100\n"))
 
 

@@ -109,7 +109,7 @@ class LostTests(DatabaseProcessTestCase):
     @inlineCallbacks
     def test_behind_a_lock(self) -> Any:
         """Ctrl-C ends a command that waits for a lock at once; neither it nor a kill leaves a backend queued."""
-        self.lock("lock table s2s_migrations")
+        self.lock("lock table s2s.migrations")
         for number, code in ((signal.SIGINT, 1), (signal.SIGTERM, -15), (signal.SIGKILL, -9)):
             process = self.start("keys", "list")
             yield poll(lambda: self.backends(state="wait_event_type = 'Lock'") == 1, "it waits for the lock")
@@ -119,7 +119,7 @@ class LostTests(DatabaseProcessTestCase):
 
     def test_as_process_1(self) -> None:
         """SIGTERM is handled, since process 1 of a container does not get it otherwise."""
-        self.lock("lock table s2s_migrations")
+        self.lock("lock table s2s.migrations")
         process = self.start("keys", "list")
         status = Path(f"/proc/{process.pid}/status")
         deadline = time.monotonic() + PATIENCE_S
@@ -144,36 +144,38 @@ class LostTests(DatabaseProcessTestCase):
 class MigrateTests(DatabaseProcessTestCase):
     """``s2s db migrate`` behind somebody else's transaction."""
 
-    def setUp(self) -> None:
-        """Forget a migration that takes a lock on the outbox and bears a second run."""
-        super().setUp()
-        self.execute("delete from s2s_migrations where name = '0007_queues'")
-
     @inlineCallbacks
     def test_others_get_through(self) -> Any:
         """While it waits for an open transaction, which it names, rows are emitted; it goes on when that is over."""
         holder = psycopg2.connect(self.url, application_name="a forgotten psql")
         self.addCleanup(holder.close)
-        holder.cursor().execute("select from outbox")
-        process = self.start("db", "migrate")
+        holder.cursor().execute("select from s2s.outbox")
+        later = migrations.Migration("s2s", 2, "0002_later", "alter table s2s.outbox add column later integer")
+        ours = migrations.available()
+        self.patch(migrations, "available", lambda: (*ours, later))
+        said: list[str] = []
+
+        def migrate() -> list[str]:
+            with blocking(self.url, "s2s cli") as txn:
+                return migrations.migrate(txn.connection, said.append)
+
+        migrated = deferToThread(migrate)
         yield poll(lambda: self.backends(state="wait_event_type = 'Lock'") == 1, "it waits for the lock")
         self.execute("set lock_timeout = '20s'")
-        self.execute("insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
-        self.assertIsNone(process.poll())
-        assert process.stderr is not None
-        said = yield deferToThread(process.stderr.readline)
+        self.execute("insert into s2s.outbox (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
+        yield poll(lambda: bool(said), "it says so")
         pid = holder.info.backend_pid
-        self.assertIn(f"pid {pid} holds them (a forgotten psql, idle in transaction, in a transaction for ", said)
-        self.assertIn(f"select pg_terminate_backend({pid})", said)
-        self.assertNotIn("from outbox", said)
+        self.assertIn(f"pid {pid} holds them (a forgotten psql, idle in transaction, in a transaction for ", said[0])
+        self.assertIn(f"select pg_terminate_backend({pid})", said[0])
+        self.assertNotIn("from s2s.outbox", said[0])
         holder.rollback()
-        output, errors = self.ended(process, 0)
-        self.assertIn("migrated: 0007_queues", output)
-        self.assertEqual([line for line in errors.splitlines() if not line.startswith("waiting for locks: ")], [])
+        done = yield migrated
+        self.assertEqual(done, ["s2s/0002_later"])
+        self.assertEqual([line for line in said if not line.startswith("waiting for locks: ")], [])
 
     def test_in_vain(self) -> None:
         """Where the lock does not come free in time it ends with a line that names the session, and the cure."""
-        pid = self.lock("lock table s2s_migrations")
+        pid = self.lock("lock table s2s.migrations")
         output, errors = self.ended(self.start("db", "migrate", "--wait", "4"), 1)
         self.assertEqual(output, "")
         self.assertIn(f"not free within 4 s: pid {pid} holds them", errors.splitlines()[-1])
@@ -198,7 +200,7 @@ class LateTests(DatabaseProcessTestCase):
         """A command that waits long for a lock names the session that holds it, once, and goes on when it is free."""
         holder = psycopg2.connect(self.url, application_name="a forgotten psql")
         self.addCleanup(holder.close)
-        holder.cursor().execute("update s2s_keys set note = ''; lock table s2s_keys in share mode")
+        holder.cursor().execute("update s2s.s2s_keys set note = ''; lock table s2s.s2s_keys in share mode")
         process = self.start("keys", "add", "--key-id", "k9", "--role", "any")
         assert process.stderr is not None
         said = yield deferToThread(process.stderr.readline)
@@ -219,7 +221,7 @@ class LateTests(DatabaseProcessTestCase):
             (("audit",), "audit"),
             (("jobs", "list"), "jobs"),
         ):
-            holder.cursor().execute(f"lock table {table} in access exclusive mode")
+            holder.cursor().execute(f"lock table s2s.{table} in access exclusive mode")
             process = self.start(*argv, "--json")
             assert process.stderr is not None
             said = yield deferToThread(process.stderr.readline)
@@ -234,9 +236,9 @@ class LateTests(DatabaseProcessTestCase):
     def test_at_work(self) -> Any:
         """A command whose statement is at work for long names its wait event, and Ctrl-C ends it at once."""
         self.execute(
-            "create function slow() returns trigger language plpgsql as"
+            "create function slow() returns trigger language plpgsql set search_path from current as"
             " $$ begin perform pg_sleep(50); return new; end $$;"
-            "create trigger slow before insert on broadcasts for each row execute function slow()"
+            "create trigger slow before insert on s2s.broadcasts for each row execute function slow()"
         )
         process = self.start("broadcast", "hello")
         assert process.stderr is not None
@@ -321,10 +323,10 @@ class SequenceTests(CliTestCase):
 
     def test_restored_rows(self) -> None:
         """``db status`` and a role's start name each sequence and the cure, which lets new rows in again."""
-        self.execute("insert into broadcasts (broadcast_id, message) values (7, 'old')")
-        self.execute("select setval(pg_get_serial_sequence('outbox', 'outbox_id'), 5)")
+        self.execute("insert into s2s.broadcasts (broadcast_id, message) values (7, 'old')")
+        self.execute("select setval(pg_get_serial_sequence('s2s.outbox', 'outbox_id'), 5)")
         self.execute(
-            "insert into outbox (outbox_id, cmd_type, idem_key, payload)"
+            "insert into s2s.outbox (outbox_id, cmd_type, idem_key, payload)"
             " select id, 'a.b', id, '{}' from generate_series(1, 9) id"
         )
         refused = str(self.assertRaises(SchemaError, preflight.check, self.url, "server"))
@@ -339,26 +341,26 @@ class SequenceTests(CliTestCase):
         self.s2s("db", "status")
         self.assertIn("no sequence stands behind", self.s2s("db", "fix-sequences").output)
         [(key,)] = self.execute(
-            "insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'new', '{}') returning outbox_id"
+            "insert into s2s.outbox (cmd_type, idem_key, payload) values ('a.b', 'new', '{}') returning outbox_id"
         )
         self.assertEqual(key, 10)
 
     def test_restored_while_roles_run(self) -> None:
         """Each collision of an id that a sequence gives has a meaning of its own, with the same cure."""
-        self.execute("insert into commands (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
+        self.execute("insert into s2s.commands (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
         with blocking(self.url) as txn:
             txn.execute(sequences._OWNED, (list(migrations.tables()),))
             owned = [(row[0], row[1]) for row in txn.fetchall()]
         values = {
-            "audit": "insert into audit (actor, action, {id}) overriding system value values ('x', 'y', 1)",
-            "batch_notes": "insert into batch_notes (boot_id, worker, cmd_ids, {id}) overriding system value"
+            "audit": "insert into s2s.audit (actor, action, {id}) overriding system value values ('x', 'y', 1)",
+            "batch_notes": "insert into s2s.batch_notes (boot_id, worker, cmd_ids, {id}) overriding system value"
             " values ('x', 1, '{{}}', 1)",
-            "broadcasts": "insert into broadcasts (message, {id}) values ('x', 1)",
-            "commands": "insert into commands (cmd_type, idem_key, payload, {id}) values ('a.b', 'l', '{{}}', 1)",
-            "notices": "insert into notices (cmd_id, scope, severity, message, {id})"
-            " values (nextval('outbox_outbox_id_seq'), 'global', 'info', 'x', 1)",
-            "outbox": "insert into outbox (cmd_type, idem_key, payload, {id}) values ('a.b', 'k', '{{}}', 1)",
-            "steering": "insert into steering (engine, type, payload, actor, expires_at, {id})"
+            "broadcasts": "insert into s2s.broadcasts (message, {id}) values ('x', 1)",
+            "commands": "insert into s2s.commands (cmd_type, idem_key, payload, {id}) values ('a.b', 'l', '{{}}', 1)",
+            "notices": "insert into s2s.notices (cmd_id, scope, severity, message, {id})"
+            " values (nextval('s2s.outbox_outbox_id_seq'), 'global', 'info', 'x', 1)",
+            "outbox": "insert into s2s.outbox (cmd_type, idem_key, payload, {id}) values ('a.b', 'k', '{{}}', 1)",
+            "steering": "insert into s2s.steering (engine, type, payload, actor, expires_at, {id})"
             " values ('e', 's2s.engine.pause', '{{}}', 'x', now(), 1)",
         }
         self.assertEqual(set(values), {table for table, _ in owned})
@@ -379,10 +381,10 @@ class SequenceTests(CliTestCase):
 
     def test_exhausted(self) -> None:
         """``db status`` names each sequence that is at its bound or nearly so; a role's start refuses one at it."""
-        self.execute("select setval('commands_cmd_id_seq', 995); alter sequence commands_cmd_id_seq maxvalue 1000")
-        self.execute("select setval('outbox_outbox_id_seq', 9); alter sequence outbox_outbox_id_seq maxvalue 9")
-        self.execute("select setval('notices_notice_id_seq', 9223372036854775807)")
-        self.execute("select setval('broadcasts_broadcast_id_seq', 900);")
+        self.execute("select setval('s2s.commands_cmd_id_seq', 995); alter sequence commands_cmd_id_seq maxvalue 1000")
+        self.execute("select setval('s2s.outbox_outbox_id_seq', 9); alter sequence outbox_outbox_id_seq maxvalue 9")
+        self.execute("select setval('s2s.notices_notice_id_seq', 9223372036854775807)")
+        self.execute("select setval('s2s.broadcasts_broadcast_id_seq', 900);")
         self.execute("alter sequence broadcasts_broadcast_id_seq maxvalue 1000")
         refused = str(self.assertRaises(SchemaError, preflight.check, self.url, "server"))
         self.assertIn("is exhausted", refused)
@@ -410,9 +412,9 @@ class SequenceTests(CliTestCase):
                 return getattr(self._txn, name)
 
             def execute(self, *statement: Any) -> None:
-                session("insert into broadcasts (message) values ('beside')")
+                session("insert into s2s.broadcasts (message) values ('beside')")
                 self._txn.execute(*statement)
-                session("insert into broadcasts (message) values ('beside')")
+                session("insert into s2s.broadcasts (message) values ('beside')")
 
         with blocking(self.url) as txn:
             busy: Any = Busy(txn)
@@ -420,8 +422,8 @@ class SequenceTests(CliTestCase):
 
     def test_every_identity_is_watched(self) -> None:
         """Every identity column of the schema is checked, and a table that is not ours is not."""
-        self.execute("create table theirs (id bigint generated by default as identity)")
-        self.execute("insert into theirs values (7)")
+        self.execute("create table public.theirs (id bigint generated by default as identity)")
+        self.execute("insert into public.theirs values (7)")
         columns = self.execute(
             "select table_name, column_name from information_schema.columns where is_identity = 'YES'"
             " and table_name <> 'theirs'"

@@ -178,7 +178,7 @@ class UpTests(TestCase):
         # By way of the HTTP API, which the state directory names.
         yield run.says("world.set_sector_status.v1 by 'token:s2s-up'")
         with blocking(url) as txn:
-            txn.execute("select status from sectors where sector_id = 5")
+            txn.execute("select status from s2s_world.sectors where sector_id = 5")
             self.assertEqual(txn.fetchone(), ("port_closed",))
 
     @inlineCallbacks
@@ -223,7 +223,7 @@ class UpTests(TestCase):
         with blocking(before["database"]) as txn:
             found = world.count(txn)
             self.assertEqual((found.sectors, found.ports, found.ships), (1000, 1000, 10_000))
-            txn.execute("update sectors set name = 'Home' where sector_id = 1")
+            txn.execute("update s2s_world.sectors set name = 'Home' where sector_id = 1")
         for links, name in enumerate(("engine_pid", "server_pid"), start=2):
             os.kill(before[name], signal.SIGKILL)
             yield first.linked(**{name: before[name]})
@@ -236,7 +236,7 @@ class UpTests(TestCase):
         self.assertNotIn("made a world", second.output)
         with blocking(second.found()["database"]) as txn:
             self.assertEqual(world.count(txn).ships, 10_000)
-            txn.execute("select name from sectors where sector_id = 1")
+            txn.execute("select name from s2s_world.sectors where sector_id = 1")
             self.assertEqual(txn.fetchone(), ("Home",))
         second.process.send_signal(signal.SIGTERM)
         yield second.ended()

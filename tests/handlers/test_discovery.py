@@ -403,7 +403,8 @@ class ExampleTests(RoleTestCase):
             for berth in (1, 99)
         ]
         yield poll(
-            lambda: self.execute("select array_agg(distinct status) from commands") == [(["done"],)], "both are done"
+            lambda: self.execute("select array_agg(distinct status) from s2s.commands") == [(["done"],)],
+            "both are done",
         )
         docked = self.execute("select cmd_id, ship_id, berth from harbour_berths order by cmd_id")
         self.assertEqual(docked, [(acks[0]["cmd_id"], 7, 1), (acks[1]["cmd_id"], 7, 99)])
@@ -418,7 +419,7 @@ class ExampleTests(RoleTestCase):
         with blocking(self.url) as txn:
             for due_at in (60, 120):
                 tide.run(txn, jobs.JobRun(txn, f"harbour.tide:{due_at}", due_at, {}, 65536))
-        emitted = self.execute("select cmd_type, idem_key, payload from outbox order by outbox_id")
+        emitted = self.execute("select cmd_type, idem_key, payload from s2s.outbox order by outbox_id")
         self.assertEqual([row[1].rpartition(":")[0] for row in emitted], ["harbour.tide:60", "harbour.tide:120"])
         for cmd_type, _, payload in emitted:
             Schema(commands.registry(commands.BUILTIN)[cmd_type].schema).check(payload)
@@ -431,12 +432,12 @@ class ExampleTests(RoleTestCase):
         yield server.start()
         yield engine.start()
         yield poll(lambda: self.count("jobs where job_type = 'harbour.tide'") == 1, "the job is in the table")
-        self.execute("update jobs set due_at = to_timestamp(60) where job_type = 'harbour.tide'")
+        self.execute("update s2s.jobs set due_at = to_timestamp(60) where job_type = 'harbour.tide'")
         # Under its own key: the clock may bring the next minute meanwhile, and its notice.
         key = f"harbour.tide:{self.database_id()}:60:%"
-        notice = f"select message from notices join commands using (cmd_id) where idem_key like '{key}'"
+        notice = f"select message from s2s.notices join s2s.commands using (cmd_id) where idem_key like '{key}'"
         yield poll(lambda: self.execute(notice) == [("The tide comes in",)], "the notice")
-        self.assertEqual(self.execute("select schedule from jobs where job_type ~ '^harbour'"), [("every:60s",)])
+        self.assertEqual(self.execute("select schedule from s2s.jobs where job_type ~ '^harbour'"), [("every:60s",)])
 
     def test_list(self) -> None:
         """``s2s plugins list`` shows its command and its job, and complains of the broken one on stderr."""

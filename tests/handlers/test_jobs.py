@@ -110,7 +110,7 @@ class JobRunTests(DatabaseTestCase):
         """What a job emits is in the outbox when its transaction is committed, as it was said."""
         with blocking(self.url, "test") as txn:
             _Tick().run(txn, JobRun(txn, "test.tick:60", 60, {}, 65536))
-            self.assertEqual(self.execute("select count(*) from outbox"), [(0,)])
+            self.assertEqual(self.execute("select count(*) from s2s.outbox"), [(0,)])
         with blocking(self.url, "test") as txn:
             [row] = outbox.Claims().claim(txn, 10, 1.0)
         self.assertEqual(
@@ -130,7 +130,7 @@ class JobRunTests(DatabaseTestCase):
             run = JobRun(txn, "test.tick:60", 60, {}, 65536)
             _Tick().run(txn, run)
             run.emit("notice.publish", "k", {"price": 1.5})
-        self.assertEqual(self.execute("select count(*) from outbox"), [(0,)])
+        self.assertEqual(self.execute("select count(*) from s2s.outbox"), [(0,)])
 
     def test_setting(self) -> None:
         """A job reads the configuration by key, and a key that is not there is its mistake."""
@@ -141,7 +141,7 @@ class JobRunTests(DatabaseTestCase):
 
     def test_a_setting_without_its_row(self) -> None:
         """A setting of ours whose row was removed from the table has its default."""
-        self.execute("delete from config where key = 'job.decay.rate_permille'")
+        self.execute("delete from s2s.config where key = 'job.decay.rate_permille'")
         with blocking(self.url, "test") as txn:
             run = JobRun(txn, "test.tick:60", 60, config.read(txn).values, 65536)
         self.assertEqual(run.setting("job.decay.rate_permille"), 10)

@@ -127,7 +127,9 @@ class WorldTestCase(DatabaseTestCase):
     def setUp(self) -> None:
         """Make the sectors."""
         super().setUp()
-        self.execute("insert into sectors select n, 'S', (%s::text[])[n] from generate_series(1, 3) n", list(STATUSES))
+        self.execute(
+            "insert into s2s_world.sectors select n, 'S', (%s::text[])[n] from generate_series(1, 3) n", list(STATUSES)
+        )
         self.connection = psycopg2.connect(self.url)
         self.addCleanup(self.connection.close)
         prepare(self.connection, 30, 30)
@@ -143,7 +145,11 @@ class WorldTestCase(DatabaseTestCase):
         """Write rows of one kind into their table."""
         for row in rows:
             names = [field.name for field in fields(row)]
-            table, more = ("ports", {"commodity": "'ore'"}) if isinstance(row, Port) else ("ships", _NO_MATTER)
+            table, more = (
+                ("s2s_world.ports", {"commodity": "'ore'"})
+                if isinstance(row, Port)
+                else ("s2s_world.ships", _NO_MATTER)
+            )
             txn.execute(
                 f"insert into {table} ({', '.join([*names, *more])})"
                 f" values ({', '.join(['%s'] * len(names) + list(more.values()))})",
@@ -152,7 +158,7 @@ class WorldTestCase(DatabaseTestCase):
 
     def read(self, txn: Cursor, kind: type[Port] | type[Ship]) -> list[Any]:
         """Read all rows of a kind, by their ids."""
-        table = "ports" if kind is Port else "ships"
+        table = "s2s_world.ports" if kind is Port else "s2s_world.ships"
         txn.execute(f"select {', '.join(field.name for field in fields(kind))} from {table} order by 1")
         return [kind(*row) for row in txn]
 
@@ -171,7 +177,7 @@ class WorldTestCase(DatabaseTestCase):
 
     def notices(self, txn: Cursor) -> list[tuple[str, dict[str, Any]]]:
         """Give what is in the outbox: valid notices, by their keys without the digest."""
-        txn.execute("select cmd_type, idem_key, payload from outbox order by outbox_id")
+        txn.execute("select cmd_type, idem_key, payload from s2s.outbox order by outbox_id")
         found = txn.fetchall()
         for cmd_type, _, payload in found:
             self.assertEqual(cmd_type, "notice.publish")
@@ -313,7 +319,7 @@ class RunTests(WorldTestCase):
 
         running = threading.Thread(target=decay)
         with self.connection.cursor() as txn:
-            txn.execute("update ships set shields = case ship_id when 1 then 50 else 0 end")
+            txn.execute("update s2s_world.ships set shields = case ship_id when 1 then 50 else 0 end")
             running.start()
             while not self.execute("select 1 from pg_locks where not granted"):
                 assert running.is_alive(), "it has not waited"
@@ -331,7 +337,8 @@ class ConsoleTests(CliTestCase):
         """It shows when each job is due and how it went, for people and for programs."""
         self.assertIn("there are none", self.s2s("jobs", "list").output)
         self.execute(
-            "insert into jobs (job_type, schedule, due_at, state, attempts, error, runs, last_finished_at, last_result)"
+            "insert into s2s.jobs (job_type, schedule, due_at, state, attempts, error, runs,"
+            " last_finished_at, last_result)"
             " values ('decay', 'every:60s', '2030-01-01 12:00Z', null, 0, null, 7, '2030-01-01 11:59:00.5Z',"
             """ '{"decayed": 3}'), ('tide', 'daily@06:00Z', '2030-01-01 06:00Z', '{"after": 9}', 2, 'KeyError: 1', 0,"""
             " null, null)"
@@ -357,24 +364,24 @@ class EngineTests(RoleTestCase):
         """An engine runs both when they are due, with the rates of the table, and their notices wait in the outbox."""
         # All the way at once: should the clock bring the next run meanwhile, it has nothing to do.
         self.execute(
-            "insert into sectors values (1, 'Sol', 'fedspace'), (2, 'Vega', 'neutral');"
-            "insert into ships values (1, 1, 1, 0, 0, 70, 0), (2, 1, 2, 0, 0, 70, 0);"
-            "insert into ports values (1, 1, 'ore', 50, 80, 100, 9, 9, 1, 99);"
-            "insert into jobs (job_type, schedule, due_at) values ('decay', 'every:60s', '2020-01-01'),"
+            "insert into s2s_world.sectors values (1, 'Sol', 'fedspace'), (2, 'Vega', 'neutral');"
+            "insert into s2s_world.ships values (1, 1, 1, 0, 0, 70, 0), (2, 1, 2, 0, 0, 70, 0);"
+            "insert into s2s_world.ports values (1, 1, 'ore', 50, 80, 100, 9, 9, 1, 99);"
+            "insert into s2s.jobs (job_type, schedule, due_at) values ('decay', 'every:60s', '2020-01-01'),"
             " ('port_refresh', 'every:10s', '2020-01-01');"
-            "update config set value = '1000' where key ~ '^job'"
+            "update s2s.config set value = '1000' where key ~ '^job'"
         )
         engine = self.engine(free_port())
         yield engine.start()
-        yield poll(lambda: self.execute("select 1 from jobs where runs > 0 having count(*) = 2"), "both have run")
-        self.assertEqual(self.execute("select shields from ships order by ship_id"), [(70,), (0,)])
-        self.assertEqual(self.execute("select stock from ports"), [(80,)])
+        yield poll(lambda: self.execute("select 1 from s2s.jobs where runs > 0 having count(*) = 2"), "both have run")
+        self.assertEqual(self.execute("select shields from s2s_world.ships order by ship_id"), [(70,), (0,)])
+        self.assertEqual(self.execute("select stock from s2s_world.ports"), [(80,)])
         told = {
             "decay": "Ships that have lost their last shields: 1",
             "port_refresh": "Ports that are back at their usual stock and price: 1",
         }
         at = 1577836800  # 2020
-        emitted = self.execute("select idem_key, payload ->> 'message' from outbox")
+        emitted = self.execute("select idem_key, payload ->> 'message' from s2s.outbox")
         found = {key.rpartition(":")[0]: message for key, message in emitted}
         self.assertEqual(found, {f"{job}:{self.database_id()}:{at}:0": message for job, message in told.items()})
         yield engine.says("job decay: decayed 1, bare 1")

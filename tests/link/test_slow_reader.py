@@ -116,7 +116,7 @@ class SlowReaderTests(RoleTestCase):
     def put(self, count: int, text: str) -> None:
         """Put notices into the outbox."""
         self.execute(
-            "insert into outbox (cmd_type, idem_key, payload) select 'notice.publish', 'slow:' || n,"
+            "insert into s2s.outbox (cmd_type, idem_key, payload) select 'notice.publish', 'slow:' || n,"
             " jsonb_build_object('scope', 'global', 'message', %s::text, 'severity', 'info')"
             " from generate_series(1, %s) n",
             text,
@@ -170,7 +170,7 @@ class SlowReaderTests(RoleTestCase):
         engine = self.engine(proxy.port)
         yield engine.start()
         yield self.drained(20.0)
-        self.assertEqual(self.execute("select count(*)::int from commands"), [(count,)])
+        self.assertEqual(self.execute("select count(*)::int from s2s.commands"), [(count,)])
         # A second sending of a single one would not fit in.
         self.assertLess(proxy.up.forwarded, count * 16_600 + 8_000)
         self.assertEqual(proxy.connections, 1)

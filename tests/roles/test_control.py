@@ -57,7 +57,9 @@ class ControlTests(RoleTestCase):
     def configure(self, key: str, value: int) -> int:
         """Set a value in plain SQL, and give the version."""
         return int(
-            self.execute("update config set value = to_jsonb(%s) where key = %s returning version", value, key)[0][0]
+            self.execute("update s2s.config set value = to_jsonb(%s) where key = %s returning version", value, key)[0][
+                0
+            ]
         )
 
     def ended(self) -> Deferred[Any]:
@@ -77,7 +79,7 @@ class ControlTests(RoleTestCase):
             (RESUME, "running", "running"),
         ):
             self.assertEqual(peer.call(type, WHY), {"ok": True, "state": state})
-            self.assertEqual(self.execute("select name, wanted from engines"), [("engine-1", wanted)])
+            self.assertEqual(self.execute("select name, wanted from s2s.engines"), [("engine-1", wanted)])
             self.assertEqual(peer.call(CHECK, {})["state"], state)
 
     def test_reason_is_required(self):
@@ -106,9 +108,9 @@ class ControlTests(RoleTestCase):
         """What is written into the table by hand counts, and at once."""
         peer = self.linked()
         self.started(peer)
-        self.execute("insert into engines (name, wanted, reason) values ('engine-1', 'paused', 'by hand')")
+        self.execute("insert into s2s.engines (name, wanted, reason) values ('engine-1', 'paused', 'by hand')")
         yield poll(lambda: peer.call(CHECK, {})["state"] == "paused", "it is paused")
-        self.execute("delete from engines")
+        self.execute("delete from s2s.engines")
         yield poll(lambda: peer.call(CHECK, {})["state"] == "running", "it runs")
 
     @inlineCallbacks
@@ -117,7 +119,7 @@ class ControlTests(RoleTestCase):
         peer = self.linked()
         self.started(peer)
         peer.call(PAUSE, WHY)
-        self.execute("insert into broadcasts (message) values ('we are back soon')")
+        self.execute("insert into s2s.broadcasts (message) values ('we are back soon')")
         peer.serves[PUSH] = lambda _: {"accepted": True, "duplicate": False, "cmd_id": 1, "status": "ready"}
         self.assertEqual(peer.call(SWEEP, {"since_ts": 0})["queued"], 1)
         yield poll(lambda: peer.call(CHECK, {}) and self.count("outbox") == 0, "the outbox is empty")
@@ -151,7 +153,7 @@ class ControlTests(RoleTestCase):
         """It is acked at once with the deadline; the outbox is emptied, the link closed, and the exit code is 0."""
         peer = self.linked()
         self.started(peer)
-        self.execute("insert into broadcasts (message) select 'm' || n from generate_series(1, 300) n")
+        self.execute("insert into s2s.broadcasts (message) select 'm' || n from generate_series(1, 300) n")
         peer.send(SWEEP, {"since_ts": 0})
         before = time.time()
         ack = peer.answer(peer.send(SHUTDOWN, {"grace_ms": 20_000, **WHY}))["payload"]
@@ -171,7 +173,7 @@ class ControlTests(RoleTestCase):
     @inlineCallbacks
     def test_draining(self):
         """While it drains new work is refused, health is answered, and the earliest of several deadlines holds."""
-        self.execute("insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
+        self.execute("insert into s2s.outbox (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
         peer = self.linked()
         push = peer.request(PUSH)  # not answered, so that there is something to wait for
         self.started(peer)
@@ -192,7 +194,7 @@ class ControlTests(RoleTestCase):
     @inlineCallbacks
     def test_past_the_grace(self):
         """What cannot be finished in time stays in the outbox for the next start, and the exit code is 0 as well."""
-        self.execute("insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
+        self.execute("insert into s2s.outbox (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
         peer = self.linked()
         peer.request(PUSH)
         self.started(peer)
@@ -200,7 +202,7 @@ class ControlTests(RoleTestCase):
         peer.call(SHUTDOWN, {"grace_ms": 500, **WHY})
         yield self.ended()
         self.assertLess(time.monotonic() - began, 5)
-        self.assertEqual(self.execute("select state from outbox"), [("waiting",)])
+        self.assertEqual(self.execute("select state from s2s.outbox"), [("waiting",)])
         self.role.assert_ended_well()
 
     @inlineCallbacks
@@ -220,7 +222,7 @@ class ControlTests(RoleTestCase):
         self.started(peer)
         peer.serves[PUSH] = lambda _: {"accepted": True, "duplicate": False, "cmd_id": 1, "status": "ready"}
         self.execute(
-            "insert into outbox (cmd_type, idem_key, payload)"
+            "insert into s2s.outbox (cmd_type, idem_key, payload)"
             " select 'a.b', 'k' || n, '{}' from generate_series(1, 200) n"
         )
         self.role.terminate()
@@ -254,7 +256,7 @@ class ControlTests(RoleTestCase):
             self.assertEqual(peer.refusal()["payload"]["code"], "replay")
             self.assertEqual(peer.rest(), [])
         self.assertTrue(self.role.is_running)
-        self.assertEqual(self.execute("select wanted from engines"), [("running",)])
+        self.assertEqual(self.execute("select wanted from s2s.engines"), [("running",)])
 
     @inlineCallbacks
     def test_recorded_before_a_restart(self):

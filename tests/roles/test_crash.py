@@ -30,14 +30,14 @@ class CrashTests(RoleTestCase):
         once = [(count, count, count)]
         self.assertEqual(
             self.execute(
-                "select count(*), count(distinct idem_key), count(*) filter (where status = 'done') from commands"
+                "select count(*), count(distinct idem_key), count(*) filter (where status = 'done') from s2s.commands"
             ),
             once,
         )
         self.assertEqual(
-            self.execute("select count(*), count(distinct message), count(distinct cmd_id) from notices"), once
+            self.execute("select count(*), count(distinct message), count(distinct cmd_id) from s2s.notices"), once
         )
-        self.assertEqual(self.execute("select count(*) from commands join notices using (cmd_id)"), [(count,)])
+        self.assertEqual(self.execute("select count(*) from s2s.commands join s2s.notices using (cmd_id)"), [(count,)])
         self.assertEqual(self.count("batch_notes"), 0)
 
     @inlineCallbacks
@@ -58,7 +58,7 @@ class CrashTests(RoleTestCase):
         for answer in peer.rest(is_killed=True):
             accepted[envelopes[answer["ack_of"]]["payload"]["idem_key"]] = answer["payload"]["cmd_id"]
         self.assertLess(len(accepted), MANY)
-        found = dict(self.execute("select idem_key, cmd_id from commands"))
+        found = dict(self.execute("select idem_key, cmd_id from s2s.commands"))
         self.assertEqual({key: found.get(key) for key in accepted}, accepted)
 
         yield server.start()
@@ -78,7 +78,7 @@ class CrashTests(RoleTestCase):
         server = self.server()
         engine = self.engine(server.port)
         self.execute(
-            "insert into outbox (cmd_type, idem_key, payload) select 'notice.publish', 'key-' || n,"
+            "insert into s2s.outbox (cmd_type, idem_key, payload) select 'notice.publish', 'key-' || n,"
             " jsonb_build_object('scope', 'global', 'severity', 'info', 'message', 'outbox ' || n)"
             " from generate_series(1, %s) n",
             MANY,
@@ -87,7 +87,9 @@ class CrashTests(RoleTestCase):
         yield engine.says("retry")
         engine.kill()
         self.assertEqual(self.count("outbox"), MANY)
-        self.execute("insert into broadcasts (message) select 'broadcast ' || n from generate_series(1, %s) n", MANY)
+        self.execute(
+            "insert into s2s.broadcasts (message) select 'broadcast ' || n from generate_series(1, %s) n", MANY
+        )
         yield server.start()
         yield engine.start()
         for role, wanted in ((server, MANY // 3), (engine, MANY)):
@@ -97,4 +99,4 @@ class CrashTests(RoleTestCase):
             yield role.start()
         yield poll(lambda: self.settled(2 * MANY), "everything has become a notice")
         self.assert_once(2 * MANY)
-        self.assertEqual(self.execute("select distinct state from broadcasts"), [("queued",)])
+        self.assertEqual(self.execute("select distinct state from s2s.broadcasts"), [("queued",)])

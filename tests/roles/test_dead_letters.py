@@ -56,10 +56,10 @@ class CommandsTests(_CliTestCase):
         :returns: the first one's cmd_id.
         """
         rows = self.execute(
-            "with made as (insert into commands (cmd_type, idem_key, payload, status, attempts, error, finished_at)"
+            "with made as (insert into s2s.commands (cmd_type, idem_key, payload, status, attempts, error, finished_at)"
             " select %s, 'key-' || gen_random_uuid(), '{\"n\": \"\\u001b[31m\"}', %s, 10, 'E: no',"
             " case when %s <> 'ready' then now() end from generate_series(1, %s) returning cmd_id, idem_key)"
-            " insert into idempotency_keys (cmd_id, idem_key, fingerprint)"
+            " insert into s2s.idempotency_keys (cmd_id, idem_key, fingerprint)"
             " select cmd_id, idem_key, decode(repeat('00', 32), 'hex') from made order by cmd_id returning cmd_id",
             cmd_type,
             status,
@@ -70,7 +70,7 @@ class CommandsTests(_CliTestCase):
 
     def statuses(self) -> list[str]:
         """Give every command's status, in the order of the ids."""
-        return [status for (status,) in self.execute("select status from commands order by cmd_id")]
+        return [status for (status,) in self.execute("select status from s2s.commands order by cmd_id")]
 
     def push_again(self, idem_key: str) -> commands.Outcome:
         """Push what the key's first command was."""
@@ -105,10 +105,10 @@ class CommandsTests(_CliTestCase):
     def test_retry(self) -> None:
         """A dead or cancelled command is ready again, due now, with all its attempts; the executor finds it."""
         dead, cancelled = self.insert(), self.insert("cancelled")
-        self.execute("update commands set due_at = now() + interval '1 hour'")
+        self.execute("update s2s.commands set due_at = now() + interval '1 hour'")
         self.assertIn(f"command {dead}: ready again", self.s2s("retry", dead, cancelled).output)
         self.assertEqual(
-            self.execute("select status, attempts, finished_at, due_at <= now() from commands"),
+            self.execute("select status, attempts, finished_at, due_at <= now() from s2s.commands"),
             [("ready", 0, None, True)] * 2,
         )
         with blocking(self.url) as txn:
@@ -150,10 +150,10 @@ class CommandsTests(_CliTestCase):
         """A waiting command is cancelled for good: no worker finds or takes it, even one that has noted it before."""
         cmd_id = self.insert("ready")
         with blocking(self.url) as txn:
-            self.execute("update commands set attempts = 0")
+            self.execute("update s2s.commands set attempts = 0")
             self.assertEqual(claims.claim(txn, "boot", 0, 10), [cmd_id])
         self.s2s("cancel", cmd_id)
-        self.assertEqual(self.execute("select status, finished_at is null from commands"), [("cancelled", False)])
+        self.assertEqual(self.execute("select status, finished_at is null from s2s.commands"), [("cancelled", False)])
         with blocking(self.url) as txn:
             self.assertEqual(commands.take(txn, [cmd_id]), [])
             self.assertEqual(commands.charge(txn, [(cmd_id, "ProcessDied")]), 0)
@@ -175,13 +175,13 @@ class CommandsTests(_CliTestCase):
     def test_discard(self) -> None:
         """A discarded command's key stays: its push is a duplicate with the last status, until the key expires."""
         ready, dead, cancelled = self.insert("ready"), self.insert(), self.insert("cancelled")
-        keys = dict(self.execute("select cmd_id, idem_key from commands"))
+        keys = dict(self.execute("select cmd_id, idem_key from s2s.commands"))
         self.s2s("discard", dead, cancelled)
-        self.assertEqual(self.execute("select cmd_id from commands"), [(ready,)])
+        self.assertEqual(self.execute("select cmd_id from s2s.commands"), [(ready,)])
         self.assertEqual(
             self.execute(
                 "select cmd_id, status, round(extract(epoch from expires_at - now()) / 86400)::int"
-                " from idempotency_keys order by cmd_id"
+                " from s2s.idempotency_keys order by cmd_id"
             ),
             [(ready, None, None), (dead, "dead", 30), (cancelled, "cancelled", 30)],
         )
@@ -190,13 +190,13 @@ class CommandsTests(_CliTestCase):
 
     def test_discard_keeps_the_key_as_long_as_set(self) -> None:
         """The table's setting says how long the key of a discarded command is kept."""
-        self.execute("delete from config where key = 'commands.keep_key_days'")
-        self.execute("insert into config (key, value, type) values ('commands.keep_key_days', '3', 'integer')")
+        self.execute("delete from s2s.config where key = 'commands.keep_key_days'")
+        self.execute("insert into s2s.config (key, value, type) values ('commands.keep_key_days', '3', 'integer')")
         self.s2s("discard", self.insert())
         self.assertEqual(
             self.execute(
                 "select expires_at between now() + interval '71 hours' and now() + interval '3 days'"
-                " from idempotency_keys"
+                " from s2s.idempotency_keys"
             ),
             [(True,)],
         )
@@ -210,7 +210,9 @@ class CommandsTests(_CliTestCase):
         self.assertEqual(self.s2s("retry", "--all-dead", "--type", "test.run").output, "dead commands retried: 10\n")
         self.assertEqual(self.statuses(), ["ready"] * 10 + ["dead"] * 3 + ["cancelled"])
         # An UPDATE's transaction is in its rows.
-        steps = self.execute("select count(*)::int from commands where status = 'ready' group by xmin::text order by 1")
+        steps = self.execute(
+            "select count(*)::int from s2s.commands where status = 'ready' group by xmin::text order by 1"
+        )
         self.assertEqual(steps, [(2,), (4,), (4,)])
         self.assertEqual(self.json("discard", "--all-dead"), {"discarded": 3})
         self.assertEqual(self.json("discard", "--all-dead"), {"discarded": 0})
@@ -231,7 +233,7 @@ class CommandsTests(_CliTestCase):
         self.assertIn("try again", self.s2s("retry", theirs, expected=1).output)
         self.assertEqual(self.json("retry", "--all-dead"), {"retried": 1})
         other.connection.commit()
-        self.assertEqual(self.execute("select cmd_id from commands"), [(mine,)])
+        self.assertEqual(self.execute("select cmd_id from s2s.commands"), [(mine,)])
 
     def test_mistakes(self) -> None:
         """Neither ids nor all, both, a type without all: one line each, and nothing is done."""
@@ -270,7 +272,7 @@ class OutboxTests(_CliTestCase):
 
     def rows(self) -> list[tuple[Any, ...]]:
         """Give every row's id, state and error code."""
-        return self.execute("select outbox_id, state, error_code from outbox order by 1")
+        return self.execute("select outbox_id, state, error_code from s2s.outbox order by 1")
 
     def test_list_and_show(self) -> None:
         """Rows are listed by state and type, the newest first, and shown in full."""
@@ -283,7 +285,7 @@ class OutboxTests(_CliTestCase):
         self.assertEqual(self.json("show", dead)["payload"], {"n": 1})
         self.assertIn("at /payload/n", self.s2s("show", dead).output)
         self.assertIn("no outbox row 99", self.s2s("show", 99, expected=1).output)
-        self.execute("delete from outbox")
+        self.execute("delete from s2s.outbox")
         self.assertIn("nothing in the outbox", self.s2s("list").output)
 
     async def test_retry(self) -> None:
@@ -302,7 +304,7 @@ class OutboxTests(_CliTestCase):
             return [each.channel for each in listening.connection.notifies]
 
         self.assertEqual(await poll(heard, "the notification"), ["s2s_outbox"])
-        self.assertEqual(self.execute("select attempts, error_code from outbox"), [(0, None)] * 2)
+        self.assertEqual(self.execute("select attempts, error_code from s2s.outbox"), [(0, None)] * 2)
         self.assertEqual(sorted(self.claim()), [dead, waiting])
 
     def test_cancel(self) -> None:
@@ -314,7 +316,7 @@ class OutboxTests(_CliTestCase):
         self.assertIn("the server may have it", said[0])
         self.assertEqual(said[1], f"outbox row {fresh}: cancelled: it will not be sent")
         self.assertEqual(self.rows(), [(leased, "dead", "cancelled"), (fresh, "dead", "cancelled")])
-        self.execute("update outbox set send_at = now()")
+        self.execute("update s2s.outbox set send_at = now()")
         self.assertEqual(self.claim(), [])
 
     def test_a_relay_settles_what_was_cancelled(self) -> None:

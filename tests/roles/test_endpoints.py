@@ -300,7 +300,7 @@ class LinkTests(RoleTestCase):
             yield server.start()
         yield engine.start()
         yield server.says(f"{LINK_UP} engine-1")
-        self.execute("insert into broadcasts (message) values ('to all')")
+        self.execute("insert into s2s.broadcasts (message) values ('to all')")
         yield poll(lambda: self.count("notices") == 1, "the notice is there", timeout=PATIENCE_S)
         # TLS ends no connection that has a producer by itself.
         engine.stop()
@@ -376,7 +376,7 @@ class LinkTests(RoleTestCase):
             peer = Peer(link)
             peer.send(PUSH, command("without a header"))
             peer.rest()
-        self.assertEqual(self.execute("select idem_key from commands"), [("from behind a proxy",)])
+        self.assertEqual(self.execute("select idem_key from s2s.commands"), [("from behind a proxy",)])
         yield server.says("a connection from 127.0.0.1 without a PROXY header ended: set send-proxy")
 
 

@@ -87,7 +87,7 @@ class EngineRoleTests(RoleTestCase):
 
     def broadcast(self, *messages: str) -> list[str]:
         """Store broadcasts, and give the keys of the commands that they become."""
-        self.execute("insert into broadcasts (message) select unnest(%s)", list(messages))
+        self.execute("insert into s2s.broadcasts (message) select unnest(%s)", list(messages))
         return self.broadcast_keys()[-len(messages) :]
 
     def push(self, peer: Peer) -> Frame:
@@ -100,16 +100,16 @@ class EngineRoleTests(RoleTestCase):
 
     def dead(self) -> list[tuple[str, str]]:
         """Give what the engine has set aside: key and code."""
-        return self.execute("select idem_key, error_code from outbox where state = 'dead' order by outbox_id")
+        return self.execute("select idem_key, error_code from s2s.outbox where state = 'dead' order by outbox_id")
 
     @inlineCallbacks
     def emptied(self) -> Iterator[Deferred[Any]]:
         """Wait until nothing waits in the outbox."""
-        yield poll(lambda: not self.execute("select 1 from outbox where state = 'waiting'"), "the outbox is empty")
+        yield poll(lambda: not self.execute("select 1 from s2s.outbox where state = 'waiting'"), "the outbox is empty")
 
     def said(self, code: str) -> str:
         """Give what the row that waits says of its last attempt, if that had this code."""
-        rows = self.execute("select error_message from outbox where state = 'waiting' and error_code = %s", code)
+        rows = self.execute("select error_message from s2s.outbox where state = 'waiting' and error_code = %s", code)
         return "".join(message for (message,) in rows)
 
     # --- challenge and proof --------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class EngineRoleTests(RoleTestCase):
             error = peer.refusal()
             self.assertEqual((error["payload"]["code"], "auth" in error), ("replay", True))
             self.assertEqual(peer.rest(), [])
-        self.assertEqual(self.execute("select state from broadcasts"), [("pending",)])
+        self.assertEqual(self.execute("select state from s2s.broadcasts"), [("pending",)])
 
     @inlineCallbacks
     def test_refused_challenge(self):

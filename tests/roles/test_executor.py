@@ -29,7 +29,7 @@ _ANY = {"type": "object"}
 
 
 def _effect(txn: Cursor, command: Command) -> None:
-    txn.execute("insert into effects (cmd_id, idem_key) values (%s, %s)", (command.cmd_id, command.idem_key))
+    txn.execute("insert into public.effects (cmd_id, idem_key) values (%s, %s)", (command.cmd_id, command.idem_key))
 
 
 def _misbehave(txn: Cursor, command: Command, before: Callable[[], None]) -> None:
@@ -41,7 +41,7 @@ def _misbehave(txn: Cursor, command: Command, before: Callable[[], None]) -> Non
         case "raise twice" if command.attempts < 2:
             raise ValueError(f"attempt {command.attempts}")
         case "bad sql":
-            txn.execute("insert into effects (cmd_id, idem_key) values (%s, 'other')", (command.cmd_id,))
+            txn.execute("insert into public.effects (cmd_id, idem_key) values (%s, 'other')", (command.cmd_id,))
         case "swallow":
             try:
                 txn.execute("select 1 / 0")
@@ -50,9 +50,9 @@ def _misbehave(txn: Cursor, command: Command, before: Callable[[], None]) -> Non
         case "constraints":
             txn.execute("set constraints all immediate")
         case "child first":
-            txn.execute("insert into children values (1); insert into parents values (1)")
+            txn.execute("insert into public.children values (1); insert into public.parents values (1)")
         case "late":
-            txn.execute("insert into checked_late values (%s)", (command.cmd_id,))
+            txn.execute("insert into public.checked_late values (%s)", (command.cmd_id,))
         case "exit":
             raise SystemExit(3)
         case "before":
@@ -112,12 +112,12 @@ class ExecutorTests(DatabaseTestCase):
         """Make the table of effects, and let nothing run yet."""
         super().setUp()
         self.execute(
-            "create table effects (n serial, cmd_id bigint unique, idem_key text);"
-            "create table checked_late (cmd_id bigint references commands deferrable initially deferred,"
+            "create table public.effects (n serial, cmd_id bigint unique, idem_key text);"
+            "create table public.checked_late (cmd_id bigint references s2s.commands deferrable initially deferred,"
             " check (cmd_id > 0))"
         )
         # A reference that holds only for a moment: it is checked at the COMMIT.
-        self.execute("alter table checked_late add unique (cmd_id) deferrable initially deferred")
+        self.execute("alter table public.checked_late add unique (cmd_id) deferrable initially deferred")
         self.single, self.batched = _Single(), _Batched()
         self.patch(poll_loop, "POLL_S", 0.05)
         self.patch(executor, "ABSENT_S", 0.02)
@@ -137,7 +137,8 @@ class ExecutorTests(DatabaseTestCase):
         """Store commands that are due."""
         names = "".join(f", {name}" for name in columns)
         self.execute(
-            f"insert into commands (cmd_type, idem_key, payload{names}) select %s, key, jsonb_build_object('do', %s)"
+            f"insert into s2s.commands (cmd_type, idem_key, payload{names}) select %s, key,"
+            f" jsonb_build_object('do', %s)"
             f"{', %s' * len(columns)} from unnest(%s) key",
             cmd_type,
             do,
@@ -156,8 +157,8 @@ class ExecutorTests(DatabaseTestCase):
     def note(self, boot_id: str, *keys: str, worker: int = 0) -> claims.Claim:
         """Note a batch of commands that wait."""
         ((noted_at,),) = self.execute(
-            "insert into batch_notes (boot_id, worker, cmd_ids)"
-            " select %s, %s, array_agg(cmd_id) from commands where idem_key = any(%s) returning noted_at",
+            "insert into s2s.batch_notes (boot_id, worker, cmd_ids)"
+            " select %s, %s, array_agg(cmd_id) from s2s.commands where idem_key = any(%s) returning noted_at",
             boot_id,
             worker,
             list(keys),
@@ -168,7 +169,7 @@ class ExecutorTests(DatabaseTestCase):
         """While every claim is refused, the condition says why; when one is not, commands run and all is well."""
         self.patch(poll_loop, "FAILING_S", 0.2)
         self.be_present("boot-1")
-        self.execute("alter table batch_notes rename to hidden")
+        self.execute("alter table s2s.batch_notes rename to hidden")
         running = self.start()
         self.insert("a")
         await poll(lambda: "batch_notes" in running.condition, "the condition")
@@ -179,19 +180,19 @@ class ExecutorTests(DatabaseTestCase):
 
     def attempts(self) -> dict[str, int]:
         """Give every command's attempts."""
-        return dict(self.execute("select idem_key, attempts from commands"))
+        return dict(self.execute("select idem_key, attempts from s2s.commands"))
 
     def rush(self) -> None:
         """Make every waiting command due now."""
-        self.execute("update commands set due_at = now() where status = 'ready'")
+        self.execute("update s2s.commands set due_at = now() where status = 'ready'")
 
     def effects(self) -> list[str]:
         """Give the keys whose effect is there, in their order."""
-        return [key for (key,) in self.execute("select idem_key from effects order by n")]
+        return [key for (key,) in self.execute("select idem_key from public.effects order by n")]
 
     def statuses(self) -> dict[str, str]:
         """Give every command's status."""
-        return dict(self.execute("select idem_key, status from commands"))
+        return dict(self.execute("select idem_key, status from s2s.commands"))
 
     async def until(self, status: str, *keys: str, rush: bool = False) -> None:
         """Wait until commands have a status."""
@@ -213,8 +214,8 @@ class ExecutorTests(DatabaseTestCase):
         await self.until("done", "a", "b", "c")
         self.assertEqual(self.effects(), ["a", "b", "c"])
         self.assertEqual(self.statuses()["later"], "ready")
-        self.assertEqual(self.execute("select count(*) from commands where finished_at is not null"), [(3,)])
-        self.assertEqual(self.execute("select * from batch_notes"), [])
+        self.assertEqual(self.execute("select count(*) from s2s.commands where finished_at is not null"), [(3,)])
+        self.assertEqual(self.execute("select * from s2s.batch_notes"), [])
         await poll(lambda: running.ran == 3, "they are counted")
         self.assertEqual((running.failed, running.dead), (0, 0))
 
@@ -231,7 +232,7 @@ class ExecutorTests(DatabaseTestCase):
         """A worker sleeps no longer than until the next command is due."""
         self.patch(poll_loop, "POLL_S", 60.0)
         self.insert("a")
-        self.execute("update commands set due_at = now() + interval '0.3 s'")
+        self.execute("update s2s.commands set due_at = now() + interval '0.3 s'")
         self.start()
         await self.until("done", "a")
 
@@ -253,7 +254,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.effects(), ["a", "b"])
         self.insert("c", cmd_type="test.batched", do="raise twice")
         self.insert("d", "e", cmd_type="test.batched", do="keep")
-        charged = "select count(*)::int from commands where attempts > 0"
+        charged = "select count(*)::int from s2s.commands where attempts > 0"
         await poll(lambda: self.execute(charged) == [(3,)], "the charges")
         self.assertEqual(self.effects(), ["a", "b"])
 
@@ -266,18 +267,18 @@ class ExecutorTests(DatabaseTestCase):
             running.wake()
             await poll(lambda: "no thread can be started" in running.condition, "the condition")
             await pause(0.1)
-        self.assertEqual(self.execute("select status, attempts from commands"), [("ready", 0)])
+        self.assertEqual(self.execute("select status, attempts from s2s.commands"), [("ready", 0)])
         del self.handlers.run
         await self.until("done", "a")
 
     async def test_notices_are_published(self) -> None:
         """The built-in command makes its rows."""
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload) select 'notice.publish', 'k' || i,"
+            "insert into s2s.commands (cmd_type, idem_key, payload) select 'notice.publish', 'k' || i,"
             """ '{"scope": "global", "message": "m", "severity": "info"}' from generate_series(1, 5) i"""
         )
         self.start()
-        await poll(lambda: self.execute("select count(distinct cmd_id)::int from notices") == [(5,)], "the notices")
+        await poll(lambda: self.execute("select count(distinct cmd_id)::int from s2s.notices") == [(5,)], "the notices")
 
     async def test_a_failure_takes_its_effect_along(self) -> None:
         """Of a batch in which one raises, that one is charged, its effect undone, and the others are done."""
@@ -288,7 +289,7 @@ class ExecutorTests(DatabaseTestCase):
         running = self.start()
         await poll(lambda: sorted(self.statuses().values()) == ["dead"] * 2 + ["done"] * 6, "the ends")
         self.assertEqual(len(self.effects()), 6)
-        errors = self.execute("select distinct error, attempts from commands where status = 'dead'")
+        errors = self.execute("select distinct error, attempts from s2s.commands where status = 'dead'")
         self.assertEqual(errors, [("ValueError: not this? one", 1)])
         await poll(lambda: (running.ran, running.failed, running.dead) == (6, 2, 2), "the counters")
 
@@ -303,20 +304,20 @@ class ExecutorTests(DatabaseTestCase):
         await self.until("dead", "bad sql", "swallow")
         await self.until("done", "a", "z")
         self.assertEqual(self.effects(), ["a", "z"])
-        ((error,),) = self.execute("select error from commands where idem_key = 'bad sql'")
+        ((error,),) = self.execute("select error from s2s.commands where idem_key = 'bad sql'")
         self.assertEqual(error, 'UniqueViolation: duplicate key value violates unique constraint "effects_cmd_id_key"')
 
     async def test_payloads_that_cannot_be_read(self) -> None:
         """A payload of plain SQL that no JSON parser reads fails its command with the reason; its batch goes on."""
         for cmd_type in ("test.single", "test.batched"):
-            text = "insert into commands (cmd_type, idem_key, payload) values (%s, %s, '{\"n\": 1e400}')"
+            text = "insert into s2s.commands (cmd_type, idem_key, payload) values (%s, %s, '{\"n\": 1e400}')"
             self.execute(text, cmd_type, f"odd {cmd_type}")
         self.insert("a", cmd_type="test.batched")
         self.insert("b")
         self.start()
         await self.until("done", "a", "b")
         why = "CanonicalError: the payload cannot be read: a number in it is out of range, beyond 1.8e308"
-        failed = "select error from commands where idem_key like 'odd%%' and attempts > 0"
+        failed = "select error from s2s.commands where idem_key like 'odd%%' and attempts > 0"
         errors = await poll(lambda: self.execute(failed)[1:] and self.execute(failed), "both have failed")
         self.assertEqual([error.startswith(why) for (error,) in errors], [True, True], errors)
 
@@ -325,7 +326,7 @@ class ExecutorTests(DatabaseTestCase):
         self.insert("a", do="raise twice")
         self.start()
         await self.until("done", "a", rush=True)
-        self.assertEqual(self.execute("select attempts, error from commands"), [(2, "ValueError: attempt 1")])
+        self.assertEqual(self.execute("select attempts, error from s2s.commands"), [(2, "ValueError: attempt 1")])
         self.assertEqual(self.effects(), ["a"])
 
     async def test_death(self) -> None:
@@ -333,26 +334,26 @@ class ExecutorTests(DatabaseTestCase):
         self.insert("a", do="raise")
         self.start()
         await self.until("dead", "a", rush=True)
-        self.assertEqual(self.execute("select attempts, finished_at is not null from commands"), [(10, True)])
+        self.assertEqual(self.execute("select attempts, finished_at is not null from s2s.commands"), [(10, True)])
 
     async def test_what_fails_at_the_commit(self) -> None:
         """The commands of a batch whose COMMIT is refused run alone, uncharged, and only the culprit is charged."""
         self.insert("a", "b")
         self.insert("twice", "again", do="late")
-        self.execute("insert into checked_late select cmd_id from commands where idem_key = 'twice'")
+        self.execute("insert into public.checked_late select cmd_id from s2s.commands where idem_key = 'twice'")
         self.start()
         await self.until("done", "a", "b", "again", rush=True)
         await self.until("dead", "twice", rush=True)
         self.assertEqual(sorted(self.effects()), ["a", "again", "b"])
         self.assertEqual(
-            dict(self.execute("select idem_key, attempts from commands")), {"a": 0, "b": 0, "again": 0, "twice": 10}
+            dict(self.execute("select idem_key, attempts from s2s.commands")), {"a": 0, "b": 0, "again": 0, "twice": 10}
         )
 
     async def test_what_a_neighbour_leaves_behind(self) -> None:
         """A command that fails after others of its batch runs alone before it is charged: they may be at fault."""
         self.execute(
-            "create table parents (id int primary key);"
-            "create table children (parent int references parents deferrable initially deferred)"
+            "create table public.parents (id int primary key);"
+            "create table public.children (parent int references parents deferrable initially deferred)"
         )
         self.insert("first", do="constraints")
         self.insert("innocent", do="child first")
@@ -366,11 +367,11 @@ class ExecutorTests(DatabaseTestCase):
     async def test_a_row_that_cannot_be_changed(self) -> None:
         """Commands whose row a trigger holds or refuses are named, take no effect, and hold up no other."""
         self.execute(
-            "create function guard() returns trigger language plpgsql as $$ begin"
+            "create function guard() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.idem_key = 'kept' then return null; end if;"
             " if new.idem_key = 'refused' or new.status = 'dead' then raise exception 'not this one'; end if;"
             " return new; end $$;"
-            "create trigger guard before update on commands for each row execute function guard()"
+            "create trigger guard before update on s2s.commands for each row execute function guard()"
         )
         self.patch(poll_loop, "LEFT_OUT_S", 2.0)
         self.insert("kept", "refused", "a")
@@ -383,11 +384,11 @@ class ExecutorTests(DatabaseTestCase):
             await poll(lambda: "4 commands" in running.condition, "all to be left out")
         lines = [str(formatEvent(event)) for event in told]
         for key, why in (("kept", KEPT), ("refused", "not this one"), ("kept-2", "not this one")):
-            [(cmd_id,)] = self.execute("select cmd_id from commands where idem_key = %s", key)
+            [(cmd_id,)] = self.execute("select cmd_id from s2s.commands where idem_key = %s", key)
             self.assertEqual(len([line for line in lines if f"command {cmd_id}: {why}" in line]), 1, lines)
         self.assertEqual(sorted(self.effects()), ["a", "b"])
         self.assertEqual(self.attempts()["kept"], 0)
-        self.execute("drop trigger guard on commands")
+        self.execute("drop trigger guard on s2s.commands")
         await self.until("done", "kept", "refused")
         await self.until("dead", "kept-2", "largest")
 
@@ -395,8 +396,11 @@ class ExecutorTests(DatabaseTestCase):
         """Where as many are left out as may be, the next one is tried once in a pause, and not again and again."""
         self.patch(poll_loop, "MOST_LEFT_OUT", 1)
         self.patch(poll_loop, "POLL_S", 0.2)
-        self.execute("create function keep() returns trigger language plpgsql as $$ begin return null; end $$")
-        self.execute("create trigger keep before update on commands for each row execute function keep()")
+        self.execute(
+            "create function keep() returns trigger language plpgsql set search_path from current as $$ begin"
+            " return null; end $$"
+        )
+        self.execute("create trigger keep before update on s2s.commands for each row execute function keep()")
         ran: list[int] = []
         self.single.before = lambda: ran.append(1)
         self.insert("a", "b", "c", do="before")
@@ -432,7 +436,7 @@ class ExecutorTests(DatabaseTestCase):
         self.start()
         await self.until("done", "a", "b", "c")
         self.assertEqual(sorted(self.effects()), ["a", "b", "c"])
-        self.assertEqual(self.execute("select sum(attempts)::int from commands"), [(0,)])
+        self.assertEqual(self.execute("select sum(attempts)::int from s2s.commands"), [(0,)])
         self.assertEqual(self.flushLoggedErrors(), [])
 
     async def test_a_command_that_ends_its_connection(self) -> None:
@@ -446,7 +450,7 @@ class ExecutorTests(DatabaseTestCase):
         self.insert("a", "b")
         self.start()
         await self.until("done", "a", "b")
-        self.execute("update commands set attempts = 9, due_at = now() where idem_key = 'bad'")
+        self.execute("update s2s.commands set attempts = 9, due_at = now() where idem_key = 'bad'")
         # Others that come meanwhile, and go before it, do not save it.
         for number in range(30):
             self.insert(f"urgent {number}", priority=0)
@@ -454,7 +458,7 @@ class ExecutorTests(DatabaseTestCase):
         await self.until("dead", "bad")
         self.assertEqual(sorted(self.effects())[:2], ["a", "b"])
         self.assertEqual(len(self.effects()), 32)
-        self.assertEqual(self.execute("select idem_key from commands where idem_key <> 'bad' and attempts > 0"), [])
+        self.assertEqual(self.execute("select idem_key from s2s.commands where idem_key <> 'bad' and attempts > 0"), [])
 
     async def test_a_handler_that_ends_the_transaction(self) -> None:
         """A handler that rolls the transaction back is charged, and what its neighbours did is not lost."""
@@ -473,7 +477,7 @@ class ExecutorTests(DatabaseTestCase):
         self.insert("held", "held too", attempts=1)
         holding = psycopg2.connect(self.url)
         self.addCleanup(holding.close)
-        holding.cursor().execute("select * from commands for update")
+        holding.cursor().execute("select * from s2s.commands for update")
         self.insert("a", "b", attempts=1)
         self.start(workers=2)
         await self.until("done", "a", "b")
@@ -499,7 +503,7 @@ class ExecutorTests(DatabaseTestCase):
         await self.until("done", "a", "b", rush=True)
         self.assertEqual(self.attempts(), {"a": 1, "b": 1})
         self.assertEqual(
-            self.execute("select distinct error from commands"),
+            self.execute("select distinct error from s2s.commands"),
             [("Stuck: the process did not finish this command's batch in time",)],
         )
 
@@ -534,7 +538,7 @@ class ExecutorTests(DatabaseTestCase):
     async def test_a_handler_that_is_gone(self) -> None:
         """Commands of a type that is not served here stay as they are, and hold up no other."""
         self.insert("gone", "gone too", cmd_type="test.removed")
-        untouched = "select *, xmin from commands where cmd_type = 'test.removed' order by cmd_id"
+        untouched = "select *, xmin from s2s.commands where cmd_type = 'test.removed' order by cmd_id"
         before = self.execute(untouched)
         self.insert("a")
         self.start()
@@ -549,8 +553,8 @@ class ExecutorTests(DatabaseTestCase):
         running = self.start(workers=2)
         await self.until("done", "a", "b", rush=True)
         self.assertEqual(sorted(self.effects()), ["a", "b"])
-        self.assertEqual(self.execute("select attempts from commands"), [(1,), (1,)])
-        self.assertEqual(self.execute("select * from batch_notes where boot_id = 'dead'"), [])
+        self.assertEqual(self.execute("select attempts from s2s.commands"), [(1,), (1,)])
+        self.assertEqual(self.execute("select * from s2s.batch_notes where boot_id = 'dead'"), [])
         self.assertEqual(running.failed, 2)
 
     async def test_what_a_living_process_has_in_hand(self) -> None:
@@ -603,7 +607,7 @@ class ExecutorTests(DatabaseTestCase):
         running = self.start(is_present=lambda: looked.append(1) or bool(present))
         running.wake()
         await poll(lambda: len(looked) > 3, "some looks")
-        self.assertEqual((self.execute("select * from batch_notes"), self.statuses()), ([], {"a": "ready"}))
+        self.assertEqual((self.execute("select * from s2s.batch_notes"), self.statuses()), ([], {"a": "ready"}))
         present.append(1)
         await self.until("done", "a")
 
@@ -646,9 +650,9 @@ class ExecutorTests(DatabaseTestCase):
         )
         running = self.start()
         await poll(lambda: running._turns._asleep, "the failure")
-        self.assertEqual(len(self.execute("select * from batch_notes")), 1)
+        self.assertEqual(len(self.execute("select * from s2s.batch_notes")), 1)
         await running.stop()
-        self.assertEqual(self.execute("select * from batch_notes"), [])
+        self.assertEqual(self.execute("select * from s2s.batch_notes"), [])
         self.assertEqual(self.attempts(), {"a": 0})
 
     async def test_abandon_without_the_database(self) -> None:
@@ -663,7 +667,7 @@ class ExecutorTests(DatabaseTestCase):
     async def assert_cut(self, *, ended: bool) -> Executor:
         """Cut the running executor off as a stop does, and see that nothing took effect and nobody was charged."""
         running = self.start(workers=2)
-        await poll(lambda: len(self.execute("select * from batch_notes")) > 0, "the batch")
+        await poll(lambda: len(self.execute("select * from s2s.batch_notes")) > 0, "the batch")
         await poll(self.is_under_way, "the handler")
         stopped = running.stop()
         self.assertEqual(await self.handlers.cancel(), ended)
@@ -671,7 +675,7 @@ class ExecutorTests(DatabaseTestCase):
         await running.abandon()
         if ended:
             await stopped
-        self.assertEqual(self.execute("select * from batch_notes"), [])
+        self.assertEqual(self.execute("select * from s2s.batch_notes"), [])
         self.assertEqual(set(self.attempts().values()), {0})
         self.assertEqual(set(self.statuses().values()), {"ready"})
         self.assertEqual(self.effects(), [])
@@ -716,12 +720,12 @@ class ExecutorTests(DatabaseTestCase):
     async def test_the_accused(self) -> None:
         """What a reaper took out of a note that a living process had is not run by it, nor charged by it once more."""
         self.insert("a", "b", "c")
-        ids = dict(self.execute("select idem_key, cmd_id from commands"))
+        ids = dict(self.execute("select idem_key, cmd_id from s2s.commands"))
         running = self.start(workers=0)
         self.note("boot-1", "b")
         report = await self.handlers.run(running._run, 0, list(ids.values()))
         self.assertEqual(report.done, [ids["b"]])
-        self.assertEqual(self.execute("select * from batch_notes"), [])
+        self.assertEqual(self.execute("select * from s2s.batch_notes"), [])
         self.note("boot-1", "c")
         report = await self.database.run(executor._charge, "boot-1", 0, list(ids.values()), "late")
         self.assertEqual(report.failed, [(ids["c"], "late")])
@@ -749,7 +753,7 @@ class ExecutorTests(DatabaseTestCase):
         # The connection of the dead process closes slowly.
         closing = psycopg2.connect(self.url)
         self.addCleanup(closing.close)
-        closing.cursor().execute("select * from commands where idem_key = 'b' for update")
+        closing.cursor().execute("select * from s2s.commands where idem_key = 'b' for update")
         self.assertEqual((await reap(look.presence, note)).charged, 1)
         self.assertEqual(self.attempts(), {"a": 1, "b": 0})
         closing.close()
@@ -761,15 +765,15 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual((await reap(look.presence, note)).charged, 1)
         self.assertEqual((await reap(look.presence, note)).orphaned, set())
         self.assertEqual(self.attempts(), {"a": 1, "b": 1})
-        self.assertEqual(self.execute("select * from batch_notes"), [])
+        self.assertEqual(self.execute("select * from s2s.batch_notes"), [])
         await running.stop()
 
     async def test_what_a_reaper_cannot_charge(self) -> None:
         """A note of which a command cannot be charged goes uncharged, and holds up no other note."""
         self.execute(
-            "create function keep() returns trigger language plpgsql as"
+            "create function keep() returns trigger language plpgsql set search_path from current as"
             " $$ begin if new.idem_key = 'kept' then return null; end if; return new; end $$;"
-            "create trigger keep before update on commands for each row execute function keep()"
+            "create trigger keep before update on s2s.commands for each row execute function keep()"
         )
         self.insert("a", "kept", "b")
         first, second = self.note("dead", "a", "kept"), self.note("dead", "b", worker=1)
@@ -779,7 +783,7 @@ class ExecutorTests(DatabaseTestCase):
         look = await self.database.run(claims.reap, "boot-1", look.presence, {first, second})
         self.assertEqual(look.charged, 1)
         self.assertEqual(self.attempts(), {"a": 0, "kept": 0, "b": 1})
-        self.assertEqual(self.execute("select * from batch_notes"), [])
+        self.assertEqual(self.execute("select * from s2s.batch_notes"), [])
         await running.stop()
 
     async def test_off(self) -> None:

@@ -86,7 +86,7 @@ class ForeignEngineTests(RoleTestCase):
     def give(self, count: int = 1, name: str = "o") -> None:
         """Put orders into the table, each after the one before."""
         self.execute(
-            "insert into orders (order_id, rpc, params, stepped_at) select %s || n, %s,"
+            "insert into s2s.orders (order_id, rpc, params, stepped_at) select %s || n, %s,"
             """ '{"sector_id": 1, "status": "neutral"}', now() + n * interval '1 microsecond'"""
             " from generate_series(1, %s) n",
             name,
@@ -96,7 +96,7 @@ class ForeignEngineTests(RoleTestCase):
 
     def rows(self, name: str = "%") -> list[tuple[Any, ...]]:
         """Return status, result, engine and way of orders."""
-        query = "select status, result, engine, way from orders where order_id like %s order by order_id"
+        query = "select status, result, engine, way from s2s.orders where order_id like %s order by order_id"
         return self.execute(query, name)
 
     @inlineCallbacks
@@ -106,10 +106,10 @@ class ForeignEngineTests(RoleTestCase):
         self.give()
         yield poll(lambda: self.rows() == [("done", {"changed": 3}, "stranger", "link")], "it is done")
         self.assertEqual(
-            self.execute("select started_at is not null, finished_at is not null, retry_at from orders"),
+            self.execute("select started_at is not null, finished_at is not null, retry_at from s2s.orders"),
             [(True, True, None)],
         )
-        [(told,)] = self.execute("select result from audit where subject = 'o1' and result is not null")
+        [(told,)] = self.execute("select result from s2s.audit where subject = 'o1' and result is not null")
         self.assertEqual(told, {"status": "done", "result": {"changed": 3}, "engine": "stranger", "way": "link"})
         yield self.server_role.says("order o1 world.set_sector_status.v1 by")
         self.assertEqual(stranger.got, ["o1"])
@@ -198,12 +198,12 @@ class ForeignEngineTests(RoleTestCase):
 
         self.assertEqual(tell(), "")
         self.stranger(_says("done"))
-        yield poll(lambda: self.execute("select 1 from engine_links"), "it is shown as linked")
+        yield poll(lambda: self.execute("select 1 from s2s.engine_links"), "it is shown as linked")
         self.assertIn(hint, tell())
         engine = Engine(self.directory, self.url, self.server_role.port)
         self.addCleanup(engine.stop)
         yield engine.start()
-        yield poll(lambda: len(self.execute("select 1 from engine_links")) == 2, "ours is shown, too")
+        yield poll(lambda: len(self.execute("select 1 from s2s.engine_links")) == 2, "ours is shown, too")
         self.assertEqual(tell(), "")
 
 
@@ -217,9 +217,11 @@ class OwnDatabaseTests(RoleTestCase):
         make_database(name, template())
         self.addCleanup(drop_database, name)
         with Session(database_url(name)) as session:
-            add = "insert into s2s_keys (key_id, key_b64, role, active_from) values (%s, %s, 'any', to_timestamp(0))"
+            add = (
+                "insert into s2s.s2s_keys (key_id, key_b64, role, active_from) values (%s, %s, 'any', to_timestamp(0))"
+            )
             session.run(add, *K1)
-            session.run("insert into sectors (sector_id, name) values (1, 'a')")
+            session.run("insert into s2s_world.sectors (sector_id, name) values (1, 'a')")
         server = self.server()
         yield server.start()
         engine = Engine(self.directory, database_url(name), server.port)
@@ -228,9 +230,9 @@ class OwnDatabaseTests(RoleTestCase):
         for order_id, sector_id in (("there", 1), ("missing", 2)):
             params = f'{{"sector_id": {sector_id}, "status": "fedspace"}}'
             self.execute(
-                "insert into orders (order_id, rpc, params) values (%s, %s, %s::jsonb)", order_id, SECTOR, params
+                "insert into s2s.orders (order_id, rpc, params) values (%s, %s, %s::jsonb)", order_id, SECTOR, params
             )
-        query = "select status, engine from orders order by order_id"
+        query = "select status, engine from s2s.orders order by order_id"
         yield poll(lambda: self.execute(query) == [("refused", "engine-1"), ("done", "engine-1")], "both are over")
         with Session(database_url(name)) as session:
-            self.assertEqual(session.run("select status from sectors"), [("fedspace",)])
+            self.assertEqual(session.run("select status from s2s_world.sectors"), [("fedspace",)])

@@ -88,7 +88,7 @@ class InboxTests(DatabaseTestCase):
     async def test_a_lone_push(self) -> None:
         """A push is answered, after its COMMIT, by an ack that the catalogue lets pass."""
         ack = await self.inbox.push(_push("k"))
-        ((cmd_id, status),) = self.execute("select cmd_id, status from commands")
+        ((cmd_id, status),) = self.execute("select cmd_id, status from s2s.commands")
         self.assertEqual(ack, {"accepted": True, "duplicate": False, "cmd_id": cmd_id, "status": status})
         BY_NAME[COMMAND_PUSH].reply_schema.check(ack)
         # Whoever runs it may begin at once, and is told when it is answered.
@@ -106,7 +106,7 @@ class InboxTests(DatabaseTestCase):
         for i, result in enumerate(results[1000:], 1000):
             self.assertEqual(result, (IdemConflict, ids[i % 500]) if i % 2 else (True, ids[i % 500]))
         self.assertEqual(
-            self.execute("select idem_key from commands order by cmd_id"), [(f"k{i}",) for i in range(500)]
+            self.execute("select idem_key from s2s.commands order by cmd_id"), [(f"k{i}",) for i in range(500)]
         )
         self.assertEqual((self.inbox.accepted, self.inbox.duplicates, self.inbox.conflicts), (500, 1000, 500))
         # One for the first, which waits for nobody, and two for the rest.
@@ -119,7 +119,7 @@ class InboxTests(DatabaseTestCase):
         first = await self.inbox.push(_push("k") | {"payload": payload})
         again = await self.inbox.push(_push("k", priority=1, due_at=5) | {"payload": other_order})
         self.assertEqual((again["duplicate"], again["cmd_id"]), (True, first["cmd_id"]))
-        ((stored,),) = self.execute("select fingerprint from idempotency_keys")
+        ((stored,),) = self.execute("select fingerprint from s2s.idempotency_keys")
         written = canonical.dumps({"cmd_type": "test.run", "payload": payload})
         self.assertEqual(bytes(stored), inbox.hashlib.sha256(written).digest())
         notice = {"cmd_type": "notice.publish", "payload": {"scope": "global", "message": "m", "severity": "info"}}
@@ -129,7 +129,7 @@ class InboxTests(DatabaseTestCase):
         """A duplicate is told what became of its first command."""
         first = await self.inbox.push(_push("k"))
         for status in ("done", "dead", "cancelled"):
-            self.execute("update commands set status = %s", status)
+            self.execute("update s2s.commands set status = %s", status)
             ack = await self.inbox.push(_push("k"))
             self.assertEqual(ack, {**first, "duplicate": True, "status": status})
         self.assertEqual(self.wakes, 1)
@@ -137,7 +137,7 @@ class InboxTests(DatabaseTestCase):
     async def test_a_duplicate_of_a_row_removed_by_hand(self) -> None:
         """A command whose row is gone is over, and its duplicate is answered as the catalogue promises."""
         await self.inbox.push(_push("a"))
-        self.execute("delete from commands")
+        self.execute("delete from s2s.commands")
         again = await self.inbox.push(_push("a"))
         self.assertEqual((again["duplicate"], again["cmd_id"], again["status"]), (True, 1, "done"))
         self.assertIsNone(BY_NAME["s2s.command.push"].reply_schema.explain(again))
@@ -157,15 +157,15 @@ class InboxTests(DatabaseTestCase):
             for (duplicate, cmd_id), (duplicate_there, cmd_id_there) in zip(mine, theirs, strict=True):
                 self.assertEqual(cmd_id, cmd_id_there)
                 self.assertNotEqual(duplicate, duplicate_there)
-        self.assertEqual(self.execute("select count(*) from commands"), [(3000,)])
+        self.assertEqual(self.execute("select count(*) from s2s.commands"), [(3000,)])
 
     async def test_a_row_at_fault(self) -> None:
         """Of a group in which the database refuses one row, only that one fails, and with nothing of the reason."""
         self.execute(
-            "create function refuse() returns trigger language plpgsql as $$ begin"
+            "create function refuse() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.idem_key = 'k7' then raise exception 'not this one' using errcode = '23514'; end if;"
             " return new; end $$;"
-            "create trigger refuse before insert on commands for each row execute function refuse()"
+            "create trigger refuse before insert on s2s.commands for each row execute function refuse()"
         )
         results = await self.push_all([_push(f"k{i}") for i in range(20)] + [_push("k3"), _push("k3", n=1)])
         self.assertEqual(results[7][0], InternalError)
@@ -183,10 +183,10 @@ class InboxTests(DatabaseTestCase):
     async def test_a_deferred_trigger(self) -> None:
         """A trigger that refuses one row at the COMMIT refuses that one alone, and leaves no traceback."""
         self.execute(
-            "create function refuse() returns trigger language plpgsql as $$ begin"
+            "create function refuse() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.idem_key = 'k7' then raise exception 'not this one' using errcode = '23514'; end if;"
             " return new; end $$;"
-            "create constraint trigger refuse after insert on commands deferrable initially deferred"
+            "create constraint trigger refuse after insert on s2s.commands deferrable initially deferred"
             " for each row execute function refuse()"
         )
         results = await self.push_all([_push(f"k{i}") for i in range(20)])
@@ -196,7 +196,7 @@ class InboxTests(DatabaseTestCase):
 
     async def test_an_exhausted_sequence(self) -> None:
         """Pushes that find no number for a command may be sent again, and the log names the cure once."""
-        self.execute("alter sequence commands_cmd_id_seq maxvalue 100; select setval('commands_cmd_id_seq', 100)")
+        self.execute("alter sequence commands_cmd_id_seq maxvalue 100; select setval('s2s.commands_cmd_id_seq', 100)")
         with capturedLogs() as told:
             results = await self.push_all([_push(f"k{i}") for i in range(20)])
             await self.assertFailure(self.inbox.push(_push("k20")), DbUnavailable)
@@ -209,29 +209,29 @@ class InboxTests(DatabaseTestCase):
     async def test_rows_that_are_taken_away(self) -> None:
         """A key that a trigger of another hand takes away is refused, and those beside it are accepted."""
         self.execute(
-            "create function eat() returns trigger language plpgsql as"
+            "create function eat() returns trigger language plpgsql set search_path from current as"
             " $$ begin if new.idem_key = 'k1' then return null; end if; return new; end $$;"
-            "create trigger eat before insert on idempotency_keys for each row execute function eat()"
+            "create trigger eat before insert on s2s.idempotency_keys for each row execute function eat()"
         )
         results = await self.push_all([_push(f"k{i}") for i in range(3)])
         self.assertEqual([type(results[0]), results[1][0], type(results[2])], [tuple, InternalError, tuple])
         self.assertIn("triggers", self.inbox.condition)
-        self.assertEqual(sorted(key for (key,) in self.execute("select idem_key from commands")), ["k0", "k2"])
+        self.assertEqual(sorted(key for (key,) in self.execute("select idem_key from s2s.commands")), ["k0", "k2"])
         await self.assertFailure(self.inbox.push(_push("k1")), InternalError)
 
     async def test_commands_that_are_taken_away(self) -> None:
         """A push whose command a trigger takes away is refused each time, alone and beside others; no key is taken."""
         self.execute(
-            "create function eat() returns trigger language plpgsql as"
+            "create function eat() returns trigger language plpgsql set search_path from current as"
             " $$ begin if new.idem_key = 'k1' then return null; end if; return new; end $$;"
-            "create trigger eat before insert on commands for each row execute function eat()"
+            "create trigger eat before insert on s2s.commands for each row execute function eat()"
         )
         for _ in range(2):
             await self.assertFailure(self.inbox.push(_push("k1")), InternalError)
         self.assertIn("a trigger keeps the command from being inserted", self.inbox.condition)
         results = await self.push_all([_push(f"k{i}") for i in range(3)])
         self.assertEqual([type(results[0]), results[1][0], type(results[2])], [tuple, InternalError, tuple])
-        self.execute("drop trigger eat on commands")
+        self.execute("drop trigger eat on s2s.commands")
         self.assertFalse((await self.inbox.push(_push("k1")))["duplicate"])
 
     async def test_refusals_at_the_push(self) -> None:
@@ -241,7 +241,7 @@ class InboxTests(DatabaseTestCase):
         error = self.failureResultOf(self.inbox.push(_push("k") | {"payload": {"n": "1"}}), BadPayload).value
         self.assertEqual(error.details["path"], "/payload/payload/n")
         self.assertEqual(self.inbox.refused, 2)
-        self.assertEqual(self.execute("select count(*) from idempotency_keys"), [(0,)])
+        self.assertEqual(self.execute("select count(*) from s2s.idempotency_keys"), [(0,)])
 
     async def test_whatever_the_schema_lets_pass(self) -> None:
         """The widest values of every member of a push are stored."""
@@ -255,13 +255,13 @@ class InboxTests(DatabaseTestCase):
             BY_NAME[COMMAND_PUSH].request_schema.check(push)
         self.assertEqual([duplicate for duplicate, _ in await self.push_all(pushes)], [False] * 3)
         self.assertEqual(
-            self.execute("select payload from commands where idem_key = 'wide'"), [(pushes[2]["payload"],)]
+            self.execute("select payload from s2s.commands where idem_key = 'wide'"), [(pushes[2]["payload"],)]
         )
 
     async def test_the_database_dies_under_a_batch(self) -> None:
         """When the connection dies under a batch its waiters are told to come again; the next batch works."""
         with blocking(self.url, "the lock's holder") as txn:
-            txn.execute("lock table idempotency_keys")
+            txn.execute("lock table s2s.idempotency_keys")
             answers = [self.inbox.push(_push(f"k{i}")) for i in range(3)]
             waiting = "from pg_stat_activity where wait_event_type = 'Lock' and application_name = 's2s'"
             await poll(lambda: self.execute(f"select pid {waiting}"), "the batch to wait for the lock")

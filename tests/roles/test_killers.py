@@ -29,7 +29,7 @@ class Careless(CommandHandler):
     schema = {"type": "object"}
 
     def run(self, txn, command):
-        txn.execute("insert into effects values (%s)", (command.idem_key,))
+        txn.execute("insert into public.effects values (%s)", (command.idem_key,))
         match command.payload.get("end"):
             case "exit":
                 os._exit(0)
@@ -63,7 +63,7 @@ class KillerTests(RoleTestCase):
     def setUp(self) -> None:
         """Make the table of effects, without a constraint that would hide a second one, and the plug-in."""
         super().setUp()
-        self.execute("create table effects (idem_key text)")
+        self.execute("create table public.effects (idem_key text)")
         self.keep_charged()
         plugins = self.directory / "s2s" / "plugins"
         plugins.mkdir(parents=True)
@@ -72,7 +72,7 @@ class KillerTests(RoleTestCase):
     def insert(self, *keys: str, end: str = "") -> None:
         """Store commands that are due."""
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload)"
+            "insert into s2s.commands (cmd_type, idem_key, payload)"
             " select 'test.careless', key, jsonb_build_object('end', %s) from unnest(%s) key",
             end,
             list(keys),
@@ -80,12 +80,12 @@ class KillerTests(RoleTestCase):
 
     def state(self, key: str) -> tuple[str, int]:
         """Give a command's status and attempts."""
-        ((status, attempts),) = self.execute("select status, attempts from commands where idem_key = %s", key)
+        ((status, attempts),) = self.execute("select status, attempts from s2s.commands where idem_key = %s", key)
         return status, attempts
 
     def rush(self) -> None:
         """Make every waiting command due, the killer before all others that failed."""
-        self.execute("update commands set due_at = now() - attempts * interval '1 s' where status = 'ready'")
+        self.execute("update s2s.commands set due_at = now() - attempts * interval '1 s' where status = 'ready'")
 
     @inlineCallbacks
     def dies_of(self, server: Server, attempts: int, status: str = "ready"):
@@ -114,21 +114,21 @@ class KillerTests(RoleTestCase):
         yield server.start()
         # All were in one batch, and are charged alike.
         yield self.dies_of(server, 1)
-        self.assertEqual(self.execute("select deaths from commands where idem_key = 'killer'"), [(1,)])
-        self.execute("update commands set attempts = 9 where idem_key = 'killer'")
+        self.assertEqual(self.execute("select deaths from s2s.commands where idem_key = 'killer'"), [(1,)])
+        self.execute("update s2s.commands set attempts = 9 where idem_key = 'killer'")
         self.rush()
         yield self.dies_of(server, 10)
         self.rush()
         yield self.dies_of(server, 11, "dead")
-        self.assertEqual(self.execute("select deaths from commands where idem_key = 'killer'"), [(1,)])
-        self.assertEqual(self.execute("select error from commands where idem_key = 'killer'"), [(_DIED,)])
+        self.assertEqual(self.execute("select deaths from s2s.commands where idem_key = 'killer'"), [(1,)])
+        self.assertEqual(self.execute("select error from s2s.commands where idem_key = 'killer'"), [(_DIED,)])
 
         def all_done() -> bool:
             self.rush()
             return {self.state(other)[0] for other in others} == {"done"}
 
         yield poll(all_done, "all others are done")
-        self.assertEqual(sorted(key for (key,) in self.execute("select * from effects")), sorted(others))
+        self.assertEqual(sorted(key for (key,) in self.execute("select * from public.effects")), sorted(others))
         self.assertLessEqual(max(self.state(other)[1] for other in others), 3)
         # It goes on as if nothing had been.
         self.insert("one more")
@@ -154,7 +154,7 @@ class KillerTests(RoleTestCase):
         keys = ("before", "exits", "fails", "after")
         yield poll(lambda: all(self.state(key)[0] == "done" for key in keys), "the commands")
         self.assertEqual([self.state(key) for key in keys], [("done", 0)] * 4)
-        self.assertEqual(sorted(key for (key,) in self.execute("select * from effects")), sorted(keys))
+        self.assertEqual(sorted(key for (key,) in self.execute("select * from public.effects")), sorted(keys))
         self.assertEqual(psutil.Process(server.pid).children(), [])
 
     @inlineCallbacks
@@ -194,7 +194,7 @@ class KillerTests(RoleTestCase):
             "select 1 from pg_stat_activity where application_name = 's2s-server handlers' and query ~ %s"
             " and xact_start < now() - interval '0.2 s'"
         )
-        yield poll(lambda: self.execute(running, "pg_sleep|insert into effects"), "it sleeps")
+        yield poll(lambda: self.execute(running, "pg_sleep|insert into public.effects"), "it sleeps")
         began = time.monotonic()
         server.terminate()
         yield poll(lambda: not server.is_running, "the end")

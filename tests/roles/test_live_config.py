@@ -42,10 +42,10 @@ class TableTests(DatabaseTestCase):
     def test_declared_again(self) -> None:
         """Declaring the settings again keeps what was set, and brings descriptions up to date."""
         self.change("relay.window", 3)
-        self.execute("update config set description = 'old' where key = 'relay.window'")
+        self.execute("update s2s.config set description = 'old' where key = 'relay.window'")
         with blocking(self.url) as txn:
             table.declare(txn)
-        ((value, description),) = self.execute("select value, description from config where key = 'relay.window'")
+        ((value, description),) = self.execute("select value, description from s2s.config where key = 'relay.window'")
         self.assertEqual((value, description), (3, BY_KEY["relay.window"].description))
         self.assertEqual(self.snapshot().version, 1)
 
@@ -54,8 +54,8 @@ class TableTests(DatabaseTestCase):
         self.assertEqual(self.change("relay.window", 3), 1)
         self.assertIsNone(self.change("relay.window", 3))
         self.assertEqual(self.change("link.idle_s", 5), 2)
-        self.execute("update config set value = '4' where key = 'relay.window'")
-        self.execute("update config set version = 99, description = 'x' where key = 'relay.window'")
+        self.execute("update s2s.config set value = '4' where key = 'relay.window'")
+        self.execute("update s2s.config set version = 99, description = 'x' where key = 'relay.window'")
         with blocking(self.url) as txn:
             found = table.HISTORY.read(txn, 100, None)
             narrowed = table.HISTORY.read(txn, 100, None, key="link.idle_s")
@@ -86,13 +86,13 @@ class TableTests(DatabaseTestCase):
                 self.assertEqual(str(error), why)
         for value in ("1.5", "1e400", "null", "[1]"):
             with self.assertRaises(psycopg2.errors.CheckViolation):
-                self.execute("update config set value = %s::jsonb where key = 'relay.window'", value)
-        self.assertEqual((self.snapshot().version, self.execute("select * from config_history")), (0, []))
+                self.execute("update s2s.config set value = %s::jsonb where key = 'relay.window'", value)
+        self.assertEqual((self.snapshot().version, self.execute("select * from s2s.config_history")), (0, []))
 
     def test_texts_and_booleans(self) -> None:
         """Settings of users may be texts, whose length is bounded, and booleans."""
-        self.execute("insert into config (key, value, type, min, max) values ('motd', '\"hi\"', 'string', 1, 5)")
-        self.execute("insert into config (key, value, type) values ('open', 'true', 'boolean')")
+        self.execute("insert into s2s.config (key, value, type, min, max) values ('motd', '\"hi\"', 'string', 1, 5)")
+        self.execute("insert into s2s.config (key, value, type) values ('open', 'true', 'boolean')")
         self.assertEqual((self.change("motd", "hello"), self.change("open", False)), (1, 2))
         error = self.assertRaises(OperatorError, self.change, "motd", "hello!")
         self.assertEqual(str(error), "motd must be a text of length from 1 to 5")
@@ -116,12 +116,12 @@ class TableTests(DatabaseTestCase):
             worker.start()
         for worker in workers:
             worker.join()
-        versions = [row[0] for row in self.execute("select version from config_history order by version")]
+        versions = [row[0] for row in self.execute("select version from s2s.config_history order by version")]
         self.assertEqual(versions, list(range(1, len(versions) + 1)))
         self.assertEqual(self.snapshot().version, len(versions))
         self.assertGreater(len(versions), 20)
         breaks = self.execute(
-            "select count(*) from config_history h join config_history n on n.version = h.version + 1"
+            "select count(*) from s2s.config_history h join s2s.config_history n on n.version = h.version + 1"
             " where n.old_value <> h.new_value"
         )
         self.assertEqual(breaks, [(0,)])

@@ -45,7 +45,9 @@ class _Kind(OrderHandler):
 
     def run(self, txn: Cursor, order: OrderRun) -> Outcome:
         """Note the step, and do the work."""
-        txn.execute("insert into effects (order_id, state) values (%s, %s)", (order.order_id, str(dict(order.state))))
+        txn.execute(
+            "insert into public.effects (order_id, state) values (%s, %s)", (order.order_id, str(dict(order.state)))
+        )
         return self._work(txn, order)
 
 
@@ -59,7 +61,7 @@ class OrderRunnerTests(DatabaseTestCase):
     def setUp(self) -> None:
         """Make a table in which every step is noted that took effect."""
         super().setUp()
-        self.execute("create table effects (n serial, order_id text, state text)")
+        self.execute("create table public.effects (n serial, order_id text, state text)")
         self.patch(poll_loop, "POLL_S", 0.05)
         self.patch(table, "PAUSE", "interval '0.1 seconds'")
         self.condition = EngineState()
@@ -94,20 +96,20 @@ class OrderRunnerTests(DatabaseTestCase):
         """Put an order into the table."""
         valid = {SECTOR: {"sector_id": 1, "status": "neutral"}, TICK: {"job_type": "decay"}}[rpc]
         text = json.dumps({**valid, **params})
-        self.execute("insert into orders (order_id, rpc, params) values (%s, %s, %s::jsonb)", order_id, rpc, text)
+        self.execute("insert into s2s.orders (order_id, rpc, params) values (%s, %s, %s::jsonb)", order_id, rpc, text)
 
     def row(self, order_id: str, columns: str = "status, result") -> tuple[Any, ...]:
         """Give columns of an order's row."""
-        return self.execute(f"select {columns} from orders where order_id = %s", order_id)[0]
+        return self.execute(f"select {columns} from s2s.orders where order_id = %s", order_id)[0]
 
     def over(self, *order_ids: str) -> Deferred[Any]:
         """Wait until orders are over."""
-        query = "select 1 from orders where order_id = any(%s) and status in ('queued', 'running')"
+        query = "select 1 from s2s.orders where order_id = any(%s) and status in ('queued', 'running')"
         return poll(lambda: not self.execute(query, list(order_ids)), f"{order_ids} are over")
 
     def steps(self) -> list[tuple[str, str]]:
         """Give id and state of every step that took effect, in their order."""
-        return self.execute("select order_id, state from effects order by n")
+        return self.execute("select order_id, state from public.effects order by n")
 
     async def test_a_job_of_another_engine(self) -> None:
         """An order to run a job is left to an engine that has the job, and refused where none has taken it in time."""
@@ -118,7 +120,9 @@ class OrderRunnerTests(DatabaseTestCase):
             def run(self, txn: Cursor, run: JobRun) -> Outcome:
                 return {"ran": "test.other"}
 
-        self.execute("insert into jobs (job_type, schedule, due_at) values ('test.other', 'every:60s', '2100-01-01')")
+        self.execute(
+            "insert into s2s.jobs (job_type, schedule, due_at) values ('test.other', 'every:60s', '2100-01-01')"
+        )
         self.give("o1", TICK, job_type="test.other")
         self.start(kinds=orders.builtin({}, 65536), name="without")
         await pause(0.3)
@@ -130,7 +134,9 @@ class OrderRunnerTests(DatabaseTestCase):
     async def test_a_job_of_no_engine(self) -> None:
         """An order to run a job that no running engine has is refused after a while, and at once if none ever had."""
         self.patch(table, "LEFT_S", 0.5)
-        self.execute("insert into jobs (job_type, schedule, due_at) values ('test.other', 'every:60s', '2100-01-01')")
+        self.execute(
+            "insert into s2s.jobs (job_type, schedule, due_at) values ('test.other', 'every:60s', '2100-01-01')"
+        )
         self.start(kinds=orders.builtin({}, 65536))
         self.give("o1", TICK, job_type="test.other")
         self.give("o2", TICK, job_type="test.never")
@@ -159,13 +165,14 @@ class OrderRunnerTests(DatabaseTestCase):
                 case 7:
                     txn.connection.commit()
                 case 8:
-                    txn.execute("insert into checked_late values (1, 2)")
+                    txn.execute("insert into public.checked_late values (1, 2)")
                 case 9:
                     txn.execute("select 1 / 0")
             return {"sector": order.params["sector_id"]}
 
         self.execute(
-            "create table checked_late (n int primary key, m int references checked_late deferrable initially deferred)"
+            "create table public.checked_late (n int primary key, m int references checked_late deferrable"
+            " initially deferred)"
         )
         expected: dict[int, tuple[str, str, str]] = {
             1: ("done", "", ""),
@@ -199,10 +206,10 @@ class OrderRunnerTests(DatabaseTestCase):
         self.give("extra", colour="red")
         self.give("boolean", sector_id=True)
         self.give("float", sector_id=1.5)
-        self.execute("insert into orders (order_id, rpc, params) values ('later', 'world.end.v9', '{}')")
+        self.execute("insert into s2s.orders (order_id, rpc, params) values ('later', 'world.end.v9', '{}')")
         # What Python cannot even read.
         for order_id, text in (("huge", '{"sector_id": 1e400}'), ("deep", '{"a":' * 1100 + "1" + "}" * 1100)):
-            self.execute("insert into orders (order_id, rpc, params) values (%s, %s, %s)", order_id, SECTOR, text)
+            self.execute("insert into s2s.orders (order_id, rpc, params) values (%s, %s, %s)", order_id, SECTOR, text)
         self.give("good")
         self.start(lambda *_: None)
         odd = ("extra", "boolean", "float", "huge", "deep")
@@ -227,7 +234,7 @@ class OrderRunnerTests(DatabaseTestCase):
         """However many orders come, a minute has a bounded number of lines, and the rest is told as a count."""
         self.patch(order_runner, "MOST_LINES", 5)
         self.execute(
-            "insert into orders (order_id, rpc, params)"
+            "insert into s2s.orders (order_id, rpc, params)"
             ' select \'o\' || n, %s, \'{"sector_id": 1, "status": "neutral"}\' from generate_series(1, 20) n',
             SECTOR,
         )
@@ -272,7 +279,7 @@ class OrderRunnerTests(DatabaseTestCase):
     async def test_it_does_not_get_on(self) -> None:
         """An order under which process after process has died is given up."""
         self.give("o")
-        self.execute("update orders set attempts = %s", order_runner.MOST_ATTEMPTS)
+        self.execute("update s2s.orders set attempts = %s", order_runner.MOST_ATTEMPTS)
         self.start(lambda *_: None)
         await self.over("o")
         self.assertEqual(self.row("o")[0], "failed")
@@ -310,18 +317,18 @@ class OrderRunnerTests(DatabaseTestCase):
     async def test_a_row_that_cannot_be_changed(self) -> None:
         """An order whose row a trigger does not let change is told of by its id, and those behind it run."""
         self.execute(
-            "create function keep() returns trigger language plpgsql as $$ begin"
+            "create function keep() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.order_id in ('first', 'begun') and (new.order_id = 'first' or new.status <> 'queued')"
             " then raise exception 'not this one'; end if;"
             " if new.order_id = 'kept' and new.status = 'done' then return null; end if; return new; end $$;"
-            "create trigger keep before update on orders for each row execute function keep()"
+            "create trigger keep before update on s2s.orders for each row execute function keep()"
         )
         for order_id in ("first", "begun", "kept", "last"):
             self.give(order_id)
         with capturedLogs() as told:
             self.start(lambda *_: None)
             await self.over("last")
-        self.assertEqual(self.execute("select order_id from effects"), [("last",)])
+        self.assertEqual(self.execute("select order_id from public.effects"), [("last",)])
         lines = [str(formatEvent(event)) for event in told]
         for order_id in ("first", "begun"):
             self.assertEqual(self.row(order_id, "status"), ("queued",))
@@ -336,11 +343,11 @@ class OrderRunnerTests(DatabaseTestCase):
 
         for number in range(6):
             self.give(f"o{number}")
-        self.execute("create table runners (engine text)")
+        self.execute("create table public.runners (engine text)")
         self.execute(
-            "create function note() returns trigger language plpgsql as"
-            " 'begin insert into runners values (new.engine); return null; end';"
-            "create trigger note after update of state on orders for each row execute function note()"
+            "create function note() returns trigger language plpgsql set search_path from current as"
+            " 'begin insert into public.runners values (new.engine); return null; end';"
+            "create trigger note after update of state on s2s.orders for each row execute function note()"
         )
         for name in ("a", "b", "c"):
             self.start(work, name=name)
@@ -349,7 +356,7 @@ class OrderRunnerTests(DatabaseTestCase):
         for number in range(6):
             self.assertEqual([state for order_id, state in self.steps() if order_id == f"o{number}"], expected)
             self.assertEqual(self.row(f"o{number}"), ("done", {"steps": 20}))
-        self.assertGreater(len(self.execute("select distinct engine from runners")), 1)
+        self.assertGreater(len(self.execute("select distinct engine from public.runners")), 1)
 
     async def test_one_after_the_other(self) -> None:
         """One engine does orders in the order in which they were given, forced ticks among them."""
@@ -387,7 +394,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.give("long")
         for number in range(200):
             self.give(f"short-{number}")
-        self.execute("update orders set status = 'running', state = '{}' where order_id = 'long'")
+        self.execute("update s2s.orders set status = 'running', state = '{}' where order_id = 'long'")
 
         def work(_: Cursor, order: OrderRun) -> Outcome:
             done = order.state.get("done", 0) + 1
@@ -529,7 +536,7 @@ class OrderRunnerTests(DatabaseTestCase):
             await runner.take("new", SECTOR, params, "key:k1")
         with self.assertRaises(IdemConflict):
             await runner.take("old", SECTOR, {**params, "sector_id": 2}, "key:k1")
-        self.assertEqual(self.execute("select order_id from orders"), [("old",)])
+        self.assertEqual(self.execute("select order_id from s2s.orders"), [("old",)])
 
     async def test_stopped(self) -> None:
         """A stop ends after the step in hand, and whoever waits for the order is answered."""

@@ -41,12 +41,15 @@ class OrderTestCase(RoleTestCase):
     def give(self, order_id: str, rpc: str, params: Frame) -> None:
         """Give an order to the table alone."""
         self.execute(
-            "insert into orders (order_id, rpc, params) values (%s, %s, %s::jsonb)", order_id, rpc, json.dumps(params)
+            "insert into s2s.orders (order_id, rpc, params) values (%s, %s, %s::jsonb)",
+            order_id,
+            rpc,
+            json.dumps(params),
         )
 
     def order(self, order_id: str) -> tuple[Any, ...]:
         """Give what an order's row says: status, result, how far it is."""
-        return self.execute("select status, result, state from orders where order_id = %s", order_id)[0]
+        return self.execute("select status, result, state from s2s.orders where order_id = %s", order_id)[0]
 
 
 class RaceTests(OrderTestCase):
@@ -56,11 +59,11 @@ class RaceTests(OrderTestCase):
     def test_a_thousand_races(self) -> Iterator[Deferred[Any]]:
         """Orders that come over the link to one engine, while another finds them in the table, run once each."""
         self.execute(
-            f"insert into sectors select n, 'Sector ' || n, 'neutral' from generate_series(1, {_RACES}) n;"
-            "create table changes (sector_id bigint, n serial);"
-            "create function note() returns trigger language plpgsql as"
-            " 'begin insert into changes values (new.sector_id); return null; end';"
-            "create trigger note after update on sectors for each row execute function note()"
+            f"insert into s2s_world.sectors select n, 'Sector ' || n, 'neutral' from generate_series(1, {_RACES}) n;"
+            "create table public.changes (sector_id bigint, n serial);"
+            "create function note() returns trigger language plpgsql set search_path from current as"
+            " 'begin insert into public.changes values (new.sector_id); return null; end';"
+            "create trigger note after update on s2s_world.sectors for each row execute function note()"
         )
         linked, alone = self.engine(self.listening.port), self.engine(free_port(), name="engine-2")
         yield linked.start()
@@ -75,7 +78,7 @@ class RaceTests(OrderTestCase):
             if first % 100 == 1:
                 peer.write_all(frames)
             self.execute(
-                "insert into orders (order_id, rpc, params) select 'race-' || (p ->> 'sector_id'), %s, p"
+                "insert into s2s.orders (order_id, rpc, params) select 'race-' || (p ->> 'sector_id'), %s, p"
                 " from jsonb_array_elements(%s::jsonb) p on conflict do nothing",
                 SECTOR,
                 json.dumps(params),
@@ -85,21 +88,23 @@ class RaceTests(OrderTestCase):
             ids.update({frame["id"]: frame["payload"]["order_id"] for frame in frames})
         answers = peer.answers(list(ids))
         yield poll(
-            lambda: self.execute("select count(*) from orders where status = 'done'") == [(_RACES,)],
+            lambda: self.execute("select count(*) from s2s.orders where status = 'done'") == [(_RACES,)],
             "all are done",
             timeout=60,
         )
-        self.assertEqual(self.execute("select count(*), count(distinct sector_id) from changes"), [(_RACES, _RACES)])
+        self.assertEqual(
+            self.execute("select count(*), count(distinct sector_id) from public.changes"), [(_RACES, _RACES)]
+        )
         for message_id, answer in answers.items():
             # A busy machine may need more than the seconds in which an answer must come.
             if answer.get("code") != "deadline_exceeded":
                 self.assertEqual((answer["order_id"], answer["ok"]), (ids[message_id], True))
                 self.assertIn(answer["status"], ("queued", "running", "done"))
         # It was a race: both ways have won, and more than now and then.
-        engines = dict(self.execute("select engine, count(*) from orders group by engine"))
+        engines = dict(self.execute("select engine, count(*) from s2s.orders group by engine"))
         self.assertEqual(set(engines), {"engine-1", "engine-2"})
         self.assertGreater(min(engines.values()), _RACES // 50)
-        self.assertEqual(self.execute("select count(*) from audit where action = %s", SECTOR), [(2 * _RACES,)])
+        self.assertEqual(self.execute("select count(*) from s2s.audit where action = %s", SECTOR), [(2 * _RACES,)])
 
 
 class LongOrderTests(OrderTestCase):
@@ -108,14 +113,17 @@ class LongOrderTests(OrderTestCase):
     def make_ships(self, ships: int) -> None:
         """Make ships that count their changes, in their fuel."""
         self.ships = ships
-        self.execute("insert into sectors values (1, 'Sol', 'neutral')")
-        self.execute("insert into ships select n, 1, 1, 0, 0, 100, 10 from generate_series(1, %s) n", self.ships)
+        self.execute("insert into s2s_world.sectors values (1, 'Sol', 'neutral')")
         self.execute(
-            "create function count_change() returns trigger language plpgsql as"
-            " 'begin new.fuel := old.fuel + 1; return new; end';"
-            "create trigger count_change before update of turns on ships for each row execute function count_change()"
+            "insert into s2s_world.ships select n, 1, 1, 0, 0, 100, 10 from generate_series(1, %s) n", self.ships
         )
-        self.execute("vacuum analyze ships")
+        self.execute(
+            "create function count_change() returns trigger language plpgsql set search_path from current as"
+            " 'begin new.fuel := old.fuel + 1; return new; end';"
+            "create trigger count_change before update of turns on s2s_world.ships for each row execute"
+            " function count_change()"
+        )
+        self.execute("vacuum analyze s2s_world.ships")
 
     def done(self) -> int:
         """Give how many ships the order has come by."""
@@ -124,7 +132,7 @@ class LongOrderTests(OrderTestCase):
 
     def assert_each_once(self, turns: int) -> None:
         """See that every ship was changed once, and to this."""
-        found = self.execute("select count(*) from ships where turns = %s and fuel = 1", turns)
+        found = self.execute("select count(*) from s2s_world.ships where turns = %s and fuel = 1", turns)
         self.assertEqual(found, [(self.ships,)])
 
     @inlineCallbacks
@@ -139,28 +147,29 @@ class LongOrderTests(OrderTestCase):
             yield poll(lambda before=before: self.done() > before, "it gets on")
             engine.kill()
             self.assertEqual(self.order("long")[0], "running")
-            self.assertEqual(self.execute("select count(*) from ships where turns = 77"), [(self.done(),)])
+            self.assertEqual(self.execute("select count(*) from s2s_world.ships where turns = 77"), [(self.done(),)])
             self.assertLess(self.done(), self.ships)
             yield engine.start()
         yield poll(lambda: self.order("long")[0] == "done", "it is done", timeout=300)
         self.assertEqual(self.order("long")[1], {"update_field": "turns", "new_value": 77, "ships": self.ships})
         self.assert_each_once(77)
-        self.assertEqual(self.execute("select count(*) from audit where subject = 'long'"), [(2,)])
+        self.assertEqual(self.execute("select count(*) from s2s.audit where subject = 'long'"), [(2,)])
 
     @inlineCallbacks
     def test_health_meanwhile(self) -> Iterator[Deferred[Any]]:
         """While it runs the link is answered: it is running after two seconds, health is told, short orders pass by."""
         self.make_ships(200_000)
         self.execute(
-            "create function dawdle() returns trigger language plpgsql as"
+            "create function dawdle() returns trigger language plpgsql set search_path from current as"
             " 'begin perform pg_sleep(0.2); return null; end';"
-            "create trigger dawdle after update of turns on ships for each statement execute function dawdle()"
+            "create trigger dawdle after update of turns on s2s_world.ships for each statement execute"
+            " function dawdle()"
         )
         engine = self.engine(self.listening.port)
         yield engine.start()
         peer = self.linked(engine)
         long = peer.send(SHIPS, {"order_id": "long", "update_field": "turns", "new_value": 5, "reason": "a test"})
-        yield poll(lambda: self.execute("select status from orders") == [("running",)], "it runs")
+        yield poll(lambda: self.execute("select status from s2s.orders") == [("running",)], "it runs")
         self.assertEqual(peer.answer(long)["payload"]["status"], "running")
         slowest_s, checks = 0.0, 0
         while self.order("long")[0] == "running":

@@ -14,7 +14,7 @@ class CheckTests(DatabaseTestCase):
     def add(self, key_id: str, role: str, key_b64: str | None = None, when: str = "now()") -> None:
         """Insert a key in plain SQL."""
         self.execute(
-            f"insert into s2s_keys (key_id, key_b64, role, active_from) values (%s, %s, %s, {when})",
+            f"insert into s2s.s2s_keys (key_id, key_b64, role, active_from) values (%s, %s, %s, {when})",
             key_id,
             key_b64 or random_secret(),
             role,
@@ -40,8 +40,7 @@ class CheckTests(DatabaseTestCase):
 
     def test_no_tables(self) -> None:
         """A database without tables is refused with the command that makes them."""
-        self.execute("drop schema public cascade")
-        self.execute("create schema public")
+        self.execute("drop schema s2s, s2s_world cascade")
         refused = self.assertRaises(SchemaError, preflight.check, self.url, "server")
         self.assertIn("s2s db migrate", str(refused))
 

@@ -32,7 +32,7 @@ class PushTests(SharedServerTestCase):
 
     def statuses(self) -> dict[str, int]:
         """Count the commands by status."""
-        return dict(self.execute("select status, count(*) from commands group by status"))
+        return dict(self.execute("select status, count(*) from s2s.commands group by status"))
 
     def pushed(self, *payloads: Frame) -> tuple[list[str], bytes]:
         """Make pushes: their ids, and all their frames in one piece."""
@@ -42,7 +42,7 @@ class PushTests(SharedServerTestCase):
     def test_accepted(self):
         """An accepted command is committed when its ack comes, under the number that the ack gives."""
         ack = self.peer.call(PUSH, command("one", notice("Harbour closed"), priority=7))
-        found = self.execute("select cmd_id, cmd_type, idem_key, payload, priority from commands")
+        found = self.execute("select cmd_id, cmd_type, idem_key, payload, priority from s2s.commands")
         self.assertEqual(found, [(ack["cmd_id"], "notice.publish", "one", notice("Harbour closed"), 7)])
         self.assertEqual({**ack, "cmd_id": 1}, {"accepted": True, "duplicate": False, "cmd_id": 1, "status": "ready"})
 
@@ -61,12 +61,12 @@ class PushTests(SharedServerTestCase):
         """Another content under a used key is a conflict that names the first command, and changes nothing."""
         first = self.peer.call(PUSH, command("one"))
         yield self.ran(1)
-        before = self.execute("select * from commands")
+        before = self.execute("select * from s2s.commands")
         error = self.peer.call(PUSH, command("one", notice("something else")))
         self.assertEqual(error["code"], "idem_conflict")
         self.assertEqual(error["details"], {"retryable": False, "cmd_id": first["cmd_id"]})
-        self.assertEqual(self.execute("select * from commands"), before)
-        self.assertEqual(self.execute("select message from notices"), [("one",)])
+        self.assertEqual(self.execute("select * from s2s.commands"), before)
+        self.assertEqual(self.execute("select message from s2s.notices"), [("one",)])
 
     @inlineCallbacks
     def test_refused(self):
@@ -92,7 +92,7 @@ class PushTests(SharedServerTestCase):
             self.peer.call(PUSH, command("one", notice(scope="sector", sector_id=huge, ttl_s=huge)))["accepted"]
         )
         yield self.ran(1)
-        self.assertEqual(self.execute("select sector_id from notices"), [(huge,)])
+        self.assertEqual(self.execute("select sector_id from s2s.notices"), [(huge,)])
 
     @inlineCallbacks
     def test_one_write(self):
@@ -112,9 +112,11 @@ class PushTests(SharedServerTestCase):
                 self.assertEqual((answer["accepted"], answer["duplicate"]), (True, at in (700, 1900)))
         self.assertEqual([answers[ids[at]]["cmd_id"] for at in (700, 1900)], [first["cmd_id"]] * 2)
         yield self.ran(1997)
-        self.assertEqual(self.execute("select count(*), count(distinct cmd_id) from notices"), [(1997, 1997)])
+        self.assertEqual(self.execute("select count(*), count(distinct cmd_id) from s2s.notices"), [(1997, 1997)])
         self.assertEqual(
-            self.execute("select message from notices n join commands using (cmd_id) where idem_key = 'key-1990'"),
+            self.execute(
+                "select message from s2s.notices n join s2s.commands using (cmd_id) where idem_key = 'key-1990'"
+            ),
             [("the first",)],
         )
 
@@ -131,7 +133,7 @@ class PushTests(SharedServerTestCase):
         numbers = {answers[sent]["cmd_id"] for sent in ids}
         self.assertEqual(len(numbers), 1000)
         yield self.ran(1000)
-        self.assertEqual({number for (number,) in self.execute("select cmd_id from notices")}, numbers)
+        self.assertEqual({number for (number,) in self.execute("select cmd_id from s2s.notices")}, numbers)
 
     @inlineCallbacks
     def test_refusals_between(self):
@@ -155,11 +157,11 @@ class PushTests(SharedServerTestCase):
         peer.call(PUSH, command("never", priority=0, due_at=4102444800))
         peer.call(PUSH, command("at once", priority=1000))
         yield poll(lambda: self.count("notices") >= 1, "the one that is due has run")
-        self.assertEqual(self.execute("select message from notices"), [("at once",)])
+        self.assertEqual(self.execute("select message from s2s.notices"), [("at once",)])
         yield poll(lambda: self.count("notices") >= 2, "the one that became due has run")
-        found = self.execute("select message, extract(epoch from created_at) >= %s from notices", due_at)
+        found = self.execute("select message, extract(epoch from created_at) >= %s from s2s.notices", due_at)
         self.assertEqual(found, [("at once", False), ("later", True)])
-        self.assertEqual(self.execute("select status from commands where idem_key = 'never'"), [("ready",)])
+        self.assertEqual(self.execute("select status from s2s.commands where idem_key = 'never'"), [("ready",)])
 
 
 class OrderTests(RoleTestCase):
@@ -182,5 +184,5 @@ class OrderTests(RoleTestCase):
         self.assertEqual(self.count("notices"), 0)
         yield self.server("--executor-workers", "1").start()
         yield poll(lambda: self.count("notices") == len(wanted), "all have run")
-        ran = [message for (message,) in self.execute("select message from notices order by notice_id")]
+        ran = [message for (message,) in self.execute("select message from s2s.notices order by notice_id")]
         self.assertEqual(ran, ["{} {} {}".format(*each) for each in wanted])

@@ -73,7 +73,7 @@ class Refusals(RoleTestCase):
 
     def rows(self) -> dict[str, int]:
         """Count the rows of every table, but for the one that shows who is linked."""
-        names = self.execute("select tablename from pg_tables where schemaname = 'public'")
+        names = self.execute("select tablename from pg_tables where schemaname like 's2s%'")
         return {name: self.count(name) for (name,) in names if name != "engine_links"}
 
     @inlineCallbacks
@@ -188,7 +188,7 @@ class VectorTests(OwnServerTestCase):
         texts: dict[tuple[str, Any], str] = {}
         self.judge(server, [vector for vector in found if "key_role" not in vector], texts)
         # The one key with other rights; a key that the server does not know yet makes it read all of them.
-        self.execute("update s2s_keys set role = 'server'")
+        self.execute("update s2s.s2s_keys set role = 'server'")
         late = Key("late", K1.key_b64)
         self.add_key(late, "engine")
         self.before = self.rows()
@@ -293,7 +293,7 @@ class BytesTests(SharedTestCase):
         self.closed(peer)
         yield self.took_effect(1)
         yield self.unharmed(server, 1, commands=1, idempotency_keys=1, notices=1)
-        self.assertEqual(self.execute("select idem_key from commands"), [("before",)])
+        self.assertEqual(self.execute("select idem_key from s2s.commands"), [("before",)])
 
 
 class SenderTests(SharedTestCase):
@@ -318,8 +318,8 @@ class SenderTests(SharedTestCase):
         for key in (ended, later):
             self.add_key(key)
         self.add_key(server_only, "server")
-        self.execute("update s2s_keys set active_to = now() - interval '1 second' where key_id = 'ended'")
-        self.execute("update s2s_keys set active_from = now() + interval '1 hour' where key_id = 'later'")
+        self.execute("update s2s.s2s_keys set active_to = now() - interval '1 second' where key_id = 'ended'")
+        self.execute("update s2s.s2s_keys set active_from = now() + interval '1 hour' where key_id = 'later'")
         server, self.before = self.shared, self.rows()
         answers = []
         for key in (Key("unknown", secret), ended, later, Key("k1", secret)):

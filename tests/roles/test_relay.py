@@ -123,7 +123,7 @@ class RelayTests(DatabaseTestCase):
 
     def left(self) -> list[Any]:
         """Give what the outbox still holds."""
-        return self.execute("select idem_key, state, error_code from outbox order by outbox_id")
+        return self.execute("select idem_key, state, error_code from s2s.outbox order by outbox_id")
 
     def until(self, condition: Callable[[], Any], what: str) -> Deferred[Any]:
         """Wait for a condition, with a relay that need not wait for its poll."""
@@ -146,8 +146,9 @@ class RelayTests(DatabaseTestCase):
         """What was accepted and cannot be removed is not sent again; it is told, and goes once it can be removed."""
         self.patch(outbox, "KEPT_S", 0.2)
         self.execute(
-            "create function keep() returns trigger language plpgsql as $$ begin return null; end $$;"
-            "create trigger keep before delete on outbox for each row when (old.idem_key <> 'k1')"
+            "create function keep() returns trigger language plpgsql set search_path from current as $$ begin"
+            " return null; end $$;"
+            "create trigger keep before delete on s2s.outbox for each row when (old.idem_key <> 'k1')"
             " execute function keep()"
         )
         keys = self.put(3)
@@ -163,8 +164,11 @@ class RelayTests(DatabaseTestCase):
         self.assertEqual(self.link.keys, keys)
         lines = [line for event in told if "outbox" in (line := str(formatEvent(event)))]
         self.assertEqual(len(lines), 1, lines)
-        self.assertIn("(delete on outbox): trigger keep on outbox (delete, function keep()): drop trigger", lines[0])
-        self.execute("drop trigger keep on outbox")
+        self.assertIn(
+            "(delete on s2s.outbox): trigger keep on s2s.outbox (delete, function public.keep()): drop trigger",
+            lines[0],
+        )
+        self.execute("drop trigger keep on s2s.outbox")
         await self.empty()
         self.assertEqual((self.link.keys, self.relay.accepted, self.relay.duplicates), (keys, 3, 0))
         self.assertEqual(self.relay._undeleted, {})
@@ -172,8 +176,9 @@ class RelayTests(DatabaseTestCase):
     async def test_what_cannot_be_leased(self) -> None:
         """Rows that the database does not let be leased are told, and hold up no other."""
         self.execute(
-            "create function keep() returns trigger language plpgsql as $$ begin return null; end $$;"
-            "create trigger keep before update on outbox for each row when (old.idem_key <> 'k1')"
+            "create function keep() returns trigger language plpgsql set search_path from current as $$ begin"
+            " return null; end $$;"
+            "create trigger keep before update on s2s.outbox for each row when (old.idem_key <> 'k1')"
             " execute function keep()"
         )
         self.patch(relay, "CLAIM_ROWS", 2)
@@ -186,7 +191,7 @@ class RelayTests(DatabaseTestCase):
         self.assertEqual(self.link.keys, ["k1"])
         lines = [line for event in told if "outbox" in (line := str(formatEvent(event)))]
         self.assertEqual(len(lines), 1, lines)
-        self.assertIn("(update on outbox): trigger keep on outbox", lines[0])
+        self.assertIn("(update on s2s.outbox): trigger keep on s2s.outbox", lines[0])
 
     async def test_accepted(self) -> None:
         """What was accepted, as new or as a duplicate, is deleted and counted."""
@@ -204,7 +209,7 @@ class RelayTests(DatabaseTestCase):
     async def test_what_is_pushed(self) -> None:
         """A push says what the row says, and leaves out a due_at that the row does not have."""
         self.execute(
-            "insert into outbox (cmd_type, idem_key, payload, priority, due_at) values"
+            "insert into s2s.outbox (cmd_type, idem_key, payload, priority, due_at) values"
             " ('a.b', 'k1', '{\"b\": [1, null], \"a\": \"é\"}', 7, 4102444800), ('c', 'k2', '{}', 100, null)"
         )
         self.relay.linked(self.link)
@@ -219,7 +224,7 @@ class RelayTests(DatabaseTestCase):
         self.put(2)
         self.relay.wake()
         await poll(lambda: self.relay.depth == 2, "the outbox counted")
-        self.assertEqual(self.execute("select count(*) from outbox where send_at > now()"), [(0,)])
+        self.assertEqual(self.execute("select count(*) from s2s.outbox where send_at > now()"), [(0,)])
         self.relay.linked(self.link)
         await poll(lambda: len(self.link.waiting) == 2, "both sent")
         self.put(1, since=2)
@@ -266,8 +271,8 @@ class RelayTests(DatabaseTestCase):
         await self.sent(2)
         self.link.refuse(Refused("overloaded", "m", {"retry_after_ms": 30_000}), "k0")
         self.link.refuse(Refused("overloaded", "m", {"retry_after_ms": 10**12}), "k1")
-        await poll(lambda: self.execute("select 1 from outbox where attempts = 1")[1:], "both settled")
-        pauses = self.execute("select extract(epoch from send_at - now())::float8 from outbox order by outbox_id")
+        await poll(lambda: self.execute("select 1 from s2s.outbox where attempts = 1")[1:], "both settled")
+        pauses = self.execute("select extract(epoch from send_at - now())::float8 from s2s.outbox order by outbox_id")
         self.assertTrue(25 < pauses[0][0] <= 30 and 55 < pauses[1][0] <= 60, pauses)
 
     async def test_set_aside(self) -> None:
@@ -293,7 +298,7 @@ class RelayTests(DatabaseTestCase):
                 ("k3", "dead", "bad_payload"),
             ],
         )
-        ((text,),) = self.execute("select error_message from outbox where idem_key = 'k0'")
+        ((text,),) = self.execute("select error_message from s2s.outbox where idem_key = 'k0'")
         self.assertIn("used before", text)
         self.assertEqual((self.relay.dead, self.relay.accepted), (4, 1))
 
@@ -301,7 +306,7 @@ class RelayTests(DatabaseTestCase):
         """A row of plain SQL that JSON of ours cannot say is set aside, and the rows around it go out."""
         self.put(1)
         self.execute(
-            "insert into outbox (cmd_type, idem_key, payload) values"
+            "insert into s2s.outbox (cmd_type, idem_key, payload) values"
             """ ('a.b', 'odd', '{"n": 1.5}'), ('a.b', 'huge', '{"n": 1e400}'), ('a.b', 'deep', %s),"""
             " ('a.b', 'long', %s)",
             '{"a":' * 4000 + "1" + "}" * 4000,
@@ -315,7 +320,7 @@ class RelayTests(DatabaseTestCase):
         await self.until(lambda: self.left() == dead, "the odd rows set aside")
         out_of_range = "the payload cannot be read: a number in it is out of range, beyond 1.8e308: say it as a string"
         self.assertEqual(
-            [text for (text,) in self.execute("select error_message from outbox order by outbox_id")],
+            [text for (text,) in self.execute("select error_message from s2s.outbox order by outbox_id")],
             [
                 "at /payload/n: a number is not an integer: say it in basis points, in permille or as a decimal string",
                 out_of_range,
@@ -409,7 +414,7 @@ class RelayTests(DatabaseTestCase):
         await self.until(lambda: self.link.waiting, "some in flight")
         self.link.close()
         sent = len(self.link.pushes)
-        free = "select count(*)::int from outbox where send_at <= now() and attempts = 0"
+        free = "select count(*)::int from s2s.outbox where send_at <= now() and attempts = 0"
         await self.until(lambda: self.execute(free) == [(100 - sent,)], "the rest given back")
         other, other_link = self.make_relay(), _Link()
         other.linked(other_link)  # type: ignore[arg-type]

@@ -58,41 +58,41 @@ class SweepTests(DatabaseTestCase):
 
     async def test_queues_once(self) -> None:
         """Pending broadcasts are queued by the first sweep, and not again by the next."""
-        self.execute("insert into broadcasts (message) values ('a'), ('b')")
+        self.execute("insert into s2s.broadcasts (message) values ('a'), ('b')")
         first = await self.sweep(request(SWEEP, {"since_ts": 0}))
         again = await self.sweep(request(SWEEP, {"since_ts": 0}))
         self.assertEqual((first, again["queued"]), ({"ok": True, "since_ts": 0, "queued": 2}, 0))
         self.assertIsNone(BY_NAME[SWEEP].reply_schema.explain(first))
-        keys = self.execute("select idem_key from outbox order by outbox_id")
+        keys = self.execute("select idem_key from s2s.outbox order by outbox_id")
         self.assertEqual([key for (key,) in keys], self.broadcast_keys())
         self.assertEqual(self.woken, 1)
 
     async def test_since_ts_narrows_inclusively(self) -> None:
         """What was created in the second ``since_ts`` is swept, what came before waits, and no number is too large."""
         self.execute(
-            "insert into broadcasts (message, created_at) values"
+            "insert into s2s.broadcasts (message, created_at) values"
             " ('old', to_timestamp(1000)), ('new', to_timestamp(2000))"
         )
         self.assertEqual((await self.sweep(request(SWEEP, {"since_ts": 2**53 - 1})))["queued"], 0)
         self.assertEqual((await self.sweep(request(SWEEP, {"since_ts": 2000})))["queued"], 1)
-        self.assertEqual(self.execute("select message from broadcasts where state = 'pending'"), [("old",)])
+        self.assertEqual(self.execute("select message from s2s.broadcasts where state = 'pending'"), [("old",)])
 
     async def test_too_big_for_a_frame(self) -> None:
         """A broadcast that no frame can carry is refused at the sweep and named, and holds nothing else up."""
-        self.execute("insert into broadcasts (message) values (%s), ('short')", "ü" * 4000)
+        self.execute("insert into s2s.broadcasts (message) values (%s), ('short')", "ü" * 4000)
         self.assertEqual((await self.sweep(request(SWEEP, {"since_ts": 0})))["queued"], 1)
-        [(state, error)] = self.execute("select state, error from broadcasts where broadcast_id = 1")
+        [(state, error)] = self.execute("select state, error from s2s.broadcasts where broadcast_id = 1")
         self.assertEqual(state, "refused")
         self.assertIn("--frame-size-limit", error)
 
     async def test_ten_thousand_at_once(self) -> None:
         """Ten thousand broadcasts are queued in bounded steps, each once, and the answers count them all."""
-        self.execute("insert into broadcasts (message) select 'm' || i from generate_series(1, 10000) i")
+        self.execute("insert into s2s.broadcasts (message) select 'm' || i from generate_series(1, 10000) i")
         total = 0
         while queued := (await self.sweep(request(SWEEP, {"since_ts": 0})))["queued"]:
             total += queued
         self.assertEqual(total, 10_000)
-        self.assertEqual(self.execute("select count(distinct idem_key) from outbox"), [(10_000,)])
+        self.assertEqual(self.execute("select count(distinct idem_key) from s2s.outbox"), [(10_000,)])
 
     async def test_database_away(self) -> None:
         """Without a database the sweep is refused as ``db_unavailable`` with a time to come back."""

@@ -257,9 +257,9 @@ class RefusalTests(RoleTestCase):
 
     def test_key(self):
         """Without a key that may sign, the command that makes one is named, be it of the other role or ended."""
-        self.execute("update s2s_keys set role = 'engine'")
+        self.execute("update s2s.s2s_keys set role = 'engine'")
         self.refused(("s2s keys add --role server", ["-n", "s2s-server"], {}))
-        self.execute("update s2s_keys set role = 'any', active_to = now()")
+        self.execute("update s2s.s2s_keys set role = 'any', active_to = now()")
         self.refused(
             ("s2s keys add --role server", ["s2s-server"], {}), ("s2s keys add --role engine", ["-n", "s2s-engine"], {})
         )

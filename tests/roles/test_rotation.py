@@ -155,9 +155,9 @@ class RotationTests(RoleTestCase):
         yield self.s2s("retire", old)
         yield self.more_pushed(1000)
         # Instead of the 60 s.
-        self.execute("update s2s_keys set active_to = now() + interval '1 s' where key_id = %s", old)
+        self.execute("update s2s.s2s_keys set active_to = now() + interval '1 s' where key_id = %s", old)
         yield poll(
-            lambda: self.execute("select 1 from s2s_keys where active_to < now() and key_id = %s", old), "its end"
+            lambda: self.execute("select 1 from s2s.s2s_keys where active_to < now() and key_id = %s", old), "its end"
         )
         yield self.more_pushed(1000)
 
@@ -172,7 +172,7 @@ class RotationTests(RoleTestCase):
         self.assertEqual((pusher.failed, pusher.lost, len(pusher.links)), ([], [], 1))
         self.assertGreaterEqual(pusher.sent, LEAST)
         self.assertEqual(self.role.lines(": refused, "), [])
-        found = self.execute("select count(*), count(distinct idem_key) from commands")
+        found = self.execute("select count(*), count(distinct idem_key) from s2s.commands")
         self.assertEqual(found, [(pusher.sent, pusher.sent)])
         # The server never went back to an older key, and the pusher's own last frames bore the newest, too.
         self.assertEqual(pusher.signed_by, ["k1", "k2", "k3"])
@@ -218,11 +218,11 @@ class RevocationTests(SharedServerTestCase):
 
     def end(self, key_id: str) -> None:
         """Let a key end now, in plain SQL."""
-        self.execute("update s2s_keys set active_to = now() where key_id = %s", key_id)
+        self.execute("update s2s.s2s_keys set active_to = now() where key_id = %s", key_id)
 
     def delete(self, key_id: str) -> None:
         """Delete a key, in plain SQL."""
-        self.execute("delete from s2s_keys where key_id = %s", key_id)
+        self.execute("delete from s2s.s2s_keys where key_id = %s", key_id)
 
     @inlineCallbacks
     def test_revoked(self):
@@ -261,7 +261,7 @@ class RevocationTests(SharedServerTestCase):
         [(count,)] = self.execute(
             "with deaf as (select count(pg_terminate_backend(pid)) from pg_stat_activity"
             " where application_name = 's2s-server listen' and datname = current_database()),"
-            " ended as (update s2s_keys set active_to = now() where key_id = %s and (select count from deaf) > 0"
+            " ended as (update s2s.s2s_keys set active_to = now() where key_id = %s and (select count from deaf) > 0"
             " returning 1) select count(*) from ended",
             key_id,
         )
@@ -272,8 +272,8 @@ class RevocationTests(SharedServerTestCase):
         """Without any NOTIFY the poll finds within 5 s that a key has ended."""
         key = self.new_key()
         peer = self.linked(key)
-        self.execute("alter table s2s_keys disable trigger s2s_keys_notify")
-        self.addCleanup(self.execute, "alter table s2s_keys enable trigger s2s_keys_notify")
+        self.execute("alter table s2s.s2s_keys disable trigger s2s_keys_notify")
+        self.addCleanup(self.execute, "alter table s2s.s2s_keys enable trigger s2s_keys_notify")
         yield self.ends(key, [peer], self.end, POLLED_S)
 
 
@@ -284,18 +284,18 @@ class ClockTests(RoleTestCase):
     def test_behind_and_ahead(self):
         """Two minutes behind or ahead, a new key serves both sides at once, and a revoked one none from then on."""
         for shift in (-120, 120):
-            self.execute("delete from s2s_keys")
+            self.execute("delete from s2s.s2s_keys")
             self.add_key(K1, is_default=True)
-            self.execute("update s2s_keys set active_from = now()")
+            self.execute("update s2s.s2s_keys set active_from = now()")
             at = int(time.time()) + shift
             server = self.server(at=at)
             yield server.start()
             self.linked(server, K1, at)
             self.add_key(key := Key("k2", _SECRET))
-            self.execute("update s2s_keys set active_from = now() where key_id = 'k2'")
+            self.execute("update s2s.s2s_keys set active_from = now() where key_id = 'k2'")
             peer = self.linked(server, key, at)
             began = time.monotonic()
-            self.execute("update s2s_keys set active_to = now() where key_id = 'k2'")
+            self.execute("update s2s.s2s_keys set active_to = now() where key_id = 'k2'")
             peer.rest()
             self.assertLess(time.monotonic() - began, NOTIFIED_S)
             yield server.says("the key k2 is no longer valid")

@@ -47,7 +47,7 @@ class _Job(Job):
 
     def run(self, txn: Cursor, run: JobRun) -> Outcome:
         """Note the run, emit a notice and do the work."""
-        txn.execute("insert into effects (key, state) values (%s, %s)", (run.key, str(dict(run.state))))
+        txn.execute("insert into public.effects (key, state) values (%s, %s)", (run.key, str(dict(run.state))))
         run.emit("notice.publish", f"{run.key} {dict(run.state)}", {"at": run.due_at})
         return self._work(txn, run)
 
@@ -62,7 +62,7 @@ class SchedulerTestCase(DatabaseTestCase):
     def setUp(self) -> None:
         """Make the table."""
         super().setUp()
-        self.execute("create table effects (n serial, key text, state text)")
+        self.execute("create table public.effects (n serial, key text, state text)")
         self.patch(poll_loop, "POLL_S", 0.05)
         self.emitted = 0
 
@@ -87,7 +87,8 @@ class SchedulerTestCase(DatabaseTestCase):
     def due(self, *job_types: str, at: int = _HOUR) -> None:
         """Have jobs in the table, due long ago."""
         self.execute(
-            "insert into jobs (job_type, schedule, due_at) select t, 'every:3600s', to_timestamp(%s) from unnest(%s) t",
+            "insert into s2s.jobs (job_type, schedule, due_at) select t, 'every:3600s', to_timestamp(%s) from"
+            " unnest(%s) t",
             at,
             list(job_types),
         )
@@ -102,24 +103,24 @@ class SchedulerTestCase(DatabaseTestCase):
 
     def row(self, columns: str, job_type: str = "tick") -> tuple[Any, ...]:
         """Give columns of a job's row."""
-        return self.execute(f"select {columns} from jobs where job_type = %s", job_type)[0]
+        return self.execute(f"select {columns} from s2s.jobs where job_type = %s", job_type)[0]
 
     def reached(self, condition: str, job_type: str = "tick") -> Deferred[Any]:
         """Wait until a job's row is like this."""
-        query = f"select 1 from jobs where job_type = %s and ({condition})"
+        query = f"select 1 from s2s.jobs where job_type = %s and ({condition})"
         return poll(lambda: self.execute(query, job_type), f"{job_type}: {condition}")
 
     def effects(self) -> list[tuple[str, str]]:
         """Give key and state of every step that took effect, in their order."""
-        return self.execute("select key, state from effects order by n")
+        return self.execute("select key, state from public.effects order by n")
 
     def outbox(self) -> list[str]:
         """Give the keys of what was emitted."""
-        return [key for (key,) in self.execute("select idem_key from outbox order by outbox_id")]
+        return [key for (key,) in self.execute("select idem_key from s2s.outbox order by outbox_id")]
 
     def rush(self, job_type: str = "tick") -> None:
         """Let a job be tried again now."""
-        self.execute("update jobs set retry_at = now(), error = null where job_type = %s", job_type)
+        self.execute("update s2s.jobs set retry_at = now(), error = null where job_type = %s", job_type)
 
     def pause_long(self) -> None:
         """Have nothing tried again by itself, however slow this machine is."""
@@ -193,7 +194,7 @@ class TimeTests(SchedulerTestCase):
     async def test_a_time_set_by_hand(self) -> None:
         """A time between two seconds, which somebody has typed, holds nobody up."""
         self.due("tick")
-        self.execute("update jobs set due_at = to_timestamp(3600.7)")
+        self.execute("update s2s.jobs set due_at = to_timestamp(3600.7)")
         self.start(_Job("tick", _nothing))
         await self.reached("runs > 0")
         self.assertEqual(self.effects(), [(self.key(), "{}")])
@@ -202,8 +203,9 @@ class TimeTests(SchedulerTestCase):
         """A job that is in the table with another schedule is due by its new one; a run that is begun goes on first."""
         self.due("begun")
         self.execute(
-            "update jobs set schedule = 'daily@12:00Z', state = '{\"n\": 1}' where job_type = 'begun';"
-            "insert into jobs (job_type, schedule, due_at) values ('tick', 'daily@12:00Z', now() + interval '9 days')"
+            "update s2s.jobs set schedule = 'daily@12:00Z', state = '{\"n\": 1}' where job_type = 'begun';"
+            "insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'daily@12:00Z', now() +"
+            " interval '9 days')"
         )
         self.start(_Job("tick", _nothing), _Job("begun", _nothing))
         await self.reached("runs > 0", "begun")
@@ -215,7 +217,7 @@ class TimeTests(SchedulerTestCase):
     async def test_the_same_schedule(self) -> None:
         """A job that is in the table as it is declared keeps its time."""
         self.execute(
-            "insert into jobs (job_type, schedule, due_at) values ('tick', 'every:3600s', '2100-01-01 00:00:07Z')"
+            "insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'every:3600s', '2100-01-01 00:00:07Z')"
         )
         self.due("other")
         self.start(_Job("tick", _nothing), _Job("other", _nothing))
@@ -227,7 +229,7 @@ class TimeTests(SchedulerTestCase):
         self.patch(scheduling, "DECLARE_S", 0.1)
         self.start(_Job("tick", _nothing))
         await self.reached("true")
-        self.execute("delete from jobs")
+        self.execute("delete from s2s.jobs")
         await self.reached("schedule = 'every:3600s'")
 
     async def test_a_schedule_of_an_engine_that_is_gone(self) -> None:
@@ -256,9 +258,10 @@ class TimeTests(SchedulerTestCase):
         """Two living engines that differ never change the schedule in turn: the one that started last keeps its own."""
         self.patch(scheduling, "DECLARE_S", 0.1)
         self.execute(
-            "create table flips (schedule text); create function flip() returns trigger language plpgsql as"
-            " $$ begin insert into flips values (new.schedule); return new; end $$;"
-            " create trigger flip after insert or update of schedule on jobs for each row execute function flip()"
+            "create table public.flips (schedule text); create function flip() returns trigger language plpgsql set"
+            " search_path from current as"
+            " $$ begin insert into public.flips values (new.schedule); return new; end $$;"
+            " create trigger flip after insert or update of schedule on s2s.jobs for each row execute function flip()"
         )
         session = Session(self.url)
         self.addCleanup(session.close)
@@ -267,7 +270,7 @@ class TimeTests(SchedulerTestCase):
             self.start(_Job("tick", _nothing, schedule), boot_id=f"boot-{number}")
             await self.reached(f"schedule = '{schedule}'")
         await deferLater(reactor, 0.6)
-        self.assertEqual(self.execute("select * from flips"), [("every:5s",), ("every:86400s",)])
+        self.assertEqual(self.execute("select * from public.flips"), [("every:5s",), ("every:86400s",)])
 
     async def test_a_schedule_set_by_hand(self) -> None:
         """A schedule that somebody writes into the table is told, and is the declared one again soon."""
@@ -275,14 +278,14 @@ class TimeTests(SchedulerTestCase):
         self.start(_Job("tick", _nothing))
         await self.reached("true")
         with capturedLogs() as captured:
-            self.execute("update jobs set schedule = 'every:7s'")
+            self.execute("update s2s.jobs set schedule = 'every:7s'")
             await self.reached("schedule = 'every:3600s'")
         [told] = [formatEvent(event) for event in captured if "every:7s" in formatEvent(event)]
         self.assertIn("set by hand; this engine declares every:3600s: no engine that lives keeps the other one", told)
 
     async def test_a_schedule_of_a_job_that_runs(self) -> None:
         """A schedule is not set while the job's row is locked, and no look waits for that."""
-        self.execute("insert into jobs (job_type, schedule, due_at) values ('tick', 'every:5s', now())")
+        self.execute("insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'every:5s', now())")
         database, _ = self.pools("s2s-jobs")
         found = {"tick": table.OtherSchedule("every:5s", is_kept=False)}
         ours = _Job("tick", _nothing)
@@ -324,7 +327,7 @@ class FailureTests(SchedulerTestCase):
                 await self.reached(f"attempts = {attempts} and error is not null")
                 pauses = self.execute(
                     "select extract(epoch from retry_at - now())::float8, extract(epoch from retry_at - %s)::float8"
-                    " from jobs",
+                    " from s2s.jobs",
                     before,
                 )
                 self.assertTrue(pauses[0][0] <= pause_s <= pauses[0][1], pauses)
@@ -332,7 +335,7 @@ class FailureTests(SchedulerTestCase):
                 self.assertEqual((self.effects(), self.outbox()), ([], []))
                 if attempts == 3:
                     # As after years: the pause has its bound.
-                    self.execute("update jobs set attempts = 5000")
+                    self.execute("update s2s.jobs set attempts = 5000")
                 ((before,),) = self.execute("select now()")
                 self.rush()
         await self.reached("attempts = 5001 and error is not null")
@@ -357,7 +360,7 @@ class FailureTests(SchedulerTestCase):
             raise SystemExit(3)
 
         def late(txn: Cursor, run: JobRun) -> None:
-            txn.execute("insert into checked_late values (1, 2)")
+            txn.execute("insert into public.checked_late values (1, 2)")
 
         def slow(txn: Cursor, run: JobRun) -> None:
             txn.execute("set local statement_timeout = 10; select pg_sleep(60)")
@@ -366,7 +369,8 @@ class FailureTests(SchedulerTestCase):
             return lambda _, __: value
 
         self.execute(
-            "create table checked_late (n int primary key, m int references checked_late deferrable initially deferred)"
+            "create table public.checked_late (n int primary key, m int references checked_late deferrable"
+            " initially deferred)"
         )
         works: dict[str, tuple[Work, str]] = {
             "bad_sql": (lambda txn, _: txn.execute("select * from nowhere"), "UndefinedTable: relation"),
@@ -388,7 +392,8 @@ class FailureTests(SchedulerTestCase):
         self.start(*(_Job(name, work) for name, (work, _) in works.items()), _Job("tick", _nothing))
         await self.reached("runs > 0")
         await poll(
-            lambda: self.execute("select count(*) from jobs where error is not null") == [(len(works),)], "the errors"
+            lambda: self.execute("select count(*) from s2s.jobs where error is not null") == [(len(works),)],
+            "the errors",
         )
         for name, (_, error) in works.items():
             with self.subTest(name=name):
@@ -423,7 +428,8 @@ class FailureTests(SchedulerTestCase):
         self.start(*(_Job(name, work) for name, work in works.items()), _Job("tick", _nothing))
         await self.reached("runs > 0")
         await poll(
-            lambda: self.execute("select count(*) from jobs where error is not null") == [(len(works),)], "the errors"
+            lambda: self.execute("select count(*) from s2s.jobs where error is not null") == [(len(works),)],
+            "the errors",
         )
         for name in works:
             with self.subTest(name=name):
@@ -439,10 +445,10 @@ class FailureTests(SchedulerTestCase):
         """A job whose row a trigger does not let change is told of by its name, has no effect, and the others run."""
         self.due("stays", "kept", "tick")
         self.execute(
-            "create function keep() returns trigger language plpgsql as $$ begin"
+            "create function keep() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.job_type = 'stays' then raise exception 'not this one'; end if;"
             " if new.job_type = 'kept' and new.runs > 0 then return null; end if; return new; end $$;"
-            "create trigger keep before update on jobs for each row execute function keep()"
+            "create trigger keep before update on s2s.jobs for each row execute function keep()"
         )
         with capturedLogs() as told:
             self.start(_Job("stays", _nothing), _Job("kept", _nothing), _Job("tick", _nothing))
@@ -583,7 +589,7 @@ class StepTests(SchedulerTestCase):
         self.due(*names)
         for scheduler in range(3):
             self.start(*(_Job(name, work_of(scheduler)) for name in names))
-        await poll(lambda: self.execute("select sum(runs) from jobs") == [(len(names),)], "all have run")
+        await poll(lambda: self.execute("select sum(runs) from s2s.jobs") == [(len(names),)], "all have run")
         states = ["{}", *(f"{{'at': {at}}}" for at in range(1, 12))]
         expected = sorted((self.key(name), state) for name in names for state in states)
         self.assertEqual(sorted(self.effects()), expected)
@@ -630,7 +636,7 @@ class StepTests(SchedulerTestCase):
         # The other line would look again and again meanwhile.
         self.patch(poll_loop, "POLL_S", 60.0)
         for slice_s, most in ((60.0, 3), (0.0, 22)):
-            self.execute("truncate jobs")
+            self.execute("truncate s2s.jobs")
             self.patch(scheduling.jobs, "SLICE_S", slice_s)
             looks = self.watch_looks()
             self.due("tick")
@@ -662,7 +668,7 @@ class StepTests(SchedulerTestCase):
         """The cost of a step does not grow with the dead versions of its row that an open snapshot keeps."""
         holding = psycopg2.connect(self.url)
         self.addCleanup(holding.close)
-        holding.cursor().execute("begin isolation level repeatable read; select from jobs")
+        holding.cursor().execute("begin isolation level repeatable read; select from s2s.jobs")
         self.due("tick")
         pages = []
         with blocking(self.url) as txn:
@@ -684,7 +690,7 @@ class StepTests(SchedulerTestCase):
         holding = psycopg2.connect(self.url)
         self.addCleanup(holding.close)
         with holding.cursor() as txn:
-            txn.execute("select * from jobs for update")
+            txn.execute("select * from s2s.jobs for update")
         self.due("other")
         self.start(_Job("tick", _nothing), _Job("other", _nothing))
         await self.reached("runs = 1", "other")
@@ -741,7 +747,7 @@ class ConditionTests(SchedulerTestCase):
         await poll(begun.is_set, "the step")
         condition.wanted = "paused"
         self.assertEqual(condition.state, "pausing")
-        self.execute("update jobs set due_at = to_timestamp(3600) where job_type = 'other'")
+        self.execute("update s2s.jobs set due_at = to_timestamp(3600) where job_type = 'other'")
         go_on.set()
         await poll(lambda: condition.state == "paused", "the pause")
         # The next step may have been taken already, and is given back.
@@ -821,9 +827,9 @@ class ConditionTests(SchedulerTestCase):
         def work(txn: Cursor, run: JobRun) -> Outcome:
             seen.append((run.setting(key), run.frame_size))
             if not run.state:
-                self.execute("update config set value = '7' where key = %s", key)
+                self.execute("update s2s.config set value = '7' where key = %s", key)
                 return Unfinished({"at": 1})
-            txn.execute("update config set value = '8' where key = %s", (key,))
+            txn.execute("update s2s.config set value = '8' where key = %s", (key,))
             return None
 
         self.due("tick")
@@ -851,7 +857,7 @@ class Tick(Job):
         self.job_type = f"test.tick.{number}"
 
     def run(self, txn, run):
-        txn.execute("insert into ticks values (%s, %s)", (run.key, os.getpid()))
+        txn.execute("insert into public.ticks values (%s, %s)", (run.key, os.getpid()))
         txn.execute("select pg_sleep(0.02)")
 
 globals().update({f"tick_{number}": Tick(number) for number in range(10)})
@@ -868,22 +874,22 @@ class EnginesTests(RoleTestCase):
         plugins.mkdir(parents=True)
         Path(plugins, "ticks.py").write_text(_PLUGIN)
         path = os.pathsep.join((str(self.directory), os.environ.get("PYTHONPATH", ""))).rstrip(os.pathsep)
-        self.execute("create table ticks (key text, pid int)")
+        self.execute("create table public.ticks (key text, pid int)")
         with mock.patch.dict(os.environ, PYTHONPATH=path):
             engines = [self.engine(free_port(), name=f"engine-{number}") for number in (1, 2)]
         for engine in engines:
             yield engine.start()
         yield poll(
             lambda: self.execute(
-                "select 1 from jobs where job_type ~ '^test' having min(runs) >= 3"
-                " and (select count(distinct pid) from ticks) = 2"
+                "select 1 from s2s.jobs where job_type ~ '^test' having min(runs) >= 3"
+                " and (select count(distinct pid) from public.ticks) = 2"
             ),
             "both have run some",
             timeout=30,
         )
-        self.assertEqual(self.execute("select key from ticks group by key having count(*) > 1"), [])
+        self.assertEqual(self.execute("select key from public.ticks group by key having count(*) > 1"), [])
         for engine in engines:
             engine.stop()
         self.assertEqual(
-            self.execute("select sum(runs)::int from jobs where job_type ~ '^test'")[0][0], self.count("ticks")
+            self.execute("select sum(runs)::int from s2s.jobs where job_type ~ '^test'")[0][0], self.count("ticks")
         )

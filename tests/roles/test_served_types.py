@@ -87,7 +87,7 @@ class LiveServedTypesTests(DatabaseTestCase):
         await self.server(_served("test.a"))
         _, inbox = await self.server({})
         self.assertTrue(await self.accepts(inbox, "test.a"))
-        self.assertEqual(self.execute("select cmd_type, status from commands"), [("test.a", "ready")])
+        self.assertEqual(self.execute("select cmd_type, status from s2s.commands"), [("test.a", "ready")])
         error = await self.assertFailure(inbox.push(_push("test.a", "1")), BadPayload)
         self.assertEqual(error.details["path"], "/payload/payload/n")
 
@@ -114,10 +114,12 @@ class LiveServedTypesTests(DatabaseTestCase):
         """A type whose row was removed is declared again by a server that serves it, and by no other."""
         types, _ = await self.server(_served("test.a"))
         await self.server(_served("test.b"))
-        self.execute("delete from command_types")
+        self.execute("delete from s2s.command_types")
         types.notify()
         self.time.advance(NOTIFY_GAP_S)
-        await poll(lambda: self.execute("select cmd_type from command_types") == [("test.a",)], "it is declared again")
+        await poll(
+            lambda: self.execute("select cmd_type from s2s.command_types") == [("test.a",)], "it is declared again"
+        )
 
     async def test_one_verdict(self) -> None:
         """The schema that was declared last holds on every server, for the type's own handlers too."""
@@ -133,11 +135,11 @@ class LiveServedTypesTests(DatabaseTestCase):
     async def test_a_schema_that_is_none(self) -> None:
         """A row that was spoilt by hand is told of, and spoils nothing else; one's own type is judged by one's own."""
         for name, schema in (("test.a", "{"), ("test.bad", '{"type": 7}'), ("test.null", "null")):
-            self.execute("insert into command_types (cmd_type, schema) values (%s, %s)", name, schema)
+            self.execute("insert into s2s.command_types (cmd_type, schema) values (%s, %s)", name, schema)
         logged = self.logged()
         types, inbox = await self.server(_served("test.a"))
         self.assertTrue(await self.accepts(inbox, "test.a"))
-        self.execute("update command_types set schema = '[' where cmd_type = 'test.a'")
+        self.execute("update s2s.command_types set schema = '[' where cmd_type = 'test.a'")
         types.notify()
         self.time.advance(NOTIFY_GAP_S)
         told = "the schema of {cmd_type} in command_types cannot be used: {why}"
@@ -178,7 +180,7 @@ class RoleServedTests(RoleTestCase):
 
     async def test_before_it_listens(self) -> None:
         """What was served before is accepted from the first push on, and the server's own types are in the table."""
-        self.execute("""insert into command_types (cmd_type, schema) values ('test.old', '{"type": "object"}')""")
+        self.execute("""insert into s2s.command_types (cmd_type, schema) values ('test.old', '{"type": "object"}')""")
         server = self.server()
         await server.start()
         peer = server.connect()
@@ -187,4 +189,4 @@ class RoleServedTests(RoleTestCase):
         self.assertTrue(peer.call(PUSH, command("one", {"n": 1}, cmd_type="test.old"))["accepted"])
         self.assertEqual(peer.call(PUSH, command("two", {"n": 1}, cmd_type="test.no"))["code"], "unknown_command")
         self.assertEqual(self.count("command_types"), 2)
-        self.assertEqual(self.execute("select status from commands"), [("ready",)])
+        self.assertEqual(self.execute("select status from s2s.commands"), [("ready",)])

@@ -49,7 +49,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
         yield self.seen(state="paused", wanted="paused", reason="night", degraded=False)
         # The only engine need not be named.
         self.assertEqual(self.json("engine", "resume"), {"engine": "engine-1", "ok": True, "state": "running"})
-        self.execute("insert into broadcasts (message) values ('hello')")
+        self.execute("insert into s2s.broadcasts (message) values ('hello')")
         yield poll(lambda: self.count("notices") == 1, "the notice is there")
         self.assertEqual(self.s2s("engine", "sweep").output, "engine-1: 0 broadcasts queued\n")
         said = self.s2s("engine", "shutdown", "--grace-ms", "3000").output
@@ -72,11 +72,13 @@ class SteeringTests(RoleTestCase, CliTestCase):
         self.assertEqual(refused, "Error: no server has a link to an engine 'engine-1': see s2s engine list\n")
         self.assertEqual(self.count("steering"), 0)
         # A server that shows its link and takes nothing, as while another session has locked the audit.
-        self.execute("insert into engine_links (server_boot_id, key_id, name, address) values ('s', 'k', 'there', 'x')")
+        self.execute(
+            "insert into s2s.engine_links (server_boot_id, key_id, name, address) values ('s', 'k', 'there', 'x')"
+        )
         refused = self.s2s("engine", "pause", "there", expected=1).output
         self.assertIn("no server took the request to an engine 'there' in time: its link has ended, or the", refused)
         self.assertEqual(self.count("steering"), 0)
-        self.execute("delete from engine_links")
+        self.execute("delete from s2s.engine_links")
         yield self.linked()
         self.assertEqual(self.count("engines"), 0)
 
@@ -261,7 +263,7 @@ class TableTests(RoleTestCase):
             after = {row.name: row.linked_at for row in engines.list_engines(txn)}
             self.assertEqual((before["a"] == after["a"], before["b"] == after["b"]), (True, False))
             engines.show_links(txn, "s1", [])
-        self.execute("update engine_links set seen_at = now() - interval '1 minute'")
+        self.execute("update s2s.engine_links set seen_at = now() - interval '1 minute'")
         with blocking(self.url) as txn:
             self.assertEqual([row.name for row in engines.list_engines(txn)], ["d"])
             engines.show_links(txn, "s1", [])

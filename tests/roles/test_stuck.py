@@ -41,7 +41,7 @@ class _Single(CommandHandler):
         self._work = work
 
     def run(self, txn: Cursor, command: Command) -> None:
-        txn.execute("insert into effects (cmd_id) values (%s)", (command.cmd_id,))
+        txn.execute("insert into public.effects (cmd_id) values (%s)", (command.cmd_id,))
         self._work(txn, command)
 
 
@@ -56,7 +56,7 @@ class _Batched(BatchCommandHandler):
 
     def run_batch(self, txn: Cursor, commands: Any) -> None:
         for command in commands:
-            txn.execute("insert into effects (cmd_id) values (%s)", (command.cmd_id,))
+            txn.execute("insert into public.effects (cmd_id) values (%s)", (command.cmd_id,))
             self._work(txn, command)
 
 
@@ -66,7 +66,7 @@ class StuckTestCase(DatabaseTestCase):
     def setUp(self) -> None:
         """Be impatient."""
         super().setUp()
-        self.execute("create table effects (cmd_id bigint)")
+        self.execute("create table public.effects (cmd_id bigint)")
         self.patch(poll_loop, "POLL_S", 0.05)
         self.patch(handler_pool, "PATIENCE_S", 0.3)
         self.patch(handler_pool, "_WATCH_S", 0.05)
@@ -97,14 +97,14 @@ class CommandTestCase(StuckTestCase):
     def insert(self, *keys: str, cmd_type: str = "test.single") -> None:
         """Store commands that are due."""
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload) select %s, key, '{}' from unnest(%s) key",
+            "insert into s2s.commands (cmd_type, idem_key, payload) select %s, key, '{}' from unnest(%s) key",
             cmd_type,
             list(keys),
         )
 
     def column(self, name: str) -> dict[str, Any]:
         """Return a column of each command."""
-        return dict(self.execute(f"select idem_key, {name} from commands"))
+        return dict(self.execute(f"select idem_key, {name} from s2s.commands"))
 
     def wait_where(self, key: str) -> Callable[[Cursor, Command], object]:
         """Return work that does not return for one command."""
@@ -162,8 +162,8 @@ class CommandTests(CommandTestCase):
         self.assertEqual((begun.count("stuck"), self.column("attempts")["stuck"]), (1, 1))
         self.gate.set()
         await poll(lambda: self.column("status")["stuck"] == "done", "the second run")
-        self.assertEqual(self.execute("select count(*) from effects"), [(21,)])
-        await poll(lambda: self.execute("select * from batch_notes") == [], "no note is left")
+        self.assertEqual(self.execute("select count(*) from public.effects"), [(21,)])
+        await poll(lambda: self.execute("select * from s2s.batch_notes") == [], "no note is left")
         self.assertEqual(running.condition, "ok")
 
     def looks(self, running: Executor) -> int:
@@ -174,8 +174,8 @@ class CommandTests(CommandTestCase):
     async def test_the_process_of_a_stuck_handler_dies(self) -> None:
         """What was charged when it got stuck is not charged for the death of its process, and is free then."""
         self.insert("stuck")
-        self.execute("update commands set attempts = 1")
-        self.execute("insert into batch_notes (boot_id, worker, cmd_ids, stuck) values ('dead', 0, '{1}', true)")
+        self.execute("update s2s.commands set attempts = 1")
+        self.execute("insert into s2s.batch_notes (boot_id, worker, cmd_ids, stuck) values ('dead', 0, '{1}', true)")
         self.start(lambda *_: None)
         await poll(lambda: self.column("status")["stuck"] == "done", "its next run")
         self.assertEqual(self.column("attempts"), {"stuck": 1})
@@ -298,7 +298,9 @@ class CommandTests(CommandTestCase):
         self.assertEqual(self.column("attempts"), {"a": 0, "psycopg2": 1, "b": 0, "sql": 1, "c": 0})
         self.assertIn("never commits", self.column("error")["psycopg2"])
         counts = dict(
-            self.execute("select idem_key, count(*) from effects join commands using (cmd_id) group by idem_key")
+            self.execute(
+                "select idem_key, count(*) from public.effects join s2s.commands using (cmd_id) group by idem_key"
+            )
         )
         self.assertEqual({key: counts[key] for key in "abc"}, {"a": 1, "b": 1, "c": 1})
 
@@ -315,16 +317,18 @@ class CommandTests(CommandTestCase):
         await poll(lambda: running.ran == 2, "the others")
         self.assertEqual(self.column("status"), {"a": "done", "bad": "ready", "b": "done"})
         self.assertEqual(self.column("attempts"), {"a": 0, "bad": 1, "b": 0})
-        effects = self.execute("select idem_key, count(*) from effects join commands using (cmd_id) group by idem_key")
+        effects = self.execute(
+            "select idem_key, count(*) from public.effects join s2s.commands using (cmd_id) group by idem_key"
+        )
         self.assertEqual({key: count for key, count in effects if key != "bad"}, {"a": 1, "b": 1})
 
     async def test_a_commit_that_hangs(self) -> None:
         """A deferred trigger that hangs in the COMMIT is cancelled at the deadline, and the commands behind it run."""
         self.execute(
-            "create function hang() returns trigger language plpgsql as $$ begin"
-            " if exists (select from commands where cmd_id = new.cmd_id and idem_key = 'hangs')"
+            "create function hang() returns trigger language plpgsql set search_path from current as $$ begin"
+            " if exists (select from s2s.commands where cmd_id = new.cmd_id and idem_key = 'hangs')"
             " then perform pg_sleep(600); end if; return null; end $$;"
-            "create constraint trigger hang after insert on effects deferrable initially deferred"
+            "create constraint trigger hang after insert on public.effects deferrable initially deferred"
             " for each row execute function hang()"
         )
         self.insert("hangs", "a")
@@ -403,7 +407,7 @@ class CommandTests(CommandTestCase):
         def work(txn: Cursor, command: Command) -> None:
             if command.idem_key == "bad":
                 txn.execute("set transaction read only")
-                txn.execute("insert into effects values (0)")
+                txn.execute("insert into public.effects values (0)")
 
         self.insert("a", "bad", "b")
         self.start(work)
@@ -417,7 +421,7 @@ class CommandTests(CommandTestCase):
         seen: list[int] = []
 
         def work(txn: Cursor, command: Command) -> None:
-            seen.append(self.execute("select count(*) from commands where status = 'done'")[0][0])
+            seen.append(self.execute("select count(*) from s2s.commands where status = 'done'")[0][0])
 
         self.start(work)
         await poll(lambda: set(self.column("status").values()) == {"done"}, "the end")
@@ -439,7 +443,7 @@ class PreparedTests(CommandTestCase):
         cluster.migrate()
         self.url = cluster.url
         self._session = None
-        self.execute("create table effects (cmd_id bigint)")
+        self.execute("create table public.effects (cmd_id bigint)")
 
     async def test_a_handler_that_prepares(self) -> None:
         """PREPARE TRANSACTION is refused and charged, whether at the first call of a transaction or after others."""
@@ -450,7 +454,7 @@ class PreparedTests(CommandTestCase):
                 txn.execute("prepare transaction 'bad'")
 
         for keys in (("bad", "a"), ("a", "bad", "b")):
-            self.execute("truncate effects, commands, idempotency_keys")
+            self.execute("truncate public.effects, commands, idempotency_keys")
             self.insert(*keys)
             running = self.start(work, f"boot-{len(keys)}")
             others = {key: "done" for key in keys if key != "bad"}
@@ -459,7 +463,7 @@ class PreparedTests(CommandTestCase):
             self.assertEqual(self.column("status"), {**others, "bad": "ready"})
             self.assertIn("cannot PREPARE a transaction", self.column("error")["bad"])
             self.assertEqual(self.execute("select * from pg_prepared_xacts"), [])
-            self.assertEqual(self.execute("select count(*) from effects"), [(len(others),)])
+            self.assertEqual(self.execute("select count(*) from public.effects"), [(len(others),)])
             await running.stop()
 
 
@@ -512,22 +516,26 @@ class EngineTests(StuckTestCase):
             begun.append("here")
             self.gate.wait(60)
 
-        self.execute("insert into jobs (job_type, schedule, due_at) values ('tick', 'every:3600s', to_timestamp(3600))")
+        self.execute(
+            "insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'every:3600s', to_timestamp(3600))"
+        )
         here = self.schedule(_Job("tick", stuck))
-        await poll(lambda: self.execute("select error from jobs") != [(None,)], "its failure")
-        self.assertIn("HandlerStuck", self.execute("select error from jobs")[0][0])
+        await poll(lambda: self.execute("select error from s2s.jobs") != [(None,)], "its failure")
+        self.assertIn("HandlerStuck", self.execute("select error from s2s.jobs")[0][0])
         self.assertEqual(here.failed, 1)
         self.schedule(_Job("tick", lambda: begun.append("there")))
-        await poll(lambda: self.execute("select runs from jobs") == [(1,)], "its run on another engine")
+        await poll(lambda: self.execute("select runs from s2s.jobs") == [(1,)], "its run on another engine")
         self.assertEqual(begun, ["here", "there"])
-        self.execute("update jobs set due_at = to_timestamp(3600)")
+        self.execute("update s2s.jobs set due_at = to_timestamp(3600)")
         await poll(lambda: begun.count("there") == 2, "its next run")
         self.assertEqual(begun.count("here"), 1)
 
     async def test_no_attempt_where_all_is_stuck(self) -> None:
         """An engine in which too many calls are stuck begins no attempt: its orders and jobs are left to others."""
         self.patch(handler_pool, "MOST_STUCK", 0)
-        self.execute("insert into jobs (job_type, schedule, due_at) values ('tick', 'every:3600s', to_timestamp(3600))")
+        self.execute(
+            "insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'every:3600s', to_timestamp(3600))"
+        )
         condition = EngineState()
         condition.wanted = "running"
         database, handlers = self.pools("s2s-orders", timeout_s=0.5)
@@ -535,9 +543,9 @@ class EngineTests(StuckTestCase):
         runner = OrderRunner(
             database, handlers, Clock(reactor), kinds, "engine-1", condition, lambda: False, lambda: None
         )
-        self.execute("insert into orders (order_id, rpc, params) values ('o', %s, '{}')", _SECTOR)
+        self.execute("insert into s2s.orders (order_id, rpc, params) values ('o', %s, '{}')", _SECTOR)
         self.assertIsNone(await runner._poll_once(0))
-        self.assertEqual(self.execute("select attempts from orders"), [(0,)])
+        self.assertEqual(self.execute("select attempts from s2s.orders"), [(0,)])
         scheduler = Scheduler(
             "boot-1",
             database,
@@ -549,7 +557,7 @@ class EngineTests(StuckTestCase):
             lambda: None,
         )
         self.assertIsNone(await scheduler._poll_once(0))
-        self.assertEqual(self.execute("select attempts from jobs where job_type = 'tick'"), [(0,)])
+        self.assertEqual(self.execute("select attempts from s2s.jobs where job_type = 'tick'"), [(0,)])
 
     async def test_an_order_that_does_not_return(self) -> None:
         """It ends as failed, with the name of the deadline, and the orders behind it run."""
@@ -565,12 +573,12 @@ class EngineTests(StuckTestCase):
         self.addCleanup(runner.stop)
         for order_id in ("stuck", "next"):
             self.execute(
-                "insert into orders (order_id, rpc, params) values (%s, %s, %s::jsonb)",
+                "insert into s2s.orders (order_id, rpc, params) values (%s, %s, %s::jsonb)",
                 order_id,
                 _SECTOR,
                 '{"sector_id": 1, "status": "neutral"}',
             )
         await poll(lambda: runner.over["failed"] == 1 and runner.over["done"] == 1, "both")
-        [(status, result)] = self.execute("select status, result from orders where order_id = 'stuck'")
+        [(status, result)] = self.execute("select status, result from s2s.orders where order_id = 'stuck'")
         self.assertEqual(status, "failed")
         self.assertIn("--handler-timeout", result["message"])

@@ -29,7 +29,7 @@ class SurvivalTests(RoleTestCase):
     def configure(self, **settings: int) -> None:
         """Change settings in plain SQL."""
         for key, value in settings.items():
-            self.execute("update config set value = to_jsonb(%s) where key = %s", value, key)
+            self.execute("update s2s.config set value = to_jsonb(%s) where key = %s", value, key)
 
     @inlineCallbacks
     def linked(self) -> Iterator[Deferred[Any]]:
@@ -52,9 +52,11 @@ class SurvivalTests(RoleTestCase):
     @inlineCallbacks
     def becomes_a_notice(self, message: str) -> Iterator[Deferred[Any]]:
         """See that the whole way is open."""
-        self.execute("insert into broadcasts (message) values (%s)", message)
+        self.execute("insert into s2s.broadcasts (message) values (%s)", message)
         yield poll(
-            lambda: self.execute("select 1 from notices where message = %s", message), f"notice {message}", timeout=20
+            lambda: self.execute("select 1 from s2s.notices where message = %s", message),
+            f"notice {message}",
+            timeout=20,
         )
 
     @inlineCallbacks
@@ -147,7 +149,7 @@ class SurvivalTests(RoleTestCase):
         new = self.peer(name="twin")
         self.assertEqual([frame["type"] for frame in old.rest() if frame["type"] != CHECK], [])
         yield self.server_role.says("the same engine has a newer link")
-        answered = "select answer from steering where request_id = %s and answered_at is not null"
+        answered = "select answer from s2s.steering where request_id = %s and answered_at is not null"
         yield poll(lambda: self.execute(answered, asked), "the request has failed")
         self.assertLess(time.monotonic() - began, 2)
         self.assertIn("the same engine has a newer link", self.execute(answered, asked)[0][0]["message"])

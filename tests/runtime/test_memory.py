@@ -83,7 +83,7 @@ class HandlerTests(DatabaseTestCase):
     async def test_they_are_collected(self) -> None:
         """Commands that fail with large cycles do not add up to more than the bound and one of them."""
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload)"
+            "insert into s2s.commands (cmd_type, idem_key, payload)"
             " select 'test.keeps', i, '{}' from generate_series(1, 64) i"
         )
         gc.disable()

@@ -22,7 +22,7 @@ from tests.support.cluster import Cluster
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
 
-_ADDS = driver.Prepared("adds", "insert into t values ($1 + $2) returning a", "integer", "integer")
+_ADDS = driver.Prepared("adds", "insert into public.t values ($1 + $2) returning a", "integer", "integer")
 
 
 def _add(one: int, other: int) -> Steps[int]:
@@ -41,7 +41,7 @@ class LineTests(DatabaseTestCase):
     def setUp(self) -> None:
         """Start a database with a table."""
         super().setUp()
-        self.execute("create table t (a int unique check (a > 0))")
+        self.execute("create table public.t (a int unique check (a > 0))")
         self.database = self.start()
 
     def start(self, url: str = "", **options: Any) -> Database:
@@ -59,12 +59,12 @@ class LineTests(DatabaseTestCase):
         """What was asked is committed when its rows are there, whatever comes after."""
 
         def work() -> Steps[None]:
-            yield Query("insert into t values (%s)", (1,))
-            self.assertEqual(self.execute("select a from t"), [(1,)])
+            yield Query("insert into public.t values (%s)", (1,))
+            self.assertEqual(self.execute("select a from public.t"), [(1,)])
             raise KeyError("mine")
 
         await self.assertFailure(self.database.run_steps(work), KeyError)
-        self.assertEqual(await self.database.run_steps(_ask, "select a from t"), [(1,)])
+        self.assertEqual(await self.database.run_steps(_ask, "select a from public.t"), [(1,)])
 
     async def test_planned_once(self) -> None:
         """A statement is planned once on each connection, the line's or a blocking one, and on a new one again."""
@@ -77,12 +77,15 @@ class LineTests(DatabaseTestCase):
         self.assertEqual(await self.database.run_steps(_add, 0, 3), 3)
         with blocking(self.url) as txn:
             self.assertEqual([driver.drive(txn, _add(0, n)) for n in (4, 5)], [4, 5])
-        self.assertEqual(self.execute("select a from t order by a"), [(n,) for n in range(1, 6)])
+        self.assertEqual(self.execute("select a from public.t order by a"), [(n,) for n in range(1, 6)])
 
     async def test_refusals(self) -> None:
         """What the database refuses is told by its constraint, without the row's data, and costs no connection."""
         before = await self.database.run_steps(_ask, "select pg_backend_pid()")
-        for work, constraint in (((_add, -7, 0), "t_a_check"), ((_ask, "insert into t values (-7)"), "t_a_check")):
+        for work, constraint in (
+            ((_add, -7, 0), "t_a_check"),
+            ((_ask, "insert into public.t values (-7)"), "t_a_check"),
+        ):
             refused = await self.assertFailure(self.database.run_steps(*work), StatementRefused)
             self.assertEqual(refused.constraint, constraint)
             self.assertNotIn("7", str(refused))
@@ -246,14 +249,14 @@ class LineTests(DatabaseTestCase):
 
         connect = async_connection.open_async
         with mock.patch.object(async_connection, "open_async", slowly):
-            asked = self.database.run_steps(_ask, "insert into t values (1)")
+            asked = self.database.run_steps(_ask, "insert into public.t values (1)")
             self.assertNoResult(asked)
             cancelled = self.database.cancel()
             self.assertIn("cancelled", str(self.failureResultOf(asked, DatabaseUnavailable).value))
             may_connect.set()
         self.assertTrue(await cancelled)
         await poll(lambda: not self.backends(), "no connection")
-        self.assertEqual(self.execute("select a from t"), [])
+        self.assertEqual(self.execute("select a from public.t"), [])
 
     async def test_cancel(self) -> None:
         """When the grace is over what is under way is given up at once, and nothing more is taken."""
@@ -322,12 +325,14 @@ class OutageTests(DatabaseTestCase):
     async def test_a_commit_that_hangs(self) -> None:
         """While COMMITs wait for a standby that is away, no more than the stated number of sessions is ever opened."""
         with blocking(self.cluster.url) as txn:
-            txn.execute("create table made (n integer)")
+            txn.execute("create table public.made (n integer)")
         self.configure("'nobody'")
         try:
             with mock.patch.object(async_connection, "BEYOND_S", 0.0):
                 for _ in range(async_connection.MOST_GIVEN_UP + 3):
-                    asked: Deferred[Any] = self.database.run_steps(_ask, "insert into made values (1) returning n")
+                    asked: Deferred[Any] = self.database.run_steps(
+                        _ask, "insert into public.made values (1) returning n"
+                    )
                     await self.assertFailure(asked, DatabaseUnavailable)
             self.assertEqual(len(self.sessions()), async_connection.MOST_GIVEN_UP)
             self.assertIn("have not ended", str(await self.assertFailure(self.asked(), DatabaseUnavailable)))

@@ -72,32 +72,32 @@ class AppendOnlyTests(AuditTestCase):
         """Update, delete, truncate and upsert are refused with the reason, also where triggers are switched off."""
         with blocking(self.url) as txn:
             audit.write(txn, "a.test", "x", {"n": 1}, None, "cli:me")
-        before = self.execute("select * from audit")
+        before = self.execute("select * from s2s.audit")
         for role in ("origin", "replica"):
             self.execute(f"set session_replication_role = {role}")
             for statement in (
-                "update audit set actor = 'nobody'",
-                "update audit set actor = 'nobody' where false",
-                "delete from audit",
-                "truncate audit",
-                "truncate audit cascade",
-                "insert into audit (audit_id, actor, action) overriding system value select audit_id, 'nobody', 'a'"
-                " from audit on conflict (audit_id) do update set actor = 'nobody'",
+                "update s2s.audit set actor = 'nobody'",
+                "update s2s.audit set actor = 'nobody' where false",
+                "delete from s2s.audit",
+                "truncate s2s.audit",
+                "truncate s2s.audit cascade",
+                "insert into s2s.audit (audit_id, actor, action) overriding system value select audit_id, 'nobody', 'a'"
+                " from s2s.audit on conflict (audit_id) do update set actor = 'nobody'",
             ):
                 with self.subTest(role=role, statement=statement):
                     refused = self.assertRaises(psycopg2.errors.InsufficientPrivilege, self.execute, statement)
                     self.assertIn("the audit is append-only", str(refused))
-        self.assertEqual(self.execute("select * from audit"), before)
+        self.assertEqual(self.execute("select * from s2s.audit"), before)
 
     def test_rolled_back(self) -> None:
         """What was not done is not in it."""
         with psycopg2.connect(self.url) as conn, conn.cursor() as txn:
             audit.sign(txn, "cli:me")
-            txn.execute("insert into s2s_keys (key_id, key_b64, role) values ('k9', %s, 'any')", (_SECRET,))
-            txn.execute("update config set value = '30' where key = 'server.sweep_interval_s'")
+            txn.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k9', %s, 'any')", (_SECRET,))
+            txn.execute("update s2s.config set value = '30' where key = 'server.sweep_interval_s'")
             engines.want(txn, "a", "paused", "night", "key:k1")
             actions.act(txn, commands_admin.RETRY, [1])
-            txn.execute("select count(*) from audit")
+            txn.execute("select count(*) from s2s.audit")
             self.assertEqual(txn.fetchone(), (4,))
             conn.rollback()
         conn.close()
@@ -109,7 +109,7 @@ class AppendOnlyTests(AuditTestCase):
         database.start()
         self.addCleanup(database.stop)
         await database.run(engines.want, "a", "paused", "night", "key:k1")
-        await database.run(lambda txn: txn.execute("update engines set wanted = 'running'"))
+        await database.run(lambda txn: txn.execute("update s2s.engines set wanted = 'running'"))
         self.assertEqual(
             [(actor, params["wanted"]) for actor, _, _, params, _ in self.entries()],
             [("key:k1", "paused"), (self.user, "running")],
@@ -124,7 +124,7 @@ class AppendOnlyTests(AuditTestCase):
             config.change(txn, "relay.window", 7, "key:k1")
             driver.commit(txn.connection)
             audit.write(txn, "two", "", {})
-            txn.execute("insert into engines (name) values ('a')")
+            txn.execute("insert into s2s.engines (name) values ('a')")
         self.assertEqual(
             [told[:2] for told in self.entries()],
             [("cli:me", "one"), ("key:k1", "a.b"), ("cli:me", "two"), ("cli:me", "a.b")],
@@ -143,8 +143,8 @@ class ChangesTests(AuditTestCase, CliTestCase):
         """A change names its author, its version and what was before; a repeat and a refused one leave nothing."""
         for value, expected in (("30", 0), ("30", 0), ("many", 1), ("-1", 1)):
             self.s2s("config", "set", "--", "server.sweep_interval_s", value, expected=expected)
-        self.execute("update config set value = '40' where key = 'server.sweep_interval_s'")
-        self.execute("update config set description = 'x'")
+        self.execute("update s2s.config set value = '40' where key = 'server.sweep_interval_s'")
+        self.execute("update s2s.config set description = 'x'")
         setting = ("config.set", "server.sweep_interval_s")
         self.assertEqual(
             self.entries(),
@@ -157,11 +157,11 @@ class ChangesTests(AuditTestCase, CliTestCase):
     def test_settings_by_sql(self) -> None:
         """A setting that comes, goes or gets other bounds is told with what it was; a release's own are not."""
         self.assertEqual(self.new(), [])
-        self.execute("insert into config (key, value, type, max) values ('my.own', '5', 'integer', 9)")
-        self.execute("update config set max = 99 where key = 'my.own'")
-        self.execute("update config set key = 'my.other' where key = 'my.own'")
-        self.execute("delete from config where key = 'my.other'")
-        self.execute("update config_version set version = 7")
+        self.execute("insert into s2s.config (key, value, type, max) values ('my.own', '5', 'integer', 9)")
+        self.execute("update s2s.config set max = 99 where key = 'my.own'")
+        self.execute("update s2s.config set key = 'my.other' where key = 'my.own'")
+        self.execute("delete from s2s.config where key = 'my.other'")
+        self.execute("update s2s.config_version set version = 7")
         rules = {"value": 5, "type": "integer", "min": None, "description": ""}
         self.assertEqual(
             self.new(),
@@ -173,19 +173,19 @@ class ChangesTests(AuditTestCase, CliTestCase):
                 (self.user, "config.version", "", {"version": 7}, {"was": 0}),
             ],
         )
-        ((settings,),) = self.execute("select count(*) from config")
-        self.execute("truncate config, config_version")
+        ((settings,),) = self.execute("select count(*) from s2s.config")
+        self.execute("truncate s2s.config, s2s.config_version")
         told = self.new()
         self.assertEqual([each[1] for each in told].count("config.delete"), settings)
         self.assertIn((self.user, "config.version", "7", {}, {"was": {"version": 7}}), told)
 
     def test_truncated(self) -> None:
         """A TRUNCATE of tokens or engines is told row by row, without a token's hash."""
-        self.execute("insert into engines (name, wanted, reason) values ('a', 'paused', 'night')")
+        self.execute("insert into s2s.engines (name, wanted, reason) values ('a', 'paused', 'night')")
         with blocking(self.url) as txn:
             tokens.add(txn, "mine", "admin")
         self.new()
-        self.execute("truncate api_tokens, engines")
+        self.execute("truncate s2s.api_tokens, s2s.engines")
         token, engine = sorted(self.new(), key=lambda each: each[2], reverse=True)
         self.assertEqual(token[:4], (self.user, "tokens.revoke", "mine", {}))
         self.assertEqual(engine[:4], (self.user, "engine.wanted", "a", {}))
@@ -197,17 +197,17 @@ class ChangesTests(AuditTestCase, CliTestCase):
     def test_from_any_search_path(self) -> None:
         """Neither a temporary table called audit nor another search_path silences the audit, or gets in the way."""
         self.execute("create schema other")
-        self.execute("create function other.s2s_actor() returns text language sql as $$ select 'nobody' $$")
+        self.execute("create function other.actor() returns text language sql as $$ select 'nobody' $$")
         for number, path in enumerate(("public", "''", "pg_temp, public", "other", "other, public")):
             with self.subTest(path=path), blocking(self.url) as txn:
-                txn.execute("create temporary table audit (like public.audit including all)")
-                txn.execute("create temporary table config_history (like public.config_history)")
+                txn.execute("create temporary table audit (like s2s.audit including all)")
+                txn.execute("create temporary table config_history (like s2s.config_history)")
                 txn.execute(f"set search_path = {path}")
                 key = (f"k{number}", _SECRET)
-                txn.execute("insert into public.s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')", key)
-                txn.execute("update public.config set value = to_jsonb(%s) where key = 'relay.window'", (number + 1,))
-                txn.execute("insert into public.broadcasts (message) values ('x')")
-                txn.execute("insert into public.orders (rpc, params) values ('a.b', '{}')")
+                txn.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')", key)
+                txn.execute("update s2s.config set value = to_jsonb(%s) where key = 'relay.window'", (number + 1,))
+                txn.execute("insert into s2s.broadcasts (message) values ('x')")
+                txn.execute("insert into s2s.orders (rpc, params) values ('a.b', '{}')")
                 txn.execute(
                     "select (select count(*) from pg_temp.audit), (select count(*) from pg_temp.config_history)"
                 )
@@ -219,31 +219,31 @@ class ChangesTests(AuditTestCase, CliTestCase):
 
     def test_every_function_has_its_search_path(self) -> None:
         """No function of ours resolves a name by the session's search_path, and temporary tables come last."""
-        functions = self.execute("select proname, proconfig from pg_proc where proname ~ '^s2s_'")
+        functions = self.execute("select proname, proconfig from pg_proc where pronamespace = 's2s'::regnamespace")
         self.assertGreater(len(functions), 10)
         for name, settings in functions:
             with self.subTest(function=name):
-                self.assertIn("search_path=pg_catalog, public, pg_temp", settings or [])
+                self.assertIn("search_path=pg_catalog, pg_temp", settings or [])
 
     def test_restored(self) -> None:
         """pg_restore --data-only brings rows into a migrated database, and each is in its audit."""
         with blocking(self.url) as txn:
             tokens.add(txn, "mine", "admin")
-        self.execute("insert into s2s_keys (key_id, key_b64, role) values ('k1', %s, 'any')", _SECRET)
-        self.execute("insert into engines (name, wanted, reason) values ('a', 'paused', 'night')")
-        self.execute("insert into orders (order_id, rpc, params) values ('o', 'a.b', '{}')")
-        self.execute("insert into broadcasts (message) values ('x')")
+        self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k1', %s, 'any')", _SECRET)
+        self.execute("insert into s2s.engines (name, wanted, reason) values ('a', 'paused', 'night')")
+        self.execute("insert into s2s.orders (order_id, rpc, params) values ('o', 'a.b', '{}')")
+        self.execute("insert into s2s.broadcasts (message) values ('x')")
         dump, other = self.mktemp(), f"{self.id().rpartition('.')[2]}_{os.getpid()}"
         make_database(other, template())
         self.addCleanup(drop_database, other)
         # These have rows in a migrated database.
-        tables = ("s2s_migrations", "config", "config_version", "audit", "s2s_database")
-        there = [f"--exclude-table=public.{table}" for table in tables]
+        tables = ("migrations", "config", "config_version", "audit", "database")
+        there = [f"--exclude-table=s2s.{table}" for table in tables]
         ((programs,),) = self.execute("select setting from pg_config where name = 'BINDIR'")
         _run(f"{programs}/pg_dump", "--format=custom", "--data-only", *there, f"--file={dump}", self.url)
         _run(f"{programs}/pg_restore", "--data-only", "--exit-on-error", f"--dbname={database_url(other)}", dump)
         with blocking(database_url(other)) as txn:
-            txn.execute("select action, subject from audit")
+            txn.execute("select action, subject from s2s.audit")
             told = set(txn)
         self.assertEqual(told, {("tokens.add", "mine"), ("keys.add", "k1"), ("engine.wanted", "a"), ("a.b", "o")})
 
@@ -281,13 +281,13 @@ class ChangesTests(AuditTestCase, CliTestCase):
 
     def test_keys_by_sql(self) -> None:
         """Whatever is done to a row is told with the database's user, a change of the secret without it."""
-        self.execute("insert into s2s_keys (key_id, key_b64, role) values ('k1', %s, 'any')", _SECRET)
-        self.execute("update s2s_keys set key_b64 = %s", _OTHER_SECRET)
-        self.execute("update s2s_keys set key_id = 'k2', note = 'mine'")
-        self.execute("update s2s_keys set note = 'mine'")
-        self.execute("delete from s2s_keys")
-        self.execute("insert into s2s_keys (key_id, key_b64, role) values ('k3', %s, 'any')", _SECRET)
-        self.execute("truncate s2s_keys")
+        self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k1', %s, 'any')", _SECRET)
+        self.execute("update s2s.s2s_keys set key_b64 = %s", _OTHER_SECRET)
+        self.execute("update s2s.s2s_keys set key_id = 'k2', note = 'mine'")
+        self.execute("update s2s.s2s_keys set note = 'mine'")
+        self.execute("delete from s2s.s2s_keys")
+        self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k3', %s, 'any')", _SECRET)
+        self.execute("truncate s2s.s2s_keys")
         added, *changed, deleted, _, truncated = self.new()
         self.assertEqual((added[:3], added[4]), ((self.user, "keys.add", "k1"), None))
         self.assertEqual(
@@ -311,24 +311,26 @@ class ChangesTests(AuditTestCase, CliTestCase):
 
     def assert_no_secret(self) -> None:
         """See that no column has six characters of a secret in a row."""
-        ((told,),) = self.execute("select string_agg(audit::text, ' ') from audit")
+        ((told,),) = self.execute("select string_agg(audit::text, ' ') from s2s.audit")
         for secret in (_SECRET, _OTHER_SECRET):
             self.assertEqual([at for at in range(len(secret) - 5) if secret[at : at + 6] in told], [])
 
     def test_orders(self) -> None:
         """An order has an entry when it is given and one when it is over, and none for the steps in between."""
         self.execute(
-            "insert into orders (order_id, rpc, params, actor) values"
+            "insert into s2s.orders (order_id, rpc, params, actor) values"
             " ('o1', 'admin.config.set.v1', '{\"key\": \"a\"}', 'cli:bob'), ('o2', 'a.b', '{}', default)"
         )
         self.assertEqual(
             self.new(),
             [("cli:bob", _CONFIG_SET, "o1", {"key": "a"}, None), (self.user, "a.b", "o2", {}, None)],
         )
-        self.execute("update orders set status = 'running', attempts = 1, state = '{\"done\": 1}'")
-        self.execute("update orders set state = '{\"done\": 2}'")
+        self.execute("update s2s.orders set status = 'running', attempts = 1, state = '{\"done\": 1}'")
+        self.execute("update s2s.orders set state = '{\"done\": 2}'")
         self.assertEqual(self.new(), [])
-        over = "update orders set status = %s, result = '{\"n\": 1}', engine = 'e', way = 'link' where order_id = %s"
+        over = (
+            "update s2s.orders set status = %s, result = '{\"n\": 1}', engine = 'e', way = 'link' where order_id = %s"
+        )
         for status, order_id in (("done", "o1"), ("failed", "o2"), ("failed", "o2")):
             self.execute(over, status, order_id)
         result = {"result": {"n": 1}, "engine": "e", "way": "link"}
@@ -342,24 +344,24 @@ class ChangesTests(AuditTestCase, CliTestCase):
 
     def test_orders_by_sql(self) -> None:
         """An order that is changed by hand, opened again or removed is told with what it was; its steps are not."""
-        self.execute("insert into orders (order_id, rpc, params) values ('o1', 'a.b', '{}'), ('o2', 'a.b', '{}')")
+        self.execute("insert into s2s.orders (order_id, rpc, params) values ('o1', 'a.b', '{}'), ('o2', 'a.b', '{}')")
         self.new()
         self.execute(
-            "update orders set status = 'running', engine = 'e', attempts = 2, retry_at = now(), way = 'table'"
+            "update s2s.orders set status = 'running', engine = 'e', attempts = 2, retry_at = now(), way = 'table'"
         )
-        self.execute("update orders set state = '{\"done\": 1}', stepped_at = now(), started_at = now()")
+        self.execute("update s2s.orders set state = '{\"done\": 1}', stepped_at = now(), started_at = now()")
         self.assertEqual(self.new(), [])
-        self.execute("update orders set params = '{\"a\": 1}', actor = 'nobody' where order_id = 'o1'")
+        self.execute("update s2s.orders set params = '{\"a\": 1}', actor = 'nobody' where order_id = 'o1'")
         was = {"params": {}, "actor": self.user}
         changed = (self.user, "orders.change", "o1", {"params": {"a": 1}, "actor": "nobody"}, {"was": was})
         self.assertEqual(self.new(), [changed])
-        self.execute("update orders set status = 'done', result = '{}' where order_id = 'o2'")
+        self.execute("update s2s.orders set status = 'done', result = '{}' where order_id = 'o2'")
         self.new()
-        self.execute("update orders set status = 'queued' where order_id = 'o2'")
+        self.execute("update s2s.orders set status = 'queued' where order_id = 'o2'")
         again = (self.user, "orders.change", "o2", {"status": "queued"}, {"was": {"status": "done"}})
         self.assertEqual(self.new(), [again])
-        self.execute("delete from orders where order_id = 'o1'")
-        self.execute("truncate orders cascade")
+        self.execute("delete from s2s.orders where order_id = 'o1'")
+        self.execute("truncate s2s.orders cascade")
         told = self.new()
         self.assertEqual([each[:4] for each in told], [(self.user, "orders.delete", each, {}) for each in ("o1", "o2")])
         for each in told:
@@ -369,12 +371,12 @@ class ChangesTests(AuditTestCase, CliTestCase):
     def test_a_history_by_sql(self) -> None:
         """What is changed or removed of the history of settings is told with what it was."""
         for value in (1, 2, 3):
-            self.execute("update config set value = to_jsonb(%s) where key = 'relay.window'", value)
+            self.execute("update s2s.config set value = to_jsonb(%s) where key = 'relay.window'", value)
         self.new()
-        self.execute("update config_history set actor = 'nobody' where version = 1")
-        self.execute("update config_history set actor = 'nobody' where version = 1")
-        self.execute("delete from config_history where version = 2")
-        self.execute("truncate config_history")
+        self.execute("update s2s.config_history set actor = 'nobody' where version = 1")
+        self.execute("update s2s.config_history set actor = 'nobody' where version = 1")
+        self.execute("delete from s2s.config_history where version = 2")
+        self.execute("truncate s2s.config_history")
         changed, *deleted = self.new()
         self.assertEqual(
             changed,
@@ -391,10 +393,10 @@ class ChangesTests(AuditTestCase, CliTestCase):
 
     def test_engines_by_sql(self) -> None:
         """A pause by hand is told with the database's user; what is no change of it is not told."""
-        self.execute("insert into engines (name, wanted, reason) values ('a', 'paused', 'night')")
-        self.execute("update engines set changed_at = now()")
-        self.execute("update engines set wanted = 'running', reason = 'day'")
-        self.execute("delete from engines")
+        self.execute("insert into s2s.engines (name, wanted, reason) values ('a', 'paused', 'night')")
+        self.execute("update s2s.engines set changed_at = now()")
+        self.execute("update s2s.engines set wanted = 'running', reason = 'day'")
+        self.execute("delete from s2s.engines")
         paused, running, gone = (
             {"wanted": "paused", "reason": "night"},
             {"wanted": "running", "reason": "day"},
@@ -442,9 +444,9 @@ class DeadLettersTests(AuditTestCase, CliTestCase):
         """Store commands, and give the first one's id."""
         return int(
             self.execute(
-                "with made as (insert into commands (cmd_type, idem_key, payload, status) select %s,"
+                "with made as (insert into s2s.commands (cmd_type, idem_key, payload, status) select %s,"
                 " gen_random_uuid()::text, '{}', %s from generate_series(1, %s) returning cmd_id, idem_key)"
-                " insert into idempotency_keys (cmd_id, idem_key, fingerprint)"
+                " insert into s2s.idempotency_keys (cmd_id, idem_key, fingerprint)"
                 " select *, decode(repeat('00', 32), 'hex') from made order by cmd_id returning cmd_id",
                 cmd_type,
                 status,
@@ -502,7 +504,7 @@ class DeadLettersTests(AuditTestCase, CliTestCase):
             rows = [outbox.put(txn, "test.run", key, {}) for key in "abc"]
         with blocking(self.url) as txn:
             outbox.Claims().claim(txn, 1, 60.0)
-        ((held,),) = self.execute("select outbox_id from outbox where send_at <> created_at")
+        ((held,),) = self.execute("select outbox_id from s2s.outbox where send_at <> created_at")
         fresh, other = (row for row in rows if row != held)
         self.s2s("outbox", "cancel", str(held), str(fresh))
         self.s2s("outbox", "retry", str(fresh), str(other), expected=1)

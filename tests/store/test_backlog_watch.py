@@ -133,7 +133,7 @@ class WatchTests(DatabaseTestCase):
         self.addCleanup(idle.close)
         writer = psycopg2.connect(self.url)
         self.addCleanup(writer.close)
-        writer.cursor().execute("insert into broadcasts (message) values ('m')")
+        writer.cursor().execute("insert into s2s.broadcasts (message) values ('m')")
         with blocking(self.url) as txn:
             found, _ = snapshots.holders(txn)
         self.assertEqual([holder.name for holder in found], [str(writer.info.backend_pid)])
@@ -174,7 +174,7 @@ class WatchTests(DatabaseTestCase):
     async def test_waiting_types(self) -> None:
         """Each type that has waited for a minute without a handler here is told of once."""
         insert = (
-            "insert into commands (cmd_type, idem_key, payload, due_at)"
+            "insert into s2s.commands (cmd_type, idem_key, payload, due_at)"
             " select %s, %s || n, '{}', now() - %s * interval '1 s' from generate_series(1, 3) n"
         )
         for cmd_type, age in (
@@ -198,7 +198,7 @@ class WatchTests(DatabaseTestCase):
         """No more than so many types are ever told of."""
         self.patch(backlog_watch, "_MOST_TYPES", 2)
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload, due_at)"
+            "insert into s2s.commands (cmd_type, idem_key, payload, due_at)"
             " select 'test.t' || n, n::text, '{}', now() - interval '2 minutes' from generate_series(1, 5) n"
         )
         self.watch._lookback = Lookback(self.time.seconds)

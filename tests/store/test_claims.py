@@ -21,7 +21,7 @@ from tests.support.waiting import poll
 _GATE = 77
 #: Whoever says so waits at the gate in the middle of the statement: after its snapshot, before it looks.
 _TRIGGER = """
-create function wait_at_gate() returns trigger language plpgsql as $$ begin
+create function wait_at_gate() returns trigger language plpgsql set search_path from current as $$ begin
     if current_setting('application_name') = 'late' then perform pg_advisory_xact_lock_shared({gate}); end if;
     return null;
 end $$;
@@ -74,7 +74,7 @@ class AttemptTests(DatabaseTestCase):
 
     async def test_a_job(self) -> None:
         """A job's."""
-        self.execute("insert into jobs (job_type, schedule, due_at) values ('tick', 'every:60s', to_timestamp(0))")
+        self.execute("insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'every:60s', to_timestamp(0))")
         await self.check("jobs", lambda txn: jobs.attempt(txn, ["tick"]), jobs.hold)
 
     async def test_an_order(self) -> None:
@@ -100,7 +100,7 @@ class FrozenTests(DatabaseTestCase):
 
     def test_a_job(self) -> None:
         """A job."""
-        self.execute("insert into jobs (job_type, schedule, due_at) values ('tick', 'every:60s', to_timestamp(0))")
+        self.execute("insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'every:60s', to_timestamp(0))")
         self.check(lambda txn: jobs.attempt(txn, ["tick"]))
 
     def test_an_order(self) -> None:
@@ -112,7 +112,9 @@ class FrozenTests(DatabaseTestCase):
     async def test_a_claim_that_was_lost(self) -> None:
         """A claim whose COMMIT comes late, while the same worker already claims anew, is replaced by the new one."""
         for key in "ab":
-            self.execute("insert into commands (cmd_type, idem_key, payload) values ('notice.publish', %s, '{}')", key)
+            self.execute(
+                "insert into s2s.commands (cmd_type, idem_key, payload) values ('notice.publish', %s, '{}')", key
+            )
         lost = psycopg2.connect(self.url)
         self.addCleanup(lost.close)
         [first] = claims.claim(lost.cursor(), "boot", 0, 1)
@@ -129,9 +131,9 @@ class FrozenTests(DatabaseTestCase):
         await again
         [second] = found
         self.assertNotEqual(first, second)
-        self.assertEqual(self.execute("select cmd_ids from batch_notes"), [([second],)])
+        self.assertEqual(self.execute("select cmd_ids from s2s.batch_notes"), [([second],)])
 
     def test_a_batch_of_commands(self) -> None:
         """A batch of commands."""
-        self.execute("insert into commands (cmd_type, idem_key, payload) values ('notice.publish', 'a', '{}')")
+        self.execute("insert into s2s.commands (cmd_type, idem_key, payload) values ('notice.publish', 'a', '{}')")
         self.check(lambda txn: claims.claim(txn, "boot", 0, 10))

@@ -271,15 +271,19 @@ class RuleTests(DatabaseTestCase):
             outbox.put(txn, "test.run", "put off", {})
             outbox.Claims().claim(txn, 1, 5.0)
             outbox.retry(txn, [(2, 60.0, "paused", "")])
-        self.execute("update jobs set attempts = 9, retry_at = now() + interval '300 seconds' where job_type = 'a'")
-        self.execute("insert into orders (rpc, params) values ('test.v1', '{}')")
+        self.execute("update s2s.jobs set attempts = 9, retry_at = now() + interval '300 seconds' where job_type = 'a'")
+        self.execute("insert into s2s.orders (rpc, params) values ('test.v1', '{}')")
         for due in ("now() + interval '1 day'", "'infinity'", "now() - interval '1 day'", "now()"):
-            self.execute(f"insert into commands (cmd_type, idem_key, payload, due_at) values ('t', 'k', '{{}}', {due})")
+            self.execute(
+                f"insert into s2s.commands (cmd_type, idem_key, payload, due_at) values ('t', 'k', '{{}}', {due})"
+            )
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload, attempts, due_at)"
+            "insert into s2s.commands (cmd_type, idem_key, payload, attempts, due_at)"
             " values ('t', 'k', '{}', 9, now() + interval '300 seconds')"
         )
-        self.execute("insert into s2s_keys (key_id, key_b64, role, active_from) values ('k', 'x', 'any', '2100-01-01')")
+        self.execute(
+            "insert into s2s.s2s_keys (key_id, key_b64, role, active_from) values ('k', 'x', 'any', '2100-01-01')"
+        )
         with blocking(self.url) as txn:
             tokens.add(txn, "t", "observer", "", 400)
         self.assertEqual(self.heal(), {})
@@ -289,30 +293,35 @@ class RuleTests(DatabaseTestCase):
         for ahead in ("2 hours", "400 days"):
             for job_type, schedule in (("often", "every:10s"), ("seldom", "every:3600s"), ("daily", "daily@03:00Z")):
                 with self.subTest(ahead=ahead, schedule=schedule):
-                    self.execute("delete from jobs")
+                    self.execute("delete from s2s.jobs")
                     at = self.value(f"select extract(epoch from now() + interval '{ahead}')::bigint")
                     due_at = parse_schedule(schedule).next_after(at)
-                    self.execute("insert into jobs values (%s, %s, to_timestamp(%s))", job_type, schedule, due_at)
+                    self.execute(
+                        "insert into s2s.jobs (job_type, schedule, due_at) values (%s, %s, to_timestamp(%s))",
+                        job_type,
+                        schedule,
+                        due_at,
+                    )
                     self.heal()
                     [(healed, now)] = self.execute(
-                        "select extract(epoch from due_at)::bigint, extract(epoch from now())::bigint from jobs"
+                        "select extract(epoch from due_at)::bigint, extract(epoch from now())::bigint from s2s.jobs"
                     )
                     period = parse_schedule(schedule)
                     # By less than a period and the slack nothing need be done.
                     self.assertLessEqual(healed, now + period.every_s + clock_drift.SLACK_S)
                     self.assertEqual(healed % period.every_s, period.offset_s)
-        self.execute("update jobs set due_at = now(), attempts = 1, retry_at = now() + interval '2 hours'")
+        self.execute("update s2s.jobs set due_at = now(), attempts = 1, retry_at = now() + interval '2 hours'")
         self.assertEqual(self.heal(), {"daily jobs": 1})
-        self.assertTrue(self.value("select retry_at <= now() from jobs"))
+        self.assertTrue(self.value("select retry_at <= now() from s2s.jobs"))
 
     def test_a_run_that_is_begun(self) -> None:
         """A run that was begun while the clock was ahead goes on at once, under its key."""
         self.execute(
-            "insert into jobs (job_type, schedule, due_at, state, attempts) values"
+            "insert into s2s.jobs (job_type, schedule, due_at, state, attempts) values"
             " ('begun', 'every:10s', now() + interval '2 hours', '{\"at\": 1}', 0),"
             " ('failed', 'every:10s', now() + interval '2 hours', null, 1)"
         )
-        due = self.execute("select floor(extract(epoch from due_at))::bigint from jobs order by job_type")
+        due = self.execute("select floor(extract(epoch from due_at))::bigint from s2s.jobs order by job_type")
         self.assertEqual(self.heal(), {})
         with blocking(self.url) as txn:
             found = [jobs.attempt(txn, [job_type]) for job_type in ("begun", "failed")]
@@ -322,14 +331,16 @@ class RuleTests(DatabaseTestCase):
         """Orders that were given or attempted while the clock was ahead are next, in their order."""
         for ahead in (3, 1, 2):
             self.execute(
-                "insert into orders (order_id, rpc, params, created_at, stepped_at, attempts, retry_at)"
+                "insert into s2s.orders (order_id, rpc, params, created_at, stepped_at, attempts, retry_at)"
                 " select 'o' || h, 'test.v1', '{}', t, t, 1, t from (values (%s)) v (h),"
                 " lateral (select now() + h * interval '1 hour' as t) l",
                 ahead,
             )
         self.assertEqual(self.heal(), {"orders": 3})
         with blocking(self.url) as txn:
-            orders = "select order_id from orders where retry_at <= now() and created_at <= now() order by stepped_at"
+            orders = (
+                "select order_id from s2s.orders where retry_at <= now() and created_at <= now() order by stepped_at"
+            )
             txn.execute(orders)
             self.assertEqual([row[0] for row in txn], ["o1", "o2", "o3"])
 
@@ -338,8 +349,8 @@ class RuleTests(DatabaseTestCase):
         with blocking(self.url) as txn:
             for key in "abc":
                 outbox.put(txn, "test.run", key, {})
-        self.execute("update outbox set send_at = now() + interval '400 days' where idem_key <> 'c'")
-        self.execute("update outbox set state = 'dead' where idem_key = 'b'")
+        self.execute("update s2s.outbox set send_at = now() + interval '400 days' where idem_key <> 'c'")
+        self.execute("update s2s.outbox set state = 'dead' where idem_key = 'b'")
         self.assertEqual(self.heal(), {"rows of the outbox": 1})
         with blocking(self.url) as txn:
             self.assertEqual(sorted(row.idem_key for row in outbox.Claims().claim(txn, 9, 1.0)), ["a", "c"])
@@ -352,15 +363,17 @@ class RuleTests(DatabaseTestCase):
         with blocking(self.url) as txn:
             ids = [each.cmd_id for each in driver.drive(txn, commands.push_batch(pushes))]
             commands.charge(txn, [(ids[2], "error")])
-        self.execute("update commands set status = 'dead' where cmd_id = %s", ids[3])
+        self.execute("update s2s.commands set status = 'dead' where cmd_id = %s", ids[3])
         with blocking(self.url) as txn:
             actions.act(txn, commands_admin.RETRY, [ids[3]])
         self.execute(
-            "update commands set created_at = created_at + interval '2 hours',"
+            "update s2s.commands set created_at = created_at + interval '2 hours',"
             " due_at = due_at + case idem_key when 'wanted later' then interval '0' else interval '2 hours' end"
         )
         self.assertEqual(self.heal(), {"commands": 3})
-        late = self.execute("select idem_key, extract(epoch from due_at)::bigint from commands where due_at > now()")
+        late = self.execute(
+            "select idem_key, extract(epoch from due_at)::bigint from s2s.commands where due_at > now()"
+        )
         self.assertEqual(late, [("wanted later", at + 7200)])
         self.assertEqual(self.heal(), {})
 
@@ -369,8 +382,10 @@ class RuleTests(DatabaseTestCase):
         with blocking(self.url) as txn:
             driver.drive(txn, commands.push_batch([Push("t", "k", bytes(32), "{}")]))
             outbox.put(txn, "test.run", "k", {})
-        self.execute("update commands set created_at = created_at + '2 hours', due_at = due_at + interval '2 hours'")
-        self.execute("update outbox set send_at = send_at + interval '2 hours'")
+        self.execute(
+            "update s2s.commands set created_at = created_at + '2 hours', due_at = due_at + interval '2 hours'"
+        )
+        self.execute("update s2s.outbox set send_at = send_at + interval '2 hours'")
         ahead = float(self.value("select extract(epoch from now() + interval '2 hours')::float8"))
         # By a clock that stands still no look back is due.
         looks, claims = ready.Ready(now=lambda: 0.0), outbox.Claims(lambda: 0.0)
@@ -389,12 +404,12 @@ class RuleTests(DatabaseTestCase):
         """Beside any number of commands that users want later each step looks at a bounded number of rows."""
         self.patch(clock_drift, "STEP_ROWS", 100)
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload, priority, due_at)"
+            "insert into s2s.commands (cmd_type, idem_key, payload, priority, due_at)"
             " select 't', 'u' || i, '{}'::jsonb, i % 3, now() + i * interval '1 hour' from generate_series(1, 500) i"
             " union all select 't', 'ready' || i, '{}', 1, now() - interval '1 hour' from generate_series(1, 500) i"
         )
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload, priority, created_at, due_at)"
+            "insert into s2s.commands (cmd_type, idem_key, payload, priority, created_at, due_at)"
             " select 't', 'o' || i, '{}', i % 3, t, t from generate_series(1, 50) i,"
             " lateral (select now() + interval '200 hours' as t) l"
         )
@@ -405,11 +420,11 @@ class RuleTests(DatabaseTestCase):
             healed, steps = healed + count, steps + 1
         # 550 rows of three priorities.
         self.assertEqual((healed, steps), (50, 6))
-        self.assertEqual(self.value("select count(*) from commands where due_at <= now()"), 550)
+        self.assertEqual(self.value("select count(*) from s2s.commands where due_at <= now()"), 550)
 
     def test_keys(self) -> None:
         """A key that was made, retired or revoked while the clock was ahead begins and ends when it should have."""
-        add = "insert into s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')"
+        add = "insert into s2s.s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')"
         for key_id in ("made", "retired", "revoked", "successor"):
             self.execute(add, key_id, "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=")
         with blocking(self.url) as txn:
@@ -417,16 +432,16 @@ class RuleTests(DatabaseTestCase):
             rotation.retire(txn, "retired")
             rotation.revoke(txn, "revoked")
         self.execute(
-            "update s2s_keys set created_at = created_at + '1 day', active_from = active_from + interval '1 day'"
+            "update s2s.s2s_keys set created_at = created_at + '1 day', active_from = active_from + interval '1 day'"
         )
         self.execute(
-            "update s2s_keys set closed_at = closed_at + interval '400 days', active_to = active_to + '400 days'"
+            "update s2s.s2s_keys set closed_at = closed_at + interval '400 days', active_to = active_to + '400 days'"
         )
         self.assertEqual(self.heal(), {"keys": 4})
         self.assertEqual(
             self.execute(
                 "select key_id, active_from <= now(), active_to <= now(), active_to <= now() + interval '60 seconds'"
-                " from s2s_keys order by key_id"
+                " from s2s.s2s_keys order by key_id"
             ),
             [
                 ("made", True, None, None),
@@ -442,16 +457,16 @@ class RuleTests(DatabaseTestCase):
             tokens.add(txn, "days", "observer", "", 7)
             tokens.add(txn, "for-ever", "observer")
         self.execute(
-            "insert into api_tokens (name, role, token_sha256, expires_at)"
+            "insert into s2s.api_tokens (name, role, token_sha256, expires_at)"
             " values ('until', 'observer', sha256(''), '2100-01-01 00:00:01+00')"
         )
-        self.execute("update api_tokens set created_at = created_at + interval '400 days'")
-        self.execute("update api_tokens set expires_at = expires_at + interval '400 days' where name = 'days'")
+        self.execute("update s2s.api_tokens set created_at = created_at + interval '400 days'")
+        self.execute("update s2s.api_tokens set expires_at = expires_at + interval '400 days' where name = 'days'")
         self.assertEqual(self.heal(), {"tokens": 3})
         self.assertEqual(
             self.execute(
                 "select name, expires_at < now() + interval '7 days 1 minute', expires_at = '2100-01-01 00:00:01+00'"
-                " from api_tokens order by name"
+                " from s2s.api_tokens order by name"
             ),
             [("days", True, False), ("for-ever", None, None), ("until", False, True)],
         )
@@ -470,27 +485,29 @@ class RuleTests(DatabaseTestCase):
             )
             outbox.put(txn, "test.run", "late", {})
         later = "interval '400 days'"
-        self.execute(f"update api_tokens set created_at = created_at + {later}, expires_at = expires_at + {later}")
-        self.execute(f"update jobs set due_at = due_at + {later}; update outbox set send_at = send_at + {later}")
-        right = self.execute("select expires_at, due_at from api_tokens, jobs")
+        self.execute(f"update s2s.api_tokens set created_at = created_at + {later}, expires_at = expires_at + {later}")
+        self.execute(
+            f"update s2s.jobs set due_at = due_at + {later}; update s2s.outbox set send_at = send_at + {later}"
+        )
+        right = self.execute("select expires_at, due_at from s2s.api_tokens, jobs")
         self.assertEqual(self.look_behind(), {"rows of the outbox": 1})
-        self.assertEqual(self.execute("select expires_at, due_at from api_tokens, jobs"), right)
+        self.assertEqual(self.execute("select expires_at, due_at from s2s.api_tokens, jobs"), right)
 
     def test_jobs_while_the_clock_may_be_behind(self) -> None:
         """A job of ``every:Ns`` is due within N seconds by whatever clock, and its next attempt within its pause."""
         self.execute(
-            "insert into jobs (job_type, schedule, due_at, attempts, retry_at) values"
+            "insert into s2s.jobs (job_type, schedule, due_at, attempts, retry_at) values"
             " ('often', 'every:10s', now() + interval '2 hours', 0, null),"
             " ('failed', 'every:10s', now(), 1, now() + interval '2 hours')"
         )
         self.assertEqual(self.look_behind(), {"jobs": 2})
         self.assertTrue(
-            self.value("select bool_and(greatest(due_at, retry_at) <= now() + interval '10 seconds') from jobs")
+            self.value("select bool_and(greatest(due_at, retry_at) <= now() + interval '10 seconds') from s2s.jobs")
         )
 
     def test_keys_while_the_clock_may_be_behind(self) -> None:
         """A key that was made is active, one that was closed ends, what a user planned stays, and so it is later."""
-        add = "insert into s2s_keys (key_id, key_b64, role, created_at, active_from, active_to, closed_at) values"
+        add = "insert into s2s.s2s_keys (key_id, key_b64, role, created_at, active_from, active_to, closed_at) values"
         at = "now() + interval"
         # By a clock that is right, 'b' was made before 'a', and so 'a' signs.
         self.execute(
@@ -500,13 +517,13 @@ class RuleTests(DatabaseTestCase):
             f" ('retired', 'x', 'any', now(), now(), {at} '111 minutes', {at} '110 minutes'),"
             f" ('revoked', 'x', 'any', now(), now(), {at} '110 minutes', {at} '110 minutes')"
         )
-        planned = "select active_from, active_to from s2s_keys where key_id = 'planned'"
+        planned = "select active_from, active_to from s2s.s2s_keys where key_id = 'planned'"
         right = self.execute(planned)
         self.assertEqual(self.look_behind(), {"keys": 5})
         self.assertEqual(self.execute(planned), right)
         for later in ("1 second", "2 hours"):
             found = self.execute(
-                f"select key_id from s2s_keys where active_from <= {at} '{later}'"
+                f"select key_id from s2s.s2s_keys where active_from <= {at} '{later}'"
                 f" and (active_to is null or active_to > {at} '61 seconds') and key_id <> 'planned'"
                 " order by active_from"
             )
@@ -516,35 +533,40 @@ class RuleTests(DatabaseTestCase):
     def test_requests_while_the_clock_may_be_behind(self) -> None:
         """A control request whose sender was told that nobody took it is not taken later, by whatever clock."""
         self.execute(
-            "insert into steering (engine, type, payload, expires_at) values ('e', 't', '{}', now() + '2 hours')"
+            "insert into s2s.steering (engine, type, payload, expires_at) values ('e', 't', '{}', now() + '2 hours')"
         )
         self.assertEqual(self.look_behind(), {"control requests": 1})
-        self.assertEqual(self.execute("select 1 from steering where expires_at > now()"), [])
+        self.assertEqual(self.execute("select 1 from s2s.steering where expires_at > now()"), [])
 
     def test_of_servers(self) -> None:
         """A control request is over, the links of a server that is gone go, and a note is charged in its time."""
         self.execute(
-            "insert into steering (engine, type, payload, expires_at) values ('e', 't', '{}', now() + '2 hours')"
+            "insert into s2s.steering (engine, type, payload, expires_at) values ('e', 't', '{}', now() + '2 hours')"
         )
         self.execute(
-            "insert into engine_links (server_boot_id, key_id, name, address, seen_at)"
+            "insert into s2s.engine_links (server_boot_id, key_id, name, address, seen_at)"
             " values ('s', 'k', 'e', 'a', now() + interval '400 days')"
         )
-        self.execute("insert into batch_notes values ('b', 0, '{1}', now() + interval '2 hours')")
+        self.execute(
+            "insert into s2s.batch_notes (boot_id, worker, cmd_ids, noted_at) values ('b', 0, '{1}', now() +"
+            " interval '2 hours')"
+        )
         self.assertEqual(self.heal(), {"control requests": 1, "links": 1, "notes of batches": 1})
-        self.assertEqual(self.execute("select 1 from steering where expires_at > now()"), [])
-        self.assertEqual(self.execute("select 1 from engine_links where seen_at > now()"), [])
-        self.assertEqual(self.execute("select 1 from batch_notes where noted_at > now()"), [])
+        self.assertEqual(self.execute("select 1 from s2s.steering where expires_at > now()"), [])
+        self.assertEqual(self.execute("select 1 from s2s.engine_links where seen_at > now()"), [])
+        self.assertEqual(self.execute("select 1 from s2s.batch_notes where noted_at > now()"), [])
 
     def test_notices(self) -> None:
         """A notice that was published while the clock was ahead lives as long as it was meant to."""
         self.execute(
-            "insert into notices (cmd_id, scope, message, severity, created_at, expires_at)"
+            "insert into s2s.notices (cmd_id, scope, message, severity, created_at, expires_at)"
             " select i, 'global', 'x', 'info', t, t + interval '1 hour' from generate_series(1, 3) i,"
             " lateral (select now() + case i when 1 then interval '0' else interval '400 days' end as t) l"
         )
         self.assertEqual(self.heal(), {"notices": 2})
-        self.assertEqual(self.value("select count(*) from notices where expires_at <= now() + interval '1 hour'"), 3)
+        self.assertEqual(
+            self.value("select count(*) from s2s.notices where expires_at <= now() + interval '1 hour'"), 3
+        )
 
 
 class RetentionTests(DatabaseTestCase):
@@ -553,7 +575,7 @@ class RetentionTests(DatabaseTestCase):
     def insert(self, key: str, created: str, finished: str) -> None:
         """Store a command that is done; the times are intervals from now."""
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload, status, created_at, finished_at)"
+            "insert into s2s.commands (cmd_type, idem_key, payload, status, created_at, finished_at)"
             " values ('t', %s, '{}', 'done', now() + %s::interval, now() + %s::interval)",
             key,
             created,
@@ -569,42 +591,42 @@ class RetentionTests(DatabaseTestCase):
                 _, after = retention.sweep_commands(txn, after, Keep(7, 90, 30))
             retention.sweep_keys(txn)
             retention.sweep_steering(txn)
-        return [key for (key,) in self.execute("select idem_key from commands order by cmd_id")]
+        return [key for (key,) in self.execute("select idem_key from s2s.commands order by cmd_id")]
 
     def test_a_clock_that_is_ahead(self) -> None:
         """A clock that is ahead by 400 days removes nothing that has to stay: neither rows, nor keys, nor requests."""
         # The clock is ours, and the rows are so much older for it.
-        self.execute("update s2s_database set retention_at = now() - interval '400 days'")
+        self.execute("update s2s.database set retention_at = now() - interval '400 days'")
         self.insert("yesterday", "-401 days", "-401 days")
         self.execute(
-            "insert into idempotency_keys (idem_key, cmd_id, fingerprint, expires_at)"
+            "insert into s2s.idempotency_keys (idem_key, cmd_id, fingerprint, expires_at)"
             " values ('k', 7, decode(repeat('00', 32), 'hex'), now() - interval '380 days')"
         )
         self.execute(
-            "insert into steering (engine, type, payload, created_at, expires_at)"
+            "insert into s2s.steering (engine, type, payload, created_at, expires_at)"
             " values ('e', 't', '{}', now() - interval '401 days', now())"
         )
         for _ in range(5):
             self.assertEqual(self.sweep(), ["yesterday"])
-        counts = "select (select count(*) from idempotency_keys), (select count(*) from steering)"
+        counts = "select (select count(*) from s2s.idempotency_keys), (select count(*) from s2s.steering)"
         self.assertEqual(self.execute(counts), [(1, 1)])
 
     def test_right_again(self) -> None:
         """The time that age is judged by is never ahead of the clock for longer than one pass."""
-        self.execute("update s2s_database set retention_at = now() + interval '400 days'")
+        self.execute("update s2s.database set retention_at = now() + interval '400 days'")
         self.insert("young", "-1 day", "-1 day")
         self.insert("old", "-8 days", "-8 days")
         self.assertEqual(self.sweep(), ["young"])
 
     def test_made_by_a_clock_that_was_not_set(self) -> None:
         """A database that was made in 1970 removes what is old at once; what ended in 1970 is kept from now on."""
-        self.execute("update s2s_database set retention_at = to_timestamp(60)")
+        self.execute("update s2s.database set retention_at = to_timestamp(60)")
         self.insert("old", "-8 days", "-8 days")
         self.insert("young", "-1 day", "-1 day")
         self.insert("misdated", "0 days", "0 days")
-        self.execute("update commands set created_at = 'epoch', finished_at = 'epoch' where idem_key = 'misdated'")
+        self.execute("update s2s.commands set created_at = 'epoch', finished_at = 'epoch' where idem_key = 'misdated'")
         self.assertEqual(self.sweep(), ["young", "misdated"])
-        self.execute("update commands set finished_at = now() - interval '8 days'")
+        self.execute("update s2s.commands set finished_at = now() - interval '8 days'")
         self.assertEqual(self.sweep(), [])
 
     def test_rows_to_come(self) -> None:
@@ -614,18 +636,18 @@ class RetentionTests(DatabaseTestCase):
             self.insert(f"ahead{number}", "400 days", "400 days")
         self.insert("old", "-8 days", "-8 days")
         self.assertEqual(self.sweep(), ["ahead0", "ahead1", "ahead2"])
-        self.assertEqual(self.execute("select 1 from commands where finished_at > now()"), [])
-        self.execute("update commands set finished_at = now() - interval '8 days'")
+        self.assertEqual(self.execute("select 1 from s2s.commands where finished_at > now()"), [])
+        self.execute("update s2s.commands set finished_at = now() - interval '8 days'")
         self.assertEqual(self.sweep(), [])
 
     def test_requests_to_come(self) -> None:
         """Control requests of that time hide no older ones either."""
         self.execute(
-            "insert into steering (engine, type, payload, created_at, expires_at)"
+            "insert into s2s.steering (engine, type, payload, created_at, expires_at)"
             " values ('e', 't', '{}', now() + interval '400 days', now())"
         )
         self.sweep()
-        self.assertEqual(self.execute("select 1 from steering where created_at > now()"), [])
+        self.assertEqual(self.execute("select 1 from s2s.steering where created_at > now()"), [])
 
 
 class RolesTests(RoleTestCase):
@@ -636,15 +658,15 @@ class RolesTests(RoleTestCase):
         """What was accepted, emitted, planned and ordered meanwhile is done soon afterwards, and both logs tell it."""
         server = self.server()
         engine = self.engine(server.port, "--name", "engine-1")
-        self.execute("insert into sectors (sector_id, name) values (1, 'a')")
+        self.execute("insert into s2s_world.sectors (sector_id, name) values (1, 'a')")
         self.execute(
-            "insert into jobs (job_type, schedule, due_at) values ('port_refresh', 'every:10s', to_timestamp(60))"
+            "insert into s2s.jobs (job_type, schedule, due_at) values ('port_refresh', 'every:10s', to_timestamp(60))"
         )
         clock_fault.begin(self.execute)
         yield server.start()
         yield engine.start()
         yield poll(
-            lambda: self.execute("select 1 from jobs where job_type = 'port_refresh' and runs = 1"), "it has run"
+            lambda: self.execute("select 1 from s2s.jobs where job_type = 'port_refresh' and runs = 1"), "it has run"
         )
         peer = server.connect()
         peer.greet()
@@ -655,18 +677,20 @@ class RolesTests(RoleTestCase):
         with blocking(self.url) as txn:
             outbox.put(txn, "notice.publish", "emitted", {"scope": "global", "message": "emitted", "severity": "info"})
         self.execute(
-            "insert into orders (order_id, rpc, params)"
+            "insert into s2s.orders (order_id, rpc, params)"
             """ values ('o', 'world.set_sector_status.v1', '{"sector_id": 1, "status": "fedspace"}')"""
         )
         clock_fault.end(self.execute)
-        published = "select message from notices order by 1"
+        published = "select message from s2s.notices order by 1"
         yield poll(lambda: self.execute(published) == [("emitted",), ("pushed",)], "both are published")
-        yield poll(lambda: self.execute("select status from orders") == [("done",)], "the order is done")
+        yield poll(lambda: self.execute("select status from s2s.orders") == [("done",)], "the order is done")
         yield poll(
-            lambda: self.execute("select 1 from jobs where job_type = 'port_refresh' and runs > 1"), "it ran again"
+            lambda: self.execute("select 1 from s2s.jobs where job_type = 'port_refresh' and runs > 1"), "it ran again"
         )
         self.assertEqual(
-            self.execute("select idem_key, extract(epoch from due_at)::bigint from commands where status = 'ready'"),
+            self.execute(
+                "select idem_key, extract(epoch from due_at)::bigint from s2s.commands where status = 'ready'"
+            ),
             [("wanted later", at)],
         )
         for role in (server, engine):

@@ -58,7 +58,7 @@ class PushTests(DatabaseTestCase):
         outcomes = self.push(_push("c"), _push("a"), _push("b"))
         self.assertTrue(all(outcome.is_new for outcome in outcomes))
         self.assertEqual(
-            self.execute("select idem_key, cmd_id from commands order by cmd_id"),
+            self.execute("select idem_key, cmd_id from s2s.commands order by cmd_id"),
             [(key, outcome.cmd_id) for key, outcome in zip("cab", outcomes, strict=True)],
         )
 
@@ -67,7 +67,7 @@ class PushTests(DatabaseTestCase):
         self.push(_push("a", priority=7, due_at=4102444800), _push("b"))
         rows = self.execute(
             "select priority, extract(epoch from due_at)::bigint, payload, status, due_at <= now()"
-            " from commands order by cmd_id"
+            " from s2s.commands order by cmd_id"
         )
         self.assertEqual(rows[0], (7, 4102444800, {"n": 1}, "ready", False))
         self.assertEqual((rows[1][0], rows[1][4]), (100, True))
@@ -75,12 +75,12 @@ class PushTests(DatabaseTestCase):
     def test_a_duplicate_has_the_live_status(self) -> None:
         """A duplicate is told its first command's id and what has become of it, also when its row is swept away."""
         (first,) = self.push(_push("a"))
-        self.execute("update commands set status = 'done'")
+        self.execute("update s2s.commands set status = 'done'")
         self.assertEqual(self.push(_push("a")), [Outcome(first.cmd_id, "done")])
-        self.execute("update idempotency_keys set status = 'done'")
-        self.execute("delete from commands")
+        self.execute("update s2s.idempotency_keys set status = 'done'")
+        self.execute("delete from s2s.commands")
         self.assertEqual(self.push(_push("a")), [Outcome(first.cmd_id, "done")])
-        self.assertEqual(self.execute("select count(*) from commands"), [(0,)])
+        self.assertEqual(self.execute("select count(*) from s2s.commands"), [(0,)])
 
     @settings(max_examples=40)
     @given(st.lists(_pushes(), min_size=1, max_size=8))
@@ -88,14 +88,14 @@ class PushTests(DatabaseTestCase):
         """One push alone goes by a statement of its own: it makes of each what the statement for many makes of all."""
         made = []
         for way in (lambda: self.push(*pushes), lambda: [each for push in pushes for each in self.push_alone(push)]):
-            self.execute("truncate commands, idempotency_keys restart identity")
+            self.execute("truncate s2s.commands, s2s.idempotency_keys restart identity")
             outcomes = way()
             # A number of a push that was no new one is lost.
             places = {cmd_id: place for place, cmd_id in enumerate(dict.fromkeys(each.cmd_id for each in outcomes))}
             rows = self.execute(
                 "select c.cmd_id, cmd_type, idem_key, payload, priority, c.status, fingerprint::text,"
                 " case when due_at > now() then extract(epoch from due_at)::bigint end, k.cmd_id"
-                " from commands c join idempotency_keys k using (idem_key) order by c.cmd_id"
+                " from s2s.commands c join s2s.idempotency_keys k using (idem_key) order by c.cmd_id"
             )
             told = [(places[each.cmd_id], each.status, each.is_new, each.is_conflict) for each in outcomes]
             made.append((told, [(places[cmd_id], *rest, places[known]) for cmd_id, *rest, known in rows]))
@@ -103,7 +103,7 @@ class PushTests(DatabaseTestCase):
 
     def test_a_refused_row_alone(self) -> None:
         """Row by row, only what the database refuses is refused; numbers and winners follow the order of arrival."""
-        self.execute("alter table commands add check (idem_key <> 'bad')")
+        self.execute("alter table s2s.commands add check (idem_key <> 'bad')")
         with blocking(self.url) as txn:
             outcomes = commands.push_singly(txn, [_push("z"), _push("bad"), _push("a"), _push("z", 1), _push("a")])
         z, bad, a, z_again, a_again = outcomes
@@ -111,7 +111,7 @@ class PushTests(DatabaseTestCase):
         self.assertTrue(z.is_new and a.is_new and z.cmd_id < a.cmd_id)
         self.assertEqual(z_again, Outcome(z.cmd_id, "ready", is_conflict=True))
         self.assertEqual(a_again, Outcome(a.cmd_id, "ready"))
-        self.assertEqual(self.execute("select idem_key from idempotency_keys order by 1"), [("a",), ("z",)])
+        self.assertEqual(self.execute("select idem_key from s2s.idempotency_keys order by 1"), [("a",), ("z",)])
 
 
 class ClaimTests(DatabaseTestCase):
@@ -133,7 +133,7 @@ class ClaimTests(DatabaseTestCase):
         """Store commands: key, priority, a due_at of SQL, attempts."""
         for key, priority, due_at, attempts in rows:
             self.execute(
-                "insert into commands (cmd_type, idem_key, payload, priority, due_at, attempts)"
+                "insert into s2s.commands (cmd_type, idem_key, payload, priority, due_at, attempts)"
                 f" values ('test.run', %s, '{{}}', %s, {due_at}, %s)",
                 key,
                 priority,
@@ -142,7 +142,7 @@ class ClaimTests(DatabaseTestCase):
 
     def keys(self, cmd_ids: list[int]) -> list[str]:
         """Give the keys of commands."""
-        known = dict(self.execute("select cmd_id, idem_key from commands"))
+        known = dict(self.execute("select cmd_id, idem_key from s2s.commands"))
         return [known[cmd_id] for cmd_id in cmd_ids]
 
     def claim(self, worker: int = 0, limit: int = 10, boot_id: str = "boot") -> list[str]:
@@ -163,7 +163,7 @@ class ClaimTests(DatabaseTestCase):
             ("last", 1000, past, 0),
         )
         self.execute(
-            "update commands set due_at = (select due_at from commands where idem_key = 'early')"
+            "update s2s.commands set due_at = (select due_at from s2s.commands where idem_key = 'early')"
             " where idem_key = 'early2'"
         )
         self.assertEqual(self.claim(), ["first", "early", "early2", "late", "last"])
@@ -183,17 +183,17 @@ class ClaimTests(DatabaseTestCase):
         self.insert(("a", 1, "now()", 0))
         self.assertEqual(self.claim(0), ["a"])
         self.assertEqual(self.claim(0), ["a"])
-        self.execute("update commands set status = 'done'")
+        self.execute("update s2s.commands set status = 'done'")
         self.assertEqual(self.claim(0), [])
-        self.assertEqual(self.execute("select * from batch_notes"), [])
+        self.assertEqual(self.execute("select * from s2s.batch_notes"), [])
 
     def test_a_million_in_the_future_cost_nothing(self) -> None:
         """Future work under lower priority numbers is stepped over in the index, not read."""
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload, priority, due_at)"
+            "insert into s2s.commands (cmd_type, idem_key, payload, priority, due_at)"
             " select 'test.run', 'f' || i, '{}', i % 10, now() + interval '1 day' from generate_series(1, 100000) i"
         )
-        self.execute("vacuum analyze commands")
+        self.execute("vacuum analyze s2s.commands")
         self.insert(("now", 500, "now() - interval '1 second'", 0))
         self.assertEqual(self.claim(), ["now"])
         self.assertLess(self.look(), 300)
@@ -203,15 +203,15 @@ class ClaimTests(DatabaseTestCase):
 
     def test_what_has_run_is_stepped_over_once(self) -> None:
         """What ran since the last vacuum costs a claim one way through it."""
-        self.execute("alter table commands set (autovacuum_enabled = off)")
+        self.execute("alter table s2s.commands set (autovacuum_enabled = off)")
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload) select 'test.run', 'r' || i, '{}'"
+            "insert into s2s.commands (cmd_type, idem_key, payload) select 'test.run', 'r' || i, '{}'"
             " from generate_series(1, 50000) i"
         )
-        self.execute("analyze commands")
-        self.execute("update commands set status = 'done'")
+        self.execute("analyze s2s.commands")
+        self.execute("update s2s.commands set status = 'done'")
         self.insert(("now", 100, "now()", 0))
-        look = "select priority from commands where status = 'ready' order by priority, due_at limit 1"
+        look = "select priority from s2s.commands where status = 'ready' order by priority, due_at limit 1"
         self.pages(look)  # whoever comes first sees to each row, and notes that it is over
         once = self.pages(look)
         self.assertGreater(once, 100)
@@ -233,21 +233,22 @@ class ClaimTests(DatabaseTestCase):
     def test_take_skips_what_is_locked_or_over(self) -> None:
         """Of a batch only what still waits and is not locked by another is taken, in run order."""
         self.insert(*((key, priority, "now()", 0) for key, priority in (("a", 3), ("b", 2), ("c", 1), ("d", 0))))
-        ids = {key: cmd_id for cmd_id, key in self.execute("select cmd_id, idem_key from commands")}
+        ids = {key: cmd_id for cmd_id, key in self.execute("select cmd_id, idem_key from s2s.commands")}
         other = self.begin()
         commands.take(other, [ids["b"]])
-        self.execute("update commands set status = 'cancelled' where idem_key = 'c'")
+        self.execute("update s2s.commands set status = 'cancelled' where idem_key = 'c'")
         self.assertEqual([command.idem_key for command in commands.take(self.txn, list(ids.values()))], ["d", "a"])
 
     def test_charges_end_in_death(self) -> None:
         """Each charge adds an attempt, a reason and a pause of at most 2^n seconds; the tenth is the last."""
         self.insert(("a", 1, "now()", 0))
-        ((cmd_id,),) = self.execute("select cmd_id from commands")
+        ((cmd_id,),) = self.execute("select cmd_id from s2s.commands")
         for attempt in range(1, 11):
             self.assertEqual(commands.charge(self.txn, [(cmd_id, f"E: {attempt}")]), int(attempt == 10))
             self.txn.connection.commit()
             ((attempts, error, status, pause, finished),) = self.execute(
-                "select attempts, error, status, extract(epoch from due_at - now())::float8, finished_at from commands"
+                "select attempts, error, status, extract(epoch from due_at - now())::float8, finished_at from"
+                " s2s.commands"
             )
             self.assertEqual((attempts, error), (attempt, f"E: {attempt}"))
             self.assertEqual(status, "dead" if attempt == 10 else "ready")
@@ -258,15 +259,15 @@ class ClaimTests(DatabaseTestCase):
     def test_deaths_count_otherwise(self) -> None:
         """Of charges for the death of a process the fiftieth is the last, after short pauses; ten failures are ten."""
         self.insert(("a", 1, "now()", 0), ("b", 1, "now()", 0))
-        a, b = (cmd_id for (cmd_id,) in self.execute("select cmd_id from commands order by cmd_id"))
+        a, b = (cmd_id for (cmd_id,) in self.execute("select cmd_id from s2s.commands order by cmd_id"))
         for attempt in range(1, 51):
             died = {a, b} if attempt <= 30 else {a}
             dead = commands.charge(self.txn, [(a, "died"), (b, "died or failed")], died)
             self.txn.connection.commit()
             self.assertEqual(dead, {40: 1, 50: 1}.get(attempt, 0), attempt)
-            pauses = "select max(extract(epoch from due_at - now()))::float8 from commands where cmd_id = any(%s)"
+            pauses = "select max(extract(epoch from due_at - now()))::float8 from s2s.commands where cmd_id = any(%s)"
             self.assertLessEqual(self.execute(pauses, sorted(died))[0][0], 10)
         self.assertEqual(
-            self.execute("select attempts, deaths, status from commands order by cmd_id"),
+            self.execute("select attempts, deaths, status from s2s.commands order by cmd_id"),
             [(50, 50, "dead"), (40, 30, "dead")],
         )

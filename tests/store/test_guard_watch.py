@@ -12,7 +12,10 @@ from s2s.store.pool import blocking
 from tests.cli.test_cli import CliTestCase
 from tests.support.postgres import DatabaseTestCase
 
-_KEEP = "create function keep() returns trigger language plpgsql as $$ begin return null; end $$;"
+_KEEP = (
+    "create function keep() returns trigger language plpgsql set search_path from current as $$ begin"
+    " return null; end $$;"
+)
 
 
 class GuardWatchTests(DatabaseTestCase):
@@ -32,22 +35,22 @@ class GuardWatchTests(DatabaseTestCase):
             await watch.look()
             self.assertEqual((told, watch.kept), ([], ""))
             self.execute(
-                "create trigger stop before delete on outbox for each row execute function keep();"
-                "create rule quiet as on update to orders do instead nothing"
+                "create trigger stop before delete on s2s.outbox for each row execute function keep();"
+                "create rule quiet as on update to s2s.orders do instead nothing"
             )
             for _ in range(2):
                 await watch.look()
             kept = watch.kept
-            self.execute("drop trigger stop on outbox; drop rule quiet on orders")
+            self.execute("drop trigger stop on s2s.outbox; drop rule quiet on s2s.orders")
             await watch.look()
         self.assertEqual(watch.kept, "")
-        self.assertIn("(delete on outbox)", kept)
-        self.assertIn("drop rule quiet on orders", kept)
+        self.assertIn("(delete on s2s.outbox)", kept)
+        self.assertIn("drop rule quiet on s2s.orders", kept)
         lines = [str(formatEvent(event)) for event in told]
         self.assertEqual(len(lines), 4, lines)
-        self.assertIn("the rule quiet on orders (update): where it keeps a row", lines[0])
-        self.assertIn("the trigger stop on outbox (delete, function keep()): where", lines[1])
-        self.assertIn("drop trigger stop on outbox", lines[1])
+        self.assertIn("the rule quiet on s2s.orders (update): where it keeps a row", lines[0])
+        self.assertIn("the trigger stop on s2s.outbox (delete, function public.keep()): where", lines[1])
+        self.assertIn("drop trigger stop on s2s.outbox", lines[1])
 
     def test_each_trial(self) -> None:
         """A trigger that keeps all rows of a table is found by a trial, which leaves nothing behind."""
@@ -64,12 +67,14 @@ class GuardWatchTests(DatabaseTestCase):
     def test_what_does_no_harm(self) -> None:
         """A trigger that returns its row, and one that is disabled, keep nothing."""
         self.execute(
-            "create function pass() returns trigger language plpgsql as $$ begin return coalesce(new, old); end $$;"
+            "create function pass() returns trigger language plpgsql set search_path from current as $$ begin"
+            " return coalesce(new, old); end $$;"
             + _KEEP
-            + "create trigger pass before insert or update or delete on outbox for each row execute function pass();"
-            "create trigger stop before insert on notices for each row execute function keep();"
-            "create trigger stop before insert on outbox for each row execute function keep();"
-            "alter table outbox disable trigger stop; alter table notices disable trigger stop"
+            + "create trigger pass before insert or update or delete on s2s.outbox for each row execute"
+            " function pass();"
+            "create trigger stop before insert on s2s.notices for each row execute function keep();"
+            "create trigger stop before insert on s2s.outbox for each row execute function keep();"
+            "alter table s2s.outbox disable trigger stop; alter table s2s.notices disable trigger stop"
         )
         self.assertEqual(self.look(), [])
 
@@ -80,12 +85,14 @@ class StatusTests(CliTestCase):
     def test_it_names_them(self) -> None:
         """It names each with the statement that removes it, and exits with 1 where rows are kept."""
         self.execute(
-            _KEEP + "create trigger later before insert on notices for each row when (new.message = 'x')"
+            _KEEP + "create trigger later before insert on s2s.notices for each row when (new.message = 'x')"
             " execute function keep()"
         )
-        self.execute("insert into s2s_keys (key_id, key_b64, role) values ('k', repeat('A', 43) || '=', 'any')")
+        self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k', repeat('A', 43) || '=', 'any')")
         result = self.s2s("db", "status")
-        self.assertIn("trigger later on notices (insert, function keep()); to remove it: drop", result.stderr)
-        self.execute("create rule quiet as on update to orders do instead nothing")
+        self.assertIn(
+            "trigger later on s2s.notices (insert, function public.keep()); to remove it: drop", result.stderr
+        )
+        self.execute("create rule quiet as on update to s2s.orders do instead nothing")
         result = self.s2s("db", "status", expected=1)
-        self.assertIn("drop rule quiet on orders", result.stderr)
+        self.assertIn("drop rule quiet on s2s.orders", result.stderr)

@@ -173,9 +173,9 @@ class CleanTests(DatabaseTestCase):
 
     async def test_a_temporary_table_in_the_way(self) -> None:
         """A temporary table with the name of one of ours takes its place for nobody."""
-        self.execute("insert into commands (cmd_type, idem_key, payload) values ('a', 'b', '{}')")
+        self.execute("insert into s2s.commands (cmd_type, idem_key, payload) values ('a', 'b', '{}')")
         leave = _sql("create temp table commands (cmd_id bigint)")
-        self.assertEqual(await self.call(leave, lambda txn: _ask(txn, "select count(*) from commands")), [(1,)])
+        self.assertEqual(await self.call(leave, lambda txn: _ask(txn, "select count(*) from s2s.commands")), [(1,)])
 
     async def test_in_python(self) -> None:
         """A connection on which psycopg2's own state was changed is replaced."""
@@ -291,12 +291,17 @@ class CleanTests(DatabaseTestCase):
         changed.start()
         self.addCleanup(changed.stop)
         _, later = self.pools("s2s-environment", threads=1)
-        self.assertNotEqual(await later.run(_ask, "show search_path"), [("nowhere, pg_temp",)])
-        await later.run(_ask, "select from commands")
+
+        def path(txn: Cursor) -> Any:
+            with later.foreign(txn, "test") as cursor:
+                cursor.execute("show search_path")
+                return cursor.fetchall()
+
+        self.assertEqual(await later.run(path), [('"$user", public',)])
 
     async def test_a_connection_that_is_kept(self) -> None:
         """A thread that code leaves behind with its connection ends no transaction, and sees none."""
-        self.execute("create table made (n integer)")
+        self.execute("create table public.made (n integer)")
         refused: list[str] = []
 
         def leave_behind(cursor: Cursor) -> None:
@@ -314,22 +319,22 @@ class CleanTests(DatabaseTestCase):
         def work(txn: Cursor) -> None:
             with self.handlers.foreign(txn, "leaves a thread") as cursor:
                 leave_behind(cursor)
-            txn.execute("insert into made values (1)")
+            txn.execute("insert into public.made values (1)")
             self.stray.start()
             self.stray.join()
             raise ValueError("nothing is to be kept")
 
         await self.assertFailure(self.handlers.run(work), ValueError)
-        self.assertEqual(self.execute("select n from made"), [])
+        self.assertEqual(self.execute("select n from public.made"), [])
         self.assertEqual(refused, [*_ENDS, "cursor"])
 
     async def test_ends_of_a_transaction(self) -> None:
         """Code that ends the transaction or the connection by psycopg2 is refused; what was done before it stays."""
-        self.execute("create table made (n integer)")
+        self.execute("create table public.made (n integer)")
 
         def work(txn: Cursor) -> int:
             refused = 0
-            txn.execute("insert into made values (1)")
+            txn.execute("insert into public.made values (1)")
             for name, args in _ENDS.items():
                 try:
                     with self.handlers.foreign(txn, name) as cursor:
@@ -339,22 +344,22 @@ class CleanTests(DatabaseTestCase):
             return refused
 
         self.assertEqual(await self.handlers.run(work), len(_ENDS))
-        self.assertEqual(self.execute("select n from made"), [(1,)])
+        self.assertEqual(self.execute("select n from public.made"), [(1,)])
 
     async def test_a_read_only_transaction(self) -> None:
         """Code that makes its transaction read-only fails alone; what was done before it in the transaction stays."""
 
         def work(txn: Cursor) -> bool:
             with self.handlers.foreign(txn, "writes") as cursor:
-                cursor.execute("create table made (n integer)")
+                cursor.execute("create table public.made (n integer)")
             with contextlib.suppress(psycopg2.Error), self.handlers.foreign(txn, "reads") as cursor:
                 cursor.execute("set transaction read only")
             with self.handlers.foreign(txn, "writes") as cursor:
-                cursor.execute("insert into made values (1)")
+                cursor.execute("insert into public.made values (1)")
             return True
 
         self.assertTrue(await self.handlers.run(work))
-        self.assertEqual(self.execute("select n from made"), [(1,)])
+        self.assertEqual(self.execute("select n from public.made"), [(1,)])
 
     async def test_registries_of_the_process(self) -> None:
         """Our statements write and read by psycopg2's own rules, and foreign code by those that it has registered."""
@@ -463,16 +468,16 @@ class DeadlineTests(DatabaseTestCase):
 
     async def test_a_late_return(self) -> None:
         """Code that returns after its deadline has failed, and nothing of it is kept."""
-        self.execute("create table made (n integer)")
+        self.execute("create table public.made (n integer)")
 
         def code(cursor: Cursor) -> None:
-            cursor.execute("insert into made values (1)")
+            cursor.execute("insert into public.made values (1)")
             with contextlib.suppress(psycopg2.Error):
                 cursor.execute("savepoint mine; select pg_sleep(60)")
             cursor.execute("rollback to savepoint mine")
 
         await self.assertFailure(self.call(code), HandlerTimeout)
-        self.assertEqual(self.execute("select * from made"), [])
+        self.assertEqual(self.execute("select * from public.made"), [])
 
     async def test_a_cancellation_on_its_way(self) -> None:
         """Code that returns while its cancellation is on the way waits for it: it must not hit the next statement."""
@@ -515,10 +520,10 @@ class DeadlineTests(DatabaseTestCase):
 
     async def test_stuck(self) -> None:
         """Code that does not return is told of; its locks are freed, it commits nothing, and others go on."""
-        self.execute("create table made (n integer)")
+        self.execute("create table public.made (n integer)")
 
         def code(cursor: Cursor) -> None:
-            cursor.execute("lock table made; insert into made values (1)")
+            cursor.execute("lock table public.made; insert into public.made values (1)")
             self.gate.wait(60)
 
         error = await self.assertFailure(self.call(code), HandlerStuck)
@@ -528,11 +533,11 @@ class DeadlineTests(DatabaseTestCase):
         task.on_return = lambda: came_back.append(1)
         await self.handlers.end(task)
         await poll(lambda: not self.sessions(), "the end of its session")
-        self.assertEqual(self.execute("select * from made"), [])
+        self.assertEqual(self.execute("select * from public.made"), [])
         self.assertEqual(await gatherResults([self.handlers.run(_ask, "select 1") for _ in range(2)]), [[(1,)]] * 2)
         self.gate.set()
         await poll(lambda: came_back, "its return")
-        self.assertEqual((self.handlers.stuck, self.execute("select * from made")), ([], []))
+        self.assertEqual((self.handlers.stuck, self.execute("select * from public.made")), ([], []))
         self.assertEqual(self.database.counters.met["handler"], 1)
 
     async def test_too_many_stuck(self) -> None:

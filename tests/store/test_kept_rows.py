@@ -46,7 +46,10 @@ class KeptRowsTests(DatabaseTestCase):
     def setUp(self) -> None:
         """Make the function of the triggers."""
         super().setUp()
-        self.execute("create function keep() returns trigger language plpgsql as $$ begin return null; end $$")
+        self.execute(
+            "create function keep() returns trigger language plpgsql set search_path from current as $$ begin"
+            " return null; end $$"
+        )
 
     def refused(self, table: str, work: Callable[[Cursor], Any], when: str = "insert") -> None:
         """See that work fails where a table keeps its rows from being written."""
@@ -63,8 +66,8 @@ class KeptRowsTests(DatabaseTestCase):
 
     def test_each(self) -> None:
         """A row that is emitted, given, published, asked for, noted or set is told of where a trigger keeps it."""
-        self.execute("insert into commands (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
-        self.execute("insert into broadcasts (message) values ('hello')")
+        self.execute("insert into s2s.commands (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
+        self.execute("insert into s2s.broadcasts (message) values ('hello')")
         with blocking(self.url) as txn:
             config.declare(txn)
         works: dict[str, list[Callable[[Cursor], Any]]] = {
@@ -82,11 +85,11 @@ class KeptRowsTests(DatabaseTestCase):
             for work in each:
                 with self.subTest(table=table):
                     self.refused(table, work)
-        self.execute("insert into outbox (cmd_type, idem_key, payload, state) values ('a.b', 'dead', '{}', 'dead')")
-        self.execute("insert into commands (cmd_type, idem_key, payload, status) values ('a.b', 'd', '{}', 'dead')")
-        self.execute("insert into s2s_keys (key_id, key_b64, role) values ('k', repeat('A', 43) || '=', 'any')")
-        [(dead,)] = self.execute("select outbox_id from outbox")
-        [(dead_command,)] = self.execute("select cmd_id from commands where status = 'dead'")
+        self.execute("insert into s2s.outbox (cmd_type, idem_key, payload, state) values ('a.b', 'dead', '{}', 'dead')")
+        self.execute("insert into s2s.commands (cmd_type, idem_key, payload, status) values ('a.b', 'd', '{}', 'dead')")
+        self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k', repeat('A', 43) || '=', 'any')")
+        [(dead,)] = self.execute("select outbox_id from s2s.outbox")
+        [(dead_command,)] = self.execute("select cmd_id from s2s.commands where status = 'dead'")
         with blocking(self.url) as txn:
             tokens.add(txn, "token", "observer")
             orders.give(txn, "given", "admin.engine.force_tick.v1", {"job_type": "decay"}, "cli:x")
@@ -116,9 +119,9 @@ class KeptRowsTests(DatabaseTestCase):
         self.refused("batch_notes", lambda txn: claims.release(txn, "boot-2", 0), "delete")
         self.refused("batch_notes", lambda txn: claims.release_all(txn, "boot-2"), "delete")
         self.refused("batch_notes", lambda txn: claims.keep_stuck(txn, "boot-2", 0, [1]), "update")
-        self.execute("truncate s2s_database; delete from config where key = 'commands.keep_days'")
-        self.refused("s2s_database", database_id)
-        self.refused("s2s_database", retention.advance)
+        self.execute("truncate s2s.database; delete from s2s.config where key = 'commands.keep_days'")
+        self.refused("database", database_id)
+        self.refused("database", retention.advance)
         self.refused("config", config.declare)
         self.refused("broadcasts", lambda txn: broadcasts.sweep(txn, 0, 10, 65536), "update")
         self.refused("config", lambda txn: config.change(txn, "executor.batch_size", 7, "cli:x"), "update")
@@ -126,45 +129,49 @@ class KeptRowsTests(DatabaseTestCase):
     def test_a_broadcast(self) -> None:
         """A broadcast that cannot be changed holds up no other, and is told of where it is the last."""
         for message in ("first", "kept", "refused", "last"):
-            self.execute("insert into broadcasts (message) values (%s)", message)
+            self.execute("insert into s2s.broadcasts (message) values (%s)", message)
         self.execute(
-            "create function guard() returns trigger language plpgsql as $$ begin"
+            "create function guard() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.message = 'kept' then return null; end if;"
             " if new.message = 'refused' then raise exception 'not this one'; end if; return new; end $$;"
-            "create trigger guard before update on broadcasts for each row execute function guard()"
+            "create trigger guard before update on s2s.broadcasts for each row execute function guard()"
         )
         with blocking(self.url) as txn:
             self.assertEqual(broadcasts.sweep(txn, 0, 10, 65536), 2)
-        found = self.execute("select message from broadcasts where state = 'pending' order by broadcast_id")
+        found = self.execute("select message from s2s.broadcasts where state = 'pending' order by broadcast_id")
         self.assertEqual(found, [("kept",), ("refused",)])
-        self.assertEqual(self.execute("select payload ->> 'message' from outbox order by 1"), [("first",), ("last",)])
+        self.assertEqual(
+            self.execute("select payload ->> 'message' from s2s.outbox order by 1"), [("first",), ("last",)]
+        )
         with blocking(self.url) as txn:
             self.assertRaises(StatementRefused, broadcasts.sweep, txn, 0, 10, 65536)
 
     def test_a_part_is_kept(self) -> None:
         """An action does what it can, and says of each other row that it is kept."""
         self.execute(
-            "insert into outbox (cmd_type, idem_key, payload, state) values ('a.b', 'x', '{}', 'dead'),"
+            "insert into s2s.outbox (cmd_type, idem_key, payload, state) values ('a.b', 'x', '{}', 'dead'),"
             " ('a.b', 'kept', '{}', 'dead');"
-            "create trigger keep before delete on outbox for each row when (old.idem_key = 'kept')"
+            "create trigger keep before delete on s2s.outbox for each row when (old.idem_key = 'kept')"
             " execute function keep()"
         )
-        [(first,), (kept,)] = self.execute("select outbox_id from outbox order by 1")
+        [(first,), (kept,)] = self.execute("select outbox_id from s2s.outbox order by 1")
         with self.assertRaisesRegex(StatementRefused, KEPT), blocking(self.url) as txn:
             outcomes = actions.act(txn, outbox_admin.DISCARD, [first, kept])
         self.assertEqual([each.outcome for each in outcomes], ["discarded", actions.KEPT])
-        self.assertEqual(self.execute("select outbox_id from outbox"), [(kept,)])
+        self.assertEqual(self.execute("select outbox_id from s2s.outbox"), [(kept,)])
 
     def test_retention(self) -> None:
         """A sweep that removes nothing tells of it, says so in its counts, and goes on."""
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload, status, created_at, finished_at) select 'a.b', n, '{}',"
+            "insert into s2s.commands (cmd_type, idem_key, payload, status, created_at, finished_at) select"
+            " 'a.b', n, '{}',"
             " 'done', '2021-01-01', '2021-01-01' from generate_series(1, 3) n;"
-            "insert into idempotency_keys (idem_key, fingerprint, cmd_id, expires_at) select 'e' || n, sha256('x'), n,"
+            "insert into s2s.idempotency_keys (idem_key, fingerprint, cmd_id, expires_at) select 'e' || n,"
+            " sha256('x'), n,"
             " '2021-01-01' from generate_series(1, 1000) n;"
-            "insert into idempotency_keys (idem_key, fingerprint, cmd_id) select idem_key, sha256('x'), cmd_id"
-            " from commands;"
-            "insert into steering (engine, type, payload, actor, created_at, expires_at) values"
+            "insert into s2s.idempotency_keys (idem_key, fingerprint, cmd_id) select idem_key, sha256('x'), cmd_id"
+            " from s2s.commands;"
+            "insert into s2s.steering (engine, type, payload, actor, created_at, expires_at) values"
             " ('engine-1', 's2s.engine.pause', '{}', 'x', '2021-01-01', '2021-01-01')"
         )
         keep = retention.Keep(1, 1, 1)
@@ -185,38 +192,41 @@ class KeptRowsTests(DatabaseTestCase):
 
     def test_the_cause(self) -> None:
         """The error names the table, the verb and what keeps the row, with the statement that removes it."""
-        self.execute('create trigger "Keep it" before insert on outbox for each row execute function keep()')
+        self.execute('create trigger "Keep it" before insert on s2s.outbox for each row execute function keep()')
         with blocking(self.url) as txn:
             refused = self.assertRaises(StatementRefused, outbox.put, txn, "a.b", "k", {})
-        self.assertIn('(insert on outbox): trigger "Keep it" on outbox (insert, function keep())', str(refused))
-        self.assertIn('drop trigger "Keep it" on outbox: a trigger has to return', sqlstate.with_cure(refused))
+        self.assertIn(
+            '(insert on s2s.outbox): trigger "Keep it" on s2s.outbox (insert, function public.keep())', str(refused)
+        )
+        self.assertIn('drop trigger "Keep it" on s2s.outbox: a trigger has to return', sqlstate.with_cure(refused))
 
     async def test_the_pool(self) -> None:
         """The pool logs that rows are kept, once, and knows it until it is over; work that goes on is committed."""
         database, handlers = self.pools("s2s-kept")
         self.execute(
-            "insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'x', '{}');"
-            "create trigger keep before delete on outbox for each row execute function keep()"
+            "insert into s2s.outbox (cmd_type, idem_key, payload) values ('a.b', 'x', '{}');"
+            "create trigger keep before delete on s2s.outbox for each row execute function keep()"
         )
-        [(kept,)] = self.execute("select outbox_id from outbox")
+        [(kept,)] = self.execute("select outbox_id from s2s.outbox")
         with capturedLogs() as told:
             for pool in (database, handlers):
                 self.assertEqual(await pool.run(outbox.delete, [kept]), [kept])
             with self.assertRaises(StatementRefused):
-                self.execute("create trigger keep before insert on notices for each row execute function keep()")
+                self.execute("create trigger keep before insert on s2s.notices for each row execute function keep()")
                 await database.run(notices.insert_batch, [(1, {"scope": "global", "message": "hello"})])
             await poll(lambda: "notices" in database.kept, "the second line")
         lines = [str(formatEvent(event)) for event in told]
         self.assertEqual(len(lines), 2, lines)
-        self.assertIn("(delete on outbox): trigger keep on outbox", lines[0])
-        self.assertIn("(insert on notices): trigger keep on notices", lines[1])
-        self.assertIn("delete on outbox", database.kept)
+        self.assertIn("(delete on s2s.outbox): trigger keep on s2s.outbox", lines[0])
+        self.assertIn("(insert on s2s.notices): trigger keep on s2s.notices", lines[1])
+        self.assertIn("delete on s2s.outbox", database.kept)
 
     async def test_a_rule(self) -> None:
         """A rule that breaks a statement of ours is named with its table, and the database counts as available."""
         database, _ = self.pools("s2s-kept")
         self.execute(
-            "create table spied (n int); create rule spy as on insert to commands do also insert into spied values (1)"
+            "create table public.spied (n int); create rule spy as on insert to s2s.commands do also insert into"
+            " spied values (1)"
         )
         with capturedLogs() as told:
             for _ in range(3):
@@ -226,7 +236,7 @@ class KeptRowsTests(DatabaseTestCase):
                     )
             await poll(lambda: database.kept, "the line")
         [line] = [str(formatEvent(event)) for event in told]
-        self.assertIn("rule spy on commands (insert): drop rule spy on commands", line)
+        self.assertIn("rule spy on s2s.commands (insert): drop rule spy on s2s.commands", line)
         self.assertNotIn("not available", line)
         self.assertFalse(database.is_away)
 

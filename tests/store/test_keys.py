@@ -43,7 +43,7 @@ class KeyTestCase(DatabaseTestCase):
 
     def rows(self) -> list[Any]:
         """Give the table."""
-        return self.execute("select * from s2s_keys order by key_id")
+        return self.execute("select * from s2s.s2s_keys order by key_id")
 
     def signers(self) -> dict[Any, str]:
         """Say which key signs for each role."""
@@ -64,7 +64,7 @@ class KeyTests(KeyTestCase):
         secret = signing.random_secret()
         with blocking(self.url) as txn:
             keys.add(txn, "k-1", secret, "engine", "for the test")
-        self.execute("update s2s_keys set active_from = to_timestamp(1000.5), active_to = to_timestamp(2000)")
+        self.execute("update s2s.s2s_keys set active_from = to_timestamp(1000.5), active_to = to_timestamp(2000)")
         with blocking(self.url) as txn:
             table = keys.read(txn)
         self.assertEqual(table.rows, [KeyRow("k-1", secret, "engine", 1000.5, 2000.0, True)])
@@ -76,7 +76,7 @@ class KeyTests(KeyTestCase):
         for statement in ("active_from = now()", "active_to = now()", "active_to = clock_timestamp()"):
             with blocking(self.url) as txn:
                 txn.execute("select now()")  # our transaction began before theirs
-                self.execute(f"update s2s_keys set {statement}")
+                self.execute(f"update s2s.s2s_keys set {statement}")
                 table = keys.read(txn)
             for row in table.rows:
                 self.assertLessEqual(row.active_to or row.active_from, table.now)
@@ -85,14 +85,14 @@ class KeyTests(KeyTestCase):
     def test_no_end_in_words(self) -> None:
         """An end that was written as infinity is none, and a beginning long ago is one."""
         self.add("k")
-        self.execute("update s2s_keys set active_to = 'infinity', active_from = '-infinity'")
+        self.execute("update s2s.s2s_keys set active_to = 'infinity', active_from = '-infinity'")
         with blocking(self.url) as txn:
             table = keys.read(txn)
             self.assertEqual(keys.list_public(txn)[0].status, "signs for both")
             self.assertIsNone(keys.list_public(txn)[0].active_to)
         self.assertIsNone(table.rows[0].active_to)
         self.assertEqual(keys.make_keyring(table.by_clock(5.0))[0].signer("engine", 5.0).key_id, "k")
-        self.execute("update s2s_keys set active_to = '-infinity', is_default_tx = false")
+        self.execute("update s2s.s2s_keys set active_to = '-infinity', is_default_tx = false")
         self.assertEqual(self.status(), {"k": "ended"})
         self.assertFalse(self.step(rotation.revoke, "k").is_changed)
         self.assertIn("it ended at", self.refused(rotation.activate, "k"))
@@ -124,7 +124,7 @@ class KeyTests(KeyTestCase):
         """When the default is gone, the key that signs in its place goes on when another one is added."""
         self.add("a", "b")
         self.step(rotation.revoke, "a")
-        self.assertEqual(self.execute("select key_id from s2s_keys where is_default_tx"), [("b",)])
+        self.assertEqual(self.execute("select key_id from s2s.s2s_keys where is_default_tx"), [("b",)])
         self.assertEqual(self.signers(), {"engine": "b", "server": "b"})
         self.add("c")
         self.add("d", role="engine")
@@ -134,7 +134,7 @@ class KeyTests(KeyTestCase):
         """Keys that sign without being defaults stay the signers of their roles, each its own."""
         self.add("a", role="any")
         self.add("b", role="server")
-        self.execute("update s2s_keys set is_default_tx = false")
+        self.execute("update s2s.s2s_keys set is_default_tx = false")
         self.assertEqual(self.signers(), {"engine": "a", "server": "b"})
         self.add("c", role="engine")
         self.assertEqual(self.signers(), {"engine": "a", "server": "b"})
@@ -142,7 +142,7 @@ class KeyTests(KeyTestCase):
     async def test_first_keys_at_once(self) -> None:
         """Of first keys that are added at once, one is the default."""
         await gatherResults([deferToThread(self.add, f"k{number}") for number in range(4)])
-        self.assertEqual(self.execute("select count(*) from s2s_keys where is_default_tx"), [(1,)])
+        self.assertEqual(self.execute("select count(*) from s2s.s2s_keys where is_default_tx"), [(1,)])
 
     def test_a_name_is_taken_once(self) -> None:
         """A second key of the same name is refused in one line without a secret, and the first one stays."""
@@ -155,7 +155,7 @@ class KeyTests(KeyTestCase):
 
     def test_one_default_for_each_role(self) -> None:
         """Two defaults of one role cannot be stored; one for each role can."""
-        add = "insert into s2s_keys (key_id, key_b64, role, is_default_tx) values (%s, 'x', %s, true)"
+        add = "insert into s2s.s2s_keys (key_id, key_b64, role, is_default_tx) values (%s, 'x', %s, true)"
         with blocking(self.url) as txn:
             for role in ("engine", "server", "any"):
                 txn.execute(add, (f"k-{role}", role))
@@ -189,7 +189,7 @@ class RotationTests(KeyTestCase):
         self.assertEqual(self.status()["b"], "signs for both")
         self.assertRegex(self.status()["a"], r"^retiring until \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC$")
         [(left_s,)] = self.execute(
-            "select extract(epoch from active_to - now())::float8 from s2s_keys where key_id='a'"
+            "select extract(epoch from active_to - now())::float8 from s2s.s2s_keys where key_id='a'"
         )
         self.assertTrue(50 < left_s <= 60, left_s)
 
@@ -201,12 +201,12 @@ class RotationTests(KeyTestCase):
         self.assertEqual(self.step(rotation.activate, "a").signers, {"engine": "a", "server": "a"})
         self.assertEqual(self.step(rotation.activate, "e").signers, {"engine": "e", "server": "a"})
         self.assertEqual(self.step(rotation.activate, "b").signers, {"engine": "b", "server": "b"})
-        self.assertEqual(self.execute("select key_id from s2s_keys where is_default_tx"), [("b",)])
+        self.assertEqual(self.execute("select key_id from s2s.s2s_keys where is_default_tx"), [("b",)])
 
     def test_activate_a_key_of_the_future(self) -> None:
         """A key that was to begin later begins now."""
         self.add("a", "b")
-        self.execute("update s2s_keys set active_from = now() + interval '1 day' where key_id = 'b'")
+        self.execute("update s2s.s2s_keys set active_from = now() + interval '1 day' where key_id = 'b'")
         self.assertEqual(self.status()["b"], "not yet")
         self.assertEqual(self.step(rotation.activate, "b").signers, {"engine": "b", "server": "b"})
 
@@ -214,11 +214,11 @@ class RotationTests(KeyTestCase):
         """A key that has ended, is about to, is not usable or does not exist is refused in one line that says why."""
         self.add("a", "b")
         for active_to, why in (("now()", "it ended at 20"), ("now() + interval '1 hour'", "it ends at 20")):
-            self.execute(f"update s2s_keys set active_to = {active_to} where key_id = 'b'")
+            self.execute(f"update s2s.s2s_keys set active_to = {active_to} where key_id = 'b'")
             said = self.refused(rotation.activate, "b")
             self.assertIn(why, said)
             self.assertIn("s2s keys add --role any", said)
-        self.execute("update s2s_keys set active_to = null, key_b64 = 'aHVudGVyMg==' where key_id = 'b'")
+        self.execute("update s2s.s2s_keys set active_to = null, key_b64 = 'aHVudGVyMg==' where key_id = 'b'")
         self.assertIn("at least 32", self.refused(rotation.activate, "b"))
         self.assertIn("unusable", self.status()["b"])
         for step in (rotation.activate, rotation.retire, rotation.revoke):
@@ -235,7 +235,7 @@ class RotationTests(KeyTestCase):
         self.add("b")
         self.step(rotation.activate, "b")
         # As the newest it would sign without being the default, too.
-        self.execute("update s2s_keys set is_default_tx = false, active_from = now() where key_id = 'b'")
+        self.execute("update s2s.s2s_keys set is_default_tx = false, active_from = now() where key_id = 'b'")
         self.assertIn("s2s keys activate a", self.refused(rotation.retire, "b"))
         self.step(rotation.activate, "a")
         self.assertEqual(self.step(rotation.retire, "b").signers, {"engine": "a", "server": "a"})
@@ -249,7 +249,7 @@ class RotationTests(KeyTestCase):
             "active_to = null, role = 'engine'",
             "key_b64 = 'x'",
         ):
-            self.execute(f"update s2s_keys set {change} where key_id = 'b'")
+            self.execute(f"update s2s.s2s_keys set {change} where key_id = 'b'")
             self.assertIn("no other key would sign for", self.refused(rotation.retire, "a"))
 
     def test_retire_shortens_only(self) -> None:
@@ -257,22 +257,24 @@ class RotationTests(KeyTestCase):
         self.add("a", "b", "c")
         for key_id, end_s in (("b", 10), ("c", 3600)):
             self.execute(
-                "update s2s_keys set active_to = now() + make_interval(secs => %s) where key_id = %s", end_s, key_id
+                "update s2s.s2s_keys set active_to = now() + make_interval(secs => %s) where key_id = %s", end_s, key_id
             )
             self.step(rotation.retire, key_id)
-        found = self.execute("select extract(epoch from active_to - now())::float8 from s2s_keys order by active_to")
+        found = self.execute(
+            "select extract(epoch from active_to - now())::float8 from s2s.s2s_keys order by active_to"
+        )
         self.assertTrue(5 < found[0][0] <= 10 and 50 < found[1][0] <= 60, found)
 
     def test_revoke(self) -> None:
         """A revoked key has ended by the time that its row is seen, also one of the future or without a good secret."""
         self.add("a", "b", "c", "d")
-        self.execute("update s2s_keys set active_from = now() + interval '1 day' where key_id = 'c'")
-        self.execute("update s2s_keys set key_b64 = 'x' where key_id = 'd'")
+        self.execute("update s2s.s2s_keys set active_from = now() + interval '1 day' where key_id = 'c'")
+        self.execute("update s2s.s2s_keys set key_b64 = 'x' where key_id = 'd'")
         self.assertEqual(self.step(rotation.revoke, "a").signers, {"engine": "b", "server": "b"})
         for key_id in "cd":
             self.assertIsNone(self.step(rotation.revoke, key_id).warning)
         self.assertEqual(self.status(), {"a": "ended", "b": "signs for both", "c": "ended", "d": "ended"})
-        self.assertEqual(self.execute("select key_id from s2s_keys where is_default_tx"), [("b",)])
+        self.assertEqual(self.execute("select key_id from s2s.s2s_keys where is_default_tx"), [("b",)])
 
     def test_revoke_the_last(self) -> None:
         """The last key that signs is revoked all the same, with a warning that names the cure for its roles."""
@@ -302,8 +304,8 @@ class RotationTests(KeyTestCase):
         """Whatever several operators do at once, one key signs and one is the default."""
         self.add("a", "b", "c")
         for _ in range(5):
-            self.execute("update s2s_keys set active_to = null, is_default_tx = false")
-            self.execute("update s2s_keys set is_default_tx = true where key_id = 'a'")
+            self.execute("update s2s.s2s_keys set active_to = null, is_default_tx = false")
+            self.execute("update s2s.s2s_keys set is_default_tx = true where key_id = 'a'")
             work = [(rotation.activate, "b"), (rotation.activate, "c"), (rotation.retire, "a"), (rotation.retire, "b")]
             await gatherResults([deferToThread(self.attempt, *each) for each in work])
             with blocking(self.url) as txn:

@@ -56,12 +56,12 @@ class ListenerTests(DatabaseTestCase):
         self.start("s2s_keys", "s2s_broadcasts", "s2s_outbox")
         await poll(lambda: len(self.heard) == 3, "the calls after the connect")
         for statement, channel in (
-            ("insert into s2s_keys (key_id, key_b64, role) values ('k', 'x', 'any')", "s2s_keys"),
-            ("update s2s_keys set active_to = now()", "s2s_keys"),
-            ("delete from s2s_keys", "s2s_keys"),
-            ("truncate s2s_keys", "s2s_keys"),
-            ("insert into broadcasts (message) values ('x')", "s2s_broadcasts"),
-            ("insert into outbox (cmd_type, idem_key, payload) values ('a', 'k', '{}')", "s2s_outbox"),
+            ("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k', 'x', 'any')", "s2s_keys"),
+            ("update s2s.s2s_keys set active_to = now()", "s2s_keys"),
+            ("delete from s2s.s2s_keys", "s2s_keys"),
+            ("truncate s2s.s2s_keys", "s2s_keys"),
+            ("insert into s2s.broadcasts (message) values ('x')", "s2s_broadcasts"),
+            ("insert into s2s.outbox (cmd_type, idem_key, payload) values ('a', 'k', '{}')", "s2s_outbox"),
         ):
             self.heard.clear()
             self.execute(statement)

@@ -35,7 +35,7 @@ _LISTS = (
         commands.LIST,
         "commands",
         "cmd_id",
-        "insert into commands (cmd_type, idem_key, payload, status)"
+        "insert into s2s.commands (cmd_type, idem_key, payload, status)"
         " select case when n % 1000 = 7 then 'rare' else 'usual' end, 'k' || n, '{}',"
         " case when n % 1500 = 3 then 'dead' when n > 2500 then 'done' else 'ready' end"
         " from generate_series(1, 5000) n",
@@ -45,7 +45,7 @@ _LISTS = (
         outbox.LIST,
         "outbox",
         "outbox_id",
-        "insert into outbox (cmd_type, idem_key, payload, state)"
+        "insert into s2s.outbox (cmd_type, idem_key, payload, state)"
         " select case when n % 1000 = 7 then 'rare' else 'usual' end, 'k' || n, '{}',"
         " case when n % 1500 = 3 then 'dead' else 'waiting' end from generate_series(1, 5000) n",
         {"cmd_type": ("usual", "rare", "none"), "state": ("waiting", "dead")},
@@ -54,7 +54,7 @@ _LISTS = (
         lists.AUDIT,
         "audit",
         "audit_id",
-        "insert into audit (actor, action, subject) select case when n % 1000 = 7 then 'rare' else 'usual' end,"
+        "insert into s2s.audit (actor, action, subject) select case when n % 1000 = 7 then 'rare' else 'usual' end,"
         " case when n <= 2500 then 'old' else 'new' end, case when n % 700 = 9 then 'one' else '' end"
         " from generate_series(1, 5000) n",
         {"actor": ("usual", "rare", "none"), "action": ("old", "new", "none"), "subject": ("one", "none")},
@@ -63,7 +63,7 @@ _LISTS = (
         orders.LIST,
         "orders",
         "order_id",
-        "insert into orders (order_id, rpc, params, status, created_at) select 'o' || n,"
+        "insert into s2s.orders (order_id, rpc, params, status, created_at) select 'o' || n,"
         " case when n > 2500 then 'admin.config.set.v1' else 'admin.engine.force_tick.v1' end, '{}',"
         " case when n % 1500 = 3 then 'refused' when n > 2500 then 'done' else 'queued' end,"
         " now() - n * interval '1 s' from generate_series(1, 5000) n",
@@ -76,7 +76,7 @@ _LISTS = (
         config.HISTORY,
         "config_history",
         "version",
-        "insert into config_history (version, key, old_value, new_value, actor) select n + 9000,"
+        "insert into s2s.config_history (version, key, old_value, new_value, actor) select n + 9000,"
         " case when n % 1000 = 7 then 'rare' else 'usual' end, '1', '2', 'x' from generate_series(1, 5000) n",
         {"key": ("usual", "rare", "none")},
     ),
@@ -84,7 +84,7 @@ _LISTS = (
         notices.LIST,
         "notices",
         "notice_id",
-        "insert into notices (cmd_id, scope, message, severity) select n, 'global', 'm', 'info'"
+        "insert into s2s.notices (cmd_id, scope, message, severity) select n, 'global', 'm', 'info'"
         " from generate_series(1, 5000) n",
         {},
     ),
@@ -159,7 +159,7 @@ class ListTests(DatabaseTestCase):
         self.patch(pages, "MOST_STRETCHES", 3)
         with blocking(self.url) as txn:
             page = self.page(txn, which, cmd_type="none")
-        [(first,)] = self.execute("select max(cmd_id) from commands")
+        [(first,)] = self.execute("select max(cmd_id) from s2s.commands")
         self.assertEqual((page.items, page.next_cursor), ([], str(first - 3 * _STRETCH + 1)))
 
     def test_a_list_that_takes_too_long(self) -> None:

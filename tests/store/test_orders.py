@@ -44,7 +44,7 @@ class OrdersTestCase(DatabaseTestCase):
 
     def rows(self, columns: str = "order_id") -> list[Any]:
         """Give what the table holds, in the order of the ids."""
-        return self.execute(f"select {columns} from orders order by order_id")
+        return self.execute(f"select {columns} from s2s.orders order by order_id")
 
 
 class GiveTests(OrdersTestCase):
@@ -56,7 +56,7 @@ class GiveTests(OrdersTestCase):
         self.assertEqual((order.order_id, order.rpc, order.params, order.actor), ("a", SECTOR, PARAMS, "me"))
         self.assertEqual((order.status, order.is_open, order.state, order.attempts), ("queued", True, {}, 0))
         self.assertTrue(is_new)
-        audit = self.execute("select actor, action, subject, params, result from audit")
+        audit = self.execute("select actor, action, subject, params, result from s2s.audit")
         self.assertEqual(audit, [("me", SECTOR, "a", PARAMS, None)])
 
     def test_by_link(self) -> None:
@@ -70,9 +70,9 @@ class GiveTests(OrdersTestCase):
     def test_given_back(self) -> None:
         """An order that is set back by hand begins anew, wherever it was."""
         self.give("a")
-        self.execute("update orders set status = 'running', state = '{\"done\": 5}'")
+        self.execute("update s2s.orders set status = 'running', state = '{\"done\": 5}'")
         self.assertEqual(self.run_(table.find, "a").state, {"done": 5})
-        self.execute("update orders set status = 'queued'")
+        self.execute("update s2s.orders set status = 'queued'")
         self.assertEqual(self.run_(table.find, "a").state, {})
 
     def test_twice(self) -> None:
@@ -86,7 +86,7 @@ class GiveTests(OrdersTestCase):
         again, is_new = self.give("a")
         self.assertEqual((again.status, again.result, again.is_open), ("refused", {"code": "not_found"}, False))
         self.assertFalse(is_new)
-        self.assertEqual(self.execute("select count(*) from audit where result is null"), [(1,)])
+        self.assertEqual(self.execute("select count(*) from s2s.audit where result is null"), [(1,)])
 
     def test_a_key_again(self) -> None:
         """An ``idem_key`` stands for its order, whatever id comes with it."""
@@ -115,7 +115,7 @@ class GiveTests(OrdersTestCase):
 
     def test_a_row_that_nobody_could_send(self) -> None:
         """A row of another hand, with what canonical JSON cannot say, is like no order that comes."""
-        self.execute("insert into orders (order_id, rpc, params) values ('a', %s, '{\"value\": 1.5}')", CONFIG)
+        self.execute("insert into s2s.orders (order_id, rpc, params) values ('a', %s, '{\"value\": 1.5}')", CONFIG)
         self.assertEqual(self.conflict("a", CONFIG, {"value": 1}), "a")
 
     @inlineCallbacks
@@ -194,7 +194,7 @@ class AttemptTests(OrdersTestCase):
 
     def due(self) -> None:
         """Let every pause be over."""
-        self.execute("update orders set retry_at = now() where retry_at is not null")
+        self.execute("update s2s.orders set retry_at = now() where retry_at is not null")
 
     def test_in_turns(self) -> None:
         """Whoever waits longest for a step: neither does a long one hold up short ones, nor they the long one."""
@@ -220,21 +220,21 @@ class AttemptTests(OrdersTestCase):
             assert order is not None
             self.assertEqual((order.attempts, order.status), (attempts, "queued"))
             self.assertIsNone(self.attempt())
-            pauses += self.execute("select round(extract(epoch from retry_at - stepped_at)) from orders")
+            pauses += self.execute("select round(extract(epoch from retry_at - stepped_at)) from s2s.orders")
             self.due()
         self.assertEqual([pause / pauses[0][0] for (pause,) in pauses], [1, 2, 4])
-        self.execute("update orders set attempts = 40")
+        self.execute("update s2s.orders set attempts = 40")
         self.attempt()
-        [(pause,)] = self.execute("select round(extract(epoch from retry_at - stepped_at)) from orders")
+        [(pause,)] = self.execute("select round(extract(epoch from retry_at - stepped_at)) from s2s.orders")
         self.assertEqual(pause, 300)
 
     def test_patience(self) -> None:
         """A young order is left to the link for so long, unless it came over it, or was attempted or begun before."""
         for order_id in ("expected", "young", "old", "tried", "begun"):
             self.give(order_id)
-        self.execute("update orders set created_at = now() - interval '4 seconds' where order_id = 'old'")
-        self.execute("update orders set attempts = 1 where order_id = 'tried'")
-        self.execute("update orders set way = 'link' where order_id = 'expected'")
+        self.execute("update s2s.orders set created_at = now() - interval '4 seconds' where order_id = 'old'")
+        self.execute("update s2s.orders set attempts = 1 where order_id = 'tried'")
+        self.execute("update s2s.orders set way = 'link' where order_id = 'expected'")
         self.go_on("begun")
         found = {self.attempted(patience_s=3.0) for _ in range(4)}
         self.assertEqual(found, {"expected", "old", "tried", "begun"})
@@ -269,7 +269,7 @@ class AttemptTests(OrdersTestCase):
             self.give(order_id, rpc)
         self.run_(table.finish, self.run_(table.find, "over"), "failed", {}, "engine-1")
         with blocking(self.url) as txn:
-            txn.execute("select from orders where order_id = 'held' for update")
+            txn.execute("select from s2s.orders where order_id = 'held' for update")
             self.assertEqual([self.attempted(), self.attempted()], ["next", None])
         self.assertEqual(self.attempted(), "held")
         self.assertEqual(self.attempted(rpcs=["of.another.v1"]), "foreign")
@@ -280,7 +280,7 @@ class StepTests(OrdersTestCase):
 
     def attempt(self) -> Order:
         """Attempt a step of the only order, whatever the pause."""
-        self.execute("update orders set retry_at = null")
+        self.execute("update s2s.orders set retry_at = null")
         order: Order = self.run_(table.attempt, ORDERS, (), (), 0.0)
         return order
 
@@ -318,15 +318,15 @@ class StepTests(OrdersTestCase):
         self.assertEqual(self.answered().status, "done")
         self.assertIsNone(self.answered())
         self.assertEqual(self.rows("engine, way, result")[0], ("foreign", "link", {"n": 1}))
-        self.execute("update orders set attempts = 1, retry_at = now() + interval '1 minute' where order_id = 'b'")
+        self.execute("update s2s.orders set attempts = 1, retry_at = now() + interval '1 minute' where order_id = 'b'")
         self.assertIsNone(self.answered("b"))
         # Whoever attempted it is gone.
-        self.execute("update orders set retry_at = now() - interval '1 second' where order_id = 'b'")
+        self.execute("update s2s.orders set retry_at = now() - interval '1 second' where order_id = 'b'")
         self.assertEqual(self.answered("b").status, "done")
-        self.execute("update orders set status = 'running' where order_id = 'c'")
+        self.execute("update s2s.orders set status = 'running' where order_id = 'c'")
         self.assertIsNone(self.answered("c"))
         with blocking(self.url) as txn:
-            txn.execute("select from orders where order_id = 'd' for update")
+            txn.execute("select from s2s.orders where order_id = 'd' for update")
             self.assertIsNone(self.answered("d"))
         self.assertIsNone(self.answered("of nobody"))
 
@@ -367,7 +367,7 @@ class StepTests(OrdersTestCase):
         """A row that was changed since its place was read is found by its key."""
         self.give("a")
         order = self.attempt()
-        self.execute("update orders set actor = 'other'")
+        self.execute("update s2s.orders set actor = 'other'")
         self.assertTrue(self.run_(table.hold, order))
         self.assertEqual(self.go_on_with(order, {"done": 1}, "engine-1", True).actor, "other")
 
@@ -396,7 +396,7 @@ class StepTests(OrdersTestCase):
         self.assertLess(over.started_at, over.finished_at)
         self.assertFalse(self.run_(table.find, "a").is_open)
         told = {"status": "done", "result": {"ships": 2}, "engine": "engine-2", "way": "table"}
-        audit = self.execute("select subject, result from audit order by audit_id")
+        audit = self.execute("select subject, result from s2s.audit order by audit_id")
         self.assertEqual(audit, [("a", None), ("a", told)])
 
     def test_shown(self) -> None:

@@ -90,7 +90,7 @@ class OutboxTests(_StoreTestCase):
         # Limits are 65536 where nothing is said.
         await self.assertFailure(self.run_work(outbox.put, "a.b", "k", {"text": "x" * 65_536}), TooBigToSend)
         await self.run_work(outbox.put_batch, "a.b", [("k", {"text": "x" * 64_000})])
-        self.assertEqual(self.execute("select idem_key from outbox order by 1"), [("k",), ('k"',)])
+        self.assertEqual(self.execute("select idem_key from s2s.outbox order by 1"), [("k",), ('k"',)])
 
     async def test_leases(self) -> None:
         """A leased row is nobody else's until the lease ends, and not its holder's while it is in flight."""
@@ -98,13 +98,13 @@ class OutboxTests(_StoreTestCase):
         rows = await self.claim()
         self.assertEqual([row.idem_key for row in rows], ["a", "b"])
         self.assertEqual(await self.claim(), [])
-        self.execute("update outbox set send_at = now()")
+        self.execute("update s2s.outbox set send_at = now()")
         self.assertEqual([row.idem_key for row in await self.claim(rows[0].outbox_id)], ["b"])
 
     def test_a_burst(self) -> None:
         """A claim reads what it leases and little more, also where the statistics know nothing of what waits."""
         self.execute(
-            "insert into outbox (cmd_type, idem_key, payload) select 'test.run', 'b' || i, '{}'"
+            "insert into s2s.outbox (cmd_type, idem_key, payload) select 'test.run', 'b' || i, '{}'"
             " from generate_series(1, 20000) i"
         )
         with blocking(self.url) as txn:
@@ -118,14 +118,14 @@ class OutboxTests(_StoreTestCase):
         with blocking(self.url) as holder:
             holder.execute("set transaction isolation level repeatable read; select 1")
             self.execute(
-                "insert into outbox (cmd_type, idem_key, payload, send_at)"
+                "insert into s2s.outbox (cmd_type, idem_key, payload, send_at)"
                 " select 'test.run', 'b' || i, '{}', now() - interval '1 minute' from generate_series(1, 5000) i"
             )
             with blocking(self.url) as txn:
                 sent = [row.outbox_id for _ in range(25) for row in claims.claim(txn, 200, 5.0)]
                 self.assertEqual(len(sent), 5000)
                 outbox.delete(txn, sent)
-            self.execute("insert into outbox (cmd_type, idem_key, payload) values ('test.run', 'next', '{}')")
+            self.execute("insert into s2s.outbox (cmd_type, idem_key, payload) values ('test.run', 'next', '{}')")
             whole = self.pages(outbox.Claims())
             self.assertLess(self.pages(claims), whole - 50)
             with blocking(self.url) as txn:
@@ -148,7 +148,7 @@ class OutboxTests(_StoreTestCase):
         now = [0.0]
         claims = outbox.Claims(lambda: now[0])
         insert = (
-            "insert into outbox (cmd_type, idem_key, payload, send_at)"
+            "insert into s2s.outbox (cmd_type, idem_key, payload, send_at)"
             " values ('test.run', %s, '{}', clock_timestamp() - %s * interval '1 s')"
         )
 
@@ -177,7 +177,7 @@ class OutboxTests(_StoreTestCase):
         claims = outbox.Claims(lambda: 0.0)
         for key, age in (("a", 0), ("b", 3600)):
             self.execute(
-                "insert into outbox (cmd_type, idem_key, payload, send_at)"
+                "insert into s2s.outbox (cmd_type, idem_key, payload, send_at)"
                 " values ('test.run', %s, '{}', now() - %s * interval '1 s')",
                 key,
                 age,
@@ -189,12 +189,14 @@ class OutboxTests(_StoreTestCase):
         """A lease can be lengthened, and ended; neither counts as an attempt, and what was set aside stays so."""
         await self.put("kept", "returned", "cancelled")
         kept, returned, cancelled = [row.outbox_id for row in await self.claim()]
-        self.execute("update outbox set state = 'dead' where outbox_id = %s", cancelled)
+        self.execute("update s2s.outbox set state = 'dead' where outbox_id = %s", cancelled)
         settlement = outbox.Settlement(renewed=[kept, cancelled], given_back=[returned])
-        self.execute("update outbox set send_at = now()")
+        self.execute("update s2s.outbox set send_at = now()")
         await self.run_work(settlement.settle, 60.0)
         self.assertEqual([(row.idem_key, row.attempts) for row in await self.claim()], [("returned", 0)])
-        ((lease_s,),) = self.execute("select extract(epoch from send_at - now())::int from outbox where state = 'dead'")
+        ((lease_s,),) = self.execute(
+            "select extract(epoch from send_at - now())::int from s2s.outbox where state = 'dead'"
+        )
         self.assertLessEqual(lease_s, 0)
 
     async def test_settling(self) -> None:
@@ -208,7 +210,7 @@ class OutboxTests(_StoreTestCase):
         (row,) = await self.claim()
         self.assertEqual((row.idem_key, row.attempts), ("again", 1))
         self.assertEqual(
-            self.execute("select idem_key, error_code, error_message from outbox order by outbox_id"),
+            self.execute("select idem_key, error_code, error_message from s2s.outbox order by outbox_id"),
             [("again", "paused", "for now"), ("dead", "bad_payload", "at /payload/n")],
         )
 
@@ -273,11 +275,11 @@ class BroadcastTests(_StoreTestCase):
 
     async def test_plain_sql_is_enough(self) -> None:
         """A message typed in plain SQL is swept into a valid notice to everyone, once."""
-        self.execute("insert into broadcasts (message) values ('x')")
+        self.execute("insert into s2s.broadcasts (message) values ('x')")
         self.assertEqual(await self.sweep(), 1)
         self.assertEqual(await self.sweep(), 0)
         self.assertEqual(
-            self.execute("select cmd_type, idem_key, payload from outbox"),
+            self.execute("select cmd_type, idem_key, payload from s2s.outbox"),
             [
                 (
                     "notice.publish",
@@ -286,12 +288,12 @@ class BroadcastTests(_StoreTestCase):
                 )
             ],
         )
-        self.assertEqual(self.execute("select state, queued_at is not null from broadcasts"), [("queued", True)])
+        self.assertEqual(self.execute("select state, queued_at is not null from s2s.broadcasts"), [("queued", True)])
 
     async def test_any_time(self) -> None:
         """A sweep of all takes broadcasts of any time, such as ``-infinity``; one since a time leaves these out."""
         self.execute(
-            "insert into broadcasts (message, created_at)"
+            "insert into s2s.broadcasts (message, created_at)"
             " values ('a', '-infinity'), ('b', '1900-01-01'), ('c', 'infinity'), ('d', now())"
         )
         self.assertEqual(await self.sweep(since_ts=1), 2)
@@ -330,39 +332,39 @@ class BroadcastTests(_StoreTestCase):
                 stored = False
             self.assertEqual(stored, valid, row)
         await self.sweep()
-        for (payload,) in self.execute("select payload from outbox"):
+        for (payload,) in self.execute("select payload from s2s.outbox"):
             schema.check(payload)
 
     async def test_since_is_inclusive(self) -> None:
         """since_ts leaves what is older pending, takes what was created in that very second, and may be any integer."""
         self.execute(
-            "insert into broadcasts (message, created_at) values"
+            "insert into s2s.broadcasts (message, created_at) values"
             " ('old', to_timestamp(999.999)), ('then', to_timestamp(1000)), ('new', to_timestamp(1001))"
         )
         self.assertEqual(await self.sweep(_FAR), 0)
         self.assertEqual(await self.sweep(1000), 2)
-        self.assertEqual(self.execute("select message from broadcasts where state = 'pending'"), [("old",)])
+        self.assertEqual(self.execute("select message from s2s.broadcasts where state = 'pending'"), [("old",)])
 
     async def test_what_does_not_fit_is_refused(self) -> None:
         """A broadcast too big to send is set aside with the reason, and takes nobody else's place in the limit."""
         for message in ("é" * 4000, "a", "é" * 4000, "b", "c"):
-            self.execute("insert into broadcasts (message) values (%s)", message)
+            self.execute("insert into s2s.broadcasts (message) values (%s)", message)
         self.assertEqual(await self.sweep(limit=2, frame_size=4096), 2)
         self.assertEqual(await self.sweep(limit=2, frame_size=4096), 1)
         self.assertEqual(
             self.execute(
-                "select state, error like '%%the limit is 4096%%', count(*)::int from broadcasts group by 1, 2"
+                "select state, error like '%%the limit is 4096%%', count(*)::int from s2s.broadcasts group by 1, 2"
             ),
             [("queued", None, 3), ("refused", True, 2)],
         )
 
     async def test_sweeps_overlap(self) -> None:
         """Sweeps of two engines at once queue every broadcast exactly once."""
-        self.execute("insert into broadcasts (message) select 'm' || n from generate_series(1, 1000) n")
+        self.execute("insert into s2s.broadcasts (message) select 'm' || n from generate_series(1, 1000) n")
         sweeps = [database.run(broadcasts.sweep, 0, 300, 65536) for _ in range(4) for database in self.databases]
         self.assertEqual(sum(await gatherResults(sweeps)) + await self.sweep(limit=1000), 1000)
         self.assertEqual(
-            self.execute("select count(*)::int, count(distinct idem_key)::int from outbox"), [(1000, 1000)]
+            self.execute("select count(*)::int, count(distinct idem_key)::int from s2s.outbox"), [(1000, 1000)]
         )
 
 
@@ -378,7 +380,8 @@ class NoticeTests(_StoreTestCase):
         ]
         await self.run_work(notices.insert_batch, list(enumerate(payloads, 1)))
         rows = self.execute(
-            "select cmd_id, sector_id, extract(epoch from expires_at - created_at)::bigint from notices order by cmd_id"
+            "select cmd_id, sector_id, extract(epoch from expires_at - created_at)::bigint from s2s.notices"
+            " order by cmd_id"
         )
         self.assertEqual(rows, [(1, _FAR, 31_556_952_000), (2, None, 60), (3, None, None)])
         (newest, *_) = await self.run_work(notices.LISTED.read, 2, None)

@@ -25,7 +25,7 @@ class IdTests(DatabaseTestCase):
         with blocking(self.url) as txn:
             self.assertEqual([database_id(txn), database_id(txn)], [self.database_id()] * 2)
         old = self.database_id()
-        self.execute("delete from s2s_database")
+        self.execute("delete from s2s.database")
         with blocking(self.url) as txn:
             made = database_id(txn)
         self.assertNotEqual(made, old)
@@ -33,7 +33,7 @@ class IdTests(DatabaseTestCase):
 
     def test_a_copy(self) -> None:
         """The documented statement gives a copied database an id of its own."""
-        documented = "update s2s_database set database_id = default"
+        documented = "update s2s.database set database_id = default"
         page = Path(__file__).parents[2] / "docs" / "protocol.rst"
         self.assertTrue(documented in page.read_text("utf-8"), "it is not documented")
         old = self.database_id()
@@ -51,9 +51,9 @@ class TwoDatabasesTests(RoleTestCase):
         session = Session(database_url(name))
         self.addCleanup(session.close)
         # The tests copy one template, and a copy keeps the id.
-        session.run("update s2s_database set database_id = default")
+        session.run("update s2s.database set database_id = default")
         session.run(
-            "insert into s2s_keys (key_id, key_b64, role, active_from) values (%s, %s, 'any', to_timestamp(0))", *K1
+            "insert into s2s.s2s_keys (key_id, key_b64, role, active_from) values (%s, %s, 'any', to_timestamp(0))", *K1
         )
         return session
 
@@ -62,13 +62,15 @@ class TwoDatabasesTests(RoleTestCase):
         """Broadcasts of the same number, and jobs due at the same second, are all published and none goes dead."""
         sessions = [self.rebuilt(f"{self.id().rpartition('.')[2]}_{number}") for number in (1, 2)]
         for at, session in enumerate(sessions):
-            session.run("insert into broadcasts (message) select 'cast ' || %s || ' ' || generate_series(1, 5)", at)
+            session.run("insert into s2s.broadcasts (message) select 'cast ' || %s || ' ' || generate_series(1, 5)", at)
             session.run(
-                "insert into sectors (sector_id, name) values (1, 'a');"
-                "insert into ports (port_id, sector_id, commodity, stock, base_stock, capacity, price, base_price,"
+                "insert into s2s_world.sectors (sector_id, name) values (1, 'a');"
+                "insert into s2s_world.ports (port_id, sector_id, commodity, stock, base_stock, capacity,"
+                " price, base_price,"
                 " min_price, max_price) select n, 1, 'ore', 99, 100, 200, 10, 10, 1, 20"
                 f" from generate_series(1, {at + 1}) n;"
-                "insert into jobs (job_type, schedule, due_at) values ('port_refresh', 'every:10s', to_timestamp(60))"
+                "insert into s2s.jobs (job_type, schedule, due_at) values ('port_refresh', 'every:10s',"
+                " to_timestamp(60))"
             )
         server = self.server()
         yield server.start()
@@ -82,9 +84,9 @@ class TwoDatabasesTests(RoleTestCase):
             + [f"Ports that are back at their usual stock and price: {count}" for count in (1, 2)]
         )
         yield poll(lambda: self.count("notices") >= len(expected), "all are published")
-        self.assertEqual([row[0] for row in self.execute("select message from notices order by 1")], expected)
+        self.assertEqual([row[0] for row in self.execute("select message from s2s.notices order by 1")], expected)
         for session in sessions:
-            self.assertEqual(session.run("select idem_key, error_code from outbox where state = 'dead'"), [])
+            self.assertEqual(session.run("select idem_key, error_code from s2s.outbox where state = 'dead'"), [])
 
     @inlineCallbacks
     def test_a_restored_database(self) -> Iterator[Deferred[Any]]:
@@ -92,12 +94,14 @@ class TwoDatabasesTests(RoleTestCase):
         name = self.id().rpartition(".")[2]
         session = self.rebuilt(name)
         session.run(
-            "insert into broadcasts (message) select 'cast ' || generate_series(1, 4);"
-            "insert into sectors (sector_id, name) values (1, 'a');"
-            "insert into ports (port_id, sector_id, commodity, stock, base_stock, capacity, price, base_price,"
+            "insert into s2s.broadcasts (message) select 'cast ' || generate_series(1, 4);"
+            "insert into s2s_world.sectors (sector_id, name) values (1, 'a');"
+            "insert into s2s_world.ports (port_id, sector_id, commodity, stock, base_stock, capacity, price,"
+            " base_price,"
             " min_price, max_price) select n, 1, 'ore', 100 - n / 2, 100, 200, 10, 10, 1, 20"
             " from generate_series(1, 3) n;"
-            "insert into jobs (job_type, schedule, due_at) values ('port_refresh', 'daily@00:00Z', to_timestamp(60))"
+            "insert into s2s.jobs (job_type, schedule, due_at) values ('port_refresh', 'daily@00:00Z',"
+            " to_timestamp(60))"
         )
         server = self.server()
         yield server.start()
@@ -108,18 +112,18 @@ class TwoDatabasesTests(RoleTestCase):
         engine.stop()
         # The dump was made when two broadcasts were there, one of them swept, and before the job ran.
         session.run(
-            "delete from broadcasts where broadcast_id > 2;"
-            "update broadcasts set state = 'pending', queued_at = null where broadcast_id = 2;"
-            "select setval(pg_get_serial_sequence('broadcasts', 'broadcast_id'), 2);"
-            "update jobs set due_at = to_timestamp(60), runs = 0; update ports set stock = 99"
+            "delete from s2s.broadcasts where broadcast_id > 2;"
+            "update s2s.broadcasts set state = 'pending', queued_at = null where broadcast_id = 2;"
+            "select setval(pg_get_serial_sequence('s2s.broadcasts', 'broadcast_id'), 2);"
+            "update s2s.jobs set due_at = to_timestamp(60), runs = 0; update s2s_world.ports set stock = 99"
         )
-        session.run("insert into broadcasts (message) values ('cast new'), ('cast 4')")
+        session.run("insert into s2s.broadcasts (message) values ('cast new'), ('cast 4')")
         yield engine.start()
         yield poll(lambda: self.count("notices") >= 8, "all that is new is published")
-        yield poll(lambda: session.run("select count(*) from outbox") == [(0,)], "all is sent, and none is dead")
+        yield poll(lambda: session.run("select count(*) from s2s.outbox") == [(0,)], "all is sent, and none is dead")
         refreshed = "Ports that are back at their usual stock and price: "
         self.assertEqual(
-            [row[0] for row in self.execute("select message from notices order by 1")],
+            [row[0] for row in self.execute("select message from s2s.notices order by 1")],
             [f"{refreshed}2", f"{refreshed}3", "cast 1", "cast 2", "cast 3", "cast 4", "cast 4", "cast new"],
         )
 
@@ -134,4 +138,4 @@ class TwoDatabasesTests(RoleTestCase):
         yield server.start()
         yield engine.start()
         yield poll(lambda: self.count("notices") == 1, "it is published")
-        self.assertEqual(self.execute("select idem_key from commands"), [("broadcast:1",)])
+        self.assertEqual(self.execute("select idem_key from s2s.commands"), [("broadcast:1",)])

@@ -71,7 +71,7 @@ class TellingTests(DatabaseTestCase):
         url = f"{self.url}{'&' if '?' in self.url else '?'}options={options}"
         with blocking(url) as txn:
             self.assertEqual(_one(txn, "select %s", given), given)
-            self.assertEqual(_one(txn, "show search_path"), "public, pg_temp")
+            self.assertEqual(_one(txn, "show search_path"), "pg_catalog, pg_temp")
         database = Database(url, threads=1)
         database.start()
         self.addCleanup(database.stop)
@@ -145,7 +145,7 @@ class DatabaseTests(DatabaseTestCase):
     def setUp(self) -> None:
         """Start a pool of two connections."""
         super().setUp()
-        self.execute("create table t (a int unique check (a > 0))")
+        self.execute("create table public.t (a int unique check (a > 0))")
         self.database = self.start_database(threads=2)
 
     def start_database(self, url: str = "", **options: Any) -> Database:
@@ -161,26 +161,30 @@ class DatabaseTests(DatabaseTestCase):
 
     async def test_commits(self) -> None:
         """What returns is committed before the Deferred fires."""
-        await self.database.run(_one, "insert into t values (1)")
-        self.assertEqual(self.execute("select a from t"), [(1,)])
+        await self.database.run(_one, "insert into public.t values (1)")
+        self.assertEqual(self.execute("select a from public.t"), [(1,)])
 
     async def test_rolls_back(self) -> None:
         """What raises is rolled back and comes through as it is."""
 
         def work(txn: driver.Cursor) -> None:
-            txn.execute("insert into t values (1)")
+            txn.execute("insert into public.t values (1)")
             raise KeyError("mine")
 
         await self.assertFailure(self.database.run(work), KeyError)
-        self.assertEqual(self.execute("select a from t"), [])
+        self.assertEqual(self.execute("select a from public.t"), [])
 
     async def test_refusals_name_the_constraint_and_no_data(self) -> None:
         """A violated constraint is named; the row is not quoted."""
-        await self.database.run(_one, "insert into t values (4711)")
-        twice = await self.assertFailure(self.database.run(_one, "insert into t values (4711)"), StatementRefused)
+        await self.database.run(_one, "insert into public.t values (4711)")
+        twice = await self.assertFailure(
+            self.database.run(_one, "insert into public.t values (4711)"), StatementRefused
+        )
         self.assertEqual(twice.constraint, "t_a_key")
         self.assertNotIn("4711", str(twice))
-        wrong = await self.assertFailure(self.database.run(_one, "insert into t values (-4711)"), StatementRefused)
+        wrong = await self.assertFailure(
+            self.database.run(_one, "insert into public.t values (-4711)"), StatementRefused
+        )
         self.assertEqual(wrong.constraint, "t_a_check")
         self.assertNotIn("4711", str(wrong))
 
@@ -188,9 +192,9 @@ class DatabaseTests(DatabaseTestCase):
         """Work that swallows a statement's error does not pass for committed."""
 
         def work(txn: driver.Cursor) -> None:
-            txn.execute("insert into t values (1)")
+            txn.execute("insert into public.t values (1)")
             try:
-                txn.execute("insert into t values (-1)")
+                txn.execute("insert into public.t values (-1)")
             except Exception:
                 return
 
@@ -233,19 +237,19 @@ class DatabaseTests(DatabaseTestCase):
         """A connection that ends under a statement is a DatabaseUnavailable with no traceback; the next call works."""
 
         def work(txn: driver.Cursor) -> None:
-            txn.execute("insert into t values (1)")
+            txn.execute("insert into public.t values (1)")
             self.kill_connections()
             txn.execute("select 1")
 
         await self.assertFailure(self.database.run(work), DatabaseUnavailable)
-        self.assertEqual(await self.database.run(_one, "select count(*) from t"), 0)
+        self.assertEqual(await self.database.run(_one, "select count(*) from public.t"), 0)
         self.assertEqual(self.flushLoggedErrors(), [])
 
     async def test_lost_before_the_commit(self) -> None:
         """Of a COMMIT that finds no connection, or loses it, the outcome is unknown."""
 
         def work(txn: driver.Cursor) -> None:
-            txn.execute("insert into t values (1)")
+            txn.execute("insert into public.t values (1)")
             self.kill_connections()
 
         await self.assertFailure(self.database.run(work), CommitLost)
@@ -254,8 +258,8 @@ class DatabaseTests(DatabaseTestCase):
             txn.execute(
                 "create function die() returns trigger language plpgsql"
                 " as 'begin perform pg_terminate_backend(pg_backend_pid()); return new; end';"
-                "create constraint trigger die after insert on t deferrable initially deferred"
-                " for each row execute function die(); insert into t values (1)"
+                "create constraint trigger die after insert on public.t deferrable initially deferred"
+                " for each row execute function die(); insert into public.t values (1)"
             )
 
         await self.assertFailure(self.database.run(die), CommitLost)
@@ -266,7 +270,10 @@ class DatabaseTests(DatabaseTestCase):
         """What the COMMIT itself refuses is refused, and was not done."""
 
         def work(txn: driver.Cursor) -> None:
-            txn.execute("create table u (n int unique deferrable initially deferred); insert into u values (1), (1)")
+            txn.execute(
+                "create table public.u (n int unique deferrable initially deferred); insert into"
+                " public.u values (1), (1)"
+            )
 
         await self.assertFailure(self.database.run(work), StatementRefused)
 
@@ -326,7 +333,7 @@ class DatabaseTests(DatabaseTestCase):
     async def test_cancel(self) -> None:
         """Cancelling ends what runs, refuses what waits and what comes, and tells no outage."""
         database = self.start_database(threads=1, application_name="cancelled")
-        calls = [database.run(_one, "select pg_sleep(60)"), database.run(_one, "insert into t values (1)")]
+        calls = [database.run(_one, "select pg_sleep(60)"), database.run(_one, "insert into public.t values (1)")]
         await poll(lambda: self.execute("select 1 from pg_stat_activity where wait_event = 'PgSleep'"), "the statement")
         ended = database.cancel()
         self.failureResultOf(database.run(_one, "select 1"), DatabaseUnavailable)
@@ -336,7 +343,7 @@ class DatabaseTests(DatabaseTestCase):
         self.assertTrue(await ended)
         self.assertTrue(await database.cancel())
         self.assertFalse(database.is_away)
-        self.assertEqual(self.execute("select * from t"), [])
+        self.assertEqual(self.execute("select * from public.t"), [])
 
     async def test_cancel_with_nothing_under_way(self) -> None:
         """Cancelling what does nothing, or was never started, is done at once."""
@@ -350,7 +357,7 @@ class DatabaseTests(DatabaseTestCase):
         self.addCleanup(gate.set)
 
         def work(txn: driver.Cursor) -> None:
-            txn.execute("insert into t values (1)")
+            txn.execute("insert into public.t values (1)")
             inside.set()
             gate.wait(10)
 
@@ -361,13 +368,13 @@ class DatabaseTests(DatabaseTestCase):
         gate.set()
         await self.assertFailure(call, DatabaseUnavailable)
         await stopped
-        self.assertEqual(self.execute("select * from t"), [])
+        self.assertEqual(self.execute("select * from public.t"), [])
 
     async def test_run_last(self) -> None:
         """The last words get through after the cancelling, and fail in bounded time."""
         await self.database.cancel()
-        await self.database.run_at_shutdown(_one, "insert into t values (1)")
-        self.assertEqual(self.execute("select a from t"), [(1,)])
+        await self.database.run_at_shutdown(_one, "insert into public.t values (1)")
+        self.assertEqual(self.execute("select a from public.t"), [(1,)])
         self.patch(pool, "LAST_S", 0.1)
         await self.assertFailure(self.database.run_at_shutdown(_one, "select pg_sleep(60)"), DatabaseUnavailable)
         gate = threading.Event()
@@ -399,13 +406,13 @@ class BlockingTests(DatabaseTestCase):
     def test_commits_and_rolls_back(self) -> None:
         """It commits what ends well, rolls back what raises, and reports in our errors."""
         with blocking(self.url) as txn:
-            txn.execute("create table t (a int unique)")
-            txn.execute("insert into t values (1)")
+            txn.execute("create table public.t (a int unique)")
+            txn.execute("insert into public.t values (1)")
         with self.assertRaises(StatementRefused) as caught, blocking(self.url) as txn:
-            txn.execute("insert into t values (2)")
-            txn.execute("insert into t values (1)")
+            txn.execute("insert into public.t values (2)")
+            txn.execute("insert into public.t values (1)")
         self.assertEqual(caught.exception.constraint, "t_a_key")
-        self.assertEqual(self.execute("select a from t"), [(1,)])
+        self.assertEqual(self.execute("select a from public.t"), [(1,)])
 
     def test_no_connection(self) -> None:
         """A database that is not there is unavailable, in one line."""

@@ -76,17 +76,17 @@ class PrivilegeTests(UserTestCase):
 
     def test_a_sequence(self) -> None:
         """A privilege that is missing on a sequence is named, with the statement that grants it."""
-        self.execute(f"revoke all on sequence commands_cmd_id_seq from {self.user}")
+        self.execute(f"revoke all on sequence s2s.commands_cmd_id_seq from {self.user}")
         with self.as_user() as txn:
             error = self.assertRaises(OperatorError, privileges.check, txn)
-        self.assertIn(f"grant usage on sequence commands_cmd_id_seq to {self.user};", str(error))
+        self.assertIn(f"grant usage on sequence s2s.commands_cmd_id_seq to {self.user};", str(error))
 
     def test_tables(self) -> None:
         """Privileges of one table share a statement; of many tables the first few are shown, and the rest counted."""
-        self.execute(f"revoke insert, update on commands from {self.user}")
+        self.execute(f"revoke insert, update on s2s.commands from {self.user}")
         with self.as_user() as txn:
-            self.assertEqual(privileges.missing(txn), [f"grant insert, update on table commands to {self.user};"])
-        self.execute(f"revoke all on all tables in schema public from {self.user}")
+            self.assertEqual(privileges.missing(txn), [f"grant insert, update on table s2s.commands to {self.user};"])
+        self.execute(f"revoke all on all tables in schema s2s, s2s_world from {self.user}")
         with self.as_user() as txn:
             error = self.assertRaises(OperatorError, privileges.check, txn)
         self.assertRegex(str(error), "and [0-9]+ more, which s2s db status lists$")
@@ -104,11 +104,11 @@ class PrivilegeTests(UserTestCase):
 
     def test_the_command_line(self) -> None:
         """``s2s db status`` lists them all, and exits with 1."""
-        self.execute(f"revoke delete on outbox from {self.user}")
+        self.execute(f"revoke delete on s2s.outbox from {self.user}")
         url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
         told = CliRunner().invoke(main, ["db", "status", "--database", url])
         self.assertEqual(told.exit_code, 1)
-        self.assertIn(f"grant delete on table outbox to {self.user};", told.stderr)
+        self.assertIn(f"grant delete on table s2s.outbox to {self.user};", told.stderr)
 
 
 class RowSecurityTests(UserTestCase):
@@ -123,12 +123,12 @@ class RowSecurityTests(UserTestCase):
 
     def test_it_is_named(self) -> None:
         """A role's start and ``s2s db status`` name each table of which it hides rows, and both cures."""
-        tables = ("commands", "s2s_keys", "s2s_migrations")
+        tables = ("s2s.commands", "s2s.s2s_keys", "s2s.migrations")
         for table in tables:
             self.execute(f"alter table {table} enable row level security")
         url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
         refused = str(self.assertRaises(OperatorError, preflight.check, url, "server"))
-        self.assertIn(f"hides rows of the table commands from {self.user}: run as its owner: alter table", refused)
+        self.assertIn(f"hides rows of the table s2s.commands from {self.user}: run as its owner: alter table", refused)
         self.assertIn(f"alter role {self.user} bypassrls; and 2 more, which s2s db status lists", refused)
         said = self.status()
         for table in tables:
@@ -136,17 +136,17 @@ class RowSecurityTests(UserTestCase):
 
     def test_a_policy_that_hides_nothing(self) -> None:
         """A table whose policy lets all rows through is not named, unless another policy restricts it."""
-        self.execute("alter table commands enable row level security")
-        self.execute("create policy everything on commands using (true)")
+        self.execute("alter table s2s.commands enable row level security")
+        self.execute("create policy everything on s2s.commands using (true)")
         with self.as_user() as txn:
             privileges.check(txn)
-        self.execute("create policy nothing on commands as restrictive using (false)")
+        self.execute("create policy nothing on s2s.commands as restrictive using (false)")
         with self.as_user() as txn:
             self.assertEqual(len(privileges.hidden(txn)), 1)
 
     def test_of_the_owner(self) -> None:
         """Neither the owner of the tables nor a user that bypasses it is told."""
-        self.execute("alter table commands enable row level security")
+        self.execute("alter table s2s.commands enable row level security")
         with blocking(self.url) as txn:
             self.assertEqual(privileges.hidden(txn), [])
         self.execute(f"alter role {self.user} bypassrls")
@@ -166,31 +166,32 @@ class MigrateTests(UserTestCase):
         self.assertEqual((line.count("\n"), line), (1, status.stderr))
         return line
 
-    def empty(self) -> None:
-        """Remove the schema, and make it anew for everybody to look at."""
-        self.execute("drop schema public cascade; create schema public; grant usage on schema public to public")
-
-    def test_without_create(self) -> None:
-        """Without CREATE on the schema both name the grant, with which the migration goes through."""
-        self.empty()
-        line = self.both()
-        self.assertIn(f"grant create on schema public to {self.user};", line)
-        self.execute(line.rpartition(": ")[2])
+    def migrate(self) -> None:
+        """See that the migration goes through."""
         url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
         self.assertEqual(CliRunner().invoke(main, ["db", "migrate", "--database", url]).exit_code, 0)
 
-    def test_without_a_schema(self) -> None:
-        """Where no schema of the search_path exists, or none may be used, both say so with the cure."""
-        self.empty()
-        self.execute(f"alter role {self.user} set search_path = nowhere, elsewhere")
+    def test_without_create(self) -> None:
+        """Without CREATE on the database both name the grant, with which the migration goes through."""
+        self.execute("drop schema s2s, s2s_world cascade")
         line = self.both()
-        self.assertIn("no schema of the search_path nowhere, elsewhere", line)
-        self.assertIn(f"grant usage, create on schema public to {self.user};", line)
+        self.assertRegex(line, f"grant create on database [a-z0-9_]+ to {self.user};")
+        self.execute(line.rpartition(": ")[2])
+        self.migrate()
+
+    def test_schemas_of_a_dba(self) -> None:
+        """Schemas that a DBA has made are used without CREATE on the database, and a missing grant on one is named."""
+        self.execute("drop schema s2s, s2s_world cascade; create schema s2s")
+        self.execute(f"create schema s2s_world authorization {self.user}")
+        line = self.both()
+        self.assertIn(f"grant usage, create on schema s2s to {self.user};", line)
+        self.execute(line.rpartition(": ")[2])
+        self.migrate()
 
     def test_tables_of_another(self) -> None:
         """Where the tables belong to another, both name the owner."""
-        self.execute(f"grant create on schema public to {self.user}")
-        self.execute("delete from s2s_migrations where name = '0007_queues'")
+        self.execute(f"grant create on schema s2s, s2s_world to {self.user}")
+        self.execute("delete from s2s.migrations where schema = 's2s_world'")
         self.assertIn("run s2s db migrate as postgres", self.both())
 
     def test_up_to_date(self) -> None:

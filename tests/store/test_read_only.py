@@ -16,11 +16,11 @@ from tests.support.postgres import DatabaseTestCase
 
 
 def _write(txn: Cursor) -> None:
-    txn.execute("insert into made values (1)")
+    txn.execute("insert into public.made values (1)")
 
 
 def _steps() -> Steps[Any]:
-    return (yield Query("insert into made values (1) returning n", ()))
+    return (yield Query("insert into public.made values (1) returning n", ()))
 
 
 class ReadOnlyTests(DatabaseTestCase):
@@ -29,7 +29,7 @@ class ReadOnlyTests(DatabaseTestCase):
     def setUp(self) -> None:
         """Make a table, and let sessions be read-only from their start."""
         super().setUp()
-        self.execute("create table made (n integer)")
+        self.execute("create table public.made (n integer)")
         self.name = self.url.partition("?")[0].rpartition("/")[2]
         self.set("on")
         self.database = Database(self.url, threads=2)
@@ -51,7 +51,7 @@ class ReadOnlyTests(DatabaseTestCase):
         self.set("off")
         await self.database.run(_write)
         await self.database.run_steps(_steps)
-        self.assertEqual(self.execute("select count(*) from made"), [(2,)])
+        self.assertEqual(self.execute("select count(*) from public.made"), [(2,)])
 
     async def test_it_is_not_ready(self) -> None:
         """The probe of the database and the inbox say why, and are well again afterwards."""

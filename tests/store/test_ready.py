@@ -103,7 +103,7 @@ class ReadyTests(DatabaseTestCase):
         """Store commands: key, priority, due in so many seconds, type."""
         for key, priority, due_in, cmd_type in rows:
             statement = (
-                "insert into commands (cmd_type, idem_key, payload, priority, due_at)"
+                "insert into s2s.commands (cmd_type, idem_key, payload, priority, due_at)"
                 " values (%s, %s, '{}', %s, clock_timestamp() + %s * interval '1 s')"
             )
             params = (cmd_type, key, priority, due_in)
@@ -115,7 +115,7 @@ class ReadyTests(DatabaseTestCase):
     def fill(self, count: int, cmd_type: str = "test.run") -> None:
         """Store many commands that have been due for a while."""
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload, due_at)"
+            "insert into s2s.commands (cmd_type, idem_key, payload, due_at)"
             " select %s, %s || n, '{}', now() - interval '1 minute' from generate_series(1, %s) n",
             cmd_type,
             cmd_type,
@@ -130,7 +130,7 @@ class ReadyTests(DatabaseTestCase):
         commands.finish(self.txn, cmd_ids)
         claims.release(self.txn, "boot", 0)
         self.txn.connection.commit()
-        known = dict(self.execute("select cmd_id, idem_key from commands where cmd_id = any(%s)", cmd_ids))
+        known = dict(self.execute("select cmd_id, idem_key from s2s.commands where cmd_id = any(%s)", cmd_ids))
         return [known[cmd_id] for cmd_id in cmd_ids]
 
     def run_all(self) -> list[str]:
@@ -165,10 +165,10 @@ class ReadyTests(DatabaseTestCase):
         self.insert(("a", 100, 0, "test.run"))
         self.assertEqual(self.run_batch(), ["a"])
         self.execute(
-            "insert into batch_notes (boot_id, worker, cmd_ids)"
+            "insert into s2s.batch_notes (boot_id, worker, cmd_ids)"
             " select 'boot', 0, array[n] from generate_series(1000, 21000) n"
         )
-        self.execute("delete from batch_notes")
+        self.execute("delete from s2s.batch_notes")
         self.insert(("b", 100, 0, "test.run"))
         self.assertGreater(self.pages(), 200)
         self.assertEqual(self.run_batch(), ["b"])
@@ -185,13 +185,13 @@ class ReadyTests(DatabaseTestCase):
     def test_unserved_front(self) -> None:
         """Commands of a type that is not served here cost one look, and wait as they are for one who serves it."""
         self.fill(20_000, "test.other")
-        before = self.execute("select min(due_at), max(due_at), sum(attempts) from commands")
+        before = self.execute("select min(due_at), max(due_at), sum(attempts) from s2s.commands")
         self.insert(("mine", 100, 0, "test.run"))
         self.assertEqual(self.run_batch(), ["mine"])
         self.insert(("mine too", 100, 0, "test.run"))
         self.assertLess(self.pages(), 100)
         self.assertEqual(self.run_batch(), ["mine too"])
-        after = "select min(due_at), max(due_at), sum(attempts) from commands where cmd_type = 'test.other'"
+        after = "select min(due_at), max(due_at), sum(attempts) from s2s.commands where cmd_type = 'test.other'"
         self.assertEqual(self.execute(after), before)
         self.ready = Ready(["test.other"])
         self.assertEqual(len(self.run_batch(256)), 256)
@@ -213,8 +213,8 @@ class ReadyTests(DatabaseTestCase):
         """Commands that are due at one moment, as after a bulk load, are passed one by one."""
         self.hold_snapshot()
         self.fill(20_000)
-        self.assertEqual(self.execute("select count(distinct due_at) from commands"), [(1,)])
-        self.execute("update commands set due_at = now() - interval '1 hour'")
+        self.assertEqual(self.execute("select count(distinct due_at) from s2s.commands"), [(1,)])
+        self.execute("update s2s.commands set due_at = now() - interval '1 hour'")
         for _ in range(60):
             self.assertEqual(len(self.run_batch(256)), 256)
         pages = self.pages()
@@ -239,7 +239,7 @@ class ReadyTests(DatabaseTestCase):
         self.insert(("a", 100, 0, "test.run"))
         self.assertEqual(self.run_batch(), ["a"])
         self.insert(("b", 100, 0, "test.run"), ("c", 100, 0, "test.run"), ("past", 100, -3600, "test.run"))
-        ids = dict(self.execute("select idem_key, cmd_id from commands"))
+        ids = dict(self.execute("select idem_key, cmd_id from s2s.commands"))
         scan = self.ready._scan
 
         def look_back_meanwhile(*args: Any) -> Any:
@@ -263,9 +263,9 @@ class ReadyTests(DatabaseTestCase):
         """A command that is retried by hand, or made ready by hand with its old place, is found."""
         self.insert(("a", 100, -60, "test.run"), ("b", 100, -30, "test.run"), ("c", 100, 0, "test.run"))
         self.assertEqual(self.run_batch(), ["a", "b", "c"])
-        self.execute("update commands set status = 'ready', due_at = now() where idem_key = 'b'")
+        self.execute("update s2s.commands set status = 'ready', due_at = now() where idem_key = 'b'")
         self.assertEqual(self.run_batch(), ["b"])
-        self.execute("update commands set status = 'ready' where idem_key = 'a'")
+        self.execute("update s2s.commands set status = 'ready' where idem_key = 'a'")
         self.now += LEAST_S
         self.assertEqual(self.run_batch(), ["a"])
 
@@ -331,7 +331,7 @@ class ReadyTests(DatabaseTestCase):
     def test_more_priorities_than_are_remembered(self) -> None:
         """Priorities without number, which only SQL can make, are run all the same."""
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload, priority)"
+            "insert into s2s.commands (cmd_type, idem_key, payload, priority)"
             " select 'test.run', n::text, '{}', n from generate_series(1, 3000) n"
         )
         self.assertEqual(len(self.run_all()), 3000)
@@ -340,7 +340,7 @@ class ReadyTests(DatabaseTestCase):
     @given(st.data())
     def test_nothing_is_lost(self, data: st.DataObject) -> None:
         """Whatever comes in whatever order, late, in the past or under a new priority, all that is served runs once."""
-        self.execute("delete from commands")
+        self.execute("delete from s2s.commands")
         self.ready = self.process()
         late: list[Cursor] = []
         ran: list[str] = []
@@ -376,7 +376,7 @@ class ReadyTests(DatabaseTestCase):
         ran += self.run_all()
         self.assertEqual(sorted(ran), sorted(served))
         self.assertEqual(
-            self.execute("select count(*) from commands where status = 'ready' and cmd_type = 'test.run'"), [(0,)]
+            self.execute("select count(*) from s2s.commands where status = 'ready' and cmd_type = 'test.run'"), [(0,)]
         )
 
 
@@ -388,7 +388,8 @@ class CheapTests(DatabaseTestCase):
         self.patch(lookback, "CHEAP_S", float("inf"))
         ready = Ready(None, lambda: 0.0)
         insert = (
-            "insert into commands (cmd_type, idem_key, payload, due_at) values ('test.run', %s, '{}', to_timestamp(%s))"
+            "insert into s2s.commands (cmd_type, idem_key, payload, due_at)"
+            " values ('test.run', %s, '{}', to_timestamp(%s))"
         )
         for key, due_at in (("a", 1_000_000), ("b", 5)):
             self.execute(insert, key, due_at)

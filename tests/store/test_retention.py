@@ -39,7 +39,7 @@ class _RetentionTestCase(DatabaseTestCase):
     def setUp(self) -> None:
         """Let the time of the retention be that of the database, which is a copy of an older one."""
         super().setUp()
-        self.execute("update s2s_database set retention_at = now()")
+        self.execute("update s2s.database set retention_at = now()")
 
     def insert(self, key: str, status: str = "done", days: int = 8, *, ended: int | None = None) -> int:
         """Store a command with its key.
@@ -49,10 +49,10 @@ class _RetentionTestCase(DatabaseTestCase):
         :returns: its cmd_id.
         """
         [(cmd_id,)] = self.execute(
-            "with made as (insert into commands (cmd_type, idem_key, payload, status, created_at, finished_at)"
+            "with made as (insert into s2s.commands (cmd_type, idem_key, payload, status, created_at, finished_at)"
             " values ('test.run', %s, '{}', %s, now() - make_interval(days => %s), case when %s <> 'ready'"
             " then now() - make_interval(days => %s) end) returning cmd_id, idem_key)"
-            " insert into idempotency_keys (idem_key, cmd_id, fingerprint)"
+            " insert into s2s.idempotency_keys (idem_key, cmd_id, fingerprint)"
             " select idem_key, cmd_id, decode(repeat('00', 32), 'hex') from made returning cmd_id",
             key,
             status,
@@ -68,7 +68,7 @@ class _RetentionTestCase(DatabaseTestCase):
         :param expires: when from now, in SQL.
         """
         self.execute(
-            "insert into idempotency_keys (idem_key, cmd_id, fingerprint, status, expires_at)"
+            "insert into s2s.idempotency_keys (idem_key, cmd_id, fingerprint, status, expires_at)"
             f" values (%s, 7, decode(repeat('00', 32), 'hex'), 'done', now() {expires})",
             key,
         )
@@ -92,7 +92,7 @@ class _RetentionTestCase(DatabaseTestCase):
 
     def left(self) -> list[str]:
         """Give the keys of the commands that are left."""
-        return [key for (key,) in self.execute("select idem_key from commands order by cmd_id")]
+        return [key for (key,) in self.execute("select idem_key from s2s.commands order by cmd_id")]
 
 
 class StepTests(_RetentionTestCase):
@@ -111,13 +111,13 @@ class StepTests(_RetentionTestCase):
         ):
             self.insert(key, status, days, ended=ended)
         self.insert("by hand")
-        self.execute("update commands set finished_at = null where idem_key = 'by hand'")
+        self.execute("update s2s.commands set finished_at = null where idem_key = 'by hand'")
         self.assertEqual(self.step(), (4, None))
         self.assertEqual(self.left(), ["just ended", "dead", "waits", "young"])
         self.assertEqual(
             self.execute(
                 "select idem_key, status, round(extract(epoch from expires_at - now()) / 86400)::int"
-                " from idempotency_keys where expires_at is not null order by 1"
+                " from s2s.idempotency_keys where expires_at is not null order by 1"
             ),
             [("by hand", "done", 30), ("cancelled", "cancelled", 30), ("done", "done", 30), ("long dead", "dead", 30)],
         )
@@ -144,10 +144,10 @@ class StepTests(_RetentionTestCase):
     def test_a_step_costs_its_rows(self) -> None:
         """Beside a hundred thousand commands a step reads its own rows only."""
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload, status, finished_at)"
+            "insert into s2s.commands (cmd_type, idem_key, payload, status, finished_at)"
             " select 'test.run', 'f' || i, '{}', 'done', now() from generate_series(1, 100000) i"
         )
-        self.execute("vacuum analyze commands")
+        self.execute("vacuum analyze s2s.commands")
         with blocking(self.url) as txn:
             self.assertEqual(retention.sweep_commands(txn, 50_000, _KEEP), (0, None))
             txn.execute("select seq_tup_read, idx_tup_fetch from pg_stat_xact_user_tables where relname = 'commands'")
@@ -160,7 +160,7 @@ class StepTests(_RetentionTestCase):
         self.insert("theirs")
         self.insert("mine")
         other = self.begin()
-        other.execute("select from commands where idem_key = 'theirs' for update")
+        other.execute("select from s2s.commands where idem_key = 'theirs' for update")
         self.assertEqual(self.step(), (1, None))
         self.assertEqual(retention.sweep_commands(other, 0, _KEEP), (1, None))
         self.assertEqual(self.step(), (0, None))
@@ -175,18 +175,18 @@ class StepTests(_RetentionTestCase):
         self.assertEqual(self.step(), (0, None))
         operator.connection.commit()
         self.assertEqual(self.step(), (0, None))
-        self.assertEqual(self.execute("select status from commands"), [("ready",)])
+        self.assertEqual(self.execute("select status from s2s.commands"), [("ready",)])
 
     def test_dead_keys(self) -> None:
         """With a snapshot held, a step does not read what the steps before it have removed."""
         with blocking(self.url) as holder:
             holder.execute("set transaction isolation level repeatable read; select 1")
             self.execute(
-                "insert into idempotency_keys (idem_key, cmd_id, fingerprint, expires_at)"
+                "insert into s2s.idempotency_keys (idem_key, cmd_id, fingerprint, expires_at)"
                 " select n::text, n, decode(repeat('00', 32), 'hex'), now() - n * interval '1 second'"
                 " from generate_series(1, 10500) n"
             )
-            self.execute("analyze idempotency_keys")
+            self.execute("analyze s2s.idempotency_keys")
             with blocking(self.url) as txn:
                 removed, since = 0, "-infinity"
                 for _ in range(10):
@@ -213,25 +213,25 @@ class StepTests(_RetentionTestCase):
         self.insert_key("later", "+ interval '1 minute'")
         with blocking(self.url) as txn:
             self.assertEqual([retention.sweep_keys(txn)[0] for _ in range(3)], [2, 1, 0])
-        self.assertEqual(self.execute("select idem_key from idempotency_keys order by 1"), [("alive",), ("later",)])
+        self.assertEqual(self.execute("select idem_key from s2s.idempotency_keys order by 1"), [("alive",), ("later",)])
 
     def test_old_steering(self) -> None:
         """Control requests older than a week are removed, a bounded number in a step."""
         self.patch(retention, "STEP_ROWS", 2)
         self.execute(
-            "insert into steering (engine, type, payload, created_at, expires_at)"
+            "insert into s2s.steering (engine, type, payload, created_at, expires_at)"
             " select 'e', 'test', '{}', now() - make_interval(days => d), now() from unnest(array[9, 8, 8, 6, 0]) d"
         )
         with blocking(self.url) as txn:
             self.assertEqual([retention.sweep_steering(txn) for _ in range(3)], [2, 1, 0])
-        self.assertEqual(self.execute("select count(*) from steering"), [(2,)])
+        self.assertEqual(self.execute("select count(*) from s2s.steering"), [(2,)])
 
     def test_what_is_set(self) -> None:
         """How long things are kept is read from the settings, and is their default where there is none."""
         with blocking(self.url) as txn:
-            txn.execute("delete from config")
+            txn.execute("delete from s2s.config")
             self.assertEqual(retention.keep(txn), _KEEP)
-            txn.execute("insert into config (key, value, type) values ('commands.keep_dead_days', '1', 'integer')")
+            txn.execute("insert into s2s.config (key, value, type) values ('commands.keep_dead_days', '1', 'integer')")
             self.assertEqual(retention.keep(txn), Keep(7, 1, 30))
 
 
@@ -256,7 +256,7 @@ class RaceTests(_RetentionTestCase):
         self.assertTrue(outcome.is_new)
         self.assertEqual(
             self.execute(
-                "select c.cmd_id, k.expires_at from commands c join idempotency_keys k using (cmd_id, idem_key)"
+                "select c.cmd_id, k.expires_at from s2s.commands c join s2s.idempotency_keys k using (cmd_id, idem_key)"
             ),
             [(outcome.cmd_id, None)],
         )
@@ -285,7 +285,7 @@ class RaceTests(_RetentionTestCase):
         self.assertEqual(other, Outcome(7, "done"))
         self.assertTrue(first.is_new)
         self.assertEqual(again, Outcome(first.cmd_id, "ready"))
-        self.assertEqual(self.execute("select cmd_id, idem_key from commands"), [(first.cmd_id, "k")])
+        self.assertEqual(self.execute("select cmd_id, idem_key from s2s.commands"), [(first.cmd_id, "k")])
 
     async def test_the_command_is_being_swept(self) -> None:
         """A push that meets its key while the command's row is removed is told how the command ended."""
@@ -344,14 +344,14 @@ class TaskTests(_RetentionTestCase):
 
     async def test_far_behind(self) -> None:
         """After an outage, or a leap, the time that age is judged by catches up, and one line says so."""
-        self.execute("update s2s_database set retention_at = now() - interval '1 day'")
+        self.execute("update s2s.database set retention_at = now() - interval '1 day'")
         with capturedLogs() as logs:
             self.retention.start()
             await self.pass_once(FIRST_S)
             await self.pass_once(INTERVAL_S)
         [told] = [each["text"] for each in logs if "text" in each]
         self.assertIn("what is old is removed as of", told)
-        [(behind,)] = self.execute("select round(extract(epoch from now() - retention_at) / 3600) from s2s_database")
+        [(behind,)] = self.execute("select round(extract(epoch from now() - retention_at) / 3600) from s2s.database")
         self.assertEqual(behind, 22)
 
     async def test_a_doubt_that_lasts(self) -> None:
@@ -359,7 +359,7 @@ class TaskTests(_RetentionTestCase):
         is_trusted = False
         doubtful = Retention(self.database, Clock(self.scheduler), lambda: self.keep, lambda: is_trusted)
         self.addCleanup(doubtful.stop)
-        self.execute("update s2s_database set retention_at = now() - interval '400 days'")
+        self.execute("update s2s.database set retention_at = now() - interval '400 days'")
         with capturedLogs() as logs:
             doubtful.start()
             await self.pass_once(FIRST_S)
@@ -394,7 +394,7 @@ class TaskTests(_RetentionTestCase):
         inbox = Inbox(self.database, registry([_Test()]))
         push = {"cmd_type": "test.run", "idem_key": "k", "payload": {"n": 1}}
         first = await inbox.push(push)
-        self.execute("update commands set status = 'dead', created_at = now() - interval '91 days'")
+        self.execute("update s2s.commands set status = 'dead', created_at = now() - interval '91 days'")
         self.retention.start()
         await self.pass_once(FIRST_S)
         self.assertEqual(self.left(), [])
@@ -402,7 +402,7 @@ class TaskTests(_RetentionTestCase):
         self.assertEqual(again, {"accepted": True, "duplicate": True, "cmd_id": first["cmd_id"], "status": "dead"})
         conflict = await self.assertFailure(inbox.push({**push, "payload": {"n": 2}}), IdemConflict)
         self.assertEqual(conflict.details["cmd_id"], first["cmd_id"])
-        self.execute("update idempotency_keys set expires_at = now()")
+        self.execute("update s2s.idempotency_keys set expires_at = now()")
         await self.pass_once(INTERVAL_S)
         anew = await inbox.push(push)
         self.assertFalse(anew["duplicate"])
@@ -463,7 +463,7 @@ class TaskTests(_RetentionTestCase):
         for key in "ab":
             self.insert(key)
         other = self.begin()
-        other.execute("lock table commands")
+        other.execute("lock table s2s.commands")
         self.retention.start()
         self.scheduler.advance(FIRST_S)
         await poll(

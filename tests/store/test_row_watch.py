@@ -29,15 +29,15 @@ class RowWatchTests(DatabaseTestCase):
         """Make rows that are due, one of each table twice."""
         super().setUp()
         self.execute(
-            "insert into commands (cmd_type, idem_key, payload, due_at)"
+            "insert into s2s.commands (cmd_type, idem_key, payload, due_at)"
             " select 'a.b', n, '{}', now() - interval '1 hour' from generate_series(1, 2) n;"
-            "insert into jobs (job_type, schedule, due_at)"
+            "insert into s2s.jobs (job_type, schedule, due_at)"
             " select 'job_' || n, 'every:3600s', now() - interval '1 hour' from generate_series(1, 2) n;"
-            "insert into orders (order_id, rpc, params, actor, stepped_at)"
+            "insert into s2s.orders (order_id, rpc, params, actor, stepped_at)"
             " select n, 'admin.config.set.v1', '{}', 'x', now() - interval '1 hour' from generate_series(1, 2) n;"
-            "insert into outbox (cmd_type, idem_key, payload, send_at)"
+            "insert into s2s.outbox (cmd_type, idem_key, payload, send_at)"
             " select 'a.b', n, '{}', now() - interval '1 hour' from generate_series(1, 2) n;"
-            "insert into broadcasts (message, created_at)"
+            "insert into s2s.broadcasts (message, created_at)"
             " select 'hello', now() - interval '1 hour' from generate_series(1, 2) n"
         )
 
@@ -68,13 +68,13 @@ class RowWatchTests(DatabaseTestCase):
 
     def test_what_is_no_matter(self) -> None:
         """A short transaction, a session of ours, and one that has changed other rows are not told of."""
-        self.hold("select * from commands for update")
+        self.hold("select * from s2s.commands for update")
         self.assertEqual(self.look(60.0), [])
         self.execute(
             "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'a forgotten psql'"
         )
-        self.hold("select * from jobs for update", "s2s-engine handlers")
-        self.hold("insert into outbox (cmd_type, idem_key, payload) values ('a.b', 'new', '{}')")
+        self.hold("select * from s2s.jobs for update", "s2s-engine handlers")
+        self.hold("insert into s2s.outbox (cmd_type, idem_key, payload) values ('a.b', 'new', '{}')")
         self.assertEqual(self.look(), [])
 
     async def test_what_sessions_wait_for(self) -> None:
@@ -99,16 +99,16 @@ class RowWatchTests(DatabaseTestCase):
         self.patch(held_rows.look, "__defaults__", (0.0, 0.0))
         database, _ = self.pools("s2s-rows")
         watch = RowWatch(database, Clock(reactor), TABLES["server"])
-        holder = self.hold("select * from commands for update")
+        holder = self.hold("select * from s2s.commands for update")
         with capturedLogs() as told:
             await watch.look()
             self.assertEqual(watch.held, "")
             for _ in range(2):
                 await watch.look()
-                self.assertIn("2 rows of commands", watch.held)
+                self.assertIn("2 rows of s2s.commands", watch.held)
             holder.rollback()
             await watch.look()
         self.assertEqual(watch.held, "")
         lines = [str(formatEvent(event)) for event in told]
         self.assertEqual(len(lines), 2, lines)
-        self.assertIn("2 rows of commands are due and locked", lines[0])
+        self.assertIn("2 rows of s2s.commands are due and locked", lines[0])

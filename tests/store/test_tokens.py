@@ -52,8 +52,8 @@ class TableTests(CliTestCase):
         """Nothing in the database, and nothing that is printed later, has the token in it."""
         token = self.s2s("tokens", "add", "alice", "--role", "operator", "--note", "on call").stdout.strip()
         self.assertEqual(name_of(token), "alice")
-        [row] = self.execute("select api_tokens::text from api_tokens")
-        audit = self.execute("select audit::text from audit")
+        [row] = self.execute("select api_tokens::text from s2s.api_tokens")
+        audit = self.execute("select audit::text from s2s.audit")
         shown = self.s2s("tokens", "list").output + self.s2s("tokens", "list", "--json").output
         secret = token.partition("~")[2]
         for text in (str(row), str(audit), shown):
@@ -79,9 +79,9 @@ class TableTests(CliTestCase):
     def test_audit(self) -> None:
         """Making, changing by hand and revoking are told, with who did it and never the hash."""
         self.s2s("tokens", "add", "alice", "--role", "admin")
-        self.execute("update api_tokens set role = 'observer'")
+        self.execute("update s2s.api_tokens set role = 'observer'")
         self.s2s("tokens", "revoke", "alice")
-        told = self.execute("select actor, action, subject, params from audit order by audit_id")
+        told = self.execute("select actor, action, subject, params from s2s.audit order by audit_id")
         self.assertEqual([row[1] for row in told], ["tokens.add", "tokens.change", "tokens.revoke"])
         self.assertEqual([row[3]["role"] for row in told], ["admin", "observer", "observer"])
         self.assertEqual({row[2] for row in told}, {"alice"})
@@ -112,14 +112,17 @@ class TableTests(CliTestCase):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         self.assertIn("cannot be written, File too large: name another one", said)
         self.assertFalse(path.exists())
-        self.execute("create function refuse() returns trigger language plpgsql as 'begin raise exception $$no$$; end'")
         self.execute(
-            "create constraint trigger refused after insert on api_tokens initially deferred"
+            "create function refuse() returns trigger language plpgsql set search_path from current as 'begin"
+            " raise exception $$no$$; end'"
+        )
+        self.execute(
+            "create constraint trigger refused after insert on s2s.api_tokens initially deferred"
             " for each row execute function refuse()"
         )
         self.s2s(*add, expected=1)
         self.assertFalse(path.exists())
-        self.execute("drop trigger refused on api_tokens")
+        self.execute("drop trigger refused on s2s.api_tokens")
         self.s2s(*add)
 
     def test_expiry(self) -> None:
@@ -128,7 +131,7 @@ class TableTests(CliTestCase):
         with blocking(self.url) as txn:
             [row] = tokens.read(txn)
         self.assertTrue(row.left_s is not None and 2 * 86400 - 60 < row.left_s <= 2 * 86400)
-        self.execute("update api_tokens set expires_at = now() - interval '1 second'")
+        self.execute("update s2s.api_tokens set expires_at = now() - interval '1 second'")
         with blocking(self.url) as txn:
             self.assertEqual(tokens.read(txn), [])
         self.assertTrue(self.json("tokens", "list")[0]["is_expired"])

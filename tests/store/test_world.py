@@ -121,9 +121,9 @@ class TableTests(DatabaseTestCase):
         """A sector with a port or a ship in it cannot be removed."""
         for table in ("ports", "ships"):
             self.insert(table, {})
-            self.assertRaises(psycopg2.IntegrityError, self.execute, "delete from sectors")
+            self.assertRaises(psycopg2.IntegrityError, self.execute, "delete from s2s_world.sectors")
             self.execute(f"delete from {table}")
-        self.execute("delete from sectors")
+        self.execute("delete from s2s_world.sectors")
 
 
 class StoreTests(DatabaseTestCase):
@@ -131,24 +131,26 @@ class StoreTests(DatabaseTestCase):
 
     def test_batches(self) -> None:
         """Batch after batch, each ship that there was at the start is changed, once, and no other."""
-        self.execute("insert into sectors values (1, 'Sol', 'neutral')")
+        self.execute("insert into s2s_world.sectors values (1, 'Sol', 'neutral')")
         ids = st.sets(st.integers(1, 60) | st.integers(1, MOST_ID - 1), max_size=40)
 
         @settings(max_examples=60)
         @given(ids, st.integers(1, 45), st.sampled_from(sorted(world.SHIP_FIELDS)))
         def check(ids: set[int], rows: int, field: str) -> None:
-            txn.execute("delete from ships")
-            txn.execute("insert into ships select id, 1, 1, 1, 1, 1, 1 from unnest(%s::bigint[]) id", (sorted(ids),))
+            txn.execute("delete from s2s_world.ships")
+            txn.execute(
+                "insert into s2s_world.ships select id, 1, 1, 1, 1, 1, 1 from unnest(%s::bigint[]) id", (sorted(ids),)
+            )
             count, last = world.count_ships(txn)
             self.assertEqual((count, last), (len(ids), max(ids, default=0)))
-            txn.execute("insert into ships values (%s, 1, 1, 1, 1, 1, 1)", (last + 1,))
+            txn.execute("insert into s2s_world.ships values (%s, 1, 1, 1, 1, 1, 1)", (last + 1,))
             after, sizes = 0, []
             while (end := world.end_of_batch(txn, after, last, rows)) is not None:
                 sizes.append(world.update_ships(txn, field, 7, after, end))
                 after = end
             whole, rest = divmod(count, rows)
             self.assertEqual(sizes, [rows] * whole + [rest] * (rest > 0))
-            txn.execute(f"select array_agg(ship_id order by ship_id) from ships where {field} = 7")
+            txn.execute(f"select array_agg(ship_id order by ship_id) from s2s_world.ships where {field} = 7")
             self.assertEqual(txn.fetchone(), (sorted(ids) or None,))
 
         with blocking(self.url) as txn:
@@ -161,11 +163,13 @@ class StoreTests(DatabaseTestCase):
 
     def test_sector_status(self) -> None:
         """A status is changed in one sector alone, and the one that it had is given back."""
-        self.execute("insert into sectors values (1, 'Sol', 'fedspace'), (2, 'Rim', 'neutral')")
+        self.execute("insert into s2s_world.sectors values (1, 'Sol', 'fedspace'), (2, 'Rim', 'neutral')")
         with blocking(self.url) as txn:
             self.assertEqual(world.set_sector_status(txn, 2, "port_closed"), "neutral")
             self.assertIsNone(world.set_sector_status(txn, 3, "port_closed"))
-        self.assertEqual(self.execute("select status from sectors order by 1"), [("fedspace",), ("port_closed",)])
+        self.assertEqual(
+            self.execute("select status from s2s_world.sectors order by 1"), [("fedspace",), ("port_closed",)]
+        )
 
 
 class SeedTests(DatabaseTestCase):
@@ -185,7 +189,7 @@ class SeedTests(DatabaseTestCase):
             found = []
             for table in ROWS:
                 text = io.BytesIO()
-                txn.copy_expert(f"copy (select * from {table} order by 1) to stdout", text)
+                txn.copy_expert(f"copy (select * from s2s_world.{table} order by 1) to stdout", text)
                 found.append(hashlib.sha256(text.getvalue()).hexdigest()[:16])
             return found
 
@@ -209,17 +213,20 @@ class SeedTests(DatabaseTestCase):
         self.assertEqual(counts.fedspace + counts.neutral + counts.port_closed, 1000)
         self.assertTrue(5 <= counts.port_closed <= 50, counts)
         for statement, expected in (
-            ("select min(sector_id), max(sector_id) from sectors where status = 'fedspace'", (1, 10)),
-            ("select min(port_id), max(port_id), count(*) from ports where port_id = sector_id", (1, 1000, 1000)),
-            ("select count(*) from ports where stock = base_stock or price = base_price", (0,)),
-            ("select count(distinct commodity), count(distinct stock < base_stock) from ports", (3, 2)),
+            ("select min(sector_id), max(sector_id) from s2s_world.sectors where status = 'fedspace'", (1, 10)),
             (
-                "select min(ship_id), max(ship_id), max(player_id) <= 1000, min(player_id) from ships",
+                "select min(port_id), max(port_id), count(*) from s2s_world.ports where port_id = sector_id",
+                (1, 1000, 1000),
+            ),
+            ("select count(*) from s2s_world.ports where stock = base_stock or price = base_price", (0,)),
+            ("select count(distinct commodity), count(distinct stock < base_stock) from s2s_world.ports", (3, 2)),
+            (
+                "select min(ship_id), max(ship_id), max(player_id) <= 1000, min(player_id) from s2s_world.ships",
                 (1, 4000, True, 1),
             ),
             (
                 "select count(*) filter (where shields <= 3) > 500, count(*) filter (where shields > 300) > 500"
-                " from ships join sectors using (sector_id) where status = 'neutral'",
+                " from s2s_world.ships join s2s_world.sectors using (sector_id) where status = 'neutral'",
                 (True, True),
             ),
         ):
@@ -295,7 +302,7 @@ class CommandTests(CliTestCase):
         told = self.json("world", "seed", "--sectors", "3", "--ships", "5", "--seed", "-9", "--replace")
         self.assertGreater(told.pop("seconds"), 0)
         self.assertEqual(told, {"sectors": 3, "ports": 3, "ships": 5, "seed": -9})
-        audit = self.execute("select action, params from audit order by audit_id")
+        audit = self.execute("select action, params from s2s.audit order by audit_id")
         self.assertEqual(
             audit,
             [
@@ -322,9 +329,11 @@ class CommandTests(CliTestCase):
     def test_show(self) -> None:
         """The counts are shown, also of no world at all."""
         self.assertEqual(set(self.json("world", "show").values()), {0})
-        self.execute("insert into sectors values (1, 'a', 'fedspace'), (2, 'b', 'neutral'), (3, 'c', 'port_closed')")
-        self.execute("insert into sectors select n, 'd', 'neutral' from generate_series(4, 5) n")
-        self.execute("insert into ships select n, 1, 1, 1, 1, n / 5, 1 from generate_series(1, 6) n")
+        self.execute(
+            "insert into s2s_world.sectors values (1, 'a', 'fedspace'), (2, 'b', 'neutral'), (3, 'c', 'port_closed')"
+        )
+        self.execute("insert into s2s_world.sectors select n, 'd', 'neutral' from generate_series(4, 5) n")
+        self.execute("insert into s2s_world.ships select n, 1, 1, 1, 1, n / 5, 1 from generate_series(1, 6) n")
         counts = {"sectors": 5, "fedspace": 1, "neutral": 3, "port_closed": 1}
         counts |= {"ports": 0, "ships": 6, "ships_without_shields": 4}
         self.assertEqual(self.json("world", "show"), counts)

@@ -111,11 +111,12 @@ def drop_database(name: str) -> None:
 
 
 class Session:
-    """A blocking connection in autocommit."""
+    """A blocking connection in autocommit, which finds tables of s2s also by their names without the schema."""
 
     def __init__(self, url: str) -> None:
         self._connection = psycopg2.connect(url)
         self._connection.autocommit = True
+        self.run("set search_path = public, s2s, s2s_world")
 
     def __enter__(self) -> Session:
         return self
@@ -175,22 +176,22 @@ class DatabaseTestCase(TestCase):
     def keep_charged(self) -> None:
         """Give each command that is charged a pause without an end: the real one is random, and may be over at once."""
         self.execute(
-            "create function wait() returns trigger language plpgsql as"
+            "create function wait() returns trigger language plpgsql set search_path from current as"
             " $$ begin new.due_at := '2100-01-01'; return new; end $$;"
-            "create trigger wait before update on commands for each row when (new.attempts > old.attempts)"
+            "create trigger wait before update on s2s.commands for each row when (new.attempts > old.attempts)"
             " execute function wait()"
         )
 
     def database_id(self) -> str:
         """Return the id that is in the keys of this database's own making."""
-        [(database_id,)] = self.execute("select database_id from s2s_database")
+        [(database_id,)] = self.execute("select database_id from s2s.database")
         return str(database_id)
 
     def broadcast_keys(self) -> list[str]:
         """Return the keys of the commands that the broadcasts become, in the order of their numbers."""
         rows = self.execute(
             "select broadcast_id, (created_at at time zone 'utc')::text, scope, sector_id, corp_id, player_id, message,"
-            " severity, ttl_s from broadcasts order by broadcast_id"
+            " severity, ttl_s from s2s.broadcasts order by broadcast_id"
         )
         return [f"broadcast:{self.database_id()}:{number}:{digest(*content)}" for number, *content in rows]
 

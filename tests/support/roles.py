@@ -290,7 +290,7 @@ class RoleTestCase(DatabaseTestCase):
         :param is_default: both roles sign with it, whatever other keys there are.
         """
         self.execute(
-            "insert into s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
+            "insert into s2s.s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
             " values (%s, %s, %s, %s, to_timestamp(0)) on conflict do nothing",
             *key,
             role,

@@ -14,7 +14,7 @@ class Decay(DriftJob):
     job_type = "decay"
     schedule = "every:60s"
     rate = "job.decay.rate_permille"
-    table = "ships"
+    table = "s2s_world.ships"
     row_id = "ship_id"
     goals: ClassVar[Mapping[str, str]] = {"shields": "0"}
     statuses = ("neutral",)

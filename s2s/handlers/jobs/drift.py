@@ -66,7 +66,7 @@ class DriftJob(Job):
         return (
             f"with batch as (select {row_id} as id from {self.table} where {row_id} > %(after)s"  # noqa: S608
             f" order by {row_id} limit %(batch_rows)s),"
-            f" changed as (update {self.table} r set {drifts} from sectors s where r.{row_id} > %(after)s"
+            f" changed as (update {self.table} r set {drifts} from s2s_world.sectors s where r.{row_id} > %(after)s"
             f" and r.{row_id} <= (select max(id) from batch) and s.sector_id = r.sector_id"
             f" and s.status = any(%(statuses)s) and %(rate)s > 0 and {is_away} returning {is_away} as is_away)"
             " select (select count(*) from batch), (select max(id) from batch), count(*),"

@@ -14,7 +14,7 @@ class PortRefresh(DriftJob):
     job_type = "port_refresh"
     schedule = "every:10s"
     rate = "job.port_refresh.rate_permille"
-    table = "ports"
+    table = "s2s_world.ports"
     row_id = "port_id"
     goals: ClassVar[Mapping[str, str]] = {"stock": "base_stock", "price": "base_price"}
     statuses = ("fedspace", "neutral")

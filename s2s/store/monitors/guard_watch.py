@@ -16,12 +16,12 @@ from s2s.store.pool import Database
 _LOCK_MS: Final = 1000
 #: Rows that are written, changed and removed on trial, by table: what inserts one, and a column to set.
 _TRIALS: Final = {
-    "audit": ("(actor, action) values ('s2s.probe', 's2s.probe')", ""),
-    "broadcasts": ("(message) values ('s2s.probe')", "message"),
-    "commands": ("(cmd_type, idem_key, payload, status) values ('s2s.probe', 's2s.probe', '{}', 'done')", "status"),
-    "idempotency_keys": ("values (gen_random_uuid()::text, sha256('probe'), 0)", "cmd_id"),
-    "outbox": ("(cmd_type, idem_key, payload) values ('s2s.probe', 's2s.probe', '{}')", "attempts"),
-    "steering": (
+    "s2s.audit": ("(actor, action) values ('s2s.probe', 's2s.probe')", ""),
+    "s2s.broadcasts": ("(message) values ('s2s.probe')", "message"),
+    "s2s.commands": ("(cmd_type, idem_key, payload, status) values ('s2s.probe', 's2s.probe', '{}', 'done')", "status"),
+    "s2s.idempotency_keys": ("values (gen_random_uuid()::text, sha256('probe'), 0)", "cmd_id"),
+    "s2s.outbox": ("(cmd_type, idem_key, payload) values ('s2s.probe', 's2s.probe', '{}')", "attempts"),
+    "s2s.steering": (
         "(engine, type, payload, actor, expires_at) values ('s2s.probe', 's2s.probe', '{}', 's2s.probe', now())",
         "engine",
     ),

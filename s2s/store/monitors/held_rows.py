@@ -20,17 +20,17 @@ _MOST_HOLDERS: Final = 5
 _BEFORE: Final = "now() - %(waiting_s)s * interval '1 second'"
 #: By table: its key, and which rows are due.
 _DUE: Final = {
-    "commands": (
+    "s2s.commands": (
         "cmd_id",
-        f"status = 'ready' and due_at <= {_BEFORE} and cmd_id not in (select unnest(cmd_ids) from batch_notes)",  # noqa: S608
+        f"status = 'ready' and due_at <= {_BEFORE} and cmd_id not in (select unnest(cmd_ids) from s2s.batch_notes)",  # noqa: S608
     ),
-    "jobs": ("job_type", f"due_at <= {_BEFORE} and coalesce(retry_at, due_at) <= {_BEFORE}"),
-    "orders": ("order_id", f"status in ('queued', 'running') and coalesce(retry_at, stepped_at) <= {_BEFORE}"),
-    "outbox": ("outbox_id", f"state = 'waiting' and send_at <= {_BEFORE}"),
-    "broadcasts": ("broadcast_id", f"state = 'pending' and created_at <= {_BEFORE}"),
+    "s2s.jobs": ("job_type", f"due_at <= {_BEFORE} and coalesce(retry_at, due_at) <= {_BEFORE}"),
+    "s2s.orders": ("order_id", f"status in ('queued', 'running') and coalesce(retry_at, stepped_at) <= {_BEFORE}"),
+    "s2s.outbox": ("outbox_id", f"state = 'waiting' and send_at <= {_BEFORE}"),
+    "s2s.broadcasts": ("broadcast_id", f"state = 'pending' and created_at <= {_BEFORE}"),
 }
 #: What each role works on.
-TABLES: Final = {"server": ("commands",), "engine": ("jobs", "orders", "outbox", "broadcasts")}
+TABLES: Final = {"server": ("s2s.commands",), "engine": ("s2s.jobs", "s2s.orders", "s2s.outbox", "s2s.broadcasts")}
 
 #: Seconds after which the wait of one of our statements for a lock is logged.
 _WAITS_S: Final = 3

@@ -16,33 +16,33 @@ LOCK_MS: Final = 1000
 _WRITES: Final[tuple[tuple[Verb, str, str], ...]] = (
     (
         "insert",
-        "idempotency_keys",
-        "insert into idempotency_keys (idem_key, fingerprint, cmd_id) values (gen_random_uuid()::text,"
-        " sha256('probe'), nextval('commands_cmd_id_seq'))",
+        "s2s.idempotency_keys",
+        "insert into s2s.idempotency_keys (idem_key, fingerprint, cmd_id) values (gen_random_uuid()::text,"
+        " sha256('probe'), nextval('s2s.commands_cmd_id_seq'))",
     ),
     (
         "insert",
-        "commands",
-        "insert into commands (cmd_id, cmd_type, idem_key, payload, status) values"
-        " (currval('commands_cmd_id_seq'), 'probe', 'probe', '{}', 'cancelled')",
+        "s2s.commands",
+        "insert into s2s.commands (cmd_id, cmd_type, idem_key, payload, status) values"
+        " (currval('s2s.commands_cmd_id_seq'), 'probe', 'probe', '{}', 'cancelled')",
     ),
     (
         "update",
-        "commands",
-        "update commands set status = 'done' where cmd_id = (select cmd_id from commands"
-        " where cmd_id = currval('commands_cmd_id_seq') for update)",
+        "s2s.commands",
+        "update s2s.commands set status = 'done' where cmd_id = (select cmd_id from s2s.commands"
+        " where cmd_id = currval('s2s.commands_cmd_id_seq') for update)",
     ),
     (
         "insert",
-        "batch_notes",
-        "insert into batch_notes (boot_id, worker, cmd_ids) values ('s2s.probe ' || pg_backend_pid(), 0, '{}')",
+        "s2s.batch_notes",
+        "insert into s2s.batch_notes (boot_id, worker, cmd_ids) values ('s2s.probe ' || pg_backend_pid(), 0, '{}')",
     ),
     (
         "update",
-        "batch_notes",
-        "update batch_notes set cmd_ids = '{1}' where boot_id = 's2s.probe ' || pg_backend_pid()",
+        "s2s.batch_notes",
+        "update s2s.batch_notes set cmd_ids = '{1}' where boot_id = 's2s.probe ' || pg_backend_pid()",
     ),
-    ("delete", "batch_notes", "delete from batch_notes where boot_id = 's2s.probe ' || pg_backend_pid()"),
+    ("delete", "s2s.batch_notes", "delete from s2s.batch_notes where boot_id = 's2s.probe ' || pg_backend_pid()"),
 )
 
 

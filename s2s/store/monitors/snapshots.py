@@ -37,10 +37,10 @@ order by age desc limit %s
 """
 _DEAD: Final = (
     "select coalesce(sum(n_dead_tup), 0)::bigint from pg_stat_user_tables"
-    " where relname in ('commands', 'outbox', 'batch_notes', 'idempotency_keys')"
+    " where schemaname = 's2s' and relname in ('commands', 'outbox', 'batch_notes', 'idempotency_keys')"
 )
 _UNSERVED: Final = (
-    "select cmd_id from commands where status = 'ready' and due_at <= now() - %(waiting_s)s * interval '1 second'"
+    "select cmd_id from s2s.commands where status = 'ready' and due_at <= now() - %(waiting_s)s * interval '1 second'"
     " and cmd_type <> all(string_to_array(%(types)s, E'\\n')) limit 1"
 )
 
@@ -100,6 +100,6 @@ def unserved(txn: Cursor, lookback: Lookback, types: Iterable[str]) -> str | Non
     """
     txn.execute("set local enable_seqscan = off")
     lookback.look(txn, _UNSERVED, {"types": "\n".join(types), "waiting_s": WAITING_S})
-    txn.execute("select cmd_type from commands where cmd_id = %s", (next(iter(lookback.behind), None),))
+    txn.execute("select cmd_type from s2s.commands where cmd_id = %s", (next(iter(lookback.behind), None),))
     row = txn.fetchone()
     return row[0] if row else None

@@ -31,7 +31,7 @@ class Action:
     """One thing to do to rows. All of it is SQL of ours, none a user's.
 
     :param verb: what it is called.
-    :param table: the table's name.
+    :param table: the table's name, with its schema.
     :param id: the name of its primary key.
     :param state: the name of the column that says the state.
     :param takes: the states that it is for.
@@ -53,7 +53,7 @@ class Action:
     @property
     def name(self) -> str:
         """What the audit calls it."""
-        return f"{self.table}.{self.verb}"
+        return f"{self.table.removeprefix('s2s.')}.{self.verb}"
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,11 @@ def write(
     :param actor: whoever the transaction was signed by, if left out.
     """
     txn.execute(
-        "insert into audit (actor, action, subject, params, result) values (coalesce(%s, s2s_actor()), %s, %s, %s, %s)",
+        "insert into s2s.audit (actor, action, subject, params, result) values (coalesce(%s, s2s.actor()),"
+        " %s, %s, %s, %s)",
         (actor, action, subject, Json(dict(params)), None if result is None else Json(dict(result))),
     )
-    check_written(txn, "insert", "audit")
+    check_written(txn, "insert", "s2s.audit")
 
 
 def cut(params: Mapping[str, Any], written: bytes) -> Mapping[str, Any]:
@@ -81,4 +82,4 @@ def cut(params: Mapping[str, Any], written: bytes) -> Mapping[str, Any]:
 
 
 #: By ``subject``, ``actor`` and ``action``.
-LISTED: Final = Listed(Entry, "audit", "audit_id", indexed=("subject", "actor", "action"))
+LISTED: Final = Listed(Entry, "s2s.audit", "audit_id", indexed=("subject", "actor", "action"))

@@ -38,11 +38,11 @@ def add(
     :returns: its ``broadcast_id``.
     """
     txn.execute(
-        "insert into broadcasts (scope, sector_id, corp_id, player_id, message, severity, ttl_s)"
+        "insert into s2s.broadcasts (scope, sector_id, corp_id, player_id, message, severity, ttl_s)"
         " values (%s, %s, %s, %s, %s, %s, %s) returning broadcast_id",
         (scope, sector_id, corp_id, player_id, message, severity, ttl_s),
     )
-    check_written(txn, "insert", "broadcasts")
+    check_written(txn, "insert", "s2s.broadcasts")
     return int((txn.fetchone() or ())[0])
 
 
@@ -61,7 +61,7 @@ def sweep(txn: Cursor, since_ts: int, limit: int, frame_size: int) -> int:
     while queued < limit:
         txn.execute(
             f"select broadcast_id, (created_at at time zone 'utc')::text, {', '.join(_MEMBERS)}"  # noqa: S608 - constants
-            " from broadcasts"
+            " from s2s.broadcasts"
             " where state = 'pending' and broadcast_id > %s"
             " and created_at >= coalesce(to_timestamp(nullif(%s, 0)), '-infinity')"
             " order by broadcast_id limit %s for update skip locked",
@@ -91,12 +91,12 @@ def _queue(txn: Cursor, found: Mapping[int, tuple[str, dict[str, Any]]], frame_s
     fitting = [command for number, command in found.items() if number not in refused]
     outbox.put_batch(txn, COMMAND, fitting, frame_size=frame_size)
     txn.execute(
-        "update broadcasts b set error = s.error, queued_at = case when s.error is null then now() end,"
+        "update s2s.broadcasts b set error = s.error, queued_at = case when s.error is null then now() end,"
         " state = case when s.error is null then 'queued' else 'refused' end"
         " from unnest(%s::bigint[], %s::text[]) s (broadcast_id, error) where b.broadcast_id = s.broadcast_id",
         (list(found), [refused.get(number) for number in found]),
     )
-    check_written(txn, "update", "broadcasts", len(found))
+    check_written(txn, "update", "s2s.broadcasts", len(found))
     return len(fitting)
 
 

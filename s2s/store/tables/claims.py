@@ -114,7 +114,7 @@ def claim(
     # keeps. And before the lock that everybody needs: a lost connection of ours may still hold the note.
     txn.execute(
         "set local synchronous_commit = off; set local enable_seqscan = off;"
-        " delete from batch_notes where boot_id = %s and worker = %s and note_id >= %s",
+        " delete from s2s.batch_notes where boot_id = %s and worker = %s and note_id >= %s",
         (boot_id, worker, ready.first_note),
     )
     ready.look_back(txn, limit)
@@ -126,11 +126,11 @@ def claim(
     if cmd_ids:
         txn.execute(
             # A claim whose connection was lost may have been committed since the notes were struck.
-            "with late as (delete from batch_notes where boot_id = %s and worker = %s and note_id >= %s)"
-            " insert into batch_notes (boot_id, worker, cmd_ids) values (%s, %s, %s::bigint[]) returning note_id",
+            "with late as (delete from s2s.batch_notes where boot_id = %s and worker = %s and note_id >= %s)"
+            " insert into s2s.batch_notes (boot_id, worker, cmd_ids) values (%s, %s, %s::bigint[]) returning note_id",
             (boot_id, worker, ready.first_note, boot_id, worker, array_literal(cmd_ids)),
         )
-        check_written(txn, "insert", "batch_notes")
+        check_written(txn, "insert", "s2s.batch_notes")
         ((note_id,),) = txn.fetchall()
         ready.noted(worker, note_id)
     return cmd_ids
@@ -142,7 +142,7 @@ def claimed(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> tuple[l
     :param note_id: where it is known, so that the notes which a snapshot keeps are not read.
     """
     txn.execute(
-        f"select cmd_ids, txid_current() from batch_notes where {_OF_WORKER}",  # noqa: S608
+        f"select cmd_ids, txid_current() from s2s.batch_notes where {_OF_WORKER}",  # noqa: S608
         (boot_id, worker, note_id, note_id),
     )
     rows = txn.fetchall()
@@ -161,11 +161,11 @@ def is_committed(txn: Cursor, xid: int) -> bool:
 def release(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> None:
     """Remove a worker's note; see :func:`claimed`."""
     params = (boot_id, worker, note_id, note_id)
-    txn.execute(f"delete from batch_notes where {_OF_WORKER}", params)  # noqa: S608
+    txn.execute(f"delete from s2s.batch_notes where {_OF_WORKER}", params)  # noqa: S608
     if not txn.rowcount:
-        txn.execute(f"select from batch_notes where {_OF_WORKER}", params)
+        txn.execute(f"select from s2s.batch_notes where {_OF_WORKER}", params)
         if txn.fetchall():
-            note_kept(txn, "delete", "batch_notes")
+            note_kept(txn, "delete", "s2s.batch_notes")
 
 
 def keep_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -> None:
@@ -174,17 +174,17 @@ def keep_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -
     Nothing takes them while the note stands. The others are free as soon as the transaction of the batch has ended.
     """
     txn.execute(
-        "update batch_notes set cmd_ids = %s::bigint[], stuck = true where boot_id = %s and worker = %s",
+        "update s2s.batch_notes set cmd_ids = %s::bigint[], stuck = true where boot_id = %s and worker = %s",
         (array_literal(cmd_ids), boot_id, worker),
     )
     if not txn.rowcount:
-        still_there(txn, "update", "batch_notes", "boot_id", [boot_id], f"worker = {int(worker)}")
+        still_there(txn, "update", "s2s.batch_notes", "boot_id", [boot_id], f"worker = {int(worker)}")
 
 
 def release_all(txn: Cursor, boot_id: str) -> None:
     """Remove every note of a process that ends in order: nobody is to be charged for what it leaves unfinished."""
-    txn.execute("delete from batch_notes where boot_id = %s", (boot_id,))
-    still_there(txn, "delete", "batch_notes", "boot_id", [boot_id])
+    txn.execute("delete from s2s.batch_notes where boot_id = %s", (boot_id,))
+    still_there(txn, "delete", "s2s.batch_notes", "boot_id", [boot_id])
 
 
 def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim]) -> Scan:
@@ -200,7 +200,7 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim])
     # The notes before the locks: a process takes its lock before it notes anything.
     txn.execute(
         "select boot_id, worker, noted_at, stuck, cardinality(cmd_ids) = 1,"
-        " noted_at < now() - %s * interval '1 second' from batch_notes",
+        " noted_at < now() - %s * interval '1 second' from s2s.batch_notes",
         (OVERSTAY_S,),
     )
     rows = [(Claim(*row[:3]), *row[3:]) for row in txn]
@@ -221,7 +221,7 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim])
         return Scan(now, orphaned)
     for note in stuck_notes & guilty.keys():
         # Its commands were charged when their handler did not return.
-        txn.execute("delete from batch_notes where (boot_id, worker, noted_at) = %s", (note,))
+        txn.execute("delete from s2s.batch_notes where (boot_id, worker, noted_at) = %s", (note,))
         del guilty[note]
     counts = [_charge(txn, note, why) for note, why in guilty.items()]
     return Scan(now, orphaned, sum(charged for charged, _ in counts), sum(dead for _, dead in counts))
@@ -240,7 +240,7 @@ def _charge(txn: Cursor, note: Claim, why: str) -> tuple[int, int]:
             )
     except StatementRefused:
         # Who runs the one that cannot be changed leaves it out.
-        txn.execute("delete from batch_notes where (boot_id, worker, noted_at) = %s", (note,))
+        txn.execute("delete from s2s.batch_notes where (boot_id, worker, noted_at) = %s", (note,))
         return 0, 0
 
 
@@ -262,21 +262,21 @@ def _reap(txn: Cursor, note: Claim) -> list[int]:
     must not get away uncharged.
     """
     txn.execute(
-        "select cmd_id from commands where status = 'ready' and cmd_id in"
-        " (select unnest(cmd_ids) from batch_notes where (boot_id, worker, noted_at) = %s) for update skip locked",
+        "select cmd_id from s2s.commands where status = 'ready' and cmd_id in"
+        " (select unnest(cmd_ids) from s2s.batch_notes where (boot_id, worker, noted_at) = %s) for update skip locked",
         (note,),
     )
     free = [cmd_id for (cmd_id,) in txn]
     # What is charged leaves the note; a note goes when nothing in it waits any more.
     txn.execute(
-        "update batch_notes n set cmd_ids = array("
-        " select c.cmd_id from commands c"
+        "update s2s.batch_notes n set cmd_ids = array("
+        " select c.cmd_id from s2s.commands c"
         " where c.cmd_id = any(n.cmd_ids) and c.status = 'ready' and not c.cmd_id = any(%s::bigint[]))"
         " where (boot_id, worker, noted_at) = %s",
         (free, note),
     )
     if free and not txn.rowcount:
         # They would be charged again at each look.
-        raise refusal(txn, "update", "batch_notes")
-    txn.execute("delete from batch_notes where (boot_id, worker, noted_at) = %s and cmd_ids = '{}'", (note,))
+        raise refusal(txn, "update", "s2s.batch_notes")
+    txn.execute("delete from s2s.batch_notes where (boot_id, worker, noted_at) = %s and cmd_ids = '{}'", (note,))
     return free

@@ -29,7 +29,7 @@ _PAUSED: Final = f"now() + interval '{MAX_BACKOFF_S + SLACK_S} seconds'"
 # What was done is past: a key that was made is active, and one that was closed ends, by whatever clock. They keep their
 # order, by which the newest signs where there is no default.
 _KEYS: Final = f"""
-update s2s_keys k set
+update s2s.s2s_keys k set
     active_from = case when active_from = created_at then least(active_from, b.made_at) else active_from end,
     created_at = least(created_at, b.made_at),
     active_to = active_to - greatest(closed_at - now(), interval '0'),
@@ -37,7 +37,7 @@ update s2s_keys k set
 from (
     select key_id,
         now() - row_number() over (order by created_at desc, key_id desc) * interval '1 microsecond' as made_at
-    from s2s_keys where created_at > {_SOON} or closed_at > {_SOON}
+    from s2s.s2s_keys where created_at > {_SOON} or closed_at > {_SOON}
 ) b
 where k.key_id = b.key_id
 """  # noqa: S608 - of constants, as below
@@ -52,13 +52,13 @@ def _jobs(prefix: str, period: str) -> str:
     :param period: an interval, in SQL.
     """
     return f"""
-update jobs j set
+update s2s.jobs j set
     due_at = case when b.is_far then j.due_at - b.period
         * (ceil(extract(epoch from j.due_at - now()) / extract(epoch from b.period)) - 1) else j.due_at end,
     retry_at = case when j.retry_at > {_PAUSED} then now() else j.retry_at end
 from (
     select job_type, p.period, state is null and attempts = 0 and due_at > {_SOON} + p.period as is_far
-    from jobs cross join lateral (select {period} as period) p
+    from s2s.jobs cross join lateral (select {period} as period) p
     where schedule like '{prefix}%'
         and ((state is null and attempts = 0 and due_at > {_SOON} + p.period) or retry_at > {_PAUSED})
     for update of jobs skip locked
@@ -69,11 +69,11 @@ where j.job_type = b.job_type
 
 # Whatever sets another time of an open order sets stepped_at too, which has an index. They keep their order.
 _ORDERS: Final = f"""
-update orders o set stepped_at = now() + b.place * interval '1 microsecond', retry_at = least(o.retry_at, now()),
+update s2s.orders o set stepped_at = now() + b.place * interval '1 microsecond', retry_at = least(o.retry_at, now()),
     created_at = case o.status when 'queued' then least(o.created_at, now()) else o.created_at end
 from (
     select order_id, row_number() over (order by stepped_at, order_id) as place from (
-        select order_id, stepped_at from orders where status in ('queued', 'running') and stepped_at > {_SOON}
+        select order_id, stepped_at from s2s.orders where status in ('queued', 'running') and stepped_at > {_SOON}
         order by stepped_at limit {STEP_ROWS} for update skip locked
     ) ahead
 ) b
@@ -81,20 +81,20 @@ where o.order_id = b.order_id
 """  # noqa: S608
 
 _OUTBOX: Final = f"""
-update outbox set send_at = now() where outbox_id = any(array(
-    select outbox_id from outbox
+update s2s.outbox set send_at = now() where outbox_id = any(array(
+    select outbox_id from s2s.outbox
     where state = 'waiting' and send_at > now() + interval '{_OUTBOX_S + SLACK_S} seconds'
     order by send_at limit {STEP_ROWS} for update skip locked
 ))
 """  # noqa: S608
 
 # What an operator was told did not happen must not happen later, so a request is not sent, but over.
-_STEERING: Final = f"update steering set expires_at = now() where taken_by is null and expires_at > {_SOON}"  # noqa: S608
-_LINKS: Final = f"update engine_links set seen_at = now() where seen_at > {_SOON}"  # noqa: S608
-_NOTES: Final = f"update batch_notes set noted_at = now() where noted_at > {_SOON}"  # noqa: S608
+_STEERING: Final = f"update s2s.steering set expires_at = now() where taken_by is null and expires_at > {_SOON}"  # noqa: S608
+_LINKS: Final = f"update s2s.engine_links set seen_at = now() where seen_at > {_SOON}"  # noqa: S608
+_NOTES: Final = f"update s2s.batch_notes set noted_at = now() where noted_at > {_SOON}"  # noqa: S608
 # A time that was counted in days from then; one that was written out stays.
 _TOKENS: Final = f"""
-update api_tokens set created_at = now(), expires_at = expires_at - case
+update s2s.api_tokens set created_at = now(), expires_at = expires_at - case
     when expires_at - created_at = date_trunc('day', expires_at - created_at) then created_at - now()
     else interval '0' end
 where created_at > {_SOON}
@@ -163,14 +163,14 @@ def heal_commands(txn: Cursor, after: Any = None) -> tuple[int, Any]:
     seen = 0
     while seen < STEP_ROWS:
         if due_at is None:
-            txn.execute("select min(priority) from commands where status = 'ready' and priority > %s", (priority,))
+            txn.execute("select min(priority) from s2s.commands where status = 'ready' and priority > %s", (priority,))
             [(found,)] = txn.fetchall()
             if found is None:
                 return _pull_back(txn, ahead), None
             priority = found
         # No time beyond the driver's own: such a one is a user's.
         txn.execute(
-            f"select cmd_id, due_at, {_IS_AHEAD} from commands where status = 'ready' and priority = %s"  # noqa: S608
+            f"select cmd_id, due_at, {_IS_AHEAD} from s2s.commands where status = 'ready' and priority = %s"  # noqa: S608
             f" and (due_at, cmd_id) > (coalesce(%s, {_SOON}), %s) and due_at < '9999-01-01'"
             " order by due_at, cmd_id limit %s",
             (priority, due_at, cmd_id, STEP_ROWS - seen),
@@ -186,14 +186,15 @@ def _pull_back(txn: Cursor, cmd_ids: list[int]) -> int:
     if not cmd_ids:
         return 0
     txn.execute(
-        "update commands set due_at = now(), due_is_ours = true, created_at = least(created_at, now())"  # noqa: S608
-        " where cmd_id = any(array(select cmd_id from commands where cmd_id = any(%s::bigint[]) and status = 'ready'"
+        "update s2s.commands set due_at = now(), due_is_ours = true, created_at = least(created_at, now())"  # noqa: S608
+        " where cmd_id = any(array(select cmd_id from s2s.commands where cmd_id = any(%s::bigint[]) and"
+        " status = 'ready'"
         f" and {_IS_AHEAD} for update skip locked))",
         (array_literal(cmd_ids),),
     )
     healed = txn.rowcount
     if not healed:
-        still_there(txn, "update", "commands", "cmd_id", cmd_ids, f"status = 'ready' and {_IS_AHEAD}")
+        still_there(txn, "update", "s2s.commands", "cmd_id", cmd_ids, f"status = 'ready' and {_IS_AHEAD}")
     return healed
 
 
@@ -203,7 +204,7 @@ def heal_notices(txn: Cursor, before: Any = None) -> tuple[int, Any]:
     :param before: where the step before ended; the newest first, up to a step that finds nothing.
     """
     txn.execute(
-        f"select notice_id, created_at > {_SOON} from notices where %(before)s::bigint is null"  # noqa: S608
+        f"select notice_id, created_at > {_SOON} from s2s.notices where %(before)s::bigint is null"  # noqa: S608
         " or notice_id < %(before)s::bigint order by notice_id desc limit %(limit)s",
         {"before": before, "limit": STEP_ROWS},
     )
@@ -212,13 +213,13 @@ def heal_notices(txn: Cursor, before: Any = None) -> tuple[int, Any]:
     if not ahead:
         return 0, None
     txn.execute(
-        "update notices set created_at = now(), expires_at = expires_at - (created_at - now())"
+        "update s2s.notices set created_at = now(), expires_at = expires_at - (created_at - now())"
         " where notice_id = any(%s::bigint[])",
         (array_literal(ahead),),
     )
     healed = txn.rowcount
     if healed < len(ahead):
-        still_there(txn, "update", "notices", "notice_id", ahead, f"created_at > {_SOON}")
+        still_there(txn, "update", "s2s.notices", "notice_id", ahead, f"created_at > {_SOON}")
     return healed, page[-1][0] if len(page) == STEP_ROWS else None
 
 

@@ -21,20 +21,20 @@ def declare(txn: Cursor, schemas: Mapping[str, str]) -> None:
     """
     for cmd_type in sorted(schemas):  # in one order: two servers that start at once wait for each other at most
         txn.execute(
-            "insert into command_types (cmd_type, schema) values (%s, %s)"
+            "insert into s2s.command_types (cmd_type, schema) values (%s, %s)"
             " on conflict (cmd_type) do update set schema = excluded.schema, served_at = now()",
             (cmd_type, schemas[cmd_type]),
         )
         if not txn.rowcount:
-            note(txn, "insert or update", "command_types")
+            note(txn, "insert or update", "s2s.command_types")
 
 
 def missing(txn: Cursor, cmd_types: Iterable[str]) -> list[str]:
     """Return those of some types that are not in the table."""
-    return driver.missing(txn, "command_types", "cmd_type", cmd_types)
+    return driver.missing(txn, "s2s.command_types", "cmd_type", cmd_types)
 
 
 def read(txn: Cursor) -> dict[str, str]:
     """Return the schemas by type, as JSON's text."""
-    txn.execute("select cmd_type, schema from command_types order by served_at desc limit %s", (MOST_TYPES,))
+    txn.execute("select cmd_type, schema from s2s.command_types order by served_at desc limit %s", (MOST_TYPES,))
     return dict(txn.fetchall())

@@ -61,7 +61,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 #: Insertions and looks for one batch of pushes, at most. A second one follows where a key was swept away in between.
 _MOST_ROUNDS: Final = 3
-_NEXT: Final = "nextval('commands_cmd_id_seq')"
+_NEXT: Final = "nextval('s2s.commands_cmd_id_seq')"
 #: Fails, where a key was taken and its command was not: a push that was answered then would be lost.
 _REFUSAL: Final = "('a trigger keeps the command from being inserted, cmd_id ' || fresh.cmd_id)::bigint"
 _INSERT: Final = driver.Prepared(
@@ -77,12 +77,12 @@ with pushed as materialized (
     order by place
 ), fresh as (
     -- keys in their own order: two batches that overlap wait for each other in one direction only
-    insert into idempotency_keys (idem_key, fingerprint, cmd_id)
+    insert into s2s.idempotency_keys (idem_key, fingerprint, cmd_id)
     select idem_key, decode(fingerprint, 'hex'), cmd_id from pushed order by idem_key collate "C"
     on conflict (idem_key) do nothing
     returning idem_key, cmd_id
 ), made as (
-    insert into commands (cmd_id, cmd_type, idem_key, payload, priority, due_at)
+    insert into s2s.commands (cmd_id, cmd_type, idem_key, payload, priority, due_at)
     select cmd_id, cmd_type, idem_key, payload::jsonb, priority, coalesce(to_timestamp(due_at), now())
     from pushed where cmd_id in (select cmd_id from fresh) order by cmd_id
     returning cmd_id
@@ -97,12 +97,12 @@ _INSERT_ONE: Final = driver.Prepared(
     "s2s_push_one",
     f"""
 with fresh as (
-    insert into idempotency_keys (idem_key, fingerprint, cmd_id)
+    insert into s2s.idempotency_keys (idem_key, fingerprint, cmd_id)
     values ($1, $2, {_NEXT})
     on conflict (idem_key) do nothing
     returning cmd_id
 ), made as (
-    insert into commands (cmd_id, cmd_type, idem_key, payload, priority, due_at)
+    insert into s2s.commands (cmd_id, cmd_type, idem_key, payload, priority, due_at)
     select cmd_id, $3, $1, $4::jsonb, $5, coalesce(to_timestamp($6), now()) from fresh
     returning cmd_id
 )
@@ -236,7 +236,7 @@ class Command:
 def take(txn: Cursor, cmd_ids: Sequence[int]) -> list[Command]:
     """Lock those of the commands that still wait and that nobody else has locked, in run order."""
     txn.execute(
-        "select cmd_id, cmd_type, idem_key, payload, attempts, priority from commands"
+        "select cmd_id, cmd_type, idem_key, payload, attempts, priority from s2s.commands"
         " where cmd_id = any(%s::bigint[]) and status = 'ready' order by priority, due_at, cmd_id"
         " for update skip locked",
         (array_literal(cmd_ids),),
@@ -250,7 +250,7 @@ def finish(txn: Cursor, cmd_ids: Sequence[int]) -> None:
     :raises StatementRefused: a trigger has kept one from being changed: it would run again, and its effect be doubled.
     """
     txn.execute(
-        "update commands set status = 'done', finished_at = now() where cmd_id = any(%s::bigint[])",
+        "update s2s.commands set status = 'done', finished_at = now() where cmd_id = any(%s::bigint[])",
         (array_literal(cmd_ids),),
     )
     if txn.rowcount < len(cmd_ids):
@@ -266,13 +266,13 @@ def charge(txn: Cursor, failures: Sequence[tuple[int, str]], deaths: Container[i
     :raises StatementRefused: a trigger has kept one from being changed.
     """
     txn.execute(
-        "update commands c set attempts = f.attempts, deaths = f.deaths, error = f.error,"
+        "update s2s.commands c set attempts = f.attempts, deaths = f.deaths, error = f.error,"
         " status = case when f.is_last then 'dead' else 'ready' end, finished_at = case when f.is_last then now() end,"
         " due_at = clock_timestamp() + random() * interval '1 second' * least(power(2, least(f.attempts, 60)),"
         " case when f.died then %(death_pause)s else %(longest)s end)"
         " from (select cmd_id, failed.error, died, o.attempts, o.deaths,"
         "  o.attempts >= %(charges)s or o.attempts - o.deaths >= %(attempts)s as is_last"
-        "  from commands join unnest(%(ids)s::bigint[], %(errors)s::text[], %(died)s::boolean[])"
+        "  from s2s.commands join unnest(%(ids)s::bigint[], %(errors)s::text[], %(died)s::boolean[])"
         "  as failed (cmd_id, error, died) using (cmd_id),"
         # A row that was written by hand may have the largest numbers.
         "  lateral (select least(attempts, 1000000) + 1, least(deaths, 1000000) + died::integer) o (attempts, deaths)"
@@ -297,7 +297,8 @@ def charge(txn: Cursor, failures: Sequence[tuple[int, str]], deaths: Container[i
 def _check_changed(txn: Cursor, cmd_ids: Sequence[int]) -> None:
     """Refuse to go on where a command waits that was to be changed; it may be gone, or have been changed otherwise."""
     txn.execute(
-        "select cmd_id from commands where cmd_id = any(%s::bigint[]) and status = 'ready'", (array_literal(cmd_ids),)
+        "select cmd_id from s2s.commands where cmd_id = any(%s::bigint[]) and status = 'ready'",
+        (array_literal(cmd_ids),),
     )
     if txn.fetchone():
-        raise refusal(txn, "update", "commands")
+        raise refusal(txn, "update", "s2s.commands")

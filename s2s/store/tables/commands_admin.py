@@ -30,37 +30,44 @@ class CommandRow:
     finished_at: datetime | None
 
 
-_SELECT: Final = f"select {', '.join(field.name for field in fields(CommandRow))} from commands"  # noqa: S608
+_SELECT: Final = f"select {', '.join(field.name for field in fields(CommandRow))} from s2s.commands"  # noqa: S608
 
 #: Run it again with all its attempts; the last error stays to be seen until it is run.
 RETRY: Final = Action(
     "retry",
-    "commands",
+    "s2s.commands",
     "cmd_id",
     "status",
     ("dead", "cancelled"),
-    "update commands set status = 'ready', attempts = 0, deaths = 0, due_at = now(), due_is_ours = true,"
+    "update s2s.commands set status = 'ready', attempts = 0, deaths = 0, due_at = now(), due_is_ours = true,"
     " finished_at = null"
     " where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, 'retried'",
 )
 #: Never run it. One that a worker has noted and not locked yet is not taken any more.
 CANCEL: Final = Action(
     "cancel",
-    "commands",
+    "s2s.commands",
     "cmd_id",
     "status",
     ("ready",),
-    "update commands set status = 'cancelled', finished_at = now()"
+    "update s2s.commands set status = 'cancelled', finished_at = now()"
     " where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, 'cancelled'",
 )
 #: Remove it; its key is kept for so many days: parameter ``key_days``.
 DISCARD: Final = Action(
-    "discard", "commands", "cmd_id", "status", ("dead", "cancelled"), retention.REMOVE, "delete", retention.note_keys
+    "discard",
+    "s2s.commands",
+    "cmd_id",
+    "status",
+    ("dead", "cancelled"),
+    retention.REMOVE,
+    "delete",
+    retention.note_keys,
 )
 
 
 #: By ``status`` and ``cmd_type``.
-LISTED: Final = Listed(CommandRow, "commands", "cmd_id", partial=(("status", "dead"), ("status", "cancelled")))
+LISTED: Final = Listed(CommandRow, "s2s.commands", "cmd_id", partial=(("status", "dead"), ("status", "cancelled")))
 
 
 def find(txn: Cursor, cmd_id: int) -> CommandRow | None:

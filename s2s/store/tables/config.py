@@ -59,7 +59,7 @@ class Change:
 
 
 #: The version where ``config_version`` has lost its row.
-_VERSION: Final = "select coalesce(max(version), 0) from config_history"
+_VERSION: Final = "select coalesce(max(version), 0) from s2s.config_history"
 
 
 def declare(txn: Cursor) -> None:
@@ -70,23 +70,23 @@ def declare(txn: Cursor) -> None:
     txn.execute("select set_config('s2s.action', 'config.declare', true)")
     for setting in SETTINGS:
         txn.execute(
-            "insert into config (key, value, type, min, max, description) values (%s, %s, %s, %s, %s, %s)"
+            "insert into s2s.config (key, value, type, min, max, description) values (%s, %s, %s, %s, %s, %s)"
             " on conflict (key) do update"
             " set min = excluded.min, max = excluded.max, description = excluded.description"
             " where (config.min, config.max, config.description)"
             " is distinct from (excluded.min, excluded.max, excluded.description)",
             (setting.key, Json(setting.default), setting.type, setting.least, setting.most, setting.description),
         )
-    txn.execute(f"insert into config_version (version) {_VERSION} on conflict do nothing")
-    if driver.missing(txn, "config", "key", [setting.key for setting in SETTINGS]):
-        note(txn, "insert or update", "config")
+    txn.execute(f"insert into s2s.config_version (version) {_VERSION} on conflict do nothing")
+    if driver.missing(txn, "s2s.config", "key", [setting.key for setting in SETTINGS]):
+        note(txn, "insert or update", "s2s.config")
 
 
 def read(txn: Cursor) -> Snapshot:
     """Read version and values, in one statement and so in one snapshot."""
     txn.execute(
         f"select coalesce(v.version, ({_VERSION})), c.key, c.value"  # noqa: S608 - a constant
-        " from (select) as one left join config_version v on true left join config c on true"
+        " from (select) as one left join s2s.config_version v on true left join s2s.config c on true"
     )
     rows = txn.fetchall()
     return Snapshot(rows[0][0], {key: value for _, key, value in rows if key is not None})
@@ -94,18 +94,18 @@ def read(txn: Cursor) -> Snapshot:
 
 def exists(txn: Cursor, key: str) -> bool:
     """Whether there is such a setting."""
-    txn.execute("select from config where key = %s", (key,))
+    txn.execute("select from s2s.config where key = %s", (key,))
     return txn.rowcount > 0
 
 
 def list_settings(txn: Cursor) -> list[ConfigRow]:
     """List every setting, by its key."""
-    txn.execute("select key, value, type, min, max, description, version from config order by key")
+    txn.execute("select key, value, type, min, max, description, version from s2s.config order by key")
     return [ConfigRow(*row) for row in txn]
 
 
 #: By ``key``.
-HISTORY: Final = Listed(Change, "config_history", "version", indexed=("key",))
+HISTORY: Final = Listed(Change, "s2s.config_history", "version", indexed=("key",))
 
 
 def change(txn: Cursor, key: str, value: Value, actor: str) -> int | None:
@@ -116,7 +116,7 @@ def change(txn: Cursor, key: str, value: Value, actor: str) -> int | None:
     :raises OperatorError: there is no such setting, or it cannot have this value; nothing has changed.
     :raises SchemaError: the triggers of the table do not fire, so that nobody would be told.
     """
-    txn.execute("select value, version from config where key = %s for update", (key,))
+    txn.execute("select value, version from s2s.config where key = %s for update", (key,))
     found = txn.fetchone()
     if found is None:
         raise OperatorError(f"there is no setting {key!r}: see them with: s2s config list")
@@ -125,11 +125,11 @@ def change(txn: Cursor, key: str, value: Value, actor: str) -> int | None:
     try:
         with driver.refusable(txn):
             txn.execute("select set_config('s2s.actor', %s, true)", (actor,))
-            txn.execute("update config set value = %s where key = %s returning version", (Json(value), key))
-            check_written(txn, "update", "config")
+            txn.execute("update s2s.config set value = %s where key = %s returning version", (Json(value), key))
+            check_written(txn, "update", "s2s.config")
             ((version,),) = txn.fetchall()
     except StatementRefused as refused:
         raise OperatorError(str(refused)) from None
     if version == found[1]:
-        raise SchemaError("the triggers of the table config do not fire: see s2s db status")
+        raise SchemaError("the triggers of the table s2s.config do not fire: see s2s db status")
     return int(version)

@@ -71,20 +71,20 @@ def ask(txn: Cursor, engine: str, type: str, payload: Mapping[str, Any], actor: 
     :returns: its ``request_id``.
     """
     txn.execute(
-        "insert into steering (engine, type, payload, actor, expires_at)"
+        "insert into s2s.steering (engine, type, payload, actor, expires_at)"
         " values (%s, %s, %s, %s, now() + %s * interval '1 second') returning request_id",
         (engine, type, Json(dict(payload)), actor, patience_s),
     )
-    check_written(txn, "insert", "steering")
+    check_written(txn, "insert", "s2s.steering")
     return int((txn.fetchone() or ())[0])
 
 
 def take(txn: Cursor, server_boot_id: str, engines: Sequence[str]) -> list[Steering]:
     """Take what is asked of some engines, in order."""
     txn.execute(
-        "with asked as (select request_id from steering"
+        "with asked as (select request_id from s2s.steering"
         " where taken_by is null and expires_at > now() and engine = any(%s) order by request_id"
-        " for update skip locked), taken as (update steering set taken_by = %s where request_id in"
+        " for update skip locked), taken as (update s2s.steering set taken_by = %s where request_id in"
         " (select request_id from asked) returning request_id, engine, type, payload, actor)"
         " select asked.request_id, engine, type, payload, actor from asked left join taken using (request_id)"
         " order by request_id",
@@ -92,7 +92,7 @@ def take(txn: Cursor, server_boot_id: str, engines: Sequence[str]) -> list[Steer
     )
     rows = txn.fetchall()
     if any(engine is None for _, engine, *_ in rows):
-        note(txn, "update", "steering")
+        note(txn, "update", "s2s.steering")
     return [Steering(*row) for row in rows if row[1] is not None]
 
 
@@ -102,11 +102,11 @@ def answer(txn: Cursor, request_id: int, is_ok: bool | None, payload: Mapping[st
     :param is_ok: ``None`` where it said nothing.
     """
     txn.execute(
-        "update steering set is_ok = %s, answer = %s, answered_at = now() where request_id = %s",
+        "update s2s.steering set is_ok = %s, answer = %s, answered_at = now() where request_id = %s",
         (is_ok, Json(dict(payload)), request_id),
     )
     if not txn.rowcount:
-        still_there(txn, "update", "steering", "request_id", [request_id])
+        still_there(txn, "update", "s2s.steering", "request_id", [request_id])
 
 
 def settled(txn: Cursor, request_ids: Sequence[int]) -> set[int]:
@@ -116,7 +116,7 @@ def settled(txn: Cursor, request_ids: Sequence[int]) -> set[int]:
     """
     txn.execute(
         "select request_id, taken_by, answered_at is not null or (taken_by is null and expires_at <= now()),"
-        " created_at <= now() - %s * interval '1 second' from steering where request_id = any(%s)",
+        " created_at <= now() - %s * interval '1 second' from s2s.steering where request_id = any(%s)",
         (GONE_S, list(request_ids)),
     )
     rows = txn.fetchall()
@@ -127,22 +127,28 @@ def settled(txn: Cursor, request_ids: Sequence[int]) -> set[int]:
 
 def conclude(txn: Cursor, request_ids: Sequence[int]) -> dict[int, Answer]:
     """See what came of requests; those that no server has taken are taken back, so that they never happen."""
-    txn.execute("delete from steering where request_id = any(%s) and taken_by is null", (list(request_ids),))
+    txn.execute("delete from s2s.steering where request_id = any(%s) and taken_by is null", (list(request_ids),))
     txn.execute(
-        "select request_id, taken_by, answered_at is not null, is_ok, answer from steering where request_id = any(%s)",
+        "select request_id, taken_by, answered_at is not null, is_ok, answer from s2s.steering where"
+        " request_id = any(%s)",
         (list(request_ids),),
     )
     found = {row[0]: Answer(*row[1:]) for row in txn}
     if any(not answer.is_taken for answer in found.values()):
-        note(txn, "delete", "steering")
+        note(txn, "delete", "s2s.steering")
     # Looked at every second somewhere, and of no more use; what steers stays for a while.
     txn.execute(
-        "delete from steering where request_id = any(%s) and type = %s and answered_at is not null",
+        "delete from s2s.steering where request_id = any(%s) and type = %s and answered_at is not null",
         (list(request_ids), HEALTH_CHECK),
     )
     if txn.rowcount < sum(answer.is_over for answer in found.values()):
         still_there(
-            txn, "delete", "steering", "request_id", request_ids, f"type = '{HEALTH_CHECK}' and answered_at is not null"
+            txn,
+            "delete",
+            "s2s.steering",
+            "request_id",
+            request_ids,
+            f"type = '{HEALTH_CHECK}' and answered_at is not null",
         )
     return {request_id: found.get(request_id, _UNTAKEN) for request_id in request_ids}
 

@@ -45,7 +45,7 @@ class EngineRow:
 
 def wanted(txn: Cursor, name: str) -> tuple[str, str]:
     """Give ``running`` or ``paused``, and why."""
-    txn.execute("select wanted, reason from engines where name = %s", (name,))
+    txn.execute("select wanted, reason from s2s.engines where name = %s", (name,))
     return txn.fetchone() or ("running", "")
 
 
@@ -56,14 +56,14 @@ def want(txn: Cursor, name: str, state: str, reason: str, actor: str) -> None:
     """
     audit.sign(txn, actor)
     txn.execute(
-        "insert into engines (name, wanted, reason) values (%s, %s, %s) on conflict (name) do update"
+        "insert into s2s.engines (name, wanted, reason) values (%s, %s, %s) on conflict (name) do update"
         " set wanted = excluded.wanted, reason = excluded.reason, changed_at = now()"
         " where engines.wanted <> excluded.wanted",
         (name, state, reason),
     )
     # Without a row of its own an engine is to run.
     if not txn.rowcount and wanted(txn, name)[0] != state:
-        raise refusal(txn, "insert or update", "engines")
+        raise refusal(txn, "insert or update", "s2s.engines")
 
 
 def show_links(txn: Cursor, server_boot_id: str, links: Sequence[LinkRow]) -> None:
@@ -77,13 +77,13 @@ def show_links(txn: Cursor, server_boot_id: str, links: Sequence[LinkRow]) -> No
     # Nothing rests on it: what a crash of the database loses is written again.
     txn.execute("set local synchronous_commit = off")
     txn.execute(
-        "delete from engine_links l where (server_boot_id = %s and not exists (select"  # noqa: S608 - a constant
+        "delete from s2s.engine_links l where (server_boot_id = %s and not exists (select"  # noqa: S608 - a constant
         " from unnest(%s::text[], %s::text[]) as n (key_id, name) where n.key_id = l.key_id and n.name = l.name))"
         f" or seen_at < now() - {_STALE}",
         (server_boot_id, *columns[:2]),
     )
     txn.execute(
-        "insert into engine_links as l (server_boot_id, key_id, name, engine_boot_id, address)"
+        "insert into s2s.engine_links as l (server_boot_id, key_id, name, engine_boot_id, address)"
         " select %s, n.* from unnest(%s::text[], %s::text[], %s::text[], %s::text[]) as n"
         " on conflict (server_boot_id, key_id, name) do update set seen_at = now(), engine_boot_id ="
         " excluded.engine_boot_id, address = excluded.address, linked_at = case when l.address = excluded.address"
@@ -91,13 +91,13 @@ def show_links(txn: Cursor, server_boot_id: str, links: Sequence[LinkRow]) -> No
         (server_boot_id, *columns),
     )
     if txn.rowcount < len(links):
-        note(txn, "insert or update", "engine_links")
+        note(txn, "insert or update", "s2s.engine_links")
 
 
 def linked(txn: Cursor, names: Sequence[str]) -> set[str]:
     """Give those of some names under which an engine is linked."""
     txn.execute(
-        f"select distinct name from engine_links where name = any(%s) and seen_at >= now() - {_STALE}",  # noqa: S608
+        f"select distinct name from s2s.engine_links where name = any(%s) and seen_at >= now() - {_STALE}",  # noqa: S608
         (list(names),),
     )
     return {name for (name,) in txn}
@@ -105,7 +105,7 @@ def linked(txn: Cursor, names: Sequence[str]) -> set[str]:
 
 def are_strangers(txn: Cursor) -> bool:
     """Whether engines are linked, and none of them shares this database."""
-    txn.execute(f"select engine_boot_id from engine_links where seen_at >= now() - {_STALE}")  # noqa: S608 - a constant
+    txn.execute(f"select engine_boot_id from s2s.engine_links where seen_at >= now() - {_STALE}")  # noqa: S608 - a constant
     boot_ids = [boot_id for (boot_id,) in txn]
     return bool(boot_ids) and not claims.present(txn, {boot_id for boot_id in boot_ids if boot_id})
 
@@ -114,7 +114,8 @@ def list_engines(txn: Cursor) -> list[EngineRow]:
     """List every engine that is linked, or of which something is wanted, by name."""
     txn.execute(
         "select name, coalesce(e.wanted, 'running'), coalesce(e.reason, ''), l.key_id, l.engine_boot_id, l.address,"  # noqa: S608
-        f" l.linked_at from engines e full join (select * from engine_links where seen_at >= now() - {_STALE}) l"
+        f" l.linked_at from s2s.engines e full join (select * from s2s.engine_links where seen_at >= now() -"
+        f" {_STALE}) l"
         " using (name) order by name, l.key_id"
     )
     return [EngineRow(*row) for row in txn]

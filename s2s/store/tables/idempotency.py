@@ -24,7 +24,7 @@ def firsts(idem_keys: list[str]) -> Steps[dict[str, First]]:
     rows = yield Query(
         # Of a command whose row was removed by hand it is known only that it is over.
         "select k.idem_key, k.fingerprint, k.cmd_id, coalesce(c.status, k.status, 'done')"
-        " from idempotency_keys k left join commands c using (cmd_id) where k.idem_key = any(%s)",
+        " from s2s.idempotency_keys k left join s2s.commands c using (cmd_id) where k.idem_key = any(%s)",
         (idem_keys,),
     )
     return {key: First(bytes(fingerprint), cmd_id, status) for key, fingerprint, cmd_id, status in rows}

@@ -101,10 +101,10 @@ def declare(txn: Cursor, boot_id: str, schedules: Mapping[str, str], next_after:
     # In one order: engines that start together do not wait for each other in a circle.
     for job_type, schedule in sorted(schedules.items()):
         txn.execute(
-            "insert into jobs as j (job_type, schedule, due_at, declared_by)"
+            "insert into s2s.jobs as j (job_type, schedule, due_at, declared_by)"
             " select %(job_type)s, %(schedule)s, to_timestamp(%(due_at)s), %(boot_id)s"
             # What is as it should be is not locked: somebody may be running it.
-            " where not exists (select from jobs where job_type = %(job_type)s and schedule = %(schedule)s)"
+            " where not exists (select from s2s.jobs where job_type = %(job_type)s and schedule = %(schedule)s)"
             " on conflict (job_type) do update set schedule = excluded.schedule,"
             " declared_by = excluded.declared_by,"
             # A run that is begun is finished first, with its time.
@@ -116,16 +116,16 @@ def declare(txn: Cursor, boot_id: str, schedules: Mapping[str, str], next_after:
         )
     txn.execute(
         "select from unnest(%s::text[], %s::text[]) own (job_type, schedule) where not exists"
-        " (select from jobs where jobs.job_type = own.job_type and jobs.schedule = own.schedule)",
+        " (select from s2s.jobs where jobs.job_type = own.job_type and jobs.schedule = own.schedule)",
         (list(schedules), list(schedules.values())),
     )
     if txn.rowcount:
-        note(txn, "insert or update", "jobs")
+        note(txn, "insert or update", "s2s.jobs")
 
 
 def missing(txn: Cursor, job_types: Iterable[str]) -> list[str]:
     """Return those of some jobs that are not in the table."""
-    return driver.missing(txn, "jobs", "job_type", job_types)
+    return driver.missing(txn, "s2s.jobs", "job_type", job_types)
 
 
 def other_schedules(txn: Cursor, boot_id: str, schedules: Mapping[str, str]) -> dict[str, OtherSchedule]:
@@ -135,7 +135,7 @@ def other_schedules(txn: Cursor, boot_id: str, schedules: Mapping[str, str]) -> 
     :param schedules: by job type.
     """
     txn.execute(
-        "select job_type, jobs.schedule, declared_by from jobs"
+        "select job_type, jobs.schedule, declared_by from s2s.jobs"
         " join unnest(%s::text[], %s::text[]) own (job_type, schedule) using (job_type)"
         " where jobs.schedule <> own.schedule order by job_type",
         (list(schedules), list(schedules.values())),
@@ -147,7 +147,7 @@ def other_schedules(txn: Cursor, boot_id: str, schedules: Mapping[str, str]) -> 
 
 def hold_idle(txn: Cursor, job_types: Iterable[str]) -> list[str]:
     """Lock those of some jobs that no engine is running until the transaction ends, and return their types."""
-    txn.execute("select job_type from jobs where job_type = any(%s) for update skip locked", (list(job_types),))
+    txn.execute("select job_type from s2s.jobs where job_type = any(%s) for update skip locked", (list(job_types),))
     return [job_type for (job_type,) in txn]
 
 
@@ -161,7 +161,7 @@ def attempt(txn: Cursor, job_types: Iterable[str]) -> DueJob | None:
     # due: the other would see it locked, and step aside from its own attempt.
     advisory_lock(txn, _ATTEMPTING)
     txn.execute(
-        "select job_type, ctid::text from jobs where job_type = any(%s)"
+        "select job_type, ctid::text from s2s.jobs where job_type = any(%s)"
         # A run that is begun goes on, whatever the clock has called its time meanwhile.
         " and (due_at <= now() or state is not null or attempts > 0)"
         " and (retry_at is null or retry_at <= now()) order by due_at, job_type limit 1 for update skip locked",
@@ -170,14 +170,14 @@ def attempt(txn: Cursor, job_types: Iterable[str]) -> DueJob | None:
     row = txn.fetchone()
     if row is None:
         return None
-    change = f"update jobs set {ONE_MORE}, retry_at = now() + {PAUSE} where"  # noqa: S608 - a constant
+    change = f"update s2s.jobs set {ONE_MORE}, retry_at = now() + {PAUSE} where"  # noqa: S608 - a constant
     return DueJob(*change_row(txn, change, place=row[1], key=("job_type", row[0]), returning=_DUE))
 
 
 def release(txn: Cursor, job: DueJob) -> None:
     """Take an attempt back that was not begun."""
     txn.execute(
-        "update jobs set attempts = attempts - 1, retry_at = null where job_type = %s and retry_at = %s",
+        "update s2s.jobs set attempts = attempts - 1, retry_at = null where job_type = %s and retry_at = %s",
         (job.job_type, job.retry_at),
     )
     _note_kept(txn, job)
@@ -186,15 +186,15 @@ def release(txn: Cursor, job: DueJob) -> None:
 def _note_kept(txn: Cursor, job: DueJob) -> None:
     """Tell the operator where the last statement should have changed an attempt that is ours still, and has not."""
     if not txn.rowcount:
-        txn.execute("select from jobs where job_type = %s and retry_at = %s", (job.job_type, job.retry_at))
+        txn.execute("select from s2s.jobs where job_type = %s and retry_at = %s", (job.job_type, job.retry_at))
         if txn.fetchall():
-            note(txn, "update", "jobs")
+            note(txn, "update", "s2s.jobs")
 
 
 def next_due_s(txn: Cursor, job_types: Iterable[str]) -> float | None:
     """Give the seconds until the next job becomes due; ``None``: none does. One that is due by now is another's."""
     txn.execute(
-        "select extract(epoch from min(greatest(due_at, retry_at)) - now())::float8 from jobs"
+        "select extract(epoch from min(greatest(due_at, retry_at)) - now())::float8 from s2s.jobs"
         " where job_type = any(%s) and greatest(due_at, retry_at) > now()",
         (list(job_types),),
     )
@@ -208,7 +208,7 @@ def hold(txn: Cursor, job: DueJob) -> str | None:
     :returns: the place of its row; ``None``: the attempt is no longer ours to make.
     """
     where = "job_type = %(job_type)s and retry_at = %(retry_at)s"
-    return hold_row(txn, "jobs", where, vars(job))
+    return hold_row(txn, "s2s.jobs", where, vars(job))
 
 
 def hold_row(txn: Cursor, table: str, where: str, params: Mapping[str, Any], waits: bool = False) -> str | None:
@@ -230,7 +230,7 @@ def hold_row(txn: Cursor, table: str, where: str, params: Mapping[str, Any], wai
 
 def hold_still(txn: Cursor, job_type: str) -> None:
     """Let nobody else run a job until this transaction ends; whoever does so now is waited for."""
-    txn.execute("select from jobs where job_type = %s for update", (job_type,))
+    txn.execute("select from s2s.jobs where job_type = %s for update", (job_type,))
 
 
 def go_on(txn: Cursor, job: DueJob, place: str, state: Mapping[str, Any], is_next_ours: bool) -> DueJob | None:
@@ -240,7 +240,7 @@ def go_on(txn: Cursor, job: DueJob, place: str, state: Mapping[str, Any], is_nex
     :param is_next_ours: count an attempt of that step, too: the caller does it next, without another look.
     :returns: that attempt.
     """
-    change = f"update jobs set state = %s, {next_attempt(is_next_ours)}, error = null where"  # noqa: S608 - constants
+    change = f"update s2s.jobs set state = %s, {next_attempt(is_next_ours)}, error = null where"  # noqa: S608 - constants
     row = change_row(txn, change, Json(dict(state)), place=place, key=("job_type", job.job_type), returning=_DUE)
     return DueJob(*row) if is_next_ours else None
 
@@ -298,10 +298,10 @@ def finish(txn: Cursor, job: DueJob, next_after: Callable[[str, int], int], resu
     :param next_after: gives the time that follows a Unix second, by a schedule.
     :raises RowRefused: a trigger has kept the row from being changed.
     """
-    txn.execute("select schedule from jobs where job_type = %s", (job.job_type,))
+    txn.execute("select schedule from s2s.jobs where job_type = %s", (job.job_type,))
     schedule = str((txn.fetchone() or ("",))[0])
     txn.execute(
-        "update jobs set state = null, attempts = 0, retry_at = null, error = null, runs = runs + 1,"
+        "update s2s.jobs set state = null, attempts = 0, retry_at = null, error = null, runs = runs + 1,"
         " last_due_at = due_at, last_finished_at = clock_timestamp(), last_result = %s, due_at = to_timestamp(%s)"
         " where job_type = %s",
         (
@@ -310,13 +310,13 @@ def finish(txn: Cursor, job: DueJob, next_after: Callable[[str, int], int], resu
             job.job_type,
         ),
     )
-    check_changed(txn, "jobs", "job_type", job.job_type)
+    check_changed(txn, "s2s.jobs", "job_type", job.job_type)
 
 
 def fail(txn: Cursor, job: DueJob, error: str) -> None:
     """Store why a step failed, unless it is another's by now; it is tried again after a pause that grows."""
     txn.execute(
-        f"update jobs set error = %s, retry_at = now() + {PAUSE} where job_type = %s and retry_at = %s",  # noqa: S608
+        f"update s2s.jobs set error = %s, retry_at = now() + {PAUSE} where job_type = %s and retry_at = %s",  # noqa: S608
         (error, job.job_type, job.retry_at),
     )
     _note_kept(txn, job)
@@ -326,7 +326,7 @@ def list_jobs(txn: Cursor) -> list[JobRow]:
     """List the jobs by name."""
     txn.execute(
         "select job_type, schedule, due_at, state is not null, attempts, error, runs, last_due_at, last_finished_at,"
-        " last_result from jobs order by job_type"
+        " last_result from s2s.jobs order by job_type"
     )
     return [JobRow(*row) for row in txn]
 

@@ -139,7 +139,7 @@ def read(txn: Cursor) -> KeyTable:
     """Read every key with its secret, and the database's clock."""
     txn.execute(
         "select key_id, key_b64, role, extract(epoch from active_from)::float8,"
-        " extract(epoch from nullif(active_to, 'infinity'))::float8, is_default_tx from s2s_keys order by key_id"
+        " extract(epoch from nullif(active_to, 'infinity'))::float8, is_default_tx from s2s.s2s_keys order by key_id"
     )
     rows = [KeyRow(*row) for row in txn]
     # After the rows, and not now(), which is when this transaction began: what they call now is then past.
@@ -157,7 +157,7 @@ def list_public(txn: Cursor) -> list[PublicKeyRow]:
         " case when active_to < 'infinity' then least(greatest(active_to, '0001-01-02'), '9999-12-30') end,"
         " is_default_tx, note, created_at,"
         " created_by"
-        " from s2s_keys where key_id = any(%s::text[]) order by created_at, key_id",
+        " from s2s.s2s_keys where key_id = any(%s::text[]) order by created_at, key_id",
         (list(status),),
     )
     return [PublicKeyRow(key_id, role, status[key_id], *rest) for key_id, role, *rest in txn]
@@ -189,26 +189,26 @@ def utc(seconds: float) -> str:
 
 def lock(txn: Cursor) -> None:
     """Let nobody else write to the table until this transaction ends; plain SQL waits too, and readers do not."""
-    txn.execute("lock table s2s_keys in share row exclusive mode")
+    txn.execute("lock table s2s.s2s_keys in share row exclusive mode")
 
 
 def prefer(txn: Cursor, key_ids: Collection[str]) -> None:
     """Make keys the defaults of their roles. Two statements: the index of defaults is checked row by row."""
     chosen = sorted(key_ids)
     txn.execute(
-        "update s2s_keys set is_default_tx = false where is_default_tx and key_id <> all(%s)"
-        " and role in (select role from s2s_keys where key_id = any(%s))",
+        "update s2s.s2s_keys set is_default_tx = false where is_default_tx and key_id <> all(%s)"
+        " and role in (select role from s2s.s2s_keys where key_id = any(%s))",
         (chosen, chosen),
     )
-    txn.execute("update s2s_keys set is_default_tx = true where key_id = any(%s) and not is_default_tx", (chosen,))
+    txn.execute("update s2s.s2s_keys set is_default_tx = true where key_id = any(%s) and not is_default_tx", (chosen,))
     # The table is locked, so that nobody else has changed it in between.
     txn.execute(
-        "select from s2s_keys where is_default_tx <> (key_id = any(%s))"
-        " and role in (select role from s2s_keys where key_id = any(%s))",
+        "select from s2s.s2s_keys where is_default_tx <> (key_id = any(%s))"
+        " and role in (select role from s2s.s2s_keys where key_id = any(%s))",
         (chosen, chosen),
     )
     if txn.rowcount:
-        raise refusal(txn, "update", "s2s_keys")
+        raise refusal(txn, "update", "s2s.s2s_keys")
 
 
 def add(txn: Cursor, key_id: str, key_b64: str, role: str, note: str = "") -> None:
@@ -222,12 +222,13 @@ def add(txn: Cursor, key_id: str, key_b64: str, role: str, note: str = "") -> No
     lock(txn)
     before = read(txn).signers()
     txn.execute(
-        "insert into s2s_keys (key_id, key_b64, role, note) values (%s, %s, %s, %s) on conflict (key_id) do nothing",
+        "insert into s2s.s2s_keys (key_id, key_b64, role, note) values (%s, %s, %s, %s) on conflict"
+        " (key_id) do nothing",
         (key_id, key_b64, role, note),
     )
     if txn.rowcount == 0:
-        txn.execute("select from s2s_keys where key_id = %s", (key_id,))
-        check_written(txn, "insert", "s2s_keys")
+        txn.execute("select from s2s.s2s_keys where key_id = %s", (key_id,))
+        check_written(txn, "insert", "s2s.s2s_keys")
         raise OperatorError(f"there is a key {key_id!r} already: choose another --key-id")
     # Without a default the newest key signs: whoever signed goes on, and where nobody did the new key begins.
     prefer(txn, {before.get(role, key_id) for role in read(txn).signers()})
@@ -239,7 +240,7 @@ def add_first_random(txn: Cursor) -> str | None:
     :returns: its ``key_id``, or ``None``: there is a key already.
     """
     txn.execute("select pg_advisory_xact_lock(%s)", (_LOCK,))
-    txn.execute("select from s2s_keys limit 1")
+    txn.execute("select from s2s.s2s_keys limit 1")
     if txn.rowcount:
         return None
     add(txn, "k1", random_secret(), "any", "made when the database was first used")

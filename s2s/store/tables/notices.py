@@ -41,7 +41,7 @@ def insert_batch(txn: Cursor, notices: Sequence[tuple[int, Mapping[str, Any]]]) 
         return [payload.get(name) for _, payload in notices]
 
     txn.execute(
-        "insert into notices (cmd_id, scope, sector_id, corp_id, player_id, message, severity, expires_at)"
+        "insert into s2s.notices (cmd_id, scope, sector_id, corp_id, player_id, message, severity, expires_at)"
         " select cmd_id, scope, sector_id, corp_id, player_id, message, severity, now() + ttl_s * interval '1 second'"
         " from unnest(%s::bigint[], %s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::text[],"
         " %s::bigint[]) as n (cmd_id, scope, sector_id, corp_id, player_id, message, severity, ttl_s)",
@@ -54,13 +54,13 @@ def insert_batch(txn: Cursor, notices: Sequence[tuple[int, Mapping[str, Any]]]) 
             array_literal(None if ttl is None else min(ttl, _LONGEST_TTL_S) for ttl in members("ttl_s")),
         ),
     )
-    check_written(txn, "insert", "notices", len(notices))
+    check_written(txn, "insert", "s2s.notices", len(notices))
 
 
 def exists(txn: Cursor, message: str) -> bool:
     """Whether there is a notice with this text."""
-    txn.execute("select from notices where message = %s limit 1", (message,))
+    txn.execute("select from s2s.notices where message = %s limit 1", (message,))
     return txn.rowcount > 0
 
 
-LISTED: Final = Listed(NoticeRow, "notices", "notice_id")
+LISTED: Final = Listed(NoticeRow, "s2s.notices", "notice_id")

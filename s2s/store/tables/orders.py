@@ -116,7 +116,7 @@ def give(
     :raises IdemConflict: the id or the key stands for an order of other content; nothing is written.
     """
     txn.execute(
-        "insert into orders (order_id, rpc, params, actor, idem_key) values (%s, %s, %s::jsonb, %s, %s)"
+        "insert into s2s.orders (order_id, rpc, params, actor, idem_key) values (%s, %s, %s::jsonb, %s, %s)"
         " on conflict do nothing",
         (order_id, rpc, canonical.dumps(params).decode(), actor, idem_key),
     )
@@ -124,11 +124,11 @@ def give(
     # A statement of its own: it sees what another one has just inserted.
     order = known(txn, order_id, rpc, params, idem_key)
     if order is None:
-        raise refusal(txn, "insert", "orders")
+        raise refusal(txn, "insert", "s2s.orders")
     if by_link:
-        txn.execute("update orders set way = 'link' where order_id = %s and way is null", (order_id,))
+        txn.execute("update s2s.orders set way = 'link' where order_id = %s and way is null", (order_id,))
         if is_new and not txn.rowcount:
-            raise refusal(txn, "update", "orders")
+            raise refusal(txn, "update", "s2s.orders")
     return order, is_new
 
 
@@ -139,7 +139,7 @@ def known(txn: Cursor, order_id: str, rpc: str, params: Mapping[str, Any], idem_
     :raises IdemConflict: the id or the key stands for an order of other content.
     """
     txn.execute(
-        f"select {_ORDER} from orders where idem_key = %s or order_id = %s order by idem_key = %s desc nulls last",  # noqa: S608
+        f"select {_ORDER} from s2s.orders where idem_key = %s or order_id = %s order by idem_key = %s desc nulls last",  # noqa: S608
         (idem_key, order_id, idem_key),
     )
     found = [Order(*row) for row in txn]
@@ -158,7 +158,7 @@ def _is_same(order: Order, rpc: str, params: Mapping[str, Any]) -> bool:
 
 def find(txn: Cursor, order_id: str) -> Order:
     """Give an order that there is."""
-    txn.execute(f"select {_ORDER} from orders where order_id = %s", (order_id,))  # noqa: S608 - a constant
+    txn.execute(f"select {_ORDER} from s2s.orders where order_id = %s", (order_id,))  # noqa: S608 - a constant
     return Order(*(txn.fetchone() or ()))
 
 
@@ -175,7 +175,7 @@ def queued(
     :returns: the page, and its end; ``None``: it is the last page.
     """
     txn.execute(
-        f"select stepped_at, {_ORDER} from orders where status = 'queued' and rpc = any(%(rpcs)s)"  # noqa: S608
+        f"select stepped_at, {_ORDER} from s2s.orders where status = 'queued' and rpc = any(%(rpcs)s)"  # noqa: S608
         + ("" if after is None else " and (stepped_at, order_id) > (%(stepped_at)s, %(order_id)s)")
         + " order by stepped_at, order_id limit %(limit)s",
         {
@@ -206,18 +206,19 @@ def answered(
         return None
     # What an engine of this database is at stays its own: its attempt is fresh, or its step has locked the row.
     free = (
-        "select order_id from orders where order_id = %s and status = 'queued' and (attempts = 0 or retry_at <= now())"
+        "select order_id from s2s.orders where order_id = %s and status = 'queued' and (attempts = 0 or"
+        " retry_at <= now())"
         " for update skip locked"
     )
     txn.execute(
-        f"update orders set way = 'link' where order_id = any(array({free})) returning {_ORDER}",  # noqa: S608
+        f"update s2s.orders set way = 'link' where order_id = any(array({free})) returning {_ORDER}",  # noqa: S608
         (order_id,),
     )
     row = txn.fetchone()
     if row is None:
         txn.execute(free, (order_id,))
         if txn.rowcount:
-            note(txn, "update", "orders")
+            note(txn, "update", "s2s.orders")
         return None
     finish(txn, Order(*row), status, result, engine)
     return find(txn, order_id)
@@ -247,14 +248,14 @@ def attempt(
     # One looks at a time, as with jobs.
     advisory_lock(txn, _ATTEMPTING)
     txn.execute(
-        "select order_id, ctid::text from orders where status in ('queued', 'running') and rpc = any(%(rpcs)s)"
+        "select order_id, ctid::text from s2s.orders where status in ('queued', 'running') and rpc = any(%(rpcs)s)"
         " and (status = 'queued' or rpc <> all(%(resting)s)) and order_id <> all(%(in_hand)s)"
         " and (retry_at is null or retry_at <= now())"
         " and (status = 'running' or attempts > 0 or way = 'link'"
         " or created_at <= now() - %(patience_s)s * interval '1 second')"
         " and not (rpc = %(tick)s and params ->> 'job_type' <> all(%(jobs)s)"
         "  and stepped_at > now() - %(left_s)s * interval '1 second'"
-        "  and exists (select from jobs where job_type = params ->> 'job_type'))"
+        "  and exists (select from s2s.jobs where job_type = params ->> 'job_type'))"
         " order by stepped_at limit 1 for update skip locked",
         {
             "rpcs": list(rpcs),
@@ -269,7 +270,7 @@ def attempt(
     row = txn.fetchone()
     if row is None:
         return None
-    change = f"update orders set {ONE_MORE}, retry_at = now() + {PAUSE}, stepped_at = clock_timestamp() where"  # noqa: S608
+    change = f"update s2s.orders set {ONE_MORE}, retry_at = now() + {PAUSE}, stepped_at = clock_timestamp() where"  # noqa: S608
     return Order(*change_row(txn, change, place=row[1], key=("order_id", row[0]), returning=_ORDER))
 
 
@@ -280,7 +281,7 @@ def hold(txn: Cursor, order: Order, waits: bool = False) -> str | None:
     :returns: the place of its row; ``None``: the attempt is no longer ours to make.
     """
     where = "order_id = %(order_id)s and retry_at = %(retry_at)s and status in ('queued', 'running')"
-    return hold_row(txn, "orders", where, vars(order), waits)
+    return hold_row(txn, "s2s.orders", where, vars(order), waits)
 
 
 def go_on(txn: Cursor, order: Order, place: str, state: Mapping[str, Any], engine: str, is_next_ours: bool) -> Order:
@@ -291,7 +292,7 @@ def go_on(txn: Cursor, order: Order, place: str, state: Mapping[str, Any], engin
     :returns: the order as it is then.
     """
     change = (
-        f"update orders set status = 'running', state = %s, {next_attempt(is_next_ours)}, engine = %s,"  # noqa: S608
+        f"update s2s.orders set status = 'running', state = %s, {next_attempt(is_next_ours)}, engine = %s,"  # noqa: S608
         " way = coalesce(way, 'table'), started_at = coalesce(started_at, now()) where"
     )
     key = ("order_id", order.order_id)
@@ -301,11 +302,11 @@ def go_on(txn: Cursor, order: Order, place: str, state: Mapping[str, Any], engin
 def release(txn: Cursor, order: Order) -> None:
     """Take an attempt back that was not begun."""
     txn.execute(
-        "update orders set attempts = attempts - 1, retry_at = null where order_id = %s and retry_at = %s",
+        "update s2s.orders set attempts = attempts - 1, retry_at = null where order_id = %s and retry_at = %s",
         (order.order_id, order.retry_at),
     )
     if not txn.rowcount and hold(txn, order):
-        note(txn, "update", "orders")
+        note(txn, "update", "s2s.orders")
 
 
 def finish(txn: Cursor, order: Order, status: str, result: Mapping[str, Any] | None, engine: str) -> None:
@@ -315,7 +316,7 @@ def finish(txn: Cursor, order: Order, status: str, result: Mapping[str, Any] | N
     :raises RowRefused: a trigger has kept the row from being changed.
     """
     txn.execute(
-        "update orders set status = %(status)s, result = %(result)s, retry_at = null, engine = %(engine)s,"
+        "update s2s.orders set status = %(status)s, result = %(result)s, retry_at = null, engine = %(engine)s,"
         " way = coalesce(way, 'table'), finished_at = clock_timestamp(),"
         " started_at = case when %(status)s <> 'refused' then coalesce(started_at, now()) end"
         " where order_id = %(order_id)s",
@@ -326,7 +327,7 @@ def finish(txn: Cursor, order: Order, status: str, result: Mapping[str, Any] | N
             "order_id": order.order_id,
         },
     )
-    check_changed(txn, "orders", "order_id", order.order_id)
+    check_changed(txn, "s2s.orders", "order_id", order.order_id)
 
 
 # --- for people ------------------------------------------------------------------------------------------------------
@@ -334,7 +335,7 @@ def finish(txn: Cursor, order: Order, status: str, result: Mapping[str, Any] | N
 
 def show(txn: Cursor, order_id: str) -> OrderRow | None:
     """Give an order, if there is one of this id."""
-    txn.execute(f"select {_ROW} from orders where order_id = %s", (order_id,))  # noqa: S608 - a constant
+    txn.execute(f"select {_ROW} from s2s.orders where order_id = %s", (order_id,))  # noqa: S608 - a constant
     row = txn.fetchone()
     return OrderRow(*row) if row else None
 
@@ -342,7 +343,7 @@ def show(txn: Cursor, order_id: str) -> OrderRow | None:
 def over(txn: Cursor, order_ids: Sequence[str]) -> set[str]:
     """Give those of some orders that are over, or that there are not."""
     txn.execute(
-        "select order_id from orders where order_id = any(%s) and status = any(%s)", (list(order_ids), list(OPEN))
+        "select order_id from s2s.orders where order_id = any(%s) and status = any(%s)", (list(order_ids), list(OPEN))
     )
     return set(order_ids) - {order_id for (order_id,) in txn}
 
@@ -366,10 +367,10 @@ def list_orders(
     where = [f"({which}) {than} ({values})" for than in (">=", "<=") if given]
     order = [*given, "created_at", "order_id"]
     if before is not None:
-        last = ["(select created_at from orders where order_id = %(before)s)", "%(before)s"]
+        last = ["(select created_at from s2s.orders where order_id = %(before)s)", "%(before)s"]
         where.append(f"({', '.join(order)}) < ({', '.join([f'%({name})s' for name in given] + last)})")
     txn.execute(
-        f"select {_ROW} from orders where {' and '.join(where or ['true'])}"  # noqa: S608 - constants
+        f"select {_ROW} from s2s.orders where {' and '.join(where or ['true'])}"  # noqa: S608 - constants
         f" order by {', '.join(f'{column} desc' for column in order)} limit %(limit)s",
         {**given, "before": before, "limit": limit},
     )

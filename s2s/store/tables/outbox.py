@@ -34,9 +34,10 @@ _FROM: Final = f"(send_at, outbox_id) >= {_START}"
 # The index has the order. With statistics of a smaller table, as in any burst, all that waits would be sorted.
 _CLAIM: Final = (
     "set local synchronous_commit = off; set local enable_sort = off; with claimed as (select outbox_id, send_at"
-    " from outbox where state = 'waiting' and send_at <= now() and not outbox_id = any(%(exclude)s::bigint[]) and {}"
+    " from s2s.outbox where state = 'waiting' and send_at <= now() and not outbox_id ="
+    " any(%(exclude)s::bigint[]) and {}"
     " order by send_at, outbox_id limit %(limit)s for update skip locked), leased as ("
-    " update outbox o set send_at = now() + %(lease_s)s * interval '1 second'"
+    " update s2s.outbox o set send_at = now() + %(lease_s)s * interval '1 second'"
     " from claimed c where o.outbox_id = c.outbox_id"
     " returning o.outbox_id, o.cmd_type, o.idem_key, o.payload, o.priority, o.due_at, o.attempts)"
     # What is claimed and not leased, a trigger keeps from being changed.
@@ -44,7 +45,7 @@ _CLAIM: Final = (
     " extract(epoch from c.send_at)::float8 from claimed c left join leased using (outbox_id)"
 )
 _BEHIND: Final = (
-    f"select outbox_id from outbox where state = 'waiting' and (send_at, outbox_id) < {_START}"  # noqa: S608
+    f"select outbox_id from s2s.outbox where state = 'waiting' and (send_at, outbox_id) < {_START}"  # noqa: S608
     " and not outbox_id = any(%(exclude)s::bigint[]) order by send_at, outbox_id limit %(limit)s"
 )
 
@@ -134,11 +135,11 @@ def put(
     written = check(cmd_type, idem_key, payload, frame_size, priority=priority, due_at=due_at)
     txn = own(txn)
     txn.execute(
-        "insert into outbox (cmd_type, idem_key, payload, priority, due_at)"
+        "insert into s2s.outbox (cmd_type, idem_key, payload, priority, due_at)"
         " values (%s, %s, %s::jsonb, %s, %s) returning outbox_id",
         (cmd_type, idem_key, written, priority, due_at),
     )
-    check_written(txn, "insert", "outbox")
+    check_written(txn, "insert", "s2s.outbox")
     return int((txn.fetchone() or ())[0])
 
 
@@ -159,12 +160,12 @@ def put_batch(
     written = [check(cmd_type, key, payload, frame_size) for key, payload in commands]
     txn = own(txn)
     txn.execute(
-        "insert into outbox (cmd_type, idem_key, payload)"
+        "insert into s2s.outbox (cmd_type, idem_key, payload)"
         " select %s, idem_key, payload::jsonb from unnest(%s::text[], %s::text[])"
         " with ordinality c (idem_key, payload, place) order by place",
         (cmd_type, [key for key, _ in commands], written),
     )
-    check_written(txn, "insert", "outbox", len(commands))
+    check_written(txn, "insert", "s2s.outbox", len(commands))
 
 
 class Claims:
@@ -223,7 +224,7 @@ class Claims:
         Rows below the start of the last claim are not counted.
         """
         txn.execute(
-            "select count(*) from (select from outbox where state = 'waiting'"
+            "select count(*) from (select from s2s.outbox where state = 'waiting'"
             " and (send_at, outbox_id) >= (to_timestamp(%(send_at)s), %(outbox_id)s) limit %(most)s) waiting",
             {**self._from(), "most": MOST_COUNTED},
         )
@@ -234,7 +235,7 @@ class Claims:
         found = txn.fetchall()
         kept = [row[0] for row in found if row[1] is None]
         if kept:
-            note(txn, "update", "outbox")
+            note(txn, "update", "s2s.outbox")
             room = MOST_KEPT - len(self._kept)
             self._kept.update(dict.fromkeys(kept[:room], self._now() + KEPT_S))
         rows += [OutboxRow(*row[:-1]) for row in found if row[1] is not None]
@@ -249,7 +250,7 @@ class Claims:
 def lease(txn: Cursor, outbox_ids: Sequence[int], lease_s: float) -> None:
     """Hold claimed rows for so many seconds from now; 0 gives them back to whoever claims next."""
     txn.execute(
-        "update outbox set send_at = now() + %s * interval '1 second'"
+        "update s2s.outbox set send_at = now() + %s * interval '1 second'"
         " where outbox_id = any(%s::bigint[]) and state = 'waiting' returning outbox_id",
         (lease_s, array_literal(outbox_ids)),
     )
@@ -260,7 +261,7 @@ def _note_kept(txn: Cursor, outbox_ids: Iterable[int]) -> list[int]:
     """Return those of some waiting rows that the last statement has not returned, though they wait still."""
     written = {outbox_id for (outbox_id,) in txn.fetchall()}
     missing = [outbox_id for outbox_id in outbox_ids if outbox_id not in written]
-    return still_there(txn, "update", "outbox", "outbox_id", missing, "state = 'waiting'")
+    return still_there(txn, "update", "s2s.outbox", "outbox_id", missing, "state = 'waiting'")
 
 
 def delete(txn: Cursor, outbox_ids: Sequence[int]) -> list[int]:
@@ -268,10 +269,10 @@ def delete(txn: Cursor, outbox_ids: Sequence[int]) -> list[int]:
 
     :returns: those that are there still: the database does not let them be removed.
     """
-    txn.execute("delete from outbox where outbox_id = any(%s::bigint[])", (array_literal(outbox_ids),))
+    txn.execute("delete from s2s.outbox where outbox_id = any(%s::bigint[])", (array_literal(outbox_ids),))
     if txn.rowcount >= len(outbox_ids):
         return []
-    return still_there(txn, "delete", "outbox", "outbox_id", outbox_ids)
+    return still_there(txn, "delete", "s2s.outbox", "outbox_id", outbox_ids)
 
 
 def retry(txn: Cursor, retries: Sequence[tuple[int, float, str, str]]) -> None:
@@ -281,7 +282,7 @@ def retry(txn: Cursor, retries: Sequence[tuple[int, float, str, str]]) -> None:
     """
     ids, delays, codes, messages = (list(column) for column in zip(*retries, strict=True)) if retries else ([],) * 4
     txn.execute(
-        "update outbox o set attempts = attempts + 1, send_at = now() + r.delay_s * interval '1 second',"
+        "update s2s.outbox o set attempts = attempts + 1, send_at = now() + r.delay_s * interval '1 second',"
         " error_code = r.code, error_message = r.message"
         " from unnest(%s::bigint[], %s::float8[], %s::text[], %s::text[]) r (outbox_id, delay_s, code, message)"
         " where o.outbox_id = r.outbox_id and o.state = 'waiting' returning o.outbox_id",
@@ -297,7 +298,8 @@ def kill(txn: Cursor, refusals: Sequence[tuple[int, str, str]]) -> list[int]:
     :returns: those that wait still: the database does not let them be changed so.
     """
     txn.execute(
-        "update outbox o set state = 'dead', attempts = attempts + 1, error_code = r.code, error_message = r.message"
+        "update s2s.outbox o set state = 'dead', attempts = attempts + 1, error_code = r.code, error_message"
+        " = r.message"
         " from unnest(%s::bigint[], %s::text[], %s::text[]) r (outbox_id, code, message)"
         " where o.outbox_id = r.outbox_id and o.state = 'waiting' returning o.outbox_id",
         tuple(list(column) for column in zip(*refusals, strict=True)) or ([], [], []),

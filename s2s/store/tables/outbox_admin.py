@@ -35,43 +35,43 @@ class OutboxEntry:
     created_at: datetime
 
 
-_SELECT: Final = f"select {', '.join(field.name for field in fields(OutboxEntry))} from outbox"  # noqa: S608
+_SELECT: Final = f"select {', '.join(field.name for field in fields(OutboxEntry))} from s2s.outbox"  # noqa: S608
 
 #: Send it again, now: the relays are told.
 RETRY: Final = Action(
     "retry",
-    "outbox",
+    "s2s.outbox",
     "outbox_id",
     "state",
     ("dead",),
-    "update outbox set state = 'waiting', attempts = 0, send_at = now(), error_code = null, error_message = null"  # noqa: S608
+    "update s2s.outbox set state = 'waiting', attempts = 0, send_at = now(), error_code = null, error_message = null"  # noqa: S608
     f" where outbox_id = any(%(ids)s::bigint[]) returning outbox_id, 'retried', pg_notify('{outbox.CHANNEL}', '')",
 )
 #: Do not send it any more. Every claim moves ``send_at``: where it was moved, an engine had the row in hand.
 CANCEL: Final = Action(
     "cancel",
-    "outbox",
+    "s2s.outbox",
     "outbox_id",
     "state",
     ("waiting",),
-    "update outbox set state = 'dead', error_code = 'cancelled', error_message = 'an operator cancelled it'"
+    "update s2s.outbox set state = 'dead', error_code = 'cancelled', error_message = 'an operator cancelled it'"
     " where outbox_id = any(%(ids)s::bigint[])"
     " returning outbox_id, case when send_at = created_at then 'cancelled' else 'cancelled_late' end",
 )
 #: Remove it.
 DISCARD: Final = Action(
     "discard",
-    "outbox",
+    "s2s.outbox",
     "outbox_id",
     "state",
     ("dead",),
-    "delete from outbox where outbox_id = any(%(ids)s::bigint[]) returning outbox_id, 'discarded'",
+    "delete from s2s.outbox where outbox_id = any(%(ids)s::bigint[]) returning outbox_id, 'discarded'",
     "delete",
 )
 
 
 #: By ``state`` and ``cmd_type``.
-LISTED: Final = Listed(OutboxEntry, "outbox", "outbox_id", partial=(("state", "dead"),))
+LISTED: Final = Listed(OutboxEntry, "s2s.outbox", "outbox_id", partial=(("state", "dead"),))
 
 
 def find(txn: Cursor, outbox_id: int) -> OutboxEntry | None:

@@ -15,15 +15,15 @@ from s2s.store.kept_rows import refusal
 
 def database_id(txn: Cursor) -> str:
     """Return the id of this database. A missing row is made anew, with a new id."""
-    txn.execute("select database_id from s2s_database")
+    txn.execute("select database_id from s2s.database")
     row = txn.fetchone()
     if row is None:
-        txn.execute("insert into s2s_database default values on conflict (only_row) do nothing")
+        txn.execute("insert into s2s.database default values on conflict (only_row) do nothing")
         # In a statement of its own, which sees what another session has just inserted.
-        txn.execute("select database_id from s2s_database")
+        txn.execute("select database_id from s2s.database")
         row = txn.fetchone()
     if row is None:
-        raise refusal(txn, "insert", "s2s_database")
+        raise refusal(txn, "insert", "s2s.database")
     return str(row[0])
 
 

@@ -29,14 +29,14 @@ with recursive found (priority, due_at, high) as (
     select n.priority, n.due_at, g.high
     from unnest(%(lows)s::bigint[], %(highs)s::bigint[]) g (low, high)
     cross join lateral (
-        select priority, due_at from commands where status = 'ready' and priority > g.low and priority < g.high
+        select priority, due_at from s2s.commands where status = 'ready' and priority > g.low and priority < g.high
         order by priority, due_at limit 1
     ) n
     union all
     select n.priority, n.due_at, f.high
     from found f
     cross join lateral (
-        select priority, due_at from commands where status = 'ready' and priority > f.priority and priority < f.high
+        select priority, due_at from s2s.commands where status = 'ready' and priority > f.priority and priority < f.high
         order by priority, due_at limit 1
     ) n
 )
@@ -56,7 +56,7 @@ with starts (priority, due_at, cmd_id) as materialized (
 """  # noqa: S608 - of constants, as below
 _OURS: Final = """
     (%(types)s::text is null or cmd_type = any(string_to_array(%(types)s::text, E'\\n')))
-    and cmd_id not in (select unnest(cmd_ids) from batch_notes where note_id >= %(first_note)s)
+    and cmd_id not in (select unnest(cmd_ids) from s2s.batch_notes where note_id >= %(first_note)s)
     and not cmd_id = any(%(left_out)s::bigint[])
 """
 # No outer "order by": the nested loop gives the order already, and a sort would read every priority to its limit. A
@@ -67,11 +67,11 @@ _CANDIDATES: Final = f"""
 select p.priority,
     case when c.place > 1 and not %(is_timed)s then null else extract(epoch from coalesce(c.due_at, now()))::float8 end,
     c.cmd_id, c.attempts,
-    case when c.place > 1 then null else (select min(note_id) from batch_notes where note_id >= %(first_note)s) end
+    case when c.place > 1 then null else (select min(note_id) from s2s.batch_notes where note_id >= %(first_note)s) end
 from starts p
 left join lateral (
     select row_number() over () as place, locked.* from (
-        select due_at, cmd_id, attempts from commands
+        select due_at, cmd_id, attempts from s2s.commands
         where status = 'ready' and priority = p.priority and due_at <= now()
             and (commands.due_at, commands.cmd_id) >= (p.due_at, p.cmd_id) and {_OURS}
         order by commands.due_at, cmd_id limit %(limit)s
@@ -85,14 +85,14 @@ _BEHIND: Final = f"""
 select c.cmd_id
 from starts p
 cross join lateral (
-    select cmd_id from commands
+    select cmd_id from s2s.commands
     where status = 'ready' and priority = p.priority and (due_at, cmd_id) < (p.due_at, p.cmd_id) and {_OURS}
     order by due_at, cmd_id limit %(limit)s
 ) c
 limit %(limit)s
 """  # noqa: S608
 _STILL_BEHIND: Final = f"""
-select priority, extract(epoch from due_at)::float8, cmd_id, attempts from commands
+select priority, extract(epoch from due_at)::float8, cmd_id, attempts from s2s.commands
 where cmd_id = any(%(behind)s::bigint[]) and status = 'ready' and due_at <= now() and {_OURS}
 for update skip locked
 """  # noqa: S608
@@ -101,7 +101,7 @@ _NEXT_DUE: Final = f"""
 select extract(epoch from min(c.due_at) - clock_timestamp())::float8
 from starts p
 cross join lateral (
-    select due_at from commands where status = 'ready' and priority = p.priority and due_at > now()
+    select due_at from s2s.commands where status = 'ready' and priority = p.priority and due_at > now()
     order by due_at limit 1
 ) c
 """  # noqa: S608

@@ -24,7 +24,7 @@ STEERING_DAYS: Final = 7
 ADVANCE: Final = "interval '1 hour'"
 #: A time before s2s existed, in SQL. What is older was dated by a clock that was not set.
 UNSET: Final = "timestamptz '2020-01-01 00:00:00+00'"
-_NOW: Final = "(select retention_at from s2s_database)"
+_NOW: Final = "(select retention_at from s2s.database)"
 _SOON: Final = f"now() + interval '{SLACK_S} seconds'"
 
 
@@ -45,7 +45,7 @@ class Keep:
 def keep(txn: Cursor) -> Keep:
     """Read how long things are kept now: the table's settings, else the defaults."""
     names = ("commands.keep_days", "commands.keep_dead_days", "commands.keep_key_days")
-    txn.execute("select key, value from config where key = any(%s)", (list(names),))
+    txn.execute("select key, value from s2s.config where key = any(%s)", (list(names),))
     set_here = dict(txn.fetchall())
     return Keep(*(int(set_here.get(name, BY_KEY[name].default)) for name in names))
 
@@ -53,9 +53,9 @@ def keep(txn: Cursor) -> Keep:
 #: Removes commands whose rows the caller has locked; their keys stay for a while and remember how they ended.
 REMOVE: Final = """
 with removed as (
-    delete from commands where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, idem_key, status
+    delete from s2s.commands where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, idem_key, status
 ), kept as (
-    update idempotency_keys k set status = r.status, expires_at = now() + make_interval(days => %(key_days)s)
+    update s2s.idempotency_keys k set status = r.status, expires_at = now() + make_interval(days => %(key_days)s)
     from removed r where k.idem_key = r.idem_key and k.cmd_id = r.cmd_id returning k.cmd_id
 )
 select cmd_id, 'discarded', idem_key, kept.cmd_id is not null from removed left join kept using (cmd_id)
@@ -70,14 +70,14 @@ def advance(txn: Cursor) -> float:
     :returns: the seconds that it is behind the clock then.
     """
     txn.execute(
-        "insert into s2s_database as d default values on conflict (only_row) do update"  # noqa: S608 - a constant
+        "insert into s2s.database as d default values on conflict (only_row) do update"  # noqa: S608 - a constant
         f" set retention_at = case when d.retention_at < {UNSET} then now()"
         f" else least(now(), d.retention_at + {ADVANCE}) end"
         " returning extract(epoch from now() - d.retention_at)::float8"
     )
     row = txn.fetchone()
     if row is None:
-        note(txn, "insert or update", "s2s_database")
+        note(txn, "insert or update", "s2s.database")
     return float((row or (0.0,))[0])
 
 
@@ -92,21 +92,21 @@ def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None
         # one of a clock that had not been set: what ended by it is kept as if it ended now.
         f"select cmd_id, created_at <= {_NOW} - make_interval(days => %s) or created_at > {_SOON},"  # noqa: S608
         f" finished_at > {_SOON} or (finished_at < {UNSET} and now() >= {UNSET})"
-        " from commands where cmd_id > %s order by cmd_id limit %s",
+        " from s2s.commands where cmd_id > %s order by cmd_id limit %s",
         (min(keep.days, keep.dead_days), after, STEP_ROWS),
     )
     page = txn.fetchall()
     cmd_ids = [cmd_id for cmd_id, *_ in page]
     if misdated := [cmd_id for cmd_id, _, is_misdated in page if is_misdated]:
         txn.execute(
-            "update commands set finished_at = now() where cmd_id = any(array("
-            " select cmd_id from commands where cmd_id = any(%s::bigint[]) for update skip locked))",
+            "update s2s.commands set finished_at = now() where cmd_id = any(array("
+            " select cmd_id from s2s.commands where cmd_id = any(%s::bigint[]) for update skip locked))",
             (misdated,),
         )
         if not txn.rowcount:
-            still_there(txn, "update", "commands", "cmd_id", misdated, f"finished_at > {_SOON}")
+            still_there(txn, "update", "s2s.commands", "cmd_id", misdated, f"finished_at > {_SOON}")
     txn.execute(
-        "select cmd_id from commands where cmd_id = any(%s::bigint[]) and status <> 'ready'"  # noqa: S608
+        "select cmd_id from s2s.commands where cmd_id = any(%s::bigint[]) and status <> 'ready'"  # noqa: S608
         # Ended by hand, it may lack the time.
         " and coalesce(finished_at, created_at)"
         f" <= {_NOW} - make_interval(days => case status when 'dead' then %s else %s end) for update skip locked",
@@ -118,7 +118,7 @@ def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None
         txn.execute(REMOVE, {"ids": over, "key_days": keep.key_days})
         removed = txn.fetchall()
         if len(removed) < len(over):
-            note(txn, "delete", "commands")
+            note(txn, "delete", "s2s.commands")
         note_keys(txn, removed)
     # Ids are drawn nearly in the order of time: a whole page of young rows is the end, a single one may be a stray.
     is_last = len(page) < STEP_ROWS or not any(is_old for _, is_old, _ in page)
@@ -131,7 +131,7 @@ def note_keys(txn: Cursor, removed: Sequence[tuple[Any, ...]]) -> None:
     :param removed: the rows of :data:`REMOVE`.
     """
     unset = [idem_key for _, _, idem_key, is_set in removed if not is_set]
-    still_there(txn, "update", "idempotency_keys", "idem_key", unset, "expires_at is null")
+    still_there(txn, "update", "s2s.idempotency_keys", "idem_key", unset, "expires_at is null")
 
 
 def sweep_keys(txn: Cursor, since: str = "-infinity") -> tuple[int, str | None]:
@@ -141,15 +141,15 @@ def sweep_keys(txn: Cursor, since: str = "-infinity") -> tuple[int, str | None]:
     :returns: how many, and where the next step begins; ``None``: there are no more.
     """
     txn.execute(
-        "with expired as (select idem_key, expires_at from idempotency_keys"  # noqa: S608 - a constant
+        "with expired as (select idem_key, expires_at from s2s.idempotency_keys"  # noqa: S608 - a constant
         f" where expires_at between %s::timestamptz and {_NOW} order by expires_at limit %s for update skip locked"
-        "), removed as (delete from idempotency_keys where idem_key in (select idem_key from expired) returning 1"
+        "), removed as (delete from s2s.idempotency_keys where idem_key in (select idem_key from expired) returning 1"
         ") select count(*), (select count(*) from removed), max(expires_at)::text from expired",
         (since, STEP_ROWS),
     )
     ((expired, removed, last),) = txn.fetchall()
     if removed < expired:
-        note(txn, "delete", "idempotency_keys")
+        note(txn, "delete", "s2s.idempotency_keys")
     # Where none can be removed, the next step would find the same ones.
     return removed, last if expired == STEP_ROWS and removed else None
 
@@ -160,22 +160,22 @@ def sweep_steering(txn: Cursor) -> int:
     :returns: how many; fewer than :data:`STEP_ROWS`: there are no more, or the next pass finds them.
     """
     txn.execute(
-        "update steering set created_at = now() where request_id = any(array("  # noqa: S608
-        " select request_id from steering"
-        " where request_id = any(array(select request_id from steering order by request_id limit %s))"
+        "update s2s.steering set created_at = now() where request_id = any(array("  # noqa: S608
+        " select request_id from s2s.steering"
+        " where request_id = any(array(select request_id from s2s.steering order by request_id limit %s))"
         f" and created_at > {_SOON} for update skip locked))",
         (STEP_ROWS,),
     )
     txn.execute(
-        "with old as (select request_id from steering"  # noqa: S608
+        "with old as (select request_id from s2s.steering"  # noqa: S608
         # No index knows their age, so only the first ones are looked at.
-        " where request_id = any(array(select request_id from steering order by request_id limit %s))"
+        " where request_id = any(array(select request_id from s2s.steering order by request_id limit %s))"
         f" and created_at <= {_NOW} - make_interval(days => %s) for update skip locked), removed as ("
-        " delete from steering where request_id in (select request_id from old) returning 1)"
+        " delete from s2s.steering where request_id in (select request_id from old) returning 1)"
         " select count(*), (select count(*) from removed) from old",
         (STEP_ROWS, STEERING_DAYS),
     )
     ((old, removed),) = txn.fetchall()
     if removed < old:
-        note(txn, "delete", "steering")
+        note(txn, "delete", "s2s.steering")
     return int(removed)

@@ -56,10 +56,10 @@ def activate(txn: Cursor, key_id: str) -> Change:
         return Change(key_id, f"the key {key_id} signs for {roles} already", False, signers)
     if row.role == "any":
         # A default of one role goes before one of any.
-        txn.execute("update s2s_keys set is_default_tx = false where is_default_tx and role <> 'any'")
+        txn.execute("update s2s.s2s_keys set is_default_tx = false where is_default_tx and role <> 'any'")
     prefer(txn, [key_id])
     txn.execute(
-        "update s2s_keys set active_from = clock_timestamp() where key_id = %s and active_from > clock_timestamp()",
+        "update s2s.s2s_keys set active_from = clock_timestamp() where key_id = %s and active_from > clock_timestamp()",
         (key_id,),
     )
     return Change(key_id, f"the key {key_id} signs for {roles} from now on", True, read(txn).signers())
@@ -81,11 +81,11 @@ def retire(txn: Cursor, key_id: str) -> Change:
             return Change(key_id, text, False, before)
     with savepoint(txn):
         txn.execute(
-            "update s2s_keys set is_default_tx = false, closed_at = clock_timestamp(),"
+            "update s2s.s2s_keys set is_default_tx = false, closed_at = clock_timestamp(),"
             " active_to = least(active_to, clock_timestamp() + make_interval(secs => %s)) where key_id = %s",
             (RETIRE_S, key_id),
         )
-        check_written(txn, "update", "s2s_keys")
+        check_written(txn, "update", "s2s.s2s_keys")
         after = read(txn)
         end = after.row(key_id).active_to
         assert end is not None
@@ -133,11 +133,11 @@ def revoke(txn: Cursor, key_id: str) -> Change:
     is_changed = row.is_default_tx or not row.has_ended(table.now)
     if is_changed:
         txn.execute(
-            "update s2s_keys set is_default_tx = false, active_from = least(active_from, clock_timestamp()),"
+            "update s2s.s2s_keys set is_default_tx = false, active_from = least(active_from, clock_timestamp()),"
             " active_to = least(active_to, clock_timestamp()), closed_at = clock_timestamp() where key_id = %s",
             (key_id,),
         )
-        check_written(txn, "update", "s2s_keys")
+        check_written(txn, "update", "s2s.s2s_keys")
     signers = _settle(txn) if is_changed else table.signers()
     unsigned = [role for role in row.roles if role not in signers]
     warning = f"no key can sign for {' and '.join(unsigned)} any more: {_another(unsigned)}" if unsigned else None

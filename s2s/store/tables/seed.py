@@ -55,18 +55,18 @@ def make_world(
     txn.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
     if replace:
         # Sectors last, as in the jobs and the checks of foreign keys: so nobody waits for us while we wait for him.
-        txn.execute("truncate ships, ports, sectors")
+        txn.execute("truncate s2s_world.ships, s2s_world.ports, s2s_world.sectors")
     elif not world.is_empty(txn):
         return False
     for statement, rows in (
-        ("copy sectors (sector_id, name, status) from stdin", _sectors(_draw(seed, "sectors"), sectors)),
+        ("copy s2s_world.sectors (sector_id, name, status) from stdin", _sectors(_draw(seed, "sectors"), sectors)),
         (
-            "copy ports (port_id, sector_id, commodity, stock, base_stock, capacity,"
+            "copy s2s_world.ports (port_id, sector_id, commodity, stock, base_stock, capacity,"
             " price, base_price, min_price, max_price) from stdin",
             _ports(_draw(seed, "ports"), sectors),
         ),
         (
-            "copy ships (ship_id, player_id, sector_id, turns, fuel, shields, hold_capacity) from stdin",
+            "copy s2s_world.ships (ship_id, player_id, sector_id, turns, fuel, shields, hold_capacity) from stdin",
             _ships(_draw(seed, "ships"), ships, sectors),
         ),
     ):
@@ -75,7 +75,7 @@ def make_world(
                 txn.copy_expert(statement, io.StringIO(chunk))
             check_written(txn, "insert", statement.split()[1], chunk.count("\n"))
             progress(txn.rowcount)
-    txn.execute("analyze sectors, ports, ships")
+    txn.execute("analyze s2s_world.sectors, s2s_world.ports, s2s_world.ships")
     made = {"sectors": sectors, "ports": sectors, "ships": ships, "seed": seed, "replace": replace}
     audit.write(txn, "world.seed", "world", made)
     return True

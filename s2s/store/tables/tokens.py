@@ -47,7 +47,8 @@ class PublicTokenRow:
 def read(txn: Cursor) -> list[TokenRow]:
     """Read every token that is valid."""
     txn.execute(
-        "select name, role, token_sha256, extract(epoch from expires_at - clock_timestamp())::float8 from api_tokens"
+        "select name, role, token_sha256, extract(epoch from expires_at - clock_timestamp())::float8 from"
+        " s2s.api_tokens"
         " where expires_at is null or expires_at > clock_timestamp()"
     )
     return [TokenRow(name, role, bytes(kept), left_s) for name, role, kept, left_s in txn]
@@ -57,7 +58,7 @@ def list_public(txn: Cursor) -> list[PublicTokenRow]:
     """List the tokens by name."""
     txn.execute(
         "select name, role, note, created_at, created_by, expires_at, coalesce(expires_at <= now(), false)"
-        " from api_tokens order by name"
+        " from s2s.api_tokens order by name"
     )
     return [PublicTokenRow(*row) for row in txn]
 
@@ -72,13 +73,13 @@ def add(txn: Cursor, name: str, role: Access, note: str = "", days: int | None =
     """
     token = make(name)
     txn.execute(
-        "insert into api_tokens (name, role, token_sha256, note, expires_at)"
+        "insert into s2s.api_tokens (name, role, token_sha256, note, expires_at)"
         " values (%s, %s, %s, %s, now() + make_interval(days => %s)) on conflict do nothing",
         (name, role, digest(token), note, days),
     )
     if txn.rowcount == 0:
-        txn.execute("select from api_tokens where name = %s", (name,))
-        check_written(txn, "insert", "api_tokens")
+        txn.execute("select from s2s.api_tokens where name = %s", (name,))
+        check_written(txn, "insert", "s2s.api_tokens")
         raise OperatorError(f"there is a token {name!r} already: choose another name, or s2s tokens revoke {name}")
     return token
 
@@ -88,10 +89,10 @@ def revoke(txn: Cursor, name: str) -> bool:
 
     :returns: whether there was one.
     """
-    txn.execute("delete from api_tokens where name = %s", (name,))
+    txn.execute("delete from s2s.api_tokens where name = %s", (name,))
     is_gone = txn.rowcount > 0
     if not is_gone:
-        txn.execute("select from api_tokens where name = %s", (name,))
+        txn.execute("select from s2s.api_tokens where name = %s", (name,))
         if txn.rowcount:
-            raise refusal(txn, "delete", "api_tokens")
+            raise refusal(txn, "delete", "s2s.api_tokens")
     return is_gone

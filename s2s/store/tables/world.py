@@ -30,18 +30,18 @@ def count(txn: Cursor) -> Counts:
     # Ships first, as whoever changes the world: two that lock tables in other orders may wait for each other.
     txn.execute(
         "select sectors, fedspace, neutral, closed, ports, ships, bare from"
-        " (select count(*) as ships, count(*) filter (where shields = 0) as bare from ships) v,"
-        " (select count(*) as ports from ports) p,"
+        " (select count(*) as ships, count(*) filter (where shields = 0) as bare from s2s_world.ships) v,"
+        " (select count(*) as ports from s2s_world.ports) p,"
         " (select count(*) as sectors, count(*) filter (where status = 'fedspace') as fedspace,"
         " count(*) filter (where status = 'neutral') as neutral,"
-        " count(*) filter (where status = 'port_closed') as closed from sectors) s"
+        " count(*) filter (where status = 'port_closed') as closed from s2s_world.sectors) s"
     )
     return Counts(*(txn.fetchone() or ()))
 
 
 def is_empty(txn: Cursor) -> bool:
     """Whether there is no sector, and so nothing at all."""
-    txn.execute("select from sectors limit 1")
+    txn.execute("select from s2s_world.sectors limit 1")
     return txn.rowcount == 0
 
 
@@ -50,18 +50,18 @@ def set_sector_status(txn: Cursor, sector_id: int, status: str) -> str | None:
 
     :returns: the status that it had; ``None``: there is no such sector.
     """
-    txn.execute("select status from sectors where sector_id = %s for no key update", (sector_id,))
+    txn.execute("select status from s2s_world.sectors where sector_id = %s for no key update", (sector_id,))
     found = txn.fetchone()
     if found is None:
         return None
-    txn.execute("update sectors set status = %s where sector_id = %s", (status, sector_id))
-    check_written(txn, "update", "sectors")
+    txn.execute("update s2s_world.sectors set status = %s where sector_id = %s", (status, sector_id))
+    check_written(txn, "update", "s2s_world.sectors")
     return str(found[0])
 
 
 def count_ships(txn: Cursor) -> tuple[int, int]:
     """Count the ships, and give the greatest ``ship_id``; 0 where there is none."""
-    txn.execute("select count(*), coalesce(max(ship_id), 0) from ships")
+    txn.execute("select count(*), coalesce(max(ship_id), 0) from s2s_world.ships")
     count, last = txn.fetchone() or (0, 0)
     return int(count), int(last)
 
@@ -74,7 +74,7 @@ def end_of_batch(txn: Cursor, after: int, last: int, rows: int) -> int | None:
     :returns: ``None``: there are no more.
     """
     txn.execute(
-        "select max(ship_id) from (select ship_id from ships where ship_id > %s and ship_id <= %s"
+        "select max(ship_id) from (select ship_id from s2s_world.ships where ship_id > %s and ship_id <= %s"
         " order by ship_id limit %s) batch",
         (after, last, rows),
     )
@@ -96,6 +96,6 @@ def update_ships(txn: Cursor, field: str, value: int, after: int, end: int) -> i
 
 #: No name of a column comes from outside.
 _UPDATE: Final = {
-    field: f"update ships set {field} = %s where ship_id > %s and ship_id <= %s"  # noqa: S608 - a constant of ours
+    field: f"update s2s_world.ships set {field} = %s where ship_id > %s and ship_id <= %s"  # noqa: S608 - a constant of ours
     for field in SHIP_FIELDS
 }
