@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred, DeferredList, DeferredSemaphore
 from twisted.trial.unittest import TestCase
 
 from campaigns.faults import campaign
-from campaigns.faults.inside import BREAKS
+from campaigns.faults.instrumentation import BREAKS
 from campaigns.faults.kinds import ATTACKS
 
 SECONDS = float(os.environ.get("S2S_FAULTS_S", "20"))
@@ -44,12 +44,12 @@ class CampaignTests(TestCase):
 
 
 class BrokenTests(TestCase):
-    """The judge sees what is broken."""
+    """The checker finds what is broken."""
 
     timeout = 600
 
     async def test_each_break(self) -> None:
-        """The campaign fails where a role breaks a promise (:mod:`campaigns.faults.inside`), and says which."""
+        """The campaign fails where a role breaks a promise (``instrumentation.BREAKS``), and says which."""
         self.assertEqual(set(_SHOWN_BY), set(BREAKS))
         # Most of the time each waits for what never comes.
         two = DeferredSemaphore(2)

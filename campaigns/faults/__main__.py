@@ -14,7 +14,7 @@ from twisted.internet.task import react
 
 from benchmarks.tables import show
 from campaigns.faults import campaign
-from campaigns.faults.inside import BREAKS
+from campaigns.faults.instrumentation import BREAKS
 from campaigns.faults.kinds import ATTACKS
 
 
@@ -29,7 +29,7 @@ from campaigns.faults.kinds import ATTACKS
 def main(
     seconds: float, seed: int | None, pushes: float, breaks: str | None, rst: Path | None, only: str, history: Path
 ) -> None:
-    """Run a campaign of faults, and judge it."""
+    """Run a campaign of faults, and check it."""
     chosen = secrets.randbelow(10**6) if seed is None else seed
     click.echo(f"seed {chosen}, history in {history}")
     console = Console()

@@ -1,4 +1,4 @@
-"""One campaign: faults in random order while the clients work, then the judgement and a table."""
+"""One campaign: faults in random order while the clients work, then the check and a table."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.threads import deferToThread
 
 from benchmarks.tables import rst
+from campaigns.faults.checker import Facts, check
 from campaigns.faults.history import Operation, operations
-from campaigns.faults.judge import Facts, judge
 from campaigns.faults.kinds import ATTACKS, Attack, program
-from campaigns.faults.stage import SETTLED_S, WHOLE_S, TestBed, facts_of
+from campaigns.faults.testbed import SETTLED_S, WHOLE_S, TestBed, facts_of
 from tests.support.http import ask
 from tests.support.waiting import pause
 
@@ -110,11 +110,11 @@ async def run(
     :param path: where the history is written.
     :param say: is told what goes on.
     """
-    stage = await deferToThread(TestBed, seed, pushes, breaks, path)
+    bed = await deferToThread(TestBed, seed, pushes, breaks, path)
     violations: list[str] = []
     began = time.monotonic()
     try:
-        await stage.start()
+        await bed.start()
         coming = enumerate(program(attacks, seed), 1) if attacks else iter(())
         while time.monotonic() - began < seconds:
             number, attack = next(coming, (0, None))
@@ -122,45 +122,45 @@ async def run(
                 await pause(0.5)
                 continue
             say(f"{time.monotonic() - began:6.1f} s  {attack.name}")
-            stage.rng = random.Random(f"{seed} {number}")
-            await _bring(stage, attack)
-            await pause(stage.rng.uniform(0, 0.5))
+            bed.rng = random.Random(f"{seed} {number}")
+            await _bring(bed, attack)
+            await pause(bed.rng.uniform(0, 0.5))
         say(f"{time.monotonic() - began:6.1f} s  settling")
-        await _within(settled_s, stage.settled(), stage, violations)
-        facts = await deferToThread(_facts, stage)
-        done = operations(stage.history.events)
-        violations += judge(done, facts)
-        await stage.end_roles()
-        violations += stage.surprises
+        await _within(settled_s, bed.settled(), bed, violations)
+        facts = await deferToThread(_facts, bed)
+        done = operations(bed.history.events)
+        violations += check(done, facts)
+        await bed.end_roles()
+        violations += bed.surprises
         return Verdict(seed, time.monotonic() - began, done, violations)
     finally:
-        await stage.stop()
+        await bed.stop()
 
 
-async def _bring(stage: TestBed, attack: Attack) -> None:
+async def _bring(bed: TestBed, attack: Attack) -> None:
     """Bring a fault about, and see how long it takes until everything is whole again."""
     name = attack.fault.name
-    number = stage.history.invoke("campaign", "fault", name=name, step=attack.step)
-    await attack.run(stage)
-    stage.history.end(number, "campaign", "fault", "ok")
+    number = bed.history.invoke("campaign", "fault", name=name, step=attack.step)
+    await attack.run(bed)
+    bed.history.end(number, "campaign", "fault", "ok")
     since = time.monotonic()
-    number = stage.history.invoke("campaign", "recovery", fault=name, step=attack.step)
+    number = bed.history.invoke("campaign", "recovery", fault=name, step=attack.step)
     late: list[str] = []
-    await _within(WHOLE_S, stage.whole(), stage, late)
+    await _within(WHOLE_S, bed.whole(), bed, late)
     told: dict[str, Any] = {"seconds": time.monotonic() - since, "why": "; ".join(late)}
-    stage.history.end(number, "campaign", "recovery", "fail" if late else "ok", **told, levels=stage.levels())
+    bed.history.end(number, "campaign", "recovery", "fail" if late else "ok", **told, levels=bed.levels())
 
 
-async def _within(seconds: float, waiting: Coroutine[Any, Any, None], stage: TestBed, violations: list[str]) -> None:
+async def _within(seconds: float, waiting: Coroutine[Any, Any, None], bed: TestBed, violations: list[str]) -> None:
     try:
         await Deferred.fromCoroutine(waiting).addTimeout(seconds, reactor)
     except TimeoutError:
-        violations.append(f"not whole again within {seconds:g} s: {stage.lacks}")
+        violations.append(f"not whole again within {seconds:g} s: {bed.lacks}")
 
 
-def _facts(stage: TestBed) -> Facts:
-    answer = ask(stage.api, "GET", "/v1/engines/engine-1", stage.token)
-    return facts_of(stage.execute, {"engine-1": (answer.body.get("config_version"), answer.body.get("state"))})
+def _facts(bed: TestBed) -> Facts:
+    answer = ask(bed.api, "GET", "/v1/engines/engine-1", bed.token)
+    return facts_of(bed.execute, {"engine-1": (answer.body.get("config_version"), answer.body.get("state"))})
 
 
 def told(verdict: Verdict) -> str:

@@ -23,8 +23,8 @@ from psycopg2 import sql
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.threads import deferToThread
 
-from campaigns.faults import inside, odd
-from campaigns.faults.stage import DEAD_PEER_S, TestBed, comes
+from campaigns.faults import instrumentation, misbehaving_handlers
+from campaigns.faults.testbed import DEAD_PEER_S, TestBed, comes
 from s2s.runtime import watchdog
 from tests.support import clock_fault
 from tests.support.flood import StrangersFlood
@@ -52,8 +52,7 @@ class Fault:
 class Attack:
     """A fault and its moment.
 
-    :param step: of :data:`campaigns.faults.inside.STEPS`, at which the process stands that comes to it when the fault
-        begins; ``None``: any moment.
+    :param step: of ``instrumentation.STEPS``, at which a process stands when the fault begins; ``None``: any moment.
     """
 
     fault: Fault
@@ -64,14 +63,14 @@ class Attack:
         """What it is called."""
         return self.fault.name if self.step is None else f"{self.fault.name} at {self.step}"
 
-    async def run(self, stage: TestBed) -> None:
+    async def run(self, bed: TestBed) -> None:
         """Bring it about, and take it away."""
         if self.step is None:
-            await self.fault.run(stage)
+            await self.fault.run(bed)
         elif self.step.startswith("migrate."):
-            await _while_it_migrates(stage, self.step, self.fault)
+            await _while_it_migrates(bed, self.step, self.fault)
         else:
-            await _at(stage, self.step, self.fault)
+            await _at(bed, self.step, self.fault)
 
 
 #: Seconds that a process is given to come to the step at which it is to stand still; and at which of its comings there
@@ -81,47 +80,47 @@ _COMINGS: Final = 3
 _MIGRATED: Final = {"migrate.file": 11, "migrate.settings": 1}
 
 
-async def _at(stage: TestBed, step: str, fault: Fault) -> None:
+async def _at(bed: TestBed, step: str, fault: Fault) -> None:
     """Let a fault begin while a process stands at a step, and let the process go on before the fault is over."""
     name = "engine" if step.split(".", maxsplit=1)[0] in ("relay", "order") else "server"
-    number = stage.history.invoke("campaign", "step", step=step)
-    came = await stage.hold_at(name, step, stage.rng.randint(1, _COMINGS), _STEP_S)
-    stage.history.end(number, "campaign", "step", "ok" if came else "fail")
-    under_way = Deferred.fromCoroutine(fault.run(stage))
+    number = bed.history.invoke("campaign", "step", step=step)
+    came = await bed.hold_at(name, step, bed.rng.randint(1, _COMINGS), _STEP_S)
+    bed.history.end(number, "campaign", "step", "ok" if came else "fail")
+    under_way = Deferred.fromCoroutine(fault.run(bed))
     if came:
-        await pause(stage.rng.uniform(0, 0.5))
-        stage.let_go(name)
+        await pause(bed.rng.uniform(0, 0.5))
+        bed.let_go(name)
     await under_way
 
 
-async def _while_it_migrates(stage: TestBed, step: str, fault: Fault) -> None:
+async def _while_it_migrates(bed: TestBed, step: str, fault: Fault) -> None:
     """Let a migration of another database stand at a step, and see that the next one makes that database whole."""
-    name = f"migrated_{stage.rng.randrange(10**9)}"
-    with Session(stage.url) as session:
+    name = f"migrated_{bed.rng.randrange(10**9)}"
+    with Session(bed.url) as session:
         session.run(sql.SQL("create database {}").format(sql.Identifier(name)))
-    url = stage.url.replace("/postgres?", f"/{name}?", 1)
-    grip = inside.Breakpoint(stage.directory / f"{name}.grip")
-    grip.hold(step, stage.rng.randint(1, _MIGRATED[step]))
-    said = environment(**inside.variables(grip, stage.directory))
-    migrate = [sys.executable, "-m", "campaigns.faults.inside", "s2s", "db", "migrate", "--database", url]
+    url = bed.url.replace("/postgres?", f"/{name}?", 1)
+    point = instrumentation.Breakpoint(bed.directory / f"{name}.breakpoint")
+    point.hold(step, bed.rng.randint(1, _MIGRATED[step]))
+    said = environment(**instrumentation.variables(point, bed.directory))
+    migrate = [sys.executable, "-m", "campaigns.faults.instrumentation", "s2s", "db", "migrate", "--database", url]
     with subprocess.Popen(migrate, env=said, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as held:
         process = psutil.Process(held.pid)
-        number = stage.history.invoke("campaign", "step", step=step)
+        number = bed.history.invoke("campaign", "step", step=step)
         came = await comes(lambda: process.status() == psutil.STATUS_STOPPED, _STEP_S)
-        stage.history.end(number, "campaign", "step", "ok" if came else "fail")
+        bed.history.end(number, "campaign", "step", "ok" if came else "fail")
         if fault is _KILL_MIGRATION:
             held.kill()
         else:
-            await fault.run(stage)
+            await fault.run(bed)
         held.send_signal(signal.SIGCONT)
         _, told = await deferToThread(held.communicate)
-    grip.release()
+    point.release()
     again = await deferToThread(partial(subprocess.run, migrate, env=said, capture_output=True, text=True))
-    ours, theirs = [await deferToThread(_schema, each) for each in (stage.url, url)]
+    ours, theirs = [await deferToThread(_schema, each) for each in (bed.url, url)]
     is_whole = again.returncode == 0 and {*ours} == {*theirs}
     if not is_whole or "Traceback" in told:
-        stage.surprise("migration", AssertionError(f"{told}{again.stderr} {sorted({*ours} ^ {*theirs})}"))
-    with Session(stage.url) as session:
+        bed.surprise("migration", AssertionError(f"{told}{again.stderr} {sorted({*ours} ^ {*theirs})}"))
+    with Session(bed.url) as session:
         session.run(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
@@ -134,100 +133,100 @@ def _schema(url: str) -> list[str]:
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-async def _kill(stage: TestBed, *names: str) -> None:
+async def _kill(bed: TestBed, *names: str) -> None:
     for name in names:
-        stage.role(name).kill()
-    await pause(stage.rng.uniform(0, 1))
-    await stage.restart(*names)
+        bed.role(name).kill()
+    await pause(bed.rng.uniform(0, 1))
+    await bed.restart(*names)
 
 
-async def _stop(stage: TestBed, name: str) -> None:
-    stage.hold(name)
+async def _stop(bed: TestBed, name: str) -> None:
+    bed.hold(name)
     await pause(DEAD_PEER_S + 1)
-    stage.let_go(name)
+    bed.let_go(name)
 
 
-async def _end(stage: TestBed, name: str) -> None:
-    await stage.end_role(name)
-    await stage.restart(name)
+async def _end(bed: TestBed, name: str) -> None:
+    await bed.end_role(name)
+    await bed.restart(name)
 
 
-async def _shut_down(stage: TestBed) -> None:
+async def _shut_down(bed: TestBed) -> None:
     """Ask the engine over HTTP to end; whoever asks need not be answered, and asks again."""
-    role = stage.role("engine")
+    role = bed.role("engine")
     for _ in range(5):
-        await deferToThread(stage.typist.shut_down)
+        await deferToThread(bed.workload.shut_down)
         if await comes(lambda: not role.is_running, _STEP_S):
             break
     try:
         await deferToThread(role.assert_ended_well)
     except (AssertionError, subprocess.TimeoutExpired) as error:
-        stage.surprise("engine", error)
+        bed.surprise("engine", error)
         role.kill()
-    await stage.restart("engine")
+    await bed.restart("engine")
 
 
 # --- the database ---------------------------------------------------------------------------------------------------
 
 
-async def _database_killed(stage: TestBed) -> None:
-    await deferToThread(stage.cluster.kill)
-    await deferToThread(stage.cluster.start)
+async def _database_killed(bed: TestBed) -> None:
+    await deferToThread(bed.cluster.kill)
+    await deferToThread(bed.cluster.start)
 
 
-async def _database_gone(stage: TestBed, seconds: float) -> None:
+async def _database_gone(bed: TestBed, seconds: float) -> None:
     """Links stay up, and nothing is acked."""
-    await deferToThread(stage.cluster.stop)
+    await deferToThread(bed.cluster.stop)
     # What was under way when it went may still be answered as it was.
     await pause(1)
-    links = _links(stage)
-    number = stage.history.invoke("campaign", "outage")
+    links = _links(bed)
+    number = bed.history.invoke("campaign", "outage")
     await pause(seconds)
-    stage.history.end(number, "campaign", "outage", "ok", links_lost=_links(stage) - links)
-    await deferToThread(stage.cluster.start)
+    bed.history.end(number, "campaign", "outage", "ok", links_lost=_links(bed) - links)
+    await deferToThread(bed.cluster.start)
 
 
-def _links(stage: TestBed) -> int:
+def _links(bed: TestBed) -> int:
     """Count the links that there ever were, the real engine's among them."""
-    return stage.proxy.connections + sum(pusher.links for pusher in stage.pushers)
+    return bed.proxy.connections + sum(pusher.links for pusher in bed.pushers)
 
 
-async def _connections_killed(stage: TestBed) -> None:
+async def _connections_killed(bed: TestBed) -> None:
     kill = (
         "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 's2s%' and random() < 0.5"
     )
     for _ in range(3):
-        await deferToThread(stage.execute, kill)
+        await deferToThread(bed.execute, kill)
         await pause(0.2)
 
 
-async def _read_only(stage: TestBed) -> None:
+async def _read_only(bed: TestBed) -> None:
     """Every new transaction is refused its writes, as by a standby after a failover."""
     alter = "alter database postgres set default_transaction_read_only = {}"
     leave = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 's2s%'"
-    await deferToThread(stage.execute, alter.format("on"))
-    await deferToThread(stage.execute, leave)
+    await deferToThread(bed.execute, alter.format("on"))
+    await deferToThread(bed.execute, leave)
     await pause(3)
-    await deferToThread(stage.execute, alter.format("off"))
-    await deferToThread(stage.execute, leave)
+    await deferToThread(bed.execute, alter.format("off"))
+    await deferToThread(bed.execute, leave)
 
 
-async def _read_only_by_itself(stage: TestBed) -> None:
+async def _read_only_by_itself(bed: TestBed) -> None:
     """Sessions that begin meanwhile are read-only from their start, and nobody ends them afterwards."""
     alter = "alter database postgres set default_transaction_read_only = {}"
-    await deferToThread(stage.execute, alter.format("on"))
+    await deferToThread(bed.execute, alter.format("on"))
     await deferToThread(
-        stage.execute, "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 's2s%'"
+        bed.execute, "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 's2s%'"
     )
     await pause(3)
-    await deferToThread(stage.execute, alter.format("off"))
+    await deferToThread(bed.execute, alter.format("off"))
 
 
-async def _snapshot_held(stage: TestBed) -> None:
+async def _snapshot_held(bed: TestBed) -> None:
     """A transaction keeps its snapshot while others work: no row that is finished can be removed meanwhile."""
 
     def hold() -> None:
-        with closing(psycopg2.connect(stage.url)) as conn, conn, conn.cursor() as txn:
+        with closing(psycopg2.connect(bed.url)) as conn, conn, conn.cursor() as txn:
             txn.execute("set transaction isolation level repeatable read; select count(*) from s2s.commands")
             txn.execute("select pg_sleep(10)")
 
@@ -237,7 +236,7 @@ async def _snapshot_held(stage: TestBed) -> None:
 _FULL: Final = ("s2s.commands", "s2s.outbox", "s2s.orders", "s2s.notices")
 
 
-async def _disk_full(stage: TestBed) -> None:
+async def _disk_full(bed: TestBed) -> None:
     """Every insert is refused with the error of a full disk."""
     make = (
         "create or replace function disk_full() returns trigger language plpgsql set search_path from current"
@@ -246,21 +245,21 @@ async def _disk_full(stage: TestBed) -> None:
     )
     trigger = "create trigger disk_full before insert on {} for each statement execute function disk_full()"
     # Each in a transaction of its own: locks of several tables at once could be a deadlock with the work.
-    await deferToThread(stage.execute, make)
+    await deferToThread(bed.execute, make)
     for table in _FULL:
-        await deferToThread(stage.execute, trigger.format(table))
+        await deferToThread(bed.execute, trigger.format(table))
     await pause(3)
-    if stage.server.is_running and not stage.server.is_frozen and "SQLSTATE 53100" not in stage.server.whole_log:
-        stage.surprise("server", AssertionError("the log does not tell of the full disk"))
+    if bed.server.is_running and not bed.server.is_frozen and "SQLSTATE 53100" not in bed.server.whole_log:
+        bed.surprise("server", AssertionError("the log does not tell of the full disk"))
     for table in _FULL:
-        await deferToThread(stage.execute, f"drop trigger disk_full on {table}")
+        await deferToThread(bed.execute, f"drop trigger disk_full on {table}")
 
 
-async def _pool_taken(stage: TestBed) -> None:
+async def _pool_taken(bed: TestBed) -> None:
     """Every connection of the pools waits for a lock, for longer than a statement may take."""
 
     def lock(table: str) -> None:
-        with closing(psycopg2.connect(stage.url)) as conn, conn, conn.cursor() as txn:
+        with closing(psycopg2.connect(bed.url)) as conn, conn, conn.cursor() as txn:
             txn.execute(f"lock table {table} in access exclusive mode; select pg_sleep(9)")
 
     await gatherResults([deferToThread(lock, table) for table in ("s2s.commands", "s2s.outbox", "s2s.orders")])
@@ -274,38 +273,38 @@ _OLD_S: Final = 3.0
 _INJECT_S: Final = 5.0
 
 
-async def _cut(stage: TestBed) -> None:
-    for _ in range(stage.rng.randint(1, 3)):
-        stage.proxy.cut()
-        await pause(stage.rng.uniform(0.1, 1))
+async def _cut(bed: TestBed) -> None:
+    for _ in range(bed.rng.randint(1, 3)):
+        bed.proxy.cut()
+        await pause(bed.rng.uniform(0.1, 1))
 
 
-async def _half_open(stage: TestBed) -> None:
-    stage.proxy.stall()
+async def _half_open(bed: TestBed) -> None:
+    bed.proxy.stall()
     await pause(DEAD_PEER_S + 1)
-    stage.proxy.go_on()
+    bed.proxy.go_on()
 
 
-async def _delayed(stage: TestBed) -> None:
-    for way in (stage.proxy.up, stage.proxy.down):
+async def _delayed(bed: TestBed) -> None:
+    for way in (bed.proxy.up, bed.proxy.down):
         way.delay_s = 0.4
     await pause(3)
-    for way in (stage.proxy.up, stage.proxy.down):
+    for way in (bed.proxy.up, bed.proxy.down):
         way.delay_s = 0.0
     # What is still on its way would be overtaken.
-    stage.proxy.cut()
+    bed.proxy.cut()
 
 
-async def _throttled(stage: TestBed) -> None:
-    way = stage.rng.choice((stage.proxy.up, stage.proxy.down))
+async def _throttled(bed: TestBed) -> None:
+    way = bed.rng.choice((bed.proxy.up, bed.proxy.down))
     way.bytes_per_second = 30.0
     await pause(5)
     way.bytes_per_second = None
 
 
-async def _garbled(stage: TestBed) -> None:
-    way = stage.rng.choice((stage.proxy.up, stage.proxy.down))
-    way.garble(stage.rng.randrange(2000))
+async def _garbled(bed: TestBed) -> None:
+    way = bed.rng.choice((bed.proxy.up, bed.proxy.down))
+    way.garble(bed.rng.randrange(2000))
     await pause(2)
 
 
@@ -329,38 +328,38 @@ class _Recorded:
         return bool(json.loads(answer).get("ack_of") == json.loads(self.body)["id"])
 
 
-async def _replayed_here(stage: TestBed) -> None:
+async def _replayed_here(bed: TestBed) -> None:
     """Requests of both sides are sent again over the link on which they came."""
-    await _inject(stage, "same link", _up(stage), _down(stage))
+    await _inject(bed, "same link", _up(bed), _down(bed))
 
 
-async def _replayed_elsewhere(stage: TestBed) -> None:
+async def _replayed_elsewhere(bed: TestBed) -> None:
     """Those of the engine come over a link of the attacker's, those of the server over the engine's next one."""
-    up, down = _up(stage), _down(stage)
-    await deferToThread(_replay, stage, up)
-    stage.proxy.cut()
-    await stage.whole()
-    await _inject(stage, "another link", [], down)
+    up, down = _up(bed), _down(bed)
+    await deferToThread(_replay, bed, up)
+    bed.proxy.cut()
+    await bed.whole()
+    await _inject(bed, "another link", [], down)
 
 
-async def _replayed_after_restart(stage: TestBed) -> None:
+async def _replayed_after_restart(bed: TestBed) -> None:
     """So do they when nobody remembers them any more; whoever asks for another's health then is answered."""
-    up, down = _up(stage), _down(stage)
-    await _kill(stage, "server", "engine")
-    await stage.whole()
-    await deferToThread(_replay, stage, [each for each in up if each.type != CHECK])
-    await _inject(stage, "after a restart", [], [each for each in down if each.type != CHECK])
+    up, down = _up(bed), _down(bed)
+    await _kill(bed, "server", "engine")
+    await bed.whole()
+    await deferToThread(_replay, bed, [each for each in up if each.type != CHECK])
+    await _inject(bed, "after a restart", [], [each for each in down if each.type != CHECK])
 
 
-def _up(stage: TestBed) -> list[_Recorded]:
-    return _requests(stage, stage.proxy.up, stage.proxy.down)
+def _up(bed: TestBed) -> list[_Recorded]:
+    return _requests(bed, bed.proxy.up, bed.proxy.down)
 
 
-def _down(stage: TestBed) -> list[_Recorded]:
-    return _requests(stage, stage.proxy.down, stage.proxy.up)
+def _down(bed: TestBed) -> list[_Recorded]:
+    return _requests(bed, bed.proxy.down, bed.proxy.up)
 
 
-def _requests(stage: TestBed, way: Way, back: Way) -> list[_Recorded]:
+def _requests(bed: TestBed, way: Way, back: Way) -> list[_Recorded]:
     """Give some requests that went this way a while ago: no more of a kind than is needed."""
     answers = [json.loads(answer) for answer in back.recorded]
     accepted = {answer.get("ack_of") for answer in answers if answer["payload"].get("accepted") is True}
@@ -371,10 +370,10 @@ def _requests(stage: TestBed, way: Way, back: Way) -> list[_Recorded]:
         if "ack_of" not in frame and "auth" in frame and frame["ts"] <= time.time() - _OLD_S:
             recorded = _Recorded(body, frame["id"] in accepted, frame["id"] in skewed)
             found.setdefault(frame["type"], []).append(recorded)
-    return [each for kind in found.values() for each in stage.rng.sample(kind, min(5, len(kind)))]
+    return [each for kind in found.values() for each in bed.rng.sample(kind, min(5, len(kind)))]
 
 
-def _asked(stage: TestBed, where: str, request: _Recorded) -> int:
+def _asked(bed: TestBed, where: str, request: _Recorded) -> int:
     told = {
         "where": where,
         "type": request.type,
@@ -382,34 +381,34 @@ def _asked(stage: TestBed, where: str, request: _Recorded) -> int:
         "was_accepted": request.was_accepted,
         "was_skewed": request.was_skewed,
     }
-    return stage.history.invoke("attacker", "replay", **told)
+    return bed.history.invoke("attacker", "replay", **told)
 
 
-async def _inject(stage: TestBed, where: str, up: list[_Recorded], down: list[_Recorded]) -> None:
+async def _inject(bed: TestBed, where: str, up: list[_Recorded], down: list[_Recorded]) -> None:
     """Send frames again within the engine's link: a refusal ends it, and the next one comes on the next link."""
-    ways = [(request, stage.proxy.up, stage.proxy.down) for request in up]
-    ways += [(request, stage.proxy.down, stage.proxy.up) for request in down]
+    ways = [(request, bed.proxy.up, bed.proxy.down) for request in up]
+    ways += [(request, bed.proxy.down, bed.proxy.up) for request in down]
     for request, way, back in ways:
-        number = _asked(stage, where, request)
+        number = _asked(bed, where, request)
         before = sum(map(request.is_answered_by, back.recorded))
-        await comes(partial(stage.proxy.inject, request.body, way), _INJECT_S)
+        await comes(partial(bed.proxy.inject, request.body, way), _INJECT_S)
         await pause(0.3)
         answers = [answer for answer in back.recorded if request.is_answered_by(answer)]
         if len(answers) > before:
-            stage.history.end(number, "attacker", "replay", "ok", **_outcome(answers[-1]))
+            bed.history.end(number, "attacker", "replay", "ok", **_outcome(answers[-1]))
         else:
-            stage.history.end(number, "attacker", "replay", "unknown")
+            bed.history.end(number, "attacker", "replay", "unknown")
 
 
-def _replay(stage: TestBed, requests: list[_Recorded]) -> None:
+def _replay(bed: TestBed, requests: list[_Recorded]) -> None:
     """Send recorded frames over a link of the attacker's, who has no key."""
     for request in requests:
-        number = _asked(stage, "a link of his own", request)
+        number = _asked(bed, "a link of his own", request)
         try:
-            told = _answer_to(stage.server.port, request)
+            told = _answer_to(bed.server.port, request)
         except OSError:
             told = None
-        stage.history.end(number, "attacker", "replay", "unknown" if told is None else "ok", **(told or {}))
+        bed.history.end(number, "attacker", "replay", "unknown" if told is None else "ok", **(told or {}))
 
 
 def _answer_to(port: int, request: _Recorded) -> dict[str, Any] | None:
@@ -432,92 +431,92 @@ def _outcome(answer: bytes) -> dict[str, Any]:
 # --- handlers -------------------------------------------------------------------------------------------------------
 
 
-async def _odd_handlers(stage: TestBed, cmd_type: str) -> None:
+async def _misbehave(bed: TestBed, cmd_type: str) -> None:
     """Commands come whose handlers misbehave; each is to take effect once all the same."""
-    keys = [f"{cmd_type}-{stage.rng.randrange(10**9)}-{number}" for number in range(3)]
-    await deferToThread(stage.emit, cmd_type, *keys[: 3 if cmd_type == odd.Dirty.cmd_type else 1])
+    keys = [f"{cmd_type}-{bed.rng.randrange(10**9)}-{number}" for number in range(3)]
+    await deferToThread(bed.emit, cmd_type, *keys[: 3 if cmd_type == misbehaving_handlers.Dirty.cmd_type else 1])
 
 
 #: Seconds within which the watchdog ends a server: 15 of CPU time, beside all other processes of the campaign.
 _WATCHDOG_S: Final = 90.0
 
 
-async def _interpreter_held(stage: TestBed) -> None:
+async def _interpreter_held(bed: TestBed) -> None:
     """A handler holds the interpreter of the server, and the watchdog ends that process."""
-    await _odd_handlers(stage, odd.Holding.cmd_type)
-    role = stage.role("server")
+    await _misbehave(bed, misbehaving_handlers.Holding.cmd_type)
+    role = bed.role("server")
     await comes(lambda: not role.is_running, _WATCHDOG_S)
     if role.exit_code != -watchdog.SIGNAL:
-        stage.surprise("server", AssertionError(f"the watchdog has not ended it: exit code {role.exit_code}"))
+        bed.surprise("server", AssertionError(f"the watchdog has not ended it: exit code {role.exit_code}"))
         role.kill()
-    await stage.restart("server")
+    await bed.restart("server")
 
 
-async def _hangup(stage: TestBed) -> None:
+async def _hangup(bed: TestBed) -> None:
     """A hangup ends nothing."""
     for name in ("server", "engine"):
-        role = stage.role(name)
+        role = bed.role(name)
         pid = role.pid
         os.kill(pid, signal.SIGHUP)
         await pause(0.5)
         if role.pid == pid and not role.is_running:
-            stage.surprise(name, AssertionError("SIGHUP has ended it"))
+            bed.surprise(name, AssertionError("SIGHUP has ended it"))
 
 
 # --- clocks and load ------------------------------------------------------------------------------------------------
 
 
-async def _clock(stage: TestBed, name: str, ahead_s: float) -> None:
-    stage.grips[name].ahead_s = ahead_s
+async def _clock(bed: TestBed, name: str, ahead_s: float) -> None:
+    bed.breakpoints[name].ahead_s = ahead_s
     await pause(4)
-    stage.grips[name].ahead_s = 0.0
+    bed.breakpoints[name].ahead_s = 0.0
 
 
 #: Seconds that the clock of the database is ahead, by as much as :mod:`tests.support.clock_fault` says.
 _LEAP_S: Final = 13.0
 
 
-async def _database_clock(stage: TestBed) -> None:
+async def _database_clock(bed: TestBed) -> None:
     """What the roles write meanwhile bears times of two hours later."""
-    await deferToThread(clock_fault.begin, stage.execute)
+    await deferToThread(clock_fault.begin, bed.execute)
     await pause(_LEAP_S)
-    await deferToThread(clock_fault.end, stage.execute)
+    await deferToThread(clock_fault.end, bed.execute)
 
 
-async def _reader_stops(stage: TestBed) -> None:
-    pusher = stage.rng.choice(stage.pushers)
+async def _reader_stops(bed: TestBed) -> None:
+    pusher = bed.rng.choice(bed.pushers)
     pusher.is_reading = False
     await pause(4)
     pusher.is_reading = True
 
 
-async def _strangers(stage: TestBed) -> None:
+async def _strangers(bed: TestBed) -> None:
     """A stranger without a key sends large frames, 40 a second."""
-    flood = StrangersFlood(stage.server.port, rate=40, seconds=5)
+    flood = StrangersFlood(bed.server.port, rate=40, seconds=5)
     flood.start()
     while flood.is_alive():
         await pause(0.1)
 
 
-async def _many_broadcasts(stage: TestBed) -> None:
-    await deferToThread(stage.typist.broadcast, f"many-{stage.rng.randrange(10**9)}", 10_000)
+async def _many_broadcasts(bed: TestBed) -> None:
+    await deferToThread(bed.workload.broadcast, f"many-{bed.rng.randrange(10**9)}", 10_000)
 
 
 _JUMP_S: Final = 600.0
 
 _KILLS: Final = (
-    Fault("kill the server", lambda stage: _kill(stage, "server")),
-    Fault("kill the engine", lambda stage: _kill(stage, "engine")),
-    Fault("kill both", lambda stage: _kill(stage, "server", "engine")),
+    Fault("kill the server", lambda bed: _kill(bed, "server")),
+    Fault("kill the engine", lambda bed: _kill(bed, "engine")),
+    Fault("kill both", lambda bed: _kill(bed, "server", "engine")),
 )
 #: What can hit a migration.
 _KILL_DATABASE: Final = Fault("kill the database", _database_killed)
 _KILL_CONNECTIONS: Final = Fault("kill connections", _connections_killed)
 FAULTS: Final = (
     *_KILLS,
-    Fault("stop the server", lambda stage: _stop(stage, "server")),
-    Fault("stop the engine", lambda stage: _stop(stage, "engine")),
-    Fault("end the server", lambda stage: _end(stage, "server")),
+    Fault("stop the server", lambda bed: _stop(bed, "server")),
+    Fault("stop the engine", lambda bed: _stop(bed, "engine")),
+    Fault("end the server", lambda bed: _end(bed, "server")),
     Fault("shut the engine down", _shut_down),
     _KILL_DATABASE,
     _KILL_CONNECTIONS,
@@ -527,9 +526,9 @@ FAULTS: Final = (
     Fault("read-only database left to itself", _read_only_by_itself),
     Fault("full disk", _disk_full),
     Fault("snapshot held", _snapshot_held, is_long=True),
-    Fault("hanging handler", partial(_odd_handlers, cmd_type=odd.Hanging.cmd_type), is_long=True),
+    Fault("hanging handler", partial(_misbehave, cmd_type=misbehaving_handlers.Hanging.cmd_type), is_long=True),
     Fault("handler that holds the interpreter", _interpreter_held, is_long=True),
-    Fault("dirty handler", partial(_odd_handlers, cmd_type=odd.Dirty.cmd_type)),
+    Fault("dirty handler", partial(_misbehave, cmd_type=misbehaving_handlers.Dirty.cmd_type)),
     Fault("SIGHUP", _hangup),
     Fault("pools taken", _pool_taken),
     Fault("cut link", _cut),
@@ -556,7 +555,7 @@ _KILL_MIGRATION: Final = Fault("kill the migration", lambda _: pause(0))
 def _attacks() -> Iterator[Attack]:
     for fault in FAULTS:
         yield Attack(fault)
-    for step in inside.STEPS:
+    for step in instrumentation.STEPS:
         at_step = (_KILL_MIGRATION, _KILL_DATABASE, _KILL_CONNECTIONS) if step.startswith("migrate.") else FAULTS
         for fault in at_step:
             if not fault.is_long:

@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from campaigns.faults.checker import CMD_TYPE
 from campaigns.faults.history import History
-from campaigns.faults.judge import CMD_TYPE
-from campaigns.faults.typist import OperatorWorkload
+from campaigns.faults.operator_workload import OperatorWorkload
 from tests.support.flood import Linked
 from tests.support.peer import PUSH, Frame, Peer
 
@@ -29,18 +29,24 @@ class Pusher(Linked):
 
     What the n-th push says is a matter of the seed; when it is sent is not.
 
-    :param typist: is told of commands that are to be cancelled.
+    :param workload: is told of commands that are to be cancelled.
     :ivar is_reading: whether it reads at all; a campaign may have it stop.
     """
 
     def __init__(
-        self, name: str, history: History, connect: Callable[[], Peer], rate: float, seed: int, typist: OperatorWorkload
+        self,
+        name: str,
+        history: History,
+        connect: Callable[[], Peer],
+        rate: float,
+        seed: int,
+        workload: OperatorWorkload,
     ) -> None:
         super().__init__(connect, name)
         self._history = history
-        self._typist = typist
+        self._workload = workload
         self._rate = rate
-        self._dice = random.Random(seed)
+        self._rng = random.Random(seed)
         self._again: deque[Frame] = deque()
         #: By the frame's id: what it pushes, and the number of its operation.
         self._flying: dict[str, tuple[Frame, int]] = {}
@@ -94,9 +100,9 @@ class Pusher(Linked):
         if self._is_over.is_set() or self._made >= (time.monotonic() - self._began) * self._rate:
             return None
         self._made += 1
-        odd = self._dice.randrange(_ODD)
+        odd = self._rng.randrange(_ODD)
         if odd < 2 and self._contents:
-            before = self._dice.choice(self._contents[-1000:])
+            before = self._rng.choice(self._contents[-1000:])
             content = dict(before["payload"])
             if odd == 1:
                 content["other"] = True
@@ -104,9 +110,9 @@ class Pusher(Linked):
         content = {"n": self._made, "fails": 1 if odd == 2 else 0}
         push: Frame = {"cmd_type": CMD_TYPE, "idem_key": f"{self.name}-{self._made}", "payload": content}
         if odd == 3:
-            is_much = self._dice.randrange(_MUCH_LATER) == 0
-            push["due_at"] = int(time.time()) + (_MUCH_LATER_S if is_much else self._dice.randint(1, _LATER_S))
-        push["priority"] = self._dice.choice((50, 100, 150))
+            is_much = self._rng.randrange(_MUCH_LATER) == 0
+            push["due_at"] = int(time.time()) + (_MUCH_LATER_S if is_much else self._rng.randint(1, _LATER_S))
+        push["priority"] = self._rng.choice((50, 100, 150))
         self._contents.append(push)
         return push
 
@@ -115,7 +121,7 @@ class Pusher(Linked):
             self._history.end(number, self.name, "push", "ok", cmd_id=answer["cmd_id"], duplicate=answer["duplicate"])
             if push.get("due_at", 0) > time.time() + _LATER_S and push["idem_key"] not in self._taken_back:
                 self._taken_back.add(push["idem_key"])
-                self._typist.take_back(answer["cmd_id"])
+                self._workload.take_back(answer["cmd_id"])
             return
         code, details = answer["code"], answer["details"]
         told = {"code": code, "retry_after_ms": details.get("retry_after_ms")}

@@ -21,7 +21,7 @@ from s2s.store.pool import blocking
 from s2s.store.tables import tokens
 from tests.cli.test_order import WorldTestCase
 from tests.support.cluster import Cluster
-from tests.support.crowd import ConcurrentClients
+from tests.support.concurrent_clients import ConcurrentClients
 from tests.support.http import ApiTestCase, ask
 from tests.support.peer import K1, PUSH, command
 from tests.support.roles import free_port

@@ -73,23 +73,23 @@ class ReplayCacheTests(SynchronousTestCase):
     def test_no_resize_makes_a_replay_fresh(self) -> None:
         """However the window changes, what is fresh and was seen is refused, dated and played at the window's edges."""
         for seed in range(1500):
-            dice = random.Random(seed)
-            cache = ReplayCache(0.0, dice.choice((5, 30, 300, 900)))
-            first = dice.uniform(0, 1000)
-            steps = [(dice.uniform(0, 1500), "enter") for _ in range(6)]
-            steps += [(first + dice.uniform(0, 10 if seed % 2 else 1500), "resize") for _ in range(dice.randint(0, 5))]
-            steps += [(dice.uniform(0, 4000), "other") for _ in range(20)]
-            steps += [(dice.uniform(0, 3000), "replay") for _ in range(40)]
+            rng = random.Random(seed)
+            cache = ReplayCache(0.0, rng.choice((5, 30, 300, 900)))
+            first = rng.uniform(0, 1000)
+            steps = [(rng.uniform(0, 1500), "enter") for _ in range(6)]
+            steps += [(first + rng.uniform(0, 10 if seed % 2 else 1500), "resize") for _ in range(rng.randint(0, 5))]
+            steps += [(rng.uniform(0, 4000), "other") for _ in range(20)]
+            steps += [(rng.uniform(0, 3000), "replay") for _ in range(40)]
             seen: list[tuple[str, float]] = []
             for at, step in sorted(steps):
                 window = int(cache.window(at))
                 if step == "resize":
-                    cache.resize(dice.choice((5, 6, 10, 30, 100, 300, 900)), at)
+                    cache.resize(rng.choice((5, 6, 10, 30, 100, 300, 900)), at)
                 elif step == "other":
                     cache.enter("other", str(at), at)
                 elif step == "enter":
                     cache.enter("k", str(at), at)
-                    seen.append((str(at), int(at) + dice.choice((window, -window, dice.randint(-window, window)))))
+                    seen.append((str(at), int(at) + rng.choice((window, -window, rng.randint(-window, window)))))
                 else:
                     for number, ts in seen:
                         if abs(int(at) - ts) <= window:

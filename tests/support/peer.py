@@ -89,7 +89,7 @@ class Peer:
         self.role, self.other = ("engine", "server") if role == "engine" else ("server", "engine")
         self.key = key
         #: Further keys that verify what comes, by name.
-        self.ring: Mapping[str, Key] = {}
+        self.known_keys: Mapping[str, Key] = {}
         self.last = b""
         name = name or f"outsider-{next(_numbers)}"
         self.serves: dict[str, Callable[[Frame], Frame]] = {
@@ -152,7 +152,7 @@ class Peer:
         if "auth" in frame:
             sig = frame["auth"].pop("sig")
             key_id = frame["auth"]["key_id"]
-            key = self.key if key_id == self.key.key_id else self.ring.get(key_id, K1)
+            key = self.key if key_id == self.key.key_id else self.known_keys.get(key_id, K1)
             assert sig == key.mac(canonical(frame)), f"a wrong signature: {frame}"
         if "ack_of" not in frame and frame["type"] in self.serves:
             reply = self.serves[frame["type"]](frame["payload"])

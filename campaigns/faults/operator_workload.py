@@ -1,4 +1,4 @@
-"""Whoever types: into the database by SQL, and over the HTTP API; and is never told enough."""
+"""The workload of operators: statements of SQL, and requests over the HTTP API that are cut off at any moment."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ class OperatorWorkload(threading.Thread):
     What the n-th round does is a matter of the seed; when it comes is not.
 
     :param api: the base URL.
-    :param ring: the keys that peers of ours verify with; new ones are added.
+    :param known_keys: the keys that peers of ours verify with; new ones are added.
     :param sectors: the world has the sectors 1 to this.
     """
 
     def __init__(
-        self, history: History, url: str, api: str, token: str, ring: dict[str, Key], sectors: int, seed: int
+        self, history: History, url: str, api: str, token: str, known_keys: dict[str, Key], sectors: int, seed: int
     ) -> None:
-        super().__init__(name="typist", daemon=True)
+        super().__init__(name="operator workload", daemon=True)
         self._history = history
-        self._url, self._api, self._token, self._ring = url, api, token, ring
+        self._url, self._api, self._token, self._known_keys = url, api, token, known_keys
         self._sectors = sectors
-        self._dice = random.Random(seed)
+        self._rng = random.Random(seed)
         self._over = threading.Event()
         self._round = 0
         self._wishes: deque[PendingRequest] = deque()
@@ -94,7 +94,7 @@ class OperatorWorkload(threading.Thread):
         if count % _ORDER == 0:
             self._order(f"order-{count}")
         if count % _CONFIGURE == 0:
-            value = self._dice.randint(16, 1024)
+            value = self._rng.randint(16, 1024)
             self._wishes.append(
                 PendingRequest("config", "PUT", "/v1/config/relay.window", {"value": value}, asked={"value": value})
             )
@@ -117,7 +117,7 @@ class OperatorWorkload(threading.Thread):
     def _rotate(self, key_id: str) -> None:
         """Add a key with which both roles sign from now on; the older ones still verify."""
         secret = keys.random_secret()
-        self._ring[key_id] = Key(key_id, secret)
+        self._known_keys[key_id] = Key(key_id, secret)
 
         def add(txn: Any) -> None:
             keys.add(txn, key_id, secret, "any")
@@ -155,10 +155,10 @@ class OperatorWorkload(threading.Thread):
         self._try(_steer("shutdown"))
 
     def _order(self, key: str) -> None:
-        sector_id = self._dice.randint(1, self._sectors)
-        if self._dice.randrange(_ODD) == 0:
+        sector_id = self._rng.randint(1, self._sectors)
+        if self._rng.randrange(_ODD) == 0:
             sector_id += self._sectors
-        params = {"sector_id": sector_id, "status": self._dice.choice(("fedspace", "neutral", "port_closed"))}
+        params = {"sector_id": sector_id, "status": self._rng.choice(("fedspace", "neutral", "port_closed"))}
         path = "/v1/orders/world.set_sector_status.v1"
         # The same key again is the same order.
         asked = {"key": key, "params": params}

@@ -1,7 +1,7 @@
-"""What is done inside a role's process: standing still at a named step, another clock, and what breaks a promise.
+"""Changes inside a role's process: a breakpoint at a named step, another clock, and code that breaks a promise.
 
-``python -m campaigns.faults.inside`` is ``twistd`` with these, or ``s2s`` where the first argument says so. The
-variable ``S2S_FAULTS`` says which, as JSON: ``{"grip": FILE, "break": "NAME"}``.
+``python -m campaigns.faults.instrumentation`` is ``twistd`` with them, or ``s2s`` where the first argument says so. The
+variable ``S2S_FAULTS`` says which, as JSON: ``{"breakpoint": FILE, "break": "NAME"}``.
 """
 
 from __future__ import annotations
@@ -102,12 +102,12 @@ class Breakpoint:
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
-def _watch_steps(grip: Breakpoint) -> None:
+def _watch_steps(point: Breakpoint) -> None:
     for step in STEPS:
-        _watch(grip, step)
+        _watch(point, step)
 
 
-def _watch(grip: Breakpoint, step: str) -> None:
+def _watch(point: Breakpoint, step: str) -> None:
     module_name, owner_name, name, when = STEPS[step]
     owner: Any = import_module(module_name)
     if owner_name:
@@ -117,27 +117,27 @@ def _watch(grip: Breakpoint, step: str) -> None:
 
     def stepping(*args: Any, **how: Any) -> Any:
         if when == "before":
-            grip.come(number)
+            point.come(number)
         result = original(*args, **how)
         if when == "after":
-            grip.come(number)
+            point.come(number)
         return result
 
     setattr(owner, name, stepping)
 
 
-def _move_clock(grip: Breakpoint) -> None:
+def _move_clock(point: Breakpoint) -> None:
     true = time.time
-    time.time = lambda: true() + grip.ahead_s
+    time.time = lambda: true() + point.ahead_s
 
 
-def variables(grip: Breakpoint, plugins: Path, breaks: str | None = None) -> dict[str, str]:
+def variables(point: Breakpoint, plugins: Path, breaks: str | None = None) -> dict[str, str]:
     """Give the variables of a process with faults inside.
 
     :param plugins: a directory with a package ``s2s.plugins``.
     :param breaks: one of :data:`BREAKS`.
     """
-    said = {"grip": str(grip.path), "break": breaks}
+    said = {"breakpoint": str(point.path), "break": breaks}
     return {VARIABLE: json.dumps(said), "PYTHONPATH": f"{ROOT}{os.pathsep}{plugins}"}
 
 
@@ -242,9 +242,9 @@ BREAKS: Final[dict[str, Callable[[], None]]] = {
 
 def _main() -> None:
     said = json.loads(os.environ[VARIABLE])
-    grip = Breakpoint(Path(said["grip"]))
-    _move_clock(grip)  # before anything of ours is imported, and keeps the clock as it was
-    _watch_steps(grip)
+    point = Breakpoint(Path(said["breakpoint"]))
+    _move_clock(point)  # before anything of ours is imported, and keeps the clock as it was
+    _watch_steps(point)
     if said["break"] is not None:
         BREAKS[said["break"]]()
 

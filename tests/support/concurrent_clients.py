@@ -1,4 +1,4 @@
-"""Many who ask the same at once, each on a connection of its own."""
+"""Clients that send the same request at once, each on a connection of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from s2s.roles import descriptors
 
 
 class ConcurrentClients:
-    """Sockets that have sent a request, and what they got.
+    """Sockets that send a request, and their answers.
 
     :param size: how many.
     """

@@ -1,6 +1,6 @@
-"""Judging a campaign: by what its clients were told and what stands in the database afterwards, and by nothing else.
+"""Check a campaign by the answers that its clients received and by the rows of the database, and by nothing else.
 
-It is a pure function of both, so that it can be judged itself: tests give it histories that are wrong.
+It is a pure function of both, so that tests can show it histories that are wrong.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Facts:
     notes: int = 0
 
 
-def judge(operations: Iterable[Operation], facts: Facts) -> list[str]:
-    """Give every violation of a promise, in words; none where all were kept."""
+def check(operations: Iterable[Operation], facts: Facts) -> list[str]:
+    """Return a line for each violation of a promise."""
     by_op: defaultdict[str, list[Operation]] = defaultdict(list)
     for operation in operations:
         by_op[operation.op].append(operation)
@@ -113,7 +113,7 @@ def _by_key(operations: Iterable[Operation]) -> Mapping[str, list[Operation]]:
 
 
 def _once(what: str, count: int, is_certain: bool, is_possible: bool) -> Iterator[str]:
-    """Judge how often something is there that should be there once."""
+    """Check that something is there once."""
     if count > 1:
         yield f"{what} is there {count} times"
     if count == 0 and is_certain:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from campaigns.faults.judge import CMD_TYPE
+from campaigns.faults.checker import CMD_TYPE
 from s2s.handlers.commands import CommandHandler
 from s2s.store.driver import Cursor
 from s2s.store.tables.commands import Command

@@ -1,4 +1,4 @@
-"""The judge of a campaign, judged, and the order of its attacks (campaigns/faults)."""
+"""The checker of a campaign, and the order of its attacks (campaigns/faults)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from campaigns.faults.checker import Command, Facts, Order, check
 from campaigns.faults.history import History, Operation, operations
-from campaigns.faults.inside import STEPS
-from campaigns.faults.judge import Command, Facts, Order, judge
+from campaigns.faults.instrumentation import STEPS
 from campaigns.faults.kinds import ATTACKS, program
-from campaigns.faults.stage import Level
+from campaigns.faults.testbed import Level
 from tests.support.peer import CHECK, PUSH
 
 _CONTENT = {"n": 1}
@@ -115,17 +115,17 @@ class JudgeTests(SynchronousTestCase):
 
     def wrong(self, did: list[Any], said: str, **facts: Any) -> None:
         """See that exactly something is told."""
-        told = judge(did, replace(RIGHT, **facts))
+        told = check(did, replace(RIGHT, **facts))
         self.assertTrue(any(said in each for each in told), (said, told))
 
     def test_right(self) -> None:
         """What is right is not complained of, and what is unknown may be either way."""
-        self.assertEqual(judge(DID, RIGHT), [])
+        self.assertEqual(check(DID, RIGHT), [])
         for ended, came in (("unknown", {}), ("fail", {"code": "db_unavailable", "retry_after_ms": 1})):
             for facts in (RIGHT, replace(RIGHT, commands=RIGHT.commands[1:], effects=[])):
-                self.assertEqual(judge([pushed(ended, **came), *DID[1:]], facts), [])
+                self.assertEqual(check([pushed(ended, **came), *DID[1:]], facts), [])
         conflict = pushed("fail", _OTHER, code="idem_conflict", retry_after_ms=None)
-        self.assertEqual(judge([*DID, conflict], RIGHT), [])
+        self.assertEqual(check([*DID, conflict], RIGHT), [])
 
     def test_pushes(self) -> None:
         """A push that is lost, doubled, changed, half done or taken though it was refused is told."""
@@ -188,7 +188,7 @@ class JudgeTests(SynchronousTestCase):
         self.wrong(DID, "command 2 is cancelled, and the audit", audited=again)
         ran = {"commands": [RIGHT.commands[0], replace(cancelled, status="done")], "effects": [*RIGHT.effects, *later]}
         self.wrong(DID, "command 2 is done, and the audit", **ran)
-        self.assertEqual(judge([*DID, did("retry", cmd_id=2)], replace(RIGHT, **ran, audited=again)), [])
+        self.assertEqual(check([*DID, did("retry", cmd_id=2)], replace(RIGHT, **ran, audited=again)), [])
 
     def test_steered(self) -> None:
         """What an engine obeyed is in the audit, and in the end it does what is wanted."""
@@ -205,15 +205,15 @@ class JudgeTests(SynchronousTestCase):
         for is_duplicate in (True, False):
             came = {"code": "ok", "duplicate": is_duplicate}
             again = did("replay", came=came, type=PUSH, where="x", was_accepted=is_duplicate)
-            self.assertEqual(judge([*DID, again], RIGHT), [])
+            self.assertEqual(check([*DID, again], RIGHT), [])
         skewed = {"type": CHECK, "where": "x", "id": "i", "was_accepted": False, "was_skewed": True}
         first, second = (did("replay", came={"code": "ok", "duplicate": False}, **skewed) for _ in range(2))
-        self.assertEqual(judge([*DID, first], RIGHT), [])
+        self.assertEqual(check([*DID, first], RIGHT), [])
         self.wrong([*DID, first, second], "was answered ok")
         outage = did("outage", since=0.0, until=9.0)
         self.wrong([*DID, outage], "acked while the database was away")
         refused = pushed("fail", code="db_unavailable", retry_after_ms=1000)
-        self.assertEqual(judge([refused, *DID[1:], outage], RIGHT), [])
+        self.assertEqual(check([refused, *DID[1:], outage], RIGHT), [])
         for came in ({"code": "overloaded", "retry_after_ms": 1}, {"code": "db_unavailable", "retry_after_ms": None}):
             self.wrong([pushed("fail", **came), *DID[1:], outage], "while the database was away")
         self.wrong([did("outage", came={"links_lost": 1})], "links were lost")

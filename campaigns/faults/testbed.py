@@ -1,4 +1,4 @@
-"""What a campaign plays on: a PostgreSQL of its own, both roles, the network between them, and their clients."""
+"""The test bed of a campaign: a PostgreSQL of its own, both roles, the network between them, and their clients."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Any, Final
 import psutil
 from twisted.internet.threads import deferToThread
 
-from campaigns.faults import inside, mark, odd
+from campaigns.faults import instrumentation, mark_handler, misbehaving_handlers
+from campaigns.faults.checker import CMD_TYPE, Command, Facts, Order
 from campaigns.faults.history import History
-from campaigns.faults.judge import CMD_TYPE, Command, Facts, Order
+from campaigns.faults.operator_workload import OperatorWorkload
 from campaigns.faults.pusher import Pusher
-from campaigns.faults.typist import OperatorWorkload
 from s2s.store.pool import blocking
 from s2s.store.tables import seed, tokens
 from tests.support.cluster import Cluster
@@ -66,8 +66,8 @@ class TestBed:
     """Everything, started and stopped.
 
     :param pushes: new commands in a second, of both pushers together.
-    :param breaks: a promise that both roles break, see :data:`campaigns.faults.inside.BREAKS`.
-    :ivar ring: the keys that peers of ours verify with, by name.
+    :param breaks: a promise that both roles break, see :data:`campaigns.faults.instrumentation.BREAKS`.
+    :ivar known_keys: the keys that peers of ours verify with, by name.
     """
 
     def __init__(self, seed: int, pushes: float = 300.0, breaks: str | None = None, path: Path | None = None) -> None:
@@ -77,13 +77,16 @@ class TestBed:
         self.directory = Path(tempfile.mkdtemp(prefix="s2s-faults-"))
         self.cluster = Cluster()
         self.url = self.cluster.url
-        self.ring: dict[str, Key] = {K1.key_id: K1}
+        self.known_keys: dict[str, Key] = {K1.key_id: K1}
         self._prepare(seed)
         plugins = self.directory / "s2s" / "plugins"
         plugins.mkdir(parents=True)
-        (plugins / "faults_mark.py").write_text("from campaigns.faults.mark import mark as mark\n")
-        (plugins / "faults_odd.py").write_text(
-            "".join(f"from campaigns.faults.odd import {name} as {name}\n" for name in ("dirty", "hanging", "holding"))
+        (plugins / "faults_mark.py").write_text("from campaigns.faults.mark_handler import mark as mark\n")
+        (plugins / "faults_misbehaving.py").write_text(
+            "".join(
+                f"from campaigns.faults.misbehaving_handlers import {name} as {name}\n"
+                for name in ("dirty", "hanging", "holding")
+            )
         )
         http = free_port()
         self.api = f"http://127.0.0.1:{http}"
@@ -93,13 +96,17 @@ class TestBed:
         self._names = ("server", "engine", *(("second",) if breaks == "no-order-lock" else ()))
         self.engine: Engine
         self.second: Engine
-        self.grips = {name: inside.Breakpoint(self.directory / f"{name}.grip") for name in self._names}
+        self.breakpoints = {
+            name: instrumentation.Breakpoint(self.directory / f"{name}.breakpoint") for name in self._names
+        }
         #: Why a role stands still, while it does: it goes on when nobody wants it to any more.
         self._held: Counter[str] = Counter()
         self._breaks = breaks
-        self.typist = OperatorWorkload(self.history, self.url, self.api, self.token, self.ring, SECTORS, seed)
+        self.workload = OperatorWorkload(self.history, self.url, self.api, self.token, self.known_keys, SECTORS, seed)
         self.pushers = [
-            Pusher(f"pusher-{n}", self.history, partial(self.connect, f"pusher-{n}"), pushes / 2, seed + n, self.typist)
+            Pusher(
+                f"pusher-{n}", self.history, partial(self.connect, f"pusher-{n}"), pushes / 2, seed + n, self.workload
+            )
             for n in range(2)
         ]
         self._beginnings: dict[str, tuple[int, Level]] = {}
@@ -121,14 +128,14 @@ class TestBed:
                 txn.execute("update s2s.config set value = to_jsonb(%s) where key = %s", (value, key))
             self.token = tokens.add(txn, "faults", "admin")
             seed.make_world(txn, SECTORS, 500, seed_)
-            txn.execute(mark.TABLE)
+            txn.execute(mark_handler.TABLE)
             txn.execute(_CHANGES)
             txn.execute("create role faults_role")
 
     def connect(self, name: str) -> Peer:
         """Connect a peer of ours to the server itself."""
         peer = connect(self.server.port, name=name)
-        peer.ring = self.ring
+        peer.known_keys = self.known_keys
         return peer
 
     def role(self, name: str) -> Role:
@@ -141,17 +148,17 @@ class TestBed:
         await self.proxy.start()
         self.engine = Engine(self.directory, self.url, self.proxy.port)
         self.second = Engine(self.directory, self.url, self.proxy.port, name="engine-2")
-        twistd = [sys.executable, "-m", "campaigns.faults.inside"]
+        twistd = [sys.executable, "-m", "campaigns.faults.instrumentation"]
         for name in self._names:
-            variables = inside.variables(self.grips[name], self.directory, self._breaks)
-            self.role(name).launch_by(twistd, **variables, S2S_HANDLER_TIMEOUT=str(odd.TIMEOUT_S))
+            variables = instrumentation.variables(self.breakpoints[name], self.directory, self._breaks)
+            self.role(name).launch_by(twistd, **variables, S2S_HANDLER_TIMEOUT=str(misbehaving_handlers.TIMEOUT_S))
             await self.role(name).start()
         if self._breaks is None:
             # The first flood takes the allocator to its high-water mark, which further ones do not pass.
             flood = StrangersFlood(self.server.port, rate=40, seconds=3)
             flood.start()
             await deferToThread(flood.join)
-        for client in (*self.pushers, self.typist):
+        for client in (*self.pushers, self.workload):
             client.start()
         await self.whole()
 
@@ -183,9 +190,9 @@ class TestBed:
         :returns: whether it came in time.
         """
         process = psutil.Process(self.role(name).pid)
-        self.grips[name].hold(step, coming)
+        self.breakpoints[name].hold(step, coming)
         came = await comes(lambda: process.status() == psutil.STATUS_STOPPED, within_s)
-        self.grips[name].release()
+        self.breakpoints[name].release()
         if came:
             self._held[name] += 1
         return came
@@ -260,8 +267,8 @@ class TestBed:
 
     async def settled(self) -> None:
         """Let the clients finish, and wait until nothing is on its way."""
-        # The pushers first: the typist looks after what they pushed.
-        for clients in (self.pushers, [self.typist]):
+        # The pushers first: the operator workload looks after what they pushed.
+        for clients in (self.pushers, [self.workload]):
             for client in clients:
                 client.finish()
             for client in clients:
@@ -296,7 +303,7 @@ class TestBed:
 
     async def stop(self) -> None:
         """Stop all of it, in whatever state it is."""
-        for client in (*self.pushers, self.typist):
+        for client in (*self.pushers, self.workload):
             client.finish()
         for name in self._names:
             role = getattr(self, name, None)
@@ -353,7 +360,7 @@ _DONE: Final = (
 
 
 def facts_of(execute: Callable[..., list[tuple[Any, ...]]], engines: Mapping[str, tuple[int, str]]) -> Facts:
-    """Read what the judge wants to know. Blocks.
+    """Read the facts that the checker compares. Blocks.
 
     :param engines: the version that each has in force, and its state, as it says.
     """
