@@ -53,7 +53,7 @@ def status(database: str | None, state_dir: Path, as_json: bool) -> None:
         for line in _wrong(txn):
             click.echo(line, err=True)
             is_whole = False
-        for guard in kept_rows.guards(txn, migrations.tables()) if migrations.is_visible(txn) else ():
+        for guard in kept_rows.foreign(txn, migrations.tables()) if migrations.is_visible(txn) else ():
             click.echo(f"s2s has not made the {guard}; to remove it: {guard.cure}", err=True)
         found = migrations.status(txn)
     show(found, ("schema", "version", "name", "applied_at"), as_json, "this release has no migrations")

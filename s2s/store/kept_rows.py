@@ -26,24 +26,26 @@ RULE_STATE: Final = "0A000 RewriteQuery"
 #: Triggers, rules and policies that one line names.
 _SHOWN: Final = 5
 
-#: Functions of ours are in the schema s2s. A type of 1 is for each row, 2 is before, 64 is instead of.
-_GUARDS: Final = """
+#: Functions of ours are in the schema s2s. A type of 1 is for each row, 2 is before, 64 is instead of. The last column
+#: says whether it can keep a row without an error.
+_FOREIGN: Final = """
 with ours as (
     select to_regclass(n.name) as oid from unnest(%s::text[]) as n (name) where to_regclass(n.name) is not null
 )
 select t.tgrelid::regclass::text, 'trigger', quote_ident(t.tgname), array_remove(array[
     case when t.tgtype & 4 > 0 then 'insert' end, case when t.tgtype & 16 > 0 then 'update' end,
-    case when t.tgtype & 8 > 0 then 'delete' end], null), p.oid::regprocedure::text
+    case when t.tgtype & 8 > 0 then 'delete' end, case when t.tgtype & 32 > 0 then 'truncate' end], null),
+    p.oid::regprocedure::text, t.tgtype & 67 = 3
 from ours join pg_catalog.pg_trigger t on t.tgrelid = ours.oid join pg_catalog.pg_proc p on p.oid = t.tgfoid
-where not t.tgisinternal and t.tgenabled in ('O', 'A') and t.tgtype & 67 = 3
+where not t.tgisinternal and t.tgenabled in ('O', 'A')
     and p.pronamespace is distinct from to_regnamespace('s2s')
 union all
 select r.ev_class::regclass::text, 'rule', quote_ident(r.rulename),
-    array[case r.ev_type when '2' then 'update' when '3' then 'insert' else 'delete' end], ''
+    array[case r.ev_type when '2' then 'update' when '3' then 'insert' else 'delete' end], '', true
 from ours join pg_catalog.pg_rewrite r on r.ev_class = ours.oid
 where r.ev_type in ('2', '3', '4') and r.ev_enabled in ('O', 'A')
 union all
-select oid::regclass::text, 'policy', 'row level security', array['insert', 'update', 'delete'], ''
+select oid::regclass::text, 'policy', 'row level security', array['insert', 'update', 'delete'], '', true
 from ours where row_security_active(oid)
 order by 1, 2, 3
 """
@@ -51,12 +53,13 @@ order by 1, 2, 3
 
 @dataclass(frozen=True)
 class Guard:
-    """Something of another hand that may keep rows of a table from being written.
+    """Something of another hand that runs where rows of a table are written.
 
     :param kind: ``trigger``, ``rule`` or ``policy``.
     :param name: as SQL writes it.
     :param verbs: the statements that it is for.
     :param function: of a trigger.
+    :param keeps: whether it may keep a row from being written without an error; other triggers can only fail.
     """
 
     table: str
@@ -64,6 +67,7 @@ class Guard:
     name: str
     verbs: frozenset[str]
     function: str = ""
+    keeps: bool = True
 
     def __str__(self) -> str:
         if self.kind == "policy":
@@ -81,9 +85,15 @@ class Guard:
 
 def guards(txn: cursor, tables: Iterable[str]) -> list[Guard]:
     """Return what may keep rows of some tables from being written."""
-    txn.execute(_GUARDS, (sorted(tables),))
+    return [each for each in foreign(txn, tables) if each.keeps]
+
+
+def foreign(txn: cursor, tables: Iterable[str]) -> list[Guard]:
+    """Return all triggers, rules and policies of another hand on some tables."""
+    txn.execute(_FOREIGN, (sorted(tables),))
     return [
-        Guard(table, kind, name, frozenset(verbs), function) for table, kind, name, verbs, function in txn.fetchall()
+        Guard(table, kind, name, frozenset(verbs), function, keeps)
+        for table, kind, name, verbs, function, keeps in txn.fetchall()
     ]
 
 

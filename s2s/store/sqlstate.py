@@ -36,6 +36,9 @@ _GRANT: Final = "run: s2s db status, which names what the user lacks"
 _MISSING: Final = (
     "run: s2s db status; a trigger of yours on a table of s2s writes the schema of each name, or sets its search_path"
 )
+_FOREIGN_FUNCTION: Final = (
+    "mend the function {function}, which s2s has not made; s2s db status names its trigger, and how to remove that"
+)
 _SHARED_SESSION: Final = Meaning(
     drops=True, passes=True, cure="connect to PostgreSQL itself, or to a pooler in session mode"
 )
@@ -70,6 +73,8 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "42501 setting": Meaning("database", drops=True, passes=True, cure="as a superuser"),
     # A table, a column or a function of ours is missing.
     **dict.fromkeys(("42P01", "42703", "42883"), Meaning(cure=_MISSING)),
+    # The same in a function of another hand, such as that of a trigger on a table of ours: see code().
+    **dict.fromkeys(("3F000 in", "42501 in", "42P01 in", "42703 in", "42883 in"), Meaning(cure=_FOREIGN_FUNCTION)),
     "53": Meaning(passes=True, cure="see the memory and the limits of the database"),
     "53100": Meaning("database", passes=True, cure="free some space on the disk of the database"),
     "53300": Meaning(
@@ -150,9 +155,22 @@ _AT_CONNECT: Final = (
 _BY_REQUEST: Final = re.compile("due to user request")
 
 
+#: How the context of an error names a function: one in PL/pgSQL in every language of the server, with its arguments,
+#: and with its schema where the search_path of our sessions does not find it; others in English, without both.
+_FUNCTION: Final = re.compile(
+    r'^PL/pgSQL\W[^\n(]*?((?:(?:"[^"\n]+"|[\w$]+)\.)?(?:"[^"\n]+"|[\w$]+)\([^)\n]*\))'
+    r'|^(?:SQL|PL/\w+) function "([^"\n]+)"',
+    re.ASCII | re.MULTILINE,
+)
+#: Our functions in SQL, whose context lacks their schema. s2s.store.migrations imports this module.
+_OURS_IN_SQL: Final = ("action", "actor", "changed")
+
+
 def meaning(state: str) -> Meaning:
     """Return the meaning of a SQLSTATE."""
-    return next(MEANINGS[state[:length]] for length in range(_LONGEST_CODE, -1, -1) if state[:length] in MEANINGS)
+    found = next(MEANINGS[state[:length]] for length in range(_LONGEST_CODE, -1, -1) if state[:length] in MEANINGS)
+    _, _, function = state.partition(" in ")
+    return found._replace(cure=found.cure.format(function=function)) if function else found
 
 
 def at_connect(text: str) -> str:
@@ -173,13 +191,17 @@ def code(error: BaseException) -> str:
     """Return the SQLSTATE of an exception; empty: it has none.
 
     Where one code has several meanings, the constraint that a statement of ours violates is added, or the function of
-    PostgreSQL that raised the error. Or the severity stands in front. They are the same in every language. A
-    cancellation is told from a timeout by its text, in English.
+    PostgreSQL that raised the error, or the function of another hand in which a statement of ours fails. Or the
+    severity stands in front. They are the same in every language. A cancellation is told from a timeout by its text, in
+    English.
     """
     if not isinstance(error, psycopg2.Error) or not error.pgcode:
         return ""
+    is_ours = getattr(error.cursor, "is_ours", False)
     # A table of foreign code may have a constraint of the same name.
-    constraint = error.diag.constraint_name if getattr(error.cursor, "is_ours", False) else None
+    constraint = error.diag.constraint_name if is_ours else None
+    if is_ours and f"{error.pgcode} in" in MEANINGS and (function := _foreign_function(error.diag.context or "")):
+        return f"{error.pgcode} in {function}"
     if error.pgcode == "57014" and _BY_REQUEST.search(str(error.diag.message_primary)):
         return "57014 user request"
     severe = f"{error.diag.severity_nonlocalized} {error.pgcode}"
@@ -187,6 +209,13 @@ def code(error: BaseException) -> str:
         return severe
     told = (f"{error.pgcode} {name}" for name in (constraint, error.diag.source_function))
     return next((each for each in told if each in MEANINGS), error.pgcode)
+
+
+def _foreign_function(context: str) -> str:
+    """Return the innermost function that an error's context names; empty: there is none, or it is ours."""
+    found = _FUNCTION.search(context)
+    name = (found[1] or found[2]) if found else ""
+    return "" if name.startswith("s2s.") or name in _OURS_IN_SQL else name
 
 
 def of(error: BaseException) -> Meaning:

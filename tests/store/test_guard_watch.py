@@ -96,3 +96,14 @@ class StatusTests(CliTestCase):
         self.execute("create rule quiet as on update to s2s.orders do instead nothing")
         result = self.s2s("db", "status", expected=1)
         self.assertIn("drop rule quiet on s2s.orders", result.stderr)
+
+    def test_it_names_those_that_only_fail(self) -> None:
+        """It also names triggers that keep no row but can fail: after a row, and of statements."""
+        self.execute(
+            _KEEP + "create trigger row_after after insert or update on s2s.commands for each row execute function"
+            " keep();"
+            "create trigger all_before before truncate on s2s.orders for each statement execute function keep()"
+        )
+        said = self.s2s("db", "status").stderr
+        self.assertIn("trigger row_after on s2s.commands (insert or update, function public.keep()); to remove", said)
+        self.assertIn("drop trigger all_before on s2s.orders", said)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from psycopg2 import errorcodes
 from twisted.internet.task import Clock
-from twisted.logger import capturedLogs
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s.errors import DatabaseError
+from s2s.errors import DatabaseError, DatabaseUnavailable
 from s2s.store import sqlstate
+from s2s.store.monitors import probe
 from s2s.store.pool import blocking
 from s2s.store.troubles import MOST_STATES, MOST_TEXTS, TELL_S, Troubles
 from tests.support.postgres import DatabaseTestCase
@@ -107,6 +108,53 @@ class CancelledTests(DatabaseTestCase):
             with self.assertRaises(DatabaseError) as caught, blocking(self.url) as txn:
                 txn.execute(statement)
             self.assertIn(cure, sqlstate.with_cure(caught.exception))
+
+
+class ForeignFunctionTests(DatabaseTestCase):
+    """Triggers of another hand that fail within statements of ours."""
+
+    async def test_it_is_named(self) -> None:
+        """The cure names the innermost function of another hand that lacks a table, a function or a privilege."""
+        self.execute(
+            "create table public.log (n int); create table public.gone (n int); create role reader_of_nothing;"
+            'create function public."in SQL"() returns int language sql as $$ select n from public.gone $$;'
+            "drop table public.gone;"
+            "create function public.told() returns trigger language plpgsql as $$ begin"
+            " execute tg_argv[0]; return null; end $$"
+        )
+        self.addCleanup(self.execute, "drop role reader_of_nothing")
+        database, _ = self.pools("s2s-test")
+        told = "public.told()"
+        for each, state, function in (
+            ("select public.dropped()", "42883", told),
+            ("insert into public.dropped values (1)", "42P01", told),
+            ("select dropped.told()", "3F000", told),
+            ("insert into public.log (m) values (1)", "42703", told),
+            ("set local role reader_of_nothing; insert into public.log values (1)", "42501", told),
+            ('select public."in SQL"()', "42P01", "in SQL"),
+        ):
+            with self.subTest(each=each):
+                self.execute("drop trigger if exists told on s2s.commands")
+                self.execute(
+                    "create trigger told after insert on s2s.commands for each statement execute function"
+                    f" public.told($${each}$$)"
+                )
+                with capturedLogs() as lines, self.assertRaises(DatabaseUnavailable):
+                    await database.run(probe.check)
+                [line] = [str(formatEvent(event)) for event in lines if "refuses statements" in event["log_format"]]
+                self.assertIn(f"(SQLSTATE {state} in {function}): mend the function {function}, which", line)
+
+    async def test_one_of_ours(self) -> None:
+        """A function of ours that lacks a table is told as a statement of ours is."""
+        self.execute("alter table s2s.config_version rename to another")
+        with self.assertRaises(DatabaseError) as caught, blocking(self.url) as txn:
+            txn.execute("update s2s.config set value = '30' where key = 'server.sweep_interval_s'")
+        self.assertEqual(caught.exception.state, "42P01")
+        ours = self.execute(
+            "select proname::text from pg_proc p join pg_language l on l.oid = p.prolang"
+            " where pronamespace = 's2s'::regnamespace and lanname = 'sql' order by 1"
+        )
+        self.assertEqual([name for (name,) in ours], sorted(sqlstate._OURS_IN_SQL))
 
 
 class MeaningTests(SynchronousTestCase):
