@@ -1,7 +1,8 @@
-"""What a migrated database must have beside its tables: triggers, unique indexes, the row of the version.
+"""What a migrated database must have: tables with their columns, functions, triggers, unique indexes, one row.
 
-A restore in part, or one with ``pg_restore --disable-triggers`` that was interrupted, leaves some of them out. Nothing
-fails then at once: settings change without a version, orders without an audit, and duplicates are accepted.
+A restore in part, or one with ``pg_restore --disable-triggers`` that was interrupted, leaves some of them out, and an
+owner may change them. Not all of it fails at once: settings change without a version, orders without an audit,
+duplicates are accepted, and a crash empties a table that is unlogged.
 """
 
 from __future__ import annotations
@@ -9,18 +10,47 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import Final
+from typing import Final, NamedTuple
 
 from s2s.errors import SchemaError
 from s2s.store import migrations
 from s2s.store.driver import Cursor
+from s2s.store.migrations import Migration
 
 _TRIGGER: Final = re.compile(r"^create trigger (\w+)\s[^;]*?\son ([\w.]+)", re.MULTILINE)
 _UNIQUE: Final = re.compile(r"^create unique index (\w+) on ([\w.]+)", re.MULTILINE)
 _TABLE: Final = re.compile(r"^create table ([\w.]+) \((.*?)^\)", re.MULTILINE | re.DOTALL)
+#: A column, its type, and the rest of its definition, whose further lines are indented further.
+_COLUMN: Final = re.compile(r"^ {4}(?!constraint |primary )(\w+) (\w+(?:\[\])?)((?:.*\n {8})*.*)", re.MULTILINE)
+_COMMENT: Final = re.compile(r"(,?) *--.*$|,$", re.MULTILINE)
+_FUNCTION: Final = re.compile(r"^create function ([\w.]+)\((.*?)\) returns", re.MULTILINE)
+#: Of each of our functions: what it calls must not depend on the session that calls it.
+_PATH: Final = "search_path = pg_catalog, pg_temp"
 _UNIQUE_COLUMN: Final = re.compile(r"^ +(\w+) [^-\n]*\bunique\b", re.MULTILINE)
 _IN_PART: Final = "as after a restore in part: restore the whole dump into an empty database"
 
+#: What a table is to be: an ordinary one, logged, without children.
+_TABLES: Final = """
+select n.name, c.relkind, c.relpersistence, array(
+    select i.inhrelid::regclass::text from pg_catalog.pg_inherits i where i.inhparent = c.oid order by 1)
+from unnest(%s::text[]) as n (name) left join pg_catalog.pg_class c on c.oid = to_regclass(n.name)
+where c.oid is null or c.relkind <> 'r' or c.relpersistence <> 'p' or c.relhassubclass
+order by 1
+"""
+_COLUMNS: Final = """
+select n.relation, n.name, format_type(a.atttypid, a.atttypmod)
+from unnest(%s::text[], %s::text[], %s::text[]) as n (relation, name, type)
+join pg_catalog.pg_class c on c.oid = to_regclass(n.relation)
+left join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attname = n.name and not a.attisdropped
+where a.atttypid is distinct from to_regtype(n.type)
+order by 1, 2
+"""
+_FUNCTIONS: Final = """
+select n.name, p.oid is not null
+from unnest(%s::text[]) as n (name) left join pg_catalog.pg_proc p on p.oid = to_regprocedure(n.name)
+where p.proconfig is null or %s <> all(p.proconfig)
+order by 1
+"""
 _TRIGGERS: Final = """
 select n.name, c.oid::regclass::text, t.oid is not null
 from unnest(%s::text[], %s::text[]) as n (name, relation)
@@ -41,24 +71,112 @@ order by 2, 1
 """
 
 
+class _Made(NamedTuple):
+    """What some migrations make.
+
+    :ivar columns: the table, the name, the type and the definition of each.
+    :ivar functions: each with the types of its arguments, and with its migration.
+    :ivar triggers: each with its table.
+    :ivar indexes: the unique ones, each with its table.
+    """
+
+    tables: list[str]
+    columns: dict[tuple[str, str], tuple[str, str]]
+    functions: dict[str, str]
+    triggers: list[tuple[str, str]]
+    indexes: list[tuple[str, str]]
+
+
 @cache
-def _made() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return the triggers and the unique indexes that the migrations make, each with its table."""
-    triggers, indexes = [], []
-    for migration in migrations.available():
-        triggers += _TRIGGER.findall(migration.sql)
-        indexes += _UNIQUE.findall(migration.sql)
+def _made(applied: tuple[Migration, ...]) -> _Made:
+    """Return what migrations make."""
+    made = _Made([], {}, {}, [], [])
+    for migration in applied:
+        made.triggers.extend(_TRIGGER.findall(migration.sql))
+        made.indexes.extend(_UNIQUE.findall(migration.sql))
+        for name, parameters in _FUNCTION.findall(migration.sql):
+            types = ",".join(each.rpartition(" ")[2] for each in parameters.split(","))
+            made.functions[f"{name}({types})"] = str(migration)
         for table, body in _TABLE.findall(migration.sql):
+            made.tables.append(table)
+            for column, kind, rest in _COLUMN.findall(body):
+                made.columns[table, column] = (kind, " ".join(f"{column} {kind}{_COMMENT.sub('', rest)}".split()))
             name = table.partition(".")[2]
-            indexes.append((f"{name}_pkey", table))
-            indexes += [(f"{name}_{column}_key", table) for column in _UNIQUE_COLUMN.findall(body)]
-    return triggers, indexes
+            made.indexes.append((f"{name}_pkey", table))
+            made.indexes.extend((f"{name}_{column}_key", table) for column in _UNIQUE_COLUMN.findall(body))
+    return made
 
 
 def wrong(txn: Cursor) -> Iterator[str]:
-    """Return a line for each thing that is missing or switched off, with its cure; none before the first migration."""
-    triggers, indexes = _made()
-    txn.execute(_TRIGGERS, ([name for name, _ in triggers], [table for _, table in triggers]))
+    """Return a line for each thing that is missing or changed, with its cure; none before the first migration."""
+    applied = {(each.schema, each.version) for each in migrations.status(txn) if each.applied_at}
+    made = _made(tuple(each for each in migrations.available() if (each.schema, each.version) in applied))
+    if not made.tables:
+        return
+    yield from _wrong_tables(txn, made)
+    yield from _wrong_functions(txn, made)
+    yield from _wrong_triggers(txn, made)
+    txn.execute(_INDEXES, ([name for name, _ in made.indexes], [table for _, table in made.indexes]))
+    for name, table in txn.fetchall():
+        yield f"the table {table} lacks the unique index {name}, {_IN_PART}"
+    txn.execute("select to_regclass('s2s.config_version') is not null")
+    if txn.fetchone() != (True,):
+        return
+    txn.execute("select from s2s.config_version")
+    if not txn.rowcount:
+        yield "the table s2s.config_version lacks its row, as after a restore in part: run: s2s db migrate"
+
+
+def _wrong_tables(txn: Cursor, made: _Made) -> Iterator[str]:
+    txn.execute(_TABLES, ([*made.tables, "s2s.migrations"],))
+    for table, kind, persistence, children in txn.fetchall():
+        if kind is None:
+            yield f"the table {table} is missing, {_IN_PART}"
+        elif kind != "r":
+            yield f"{table} is no ordinary table: put a table in its place, with the rows that are to stay"
+        elif persistence != "p":
+            yield (
+                f"the table {table} is unlogged, and a crash of the database empties it: run as the owner of the"
+                f" table: alter table {table} set logged"
+            )
+        for child in children or ():
+            yield (
+                f"the rows of the table {child}, which inherits from {table}, count as rows of {table}, without its"
+                f" keys and triggers: run as the owner of the table: alter table {child} no inherit {table}"
+            )
+    columns = [(table, name, kind) for (table, name), (kind, _) in made.columns.items()]
+    txn.execute(_COLUMNS, tuple(map(list, zip(*columns, strict=True))))
+    for table, name, found in txn.fetchall():
+        kind, definition = made.columns[table, name]
+        if found is None:
+            yield (
+                f"the table {table} lacks the column {name}: restore the table from a backup, or run as its owner, for"
+                f" an empty column: alter table {table} add column {definition}"
+            )
+        else:
+            yield (
+                f"the column {name} of the table {table} has the type {found}: run as the owner of the table:"
+                f" alter table {table} alter column {name} type {kind} using {name}::{kind}"
+            )
+
+
+def _wrong_functions(txn: Cursor, made: _Made) -> Iterator[str]:
+    txn.execute(_FUNCTIONS, (list(made.functions), _PATH.replace(" = ", "=")))
+    for name, is_there in txn.fetchall():
+        if is_there:
+            yield (
+                f"the function {name} resolves names by the search_path of each session: run as its owner:"
+                f" alter function {name} set {_PATH}"
+            )
+        else:
+            yield (
+                f"the function {name} is missing: run as the owner of the tables the statement that makes it, in the"
+                f" file s2s/store/sql/{made.functions[name]}.sql of the package"
+            )
+
+
+def _wrong_triggers(txn: Cursor, made: _Made) -> Iterator[str]:
+    txn.execute(_TRIGGERS, ([name for name, _ in made.triggers], [table for _, table in made.triggers]))
     off = txn.fetchall()
     for table in sorted({table for _, table, is_there in off if is_there}):
         names = ", ".join(name for name, each, is_there in off if is_there and each == table)
@@ -69,15 +187,6 @@ def wrong(txn: Cursor) -> Iterator[str]:
     for name, table, is_there in off:
         if not is_there:
             yield f"the table {table} lacks the trigger {name}, {_IN_PART}"
-    txn.execute(_INDEXES, ([name for name, _ in indexes], [table for _, table in indexes]))
-    for name, table in txn.fetchall():
-        yield f"the table {table} lacks the unique index {name}, {_IN_PART}"
-    txn.execute("select to_regclass('s2s.config_version') is not null")
-    if txn.fetchone() != (True,):
-        return
-    txn.execute("select from s2s.config_version")
-    if not txn.rowcount:
-        yield "the table s2s.config_version lacks its row, as after a restore in part: run: s2s db migrate"
 
 
 def check(txn: Cursor) -> None:

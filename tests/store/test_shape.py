@@ -20,20 +20,80 @@ class ShapeTests(DatabaseTestCase):
             return list(shape.wrong(txn))
 
     def test_all_is_there(self) -> None:
-        """A database as the migrations make it lacks nothing, and each trigger, key and unique column is looked for."""
+        """A database as the migrations make it lacks nothing, and all that they make is looked for."""
         self.assertEqual(self.wrong(), [])
-        triggers, indexes = shape._made()
+        made = shape._made(migrations.available())
         found = self.execute(
             "select tgname::text, 's2s.' || tgrelid::regclass::text from pg_trigger where not tgisinternal"
             " order by 1, 2"
         )
-        self.assertEqual(sorted(triggers), found)
+        self.assertEqual(sorted(made.triggers), found)
         found = self.execute(
             "select x.relname::text, n.nspname || '.' || c.relname from pg_index join pg_class x on x.oid = indexrelid"
             " join pg_class c on c.oid = indrelid join pg_namespace n on n.oid = c.relnamespace"
             " where indisunique and n.nspname in ('s2s', 's2s_world') and c.relname <> 'migrations' order by 1, 2"
         )
-        self.assertEqual(sorted(indexes), found)
+        self.assertEqual(sorted(made.indexes), found)
+        found = self.execute(
+            "select c.oid::regclass::text, attname::text from pg_attribute a join pg_class c on c.oid = attrelid"
+            " where attnum > 0 and relkind = 'r' and relname <> 'migrations'"
+            " and relnamespace in ('s2s'::regnamespace, 's2s_world'::regnamespace)"
+        )
+        self.assertEqual({(table.rpartition(".")[2], name) for table, name in made.columns}, set(found))
+        self.assertEqual({table for table, _ in made.columns}, set(made.tables))
+        self.assertEqual(set(made.tables), migrations.tables())
+        self.execute("set search_path = pg_catalog")
+        found = self.execute(
+            "select oid::regprocedure::text from pg_proc where pronamespace in ('s2s'::regnamespace,"
+            " 's2s_world'::regnamespace)"
+        )
+        self.assertEqual({(name,) for name in made.functions}, set(found))
+
+    def test_what_an_owner_changes(self) -> None:
+        """A table, column or function that is changed or gone is named, and the statement of the line mends it."""
+        self.execute("create table public.child () inherits (s2s.commands)")
+        self.execute(
+            "alter table s2s.commands set unlogged; alter table s2s.outbox drop column attempts;"
+            "alter table s2s.database drop column database_id; alter table s2s.steering alter column answer type text;"
+            "alter function s2s.notify() reset search_path;"
+            "alter function s2s.changed(jsonb, jsonb) set search_path = s2s"
+        )
+        lines = self.wrong()
+        for line, start in zip(
+            lines,
+            (
+                "the table s2s.commands is unlogged, and a crash",
+                "the rows of the table public.child, which inherits from s2s.commands, count as rows of s2s.commands",
+                "the table s2s.database lacks the column database_id: restore",
+                "the table s2s.outbox lacks the column attempts: restore",
+                "the column answer of the table s2s.steering has the type text: run",
+                "the function s2s.changed(jsonb,jsonb) resolves names by",
+                "the function s2s.notify() resolves names by",
+            ),
+            strict=True,
+        ):
+            self.assertTrue(line.startswith(start), line)
+            self.execute(line.rpartition(": ")[2])
+        self.assertEqual(self.wrong(), [])
+
+    def test_what_an_owner_removes(self) -> None:
+        """A table or a function that is gone is named, and so is a view in the place of a table."""
+        self.execute(
+            "drop table s2s.notices; drop function s2s.action(text) cascade;"
+            "alter table s2s.broadcasts rename to elsewhere; create view s2s.broadcasts as select * from s2s.elsewhere"
+        )
+        lines = "\n".join(self.wrong())
+        self.assertIn("the table s2s.notices is missing, as after a restore in part", lines)
+        self.assertIn("the function s2s.action(text) is missing: run as the owner of the tables the statement", lines)
+        self.assertIn("in the file s2s/store/sql/s2s/0001_initial.sql", lines)
+        self.assertIn("s2s.broadcasts is no ordinary table", lines)
+
+    def test_before_a_migration(self) -> None:
+        """Of a migration that is not applied yet nothing is missed."""
+        self.execute("drop schema s2s_world cascade; delete from s2s.migrations where schema = 's2s_world'")
+        self.assertEqual(self.wrong(), [])
+        self.execute("drop schema s2s cascade")
+        self.assertEqual(self.wrong(), [])
 
     def test_disabled_triggers(self) -> None:
         """Disabled triggers are named with the statement that enables them, and no setting changes meanwhile."""
