@@ -67,9 +67,7 @@ def _wrong(txn: Cursor) -> Iterator[str]:
         yield f"a privilege is missing, run as the owner of the tables: {grant}"
     yield from privileges.hidden(txn)
     if migrations.is_visible(txn):
-        for behind in sequences.behind(txn):
-            yield f"{behind}: run: s2s db fix-sequences"
-        yield from map(str, sequences.ending(txn))
+        yield from (line for line, _ in sequences.wrong(txn))
         yield from shape.wrong(txn)
         _, kept = guard_watch.look(txn)
         yield from kept
@@ -84,9 +82,10 @@ def _wrong(txn: Cursor) -> Iterator[str]:
 @one_line_errors
 def fix_sequences(database: str | None, state_dir: Path) -> None:
     """Set the sequences of ids that stand behind their rows, as after a restore without them."""
+    is_fixed = False
     with transaction(database, state_dir, "db.fix_sequences") as txn:
-        fixed = sequences.fix(txn)
-    for each in fixed:
-        click.echo(f"set to {each.largest}: {each}")
-    if not fixed:
+        for each in sequences.fix(txn.connection, partial(click.echo, err=True)):
+            click.echo(f"set to {each.largest}: {each}")
+            is_fixed = True
+    if not is_fixed:
         click.echo("no sequence stands behind its rows")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Final, TypeVar
 
 import psycopg2
@@ -16,7 +16,7 @@ from s2s.runtime import own_threads
 from s2s.store import interruptible
 from s2s.store.connection import SET_PATH, connect
 from s2s.store.cursor import StoreCursor
-from s2s.store.driver import Connection, Cursor, commit, translate_error
+from s2s.store.driver import Connection, Cursor, commit, savepoint, translate_error
 
 T = TypeVar("T")
 
@@ -51,6 +51,21 @@ _LOCKS: Final = "waiting for locks: "
 
 class Locked(DeadlineExceeded):
     """Another session holds a lock that was not free in time, for work whose caller is told so."""
+
+
+class _Over(Exception):
+    """A trial is over: what it has done is undone."""
+
+
+@contextmanager
+def trial(txn: Cursor) -> Iterator[None]:
+    """Do something on trial: it waits for a lock for :data:`TRY_S` only, and is undone, with its locks, at its end.
+
+    :raises psycopg2.Error: a statement failed; unless the connection broke, the transaction goes on.
+    """
+    with suppress(_Over), savepoint(txn, after=f"set local lock_timeout = {round(TRY_S * 1000)}"):
+        yield
+        raise _Over
 
 
 class _Watcher:

@@ -6,14 +6,19 @@ has come to its bound lets no new row in at all.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Final, NamedTuple
 
 from psycopg2 import sql
+from psycopg2.errors import LockNotAvailable
+from twisted.logger import Logger
 
 from s2s.errors import SchemaError
-from s2s.store import migrations
-from s2s.store.driver import Cursor
+from s2s.store import migrations, sqlstate
+from s2s.store.driver import Connection, Cursor
+from s2s.store.lock_wait import PATIENCE_S, LockWait, trial
 
 #: The sequences that columns of some tables own, by identity or as a serial. One that we may not read is left out.
 _OWNED: Final = """
@@ -31,7 +36,9 @@ order by 1
 _CURE: Final = "s2s db fix-sequences"
 #: A sequence that has given all of its values but one in so many is told of.
 _LAST: Final = 100
-_MOST: Final = 2**63 - 1
+#: The largest id: JSON on the wire has no larger integer.
+_MOST: Final = 2**53 - 1
+_LOG: Final = Logger()
 
 
 @dataclass(frozen=True)
@@ -54,95 +61,128 @@ class Behind:
         return f"the sequence of {where} stands at {self.stands_at} and the largest id is {self.largest}"
 
 
-@dataclass(frozen=True)
-class Ending:
-    """A sequence that has come to its bound, or nearly so.
+class _Owned(NamedTuple):
+    """A row of ``_OWNED``."""
 
-    :ivar left: how many values it can still give.
-    """
-
+    name: str
     column: str
     sequence: str
     table: str
-    stands_at: int
-    bound: int
-    left: int
+    start: int
+    step: int
+    least: int
+    most: int
 
-    def __str__(self) -> str:
-        # The bound of a bigint cannot be raised: such a sequence was set by hand.
+
+def wrong(txn: Cursor) -> Iterator[tuple[str, bool]]:
+    """Return a line for each thing that is wrong, with its cure, and whether new rows get no id by it.
+
+    A table that another session has locked has a line too, and is not looked at.
+    """
+    for each in _owned(txn):
+        found: list[tuple[str, bool]] = []
+        try:
+            with trial(txn):
+                found = list(_wrong(txn, each))
+        except LockNotAvailable:
+            found = [
+                (
+                    f"the sequence of {each.table}.{each.column} is not checked, since another session has locked the"
+                    f" table: {sqlstate.meaning('55P03').cure}",
+                    False,
+                )
+            ]
+        yield from found
+
+
+def _wrong(txn: Cursor, each: _Owned) -> Iterator[tuple[str, bool]]:
+    largest, stands_at = _look(txn, each)
+    if largest > stands_at:
+        behind = Behind(each.column, each.sequence, each.table, stands_at, largest)
+        yield f"{behind}, as after a restore of rows without their sequences: run: {_CURE}", True
+    least, most = max(each.least, -_MOST), min(each.most, _MOST)
+    bound = most if each.step > 0 else least
+    left = max(0, (bound - stands_at) // each.step)
+    if left * _LAST < (most - least) // abs(each.step) or not left:
+        # There is no larger bound than ours: such a sequence was set by hand.
         cure = (
-            f"alter sequence {self.sequence} as bigint no maxvalue no minvalue"
-            if abs(self.bound) < _MOST
-            else f"select setval('{self.sequence}', coalesce(max({self.column}), 1)) from {self.table}"  # noqa: S608
+            f"alter sequence {each.sequence} as bigint no maxvalue no minvalue"
+            if abs(bound) < _MOST
+            else f"select setval('{each.sequence}', coalesce(max({each.column}), 1)) from {each.table}"  # noqa: S608
+            f" where {each.column} <= {_MOST}"
         )
-        left = f"has {self.left} values left" if self.left else "is exhausted: no new row gets an id"
-        return (
-            f"the sequence of {self.table}.{self.column} stands at {self.stands_at}, its bound is {self.bound},"
-            f" and it {left}: run as the owner of the table: {cure}"
+        yield (
+            f"the sequence of {each.table}.{each.column} stands at {stands_at}, its bound is {bound}, and it"
+            f" {f'has {left} values left' if left else 'is exhausted: no new row gets an id'}:"
+            f" run as the owner of the table: {cure}",
+            not left,
         )
-
-
-def ending(txn: Cursor) -> list[Ending]:
-    """List the sequences that have come to their bounds, or nearly so."""
-    found = []
-    txn.execute(_OWNED, (list(migrations.tables()),))
-    for _, column, sequence, table, start, step, least, most in txn.fetchall():
-        txn.execute("select coalesce(pg_sequence_last_value(%s::regclass), %s)", (sequence, start))
-        ((stands_at,),) = txn.fetchall()
-        bound = most if step > 0 else least
-        left = max(0, (bound - stands_at) // step)
-        if left * _LAST < (most - least) // abs(step) or not left:
-            found.append(Ending(column, sequence, table, stands_at, bound, left))
-    return found
-
-
-def behind(txn: Cursor) -> list[Behind]:
-    """List the sequences that stand behind the rows of their tables."""
-    txn.execute(_OWNED, (list(migrations.tables()),))
-    found = []
-    for _, column, sequence, table, start, *_ in txn.fetchall():
-        largest, stands_at = _look(txn, column, sequence, table)
-        stands_at = start if stands_at is None else stands_at
-        if largest > stands_at:
-            found.append(Behind(column, sequence, table, stands_at, largest))
-    return found
+    txn.execute(
+        sql.SQL("select {id} from {table} where {id} > {most} order by {id} desc limit 1").format(
+            id=sql.Identifier(each.column), table=_named(each.table), most=sql.Literal(_MOST)
+        )
+    )
+    for (above,) in txn.fetchall():
+        change = f"update {each.table} set {each.column} = default where {each.column} > {_MOST}"  # noqa: S608
+        yield (
+            f"the id of a row of {each.table} is {above}, and above {_MOST} no id can be sent: delete the row, or give"
+            f" it an id of the sequence: {change}",
+            False,
+        )
 
 
 def check(txn: Cursor) -> None:
-    """Refuse a database in which new rows would collide with old ones, or get no id.
+    """Refuse a database in which new rows would collide with old ones, or get no id; log all else that is wrong.
 
     :raises SchemaError: the text names the sequence, and the cure.
     """
-    for exhausted in (each for each in ending(txn) if not each.left):
-        raise SchemaError(str(exhausted))
-    for each in behind(txn):
-        raise SchemaError(f"{each}, as after a restore of rows without their sequences: run: {_CURE}")
+    for line, refuses in wrong(txn):
+        if refuses:
+            raise SchemaError(line)
+        _LOG.warn("{line}", line=line)
 
 
-def fix(txn: Cursor) -> list[Behind]:
-    """Set the sequences that stand behind to the largest ids.
+def fix(conn: Connection, tell: Callable[[str], object], patience_s: float = PATIENCE_S) -> Iterator[Behind]:
+    """Set the sequences that stand behind to the largest ids, each in a transaction of its own.
 
-    :returns: how they stood.
+    :param conn: an open connection, not in autocommit.
+    :param tell: see :class:`~s2s.store.lock_wait.LockWait`, as ``patience_s``.
+    :returns: how each stood, once it is set.
+    :raises OperatorError: other sessions held the locks for too long; what was returned before is set.
     """
-    fixed = behind(txn)
-    for each in fixed:
-        # A row that is inserted meanwhile has taken its id before the sequence is set, or takes it after that.
-        txn.execute(sql.SQL("lock table {} in share row exclusive mode").format(_named(each.table)))
-        largest, stands_at = _look(txn, each.column, each.sequence, each.table)
-        txn.execute("select setval(%s::regclass, greatest(%s, %s))", (each.sequence, largest, stands_at or 0))
-    return fixed
+    locks = LockWait(conn, tell, patience_s)
+    with locks.watched():
+        for each in locks.run(_owned):
+            if fixed := locks.run(partial(_fix, each)):
+                yield fixed
 
 
-def _look(txn: Cursor, column: str, sequence: str, table: str) -> tuple[int, int | None]:
-    """Return the largest id, and the last value of its sequence; ``None``: it has not given any.
+def _fix(each: _Owned, txn: Cursor) -> Behind | None:
+    largest, stands_at = _look(txn, each)
+    if largest <= stands_at:
+        return None
+    # A row that is inserted meanwhile has taken its id before the sequence is set, or takes it after that.
+    txn.execute(sql.SQL("lock table {} in share row exclusive mode").format(_named(each.table)))
+    now_largest, now_at = _look(txn, each)
+    txn.execute("select setval(%s::regclass, greatest(%s, %s))", (each.sequence, now_largest, now_at))
+    return Behind(each.column, each.sequence, each.table, stands_at, largest)
+
+
+def _owned(txn: Cursor) -> list[_Owned]:
+    txn.execute(_OWNED, (list(migrations.tables()),))
+    return [_Owned(*row) for row in txn.fetchall()]
+
+
+def _look(txn: Cursor, each: _Owned) -> tuple[int, int]:
+    """Return the largest id that can be sent, and the last value of its sequence.
 
     One statement reads both: its snapshot is older than its look at the sequence, which no snapshot holds. A row that
     is inserted meanwhile can move the sequence ahead of the ids that are seen, and never the other way.
     """
-    look = sql.SQL("select coalesce(max({}), 0), pg_sequence_last_value(%s::regclass) from {}")
-    txn.execute(look.format(sql.Identifier(column), _named(table)), (sequence,))
+    look = sql.SQL("select coalesce(max({id}), 0), pg_sequence_last_value(%s::regclass) from {table} where {id} <= %s")
+    txn.execute(look.format(id=sql.Identifier(each.column), table=_named(each.table)), (each.sequence, _MOST))
     largest, stands_at = txn.fetchone() or (0, None)
-    return int(largest), stands_at
+    return int(largest), each.start if stands_at is None else int(stands_at)
 
 
 def _named(table: str) -> sql.SQL:

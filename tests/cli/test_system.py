@@ -15,6 +15,7 @@ from typing import Any
 import psycopg2
 from twisted.internet.defer import inlineCallbacks
 from twisted.internet.threads import deferToThread
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import TestCase
 
 from s2s.errors import DatabaseUnavailable, SchemaError
@@ -335,7 +336,7 @@ class SequenceTests(CliTestCase):
         self.assertNotIn("\n", refused)
         said = self.s2s("db", "status", expected=1).output
         self.assertIn("broadcasts.broadcast_id stands at 0", said)
-        self.assertIn("outbox.outbox_id stands at 5 and the largest id is 9: run: s2s db fix-sequences", said)
+        self.assertIn("outbox.outbox_id stands at 5 and the largest id is 9, as after a restore", said)
         fixed = self.s2s("db", "fix-sequences").output
         self.assertEqual(fixed.count("set to "), 2)
         self.s2s("db", "status")
@@ -398,6 +399,75 @@ class SequenceTests(CliTestCase):
             self.execute(cure)
         self.s2s("db", "status")
 
+    def test_an_id_that_no_answer_can_carry(self) -> None:
+        """A row whose id is above 2^53 - 1 is named with its cure, moves no sequence, and lets a role start."""
+        self.execute(
+            "insert into s2s.commands (cmd_id, cmd_type, idem_key, payload) values"
+            " (9223372036854775807, 'a.b', 'k', '{}'), (3, 'a.b', 'l', '{}')"
+        )
+        self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k', repeat('A', 43) || '=', 'any')")
+        refused = str(self.assertRaises(SchemaError, preflight.check, self.url, "server"))
+        self.assertIn("commands.cmd_id stands at 0 and the largest id is 3", refused)
+        self.assertIn("set to 3: ", self.s2s("db", "fix-sequences").output)
+        with capturedLogs() as told:
+            preflight.check(self.url, "server")
+        [line] = [str(formatEvent(event)) for event in told]
+        self.assertIn("the id of a row of s2s.commands is 9223372036854775807, and above 9007199254740991", line)
+        self.execute("select setval('s2s.commands_cmd_id_seq', 9223372036854775807)")
+        said = self.s2s("db", "status", expected=1).output
+        self.assertIn("and it is exhausted", said)
+        for cure in [each.rpartition(": ")[2] for each in said.splitlines() if "s2s.commands" in each]:
+            self.execute(cure)
+        self.s2s("db", "status")
+        self.assertEqual(self.execute("select cmd_id from s2s.commands order by 1"), [(3,), (4,)])
+
+    def test_a_locked_table(self) -> None:
+        """A start and ``db status`` leave out a table that another session has locked, with a line."""
+        self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k', repeat('A', 43) || '=', 'any')")
+        self.execute("insert into s2s.broadcasts (broadcast_id, message) values (7, 'old')")
+        holder = psycopg2.connect(self.url)
+        self.addCleanup(holder.close)
+        holder.cursor().execute("lock table s2s.audit, s2s.broadcasts, s2s.outbox")
+        with capturedLogs() as told:
+            preflight.check(self.url, "server")
+        lines = [str(formatEvent(event)) for event in told]
+        self.assertEqual(len(lines), 3, lines)
+        self.assertIn("the sequence of s2s.audit.audit_id is not checked, since another session has locked", lines[0])
+        self.assertIn("s2s.broadcasts.broadcast_id is not checked", self.s2s("db", "status", expected=1).output)
+
+    @inlineCallbacks
+    def test_fixed_while_others_work(self) -> Any:
+        """A sequence waits for its table in short tries, between which others write; those before it are set."""
+        self.execute("insert into s2s.broadcasts (broadcast_id, message) values (7, 'old')")
+        self.execute(
+            "insert into s2s.steering (request_id, engine, type, payload, expires_at)"
+            " values (7, 'x', 's2s.engine.pause', '{}', now())"
+        )
+        holder = psycopg2.connect(self.url)
+        self.addCleanup(holder.close)
+        holder.cursor().execute("update s2s.steering set engine = 'y'")
+        told: list[str] = []
+        fixed: list[str] = []
+
+        def fix() -> None:
+            with blocking(self.url) as txn:
+                for each in sequences.fix(txn.connection, told.append):
+                    fixed.append(each.table)
+
+        fixing = deferToThread(fix)
+        yield poll(lambda: told)
+        self.assertIn(f"pid {holder.info.backend_pid} holds them", told[0])
+        self.assertEqual(fixed, ["s2s.broadcasts"])
+        self.assertEqual(self.execute("select last_value from s2s.broadcasts_broadcast_id_seq"), [(7,)])
+        self.execute("set lock_timeout = '10s'")
+        self.execute("insert into s2s.broadcasts (message) values ('new')")
+        self.execute(
+            "insert into s2s.steering (engine, type, payload, expires_at) values ('x', 's2s.engine.pause', '{}', now())"
+        )
+        holder.rollback()
+        yield fixing
+        self.assertEqual(fixed, ["s2s.broadcasts", "s2s.steering"])
+
     def test_while_others_work(self) -> None:
         """Rows that others insert during the check make no sequence stand behind."""
         session = self.execute
@@ -418,7 +488,7 @@ class SequenceTests(CliTestCase):
 
         with blocking(self.url) as txn:
             busy: Any = Busy(txn)
-            self.assertEqual(sequences.behind(busy), [])
+            self.assertEqual(list(sequences.wrong(busy)), [])
 
     def test_every_identity_is_watched(self) -> None:
         """Every identity column of the schema is checked, and a table that is not ours is not."""
@@ -430,7 +500,7 @@ class SequenceTests(CliTestCase):
         )
         self.assertGreaterEqual(len(columns), 6)
         with blocking(self.url) as txn:
-            self.assertEqual(sequences.behind(txn), [])
+            self.assertEqual(list(sequences.wrong(txn)), [])
             txn.execute(sequences._OWNED, (list(migrations.tables()),))
             watched = {(row[0], row[1]) for row in txn.fetchall()}
         self.assertEqual(watched, set(columns))
