@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThread
 
-from s2s.store import interruptible
+from s2s.store import interruptible, lock_wait
 from s2s.store.pool import blocking
-from s2s.store.tables import seed, world
+from s2s.store.tables import audit, seed, world
 from s2s.store.tables.seed import make_world
 from tests.cli.test_cli import CliTestCase
 from tests.support.postgres import DatabaseTestCase
@@ -287,6 +287,31 @@ class SeedTests(DatabaseTestCase):
         first = self.digests()
         self.make(20, 30, 1, replace=True)
         self.assertEqual(self.digests(), first)
+
+    @inlineCallbacks
+    def test_replaced_while_others_work(self) -> Iterator[Deferred[Any]]:
+        """A replacement waits for the tables in short tries, between which others write, and names the holder."""
+        self.patch(lock_wait, "PAUSE_S", 0.3)
+        self.make(20, 30)
+        holder = psycopg2.connect(self.url)
+        self.addCleanup(holder.close)
+        holder.cursor().execute("select from s2s_world.ships")
+        told: list[str] = []
+
+        def replace() -> None:
+            with blocking(self.url) as txn:
+                audit.sign(txn, "cli:alice", for_session=True)
+                make_world(txn, 10, 10, 1, replace=True, tell=told.append)
+
+        made = deferToThread(replace)
+        yield poll(lambda: told)
+        self.assertIn(f"pid {holder.info.backend_pid} holds them", told[0])
+        self.execute("set lock_timeout = '10s'")
+        self.execute("update s2s_world.ships set fuel = 0 where ship_id = 1")
+        holder.rollback()
+        yield made
+        self.assertEqual(self.execute("select count(*) from s2s_world.ships"), [(10,)])
+        self.assertEqual(self.execute("select actor from s2s.audit order by audit_id desc limit 1"), [("cli:alice",)])
 
 
 class CommandTests(CliTestCase):

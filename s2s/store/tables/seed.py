@@ -9,8 +9,9 @@ from random import Random
 from typing import Final
 
 from s2s.store import interruptible
-from s2s.store.driver import Cursor, lock_key
+from s2s.store.driver import Cursor, commit, lock_key
 from s2s.store.kept_rows import check_written
+from s2s.store.lock_wait import PATIENCE_S, LockWait
 from s2s.store.tables import audit, world
 
 #: Held by whoever makes a world, so that it is made once.
@@ -43,15 +44,28 @@ def make_world(
     *,
     replace: bool = False,
     progress: Callable[[int], object] = lambda rows: None,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> bool:
     """Make a world where there is none: sectors from 1, a port in each, and ships from 1.
 
     The same sizes and seed make the same rows, byte for byte. Of two that try at once, one makes it.
 
-    :param replace: remove first what there is.
+    :param replace: remove first what there is. What the transaction has done before is committed then, and so is this.
     :param progress: is called with the number of rows that were just written, of ``2 * sectors + ships`` in all.
+    :param tell: of the sessions that hold the locks for ``replace``: see :class:`~s2s.store.lock_wait.LockWait`.
     :returns: ``False``: there is a world already, and nothing was done.
+    :raises OperatorError: those locks were not free for too long.
     """
+    if not replace:
+        return _make(txn, sectors, ships, seed, replace, progress)
+    # A try that gets no lock is rolled back: the signature for the audit has to outlive it.
+    commit(txn.connection)
+    locks = LockWait(txn.connection, tell, PATIENCE_S)
+    with locks.watched():
+        return locks.run(lambda txn: _make(txn, sectors, ships, seed, replace, progress))
+
+
+def _make(txn: Cursor, sectors: int, ships: int, seed: int, replace: bool, progress: Callable[[int], object]) -> bool:
     txn.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
     if replace:
         # Sectors last, as in the jobs and the checks of foreign keys: so nobody waits for us while we wait for him.
