@@ -65,6 +65,23 @@ MEANINGS: Final[dict[str, Meaning]] = {
     # A prepared statement is missing, or another client has prepared it: this session is shared.
     **dict.fromkeys(("26", "42P05"), _SHARED_SESSION),
     "28": Meaning("database", drops=True, passes=True, cure="see the user and the password of the database URL"),
+    # These and the next are known by their texts at the connect.
+    "28000 pg_hba.conf": Meaning(
+        "database",
+        drops=True,
+        passes=True,
+        cure="pg_hba.conf has to allow this host, user, database and encryption: add a line to it and run select"
+        " pg_reload_conf(), or see sslmode in the database URL",
+    ),
+    "28000 InitializeSessionUserId": Meaning(
+        "database", drops=True, passes=True, cure="run as a superuser: alter role USER login"
+    ),
+    "42501 CheckMyDatabase": Meaning(
+        "database",
+        drops=True,
+        passes=True,
+        cure="run as the owner of the database: grant connect on database NAME to USER",
+    ),
     "3D": Meaning("database", drops=True, passes=True, cure="see the database of the database URL"),
     "3F": Meaning(cure="run: s2s db status"),
     "40": Meaning(passes=True),
@@ -77,6 +94,15 @@ MEANINGS: Final[dict[str, Meaning]] = {
     **dict.fromkeys(("3F000 in", "42501 in", "42P01 in", "42703 in", "42883 in"), Meaning(cure=_FOREIGN_FUNCTION)),
     "53": Meaning(passes=True, cure="see the memory and the limits of the database"),
     "53100": Meaning("database", passes=True, cure="free some space on the disk of the database"),
+    # Parallel workers of one statement share memory, which lies in a file system: see code().
+    **dict.fromkeys(
+        ("53100 dsm_impl_posix", "53100 dsm_impl_sysv"),
+        Meaning(
+            passes=True,
+            cure="give PostgreSQL more shared memory, as by docker run --shm-size=1g, or run as a superuser:"
+            " alter system set max_parallel_workers_per_gather = 0; select pg_reload_conf()",
+        ),
+    ),
     "53300": Meaning(
         "database",
         drops=True,
@@ -140,12 +166,12 @@ _LONGEST_CODE: Final = max(map(len, MEANINGS))
 _AT_CONNECT: Final = (
     (re.compile("too many (clients|connections)|connection slots are reserved|no more connections allowed"), "53300"),
     (
-        re.compile(
-            "authentication failed|no password supplied|no pg_hba.conf entry|pg_hba.conf rejects|role .* does not exist"
-            "|not permitted to log in|permission denied for database"
-        ),
+        re.compile("authentication failed|no password supplied|role .* does not exist"),
         "28000",
     ),
+    (re.compile("no pg_hba.conf entry|pg_hba.conf rejects"), "28000 pg_hba.conf"),
+    (re.compile("not permitted to log in"), "28000 InitializeSessionUserId"),
+    (re.compile("permission denied for database"), "42501 CheckMyDatabase"),
     (re.compile("database .* does not exist"), "3D000"),
     (re.compile("is not currently accepting connections"), "55000 CheckMyDatabase"),
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import psycopg2
 from psycopg2 import errorcodes
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
@@ -157,6 +160,24 @@ class ForeignFunctionTests(DatabaseTestCase):
         self.assertEqual([name for (name,) in ours], sorted(sqlstate._OURS_IN_SQL))
 
 
+class ConnectTests(DatabaseTestCase):
+    """Connections that the database refuses."""
+
+    def test_each_cure(self) -> None:
+        """A user who may not connect, or not log in, is told the statement that lets him."""
+        database = self.url.partition("?")[0].rpartition("/")[2]
+        user = f"{database}_user"
+        self.execute(f"create role {user} nologin; revoke connect on database {database} from public")
+        self.addCleanup(self.execute, f"drop owned by {user}; drop role {user}")
+        url = re.sub("//[^@/]*@", f"//{user}@", self.url)
+        for cure in ("alter role USER login", "grant connect on database NAME to USER"):
+            said = sqlstate.with_cure(self.assertRaises(DatabaseUnavailable, blocking(url).__enter__))
+            self.assertTrue(said.endswith(cure), said)
+            self.execute(cure.replace("NAME", database).replace("USER", user))
+        with blocking(url):
+            pass
+
+
 class MeaningTests(SynchronousTestCase):
     """The table of SQLSTATEs."""
 
@@ -184,13 +205,31 @@ class MeaningTests(SynchronousTestCase):
             ('FATAL:  password authentication failed for user "game"', "28000"),
             ('FATAL:  role "game" does not exist', "28000"),
             ('FATAL:  database "game" does not exist', "3D000"),
-            ('FATAL:  pg_hba.conf rejects connection for host "::1"', "28000"),
-            ('FATAL:  role "game" is not permitted to log in', "28000"),
+            ('FATAL:  pg_hba.conf rejects connection for host "::1"', "28000 pg_hba.conf"),
+            ('FATAL:  no pg_hba.conf entry for host "::1", user "u", no encryption', "28000 pg_hba.conf"),
+            ('FATAL:  role "game" is not permitted to log in', "28000 InitializeSessionUserId"),
+            ('FATAL:  permission denied for database "game"', "42501 CheckMyDatabase"),
             ("FATAL:  no more connections allowed (max_client_conn)", "53300"),
             ('FATAL:  database "game" is not currently accepting connections', "55000 CheckMyDatabase"),
             ("connection refused", ""),
         ):
             self.assertEqual(sqlstate.at_connect(text), state, text)
+
+    def test_shared_memory(self) -> None:
+        """A statement whose workers find no shared memory is at fault itself, and no disk is full."""
+
+        class Refused(psycopg2.Error):
+            pgcode = "53100"
+            diag = SimpleNamespace(
+                constraint_name=None,
+                context=None,
+                severity_nonlocalized="ERROR",
+                source_function="dsm_impl_posix",
+            )
+
+        found = sqlstate.of(Refused())
+        self.assertEqual((found.fault, found.passes, found.unavailable), ("statement", True, True))
+        self.assertIn("--shm-size", found.cure)
 
     def test_the_document(self) -> None:
         """Every row of the table stands in the page of faults."""
