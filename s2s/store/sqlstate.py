@@ -10,6 +10,8 @@ from typing import Final, Literal, NamedTuple
 
 import psycopg2
 
+from s2s.errors import DatabaseUnavailable
+
 #: The part that is at fault: the statement (and so the handler that sent it), the connection, or the whole database.
 Fault = Literal["statement", "connection", "database"]
 
@@ -207,9 +209,12 @@ def at_connect(text: str) -> str:
 def with_cure(error: BaseException, otherwise: str = "") -> str:
     """Return the text of one of our errors, and what an operator can do about it.
 
-    :param otherwise: the cure of an error that has none of its own.
+    :param otherwise: the cure of a connection that there is not, where its error has no cure of its own.
     """
-    cure = meaning(getattr(error, "state", "")).cure or otherwise
+    state = getattr(error, "state", "")
+    # Not of a COMMIT that was lost, nor of a thread: their texts say it all.
+    is_connect = type(error) is DatabaseUnavailable and not state
+    cure = meaning(state).cure or (otherwise if is_connect else "")
     return f"{error}: {cure}" if cure else str(error)
 
 

@@ -17,6 +17,7 @@ from s2s.store import sqlstate
 from s2s.store.monitors import probe
 from s2s.store.pool import blocking
 from s2s.store.troubles import MOST_STATES, MOST_TEXTS, TELL_S, Troubles
+from tests.cli.test_cli import CliTestCase
 from tests.support.postgres import DatabaseTestCase
 
 
@@ -176,6 +177,22 @@ class ConnectTests(DatabaseTestCase):
             self.execute(cure.replace("NAME", database).replace("USER", user))
         with blocking(url):
             pass
+
+
+class CommandLineTests(CliTestCase):
+    """A statement of a command that the database refuses."""
+
+    def test_no_false_cure(self) -> None:
+        """A refusal without a cure gets none: the URL of the database is right."""
+        self.execute(
+            "insert into s2s.commands (cmd_type, idem_key, payload, status) values ('a.b', 'k', '{}', 'dead');"
+            "create table public.mine as select cmd_id from s2s.commands;"
+            "alter table public.mine add foreign key (cmd_id) references s2s.commands"
+        )
+        [(cmd_id,)] = self.execute("select cmd_id from s2s.commands")
+        said = self.s2s("commands", "discard", str(cmd_id), expected=1).output
+        self.assertIn("violates foreign key constraint", said)
+        self.assertNotIn("--database", said)
 
 
 class MeaningTests(SynchronousTestCase):
