@@ -194,6 +194,33 @@ class ChangesTests(AuditTestCase, CliTestCase):
         self.assertEqual((token[4]["was"]["role"], "token_sha256" in token[4]["was"]), ("admin", False))
         self.assertEqual((engine[4]["was"]["wanted"], engine[4]["was"]["reason"]), ("paused", "night"))
 
+    def test_added_columns(self) -> None:
+        """A column that a DBA has made of a secret is in no entry of keys and tokens, whose own columns are."""
+        added = "add column copy text generated always as (encode({}, 'hex')) stored"
+        for table, secret in (("s2s_keys", "decode(key_b64, 'base64')"), ("api_tokens", "token_sha256")):
+            self.execute(f"alter table s2s.{table} {added.format(secret)}")
+        self.new()
+        with blocking(self.url) as txn:
+            tokens.add(txn, "mine", "admin")
+        self.execute("update s2s.api_tokens set note = 'x', token_sha256 = sha256('x')")
+        self.execute("delete from s2s.api_tokens")
+        self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k1', %s, 'any')", _SECRET)
+        self.execute("update s2s.s2s_keys set note = 'x', key_b64 = %s", _OTHER_SECRET)
+        self.execute("delete from s2s.s2s_keys")
+        with blocking(self.url) as txn:
+            tokens.add(txn, "mine", "admin")
+        self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k1', %s, 'any')", _SECRET)
+        self.execute("truncate s2s.s2s_keys, s2s.api_tokens")
+        told = self.new()
+        self.assertEqual(len(told), 10)
+        self.assertNotIn("'copy'", str(told))
+        self.assertEqual(told[4][3:], ({"note": "x", "key_b64": "changed"}, {"was": {"note": ""}}))
+        columns = {"key_id", "role", "active_from", "active_to", "closed_at", "is_default_tx", "note", "created_at"}
+        for entry in (told[3][3], (told[5][4] or {})["was"], (told[8][4] or {})["was"]):
+            self.assertEqual(set(entry), columns | {"created_by"})
+        self.assertEqual(set(told[0][3]), {"role", "note", "expires_at"})
+        self.assertEqual(set((told[9][4] or {})["was"]), {"role", "note", "created_at", "created_by", "expires_at"})
+
     def test_from_any_search_path(self) -> None:
         """Neither a temporary table called audit nor another search_path silences the audit, or gets in the way."""
         self.execute("create schema other")

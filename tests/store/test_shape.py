@@ -56,7 +56,7 @@ class ShapeTests(DatabaseTestCase):
             "alter table s2s.commands set unlogged; alter table s2s.outbox drop column attempts;"
             "alter table s2s.database drop column database_id; alter table s2s.steering alter column answer type text;"
             "alter function s2s.notify() reset search_path;"
-            "alter function s2s.changed(jsonb, jsonb) set search_path = s2s"
+            "alter function s2s.changed(jsonb, jsonb, text[]) set search_path = s2s"
         )
         lines = self.wrong()
         for line, start in zip(
@@ -67,7 +67,7 @@ class ShapeTests(DatabaseTestCase):
                 "the table s2s.database lacks the column database_id: restore",
                 "the table s2s.outbox lacks the column attempts: restore",
                 "the column answer of the table s2s.steering has the type text: run",
-                "the function s2s.changed(jsonb,jsonb) resolves names by",
+                "the function s2s.changed(jsonb,jsonb,text[]) resolves names by",
                 "the function s2s.notify() resolves names by",
             ),
             strict=True,

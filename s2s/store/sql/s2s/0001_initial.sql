@@ -383,23 +383,24 @@ create trigger audit_keep before update or delete or truncate on s2s.audit
     for each statement execute function s2s.audit_keep();
 alter table s2s.audit enable always trigger audit_keep;
 
--- The members of one object that another one lacks or has otherwise.
-create function s2s.changed(now_is jsonb, other jsonb) returns jsonb
+-- Those of some members ({}: of all) of one object that another one lacks or has otherwise.
+create function s2s.changed(now_is jsonb, other jsonb, members text[]) returns jsonb
     language sql immutable set search_path = pg_catalog, pg_temp as $$
     select coalesce(jsonb_object_agg(key, value), '{}') from jsonb_each(now_is)
-    where other -> key is distinct from value
+    where (members = '{}' or key = any(members)) and other -> key is distinct from value
 $$;
 
 -- The audit of rows that plain SQL may change. Arguments: the action of an insert, an update and a delete; the column
--- that names a row; the columns that are never told; those of which only the change is told.
+-- that names a row; the columns that are told ({}: all); those of which only the change is told. A table that has a secret
+-- names them: a column that a DBA has added may be made of the secret.
 create function s2s.audit_row() returns trigger language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-    hidden text[] := tg_argv[4]::text[];
+    told text[] := tg_argv[4]::text[];
     secrets text[] := tg_argv[5]::text[];
     before jsonb := case tg_op when 'INSERT' then '{}' else to_jsonb(old) end;
     after jsonb := case tg_op when 'DELETE' then '{}' else to_jsonb(new) end;
-    was jsonb := s2s.changed(before - hidden - secrets, after);
-    params jsonb := s2s.changed(after - hidden - secrets, before);
+    was jsonb := s2s.changed(before, after, told);
+    params jsonb := s2s.changed(after, before, told);
     secret text;
 begin
     if tg_op = 'UPDATE' then
@@ -418,18 +419,22 @@ begin
 end
 $$;
 create trigger s2s_keys_audit after insert or delete on s2s.s2s_keys for each row
-    execute function s2s.audit_row('keys.add', '', 'keys.delete', 'key_id', '{}', '{key_b64}');
+    execute function s2s.audit_row('keys.add', '', 'keys.delete', 'key_id',
+        '{key_id,role,active_from,active_to,closed_at,is_default_tx,note,created_at,created_by}', '{}');
 create trigger s2s_keys_audit_change after update on s2s.s2s_keys for each row
     when (old.* is distinct from new.*)
-    execute function s2s.audit_row('', 'keys.change', '', 'key_id', '{}', '{key_b64}');
+    execute function s2s.audit_row('', 'keys.change', '', 'key_id',
+        '{key_id,role,active_from,active_to,closed_at,is_default_tx,note,created_at,created_by}', '{key_b64}');
 -- config_history has each change of a value. The audit also has settings that are added or removed, and other bounds.
 create trigger config_audit after insert or delete on s2s.config for each row
     -- A release declares its settings at each migration.
     when (s2s.action('') <> 'config.declare')
-    execute function s2s.audit_row('config.add', '', 'config.delete', 'key', '{version}', '{}');
+    execute function s2s.audit_row('config.add', '', 'config.delete', 'key',
+        '{key,value,type,min,max,description}', '{}');
 create trigger config_audit_change after update on s2s.config for each row
     when ((old.key, old.type, old.min, old.max) is distinct from (new.key, new.type, new.min, new.max))
-    execute function s2s.audit_row('', 'config.change', '', 'key', '{version}', '{}');
+    execute function s2s.audit_row('', 'config.change', '', 'key',
+        '{key,value,type,min,max,description}', '{}');
 create trigger config_history_audit_change after update on s2s.config_history for each row
     when (old.* is distinct from new.*)
     execute function s2s.audit_row('', 'config_history.change', '', 'key', '{}', '{}');
@@ -446,29 +451,35 @@ create trigger orders_audit_change
 create trigger orders_audit_delete after delete on s2s.orders for each row
     execute function s2s.audit_row('', '', 'orders.delete', 'order_id', '{}', '{}');
 
--- The audit of a TRUNCATE. Arguments: the action, the column that names a row, and the columns that are never told.
+-- The audit of a TRUNCATE. Arguments: the action, the column that names a row, and the columns that are told ({}: all).
 create function s2s.audit_truncate() returns trigger language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
     execute format('insert into s2s.audit (actor, action, subject, result) select s2s.actor(), $1, t.%I::text,'
-        ' jsonb_build_object(''was'', to_jsonb(t) - $2) from %I.%I t', tg_argv[1], tg_table_schema, tg_table_name)
+        ' jsonb_build_object(''was'', s2s.changed(to_jsonb(t), ''{}'', $2)) from %I.%I t',
+        tg_argv[1], tg_table_schema, tg_table_name)
         using s2s.action(tg_argv[0]), tg_argv[2]::text[];
     return null;
 end
 $$;
 create trigger s2s_keys_audit_truncate before truncate on s2s.s2s_keys
-    for each statement execute function s2s.audit_truncate('keys.delete', 'key_id', '{key_b64}');
+    for each statement execute function s2s.audit_truncate('keys.delete', 'key_id',
+        '{key_id,role,active_from,active_to,closed_at,is_default_tx,note,created_at,created_by}');
 create trigger api_tokens_audit_truncate before truncate on s2s.api_tokens
-    for each statement execute function s2s.audit_truncate('tokens.revoke', 'name', '{name,token_sha256}');
+    for each statement execute function s2s.audit_truncate('tokens.revoke', 'name',
+        '{role,note,created_at,created_by,expires_at}');
 create trigger engines_audit_truncate before truncate on s2s.engines
-    for each statement execute function s2s.audit_truncate('engine.wanted', 'name', '{name}');
+    for each statement execute function s2s.audit_truncate('engine.wanted', 'name', '{wanted,reason,changed_at}');
 create trigger config_audit_truncate before truncate on s2s.config
-    for each statement execute function s2s.audit_truncate('config.delete', 'key', '{key}');
+    for each statement execute function s2s.audit_truncate('config.delete', 'key',
+        '{value,type,min,max,description,version}');
 create trigger config_version_audit_truncate before truncate on s2s.config_version
-    for each statement execute function s2s.audit_truncate('config.version', 'version', '{only_row}');
+    for each statement execute function s2s.audit_truncate('config.version', 'version', '{version}');
 create trigger config_history_audit_truncate before truncate on s2s.config_history
     for each statement execute function s2s.audit_truncate('config_history.delete', 'key', '{}');
 create trigger orders_audit_truncate before truncate on s2s.orders
-    for each statement execute function s2s.audit_truncate('orders.delete', 'order_id', '{order_id}');
+    for each statement execute function s2s.audit_truncate('orders.delete', 'order_id',
+        '{rpc,params,actor,idem_key,status,result,state,attempts,retry_at,engine,way,created_at,stepped_at,
+        started_at,finished_at}');
 
 -- An order has two entries: one as it is given, and one with its result.
 create function s2s.audit_order() returns trigger language plpgsql set search_path = pg_catalog, pg_temp as $$
@@ -538,14 +549,15 @@ create trigger steering_answered after update of answered_at on s2s.steering for
     when (new.answered_at is distinct from old.answered_at and new.type <> 's2s.health.check')
     execute function s2s.audit_steering();
 
--- Never the hash.
+-- Never the hash, nor a column that a DBA has added.
 create function s2s.audit_token() returns trigger language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
     token s2s.api_tokens := case tg_op when 'DELETE' then old else new end;
 begin
     insert into s2s.audit (actor, action, subject, params)
     values (s2s.actor(), s2s.action(case tg_op when 'INSERT' then 'tokens.add' when 'UPDATE' then 'tokens.change'
-        else 'tokens.revoke' end), token.name, to_jsonb(token) - '{name,token_sha256,created_at,created_by}'::text[]);
+        else 'tokens.revoke' end), token.name,
+        jsonb_build_object('role', token.role, 'note', token.note, 'expires_at', token.expires_at));
     return null;
 end
 $$;
