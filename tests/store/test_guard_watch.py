@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import psycopg2
 from twisted.internet import reactor
 from twisted.logger import capturedLogs, formatEvent
 
+from s2s.errors import StatementRefused
 from s2s.runtime.clock import Clock
-from s2s.store.monitors import guard_watch
+from s2s.store.monitors import guard_watch, probe
 from s2s.store.monitors.guard_watch import GuardWatch
 from s2s.store.pool import blocking
 from tests.cli.test_cli import CliTestCase
@@ -55,7 +57,7 @@ class GuardWatchTests(DatabaseTestCase):
     def test_each_trial(self) -> None:
         """A trigger that keeps all rows of a table is found by a trial, which leaves nothing behind."""
         self.execute(_KEEP)
-        for table, (_, column) in guard_watch._TRIALS.items():
+        for table, (_, column, _) in guard_watch._TRIALS.items():
             for when in ("insert", "update", "delete") if column else ("insert",):
                 with self.subTest(table=table, when=when):
                     self.execute(f"create trigger stop before {when} on {table} for each row execute function keep()")
@@ -63,6 +65,37 @@ class GuardWatchTests(DatabaseTestCase):
                     self.assertIn(f"({when} on {table})", line)
                     self.execute(f"drop trigger stop on {table}")
                     self.assertEqual(self.execute(f"select count(*) from {table}"), [(0,)])
+
+    def test_the_old_row(self) -> None:
+        """A trigger that returns the old row keeps an update out, as a trial and the probe see."""
+        self.execute(
+            "create function old_row() returns trigger language plpgsql set search_path from current as $$ begin"
+            " return old; end $$"
+        )
+        changed = {table for table, (_, column, _) in guard_watch._TRIALS.items() if column}
+        for table in sorted(changed | {"s2s.batch_notes"}):
+            with self.subTest(table=table):
+                self.execute(f"create trigger stop before update on {table} for each row execute function old_row()")
+                if table in changed:
+                    self.assertIn(f"(update on {table})", "".join(self.look()))
+                if table in ("s2s.commands", "s2s.batch_notes"):
+                    with (
+                        self.assertRaisesRegex(StatementRefused, "update on .*drop trigger"),
+                        blocking(self.url) as txn,
+                    ):
+                        probe.check(txn)
+                self.execute(f"drop trigger stop on {table}")
+
+    def test_a_locked_table(self) -> None:
+        """A table that another session has locked is left out, and the others are tried."""
+        self.execute(_KEEP)
+        for table in ("broadcasts", "outbox"):
+            self.execute(f"create trigger stop before delete on s2s.{table} for each row execute function keep()")
+        holder = psycopg2.connect(self.url)
+        self.addCleanup(holder.close)
+        holder.cursor().execute("lock table s2s.broadcasts in share mode")
+        [line] = self.look()
+        self.assertIn("(delete on s2s.outbox)", line)
 
     def test_what_does_no_harm(self) -> None:
         """A trigger that returns its row, and one that is disabled, keep nothing."""

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Final, NoReturn
+from typing import Final
+
+import psycopg2
 
 from s2s.errors import StatementRefused
 from s2s.runtime.clock import Clock
 from s2s.store import kept_rows, migrations
-from s2s.store.driver import Cursor, refusable
+from s2s.store.driver import Cursor, is_broken
 from s2s.store.kept_rows import Guard, check_written
+from s2s.store.lock_wait import trial
 from s2s.store.monitors.periodic import Periodic
 from s2s.store.pool import Database
 
-#: Milliseconds that a trial waits for a lock that another session holds.
-_LOCK_MS: Final = 1000
-#: Rows that are written, changed and removed on trial, by table: what inserts one, and a column to set.
+#: Rows that are written, changed and removed on trial, by table: what inserts one, a column to set, and its new value.
 _TRIALS: Final = {
-    "s2s.audit": ("(actor, action) values ('s2s.probe', 's2s.probe')", ""),
-    "s2s.broadcasts": ("(message) values ('s2s.probe')", "message"),
-    "s2s.commands": ("(cmd_type, idem_key, payload, status) values ('s2s.probe', 's2s.probe', '{}', 'done')", "status"),
-    "s2s.idempotency_keys": ("values (gen_random_uuid()::text, sha256('probe'), 0)", "cmd_id"),
-    "s2s.outbox": ("(cmd_type, idem_key, payload) values ('s2s.probe', 's2s.probe', '{}')", "attempts"),
+    "s2s.audit": ("(actor, action) values ('s2s.probe', 's2s.probe')", "", ""),
+    "s2s.broadcasts": ("(message) values ('s2s.probe')", "message", "'s2s.other'"),
+    "s2s.commands": (
+        "(cmd_type, idem_key, payload, status) values ('s2s.probe', 's2s.probe', '{}', 'done')",
+        "status",
+        "'dead'",
+    ),
+    "s2s.idempotency_keys": ("values (gen_random_uuid()::text, sha256('probe'), 0)", "cmd_id", "1"),
+    "s2s.outbox": ("(cmd_type, idem_key, payload) values ('s2s.probe', 's2s.probe', '{}')", "attempts", "1"),
     "s2s.steering": (
         "(engine, type, payload, actor, expires_at) values ('s2s.probe', 's2s.probe', '{}', 's2s.probe', now())",
         "engine",
+        "'s2s.other'",
     ),
 }
-
-
-class _Undone(Exception):
-    """A trial is over: what it has written goes."""
 
 
 class GuardWatch(Periodic):
@@ -76,27 +78,31 @@ def look(txn: Cursor) -> tuple[list[Guard], list[str]]:
     kept = [f"{guard}: {guard.cure}" for guard in found if guard.kind == "rule"]
     for table in sorted({guard.table for guard in found if guard.kind != "rule"} & _TRIALS.keys()):
         try:
-            with refusable(txn):
+            with trial(txn):
                 _try(txn, table)
-        except _Undone:
-            pass
         except StatementRefused as refused:
+            kept.append(str(refused))
+        except psycopg2.Error:
             # A lock, or a constraint of another hand, says nothing.
-            if refused.state == kept_rows.STATE:
-                kept.append(str(refused))
+            if is_broken(txn.connection):
+                raise
     return found, kept
 
 
-def _try(txn: Cursor, table: str) -> NoReturn:
-    values, column = _TRIALS[table]
-    txn.execute(f"set local lock_timeout = {_LOCK_MS}")
+def _try(txn: Cursor, table: str) -> None:
+    values, column, value = _TRIALS[table]
     txn.execute(f"insert into {table} {values} returning ctid::text")
     check_written(txn, "insert", table)
     ((place,),) = txn.fetchall()
     if column:
-        txn.execute(f"update {table} set {column} = {column} where ctid = %s::tid returning ctid::text", (place,))  # noqa: S608
+        txn.execute(
+            f"update {table} set {column} = {value} where ctid = %s::tid returning ctid::text, {column} = {value}",  # noqa: S608
+            (place,),
+        )
         check_written(txn, "update", table)
-        ((place,),) = txn.fetchall()
+        ((place, is_set),) = txn.fetchall()
+        # A trigger that returns the old row lets the statement count it as written.
+        if not is_set:
+            raise kept_rows.refusal(txn, "update", table)
         txn.execute(f"delete from {table} where ctid = %s::tid", (place,))  # noqa: S608
         check_written(txn, "delete", table)
-    raise _Undone

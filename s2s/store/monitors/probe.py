@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Final
 
 from s2s.store.driver import Cursor
-from s2s.store.kept_rows import Verb, check_written
+from s2s.store.kept_rows import Verb, check_written, refusal
+from s2s.store.lock_wait import trial
 from s2s.store.monitors import notify_queue
 
-#: Milliseconds that the probe waits for a lock that another session holds.
-LOCK_MS: Final = 1000
+#: An update returns whether its value is there: a trigger that returns the old row lets it count the row as written.
 _WRITES: Final[tuple[tuple[Verb, str, str], ...]] = (
     (
         "insert",
@@ -30,7 +30,7 @@ _WRITES: Final[tuple[tuple[Verb, str, str], ...]] = (
         "update",
         "s2s.commands",
         "update s2s.commands set status = 'done' where cmd_id = (select cmd_id from s2s.commands"
-        " where cmd_id = currval('s2s.commands_cmd_id_seq') for update)",
+        " where cmd_id = currval('s2s.commands_cmd_id_seq') for update) returning status = 'done'",
     ),
     (
         "insert",
@@ -40,7 +40,8 @@ _WRITES: Final[tuple[tuple[Verb, str, str], ...]] = (
     (
         "update",
         "s2s.batch_notes",
-        "update s2s.batch_notes set cmd_ids = '{1}' where boot_id = 's2s.probe ' || pg_backend_pid()",
+        "update s2s.batch_notes set cmd_ids = '{1}' where boot_id = 's2s.probe ' || pg_backend_pid()"
+        " returning cmd_ids = '{1}'",
     ),
     ("delete", "s2s.batch_notes", "delete from s2s.batch_notes where boot_id = 's2s.probe ' || pg_backend_pid()"),
 )
@@ -52,8 +53,9 @@ def check(txn: Cursor) -> None:
     :raises DatabaseError: the database refuses a write, by way of the pool, or would refuse each notification.
     """
     notify_queue.check(txn)
-    txn.execute(f"savepoint s2s_probe; set local lock_timeout = {LOCK_MS}")
-    for verb, table, statement in _WRITES:
-        txn.execute(statement)
-        check_written(txn, verb, table)
-    txn.execute("rollback to savepoint s2s_probe; release savepoint s2s_probe")
+    with trial(txn):
+        for verb, table, statement in _WRITES:
+            txn.execute(statement)
+            check_written(txn, verb, table)
+            if verb == "update" and txn.fetchone() != (True,):
+                raise refusal(txn, verb, table)
