@@ -77,6 +77,25 @@ class RowWatchTests(DatabaseTestCase):
         self.hold("insert into s2s.outbox (cmd_type, idem_key, payload) values ('a.b', 'new', '{}')")
         self.assertEqual(self.look(), [])
 
+    async def test_a_handler_of_ours(self) -> None:
+        """A session of ours whose transaction lasts is named too, but not for the row of the job that it runs."""
+        holder = self.hold("lock table s2s.broadcasts; select * from s2s.commands for update", "s2s-server handlers")
+        self.hold("select * from s2s.jobs for update", "s2s-engine handlers")
+        waiting = psycopg2.connect(self.url, application_name="s2s-engine", async_=True)
+        self.addCleanup(waiting.close)
+        wait_select(waiting)
+        waiting.cursor().execute("insert into s2s.broadcasts (message) values ('x')")
+        await poll(lambda: self.execute("select 1 from pg_locks where not granted"), "the wait")
+        self.assertEqual(self.look(), [])
+        self.patch(held_rows, "YOUNG_S", 0)
+        with blocking(self.url) as txn:
+            found = held_rows.look(txn, ["s2s.commands", "s2s.jobs"], 0.0, 0.0)
+        locked, awaited = map(str, found.values())
+        self.assertIn("2 rows of s2s.commands are due and locked by another session: pid", locked)
+        self.assertIn("1 sessions of s2s wait for what another session has locked: pid", awaited)
+        for line in (locked, awaited):
+            self.assertIn(f"pid {holder.info.backend_pid} holds them (s2s-server handlers, ", line)
+
     async def test_what_sessions_wait_for(self) -> None:
         """A look reports a session of ours that waits for a lock of another program, but no wait for a lock of ours."""
         ours = psycopg2.connect(self.url, application_name="s2s-server", async_=True)

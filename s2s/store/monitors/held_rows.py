@@ -1,4 +1,7 @@
-"""Locks of other programs: on due rows, which our looks skip, and those for which sessions of ours wait."""
+"""Locks of other programs, and those that a handler of ours holds for long.
+
+They are on due rows, which our looks skip, or sessions of ours wait for them.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,18 @@ _DUE: Final = {
 #: What each role works on.
 TABLES: Final = {"server": ("s2s.commands",), "engine": ("s2s.jobs", "s2s.orders", "s2s.outbox", "s2s.broadcasts")}
 
+#: Seconds of a transaction below which a session of ours is never named. Work of our own takes less; what a handler, a
+#: job or an order does may take longer.
+YOUNG_S: Final = 10
+_IS_FOREIGN: Final = "coalesce(session.application_name, '') not like 's2s-%%'"
+#: One of ours that waits for a lock itself is only queued before the other.
+_IS_OLD: Final = (
+    "session.xact_start < now() - %(young_s)s * interval '1 second' and session.wait_event_type is distinct from 'Lock'"
+)
 #: Seconds after which the wait of one of our statements for a lock is logged.
 _WAITS_S: Final = 3
-# A lock of a row comes with one of the table. The pid of a prepared transaction is null.
+# A lock of a row comes with one of the table. The pid of a prepared transaction is null. The row of a job or an order
+# that runs is locked by a session of ours for as long as it runs.
 _HOLDERS: Final = f"""
 select t.name, coalesce(l.pid, 0), {HOLDER}
 from unnest(%(tables)s::text[]) t (name)
@@ -42,7 +54,7 @@ join pg_locks l on l.locktype = 'relation' and l.granted and l.relation = to_reg
     and l.database = (select oid from pg_database where datname = current_database())
 left join pg_stat_activity session using (pid)
 where l.mode in ('RowShareLock', 'RowExclusiveLock') and l.pid is distinct from pg_backend_pid()
-    and coalesce(session.application_name, '') not like 's2s-%%'
+    and ({_IS_FOREIGN} or {_IS_OLD} and t.name not in ('s2s.jobs', 's2s.orders'))
     and coalesce(session.xact_start, '-infinity') < {_BEFORE}
 order by session.xact_start
 """  # noqa: S608 - of constants, as below
@@ -55,7 +67,7 @@ from pg_stat_activity w cross join unnest(pg_blocking_pids(w.pid)) blocker (pid)
 left join pg_stat_activity session on session.pid = blocker.pid
 where w.datname = current_database() and w.application_name like 's2s-%%' and w.wait_event_type = 'Lock'
     and w.query_start < now() - %(waits_s)s * interval '1 second'
-    and coalesce(session.application_name, '') not like 's2s-%%'
+    and ({_IS_FOREIGN} or {_IS_OLD})
 order by session.xact_start
 """  # noqa: S608
 
@@ -99,7 +111,7 @@ def look(
     :returns: by their subject.
     """
     txn.execute(f"set local statement_timeout = {_LOOK_MS}")
-    txn.execute(_HOLDERS, {"tables": list(tables), "waiting_s": waiting_s})
+    txn.execute(_HOLDERS, {"tables": list(tables), "waiting_s": waiting_s, "young_s": YOUNG_S})
     holders: dict[str, dict[int, str]] = {}
     for table, *holder in txn.fetchall():
         holders.setdefault(table, {})[holder[0]] = describe_holder(*holder)
@@ -107,7 +119,7 @@ def look(
         Held(f"rows of {table} are due and locked by another session", _locked(txn, table, waiting_s), pids)
         for table, pids in holders.items()
     ]
-    txn.execute(_AWAITED, {"waits_s": waits_s})
+    txn.execute(_AWAITED, {"waits_s": waits_s, "young_s": YOUNG_S})
     awaited = txn.fetchall()
     found.append(
         Held(
