@@ -135,7 +135,8 @@ class Link(Int32StringReceiver):
         self._counters = counters
         self._strangers = strangers
         self._peer_lines = peer_lines
-        #: By what the peer is counted among others.
+        #: By what the peer is counted among others. Behind a proxy it is the proxy's until something has come: the
+        #: address of the peer stands in front of that.
         self.network = ""
         #: Bytes that came, until a frame was valid; and how many times they wait to be taken.
         self._strange_bytes = 0
@@ -210,6 +211,8 @@ class Link(Int32StringReceiver):
     def _take_in_turn(self, data: bytes) -> None:
         """Stop reading, and taking what was read, until a stranger's bytes have their turn."""
         before, self._strange_bytes = self._strange_bytes, self._strange_bytes + len(data)
+        if not before:
+            self.network = peer_network(self.transport)
         if not self._strangers.may_take(self.network, before, data, lambda: self.session.is_open, self._have_turn):
             self._waits += 1
             self._read_pause.pause("stranger")

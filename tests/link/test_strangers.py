@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import socket
 from collections import Counter as Count
 from functools import partial
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twisted.internet import reactor
 from twisted.internet.address import IPv4Address
 from twisted.internet.task import Clock as FakeClock
 from twisted.internet.testing import StringTransport
 from twisted.logger import formatEvent, globalLogPublisher
-from twisted.trial.unittest import SynchronousTestCase
+from twisted.protocols.haproxy._wrapper import HAProxyWrappingFactory
+from twisted.trial.unittest import SynchronousTestCase, TestCase
 
+from s2s.link import factory
 from s2s.link.dispatcher import Dispatcher
 from s2s.link.factory import MAX_SILENT, LinkFactory, ServerLinks
 from s2s.link.strangers import FIRST_BYTES, FIRST_RATE, LEAST_BYTES, RATE, Strangers, weight
@@ -25,6 +29,7 @@ from s2s.protocol.signing import Key, Keyring, Secret
 from s2s.runtime.budget import BURST_S, network
 from s2s.runtime.clock import Clock
 from s2s.runtime.line_quota import MOST_TOLD, PERIOD_S, TOLD
+from tests.support.waiting import PATIENCE_S, poll
 
 _NOW = 1_737_990_000
 _KEY = Key("k1", Secret(bytes(range(32))), "any", 0.0)
@@ -298,3 +303,37 @@ class LinkTests(SynchronousTestCase):
         self.assertEqual(len([line for line in self.lines if "refused, unsupported_type" in line]), MOST_TOLD)
         self.time.advance(PERIOD_S)
         self.assertIn(f"refused more frames: {MOST_TOLD} unsupported_type", self.lines[-1])
+
+
+class ProxiedTests(TestCase):
+    """Links behind a proxy, over real sockets."""
+
+    def setUp(self) -> None:
+        """Listen behind a PROXY header, with room for five silent links."""
+        self.patch(factory, "MAX_SILENT", 5)
+        clock = Clock(reactor)
+        keys: Any = type("Keys", (), {"keyring": Keyring([_KEY])})()
+        self.links = ServerLinks(Counters(), clock, lambda _: None)
+        made = LinkFactory("server", Dispatcher(keys, {}, clock), keys, clock, self.links)
+        self.addCleanup(made.tell_rest)
+        self.port = reactor.listenTCP(0, HAProxyWrappingFactory(made), interface="127.0.0.1")
+        self.addCleanup(self.port.stopListening)
+        self.addCleanup(poll, lambda: not len(self.links), "the links are gone")
+        self.addCleanup(self.links.close_all, "the test ends")
+
+    async def connect(self, host: str) -> Any:
+        """Connect through the proxy from an address, with the first byte of a frame."""
+        before = set(self.links)
+        peer = socket.create_connection(("127.0.0.1", self.port.getHost().port), PATIENCE_S)
+        self.addCleanup(peer.close)
+        peer.sendall(f"PROXY TCP4 {host} 127.0.0.1 5 5\r\n\0".encode())
+        return await poll(lambda: [each for each in set(self.links) - before if each.recvd], "its byte is here")
+
+    async def test_an_address_is_the_one_of_the_peer(self) -> None:
+        """Behind a proxy a flood of one address closes its own silent links, and none of another address."""
+        [engine] = await self.connect("192.0.2.7")
+        for _ in range(8):
+            await self.connect("192.0.2.1")
+        self.assertEqual(engine.network, "192.0.2.7")
+        self.assertTrue(engine.session.is_open)
+        self.assertEqual(Count(each.network for each in self.links if each.session.is_open)["192.0.2.1"], 4)
