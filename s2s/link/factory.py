@@ -14,7 +14,7 @@ from twisted.logger import Logger
 from s2s.errors import Forbidden, harmless
 from s2s.link.connection import Link, LinkEvents
 from s2s.link.dispatcher import Dispatcher, KeySource
-from s2s.link.peer_lines import PeerLines
+from s2s.link.peer_lines import FRAMES, PeerLines
 from s2s.link.strangers import Strangers
 from s2s.protocol.limits import Bounds, Counters, Timing
 from s2s.protocol.replay import ReplayCache
@@ -52,11 +52,21 @@ class LinkFactory(Factory):
     counters: Counters = field(default_factory=Counters)
 
     noisy = False
+    log = Logger()
 
     def __post_init__(self) -> None:
-        self.replay = ReplayCache(self.clock.mono(), on_full=lambda: self.counters.meet("replay_cache"))
+        self.replay = ReplayCache(self.clock.mono(), on_full=self._replay_is_full)
         self.strangers = Strangers(self.clock, self.counters)
         self.peer_lines = PeerLines(self.clock)
+
+    def _replay_is_full(self, key_id: str) -> None:
+        self.counters.meet("replay_cache")
+        if self.peer_lines.may_tell(f"the key {key_id}", FRAMES, "the replay cache has no room"):
+            self.log.warn(
+                "requests signed by the key {key_id} are refused: it has sent so many that the replay cache has no room"
+                " for more of it: see which process sends them, or s2s keys revoke",
+                key_id=key_id,
+            )
 
     def tell_rest(self) -> None:
         """Tell of peers and strangers what had no line yet."""

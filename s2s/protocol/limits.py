@@ -63,7 +63,7 @@ MET: Final = {
     "silence": "links cut because the peer answered no health check",
     "ts_skew": "links closed after ts_skew in a row",
     "unsigned_errors": "links closed after unsigned errors",
-    "replay_cache": "requests refused because the replay cache is full",
+    "replay_cache": "requests refused because the replay cache has no room for more of their key",
     "links": "connections closed because there are too many",
     "silent_links": "silent connections closed to make room for newer ones",
     "strangers": "times that a link without a valid frame had to wait until its bytes were taken",

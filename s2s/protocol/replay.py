@@ -16,12 +16,13 @@ class ReplayCache:
 
     An entry stays for two windows at least, by the monotonic clock: a request dated a window ahead is fresh for two.
     Two generations of sets make that cheap: a new one begins every two windows and the last but one is dropped whole.
-    When both are full further requests are refused; nothing is forgotten early, since what a flood can push out can be
-    replayed.
+    Where there is no room further requests are refused; nothing is forgotten early, since what a flood can push out can
+    be replayed. A key has at most as many entries as are free: one key can fill half of the cache, the next
+    one a quarter.
 
     :param mono: the monotonic clock, in seconds.
     :param window_s: the freshness window in seconds.
-    :param on_full: called when a request is refused for want of room.
+    :param on_full: called with the ``key_id`` when a request is refused for want of room.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class ReplayCache:
         mono: float,
         window_s: float = number("link.fresh_s"),
         capacity: int = CAPACITY,
-        on_full: Callable[[], object] = lambda: None,
+        on_full: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._window_s = self._window_before_s = window_s
         self._resized_at = mono
@@ -38,12 +39,14 @@ class ReplayCache:
         self._capacity = capacity
         self._on_full = on_full
         self._is_used = False
-        self._young: set[tuple[str, str]] = set()
-        self._old: set[tuple[str, str]] = set()
+        #: The ids by key.
+        self._young: dict[str, set[str]] = {}
+        self._old: dict[str, set[str]] = {}
+        self._young_count = self._old_count = 0
         self._turn_at = mono + self._keep_s
 
     def __len__(self) -> int:
-        return len(self._young) + len(self._old)
+        return self._young_count + self._old_count
 
     def window(self, mono: float) -> float:
         """Give the seconds that a request's ``ts`` may differ from our clock.
@@ -79,15 +82,21 @@ class ReplayCache:
         """
         if mono >= self._turn_at:
             # After a long silence both generations are over their time.
-            self._old = self._young if mono < self._turn_at + self._keep_s else set()
-            self._young = set()
+            is_old = mono < self._turn_at + self._keep_s
+            self._old, self._old_count = (self._young, self._young_count) if is_old else ({}, 0)
+            self._young, self._young_count = {}, 0
             self._turn_at = mono + self._keep_s
         self._is_used = True
-        entry = (key_id, message_id)
-        if entry in self._young or entry in self._old:
+        young, old = self._young.get(key_id, _NONE), self._old.get(key_id, _NONE)
+        if message_id in young or message_id in old:
             raise Replay("this request was seen before")
-        if len(self) >= self._capacity:
-            self._on_full()
+        held = len(young) + len(old)
+        if held >= self._capacity - len(self):
+            self._on_full(key_id)
             wait_ms = max(1, int((self._turn_at - mono) * 1000))
-            raise Overloaded("the replay cache is full", limit=self._capacity, retry_after_ms=wait_ms)
-        self._young.add(entry)
+            raise Overloaded("the replay cache has no room for more of this key", limit=held, retry_after_ms=wait_ms)
+        self._young.setdefault(key_id, set()).add(message_id)
+        self._young_count += 1
+
+
+_NONE: Final[frozenset[str]] = frozenset()

@@ -6,17 +6,17 @@ from typing import Any
 
 from twisted.internet.task import Clock as FakeClock
 from twisted.internet.testing import StringTransport
-from twisted.logger import globalLogPublisher
+from twisted.logger import formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s.errors import WireError
+from s2s.errors import Overloaded, WireError
 from s2s.link import factory
 from s2s.link.dispatcher import Dispatcher
 from s2s.link.factory import MAX_LINKS, MAX_SILENT, LinkFactory, ServerLinks
 from s2s.protocol.limits import Bounds, Counters, Timing
 from s2s.protocol.signing import Key, Keyring, Secret
 from s2s.runtime.clock import Clock
-from s2s.runtime.line_quota import PERIOD_S, TOLD
+from s2s.runtime.line_quota import MOST_TOLD, PERIOD_S, TOLD
 
 
 class _Session:
@@ -286,6 +286,19 @@ class LinkFactoryTests(SynchronousTestCase):
         self.assertIsNot(one.session, two.session)
         self.assertEqual((one.MAX_LENGTH, one.session.max_frame, one.session.role), (8192, 8192, "server"))
         self.assertEqual(len(self.links), 2)
+
+    def test_a_key_that_floods_the_replay_cache(self) -> None:
+        """The log names the key whose requests find no room in the replay cache, in a few lines a minute."""
+        lines: list[str] = []
+        observer = lambda event: lines.append(str(formatEvent(event)))  # noqa: E731
+        globalLogPublisher.addObserver(observer)
+        self.addCleanup(globalLogPublisher.removeObserver, observer)
+        self.factory.replay._capacity = 2
+        self.factory.replay.enter("k1", "a", 0.0)
+        for _ in range(100):
+            self.assertRaises(Overloaded, self.factory.replay.enter, "k1", "b", 0.0)
+        self.assertEqual((len(lines), self.factory.counters.met["replay_cache"]), (MOST_TOLD, 100))
+        self.assertIn("requests signed by the key k1 are refused", lines[0])
 
     def test_a_key_that_verifies_no_more(self) -> None:
         """Links whose peer signed last with a key that does not verify are closed, with why; the others stay."""

@@ -107,8 +107,8 @@ class ReplayCacheTests(SynchronousTestCase):
         self.assertEqual([cache.window(at) for at in (20.0, 120.0, 220.0, 999.0)], [100, 200, 300, 300])
 
     def test_a_flood_pushes_nothing_out(self) -> None:
-        """At capacity further requests are overloaded, told how long to wait, and what was seen stays seen."""
-        cache = ReplayCache(0.0, _W, capacity=10)
+        """Where a key has no room its requests are overloaded, told how long to wait, and what was seen stays seen."""
+        cache = ReplayCache(0.0, _W, capacity=20)
         for number in range(10):
             cache.enter("k", str(number), 1.0)
         error = self.assertRaises(Overloaded, cache.enter, "k", "new", 100.0)
@@ -121,6 +121,22 @@ class ReplayCacheTests(SynchronousTestCase):
         self.assertRaises(Overloaded, cache.enter, "k", "new", 700.0)
         self.assertRaises(Replay, cache.enter, "k", "0", 1199.0)
         cache.enter("k", "new", 1310.0)
+
+    def test_one_key_leaves_room_to_others(self) -> None:
+        """Keys that flood the cache, one after the other, are refused by name, and a further key is not."""
+        refused: list[str] = []
+        cache = ReplayCache(0.0, _W, capacity=1000, on_full=refused.append)
+        for key_id, most in (("k1", 500), ("k2", 250), ("k3", 125)):
+            for number in range(most):
+                cache.enter(key_id, str(number), 1.0)
+            self.assertRaises(Overloaded, cache.enter, key_id, "new", 1.0)
+        for number in range(60):
+            cache.enter("engine", str(number), 650.0)
+        self.assertEqual(refused, ["k1", "k2", "k3"])
+        self.assertRaises(Replay, cache.enter, "k1", "0", 700.0)
+        self.assertEqual(len(cache), 935)
+        cache.enter("k1", "0", 1300.0)
+        self.assertEqual(len(cache), 61)
 
     def test_refused_ones_are_not_entered(self) -> None:
         """What was refused as overloaded is taken later under the same id."""
