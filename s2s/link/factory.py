@@ -24,9 +24,12 @@ from s2s.runtime.clock import Clock
 from s2s.runtime.line_quota import LineQuota
 from s2s.runtime.status_log import LINK_UP, status_log
 
+#: Links at once, without those that are closing.
 MAX_LINKS: Final = 1000
 #: Of them without a valid frame yet.
 MAX_SILENT: Final = 100
+#: Links that are closing, which may take some seconds each; of more the oldest is cut.
+MAX_CLOSING: Final = 100
 #: Seconds between two lines about links of one engine that replace each other, which may happen many times a second.
 TELL_S: Final = 60.0
 #: Engines of which the log says in one minute, each with a few lines, that they came up.
@@ -161,21 +164,30 @@ class ServerLinks:
         return len(self._all)
 
     def link_made(self, link: Link) -> None:
-        """Keep both bounds; of the silent links one goes, so that silence cannot keep an engine out.
+        """Keep the bounds; of the silent links one goes, so that silence cannot keep an engine out.
 
         It is the oldest one of the address that has the most: a flood from one address costs the others none.
         """
-        if len(self._all) >= MAX_LINKS:
-            self._counters.meet("links")
-            link.close(f"there are {MAX_LINKS} links already")
-            return
+        closing = [each for each in self._all if not each.session.is_open]
+        if len(closing) >= MAX_CLOSING:
+            self._cut(closing[0], "links", closing[0].why)
         silent = [each for each in self._all if each.session.is_open and not each.session.has_been_heard]
-        if len(silent) >= MAX_SILENT:
-            self._counters.meet("silent_links")
+        is_full = len(self._all) - len(closing) >= MAX_LINKS
+        if len(silent) >= MAX_SILENT or (silent and is_full):
             [(crowd, _)] = Counter(each.network for each in silent).most_common(1)
             oldest = next(each for each in silent if each.network == crowd)
-            oldest.close(f"{MAX_SILENT} newer links are as silent")
+            self._cut(oldest, "silent_links", f"{len(silent)} newer links are as silent")
+        elif is_full:
+            self._counters.meet("links")
+            link.abort(f"there are {MAX_LINKS} links already")
+            return
         self._all[link] = None
+
+    def _cut(self, link: Link, met: str, why: str) -> None:
+        """Cut a link at once, which takes no place from now on: over TLS its end could wait for the peer."""
+        self._counters.meet(met)
+        self._all.pop(link)
+        link.abort(why)
 
     def link_proven(self, link: Link) -> None:
         """Count the engine as up; its new link replaces its old one."""

@@ -12,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from s2s.errors import Overloaded, WireError
 from s2s.link import factory
 from s2s.link.dispatcher import Dispatcher
-from s2s.link.factory import MAX_LINKS, MAX_SILENT, LinkFactory, ServerLinks
+from s2s.link.factory import MAX_CLOSING, MAX_LINKS, MAX_SILENT, LinkFactory, ServerLinks
 from s2s.protocol.limits import Bounds, Counters, Timing
 from s2s.protocol.signing import Key, Keyring, Secret
 from s2s.runtime.clock import Clock
@@ -38,6 +38,7 @@ class _Link:
         self.why = "the connection was lost"
         self.has_told = False
         self.closed: str | None = None
+        self.is_cut = False
         self.dismissed: WireError | None = None
 
     def may_tell(self, why: str) -> bool:
@@ -49,6 +50,11 @@ class _Link:
         if self.session.is_open:
             self.session.is_open = False
             self.closed = self.why = why
+
+    def abort(self, why: str) -> None:
+        """Close and cut."""
+        self.is_cut = True
+        self.close(why)
 
     def dismiss(self, error: WireError, why: str) -> None:
         """Close with an error."""
@@ -229,6 +235,30 @@ class ServerLinksTests(SynchronousTestCase):
         silent = [self.made() for _ in range(MAX_SILENT + 30)]
         self.assertEqual([link.closed is not None for link in silent], [True] * 30 + [False] * MAX_SILENT)
 
+    def test_silent_links_take_no_place_once_they_are_cut(self) -> None:
+        """Silent links that go are cut at once: however many come before one of them has ended, an engine gets in."""
+        flood = [self.made() for _ in range(2 * MAX_LINKS)]
+        self.assertTrue(all(link.is_cut for link in flood if link.closed))
+        self.assertEqual(len(self.links), MAX_SILENT)
+        self.assertIsNone(self.made("k1").closed)
+
+    def test_closing_links_have_a_bound(self) -> None:
+        """Links that are closing keep nobody out, and of more than 100 the oldest is cut."""
+        made = [self.made("k1") for _ in range(MAX_LINKS)]
+        for link in made[: MAX_CLOSING + 50]:
+            link.close("a frame was refused")
+        new = [self.made("k1") for _ in range(MAX_CLOSING + 50)]
+        self.assertEqual([link for link in new if link.closed], [])
+        self.assertEqual(sum(link.is_cut for link in made), 51)
+        self.assertEqual(len(self.links), MAX_LINKS + 99)
+
+    def test_a_silent_link_makes_room(self) -> None:
+        """Where there are 1,000 links and one of them is silent, that one goes for a new one."""
+        stranger = self.made()
+        made = [self.made("k1") for _ in range(MAX_LINKS)]
+        self.assertTrue(stranger.is_cut)
+        self.assertEqual([link for link in made if link.closed], [])
+
     def test_a_link_heard_in_time(self) -> None:
         """A silent link that was heard meanwhile is not closed for being the oldest."""
         silent = [self.made() for _ in range(MAX_SILENT)]
@@ -250,7 +280,7 @@ class ServerLinksTests(SynchronousTestCase):
 
     def test_numbers(self) -> None:
         """The bounds are the protocol's."""
-        self.assertEqual((factory.MAX_LINKS, factory.MAX_SILENT), (1000, 100))
+        self.assertEqual((factory.MAX_LINKS, factory.MAX_SILENT, factory.MAX_CLOSING), (1000, 100, 100))
 
 
 class LinkFactoryTests(SynchronousTestCase):
@@ -314,9 +344,9 @@ class LinkFactoryTests(SynchronousTestCase):
         self.assertIn("the key later is not active yet, but in ", made[3].why)
 
     def test_a_hundred_silent_connections(self) -> None:
-        """Of 130 silent connections 30 are closed at once, the rest when nobody answers, and nothing is left."""
+        """Of 130 silent connections 30 are cut at once, the rest when nobody answers, and nothing is left."""
         made = [self.connect() for _ in range(130)]
-        self.assertEqual([transport.disconnecting for _, transport in made], [True] * 30 + [False] * 100)
+        self.assertEqual([transport.disconnected for _, transport in made], [True] * 30 + [False] * 100)
         self.time.advance(2.0)
         self.assertTrue(all(transport.disconnecting for _, transport in made))
         self.time.advance(1.0)
