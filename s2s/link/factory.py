@@ -236,18 +236,25 @@ class ServerLinks:
             del self._replaced[next(iter(self._replaced))]
         self._replaced[identity] = (self._clock.mono(), 0) if is_told else (told_at, count + 1)
         old.has_told |= not is_told
-        if old.peer.get("boot_id") == link.peer.get("boot_id"):
+        boot_ids = {each.peer.get("boot_id") for each in (old, link)}
+        # Without a boot_id nothing tells a restart from another process but a link over which frames still come.
+        is_same = old.session.is_checking if boot_ids == {None} else len(boot_ids) == 1
+        if is_same:
             old.close("the same engine has a newer link")
             return is_told
+        foreign = "give each a name of its own, and a boot_id, in its health ack"
+        cure = foreign if boot_ids == {None} else "give each a --name of its own"
         if is_told and old.session.is_open:
             self.log.warn(
                 "{link}: replaces the link of another process, as {count} others did since it was last told; "
-                "if both run, give each a --name",
+                "if both run, {cure}",
                 link=link,
                 count=count,
+                cure=cure,
             )
-        name = harmless(str(link.peer.get("name")))
-        taken = f"another process has linked as {name} with this key: give each a --name of its own"
+        name = link.peer.get("name")
+        who = "without a name" if name is None else f"as {harmless(str(name))}"
+        taken = f"another process has linked {who} with this key: {cure}"
         old.dismiss(Forbidden(taken), "another process of the same name has a newer link")
         return is_told
 

@@ -26,6 +26,8 @@ class _Session:
         self.peer_key_id = key_id
         self.has_been_heard = key_id is not None
         self.is_open = True
+        #: Nothing has come for a while.
+        self.is_checking = False
 
 
 class _Link:
@@ -103,7 +105,7 @@ class ServerLinksTests(SynchronousTestCase):
 
     def test_a_newer_link_replaces_the_older(self) -> None:
         """A new proven link of the same engine closes the old one, whose end then changes nothing."""
-        old, new = self.made("k1", name="e1"), self.made("k1", name="e1")
+        old, new = (self.made("k1", name="e1", boot_id="a") for _ in range(2))
         self.links.link_proven(old)
         self.links.link_proven(new)
         self.assertEqual((self.links.engines, old.closed), ([new], "the same engine has a newer link"))
@@ -121,6 +123,25 @@ class ServerLinksTests(SynchronousTestCase):
         self.links.link_proven(again)
         self.assertEqual((new.closed, new.dismissed), ("the same engine has a newer link", None))
         self.assertEqual(self.links.engines, [again])
+
+    def test_processes_without_a_boot_id(self) -> None:
+        """Without a boot_id a link over which frames still come is another process's, and a silent one the same's."""
+        for peer, who in (({}, "without a name"), ({"name": "e1"}, "as e1")):
+            lines = self.lines()
+            old, new, again = (self.made("k1", **peer) for _ in range(3))
+            self.links.link_proven(old)
+            self.links.link_proven(new)
+            assert old.dismissed is not None
+            cure = "give each a name of its own, and a boot_id, in its health ack"
+            self.assertEqual(
+                (old.dismissed.code, old.dismissed.message),
+                ("forbidden", f"another process has linked {who} with this key: {cure}"),
+            )
+            self.assertIn(f"if both run, {cure}", lines[1])
+            new.session.is_checking = True
+            self.links.link_proven(again)
+            self.assertEqual((new.closed, new.dismissed), ("the same engine has a newer link", None))
+            self.links.link_lost(again)
 
     def test_a_fight_is_told_once_a_minute(self) -> None:
         """Links of one engine that replace each other many times a second make one line a minute, with the count."""
