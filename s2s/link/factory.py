@@ -164,9 +164,10 @@ class ServerLinks:
         return len(self._all)
 
     def link_made(self, link: Link) -> None:
-        """Keep the bounds; of the silent links one goes, so that silence cannot keep an engine out.
+        """Keep the bounds: one link goes for a new one, so that neither silence nor one key can keep an engine out.
 
-        It is the oldest one of the address that has the most: a flood from one address costs the others none.
+        Of the silent links it is the oldest one of the address that has the most: a flood from one address costs the
+        others none. Without a silent one it is the newest of the key that has the most.
         """
         closing = [each for each in self._all if not each.session.is_open]
         if len(closing) >= MAX_CLOSING:
@@ -179,8 +180,7 @@ class ServerLinks:
             self._cut(oldest, "silent_links", f"{len(silent)} newer links are as silent")
         elif is_full:
             self._counters.meet("links")
-            link.abort(f"there are {MAX_LINKS} links already")
-            return
+            self._dismiss_of_most()
         self._all[link] = None
 
     def _cut(self, link: Link, met: str, why: str) -> None:
@@ -188,6 +188,19 @@ class ServerLinks:
         self._counters.meet(met)
         self._all.pop(link)
         link.abort(why)
+
+    def _dismiss_of_most(self) -> None:
+        """Close the newest link of the key that has the most of them."""
+        by_key = Counter(each.session.peer_key_id for each in self._all if each.session.is_open)
+        [(key_id, count)] = by_key.most_common(1)
+        newest = next(
+            each for each in reversed(self._all) if each.session.is_open and each.session.peer_key_id == key_id
+        )
+        why = f"of {MAX_LINKS} links the key {key_id} has the most: {count}; see which of its processes opens so many"
+        if newest.may_tell(why):
+            self.log.warn("{link}: closed: {why}", link=newest, why=why)
+        newest.has_told = True
+        newest.dismiss(Forbidden(why), why)
 
     def link_proven(self, link: Link) -> None:
         """Count the engine as up; its new link replaces its old one."""

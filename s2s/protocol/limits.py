@@ -64,7 +64,7 @@ MET: Final = {
     "ts_skew": "links closed after ts_skew in a row",
     "unsigned_errors": "links closed after unsigned errors",
     "replay_cache": "requests refused because the replay cache has no room for more of their key",
-    "links": "connections closed because there are too many",
+    "links": "links closed because there are too many",
     "silent_links": "silent connections closed to make room for newer ones",
     "strangers": "times that a link without a valid frame had to wait until its bytes were taken",
     "inbox": "pushes refused because too many wait to be committed",

@@ -225,15 +225,17 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual([link.closed is None for link in made], [True, True, True, False, True])
 
     def test_too_many(self) -> None:
-        """Of 1,001 links the last is closed at once, and the others stay; when one ends, there is room."""
-        made = [self.made("k1") for _ in range(MAX_LINKS)]
-        over = self.made("k1")
-        self.assertIsNotNone(over.closed)
-        self.assertEqual((len(self.links), self.counters.met), (MAX_LINKS, {"links": 1}))
-        self.assertEqual([link for link in made if link.closed], [])
-        self.links.link_lost(over)
-        self.links.link_lost(made[0])
-        self.assertIsNone(self.made("k1").closed)
+        """Where there are 1,000 links the newest of the key that has the most goes for a new one, with a line."""
+        lines = self.lines()
+        others = [self.made("k2") for _ in range(MAX_LINKS // 2 - 1)]
+        made = [self.made("k1") for _ in range(MAX_LINKS // 2 + 1)]
+        self.assertEqual(lines, [])
+        new = [self.made("k3") for _ in range(3)]
+        self.assertEqual([link for link in (*others, *made, *new) if link.closed], [others[-1], *made[-2:]])
+        self.assertIn("of 1000 links the key k1 has the most: 501; see which of its processes opens so many", lines[0])
+        self.assertIn("the key k2 has the most: 499;", lines[2])
+        self.assertEqual((len(lines), made[-1].dismissed.code), (3, "forbidden"))
+        self.assertEqual(self.counters.met, {"links": 3})
 
     def test_too_many_silent(self) -> None:
         """With 100 silent links the oldest of them goes for a new one, and links that were heard are not counted."""
