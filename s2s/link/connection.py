@@ -65,6 +65,7 @@ _KEYS_S: Final = 3.0
 _LOST: Final = "the connection was lost"
 #: After these answers a reconnect waits long: trying again soon cannot help.
 _SLOW_CODES: Final = frozenset({"forbidden", "ts_skew"})
+_ACK_MEMBERS: Final = frozenset(CHALLENGE.reply_schema.document["properties"])
 #: What the first bytes of other protocols are.
 _OTHERS: Final = {
     b"HTTP": "HTTP",
@@ -100,7 +101,7 @@ class Link(Int32StringReceiver):
     """One link, of either role.
 
     :param events: told of the link's life.
-    :ivar peer: the payload of the peer's latest ``s2s.health.ack``; empty until there is one.
+    :ivar peer: what its schema names of the ``s2s.health.ack`` that proved the link; empty until then.
     :ivar is_slow: whether a reconnect must wait long (protocol, "Reconnecting").
     :ivar why: why it ended, for the log.
     :ivar has_told: the log has said so already.
@@ -525,8 +526,6 @@ class Link(Int32StringReceiver):
         self.is_slow = refusal in _SLOW_CODES
         if call.message is CHALLENGE and (not isinstance(outcome, CallError) or refusal == ALSO_PROVES):
             self._proven(reply.envelope.ts, outcome if isinstance(outcome, dict) else {})
-        elif call.message is CHALLENGE and isinstance(outcome, dict):
-            self.peer = outcome
         self._send_line()
         # A challenge that fails closes the link, which tells why.
         is_challenge = call.message is CHALLENGE and self.session.state is State.CHALLENGING
@@ -544,7 +543,7 @@ class Link(Int32StringReceiver):
         if isinstance(limit, int):
             self.session.announce(limit)
         if self.session.prove(ts):
-            self.peer = said
+            self.peer = _known(said)
             self._events.link_proven(self)
 
     def _challenge_failed(self, failure: Failure) -> None:
@@ -614,6 +613,11 @@ class Link(Int32StringReceiver):
         at = self.transport.getPeer() if self.transport is not None else None
         host, port, name = (getattr(at, part, None) for part in ("host", "port", "name"))
         return f"{host}:{port}" if host is not None else os.fsdecode(name or "a local socket")
+
+
+def _known(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the members of a health ack that its schema names: all others may be as long as a frame."""
+    return {name: value for name, value in said.items() if name in _ACK_MEMBERS}
 
 
 def _why(reply: Reply) -> str:

@@ -411,6 +411,11 @@ class ProofTests(LinkTestCase):
         self.assertIs(self.link.session.state, State.PROVEN)
         self.assertIn("s1", str(self.link))
 
+    def test_what_is_kept_of_a_peer(self) -> None:
+        """Of the health ack the members that its schema names are kept, and no other, however long it is."""
+        self.prove(name="s1", notes="x" * 40_000)
+        self.assertEqual(self.link.peer, {**_HEALTH, "name": "s1"})
+
     def test_unsupported_type_proves_too(self) -> None:
         """A signed unsupported_type answers the challenge; nothing is known of the peer then."""
         payload = {"code": "unsupported_type", "message": "m", "details": {}}
