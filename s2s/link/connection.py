@@ -334,12 +334,11 @@ class Link(Int32StringReceiver):
                 self._refuse(outcome)
             case UnknownKey():
                 self._read_pause.pause("keys")
-                reading = (
-                    self._keys.refresh()
-                    .addTimeout(_KEYS_S, self._clock.scheduler)
-                    .addBoth(lambda _: self._retry_frame(frame, outcome))
-                )
-                reading.addErrback(self._on_unexpected_error)
+                # The read itself is not cancelled, which would fail it and be told of as a failure.
+                reading: Deferred[None] = Deferred()
+                self._keys.refresh().addBoth(reading.callback)
+                reading.addTimeout(_KEYS_S, self._clock.scheduler)
+                reading.addBoth(lambda _: self._retry_frame(frame, outcome)).addErrback(self._on_unexpected_error)
             case UnsignedError():
                 self._unsigned_error(outcome)
 

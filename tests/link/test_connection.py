@@ -43,6 +43,7 @@ from s2s.protocol.session import Session, State
 from s2s.protocol.signing import Key, Keyring, Role, Secret
 from s2s.runtime.clock import Clock
 from s2s.runtime.line_quota import PERIOD_S, TOLD
+from s2s.store.refresher import Refresher
 from tests.support.descriptor import Descriptor
 
 _NOW = 1_737_990_000
@@ -1356,6 +1357,18 @@ class UnknownKeyTests(LinkTestCase):
         self.keys.refresh = lambda: succeed(None)  # type: ignore[method-assign]
         self.deliver(self.frame(COMMAND_PUSH, _push("0")), self.frame(COMMAND_PUSH, _push("1"), key=_STRANGER))
         self.assertEqual((len(self.served), self.error_codes()), (1, ["auth_bad"]))
+
+    def test_a_read_that_hangs(self) -> None:
+        """Where the keys are not read in time the frame is refused, and nothing is told of the read."""
+        database: Any = type("Database", (), {"run": lambda *_: Deferred()})()
+        clock = Clock(self.time, lambda: _NOW)
+        refresher: Refresher[None] = Refresher(database, clock, lambda _: None, (), lambda _: None)
+        self.keys.refresh = refresher.refresh  # type: ignore[method-assign]
+        with capturedLogs() as logs:
+            self.deliver(self.frame(COMMAND_PUSH, _push(), key=_STRANGER))
+            self.time.advance(3)
+        self.assertEqual(self.error_codes(), ["auth_bad"])
+        self.assertEqual([event["log_level"].name for event in logs], ["warn"])
 
     def test_lost_during_the_read(self) -> None:
         """A link that is gone when the read ends does nothing with the frame."""
