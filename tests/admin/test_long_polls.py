@@ -11,6 +11,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.admin.http import long_polls
 from s2s.admin.http.long_polls import LongPolls
+from s2s.admin.http.operation_runner import MOST_IN_LINE, Line
+from s2s.admin.http.site import MOST_CONNECTIONS
 from s2s.admin.operations.operation import WaitFor
 from s2s.errors import DatabaseUnavailable, Overloaded
 from s2s.protocol.limits import Counters
@@ -50,9 +52,9 @@ class WaitingTests(SynchronousTestCase):
         self.waiting = LongPolls(database, Clock(self.time), self.counters)
         self.waiting.start()
 
-    def wait(self, look: Any, *ids: Any, seconds: float = 30) -> Deferred[None]:
+    def wait(self, look: Any, *ids: Any, seconds: float = 30, line: Line = "steering") -> Deferred[None]:
         """Wait."""
-        return self.waiting.wait(WaitFor(look, ids, seconds))
+        return self.waiting.wait(WaitFor(look, ids, seconds), line)
 
     def looked(self, over: Sequence[Any] = ()) -> tuple[Any, Sequence[Any]]:
         """Answer the next look."""
@@ -127,6 +129,22 @@ class WaitingTests(SynchronousTestCase):
         second.cancel()
         self.failureResultOf(second)
         self.assertNoResult(self.wait(_orders, 3))
+
+    def test_a_bound_for_each_line(self) -> None:
+        """As many observers as may wait refuse a further one of them, and no request that steers."""
+        self.patch(long_polls, "MOST", 2)
+        observers = [self.wait(_orders, number, line="observers") for number in range(2)]
+        self.assertRaises(Overloaded, self.wait, _orders, 3, line="observers")
+        self.assertNoResult(self.wait(_orders, 4, line="steering"))
+        self.assertNoResult(self.wait(_orders, 5, line="lists"))
+        for each in observers:
+            each.cancel()
+            self.failureResultOf(each)
+        self.assertNoResult(self.wait(_orders, 3, line="observers"))
+
+    def test_a_connection_for_others(self) -> None:
+        """Of the connections of a site observers that wait or stand in line leave many to others."""
+        self.assertGreaterEqual(MOST_CONNECTIONS - long_polls.MOST - MOST_IN_LINE, 400)
 
     def test_the_end(self) -> None:
         """When it stops nobody waits any more, and whoever comes then does not begin to."""

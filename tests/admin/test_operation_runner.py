@@ -59,14 +59,16 @@ class ConductorTests(SynchronousTestCase):
         self.time = FakeTime()
         self.database = _Database(self.time)
         self.waits: list[Deferred[None]] = []
+        self.waiting_in: list[Line] = []
         self.signed: list[str] = []
         self.patch(audit, "sign", lambda _, actor: self.signed.append(actor))
         self.counters = Counters()
         database: Any = self.database
 
-        def wait(_: object, until: WaitFor) -> Deferred[None]:
+        def wait(_: object, until: WaitFor, line: Line) -> Deferred[None]:
             over: Deferred[None] = Deferred()
             self.waits.append(over)
+            self.waiting_in.append(line)
             return over
 
         self.patch(LongPolls, "wait", wait)
@@ -192,6 +194,17 @@ class ConductorTests(SynchronousTestCase):
         while self.database.running:
             self.database.step()
         self.assertEqual([self.successResultOf(each).value for each in performing], [5] * len(performing))
+
+    def test_whose_wait_it_is(self) -> None:
+        """A wait is counted among those of the line in which its request stands."""
+
+        def begin(_: OperationRequest) -> Any:
+            yield WaitFor(lambda _, ids: ids, (1,), 5)
+            return Reply(None)
+
+        for access, is_list in (("observer", True), ("operator", True), ("operator", False)):
+            self.perform(begin, access=access, is_list=is_list)
+        self.assertEqual(self.waiting_in, ["observers", "lists", "steering"])
 
     def test_a_database_that_hangs(self) -> None:
         """A step that takes too long is told of: one that was begun as unknown, one in line as never to be begun."""

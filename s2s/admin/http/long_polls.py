@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
@@ -15,8 +16,9 @@ from s2s.store.driver import Cursor
 from s2s.store.poll_loop import PollLoop
 from s2s.store.pool import Database
 
-#: Requests that wait at once.
-MOST: Final = 2000
+#: Requests of one line that wait at once. As many again may stand in the line, and the site has connections for more
+#: than both: what observers do holds up neither a pause nor /healthz.
+MOST: Final = 1000
 
 _Look = Callable[[Cursor, Sequence[Any]], Collection[Any]]
 
@@ -24,7 +26,8 @@ _Look = Callable[[Cursor, Sequence[Any]], Collection[Any]]
 class _Wait:
     """One request's."""
 
-    def __init__(self, until: WaitFor, leave: Callable[[_Wait], None]) -> None:
+    def __init__(self, until: WaitFor, line: str, leave: Callable[[_Wait], None]) -> None:
+        self.line = line
         self.look = until.look
         self.left = set(until.ids)
         self.over: Deferred[None] = Deferred(lambda _: leave(self))
@@ -41,6 +44,7 @@ class LongPolls:
         self._clock = clock
         self._counters = counters
         self._waits: dict[_Wait, None] = {}
+        self._by_line: Counter[str] = Counter()
         self._turns = PollLoop("who waits for an end", self._poll_once, clock.scheduler)
         self.wake = self._turns.wake
 
@@ -61,19 +65,21 @@ class LongPolls:
             self._end(wait)
         return stopping
 
-    def wait(self, until: WaitFor) -> Deferred[None]:
+    def wait(self, until: WaitFor, line: str) -> Deferred[None]:
         """Wait.
 
+        :param line: whose requests are counted together, see :data:`s2s.admin.http.operation_runner.Line`.
         :returns: fires when it is over or the time is; it may be cancelled.
-        :raises Overloaded: too many wait.
+        :raises Overloaded: too many of this line wait.
         """
         if self._turns.is_stopping:
             return succeed(None)
-        if len(self._waits) >= MOST:
+        if self._by_line[line] >= MOST:
             self._counters.meet("http_waiting")
             raise Overloaded(f"{MOST} requests wait already", retry_after_ms=1000)
-        wait = _Wait(until, self._forget)
+        wait = _Wait(until, line, self._forget)
         self._waits[wait] = None
+        self._by_line[line] += 1
         timer = self._clock.scheduler.callLater(until.seconds, self._end, wait)
 
         def done(outcome: Any) -> Any:
@@ -84,7 +90,9 @@ class LongPolls:
         return wait.over.addBoth(done)
 
     def _forget(self, wait: _Wait) -> None:
-        self._waits.pop(wait, None)
+        if wait in self._waits:
+            del self._waits[wait]
+            self._by_line[wait.line] -= 1
 
     def _end(self, wait: _Wait) -> None:
         self._forget(wait)

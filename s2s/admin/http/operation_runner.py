@@ -88,13 +88,14 @@ class OperationRunner:
         came: Any = None
         failed: Exception | None = None
         has_begun = False
-        places = self._places[_line(operation, ask)]
+        line = _line(operation, ask)
+        places = self._places[line]
         while not isinstance(step := advance(steps, came, failed), Reply):
             came = failed = None
             try:
                 visit.check()
                 if isinstance(step, WaitFor):
-                    await visit.wait(self._waiting.wait(step))
+                    await visit.wait(self._waiting.wait(step, line))
                 else:
                     if not has_begun:
                         self._check_line(places)
