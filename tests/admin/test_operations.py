@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,17 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.admin import operations
 from s2s.admin.operations import OPERATIONS, commands, engines, notices, orders, pages
-from s2s.admin.operations.operation import Operation, OperationRequest, Reply, WaitFor, decode, encode, members, perform
+from s2s.admin.operations.operation import (
+    Operation,
+    OperationRequest,
+    Reply,
+    WaitFor,
+    advance,
+    decode,
+    encode,
+    members,
+    perform,
+)
 from s2s.admin.operations.pages import Page, after_key, page
 from s2s.errors import (
     BadPayload,
@@ -196,6 +208,56 @@ class PageTests(SynchronousTestCase):
             self.assertTrue(one.items)
             cursor = one.next_cursor
         self.assertEqual(found, rows)
+
+    def test_long_rows_are_read_a_few_at_once(self) -> None:
+        """Of long rows little more is read than the page has, and short ones take few statements."""
+        for size, most, statements in ((100_000, 30, 6), (10, 501, 12)):
+            asked: list[int] = []
+
+            def read(limit: int, before: str | None, size: int = size, asked: list[int] = asked) -> list[Any]:
+                asked.append(limit)
+                return [{"id": int(before or 0) + at, "text": "x" * size} for at in range(1, limit + 1)]
+
+            one = page(read, lambda row: str(row["id"]), 500, None)
+            self.assertLessEqual(sum(asked), most)
+            self.assertLessEqual(len(asked), statements)
+            self.assertEqual(len(one.items), min(500, -(-pages.PAGE_BYTES // size)))
+
+    def test_json_is_made_in_the_steps(self) -> None:
+        """The JSON of each row is made once, in a step, and what is left for the reply is to put it together."""
+        rows = [{"id": at, "text": "x"} for at in range(30, 0, -1)]
+        encoded: list[Any] = []
+
+        class _Listed:
+            key = "id"
+
+            def floor(self, txn: Any, before: int | None) -> int | None:
+                return max(1, (before or 31) - 10)
+
+            def read(self, txn: Any, limit: int, before: str | None, floor: int) -> list[Any]:
+                return [_Row(**row) for row in rows if floor <= row["id"] < int(before or 31)][:limit]
+
+        @dataclass
+        class _Row:
+            id: int
+            text: str
+
+        def note(value: Any) -> bytes:
+            encoded.append(value)
+            return encode(value)
+
+        self.patch(pages, "encode", note)
+        self.patch(pages, "time_limit", nullcontext)
+        listed: Any = _Listed()
+        steps = pages.in_stretches(listed)(OperationRequest("me", "observer", query={"limit": 25}))
+        came: Any = None
+        while not isinstance(step := advance(steps, came, None), Reply):
+            assert callable(step)
+            before = len(encoded)
+            came = step(_TXN)
+            self.assertEqual(len(encoded) - before, len(came.items))
+        self.assertEqual((len(step.value.items), len(encoded)), (25, 26))
+        self.assertEqual(step.body, encode(step.value))
 
     @given(st.lists(st.text(max_size=3), unique=True), st.integers(1, 5))
     def test_short_lists(self, names: list[str], limit: int) -> None:

@@ -122,7 +122,7 @@ class Api(Resource):
         headers = {"Content-Type": "application/json"}
         try:
             reply = await self._serve(request, visit)
-            status, body = reply.status, encode(reply.value)
+            status, body = reply.status, encode(reply.value) if reply.body is None else reply.body
             if reply.location is not None:
                 headers["Location"] = reply.location
         except CancelledError:

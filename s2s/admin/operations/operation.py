@@ -58,11 +58,13 @@ class Reply(Generic[R]):
 
     :param status: of HTTP, one that the operation declares.
     :param location: the path of what was made.
+    :param body: the value as JSON, where a step has made it.
     """
 
     value: R
     status: int = 200
     location: str | None = None
+    body: bytes | None = None
 
 
 #: Steps that are a part of others.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
-from s2s.admin.operations.operation import Operation, OperationRequest, Reply, Rule, Steps, encode, once
+import msgspec
+
+from s2s.admin.operations.operation import Operation, OperationRequest, Reply, Rule, Steps, encode
 from s2s.errors import WireError
 from s2s.store.driver import Cursor
 from s2s.store.tables.lists import Listed, time_limit
@@ -21,7 +23,8 @@ MOST_ROWS: Final = 500
 PAGE_BYTES: Final = 2 << 20
 #: Stretches of a table that one request looks through for a page, see :data:`s2s.store.tables.lists.STRETCH_ROWS`.
 MOST_STRETCHES: Final = 20
-#: Rows that are read at once for a page.
+#: Rows that are read at once for a page: at first, and at most. Between the two, no more than fit as they are so far.
+_FIRST_ROWS: Final = 4
 _CHUNK_ROWS: Final = 64
 
 
@@ -35,6 +38,27 @@ class Page(Generic[T]):
 
     items: list[T]
     next_cursor: str | None
+
+
+@dataclass(frozen=True)
+class _Read(Page[T]):
+    """A part of a list as a thread has read it.
+
+    :param encoded: the JSON of each item.
+    """
+
+    encoded: list[bytes]
+
+    @property
+    def size(self) -> int:
+        """How many bytes of JSON it has."""
+        return sum(map(len, self.encoded))
+
+
+def _reply(part: _Read[T]) -> Reply[Page[T]]:
+    """Reply with a part of a list. Its JSON is not made again, which would take the reactor some milliseconds."""
+    body = encode(Page([msgspec.Raw(row) for row in part.encoded], part.next_cursor))
+    return Reply(Page(part.items, part.next_cursor), body=body)
 
 
 #: A cursor that is the number of the page's last row.
@@ -51,25 +75,44 @@ def page(
     limit: int,
     cursor: str | None,
     room: int | None = None,
-) -> Page[T]:
+) -> _Read[T]:
     """Read one page: so many rows, fewer where they are long, and whether there are more.
 
     :param read: gives the first rows after a cursor: ``read(limit=, before=)``.
     :param room: bytes of JSON after which it ends; :data:`PAGE_BYTES` if left out.
     """
     items: list[T] = []
+    encoded: list[bytes] = []
     size, room = 0, PAGE_BYTES if room is None else room
+    most, largest = _FIRST_ROWS, 1
     while True:
-        wanted = min(_CHUNK_ROWS, limit + 1 - len(items))
+        wanted = min(most, _CHUNK_ROWS, limit + 1 - len(items))
         rows = read(limit=wanted, before=cursor)
         for row in rows:
             if len(items) == limit or size >= room:
-                return Page(items, cursor)
+                return _Read(items, cursor, encoded)
             items.append(row)
-            size += len(encode(row))
+            encoded.append(encode(row))
+            size += len(encoded[-1])
+            largest = max(largest, len(encoded[-1]))
             cursor = cursor_of(row)
         if len(rows) < wanted:
-            return Page(items, None)
+            return _Read(items, None, encoded)
+        most = min(4 * most, 1 + max(0, room - size) // largest)
+
+
+def _paged(work: Callable[[Cursor, OperationRequest], _Read[T]]) -> Callable[[OperationRequest], Steps[Page[T]]]:
+    """Make the steps of a list of one function."""
+
+    def begin(ask: OperationRequest) -> Steps[Page[T]]:
+        part: _Read[T] = yield partial(step, ask)
+        return _reply(part)
+
+    def step(ask: OperationRequest, txn: Cursor) -> _Read[T]:
+        with time_limit(txn):
+            return work(txn, ask)
+
+    return begin
 
 
 def paged(read: Callable[..., list[T]], cursor_of: Callable[[T], str]) -> Callable[[OperationRequest], Steps[Page[T]]]:
@@ -79,13 +122,12 @@ def paged(read: Callable[..., list[T]], cursor_of: Callable[[T], str]) -> Callab
     :param cursor_of: gives what ``before`` is to be for the rows that follow this one.
     """
 
-    def work(txn: Cursor, ask: OperationRequest) -> Page[T]:
+    def work(txn: Cursor, ask: OperationRequest) -> _Read[T]:
         filters = dict(ask.query)
         limit, after = filters.pop("limit"), filters.pop("cursor", None)
-        with time_limit(txn):
-            return page(partial(read, txn, **filters), cursor_of, limit, after)
+        return page(partial(read, txn, **filters), cursor_of, limit, after)
 
-    return once(work)
+    return _paged(work)
 
 
 def in_stretches(listed: Listed[T]) -> Callable[[OperationRequest], Steps[Page[T]]]:
@@ -95,23 +137,25 @@ def in_stretches(listed: Listed[T]) -> Callable[[OperationRequest], Steps[Page[T
         filters = dict(ask.query)
         limit, cursor = filters.pop("limit"), filters.pop("cursor", None)
         items: list[T] = []
+        encoded: list[bytes] = []
         size = 0
         for _ in range(MOST_STRETCHES):
             step = partial(stretch, filters, limit - len(items), cursor, PAGE_BYTES - size)
-            part: Page[T] = yield step
+            part: _Read[T] = yield step
             items += part.items
+            encoded += part.encoded
             cursor = part.next_cursor
-            size += sum(len(encode(row)) for row in part.items)
+            size += part.size
             if cursor is None or len(items) == limit or size >= PAGE_BYTES:
                 break
-        return Reply(Page(items, cursor))
+        return _reply(_Read(items, cursor, encoded))
 
-    def stretch(filters: dict[str, Any], limit: int, cursor: str | None, room: int, txn: Cursor) -> Page[T]:
+    def stretch(filters: dict[str, Any], limit: int, cursor: str | None, room: int, txn: Cursor) -> _Read[T]:
         with time_limit(txn):
             floor = listed.floor(txn, None if cursor is None else int(cursor), **filters)
             read = partial(listed.read, txn, floor=floor, **filters)
             part = page(read, lambda row: str(getattr(row, listed.key)), limit, cursor, room)
-        return part if part.next_cursor or floor is None else Page(part.items, str(floor))
+        return part if part.next_cursor or floor is None else replace(part, next_cursor=str(floor))
 
     return begin
 
@@ -154,10 +198,11 @@ def keyed(
 ) -> Callable[[OperationRequest], Steps[Page[T]]]:
     """Make the steps of a short list, which is read as a whole and ordered by a key."""
 
-    def work(txn: Cursor, limit: int, before: str | None) -> list[T]:
-        return after_key(read(txn), key, limit, before)
+    def work(txn: Cursor, ask: OperationRequest) -> _Read[T]:
+        rows = read(txn)
+        return page(partial(after_key, rows, key), key, ask.query["limit"], ask.query.get("cursor"))
 
-    return paged(work, key)
+    return _paged(work)
 
 
 #: A cursor that is the key of the page's last row.
