@@ -127,6 +127,8 @@ class WrapperTests(ApiTestCase):
             "/v1/commands/99999999999999999999", "*",
         ):  # fmt: skip
             self.refused(404, "not_found", "GET", path)
+        nameless = self.refused(404, "not_found", "POST", "/v1/engines//pause", {"reason": "x"})
+        self.assertIn("it has to give a name", nameless.body["detail"])
         for method, path, takes in (
             ("POST", "/v1/engines", "GET, HEAD"),
             ("DELETE", "/v1/config/relay.window", "GET, HEAD, PUT"),

@@ -119,6 +119,15 @@ class PerformTests(SynchronousTestCase):
         )
         self.assertEqual(told, [])
 
+    def test_an_engine_without_a_name(self) -> None:
+        """Steering an engine that has no name is refused by a line that names the cure."""
+        for operation in (engines.HEALTH, engines.PAUSE_ENGINE, engines.RESUME_ENGINE, engines.SWEEP_ENGINE):
+            body = {"since_ts": 0} if operation is engines.SWEEP_ENGINE else {"reason": "x"}
+            body = {} if operation is engines.HEALTH else body
+            steps = perform(operation, OperationRequest("me", "operator", {"name": ""}, body=body))
+            error = self.assertRaises(NotFound, next, steps)
+            self.assertIn("it has to give a name in its health ack", error.message)
+
 
 class OnceTests(SynchronousTestCase):
     """What must not be done twice, when it is not known whether it was done."""

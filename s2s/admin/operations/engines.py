@@ -157,6 +157,8 @@ def _came(asked: Mapping[str, int]) -> Part[dict[str, Answer]]:
 def _steer(type: str, ask: OperationRequest) -> Steps[dict[str, Any]]:
     """Send one request to an engine, and come to its answer."""
     name = ask.path_params["name"]
+    if not name:
+        raise NotFound(_NAMELESS)
     # A server shows a link that has just come up a moment later.
     yield WaitFor(engines.linked, (name,), SHOWN_S)
     row: EngineRow = yield lambda txn: _find(txn, name)
@@ -180,6 +182,7 @@ def _steer(type: str, ask: OperationRequest) -> Steps[dict[str, Any]]:
 
 
 _UNLINKED: Final = "no server has a link to an engine '{name}'"
+_NAMELESS: Final = "an engine without a name cannot be steered: it has to give a name in its health ack"
 _UNTAKEN: Final = (
     "no server took the request to an engine '{name}' in time: its link has ended, or the database holds the server up,"
     " whose log says why"
@@ -203,7 +206,8 @@ def _operation(verb: str, type: str, access: Access, summary: str) -> Operation[
             "required": ["engine", *reply["required"]],
         },
         partial(_steer, type),
-        path_params={"name": NAME},
+        # None at all is refused as that, and not as a path that is not there.
+        path_params={"name": {**NAME, "minLength": 0}},
         body=message.request_schema.document,
         refusals=(
             NotFound,
