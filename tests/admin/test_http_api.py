@@ -472,6 +472,22 @@ class BoundTests(ApiTestCase):
                         got += one.recv(1 << 20)
 
     @inlineCallbacks
+    def test_a_question_that_nobody_waits_for(self) -> Iterator[Deferred[Any]]:
+        """Whoever hangs up while engines are asked for their health leaves no row behind."""
+        self.execute(
+            "insert into s2s.engine_links (server_boot_id, key_id, name, address) values ('b', 'k1', 'e1', 'here')"
+        )
+        parts = urlsplit(self.api)
+        with socket.create_connection((parts.hostname, parts.port), timeout=2) as one:
+            one.sendall(
+                b"GET /v1/engines HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "
+                + self.tokens["observer"].encode()
+                + b"\r\n\r\n"
+            )
+            yield poll(lambda: self.count("steering"), "it is asked")
+        yield poll(lambda: not self.count("steering"), "the row is gone")
+
+    @inlineCallbacks
     def test_over_tls(self) -> Iterator[Deferred[Any]]:
         """Neither is over TLS what comes behind a request that waits, though the answers before it are not read."""
         port, server, root = self.make_tls_server()

@@ -12,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from s2s.admin.http import operation_runner
 from s2s.admin.http.long_polls import LongPolls
 from s2s.admin.http.operation_runner import STEP_S, THREADS, ClientRequest, Line, OperationRunner
-from s2s.admin.operations.operation import Operation, OperationRequest, Reply, WaitFor
+from s2s.admin.operations.operation import Left, Operation, OperationRequest, Reply, WaitFor
 from s2s.errors import DatabaseUnavailable, DeadlineExceeded, DeadlinePassed, NotFound, Overloaded
 from s2s.protocol.limits import Counters
 from s2s.runtime.clock import Clock
@@ -275,6 +275,27 @@ class ConductorTests(SynchronousTestCase):
         self.failureResultOf(second, CancelledError)
         self.assertEqual(done, ["first", "closed", "first", "closed"])
         self.assertEqual(self.database.running, [])
+
+    def test_tidying_up(self) -> None:
+        """What the steps leave to be done when nobody waits any more is done, once, and nothing after it."""
+        done = []
+
+        def begin(_: OperationRequest) -> Any:
+            yield lambda txn: done.append("asked")
+            try:
+                yield WaitFor(lambda _, ids: ids, (1,), 5)
+            except Left:
+                yield lambda txn: done.append("taken back")
+                yield lambda txn: done.append("something more")
+
+        visit = ClientRequest()
+        performing = self.perform(begin, visit)
+        self.database.step()
+        visit.leave()
+        self.assertNoResult(performing)
+        self.database.step()
+        self.failureResultOf(performing, CancelledError)
+        self.assertEqual((done, self.database.running), (["asked", "taken back"], []))
 
     def test_gone_from_the_line(self) -> None:
         """Whoever leaves while a step stands in line takes it along, and holds no place."""

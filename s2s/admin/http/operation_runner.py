@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final, Literal, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore
 from twisted.python.failure import Failure
 
 from s2s.admin.http.long_polls import LongPolls
-from s2s.admin.operations.operation import Operation, OperationRequest, Reply, Step, WaitFor, advance, perform
-from s2s.errors import DeadlineExceeded, DeadlinePassed, Overloaded
+from s2s.admin.operations.operation import (
+    Left,
+    Operation,
+    OperationRequest,
+    Reply,
+    Step,
+    Steps,
+    WaitFor,
+    advance,
+    perform,
+)
+from s2s.errors import DeadlineExceeded, DeadlinePassed, Overloaded, S2SError
 from s2s.protocol.limits import Counters
 from s2s.runtime.clock import Clock
 from s2s.store.driver import Cursor
@@ -102,11 +113,24 @@ class OperationRunner:
                     came = await self._run(places, ask.actor, step, visit)
                     has_begun = True
             except CancelledError:
-                steps.close()
+                await self._tidy_up(steps, places, ask.actor)
                 raise
             except Exception as error:
                 failed = error
         return step
+
+    async def _tidy_up(self, steps: Steps[Any], places: DeferredSemaphore, actor: str) -> None:
+        """Tell the steps that nobody waits any more, and take the one that they may have left."""
+        try:
+            step = advance(steps, None, Left())
+        except Left:
+            return
+        steps.close()
+        if callable(step):
+            # What it would have removed is removed in time; of a database that is away the pool tells.
+            with suppress(S2SError):
+                self._check_line(places)
+                await self._run(places, actor, step, ClientRequest())
 
     def _check_line(self, places: DeferredSemaphore) -> None:
         if len(places.waiting) >= MOST_IN_LINE:

@@ -8,7 +8,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
-from s2s.admin.operations.operation import Operation, OperationRequest, Part, Reply, Rule, Steps, WaitFor
+from s2s.admin.operations.operation import Left, Operation, OperationRequest, Part, Reply, Rule, Steps, WaitFor
 from s2s.admin.operations.pages import KEY, Page, after_key, listing, page
 from s2s.errors import (
     BadReply,
@@ -132,13 +132,20 @@ def _is_invalid(answer: Answer) -> bool:
 def _answers(
     ask: OperationRequest, type: str, payload: Mapping[str, Any], names: Sequence[str]
 ) -> Part[dict[str, Answer]]:
-    """Ask engines by their names, and wait for the answers; what no server takes in time never happens."""
+    """Ask engines by their names, and wait for the answers; what no server takes in time never happens.
+
+    Nor does what nobody waits for any more: its rows go.
+    """
     if not names:
         return {}
     asked: dict[str, int] = yield lambda txn: {
         name: control_requests.ask(txn, name, type, payload, ask.actor) for name in names
     }
-    return (yield from _came(asked))
+    try:
+        return (yield from _came(asked))
+    except (Left, Overloaded):
+        yield lambda txn: control_requests.conclude(txn, tuple(asked.values()))
+        raise
 
 
 def _came(asked: Mapping[str, int]) -> Part[dict[str, Answer]]:

@@ -67,6 +67,10 @@ class Reply(Generic[R]):
     body: bytes | None = None
 
 
+class Left(Exception):
+    """Thrown into steps when nobody waits for them any more: they may yield one function more, which tidies up."""
+
+
 #: Steps that are a part of others.
 Part = Generator[Step | WaitFor, Any, T]
 Steps = Part[Reply[R]]
