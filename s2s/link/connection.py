@@ -169,7 +169,7 @@ class Link(Int32StringReceiver):
         """Challenge the peer (protocol, "Challenge")."""
         self._tune()
         self.network = peer_network(self.transport)
-        self._write_buffer = WriteBuffer(self.transport)
+        self._write_buffer = WriteBuffer(self.transport, self._counters)
         self._events.link_made(self)
         if self.session.is_open:
             challenge = self.call(HEALTH_CHECK, {}, timeout=self.session.timing.proof)
@@ -276,6 +276,7 @@ class Link(Int32StringReceiver):
         self.session.move(Event.LOST)
         self._fail_calls()
         self._cancel_timer()
+        self._write_buffer.stopProducing()
         self._answers.notify_if_idle()
         self._events.link_lost(self)
 
@@ -505,7 +506,8 @@ class Link(Int32StringReceiver):
         )
         self._counters.frames_out += 1
         self._write_buffer.write(len(frame).to_bytes(4, "big") + frame, is_urgent)
-        if self._write_buffer.waiting_bytes > self.session.bounds.write_bytes:
+        bounds, waiting = self.session.bounds, self._write_buffer.waiting_bytes
+        if waiting > min(bounds.write_bytes, bounds.all_write_bytes - self._counters.waiting_bytes):
             self._counters.meet("write_buffer")
             self.abort("the peer does not read")
 

@@ -9,6 +9,8 @@ from twisted.internet import interfaces
 from twisted.internet.abstract import FileDescriptor
 from zope.interface import implementer
 
+from s2s.protocol.limits import Counters
+
 #: Of a turn of the reactor the first so many bytes are sent at once: the peer works on them while we make the others.
 FLUSH_BYTES: Final = 8192
 #: Then twice as many, and so on up to this: it is not to be woken more often than it needs.
@@ -24,10 +26,13 @@ class WriteBuffer:
     :meth:`finish`.
 
     It is the transport's producer, and not the link itself: a link pauses for reasons of its own.
+
+    :param counters: whose ``waiting_bytes`` counts what waits on all links.
     """
 
-    def __init__(self, transport: Any) -> None:
+    def __init__(self, transport: Any, counters: Counters) -> None:
         self._transport = transport
+        self._counters = counters
         self._waiting: deque[bytes] = deque()
         self._stalled = False
         # Only a descriptor of the reactor's own: TLS closes what is below it without a word to us, and then the reactor
@@ -51,7 +56,7 @@ class WriteBuffer:
         """
         if self._stalled:
             self._waiting.append(data)
-            self.waiting_bytes += len(data)
+            self._count(len(data))
         elif self._descriptor is None:
             self._transport.write(data)
         else:
@@ -104,15 +109,19 @@ class WriteBuffer:
         self._stalled = False
         while self._waiting and not self._stalled:
             data = self._waiting.popleft()
-            self.waiting_bytes -= len(data)
+            self._count(-len(data))
             self._give(data)
+
+    def _count(self, size: int) -> None:
+        self.waiting_bytes += size
+        self._counters.waiting_bytes += size
 
     def stopProducing(self) -> None:
         """The transport is gone."""
         self._stalled = True
         self._turn.clear()
         self._waiting.clear()
-        self.waiting_bytes = 0
+        self._count(-self.waiting_bytes)
 
     def finish(self) -> None:
         """Hand all that is left to the transport, which would not close while it has a producer."""

@@ -44,6 +44,8 @@ class Bounds:
     held_frames: int = 1024
     held_bytes: int = 8 << 20
     write_bytes: int = 16 << 20
+    #: Of all links of a process. Of one link as many bytes may wait as are left of these.
+    all_write_bytes: int = 256 << 20
     skews_in_a_row: int = 3
     unsigned_errors: int = 2
 
@@ -90,11 +92,13 @@ MET: Final = {
 class Counters:
     """What happened on a link, or on all of a process.
 
+    :ivar waiting_bytes: what waits to be written now, on all links.
     :ivar met: how often each bound of :data:`MET` was met.
     """
 
     frames_in: int = 0
     frames_out: int = 0
+    waiting_bytes: int = 0
     orphan_replies: int = 0
     unsigned_errors: int = 0
     errors_out: Counter[str] = field(default_factory=Counter)

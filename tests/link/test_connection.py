@@ -1237,9 +1237,26 @@ class WriteBufferTests(LinkTestCase):
         for call in calls:
             self.failureResultOf(call, LinkLost)
 
+    def test_cut_where_all_have_much(self) -> None:
+        """Of one link no more may wait than all links together have left, and what has waited is counted no more."""
+        others = self.bounds.all_write_bytes - 10_000
+        self.counters.waiting_bytes = others
+        while not self.transport.disconnected:
+            self.say(COMMAND_PUSH, _push())
+            self.assertLess(self.counters.waiting_bytes, others + 6000)
+        self.assertIn("does not read", self.link.why)
+        self.assertEqual(self.counters.waiting_bytes, others)
+
+    def test_lost_while_it_waits(self) -> None:
+        """What waits on a link that is lost is counted no more."""
+        self.say(COMMAND_PUSH, _push())
+        self.assertGreater(self.counters.waiting_bytes, 0)
+        self.lose()
+        self.assertEqual(self.counters.waiting_bytes, 0)
+
     def test_default(self) -> None:
-        """By default 16 MiB may wait."""
-        self.assertEqual(Bounds().write_bytes, 16 << 20)
+        """By default 16 MiB may wait, and 256 MiB on all links together."""
+        self.assertEqual((Bounds().write_bytes, Bounds().all_write_bytes), (16 << 20, 256 << 20))
 
     def test_closing_flushes(self) -> None:
         """A link that closes hands all that waits to the transport before it lets go."""

@@ -11,6 +11,7 @@ from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.link.write_buffer import FLUSH_BYTES, MOST_FLUSH_BYTES, WriteBuffer
+from s2s.protocol.limits import Counters
 from tests.support.descriptor import Descriptor
 
 #: Three of these are sent before the turn of the reactor ends.
@@ -33,7 +34,8 @@ class FlushTests(SynchronousTestCase):
     def setUp(self) -> None:
         """Make a connection."""
         self.transport = Descriptor()
-        self.writer = WriteBuffer(self.transport)
+        self.counters = Counters()
+        self.writer = WriteBuffer(self.transport, self.counters)
 
     def test_few_frames(self) -> None:
         """What is written in one turn goes together at its end, and the reactor has not to watch the socket."""
@@ -74,9 +76,11 @@ class FlushTests(SynchronousTestCase):
             self.writer.write(each, is_urgent=True)
         self.transport.reactor.turn()
         self.assertEqual((self.transport.sends, self.writer.waiting_bytes), ([], len(written)))
+        self.assertEqual(self.counters.waiting_bytes, len(written))
         self.writer.resumeProducing()
         self.transport.reactor.turn()
         self.assertEqual((self.transport.sends, self.writer.waiting_bytes), ([b"".join(written)], 0))
+        self.assertEqual(self.counters.waiting_bytes, 0)
 
     def test_urgent(self) -> None:
         """What is urgent is sent at once, with all that was written before it."""
@@ -89,7 +93,7 @@ class FlushTests(SynchronousTestCase):
         for takes, sends in ((3, [b"abc"]), (2, [b"ab"]), (0, []), (ConnectionLost(), [])):
             transport = Descriptor()
             transport.takes = takes
-            WriteBuffer(transport).write(b"abc", is_urgent=True)
+            WriteBuffer(transport, Counters()).write(b"abc", is_urgent=True)
             self.assertEqual(transport.sends, sends)
             self.assertEqual(transport.dataBuffer, b"abc"[len(b"".join(sends)) :])
             self.assertEqual(transport.reactor.writers, {transport} if transport.dataBuffer else set())
@@ -131,7 +135,7 @@ class FlushTests(SynchronousTestCase):
     def test_any_order_of_events(self, events: list[tuple[str, int, bool]], is_closed: bool) -> None:
         """However frames come and the socket takes them, each byte is sent once and in order, and what waits counts."""
         transport = Descriptor()
-        writer, written = WriteBuffer(transport), b""
+        writer, written = WriteBuffer(transport, Counters()), b""
         transport.takes = 0
         for event, size, is_urgent in events:
             if event == "write":
@@ -156,7 +160,7 @@ class FlushTests(SynchronousTestCase):
     def test_a_descriptor_that_closes(self) -> None:
         """What closes is left to the reactor, which must see the last of it written; so is what lies below TLS."""
         below = Descriptor()
-        above = WriteBuffer(_Wrapper(below))
+        above = WriteBuffer(_Wrapper(below), Counters())
         self.transport.disconnecting = True
         for writer in (self.writer, above):
             writer.write(b"x", is_urgent=True)
@@ -176,7 +180,7 @@ class FlushTests(SynchronousTestCase):
     def test_no_descriptor(self) -> None:
         """A transport that cannot be made to send does so by itself."""
         transport: Any = StringTransport()
-        writer = WriteBuffer(transport)
+        writer = WriteBuffer(transport, Counters())
         for _ in range(7):
             writer.write(_FRAME)
         self.assertEqual(transport.value(), _FRAME * 7)
