@@ -171,21 +171,22 @@ class ServerLinks:
         """
         closing = [each for each in self._all if not each.session.is_open]
         if len(closing) >= MAX_CLOSING:
-            self._cut(closing[0], "links", closing[0].why)
+            self._counters.meet("links")
+            self._cut(closing[0], closing[0].why)
         silent = [each for each in self._all if each.session.is_open and not each.session.has_been_heard]
         is_full = len(self._all) - len(closing) >= MAX_LINKS
         if len(silent) >= MAX_SILENT or (silent and is_full):
             [(crowd, _)] = Counter(each.network for each in silent).most_common(1)
             oldest = next(each for each in silent if each.network == crowd)
-            self._cut(oldest, "silent_links", f"{len(silent)} newer links are as silent")
+            self._counters.meet("silent_links")
+            self._cut(oldest, f"{len(silent)} newer links are as silent")
         elif is_full:
             self._counters.meet("links")
             self._dismiss_of_most()
         self._all[link] = None
 
-    def _cut(self, link: Link, met: str, why: str) -> None:
+    def _cut(self, link: Link, why: str) -> None:
         """Cut a link at once, which takes no place from now on: over TLS its end could wait for the peer."""
-        self._counters.meet(met)
         self._all.pop(link)
         link.abort(why)
 
