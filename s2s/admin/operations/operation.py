@@ -246,6 +246,11 @@ def encode(value: Any) -> bytes:
     return msgspec.json.encode(value, enc_hook=_encode_other)
 
 
+def encoded(data: bytes) -> Any:
+    """Return a value as which :func:`encode` writes JSON that was made before."""
+    return msgspec.Raw(data)
+
+
 def _encode_other(value: object) -> Any:
     if isinstance(value, Unreadable):
         # An object, as what stands in a jsonb column of ours is promised to be.

@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
-import msgspec
-
-from s2s.admin.operations.operation import Operation, OperationRequest, Reply, Rule, Steps, encode
+from s2s.admin.operations.operation import Operation, OperationRequest, Reply, Rule, Steps, encode, encoded
 from s2s.errors import WireError
 from s2s.store.driver import Cursor
 from s2s.store.tables.lists import Listed, time_limit
@@ -57,7 +55,7 @@ class _Read(Page[T]):
 
 def _reply(part: _Read[T]) -> Reply[Page[T]]:
     """Reply with a part of a list. Its JSON is not made again, which would take the reactor some milliseconds."""
-    body = encode(Page([msgspec.Raw(row) for row in part.encoded], part.next_cursor))
+    body = encode(Page([encoded(row) for row in part.encoded], part.next_cursor))
     return Reply(Page(part.items, part.next_cursor), body=body)
 
 
@@ -82,7 +80,7 @@ def page(
     :param room: bytes of JSON after which it ends; :data:`PAGE_BYTES` if left out.
     """
     items: list[T] = []
-    encoded: list[bytes] = []
+    parts: list[bytes] = []
     size, room = 0, PAGE_BYTES if room is None else room
     most, largest = _FIRST_ROWS, 1
     while True:
@@ -90,14 +88,14 @@ def page(
         rows = read(limit=wanted, before=cursor)
         for row in rows:
             if len(items) == limit or size >= room:
-                return _Read(items, cursor, encoded)
+                return _Read(items, cursor, parts)
             items.append(row)
-            encoded.append(encode(row))
-            size += len(encoded[-1])
-            largest = max(largest, len(encoded[-1]))
+            parts.append(encode(row))
+            size += len(parts[-1])
+            largest = max(largest, len(parts[-1]))
             cursor = cursor_of(row)
         if len(rows) < wanted:
-            return _Read(items, None, encoded)
+            return _Read(items, None, parts)
         most = min(4 * most, 1 + max(0, room - size) // largest)
 
 
@@ -137,18 +135,18 @@ def in_stretches(listed: Listed[T]) -> Callable[[OperationRequest], Steps[Page[T
         filters = dict(ask.query)
         limit, cursor = filters.pop("limit"), filters.pop("cursor", None)
         items: list[T] = []
-        encoded: list[bytes] = []
+        parts: list[bytes] = []
         size = 0
         for _ in range(MOST_STRETCHES):
             step = partial(stretch, filters, limit - len(items), cursor, PAGE_BYTES - size)
             part: _Read[T] = yield step
             items += part.items
-            encoded += part.encoded
+            parts += part.encoded
             cursor = part.next_cursor
             size += part.size
             if cursor is None or len(items) == limit or size >= PAGE_BYTES:
                 break
-        return _reply(_Read(items, cursor, encoded))
+        return _reply(_Read(items, cursor, parts))
 
     def stretch(filters: dict[str, Any], limit: int, cursor: str | None, room: int, txn: Cursor) -> _Read[T]:
         with time_limit(txn):
