@@ -50,7 +50,7 @@ class _Link:
     """
 
     def __init__(self) -> None:
-        self.session = SimpleNamespace(is_open=True)
+        self.session = SimpleNamespace(is_open=True, max_frame=Bounds.frame_size)
         self.pushes: list[dict[str, Any]] = []
         self.waiting: dict[str, Deferred[Any]] = {}
         self.most = 0
@@ -192,6 +192,86 @@ class RelayTests(DatabaseTestCase):
         lines = [line for event in told if "outbox" in (line := str(formatEvent(event)))]
         self.assertEqual(len(lines), 1, lines)
         self.assertIn("(update on s2s.outbox): trigger keep on s2s.outbox", lines[0])
+
+    async def test_what_is_refused_by_a_claim(self) -> None:
+        """A row whose lease the database refuses, at once or at the COMMIT, is told, and holds up no other."""
+        raising = (
+            "create function no() returns trigger language plpgsql set search_path from current as $$ begin"
+            " if new.idem_key = 'k1' then raise exception 'not this one'; end if; return new; end $$;"
+        )
+        for make, drop, why in (
+            (
+                "alter table s2s.outbox add constraint c check (idem_key <> 'k1') not valid",
+                "alter table s2s.outbox drop constraint c",
+                'new row for relation "outbox" violates check constraint "c" (SQLSTATE 23514)',
+            ),
+            (
+                f"{raising} create constraint trigger no after update on s2s.outbox deferrable initially deferred"
+                " for each row execute function no()",
+                "drop trigger no on s2s.outbox",
+                "not this one (SQLSTATE P0001)",
+            ),
+        ):
+            self.put(4)
+            self.execute(make)
+            self.relay, self.link = self.make_relay(), _Link()
+            with capturedLogs() as told:
+                self.relay.linked(self.link)
+                await self.sent(3)
+                self.link.accept()
+                await self.until(lambda: len(self.left()) == 1, "the removal of the others")
+            self.assertEqual(self.link.keys, ["k0", "k2", "k3"])
+            lines = [line for event in told if "outbox" in (line := str(formatEvent(event)))]
+            self.assertEqual(len(lines), 1, lines)
+            self.assertIn(f"a trigger or a constraint refuses changes of s2s.outbox: {why}", lines[0])
+            self.assertIn(why, self.relay._database.kept)
+            self.relay.linked(None)
+            self.execute(f"{drop}; delete from s2s.outbox")
+
+    async def test_what_is_refused_by_a_settlement(self) -> None:
+        """A row whose removal or change is refused is told and not sent again at once, and the others are settled."""
+        self.execute(
+            "create table public.notes (outbox_id bigint references s2s.outbox (outbox_id));"
+            "alter table s2s.outbox add constraint c check (idem_key <> 'k3' or attempts = 0)"
+        )
+        self.put(6)
+        self.execute("insert into public.notes select outbox_id from s2s.outbox where idem_key = 'k1'")
+        with capturedLogs() as told:
+            self.relay.linked(self.link)
+            await self.sent(6)
+            self.link.refuse(Refused("teapot", "no", {"retryable": False}), "k3", "k4")
+            self.link.accept()
+            await self.until(
+                lambda: self.left() == [("k1", "waiting", None), ("k3", "waiting", None), ("k4", "dead", "teapot")],
+                "the settlement of the others",
+            )
+            [(rests,)] = self.execute(
+                "select min(send_at) > now() + interval '10 s' from s2s.outbox where state <> 'dead'"
+            )
+        self.assertTrue(rests)
+        lines = [line for event in told if "refuses changes of s2s.outbox" in (line := str(formatEvent(event)))]
+        self.assertEqual(len(lines), 2, lines)
+        self.assertIn('violates check constraint "c"', lines[0])
+        self.assertIn("violates foreign key constraint", lines[1])
+        self.assertEqual(len(self.relay._undeleted), 1)
+
+    async def test_what_is_too_long_to_be_read(self) -> None:
+        """A payload that no frame can carry is set aside unread; the text of one that a frame can carry is longer."""
+        self.put(1)
+        self.execute(
+            "insert into s2s.outbox (cmd_type, idem_key, payload) values"
+            " ('a.b', 'long', jsonb_build_object('text', repeat('x', 5000000))),"
+            " ('a.b', 'spaces', jsonb_build_object('n', (select jsonb_agg(1) from generate_series(1, 32000))))"
+        )
+        read: list[Any] = []
+        claimed = self.relay._claimed
+        self.patch(self.relay, "_claimed", lambda rows, *args: (read.extend(rows), claimed(rows, *args)))
+        self.relay.linked(self.link)
+        await self.sent(2)
+        self.assertEqual([row.idem_key for row in read if row.payload is None], ["long"])
+        self.assertEqual(self.link.keys, ["k0", "spaces"])
+        self.link.accept()
+        await self.until(lambda: self.left() == [("long", "dead", "toolarge")], "the row that is set aside")
 
     async def test_accepted(self) -> None:
         """What was accepted, as new or as a duplicate, is deleted and counted."""

@@ -20,7 +20,6 @@ from s2s.errors import (
     BY_CODE,
     BadPayload,
     BadReply,
-    CanonicalError,
     DatabaseError,
     DeadlineExceeded,
     DeadlinePassed,
@@ -28,6 +27,7 @@ from s2s.errors import (
     LinkLost,
     LocalError,
     Refused,
+    StatementRefused,
     TooBigToSend,
     TooLarge,
     storable,
@@ -88,6 +88,8 @@ class Relay:
         self._is_sending = False
         self._more = False
         self._is_dry = False
+        #: The database has refused the last claim.
+        self._is_singly = False
         self._timer: Timer | None = None
         self._depth_at = float("-inf")
         self._at_rest: list[Deferred[None]] = []
@@ -167,11 +169,13 @@ class Relay:
         # No more than will soon be sent: what waits here another engine could send, and an operator cancel.
         soon = 1 + 2 * self._pace.bytes // self._row_bytes
         room = min(CLAIM_ROWS, self.window_rows - len(self._held), soon)
-        if self._is_claiming or self._open_link() is None or self._ready or room <= 0:
+        link = self._open_link()
+        if self._is_claiming or link is None or self._ready or room <= 0:
             return
         self._is_claiming = True
         self._more = self._is_dry = False
-        claiming = self._database.run(self._claims.claim, room, LEASE_S, list(self._held))
+        limits = room, LEASE_S, list(self._held), link.session.max_frame
+        claiming = self._database.run(self._claims.claim, *limits, self._is_singly)
         claiming.addCallbacks(self._claimed, self._claim_failed, callbackArgs=(room, self._clock.mono()))
         claiming.addErrback(self._unexpected)
 
@@ -190,6 +194,7 @@ class Relay:
     def _claimed(self, rows: list[OutboxRow], room: int, since: float) -> None:
         self._is_claiming = False
         self._is_dry = not rows
+        self._is_singly = False
         # Who flushes looks until there is nothing.
         self._more |= len(rows) == room or bool(rows and self._at_rest)
         for row in rows:
@@ -199,8 +204,8 @@ class Relay:
                 continue
             try:
                 self._ready.append((row, push := row.push(), outbox.frame_size_of(push)))
-            except CanonicalError as error:  # put there by another hand than ours
-                self._set_aside(row, BadPayload.code, str(error))
+            except LocalError as error:  # put there by another hand than ours
+                self._set_aside(row, TooLarge.code if row.payload is None else BadPayload.code, str(error))
         if self._ready:
             self._row_bytes = sum(size for _, _, size in self._ready) // len(self._ready)
         if self._is_stopping:
@@ -220,14 +225,23 @@ class Relay:
             pushing.cancel()
 
     def _claim_failed(self, failure: Failure) -> None:
-        # The poll tries again.
         self._is_claiming = False
-        self._unless_away(failure)
+        self._is_singly = not self._is_singly and bool(failure.check(StatementRefused))
+        if self._is_singly:
+            # One row may be at fault, and keep all others back.
+            self._claim()
+        else:
+            # The poll tries again.
+            self._unless_away(failure)
         self._settle()
 
     def _unless_away(self, failure: Failure) -> None:
         # Of a database that is away the pool has told.
-        if not failure.check(DatabaseError):
+        error = failure.value
+        if isinstance(error, StatementRefused):
+            told = outbox.told_as_kept(error)
+            self._database.troubles.note(told.state, str(told))
+        elif not isinstance(error, DatabaseError):
             self._unexpected(failure)
 
     def _send(self) -> None:
@@ -325,12 +339,18 @@ class Relay:
             self._is_settling = True
             kept_s = min(outbox.KEPT_S + len(self._undeleted) * UNDELETED_S, MOST_KEPT_S)
             settling = self._database.run(settlement.settle, LEASE_S, kept_s)
+            settling.addErrback(self._settle_singly, settlement, kept_s)
             # Where it fails their leases end, they are sent again, and the server knows them as duplicates.
             settling.addErrback(self._unless_away)
             settling.addBoth(self._settled, settlement)
             settling.addErrback(self._unexpected)
         elif not self._flying and not self._is_claiming:
             self._rest()
+
+    def _settle_singly(self, failure: Failure, settlement: Settlement, kept_s: float) -> Deferred[list[int]]:
+        """Settle again where one row may be at fault: what was accepted would be sent again without an end."""
+        failure.trap(StatementRefused)
+        return self._database.run(settlement.settle, LEASE_S, kept_s, True)
 
     def _settled(self, undeleted: list[int] | None, settlement: Settlement) -> None:
         self._is_settling = False

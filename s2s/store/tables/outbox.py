@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from s2s.errors import TooBigToSend
+from s2s.errors import InvalidPayload, StatementRefused, TooBigToSend
 from s2s.protocol import canonical, envelope
 from s2s.protocol.catalogue import COMMAND_PUSH
 from s2s.protocol.limits import Bounds
 from s2s.store.cursor import check_readable, own
-from s2s.store.driver import Cursor, array_literal
-from s2s.store.kept_rows import check_written, note, still_there
+from s2s.store.driver import Cursor, array_literal, refusable
+from s2s.store.kept_rows import STATE, check_written, note, still_there
 from s2s.store.tables.lookback import SLACK_S, Lookback
 
 CHANNEL: Final = "s2s_outbox"
@@ -23,7 +23,10 @@ MOST_COUNTED: Final = 100_000
 KEPT_S: Final = 30.0
 #: Rows that a claim leaves out because they cannot be leased. With more, those that follow may have to wait for them.
 MOST_KEPT: Final = 1000
+#: A payload whose text in the table is so many times longer than a frame fits into none. It has spaces between values.
+LONGEST_TEXT: Final = 2
 
+T = TypeVar("T")
 
 #: A commit may come a moment after its rows are due; what comes later is found by a look back.
 _START: Final = (
@@ -31,15 +34,21 @@ _START: Final = (
     f" case when to_timestamp(%(send_at)s) <= now() - {SLACK_S} * interval '1 second' then %(outbox_id)s else 0 end)"
 )
 _FROM: Final = f"(send_at, outbox_id) >= {_START}"
+_BY_ID: Final = "outbox_id = any(%(ids)s::bigint[])"
 # The index has the order. With statistics of a smaller table, as in any burst, all that waits would be sorted.
+_SET: Final = "set local synchronous_commit = off; set local enable_sort = off; "
+_DUE: Final = (
+    "select outbox_id{} from s2s.outbox where state = 'waiting' and send_at <= now() and not outbox_id ="
+    " any(%(exclude)s::bigint[]) and {} order by send_at, outbox_id limit %(limit)s for update skip locked"
+)
+# A stored payload may be compressed: of the few that take more than a kilobyte in the table the text is measured.
 _CLAIM: Final = (
-    "set local synchronous_commit = off; set local enable_sort = off; with claimed as (select outbox_id, send_at"
-    " from s2s.outbox where state = 'waiting' and send_at <= now() and not outbox_id ="
-    " any(%(exclude)s::bigint[]) and {}"
-    " order by send_at, outbox_id limit %(limit)s for update skip locked), leased as ("
+    f"{_SET}with claimed as ({_DUE.format(', send_at', '{}')}), leased as ("  # noqa: S608
     " update s2s.outbox o set send_at = now() + %(lease_s)s * interval '1 second'"
     " from claimed c where o.outbox_id = c.outbox_id"
-    " returning o.outbox_id, o.cmd_type, o.idem_key, o.payload, o.priority, o.due_at, o.attempts)"
+    " returning o.outbox_id, o.cmd_type, o.idem_key, case when pg_column_size(o.payload) < 1000"
+    " or octet_length(o.payload::text) <= %(longest)s then o.payload end as payload,"
+    " o.priority, o.due_at, o.attempts)"
     # What is claimed and not leased, a trigger keeps from being changed.
     " select c.outbox_id, cmd_type, idem_key, payload, priority, due_at, attempts,"
     " extract(epoch from c.send_at)::float8 from claimed c left join leased using (outbox_id)"
@@ -55,13 +64,14 @@ class OutboxRow:
     """A command to push.
 
     :param due_at: the command's own, in Unix seconds.
+    :param payload: ``None``: no frame is as long, and it was not read.
     :param attempts: how often it was sent before without being settled.
     """
 
     outbox_id: int
     cmd_type: str
     idem_key: str
-    payload: dict[str, Any]
+    payload: dict[str, Any] | None
     priority: int
     due_at: int | None
     attempts: int
@@ -69,8 +79,11 @@ class OutboxRow:
     def push(self) -> dict[str, Any]:
         """Give the payload of its ``s2s.command.push``.
 
+        :raises InvalidPayload: the row's JSON was not read.
         :raises CanonicalError: the row's JSON cannot be read.
         """
+        if self.payload is None:
+            raise InvalidPayload("the payload is longer than a frame may be, and was not read: send less")
         check_readable(self.payload, "payload")
         return _push(self.cmd_type, self.idem_key, self.payload, self.priority, self.due_at)
 
@@ -182,7 +195,15 @@ class Claims:
         #: Rows that the database does not let be leased, and until when they are left out.
         self._kept: dict[int, float] = {}
 
-    def claim(self, txn: Cursor, limit: int, lease_s: float, exclude_ids: Sequence[int] = ()) -> list[OutboxRow]:
+    def claim(
+        self,
+        txn: Cursor,
+        limit: int,
+        lease_s: float,
+        exclude_ids: Sequence[int] = (),
+        frame_size: int = Bounds.frame_size,
+        is_singly: bool = False,
+    ) -> list[OutboxRow]:
         """Lease rows to send, the longest waiting first; two relays never get the same row.
 
         Neither a lease nor what comes of it need reach the disk at once: of what the database forgets as it dies the
@@ -190,14 +211,21 @@ class Claims:
 
         :param lease_s: seconds after which a row that was neither deleted nor retried is anybody's again.
         :param exclude_ids: what the caller still has in flight, should a lease have run out.
+        :param frame_size: the longest frame, in bytes; a payload that is far longer is not read.
+        :param is_singly: the database has refused the last claim: find the rows at fault, and lease the others.
         """
         self._kept = {outbox_id: until for outbox_id, until in self._kept.items() if self._now() < until}
-        params = {"exclude": array_literal([*exclude_ids, *self._kept]), "limit": limit, "lease_s": lease_s}
+        params = {
+            "exclude": array_literal([*exclude_ids, *self._kept]),
+            "limit": limit,
+            "lease_s": lease_s,
+            "longest": LONGEST_TEXT * frame_size,
+        }
         rows: list[OutboxRow] = []
         is_whole = self._start is None
         if is_whole:
             with self._lookback.measured():
-                self._claim(txn, _FROM, params, rows)
+                self._claim(txn, _FROM, params, rows, is_singly)
         else:
             if self._lookback.is_due:
                 self._lookback.look(txn, _BEHIND, {**params, **self._from()})
@@ -207,15 +235,16 @@ class Claims:
             if self._lookback.behind:
                 self._claim(
                     txn,
-                    "outbox_id = any(%(ids)s::bigint[])",
+                    _BY_ID,
                     {**params, "ids": array_literal(self._lookback.behind)},
                     rows,
+                    is_singly,
                 )
             if len(rows) < limit:
-                self._claim(txn, _FROM, {**params, "limit": limit - len(rows)}, rows)
+                self._claim(txn, _FROM, {**params, "limit": limit - len(rows)}, rows, is_singly)
         if not rows and self._lookback.is_cheap:
             self._start = None
-            return [] if is_whole else self.claim(txn, limit, lease_s, exclude_ids)
+            return [] if is_whole else self.claim(txn, limit, lease_s, exclude_ids, frame_size, is_singly)
         return sorted(rows, key=lambda row: row.outbox_id)
 
     def depth(self, txn: Cursor) -> int:
@@ -230,31 +259,90 @@ class Claims:
         )
         return int((txn.fetchone() or (0,))[0])
 
-    def _claim(self, txn: Cursor, where: str, params: Mapping[str, Any], rows: list[OutboxRow]) -> None:
+    def _claim(
+        self, txn: Cursor, where: str, params: Mapping[str, Any], rows: list[OutboxRow], is_singly: bool
+    ) -> None:
+        if is_singly:
+            txn.execute(f"{_SET}{_DUE.format('', where)}", {**params, **self._from()})
+            ids = [outbox_id for (outbox_id,) in txn]
+            self._keep(
+                _by_halves(
+                    txn, lambda txn, ids: self._lease(txn, _BY_ID, {**params, "ids": array_literal(ids)}, rows), ids
+                )
+            )
+        else:
+            self._lease(txn, where, params, rows)
+
+    def _lease(self, txn: Cursor, where: str, params: Mapping[str, Any], rows: list[OutboxRow]) -> None:
         txn.execute(_CLAIM.format(where), {**params, **self._from()})
         found = txn.fetchall()
         kept = [row[0] for row in found if row[1] is None]
         if kept:
             note(txn, "update", "s2s.outbox")
-            room = MOST_KEPT - len(self._kept)
-            self._kept.update(dict.fromkeys(kept[:room], self._now() + KEPT_S))
+            self._keep(kept)
         rows += [OutboxRow(*row[:-1]) for row in found if row[1] is not None]
         if found and where == _FROM:
             self._start = min((send_at, outbox_id) for outbox_id, *_, send_at in found)
+
+    def _keep(self, outbox_ids: Sequence[int]) -> None:
+        """Leave rows out for a while."""
+        room = MOST_KEPT - len(self._kept)
+        self._kept.update(dict.fromkeys(outbox_ids[:room], self._now() + KEPT_S))
 
     def _from(self) -> dict[str, Any]:
         send_at, outbox_id = self._start or (float("-inf"), 0)
         return {"send_at": send_at, "outbox_id": outbox_id}
 
 
-def lease(txn: Cursor, outbox_ids: Sequence[int], lease_s: float) -> None:
-    """Hold claimed rows for so many seconds from now; 0 gives them back to whoever claims next."""
+def _by_halves(txn: Cursor, change: Callable[[Cursor, Sequence[T]], object], rows: Sequence[T]) -> list[T]:
+    """Change rows of which the database refuses some, and tell the operator.
+
+    :param change: changes some of them.
+    :returns: those that it refuses, which are as they were.
+    """
+    # What a deferred constraint or trigger refuses, too.
+    txn.execute("set constraints all immediate")
+    refused_rows: list[T] = []
+    left = [rows] if rows else []
+    while left:
+        some = left.pop()
+        try:
+            with refusable(txn):
+                change(txn, some)
+        except StatementRefused as refused:
+            if len(some) > 1:
+                middle = len(some) // 2
+                left += [some[middle:], some[:middle]]
+                continue
+            refused_rows += some
+            note_refused(txn, refused)
+    return refused_rows
+
+
+def note_refused(txn: Cursor, refused: StatementRefused) -> None:
+    """Have the operator told, once the transaction is committed, that rows of the outbox are refused."""
+    kept = getattr(txn.connection, "kept", None)
+    if kept is not None:
+        kept.append(told_as_kept(refused))
+
+
+def told_as_kept(refused: StatementRefused) -> StatementRefused:
+    """Return the error by which log and health tell of a refusal, whatever its SQLSTATE."""
+    text = f"a trigger or a constraint refuses changes of s2s.outbox: {refused} (SQLSTATE {refused.state})"
+    return refused if refused.state == STATE else StatementRefused(text, refused.constraint, STATE)
+
+
+def lease(txn: Cursor, outbox_ids: Sequence[int], lease_s: float) -> list[int]:
+    """Hold claimed rows for so many seconds from now; 0 gives them back to whoever claims next.
+
+    :returns: those that are as they were: the database does not let them be changed.
+    """
     txn.execute(
         "update s2s.outbox set send_at = now() + %s * interval '1 second'"
         " where outbox_id = any(%s::bigint[]) and state = 'waiting' returning outbox_id",
         (lease_s, array_literal(outbox_ids)),
     )
-    _note_kept(txn, outbox_ids)
+    return _note_kept(txn, outbox_ids)
 
 
 def _note_kept(txn: Cursor, outbox_ids: Iterable[int]) -> list[int]:
@@ -275,10 +363,11 @@ def delete(txn: Cursor, outbox_ids: Sequence[int]) -> list[int]:
     return still_there(txn, "delete", "s2s.outbox", "outbox_id", outbox_ids)
 
 
-def retry(txn: Cursor, retries: Sequence[tuple[int, float, str, str]]) -> None:
+def retry(txn: Cursor, retries: Sequence[tuple[int, float, str, str]]) -> list[int]:
     """Send rows again later.
 
     :param retries: ``(outbox_id, seconds from now, code, message)``: the last two say why the attempt came to nothing.
+    :returns: those that are as they were: the database does not let them be changed.
     """
     ids, delays, codes, messages = (list(column) for column in zip(*retries, strict=True)) if retries else ([],) * 4
     txn.execute(
@@ -288,7 +377,7 @@ def retry(txn: Cursor, retries: Sequence[tuple[int, float, str, str]]) -> None:
         " where o.outbox_id = r.outbox_id and o.state = 'waiting' returning o.outbox_id",
         (ids, [float(delay_s) for delay_s in delays], codes, messages),
     )
-    _note_kept(txn, ids)
+    return _note_kept(txn, ids)
 
 
 def kill(txn: Cursor, refusals: Sequence[tuple[int, str, str]]) -> list[int]:
@@ -328,21 +417,26 @@ class Settlement:
         """The rows that are the relay's no more."""
         return [*self.accepted, *self.given_back, *(each[0] for each in self.retries), *(each[0] for each in self.dead)]
 
-    def settle(self, txn: Cursor, lease_s: float, kept_s: float = KEPT_S) -> list[int]:
+    def settle(self, txn: Cursor, lease_s: float, kept_s: float = KEPT_S, is_singly: bool = False) -> list[int]:
         """Write it; leases first, since a row may have been answered after its lease was found old.
 
-        :param kept_s: seconds until a row comes again that can neither be removed nor set aside.
+        :param kept_s: seconds until a row comes again that can neither be removed nor changed.
+        :param is_singly: the database has refused it: find the rows at fault, and write the others.
         :returns: the accepted ones that cannot be removed.
         """
         txn.execute("set local synchronous_commit = off")  # as of :func:`claim`
-        if self.renewed:
-            lease(txn, self.renewed, lease_s)
-        if self.given_back:
-            lease(txn, self.given_back, 0.0)
-        undeleted = delete(txn, self.accepted) if self.accepted else []
-        if self.retries:
-            retry(txn, self.retries)
-        kept = [*undeleted, *(kill(txn, self.dead) if self.dead else ())]
-        if kept:
-            lease(txn, kept, kept_s)
+
+        def write(change: Callable[..., list[int]], rows: Sequence[Any], *more: float) -> list[int]:
+            if not rows:
+                return []
+            if not is_singly:
+                return change(txn, rows, *more)
+            kept: list[int] = []
+            refused = _by_halves(txn, lambda txn, some: kept.extend(change(txn, some, *more)), rows)
+            return [*kept, *(row if isinstance(row, int) else row[0] for row in refused)]
+
+        write(lease, self.renewed, lease_s)
+        write(lease, self.given_back, 0.0)
+        undeleted = write(delete, self.accepted)
+        write(lease, [*undeleted, *write(retry, self.retries), *write(kill, self.dead)], kept_s)
         return undeleted
