@@ -18,13 +18,17 @@ from s2s.runtime.line_quota import LineQuota
 
 #: The longest pause that an engine may ask for, in seconds: other occasions come.
 _LONGEST_PAUSE_S: Final = 10.0
+#: Answers in a row of one engine, each within so many seconds, after which it is asked again with a pause only. One
+#: that has much to do takes longer for each.
+MOST_QUICK: Final = 10
+QUICK_S: Final = 1.0
 
 
 class CoalescedRequest:
     """One kind of request: however many occasions there are, one is under way on a link, and one more is to follow.
 
     :param payload: gives the payload for an engine; ``None``: there is nothing to tell it.
-    :param done: called with a link and the engine's answer: whether to run again at once.
+    :param done: called with a link and the engine's answer: whether to run again at once, unless it says so too often.
     """
 
     log = Logger()
@@ -46,6 +50,9 @@ class CoalescedRequest:
         self._told: WeakKeyDictionary[Link, str] = WeakKeyDictionary()
         self._lines = LineQuota(clock.scheduler, self._tell, is_first_told=True)
         self._rng = rng
+        #: When each link was asked last, and its quick answers in a row that say that there is more.
+        self._asked_at: WeakKeyDictionary[Link, float] = WeakKeyDictionary()
+        self._quick: WeakKeyDictionary[Link, int] = WeakKeyDictionary()
         #: Refusals in a row of a link, and what waits to ask it again.
         self._refusals: WeakKeyDictionary[Link, int] = WeakKeyDictionary()
         self._retries: dict[Link, Timer] = {}
@@ -70,6 +77,7 @@ class CoalescedRequest:
         if payload is None or not link.session.is_open or link in self._unserved:
             return
         self._running[link] = False
+        self._asked_at[link] = self._clock.mono()
         running = link.call(self._type, payload)
         running.addCallbacks(self._succeeded, self._failed, callbackArgs=(link,), errbackArgs=(link,))
         running.addErrback(lambda failure: self.log.failure("an errand stumbled", failure))
@@ -78,8 +86,21 @@ class CoalescedRequest:
         may_have_missed = self._running.pop(link)
         self._told.pop(link, None)
         self._refusals.pop(link, None)
-        if self._done(link, answer) or may_have_missed:
+        has_more = self._done(link, answer)
+        is_quick = has_more and self._clock.mono() < self._asked_at[link] + QUICK_S
+        quick = self._quick[link] = self._quick.get(link, 0) + 1 if is_quick else 0
+        if may_have_missed or (has_more and quick <= MOST_QUICK):
             self.run(link)
+        elif has_more:
+            if quick == MOST_QUICK + 1 and self._lines.may_tell("answered that there is more, again and again"):
+                self.log.warn(
+                    "{link}: {type} is answered at once, {count} times in a row, that there is more: this engine is"
+                    " asked more seldom",
+                    link=link,
+                    type=self._type,
+                    count=quick,
+                )
+            self._run_later(link, min(2.0 ** (quick - MOST_QUICK - 1), _LONGEST_PAUSE_S))
 
     def _failed(self, failure: Failure, link: Link) -> None:
         failure.trap(S2SError)
@@ -98,12 +119,14 @@ class CoalescedRequest:
         elif isinstance(error, Refused) and error.retryable and error.retry_after_ms is not None:
             refusals = self._refusals.get(link, 0)
             self._refusals[link] = refusals + 1
-            pause_s = retry_pause(error.retry_after_ms, refusals, self._rng, _LONGEST_PAUSE_S)
-            # One at a time: every occasion meanwhile would add another one.
-            cancel(self._retries.get(link))
-            self._retries[link] = self._clock.scheduler.callLater(pause_s, self._retry, link)
+            self._run_later(link, retry_pause(error.retry_after_ms, refusals, self._rng, _LONGEST_PAUSE_S))
         elif may_have_missed:
             self.run(link)
+
+    def _run_later(self, link: Link, pause_s: float) -> None:
+        # One at a time: every occasion meanwhile would add another one.
+        cancel(self._retries.get(link))
+        self._retries[link] = self._clock.scheduler.callLater(pause_s, self._retry, link)
 
     def _retry(self, link: Link) -> None:
         # The timer refers to the link, which would never be freed.

@@ -11,7 +11,7 @@ from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import DeadlinePassed, Refused
-from s2s.link.coalesced_request import CoalescedRequest
+from s2s.link.coalesced_request import MOST_QUICK, QUICK_S, CoalescedRequest
 from s2s.runtime.clock import Clock
 from s2s.runtime.line_quota import PERIOD_S, TOLD
 
@@ -67,6 +67,38 @@ class ErrandTests(SynchronousTestCase):
         self.link.calls[0].callback({"more": 1})
         self.link.calls[1].callback({"more": 0})
         self.assertEqual(len(self.link.calls), 2)
+
+    def test_goes_on_without_an_end(self) -> None:
+        """An engine that answers at once that there is more, again and again, is asked more seldom, and named once."""
+        self.errand.run(self.link)
+        with capturedLogs() as logs:
+            for _ in range(MOST_QUICK + 1):
+                self.link.calls[-1].callback({"more": 1})
+            asked = [len(self.link.calls)]
+            self.assertEqual(asked, [MOST_QUICK + 1])
+            for pause_s in (1, 2, 4, 8, 10, 10):
+                self.time.advance(pause_s - 0.01)
+                self.assertEqual(len(self.link.calls), asked[-1])
+                self.time.advance(0.01)
+                asked.append(len(self.link.calls))
+                self.assertEqual(asked[-1], asked[-2] + 1)
+                self.link.calls[-1].callback({"more": 1})
+        [line] = [formatEvent(event) for event in logs]
+        self.assertIn(f"{self.link}: s2s.broadcast.sweep is answered at once, {MOST_QUICK + 1} times in a row", line)
+        # An occasion asks at once, and one that has nothing more is as every other.
+        self.errand.run(self.link)
+        self.link.calls[-1].callback({"more": 0})
+        self.errand.run(self.link)
+        self.link.calls[-1].callback({"more": 1})
+        self.assertEqual(len(self.link.calls), asked[-1] + 3)
+
+    def test_goes_on_slowly(self) -> None:
+        """An engine that takes its time for each answer is asked again at once, however often."""
+        self.errand.run(self.link)
+        for _ in range(2 * MOST_QUICK):
+            self.time.advance(QUICK_S)
+            self.link.calls[-1].callback({"more": 1})
+        self.assertEqual(len(self.link.calls), 2 * MOST_QUICK + 1)
 
     def test_nothing_to_tell(self) -> None:
         """Without a payload, or on a link that is closing, nothing is sent."""
