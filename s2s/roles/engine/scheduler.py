@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -87,6 +87,8 @@ class Scheduler:
         self._is_declaring = False
         #: As the last look found them.
         self._other_schedules: Mapping[str, OtherSchedule] = {}
+        #: Jobs that could not be declared, and why.
+        self._undeclared: Mapping[str, str] = {}
         #: What is under way here: one that hangs is not begun again by the other line.
         self._in_hand: set[str] = set()
         self._turns = PollLoop("the scheduler", self._poll_once, clock.scheduler, LINES if jobs else 0)
@@ -111,12 +113,16 @@ class Scheduler:
         """
         is_first = self._declare_at is None
         if is_first and self._is_declaring:
-            # Nothing runs before all jobs are declared. The worker that declares them wakes this one.
+            # Nothing runs before the jobs are declared. The worker that declares them wakes this one.
             return None
         if not self._is_declaring and self._clock.mono() >= (self._declare_at or 0.0):
             self._is_declaring = True
             try:
-                self._tell_schedules(await self._database.run(self._declare, is_first, self._other_schedules))
+                differing, undeclared = await self._database.run(
+                    self._declare, is_first, self._other_schedules, list(self._undeclared)
+                )
+                self._tell_undeclared(undeclared)
+                self._tell_schedules(differing)
             finally:
                 self._is_declaring = False
             self._declare_at = self._clock.mono() + DECLARE_S
@@ -205,25 +211,42 @@ class Scheduler:
         for job in before.keys() - others.keys():
             status_log.info("job {job} has the schedule {own} again", job=job, own=self._schedules[job])
 
+    def _tell_undeclared(self, undeclared: Mapping[str, str]) -> None:
+        """Log each job that cannot be declared, and each that is declared after all."""
+        before, self._undeclared = self._undeclared, undeclared
+        for job, why in undeclared.items():
+            if before.get(job) != why:
+                self.log.error(
+                    "job {job} cannot be declared, which is tried again every {seconds:g} s: {why}",
+                    job=job,
+                    seconds=DECLARE_S,
+                    why=why,
+                )
+        for job in before.keys() - undeclared.keys():
+            status_log.info("job {job} is declared", job=job)
+
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 
-    def _declare(self, txn: Cursor, is_first: bool, before: Mapping[str, OtherSchedule]) -> Mapping[str, OtherSchedule]:
+    def _declare(
+        self, txn: Cursor, is_first: bool, before: Mapping[str, OtherSchedule], undeclared: Sequence[str] = ()
+    ) -> tuple[Mapping[str, OtherSchedule], Mapping[str, str]]:
         """Put into the table what it lacks, at the first look also what differs.
 
         Later another engine may have declared another schedule of the same job, and keeps it while it lives. It may
         live though one look finds no presence lock, as after a restart of the database.
 
         :param before: what the look before found.
-        :returns: what differs still.
+        :param undeclared: what the look before could not declare.
+        :returns: what differs still, and what cannot be declared.
         """
         if is_first:
             names, others = list(self._jobs), {}
         else:
             others = jobs.other_schedules(txn, self._boot_id, self._schedules)
             orphaned = [job for job, other in others.items() if not other.is_kept and before.get(job) == other]
-            names = jobs.missing(txn, self._jobs) + jobs.hold_idle(txn, orphaned)
-        jobs.declare(txn, self._boot_id, {name: self._schedules[name] for name in names}, _next_after)
-        return {job: other for job, other in others.items() if job not in names}
+            names = [*jobs.missing(txn, self._jobs), *jobs.hold_idle(txn, orphaned), *undeclared]
+        refused = jobs.declare(txn, self._boot_id, {name: self._schedules[name] for name in names}, _next_after)
+        return {job: other for job, other in others.items() if job not in names}, refused
 
     def _attempt(self, txn: Cursor, job_types: list[str]) -> tuple[DueJob | None, float | None]:
         due = jobs.attempt(txn, job_types)

@@ -17,8 +17,8 @@ import psycopg2
 from psycopg2.extras import Json
 
 from s2s.errors import RowRefused, StatementRefused
-from s2s.store import driver
-from s2s.store.driver import Cursor, advisory_lock, lock_key, translate_error
+from s2s.store import driver, sqlstate
+from s2s.store.driver import Cursor, advisory_lock, lock_key, savepoint, translate_error
 from s2s.store.kept_rows import note, refusal
 from s2s.store.tables import claims
 
@@ -28,6 +28,9 @@ _PAUSE: Final = "least(power(2, least({attempts}, 9)), 300) * interval '1 second
 PAUSE: Final = _PAUSE.format(attempts="attempts")
 #: A row that was written by hand may have the largest number of attempts.
 ONE_MORE: Final = "attempts = least(attempts, 1000000) + 1"
+
+#: Seconds that the declaration of a job waits for a session that holds its row.
+DECLARE_LOCK_S: Final = 1.0
 
 #: The columns of a :class:`DueJob`.
 _DUE: Final = (
@@ -90,37 +93,56 @@ class OtherSchedule(NamedTuple):
     is_kept: bool
 
 
-def declare(txn: Cursor, boot_id: str, schedules: Mapping[str, str], next_after: Callable[[str, int], int]) -> None:
+def declare(
+    txn: Cursor, boot_id: str, schedules: Mapping[str, str], next_after: Callable[[str, int], int]
+) -> dict[str, str]:
     """Put jobs into the table; those that are there keep their times, unless their schedule has changed.
 
     :param boot_id: of this engine.
     :param schedules: by job type.
     :param next_after: gives the time that follows a Unix second, by a schedule.
+    :returns: by job type, why one is not declared: the database refuses it, or another session holds its row for longer
+        than :data:`DECLARE_LOCK_S`.
     """
     now = _now(txn)
+    refused: dict[str, str] = {}
+    # What a deferred trigger refuses, too.
+    txn.execute("set constraints all immediate; set local lock_timeout = %s", (round(DECLARE_LOCK_S * 1000),))
     # In one order: engines that start together do not wait for each other in a circle.
     for job_type, schedule in sorted(schedules.items()):
-        txn.execute(
-            "insert into s2s.jobs as j (job_type, schedule, due_at, declared_by)"
-            " select %(job_type)s, %(schedule)s, to_timestamp(%(due_at)s), %(boot_id)s"
-            # What is as it should be is not locked: somebody may be running it.
-            " where not exists (select from s2s.jobs where job_type = %(job_type)s and schedule = %(schedule)s)"
-            " on conflict (job_type) do update set schedule = excluded.schedule,"
-            " declared_by = excluded.declared_by,"
-            # A run that is begun is finished first, with its time.
-            " due_at = case when j.state is null then excluded.due_at else j.due_at end,"
-            " attempts = case when j.state is null then 0 else j.attempts end,"
-            " retry_at = case when j.state is null then null else j.retry_at end"
-            " where j.schedule <> excluded.schedule",
-            {"job_type": job_type, "schedule": schedule, "due_at": next_after(schedule, now), "boot_id": boot_id},
-        )
+        try:
+            with savepoint(txn):
+                _declare(txn, boot_id, job_type, schedule, next_after(schedule, now))
+        except psycopg2.Error as error:
+            if (meaning := sqlstate.of(error)).fault != "statement" or meaning.drops:
+                raise
+            refused[job_type] = sqlstate.with_cure(translate_error(error, txn.connection))
+    declared = {job_type: schedule for job_type, schedule in schedules.items() if job_type not in refused}
     txn.execute(
         "select from unnest(%s::text[], %s::text[]) own (job_type, schedule) where not exists"
         " (select from s2s.jobs where jobs.job_type = own.job_type and jobs.schedule = own.schedule)",
-        (list(schedules), list(schedules.values())),
+        (list(declared), list(declared.values())),
     )
     if txn.rowcount:
         note(txn, "insert or update", "s2s.jobs")
+    return refused
+
+
+def _declare(txn: Cursor, boot_id: str, job_type: str, schedule: str, due_at: int) -> None:
+    txn.execute(
+        "insert into s2s.jobs as j (job_type, schedule, due_at, declared_by)"
+        " select %(job_type)s, %(schedule)s, to_timestamp(%(due_at)s), %(boot_id)s"
+        # What is as it should be is not locked: somebody may be running it.
+        " where not exists (select from s2s.jobs where job_type = %(job_type)s and schedule = %(schedule)s)"
+        " on conflict (job_type) do update set schedule = excluded.schedule,"
+        " declared_by = excluded.declared_by,"
+        # A run that is begun is finished first, with its time.
+        " due_at = case when j.state is null then excluded.due_at else j.due_at end,"
+        " attempts = case when j.state is null then 0 else j.attempts end,"
+        " retry_at = case when j.state is null then null else j.retry_at end"
+        " where j.schedule <> excluded.schedule",
+        {"job_type": job_type, "schedule": schedule, "due_at": due_at, "boot_id": boot_id},
+    )
 
 
 def missing(txn: Cursor, job_types: Iterable[str]) -> list[str]:
