@@ -582,6 +582,17 @@ class StepTests(SchedulerTestCase):
         await self.reached("runs = 1")
         self.assertEqual([state for _, state in self.effects()], ["{}", "{'at': 1}", "{'at': 2}"])
 
+    async def test_long_runs_take_turns(self) -> None:
+        """A run of many steps, where the engine has one worker, holds up no job that becomes due after it."""
+        self.patch(scheduling, "LINES", 1)
+        self.patch(table, "SLICE_S", 0.0)
+        self.due("long", at=_HOUR)
+        self.due("short", at=2 * _HOUR)
+        self.start(_Job("long", lambda *_: Unfinished({})), _Job("short", _nothing))
+        await self.reached("runs = 1", "short")
+        steps = len(self.effects())
+        await poll(lambda: len(self.effects()) > steps + 3, "further steps of the long one")
+
     async def test_another_engine_goes_on(self) -> None:
         """A run whose engine is gone goes on with the next step, in another engine and with the same key."""
         reached = threading.Event()

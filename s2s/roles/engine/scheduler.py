@@ -91,6 +91,8 @@ class Scheduler:
         self._undeclared: Mapping[str, str] = {}
         #: What is under way here: one that hangs is not begun again by the other line.
         self._in_hand: set[str] = set()
+        #: The jobs that have had a turn here, in the order of their last one.
+        self._had_turns: dict[str, None] = {}
         self._turns = PollLoop("the scheduler", self._poll_once, clock.scheduler, LINES if jobs else 0)
         self._left_out = LeftOut("job", self._turns, clock.mono)
         self.runs = self.failed = 0
@@ -132,11 +134,14 @@ class Scheduler:
             return None
         others = self._in_hand.union(self._left_out.keys())
         try:
-            due, due_in_s = await self._database.run(self._attempt, [each for each in self._jobs if each not in others])
+            free = [each for each in self._jobs if each not in others]
+            due, due_in_s = await self._database.run(self._attempt, free, list(self._had_turns))
         except RowRefused as refused:
             return self._left_out.add(refused.key, refused)
         if due is None:
             return due_in_s
+        self._had_turns.pop(due.job_type, None)
+        self._had_turns[due.job_type] = None
         until = self._clock.mono() + jobs.SLICE_S
         while due is not None:
             job_type = due.job_type
@@ -248,8 +253,8 @@ class Scheduler:
         refused = jobs.declare(txn, self._boot_id, {name: self._schedules[name] for name in names}, _next_after)
         return {job: other for job, other in others.items() if job not in names}, refused
 
-    def _attempt(self, txn: Cursor, job_types: list[str]) -> tuple[DueJob | None, float | None]:
-        due = jobs.attempt(txn, job_types)
+    def _attempt(self, txn: Cursor, job_types: list[str], turns: list[str]) -> tuple[DueJob | None, float | None]:
+        due = jobs.attempt(txn, job_types, turns)
         return due, None if due else jobs.next_due_s(txn, job_types)
 
     def _step(self, txn: Cursor, due: DueJob, until: float) -> Report | None:

@@ -8,7 +8,7 @@ steps aside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NamedTuple
@@ -173,10 +173,12 @@ def hold_idle(txn: Cursor, job_types: Iterable[str]) -> list[str]:
     return [job_type for (job_type,) in txn]
 
 
-def attempt(txn: Cursor, job_types: Iterable[str]) -> DueJob | None:
+def attempt(txn: Cursor, job_types: Iterable[str], turns: Sequence[str] = ()) -> DueJob | None:
     """Count an attempt of the job that is due for the longest time.
 
     :param job_types: those that the caller can run now.
+    :param turns: those that have had a turn, the last one at the end. The others come first, then these in their order:
+        the runs of long ones, which stay due, would hold up all others.
     :raises RowRefused: the database does not take the change of that row.
     """
     # One looks at a time. With an older snapshot one would lock what another has just counted, to find that it is not
@@ -186,8 +188,9 @@ def attempt(txn: Cursor, job_types: Iterable[str]) -> DueJob | None:
         "select job_type, ctid::text from s2s.jobs where job_type = any(%s)"
         # A run that is begun goes on, whatever the clock has called its time meanwhile.
         " and (due_at <= now() or state is not null or attempts > 0)"
-        " and (retry_at is null or retry_at <= now()) order by due_at, job_type limit 1 for update skip locked",
-        (list(job_types),),
+        " and (retry_at is null or retry_at <= now())"
+        " order by array_position(%s::text[], job_type) nulls first, due_at, job_type limit 1 for update skip locked",
+        (list(job_types), list(turns)),
     )
     row = txn.fetchone()
     if row is None:
