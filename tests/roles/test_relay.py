@@ -849,6 +849,17 @@ class RelayTimingTests(SynchronousTestCase):
                 self.database.end("settle", None)
             self.assertEqual(sorted(self.pauses()), [0.2, 1.6, 5.0])
 
+    def test_pauses_of_an_internal_error(self) -> None:
+        """A row for which the server fails rests longer after each attempt, up to a minute, and is never dead."""
+        self.relay._rng = lambda: 1.0
+        rows = [replace(row, attempts=at) for row, at in zip(self.rows("k1", "k2", "k3"), (0, 6, 100_000), strict=True)]
+        self.database.end("claim", rows)
+        self.link.refuse(Refused("internal_error", "m", {"retryable": True}))
+        while self.database.under_way and len(self.pauses()) < len(rows):
+            self.database.end("settle", None)
+        self.assertEqual(sorted(self.pauses()), [0.2, 12.8, 60.0])
+        self.assertEqual(self.relay.dead, 0)
+
     def pauses(self) -> list[float]:
         """Return the pauses of what was settled to be sent again."""
         return [pause for settlement in self.database.settlements for _, pause, *_ in settlement.retries]

@@ -23,6 +23,7 @@ from s2s.errors import (
     DatabaseError,
     DeadlineExceeded,
     DeadlinePassed,
+    InternalError,
     LineFull,
     LinkLost,
     LocalError,
@@ -32,7 +33,7 @@ from s2s.errors import (
     TooLarge,
     storable,
 )
-from s2s.link.backoff import retry_pause
+from s2s.link.backoff import FAST, retry_pause
 from s2s.link.connection import Link
 from s2s.protocol.catalogue import COMMAND_PUSH
 from s2s.protocol.settings import number
@@ -56,12 +57,13 @@ POLL_S: Final = 1.0
 #: Between two counts of what waits, which look at every row.
 DEPTH_S: Final = 5.0
 #: By how much each row that cannot be removed lengthens the pause until it is tried again, in seconds, and the longest
-#: pause: the watch of the clock pulls back what lies further ahead.
+#: pause.
 UNDELETED_S: Final = 0.01
 MOST_KEPT_S: Final = 60.0
 #: Such rows that are remembered, some 10 MB. Others are sent again, and are duplicates.
 MOST_UNDELETED: Final = 100_000
-#: The longest pause, in seconds, that the server may ask for before a row is sent again.
+#: The longest pause, in seconds, before a row is sent again: the server may ask for it, and a row that it refuses with
+#: an internal error comes to it. The watch of the clock pulls back what lies further ahead.
 LONGEST_PAUSE_S: Final = 60.0
 #: Refusals that are about the link or the clock, and say nothing against the command, whatever their ``retryable``.
 _NOT_ITS_FAULT: Final = frozenset({"replay", "forbidden", "ts_skew"})
@@ -284,6 +286,10 @@ class Relay:
         code = why_again(error)
         asked_ms = error.retry_after_ms if isinstance(error, Refused) else None
         pause_s = retry_pause(asked_ms, row.attempts, self._rng, LONGEST_PAUSE_S)
+        if code == InternalError.code:
+            # It is about this row alone, and may last.
+            longest_s = min(FAST[0] * 2.0 ** min(row.attempts + 1, 16), LONGEST_PAUSE_S)
+            pause_s = max(pause_s, (0.5 + self._rng() / 2) * longest_s)
         message = storable(str(error)) or "it was given up before it was answered"
         self._next.retries.append((row.outbox_id, pause_s, code, message))
         # Of an answer that is not valid, as of its own end, the link tells; of what passes a count is enough.
