@@ -508,6 +508,29 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual([(await each).status for each in taken], ["done"] * 4)
         self.assertEqual([order_id for order_id, _ in self.steps()], ids)
 
+    async def test_by_link_while_it_runs(self) -> None:
+        """An order of the table that comes over the link while its first step runs holds up no other order."""
+        self.patch(order_runner, "ANSWER_S", 0.3)
+        begun, go_on = threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+
+        def work(_: Cursor, order: OrderRun) -> Outcome:
+            begun.set()
+            assert order.order_id != "table" or go_on.wait(60)
+            return None
+
+        self.give("table")
+        runner = self.start(work)
+        await poll(begun.is_set, "it runs")
+        params = {"sector_id": 1, "status": "neutral"}
+        taken = [Deferred.fromCoroutine(runner.take(name, SECTOR, params, "key:k1")) for name in ("table", "next")]
+        self.assertEqual([(await each).status for each in taken], ["queued"] * 2)
+        with self.assertRaises(IdemConflict):
+            await runner.take("table", SECTOR, {**params, "sector_id": 2}, "key:k1")
+        go_on.set()
+        await self.over("table", "next")
+        self.assertEqual((self.row("table", "way"), self.row("next", "way")), (("table",), ("link",)))
+
     def user(self) -> str:
         """Give the database's user."""
         return str(self.execute("select session_user")[0][0])

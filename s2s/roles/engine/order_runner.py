@@ -142,7 +142,7 @@ class OrderRunner:
             if known is None:
                 raise ShuttingDown("the engine is shutting down")
             return known
-        order, _ = await self._writing.run(self._database.run, self._give, order_id, rpc, params, actor)
+        order = await self._writing.run(self._database.run, self._give, order_id, rpc, params, actor)
         if not order.is_open or self._turns.is_stopping:
             return order
         waiter: Deferred[None] = Deferred()
@@ -251,8 +251,10 @@ class OrderRunner:
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 
-    def _give(self, txn: Cursor, order_id: str, rpc: str, params: Mapping[str, Any], actor: str) -> tuple[Order, bool]:
-        return orders.give(txn, order_id, rpc, params, actor, by_link=True)
+    def _give(self, txn: Cursor, order_id: str, rpc: str, params: Mapping[str, Any], actor: str) -> Order:
+        # The step of one that runs here has locked its row: a write would wait for it, and so would the next orders.
+        known = orders.known(txn, order_id, rpc, params) if order_id in self._in_hand else None
+        return known or orders.give(txn, order_id, rpc, params, actor, by_link=True)[0]
 
     def _step(self, txn: Cursor, order: Order, is_paused: bool, until: float) -> Order | None:
         """Do a step in the transaction that stores it.
