@@ -517,6 +517,44 @@ class FailureTests(SchedulerTestCase):
         self.assertEqual(self.row("attempts, error"), (0, None))
         self.assertEqual((scheduler.failed, other.failed), (0, 0))
 
+    async def test_one_that_always_loses_its_connection(self) -> None:
+        """A job under which the database is at fault each time is named and has failed, where that serves others."""
+        self.patch(table, "PAUSE", "interval '0.05 seconds'")
+
+        def lose(txn: Cursor, run: JobRun) -> None:
+            txn.execute("select pg_terminate_backend(pg_backend_pid())")
+
+        def damaged(txn: Cursor, run: JobRun) -> None:
+            txn.execute("do $$ begin raise exception 'invalid page in block 0' using errcode = 'XX001'; end $$")
+
+        for name, work, why in (("loses", lose, "connection"), ("damaged", damaged, "invalid page")):
+            self.due(name)
+            with capturedLogs() as told:
+                scheduler = self.start(_Job(name, work))
+                await self.reached("error is not null", name)
+                await scheduler.stop()
+            self.assertIn(why, self.row("error", name)[0])
+            self.assertGreaterEqual(self.row("attempts", name)[0], scheduling.LOSSES)
+            lines = [line for event in told if f"job {name} failed" in (line := str(formatEvent(event)))]
+            self.assertTrue(lines)
+            self.assertIn(why, lines[0])
+        self.assertEqual(self.effects(), [])
+
+    async def test_one_that_loses_its_connection_while_the_database_is_at_fault(self) -> None:
+        """A job is not marked as failed where the database refuses other writes, too."""
+        self.patch(table, "PAUSE", "interval '0.05 seconds'")
+        checks: list[int] = []
+
+        def refuse(txn: Cursor) -> None:
+            checks.append(1)
+            txn.execute("do $$ begin raise exception 'no space' using errcode = '53100'; end $$")
+
+        self.patch(scheduling.probe, "check", refuse)
+        self.due("loses")
+        self.start(_Job("loses", lambda txn, _: txn.execute("select pg_terminate_backend(pg_backend_pid())")))
+        await poll(lambda: len(checks) > 2, "looks at the database")
+        self.assertEqual(self.row("error", "loses"), (None,))
+
     async def test_an_error_made_of_a_lost_connection(self) -> None:
         """A job that makes an error of its own of the loss of its connection is not blamed for it."""
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
-from s2s.errors import HandlerStuck, RowRefused, StatementRefused, harmless, one_line
+from s2s.errors import DatabaseUnavailable, HandlerStuck, NoThread, RowRefused, StatementRefused, harmless, one_line
 from s2s.handlers.jobs import Job, JobRun, Unfinished, parse_schedule, validate_outcome
 from s2s.roles.engine.state import EngineState
 from s2s.runtime.clock import Clock
@@ -18,6 +18,7 @@ from s2s.store import sqlstate
 from s2s.store.cursor import check_readable
 from s2s.store.driver import Cursor
 from s2s.store.handler_pool import HandlerPool, call
+from s2s.store.monitors import probe
 from s2s.store.poll_loop import LeftOut, PollLoop
 from s2s.store.pool import Database
 from s2s.store.tables import config, jobs
@@ -28,6 +29,9 @@ from s2s.store.tables.own_keys import database_id, own_key
 LINES: Final = 2
 #: Seconds between two looks for jobs that the table lacks, or has with a schedule that is not ours.
 DECLARE_S: Final = 30.0
+#: Steps in a row that fail by a fault of the database, or of the connection, before the job itself counts as failed
+#: where the database serves others.
+LOSSES: Final = 3
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Scheduler:
         self._in_hand: set[str] = set()
         #: The jobs that have had a turn here, in the order of their last one.
         self._had_turns: dict[str, None] = {}
+        #: Steps in a row of each job that the database, or the connection, was at fault for.
+        self._losses: dict[str, int] = {}
         self._turns = PollLoop("the scheduler", self._poll_once, clock.scheduler, LINES if jobs else 0)
         self._left_out = LeftOut("job", self._turns, clock.mono)
         self.runs = self.failed = 0
@@ -177,11 +183,25 @@ class Scheduler:
         # Refused: by the COMMIT, at which deferred constraints are checked.
         except (_JobFailed, StatementRefused) as error:
             self._tell_failure(due, str(error))
+            self._losses.pop(due.job_type, None)
             await self._database.run(jobs.fail, due, str(error))
+            return None
+        except NoThread:
+            raise
+        except DatabaseUnavailable as lost:
+            # Mostly nobody's fault. But a job may end its own connection, or read a damaged table, each time.
+            losses = self._losses[due.job_type] = self._losses.get(due.job_type, 0) + 1
+            if losses < LOSSES or self._turns.is_stopping:
+                raise
+            # Not while the database refuses other writes, too.
+            await self._database.run(probe.check)
+            self._tell_failure(due, str(lost))
+            await self._database.run(jobs.fail, due, one_line(lost))
             return None
         finally:
             if not is_stuck:
                 self._in_hand.discard(due.job_type)
+        self._losses.pop(due.job_type, None)
         if report is None:
             return None
         self._tell(due, report)
