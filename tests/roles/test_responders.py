@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet import reactor, task
+from twisted.internet.defer import Deferred
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import TestCase
 
-from s2s.errors import DbUnavailable
+from s2s.errors import DbUnavailable, InternalError
 from s2s.link.dispatcher import Request
-from s2s.protocol.catalogue import BY_NAME, HEALTH_CHECK, SWEEP
+from s2s.protocol.catalogue import BY_NAME, HEALTH_CHECK, PAUSE, SWEEP
 from s2s.protocol.envelope import Envelope
+from s2s.roles.engine.desired_state import DesiredState
+from s2s.roles.engine.order_runner import OrderRunner
+from s2s.roles.engine.responders.order import Order
+from s2s.roles.engine.responders.pause import Pause
 from s2s.roles.engine.responders.sweep import Sweep
+from s2s.roles.engine.state import EngineState
 from s2s.roles.health import Health, Identity
 from s2s.runtime.clock import Clock
 from s2s.store.pool import Database
@@ -99,3 +107,40 @@ class SweepTests(DatabaseTestCase):
         await self.database.stop()
         refused = await self.assertFailure(self.sweep(request(SWEEP, {"since_ts": 0})), DbUnavailable)
         self.assertIn("retry_after_ms", refused.payload()["details"])
+
+    async def test_refused(self) -> None:
+        """A broadcast that the database does not let be changed is told, and answered with the incident."""
+        self.execute(
+            "insert into s2s.broadcasts (message) values ('m');"
+            "alter table s2s.broadcasts add constraint c check (state = 'pending')"
+        )
+        await _refused(self, lambda: self.sweep(request(SWEEP, {"since_ts": 0})))
+
+
+class SteeringTests(DatabaseTestCase):
+    """``s2s.engine.pause`` and orders."""
+
+    async def test_refused(self) -> None:
+        """What a constraint refuses is told once, and is answered with the incident."""
+        database, handlers = self.pools("s2s-refused")
+        clock, condition = Clock(reactor), EngineState()
+        condition.wanted = "running"
+        self.execute(
+            "alter table s2s.engines add constraint c check (wanted = 'running');"
+            "alter table s2s.orders add constraint c check (rpc <> 'world.set_sector_status.v1')"
+        )
+        pause = Pause(DesiredState(database, clock, "engine-1", condition), "paused", condition)
+        await _refused(self, lambda: pause(request(PAUSE, {"reason": "x"})))
+        order = Order(OrderRunner(database, handlers, clock, {}, "engine-1", condition, lambda: True, lambda: None))
+        payload = {"order_id": "01J93QXK00000000000000000A", "sector_id": 1, "status": "neutral"}
+        await _refused(self, lambda: order(request("world.set_sector_status.v1", payload)))
+
+
+async def _refused(case: TestCase, ask: Callable[[], Deferred[Any]]) -> None:
+    """Ask twice, and see that both answers have the incident of the one line."""
+    with capturedLogs() as told:
+        answers = [await case.assertFailure(ask(), InternalError) for _ in range(2)]
+    [line] = [str(formatEvent(event)) for event in told]
+    case.assertIn('violates check constraint "c"', line)
+    for answer in answers:
+        case.assertIn(answer.payload()["details"]["incident"], line)

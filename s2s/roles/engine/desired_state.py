@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from twisted.logger import Logger
 
+from s2s.errors import InternalError, StatementRefused
 from s2s.roles.engine.state import EngineState
 from s2s.runtime.clock import Clock
 from s2s.runtime.line_quota import MOST_TOLD, LineQuota
@@ -43,8 +44,12 @@ class DesiredState:
         :param state: ``running`` or ``paused``.
         :param actor: who wants it, for the audit.
         :raises DatabaseUnavailable: it may or may not be stored.
+        :raises InternalError: the database refuses to store it; the log has the reason, once a minute at most.
         """
-        await self._database.run(engines.want, self._name, state, reason, actor)
+        try:
+            await self._database.run(engines.want, self._name, state, reason, actor)
+        except StatementRefused as refused:
+            raise InternalError(incident=self._database.troubles.note(refused.state, str(refused))) from None
         await self._refresher.read_now()
 
     def _on_value(self, found: tuple[str, str]) -> None:

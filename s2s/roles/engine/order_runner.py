@@ -134,7 +134,8 @@ class OrderRunner:
         :returns: what its row says when it is over, or after :data:`ANSWER_S`.
         :raises IdemConflict: its row has other content.
         :raises ShuttingDown: the engine drains, and the order is new.
-        :raises DatabaseError: it may or may not be written down.
+        :raises DatabaseUnavailable: it may or may not be written down.
+        :raises InternalError: the database refuses to write it down; the log has the reason, once a minute at most.
         """
         if self._condition.is_draining:
             # What it asks after is no new work.
@@ -142,7 +143,10 @@ class OrderRunner:
             if known is None:
                 raise ShuttingDown("the engine is shutting down")
             return known
-        order = await self._writing.run(self._database.run, self._give, order_id, rpc, params, actor)
+        try:
+            order = await self._writing.run(self._database.run, self._give, order_id, rpc, params, actor)
+        except StatementRefused as refused:
+            raise InternalError(incident=self._database.troubles.note(refused.state, str(refused))) from None
         if not order.is_open or self._turns.is_stopping:
             return order
         waiter: Deferred[None] = Deferred()

@@ -6,7 +6,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
-from s2s.errors import DatabaseError, DbUnavailable, StaleVersion
+from s2s.errors import DatabaseUnavailable, DbUnavailable, StaleVersion
 from s2s.link.dispatcher import Request
 from s2s.roles.live_config import LiveConfig
 
@@ -25,7 +25,7 @@ class Bump:
         if version > self._config.version:
             try:
                 await self._config.read_now()
-            except DatabaseError:
+            except DatabaseUnavailable:
                 raise DbUnavailable(retry_after_ms=1000) from None
         if version > self._config.version:
             raise StaleVersion(

@@ -6,7 +6,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
-from s2s.errors import DatabaseError, DbUnavailable
+from s2s.errors import DatabaseUnavailable, DbUnavailable
 from s2s.link.dispatcher import Request
 from s2s.roles.engine.order_runner import OrderRunner
 
@@ -28,7 +28,7 @@ class Order:
         order_id = payload["order_id"]
         try:
             order = await self._runner.take(order_id, request.message.name, params, f"key:{request.key_id}")
-        except DatabaseError:
+        except DatabaseUnavailable:
             raise DbUnavailable(retry_after_ms=1000) from None
         is_well = order.status not in ("refused", "failed")
         return {"ok": is_well, "order_id": order_id, "status": order.status, "result": order.result}

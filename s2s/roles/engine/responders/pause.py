@@ -6,7 +6,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
-from s2s.errors import DatabaseError, DbUnavailable
+from s2s.errors import DatabaseUnavailable, DbUnavailable
 from s2s.link.dispatcher import Request
 from s2s.roles.engine.desired_state import DesiredState
 from s2s.roles.engine.state import EngineState
@@ -30,6 +30,6 @@ class Pause:
     async def _pause(self, request: Request) -> dict[str, Any]:
         try:
             await self._wanted.set(self._state, request.payload["reason"], f"key:{request.key_id}")
-        except DatabaseError:
+        except DatabaseUnavailable:
             raise DbUnavailable(retry_after_ms=1000) from None
         return {"ok": True, "state": self._condition.state}

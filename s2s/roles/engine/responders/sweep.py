@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from twisted.internet.defer import Deferred
 
-from s2s.errors import DatabaseUnavailable, DbUnavailable
+from s2s.errors import DatabaseUnavailable, DbUnavailable, InternalError, StatementRefused
 from s2s.link.dispatcher import Request
 from s2s.runtime.clock import Clock
 from s2s.runtime.status_log import status_log
@@ -45,6 +45,8 @@ class Sweep:
                 moved = await self._database.run(broadcasts.sweep, since_ts, LIMIT, self._frame_size)
             except DatabaseUnavailable:
                 raise DbUnavailable(retry_after_ms=1000) from None
+            except StatementRefused as refused:
+                raise InternalError(incident=self._database.troubles.note(refused.state, str(refused))) from None
             queued += moved
             if moved:
                 self._queued()
