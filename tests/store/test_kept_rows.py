@@ -160,6 +160,47 @@ class KeptRowsTests(DatabaseTestCase):
         self.assertEqual([each.outcome for each in outcomes], ["discarded", actions.KEPT])
         self.assertEqual(self.execute("select outbox_id from s2s.outbox"), [(kept,)])
 
+    def test_the_old_row(self) -> None:
+        """A row that a trigger leaves as it was, by returning it, counts as kept."""
+        self.execute(
+            "create function old() returns trigger language plpgsql set search_path from current as $$ begin"
+            " return old; end $$;"
+            "insert into s2s.broadcasts (message) values ('hello');"
+            "insert into s2s.outbox (cmd_type, idem_key, payload, state) values ('a.b', 'dead', '{}', 'dead'),"
+            " ('a.b', 'waiting', '{}', 'waiting');"
+            "insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'every:5s', '2021-01-01')"
+        )
+        [(dead,), (waiting,)] = self.execute("select outbox_id from s2s.outbox order by 1")
+        with blocking(self.url) as txn:
+            job = jobs.attempt(txn, ["tick"])
+            assert job is not None
+        for table in ("broadcasts", "outbox", "jobs"):
+            self.execute(f"create trigger old before update on s2s.{table} for each row execute function old()")
+
+        def refused(work: Callable[[Cursor], Any]) -> None:
+            with blocking(self.url) as txn:
+                self.assertIn(KEPT, str(self.assertRaises(StatementRefused, work, txn)))
+
+        refused(lambda txn: broadcasts.sweep(txn, 0, 10, 65536))
+        refused(lambda txn: actions.act(txn, outbox_admin.RETRY, [dead]))
+        refused(lambda txn: actions.act(txn, outbox_admin.CANCEL, [waiting]))
+        refused(lambda txn: jobs.finish(txn, job, lambda _, now: now, None))
+        refused(lambda txn: jobs.go_on(txn, job, job.place, {}, True))
+        refused(lambda txn: jobs.go_on(txn, job, job.place, {}, False))
+        works: dict[str, Callable[[Cursor], Any]] = {
+            "claim": lambda txn: outbox.Claims().claim(txn, 10, 5.0),
+            "lease": lambda txn: outbox.lease(txn, [waiting], 5.0),
+            "give back": lambda txn: outbox.lease(txn, [waiting], 0.0),
+            "retry": lambda txn: outbox.retry(txn, [(waiting, 1.0, "overloaded", "m")]),
+            "kill": lambda txn: outbox.kill(txn, [(waiting, "teapot", "m")]),
+        }
+        for name, work in works.items():
+            with self.subTest(name), self.assertRaisesRegex(StatementRefused, KEPT), blocking(self.url) as txn:
+                self.assertEqual(work(txn), [] if name == "claim" else [waiting])
+        self.execute("drop trigger old on s2s.jobs; update s2s.jobs set retry_at = null")
+        self.execute("create trigger old before update on s2s.jobs for each row execute function old()")
+        refused(lambda txn: jobs.attempt(txn, ["tick"]))
+
     def test_retention(self) -> None:
         """A sweep that removes nothing tells of it, says so in its counts, and goes on."""
         self.execute(

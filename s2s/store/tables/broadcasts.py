@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from s2s.errors import LocalError, StatementRefused
 from s2s.store.driver import Cursor, refusable
-from s2s.store.kept_rows import check_written
+from s2s.store.kept_rows import check_written, refusal
 from s2s.store.tables import outbox
 from s2s.store.tables.own_keys import database_id, digest, own_key
 
@@ -93,10 +93,13 @@ def _queue(txn: Cursor, found: Mapping[int, tuple[str, dict[str, Any]]], frame_s
     txn.execute(
         "update s2s.broadcasts b set error = s.error, queued_at = case when s.error is null then now() end,"
         " state = case when s.error is null then 'queued' else 'refused' end"
-        " from unnest(%s::bigint[], %s::text[]) s (broadcast_id, error) where b.broadcast_id = s.broadcast_id",
+        " from unnest(%s::bigint[], %s::text[]) s (broadcast_id, error) where b.broadcast_id = s.broadcast_id"
+        " returning b.state <> 'pending'",
         (list(found), [refused.get(number) for number in found]),
     )
-    check_written(txn, "update", "s2s.broadcasts", len(found))
+    # A trigger may return null, or the old row.
+    if sum(is_written for (is_written,) in txn.fetchall()) < len(found):
+        raise refusal(txn, "update", "s2s.broadcasts")
     return len(fitting)
 
 

@@ -26,6 +26,7 @@ _ATTEMPTING: Final = lock_key("attempting a job")
 #: Until the next attempt, after so many in a row; until this one is begun, nobody else makes one.
 _PAUSE: Final = "least(power(2, least({attempts}, 9)), 300) * interval '1 second'"
 PAUSE: Final = _PAUSE.format(attempts="attempts")
+_FIRST_PAUSE: Final = _PAUSE.format(attempts=0)
 #: A row that was written by hand may have the largest number of attempts.
 ONE_MORE: Final = "attempts = least(attempts, 1000000) + 1"
 
@@ -196,7 +197,8 @@ def attempt(txn: Cursor, job_types: Iterable[str], turns: Sequence[str] = ()) ->
     if row is None:
         return None
     change = f"update s2s.jobs set {ONE_MORE}, retry_at = now() + {PAUSE} where"  # noqa: S608 - a constant
-    return DueJob(*change_row(txn, change, place=row[1], key=("job_type", row[0]), returning=_DUE))
+    found = change_row(txn, change, place=row[1], key=("job_type", row[0]), returning=_DUE, written="retry_at > now()")
+    return DueJob(*found)
 
 
 def release(txn: Cursor, job: DueJob) -> None:
@@ -266,43 +268,55 @@ def go_on(txn: Cursor, job: DueJob, place: str, state: Mapping[str, Any], is_nex
     :returns: that attempt.
     """
     change = f"update s2s.jobs set state = %s, {next_attempt(is_next_ours)}, error = null where"  # noqa: S608 - constants
-    row = change_row(txn, change, Json(dict(state)), place=place, key=("job_type", job.job_type), returning=_DUE)
+    row = change_row(
+        txn,
+        change,
+        Json(dict(state)),
+        place=place,
+        key=("job_type", job.job_type),
+        returning=_DUE,
+        written=f"retry_at = now() + {_FIRST_PAUSE}" if is_next_ours else "retry_at is null",
+    )
     return DueJob(*row) if is_next_ours else None
 
 
 def change_row(
-    txn: Cursor, change: str, *params: Any, place: str, key: tuple[str, str], returning: str
+    txn: Cursor, change: str, *params: Any, place: str, key: tuple[str, str], returning: str, written: str = "true"
 ) -> tuple[Any, ...]:
     """Change a row, which is looked for at its last place first.
 
     :param change: the statement up to its ``where``, with the ``params``.
     :param key: the column and the value of its primary key.
     :param returning: the columns to return.
+    :param written: what is true of the row once it is changed: a trigger may return the old row.
     :raises RowRefused: the database does not take the change.
     """
     column, value = key
     for where, more in ((f"ctid = %s::tid and {column} = %s", (place, value)), (f"{column} = %s", (value,))):
         try:
-            txn.execute(f"{change} {where} returning {returning}", (*params, *more))
+            txn.execute(f"{change} {where} returning {written}, {returning}", (*params, *more))
         except psycopg2.Error as error:
             refused = translate_error(error, txn.connection)
             if isinstance(refused, StatementRefused):
                 raise RowRefused(value, refused) from None
             raise
         row = txn.fetchone()
+        if row is not None and not row[0]:
+            break
         if row is not None:
-            return tuple(row)
+            return tuple(row[1:])
     raise RowRefused(value, refusal(txn, "update", change.split()[1]))
 
 
 def check_changed(txn: Cursor, table: str, column: str, value: str) -> None:
     """Refuse to end a step whose row the last statement has not changed, unless the step has removed the row.
 
-    The step would be done again, and its effect be doubled.
+    The step would be done again, and its effect be doubled. The statement may return whether the row has its values: a
+    trigger may return the old row.
 
     :raises RowRefused: a trigger has kept the row.
     """
-    if not txn.rowcount:
+    if not (txn.rowcount and (txn.description is None or txn.fetchone() == (True,))):
         txn.execute(f"select from {table} where {column} = %s", (value,))
         if txn.rowcount:
             raise RowRefused(value, refusal(txn, "update", table))
@@ -313,7 +327,7 @@ def next_attempt(is_ours: bool) -> str:
 
     :param is_ours: whether the caller makes the first attempt of the next step, or whoever looks.
     """
-    first = f"attempts = 1, retry_at = now() + {_PAUSE.format(attempts=0)}"
+    first = f"attempts = 1, retry_at = now() + {_FIRST_PAUSE}"
     return first if is_ours else "attempts = 0, retry_at = null"
 
 
@@ -328,7 +342,7 @@ def finish(txn: Cursor, job: DueJob, next_after: Callable[[str, int], int], resu
     txn.execute(
         "update s2s.jobs set state = null, attempts = 0, retry_at = null, error = null, runs = runs + 1,"
         " last_due_at = due_at, last_finished_at = clock_timestamp(), last_result = %s, due_at = to_timestamp(%s)"
-        " where job_type = %s",
+        " where job_type = %s returning attempts = 0 and retry_at is null",
         (
             None if result is None else Json(dict(result)),
             next_after(schedule, max(job.due_at, _now(txn))),

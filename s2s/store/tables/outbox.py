@@ -48,10 +48,11 @@ _CLAIM: Final = (
     " from claimed c where o.outbox_id = c.outbox_id"
     " returning o.outbox_id, o.cmd_type, o.idem_key, case when pg_column_size(o.payload) < 1000"
     " or octet_length(o.payload::text) <= %(longest)s then o.payload end as payload,"
-    " o.priority, o.due_at, o.attempts)"
-    # What is claimed and not leased, a trigger keeps from being changed.
+    " o.priority, o.due_at, o.attempts, o.send_at)"
+    # What is claimed and not leased, a trigger keeps from being changed. It may return null, or the old row.
     " select c.outbox_id, cmd_type, idem_key, payload, priority, due_at, attempts,"
-    " extract(epoch from c.send_at)::float8 from claimed c left join leased using (outbox_id)"
+    " extract(epoch from c.send_at)::float8 from claimed c"
+    " left join leased l on l.outbox_id = c.outbox_id and l.send_at > now()"
 )
 _BEHIND: Final = (
     f"select outbox_id from s2s.outbox where state = 'waiting' and (send_at, outbox_id) < {_START}"  # noqa: S608
@@ -338,15 +339,16 @@ def lease(txn: Cursor, outbox_ids: Sequence[int], lease_s: float) -> list[int]:
     :returns: those that are as they were: the database does not let them be changed.
     """
     txn.execute(
-        "update s2s.outbox set send_at = now() + %s * interval '1 second'"
-        " where outbox_id = any(%s::bigint[]) and state = 'waiting' returning outbox_id",
-        (lease_s, array_literal(outbox_ids)),
+        "update s2s.outbox set send_at = now() + %(lease_s)s * interval '1 second'"
+        " where outbox_id = any(%(ids)s::bigint[]) and state = 'waiting'"
+        " returning case when send_at = now() + %(lease_s)s * interval '1 second' then outbox_id end",
+        {"lease_s": lease_s, "ids": array_literal(outbox_ids)},
     )
     return _note_kept(txn, outbox_ids)
 
 
 def _note_kept(txn: Cursor, outbox_ids: Iterable[int]) -> list[int]:
-    """Return those of some waiting rows that the last statement has not returned, though they wait still."""
+    """Return those of some waiting rows that the last statement has not returned as changed, though they wait still."""
     written = {outbox_id for (outbox_id,) in txn.fetchall()}
     missing = [outbox_id for outbox_id in outbox_ids if outbox_id not in written]
     return still_there(txn, "update", "s2s.outbox", "outbox_id", missing, "state = 'waiting'")
@@ -374,7 +376,8 @@ def retry(txn: Cursor, retries: Sequence[tuple[int, float, str, str]]) -> list[i
         "update s2s.outbox o set attempts = attempts + 1, send_at = now() + r.delay_s * interval '1 second',"
         " error_code = r.code, error_message = r.message"
         " from unnest(%s::bigint[], %s::float8[], %s::text[], %s::text[]) r (outbox_id, delay_s, code, message)"
-        " where o.outbox_id = r.outbox_id and o.state = 'waiting' returning o.outbox_id",
+        " where o.outbox_id = r.outbox_id and o.state = 'waiting'"
+        " returning case when o.send_at = now() + r.delay_s * interval '1 second' then o.outbox_id end",
         (ids, [float(delay_s) for delay_s in delays], codes, messages),
     )
     return _note_kept(txn, ids)
@@ -390,7 +393,8 @@ def kill(txn: Cursor, refusals: Sequence[tuple[int, str, str]]) -> list[int]:
         "update s2s.outbox o set state = 'dead', attempts = attempts + 1, error_code = r.code, error_message"
         " = r.message"
         " from unnest(%s::bigint[], %s::text[], %s::text[]) r (outbox_id, code, message)"
-        " where o.outbox_id = r.outbox_id and o.state = 'waiting' returning o.outbox_id",
+        " where o.outbox_id = r.outbox_id and o.state = 'waiting'"
+        " returning case when o.state = 'dead' then o.outbox_id end",
         tuple(list(column) for column in zip(*refusals, strict=True)) or ([], [], []),
     )
     return _note_kept(txn, [outbox_id for outbox_id, *_ in refusals])

@@ -44,8 +44,10 @@ RETRY: Final = Action(
     "outbox_id",
     "state",
     ("dead",),
-    "update s2s.outbox set state = 'waiting', attempts = 0, send_at = now(), error_code = null, error_message = null"  # noqa: S608
-    f" where outbox_id = any(%(ids)s::bigint[]) returning outbox_id, 'retried', pg_notify('{outbox.CHANNEL}', '')",
+    "with changed as (update s2s.outbox set state = 'waiting', attempts = 0, send_at = now(), error_code = null,"  # noqa: S608
+    " error_message = null where outbox_id = any(%(ids)s::bigint[]) returning outbox_id, state)"
+    # A trigger may return the old row.
+    f" select outbox_id, 'retried', pg_notify('{outbox.CHANNEL}', '') from changed where state = 'waiting'",
 )
 #: Do not send it any more. Every claim moves ``send_at``: where it was moved, an engine had the row in hand.
 CANCEL: Final = Action(
@@ -54,9 +56,11 @@ CANCEL: Final = Action(
     "outbox_id",
     "state",
     ("waiting",),
-    "update s2s.outbox set state = 'dead', error_code = 'cancelled', error_message = 'an operator cancelled it'"
-    " where outbox_id = any(%(ids)s::bigint[])"
-    " returning outbox_id, case when send_at = created_at then 'cancelled' else 'cancelled_late' end",
+    "with changed as (update s2s.outbox set state = 'dead', error_code = 'cancelled', error_message ="
+    " 'an operator cancelled it' where outbox_id = any(%(ids)s::bigint[])"
+    " returning outbox_id, state, send_at, created_at)"
+    " select outbox_id, case when send_at = created_at then 'cancelled' else 'cancelled_late' end"
+    " from changed where state = 'dead'",
 )
 #: Remove it.
 DISCARD: Final = Action(
