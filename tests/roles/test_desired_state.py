@@ -29,3 +29,13 @@ class DesiredStateTests(SynchronousTestCase):
         self.assertLessEqual(len(lines), MOST_TOLD + 120 // PERIOD_S)
         self.assertEqual(lines[0], "engine paused: 'x'")
         self.assertRegex(lines[-1], "the engine was wanted [0-9]+ times [a-z]+, [0-9]+ times [a-z]+, and is [a-z]+ now")
+
+    def test_a_reason_of_any_hand(self) -> None:
+        """A reason that was written into the table, however long, makes a line that a log can bear."""
+        database: Any = None
+        wanted = DesiredState(database, Clock(FakeClock()), "e", EngineState())
+        with capturedLogs() as logs:
+            wanted._on_value(("paused", "\x1b[31m" + "x" * 1_000_000))
+        [line] = [str(formatEvent(event)) for event in logs]
+        self.assertLess(len(line), 300)
+        self.assertTrue(line.isprintable())

@@ -247,6 +247,17 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual(len([line for line in lines if line.startswith("order o")]), 5)
         self.assertIn("further orders: 15 done: see s2s order list", lines)
 
+    async def test_an_actor_of_any_hand(self) -> None:
+        """An actor that was written into the table, however long, makes a line that a log can bear."""
+        self.give("o")
+        self.execute("update s2s.orders set actor = e'\\x1b[31m' || repeat('x', 2000)")
+        with capturedLogs() as logs:
+            runner = self.start()
+            await poll(lambda: runner.over["done"], "it is over")
+        [line] = [line for event in logs if (line := str(formatEvent(event))).startswith("order o ")]
+        self.assertLess(len(line), 400)
+        self.assertTrue(line.isprintable())
+
     async def test_a_step_that_fails(self) -> None:
         """What fails after a step was committed has failed, and is not refused; that step stays."""
 

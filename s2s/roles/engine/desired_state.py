@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from twisted.logger import Logger
 
-from s2s.errors import InternalError, StatementRefused
+from s2s.errors import InternalError, StatementRefused, harmless
 from s2s.roles.engine.state import EngineState
 from s2s.runtime.clock import Clock
 from s2s.runtime.line_quota import MOST_TOLD, LineQuota
@@ -56,7 +56,7 @@ class DesiredState:
         wanted, reason = found
         before, self._condition.wanted = self._condition.wanted, wanted
         if before != wanted and (before is not None or wanted == "paused") and self._lines.may_tell(wanted):
-            status_log.info("engine {state}: {reason!r}", state=self._condition.state, reason=reason)
+            status_log.info("engine {state}: {reason!r}", state=self._condition.state, reason=harmless(reason))
 
     def _tell(self, untold: Mapping[str, int]) -> None:
         told = ", ".join(f"{count} times {state}" for state, count in untold.items())

@@ -244,7 +244,7 @@ class OrderRunner:
             "order {order_id} {rpc} by {actor!r}: {status}{told}",
             order_id=after.order_id,
             rpc=after.rpc,
-            actor=after.actor,
+            actor=harmless(after.actor),
             status=after.status,
             told=told,
         )
