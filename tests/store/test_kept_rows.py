@@ -128,18 +128,22 @@ class KeptRowsTests(DatabaseTestCase):
 
     def test_a_broadcast(self) -> None:
         """A broadcast that cannot be changed holds up no other, and is told of where it is the last."""
-        for message in ("first", "kept", "refused", "last"):
+        for message in ("first", "kept", "refused", "deferred", "last"):
             self.execute("insert into s2s.broadcasts (message) values (%s)", message)
         self.execute(
             "create function guard() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.message = 'kept' then return null; end if;"
             " if new.message = 'refused' then raise exception 'not this one'; end if; return new; end $$;"
-            "create trigger guard before update on s2s.broadcasts for each row execute function guard()"
+            "create trigger guard before update on s2s.broadcasts for each row execute function guard();"
+            "create function later() returns trigger language plpgsql set search_path from current as $$ begin"
+            " raise exception 'not this one'; end $$;"
+            "create constraint trigger later after update on s2s.broadcasts deferrable initially deferred"
+            " for each row when (new.message = 'deferred') execute function later()"
         )
         with blocking(self.url) as txn:
             self.assertEqual(broadcasts.sweep(txn, 0, 10, 65536), 2)
         found = self.execute("select message from s2s.broadcasts where state = 'pending' order by broadcast_id")
-        self.assertEqual(found, [("kept",), ("refused",)])
+        self.assertEqual(found, [("kept",), ("refused",), ("deferred",)])
         self.assertEqual(
             self.execute("select payload ->> 'message' from s2s.outbox order by 1"), [("first",), ("last",)]
         )

@@ -228,7 +228,7 @@ class Relay:
 
     def _claim_failed(self, failure: Failure) -> None:
         self._is_claiming = False
-        self._is_singly = not self._is_singly and bool(failure.check(StatementRefused))
+        self._is_singly = not self._is_singly and outbox.is_refused(failure.value)
         if self._is_singly:
             # One row may be at fault, and keep all others back.
             self._claim()
@@ -353,9 +353,10 @@ class Relay:
         elif not self._flying and not self._is_claiming:
             self._rest()
 
-    def _settle_singly(self, failure: Failure, settlement: Settlement, kept_s: float) -> Deferred[list[int]]:
+    def _settle_singly(self, failure: Failure, settlement: Settlement, kept_s: float) -> Failure | Deferred[list[int]]:
         """Settle again where one row may be at fault: what was accepted would be sent again without an end."""
-        failure.trap(StatementRefused)
+        if not outbox.is_refused(failure.value):
+            return failure
         return self._database.run(settlement.settle, LEASE_S, kept_s, True)
 
     def _settled(self, undeleted: list[int] | None, settlement: Settlement) -> None:

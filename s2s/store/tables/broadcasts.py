@@ -100,6 +100,8 @@ def _queue(txn: Cursor, found: Mapping[int, tuple[str, dict[str, Any]]], frame_s
     # A trigger may return null, or the old row.
     if sum(is_written for (is_written,) in txn.fetchall()) < len(found):
         raise refusal(txn, "update", "s2s.broadcasts")
+    # What a deferred constraint or trigger refuses, too.
+    txn.execute("set constraints all immediate")
     return len(fitting)
 
 

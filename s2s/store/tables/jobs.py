@@ -107,13 +107,14 @@ def declare(
     """
     now = _now(txn)
     refused: dict[str, str] = {}
-    # What a deferred trigger refuses, too.
-    txn.execute("set constraints all immediate; set local lock_timeout = %s", (round(DECLARE_LOCK_S * 1000),))
+    txn.execute("set local lock_timeout = %s", (round(DECLARE_LOCK_S * 1000),))
     # In one order: engines that start together do not wait for each other in a circle.
     for job_type, schedule in sorted(schedules.items()):
         try:
             with savepoint(txn):
                 _declare(txn, boot_id, job_type, schedule, next_after(schedule, now))
+                # What a deferred constraint or trigger refuses, too.
+                txn.execute("set constraints all immediate")
         except psycopg2.Error as error:
             if (meaning := sqlstate.of(error)).fault != "statement" or meaning.drops:
                 raise

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-from s2s.errors import InvalidPayload, StatementRefused, TooBigToSend
+import psycopg2
+
+from s2s.errors import DatabaseError, DatabaseUnavailable, InvalidPayload, StatementRefused, TooBigToSend
 from s2s.protocol import canonical, envelope
 from s2s.protocol.catalogue import COMMAND_PUSH
 from s2s.protocol.limits import Bounds
+from s2s.store import sqlstate
 from s2s.store.cursor import check_readable, own
-from s2s.store.driver import Cursor, array_literal, refusable
+from s2s.store.driver import Cursor, array_literal, savepoint, translate_error
 from s2s.store.kept_rows import STATE, check_written, note, still_there
 from s2s.store.tables.lookback import SLACK_S, Lookback
 
@@ -27,6 +30,7 @@ MOST_KEPT: Final = 1000
 LONGEST_TEXT: Final = 2
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 #: A commit may come a moment after its rows are due; what comes later is found by a look back.
 _START: Final = (
@@ -263,27 +267,27 @@ class Claims:
     def _claim(
         self, txn: Cursor, where: str, params: Mapping[str, Any], rows: list[OutboxRow], is_singly: bool
     ) -> None:
-        if is_singly:
-            txn.execute(f"{_SET}{_DUE.format('', where)}", {**params, **self._from()})
-            ids = [outbox_id for (outbox_id,) in txn]
-            self._keep(
-                _by_halves(
-                    txn, lambda txn, ids: self._lease(txn, _BY_ID, {**params, "ids": array_literal(ids)}, rows), ids
-                )
-            )
-        else:
-            self._lease(txn, where, params, rows)
+        if not is_singly:
+            rows += self._lease(txn, where, params)
+            return
+        txn.execute(f"{_SET}{_DUE.format('', where)}", {**params, **self._from()})
+        ids = [outbox_id for (outbox_id,) in txn]
+        leased, refused = _by_halves(
+            txn, lambda some: self._lease(txn, _BY_ID, {**params, "ids": array_literal(some)}), ids
+        )
+        rows += leased
+        self._keep(refused)
 
-    def _lease(self, txn: Cursor, where: str, params: Mapping[str, Any], rows: list[OutboxRow]) -> None:
+    def _lease(self, txn: Cursor, where: str, params: Mapping[str, Any]) -> list[OutboxRow]:
         txn.execute(_CLAIM.format(where), {**params, **self._from()})
         found = txn.fetchall()
         kept = [row[0] for row in found if row[1] is None]
         if kept:
             note(txn, "update", "s2s.outbox")
             self._keep(kept)
-        rows += [OutboxRow(*row[:-1]) for row in found if row[1] is not None]
         if found and where == _FROM:
             self._start = min((send_at, outbox_id) for outbox_id, *_, send_at in found)
+        return [OutboxRow(*row[:-1]) for row in found if row[1] is not None]
 
     def _keep(self, outbox_ids: Sequence[int]) -> None:
         """Leave rows out for a while."""
@@ -295,42 +299,54 @@ class Claims:
         return {"send_at": send_at, "outbox_id": outbox_id}
 
 
-def _by_halves(txn: Cursor, change: Callable[[Cursor, Sequence[T]], object], rows: Sequence[T]) -> list[T]:
+def _by_halves(txn: Cursor, change: Callable[[Sequence[T]], list[R]], rows: Sequence[T]) -> tuple[list[R], list[T]]:
     """Change rows of which the database refuses some, and tell the operator.
 
     :param change: changes some of them.
-    :returns: those that it refuses, which are as they were.
+    :returns: what the changes have returned, and the rows that the database refuses, which are as they were.
     """
-    # What a deferred constraint or trigger refuses, too.
-    txn.execute("set constraints all immediate")
+    returned: list[R] = []
     refused_rows: list[T] = []
     left = [rows] if rows else []
     while left:
         some = left.pop()
         try:
-            with refusable(txn):
-                change(txn, some)
-        except StatementRefused as refused:
+            with savepoint(txn):
+                changed = change(some)
+                # What a deferred constraint or trigger refuses, too.
+                txn.execute("set constraints all immediate")
+            returned += changed
+        except psycopg2.Error as error:
+            refused = translate_error(error, txn.connection)
+            if not is_refused(refused):
+                raise
             if len(some) > 1:
                 middle = len(some) // 2
                 left += [some[middle:], some[:middle]]
                 continue
             refused_rows += some
-            note_refused(txn, refused)
-    return refused_rows
+            kept = getattr(txn.connection, "kept", None)
+            if kept is not None:
+                kept.append(told_as_kept(refused))
+    return returned, refused_rows
 
 
-def note_refused(txn: Cursor, refused: StatementRefused) -> None:
-    """Have the operator told, once the transaction is committed, that rows of the outbox are refused."""
-    kept = getattr(txn.connection, "kept", None)
-    if kept is not None:
-        kept.append(told_as_kept(refused))
+def is_refused(error: BaseException | None) -> bool:
+    """Whether an error may be about one row, so that the same statement never succeeds while the row is in it."""
+    if not isinstance(error, DatabaseUnavailable):
+        return isinstance(error, StatementRefused)
+    meaning = sqlstate.meaning(error.state)
+    return bool(error.state) and not (meaning.drops or meaning.passes)
 
 
-def told_as_kept(refused: StatementRefused) -> StatementRefused:
+def told_as_kept(refused: DatabaseError) -> StatementRefused:
     """Return the error by which log and health tell of a refusal, whatever its SQLSTATE."""
-    text = f"a trigger or a constraint refuses changes of s2s.outbox: {refused} (SQLSTATE {refused.state})"
-    return refused if refused.state == STATE else StatementRefused(text, refused.constraint, STATE)
+    state = getattr(refused, "state", "")
+    if state == STATE:
+        return StatementRefused(str(refused), state=STATE)
+    return StatementRefused(
+        f"rows of s2s.outbox are left out: {sqlstate.with_cure(refused)} (SQLSTATE {state})", state=STATE
+    )
 
 
 def lease(txn: Cursor, outbox_ids: Sequence[int], lease_s: float) -> list[int]:
@@ -435,8 +451,7 @@ class Settlement:
                 return []
             if not is_singly:
                 return change(txn, rows, *more)
-            kept: list[int] = []
-            refused = _by_halves(txn, lambda txn, some: kept.extend(change(txn, some, *more)), rows)
+            kept, refused = _by_halves(txn, lambda some: change(txn, some, *more), rows)
             return [*kept, *(row if isinstance(row, int) else row[0] for row in refused)]
 
         write(lease, self.renewed, lease_s)
