@@ -230,7 +230,7 @@ class KeptRowsTests(DatabaseTestCase):
                 self.refused(table, work, "delete")
                 self.execute(f"create trigger keep before delete on {table} for each row execute function keep()")
                 with contextlib.suppress(StatementRefused), blocking(self.url) as txn:
-                    self.assertIn(work(txn), [(0, None), 0])
+                    self.assertEqual(work(txn)[0], 0)
                 self.execute(f"drop trigger keep on {table}")
         # A key that is to expire with its command.
         self.refused("idempotency_keys", works["commands"], "update")

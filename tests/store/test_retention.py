@@ -17,6 +17,8 @@ from s2s.roles.server.inbox import Inbox
 from s2s.roles.server.retention import FIRST_S, INTERVAL_S, TELL_S, Retention
 from s2s.runtime.clock import Clock
 from s2s.store import driver
+from s2s.store.connection import PlanningConnection
+from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Cursor
 from s2s.store.pool import Database, blocking
 from s2s.store.tables import actions, commands, commands_admin, idempotency, retention
@@ -196,6 +198,9 @@ class StepTests(_RetentionTestCase):
                 read = []
                 for start in ("-infinity", since):
                     self.assertEqual(retention.sweep_keys(txn, start), (500, None))
+                    txn.connection.rollback()
+                    with mock.patch.object(retention, "_write", return_value=500):
+                        retention.sweep_keys(txn, start)
                     statement = txn.query
                     txn.connection.rollback()
                     txn.execute(b"explain (analyze, buffers, format json) " + statement)
@@ -223,8 +228,49 @@ class StepTests(_RetentionTestCase):
             " select 'e', 'test', '{}', now() - make_interval(days => d), now() from unnest(array[9, 8, 8, 6, 0]) d"
         )
         with blocking(self.url) as txn:
-            self.assertEqual([retention.sweep_steering(txn) for _ in range(3)], [2, 1, 0])
+            first, after = retention.sweep_steering(txn)
+            self.assertEqual([first, retention.sweep_steering(txn, after or 0)[0]], [2, 1])
         self.assertEqual(self.execute("select count(*) from s2s.steering"), [(2,)])
+
+    def test_rows_that_stay(self) -> None:
+        """A row that another table refers to, or that a trigger keeps, stays alone; a whole step of them too."""
+        self.patch(retention, "STEP_ROWS", 2)
+        held = [self.insert(f"held{n}") for n in range(2)]
+        self.insert("free")
+        for key in ("stays1", "stays2", "gone"):
+            self.insert_key(key)
+        self.execute(
+            "create table public.t (cmd_id bigint references s2s.commands);"
+            f"insert into public.t values ({held[0]}), ({held[1]});"
+            "create table public.u (idem_key text references s2s.idempotency_keys deferrable initially deferred);"
+            "insert into public.u values ('stays1'), ('stays2');"
+            "create function public.keep() returns trigger language plpgsql as"
+            " $$ begin if old.engine = 'kept' then raise 'not this one'; end if; return old; end $$;"
+            "create trigger keep before delete on s2s.steering for each row execute function public.keep();"
+            "insert into s2s.steering (engine, type, payload, created_at, expires_at) select e, 'test', '{}',"
+            " now() - interval '8 days', now() from unnest(array['kept', 'kept', 'e']) e"
+        )
+        works: list[tuple[Callable[[Cursor, Any], tuple[int, Any]], Any]] = [
+            (lambda txn, after: retention.sweep_commands(txn, after, _KEEP), 0),
+            (retention.sweep_keys, "-infinity"),
+            (retention.sweep_steering, 0),
+        ]
+        database = psycopg2.connect(self.url, connection_factory=PlanningConnection)
+        self.addCleanup(database.close)
+        for sweep, first in works:
+            after = first
+            while after is not None:
+                with database.cursor(cursor_factory=StoreCursor) as txn:
+                    _, after = sweep(txn, after)
+                database.commit()
+        told = {str(each) for each in database.kept}
+        self.assertEqual(len(told), 3, told)
+        self.assertTrue(any("t_cmd_id_fkey" in each for each in told), told)
+        self.assertTrue(any("not this one; see trigger keep on s2s.steering" in each for each in told), told)
+        self.assertEqual(self.left(), ["held0", "held1"])
+        keys = self.execute("select idem_key from s2s.idempotency_keys where idem_key !~ 'held|free' order by 1")
+        self.assertEqual(keys, [("stays1",), ("stays2",)])
+        self.assertEqual(self.execute("select engine from s2s.steering"), [("kept",), ("kept",)])
 
     def test_what_is_set(self) -> None:
         """How long things are kept is read from the settings, and is their default where there is none."""
@@ -456,6 +502,35 @@ class TaskTests(_RetentionTestCase):
         self.keep = _KEEP
         await self.pass_once(INTERVAL_S)
         self.assertEqual(self.left(), [])
+
+    async def test_sweeps_fail_alone(self) -> None:
+        """A sweep that fails stops no other one, and has one line without a traceback."""
+        self.insert("k")
+        self.insert_key("expired")
+        self.execute("alter table s2s.commands rename column finished_at to over_at")
+        self.retention.start()
+        with capturedLogs() as logged:
+            await self.pass_once(FIRST_S)
+        self.assertEqual(self.execute("select idem_key from s2s.idempotency_keys"), [("k",)])
+        told = [event["why"] for event in logged if "why" in event]
+        self.assertEqual(len(told), 1, told)
+        self.assertIn("finished_at", told[0])
+
+    async def test_rows_that_stay(self) -> None:
+        """The log names the constraint because of which old rows stay, and has no traceback."""
+        self.insert("held")
+        self.insert("free")
+        self.execute(
+            "create table public.t (cmd_id bigint references s2s.commands);"
+            "insert into public.t select min(cmd_id) from s2s.commands"
+        )
+        self.retention.start()
+        with capturedLogs() as logged:
+            await self.pass_once(FIRST_S)
+        self.assertEqual(self.left(), ["held"])
+        self.assertIn("t_cmd_id_fkey", self.database.kept)
+        told = [each for each in logged if each["log_level"] == LogLevel.error]
+        self.assertEqual(len(told), 1, told)
 
     async def test_stop(self) -> None:
         """Stopped in a step, it finishes that one and begins no other; stopped before, it never begins."""

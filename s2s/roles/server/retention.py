@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 
-from s2s.errors import DatabaseUnavailable
+from s2s.errors import DatabaseError
 from s2s.runtime.clock import Clock, Timer, cancel
+from s2s.store import sqlstate
 from s2s.store.pool import Database
 from s2s.store.tables import retention
 from s2s.store.tables.retention import Keep
@@ -87,15 +88,10 @@ class Retention:
     async def _pass(self) -> None:
         """Go once through all that may be old. Never fails."""
         before = self.commands, self.keys
-        try:
-            if await self._may_sweep():
-                await self._sweep_commands(self._keep())
-                await self._sweep_rest()
-        except DatabaseUnavailable as error:
-            if not self._is_stopping:
-                self.log.warn("what is old was not all removed, it is tried again later: {why}", why=str(error))
-        except Exception:
-            self.log.failure("removing what is old failed")
+        if await self._did(self._may_sweep):
+            # One that fails stops no other.
+            for sweep in (self._sweep_commands, self._sweep_keys, self._sweep_steering):
+                await self._did(sweep)
         if (self.commands, self.keys) != before:
             self.log.info(
                 "removed {commands} old commands and {keys} expired idempotency keys",
@@ -104,6 +100,18 @@ class Retention:
             )
         if not self._is_stopping:
             self._sleep(self._interval_s)
+
+    async def _did(self, part: Callable[[], Awaitable[bool]]) -> bool:
+        """Return what a part of a pass returns; ``False``: it failed, which is told."""
+        try:
+            return await part()
+        except DatabaseError as error:
+            if not self._is_stopping:
+                why = sqlstate.with_cure(error)
+                self.log.warn("what is old was not all removed, it is tried again later: {why}", why=why)
+        except Exception:
+            self.log.failure("removing what is old failed")
+        return False
 
     async def _may_sweep(self) -> bool:
         """Let our time follow the database's clock, and return whether it may."""
@@ -125,17 +133,23 @@ class Retention:
             self._doubted, self._tell_at = what, now + TELL_S
             self.log.warn("{text}", text=text)
 
-    async def _sweep_commands(self, keep: Keep) -> None:
+    async def _sweep_commands(self) -> bool:
+        keep = self._keep()
         after: int | None = 0
         while after is not None and not self._is_stopping:
             removed, after = await self._database.run(retention.sweep_commands, after, keep)
             self.commands += removed
+        return True
 
-    async def _sweep_rest(self) -> None:
+    async def _sweep_keys(self) -> bool:
         since: str | None = "-infinity"
         while since is not None and not self._is_stopping:
             removed, since = await self._database.run(retention.sweep_keys, since)
             self.keys += removed
-        removed = retention.STEP_ROWS
-        while removed == retention.STEP_ROWS and not self._is_stopping:
-            removed = await self._database.run(retention.sweep_steering)
+        return True
+
+    async def _sweep_steering(self) -> bool:
+        after: int | None = 0
+        while after is not None and not self._is_stopping:
+            _, after = await self._database.run(retention.sweep_steering, after)
+        return True

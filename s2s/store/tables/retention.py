@@ -6,14 +6,20 @@ transaction has locked, so any number of processes may take steps at once, besid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
+from s2s.errors import DatabaseError, StatementRefused
 from s2s.protocol.settings import BY_KEY
-from s2s.store.driver import Cursor
+from s2s.store import kept_rows
+from s2s.store.connection import PlanningConnection
+from s2s.store.driver import Cursor, refusable
 from s2s.store.kept_rows import note, still_there
 from s2s.store.tables.clock_drift import SLACK_S
+from s2s.store.tables.singly import HELD, singly
+
+K = TypeVar("K")
 
 #: Rows that one step looks at, at most.
 STEP_ROWS: Final = 1000
@@ -98,13 +104,7 @@ def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None
     page = txn.fetchall()
     cmd_ids = [cmd_id for cmd_id, *_ in page]
     if misdated := [cmd_id for cmd_id, _, is_misdated in page if is_misdated]:
-        txn.execute(
-            "update s2s.commands set finished_at = now() where cmd_id = any(array("
-            " select cmd_id from s2s.commands where cmd_id = any(%s::bigint[]) for update skip locked))",
-            (misdated,),
-        )
-        if not txn.rowcount:
-            still_there(txn, "update", "s2s.commands", "cmd_id", misdated, f"finished_at > {_SOON}")
+        _write(txn, "update", "s2s.commands", misdated, _redate_commands)
     txn.execute(
         "select cmd_id from s2s.commands where cmd_id = any(%s::bigint[]) and status <> 'ready'"  # noqa: S608
         # Ended by hand, it may lack the time.
@@ -113,16 +113,61 @@ def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None
         (cmd_ids, keep.dead_days, keep.days),
     )
     over = [cmd_id for (cmd_id,) in txn]
-    removed = []
-    if over:
-        txn.execute(REMOVE, {"ids": over, "key_days": keep.key_days})
-        removed = txn.fetchall()
-        if len(removed) < len(over):
+
+    def remove(txn: Cursor, cmd_ids: Sequence[int]) -> int:
+        txn.execute(REMOVE, {"ids": list(cmd_ids), "key_days": keep.key_days})
+        rows = txn.fetchall()
+        if len(rows) < len(cmd_ids):
             note(txn, "delete", "s2s.commands")
-        note_keys(txn, removed)
+        note_keys(txn, rows)
+        return len(rows)
+
+    removed = _write(txn, "delete", "s2s.commands", over, remove)
     # Ids are drawn nearly in the order of time: a whole page of young rows is the end, a single one may be a stray.
     is_last = len(page) < STEP_ROWS or not any(is_old for _, is_old, _ in page)
-    return len(removed), None if is_last else cmd_ids[-1]
+    return removed, None if is_last else cmd_ids[-1]
+
+
+def _redate_commands(txn: Cursor, cmd_ids: Sequence[int]) -> int:
+    txn.execute(
+        "update s2s.commands set finished_at = now() where cmd_id = any(array("
+        " select cmd_id from s2s.commands where cmd_id = any(%s::bigint[]) for update skip locked))",
+        (list(cmd_ids),),
+    )
+    written = txn.rowcount
+    if not written:
+        still_there(txn, "update", "s2s.commands", "cmd_id", cmd_ids, f"finished_at > {_SOON}")
+    return written
+
+
+def _write(
+    txn: Cursor,
+    verb: kept_rows.Verb,
+    table: str,
+    keys: Sequence[K],
+    write: Callable[[Cursor, Sequence[K]], int],
+) -> int:
+    """Write the rows of a step; those that the database refuses stay, and the operator is told of the first one.
+
+    :param keys: of rows that are locked.
+    :param write: returns how many of some rows it has written.
+    :returns: how many were written.
+    """
+    if not keys:
+        return 0
+    txn.execute("set constraints all immediate")
+    try:
+        with refusable(txn):
+            return write(txn, keys)
+    except (StatementRefused, *HELD):
+        outcomes = list(singly(txn, keys, lambda key: write(txn, [key])))
+    errors = [outcome for outcome in outcomes if isinstance(outcome, DatabaseError)]
+    if errors:
+        what = kept_rows.described([each for each in kept_rows.guards(txn, [table]) if verb in each.verbs])
+        text = f"old rows stay ({verb} on {table}): {errors[0]}{f'; see {what}' if what else ''}"
+        kept = cast("PlanningConnection", txn.connection).kept
+        kept.append(StatementRefused(text, getattr(errors[0], "constraint", None), kept_rows.STATE))
+    return sum(outcome for outcome in outcomes if not isinstance(outcome, DatabaseError))
 
 
 def note_keys(txn: Cursor, removed: Sequence[tuple[Any, ...]]) -> None:
@@ -141,41 +186,61 @@ def sweep_keys(txn: Cursor, since: str = "-infinity") -> tuple[int, str | None]:
     :returns: how many, and where the next step begins; ``None``: there are no more.
     """
     txn.execute(
-        "with expired as (select idem_key, expires_at from s2s.idempotency_keys"  # noqa: S608 - a constant
-        f" where expires_at between %s::timestamptz and {_NOW} order by expires_at limit %s for update skip locked"
-        "), removed as (delete from s2s.idempotency_keys where idem_key in (select idem_key from expired) returning 1"
-        ") select count(*), (select count(*) from removed), max(expires_at)::text from expired",
+        "select idem_key, expires_at::text, (expires_at + interval '1 microsecond')::text"  # noqa: S608 - a constant
+        f" from s2s.idempotency_keys where expires_at between %s::timestamptz and {_NOW}"
+        " order by expires_at limit %s for update skip locked",
         (since, STEP_ROWS),
     )
-    ((expired, removed, last),) = txn.fetchall()
-    if removed < expired:
-        note(txn, "delete", "s2s.idempotency_keys")
+    expired = txn.fetchall()
+    removed = _write(txn, "delete", "s2s.idempotency_keys", [idem_key for idem_key, *_ in expired], _remove_keys)
+    if len(expired) < STEP_ROWS:
+        return removed, None
     # Where none can be removed, the next step would find the same ones.
-    return removed, last if expired == STEP_ROWS and removed else None
+    return removed, expired[-1][1] if removed else expired[-1][2]
 
 
-def sweep_steering(txn: Cursor) -> int:
-    """Remove old control requests.
+def _remove_keys(txn: Cursor, idem_keys: Sequence[str]) -> int:
+    txn.execute("delete from s2s.idempotency_keys where idem_key = any(%s)", (list(idem_keys),))
+    removed = txn.rowcount
+    if removed < len(idem_keys):
+        note(txn, "delete", "s2s.idempotency_keys")
+    return removed
 
-    :returns: how many; fewer than :data:`STEP_ROWS`: there are no more, or the next pass finds them.
+
+def sweep_steering(txn: Cursor, after: int = 0) -> tuple[int, int | None]:
+    """Remove control requests that are old among the next ones in the order of their ids.
+
+    :param after: the ``request_id`` where the step before ended; 0 at first.
+    :returns: how many were removed, and where the next step begins; ``None``: what follows is too young.
     """
     txn.execute(
-        "update s2s.steering set created_at = now() where request_id = any(array("  # noqa: S608
-        " select request_id from s2s.steering"
-        " where request_id = any(array(select request_id from s2s.steering order by request_id limit %s))"
-        f" and created_at > {_SOON} for update skip locked))",
-        (STEP_ROWS,),
+        f"select request_id, created_at <= {_NOW} - make_interval(days => %s), created_at > {_SOON}"  # noqa: S608
+        " from s2s.steering where request_id > %s order by request_id limit %s",
+        (STEERING_DAYS, after, STEP_ROWS),
     )
+    page = txn.fetchall()
+    _write(txn, "update", "s2s.steering", [each for each, _, is_ahead in page if is_ahead], _redate_requests)
+    old = [each for each, is_old, _ in page if is_old]
     txn.execute(
-        "with old as (select request_id from s2s.steering"  # noqa: S608
-        # No index knows their age, so only the first ones are looked at.
-        " where request_id = any(array(select request_id from s2s.steering order by request_id limit %s))"
-        f" and created_at <= {_NOW} - make_interval(days => %s) for update skip locked), removed as ("
-        " delete from s2s.steering where request_id in (select request_id from old) returning 1)"
-        " select count(*), (select count(*) from removed) from old",
-        (STEP_ROWS, STEERING_DAYS),
+        "select request_id from s2s.steering where request_id = any(%s::bigint[]) for update skip locked", (old,)
     )
-    ((old, removed),) = txn.fetchall()
-    if removed < old:
+    removed = _write(txn, "delete", "s2s.steering", [each for (each,) in txn.fetchall()], _remove_requests)
+    is_last = len(page) < STEP_ROWS or not any(is_old or is_ahead for _, is_old, is_ahead in page)
+    return removed, None if is_last else page[-1][0]
+
+
+def _redate_requests(txn: Cursor, request_ids: Sequence[int]) -> int:
+    txn.execute(
+        "update s2s.steering set created_at = now() where request_id = any(array("
+        " select request_id from s2s.steering where request_id = any(%s::bigint[]) for update skip locked))",
+        (list(request_ids),),
+    )
+    return txn.rowcount
+
+
+def _remove_requests(txn: Cursor, request_ids: Sequence[int]) -> int:
+    txn.execute("delete from s2s.steering where request_id = any(%s::bigint[])", (list(request_ids),))
+    removed = txn.rowcount
+    if removed < len(request_ids):
         note(txn, "delete", "s2s.steering")
-    return int(removed)
+    return removed

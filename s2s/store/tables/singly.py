@@ -1,0 +1,55 @@
+"""Writing rows one by one, where it is not known which of them the database refuses or another session holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, TypeVar
+
+import psycopg2
+
+from s2s.errors import DatabaseError, DatabaseUnavailable, StatementRefused
+from s2s.store.driver import Cursor, refusable, translate_error
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+#: Milliseconds that one row may wait for a lock and take, and rows that may wait so long. Each later row waits 1 ms.
+_LOCK_MS: Final = 200
+_ROW_MS: Final = 2000
+_MOST_WAITS: Final = 5
+#: Seconds after which no further row is begun.
+LONGEST_S: Final = 8.0
+#: Another session holds the row, or a trigger takes too long.
+HELD: Final = (psycopg2.errors.LockNotAvailable, psycopg2.errors.QueryCanceled)
+
+
+def singly(txn: Cursor, rows: Iterable[R], write: Callable[[R], T]) -> Iterator[T | DatabaseError]:
+    """Write each row in a savepoint of its own, with short limits that hold until the transaction ends.
+
+    :param write: writes one row in the transaction.
+    :returns: by row the result, or the :class:`StatementRefused`, or a :class:`DatabaseUnavailable` where another
+        session holds the row or the time is up.
+    """
+    # A constraint trigger that is deferred would refuse the COMMIT, and so all of them.
+    txn.execute(
+        f"set constraints all immediate; set local lock_timeout = {_LOCK_MS}; set local statement_timeout = {_ROW_MS}"
+    )
+    until = time.monotonic() + LONGEST_S
+    waits = 0
+    for row in rows:
+        if time.monotonic() >= until:
+            yield DatabaseUnavailable("the rows before it took too long")
+            continue
+        try:
+            with refusable(txn):
+                written = write(row)
+        except StatementRefused as refused:
+            yield refused
+        except HELD as error:
+            yield translate_error(error, txn.connection)
+            waits += 1
+            if waits == _MOST_WAITS:
+                txn.execute("set local lock_timeout = 1")
+        else:
+            yield written
