@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import psycopg2
 from twisted.internet import task
 from twisted.internet.defer import Deferred, DeferredList, fail, gatherResults
 from twisted.logger import capturedLogs, formatEvent
@@ -193,6 +194,45 @@ class InboxTests(DatabaseTestCase):
         self.assertEqual([result[0] for result in results], [False] * 7 + [InternalError] + [False] * 12)
         await self.assertFailure(self.inbox.push(_push("k7")), InternalError)
         self.assertEqual(self.flushLoggedErrors(), [])
+
+    async def test_a_key_that_another_session_holds(self) -> None:
+        """A push whose key another session holds is told to come again, and holds up no other, then or later."""
+        database = Database(self.url, threads=1, statement_timeout_s=2.0)
+        database.start()
+        self.addCleanup(database.stop)
+        held = Inbox(database, _REGISTRY, self.wake)
+        other = psycopg2.connect(self.url)
+        self.addCleanup(other.close)
+        other.cursor().execute("insert into s2s.idempotency_keys values ('k1', sha256('x'), 1)")
+        with capturedLogs() as logs:
+            results = await self.push_all([_push(f"k{n}") for n in range(4)], held)
+        self.assertEqual([result[0] for result in results], [False, DbUnavailable, False, False])
+        self.assertIn("lock timeout", held.condition)
+        self.assertIn("the view pg_locks shows", "".join(str(formatEvent(event)) for event in logs))
+        # The way of many is not taken with this key again, so that none of them waits for the whole timeout.
+        with mock.patch.object(inbox.commands, "push_batch", wraps=inbox.commands.push_batch) as batches:
+            results = await self.push_all([_push(key) for key in ("a", "k1", "k1", "b", "c")], held)
+        self.assertEqual([result[0] for result in results], [False, DbUnavailable, DbUnavailable, False, False])
+        together = [[push.idem_key for push in call.args[0]] for call in batches.call_args_list]
+        self.assertEqual([keys for keys in together if "k1" in keys and len(keys) > 1], [])
+        other.rollback()
+        self.assertFalse((await held.push(_push("k1")))["duplicate"])
+        self.assertTrue((await held.push(_push("k1")))["duplicate"])
+        await held.drain()
+        self.assertEqual(self.execute("select count(*) from s2s.commands"), [(7,)])
+
+    async def test_a_slow_trigger(self) -> None:
+        """A push for which a trigger takes too long is told to come again, and those beside it are accepted."""
+        database = Database(self.url, threads=1, statement_timeout_s=2.0)
+        database.start()
+        self.addCleanup(database.stop)
+        self.execute(
+            "create function slow() returns trigger language plpgsql as $$ begin"
+            " if new.idem_key = 'k1' then perform pg_sleep(60); end if; return new; end $$;"
+            "create trigger slow before insert on s2s.commands for each row execute function slow()"
+        )
+        results = await self.push_all([_push(f"k{n}") for n in range(3)], Inbox(database, _REGISTRY, self.wake))
+        self.assertEqual([result[0] for result in results], [False, DbUnavailable, False])
 
     async def test_an_exhausted_sequence(self) -> None:
         """Pushes that find no number for a command may be sent again, and the log names the cure once."""

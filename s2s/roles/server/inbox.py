@@ -52,6 +52,10 @@ WAITING_BYTES: Final = 32 * 1024 * 1024
 RETRY_AFTER_MS: Final = 1000
 #: Seconds for which a refusal by the database counts, where no push has come since.
 TROUBLE_S: Final = 10.0
+#: A statement waited too long, mostly for a lock of another session: one push of its batch is at fault.
+_HELD_STATES: Final = ("55P03", "57014")
+#: Keys that stay out of the batches, at most.
+MOST_HELD: Final = 1000
 
 
 class _Waiter(msgspec.Struct, frozen=True):
@@ -106,6 +110,9 @@ class Inbox:
         #: Why the database refused pushes last, and when; a COMMIT clears it.
         self._trouble = ""
         self._trouble_at = float("-inf")
+        #: The keys of pushes that another session has held up, the longest ago first; they stay out of the batches.
+        self._held: dict[str, None] = {}
+        self._is_apart = False
         self._lines = LineQuota(reactor, self._tell_incidents)
         self.accepted = self.duplicates = self.conflicts = self.refused = self.batches = 0
 
@@ -136,6 +143,9 @@ class Inbox:
             self.refused += 1
             return fail(error)
         self._unanswered += 1
+        if waiter.push.idem_key in self._held:
+            self._push_apart(waiter)
+            return waiter.answer
         self._waiters.append(waiter)
         self._bytes += waiter.size
         self._go_on()
@@ -235,13 +245,46 @@ class Inbox:
             # The key is known: the way of many finds its command.
             self._run(batch)
 
-    def _singly_committed(self, outcomes: Sequence[Outcome | StatementRefused], batch: list[_Waiter]) -> None:
-        refused = next((outcome for outcome in outcomes if isinstance(outcome, StatementRefused)), None)
-        answers = [self._refuse(outcome) if isinstance(outcome, StatementRefused) else outcome for outcome in outcomes]
+    def _singly_committed(self, outcomes: Sequence[Outcome | DatabaseError], batch: list[_Waiter]) -> None:
+        refused = next((outcome for outcome in outcomes if isinstance(outcome, DatabaseError)), None)
+        answers = [self._of_one(outcome, waiter) for outcome, waiter in zip(outcomes, batch, strict=True)]
         self._committed(answers, batch, refused)
 
+    def _of_one(self, outcome: Outcome | DatabaseError, waiter: _Waiter) -> Outcome | WireError:
+        """Return what to answer to a push that was committed singly."""
+        key = waiter.push.idem_key
+        self._held.pop(key, None)
+        if not isinstance(outcome, DatabaseError):
+            return outcome
+        if isinstance(outcome, StatementRefused):
+            return self._refuse(outcome)
+        if state := getattr(outcome, "state", ""):
+            self._database.troubles.note(state, str(outcome))
+            self._held[key] = None
+            if len(self._held) > MOST_HELD:
+                del self._held[next(iter(self._held))]
+        return DbUnavailable(retry_after_ms=RETRY_AFTER_MS)
+
+    def _push_apart(self, waiter: _Waiter) -> None:
+        """Try a push that another session has held up: beside the batches, and one at a time."""
+        if self._is_apart:
+            self._answer(waiter, DbUnavailable(retry_after_ms=RETRY_AFTER_MS))
+            return
+        self._is_apart = True
+
+        def done(outcome: list[Outcome | DatabaseError] | Failure) -> None:
+            self._is_apart = False
+            if isinstance(outcome, Failure):
+                self._answer(waiter, self._wire_error(outcome, 1))
+            else:
+                self._answer(waiter, self._of_one(outcome[0], waiter))
+            # It may be there: whoever runs it is to look.
+            self._tell()
+
+        self._database.run(commands.push_singly, [waiter.push]).addBoth(done)
+
     def _committed(
-        self, outcomes: Sequence[Outcome | WireError], batch: list[_Waiter], refused: StatementRefused | None = None
+        self, outcomes: Sequence[Outcome | WireError], batch: list[_Waiter], refused: DatabaseError | None = None
     ) -> None:
         self.batches += 1
         self._trouble = ""
@@ -258,26 +301,28 @@ class Inbox:
             self._tell()
 
     def _failed(self, failure: Failure, batch: list[_Waiter]) -> None:
-        if failure.check(StatementRefused):
+        if failure.check(StatementRefused) or getattr(failure.value, "state", "") in _HELD_STATES:
             singly = self._database.run(commands.push_singly, [waiter.push for waiter in batch])
             singly.addCallbacks(self._singly_committed, self._given_up, callbackArgs=(batch,), errbackArgs=(batch,))
         else:
             self._given_up(failure, batch)
 
-    def _given_up(self, failure: Failure, batch: list[_Waiter]) -> None:
-        error: WireError
+    def _wire_error(self, failure: Failure, pushes: int) -> WireError:
+        """Return what to answer to pushes that have failed together."""
         self._note(failure.value)
         if failure.check(DatabaseUnavailable):
             # The pool has said so in the log, once.
-            error = DbUnavailable(retry_after_ms=RETRY_AFTER_MS)
-        elif isinstance(failure.value, StatementRefused):
-            error = self._refuse(failure.value)
-        else:
-            incident = secrets.token_hex(8)
-            if self._lines.may_tell(self._trouble):
-                text = "incident {incident}: a batch of {pushes} pushes failed"
-                self.log.failure(text, failure, incident=incident, pushes=len(batch))
-            error = InternalError(incident=incident)
+            return DbUnavailable(retry_after_ms=RETRY_AFTER_MS)
+        if isinstance(failure.value, StatementRefused):
+            return self._refuse(failure.value)
+        incident = secrets.token_hex(8)
+        if self._lines.may_tell(self._trouble):
+            text = "incident {incident}: a batch of {pushes} pushes failed"
+            self.log.failure(text, failure, incident=incident, pushes=pushes)
+        return InternalError(incident=incident)
+
+    def _given_up(self, failure: Failure, batch: list[_Waiter]) -> None:
+        error = self._wire_error(failure, len(batch))
         for waiter in batch:
             self._answer(waiter, error)
         self._is_busy = False

@@ -8,11 +8,12 @@ from typing import Any, Final
 
 import msgspec
 
-from s2s.errors import StatementRefused
+from s2s.errors import DatabaseError, StatementRefused
 from s2s.store import driver
 from s2s.store.driver import Cursor, Query, Steps, array_literal
 from s2s.store.kept_rows import refusal
 from s2s.store.tables import idempotency
+from s2s.store.tables.singly import singly
 
 #: A command that has failed so often is dead.
 MAX_ATTEMPTS: Final = 10
@@ -169,25 +170,19 @@ def push_batch(pushes: Sequence[Push]) -> Steps[list[Outcome]]:
     return outcomes
 
 
-def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | StatementRefused]:
-    """Accept pushes of which the database refuses one, which one being unknown: each in a savepoint of its own.
+def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | DatabaseError]:
+    """Accept pushes of which the database refuses one or another session holds one, which one being unknown.
 
-    :returns: one outcome or refusal for each push, in the same order.
+    :returns: for each push its outcome or error (:func:`s2s.store.tables.singly.singly`), in the same order.
     """
-    # A constraint trigger that is deferred would refuse the COMMIT, and so all of them.
-    txn.execute("set constraints all immediate")
     txn.execute(f"select {_NEXT} from generate_series(1, %s)", (len(pushes),))  # noqa: S608
     drawn = [
         msgspec.structs.replace(push, cmd_id=cmd_id) for push, (cmd_id,) in zip(pushes, txn.fetchall(), strict=True)
     ]
-    outcomes: dict[int, Outcome | StatementRefused] = {}
     # In the order of the keys, as a batch takes its locks; the sort is stable, so of one key the first still wins.
-    for place in sorted(range(len(drawn)), key=lambda place: drawn[place].idem_key):
-        try:
-            with driver.refusable(txn):
-                outcomes[place] = driver.drive(txn, push_batch([drawn[place]]))[0]
-        except StatementRefused as error:
-            outcomes[place] = error
+    places = sorted(range(len(drawn)), key=lambda place: drawn[place].idem_key)
+    written = singly(txn, places, lambda place: driver.drive(txn, push_batch([drawn[place]]))[0])
+    outcomes = dict(zip(places, written, strict=True))
     return [outcomes[place] for place in range(len(drawn))]
 
 

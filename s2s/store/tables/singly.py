@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 #: Milliseconds that one row may wait for a lock and take, and rows that may wait so long. Each later row waits 1 ms.
 _LOCK_MS: Final = 200
-_ROW_MS: Final = 2000
+_ROW_MS: Final = 1000
 _MOST_WAITS: Final = 5
 #: Seconds after which no further row is begun.
-LONGEST_S: Final = 8.0
+LONGEST_S: Final = 4.0
 #: Another session holds the row, or a trigger takes too long.
 HELD: Final = (psycopg2.errors.LockNotAvailable, psycopg2.errors.QueryCanceled)
 
