@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import get_ident
 from typing import Any
 
+import psycopg2
 from twisted.internet import task
 from twisted.internet.defer import Deferred
 from twisted.logger import LogEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s.errors import BadPayload, DatabaseUnavailable, DbUnavailable, UnknownCommand
+from s2s.errors import (
+    BadPayload,
+    DatabaseUnavailable,
+    DbUnavailable,
+    NotReady,
+    Overloaded,
+    ShuttingDown,
+    UnknownCommand,
+)
 from s2s.handlers.commands import Command, CommandHandler, registry
+from s2s.protocol.catalogue.vet import MAX_SIZE
+from s2s.protocol.limits import Counters
+from s2s.roles.server import inbox as inbox_module
+from s2s.roles.server import served_types
 from s2s.roles.server.inbox import Inbox
 from s2s.roles.server.served_types import NOTIFY_GAP_S, UNKNOWN_GAP_S, LiveServedTypes, ServedTypes
 from s2s.runtime.clock import Clock
@@ -142,10 +156,70 @@ class LiveServedTypesTests(DatabaseTestCase):
         self.execute("update s2s.command_types set schema = '[' where cmd_type = 'test.a'")
         types.notify()
         self.time.advance(NOTIFY_GAP_S)
-        told = "the schema of {cmd_type} in command_types cannot be used: {why}"
-        await poll(lambda: len([event for event in logged if event["log_format"] == told]) == 3, "each is told, once")
+        told = "the schema of {cmd_type} in s2s.command_types cannot be used: {why}"
+        await poll(
+            lambda: len([event for event in logged if str(event["log_format"]).startswith(told)]) == 3,
+            "each is told, once",
+        )
         self.assertEqual(sorted(types.schemas), ["test.a"])
         self.assertTrue(await self.accepts(inbox, "test.a"))
+        # Another server may be able to use it: a final refusal would end the engine's row.
+        for name in ("test.bad", "test.null"):
+            error = await self.assertFailure(inbox.push(_push(name)), NotReady)
+            self.assertEqual((error.retryable, error.details["retry_after_ms"]), (True, 1000))
+
+    async def test_a_schema_that_is_too_long(self) -> None:
+        """A schema that is longer than allowed is neither read whole nor parsed, and the line says why."""
+        self.execute("insert into s2s.command_types (cmd_type, schema) values ('test.a', repeat('[', 10000000))")
+        with blocking(self.url) as txn:
+            self.assertEqual(len(command_types.read(txn)["test.a"]), MAX_SIZE + 1)
+        logged = self.logged()
+        await self.server({})
+        [why] = [event["why"] for event in logged if event.get("cmd_type") == "test.a"]
+        self.assertIn(f"more than {MAX_SIZE} characters", why)
+
+    async def test_more_than_are_read(self) -> None:
+        """A type that was served before all those that are read anyway is accepted, and stays so."""
+        self.execute(
+            """insert into s2s.command_types (cmd_type, schema, served_at) values ('test.old', '{}', '2020-01-01'),"""
+            """ ('test.new', '{}', now())"""
+        )
+        self.patch(command_types, "MOST_TYPES", 1)
+        types, inbox = await self.server({})
+        self.assertEqual(list(types.schemas), ["test.new"])
+        pushing = inbox.push(_push("test.old"))
+        self.time.advance(UNKNOWN_GAP_S)
+        self.assertTrue((await pushing)["accepted"])
+        reading = types.read_now("test.none")
+        self.time.advance(UNKNOWN_GAP_S)
+        await reading
+        self.assertTrue(await self.accepts(inbox, "test.old"))
+
+    async def test_compiled_elsewhere(self) -> None:
+        """Schemas that have changed are compiled off the reactor's thread, before whoever waits for them goes on."""
+        _, inbox = await self.server({})
+        compiled_in: list[int] = []
+        real = served_types._compile
+        self.patch(served_types, "_compile", lambda text: [compiled_in.append(get_ident()), real(text)][1])
+        await self.server(_served("test.a"))
+        pushing = inbox.push(_push("test.a"))
+        self.time.advance(UNKNOWN_GAP_S)
+        self.assertTrue((await pushing)["accepted"])
+        self.assertEqual(len(compiled_in), 1)
+        self.assertNotEqual(compiled_in, [get_ident()])
+
+    async def test_a_schema_of_another_server(self) -> None:
+        """A server says once that the schema of its own type in force is another server's, with the cure."""
+        types, _ = await self.server(_served("test.a", "integer"))
+        logged = self.logged()
+        await self.server(_served("test.a", "string"))
+        for _ in range(2):
+            reading = types.read_now("test.a")
+            self.time.advance(UNKNOWN_GAP_S)
+            await reading
+        told = [event["log_format"] for event in logged if event.get("cmd_type") == "test.a"]
+        self.assertEqual(len(told), 1)
+        self.assertIn("start this server again", str(told))
 
     async def test_every_character(self) -> None:
         """A schema may hold what jsonb cannot, such as the character 0 in a pattern."""
@@ -164,7 +238,7 @@ class AwayTests(SynchronousTestCase):
         """A type that is not known here is not refused for good: it may be served by now."""
 
         class Away(ServedTypes):
-            def read_now(self) -> Deferred[None]:
+            def read_now(self, cmd_type: str) -> Deferred[None]:
                 return Deferred.fromCoroutine(self._fail())
 
             async def _fail(self) -> None:
@@ -175,8 +249,66 @@ class AwayTests(SynchronousTestCase):
         self.assertEqual(inbox.refused, 1)
 
 
+class LookUpTests(SynchronousTestCase):
+    """Pushes whose type is looked up."""
+
+    def setUp(self) -> None:
+        """Make an inbox whose looks end when the test says so."""
+        self.looks: list[Deferred[None]] = []
+        looks = self.looks
+
+        class Slow(ServedTypes):
+            def read_now(self, cmd_type: str) -> Deferred[None]:
+                looks.append(Deferred())
+                return looks[-1]
+
+        self.counters = Counters()
+        self.inbox = Inbox(None, {}, counters=self.counters, types=Slow({}))  # type: ignore[arg-type]
+
+    def test_bounded(self) -> None:
+        """Too many that wait, and too large ones, are refused as overloaded; one always fits."""
+        for bound in (("UNKNOWN_PUSHES", 2), ("UNKNOWN_BYTES", 20)):
+            self.setUp()
+            self.patch(inbox_module, *bound)
+            waiting = [self.inbox.push(_push(f"test.a{number}")) for number in range(2)]
+            error = self.failureResultOf(self.inbox.push(_push("test.over")), Overloaded).value
+            self.assertEqual(error.details["retry_after_ms"], 1000)
+            self.assertEqual(self.counters.met, {"inbox": 1})
+            for look, push in zip(self.looks, waiting, strict=True):
+                self.assertNoResult(push)
+                look.callback(None)
+                self.failureResultOf(push, UnknownCommand)
+            self.assertNoResult(self.inbox.push(_push("test.a", "x" * 100)))
+
+    def test_draining(self) -> None:
+        """A server that drains refuses no type for good: a row would die of it that another server takes."""
+        pushing = self.inbox.push(_push("test.a"))
+        draining = self.inbox.drain()
+        self.assertNoResult(draining)
+        self.looks[0].callback(None)
+        self.failureResultOf(pushing, ShuttingDown)
+        self.successResultOf(draining)
+        self.failureResultOf(self.inbox.push(_push("test.b")), ShuttingDown)
+
+
 class RoleServedTests(RoleTestCase):
     """A real server."""
+
+    async def test_while_it_stops(self) -> None:
+        """A push of a type that is looked up while the server stops is told so."""
+        server = self.server()
+        await server.start()
+        peer = server.connect()
+        self.addCleanup(peer.close)
+        peer.greet()
+        # The first look begins at once, and the next one a second later, at the earliest. It meets the lock.
+        self.assertEqual(peer.call(PUSH, command("one", {"n": 1}, cmd_type="test.no"))["code"], "unknown_command")
+        holder = psycopg2.connect(self.url)
+        self.addCleanup(holder.close)
+        holder.cursor().execute("lock table s2s.command_types")
+        pushed = peer.send(PUSH, command("two", {"n": 1}, cmd_type="test.no"))
+        server.terminate()
+        self.assertIn(peer.answer(pushed)["payload"]["code"], ("shutting_down", "db_unavailable"))
 
     async def test_before_it_listens(self) -> None:
         """What was served before is accepted from the first push on, and the server's own types are in the table."""

@@ -24,6 +24,7 @@ from s2s.errors import (
     DbUnavailable,
     IdemConflict,
     InternalError,
+    NotReady,
     Overloaded,
     ShuttingDown,
     StatementRefused,
@@ -49,6 +50,9 @@ ENOUGH_PUSHES: Final = 64
 #: This much may wait before further pushes are refused as ``overloaded``.
 WAITING_PUSHES: Final = 16_384
 WAITING_BYTES: Final = 32 * 1024 * 1024
+#: The same of pushes whose type is looked up. Their payloads wait as Python's objects, twenty times as large.
+UNKNOWN_PUSHES: Final = 1024
+UNKNOWN_BYTES: Final = 4 * 1024 * 1024
 RETRY_AFTER_MS: Final = 1000
 #: Seconds for which a refusal by the database counts, where no push has come since.
 TROUBLE_S: Final = 10.0
@@ -105,6 +109,8 @@ class Inbox:
         #: The last transaction had one push.
         self._is_quiet = True
         self._is_turn_awaited = False
+        #: Pushes whose type is looked up, and the bytes of their payloads.
+        self._unknown = self._unknown_bytes = 0
         self._unanswered = 0
         self._drained: Deferred[None] | None = None
         #: Why the database refused pushes last, and when; a COMMIT clears it.
@@ -133,15 +139,15 @@ class Inbox:
         :param payload: as it was parsed, and as the catalogue's schema lets it pass.
         :returns: fires with the payload of its ``s2s.ack`` after the COMMIT, or fails with a :class:`WireError`.
         """
+        if self._drained is not None:
+            return self._refused(ShuttingDown("the server is draining", retry_after_ms=RETRY_AFTER_MS))
         schema = self._types.schemas.get(payload["cmd_type"])
         if schema is None:
-            # A refusal is final, and another server may have begun to serve the type just now.
-            return self._types.read_now().addCallbacks(lambda _: self._push_again(payload), self._unknowable)
+            return self._look_up(payload)
         try:
             waiter = self._checked(payload, schema)
         except WireError as error:
-            self.refused += 1
-            return fail(error)
+            return self._refused(error)
         self._unanswered += 1
         if waiter.push.idem_key in self._held:
             self._push_apart(waiter)
@@ -151,17 +157,41 @@ class Inbox:
         self._go_on()
         return waiter.answer
 
-    def _unknowable(self, failure: Failure) -> Deferred[dict[str, Any]]:
-        failure.trap(DatabaseError)
+    def _refused(self, error: WireError) -> Deferred[dict[str, Any]]:
         self.refused += 1
-        return fail(DbUnavailable(retry_after_ms=RETRY_AFTER_MS))
+        return fail(error)
 
-    def _push_again(self, payload: Mapping[str, Any]) -> Deferred[dict[str, Any]]:
-        if payload["cmd_type"] in self._types.schemas:
-            return self.push(payload)
-        self.refused += 1
-        supported = sorted(self._types.schemas)
-        return fail(UnknownCommand(f"no server serves {payload['cmd_type']}", supported=supported))
+    def _look_up(self, payload: Mapping[str, Any]) -> Deferred[dict[str, Any]]:
+        """Read whether the type of a push is known by now: a refusal is final, and another server may serve it."""
+        cmd_type = payload["cmd_type"]
+        if cmd_type in self._types.unusable:
+            text = f"the schema of {cmd_type} cannot be used by this server"
+            return self._refused(NotReady(text, retry_after_ms=RETRY_AFTER_MS))
+        size = len(canonical.rewrite(payload["payload"]))
+        if self._unknown and (self._unknown >= UNKNOWN_PUSHES or self._unknown_bytes + size > UNKNOWN_BYTES):
+            self._counters.meet("inbox")
+            text = f"{self._unknown} commands of unknown types wait"
+            return self._refused(Overloaded(text, limit=UNKNOWN_PUSHES, retry_after_ms=RETRY_AFTER_MS))
+        self._unanswered += 1
+        self._unknown += 1
+        self._unknown_bytes += size
+        return self._types.read_now(cmd_type).addBoth(self._looked_up, payload, size)
+
+    def _looked_up(self, outcome: object, payload: Mapping[str, Any], size: int) -> Any:
+        self._unknown -= 1
+        self._unknown_bytes -= size
+        cmd_type = payload["cmd_type"]
+        answer: object
+        if isinstance(outcome, Failure):
+            is_away = outcome.check(DatabaseError)
+            answer = self._refused(DbUnavailable(retry_after_ms=RETRY_AFTER_MS)) if is_away else outcome
+        elif self._drained is None and cmd_type not in {*self._types.schemas, *self._types.unusable}:
+            supported = sorted(self._types.schemas)
+            answer = self._refused(UnknownCommand(f"no server serves {cmd_type}", supported=supported))
+        else:
+            answer = self.push(payload)
+        self._leave()
+        return answer
 
     def drain(self) -> Deferred[None]:
         """Refuse what comes from now on, and finish what waits.
@@ -173,8 +203,6 @@ class Inbox:
         return self._drained
 
     def _checked(self, payload: Mapping[str, Any], schema: Schema) -> _Waiter:
-        if self._drained is not None:
-            raise ShuttingDown("the server is draining", retry_after_ms=RETRY_AFTER_MS)
         cmd_type, content = payload["cmd_type"], payload["payload"]
         schema.check(content, "/payload/payload")
         written = canonical.rewrite(content)
@@ -368,6 +396,9 @@ class Inbox:
                     "status": outcome.status,
                 }
             )
+        self._leave()
+
+    def _leave(self) -> None:
         self._unanswered -= 1
         if self._drained is not None and not self._unanswered:
             self._drained.callback(None)

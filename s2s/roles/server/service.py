@@ -143,12 +143,14 @@ class Server(Role):
         self._sweeps.stop()
         self._bumps.stop()
         self._retention.stop()
+        # Before the types: a push whose type is looked up is told that the server stops, and not that nobody serves it.
+        draining = self._inbox.drain()
         self._types.stop()
         web = [] if self._web is None else [Deferred.fromCoroutine(self._web.stop())]
         await DeferredList(
             [
                 *web,
-                self._inbox.drain(),
+                draining,
                 self._executor.stop(),
                 self._steerer.stop(),
                 self._courier.stop(),

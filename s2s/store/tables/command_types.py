@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from s2s.protocol.catalogue.vet import MAX_SIZE
 from s2s.store import driver
 from s2s.store.driver import Cursor
 from s2s.store.kept_rows import note
@@ -34,7 +35,15 @@ def missing(txn: Cursor, cmd_types: Iterable[str]) -> list[str]:
     return driver.missing(txn, "s2s.command_types", "cmd_type", cmd_types)
 
 
-def read(txn: Cursor) -> dict[str, str]:
-    """Return the schemas by type, as JSON's text."""
-    txn.execute("select cmd_type, schema from s2s.command_types order by served_at desc limit %s", (MOST_TYPES,))
+def read(txn: Cursor, cmd_types: Iterable[str] = ()) -> dict[str, str]:
+    """Return the schemas by type, as JSON's text; of one that is too long to be used, its beginning.
+
+    :param cmd_types: types to read beyond the first :data:`MOST_TYPES`.
+    """
+    # As far as a schema that is too long is told from the others.
+    row = f"select cmd_type, left(schema, {MAX_SIZE + 1}) from s2s.command_types"  # noqa: S608 - a constant
+    txn.execute(
+        f"({row} order by served_at desc limit %s) union {row} where cmd_type = any(%s)",
+        (MOST_TYPES, list(cmd_types)),
+    )
     return dict(txn.fetchall())
