@@ -175,6 +175,36 @@ class SteeringTests(RoleTestCase, CliTestCase):
         self.assertEqual(len(self.server_role.lines("s2s.health.check was answered by s2s.health.ack with a bad")), 1)
 
     @inlineCallbacks
+    def test_many_written_by_hand(self):
+        """A bounded number is taken at once, the others follow; one that no frame holds is answered without being read.
+
+        The texts of a row reach the log without what a terminal obeys, and cut.
+        """
+        self.server_role = self.server()
+        yield self.server_role.start()
+        peer = self.peer(config_version=0)
+        peer.serves["s2s.engine.pause"] = lambda _: {"ok": True, "state": "paused"}
+        many = control_requests.MOST + 20
+        self.execute(
+            "insert into s2s.steering (engine, type, payload, actor, expires_at)"
+            " select 'engine-9', 's2s.engine.pause', '{\"reason\": \"x\"}', 'hand', now() + interval '1 hour'"
+            " from generate_series(1, %s);"
+            "insert into s2s.steering (engine, type, payload, actor, expires_at)"
+            " select 'engine-9', 's2s.engine.pause', jsonb_build_object('reason', repeat('x', 1000000)),"
+            " E'\x1b]0;' || repeat('y', 10000), now() + interval '1 hour'",
+            many,
+        )
+        for _ in range(many):
+            peer.request("s2s.engine.pause")
+        query = (
+            "select count(*) filter (where is_ok),"
+            " count(*) filter (where answer ->> 'message' like '%longer than a frame%') from s2s.steering"
+        )
+        yield poll(lambda: self.execute(query) == [(many, 1)], "all are answered")
+        self.assertNotIn("\x1b", self.server_role.log)
+        self.assertLess(max(map(len, self.server_role.lines("s2s.engine.pause to"))), 1000)
+
+    @inlineCallbacks
     def test_a_server_that_dies_with_it(self):
         """A server that took a request and is gone is not waited for; what became of it is unknown, and it says so."""
         self.server_role = self.server()
@@ -237,6 +267,15 @@ class TableTests(RoleTestCase):
         self.assertEqual(
             (answer.is_taken, answer.is_over, answer.is_ok, answer.answer), (True, True, False, {"code": "paused"})
         )
+
+    def test_bounded_takes(self) -> None:
+        """A look takes a bounded number of requests."""
+        with blocking(self.url) as txn:
+            asked = [control_requests.ask(txn, "a", "s2s.engine.pause", {"reason": "x"}, "me", 60) for _ in range(3)]
+        with blocking(self.url) as txn:
+            taken = [each.request_id for each in control_requests.take(txn, "s1", ["a"], 2)]
+            self.assertEqual(taken, asked[:2])
+            self.assertEqual([each.request_id for each in control_requests.take(txn, "s1", ["a"], 2)], asked[2:])
 
     def test_links_shown(self) -> None:
         """A server's links are those that it wrote last; a server that is gone is forgotten; wanted engines stay."""

@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from s2s.errors import BadReply, DatabaseError, Refused, S2SError
+from s2s.errors import BadReply, DatabaseError, Refused, S2SError, harmless
 from s2s.link.connection import Link
 from s2s.link.factory import ServerLinks
 from s2s.protocol.catalogue import BY_NAME
@@ -34,6 +34,8 @@ class ControlSender:
         self._links = links
         self._boot_id = boot_id
         self._is_showing = self._is_changed = False
+        #: Requests that are taken and not answered.
+        self._flying = 0
         self._turns = PollLoop("steering", self._poll_once, clock.scheduler)
         self.wake = self._turns.wake
         self._showing = task.LoopingCall(self.links_changed)
@@ -70,12 +72,24 @@ class ControlSender:
         if self._is_changed and self._showing.running:
             self.links_changed()
 
-    async def _poll_once(self, _: int) -> None:
+    async def _poll_once(self, _: int) -> float | None:
         """Take what somebody may have asked for."""
-        names = {_name(link) for link in self._links.engines}
-        if names:
-            for each in await self._database.run(control_requests.take, self._boot_id, sorted(names)):
-                Deferred.fromCoroutine(self._steer(each)).addErrback(self._unless_away)
+        links = self._links.engines
+        room = control_requests.MOST - self._flying
+        if not links or not room:
+            return None
+        frame_size = max(link.session.max_frame for link in links)
+        names = sorted({_name(link) for link in links})
+        taken = await self._database.run(control_requests.take, self._boot_id, names, room, frame_size)
+        for each in taken:
+            self._flying += 1
+            Deferred.fromCoroutine(self._steer(each)).addErrback(self._unless_away).addBoth(self._landed)
+        return 0.0 if len(taken) == room else None
+
+    def _landed(self, _: object) -> None:
+        self._flying -= 1
+        if self._flying == control_requests.MOST - 1:
+            self.wake()
 
     async def _steer(self, asked: Steering) -> None:
         is_ok: bool | None = None
@@ -87,7 +101,9 @@ class ControlSender:
             if link is None:
                 payload = {"message": "the link was lost before the request was sent"}
             elif "server" not in getattr(BY_NAME.get(asked.type), "sent_by", ()):
-                payload = {"message": f"a server does not send {asked.type!r}"}
+                payload = {"message": f"a server does not send '{harmless(asked.type)}'"}
+            elif asked.payload is None:
+                payload = {"message": "its payload is longer than a frame: nothing was sent"}
             else:
                 check_readable(asked.payload, "payload")
                 is_ok, payload = True, await link.call(asked.type, asked.payload)
@@ -103,9 +119,9 @@ class ControlSender:
         if asked.type not in _UNTOLD:
             status_log.info(
                 "{type} to {engine!r} by {actor!r}: {how}",
-                type=asked.type,
-                engine=asked.engine,
-                actor=asked.actor,
+                type=harmless(asked.type),
+                engine=harmless(asked.engine),
+                actor=harmless(asked.actor),
                 how=how,
             )
 

@@ -13,9 +13,11 @@ from typing import Any, Final
 from psycopg2.extras import Json
 
 from s2s.protocol.catalogue import HEALTH_CHECK
+from s2s.protocol.limits import Bounds
 from s2s.store.driver import Cursor
 from s2s.store.kept_rows import check_written, note, still_there
 from s2s.store.tables import claims
+from s2s.store.tables.fitting import fitting
 
 CHANNEL: Final = "s2s_steering"
 #: Notified when an answer is written down.
@@ -25,6 +27,8 @@ TAKE_S: Final = 3.0
 ANSWER_S: Final = 35.0
 #: After so many seconds a server that took it and is gone is not waited for.
 GONE_S: Final = 6.0
+#: Requests that a server takes at once, and has in hand.
+MOST: Final = 256
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,13 @@ class Steering:
 
     :param engine: the engine's name.
     :param type: of the catalogue.
+    :param payload: ``None``: it is longer than any frame.
     """
 
     request_id: int
     engine: str
     type: str
-    payload: dict[str, Any]
+    payload: dict[str, Any] | None
     actor: str
 
 
@@ -79,16 +84,23 @@ def ask(txn: Cursor, engine: str, type: str, payload: Mapping[str, Any], actor: 
     return int((txn.fetchone() or ())[0])
 
 
-def take(txn: Cursor, server_boot_id: str, engines: Sequence[str]) -> list[Steering]:
-    """Take what is asked of some engines, in order."""
+def take(
+    txn: Cursor, server_boot_id: str, engines: Sequence[str], limit: int = MOST, frame_size: int = Bounds.frame_size
+) -> list[Steering]:
+    """Take what is asked of some engines, in order.
+
+    :param limit: requests at most.
+    :param frame_size: bytes of the longest frame.
+    """
     txn.execute(
-        "with asked as (select request_id from s2s.steering"
-        " where taken_by is null and expires_at > now() and engine = any(%s) order by request_id"
-        " for update skip locked), taken as (update s2s.steering set taken_by = %s where request_id in"
-        " (select request_id from asked) returning request_id, engine, type, payload, actor)"
+        "with asked as (select request_id from s2s.steering"  # noqa: S608 - constants
+        " where taken_by is null and expires_at > now() and engine = any(%(engines)s) order by request_id"
+        " limit %(limit)s for update skip locked), taken as (update s2s.steering set taken_by = %(boot_id)s"
+        " where request_id in (select request_id from asked)"
+        f" returning request_id, engine, type, {fitting('payload')} as payload, actor)"
         " select asked.request_id, engine, type, payload, actor from asked left join taken using (request_id)"
         " order by request_id",
-        (list(engines), server_boot_id),
+        {"engines": list(engines), "boot_id": server_boot_id, "limit": limit, "longest": frame_size},
     )
     rows = txn.fetchall()
     if any(engine is None for _, engine, *_ in rows):
