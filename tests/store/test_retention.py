@@ -232,6 +232,24 @@ class StepTests(_RetentionTestCase):
             self.assertEqual([first, retention.sweep_steering(txn, after or 0)[0]], [2, 1])
         self.assertEqual(self.execute("select count(*) from s2s.steering"), [(2,)])
 
+    def test_health_checks(self) -> None:
+        """Health checks whose client has gone are removed after minutes, also behind other requests."""
+        self.patch(retention, "STEP_ROWS", 2)
+        self.execute(
+            "insert into s2s.steering (engine, type, payload, created_at, expires_at)"
+            " select 'e', t, '{}', now() - m * interval '1 minute', now() from unnest(%s::text[], %s::int[]) r (t, m)",
+            [*["s2s.engine.pause"] * 3, "s2s.health.check", "s2s.engine.pause", "s2s.health.check"],
+            [90, 90, 90, 20, 20, 1],
+        )
+        removed, after = 0, 0
+        with blocking(self.url) as txn:
+            while after is not None:
+                count, after = retention.sweep_steering(txn, after)
+                removed += count
+        self.assertEqual(removed, 1)
+        [(left,)] = self.execute("select count(*) from s2s.steering where type = 's2s.health.check'")
+        self.assertEqual(left, 1)
+
     def test_rows_that_stay(self) -> None:
         """A row that another table refers to, or that a trigger keeps, stays alone; a whole step of them too."""
         self.patch(retention, "STEP_ROWS", 2)

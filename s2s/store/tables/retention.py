@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast
 
 from s2s.errors import DatabaseError, StatementRefused
+from s2s.protocol.catalogue import HEALTH_CHECK
 from s2s.protocol.settings import BY_KEY
 from s2s.store import kept_rows
 from s2s.store.connection import PlanningConnection
@@ -25,6 +26,8 @@ K = TypeVar("K")
 STEP_ROWS: Final = 1000
 #: Days that a control request and its answer are kept.
 STEERING_DAYS: Final = 7
+#: How long a health check is kept whose client has gone away: longer than any client waits.
+_HEALTH_KEPT: Final = "interval '10 minutes'"
 #: By how much a pass lets the time advance by which age is judged. A clock that is ahead by years can so remove nothing
 #: that is more than an hour too young; after an outage that time catches up, six hours in each.
 ADVANCE: Final = "interval '1 hour'"
@@ -214,18 +217,20 @@ def sweep_steering(txn: Cursor, after: int = 0) -> tuple[int, int | None]:
     :returns: how many were removed, and where the next step begins; ``None``: what follows is too young.
     """
     txn.execute(
-        f"select request_id, created_at <= {_NOW} - make_interval(days => %s), created_at > {_SOON}"  # noqa: S608
-        " from s2s.steering where request_id > %s order by request_id limit %s",
-        (STEERING_DAYS, after, STEP_ROWS),
+        "select request_id, created_at <= least_at, created_at > soon, created_at > looked_at from s2s.steering,"  # noqa: S608
+        f" lateral (select {_NOW} - case when type = %s then {_HEALTH_KEPT} else make_interval(days => %s) end,"
+        f" {_SOON}, {_NOW} - {_HEALTH_KEPT}) t (least_at, soon, looked_at)"
+        " where request_id > %s order by request_id limit %s",
+        (HEALTH_CHECK, STEERING_DAYS, after, STEP_ROWS),
     )
     page = txn.fetchall()
-    _write(txn, "update", "s2s.steering", [each for each, _, is_ahead in page if is_ahead], _redate_requests)
-    old = [each for each, is_old, _ in page if is_old]
+    _write(txn, "update", "s2s.steering", [each for each, _, is_ahead, _ in page if is_ahead], _redate_requests)
+    old = [each for each, is_old, *_ in page if is_old]
     txn.execute(
         "select request_id from s2s.steering where request_id = any(%s::bigint[]) for update skip locked", (old,)
     )
     removed = _write(txn, "delete", "s2s.steering", [each for (each,) in txn.fetchall()], _remove_requests)
-    is_last = len(page) < STEP_ROWS or not any(is_old or is_ahead for _, is_old, is_ahead in page)
+    is_last = len(page) < STEP_ROWS or all(is_young and not is_ahead for *_, is_ahead, is_young in page)
     return removed, None if is_last else page[-1][0]
 
 
