@@ -10,7 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
-from s2s.store.tables import claims, commands, lookback
+from s2s.store.tables import claims, commands, lookback, ready
 from s2s.store.tables.lookback import LEAST_S, SHARE, SLACK_S, Lookback
 from s2s.store.tables.ready import FIND_S, Ready
 from tests.support.postgres import DatabaseTestCase, RecordingCursor
@@ -233,6 +233,28 @@ class ReadyTests(DatabaseTestCase):
                 self.assertEqual(self.run_batch(), [])
                 self.now += LEAST_S
             self.assertEqual(self.run_batch(), [f"late {age}"])
+
+    def test_bytes_of_a_batch(self) -> None:
+        """A batch ends before its payloads take too many bytes, also where they are compressed; one always fits."""
+        self.patch(ready, "MOST_BYTES", 1_000_000)
+        self.insert(*((f"k{n}", 100, 0, "test.run") for n in range(5)))
+        self.execute(
+            "update s2s.commands set payload = jsonb_build_object('x', repeat('x', case idem_key when 'k3' then 2000000"
+            " else 400000 end)) where idem_key <> 'k4'"
+        )
+        [(stored,)] = self.execute("select max(pg_column_size(payload)) from s2s.commands where idem_key <> 'k3'")
+        self.assertLess(stored, 10_000)
+        self.assertEqual([self.run_batch() for _ in range(4)], [["k0", "k1"], ["k2"], ["k3"], ["k4"]])
+
+    def test_due_never(self) -> None:
+        """A command that an operator has made due at the end of time waits, and hides no other one."""
+        self.insert(("never", 100, 0, "test.run"), ("soon", 100, 3600, "test.run"), ("only", 50, 0, "test.run"))
+        self.execute("update s2s.commands set due_at = 'infinity' where idem_key in ('never', 'only')")
+        self.assertEqual(self.run_batch(), [])
+        self.assertLessEqual(self.ready.next_due_s(self.txn) or 0, 3600)
+        self.execute("delete from s2s.commands where idem_key = 'soon'")
+        self.assertEqual(self.run_batch(), [])
+        self.assertGreater(self.ready.next_due_s(self.txn) or 0, 3600)
 
     def test_two_workers(self) -> None:
         """A look goes on with what was known below its points when it began, whatever another worker finds then."""

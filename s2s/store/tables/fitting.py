@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 
-def fitting(column: str) -> str:
-    """Return the SQL of a ``jsonb`` column of at most ``%(longest)s`` bytes of canonical JSON; null: it has more.
+def jsonb_size(column: str) -> str:
+    """Return the SQL of the bytes of a ``jsonb`` column that is not compressed any more, without writing its text.
 
-    A value of up to twice that length may come through. What sends it knows the size of the frame.
+    A value has up to six times as many bytes as its canonical JSON.
     """
-    # The same value has up to six times the bytes as jsonb. That size is known without reading it.
-    return (
-        f"case when pg_column_size({column}) <= 8 * %(longest)s then"
-        f" case when octet_length({column}::text) <= 2 * %(longest)s then {column} end end"
-    )
+    # Nothing is added; but it is decompressed for that.
+    return f"pg_column_size({column} || '{{}}')"
+
+
+def fitting(column: str) -> str:
+    """Return the SQL of a ``jsonb`` column whose canonical JSON may have ``%(longest)s`` bytes; null: it has more.
+
+    A longer one may come through. What sends it knows the size of the frame.
+    """
+    return f"case when {jsonb_size(column)} <= 8 * %(longest)s then {column} end"

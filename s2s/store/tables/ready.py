@@ -14,14 +14,20 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from s2s.store.driver import Cursor, array_literal
+from s2s.store.tables.fitting import jsonb_size
 from s2s.store.tables.lookback import SLACK_S, Lookback
 
 #: Priorities whose points are remembered: all that a push can name. Each costs a look one step in the index.
 _MOST_PRIORITIES: Final = 1024
 _FIRST_ID: Final = -(2**63)
+#: Bytes of the payloads of one batch, as jsonb, unless it has one command. Python takes eight times as many for them.
+MOST_BYTES: Final = 16 * 1024 * 1024
+#: Bytes in the table up to which a payload counts as none: it has 85 times as many at most, when it is compressed.
+SMALL_BYTES: Final = 1000
 #: Seconds between two looks for priorities that were empty, at least: a claim may come every few milliseconds.
 FIND_S: Final = 0.05
 
+_SIZE: Final = f"case when pg_column_size(payload) > {SMALL_BYTES} then {jsonb_size('payload')} end"
 # Every priority between those that are known, and the first command under it: one step in the index each, however many
 # wait under it.
 _FIND: Final = """
@@ -66,12 +72,12 @@ _CANDIDATES: Final = f"""
 {_STARTS}
 select p.priority,
     case when c.place > 1 and not %(is_timed)s then null else extract(epoch from coalesce(c.due_at, now()))::float8 end,
-    c.cmd_id, c.attempts,
+    c.cmd_id, c.attempts, c.size,
     case when c.place > 1 then null else (select min(note_id) from s2s.batch_notes where note_id >= %(first_note)s) end
 from starts p
 left join lateral (
     select row_number() over () as place, locked.* from (
-        select due_at, cmd_id, attempts from s2s.commands
+        select due_at, cmd_id, attempts, {_SIZE} as size from s2s.commands
         where status = 'ready' and priority = p.priority and due_at <= now()
             and (commands.due_at, commands.cmd_id) >= (p.due_at, p.cmd_id) and {_OURS}
         order by commands.due_at, cmd_id limit %(limit)s
@@ -92,19 +98,33 @@ cross join lateral (
 limit %(limit)s
 """  # noqa: S608
 _STILL_BEHIND: Final = f"""
-select priority, extract(epoch from due_at)::float8, cmd_id, attempts from s2s.commands
+select priority, extract(epoch from due_at)::float8, cmd_id, attempts, {_SIZE} from s2s.commands
 where cmd_id = any(%(behind)s::bigint[]) and status = 'ready' and due_at <= now() and {_OURS}
 for update skip locked
 """  # noqa: S608
 _NEXT_DUE: Final = f"""
 {_STARTS}
-select extract(epoch from min(c.due_at) - clock_timestamp())::float8
+select extract(epoch from min(least(c.due_at, now() + interval '1 day')) - clock_timestamp())::float8
 from starts p
 cross join lateral (
     select due_at from s2s.commands where status = 'ready' and priority = p.priority and due_at > now()
     order by due_at limit 1
 ) c
 """  # noqa: S608
+
+
+def _within_bytes(found: list[tuple[int, int]], sizes: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Return the first of some commands, whose payloads are within :data:`MOST_BYTES`; one in any case.
+
+    :param found: ``(cmd_id, attempts)``.
+    :param sizes: the bytes of the payloads that count.
+    """
+    total = 0
+    for place, (cmd_id, _) in enumerate(found if sizes else ()):
+        total += sizes.get(cmd_id, 0)
+        if total > MOST_BYTES and place:
+            return found[:place]
+    return found
 
 
 class Ready:
@@ -166,21 +186,26 @@ class Ready:
         :returns: ``(cmd_id, attempts)`` in run order.
         """
         is_whole, self._is_whole = self._is_whole, False
+        sizes: dict[int, int] = {}
         # Another worker may look back meanwhile.
         behind = self._lookback.behind
         if is_whole:
             with self._lookback.measured():
                 self._find(txn, {})
-                rows = self._scan(txn, limit, bool(behind))
+                rows = self._scan(txn, limit, bool(behind), sizes)
         else:
-            rows = self._scan(txn, limit, bool(behind))
+            rows = self._scan(txn, limit, bool(behind), sizes)
         if behind:
             txn.execute(_STILL_BEHIND, {**self._params(limit), "behind": array_literal(behind)})
-            rows = sorted({*rows, *txn.fetchall()})
+            for *row, size in txn.fetchall():
+                rows.append(tuple(row))
+                if size is not None:
+                    sizes[row[2]] = size
+            rows = sorted(set(rows))
         if not rows and self._lookback.is_cheap:
             self._is_whole = True
             return [] if is_whole else self.candidates(txn, limit)
-        return [(cmd_id, attempts) for _, _, cmd_id, attempts in rows[:limit]]
+        return _within_bytes([(cmd_id, attempts) for _, _, cmd_id, attempts in rows[:limit]], sizes)
 
     def noted(self, worker: int, note_id: int) -> None:
         """Remember the note of a batch, made of candidates just found."""
@@ -204,10 +229,13 @@ class Ready:
         self._starts = {**dict(starts), **{priority: (due_at, _FIRST_ID) for priority, due_at in txn}}
         self._is_whole |= len(self._starts) > _MOST_PRIORITIES
 
-    def _scan(self, txn: Cursor, limit: int, is_timed: bool) -> list[tuple[int, float | None, int, int]]:
+    def _scan(
+        self, txn: Cursor, limit: int, is_timed: bool, sizes: dict[int, int]
+    ) -> list[tuple[int, float | None, int, int]]:
         """Read from the points on, and move them.
 
         :param is_timed: return each ``due_at``, to put others in order between them.
+        :param sizes: is given the bytes of each payload that counts, by ``cmd_id``.
         :returns: priority, ``due_at`` (if not timed: of the first of each priority), ``cmd_id`` and attempts.
         """
         txn.execute(_CANDIDATES, {**self._params(limit), "is_timed": is_timed})
@@ -215,12 +243,14 @@ class Ready:
         starts = dict(self._starts)
         place = None
         found = []
-        for priority, due_at, cmd_id, attempts, _ in rows:
+        for priority, due_at, cmd_id, attempts, size, _ in rows:
             if priority != place:
                 place = priority
                 starts[priority] = (due_at, _FIRST_ID if cmd_id is None else cmd_id)
             if cmd_id is not None:
                 found.append((priority, due_at, cmd_id, attempts))
+                if size is not None:
+                    sizes[cmd_id] = size
         self._starts = starts
         if rows:
             self.first_note, self._is_noted = rows[0][-1] or self.first_note, rows[0][-1] is not None
