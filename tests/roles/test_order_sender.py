@@ -27,7 +27,7 @@ class _Link:
     """A link whose calls the test answers."""
 
     def __init__(self, name: str) -> None:
-        self.session: Any = SimpleNamespace(is_open=True, peer_key_id="k1")
+        self.session: Any = SimpleNamespace(is_open=True, peer_key_id="k1", max_frame=65536)
         self.peer = {"name": name, "boot_id": f"boot of {name}"}
         self.late_ack: Any = None
         self.calls: list[tuple[str, Mapping[str, Any], Deferred[Any]]] = []
@@ -58,7 +58,7 @@ class _Database:
             self.ended.append(args)
             return succeed(None)
         self.looks += 1
-        _, limit, after = args
+        _, limit, after, _ = args
         begin = 0 if after is None else after[1]
         page = self.queued[begin : begin + limit]
         return succeed((page, ("then", begin + limit) if len(page) == limit else None))
@@ -100,6 +100,42 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual((order_id, status, result["code"]), ("a", "refused", "bad_payload"))
         why = "the JSON of its params cannot be read: it is nested deeper than 32 levels"
         self.assertEqual(result["message"], why)
+
+    def test_params_that_no_frame_holds(self) -> None:
+        """An order that is longer than a frame is refused as toolarge, and is not sent."""
+        self.database.queued.append(Order("a", SECTOR, orders.TOO_LONG, "me", "queued", None, {}, 0, 0))
+        self.courier.wake()
+        self.assertEqual((self.first.sent, self.second.sent), ([], []))
+        [(_, status, result, *_)] = self.database.ended
+        self.assertEqual((status, result["code"]), ("refused", "toolarge"))
+        self.assertIn("longer than a frame", result["message"])
+
+    def test_refused_again_and_again(self) -> None:
+        """An order that may succeed later, its engine says without an end, has failed after a number of answers.
+
+        One of an engine that is paused waits for the operator who has paused it.
+        """
+        self.give("a")
+        self.links.engines = [self.first]
+        self.courier.wake()
+        for number in range(2 * order_sender.MOST_REFUSALS):
+            code = "paused" if number < order_sender.MOST_REFUSALS else "db_unavailable"
+            self.assertEqual(self.database.ended, [])
+            self.first.calls[-1][2].errback(Refused(code, "later", {"retryable": True}))
+            self.time.pump([1.0] * int(order_sender.LONGEST_S + 1))
+        order_id, status, result, *_ = self.database.ended[0]
+        self.assertEqual((order_id, status, result["code"]), ("a", "failed", "db_unavailable"))
+        self.assertIn("refused 20 times in a row: later", result["message"])
+
+    def test_harmless_lines(self) -> None:
+        """A line about an order has no character that a terminal obeys, and an end."""
+        self.give("a")
+        with capturedLogs() as logs:
+            self.courier.wake()
+            self.first.calls[0][2].errback(DeadlinePassed("\x1b]0;\n" + "x" * 10_000))
+        [line] = [str(formatEvent(event)) for event in logs]
+        self.assertTrue(line.isprintable(), line)
+        self.assertLess(len(line), 1000)
 
     def test_sent_again(self) -> None:
         """One that is queued still is sent again after a while, not while its answer is awaited, and not before."""

@@ -171,6 +171,28 @@ class GiveTests(OrdersTestCase):
         self.assertEqual(([order.order_id for order in orders], end), (["a"], None))
         self.assertEqual([order.order_id for order in self.run_(table.queued, [SECTOR], 1)[0]], ["c"])
 
+    def test_queued_within_bytes(self) -> None:
+        """A page ends before its params take too many bytes, and params that no frame holds are not read."""
+        self.patch(table, "PAGE_BYTES", 250_000)
+        for order_id in "abcd":
+            self.give(order_id)
+        for order_id, length in (("a", 100_000), ("b", 100_000), ("c", 100_000), ("d", 1_000_000)):
+            self.execute(
+                "update s2s.orders set params = jsonb_build_object('x', repeat('x', %s)) where order_id = %s",
+                length,
+                order_id,
+            )
+        pages, end = [], None
+        for _ in range(2):
+            page, end = self.run_(table.queued, ORDERS, 256, end)
+            pages.append([(order.order_id, order.params is table.TOO_LONG) for order in page])
+        self.assertEqual(pages, [[("a", False), ("b", False)], [("c", False), ("d", True)]])
+        self.assertIsNone(end)
+        self.patch(table, "PAGE_BYTES", 1)
+        page, end = self.run_(table.queued, ORDERS, 256)
+        self.assertEqual([order.order_id for order in page], ["a"])
+        self.assertEqual(end[1], "a")
+
 
 class AttemptTests(OrdersTestCase):
     """:func:`table.attempt`: whose step is next."""

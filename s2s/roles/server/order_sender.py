@@ -17,8 +17,10 @@ from s2s.errors import (
     DeadlinePassed,
     InternalError,
     LinkLost,
+    Paused,
     Refused,
     S2SError,
+    TooLarge,
     UnsupportedType,
     harmless,
     storable,
@@ -46,6 +48,9 @@ _LATE: Final = "an engine has to answer within 10 s, with running or queued wher
 MOST_ASKED: Final = 8
 #: Answers in a row that cannot be read, after which an order has failed: sent again, it would get another one.
 MOST_BAD_ANSWERS: Final = 5
+#: Errors in a row that say that an order may succeed later, after which it has failed: some 10 minutes. The error of an
+#: engine that an operator has paused does not count.
+MOST_REFUSALS: Final = 20
 #: Orders that are sent and not answered, at most; and orders of one look at the table.
 MOST: Final = 256
 #: Looks that follow each other without a pause, so that a wake reaches a new order behind 4,096 that stay queued.
@@ -68,6 +73,7 @@ class _Sending:
     :param engine: key and name of the engine that said that it has the order. It is asked again while it is linked.
     :param asked: keys and names of the engines that it was sent to.
     :param bad_answers: answers in a row that could not be read, as the catalogue has them.
+    :param refusals: errors in a row after which it may be sent again.
     """
 
     again_at: float
@@ -75,6 +81,7 @@ class _Sending:
     engine: tuple[object, object] | None = None
     asked: tuple[tuple[object, object], ...] = ()
     bad_answers: int = 0
+    refusals: int = 0
 
 
 class OrderSender:
@@ -122,9 +129,11 @@ class OrderSender:
         return self._turns.stop()
 
     async def _poll_once(self, _: int) -> float | None:
-        if not self._links.engines:
+        links = self._links.engines
+        if not links:
             return None
-        queued, end = await self._database.run(orders.queued, ORDERS, MOST, self._after)
+        frame_size = max(link.session.max_frame for link in links)
+        queued, end = await self._database.run(orders.queued, ORDERS, MOST, self._after, frame_size)
         if self._turns.is_stopping:
             return None
         for order in queued:
@@ -203,7 +212,7 @@ class OrderSender:
                 self.wake()
 
     async def _failed(self, link: Link, order: Order, error: S2SError) -> None:
-        code = final_code(error)
+        code = TooLarge.code if order.params is orders.TOO_LONG else final_code(error)
         last = self._sent.get(order.order_id)
         if code == UnsupportedType.code:
             # It is about the engine: another one may serve it.
@@ -225,6 +234,13 @@ class OrderSender:
                 result = {"code": InternalError.code, "message": message}
                 await self._answered(link, order.order_id, "failed", result)
                 return
+        elif isinstance(error, Refused) and last is not None and error.code != Paused.code:
+            last.refusals += 1
+            if last.refusals >= MOST_REFUSALS:
+                message = storable(f"it was refused {last.refusals} times in a row: {error.message}")
+                result = {"code": error.code, "message": message, "details": dict(error.details)}
+                await self._answered(link, order.order_id, "failed", result)
+                return
         self._tell(link, order, f"{error}: {_LATE}" if isinstance(error, DeadlinePassed) else str(error))
 
     def _late(self, link: Link, payload: Mapping[str, Any]) -> None:
@@ -243,7 +259,7 @@ class OrderSender:
     async def _answered(self, link: Link, order_id: str, status: str, result: Mapping[str, Any] | None) -> None:
         if status in orders.OPEN:
             if last := self._sent.get(order_id):
-                last.engine, last.bad_answers = _identity(link), 0
+                last.engine, last.bad_answers, last.refusals = _identity(link), 0, 0
             return
         name, boot_id = (str(link.peer[each]) if each in link.peer else None for each in ("name", "boot_id"))
         after = await self._database.run(orders.answered, order_id, status, result, name or "", boot_id)
@@ -252,7 +268,7 @@ class OrderSender:
                 "order {order_id} {rpc} by {actor!r}: {status} by {link}: {result}",
                 order_id=order_id,
                 rpc=after.rpc,
-                actor=after.actor,
+                actor=harmless(after.actor),
                 status=status,
                 link=link,
                 result=harmless(str(dict(result or {})))[:200],
@@ -272,7 +288,7 @@ class OrderSender:
             self._untold += 1
             return
         self._told.add(order.order_id)
-        self.log.warn("{link}: order {order_id}: {why}", link=link, order_id=order.order_id, why=why)
+        self.log.warn("{link}: order {order_id}: {why}", link=link, order_id=order.order_id, why=storable(why))
 
 
 def _identity(link: Link) -> tuple[object, object]:

@@ -7,7 +7,7 @@ transactions, as with jobs (:mod:`s2s.store.tables.jobs`). The table's triggers 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -15,9 +15,12 @@ from psycopg2.extras import Json
 
 from s2s.errors import CanonicalError, IdemConflict
 from s2s.protocol import canonical
+from s2s.protocol.limits import Bounds
+from s2s.store.cursor import Unreadable
 from s2s.store.driver import Cursor, advisory_lock, lock_key
 from s2s.store.kept_rows import note, refusal
 from s2s.store.tables import claims
+from s2s.store.tables.fitting import fitting, jsonb_size
 from s2s.store.tables.jobs import ONE_MORE, PAUSE, change_row, check_changed, hold_row, next_attempt
 
 CHANNEL: Final = "s2s_orders"
@@ -166,28 +169,54 @@ def find(txn: Cursor, order_id: str) -> Order:
 Place = tuple[datetime, str]
 
 
+#: Bytes of the params of one page, as jsonb, if it has more than one order.
+PAGE_BYTES: Final = 16 * 1024 * 1024
+#: The params of an order that no frame can hold: they are not read.
+TOO_LONG: Final[Any] = Unreadable("they are longer than a frame")
+
+
 def queued(
-    txn: Cursor, rpcs: Iterable[str], limit: int, after: Place | None = None
+    txn: Cursor,
+    rpcs: Iterable[str],
+    limit: int,
+    after: Place | None = None,
+    frame_size: int = Bounds.frame_size,
 ) -> tuple[list[Order], Place | None]:
     """Return one page of the orders of these RPCs that nobody has begun, those that wait longest first.
 
     :param after: the end of the page before; ``None``: the first page.
+    :param frame_size: bytes of the longest frame; longer params are :data:`TOO_LONG`.
     :returns: the page, and its end; ``None``: it is the last page.
     """
+    columns = _ORDER.replace("params", fitting("params"))
+    behind = "" if after is None else " and (stepped_at, order_id) > (%(stepped_at)s, %(order_id)s)"
     txn.execute(
-        f"select stepped_at, {_ORDER} from s2s.orders where status = 'queued' and rpc = any(%(rpcs)s)"  # noqa: S608
-        + ("" if after is None else " and (stepped_at, order_id) > (%(stepped_at)s, %(order_id)s)")
-        + " order by stepped_at, order_id limit %(limit)s",
+        f"""
+        with page as (
+            select *, ctid from s2s.orders where status = 'queued' and rpc = any(%(rpcs)s){behind}
+            order by stepped_at, order_id limit %(limit)s
+        ), sized as (
+            select *, count(*) over () as total, row_number() over in_turn as place,
+                sum({jsonb_size(fitting("params"))}) over in_turn as bytes
+            from page window in_turn as (order by stepped_at, order_id)
+        )
+        select stepped_at, total, {columns} from sized
+        where place = 1 or bytes is null or bytes <= %(most)s order by place
+        """,  # noqa: S608 - of constants
         {
             "rpcs": list(rpcs),
             "limit": limit,
             "stepped_at": after and after[0],
             "order_id": after and after[1],
+            "longest": frame_size,
+            "most": PAGE_BYTES,
         },
     )
     rows = txn.fetchall()
-    end = (rows[-1][0], rows[-1][1]) if len(rows) == limit else None
-    return [Order(*row[1:]) for row in rows], end
+    found = [Order(*row[2:]) for row in rows]
+    is_last = not rows or len(rows) == rows[0][1] < limit
+    page = [replace(each, params=TOO_LONG if each.params is None else each.params) for each in found]
+    return page, None if is_last else (rows[-1][0], found[-1].order_id)
 
 
 def answered(
