@@ -369,27 +369,35 @@ class ExecutorTests(DatabaseTestCase):
         self.execute(
             "create function guard() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.idem_key = 'kept' then return null; end if;"
+            " if new.idem_key like 'old%' then return old; end if;"
             " if new.idem_key = 'refused' or new.status = 'dead' then raise exception 'not this one'; end if;"
             " return new; end $$;"
             "create trigger guard before update on s2s.commands for each row execute function guard()"
         )
         self.patch(poll_loop, "LEFT_OUT_S", 2.0)
-        self.insert("kept", "refused", "a")
+        self.insert("kept", "old", "refused", "a")
+        self.insert("old-2", do="raise")
         self.insert("kept-2", do="raise", attempts=9)
         self.insert("largest", do="raise", attempts=2**31 - 1)
         self.insert("b")
         with capturedLogs() as told:
             running = self.start()
             await self.until("done", "a", "b")
-            await poll(lambda: "4 commands" in running.condition, "all to be left out")
+            await poll(lambda: "6 commands" in running.condition, "all to be left out")
         lines = [str(formatEvent(event)) for event in told]
-        for key, why in (("kept", KEPT), ("refused", "not this one"), ("kept-2", "not this one")):
+        for key, why in (
+            ("kept", KEPT),
+            ("old", KEPT),
+            ("old-2", KEPT),
+            ("refused", "not this one"),
+            ("kept-2", "not this one"),
+        ):
             [(cmd_id,)] = self.execute("select cmd_id from s2s.commands where idem_key = %s", key)
             self.assertEqual(len([line for line in lines if f"command {cmd_id}: {why}" in line]), 1, lines)
         self.assertEqual(sorted(self.effects()), ["a", "b"])
         self.assertEqual(self.attempts()["kept"], 0)
         self.execute("drop trigger guard on s2s.commands")
-        await self.until("done", "kept", "refused")
+        await self.until("done", "kept", "old", "refused")
         await self.until("dead", "kept-2", "largest")
 
     async def test_too_many_rows_that_cannot_be_changed(self) -> None:

@@ -11,6 +11,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThread
 
 from s2s.cli import main
+from s2s.errors import StatementRefused
 from s2s.store.pool import blocking
 from s2s.store.tables import control_requests, engines
 from s2s.store.tables.engines import LinkRow
@@ -276,6 +277,21 @@ class TableTests(RoleTestCase):
             taken = [each.request_id for each in control_requests.take(txn, "s1", ["a"], 2)]
             self.assertEqual(taken, asked[:2])
             self.assertEqual([each.request_id for each in control_requests.take(txn, "s1", ["a"], 2)], asked[2:])
+
+    def test_a_trigger_that_returns_the_old_row(self) -> None:
+        """A request that a trigger keeps from being taken is not sent, and who wants an engine paused is told."""
+        with blocking(self.url) as txn:
+            control_requests.ask(txn, "a", "s2s.engine.pause", {"reason": "x"}, "me", 60)
+            engines.want(txn, "a", "running", "", "me")
+        self.execute(
+            "create function old() returns trigger language plpgsql as $$ begin return old; end $$;"
+            "create trigger old before update on s2s.steering for each row execute function old();"
+            "create trigger old before update on s2s.engines for each row execute function old()"
+        )
+        with self.assertRaisesRegex(StatementRefused, "trigger old on s2s.steering"), blocking(self.url) as txn:
+            self.assertEqual(control_requests.take(txn, "s1", ["a"]), [])
+        with self.assertRaisesRegex(StatementRefused, "trigger old on s2s.engines"), blocking(self.url) as txn:
+            engines.want(txn, "a", "paused", "", "me")
 
     def test_links_shown(self) -> None:
         """A server's links are those that it wrote last; a server that is gone is forgotten; wanted engines stay."""

@@ -9,7 +9,7 @@ import psycopg2
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThread
 
-from s2s.errors import IdemConflict
+from s2s.errors import IdemConflict, RowRefused
 from s2s.protocol.catalogue import ORDERS
 from s2s.store.pool import blocking
 from s2s.store.tables import claims
@@ -66,6 +66,15 @@ class GiveTests(OrdersTestCase):
         self.assertEqual(self.rows("way"), [("link",), (None,)])
         self.give("b", by_link=True)
         self.assertEqual(self.rows("way"), [("link",), ("link",)])
+
+    def test_by_link_while_it_runs(self) -> None:
+        """An order whose row a running step holds comes over a link without a wait."""
+        self.give("a")
+        with blocking(self.url) as step:
+            step.execute("select from s2s.orders for update")
+            with blocking(self.url, statement_timeout_s=1.0) as txn:
+                _, is_new = table.give(txn, "a", SECTOR, PARAMS, "me", by_link=True)
+        self.assertEqual((is_new, self.rows("way")), (False, [(None,)]))
 
     def test_given_back(self) -> None:
         """An order that is set back by hand begins anew, wherever it was."""
@@ -392,6 +401,24 @@ class StepTests(OrdersTestCase):
         self.execute("update s2s.orders set actor = 'other'")
         self.assertTrue(self.run_(table.hold, order))
         self.assertEqual(self.go_on_with(order, {"done": 1}, "engine-1", True).actor, "other")
+
+    def test_a_trigger_that_returns_the_old_row(self) -> None:
+        """A row that a trigger leaves as it was is told as kept, at an attempt, a step and the end."""
+        self.give("a")
+        self.give("b")
+        order = self.attempt()
+        self.execute(
+            "create function old() returns trigger language plpgsql as $$ begin return old; end $$;"
+            "create trigger old before update on s2s.orders for each row execute function old()"
+        )
+        for work in (
+            lambda txn: table.attempt(txn, ORDERS, (), (), 0.0),
+            lambda txn: table.go_on(txn, order, order.place, {"done": 1}, "engine-1", False),
+            lambda txn: table.go_on(txn, order, order.place, {"done": 1}, "engine-1", True),
+            lambda txn: table.finish(txn, order, "done", None, "engine-1"),
+        ):
+            refused = self.assertRaises(RowRefused, self.run_, work)
+            self.assertIn("trigger old on s2s.orders", str(refused))
 
     def test_undone(self) -> None:
         """A step that is rolled back leaves the row as the attempt made it."""

@@ -272,10 +272,10 @@ def _reap(txn: Cursor, note: Claim) -> list[int]:
         "update s2s.batch_notes n set cmd_ids = array("
         " select c.cmd_id from s2s.commands c"
         " where c.cmd_id = any(n.cmd_ids) and c.status = 'ready' and not c.cmd_id = any(%s::bigint[]))"
-        " where (boot_id, worker, noted_at) = %s",
-        (free, note),
+        " where (boot_id, worker, noted_at) = %s returning cmd_ids && %s::bigint[]",
+        (free, note, free),
     )
-    if free and not txn.rowcount:
+    if free and txn.fetchall() != [(False,)]:
         # They would be charged again at each look.
         raise refusal(txn, "update", "s2s.batch_notes")
     txn.execute("delete from s2s.batch_notes where (boot_id, worker, noted_at) = %s and cmd_ids = '{}'", (note,))

@@ -245,10 +245,12 @@ def finish(txn: Cursor, cmd_ids: Sequence[int]) -> None:
     :raises StatementRefused: a trigger has kept one from being changed: it would run again, and its effect be doubled.
     """
     txn.execute(
-        "update s2s.commands set status = 'done', finished_at = now() where cmd_id = any(%s::bigint[])",
+        "update s2s.commands set status = 'done', finished_at = now() where cmd_id = any(%s::bigint[])"
+        # A trigger may also return the old row, which counts as written.
+        " returning nullif(status, 'done')",
         (array_literal(cmd_ids),),
     )
-    if txn.rowcount < len(cmd_ids):
+    if txn.fetchall().count((None,)) < len(cmd_ids):
         _check_changed(txn, cmd_ids)
 
 
@@ -272,7 +274,9 @@ def charge(txn: Cursor, failures: Sequence[tuple[int, str]], deaths: Container[i
         # A row that was written by hand may have the largest numbers.
         "  lateral (select least(attempts, 1000000) + 1, least(deaths, 1000000) + died::integer) o (attempts, deaths)"
         " ) f"
-        " where c.cmd_id = f.cmd_id and c.status = 'ready' returning c.cmd_id, c.status",
+        " where c.cmd_id = f.cmd_id and c.status = 'ready'"
+        # What was to be run was due. It still is where a trigger returns the old row, which counts as written.
+        " returning c.cmd_id, c.status, c.status = 'dead' or c.due_at >= now()",
         {
             "attempts": MAX_ATTEMPTS,
             "charges": MAX_CHARGES,
@@ -283,7 +287,7 @@ def charge(txn: Cursor, failures: Sequence[tuple[int, str]], deaths: Container[i
             "died": [cmd_id in deaths for cmd_id, _ in failures],
         },
     )
-    charged = dict(txn.fetchall())
+    charged = {cmd_id: status for cmd_id, status, is_changed in txn.fetchall() if is_changed}
     if missing := [cmd_id for cmd_id, _ in failures if cmd_id not in charged]:
         _check_changed(txn, missing)
     return list(charged.values()).count("dead")

@@ -97,8 +97,9 @@ def take(
         " where taken_by is null and expires_at > now() and engine = any(%(engines)s) order by request_id"
         " limit %(limit)s for update skip locked), taken as (update s2s.steering set taken_by = %(boot_id)s"
         " where request_id in (select request_id from asked)"
-        f" returning request_id, engine, type, {fitting('payload')} as payload, actor)"
-        " select asked.request_id, engine, type, payload, actor from asked left join taken using (request_id)"
+        f" returning request_id, engine, type, {fitting('payload')} as payload, actor, taken_by)"
+        " select asked.request_id, engine, type, payload, actor from asked left join taken"
+        " on taken.request_id = asked.request_id and taken_by is not null"
         " order by request_id",
         {"engines": list(engines), "boot_id": server_boot_id, "limit": limit, "longest": frame_size},
     )

@@ -61,8 +61,8 @@ def want(txn: Cursor, name: str, state: str, reason: str, actor: str) -> None:
         " where engines.wanted <> excluded.wanted",
         (name, state, reason),
     )
-    # Without a row of its own an engine is to run.
-    if not txn.rowcount and wanted(txn, name)[0] != state:
+    # Without a row of its own an engine is to run. A trigger that returns the old row counts as written.
+    if wanted(txn, name)[0] != state:
         raise refusal(txn, "insert or update", "s2s.engines")
 
 

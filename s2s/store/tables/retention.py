@@ -65,9 +65,10 @@ with removed as (
     delete from s2s.commands where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, idem_key, status
 ), kept as (
     update s2s.idempotency_keys k set status = r.status, expires_at = now() + make_interval(days => %(key_days)s)
-    from removed r where k.idem_key = r.idem_key and k.cmd_id = r.cmd_id returning k.cmd_id
+    from removed r where k.idem_key = r.idem_key and k.cmd_id = r.cmd_id
+    returning k.cmd_id, k.expires_at
 )
-select cmd_id, 'discarded', idem_key, kept.cmd_id is not null from removed left join kept using (cmd_id)
+select cmd_id, 'discarded', idem_key, kept.expires_at is not null from removed left join kept using (cmd_id)
 """
 
 
