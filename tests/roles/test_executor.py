@@ -456,7 +456,10 @@ class ExecutorTests(DatabaseTestCase):
         )
         self.insert("bad", do="before", priority=1)
         self.insert("a", "b")
-        self.start()
+        # Commands that other processes have run since leave room.
+        self.patch(executor, "_MOST_SUSPECTS", 5)
+        running = self.start()
+        running._losses.update(range(-5, 0))
         await self.until("done", "a", "b")
         self.execute("update s2s.commands set attempts = 9, due_at = now() where idem_key = 'bad'")
         # Others that come meanwhile, and go before it, do not save it.
@@ -774,6 +777,26 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual((await reap(look.presence, note)).orphaned, set())
         self.assertEqual(self.attempts(), {"a": 1, "b": 1})
         self.assertEqual(self.execute("select * from s2s.batch_notes"), [])
+        await running.stop()
+
+    async def test_a_reaper_that_fails(self) -> None:
+        """That nobody is charged is told once where two looks in a row fail, with the cure; notes have a first one."""
+        self.insert("a")
+        note = self.note("dead", "a")
+        [(note_id,)] = self.execute("select note_id from s2s.batch_notes")
+        running = self.start(workers=0)
+        self.be_present("boot-1")
+        look = await self.database.run(claims.reap, "boot-1", None, set(), note_id)
+        self.assertEqual(look.orphaned, {note})
+        look = await self.database.run(claims.reap, "boot-1", None, set(), note_id + 1)
+        self.assertEqual(look.orphaned, set())
+        self.patch(claims, "reap", lambda txn, *_: txn.execute("set local statement_timeout = 1; select pg_sleep(60)"))
+        failing = reaper.Reaper(self.database, "boot-1", lambda *_: None, reactor)
+        with capturedLogs() as told:
+            for _ in range(4):
+                await failing._look()
+        lines = [str(formatEvent(event)) for event in told]
+        self.assertEqual(len([line for line in lines if "are not charged" in line and "wait_event" in line]), 1, lines)
         await running.stop()
 
     async def test_what_a_reaper_cannot_charge(self) -> None:

@@ -147,14 +147,14 @@ class Executor:
         self._reaping: list[Deferred[None]] = []
         #: The charges of stuck commands under way.
         self._keeping: set[Deferred[None]] = set()
-        self._reaper = Reaper(database, boot_id, self._charged, clock)
+        self._ready = Ready(registry)
+        self._reaper = Reaper(database, boot_id, self._charged, clock, lambda: self._ready.first_note)
         #: How often the connection was lost under each command, since it ran last.
         self._losses: Counter[int] = Counter()
         #: Commands that run alone before they are charged: those of batches whose transaction was refused, and doubtful
         #: ones.
         self._lone: set[int] = set()
         self._left_out = LeftOut("command", self._turns, clock.seconds)
-        self._ready = Ready(registry)
         self._lines = LineQuota(clock, self._tell_failures, MOST_TOLD)
         self.ran = self.failed = self.dead = 0
 
@@ -265,8 +265,10 @@ class Executor:
         except DatabaseUnavailable as error:
             # Mostly nobody's fault. But a command that ends its own connection must not do so for ever: what has lost
             # it twice runs singly, uncharged, and one that loses it once more all the same is charged.
-            if len(self._losses) < _MOST_SUSPECTS:
-                self._losses.update(cmd_ids)
+            self._losses.update(cmd_ids)
+            while len(self._losses) > _MOST_SUSPECTS:
+                # The oldest: its command may have run elsewhere since.
+                del self._losses[next(iter(self._losses))]
             if self._turns.is_stopping or len(cmd_ids) > 1 or self._losses[cmd_ids[0]] < LOSSES:
                 raise
             # Not while the database refuses other writes, too.

@@ -111,7 +111,7 @@ class Server(Role):
         if http is not None and self._web is not None:
             web = self._web
             self._entrances.append((http, web.site, "HTTP API"))
-            self._digests.append(CounterSummary("HTTP API", lambda: web.counts, clock))
+            self._digests.append(CounterSummary("HTTP API", lambda: web.counts, clock, longest_s=60))
         self._ports: list[Any] = []
 
     def _open(self) -> None:

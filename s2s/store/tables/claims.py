@@ -187,7 +187,7 @@ def release_all(txn: Cursor, boot_id: str) -> None:
     still_there(txn, "delete", "s2s.batch_notes", "boot_id", [boot_id])
 
 
-def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim]) -> Scan:
+def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim], first_note: int = 0) -> Scan:
     """Look for the notes of dead processes, and charge one attempt to each command of those that are sure by now.
 
     So is what a living process has in hand for longer than any transaction lasts, ourselves among them: a handler that
@@ -196,12 +196,13 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim])
     :param boot_id: our own.
     :param presence: our presence at the looks that made sure; with another one now nobody is charged.
     :param sure: the notes that were seen with a free lock long enough ago.
+    :param first_note: see :class:`s2s.store.tables.ready.Ready`; what a snapshot keeps below it is not read.
     """
     # The notes before the locks: a process takes its lock before it notes anything.
     txn.execute(
-        "select boot_id, worker, noted_at, stuck, cardinality(cmd_ids) = 1,"
-        " noted_at < now() - %s * interval '1 second' from s2s.batch_notes",
-        (OVERSTAY_S,),
+        "set local enable_seqscan = off; select boot_id, worker, noted_at, stuck, cardinality(cmd_ids) = 1,"
+        " noted_at < now() - %s * interval '1 second' from s2s.batch_notes where note_id >= %s",
+        (OVERSTAY_S, first_note),
     )
     rows = [(Claim(*row[:3]), *row[3:]) for row in txn]
     stuck_notes = {note for note, is_stuck, _, _ in rows if is_stuck}
