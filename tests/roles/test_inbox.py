@@ -209,6 +209,16 @@ class InboxTests(DatabaseTestCase):
         self.assertEqual([result[0] for result in results], [False, DbUnavailable, False, False])
         self.assertIn("lock timeout", held.condition)
         self.assertIn("the view pg_locks shows", "".join(str(formatEvent(event)) for event in logs))
+        # One that came while the others waited stays out of the next batch, too.
+        with mock.patch.object(inbox.commands, "push_batch", wraps=inbox.commands.push_batch) as batches:
+            self.patch(inbox, "BATCH_PUSHES", 2)
+            held._held.clear()
+            first = self.push_all([_push("k5"), _push("k1")], held)
+            second = self.push_all([_push("k1"), _push("k1"), _push("k6"), _push("k7")], held)
+            results = await first + await second
+        self.assertEqual([result[0] for result in results], [False, *[DbUnavailable] * 3, False, False])
+        together = [[push.idem_key for push in call.args[0]] for call in batches.call_args_list]
+        self.assertEqual(len([keys for keys in together if "k1" in keys and len(keys) > 1]), 1, together)
         # The way of many is not taken with this key again, so that none of them waits for the whole timeout.
         with mock.patch.object(inbox.commands, "push_batch", wraps=inbox.commands.push_batch) as batches:
             results = await self.push_all([_push(key) for key in ("a", "k1", "k1", "b", "c")], held)
@@ -219,7 +229,7 @@ class InboxTests(DatabaseTestCase):
         self.assertFalse((await held.push(_push("k1")))["duplicate"])
         self.assertTrue((await held.push(_push("k1")))["duplicate"])
         await held.drain()
-        self.assertEqual(self.execute("select count(*) from s2s.commands"), [(7,)])
+        self.assertEqual(self.execute("select count(*) from s2s.commands"), [(10,)])
 
     async def test_a_slow_trigger(self) -> None:
         """A push for which a trigger takes too long is told to come again, and those beside it are accepted."""

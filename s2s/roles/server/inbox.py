@@ -252,8 +252,17 @@ class Inbox:
             size += self._waiters[0].size
             if batch and size > BATCH_BYTES:
                 break
-            batch.append(self._waiters.popleft())
-            self._bytes -= batch[-1].size
+            waiter = self._waiters.popleft()
+            self._bytes -= waiter.size
+            if self._held and waiter.push.idem_key in self._held:
+                # It came before the other push of its key was held up.
+                size -= waiter.size
+                self._push_apart(waiter)
+            else:
+                batch.append(waiter)
+        if not batch:
+            self._is_busy = False
+            return
         self._is_quiet = len(batch) == 1
         if self._is_quiet:
             self._database.ask(commands.push_one(batch[0].push), lambda rows: self._asked(rows, batch))
