@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from s2s.errors import DatabaseError, OperatorError
+from s2s.errors import DatabaseError, NoSigningKey, OperatorError
 from s2s.protocol.signing import Role
 from s2s.store import connection_limits, migrations, privileges, sequences, shape, sqlstate
+from s2s.store.driver import Cursor
 from s2s.store.embedded import lease
 from s2s.store.pool import blocking
-from s2s.store.tables import config, keys
+from s2s.store.tables import clock_drift, config, keys
 from s2s.store.tables.config import Snapshot
 from s2s.store.tables.keys import KeyRow, make_keyring
 from s2s.store.url import locate
@@ -91,13 +92,28 @@ def check(url: str, role: Role, sessions: int = 1) -> Found:
             connection_limits.check(txn, sessions)
             sequences.check(txn)
             shape.check(txn)
-            table, snapshot = keys.read(txn), config.read(txn)
+            snapshot = config.read(txn)
+            try:
+                rows = _keys(txn, role)
+            except NoSigningKey:
+                # A clock that was ahead may have dated them. A role that runs pulls such dates back, too.
+                txn.execute(clock_drift.KEYS)
+                rows = _keys(txn, role)
     except DatabaseError as error:
         raise OperatorError(unusable(error)) from None
+    return Found(rows, snapshot)
+
+
+def _keys(txn: Cursor, role: Role) -> list[KeyRow]:
+    """Read the keys, their windows told by our clock.
+
+    :raises NoSigningKey: none of them may sign for the role now.
+    """
+    table = keys.read(txn)
     now = time.time()
     rows = table.by_clock(now)
     make_keyring(rows)[0].signer(role, now)
-    return Found(rows, snapshot)
+    return rows
 
 
 def prepare(given: str | None, state_dir: Path, role: Role, sessions: int = 1) -> tuple[Place, Found, list[str]]:

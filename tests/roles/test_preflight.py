@@ -38,6 +38,13 @@ class CheckTests(DatabaseTestCase):
         self.add("later", "any", when="now() + interval '1 hour'")
         self.assertRaises(NoSigningKey, preflight.check, self.url, "server")
 
+    def test_a_key_that_a_wrong_clock_has_dated(self) -> None:
+        """A key that was made while the clock of the database was ahead signs at once, and stays so in the table."""
+        self.add("k", "any")
+        self.execute("update s2s.s2s_keys set created_at = now() + '2 hours', active_from = now() + '2 hours'")
+        self.assertEqual([row.key_id for row in preflight.check(self.url, "engine").rows], ["k"])
+        self.assertEqual(self.execute("select 1 from s2s.s2s_keys where greatest(created_at, active_from) > now()"), [])
+
     def test_no_tables(self) -> None:
         """A database without tables is refused with the command that makes them."""
         self.execute("drop schema s2s, s2s_world cascade")

@@ -28,7 +28,7 @@ _PAUSED: Final = f"now() + interval '{MAX_BACKOFF_S + SLACK_S} seconds'"
 
 # What was done is past: a key that was made is active, and one that was closed ends, by whatever clock. They keep their
 # order, by which the newest signs where there is no default.
-_KEYS: Final = f"""
+KEYS: Final = f"""
 update s2s.s2s_keys k set
     active_from = case when active_from = created_at then least(active_from, b.made_at) else active_from end,
     created_at = least(created_at, b.made_at),
@@ -107,11 +107,11 @@ ENGINE_RULES: Final = {
     "daily jobs": _jobs("daily@", "interval '1 day'"),
     "orders": _ORDERS,
     "rows of the outbox": _OUTBOX,
-    "keys": _KEYS,
+    "keys": KEYS,
 }
 SERVER_RULES: Final = {
     "orders": _ORDERS,
-    "keys": _KEYS,
+    "keys": KEYS,
     "tokens": _TOKENS,
     "control requests": _STEERING,
     "links": _LINKS,
