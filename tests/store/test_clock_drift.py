@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
+from twisted.internet.defer import Deferred, execute, fail, inlineCallbacks, succeed
 from twisted.internet.task import Clock as FakeClock
-from twisted.logger import capturedLogs
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s.errors import DatabaseUnavailable
+from s2s.errors import DatabaseError, DatabaseUnavailable, StatementRefused
 from s2s.handlers.jobs import parse_schedule
 from s2s.runtime.clock import Clock
 from s2s.store import driver
@@ -32,6 +32,7 @@ from s2s.store.tables import (
 from s2s.store.tables.clock_drift import ENGINE_RULES, SERVER_RULES
 from s2s.store.tables.commands import Push
 from s2s.store.tables.retention import Keep
+from s2s.store.troubles import TELL_S, Troubles
 from tests.support import clock_fault
 from tests.support.peer import PUSH, command
 from tests.support.postgres import DatabaseTestCase
@@ -54,6 +55,8 @@ class _Database:
         self.wait_s = 0.0
         self.is_away = False
         self.healed: list[dict[str, int]] = []
+        self.refused: dict[str, DatabaseError] = {}
+        self.troubles = Troubles(time)
         self.steps: list[Any] = []
         #: For each look, whether it was to take the clock for one that is behind.
         self.behind: list[bool] = []
@@ -63,12 +66,12 @@ class _Database:
             return fail(DatabaseUnavailable("gone"))
         if function is not clock_drift.look:
             self.steps.append(args)
-            return succeed(function(*args))
+            return execute(function, *args)
         self.time.rightNow += self.wait_s
         at = _NOW + self.time.seconds() + self.ahead_s
         self.behind.append(args[1](at))
         self.time.rightNow += self.wait_s
-        return succeed((at, self.healed.pop(0) if self.healed else {}))
+        return succeed((at, self.healed.pop(0) if self.healed else {}, self.refused))
 
 
 class WatchTests(SynchronousTestCase):
@@ -235,13 +238,44 @@ class WatchTests(SynchronousTestCase):
         self.assertEqual(len(self.database.steps), 5)
 
     def test_away(self) -> None:
-        """While the database is away that is told once, and the looks go on."""
+        """While the database is away that is told once, its clock is not trusted, and the looks go on."""
         self.looks()
+        self.assertTrue(self.watch.is_trusted)
         self.database.is_away = True
         self.assertEqual(self.looks(5), ["the database's clock is not watched for the moment: {why}"])
+        self.assertFalse(self.watch.is_trusted)
         self.database.is_away = False
+        self.looks()
+        self.assertTrue(self.watch.is_trusted)
         self.database.ahead_s = 7200.0
         self.assertEqual(len(self.looks(2)), 1)
+
+    def test_what_is_refused(self) -> None:
+        """Rows that the database does not let be changed are told once a minute, and the clock is judged still."""
+        self.looks()
+        self.addCleanup(self.database.troubles.stop)
+        self.database.refused = {"orders": StatementRefused("a trigger", state="P0001")}
+        with capturedLogs() as logs:
+            self.looks(int(2 * TELL_S / LOOK_S))
+        told = [formatEvent(each) for each in logs]
+        self.assertEqual(len(told), 2, told)
+        self.assertIn("times of orders are not pulled back: a trigger (SQLSTATE P0001)", told[0])
+        self.assertTrue(self.watch.is_trusted)
+        self.database.ahead_s = 7200.0
+        self.looks()
+        self.assertFalse(self.watch.is_trusted)
+
+    def test_a_step_that_is_refused(self) -> None:
+        """A table whose rows the database does not let be changed keeps no other table from its look."""
+        self.addCleanup(self.database.troubles.stop)
+
+        def refuse(_: Any) -> Any:
+            raise StatementRefused("a trigger")
+
+        self.watch._steps = {"commands": refuse, "notices": self.step}
+        self.found = [2]
+        self.assertIn("pulled back: 2 notices", self.looks()[-1])
+        self.assertTrue(self.watch.is_trusted)
 
 
 class RuleTests(DatabaseTestCase):
@@ -313,6 +347,47 @@ class RuleTests(DatabaseTestCase):
         self.execute("update s2s.jobs set due_at = now(), attempts = 1, retry_at = now() + interval '2 hours'")
         self.assertEqual(self.heal(), {"daily jobs": 1})
         self.assertTrue(self.value("select retry_at <= now() from s2s.jobs"))
+
+    def test_a_row_that_is_refused(self) -> None:
+        """A row that a trigger or a constraint does not let be changed is named, and other tables are healed."""
+        self.execute(
+            "insert into s2s.orders (order_id, rpc, params, stepped_at) values ('o', 't', '{}', now() + '1 day')"
+        )
+        with blocking(self.url) as txn:
+            outbox.put(txn, "test.run", "late", {})
+        self.execute("update s2s.outbox set send_at = now() + interval '1 day'")
+        for refusal, state in (
+            ("raise exception 'not this one'", "P0001"),
+            ("perform no_such_function()", "42883"),
+            ("perform 1 / 0", "22012"),
+        ):
+            with self.subTest(state=state):
+                self.execute(
+                    f"create or replace function public.refuse() returns trigger language plpgsql as"
+                    f" $$ begin {refusal}; return new; end $$;"
+                    "create or replace trigger refuse before update on s2s.orders for each row"
+                    " execute function public.refuse()"
+                )
+                with blocking(self.url) as txn:
+                    refused = clock_drift.look(txn, ENGINE_RULES)[2]
+                self.assertEqual(getattr(refused["orders"], "state", ""), state)
+        self.assertEqual(self.execute("select 1 from s2s.outbox where send_at > now()"), [])
+
+    def test_jobs_by_hand(self) -> None:
+        """A job whose schedule no engine would write keeps no other job from being due."""
+        self.execute(
+            "insert into s2s.jobs (job_type, schedule, due_at, retry_at) values"
+            " ('long', 'every:99999999999s', now() + interval '2 hours', now() + interval '2 hours'),"
+            " ('none', 'every:0s', now() + interval '2 hours', null),"
+            " ('other', 'every:x', now() + interval '2 hours', null),"
+            " ('right', 'every:10s', now() + interval '2 hours', null)"
+        )
+        with blocking(self.url) as txn:
+            self.assertEqual(clock_drift.look(txn, ENGINE_RULES)[1:], ({"jobs": 2}, {}))
+        self.assertEqual(
+            self.execute("select job_type from s2s.jobs where due_at < now() + interval '1 hour' order by 1"),
+            [("right",)],
+        )
 
     def test_a_run_that_is_begun(self) -> None:
         """A run that was begun while the clock was ahead goes on at once, under its key."""

@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from s2s.errors import DatabaseError
+from s2s.errors import DatabaseError, StatementRefused
 from s2s.runtime.clock import Clock
 from s2s.store.pool import Database
 from s2s.store.tables import clock_drift
@@ -41,7 +41,8 @@ class ClockWatch:
     :param rules: of :mod:`s2s.store.tables.clock_drift`, tried at each look.
     :param steps: taken after a leap, at the start, and now and then; at each look where one step is enough.
 
-    :ivar is_trusted: the database's clock agrees with ours. Only then is it safe to remove what it calls old.
+    :ivar is_trusted: the database's clock agrees with ours, and the last look has seen it. Only then is it safe to
+        remove what it calls old.
     """
 
     log = Logger()
@@ -92,22 +93,26 @@ class ClockWatch:
             is_more = True
             while is_more and self._looking.running:
                 before, now = self._clock.mono(), self._clock.now()
-                at, healed = await self._database.run(
+                at, healed, refused = await self._database.run(
                     clock_drift.look, self._rules, partial(self._is_behind, before, now)
                 )
                 was_behind = self._is_behind(before, now, at)
                 self._judge(at, before, self._clock.mono())
                 self._healed.update(healed)
+                for name, error in refused.items():
+                    self._refused(name, error)
                 self._was_behind = self._is_behind(before, now, at)
                 is_more = clock_drift.STEP_ROWS in healed.values() or (was_behind and not self._was_behind)
             if self._clock.mono() >= self._cycle_at:
                 await self._cycle()
             self._is_failing = False
         except DatabaseError as error:
+            self.is_trusted = False
             if not self._is_failing and self._looking.running:
                 self._is_failing = True
                 self.log.warn("the database's clock is not watched for the moment: {why}", why=str(error))
         except Exception:
+            self.is_trusted = False
             self.log.failure("watching the database's clock failed")
         if self._healed:
             told = ", ".join(f"{count} {name}" for name, count in self._healed.items())
@@ -122,7 +127,12 @@ class ClockWatch:
                 continue
             place = None
             while self._looking.running:
-                healed, place = await self._database.run(step, place)
+                try:
+                    healed, place = await self._database.run(step, place)
+                except StatementRefused as error:
+                    # The other tables have their looks, and this one has its next one in time.
+                    self._refused(name, error)
+                    break
                 self._healed.update({name: healed} if healed else {})
                 has_healed |= healed > 0
                 if place is None:
@@ -130,6 +140,9 @@ class ClockWatch:
                 pause_s = CYCLE_S
         # Where something was written by a clock that was wrong, more of it may come.
         self._cycle_at = self._clock.mono() + (0.0 if has_healed else pause_s)
+
+    def _refused(self, name: str, error: DatabaseError) -> None:
+        self._database.troubles.note(getattr(error, "state", ""), f"times of {name} are not pulled back: {error}")
 
     def _is_behind(self, before: float, now: float, at: float) -> bool:
         """Whether the database's clock may be behind. In any thread.

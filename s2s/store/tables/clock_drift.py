@@ -12,7 +12,11 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, Final
 
-from s2s.store.driver import Cursor, array_literal
+import psycopg2
+
+from s2s.errors import DatabaseError
+from s2s.store import sqlstate
+from s2s.store.driver import Cursor, array_literal, is_in_transaction, savepoint, translate_error
 from s2s.store.kept_rows import still_there
 from s2s.store.tables.commands import MAX_BACKOFF_S
 
@@ -49,18 +53,18 @@ def _jobs(prefix: str, period: str) -> str:
     By whole periods, so that it is a time of the schedule still. A run that is begun keeps its time, which its key has.
 
     :param prefix: what such a schedule begins with.
-    :param period: an interval, in SQL.
+    :param period: an interval, in SQL; null: somebody has written what is no schedule, and ``due_at`` stays.
     """
+    far = f"(state is null and attempts = 0 and due_at > {_SOON} + p.period)"
     return f"""
 update s2s.jobs j set
     due_at = case when b.is_far then j.due_at - b.period
         * (ceil(extract(epoch from j.due_at - now()) / extract(epoch from b.period)) - 1) else j.due_at end,
     retry_at = case when j.retry_at > {_PAUSED} then now() else j.retry_at end
 from (
-    select job_type, p.period, state is null and attempts = 0 and due_at > {_SOON} + p.period as is_far
+    select job_type, p.period, {far} as is_far
     from s2s.jobs cross join lateral (select {period} as period) p
-    where schedule like '{prefix}%'
-        and ((state is null and attempts = 0 and due_at > {_SOON} + p.period) or retry_at > {_PAUSED})
+    where schedule like '{prefix}%' and ({far} or retry_at > {_PAUSED})
     for update of jobs skip locked
 ) b
 where j.job_type = b.job_type
@@ -103,7 +107,7 @@ where created_at > {_SOON}
 #: What each role keeps right, by what it is called in the log. Each statement costs a few rows of an index, or of a
 #: table that is small.
 ENGINE_RULES: Final = {
-    "jobs": _jobs("every:", "interval '1 second' * substring(schedule from '[0-9]+')::integer"),
+    "jobs": _jobs("every:", "interval '1 second' * substring(schedule from '^every:([1-9][0-9]{0,4})s$')::integer"),
     "daily jobs": _jobs("daily@", "interval '1 day'"),
     "orders": _ORDERS,
     "rows of the outbox": _OUTBOX,
@@ -127,23 +131,30 @@ NOT_WHILE_BEHIND: Final = frozenset(("daily jobs", "tokens", "notices"))
 
 def look(
     txn: Cursor, rules: Mapping[str, str], is_behind: Callable[[float], bool] = lambda _: False
-) -> tuple[float, dict[str, int]]:
+) -> tuple[float, dict[str, int], dict[str, DatabaseError]]:
     """Read the database's clock, and pull back what lies too far ahead.
 
     :param is_behind: whether a time that the database says may be behind: then :data:`NOT_WHILE_BEHIND` holds.
     :returns: Unix seconds, and the rows that were changed by what they are called; :data:`STEP_ROWS` of one kind:
-        there may be more.
+        there may be more. And why rows were not changed, as by a trigger that refuses one of them.
     """
     txn.execute("select extract(epoch from clock_timestamp())::float8")
     [(at,)] = txn.fetchall()
     if is_behind(at):
         rules = {name: rules[name] for name in rules if name not in NOT_WHILE_BEHIND}
-    healed = {}
+    healed, refused = {}, {}
     for name, statement in rules.items():
-        txn.execute(statement)
-        if txn.rowcount:
-            healed[name] = txn.rowcount
-    return at, healed
+        try:
+            with savepoint(txn):
+                txn.execute(statement)
+                count = txn.rowcount
+        except psycopg2.Error as error:
+            if sqlstate.of(error).drops or not is_in_transaction(txn):
+                raise
+            refused[name] = translate_error(error, txn.connection)
+        else:
+            healed.update({name: count} if count else {})
+    return at, healed, refused
 
 
 #: ``due_at`` was set by s2s: by the push, which gave none, by a charge, or by a retry.
