@@ -24,7 +24,7 @@ from s2s import plugins
 from s2s.errors import OperatorError
 from s2s.handlers import commands, jobs
 from s2s.handlers.commands import CommandHandler, ICommandHandler
-from s2s.handlers.import_timer import bounded
+from s2s.handlers.import_timer import TooLong, bounded
 from s2s.handlers.jobs import IJob, Job
 from s2s.protocol.catalogue.schema import Schema
 
@@ -62,10 +62,15 @@ def discover(
         names.extend(module.name for module in getModule(plugins.__name__).iterModules())
         complaints.extend(_line(f"plug-in {path} is left out: {why}") for path, why in _passed_over())
     for name in sorted(names):
-        # What a plug-in prints is no part of a command's output.
-        with redirect_stdout(sys.stderr), _left_out(name, complaints):
-            with bounded(name):
-                module = importlib.import_module(name)
+        # What a plug-in prints is no part of a command's output. Its own code are also the text of its exception, the
+        # properties of its members, such as a schema, and what says that they are plug-ins.
+        with (
+            redirect_stdout(sys.stderr),
+            _left_out(name, complaints),
+            bounded(name),
+            _left_out(name, complaints),
+        ):
+            module = importlib.import_module(name)
             for attribute, value in list(vars(module).items()):
                 with _left_out(f"{name}.{attribute}", complaints):
                     if _is_new(value, ICommandHandler, found_commands):
@@ -108,9 +113,10 @@ def _is_new(value: Any, interface: Any, known: Mapping[str, Any]) -> bool:
 
 def _check(kind: CommandHandler) -> None:
     """Refuse a schema of anything but objects, which no push could satisfy, and an async handler, which never runs."""
-    if not isinstance(kind.schema, Mapping) or kind.schema.get("type") != "object":
+    schema = kind.schema
+    if not isinstance(schema, Mapping) or schema.get("type") != "object":
         raise OperatorError('its schema is not one of an object: write a JSON Schema with "type": "object"')
-    Schema(kind.schema)
+    Schema(schema)
     for method in (kind.run, kind.run_batch):
         if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
             raise OperatorError(
@@ -123,7 +129,7 @@ def _left_out(where: str, complaints: list[str]) -> Iterator[None]:
     """Make a complaint of whatever is raised inside."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TooLong):
         raise
     except OperatorError as error:
         complaints.append(_line(f"plug-in {where} is left out: {error}"))

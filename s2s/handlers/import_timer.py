@@ -1,4 +1,4 @@
-"""A bound on the time that the import of a plug-in may take: foreign code, which runs before a role listens."""
+"""A bound on the time that loading a plug-in may take: foreign code, which runs before a role listens."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from typing import IO, Final, cast
 from s2s.errors import OperatorError
 from s2s.runtime import streams
 
-#: Seconds after which a line says that an import takes long, and after which it is interrupted.
+#: Seconds after which a line says that loading takes long, and after which it is interrupted.
 TELL_S: Final = 5.0
 IMPORT_S: Final = 60.0
-#: Seconds after which an import that cannot be interrupted, since it runs in C, ends the process.
+#: Seconds after which loading that cannot be interrupted, since it runs in C, ends the process.
 EXIT_S: Final = 90.0
+
+
+class TooLong(BaseException):
+    """Interrupts foreign code; :func:`bounded` alone handles it."""
 
 
 @contextmanager
@@ -27,7 +31,7 @@ def bounded(name: str) -> Iterator[None]:
 
     Only the main thread gets signals, and has one timer: in others, and inside another import, this does nothing.
 
-    :param name: what is imported, for people.
+    :param name: what is loaded, for people.
     :raises OperatorError: it took :data:`IMPORT_S`.
     """
     is_main = threading.current_thread() is threading.main_thread()
@@ -40,18 +44,21 @@ def bounded(name: str) -> Iterator[None]:
         nonlocal ticks
         ticks += 1
         if ticks == 1:
-            streams.say(f"plug-in {name} has been importing for {TELL_S:g} s, and is left out after {IMPORT_S:g} s")
+            streams.say(f"plug-in {name} has been loading for {TELL_S:g} s, and is left out after {IMPORT_S:g} s")
         # Again and again: code that catches every exception may go on.
         if ticks * TELL_S >= IMPORT_S:
-            raise OperatorError(
-                f"its import did not return within {IMPORT_S:g} s: mend it, or uninstall what it came with"
-            )
+            raise TooLong
 
     before = signal.signal(signal.SIGALRM, tick)
     try:
         signal.setitimer(signal.ITIMER_REAL, TELL_S, TELL_S)
         _exit_later()
         yield
+    except TooLong:
+        raise OperatorError(
+            f"its import, or a property of what it declares, did not return within {IMPORT_S:g} s: mend it, or"
+            " uninstall what it came with"
+        ) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)

@@ -135,7 +135,7 @@ class DiscoveryTestCase(SynchronousTestCase):
 
 
 class ImportTests(DiscoveryTestCase):
-    """Plug-ins whose import does not return: :mod:`s2s.handlers.import_timer`."""
+    """Plug-ins that do not load in time: :mod:`s2s.handlers.import_timer`."""
 
     def setUp(self) -> None:
         """Shorten the waits, and keep what is told."""
@@ -153,16 +153,35 @@ class ImportTests(DiscoveryTestCase):
         found = discover()
         self.assertEqual(self.found(found), (["bell.ring"], ["bell.toll"]))
         self.told.seek(0)
-        self.assertIn("plug-in s2s.plugins.a_waits has been importing for", self.told.read())
+        self.assertIn("plug-in s2s.plugins.a_waits has been loading for", self.told.read())
         [complaint] = found.complaints
-        self.assertIn("a_waits is left out: its import did not return within 0.2 s", complaint)
+        self.assertIn("a_waits is left out: its import, or a property of what it declares, did not return", complaint)
+        self.assertIn("within 0.2 s", complaint)
 
     def test_it_computes_and_catches(self) -> None:
         """An import that computes, and catches the first interruptions, is interrupted again."""
-        loop = "for _ in range(3):\n    try:\n        while True: pass\n    except Exception: pass\nraise SystemExit"
+        loop = "for _ in 'abc':\n    try:\n        while True: pass\n    except BaseException: pass\nraise SystemExit"
         self.write("loops", loop)
         [complaint] = discover().complaints
         self.assertIn("loops is left out", complaint)
+
+    def test_it_waits_later(self) -> None:
+        """A member, a property or the text of an exception that does not return is left out as well."""
+        self.write("z_bell", _SOUND)
+        hang = "import time; time.sleep(600)"
+        for name, text in (
+            ("schema", f"class R(Ring):\n    @property\n    def schema(self): {hang}\nring, again = R(), R()"),
+            ("schedule", f"class T(Toll):\n    @property\n    def schedule(self): {hang}\ntoll = T()"),
+            ("provides", f"class P:\n    @property\n    def __provides__(self): {hang}\np = P()"),
+            ("said", f"class Said(Exception):\n    def __str__(self): {hang}\nraise Said"),
+        ):
+            with self.subTest(name=name):
+                self.write(name, f"{_PREAMBLE}\n{text}\n")
+                found = discover()
+                self.assertEqual(self.found(found), (["bell.ring"], ["bell.toll"]))
+                [complaint] = found.complaints
+                self.assertIn(f"plug-in s2s.plugins.{name} is left out: its import, or a property", complaint)
+                (self.directory / f"{name}.py").unlink()
 
     def test_nothing_lasts(self) -> None:
         """After an import no timer is left, and the signal has its old meaning."""
