@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import select
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -16,7 +17,8 @@ from typing import Any, Final
 import psycopg2
 from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, get_wait_callback, set_wait_callback
 
-from s2s.runtime import own_threads
+from s2s.errors import harmless
+from s2s.runtime import own_threads, streams
 from s2s.store.connection import connect as open_connection
 from s2s.store.driver import Connection
 
@@ -29,8 +31,52 @@ _KEEPALIVES: Final = "set tcp_keepalives_idle = 10; set tcp_keepalives_interval 
 _LOOKS: Final = "set client_connection_check_interval = 1000"
 
 
-def connect(parameters: Mapping[str, Any]) -> Connection:
-    """Connect; in the main thread a signal is handled meanwhile."""
+class Patience:
+    """The time that the main thread waits for a connection and its answers, and the line on stderr when that is long.
+
+    :param parameters: those of the connection.
+    :param within_s: seconds from now on.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any], within_s: float) -> None:
+        host = parameters.get("host") or parameters.get("hostaddr")
+        service = parameters.get("service")
+        self._place = harmless(str(host or (f"service {service}" if service else "its local socket")))
+        self._within_s = within_s
+        self._began_at = time.monotonic()
+        self._is_told = False
+        self._is_over = False
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until :meth:`spend` is due; ``None``: it is not any more."""
+        if self._is_over:
+            return None
+        due_s = self._within_s if self._is_told else min(LATE_S, self._within_s)
+        return max(0.0, self._began_at + due_s - time.monotonic())
+
+    def spend(self, what: str) -> None:
+        """Say what is waited for, or give it up.
+
+        :param what: for people.
+        :raises psycopg2.OperationalError: it is given up.
+        """
+        if time.monotonic() >= self._began_at + self._within_s:
+            raise psycopg2.OperationalError(f"no answer of the database at {self._place} within {self._within_s:g} s")
+        if not self._is_told:
+            self._is_told = True
+            streams.say(f"waiting for the database at {self._place}: {what}")
+
+    def end(self) -> None:
+        """Bound and tell nothing more."""
+        self._is_over = True
+
+
+def connect(parameters: Mapping[str, Any], patience: Patience) -> Connection:
+    """Connect; in the main thread a signal is handled meanwhile.
+
+    :raises psycopg2.OperationalError: there is no connection, or the patience of the main thread is over.
+    """
     if threading.current_thread() is not threading.main_thread():
         return open_connection(parameters)
     came: list[Connection | BaseException] = []
@@ -44,7 +90,11 @@ def connect(parameters: Mapping[str, Any]) -> Connection:
     thread = threading.Thread(target=in_thread, daemon=True)
     if not own_threads.try_start(thread):
         return open_connection(parameters)
-    thread.join()
+    while thread.is_alive():
+        thread.join(patience.left_s)
+        if thread.is_alive():
+            # libpq looks up the name without a bound. A connection that comes yet is closed as nobody has it.
+            patience.spend("there is no connection yet: see its name server, the host and the network")
     [outcome] = came
     if isinstance(outcome, BaseException):
         raise outcome
@@ -52,12 +102,12 @@ def connect(parameters: Mapping[str, Any]) -> Connection:
 
 
 @contextmanager
-def waits(conn: Connection) -> Iterator[None]:
+def waits(conn: Connection, patience: Patience) -> Iterator[None]:
     """Handle signals while the main thread waits for an answer; an exception of a handler closes the connection."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with _waiting_by(_wait):
+    with _waiting_by(partial(_wait, patience=patience)):
         _end_with_client(conn)
         yield
 
@@ -70,6 +120,8 @@ def _end_with_client(conn: Connection) -> None:
                 txn.execute(statement)
             conn.commit()
         except psycopg2.Error:  # the database's operating system cannot tell
+            if conn.closed:
+                raise
             conn.rollback()
 
 
@@ -100,13 +152,23 @@ def _waiting_by(callback: Any) -> Iterator[None]:
         set_wait_callback(before)
 
 
-def _wait(conn: Connection, meanwhile: Callable[[], AbstractContextManager[object]] | None = None) -> None:
+def _wait(
+    conn: Connection,
+    patience: Patience | None = None,
+    meanwhile: Callable[[], AbstractContextManager[object]] | None = None,
+) -> None:
     # psycopg2 calls it for the connections of all threads.
-    patience_ms = LATE_S * 1000 if meanwhile and threading.current_thread() is threading.main_thread() else None
+    is_main = threading.current_thread() is threading.main_thread()
+    late_s = LATE_S if is_main and meanwhile else None
     with ExitStack() as stack:
         while (state := conn.poll()) != POLL_OK:
             ready = select.poll()
             ready.register(conn.fileno(), _EVENTS[state])
-            if not ready.poll(patience_ms) and meanwhile:
+            left_s = patience.left_s if is_main and patience else late_s
+            if ready.poll(None if left_s is None else left_s * 1000):
+                continue
+            if patience:
+                patience.spend("its session gets no answer: see a pooler without a free one, or a proxy between us")
+            elif meanwhile:
                 stack.enter_context(meanwhile())
-                patience_ms = None
+                late_s = None

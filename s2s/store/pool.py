@@ -36,6 +36,8 @@ CANCEL_S: Final = 1.0
 _CANCEL_AGAIN_S: Final = 0.1
 #: Seconds that the last words may take to connect, and each of their statements.
 LAST_S: Final = 1.0
+#: Seconds that the main thread waits for a session that is ready for its first statement.
+READY_S: Final = 60.0
 _NOT_RUNNING: Final = "the database pool is not running"
 _CANCELLED: Final = "cancelled, since the process stops"
 
@@ -419,12 +421,15 @@ def blocking(
     *,
     statement_timeout_s: float = 60.0,
     connect_timeout_s: float | None = None,
+    within_s: float | None = None,
 ) -> Iterator[Cursor]:
     """Give one transaction on a connection of its own, for a command line or a check before the reactor runs.
 
     :param statement_timeout_s: seconds after which the database cancels a statement.
     :param connect_timeout_s: seconds that connecting may take (libpq may make 2 of 1), whatever the URL says; ``None``:
         what the URL says, or our default.
+    :param within_s: seconds that all of it may take in the main thread; ``None``: only until the session is ready, for
+        which it has :data:`READY_S`. A line on stderr says after a while what it waits for.
     :raises OperatorError: the URL cannot be read.
     :raises DatabaseUnavailable: there is no connection, or it broke.
     :raises StatementRefused: the database refused a statement.
@@ -434,9 +439,12 @@ def blocking(
         parameters = driver.parameters(url, application_name=application_name)
         if connect_timeout_s is not None:
             parameters["connect_timeout"] = max(1, round(connect_timeout_s))
-        conn = interruptible.connect(parameters)
-        with interruptible.waits(conn):
+        patience = interruptible.Patience(parameters, READY_S if within_s is None else within_s)
+        conn = interruptible.connect(parameters, patience)
+        with interruptible.waits(conn, patience):
             prepare(conn, statement_timeout_s, statement_timeout_s)
+            if within_s is None:
+                patience.end()
             with conn.cursor(cursor_factory=StoreCursor) as txn:
                 yield txn
             driver.commit(conn)
