@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final, TypeVar
 
-from s2s.errors import DatabaseError, NoSigningKey, OperatorError
+from s2s.errors import DatabaseError, DatabaseUnavailable, NoSigningKey, OperatorError
 from s2s.protocol.signing import Role
+from s2s.runtime import streams
 from s2s.store import connection_limits, migrations, privileges, sequences, shape, sqlstate
 from s2s.store.driver import Cursor
 from s2s.store.embedded import lease
@@ -21,6 +23,20 @@ from s2s.store.url import locate
 
 DATABASE_VARIABLE = "S2S_DATABASE_URL"
 STATE_DIR = "var"
+
+T = TypeVar("T")
+
+#: Seconds for which a start waits until the database lets it in: a PostgreSQL that starts, or has all its connections
+#: taken, says so itself.
+PASSES_S: Final = 60.0
+#: Seconds for which it waits, without a word, where nobody answers: a wrong URL is told soon, and systemd, which gives
+#: up after 5 starts in 10 s, does not.
+NOBODY_S: Final = 5.0
+#: Seconds that one look may take: more than the timeout of a statement, which says more.
+LOOK_S: Final = 90.0
+_AGAIN_S: Final = 0.5
+#: The SQLSTATE of each is kept by libpq.
+_COMES: Final = "the database system is "
 
 
 @dataclass(frozen=True)
@@ -84,23 +100,55 @@ def check(url: str, role: Role, sessions: int = 1) -> Found:
     :param sessions: of the database, which the role has when all of its work is under way.
     :raises OperatorError: one line that names the cure.
     """
-    try:
-        with blocking(url) as txn:
-            # First: without a privilege the schema seems to be another.
-            privileges.check(txn)
-            migrations.check(txn)
-            connection_limits.check(txn, sessions)
-            sequences.check(txn)
-            shape.check(txn)
-            snapshot = config.read(txn)
-            try:
-                rows = _keys(txn, role)
-            except NoSigningKey:
-                # A clock that was ahead may have dated them. A role that runs pulls such dates back, too.
-                txn.execute(clock_drift.KEYS)
-                rows = _keys(txn, role)
-    except DatabaseError as error:
-        raise OperatorError(unusable(error)) from None
+    return when_ready(lambda: _check(url, role, sessions))
+
+
+def when_ready(look: Callable[[], T]) -> T:
+    """Look at the database, and again while what keeps us away passes by itself. A line on stderr tells what it is.
+
+    :raises OperatorError: it does not pass; one line that names the cure.
+    """
+    began_at, patience_s, told = time.monotonic(), 0.0, ""
+    while True:
+        try:
+            return look()
+        except DatabaseError as error:
+            why = unusable(error)
+            passes_s = _patience_s(error)
+            # A database that stops is not there for a while, and then it starts.
+            patience_s = max(patience_s, passes_s)
+            if not passes_s or time.monotonic() >= began_at + patience_s:
+                raise OperatorError(why) from None
+        if patience_s > NOBODY_S and why != told:
+            told = why
+            streams.say(f"{why}; trying again for up to {patience_s:g} s")
+        time.sleep(_AGAIN_S)
+
+
+def _patience_s(error: DatabaseError) -> float:
+    """Return the seconds for which an error may pass by itself."""
+    if not isinstance(error, DatabaseUnavailable):
+        return 0.0
+    if error.state.startswith(("08", "53300", "57P")) or _COMES in str(error):
+        return PASSES_S
+    return 0.0 if error.state else NOBODY_S
+
+
+def _check(url: str, role: Role, sessions: int) -> Found:
+    with blocking(url, within_s=LOOK_S) as txn:
+        # First: without a privilege the schema seems to be another.
+        privileges.check(txn)
+        migrations.check(txn)
+        connection_limits.check(txn, sessions)
+        sequences.check(txn)
+        shape.check(txn)
+        snapshot = config.read(txn)
+        try:
+            rows = _keys(txn, role)
+        except NoSigningKey:
+            # A clock that was ahead may have dated them. A role that runs pulls such dates back, too.
+            txn.execute(clock_drift.KEYS)
+            rows = _keys(txn, role)
     return Found(rows, snapshot)
 
 

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from s2s.errors import NoSigningKey, OperatorError, SchemaError
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from s2s.errors import DatabaseUnavailable, NoSigningKey, OperatorError, SchemaError, StatementRefused
 from s2s.protocol.signing import random_secret
 from s2s.roles import preflight
+from s2s.roles.preflight import DATABASE_VARIABLE
+from s2s.store import interruptible
+from s2s.store.pool import blocking
 from tests.support.postgres import DatabaseTestCase
+from tests.support.roles import TWISTD, environment
+from tests.support.silent import SilentDatabase
+from tests.support.waiting import PATIENCE_S
 
 
 class CheckTests(DatabaseTestCase):
@@ -53,6 +67,7 @@ class CheckTests(DatabaseTestCase):
 
     def test_no_database(self) -> None:
         """A database that cannot be reached is one line without the password."""
+        self.patch(preflight, "NOBODY_S", 0.0)
         url = "postgresql://u:hunter2@127.0.0.1:1/none"
         refused = self.assertRaises(OperatorError, preflight.check, url, "server")
         self.assertNotIn("hunter2", str(refused))
@@ -63,3 +78,121 @@ class CheckTests(DatabaseTestCase):
         self.assertEqual(preflight.make_ready(self.url), ["made a random key: k1"])
         self.assertEqual(preflight.make_ready(self.url), [])
         self.assertNotIn(self.url, repr(preflight.Place(self.url)))
+
+    def test_a_database_that_does_not_answer(self) -> None:
+        """A database that lets us in and says nothing is one line after a while, and given up."""
+        self.patch(interruptible, "LATE_S", 0.1)
+        self.patch(preflight, "LOOK_S", 0.5)
+        self.patch(sys, "__stderr__", None)
+        self.patch(preflight, "NOBODY_S", 0.0)
+        database = SilentDatabase(is_letting_in=True)
+        self.addCleanup(database.close)
+        refused = self.assertRaises(OperatorError, preflight.check, database.url, "server")
+        self.assertIn("no answer of the database at 127.0.0.1 within 0.5 s", str(refused))
+
+
+class WhenReadyTests(SynchronousTestCase):
+    """:func:`s2s.roles.preflight.when_ready`: the errors that pass."""
+
+    def setUp(self) -> None:
+        """Keep what is told."""
+        self.patch(preflight, "_AGAIN_S", 0.0)
+        self.told = os.fdopen(os.memfd_create("stderr"), "w+")
+        self.addCleanup(self.told.close)
+        self.patch(sys, "__stderr__", self.told)
+        self.looks = 0
+
+    def look(self, *errors: Exception) -> str:
+        """Look, and find these errors before the database is there."""
+        left = list(errors)
+
+        def look() -> str:
+            self.looks += 1
+            if left:
+                raise left.pop(0)
+            return "ready"
+
+        return preflight.when_ready(look)
+
+    def test_what_passes(self) -> None:
+        """A PostgreSQL that starts, stops, is full, or does not listen yet is waited for; its reason is told once."""
+        full = DatabaseUnavailable("too many clients already", "53300")
+        starts = DatabaseUnavailable("FATAL:  the database system is starting up")
+        refused, ended = DatabaseUnavailable("Connection refused"), DatabaseUnavailable("terminating", "57P01")
+        self.assertEqual(self.look(refused, refused, starts, starts, full, ended), "ready")
+        self.told.seek(0)
+        lines = self.told.read().splitlines()
+        self.assertEqual(len(lines), 3, lines)
+        self.assertRegex(lines[0], "is starting up.*trying again for up to 60 s")
+
+    def test_a_database_that_starts_again(self) -> None:
+        """One that has stopped, and does not listen until it starts, is waited for as long."""
+        self.patch(preflight, "NOBODY_S", 1e-9)
+        stops, refused = DatabaseUnavailable("the database system is shutting down"), DatabaseUnavailable("refused")
+        self.assertEqual(self.look(stops, refused, refused), "ready")
+
+    def test_what_does_not(self) -> None:
+        """A wrong password, user or database, and what a statement is refused for, ends the start at once."""
+        for error in (
+            DatabaseUnavailable("password authentication failed", "28000"),
+            DatabaseUnavailable("no such database", "3D000"),
+            DatabaseUnavailable("permission denied", "42501"),
+            StatementRefused("division by zero", state="22012"),
+        ):
+            with self.subTest(error=error):
+                self.looks = 0
+                self.assertIn(str(error), str(self.assertRaises(OperatorError, self.look, error)))
+                self.assertEqual(self.looks, 1)
+
+    def test_what_lasts(self) -> None:
+        """The wait has an end, and its reason is the line of the refusal."""
+        self.patch(preflight, "NOBODY_S", 0.1)
+        refused = self.assertRaises(OperatorError, self.look, *[DatabaseUnavailable("Connection refused")] * 10**6)
+        self.assertIn("Connection refused", str(refused))
+
+
+class FullTests(DatabaseTestCase):
+    """A user who has no connection left for a moment."""
+
+    def setUp(self) -> None:
+        """Make the user."""
+        super().setUp()
+        [(name,)] = self.execute("select 'limited_' || current_database()")
+        self.user = str(name)
+        self.execute(f"create role {self.user} login connection limit 0")
+        self.addCleanup(self.execute, f"drop role {self.user}")
+        self.limited = self.url.replace("postgres@", f"{self.user}@", 1)
+
+    def test_it_passes(self) -> None:
+        """The start goes on once the user has a connection."""
+
+        def look() -> str:
+            with blocking(self.limited) as txn:
+                txn.execute("select current_user")
+                return str(txn.fetchall()[0][0])
+
+        self.patch(sys, "__stderr__", None)
+        free = threading.Timer(1.0, self.execute, (f"alter role {self.user} connection limit -1",))
+        self.execute("select")
+        free.start()
+        self.addCleanup(free.join)
+        self.assertEqual(preflight.when_ready(look), self.user)
+
+    def test_it_is_ended(self) -> None:
+        """SIGTERM ends a role that waits at its start, at once."""
+        process = subprocess.Popen(
+            [TWISTD, "-n", "--pidfile=", "s2s-server", "--http", "off"],
+            env=environment(**{DATABASE_VARIABLE: self.limited}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.addCleanup(process.kill)
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        self.assertRegex(line, "too many connections for role .*; trying again for up to 60 s")
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=PATIENCE_S)
+        self.assertEqual(process.returncode, 1)
+        self.assertIn("interrupted before it has started", said)

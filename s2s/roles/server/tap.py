@@ -10,13 +10,13 @@ from typing import Any
 from twisted.logger import Logger
 
 from s2s.admin.http.service import POOL_THREADS
-from s2s.errors import DatabaseError, OperatorError
+from s2s.errors import DatabaseError
 from s2s.handlers.commands import CommandHandler
 from s2s.handlers.discovery import installed
 from s2s.roles import descriptors
 from s2s.roles.endpoints import server_endpoint
 from s2s.roles.options import HTTP, LISTEN, RoleOptions, between, make_basis, or_refuse, parameter
-from s2s.roles.preflight import unusable
+from s2s.roles.preflight import LOOK_S, when_ready
 from s2s.roles.server.executor import Executor
 from s2s.roles.server.inbox import Inbox
 from s2s.roles.server.served_types import LiveServedTypes, texts
@@ -99,10 +99,11 @@ def _declare(url: str, served: Mapping[str, CommandHandler]) -> dict[str, str]:
 
     A database that takes no writes yet is no reason not to start: the types are declared later.
     """
-    try:
-        with suppress(DatabaseError), blocking(url) as txn:
-            command_types.declare(txn, texts(served))
-        with blocking(url) as txn:
-            return command_types.read(txn)
-    except DatabaseError as error:
-        raise OperatorError(unusable(error)) from None
+    with suppress(DatabaseError), blocking(url, within_s=LOOK_S) as txn:
+        command_types.declare(txn, texts(served))
+    return when_ready(lambda: _known(url))
+
+
+def _known(url: str) -> dict[str, str]:
+    with blocking(url, within_s=LOOK_S) as txn:
+        return command_types.read(txn)
