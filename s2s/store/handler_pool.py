@@ -46,6 +46,9 @@ PATIENCE_S: Final = 5.0
 #: Seconds between two looks at the calls under way, and between two cancellations of one call.
 _WATCH_S: Final = 0.25
 _CANCEL_S: Final = 1.0
+#: Seconds between two looks, beyond those that are planned and without use of a CPU, from which on the process stood
+#: still: a debugger, ``docker pause`` or a machine without a free core is no fault of a call.
+_STILL_S: Final = 1.0
 #: The SQLSTATE of a statement that was cancelled.
 _QUERY_CANCELED: Final = "57014"
 #: PostgreSQL refuses to PREPARE a transaction that has executed UNLISTEN. Prepared by foreign code, it would keep its
@@ -122,6 +125,12 @@ class Task:
         since = self.entered_at
         return 0.0 if since is None else time.monotonic() - since
 
+    def stood_still(self, for_s: float) -> None:
+        """Take the seconds in which the process stood still out of the call under way."""
+        with self._lock:
+            if self.entered_at is not None:
+                self.entered_at = min(self.entered_at + for_s, time.monotonic())
+
     def abandon(self) -> bool:
         """Give the thread up, unless it has returned from foreign code by now."""
         with self._lock:
@@ -160,6 +169,8 @@ class HandlerPool(Database):
         self._local = _Local()
         self._memory = Memory()
         self._watching: Timer | None = None
+        #: When the last look was, in monotonic seconds and in seconds of the process's CPU time.
+        self._watched_at = (0.0, 0.0)
 
     def run(self, work: Callable[..., T], *args: Any) -> Deferred[T]:
         """Do as :meth:`Database.run`; foreign code is called inside :meth:`foreign`.
@@ -179,7 +190,7 @@ class HandlerPool(Database):
         )
         running.addBoth(self._returned, task)
         if self._watching is None:
-            self._watching = self.reactor.callLater(_WATCH_S, self._watch)
+            self._watch_later()
         return task.outcome
 
     @property
@@ -201,8 +212,17 @@ class HandlerPool(Database):
 
     # --- the watch, in the reactor's thread --------------------------------------------------------------------------
 
+    def _watch_later(self) -> None:
+        self._watched_at = time.monotonic(), time.process_time()
+        self._watching = self.reactor.callLater(_WATCH_S, self._watch)
+
     def _watch(self) -> None:
         self._watching = None
+        at, used = self._watched_at
+        # A call that holds the interpreter uses the CPU meanwhile.
+        still_s = time.monotonic() - at - _WATCH_S - (time.process_time() - used)
+        for task in self._tasks if still_s > _STILL_S else ():
+            task.stood_still(still_s)
         for task in list(self._tasks):
             over_s = task.running_s() - self.timeout_s
             if over_s > PATIENCE_S:
@@ -210,7 +230,7 @@ class HandlerPool(Database):
             elif over_s > 0:
                 self._cancel_late(task)
         if self._tasks:
-            self._watching = self.reactor.callLater(_WATCH_S, self._watch)
+            self._watch_later()
 
     def _cancel_late(self, task: Task) -> None:
         task.is_late = True

@@ -540,6 +540,26 @@ class DeadlineTests(DatabaseTestCase):
         self.assertEqual((self.handlers.stuck, self.execute("select * from public.made")), ([], []))
         self.assertEqual(self.database.counters.met["handler"], 1)
 
+    async def test_a_process_that_stood_still(self) -> None:
+        """The time in which the process stands still is none of a call's, and the time in which it computes is."""
+        self.patch(handler_pool, "_STILL_S", 0.2)
+
+        def compute(_: Cursor) -> None:
+            until = time.process_time() + 2.0
+            while time.process_time() < until:
+                sum(range(20_000_000))
+
+        begun = threading.Event()
+        going = self.call(lambda _: begun.set() or self.gate.wait(60))
+        await poll(begun.is_set, "the call has begun")
+        # Longer than a call may take until it is stuck, and without a turn of the reactor.
+        time.sleep(2.0)
+        self.gate.set()
+        # The database has ended a session that was idle for so long: the call can be done again.
+        with contextlib.suppress(DatabaseUnavailable):
+            await going
+        await self.assertFailure(self.call(compute), HandlerTimeout, HandlerStuck)
+
     async def test_too_many_stuck(self) -> None:
         """Past the bound no further call begins, and the reason says so; when one returns, calls begin again."""
         self.patch(handler_pool, "MOST_STUCK", 2)
