@@ -95,7 +95,7 @@ class Task:
         self.on_return: Callable[[], object] = lambda: None
         self.entered_at: float | None = None
         self._lock = threading.Lock()
-        #: Held while a cancellation is on its way: it must not arrive at the statement after the call.
+        #: Held while a cancellation or the end of the session is on its way: neither must meet what comes after it.
         self.cancelling = threading.Lock()
 
     def enter(self, name: str, subject: Any) -> None:
@@ -255,6 +255,8 @@ class HandlerPool(Database):
     def end(self, task: Task) -> Deferred[Any]:
         """End the session of a stuck task: its locks are free then, and its transaction is rolled back.
 
+        A thread that has returned meanwhile ends the session itself.
+
         :returns: fires when the session has ended, or the database does not answer.
         """
         return self._in_background(self._terminate, task)
@@ -290,13 +292,17 @@ class HandlerPool(Database):
             )
 
     def _terminate(self, task: Task) -> None:
-        self._signal(task, "pg_terminate_backend")
-        # It may have returned by now, and its connection may be closed.
-        with (
-            suppress(OSError, psycopg2.Error),
-            socket.socket(fileno=os.dup(cast(Any, task.connection).fileno())) as handle,
-        ):
-            handle.shutdown(socket.SHUT_RDWR)
+        # Its connection stays as it is: a thread that returns waits for it.
+        with task.cancelling:
+            if task.entered_at is None:
+                return
+            self._signal(task, "pg_terminate_backend")
+            # The code may have closed its descriptor.
+            with (
+                suppress(OSError, psycopg2.Error),
+                socket.socket(fileno=os.dup(cast(Any, task.connection).fileno())) as handle,
+            ):
+                handle.shutdown(socket.SHUT_RDWR)
 
     # --- in the thread of a task -------------------------------------------------------------------------------------
 

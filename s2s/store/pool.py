@@ -320,7 +320,13 @@ class Database:
                 pool.disconnect(conn)
             failed: DatabaseError | None = error if isinstance(error, CommitLost) else None
             if failed is None:
-                self._go_on()
+                try:
+                    self._go_on()
+                except DatabaseUnavailable:
+                    if not is_broken:
+                        # It is not clean, and somebody may be about to end its session.
+                        pool.disconnect(conn)
+                    raise
                 failed = driver.translate_error(error, conn) if isinstance(error, psycopg2.Error) else None
             if is_broken:
                 # Whatever the work made of it.

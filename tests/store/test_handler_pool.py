@@ -540,6 +540,25 @@ class DeadlineTests(DatabaseTestCase):
         self.assertEqual((self.handlers.stuck, self.execute("select * from public.made")), ([], []))
         self.assertEqual(self.database.counters.met["handler"], 1)
 
+    async def test_a_return_before_the_end(self) -> None:
+        """A stuck call that returns before its session is ended closes that session, and no other one is ended."""
+        signalled: list[object] = []
+        pids: list[int] = []
+
+        def code(cursor: Cursor) -> None:
+            pids.append(cursor.connection.info.backend_pid)
+            self.gate.wait(60)
+
+        error = await self.assertFailure(self.call(code), HandlerStuck)
+        came_back: list[int] = []
+        error.task.on_return = lambda: came_back.append(1)
+        self.gate.set()
+        await poll(lambda: came_back, "its return")
+        await poll(lambda: pids[0] not in [pid for pid, _ in self.sessions()], "the end of its session")
+        self.patch(self.handlers, "_signal", lambda *args: signalled.append(args))
+        await self.handlers.end(error.task)
+        self.assertEqual(signalled, [])
+
     async def test_a_process_that_stood_still(self) -> None:
         """The time in which the process stands still is none of a call's, and the time in which it computes is."""
         self.patch(handler_pool, "_STILL_S", 0.2)
