@@ -58,6 +58,12 @@ class Clock:
         return scheduler.seconds()
 
 
+def suspended_s() -> float:
+    """Return the seconds for which this machine was suspended since its start: the monotonic clock leaves them out."""
+    boot = getattr(time, "CLOCK_BOOTTIME", None)  # of Linux
+    return 0.0 if boot is None else time.clock_gettime(boot) - time.monotonic()
+
+
 def make_monotonic(reactor: object) -> None:
     """Let a reactor's timers run by the monotonic clock.
 

@@ -12,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import DatabaseError, DatabaseUnavailable, StatementRefused
 from s2s.handlers.jobs import parse_schedule
-from s2s.runtime.clock import Clock
+from s2s.runtime.clock import Clock, suspended_s
 from s2s.store import driver
 from s2s.store.monitors import clock_watch
 from s2s.store.monitors.clock_watch import ADOPT_S, LOOK_S, ClockWatch
@@ -183,6 +183,14 @@ class WatchTests(SynchronousTestCase):
         self.assertFalse(self.watch.is_trusted)
         self.database.ahead_s = 0.0
         self.assertEqual(self.looks(3), ["the database's clock is right again"])
+        self.assertTrue(self.watch.is_trusted)
+
+    def test_suspended(self) -> None:
+        """A machine that was suspended for hours, whose monotonic clock stood still, is no leap."""
+        self.looks()
+        self.patch(clock_watch, "suspended_s", lambda: 7200.0 + suspended_s())
+        self.wall_off_s = self.database.ahead_s = 7200.0
+        self.assertEqual(self.looks(3), [])
         self.assertTrue(self.watch.is_trusted)
 
     def test_slow_drift(self) -> None:

@@ -12,7 +12,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from s2s.errors import DatabaseError, StatementRefused
-from s2s.runtime.clock import Clock
+from s2s.runtime.clock import Clock, suspended_s
 from s2s.store.pool import Database
 from s2s.store.tables import clock_drift
 
@@ -92,12 +92,12 @@ class ClockWatch:
         try:
             is_more = True
             while is_more and self._looking.running:
-                before, now = self._clock.mono(), self._clock.now()
+                before, now = self._elapsed(), self._clock.now()
                 at, healed, refused = await self._database.run(
                     clock_drift.look, self._rules, partial(self._is_behind, before, now)
                 )
                 was_behind = self._is_behind(before, now, at)
-                self._judge(at, before, self._clock.mono())
+                self._judge(at, before, self._elapsed())
                 self._healed.update(healed)
                 for name, error in refused.items():
                     self._refused(name, error)
@@ -143,6 +143,10 @@ class ClockWatch:
 
     def _refused(self, name: str, error: DatabaseError) -> None:
         self._database.troubles.note(getattr(error, "state", ""), f"times of {name} are not pulled back: {error}")
+
+    def _elapsed(self) -> float:
+        """Return our monotonic time; a suspended machine is no leap of the database's clock."""
+        return self._clock.mono() + suspended_s()
 
     def _is_behind(self, before: float, now: float, at: float) -> bool:
         """Whether the database's clock may be behind. In any thread.
