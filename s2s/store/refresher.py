@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
 from twisted.internet import task
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -20,6 +20,8 @@ T = TypeVar("T")
 POLL_S: Final = 30.0
 #: After the beginning of a read that failed.
 RETRY_S: Final = 1.0
+#: Seconds between two lines of the log about reads that fail.
+TELL_S: Final = 60.0
 
 
 class Refresher(Generic[T]):
@@ -50,7 +52,7 @@ class Refresher(Generic[T]):
         self._poll.clock = clock.scheduler
         self._poll_s = poll_s
         self._timer: Timer | None = None
-        self._began_at = float("-inf")
+        self._began_at = self._told_at = float("-inf")
         self._is_reading = False
         self._is_stopped = False
         #: What was wanted during a read.
@@ -145,6 +147,10 @@ class Refresher(Generic[T]):
             waiter.callback(None)
 
     def _kept(self, failure: Failure) -> None:
-        # Of a database that is away the pool has told.
-        if not failure.check(DatabaseError):
+        # Of a database that is away the pool has told. Who waits no more, as past a deadline, needs no line.
+        if failure.check(DatabaseError, CancelledError):
+            return
+        now = self._clock.mono()
+        if now >= self._told_at + TELL_S:
+            self._told_at = now
             self.log.failure("reading again failed", failure)

@@ -183,6 +183,15 @@ class LiveKeysTests(SynchronousTestCase):
         self.successResultOf(second)
         self.assertEqual(self.known(), ["k2"])
 
+    def test_who_waits_no_longer_than_a_deadline(self) -> None:
+        """A deadline of one that asked is no failure of the read, and has no line."""
+        self.start()
+        for _ in range(3):
+            waiter = self.keys.refresh().addTimeout(3, self.time)
+            self.time.advance(3)
+            self.successResultOf(waiter)
+        self.assertEqual(self.flushLoggedErrors(), [])
+
     def test_the_database_is_away(self) -> None:
         """While the database is away the keys read last stay, and who asked is told to go on."""
         self.start()
@@ -197,11 +206,19 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual(self.known(), ["k2"])
 
     def test_a_surprise_is_told(self) -> None:
-        """What nobody expects of a read is in the log, and the keys and the polls stay."""
+        """What nobody expects of a read is in the log, once a minute, and the keys and the polls stay."""
         self.start()
-        self.time.advance(5)
-        self.database.fail(ZeroDivisionError("surprise"))
-        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        for lines in (1, 0):
+            self.time.advance(5)
+            waiters = [self.keys.refresh() for _ in range(3)]
+            while self.database.reads:
+                self.database.fail(ZeroDivisionError("surprise"))
+                self.time.advance(1)
+                if all(waiter.called for waiter in waiters):
+                    break
+            self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), lines)
+        self.time.advance(60)
+        self.database.answer(_row("k2"))
         self.time.advance(5)
         self.database.answer(_row("k2"))
         self.assertEqual(self.known(), ["k2"])
