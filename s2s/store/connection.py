@@ -17,8 +17,15 @@ import psycopg2.extras
 from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, QuotedString, connection, cursor
 
 from s2s.errors import StatementRefused
+from s2s.runtime import own_threads
 from s2s.store.cursor import StoreCursor, read_json
 
+#: Seconds that a connect may take: longer than libpq needs for several addresses of a host.
+CONNECT_S: Final = 30.0
+#: Connects of this process at once, more than its sessions are. Those that hang in a name server stay until it answers.
+MOST_CONNECTING: Final = 64
+_BEYOND_S: Final = 1.0
+_connecting: Final = threading.Semaphore(MOST_CONNECTING)
 _RANDOM: Final = random.SystemRandom()
 #: Our statements name our tables with their schema, so that no table, function or operator of another schema is used.
 #: The schema of temporary tables is searched first unless it is named, also for types.
@@ -196,15 +203,85 @@ def _quote(text: str, conn: connection) -> str:
     return literal.getquoted().decode()
 
 
-def connect(parameters: Mapping[str, Any]) -> PlanningConnection:
-    """Connect. Blocks.
+def join_within(within_s: float) -> Callable[[threading.Thread], None]:
+    """Return what waits for the end of a thread.
+
+    :param within_s: seconds after which it raises :class:`psycopg2.OperationalError`.
+    """
+
+    def join(thread: threading.Thread) -> None:
+        thread.join(within_s)
+        if thread.is_alive():
+            raise psycopg2.OperationalError(
+                f"no connection within {within_s:g} s: see the name server, the host and the network"
+            )
+
+    return join
+
+
+def connect(
+    parameters: Mapping[str, Any], join: Callable[[threading.Thread], object] | None = None
+) -> PlanningConnection:
+    """Connect. Blocks, for :data:`CONNECT_S` at most.
 
     :param parameters: those of ``psycopg2.connect``.
+    :param join: waits for the thread that connects, see :func:`_in_time`.
     """
-    conn: PlanningConnection = psycopg2.connect(**parameters)
-    if _misreads_literals(conn):
-        conn = psycopg2.connect(**_with_plain_literals(parameters, conn))
-    return conn
+
+    def opening() -> PlanningConnection:
+        conn: PlanningConnection = psycopg2.connect(**parameters)
+        if _misreads_literals(conn):
+            conn = psycopg2.connect(**_with_plain_literals(parameters, conn))
+        return conn
+
+    return _in_time(opening, join or join_within(CONNECT_S))
+
+
+def _in_time(
+    opening: Callable[[], PlanningConnection], join: Callable[[threading.Thread], object]
+) -> PlanningConnection:
+    """Connect in a thread of its own: libpq looks up the name of a host without a bound.
+
+    :param join: waits for the thread; where it raises, a connection that comes yet is closed.
+    """
+    came: list[PlanningConnection | BaseException] = []
+    lock, is_over = threading.Lock(), False
+
+    def in_thread() -> None:
+        outcome: PlanningConnection | BaseException
+        try:
+            outcome = opening()
+        except BaseException as error:
+            outcome = error
+        finally:
+            _connecting.release()
+        with lock:
+            came.append(outcome)
+            if is_over:
+                close()
+
+    def close() -> None:
+        for each in came:
+            if isinstance(each, connection):
+                each.close()
+
+    if not _connecting.acquire(blocking=False):
+        raise psycopg2.OperationalError(f"{MOST_CONNECTING} connects do not end: see the name server of this machine")
+    thread = threading.Thread(target=in_thread, daemon=True)
+    if not own_threads.try_start(thread):
+        _connecting.release()
+        return opening()
+    try:
+        join(thread)
+    except BaseException:
+        with lock:
+            is_over = True
+            close()
+        raise
+    [outcome] = came
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
 
 
 def _misreads_literals(conn: connection) -> bool:
@@ -342,6 +419,14 @@ def open_async(
     :param within_s: seconds that all of it may take.
     :param statement_timeout_s: seconds after which the database cancels a statement; 0: never.
     """
+    opening = functools.partial(_open_async, parameters, within_s, statement_timeout_s, statement)
+    # A wait for an answer, which says more, ends before this one.
+    return _in_time(opening, join_within(within_s + _BEYOND_S))
+
+
+def _open_async(
+    parameters: Callable[[], Mapping[str, Any]], within_s: float, statement_timeout_s: float, statement: str
+) -> PlanningConnection:
     deadline = time.monotonic() + within_s
     given = parameters()
     conn: PlanningConnection = psycopg2.connect(**given, async_=True)

@@ -18,7 +18,7 @@ import psycopg2
 from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, get_wait_callback, set_wait_callback
 
 from s2s.errors import harmless
-from s2s.runtime import own_threads, streams
+from s2s.runtime import streams
 from s2s.store.connection import connect as open_connection
 from s2s.store.driver import Connection
 
@@ -67,6 +67,13 @@ class Patience:
             self._is_told = True
             streams.say(f"waiting for the database at {self._place}: {what}")
 
+    def join(self, thread: threading.Thread) -> None:
+        """Wait for the end of the thread that connects."""
+        while thread.is_alive():
+            thread.join(self.left_s)
+            if thread.is_alive():
+                self.spend("there is no connection yet: see its name server, the host and the network")
+
     def end(self) -> None:
         """Bound and tell nothing more."""
         self._is_over = True
@@ -77,28 +84,8 @@ def connect(parameters: Mapping[str, Any], patience: Patience) -> Connection:
 
     :raises psycopg2.OperationalError: there is no connection, or the patience of the main thread is over.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return open_connection(parameters)
-    came: list[Connection | BaseException] = []
-
-    def in_thread() -> None:
-        try:
-            came.append(open_connection(parameters))
-        except BaseException as error:
-            came.append(error)
-
-    thread = threading.Thread(target=in_thread, daemon=True)
-    if not own_threads.try_start(thread):
-        return open_connection(parameters)
-    while thread.is_alive():
-        thread.join(patience.left_s)
-        if thread.is_alive():
-            # libpq looks up the name without a bound. A connection that comes yet is closed as nobody has it.
-            patience.spend("there is no connection yet: see its name server, the host and the network")
-    [outcome] = came
-    if isinstance(outcome, BaseException):
-        raise outcome
-    return outcome
+    is_main = threading.current_thread() is threading.main_thread()
+    return open_connection(parameters, patience.join if is_main else None)
 
 
 @contextmanager

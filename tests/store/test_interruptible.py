@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 
+import psycopg2
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import DatabaseUnavailable
@@ -51,7 +52,7 @@ class PatienceTests(SynchronousTestCase):
         """So is the look-up of a name, which libpq does not bound."""
         hangs = threading.Event()
         self.addCleanup(hangs.set)
-        self.patch(interruptible, "open_connection", lambda _: hangs.wait())
+        self.patch(psycopg2, "connect", lambda **_: hangs.wait())
         told = self.refused("postgresql://u@127.0.0.1/d")
         self.assertIn("there is no connection yet: see its name server", told)
 
