@@ -131,17 +131,23 @@ class Role(service.Service, ABC):
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
+        self._lifetime.step = "the work in hand and its links"
         await self._drain()
         self.factory.tell_rest()
         for digest in self._digests:
             digest.stop()
         self._keys.stop()
         self._config.stop()
+        self._lifetime.step = "the connection of notifications"
         await self._listener.stop()
+        self._lifetime.step = "looks at the database"
         for watch in self._watches:
             await watch.stop()
+        self._lifetime.step = "handlers, jobs and orders, and their connections"
         await self._handlers.stop()
+        self._lifetime.step = "our own statements, and their connections"
         await self._database.stop()
+        self._lifetime.step = "threads"
         self._watchdog.stop()
         self._lifetime.ended()
 

@@ -70,6 +70,7 @@ class Shutdown:
     :ivar on_start: called when a service starts, after the fork.
     :ivar rereads: called in a thread on SIGHUP, one after the other; each tells the log what is wrong.
     :ivar past_grace: called in the reactor's thread.
+    :ivar step: what a stop waits for now, for people.
     :ivar last_words: called in another thread just before the process is left; it may block for a second.
     """
 
@@ -87,6 +88,7 @@ class Shutdown:
         self.rereads: list[Callable[[], object]] = []
         self.on_grace_expired: Callable[[], object] = lambda: None
         self.shutdown_transaction: Callable[[], object] = lambda: None
+        self.step = "the stop to begin"
 
     def watch(self) -> None:
         """Take SIGTERM and SIGINT as a shutdown that ends with exit code 0, as the end of stdin where told so.
@@ -176,7 +178,9 @@ class Shutdown:
         self._cancelling = self._reactor.callLater(grace_s, self._past)
         self._cutting = threading.Timer(grace_s + CUT_S, self._cut)
         self._cutting.daemon = True
-        own_threads.try_start(self._cutting)
+        if not own_threads.try_start(self._cutting):
+            signal.signal(signal.SIGALRM, lambda *_: self._cut())
+            signal.setitimer(signal.ITIMER_REAL, grace_s + CUT_S)
         return self._told(deadline)
 
     def _told(self, deadline: float) -> float:
@@ -188,11 +192,11 @@ class Shutdown:
         cancel(self._cancelling)
 
     def _past(self) -> None:
-        _log.warn("the grace is over: cancelling what still runs")
+        _log.warn("the grace is over: cancelling what still runs; the stop waits for {step}", step=self.step)
         self.on_grace_expired()
 
     def _cut(self) -> None:
-        _log.error("not everything ended in time: leaving it")
+        _log.error("not everything ended in time: leaving it; the stop waits for {step}", step=self.step)
         last = threading.Thread(target=self._say_last_words, daemon=True)
         if own_threads.try_start(last):
             last.join(CUT_S)

@@ -4,10 +4,42 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
+from unittest import mock
 
+from twisted.internet.defer import Deferred, succeed
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s.roles.base import tune_gc
+from s2s.roles.base import Role, tune_gc
+from s2s.roles.shutdown import Shutdown
+
+
+class StopTests(SynchronousTestCase):
+    """The stop of a role."""
+
+    def test_each_step_has_a_name(self) -> None:
+        """While a stop waits for a part of the role, its lifetime names that part."""
+        parts: dict[str, Deferred[None]] = {name: Deferred() for name in ("listener", "watch", "handlers", "database")}
+        lifetime = Shutdown(mock.Mock())
+        role: Any = mock.Mock(_lifetime=lifetime, _digests=[], _drain=lambda: succeed(None))
+        role._listener.stop, role._handlers.stop = (lambda: parts["listener"]), (lambda: parts["handlers"])
+        role._database.stop = lambda: parts["database"]
+        role._watches = [mock.Mock(stop=lambda: parts["watch"])]
+        stopping = Deferred.fromCoroutine(Role._stop(role))
+        steps = []
+        for waited in parts.values():
+            steps.append(lifetime.step)
+            waited.callback(None)
+        self.successResultOf(stopping)
+        self.assertEqual(
+            steps,
+            [
+                "the connection of notifications",
+                "looks at the database",
+                "handlers, jobs and orders, and their connections",
+                "our own statements, and their connections",
+            ],
+        )
 
 
 class CollectorTests(SynchronousTestCase):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.task import Clock as FakeClock
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.roles import shutdown
 from s2s.roles.shutdown import CUT_S, GRACE_S, Shutdown
+from tests.support.waiting import PATIENCE_S
 
 
 class _Reactor(FakeClock):
@@ -97,6 +101,30 @@ class LifetimeTests(SynchronousTestCase):
         self.lifetime.ended()
         self.reactor.advance(10)
         self.assertEqual(self.cancelled, [])
+
+    def test_which_step(self) -> None:
+        """The lines at the end of the grace, and at the cut, name what the stop waits for."""
+        self.patch(shutdown.os, "_exit", lambda _: None)
+        self.lifetime.step = "handlers"
+        with capturedLogs() as logs:
+            self.lifetime.end("a test", 5)
+            self.reactor.advance(5)
+            self.lifetime._cut()
+        told = [formatEvent(each).partition(":")[0] for each in logs if "waits for handlers" in formatEvent(each)]
+        self.assertEqual(told, ["the grace is over", "not everything ended in time"])
+
+    def test_no_thread(self) -> None:
+        """The process is left in time also where the operating system starts no thread for that."""
+        left: list[int] = []
+        self.patch(shutdown.os, "_exit", left.append)
+        self.patch(shutdown, "CUT_S", 0.1)
+        self.patch(shutdown.own_threads, "try_start", lambda _: False)
+        self.addCleanup(signal.signal, signal.SIGALRM, signal.getsignal(signal.SIGALRM))
+        self.lifetime.end("a test", 0.0)
+        deadline = time.monotonic() + PATIENCE_S
+        while not left and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.assertEqual(left, [0])
 
     def test_last_words_that_fail(self) -> None:
         """The process is left with exit code 0 also where the last words cannot be said."""
