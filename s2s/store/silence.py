@@ -34,12 +34,15 @@ HUNG_S: Final = 22.0
 #: Backends of a pool that hang and have been given up. Each stays a session of the database; with more of them none is
 #: given up, and none is opened in its place.
 MOST_HUNG: Final = 4
+#: Seconds between two looks at a session that reads, where ``track_activities`` is off and nothing tells since when.
+_AGAIN_S: Final = 2.0
 #: What a session does. One that has waited for a statement of ours for so long that an answer under way would have
 #: arrived is ended, and its locks are free.
 _LOOK: Final = (
     "set local role none;"
-    " select case when state like 'idle%%' and clock_timestamp() - state_change >= make_interval(secs => %s)"
-    " and pg_terminate_backend(pid) then 'idle'"
+    " select case when (state like 'idle%%' and clock_timestamp() - state_change >= make_interval(secs => %s)"
+    " or state = 'disabled' and wait_event = 'ClientRead' and %s) and pg_terminate_backend(pid) then 'idle'"
+    " when state = 'disabled' and wait_event = 'ClientRead' then 'reading'"
     " when wait_event = 'SyncRep' then 'standby' else 'working' end"
     " from pg_stat_activity where pid = %s and backend_start = %s"
 )
@@ -115,28 +118,42 @@ class Silence:
         :returns: why it was closed; empty: it was not.
         """
         # Without a session it is being prepared: nothing that it was asked has an effect.
-        why = _SILENT if conn.session is None else self._why(conn.session, time.monotonic() - since)
+        why = _SILENT if conn.session is None else self._why(conn, conn.session, since)
         if not why or conn.asked_at != since:
             return ""
         with suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(conn.fileno())) as handle:
             handle.shutdown(socket.SHUT_RDWR)
         return why
 
-    def _why(self, session: tuple[int, str], silent_s: float) -> str:
+    def _why(self, conn: PlanningConnection, session: tuple[int, str], since: float) -> str:
         """Ask the database why no answer comes; empty: it may come."""
-        with self._another() as txn:
-            txn.execute(_LOOK, (SILENT_S, *session))
-            doing = [state for (state,) in txn.fetchall()]
-            if doing in ([], ["idle"]):
-                return _SILENT
-            if doing == ["standby"] or silent_s < self._statement_timeout_s + HUNG_S:
+        doing = self._doing(session, has_read=False)
+        if doing == ["reading"]:
+            time.sleep(_AGAIN_S)
+            if conn.asked_at != since:
                 return ""
+            doing = self._doing(session, has_read=True)
+        if doing in ([], ["idle"]):
+            return _SILENT
+        silent_s = time.monotonic() - since
+        if doing in (["standby"], ["reading"]) or silent_s < self._statement_timeout_s + HUNG_S:
+            return ""
+        with self._another() as txn:
             txn.execute("select pid, backend_start::text from pg_stat_activity")
             self._hung.intersection_update(txn.fetchall())
         if len(self._hung) >= MOST_HUNG:
             return ""
         self._hung.add(session)
         return f"its backend hangs in its statement, whose timeout is over: see process {session[0]} of the database"
+
+    def _doing(self, session: tuple[int, str], *, has_read: bool) -> list[str]:
+        """Look at what a session does.
+
+        :param has_read: it has waited for a statement for a while, so that its answer would have arrived.
+        """
+        with self._another() as txn:
+            txn.execute(_LOOK, (SILENT_S, has_read, *session))
+            return [state for (state,) in txn.fetchall()]
 
 
 _SILENT: Final = (

@@ -70,6 +70,21 @@ class SilenceTests(DatabaseTestCase):
         self.assertEqual(len(lines), 2)
         self.assertEqual(self.database.counters.met["database_answer"], 2)
 
+    async def test_without_activities(self) -> None:
+        """So it is where the database does not track what its sessions do; a statement that runs is left alone."""
+        self.patch(silence, "_AGAIN_S", 0.1)
+        self.patch(silence, "HUNG_S", 1000.0)
+        self.execute(f"alter database {urlsplit(self.url).path[1:]} set track_activities = off")
+        slept = await gatherResults([self.database.run(_one, "select 1 from pg_sleep(1.5)") for _ in range(2)])
+        self.assertEqual(slept, [1, 1])
+        self.assertEqual(self.sessions(), 2)
+        self.proxy.hole()
+        asked = [self.database.run(_one, "select 1") for _ in range(2)]
+        for is_answered, failure in await DeferredList(asked, consumeErrors=True):
+            self.assertFalse(is_answered)
+            failure.trap(DatabaseUnavailable)
+        await poll(lambda: self.sessions() == 0, "the sessions to end")
+
     async def test_a_statement_without_a_thread(self) -> None:
         """A connection that was given up for want of an answer ends, so that there is always room for the next one."""
         self.patch(async_connection, "BEYOND_S", 0.1)
