@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from twisted.internet.defer import Deferred
 
+from s2s.errors import harmless
 from s2s.protocol import settings
 from s2s.protocol.settings import BY_KEY, Value
 from s2s.runtime.clock import Clock
@@ -60,7 +61,7 @@ class LiveConfig:
         for watcher in self.watchers:
             watcher(self)
         told = [
-            f"{key} is {value} (was {before.values[key]})"
+            harmless(f"{key} is {value}") + harmless(f" (was {before.values[key]})")
             for key, value in snapshot.values.items()
             if value != before.values.get(key, value)
         ]

@@ -9,6 +9,7 @@ from typing import Any
 import psycopg2
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock as FakeClock
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import DatabaseUnavailable, OperatorError
@@ -169,6 +170,17 @@ class LiveConfigTests(SynchronousTestCase):
         self.database.reads[1].callback(Snapshot(2, {"relay.window": 8}))
         self.successResultOf(again)
         self.assertEqual(self.told, [2])
+
+    def test_what_is_told(self) -> None:
+        """A change has a line whose length is bounded, without what a log or a terminal obeys."""
+        with capturedLogs() as logs:
+            for version, value in enumerate(("\x1b[2J\n" + "x" * 100_000, 8), 2):
+                done = self.config.read_now()
+                self.database.reads[-1].callback(Snapshot(version, {"relay.window": value}))
+                self.successResultOf(done)
+        for line in [formatEvent(each) for each in logs]:
+            self.assertTrue(line.isprintable() and len(line) < 500, line[:600])
+        self.assertIn("(was 9)", formatEvent(logs[0]))
 
     def test_one_read_at_a_time(self) -> None:
         """Who asks during a read gets the next one, which all of them share: what changed meanwhile is in it."""

@@ -55,6 +55,12 @@ class JudgeTests(SynchronousTestCase):
         self.watch._judge(holders, dead)
         return self.told.lines()
 
+    def test_a_type_of_another_hand(self) -> None:
+        """The line about a type is bounded, and holds nothing that a log or a terminal obeys."""
+        self.watch._tell_type("\x1b[2J\n" + "x" * 100_000)
+        [line] = self.told.lines()
+        self.assertTrue(line.isprintable() and len(line) < 500, line[:600])
+
     def test_one_line(self) -> None:
         """An old snapshot is told of once, again after an hour, and when it is gone, with its holder and the cure."""
         old = Holder("session", "42", "bob", "pg_dump", OLD_S + 1, "7")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Final
 
+from s2s.errors import harmless
 from s2s.runtime.clock import Clock
 from s2s.store.monitors import snapshots
 from s2s.store.monitors.periodic import Periodic
@@ -75,7 +76,7 @@ class Watch(Periodic):
         if cmd_type is not None:
             self._told_types.append(cmd_type)
             self.log.warn(
-                "commands of type {cmd_type!r} wait: this server has no handler for it: "
+                "commands of type {cmd_type} wait: this server has no handler for it: "
                 "start a server that has the plug-in, or cancel them",
-                cmd_type=cmd_type,
+                cmd_type=harmless(repr(cmd_type)),
             )
