@@ -159,6 +159,23 @@ class JoinTests(SynchronousTestCase):
         second = self.join()
         self.assertEqual(ask(second.url, "SELECT answer FROM kept"), [(42,)])
 
+    def test_a_server_that_is_not_found(self) -> None:
+        """A running server whose pid is another process here, as in another container, is left alone with one line."""
+        first = self.join()
+        left = self.state_dir / "postgres" / "postmaster.pid"
+        before = left.read_text()
+        for pid in (os.getpid(), 2**31 - 1):
+            made_up = "\n".join([str(pid), *before.splitlines()[1:], ""])
+            left.write_text(made_up)
+            with mock.patch.object(postmaster, "LEFT_S", 0.2):
+                refused = str(self.assertRaises(OperatorError, embedded.join, self.state_dir))
+            self.assertRegex(refused, r"in use by a PostgreSQL .*another container.*name another --state-dir$")
+            self.assertEqual(left.read_text(), made_up)
+        left.write_text(before)
+        self.assertTrue(answers(first.url))
+        self.assertTrue(first.leave())
+        self.assertTrue(answers(self.join().url))
+
     def test_path_that_no_socket_takes(self) -> None:
         """A state directory with a long and odd name works."""
         self.state_dir = self.state_dir / ("deep" * 30) / 'it\'s, "$HOME" & more'

@@ -32,6 +32,9 @@ from s2s.errors import OperatorError
 STARTING_S = 300.0
 #: Seconds of a fast shutdown before an immediate one, which costs the next start a recovery.
 STOPPING_S = 30.0
+#: Seconds that a start waits for the processes of a server that is not found. Those of a killed one end within
+#: milliseconds, or when their statement does.
+LEFT_S = 30.0
 
 #: Bytes of PostgreSQL's log after which :func:`trim_log` begins a new one; one old one is kept.
 LOG_BYTES = 10_000_000
@@ -91,12 +94,14 @@ def start(data: Path) -> tuple[str, subprocess.Popen[bytes] | None]:
     while (running := find(data)) is None or not running.ready:
         if process is None and running is None:
             process = _spawn(install, data, log)
+            if process is None and time.monotonic() >= deadline - STARTING_S + LEFT_S:
+                raise OperatorError(
+                    f"{data} is in use by a PostgreSQL that its pid file does not name here: one of another container, "
+                    "one of another path to it, or the rest of a killed one: stop it, or name another --state-dir"
+                )
         elif process is not None and process.poll() is not None:
             said = log.read_bytes()[old:].decode(errors="replace")
-            if "is still in use" not in said or time.monotonic() >= deadline:
-                raise OperatorError(f"PostgreSQL did not start: {_last_complaint(said)} (its log is {log})")
-            # A killed server's children finish what they do before they notice.
-            process, old = None, log.stat().st_size
+            raise OperatorError(f"PostgreSQL did not start: {_last_complaint(said)} (its log is {log})")
         elif time.monotonic() >= deadline:
             raise OperatorError(f"PostgreSQL is not ready after {STARTING_S:g} s; its log is {log}")
         try:
@@ -243,12 +248,22 @@ def _make(install: _Install, data: Path) -> None:
         raise OperatorError(f"{data} belongs to another user: be that user, or name another --state-dir")
 
 
-def _spawn(install: _Install, data: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Start the server in a session of its own: a Ctrl-C at our terminal is not for it."""
+def _spawn(install: _Install, data: Path, log: Path) -> subprocess.Popen[bytes] | None:
+    """Start the server in a session of its own: a Ctrl-C at our terminal is not for it.
+
+    The server and each of its processes inherit a lock. A pid tells nothing across containers, which have pids and
+    shared memory of their own, and two servers on the same data would destroy it.
+
+    :returns: ``None``: processes of another server have the lock.
+    """
     socket_dir = _socket_dir(install, data)
-    _disown(data, socket_dir)
     options = ("-c", "listen_addresses=", "-c", f"unix_socket_directories={socket_dir}", "-p", str(_PORT))
-    with log.open("ab") as output:
+    with log.open("ab") as output, data.with_name("postgres.server.lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        _disown(data, socket_dir)
         return subprocess.Popen(
             [str(install.programs / "postgres"), "-D", str(data), *options],
             cwd="/",
@@ -256,6 +271,7 @@ def _spawn(install: _Install, data: Path, log: Path) -> subprocess.Popen[bytes]:
             stdout=output,
             stderr=output,
             start_new_session=True,
+            pass_fds=(lock.fileno(),),
             **install.identity,
         )
 
