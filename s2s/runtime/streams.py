@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+import time
 from contextlib import suppress
 from typing import Any, AnyStr, Final
 
@@ -14,6 +15,8 @@ _NAMES: Final = ("stdin", "stdout", "stderr")
 #: Seconds that a line waits for room in its pipe, socket or terminal: a reader that works makes room within
 #: milliseconds, and the reactor stands still meanwhile.
 ROOM_S: Final = 0.1
+#: Seconds of a wait of the start after which it is told.
+LATE_S: Final = 5.0
 #: Characters of a logged line, after which it ends: output without an end of line would be kept in memory.
 LONGEST_LINE: Final = 16_384
 
@@ -99,6 +102,20 @@ def say(line: str) -> None:
     with suppress(OSError, ValueError):
         if sys.__stderr__ is not None and has_room(sys.__stderr__.fileno(), ROOM_S):
             print(line, file=sys.__stderr__, flush=True)
+
+
+class LateLine:
+    """A line about a wait, said once on stderr when the wait has lasted :data:`LATE_S`."""
+
+    def __init__(self, line: str) -> None:
+        self._line = line
+        self._due = time.monotonic() + LATE_S
+
+    def look(self) -> None:
+        """Say it if it is due; to be called again and again while the wait lasts."""
+        if time.monotonic() >= self._due:
+            self._due = float("inf")
+            say(self._line)
 
 
 def abandon(stream: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from s2s.errors import OperatorError
+from s2s.runtime import streams
 from s2s.store.embedded import lease as embedded
 from s2s.store.embedded import postmaster
 from tests.support.waiting import poll
@@ -88,6 +90,61 @@ class InterruptTests(SynchronousTestCase):
         self.assertEqual(left(), [])
         lease = embedded.join(state_dir)
         self.assertTrue(answers(lease.url))
+        self.assertTrue(lease.leave())
+
+
+class LateTests(SynchronousTestCase):
+    """A start that waits for long, each in a state directory of its own."""
+
+    def setUp(self) -> None:
+        """Let little be long, and catch what is said on stderr."""
+        self.state_dir = Path(self.mktemp()).resolve()
+        self.state_dir.mkdir()
+        self.patch(streams, "LATE_S", 0.1)
+        self.told = os.fdopen(os.memfd_create("stderr"), "w+")
+        self.addCleanup(self.told.close)
+        self.patch(sys, "__stderr__", self.told)
+
+    def waits(self, name: str, kind: int, line: str) -> None:
+        """See that a lock that another process has is waited for with one line, and not for ever."""
+        self.patch(embedded, "_OTHERS_S", 0.3)
+        with (self.state_dir / name).open("ab") as other:
+            fcntl.flock(other, kind)
+            refused = str(self.assertRaises(OperatorError, embedded.join, self.state_dir))
+        what = f"{line} in {self.state_dir}"
+        self.assertEqual(refused, f"another process {what}, for 0.3 s by now: end it, or name another --state-dir")
+        self.told.seek(0)
+        self.assertEqual(self.told.read(), f"waiting for another process, which {what}\n")
+
+    def test_another_start(self) -> None:
+        """Another process that starts the server is told of, and is not waited for without an end."""
+        self.waits("postgres.start.lock", fcntl.LOCK_SH, "starts the PostgreSQL")
+
+    def test_another_stop(self) -> None:
+        """So is one that stops it."""
+        self.waits("postgres.lock", fcntl.LOCK_EX, "stops the PostgreSQL")
+
+    def install(self, script: str) -> postmaster._Install:
+        """Have a script as initdb."""
+        initdb = self.state_dir / "initdb"
+        initdb.write_text(f"#!/bin/sh\n{script}\n")
+        initdb.chmod(0o755)
+        return postmaster._Install(self.state_dir, 18, os.geteuid(), os.getegid())
+
+    def test_initdb(self) -> None:
+        """An initdb that hangs is told of, and is ended with one line."""
+        self.patch(postmaster, "STARTING_S", 0.3)
+        install, data = self.install("exec sleep 60"), self.state_dir / "postgres"
+        refused = str(self.assertRaises(OperatorError, postmaster._make, install, data))
+        self.assertEqual(refused, f"initdb has not made {data} within 0.3 s: try again, or name another --state-dir")
+        self.told.seek(0)
+        self.assertEqual(self.told.read(), f"waiting until initdb has made {data}\n")
+
+    def test_a_server_that_does_not_die(self) -> None:
+        """A server that is still there after a stop is no traceback."""
+        process = mock.Mock(spec=subprocess.Popen)
+        process.wait.side_effect = subprocess.TimeoutExpired("postgres", 30)
+        lease = embedded.Lease("", self.state_dir / "postgres", embedded.share(self.state_dir), process)
         self.assertTrue(lease.leave())
 
 

@@ -18,12 +18,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from s2s.errors import OperatorError
+from s2s.runtime.streams import LateLine
 from s2s.store.embedded import postmaster
 
+#: Seconds that a start waits for another process to start or stop the server: initdb and a recovery come first.
+_OTHERS_S = 2 * postmaster.STARTING_S
 #: Seconds in which a guardian tries to be the last one out: the roles beside it have 5 s to drain.
 GUARD_PATIENCE_S = 15.0
 
@@ -68,7 +71,8 @@ class Lease:
                 time.sleep(0.1)
             postmaster.stop(self._data)
             if self._process is not None:
-                self._process.wait(postmaster.STOPPING_S)
+                with suppress(subprocess.TimeoutExpired):  # not even of SIGKILL, as where its disk hangs
+                    self._process.wait(postmaster.STOPPING_S)
             return True
         finally:
             os.close(lock)
@@ -113,10 +117,11 @@ def share(state_dir: Path) -> int:
     """Take a share alone, for a child process to inherit: the server is not stopped while the child lives.
 
     :returns: a file descriptor that every copy of must be closed. While somebody is stopping the server, this waits.
+    :raises OperatorError: that took too long.
     """
     lock = os.open(state_dir / "postgres.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        _take(lock, fcntl.LOCK_SH, f"stops the PostgreSQL in {state_dir}")
     except BaseException:
         os.close(lock)
         raise
@@ -135,8 +140,29 @@ def _try_exclusive(lock: int) -> bool:
 def _locked(path: Path) -> Iterator[None]:
     """Hold the exclusive ``flock`` on a file; wait for it."""
     with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _take(file.fileno(), fcntl.LOCK_EX, f"starts the PostgreSQL in {path.parent}")
         yield
+
+
+def _take(lock: int, kind: int, other: str) -> None:
+    """Take a ``flock``; wait for it.
+
+    :param other: what the process does that has it.
+    :raises OperatorError: that took too long.
+    """
+    late = LateLine(f"waiting for another process, which {other}")
+    deadline = time.monotonic() + _OTHERS_S
+    while True:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            late.look()
+        if time.monotonic() >= deadline:
+            raise OperatorError(
+                f"another process {other}, for {_OTHERS_S:g} s by now: end it, or name another --state-dir"
+            )
+        time.sleep(0.02)
 
 
 def guard(state_dir: Path) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import quote
 
 from s2s.errors import OperatorError
+from s2s.runtime.streams import LateLine
 
 #: Seconds that a start may take; a crash recovery replays up to ``max_wal_size`` first.
 STARTING_S = 300.0
@@ -90,6 +91,7 @@ def start(data: Path) -> tuple[str, subprocess.Popen[bytes] | None]:
     log = _log_of(data)
     old = log.stat().st_size if log.exists() else 0
     process: subprocess.Popen[bytes] | None = None
+    late = LateLine(f"waiting until the PostgreSQL in {data} takes connections; its log is {log}")
     deadline = time.monotonic() + STARTING_S
     while (running := find(data)) is None or not running.ready:
         if process is None and running is None:
@@ -104,14 +106,14 @@ def start(data: Path) -> tuple[str, subprocess.Popen[bytes] | None]:
             raise OperatorError(f"PostgreSQL did not start: {_last_complaint(said)} (its log is {log})")
         elif time.monotonic() >= deadline:
             raise OperatorError(f"PostgreSQL is not ready after {STARTING_S:g} s; its log is {log}")
+        late.look()
         try:
             time.sleep(0.02)
         except KeyboardInterrupt:
             # The database has no clients yet. SIGTERM, because a background job of a shell ignores SIGINT, and so does
             # PostgreSQL until it has its own handlers.
             if process is not None:
-                process.terminate()
-                process.wait(STOPPING_S)
+                _end(process)
             raise
     return f"postgresql://postgres@/postgres?host={quote(running.socket_dir, safe='/')}&port={_PORT}", process
 
@@ -223,20 +225,26 @@ def _make(install: _Install, data: Path) -> None:
         os.chown(fresh, install.uid, install.gid)
         # One collation everywhere: what the operator's locale is must not decide an order, or whether initdb works.
         command = ["initdb", "--auth=trust", "--encoding=UTF8", "--no-locale", "-U", "postgres", "-D", str(fresh)]
-        done = subprocess.run(
+        initdb = subprocess.Popen(
             [str(install.programs / command[0]), *command[1:]],
             cwd="/",
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
             # The names of files may be in any encoding.
             encoding="utf-8",
             errors="backslashreplace",
-            check=False,
             **install.identity,
         )
-        if done.returncode != 0:
-            raise OperatorError(f"PostgreSQL's data directory cannot be made: {_last_complaint(done.stderr)}") from None
+        try:
+            complaint = _complaint_of(initdb, data)
+        except BaseException:
+            # In order, so that its children are gone.
+            _end(initdb)
+            raise
+        if initdb.returncode != 0:
+            raise OperatorError(f"PostgreSQL's data directory cannot be made: {complaint}") from None
         fresh.rename(data)
         return
     if version != install.version:
@@ -246,6 +254,30 @@ def _make(install: _Install, data: Path) -> None:
         )
     if data.stat().st_uid != install.uid:
         raise OperatorError(f"{data} belongs to another user: be that user, or name another --state-dir")
+
+
+def _complaint_of(initdb: subprocess.Popen[str], data: Path) -> str:
+    """Wait for the end of initdb, and return what it complained of last."""
+    late = LateLine(f"waiting until initdb has made {data}")
+    deadline = time.monotonic() + STARTING_S
+    while True:
+        try:
+            return _last_complaint(initdb.communicate(timeout=0.2)[1])
+        except subprocess.TimeoutExpired:
+            late.look()
+            if time.monotonic() >= deadline:
+                raise OperatorError(
+                    f"initdb has not made {data} within {STARTING_S:g} s: try again, or name another --state-dir"
+                ) from None
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """End a program of PostgreSQL that still starts."""
+    process.terminate()
+    try:
+        process.wait(STOPPING_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _spawn(install: _Install, data: Path, log: Path) -> subprocess.Popen[bytes] | None:
