@@ -32,7 +32,7 @@ from s2s.cli.plugins import plugins
 from s2s.cli.tokens import group as tokens
 from s2s.cli.up import up
 from s2s.cli.world import world
-from s2s.runtime import streams
+from s2s.runtime import signals, streams
 
 COMMANDS = (
     up,
@@ -64,6 +64,7 @@ class _Program(click.Group):
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Run as the process of its own that it is; tests call :meth:`main`."""
+        signals.reset()
         # Process 1 of a container does not get a signal that it does not handle.
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._terminate)

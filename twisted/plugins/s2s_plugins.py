@@ -13,3 +13,6 @@ if {server.tapname, engine.tapname} & set(sys.argv):
     # are read.
     for _number in (signal.SIGHUP, signal.SIGQUIT):
         signal.signal(_number, signal.SIG_IGN)
+    from s2s.runtime import signals
+
+    signals.reset()

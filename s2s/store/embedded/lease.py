@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from s2s.errors import OperatorError
+from s2s.runtime import signals
 from s2s.runtime.streams import LateLine
 from s2s.store.embedded import postmaster
 
@@ -170,6 +171,7 @@ def guard(state_dir: Path) -> None:
 
     :raises OperatorError: as :func:`join`, or the server ended by itself.
     """
+    signals.reset()
     told, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)
