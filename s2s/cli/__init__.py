@@ -32,7 +32,7 @@ from s2s.cli.plugins import plugins
 from s2s.cli.tokens import group as tokens
 from s2s.cli.up import up
 from s2s.cli.world import world
-from s2s.runtime import signals, streams
+from s2s.runtime import files, signals, streams
 
 COMMANDS = (
     up,
@@ -119,21 +119,13 @@ def _unwritten(error: OSError) -> str:
     return f"the output cannot be written, {error.strerror}: the command may be done: look before it is repeated"
 
 
-def _is_here() -> bool:
-    """Whether the working directory exists."""
-    try:
-        return bool(os.getcwd())
-    except OSError:
-        return False
-
-
 @contextmanager
 def _writing() -> Iterator[None]:
     """Tell by a line that the output cannot be written, or that the working directory was removed."""
     try:
         yield
     except OSError as error:
-        if not _is_here():
+        if not files.is_here():
             raise click.ClickException("the working directory was removed: change to another one") from None
         if not _is_of_output(error):
             raise

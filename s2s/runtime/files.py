@@ -40,6 +40,19 @@ def read(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     raise OSError(errno.EFBIG, "it is too long")
 
 
+def is_here() -> bool:
+    """Whether the working directory exists."""
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
+
+
+def describe(error: OSError) -> str:
+    """Return what the operating system says, with the file where there is one."""
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+
+
 def _at_once(path: str, flags: int) -> int:
     """Open a file, without a wait for the writer of a pipe."""
     return os.open(path, flags | os.O_NONBLOCK)

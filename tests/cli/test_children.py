@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from twisted.trial.unittest import TestCase
 
 from s2s.cli.up import children
 from s2s.errors import OperatorError
+from s2s.store.pool import blocking
 from tests.support.waiting import poll
 
 #: Every script may use these.
@@ -37,6 +39,49 @@ class DatabaseProcessTests(TestCase):
         self.assertIn("was made by PostgreSQL 9", str(self.assertRaises(OperatorError, database.start)))
         database.stop()
         self.assertEqual(said, [])
+
+    def database(self) -> children.DatabaseProcess:
+        """Make one in a state directory of its own."""
+        self.state_dir = Path(self.mktemp()).resolve()
+        self.state_dir.mkdir()
+        self.said: list[str] = []
+        database = children.DatabaseProcess(self.state_dir, os.open(os.devnull, os.O_RDONLY), self.said.append)
+        self.addCleanup(os.close, database._lock)
+        self.addCleanup(database.stop)
+        return database
+
+    def test_a_start_that_waits(self):
+        """A start that waits says what for, and ends when it is told to; its guardian ends as well."""
+        database = self.database()
+
+        def check() -> None:
+            if self.said:
+                raise KeyboardInterrupt
+
+        with (self.state_dir / "postgres.start.lock").open("ab") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            self.assertRaises(KeyboardInterrupt, database.start, check)
+            guard = database._guard
+            database.stop()
+        self.assertEqual(self.said, [f"waiting for another process, which starts the PostgreSQL in {self.state_dir}"])
+        self.assertEqual(guard.returncode, 1)
+
+    def test_a_second_start(self):
+        """A guardian that died is started again without a wait; the server that it left ends with the next one."""
+        database = self.database()
+        url = database.start()
+        with (self.state_dir / "postgres.start.lock").open("ab") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            database._guard.kill()
+            database._guard.wait()
+            for _ in range(3):
+                database.poll()
+            self.assertEqual(self.said, ["died unasked, starts again"])
+            self.assertFalse(database._is_ready)
+        with blocking(url) as txn:
+            txn.execute("select 1")
+        database.stop()
+        self.assertFalse((self.state_dir / "postgres" / "postmaster.pid").exists())
 
 
 class RoleProcessTests(TestCase):
@@ -134,6 +179,21 @@ class RoleProcessTests(TestCase):
         """A role that says nothing at all is pointed at."""
         role = self.role("sys.exit(3)")
         self.assertEqual((yield self.refused(role)), "the server ended with exit 3; its log says more")
+
+    @inlineCallbacks
+    def test_much_output(self):
+        """What a role prints takes a bounded place, and the end of it is read all the same."""
+        self.patch(children, "_OUTPUT_BYTES", 1000)
+        role = self.role(
+            'print("x" * 5000, flush=True); write("s2s.runtime.status_log#info", "printed"); sys.stdin.readline(); '
+            'print("y" * 70_000); sys.exit("the last line")'
+        )
+        yield self.status_log(role, "printed")
+        role.poll(first=True)
+        self.assertEqual(os.fstat(role._output.fileno()).st_size, 0)
+        role._process.stdin.write(b"\n")
+        role._process.stdin.flush()
+        self.assertEqual((yield self.refused(role)), "the last line")
 
     @inlineCallbacks
     def test_hanging_role_is_killed(self):

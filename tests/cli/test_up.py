@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -11,11 +12,14 @@ import stat
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
+import psycopg2
 from click.testing import CliRunner
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThread
@@ -25,6 +29,8 @@ from s2s.cli import main
 from s2s.cli.up import supervisor
 from s2s.errors import OperatorError
 from s2s.runtime.status_log import LINK_UP
+from s2s.store import migrations
+from s2s.store.embedded import lease
 from s2s.store.pool import blocking
 from s2s.store.tables import world
 from tests.support.http import ask
@@ -286,6 +292,40 @@ class UpTests(TestCase):
         self.assertEqual((supervisor.returncode, said.count("\n")), (1, 1), said)
         self.assertIn("the output cannot be written, No space left on device", said)
         yield self.nothing_left()
+
+    @inlineCallbacks
+    def test_told_to_end_before_the_start(self):
+        """A signal ends it at once while it waits for a lock of the database, which it names, and nothing is left."""
+        self.state_dir = new_state_dir()
+        held = yield deferToThread(lease.join, self.state_dir)
+        self.addCleanup(held.leave)
+        with closing(psycopg2.connect(held.url)) as holder:
+            holder.cursor().execute("select pg_advisory_xact_lock(%s)", (migrations._LOCK,))
+
+            def waiters() -> int:
+                with blocking(held.url) as txn:
+                    txn.execute("select count(*) from pg_stat_activity where application_name = 's2s up'")
+                    return int(txn.fetchone()[0])
+
+            run = self.up()
+            yield run.says("waiting for locks: pid")
+            run.process.send_signal(signal.SIGTERM)
+            yield poll(lambda: waiters() == 0, "it waits no more")
+        # Its guardian waits for us.
+        held.leave()
+        yield run.ended()
+        self.assertEqual(run.process.returncode, 1)
+        self.assertEqual(run.output.splitlines()[-1], "interrupted before everything has started")
+        yield self.nothing_left()
+
+    def test_a_file_system_without_locks(self):
+        """An error of the operating system without a file is told as it is, in one line that names --state-dir."""
+        for errno_, where in ((errno.ENOLCK, "fcntl.flock"), (errno.ENOSPC, "s2s.cli.up.supervisor._exclusive")):
+            with mock.patch(where, side_effect=OSError(errno_, os.strerror(errno_))):
+                refused = self.assertRaises(
+                    OperatorError, supervisor.run, self.state_dir, "tcp:1", "tcp:2", None, lambda _: None
+                )
+            self.assertRegex(str(refused), rf"\({os.strerror(errno_)}\): .*--state-dir")
 
     @inlineCallbacks
     def test_state_directory_in_use(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -272,6 +273,15 @@ class MistakeTests(SynchronousTestCase):
         refusal = self.refusal(file / "state")
         self.assertIn(str(file), refusal)
         self.assertIn("--state-dir", refusal)
+
+    def test_an_error_without_a_file(self) -> None:
+        """What the operating system says is in the line, and the working directory is named where it is gone alone."""
+        for number, where in ((errno.ENOLCK, "fcntl.flock"), (errno.ENOENT, "tempfile.mkdtemp")):
+            state_dir = Path(self.mktemp())
+            with mock.patch(where, side_effect=OSError(number, "no such thing")):
+                refusal = self.refusal(state_dir)
+            self.assertRegex(refusal, r"\(no such thing\): .*--state-dir.*TMPDIR")
+            self.assertNotIn("working directory", refusal)
 
     def test_another_version(self) -> None:
         """A data directory of another PostgreSQL is left as it is."""

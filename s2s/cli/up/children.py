@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -23,6 +25,10 @@ from s2s.runtime import watchdog
 _ENDS_S = GRACE_S + 2 * CUT_S + 2.0
 #: PostgreSQL writes out what it has in memory; its guardian's patience, and every step of its stop, fit into this.
 _DATABASE_ENDS_S = 60.0
+#: Bytes of what a role prints beside its log, after which all of it is dropped, and the bytes at its end that are read.
+_OUTPUT_BYTES, _REASON_BYTES = 10_000_000, 65_536
+#: Seconds that a look at a guardian that starts waits for its words.
+_LOOK_S = 0.2
 #: The pauses before a dead role is started again, in seconds: the first, the longest, and the life that makes it new.
 _PAUSE_S, _PAUSE_MAX_S, _LONG_LIFE_S = 0.5, 10.0, 30.0
 #: A line of interest in a twistd log, and one that says why the process ends.
@@ -42,13 +48,54 @@ class DatabaseProcess:
         self._lock = lock
         self._say = say
         self._guard: subprocess.Popen[bytes] | None = None
+        #: Whether this guardian is ready, and whether any was: the server may run then.
+        self._is_ready = self._was_ready = False
+        #: Of this guardian's stdout and stderr, the line that has not ended.
+        self._word = self._line = b""
 
-    def start(self) -> str:
+    def start(self, check: Callable[[], object] = lambda: None) -> str:
         """Start it, or join it where it runs.
 
+        :param check: called again and again while it starts; what it raises ends that.
         :returns: its URL.
         :raises OperatorError: the guardian's.
         """
+        self._spawn()
+        while not (url := self._look(_LOOK_S)):
+            check()
+        return url
+
+    def poll(self) -> None:
+        """Start it again where it or its guardian has died; do not wait.
+
+        :raises OperatorError: it could not be started again.
+        """
+        if self._guard is None:
+            return
+        if not self._is_ready:
+            self._look(0.0)
+        elif self._guard.poll() is not None:
+            self._guard.communicate()
+            self._say("died unasked, starts again")
+            self._spawn()
+
+    def stop(self) -> None:
+        """Stop it; a guardian that died just now, or is not ready again, has left it running."""
+        with suppress(OperatorError):
+            self.poll()
+            until = time.monotonic() + _DATABASE_ENDS_S
+            while self._was_ready and not self._is_ready and time.monotonic() < until:
+                self._look(_LOOK_S)
+        guard, self._guard = self._guard, None
+        if guard is None:
+            return
+        if not _end(guard, _DATABASE_ENDS_S):
+            self._say(f"its guardian did not end within {_DATABASE_ENDS_S:g} s and was killed")
+        guard.communicate()
+
+    def _spawn(self) -> None:
+        self._is_ready = False
+        self._word = self._line = b""
         self._guard = subprocess.Popen(
             [sys.executable, "-m", "s2s.store.embedded.lease", "--guard", str(self._state_dir)],
             stdin=subprocess.PIPE,
@@ -57,32 +104,36 @@ class DatabaseProcess:
             pass_fds=(self._lock,),
             start_new_session=True,
         )
-        assert self._guard.stdout is not None
-        assert self._guard.stderr is not None
-        word, _, url = self._guard.stdout.readline().decode().strip().partition(" ")
-        if word != "ready":
-            _, said = self._guard.communicate()
-            # It never ran, so it has not died, and is not started again.
-            self._guard = None
-            raise OperatorError(said.decode().strip().rpartition("\n")[2])
-        return url
 
-    def poll(self) -> None:
-        """Start it again where it or its guardian has died."""
-        if self._guard is not None and self._guard.poll() is not None:
-            self._guard.communicate()
-            self._say("died unasked, starts again")
-            self.start()
+    def _look(self, wait_s: float) -> str:
+        """Hear a guardian that starts, and tell what it waits for.
 
-    def stop(self) -> None:
-        """Stop it; a guardian that died just now has left it running."""
-        with suppress(OperatorError):
-            self.poll()
-        if self._guard is None:
-            return
-        if not _end(self._guard, _DATABASE_ENDS_S):
-            self._say(f"its guardian did not end within {_DATABASE_ENDS_S:g} s and was killed")
-        self._guard.communicate()
+        :returns: the URL when it is ready; empty: it is not yet.
+        :raises OperatorError: it has ended.
+        """
+        guard = self._guard
+        assert guard is not None
+        assert guard.stdout is not None
+        assert guard.stderr is not None
+        heard, _, _ = select.select([guard.stdout, guard.stderr], [], [], wait_s)
+        if guard.stderr in heard:
+            self._line += os.read(guard.stderr.fileno(), select.PIPE_BUF)
+            while self._line.startswith(b"waiting ") and b"\n" in self._line:
+                line, _, self._line = self._line.partition(b"\n")
+                self._say(line.decode(errors="replace"))
+        if guard.stdout in heard:
+            part = os.read(guard.stdout.fileno(), select.PIPE_BUF)
+            self._word += part
+            if not part:
+                _, rest = guard.communicate()
+                # It is not started again.
+                self._guard = None
+                raise OperatorError((self._line + rest).decode(errors="replace").strip().rpartition("\n")[2])
+        word, end, _ = self._word.partition(b"\n")
+        if not end:
+            return ""
+        self._is_ready = self._was_ready = True
+        return word.decode().partition(" ")[2].strip()
 
 
 class RoleProcess:
@@ -117,15 +168,16 @@ class RoleProcess:
         self._say = say
         self._tail = LogTail(log)
         self._lines: deque[str] = deque(maxlen=200)
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as we do
+        self._output = tempfile.TemporaryFile(dir=state_dir, buffering=0)  # noqa: SIM115 - lives as long as we do
+        # The role goes on at the end, wherever that is by now.
+        fcntl.fcntl(self._output, fcntl.F_SETFL, fcntl.fcntl(self._output, fcntl.F_GETFL) | os.O_APPEND)
         self._process: subprocess.Popen[bytes] | None = None
         self._pause_s = _PAUSE_S
         self._started = self._due = 0.0
 
     def start(self) -> None:
         """Start it in a session of its own: a Ctrl-C at the terminal is for us alone, who stop in order."""
-        self._output.seek(0)
-        self._output.truncate()
+        self._output.truncate(0)
         self._lines.clear()
         self._started = time.monotonic()
         self._process = subprocess.Popen(
@@ -162,6 +214,8 @@ class RoleProcess:
             return
         code = self._process.poll()
         if code is None:
+            if os.fstat(self._output.fileno()).st_size > _OUTPUT_BYTES:
+                self._output.truncate(0)
             return
         self._forget()
         if code == 0:
@@ -194,7 +248,7 @@ class RoleProcess:
     def _reason(self, code: int) -> str:
         """Find the line that says why it ended: what it said to the terminal, else its log."""
         list(self.status_log())
-        self._output.seek(0)
+        self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - _REASON_BYTES))
         said = [line.strip() for line in self._output.read().decode(errors="replace").splitlines() if line.strip()]
         logged = [match[1] for line in self._lines if (match := _REASON.match(line))]
         return (said or logged or [f"the {self.name} ended with exit {code}; its log says more"])[-1]

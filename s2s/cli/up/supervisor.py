@@ -22,9 +22,11 @@ from typing import IO
 
 from s2s.cli.up.children import DatabaseProcess, RoleProcess
 from s2s.cli.up.notice_watcher import NoticeWatcher, Say, SmokeBroadcast
-from s2s.errors import DatabaseUnavailable, OperatorError
+from s2s.errors import DatabaseError, OperatorError
+from s2s.runtime import files
 from s2s.runtime.status_log import LINK_UP
-from s2s.store import migrations, pool
+from s2s.store import lock_wait, migrations, pool
+from s2s.store.driver import commit
 from s2s.store.embedded import lease
 from s2s.store.tables import keys, tokens
 from s2s.store.tables.seed import make_world
@@ -39,6 +41,8 @@ TOKEN = "s2s-up"
 _POLL_S = 0.2
 #: Seconds in which the children of a killed ``s2s up`` end by themselves.
 _LEFT_BEHIND_S = 30.0
+#: Seconds that the end of the token may wait for a lock.
+_REVOKE_S = 5.0
 
 
 def run(state_dir: Path, listen: str, http: str, for_seconds: float | None, echo: Callable[[str], None]) -> int:
@@ -53,11 +57,36 @@ def run(state_dir: Path, listen: str, http: str, for_seconds: float | None, echo
     :raises OperatorError: what is missing, in use or wrong; nothing is left running.
     :raises OSError: a line could not be written; likewise.
     """
+    lost: list[OSError] = []
+    try:
+        return _run(state_dir, listen, http, for_seconds, echo, lost)
+    except KeyboardInterrupt:
+        raise OperatorError("interrupted before everything has started") from None
+    except OSError as error:
+        if error in lost or (error.filename is None and not files.is_here()):
+            raise
+        raise OperatorError(
+            f"s2s up cannot go on ({files.describe(error)}): "
+            f"see that {state_dir} can be written, or name another --state-dir"
+        ) from None
+
+
+def _run(
+    state_dir: Path,
+    listen: str,
+    http: str,
+    for_seconds: float | None,
+    echo: Callable[[str], None],
+    lost: list[OSError],
+) -> int:
+    """Do as :func:`run`.
+
+    :param lost: takes the error of a line that could not be written.
+    :raises KeyboardInterrupt: a signal came before everything was started.
+    """
     connect = connect_endpoint(listen)
     base_url = http_url(http)
     state_dir = Path(os.path.abspath(state_dir))
-
-    lost: list[OSError] = []
 
     def say(who: str, what: str, at: str | None = None, /) -> None:
         if lost:
@@ -69,13 +98,15 @@ def run(state_dir: Path, listen: str, http: str, for_seconds: float | None, echo
 
     with ExitStack() as stack:  # unwinds in the order of the stop: engine, server, database, locks
         bell = stack.enter_context(_bell())
-        lock = stack.enter_context(_exclusive(state_dir, say))
+        with bell.interrupting():
+            lock = stack.enter_context(_exclusive(state_dir, say))
         database = DatabaseProcess(state_dir, lock, partial(say, "database"))
         stack.callback(database.stop)
-        url = database.start()
+        url = database.start(bell.check)
         share = lease.share(state_dir)
         stack.callback(os.close, share)
-        token = _prepare(url, partial(say, "database"))
+        with bell.interrupting():
+            token = _prepare(url, partial(say, "database"))
         token_file = state_dir / "up.token"
         stack.callback(_withdraw_token, url, token_file)
         _replace(token_file, token + "\n", 0o600)
@@ -115,9 +146,10 @@ def run(state_dir: Path, listen: str, http: str, for_seconds: float | None, echo
                 if written != now:
                     _replace(_json_file(state_dir), json.dumps(now, indent=2) + "\n")
                     written = now
-                board.poll(say)
-                if errand:
-                    errand.poll(say)
+                with suppress(KeyboardInterrupt), bell.interrupting():
+                    board.poll(say)
+                    if errand:
+                        errand.poll(say)
             time.sleep(_POLL_S)
         say("up", "stopping")
     if lost:
@@ -187,6 +219,30 @@ class _StopFlag:
     """Whether we were told to end."""
 
     rung = False
+    _is_raising = False
+
+    def ring(self, *_: object) -> None:
+        """Be told, as the handler of a signal."""
+        self.rung = True
+        if self._is_raising:
+            # What it ends is not interrupted once more.
+            self._is_raising = False
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if we were told."""
+        if self.rung:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Raise KeyboardInterrupt also when we are told meanwhile, for waits that do not look at the flag."""
+        self._is_raising = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._is_raising = False
 
 
 @contextmanager
@@ -194,13 +250,10 @@ def _bell() -> Iterator[_StopFlag]:
     """Turn the signals that end us into a flag, looked at between two steps: the end has an order."""
     bell = _StopFlag()
 
-    def ring(*_: object) -> None:
-        bell.rung = True
-
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, ring) for number in numbers}
+    before = {number: signal.signal(number, bell.ring) for number in numbers}
     try:
         yield bell
     finally:
@@ -248,13 +301,15 @@ def _prepare(url: str, say: Callable[[str], None]) -> str:
 
     :returns: a token for this run.
     """
-    with pool.blocking(url, "s2s up") as txn:
-        for name in migrations.migrate(txn.connection):
+    with pool.blocking(url, "s2s up") as txn, lock_wait.late_told(txn.connection, say):
+        for name in migrations.migrate(txn.connection, say):
             say(f"migrated: {name}")
         key_id = keys.add_first_random(txn)
         is_made = make_world(txn, *WORLD)
         tokens.revoke(txn, TOKEN)  # of a run that was killed
         token = tokens.add(txn, TOKEN, "admin", "of the s2s up that runs")
+        # Here, where it is told what it waits for.
+        commit(txn.connection)
     if key_id is not None:
         say(f"made a random key: {key_id}")
     if is_made:
@@ -266,7 +321,11 @@ def _prepare(url: str, say: Callable[[str], None]) -> str:
 def _withdraw_token(url: str, token_file: Path) -> None:
     """End this run's token, as far as that can be."""
     token_file.unlink(missing_ok=True)
-    with suppress(DatabaseUnavailable), pool.blocking(url, "s2s up", connect_timeout_s=1.0) as txn:
+    # The next run ends it, too.
+    with (
+        suppress(DatabaseError),
+        pool.blocking(url, "s2s up", statement_timeout_s=_REVOKE_S, connect_timeout_s=1.0) as txn,
+    ):
         tokens.revoke(txn, TOKEN)
 
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from s2s.errors import OperatorError
-from s2s.runtime import signals
+from s2s.runtime import files, signals
 from s2s.runtime.streams import LateLine
 from s2s.store.embedded import postmaster
 
@@ -96,6 +96,11 @@ def join(state_dir: Path) -> Lease:
             try:
                 url, process = postmaster.start(data)
                 return Lease(url, data, lock, process)
+            except KeyboardInterrupt:
+                # It may run by now.
+                with suppress(ImportError):
+                    Lease("", data, lock, None).leave()
+                raise
             except BaseException:
                 os.close(lock)
                 raise
@@ -104,13 +109,13 @@ def join(state_dir: Path) -> Lease:
             f"the path of the embedded PostgreSQL is not UTF-8: {str(state_dir)!a}: name another --state-dir"
         ) from None
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and not files.is_here():
             raise OperatorError(
                 "the working directory was removed: change to another one, or name a database with --database"
             ) from error
         raise OperatorError(
-            f"the embedded PostgreSQL cannot use {state_dir} ({error.strerror}: {error.filename}): "
-            "name a directory of your own with --state-dir, or a database with --database"
+            f"the embedded PostgreSQL cannot use {state_dir} ({files.describe(error)}): "
+            "name a directory of your own with --state-dir (and with TMPDIR), or a database with --database"
         ) from error
 
 
@@ -170,16 +175,18 @@ def guard(state_dir: Path) -> None:
     """Join, say ``ready URL`` on stdout, and hold the share until stdin ends or SIGTERM comes.
 
     :raises OperatorError: as :func:`join`, or the server ended by itself.
+    :raises KeyboardInterrupt: SIGTERM came before the server was ready; it is ended.
     """
     signals.reset()
     told, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)
-    # Told while it still starts, it starts, and then leaves: half a start is worse than a late end.
-    signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A recovery may take minutes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     lease = join(state_dir)
     try:
+        signal.signal(signal.SIGTERM, lambda *_: None)
         print("ready", lease.url, flush=True)
         stdin = sys.stdin.fileno()
         while lease.is_running:
@@ -202,3 +209,5 @@ if __name__ == "__main__":
         guard(_arguments.parse_args().guard)
     except OperatorError as _error:
         sys.exit(str(_error))
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the PostgreSQL was ready")
