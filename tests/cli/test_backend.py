@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
@@ -35,6 +36,8 @@ class WayTests(SynchronousTestCase):
         """Let each way say that it was taken."""
         self.state_dir = Path(self.mktemp())
         self.state_dir.mkdir()
+        self.lock = (self.state_dir / "up.lock").open("ab")
+        self.addCleanup(self.lock.close)
 
         @contextmanager
         def transaction(database: str | None, state_dir: Path) -> Iterator[str]:
@@ -71,6 +74,7 @@ class WayTests(SynchronousTestCase):
 
     def running(self, **more: Any) -> None:
         """Let an ``s2s up`` run in the state directory."""
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
         found = {"http": "http://up", "token_file": "up.token", "server_pid": os.getpid(), **more}
         (self.state_dir / "up.json").write_text(json.dumps(found))
 
@@ -97,6 +101,15 @@ class WayTests(SynchronousTestCase):
             self.running(**left)
             self.assertIn("database", self.way(), left)
         (self.state_dir / "up.json").write_text("{")
+        self.assertIn("database", self.way())
+
+    def test_a_pid_that_is_somebody_elses(self) -> None:
+        """The file of a killed one leads nowhere, though the pid in it is another process's by now."""
+        self.running()
+        fcntl.flock(self.lock, fcntl.LOCK_UN)
+        self.assertIn("database", self.way())
+        self.lock.close()
+        (self.state_dir / "up.lock").unlink()
         self.assertIn("database", self.way())
 
     def test_two_ways(self) -> None:

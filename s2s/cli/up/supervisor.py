@@ -41,6 +41,8 @@ TOKEN = "s2s-up"
 _POLL_S = 0.2
 #: Seconds in which the children of a killed ``s2s up`` end by themselves.
 _LEFT_BEHIND_S = 30.0
+#: Seconds in which a command that looks whether an s2s up runs has let go of the lock.
+_LOOKED_AT_S = 1.0
 #: Seconds that the end of the token may wait for a lock.
 _REVOKE_S = 5.0
 
@@ -270,13 +272,16 @@ def _exclusive(state_dir: Path, say: Say) -> Iterator[int]:
     with ExitStack() as stack:
         try:
             state_dir.mkdir(parents=True, exist_ok=True)
-            ours = stack.enter_context((state_dir / "up.lock").open("ab"))
+            ours = stack.enter_context(_lock_file(state_dir).open("ab"))
             children = stack.enter_context((state_dir / "up.children.lock").open("ab"))
         except OSError as error:
             raise OperatorError(
                 f"the state directory cannot be used ({error.strerror}: {error.filename}): name another --state-dir"
             ) from error
-        if not _take(ours):
+        deadline = time.monotonic() + _LOOKED_AT_S
+        while not (is_ours := _take(ours)) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        if not is_ours:
             raise OperatorError(f"another s2s up runs in {state_dir}: stop it, or name another --state-dir")
         deadline = time.monotonic() + _LEFT_BEHIND_S
         if not _take(children):
@@ -288,9 +293,13 @@ def _exclusive(state_dir: Path, say: Say) -> Iterator[int]:
         yield children.fileno()
 
 
-def _take(file: IO[bytes]) -> bool:
+def _lock_file(state_dir: Path) -> Path:
+    return state_dir / "up.lock"
+
+
+def _take(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -345,7 +354,10 @@ def find_api(state_dir: Path) -> Api | None:
     """Give the API of the ``s2s up`` that runs in a state directory; ``None``: none does, or it has no link yet."""
     try:
         found = json.loads(_json_file(state_dir).read_text())
-        # A killed one leaves its file behind.
+        # A killed one leaves its file behind, and its pids may be those of others by now.
+        with _lock_file(state_dir).open("rb") as ours:
+            if _take(ours, fcntl.LOCK_SH):
+                return None
         os.kill(found["server_pid"], 0)
         return Api(found["http"], Path(found["token_file"]))
     except (OSError, ValueError, KeyError, TypeError):
