@@ -36,7 +36,9 @@ from s2s.cli.common import FilledPath, actor, database_options, not_empty, one_l
 from s2s.cli.up.supervisor import Api, find_api
 from s2s.errors import AuthBad, AuthRequired, OperatorError, Refused, Unreachable, WireError, harmless
 from s2s.roles import preflight
-from s2s.runtime import files
+from s2s.runtime import files, own_threads
+from s2s.runtime.clock import make_monotonic
+from s2s.runtime.streams import LATE_S
 from s2s.store import driver, pool
 from s2s.store.driver import Cursor
 from s2s.store.lock_wait import PATIENCE_S, LockWait
@@ -150,6 +152,9 @@ class HttpBackend(Backend):
             body=ask.body,
             idem_key=ask.idem_key,
         )
+        late = threading.Timer(LATE_S, click.echo, (f"waiting for the answer of {self._api.url}",), {"err": True})
+        late.daemon = True
+        own_threads.try_start(late)
         try:
             reply: R = blockingCallFromThread(self._reactor, call)
             return reply
@@ -158,6 +163,8 @@ class HttpBackend(Backend):
                 raise
             if not self._has_new_token():
                 raise OperatorError(f"{error.message}: see --token-file and {TOKEN_VARIABLE}") from None
+        finally:
+            late.cancel()
         return self._perform(operation, ask)
 
     def _has_new_token(self) -> bool:
@@ -181,6 +188,7 @@ def _running_reactor() -> Any:
 
     loop: Any = reactor
     if not loop.running:
+        make_monotonic(loop)
         is_running = threading.Event()
         loop.callWhenRunning(is_running.set)
         threading.Thread(target=loop.run, kwargs={"installSignalHandlers": False}, daemon=True).start()

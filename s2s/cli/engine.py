@@ -110,6 +110,10 @@ def _told(ack: Mapping[str, Any]) -> str:
     if "queued" in ack:
         return f"{ack['queued']} broadcasts queued"
     if "deadline_ms" in ack:
-        deadline = datetime.fromtimestamp(ack["deadline_ms"] / 1000, timezone.utc)
-        return f"{ack['state']}, its grace ends at {deadline:%H:%M:%S} UTC"
+        deadline_ms = ack["deadline_ms"]
+        try:
+            deadline = f"{datetime.fromtimestamp(deadline_ms / 1000, timezone.utc):%H:%M:%S} UTC"
+        except (ValueError, OverflowError, OSError):  # of a peer in another language
+            deadline = f"{deadline_ms} ms of Unix time"
+        return f"{ack['state']}, its grace ends at {deadline}"
     return str(ack.get("state", "done"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NoReturn
@@ -16,7 +16,7 @@ import click
 from s2s.admin.operations import config, orders
 from s2s.admin.operations.operation import IDEM_KEY
 from s2s.admin.operations.orders import KINDS, Order
-from s2s.cli.backend import Backend, rows, with_backend
+from s2s.cli.backend import Backend, HttpBackend, rows, with_backend
 from s2s.cli.common import ALL, interrupt_noted, json_option, limit_option, progress_bar, show, show_one, words
 from s2s.errors import (
     CallError,
@@ -161,7 +161,11 @@ for _kind in KINDS.values():
 
 def _follow(backend: Backend, row: Order, wait_s: float) -> Order:
     """Look at an order until it is over, nothing has moved for so long, or Ctrl-C, which leaves it alone."""
-    with suppress(KeyboardInterrupt), interrupt_noted() as is_interrupted, progress_bar() as bar:
+    # A call over HTTP loses no exception, and may wait long for a server that stands still.
+    noted: AbstractContextManager[Callable[[], bool]] = interrupt_noted()
+    if isinstance(backend, HttpBackend):
+        noted = nullcontext(lambda: False)
+    with suppress(KeyboardInterrupt), noted as is_interrupted, progress_bar() as bar:
         task = bar.add_task(row.rpc, visible=False)
         moved_at = time.monotonic()
         while row.status in OPEN and time.monotonic() - moved_at < wait_s and not is_interrupted():

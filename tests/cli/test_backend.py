@@ -6,12 +6,16 @@ import fcntl
 import importlib
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 from click.testing import CliRunner
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThread
@@ -23,7 +27,7 @@ from s2s.errors import OperatorError, Refused
 from s2s.runtime import files
 from s2s.store.access import make
 from tests.support.http import ApiTestCase, shell
-from tests.support.roles import free_port
+from tests.support.roles import free_port, start_process
 from tests.support.waiting import poll
 
 _MODULE = importlib.import_module("s2s.cli.backend")
@@ -221,6 +225,47 @@ class ShutTests(ApiTestCase):
         self.assertRegex(stderr, f"^({followed}|.*the answer of http.* was lost: .*)\n$")
         self.assertEqual(after, 1)
         self.assertIn("does not answer", unreachable)
+
+
+class FrozenTests(ApiTestCase):
+    """A server that stands still."""
+
+    @inlineCallbacks
+    def test_ctrl_c(self) -> Iterator[Deferred[Any]]:
+        """A command says what it waits for, and Ctrl-C ends it at once, also while it follows an order."""
+
+        def start(*argv: str) -> subprocess.Popen[str]:
+            way = {"S2S_URL": self.api, "S2S_TOKEN_FILE": self.token_file()}
+            return start_process(self, [str(Path(sys.executable).with_name("s2s")), *argv], **way)
+
+        follow = start("order", "force-tick", "decay", "--wait", "60")
+        yield poll(lambda: self.count("orders"), "it is given")
+        server = psutil.Process(self.role.pid)
+        server.suspend()
+        self.addCleanup(server.resume)
+        for process, code in ((follow, 3), (start("order", "list"), 1)):
+            said = yield deferToThread(process.stderr.readline)
+            self.assertEqual(said, f"waiting for the answer of {self.api}\n")
+            process.send_signal(signal.SIGINT)
+            yield poll(lambda process=process: process.poll() is not None, "it ends")
+            self.assertEqual(process.returncode, code)
+
+    def test_the_clock(self) -> None:
+        """A step of the wall clock changes no wait of a command."""
+        look = "import time; from s2s.cli import backend; print(backend._running_reactor().seconds is time.monotonic)"
+        done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+        self.assertEqual(done.stdout, "True\n")
+
+
+class DeadlineTests(SynchronousTestCase):
+    """The answer of an engine that shuts down."""
+
+    def test_deadlines(self) -> None:
+        """A deadline that is a time of day is shown as one, any other as the number that it is."""
+        told = importlib.import_module("s2s.cli.engine")._told
+        for deadline_ms, shown in ((1_700_000_000_000, "22:13:20 UTC"), (2**53 - 1, f"{2**53 - 1} ms of Unix time")):
+            said = told({"state": "draining", "deadline_ms": deadline_ms})
+            self.assertEqual(said, f"draining, its grace ends at {shown}")
 
 
 class TlsTests(ApiTestCase):
