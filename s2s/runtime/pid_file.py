@@ -63,7 +63,9 @@ class PidFile:
             os.close(descriptor)
 
     def _lock(self, descriptor: int) -> None:
-        content = os.pread(descriptor, _MOST_BYTES, 0).strip() if stat.S_ISREG(os.fstat(descriptor).st_mode) else b"-"
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        # A loss of power may leave NUL bytes.
+        content = os.pread(descriptor, _MOST_BYTES, 0).strip(b"\0 \t\r\n") if is_file else b"-"
         if not re.fullmatch(rb"\d*", content):
             raise self._refusal("is no pid file")
         try:

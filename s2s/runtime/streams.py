@@ -70,8 +70,11 @@ def prepare() -> list[str]:
 
 
 def not_utf8() -> str:
-    """Return the first argument or variable of ours that is not UTF-8, as ASCII with escapes; empty: all are."""
-    ours = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("S2S_")]
+    """Return the first argument or variable that is not UTF-8, as ASCII with escapes; empty: all are.
+
+    Of the variables ours are looked at, and libpq's.
+    """
+    ours = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("S2S_", "PG"))]
     for text in [*sys.argv[1:], *ours]:
         try:
             # The bytes themselves: in a locale of ASCII Python has not decoded them.

@@ -13,6 +13,17 @@ from typing import Final
 import psycopg2
 from psycopg2.extensions import libpq_version, parse_dsn
 
+
+def _password_file() -> str:
+    """Return where libpq looks for passwords; empty: by itself, as the path is not UTF-8 and fits into no parameter."""
+    path = os.path.expanduser("~/.pgpass")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return ""
+    return path
+
+
 #: What libpq does for each parameter without its variable. An empty text means the same as none where it is here.
 _DEFAULTS: Final = {
     **dict.fromkeys(("host", "hostaddr", "port", "dbname", "user", "password", "options"), ""),
@@ -20,7 +31,7 @@ _DEFAULTS: Final = {
     **dict.fromkeys(("requirepeer", "gsslib"), ""),
     # Every method: an empty text allows none.
     "require_auth": f"password,md5,gss,sspi,scram-sha-256,none{',oauth' if libpq_version() >= 180_000 else ''}",
-    "passfile": os.path.expanduser("~/.pgpass"),
+    "passfile": _password_file(),
     "sslmode": "prefer",
     "sslnegotiation": "postgres",
     "sslcompression": "0",

@@ -113,7 +113,7 @@ class PidFileTests(TwistdTestCase):
     @inlineCallbacks
     def test_a_stale_file(self) -> Any:
         """A file of a dead process, whose pid is another program's now, is taken over, and removed at the end."""
-        for left in (str(os.getpid()), "1", ""):
+        for left in (str(os.getpid()), "1", "", "\0" * 8):
             self.file.write_text(left)
             daemon = yield self.daemon()
             self.assertNotEqual(daemon.pid, os.getpid())

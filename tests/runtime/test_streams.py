@@ -62,6 +62,7 @@ class EncodingTests(SynchronousTestCase):
             (["caf\u00e9"], {"S2S_A": "\u00e9"}, ""),
             (["x", "caf\udce9"], {}, "caf\\udce9"),
             ([], {"S2S_DATABASE_URL": "secret\udce9"}, "S2S_DATABASE_URL"),
+            ([], {"PGUSER": "\udce9"}, "PGUSER"),
             ([], {"OTHER": "\udce9"}, ""),
         ):
             self.patch(sys, "argv", ["s2s", *argv])

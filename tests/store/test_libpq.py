@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +113,25 @@ class ConnectingTests(DatabaseTestCase):
         self.addCleanup(port.stopListening)
         address = f"postgresql://{place['user']}@127.0.0.1:{port.getHost().port}/{place['dbname']}"
         await deferToThread(self.compare, address)
+
+    def test_a_home_that_is_not_utf8(self) -> None:
+        """A home directory whose name is not UTF-8 keeps nobody from connecting, and its password file is read."""
+        home = Path(self.mktemp()).resolve() / "caf\udce9"
+        home.mkdir(parents=True)
+        (home / ".pgpass").write_text("")
+        (home / ".pgpass").chmod(0o644)
+        look = "import sys; from s2s.store.pool import blocking\nwith blocking(sys.argv[1]): print('connected')"
+        done = subprocess.run(
+            [sys.executable, "-c", look, self.url],
+            env={**os.environ, "HOME": str(home)},
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+            check=False,
+        )
+        self.assertEqual(done.stdout, "connected\n", done.stderr)
+        # libpq's own complaint about a file that others may read.
+        self.assertIn(str(home / ".pgpass"), done.stderr)
 
     def test_a_change_later(self) -> None:
         """A variable that a plug-in sets after the start, whichever it is, reaches no connection of ours."""
