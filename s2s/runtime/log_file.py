@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import select
 import sys
 import time
@@ -33,10 +34,13 @@ def bound(file_bytes: int, old_files: int) -> None:
     :param file_bytes: a file of this size is rotated.
     :param old_files: rotated files that are kept; older ones are removed at the next rotation.
     """
+    # A file that has come to the process's own limit takes nothing more, an event of the start included.
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     for file in _files():
-        file.rotateLength = file_bytes
+        file.rotateLength = file_bytes if limit == resource.RLIM_INFINITY else min(file_bytes, max(1, limit // 2))
         file.maxRotatedFiles = old_files
         file.__class__ = _CountedFile  # twistd has made it
+        cast("_CountedFile", file).check_place()
     for observer in _observers():
         if observer._outFile is sys.__stdout__:
             observer._outFile = cast("IO[Any]", _CountedStream(sys.__stdout__))
@@ -80,9 +84,21 @@ class _CountedFile(_Counted, LogFile):
 
     synchronized = ["write"]  # with rotate(), which is so already
     write = _Counted.write
+    #: Whether the path leads to the file: not so in another root directory, nor for a user who may not search for it.
+    _is_in_reach = True
+
+    def check_place(self) -> None:
+        """Warn of a file that this process cannot rotate: in another user's directory, or out of its root directory."""
+        self._is_in_reach = os.path.exists(self.path)
+        if not (os.access(self.directory, os.W_OK) and os.access(self.path, os.W_OK)):
+            _log.warn(
+                "the log {path} cannot be rotated by this user or from this root directory, and grows without a bound: "
+                "let the user write its directory, or log to stdout",
+                path=self.path,
+            )
 
     def _append(self, text: bytes) -> None:
-        if self.shouldRotate():  # type: ignore[no-untyped-call]
+        if self._is_in_reach and self.shouldRotate():  # type: ignore[no-untyped-call]
             with suppress(OSError):  # what cannot be rotated is written to all the same
                 self.rotate()  # type: ignore[no-untyped-call]
             self._leave_removed()

@@ -14,12 +14,13 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import stat
 from contextlib import suppress
 from typing import Any, Final
 
 from twisted.internet.task import LoopingCall
 
-from s2s.runtime import log_file
+from s2s.runtime import log_file, streams
 
 #: Seconds of CPU time without a turn of the reactor, after which the process is ended. A peer cuts its link after about
 #: 20 s of silence, and calls in C that take a second or two are common. Threads in C that leave the interpreter alone
@@ -67,7 +68,7 @@ class Watchdog:
         # The log may have been rotated. Its duplicate stays valid until the next beat. Where another thread rotates it
         # now, or descriptors are used up, the last one stays.
         with suppress(OSError, ValueError, AttributeError):
-            log = os.dup(log_file.descriptor())
+            log = _without_wait(log_file.descriptor())
             faulthandler.register(SIGNAL, log, all_threads=True, chain=True)
             self._keep(log)
 
@@ -75,3 +76,15 @@ class Watchdog:
         old, self._log = self._log, log
         if old is not None:
             os.close(old)
+
+
+def _without_wait(descriptor: int) -> int:
+    """Return a descriptor of the same file, which never waits for a reader: the signal would not end the process then.
+
+    :raises OSError: there is none.
+    """
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        # The pipe opened once more: O_NONBLOCK of the one that is open would hold for other processes, too.
+        with suppress(OSError):  # it may be another user's
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
+    return os.dup(descriptor) if streams.has_room(descriptor, 0.0) else os.open(os.devnull, os.O_WRONLY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import select
 import subprocess
 import sys
@@ -159,6 +160,39 @@ class LogFileTests(SynchronousTestCase):
         # By hand: the log of trial bears no such event.
         self.file.write("a name \udcff of a file\n")
         self.assertIn("a name \\udcff of a file", self.path.read_text())
+
+    def test_a_directory_of_another_user(self) -> None:
+        """A file that cannot be rotated is told of at the start, and is written to all the same."""
+        with mock.patch("os.access", lambda path, _: str(path) != str(self.directory)):
+            log_file.bound(100, 2)
+            for number in range(10):
+                self.log.info("event {number}", number=number)
+        text = self.path.read_text()
+        self.assertEqual(text.count("cannot be rotated"), 1)
+        self.assertEqual(text.count("event "), 10)
+
+    def test_another_root_directory(self) -> None:
+        """So is one whose path leads nowhere, as after a chroot."""
+        away = self.directory.with_name(f"{self.directory.name}.away")
+        self.directory.rename(away)
+        log_file.bound(100, 2)
+        for number in range(10):
+            self.log.info("event {number}", number=number)
+        text = (away / "role.log").read_text()
+        self.assertEqual(text.count("cannot be rotated"), 1)
+        self.assertEqual(text.count("event "), 10)
+        away.rename(self.directory)
+
+    def test_the_limit_of_the_process(self) -> None:
+        """A file is rotated before it comes to the size that the process may write."""
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # Before the reports of trial come to it.
+        with mock.patch("resource.getrlimit", lambda _: (2000, before[1])):
+            log_file.bound(10_000_000, 2)
+        for _ in range(100):
+            self.log.info("x" * 100)
+        self.assertEqual(self.names(), ["role.log", "role.log.1", "role.log.2"])
+        self.assertTrue(all(path.stat().st_size < 1300 for path in self.directory.iterdir()))
 
     def test_reopen_as_a_pipe(self) -> None:
         """A pipe in the place of the file is not opened, which would wait for its reader."""

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import select
 import signal
+import socket
+import subprocess
+import sys
 
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.runtime import log_file, watchdog
 from s2s.runtime.watchdog import Watchdog
+from tests.support.waiting import PATIENCE_S
+
+#: A process with the watchdog, and more frames than a page holds, that computes without an end.
+_COMPUTE = """
+from twisted.internet.task import Clock
+from s2s.runtime import watchdog
+watchdog.HELD_S = 0.3
+watchdog.Watchdog(Clock()).start()
+def deep(depth):
+    if depth:
+        deep(depth - 1)
+    sum(range(10**12))
+deep(90)
+"""
 
 
 class WatchdogTests(SynchronousTestCase):
@@ -57,3 +78,42 @@ class WatchdogTests(SynchronousTestCase):
         """The signal of the watchdog is told with its reason; every other signal is told by its name."""
         self.assertIn("without an answer", watchdog.meaning(watchdog.SIGNAL))
         self.assertEqual(watchdog.meaning(signal.SIGKILL), "SIGKILL")
+
+
+class FullTests(SynchronousTestCase):
+    """A process whose stderr, a pipe or a socket, nobody reads."""
+
+    def ends(self, stderr: int) -> None:
+        """See that a process that computes is ended."""
+        process = subprocess.Popen([sys.executable, "-c", _COMPUTE], stderr=stderr, stdout=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        self.assertEqual(process.wait(PATIENCE_S), -watchdog.SIGNAL)
+
+    def test_a_full_pipe(self) -> None:
+        """It ends, though its stacks find no room: where the pipe is full, and where it takes a part of them."""
+        for taken in (0, select.PIPE_BUF):
+            with self.subTest(taken=taken):
+                read, write = os.pipe()
+                self.addCleanup(os.close, read)
+                self.addCleanup(os.close, write)
+                size = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 2 * select.PIPE_BUF)
+                os.write(write, b"x" * (size - taken))
+                self.ends(write)
+
+    def test_a_full_socket(self) -> None:
+        """So it does where they have no room in a socket."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    ours.send(b"x" * 4096)
+            ours.setblocking(True)
+            self.ends(ours.fileno())
+
+    def test_a_pipe_with_room(self) -> None:
+        """The stacks are in a pipe that is read."""
+        done = subprocess.run([sys.executable, "-c", _COMPUTE], capture_output=True, text=True, check=False)
+        self.assertEqual(done.returncode, -watchdog.SIGNAL)
+        self.assertIn("most recent call first", done.stderr)
