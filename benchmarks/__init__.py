@@ -1,1 +1,1 @@
-"""The link and the durable push beside what else there is, on one machine and in one run (docs/performance.rst)."""
+"""The benchmark of the link and the durable push beside comparable systems, in one run (docs/performance.rst)."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: everything side by side, round after round."""
+"""``python -m benchmarks``: measure all contestants in rounds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OUT = Path(__file__).with_name("out")
 @click.option("--only", default="", help="Only cells in whose name this regular expression is found.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=OUT, show_default=True)
 def main(rounds: int, seconds: float, warm_up: float, items: int | None, only: str, out: Path) -> None:
-    """Measure the link and the durable push beside what else there is."""
+    """Measure the link and the durable push beside comparable systems."""
     console = Console()
     cells = [cell for cell in plan.cells() if re.search(only, cell.name)]
     missing = {cell.contestant.program for cell in cells if cell.contestant.program} - {""}

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.growth``: the same rates with many rows, and what an idle link costs."""
+"""``python -m benchmarks.growth``: the same rates with many rows, and the memory of an idle link."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from benchmarks.stand import Stand, side
 from benchmarks.tables import ratio_entry, ratio_rows, rst, show
 
 OUT = Path(__file__).with_name("out")
-#: Commands that are there, and their status.
+#: Number of existing commands, and their status.
 Size = tuple[int, str]
 MUST, AIM = 0.9, 1.0
-#: What is measured: by whom, and whether its keys come in no order.
+#: Each measurement: its contestant, and whether its keys are random.
 KINDS: Final[Mapping[str, tuple[Contestant, bool]]] = {
     "durable push, window 1024": (PUSH, False),
     "the same with keys in no order": (PUSH, True),
     "whole way": (WHOLE, False),
 }
-#: PostgreSQL as somebody sets it up who keeps millions of rows: indexes fit into memory, and checkpoints come by the
-#: clock. After each of those a page goes into the WAL whole, once for all pushes until the next one; what is
-#: measured here is a small part of all that time, and would pay for the rest.
+#: Settings of PostgreSQL for millions of rows: the indexes fit into memory, and checkpoints come by the clock. After a
+#: checkpoint the first change of each page writes the whole page to the WAL. A measurement is a small part of the time
+#: between two checkpoints, and would pay the whole cost.
 SETTINGS: Final[Mapping[str, str]] = {
     "shared_buffers": f"{psutil.virtual_memory().total // 4 // 2**20}MB",
     "max_wal_size": "32GB",
     "checkpoint_timeout": "1h",
 }
-#: Of the first round, in seconds for each that is measured: a server that has just started meets each page of the index
-#: for the first time, and keys in no order meet most of them by then.
+#: Warm-up of the first round, in seconds for each second of measurement. A server that has just started touches each
+#: page of the index for the first time; after this warm-up random keys have touched most pages.
 _FIRST_WARM_UP = 10
 IDLE = Contestant("idle links", "s2s_idle", serves=False)
 
-#: Keys in no order. What waits is due tomorrow.
+#: The keys are random. Waiting commands are due tomorrow.
 _FILL = """
 with made as (
     insert into s2s.commands (cmd_type, idem_key, payload, status, finished_at, due_at)
@@ -60,7 +60,7 @@ insert into s2s.idempotency_keys (idem_key, fingerprint, cmd_id)
 select idem_key, sha256(idem_key::bytea), cmd_id from made
 """
 _STEP = 500_000
-#: What a measurement has added goes before the next one, so that each size stays what it is called.
+#: Remove the rows that a measurement added, so that the next one has the same number of rows.
 _EMPTY = (
     """
     with gone as (delete from s2s.commands where cmd_id > %(count)s returning idem_key)
@@ -83,7 +83,7 @@ _EMPTY = (
 def main(
     finished: str, waiting: str, links: int, rounds: int, seconds: float, items: int, as_it_comes: bool, out: Path
 ) -> None:
-    """Measure what rows that are there already cost those that come."""
+    """Measure how existing rows change the rates of new ones."""
     console = Console()
     counts = {
         status: [int(each) for each in told.split(",") if each]
@@ -137,7 +137,7 @@ def _line(entry: tuple[Size, dict[str, list[float]]]) -> tuple[str, ...]:
 
 
 def _filled(stand: Stand, count: int, status: str) -> str:
-    """Make a database with so many commands."""
+    """Make a database with this number of commands, and return its URL."""
     url = stand.make_database(PUSH.schemas)
     for first in range(1, count + 1, _STEP):
         filling = {"message": Load().filling, "status": status, "first": first, "last": min(count, first + _STEP - 1)}
@@ -148,17 +148,18 @@ def _filled(stand: Stand, count: int, status: str) -> str:
 
 
 def _rounds(stand: Stand, urls: Mapping[Size, str], kind: str, load: Load, rounds: int) -> Iterator[dict[Size, float]]:
-    """Measure one kind round after round, on a server of each size that stays up, and give the rates."""
+    """Measure one kind in rounds, and yield the rates of each round; the server of each size runs throughout."""
     contestant, is_scattered = KINDS[kind]
     load = replace(load, is_scattered=is_scattered)
-    # The next one comes after half of max_wal_size and a little: more than a kind writes, unless that is as it comes.
+    # The next checkpoint comes after a little more than half of max_wal_size. A kind writes less WAL than that, unless
+    # the settings are PostgreSQL's defaults.
     stand.execute("checkpoint")
     with ExitStack() as up:
         places = {size: up.enter_context(stand.serving(contestant, url)) for size, url in urls.items()}
         for number in range(rounds):
             load = replace(load, warm_up_s=load.seconds * (1 if number else _FIRST_WARM_UP))
             rates = {}
-            # There and back, so that a machine which slows down for a minute does so for every size.
+            # Alternate the direction, so that a machine that slows down for a minute does so for every size.
             for size in list(places)[:: -1 if number % 2 else 1]:
                 rates[size] = stand.drive(contestant, load, places[size]).rate
                 for statement in _EMPTY:
@@ -167,7 +168,7 @@ def _rounds(stand: Stand, urls: Mapping[Size, str], kind: str, load: Load, round
 
 
 def _idle(stand: Stand, url: str, links: int) -> float:
-    """Give the bytes of the server's memory that an idle link costs."""
+    """Return the bytes of the server's memory for each idle link."""
     with stand.serving(PUSH, url) as place:
         assert stand.server is not None
         server = psutil.Process(stand.server.pid)

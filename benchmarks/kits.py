@@ -1,4 +1,4 @@
-"""Keeping a window full, in Twisted, in asyncio and in threads: what all clients of a kind share."""
+"""Drivers that the clients share: they keep a window of requests full, in Twisted, in asyncio and in a loop."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ async def drive_deferred(
     meter: Meter,
     rest: Callable[[Failure], float] = lambda _: 0.0,
 ) -> None:
-    """Keep ``load.window`` requests under way on each of some links.
+    """Keep ``load.window`` requests in flight on each link.
 
-    :param calls: for each link what makes one request; it fires when the answer is there.
-    :param rest: says for how many seconds a failure wants to be left alone; 0: it is none of that kind.
+    :param calls: one function for each link: it makes a request, and its Deferred fires with the answer.
+    :param rest: returns the seconds to wait before the retry of a failed request; 0: the failure ends the benchmark.
     """
 
     def begin(call: Callable[[], Deferred[Any]]) -> None:
@@ -51,9 +51,9 @@ async def drive_deferred(
 
 
 async def drive_deferred_evenly(call: Callable[[], Deferred[Any]], load: Load, meter: Meter) -> None:
-    """Make ``load.rate`` requests in a second, and note how long each one took since its time had come.
+    """Make ``load.rate`` requests a second, and record the time from the moment at which each was due to its answer.
 
-    A thread says when that is: a timer of the reactor's comes up to a millisecond late.
+    A thread starts the requests, since a timer of the reactor fires up to a millisecond late.
     """
     made = 0
 
@@ -61,7 +61,7 @@ async def drive_deferred_evenly(call: Callable[[], Deferred[Any]], load: Load, m
         nonlocal made
         if not meter.is_over:
             made += 1
-            # What begins late because we were late has waited all the same.
+            # The latency counts from the due time, also when the client itself started the request late.
             maybeDeferred(call).addCallbacks(done, _died, callbackArgs=(due,))
 
     def done(_: object, due: float) -> None:
@@ -77,13 +77,13 @@ async def drive_deferred_evenly(call: Callable[[], Deferred[Any]], load: Load, m
 
     reactor.callInThread(beat)
     await _measured(load, meter)
-    # The slowest would be missing else.
+    # Wait for the last answers: without them the slowest requests would be missing.
     while meter.count < made:
         await task.deferLater(reactor, 0.01)
 
 
 def _failed(failure: Any, meter: Meter) -> None:
-    """Nothing may fail while it is measured; afterwards the links end."""
+    """End the process if a request failed during the measurement; afterwards the links close and requests may fail."""
     if not meter.is_over:
         _died(failure)
 
@@ -101,9 +101,9 @@ async def _measured(load: Load, meter: Meter) -> None:
 
 
 async def drive_tasks(calls: Sequence[Callable[[], Awaitable[Any]]], load: Load, meter: Meter, each: int = 1) -> None:
-    """Keep ``load.window`` tasks at work for each of some calls.
+    """Keep ``load.window`` tasks running for each of the calls.
 
-    :param each: what one call counts for.
+    :param each: number of items that one call counts for.
     """
 
     async def work(call: Callable[[], Awaitable[Any]]) -> None:
@@ -120,7 +120,7 @@ async def drive_tasks(calls: Sequence[Callable[[], Awaitable[Any]]], load: Load,
 
 
 def drive_loop(call: Callable[[], int], load: Load, meter: Meter) -> None:
-    """Call again and again; each gives what it counts for."""
+    """Call repeatedly; each call returns the number of items that it counts for."""
     began = time.perf_counter()
     until = load.warm_up_s
     while True:

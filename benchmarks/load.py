@@ -1,4 +1,4 @@
-"""What a client is to do, and what it counts."""
+"""The load of a client, and the result that it measures."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-#: What a frame of ours has beside the filling of its payload, in bytes, more or less.
+#: Approximate bytes of our frame without the filling of its payload.
 FRAME_BYTES = 330
 
 
 @dataclass(frozen=True)
 class Load:
-    """How a contestant is driven.
+    """The load on a contestant.
 
-    :param window: what each link, or each task where there are no links, has under way at once.
-    :param links: connections.
-    :param size: of a signed frame of ours, in bytes; everybody carries the same filling.
-    :param rate: requests in a second, evenly; 0: as many as the window lets through.
-    :param warm_up_s: seconds before anything is counted.
-    :param seconds: for which is counted.
-    :param items: what there is to do where everything is there from the beginning.
-    :param is_scattered: whether the keys come in no order.
+    :param window: requests in flight at once on each link, or tasks at once where there are no links.
+    :param links: number of connections.
+    :param size: bytes of a signed frame of ours; every contestant carries the same filling.
+    :param rate: requests a second, evenly spaced; 0: as many as the window permits.
+    :param warm_up_s: seconds before the measurement begins.
+    :param seconds: duration of the measurement.
+    :param items: number of items where all exist from the beginning, or in one batch.
+    :param is_scattered: whether the keys are random.
     """
 
     window: int = 1
@@ -39,7 +39,7 @@ class Load:
 
     @property
     def filling(self) -> str:
-        """Text that makes a frame as long as it is to be."""
+        """Text that brings a frame to about ``size`` bytes."""
         return "x" * max(1, self.size - FRAME_BYTES)
 
 
@@ -47,8 +47,8 @@ class Load:
 class Place:
     """Where a contestant's two sides meet.
 
-    :param port: of 127.0.0.1, where its server listens.
-    :param url: of its database, which has our tables and one key; empty where none is wanted.
+    :param port: port of 127.0.0.1 on which its server listens.
+    :param url: URL of its database; empty if it needs none.
     """
 
     port: int = 0
@@ -57,10 +57,10 @@ class Place:
 
 @dataclass
 class Meter:
-    """Counts what is done while it is measured.
+    """Counts the items done during the measurement.
 
-    :ivar count: of everything, the warm-up included; whoever drives adds to it.
-    :ivar took: seconds that each request took, where somebody wants to know.
+    :ivar count: items done, the warm-up included; the driver increments it.
+    :ivar took: seconds that each request took; empty unless the driver measures latency.
     """
 
     count: int = 0
@@ -73,26 +73,28 @@ class Meter:
         return len(self._marks) == 2
 
     def mark(self) -> None:
-        """The measured time begins, or ends."""
+        """Begin the measured time at the first call, and end it at the second."""
         self._marks.append((time.perf_counter(), self.count))
         if len(self._marks) == 1:
             self.took.clear()
 
     def took_all(self, count: int, seconds: float) -> None:
-        """Everything was there from the beginning, and took so long."""
+        """Set the result of a contestant whose items all existed from the beginning."""
         self._marks = [(0.0, 0), (seconds, count)]
 
     def told(self) -> str:
-        """Give the result, as a line of JSON: see :class:`Result`."""
+        """Return the :class:`Result` as a line of JSON."""
         (since, before), (until, after) = self._marks
         return json.dumps(asdict(Result(after - before, until - since, percentiles(self.took))))
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one measurement.
+    """The result of one measurement.
 
-    :param percentiles: of the seconds that a request took: 50, 99 and 99.9; empty where nobody measured.
+    :param count: items done.
+    :param seconds: duration.
+    :param percentiles: percentiles 50, 99 and 99.9 of the seconds that a request took; empty if not measured.
     """
 
     count: int
@@ -101,20 +103,20 @@ class Result:
 
     @property
     def rate(self) -> float:
-        """How many in a second."""
+        """Items a second."""
         return self.count / self.seconds
 
 
 def percentiles(values: list[float], of: tuple[float, ...] = (50, 99, 99.9)) -> list[float]:
-    """Give percentiles by the nearest rank; none of nothing."""
+    """Return percentiles by the nearest rank; an empty list if there are no values."""
     ranked = sorted(values)
     return [ranked[max(0, math.ceil(len(ranked) * share / 100) - 1)] for share in of] if ranked else []
 
 
 def keys(name: str, is_scattered: bool = False) -> Iterator[str]:
-    """Give keys that nobody else has.
+    """Generate unique keys.
 
-    :param is_scattered: in no order.
+    :param is_scattered: whether the keys are random.
     """
     stamp = time.time_ns()
     count = 0
@@ -125,6 +127,6 @@ def keys(name: str, is_scattered: bool = False) -> Iterator[str]:
 
 
 def push(key: str, filling: str) -> dict[str, Any]:
-    """Give a command as a payload of ``s2s.command.push``."""
+    """Return a command as a payload of ``s2s.command.push``."""
     content = {"scope": "global", "severity": "info", "message": filling}
     return {"cmd_type": "notice.publish", "idem_key": key, "payload": content}

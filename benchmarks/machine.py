@@ -1,4 +1,4 @@
-"""What the benchmark ran on."""
+"""The description of the machine on which the benchmark ran."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _PACKAGES = (
 
 
 def describe(postgres: str) -> dict[str, str]:
-    """Describe the machine and what runs on it.
+    """Describe the machine and the software.
 
-    :param postgres: the version of the database.
+    :param postgres: the version of PostgreSQL.
     """
     models = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     model = models[0] if models else platform.machine()
@@ -44,7 +44,7 @@ def describe(postgres: str) -> dict[str, str]:
 
 
 def _disk() -> str:
-    """Tell what a COMMIT waits for, where the benchmark's database is."""
+    """Measure the disk's sync, for which a COMMIT waits, in the directory of temporary files."""
     took = []
     with tempfile.TemporaryFile(buffering=0) as file:
         for _ in range(201):

@@ -1,4 +1,4 @@
-"""What is measured, and what it has to come to: all of it data."""
+"""The plan as data: the contestants, the cells to measure, and the required ratios."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Final
 
 from benchmarks.load import Load
 
-#: Which tables a contestant's database has.
+#: Names of the schemas that a contestant's database may have.
 OURS, THEIRS = "ours", "procrastinate"
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something that is measured.
+    """A system that is measured.
 
-    :param title: what the tables call it.
-    :param module: of :mod:`benchmarks.contestants`.
-    :param serves: whether it has a server of its own.
-    :param schemas: of its database; without any it needs none.
-    :param program: that has to be on the PATH; without it the contestant is left out.
+    :param title: its name in the tables.
+    :param module: its module in :mod:`benchmarks.contestants`.
+    :param serves: whether it has its own server process.
+    :param schemas: schemas of its database; empty: it needs no database.
+    :param program: program that must be on the PATH; otherwise the contestant is left out.
     """
 
     title: str
@@ -48,9 +48,9 @@ WORKER: Final = Contestant("procrastinate worker", "procrastinate_worker", serve
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to be measured.
+    """One measurement: a contestant under a load.
 
-    :param group: of cells that belong into one table.
+    :param group: cells of one group share a table.
     """
 
     group: str
@@ -59,9 +59,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """The name of the cell in the tables."""
         load = self.load
-        # The engine's relay has a window of its own; what comes evenly comes whatever is under way.
+        # The engine's relay has its own window. Evenly spaced requests do not depend on a window.
         said = [f"window {load.window}"] * (self.contestant is not WHOLE and not load.rate)
         said += [f"{load.links} links"] * (load.links > 1)
         said += [f"{load.rate}/s"] * bool(load.rate)
@@ -71,7 +71,7 @@ class Cell:
 
     @property
     def is_drained(self) -> bool:
-        """Whether everything is there from the beginning."""
+        """Whether all items exist from the beginning."""
         return self.contestant in (WHOLE, WORKER)
 
 
@@ -80,12 +80,12 @@ SIZES: Final = (400, 4096, 60_000)
 
 
 def cells() -> Iterator[Cell]:
-    """Give every cell of the benchmark, in the order of a round."""
+    """Return every cell of the benchmark, in the order of a round."""
     for size in SIZES:
         for window in WINDOWS:
             for contestant in (LINK, ECHO, AMP, GRPC):
                 yield Cell("link", contestant, Load(window=window, size=size))
-    # Who is held against whom comes one after the other: the machine is not the same for long.
+    # The two sides of a ratio are measured one directly after the other: the machine's speed changes quickly.
     yield Cell("durable push", PUSH, Load(window=1))
     yield Cell("durable push", ROWS, Load(window=1))
     yield Cell("durable push", ROWS, Load(window=1, links=16))
@@ -109,13 +109,13 @@ def cells() -> Iterator[Cell]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """What ours has to come to, against what is beside it.
+    """A required ratio of our rate to the rate of another contestant.
 
-    :param row: what the tables call it.
-    :param ours: picks our cell.
-    :param theirs: picks the cells that it is held against: the best of them counts.
-    :param must: the least that is good enough.
-    :param aim: what is aimed at.
+    :param row: its name in the tables.
+    :param ours: selects our cell.
+    :param theirs: selects the cells to compare with; the best of them counts.
+    :param must: the required minimum.
+    :param aim: the target.
     """
 
     row: str
@@ -125,7 +125,7 @@ class Ratio:
     aim: float
 
     def value(self, rates: Mapping[Cell, float]) -> float | None:
-        """Give the ratio; ``None`` where something was not measured."""
+        """Return the ratio; ``None`` if either side was not measured."""
         ours = [rate for cell, rate in rates.items() if self.ours(cell)]
         theirs = [rate for cell, rate in rates.items() if self.theirs(cell)]
         return max(ours) / max(theirs) if ours and theirs else None

@@ -1,4 +1,4 @@
-"""The results: tables for people and for the documents, a plot, and JSON."""
+"""The report of a run: tables for the terminal and the documents, a plot, and JSON."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ Table = tuple[str, Rows]
 
 @dataclass(frozen=True)
 class Run:
-    """All that was measured.
+    """The results of all cells.
 
-    :param rounds: of each cell the results, one a round.
+    :param machine: see :func:`benchmarks.machine.describe`.
+    :param rounds: the results of each cell, one for each round.
     """
 
     machine: Mapping[str, str]
     rounds: Mapping[Cell, Sequence[Result]]
 
     def ratios(self) -> Iterator[dict[str, Any]]:
-        """Give each ratio of which both sides were measured."""
+        """Return each ratio of which both sides were measured."""
         of_rounds = zip(*self.rounds.values(), strict=True)
         rates = [{cell: each.rate for cell, each in zip(self.rounds, of, strict=True)} for of in of_rounds]
         for ratio in RATIOS:
@@ -41,7 +42,7 @@ class Run:
                 yield ratio_entry(ratio.row, each, ratio.must, ratio.aim)
 
     def tables(self) -> Iterator[Table]:
-        """Give the tables: a title, and rows of which the first is the head."""
+        """Return the tables: a title, and rows of which the first is the header."""
         yield "ratios", ratio_rows(self.ratios())
         for group in dict.fromkeys(cell.group for cell in self.rounds):
             head = ("what", "a second (median)", "least", "most")

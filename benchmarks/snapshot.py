@@ -1,6 +1,6 @@
-"""``python -m benchmarks.snapshot``: accepting and running commands before and while a snapshot is held.
+"""``python -m benchmarks.snapshot``: accept and run commands before and while a snapshot is held.
 
-Beside the rate stands the CPU time of a command, ours and PostgreSQL's, which a busy machine changes less.
+The output has the rate and the CPU time of a command, ours and PostgreSQL's. A busy machine changes the CPU time less.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from s2s.store.driver import Cursor
 from s2s.store.handler_pool import HandlerPool
 from s2s.store.pool import Database
 
-#: Pushes under way at once, and commands that may wait to be run before no more are pushed.
+#: Pushes in flight at once; and the number of commands waiting to be run above which no more are pushed.
 _WINDOW = 1024
 _BACKLOG = 5 * _WINDOW
 
 
 class _Nothing(CommandHandler):
-    """A command without an effect: what is measured is ours alone."""
+    """A command without an effect, so that the measurement contains no cost of a handler."""
 
     cmd_type = "bench.nothing"
     schema = {"type": "object"}
@@ -43,7 +43,7 @@ class _Nothing(CommandHandler):
 
 
 def _cpu_s(postmaster: int) -> float:
-    """Add up the CPU time of this process and of PostgreSQL's that live."""
+    """Return the total CPU time of this process and of PostgreSQL's running processes."""
     total = 0.0
     for process in (psutil.Process(), *psutil.Process(postmaster).children()):
         with suppress(psutil.NoSuchProcess):
@@ -53,7 +53,7 @@ def _cpu_s(postmaster: int) -> float:
 
 
 async def _measure(stand: Stand, seconds: float, held_seconds: float, step: float, console: Console) -> None:
-    """Push and run as fast as it goes, and print the rate of every step; a snapshot is held after ``seconds``."""
+    """Push and run as fast as possible, and print the rate of every step; hold a snapshot after ``seconds``."""
     url = stand.make_database(PUSH.schemas)
     make_monotonic(reactor)
     database = Database(url, "bench", threads=5)

@@ -1,4 +1,4 @@
-"""Running cells: a database, a server process and a client process for each."""
+"""The test stand: it runs each cell with its own database, server process and client process."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from benchmarks.plan import OURS, THEIRS, Cell, Contestant
 from s2s.store import migrations
 from s2s.store.embedded import postmaster
 
-#: Seconds in which a server has to take connections.
+#: Seconds within which a started server must accept connections.
 _START_S = 30.0
 
 
 class Stand:
-    """A PostgreSQL of the benchmark's own, durable as it comes, and whoever is measured on it.
+    """The benchmark's own PostgreSQL, with its default durability, and the contestants that run on it.
 
-    :param settings: of PostgreSQL, other than they come.
+    :param settings: settings of PostgreSQL that differ from its defaults.
     """
 
     def __init__(self, settings: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -50,12 +50,12 @@ class Stand:
             postmaster.stop(data)
             self.url, self._process = postmaster.start(data)
         self._databases = 0
-        #: The server that was started last.
+        #: The contestant's server that was started last.
         self.server: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:
-        """PostgreSQL's process."""
+        """The process id of PostgreSQL."""
         assert self._process is not None
         return self._process.pid
 
@@ -74,7 +74,7 @@ class Stand:
             return txn.fetchall() if txn.description else []
 
     def make_database(self, schemas: tuple[str, ...]) -> str:
-        """Make a database with some tables, and give its URL."""
+        """Make a database with the tables of these schemas, and return its URL."""
         self._databases += 1
         name = f"bench_{self._databases}"
         self.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
@@ -94,7 +94,7 @@ class Stand:
         return url
 
     def drop_database(self, url: str) -> None:
-        """Remove a database, and let nothing of it be written behind the next one's back."""
+        """Remove a database, and write its dirty pages now, so that this does not disturb the next measurement."""
         name = url.partition("?")[0].rpartition("/")[2]
         self.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
         self.execute("checkpoint")
@@ -102,11 +102,11 @@ class Stand:
     def measure(self, cell: Cell, warm_up_s: float, seconds: float, items: int | None = None) -> Result:
         """Measure one cell on a database of its own.
 
-        :param items: instead of those of its load, where everything is there from the beginning.
+        :param items: replaces ``items`` of the load if all items exist from the beginning.
         """
         contestant = cell.contestant
         url = self.make_database(contestant.schemas) if contestant.schemas else ""
-        # One in a thousand is to be one of many.
+        # A longer measurement of latency, so that the 99.9th percentile rests on many requests.
         long = 10 if cell.load.rate else 1
         load = replace(cell.load, warm_up_s=warm_up_s, seconds=seconds * long)
         if cell.is_drained and items is not None:
@@ -119,7 +119,7 @@ class Stand:
                 self.drop_database(url)
 
     def drive(self, contestant: Contestant, load: Load, place: Place) -> Result:
-        """Measure on a server that runs, or on none where a contestant has none."""
+        """Run the contestant's client against its running server, if it has one, and return the result."""
         told = subprocess.run(
             [*side(contestant, "drive", place), json.dumps(asdict(load))],
             stdout=subprocess.PIPE,
@@ -130,7 +130,7 @@ class Stand:
 
     @contextmanager
     def serving(self, contestant: Contestant, url: str) -> Iterator[Place]:
-        """Run a contestant's server."""
+        """Run a contestant's server, if it has one."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             place = Place(probe.getsockname()[1], url)
@@ -147,7 +147,7 @@ class Stand:
 
 
 def side(contestant: Contestant, which: str, place: Place) -> list[str]:
-    """Give the command line of one side of a contestant; whoever drives wants its load, too."""
+    """Return the command line of one side of a contestant; the side ``drive`` needs its load as a last argument."""
     return [sys.executable, "-m", "benchmarks.contestants", contestant.module, which, json.dumps(asdict(place))]
 
 

@@ -1,4 +1,4 @@
-"""Tables, for people and for the documents."""
+"""Tables, for the terminal and for the documents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-#: Of which the first is the head.
+#: The first row is the header.
 Rows = Sequence[tuple[str, ...]]
 
 
@@ -23,7 +23,7 @@ def show(console: Console, title: str, rows: Rows) -> None:
 
 
 def rst(title: str, rows: Rows) -> str:
-    """Write a table as the documents show it."""
+    """Write a table in reStructuredText."""
     lines = [f".. list-table:: {title}", "   :header-rows: 1", ""]
     for row in rows:
         lines += [f"   {'* -' if at == 0 else '  -'} {cell}" for at, cell in enumerate(row)]
@@ -31,9 +31,9 @@ def rst(title: str, rows: Rows) -> str:
 
 
 def ratio_entry(row: str, rounds: Sequence[float], must: float, aim: float) -> dict[str, Any]:
-    """Give a ratio as the results keep it: the median of the rounds, each of which met one and the same machine.
+    """Return a ratio as the results store it: the median of the ratios of the rounds.
 
-    The medians of either side would come from different rounds, between which the machine's speed changes.
+    The medians of each side would come from different rounds, between which the machine's speed changes.
 
     :param rounds: the ratio in each round.
     """
@@ -42,7 +42,7 @@ def ratio_entry(row: str, rounds: Sequence[float], must: float, aim: float) -> d
 
 
 def ratio_rows(ratios: Iterable[Mapping[str, Any]]) -> Rows:
-    """Give the rows of a table of ratios."""
+    """Return the rows of a table of ratios."""
     lines = [
         (each["row"], *(f"{each[name]:.2f}" for name in ("value", "least", "most", "must", "aim"))) for each in ratios
     ]

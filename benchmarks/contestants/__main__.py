@@ -1,4 +1,4 @@
-"""One side of a contestant, as a process of its own."""
+"""Run one side of a contestant in its own process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.load import Load, Meter, Place
 
 
 def main(name: str, side: str, place: str, load: str = "{}") -> None:
-    """Run one side; who drives prints what it has measured."""
+    """Run one side; the side ``drive`` prints its result."""
     contestant = import_module(f"benchmarks.contestants.{name}")
     if side == "serve":
         contestant.serve(Place(**json.loads(place)))

@@ -1,4 +1,4 @@
-"""Our engine's side of a link, as a client that pushes."""
+"""The engine's side of our link, as a client that pushes."""
 
 from __future__ import annotations
 
@@ -24,51 +24,51 @@ from s2s.protocol.signing import Key, Keyring, Role, Secret
 from s2s.roles.health import Health
 from s2s.runtime.clock import Clock
 
-#: The one key, in memory and in the database.
+#: The only key, in memory and in the database.
 KEY_ID = "bench"
 SECRET = b"a key of the benchmark, not secret"
 
 
 class Keys:
-    """A key that never changes."""
+    """A key source with one key that never changes."""
 
     keyring = Keyring([Key(KEY_ID, Secret(SECRET), "any", 0.0, is_default_tx=True)])
 
     def refresh(self) -> Deferred[None]:
-        """There is nothing to read again."""
+        """Do nothing: the key never changes."""
         return succeed(None)
 
 
 class Events:
-    """Tells when a link is proven."""
+    """Reports when a link is proven."""
 
     def __init__(self) -> None:
         self._waiting: dict[Link, Deferred[None]] = {}
 
     def proven(self, link: Link) -> Deferred[None]:
-        """Wait until a link is."""
+        """Return a Deferred that fires when the link is proven."""
         return self._waiting.setdefault(link, Deferred())
 
     def link_made(self, link: Link) -> None:
-        """Nothing is known yet."""
+        """Do nothing: the link is not proven yet."""
 
     def link_proven(self, link: Link) -> None:
-        """The peer holds the key."""
+        """Fire the Deferred of the link."""
         self.proven(link).callback(None)
 
     def link_lost(self, link: Link) -> None:
-        """Who waits for an answer is told by the link."""
+        """Do nothing: the link itself fails the calls that wait for an answer."""
 
 
 def factory(role: Role, events: Events, window: int, **responders: Responder) -> LinkFactory:
-    """Make links of a role with everything in memory.
+    """Make a factory of links that uses no database.
 
-    :param responders: by the type's name, beside the health check.
+    :param responders: responders by message type, in addition to the health check.
     """
     clock, bounds = Clock(reactor), Bounds(window_frames=window)
     health = Health(Identity(role, role, "bench"), bounds.frame_size, clock, _condition)
     serving: Mapping[str, Responder] = {HEALTH_CHECK: health, **responders}
-    # In a benchmark no answer is late.
+    # A long timeout, so that no call of the benchmark expires.
     return LinkFactory(role, Dispatcher(Keys(), serving, clock), Keys(), clock, events, bounds, Timing(call=60))
 
 
@@ -77,7 +77,7 @@ def _condition() -> dict[str, Any]:
 
 
 async def connect(place: Place, load: Load) -> list[Any]:
-    """Make ``load.links`` links, each of an engine of its own, and wait until they are proven."""
+    """Make ``load.links`` links, each of a different engine, and wait until they are proven."""
     events = Events()
     links = []
     for number in range(load.links):
@@ -97,10 +97,10 @@ def drive(place: Place, load: Load, meter: Meter) -> None:
         engines = await connect(place, load)
         calls = [lambda link=link: link.call(COMMAND_PUSH, push(next(made), filling)) for link in engines]
         if load.rate:
-            # So few never fill an inbox: nobody is to be left alone.
+            # This rate never fills the inbox, so that no push is refused and retried.
             await drive_deferred_evenly(calls[0], load, meter)
         else:
-            # Of long frames the link's window and line, which are bounded in bytes, take no more.
+            # The link bounds its window and its queue of calls in bytes, so that fewer long frames fit.
             window = min(load.window, Bounds().line_bytes // load.size)
             await drive_deferred(calls, replace(load, window=window), meter, _rest)
 
@@ -108,7 +108,7 @@ def drive(place: Place, load: Load, meter: Meter) -> None:
 
 
 def _rest(failure: Failure) -> float:
-    """Leave a server alone that has no room for a push."""
+    """Return the seconds to wait after a push that the server refused as ``overloaded``; 0 for any other failure."""
     if failure.check(Refused) and failure.value.code == Overloaded.code:
         return float(failure.value.details["retry_after_ms"]) / 1000
     return 0.0

@@ -1,4 +1,4 @@
-"""Running either side on Twisted's reactor."""
+"""Run either side of a contestant on Twisted's reactor."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class _UntilTheEnd(Protocol):
 def serve(place: Place, factory: Factory) -> None:
     """Listen until stdin ends."""
     port: Any = reactor.listenTCP(place.port, factory, backlog=1024, interface="127.0.0.1")
-    # Handed on to what is accepted: nobody's answers wait for an acknowledgement.
+    # Accepted sockets inherit this option: no answer waits for a TCP acknowledgement.
     port.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     stdio.StandardIO(_UntilTheEnd())
     reactor.run()
 
 
 async def connect(place: Place, factory: Factory) -> Any:
-    """Make a connection, and give its protocol."""
+    """Make a connection, and return its protocol."""
     protocol = await TCP4ClientEndpoint(reactor, "127.0.0.1", place.port).connect(factory)
     protocol.transport.setTcpNoDelay(True)
     return protocol
 
 
 def run(driving: Coroutine[Any, Any, None]) -> None:
-    """Run the reactor until something is done."""
+    """Run the reactor until the coroutine ends."""
     failures: list[Failure] = []
 
     def begin() -> None:

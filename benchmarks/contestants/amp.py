@@ -14,7 +14,7 @@ from benchmarks.load import Load, Meter, Place, keys
 
 
 class Push(amp.Command):
-    """The same as ours."""
+    """The AMP command with the members of our push."""
 
     arguments = [(b"cmd_type", amp.Unicode()), (b"idem_key", amp.Unicode()), (b"payload", amp.Unicode())]
     response = [(b"accepted", amp.Boolean()), (b"cmd_id", amp.Integer()), (b"status", amp.Unicode())]
@@ -29,12 +29,12 @@ class _Server(amp.AMP):
 
 
 def serve(place: Place) -> None:
-    """Answer."""
+    """Answer every command from memory."""
     _twisted.serve(place, Factory.forProtocol(_Server))
 
 
 def drive(place: Place, load: Load, meter: Meter) -> None:
-    """Call."""
+    """Send commands, and wait for each answer."""
     filling, made = load.filling, keys("amp")
 
     async def driving() -> None:

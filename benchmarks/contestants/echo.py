@@ -1,4 +1,4 @@
-"""A bare Int32StringReceiver that sends back what comes: what the framework itself allows."""
+"""A bare Int32StringReceiver that echoes every frame: the limit of the framework."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Asks(Int32StringReceiver):
 
 
 def serve(place: Place) -> None:
-    """Echo."""
+    """Send every frame back."""
     _twisted.serve(place, Factory.forProtocol(_Echo))
 
 

@@ -17,7 +17,7 @@ _SERVICE, _METHOD = "s2s.Bench", "Push"
 
 
 def serve(place: Place) -> None:
-    """Answer."""
+    """Answer every call from memory."""
     asyncio.run(_serve(place))
 
 
@@ -28,7 +28,7 @@ async def _serve(place: Place) -> None:
         json.loads(request)
         return json.dumps({"accepted": True, "duplicate": False, "cmd_id": next(cmd_ids), "status": "ready"}).encode()
 
-    # Beyond 1,000 that wait it would cancel some at random.
+    # With its default limits grpc would cancel random requests once more than 1,000 are pending.
     many = [("grpc.server.max_pending_requests", 1 << 20), ("grpc.server.max_pending_requests_hard_limit", 1 << 20)]
     server = grpc.aio.server(options=many)
     handler = grpc.unary_unary_rpc_method_handler(answer)
@@ -40,13 +40,13 @@ async def _serve(place: Place) -> None:
 
 
 def drive(place: Place, load: Load, meter: Meter) -> None:
-    """Call."""
+    """Make calls, and wait for each answer."""
     asyncio.run(_drive(place, load, meter))
 
 
 async def _drive(place: Place, load: Load, meter: Meter) -> None:
     filling, made = load.filling, keys("grpc")
-    # Without it all channels of a process share one connection.
+    # Without this option all channels of a process share one connection.
     alone = [("grpc.use_local_subchannel_pool", 1)]
     channels = [grpc.aio.insecure_channel(f"127.0.0.1:{place.port}", options=alone) for _ in range(load.links)]
 

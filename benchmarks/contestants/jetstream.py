@@ -1,4 +1,4 @@
-"""NATS JetStream: publishing with a message id, so that a second one is known; file storage, which does not fsync."""
+"""NATS JetStream: publish with a message id, by which it detects duplicates; its file storage does not fsync."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SERVER = "nats-server"
 
 
 def serve(place: Place) -> None:
-    """Run the server until our stdin ends."""
+    """Run the server until stdin ends."""
     directory = tempfile.mkdtemp(prefix="s2s-bench-nats-")
     where = ["--addr", "127.0.0.1", "--port", str(place.port), "--jetstream", "--store_dir", directory]
     try:

@@ -1,4 +1,4 @@
-"""procrastinate: a job with our payload, deferred; ``window`` tasks defer at once, or one batch of ``items`` each."""
+"""procrastinate: defer jobs with our payload, in ``window`` tasks at once, one by one or in batches of ``items``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ NAME = "publish"
 
 
 def app_of(place: Place, connections: int) -> procrastinate.App:
-    """Make the application."""
+    """Make the application of procrastinate."""
     return procrastinate.App(
         connector=procrastinate.PsycopgConnector(conninfo=place.url, min_size=connections, max_size=connections)
     )
 
 
 def drive(place: Place, load: Load, meter: Meter) -> None:
-    """Defer."""
+    """Defer jobs."""
     asyncio.run(_drive(place, load, meter))
 
 
@@ -29,7 +29,7 @@ async def _drive(place: Place, load: Load, meter: Meter) -> None:
 
     @app.task(name=NAME, pass_context=False)
     async def publish(**_: object) -> None:
-        """Only its name is wanted."""
+        """Do nothing: the job is only deferred, never run."""
 
     made, filling = keys("job"), load.filling
 

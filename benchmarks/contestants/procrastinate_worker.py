@@ -1,4 +1,4 @@
-"""A procrastinate worker, ``window`` tasks at once, each of which publishes one notice, as our command does."""
+"""A procrastinate worker with ``window`` tasks at once; each task publishes one notice, as our command does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PUBLISH = (
 
 
 def drive(place: Place, load: Load, meter: Meter) -> None:
-    """Defer everything, run it, and see how long it took."""
+    """Defer all jobs, run them, and read the duration from procrastinate's events."""
     asyncio.run(_work(place, load))
     with closing(psycopg2.connect(place.url)) as connection, connection.cursor() as txn:
         txn.execute(

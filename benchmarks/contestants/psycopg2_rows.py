@@ -1,6 +1,6 @@
-"""psycopg2 without a link, into our tables: one command in a transaction, or ``window`` of them by ``unnest``.
+"""psycopg2 without a link, into our tables: one command in each transaction, or ``window`` of them by ``unnest``.
 
-``links`` says how many connections work at once, each in a thread.
+``links`` is the number of connections that work at once, each in a thread.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MANY = (
 
 
 def drive(place: Place, load: Load, meter: Meter) -> None:
-    """Insert."""
+    """Insert commands."""
     with closing(psycopg2.connect(place.url)) as first:
         if load.links == 1:
             drive_loop(_call(first, load), load, meter)

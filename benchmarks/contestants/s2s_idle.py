@@ -1,4 +1,4 @@
-"""Links that are proven and then say nothing."""
+"""Links that are proven and then idle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.load import Load, Meter, Place
 
 
 def drive(place: Place, load: Load, meter: Meter) -> None:
-    """Make them, say so, and keep them for a while."""
+    """Make the links, print their number, and keep them open for ``load.seconds``."""
 
     async def driving() -> None:
         links = await _link.connect(place, load)

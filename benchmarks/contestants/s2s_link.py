@@ -10,7 +10,7 @@ from s2s.protocol.catalogue import COMMAND_PUSH
 
 
 def serve(place: Place) -> None:
-    """Answer as the server does that has committed."""
+    """Answer every push from memory with the reply that the server sends after the COMMIT."""
     cmd_ids = itertools.count(1)
 
     def respond(_: object) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Our durable push: a real server, which answers after the COMMIT; it runs no commands unless it is told to."""
+"""Our durable push: a real server, which answers after the COMMIT and runs no commands."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ TWISTD = str(Path(sys.executable).with_name("twistd"))
 
 
 def serve(place: Place) -> None:
-    """Become the server; executor off."""
+    """Replace this process by the server, with its executor off."""
     become("s2s-server", place, "--listen", f"tcp:{place.port}:interface=127.0.0.1", "--http", "off",
            "--executor-workers", "0")  # fmt: skip
 
 
 def become(role: str, place: Place, *options: str) -> None:
-    """Become a role, which ends with our stdin."""
+    """Replace this process by a role, which ends when stdin ends."""
     os.environ |= {DATABASE_VARIABLE: place.url, STOP_WITH_STDIN: "1"}
     os.execv(TWISTD, [TWISTD, "--nodaemon", "--pidfile=", "--logfile=/dev/null", role, *options])  # noqa: S606
 

@@ -1,4 +1,4 @@
-"""Our whole way: rows of an engine's outbox are pushed, accepted, executed and done. Both roles are real."""
+"""Our whole way: rows of an engine's outbox are pushed, accepted, executed and done. Both roles are real processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psycopg2
 from benchmarks.contestants.s2s_push import become
 from benchmarks.load import Load, Meter, Place
 
-#: Of keys that nobody has used, also where this was done before.
+#: Keys are unique, also when this database was filled before: they contain the highest ``cmd_id`` so far.
 _FILL = (
     "insert into s2s.outbox (cmd_type, idem_key, payload) select 'notice.publish', concat('whole-', %s, '-', n),"
     " jsonb_build_object('scope', 'global', 'severity', 'info', 'message', %s) from generate_series(1, %s) n"
@@ -20,12 +20,12 @@ _FILL = (
 
 
 def serve(place: Place) -> None:
-    """Become the server, with its executor on."""
+    """Replace this process by the server, with its executor on."""
     become("s2s-server", place, "--listen", f"tcp:{place.port}:interface=127.0.0.1", "--http", "off")
 
 
 def drive(place: Place, load: Load, meter: Meter) -> None:
-    """Fill the outbox, let an engine loose, and see when the last command is done."""
+    """Fill the outbox, start an engine, and measure the time until the last command is done."""
     with closing(psycopg2.connect(place.url)) as connection, connection.cursor() as txn:
         connection.autocommit = True
         txn.execute("select coalesce(max(cmd_id), 0) from s2s.commands")
@@ -49,12 +49,12 @@ def drive(place: Place, load: Load, meter: Meter) -> None:
 
 
 def engine(port: str, url: str) -> None:
-    """Become the engine."""
+    """Replace this process by the engine."""
     become("s2s-engine", Place(int(port), url), "--connect", f"tcp:127.0.0.1:{port}")
 
 
 def _left(txn: psycopg2.extensions.cursor, before: int) -> bool:
-    """Whether anything waits to be sent, or waits to be run and was accepted after a certain command."""
+    """Whether an outbox row waits to be sent, or a command with a ``cmd_id`` above ``before`` waits to be run."""
     txn.execute(
         "select exists (select from s2s.outbox where state = 'waiting')"
         " or exists (select from s2s.commands where status = 'ready' and cmd_id > %s)",
