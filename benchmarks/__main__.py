@@ -21,11 +21,15 @@ OUT = Path(__file__).with_name("out")
 
 
 @click.command()
-@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Each takes everything in turn.")
-@click.option("--seconds", type=click.FloatRange(0.01), default=0.7, show_default=True, help="Measured of each cell.")
-@click.option("--warm-up", type=click.FloatRange(0.0), default=0.7, show_default=True, help="Seconds before that.")
-@click.option("--items", type=click.IntRange(1), help="For what is there from the beginning, instead of enough.")
-@click.option("--only", default="", help="Only cells in whose name this regular expression is found.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Each measures every cell once.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.01), default=0.7, show_default=True, help="Measured time of each cell."
+)
+@click.option(
+    "--warm-up", type=click.FloatRange(0.0), default=0.7, show_default=True, help="Seconds before each measurement."
+)
+@click.option("--items", type=click.IntRange(1), help="Items where all exist from the beginning.")
+@click.option("--only", default="", help="Only the cells whose names match this regular expression.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=OUT, show_default=True)
 def main(rounds: int, seconds: float, warm_up: float, items: int | None, only: str, out: Path) -> None:
     """Measure the link and the durable push beside comparable systems."""

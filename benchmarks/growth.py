@@ -76,9 +76,11 @@ _EMPTY = (
 @click.option("--waiting", default="100000,1000000", show_default=True, help="Counts of waiting commands.")
 @click.option("--links", default=1000, show_default=True, help="Idle links.")
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
-@click.option("--seconds", type=click.FloatRange(0.01), default=1.0, show_default=True, help="Measured of each.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.01), default=1.0, show_default=True, help="Measured time of each rate."
+)
 @click.option("--items", type=click.IntRange(1), default=30_000, show_default=True, help="Rows of the outbox.")
-@click.option("--as-it-comes", is_flag=True, help="Leave PostgreSQL's settings alone.")
+@click.option("--as-it-comes", is_flag=True, help="Do not change PostgreSQL's settings.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=OUT, show_default=True)
 def main(
     finished: str, waiting: str, links: int, rounds: int, seconds: float, items: int, as_it_comes: bool, out: Path

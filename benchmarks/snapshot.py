@@ -107,9 +107,9 @@ async def _measure(stand: Stand, seconds: float, held_seconds: float, step: floa
 
 
 @click.command()
-@click.option("--seconds", default=60.0, show_default=True, help="Before the snapshot is taken.")
-@click.option("--held", default=600.0, show_default=True, help="Seconds that it is held.")
-@click.option("--step", default=10.0, show_default=True, help="Seconds of one figure.")
+@click.option("--seconds", default=60.0, show_default=True, help="Seconds before the snapshot is taken.")
+@click.option("--held", default=600.0, show_default=True, help="Seconds for which the snapshot is held.")
+@click.option("--step", default=10.0, show_default=True, help="Seconds of each measurement.")
 def main(seconds: float, held: float, step: float) -> None:
     """Hold a snapshot under full load, as a pg_dump or a forgotten psql does."""
     stand = Stand()

@@ -157,7 +157,7 @@ def _await(port: int, server: subprocess.Popen[bytes]) -> None:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
         time.sleep(0.02)
-    raise RuntimeError("a server does not take connections")
+    raise RuntimeError("the contestant's server does not accept connections")
 
 
 async def _procrastinate(url: str) -> None:
