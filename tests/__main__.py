@@ -1,7 +1,7 @@
 """Run test modules in several processes: ``python -m tests [--jobs N] [NAME ...]``.
 
 Each process runs one module after another in one ``trial``, so that the modules share its PostgreSQL. trial's own
-``-j`` spreads single tests over its processes, so each would start the servers that the tests of a module share.
+``-j`` spreads single tests over its processes: each process would start the servers that the tests of a module share.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from zope.interface import implementer
 
 #: Packages whose modules take longest and therefore begin first.
 _FIRST = ("tests.admin", "tests.cli", "tests.roles")
-#: Bytes of a module's name in the pipe: all names are one length, so that each read takes one.
+#: Bytes of a module's name in the pipe. All names have the same length, so that each read returns one name.
 _NAME_BYTES = 128
 _DIRECTORY = Path("_trial_temp").absolute()
 
@@ -40,7 +40,7 @@ def modules(name: str) -> list[str]:
 
 @implementer(ITestCase)
 class _Modules:
-    """The tests of the modules that a process takes from the pipe until there is none left."""
+    """The tests of the modules whose names a process reads from the pipe until the pipe is empty."""
 
     def __init__(self, names: int) -> None:
         self._names = names
@@ -61,7 +61,7 @@ class _Modules:
         return 1
 
     def id(self) -> str:
-        """Name the whole."""
+        """Return a name for all modules together."""
         return "modules"
 
     def shortDescription(self) -> None:

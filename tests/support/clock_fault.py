@@ -1,8 +1,8 @@
-"""The database's clock is ahead for a while, as its rows show it afterwards.
+"""Simulate a database whose clock was ahead for a while, by the times in its rows.
 
-No test can set a real clock. From :func:`begin` to :func:`end` triggers date what is written as a clock would that is
-ahead. A time that a user has chosen stays. For the readers the clock is right already, so every such row waits, as it
-does once the real clock is right again.
+A test cannot set the real clock. From :func:`begin` to :func:`end`, triggers add the lead of the clock to the times of
+the rows that are written. A time that a user has chosen stays. Readers use the correct clock, so every such row waits,
+as it would after a real clock was corrected.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-#: What dates each table, in PL/pgSQL. What is pulled back is left as it is.
+#: The event and the PL/pgSQL code of each table's trigger. A time that is set to the past stays as it is.
 _DATED: Final = {
     "commands": (
         "insert",
@@ -35,10 +35,10 @@ _DATED: Final = {
 
 
 def begin(execute: Callable[[str], Any], ahead: str = "2 hours") -> None:
-    """Let the clock be ahead.
+    """Begin to write times that are ahead.
 
-    :param execute: runs a statement in a transaction of its own: locks of several tables at once could be a deadlock.
-    :param ahead: an interval, in SQL.
+    :param execute: runs a statement in a transaction of its own: locks on several tables at once could deadlock.
+    :param ahead: the lead of the clock, as an SQL interval.
     """
     for table, (event, dating) in _DATED.items():
         execute(
@@ -52,6 +52,6 @@ def begin(execute: Callable[[str], Any], ahead: str = "2 hours") -> None:
 
 
 def end(execute: Callable[[str], Any]) -> None:
-    """Let the clock be right again."""
+    """Write correct times again."""
     for table in _DATED:
         execute(f"drop trigger clock_ahead on {table}")

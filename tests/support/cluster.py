@@ -1,4 +1,4 @@
-"""A PostgreSQL of a test's own, which can be away."""
+"""A test's own PostgreSQL, which the test can stop, kill and freeze."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.postgres import memory_directory
 
 
 class Cluster:
-    """One server, started and stopped at will. Every method blocks."""
+    """One PostgreSQL server. Every method blocks."""
 
     def __init__(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="s2s-cluster-", dir=memory_directory())).resolve()
@@ -28,7 +28,7 @@ class Cluster:
         return self._directory / "postgres"
 
     def start(self) -> None:
-        """Start it, and wait until it takes connections."""
+        """Start it, and wait until it accepts connections."""
         self.url, self._process = postmaster.start(self._data)
 
     def migrate(self) -> None:
@@ -38,14 +38,14 @@ class Cluster:
         connection.close()
 
     def stop(self) -> None:
-        """Stop it at once: every connection is lost, and nothing that was not committed stays."""
+        """Stop it at once: every connection is lost, and uncommitted changes are lost."""
         running = postmaster.find(self._data)
         if running is not None and self._process is not None:
             self._process.send_signal(3)  # SIGQUIT: an immediate shutdown, as a crash would be
             self._process.wait(20)
 
     def kill(self) -> None:
-        """Kill all of it without a warning."""
+        """Kill all of its processes by SIGKILL."""
         for process in self._processes():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -53,11 +53,11 @@ class Cluster:
         self._process.wait(20)
 
     def freeze(self) -> None:
-        """Let it stand still: connections stay, and nothing answers."""
+        """Suspend its processes: connections stay open, and nothing answers."""
         self._frozen = [process for process in self._processes() if not process.suspend()]
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """Resume its processes."""
         for process in self._frozen:
             with suppress(psutil.NoSuchProcess):
                 process.resume()
@@ -68,6 +68,6 @@ class Cluster:
         return [first, *first.children(recursive=True)]
 
     def remove(self) -> None:
-        """Stop it for good."""
+        """Stop it, and remove its directory."""
         self.stop()
         shutil.rmtree(self._directory)

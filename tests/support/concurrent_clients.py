@@ -11,9 +11,9 @@ from s2s.roles import descriptors
 
 
 class ConcurrentClients:
-    """Sockets that send a request, and their answers.
+    """Sockets that send the same request, and their answers.
 
-    :param size: how many.
+    :param size: number of clients.
     """
 
     def __init__(self, url: str, token: str, path: str, size: int) -> None:
@@ -31,12 +31,12 @@ class ConcurrentClients:
             self._selector.register(one, selectors.EVENT_READ)
 
     def send(self) -> None:
-        """Let all ask."""
+        """Send the request on every socket."""
         for one in self._got:
             one.sendall(self._request)
 
     def answered(self) -> int:
-        """Read what is there, and count those that have an answer whole."""
+        """Read the available bytes, and return the number of clients whose answer is complete."""
         while ready := self._selector.select(0):
             for key, _ in ready:
                 one = key.fileobj
@@ -54,7 +54,7 @@ class ConcurrentClients:
         return dict(Counter(int(got.split(b" ", 2)[1]) for got in self._got.values()))
 
     def close(self) -> None:
-        """Close them all."""
+        """Close every socket."""
         for one in self._got:
             one.close()
         self._selector.close()

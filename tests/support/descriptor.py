@@ -7,9 +7,9 @@ from twisted.internet.abstract import FileDescriptor
 
 
 class Reactor(task.Clock):
-    """As much of a reactor as a descriptor wants that writes.
+    """The part of a reactor that a writing descriptor needs.
 
-    :ivar writers: whom it watches.
+    :ivar writers: the descriptors that are watched for writability.
     """
 
     def __init__(self) -> None:
@@ -18,10 +18,10 @@ class Reactor(task.Clock):
         self.addWriter, self.removeWriter = self.writers.add, self.writers.discard
 
     def removeReader(self, descriptor: FileDescriptor) -> None:
-        """Nobody is read."""
+        """Do nothing: no descriptor is watched for reading."""
 
     def turn(self) -> None:
-        """Call what is due, and whoever may write."""
+        """Run the calls that are due, and let each watched descriptor write."""
         self.advance(0)
         for each in list(self.writers):
             each.doWrite()
@@ -30,8 +30,8 @@ class Reactor(task.Clock):
 class Descriptor(FileDescriptor):
     """A connection on Twisted's own buffer.
 
-    :ivar sends: what its socket took, each time that it took something.
-    :ivar takes: how many bytes the socket takes yet, or how it fails.
+    :ivar sends: the bytes of each send that the simulated socket accepted.
+    :ivar takes: number of bytes that the socket still accepts, or the error that it returns.
     """
 
     connected = True
@@ -42,11 +42,11 @@ class Descriptor(FileDescriptor):
         self.takes: int | Exception = 1 << 20
 
     def getPeer(self) -> object:
-        """It comes from nowhere, as over a local socket."""
+        """Return no address, as for a local socket."""
         return None
 
     def writeSomeData(self, data: bytes) -> int | Exception:
-        """Let the socket take something."""
+        """Accept as many bytes as ``takes`` permits, or return its error."""
         if isinstance(self.takes, Exception):
             return self.takes
         taken = bytes(data[: self.takes])

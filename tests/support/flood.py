@@ -1,4 +1,4 @@
-"""An engine that pushes and pushes and writes down what it was answered, and strangers who want to be in its way."""
+"""An engine that pushes continuously and records the answers, and clients without a key that flood the server."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from collections.abc import Callable
 from tests.support import hostile
 from tests.support.peer import PUSH, Frame, Peer, command, framed
 
-#: Pushes that it keeps unanswered at most.
+#: Most unanswered pushes of a flood.
 _WINDOW = 512
 
 
 class Linked(threading.Thread, ABC):
-    """Takes turns on a link until it is done, and makes another one when it is lost.
+    """A thread that works on a link until its work is done, and connects again when the link is lost.
 
     :param connect: makes a link.
-    :ivar links: how many it had.
+    :ivar links: number of links so far.
     """
 
     def __init__(self, connect: Callable[[], Peer], name: str | None = None) -> None:
@@ -33,7 +33,7 @@ class Linked(threading.Thread, ABC):
         self.links = 0
 
     def finish(self) -> None:
-        """Begin nothing new; it ends when all that was begun is done."""
+        """Begin nothing new; the thread ends when all work that it has begun is done."""
         self._is_over.set()
 
     @property
@@ -43,14 +43,14 @@ class Linked(threading.Thread, ABC):
 
     @abstractmethod
     def _poll_once(self, peer: Peer) -> None:
-        """Do a little."""
+        """Do one step of the work."""
 
     @abstractmethod
     def _lost(self) -> None:
-        """Take note that nothing more comes over the link that there was."""
+        """Handle the loss of the link: nothing more is received on it."""
 
     def run(self) -> None:
-        """Do everything."""
+        """Connect and work until the work is done."""
         self._began = time.monotonic()
         while not self.is_done:
             try:
@@ -70,15 +70,16 @@ class Linked(threading.Thread, ABC):
 
 
 class Flood(Linked):
-    """Pushes commands of new keys over a link of its own, and connects again when it is lost.
+    """Pushes commands with new keys over its own link, and connects again when the link is lost.
 
-    What was not accepted is pushed again with the same key until it is, so that in the end every key is accepted.
+    A push that was not accepted is sent again with the same key, so that in the end every key is accepted.
 
     :param connect: makes a link.
-    :param rate: new keys in a second.
-    :ivar accepted: the ``cmd_id`` of each key that was accepted.
-    :ivar refused: how often each code came.
-    :ivar wrong: what must not be: an answer that contradicts another.
+    :param rate: new keys a second.
+    :ivar made: number of keys made so far.
+    :ivar accepted: the ``cmd_id`` of each accepted key.
+    :ivar refused: number of refusals by error code.
+    :ivar wrong: descriptions of wrong answers: another ``cmd_id`` for the same key, or a refusal that is not retryable.
     """
 
     def __init__(self, connect: Callable[[], Peer], rate: float) -> None:
@@ -101,7 +102,7 @@ class Flood(Linked):
         self._flying.clear()
 
     def _poll_once(self, peer: Peer) -> None:
-        """Push what is due, and take the answers that there are."""
+        """Push the commands that are due, and read the available answers."""
         wanted = int((time.monotonic() - self._began) * self._rate)
         fresh = range(self.made, self.made if self._is_over.is_set() else max(self.made, wanted))
         frames = []
@@ -138,15 +139,15 @@ class Flood(Linked):
 
 
 class StrangersFlood(threading.Thread):
-    """Somebody without a key, who connects again and again and sends a large frame that does not verify.
+    """A client without a key, which connects repeatedly and sends a large frame that does not verify.
 
-    :param port: the server's.
-    :param rate: frames in a second, each over a link of its own.
-    :param seconds: how long at most; see :meth:`finish`.
-    :ivar sent: how many whole frames it sent.
+    :param port: the server's port.
+    :param rate: frames a second, each over a link of its own.
+    :param seconds: longest duration; see :meth:`finish`.
+    :ivar sent: number of frames sent in full.
     """
 
-    #: Links that it leaves open at most: as many as a server keeps without a valid frame.
+    #: Most links that the client leaves open: as many as a server keeps without a valid frame.
     MOST_OPEN = 100
 
     def __init__(self, port: int, rate: float = 40.0, seconds: float = 60.0) -> None:
@@ -156,11 +157,11 @@ class StrangersFlood(threading.Thread):
         self.sent = 0
 
     def finish(self) -> None:
-        """Send no more."""
+        """Stop sending."""
         self._is_over.set()
 
     def run(self) -> None:
-        """Send what is due, and read nothing that comes back."""
+        """Send the frames that are due, and read no answer."""
         shapes = itertools.cycle([framed(frame) for frame in hostile.dearest(65536)])
         links: deque[socket.socket] = deque()
         tried = 0
@@ -169,7 +170,7 @@ class StrangersFlood(threading.Thread):
             while tried < passed * self._rate:
                 tried += 1
                 links.append(socket.socket())
-                # So that the whole frame is on its way at once, whether it is read or not.
+                # The send buffer holds the whole frame, so that the send does not depend on the server's reading.
                 links[-1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
                 frame = next(shapes)
                 with contextlib.suppress(OSError):  # not accepted now, or cut

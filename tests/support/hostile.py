@@ -1,4 +1,4 @@
-"""Frames that a stranger without a key may send: as large as the limit, and as dear to judge as they can be made."""
+"""Frames that a client without a key may send: as large as the limit, and as expensive to check as possible."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 _HEAD = b'{"auth":{"key_id":"k1","sig":"' + b"0" * 64 + b'"},"dst":"server","id":"i1","payload":'
 _TAIL = b',"src":"engine","ts":5,"type":"s2s.command.push","v":1}'
-#: Items of a payload's list: each is dear to parse, to write or to count in its own way.
+#: Items of a payload's list: each is expensive to parse, to write or to count in a different way.
 _ITEMS = (
     b"[]", b"{}", b'{"a":1}', b'{"a":{}}', b"1", b"12345", b"null", b'""', b'"ab"', '"\u00e9"'.encode(), b'"\\n"',
     b'"\\""', b'"\\\\"', b'"\\u00e9"', b'"\\ud83d\\ude00"', '"\U0001f600"'.encode(), b'"-0"', b'"\\u002d"', b'"1.5"',
     b'"\\u0000x"', b'"\\\\u0000"', b'"NaN"', b"[" * 28 + b"]" * 28, b'{"":' * 28 + b"1" + b"}" * 28, b" \n1\t",
 )  # fmt: skip
-#: What breaks a rule at the end of all that, where the parser finds it last.
+#: Values that break a rule; they stand at the end of the list, where the parser finds them last.
 _BREACHES = (
     b"1.5",
     b"NaN",
@@ -36,7 +36,7 @@ def _payload(size: int, item: bytes, last: bytes = b"1") -> bytes:
 
 
 def frames(size: int) -> Iterator[bytes]:
-    """Make frames of about a size that have a wrong MAC, or break a rule at their end, in several spellings."""
+    """Generate frames of about this size that have a wrong MAC or break a rule at their end, in several spellings."""
     payloads = [_payload(size, item) for item in _ITEMS]
     payloads += [_payload(size, item, breach) for item in (b"[]", b'"ab"') for breach in _BREACHES]
     room = size - len(_HEAD) - len(_TAIL) - 16
@@ -58,7 +58,7 @@ def frames(size: int) -> Iterator[bytes]:
         canonical = _HEAD + payload + _TAIL
         yield canonical
         yield canonical.replace(b'"auth":', b' "\\u0061uth":', 1)
-        # The members that make up the frame stand before auth, or in it.
+        # The large member stands before auth, or in auth.
         yield b'{"a":' + payload + b"," + canonical[1:].replace(payload, b"{}")
         yield canonical.replace(b'"key_id"', b'"a":' + payload + b',"key_id"', 1).replace(
             b'"payload":' + payload, b'"payload":{}'
@@ -68,16 +68,17 @@ def frames(size: int) -> Iterator[bytes]:
 
 
 def dearest(size: int) -> list[bytes]:
-    """Make the frames of about a size that are the dearest to parse: of many small things, in another spelling."""
+    """Return the frames of about this size that are the most expensive to parse: many small items, not canonical."""
     return [(_HEAD + _payload(size, item) + _TAIL).replace(b'"auth":', b' "auth":', 1) for item in _ITEMS[:4]]
 
 
-#: Steps of Python code that one frame may take before its MAC holds: a walk over its values takes tens of thousands.
+#: Most lines of Python code that may run for a frame before its MAC is verified. A walk over the values of a large
+#: frame takes tens of thousands.
 MOST_STEPS = 2000
 
 
 def steps(act: Callable[[Any], object], frame: bytes) -> int:
-    """Count the lines of Python code that run while a frame is judged: work that no clock needs to measure."""
+    """Return the number of lines of Python code that run while ``act`` handles a frame: a measure without a clock."""
     lines = 0
 
     def trace(_frame: FrameType, event: str, _arg: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A server with its HTTP API, bare requests, and command lines as they go over HTTP."""
+"""A server with its HTTP API, plain requests to it, and command lines that use it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from s2s.store.pool import blocking
 from s2s.store.tables import tokens
 from tests.support.roles import RoleTestCase, Server, environment, free_port, listen
 
-#: Runs command lines one after the other, in one process: a start takes half a second.
+#: Program that runs command lines one after the other in one process, since a start takes half a second.
 _SHELL = """
 import json, sys
 from click.testing import CliRunner
@@ -36,9 +36,9 @@ json.dump(told, sys.stdout)
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back.
+    """An HTTP answer.
 
-    :param body: parsed, where there is one.
+    :param body: the parsed JSON body; ``None`` if the answer has no body.
     """
 
     status: int
@@ -57,10 +57,10 @@ def ask(
     raw: bytes | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Answer:
-    """Make one request, by nothing but Python's own library. Blocks.
+    """Make one request with Python's standard library. Blocks.
 
     :param body: is sent as JSON.
-    :param raw: is sent as it is.
+    :param raw: is sent unchanged.
     """
     parts = urlsplit(url)
     assert parts.hostname is not None
@@ -83,10 +83,10 @@ def ask(
 
 
 def shell(lines: Sequence[Sequence[str]], **variables: str) -> list[tuple[int, str, str]]:
-    """Type command lines, in a process of their own. Blocks.
+    """Run command lines in a process of their own. Blocks.
 
-    :param variables: of its environment.
-    :returns: of each the exit code, stdout and stderr.
+    :param variables: variables of its environment.
+    :returns: exit code, stdout and stderr of each command line.
     """
     done = subprocess.run(
         [sys.executable, "-c", _SHELL],
@@ -104,13 +104,13 @@ class ApiTestCase(RoleTestCase):
     """A test with a real server and its API, and a token of each role.
 
     :ivar api: the API's base URL.
-    :ivar tokens: by role.
+    :ivar tokens: the tokens by role.
     :ivar role: the server.
     """
 
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
-        """Start it."""
+        """Make the tokens, and start the server."""
         super().setUp()
         with blocking(self.url) as txn:
             self.tokens: dict[Access, str] = {role: tokens.add(txn, f"an-{role}", role) for role in ACCESS}
@@ -134,11 +134,11 @@ class ApiTestCase(RoleTestCase):
         return port, self.server(http=endpoint), root
 
     def ask(self, method: str, path: str, body: Any = None, *, role: Access = "admin", **how: Any) -> Answer:
-        """Make one request to it. Blocks."""
+        """Make one request to the API. Blocks."""
         return ask(self.api, method, path, self.tokens[role], body, **how)
 
     def refused(self, status: int, code: str, *args: Any, **how: Any) -> Answer:
-        """Make one request, and see that it is refused as problem details."""
+        """Make one request, and assert that the answer is a refusal in the format of problem details."""
         answer = self.ask(*args, **how)
         self.assertEqual((answer.status, answer.body.get("code")), (status, code), answer.raw)
         self.assertEqual(answer.headers["content-type"], "application/problem+json")
@@ -149,11 +149,11 @@ class ApiTestCase(RoleTestCase):
         return answer
 
     def token_file(self, role: Access = "admin") -> str:
-        """Give a file that holds a token."""
+        """Write a role's token to a file, and return its path."""
         path = Path(self.directory, f"{role}.token")
         path.write_text(self.tokens[role] + "\n")
         return str(path)
 
     def shell(self, *lines: Sequence[str], role: Access = "admin") -> list[tuple[int, str, str]]:
-        """Type command lines that go to it. Blocks."""
+        """Run command lines that use the API. Blocks."""
         return shell(lines, S2S_URL=self.api, S2S_TOKEN_FILE=self.token_file(role))

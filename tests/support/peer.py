@@ -1,6 +1,6 @@
-"""A peer of s2s as an outsider would write one from docs/protocol.rst: blocking sockets and the standard library.
+"""A peer of s2s, written from docs/protocol.rst only: blocking sockets and the standard library.
 
-Nothing of :mod:`s2s` is used, so that a test with it judges the wire and not our own code by itself.
+It uses nothing of :mod:`s2s`, so that a test with it checks the wire and does not compare our code with itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 CHECK, ACK, ERROR, BUMP = "s2s.health.check", "s2s.ack", "s2s.error", "s2s.config.bump"
 HEALTH_ACK, PUSH, SWEEP = "s2s.health.ack", "s2s.command.push", "s2s.broadcast.sweep"
-#: Seconds until something that does not come fails the test.
+#: Seconds without the expected frame after which the test fails.
 PATIENCE_S = 60.0
 
 _numbers = itertools.count(1)
@@ -35,7 +35,7 @@ class Key(NamedTuple):
     key_b64: str
 
     def mac(self, message: bytes) -> str:
-        """Give the signature of a message."""
+        """Return the signature of a message."""
         return hmac.new(base64.b64decode(self.key_b64), message, hashlib.sha256).hexdigest()
 
 
@@ -44,7 +44,7 @@ K1 = Key("k1", base64.b64encode(bytes(range(32))).decode())
 
 
 def canonical(value: Any) -> bytes:
-    """Write a value in canonical form: Python sorts by code point and escapes as the protocol wants it."""
+    """Write a value in canonical form: Python sorts by code point and escapes as the protocol requires."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
 
 
@@ -54,18 +54,18 @@ def framed(body: bytes) -> bytes:
 
 
 def sign(envelope: Frame, key: Key = K1) -> bytes:
-    """Give the body of the signed envelope."""
+    """Return the body of the signed envelope."""
     unsigned = {**envelope, "auth": {"key_id": key.key_id}}
     return canonical({**envelope, "auth": {"key_id": key.key_id, "sig": key.mac(canonical(unsigned))}})
 
 
 def notice(message: str = "hello", **more: Any) -> Frame:
-    """Give the payload of a ``notice.publish`` to everybody."""
+    """Return the payload of a ``notice.publish`` with the scope ``global``."""
     return {"scope": "global", "message": message, "severity": "info", **more}
 
 
 def command(idem_key: str, payload: Frame | None = None, **more: Any) -> Frame:
-    """Give the payload of a push of a notice; ``more`` adds members or replaces them."""
+    """Return the payload of a push of a notice; ``more`` adds members or replaces them."""
     return {"cmd_type": "notice.publish", "idem_key": idem_key, "payload": payload or notice(idem_key), **more}
 
 
@@ -73,11 +73,12 @@ class Peer:
     """One end of a link.
 
     :param role: ours, ``engine`` or ``server``.
-    :param key: signs; it and :data:`K1` verify what comes.
-    :param now: our clock in Unix seconds; the real one if left out.
-    :param name: what we say that we are called: to a server, two engines of one name are one.
-    :ivar last: the body of the frame that was read last, as it came.
-    :ivar serves: the requests that are answered by themselves while we read, with the payloads of their replies.
+    :param key: signs our frames; this key and :data:`K1` verify received frames.
+    :param now: our clock in Unix seconds; the real clock if left out.
+    :param name: our name in health replies: a server treats two engines of the same name as one.
+    :ivar last: the unchanged body of the frame that was read last.
+    :ivar serves: for each type of request that is answered automatically during a read, a function from the request's
+        payload to the reply's.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Peer:
         self.link = link
         self.role, self.other = ("engine", "server") if role == "engine" else ("server", "engine")
         self.key = key
-        #: Further keys that verify what comes, by name.
+        #: Further keys that verify received frames, by name.
         self.known_keys: Mapping[str, Key] = {}
         self.last = b""
         name = name or f"outsider-{next(_numbers)}"
@@ -102,33 +103,33 @@ class Peer:
         self.may_be_cut = False
 
     def close(self) -> None:
-        """Go away."""
+        """Close the connection."""
         self.link.close()
 
     # --- out ------------------------------------------------------------------------------------------------------
 
     def envelope(self, type: str, payload: Any, **members: Any) -> Frame:
-        """Make an envelope that is not signed; ``members`` are added, or replace what we would say."""
+        """Make an unsigned envelope; ``members`` adds members or replaces them."""
         now = int(time.time() if self._now is None else self._now)
         ours = {"v": 1, "id": next(self._ids), "ts": now, "src": self.role, "dst": self.other}
         return {**ours, "type": type, "payload": payload, **members}
 
     def frame(self, type: str, payload: Any, **members: Any) -> bytes:
-        """Make a whole signed frame."""
+        """Make a signed frame with its length."""
         return framed(sign(self.envelope(type, payload, **members), self.key))
 
     def write(self, data: bytes) -> None:
-        """Write bytes as they are."""
+        """Write bytes unchanged."""
         self.link.sendall(data)
 
     def send(self, type: str, payload: Any, **members: Any) -> str:
-        """Send an envelope, and give its ``id``."""
+        """Send an envelope, and return its ``id``."""
         envelope = self.envelope(type, payload, **members)
         self.write(framed(sign(envelope, self.key)))
         return str(envelope["id"])
 
     def write_all(self, envelopes: list[Frame]) -> None:
-        """Sign and write many envelopes in one go."""
+        """Sign many envelopes, and write them together."""
         self.write(b"".join(framed(sign(envelope, self.key)) for envelope in envelopes))
 
     def reply(self, request: Frame, type: str, payload: Any) -> None:
@@ -142,7 +143,10 @@ class Peer:
     # --- in -------------------------------------------------------------------------------------------------------
 
     def read(self) -> Frame | None:
-        """Read the next frame, verify it if it is signed, and answer it if we serve it; ``None`` at the end."""
+        """Read the next frame, verify it if it is signed, and answer it if its type is in ``serves``.
+
+        :returns: ``None`` at the end of the link.
+        """
         head = self._take(4)
         body = None if head is None else self._take(struct.unpack("!I", head)[0])
         if body is None:
@@ -156,14 +160,14 @@ class Peer:
             assert sig == key.mac(canonical(frame)), f"a wrong signature: {frame}"
         if "ack_of" not in frame and frame["type"] in self.serves:
             reply = self.serves[frame["type"]](frame["payload"])
-            # The other side may have closed the link after it sent this; the rest of its frames is still to be read.
+            # The other side may have closed the link after this frame; the rest of its frames is still to be read.
             with suppress(ConnectionError):
                 self.reply(frame, HEALTH_ACK if frame["type"] == CHECK else ACK, reply)
         return frame
 
     @property
     def has_more(self) -> bool:
-        """Whether a whole frame is here already."""
+        """Whether the buffer holds a whole frame."""
         return len(self._buffer) >= 4 and len(self._buffer) >= 4 + struct.unpack("!I", self._buffer[:4])[0]
 
     def _take(self, count: int) -> bytes | None:
@@ -180,7 +184,7 @@ class Peer:
         return taken
 
     def until(self, wanted: Callable[[Frame], bool]) -> Frame:
-        """Read up to the first frame that is wanted."""
+        """Read up to the first frame for which ``wanted`` is true, and return it."""
         deadline = time.monotonic() + PATIENCE_S
         while (frame := self.read()) is not None:
             if wanted(frame):
@@ -189,15 +193,15 @@ class Peer:
         raise AssertionError("the link ended before what is wanted came")
 
     def request(self, type: str) -> Frame:
-        """Read up to a request of this type."""
+        """Read up to a request of this type, and return it."""
         return self.until(lambda frame: frame["type"] == type and "ack_of" not in frame)
 
     def answer(self, message_id: str) -> Frame:
-        """Read up to the answer to a request of ours."""
+        """Read up to the reply to our request, and return it."""
         return self.until(lambda frame: frame.get("ack_of") == message_id)
 
     def answers(self, ids: list[str]) -> dict[str, Frame]:
-        """Read the payloads of all these answers, in whatever order they come."""
+        """Read the replies to all these requests, in any order, and return their payloads by ``id``."""
         missing, found = set(ids), {}
         while missing:
             frame = self.until(lambda frame: frame.get("ack_of") in missing)
@@ -206,21 +210,24 @@ class Peer:
         return found
 
     def call(self, type: str, payload: Any, **members: Any) -> Frame:
-        """Send a request and give the payload of its answer."""
+        """Send a request, and return the payload of its reply."""
         payload_back: Frame = self.answer(self.send(type, payload, **members))["payload"]
         return payload_back
 
     def refusal(self) -> Frame:
-        """Read up to an error."""
+        """Read up to an error, and return it."""
         return self.until(lambda frame: frame["type"] == ERROR)
 
     def rest(self, *, is_killed: bool = False) -> list[Frame]:
-        """Read everything until the link ends: at the end of a frame, unless its process was killed in a write."""
+        """Read all frames until the link ends, and return them.
+
+        :param is_killed: the link may end within a frame, since the other process was killed.
+        """
         self.may_be_cut = is_killed
         return list(iter(self.read, None))
 
     def greet(self) -> Mapping[str, Any]:
-        """Challenge the other side, answer its challenge, and give what it says of itself."""
+        """Challenge the other side, answer its challenge, and return the payload of its health reply."""
         ours = self.send(CHECK, {})
         answered = asked = False
         said: Mapping[str, Any] = {}
@@ -238,7 +245,7 @@ def connect(port: int, source: str = "127.0.0.1", **how: Any) -> Peer:
 
 
 class ListeningPeer:
-    """Where an engine connects, and finds us as its server."""
+    """Listens for an engine, as its server."""
 
     def __init__(self) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -246,9 +253,9 @@ class ListeningPeer:
         self.port: int = self._socket.getsockname()[1]
 
     def accept(self, **how: Any) -> Peer:
-        """Wait for the engine."""
+        """Wait for the engine's connection, and return a peer for it."""
         return Peer(self._socket.accept()[0], role="server", **how)
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self._socket.close()

@@ -1,4 +1,4 @@
-"""One real PostgreSQL for the whole run, and a database of its own for every test."""
+"""One real PostgreSQL for each test process, and a database of its own for every test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from s2s.store.pool import Database
 from s2s.store.tables.own_keys import digest
 
 _TEMPLATE = "s2s_template"
-#: The file system in memory of Linux, and the bytes that must be free in it: some processes of the tests share it.
+#: Linux's file system in memory, and the bytes that must be free in it: several test processes share it.
 _MEMORY = "/dev/shm"
 _ROOM = 4 << 30
 _numbers = itertools.count(1)
@@ -30,7 +30,7 @@ _numbers = itertools.count(1)
 def memory_directory() -> str | None:
     """Return a directory in memory for a PostgreSQL of the tests; ``None``: there is no room, so use the disk.
 
-    A database is created in 20 ms there; a disk takes 60 to 400 ms, and does not take more at once.
+    Creating a database takes 20 ms in memory, and 60 to 400 ms on a disk, which creates no more of them in parallel.
     """
     try:
         room = os.statvfs(_MEMORY)
@@ -43,8 +43,8 @@ def memory_directory() -> str | None:
 def cluster_url() -> str:
     """Start the PostgreSQL of this process if it does not run yet.
 
-    It belongs to a guardian (:mod:`s2s.store.embedded.lease`) that ends when its stdin does, and then its directory
-    is removed: at our exit, however we die.
+    A guardian process owns it (:mod:`s2s.store.embedded.lease`). The guardian ends when its stdin ends, which is when
+    this process exits for any reason; then the directory is removed.
 
     :returns: the URL of its database ``postgres``.
     """
@@ -63,7 +63,7 @@ def cluster_url() -> str:
     word, _, url = process.stdout.readline().strip().partition(" ")
     assert word == "ready", "the embedded PostgreSQL did not start; its reason is above"
     with Session(url) as session:
-        # The tests kill our processes, never this one: it needs no disk, and its WAL is of no use.
+        # The tests never kill this PostgreSQL, so that it needs neither durability nor its WAL.
         for setting, value in (
             ("fsync", "off"),
             ("full_page_writes", "off"),
@@ -77,7 +77,7 @@ def cluster_url() -> str:
 
 @cache
 def template() -> str:
-    """Make the migrated database that the tests' own are copies of.
+    """Make the migrated database from which the tests' databases are copied.
 
     :returns: its name.
     """
@@ -92,26 +92,26 @@ def template() -> str:
 
 
 def database_url(name: str) -> str:
-    """Give the URL of another database of the same server."""
+    """Return the URL of another database of the same server."""
     return cluster_url().replace("/postgres?", f"/{name}?", 1)
 
 
 def make_database(name: str, template: str = "template0") -> None:
     """Create a database as a copy of another one."""
     with Session(cluster_url()) as session:
-        # A copy of the files would wait for two checkpoints, and the drop for one more.
+        # The strategy file_copy would wait for two checkpoints, and the drop for one more.
         create = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY wal_log")
         session.run(create.format(sql.Identifier(name), sql.Identifier(template)))
 
 
 def drop_database(name: str) -> None:
-    """Drop a database, with whoever is still connected to it."""
+    """Drop a database, and end its connections."""
     with Session(cluster_url()) as session:
         session.run(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 class Session:
-    """A blocking connection in autocommit, which finds tables of s2s also by their names without the schema."""
+    """A blocking connection in autocommit; its search_path also finds the tables of s2s without their schema."""
 
     def __init__(self, url: str) -> None:
         self._connection = psycopg2.connect(url)
@@ -136,7 +136,7 @@ class Session:
 class DatabaseTestCase(TestCase):
     """A test with a migrated database of its own, which is dropped after it.
 
-    :ivar url: its URL, for psycopg2 and for every ``--database``.
+    :ivar url: the database's URL, for psycopg2 and for ``--database``.
     """
 
     url: str
@@ -150,7 +150,7 @@ class DatabaseTestCase(TestCase):
         self._session: Session | None = None
 
     def pools(self, name: str, threads: int = 3, timeout_s: float = 60.0) -> tuple[Database, HandlerPool]:
-        """Start a pool for our statements and one for foreign code, which end with the test.
+        """Start a pool for our statements and a pool for foreign code; both stop at the end of the test.
 
         :param timeout_s: seconds that a call of foreign code may take.
         """
@@ -165,8 +165,8 @@ class DatabaseTestCase(TestCase):
     def execute(self, statement: str, *params: Any) -> list[tuple[Any, ...]]:
         """Run one statement and commit it. Blocks.
 
-        :param params: what its ``%s`` stand for.
-        :returns: its rows; none for a statement without any.
+        :param params: values of its ``%s``.
+        :returns: its rows; empty for a statement that returns none.
         """
         if self._session is None:
             self._session = Session(self.url)
@@ -174,7 +174,7 @@ class DatabaseTestCase(TestCase):
         return self._session.run(statement, *params)
 
     def keep_charged(self) -> None:
-        """Give each command that is charged a pause without an end: the real one is random, and may be over at once."""
+        """Make the pause after each failed attempt endless: the real pause is random, and may end at once."""
         self.execute(
             "create function wait() returns trigger language plpgsql set search_path from current as"
             " $$ begin new.due_at := '2100-01-01'; return new; end $$;"
@@ -183,12 +183,12 @@ class DatabaseTestCase(TestCase):
         )
 
     def database_id(self) -> str:
-        """Return the id that is in the keys of this database's own making."""
+        """Return the database's id, which is part of the keys that the database makes."""
         [(database_id,)] = self.execute("select database_id from s2s.database")
         return str(database_id)
 
     def broadcast_keys(self) -> list[str]:
-        """Return the keys of the commands that the broadcasts become, in the order of their numbers."""
+        """Return the keys of the commands made from the broadcasts, in the order of ``broadcast_id``."""
         rows = self.execute(
             "select broadcast_id, (created_at at time zone 'utc')::text, scope, sector_id, corp_id, player_id, message,"
             " severity, ttl_s from s2s.broadcasts order by broadcast_id"
@@ -197,13 +197,13 @@ class DatabaseTestCase(TestCase):
 
 
 def rows_read(txn: Any, table: str) -> int:
-    """Give how many rows of a table a transaction has read until now, in whatever way."""
+    """Return how many rows of a table the transaction has read so far, by scans of the table and of its indexes."""
     txn.execute("select seq_tup_read + idx_tup_fetch from pg_stat_xact_user_tables where relname = %s", (table,))
     return int(txn.fetchone()[0])
 
 
 class RecordingCursor(psycopg2.extensions.cursor):
-    """A cursor that can tell what its statements cost."""
+    """A cursor that records its statements and can count the pages that they read."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -215,7 +215,7 @@ class RecordingCursor(psycopg2.extensions.cursor):
         self._recorded.append(self.query)
 
     def pages(self) -> int:
-        """Count the pages that the statements until now read, each run once more."""
+        """Run each recorded statement once more, and return the number of pages that they read."""
         pages = 0
         for statement in self._recorded:
             super().execute(b"explain (analyze, buffers, format json) " + statement)

@@ -1,4 +1,4 @@
-"""A network that misbehaves when it is told to: a TCP proxy between an engine and a server."""
+"""A TCP proxy between an engine and a server, which can delay, throttle, garble, stall, cut, record and inject."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from twisted.internet.endpoints import TCP4ClientEndpoint, TCP4ServerEndpoint, c
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 
-#: A throttled direction forwards a little every so many seconds.
+#: Seconds between two portions of a throttled direction.
 _TICK_S: Final = 0.02
-#: Bytes on the way in one direction until its sender is no longer read.
+#: Buffered bytes of one direction above which the proxy pauses reading from its sender.
 _ON_THE_WAY: Final = 64 << 10
 
 
@@ -23,10 +23,10 @@ _ON_THE_WAY: Final = 64 << 10
 class Way:
     """One direction of a proxy, over all of its connections.
 
-    :ivar bytes_per_second: the throttle; ``None`` is none.
-    :ivar forwarded: how many bytes were.
-    :ivar garble_at: the count of forwarded bytes at which one is garbled.
-    :ivar delay_s: how much later everything comes.
+    :ivar bytes_per_second: the throttle; ``None``: no throttle.
+    :ivar forwarded: number of bytes forwarded.
+    :ivar garble_at: the count of forwarded bytes at which a byte is garbled.
+    :ivar delay_s: seconds by which everything is delayed.
     :ivar recorded: the bodies of the last frames that were forwarded.
     """
 
@@ -37,11 +37,11 @@ class Way:
     recorded: deque[bytes] = field(default_factory=lambda: deque(maxlen=500))
 
     def garble(self, after: int = 0) -> None:
-        """Flip one bit of the byte that comes after so many more."""
+        """Flip one bit of one byte, after ``after`` further bytes."""
         self.garble_at = self.forwarded + after
 
     def carry(self, data: bytes) -> bytes:
-        """Count what is forwarded, and garble it if its turn has come."""
+        """Count the forwarded bytes, and garble the byte at ``garble_at``."""
         at = -1 if self.garble_at is None else self.garble_at - self.forwarded
         self.forwarded += len(data)
         if not 0 <= at < len(data):
@@ -51,7 +51,7 @@ class Way:
 
 
 class _Frames:
-    """Finds the frames in what is forwarded."""
+    """Finds the frames in the forwarded bytes."""
 
     def __init__(self, found: deque[bytes]) -> None:
         self._found = found
@@ -59,11 +59,11 @@ class _Frames:
 
     @property
     def is_between(self) -> bool:
-        """Whether the last frame is whole."""
+        """Whether no frame is incomplete."""
         return not self._part
 
     def feed(self, data: bytes) -> None:
-        """Take what is forwarded."""
+        """Take forwarded bytes."""
         self._part += data
         while len(self._part) >= 4 and len(self._part) >= (end := 4 + struct.unpack_from("!I", self._part)[0]):
             self._found.append(bytes(self._part[4:end]))
@@ -71,7 +71,7 @@ class _Frames:
 
 
 class _End(Protocol):
-    """One of the two ends of a connection: what comes here leaves at the other end."""
+    """One of the two ends of a connection: the bytes that it receives leave at the other end."""
 
     transport: Any
     other: _End
@@ -83,16 +83,16 @@ class _End(Protocol):
         self._waiting = bytearray()
         self._is_over = False
         self._timer: Any = None
-        #: It takes everything and forwards nothing any more, not even its end.
+        #: This end reads everything and forwards nothing any more, not even the close of its connection.
         self.is_hole = False
 
     def connectionMade(self) -> None:
-        """Take part."""
+        """Register this end, and forward the bytes that wait for it."""
         self._proxy.ends.add(self)
         self.other.forward()
 
     def dataReceived(self, data: bytes) -> None:
-        """Take what came."""
+        """Take received bytes, after the delay of this direction."""
         if self.way.delay_s:
             reactor.callLater(self.way.delay_s, self._take, data)
         else:
@@ -103,22 +103,25 @@ class _End(Protocol):
         self.forward()
 
     def inject(self, frame: bytes) -> bool:
-        """Forward a frame that did not come, unless another is under way."""
+        """Forward a frame that the sender did not send, unless another frame is incomplete or waits.
+
+        :returns: whether the frame was forwarded.
+        """
         if not self._frames.is_between or self._waiting or self.other.transport is None:
             return False
         self.other.transport.write(struct.pack("!I", len(frame)) + frame)
         return True
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Let the other end go too, after all that came before."""
+        """Close the other end too, after it has sent all earlier bytes."""
         self._proxy.ends.discard(self)
         self._is_over = True
-        # Nothing reaches us any more.
+        # The bytes that wait at the other end can no longer be delivered to this connection.
         self.other.drop()
         self.forward()
 
     def forward(self) -> None:
-        """Forward what waits, as fast as it may go."""
+        """Forward the waiting bytes, within the throttle."""
         if (
             self._proxy.is_stalled
             or self.is_hole
@@ -145,29 +148,29 @@ class _End(Protocol):
         self.forward()
 
     def drop(self) -> None:
-        """Forget what waits."""
+        """Discard the waiting bytes."""
         self._waiting.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def cut(self) -> None:
-        """End here, at once, and forward no more."""
+        """Abort this connection, and discard the waiting bytes."""
         self.drop()
         if self.transport is not None:
             self.transport.abortConnection()
 
 
 class Proxy:
-    """Listens where the engine connects, and connects to where the server listens.
+    """Accepts the connections of the engine, and forwards each to the server.
 
-    :param to_port: the server's.
-    :param server: an endpoint in place of that port.
-    :ivar port: the proxy's own.
-    :ivar up: from the engine to the server.
-    :ivar down: from the server to the engine.
-    :ivar connections: how many were ever made.
-    :ivar ends: the ends of those that there are.
+    :param to_port: the server's port.
+    :param server: the server's endpoint, instead of that port.
+    :ivar port: the port on which the proxy listens.
+    :ivar up: the direction from the engine to the server.
+    :ivar down: the direction from the server to the engine.
+    :ivar connections: number of connections accepted so far.
+    :ivar ends: the ends of the open connections.
     """
 
     port: int
@@ -187,7 +190,7 @@ class Proxy:
         self.port = self._listening.getHost().port
 
     async def stop(self) -> None:
-        """Listen no more, and cut what there is."""
+        """Stop listening, and abort every connection."""
         self.cut()
         await self._listening.stopListening()
 
@@ -200,26 +203,29 @@ class Proxy:
         return from_engine
 
     def stall(self) -> None:
-        """Take everything, forward nothing and close nothing: neither end can tell it from a peer that is silent."""
+        """Read everything, forward nothing and close nothing, so that each end sees a silent peer."""
         self.is_stalled = True
         for end in self.ends:
             end.transport.resumeProducing()
 
     def hole(self) -> None:
-        """Forward nothing more on the connections that there are; new ones work."""
+        """Forward nothing more on the open connections; new connections work."""
         for end in self.ends:
             end.is_hole = True
             end.transport.resumeProducing()
 
     def go_on(self) -> None:
-        """Forward what came meanwhile, and everything again."""
+        """End a stall: forward the bytes that arrived meanwhile, and all later ones."""
         self.is_stalled = False
         for end in list(self.ends):
             end.forward()
             end.other.forward()
 
     def inject(self, frame: bytes, way: Way) -> bool:
-        """Send a frame over a link that there is, where no other is under way."""
+        """Send a frame in one direction over an open link, unless another frame is incomplete or waits.
+
+        :returns: whether the frame was sent.
+        """
         end = next((end for end in self.ends if end.way is way), None)
         return end is not None and end.inject(frame)
 

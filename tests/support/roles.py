@@ -1,4 +1,4 @@
-"""The two roles as real twistd processes, on the database of a test."""
+"""The two roles as real twistd processes, on a test's database."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.postgres import DatabaseTestCase, database_url, make_database
 from tests.support.waiting import PATIENCE_S, poll
 
 TWISTD = str(Path(sys.executable).with_name("twistd"))
-#: twistd with a wall clock that stands still, for vectors that were signed at one moment.
+#: Program that runs twistd with a wall clock that stands still, for vectors that were signed at one moment.
 _AT = """
 import sys, time
 time.time = lambda at=float(sys.argv.pop(1)): at
@@ -36,19 +36,19 @@ twistd.run()
 
 
 def free_port() -> int:
-    """Find a port that nobody listens on."""
+    """Return a port on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def listen(port: int) -> str:
-    """Give the endpoint of a server."""
+    """Return the endpoint on which a server listens."""
     return f"tcp:{port}:interface=127.0.0.1"
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Give our environment without what would configure a role, and with what a test sets."""
+    """Return our environment without the variables that configure a role, and with the variables of a test."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("S2S_")}
     return {**ours, **more}
 
@@ -56,9 +56,9 @@ def environment(**more: str) -> dict[str, str]:
 def start_process(
     test: TestCase, argv: list[str], *, cwd: Path | None = None, stdout: Any = subprocess.PIPE, **variables: str
 ) -> subprocess.Popen[str]:
-    """Start a process with a clean environment and these variables, which is killed at the end of the test.
+    """Start a process with a clean environment and these variables; it is killed at the end of the test.
 
-    :param stdout: as ``subprocess.Popen`` takes it; the errors are a pipe.
+    :param stdout: as for ``subprocess.Popen``; stderr is a pipe.
     """
 
     def kill() -> None:
@@ -80,10 +80,10 @@ def start_process(
 
 
 class Role:
-    """One role, which can be started more than once.
+    """The process of one role, which can be started more than once.
 
     :param argv: the plugin's name and its options.
-    :param ready: what its log says once it is ready.
+    :param ready: text that its log contains once it is ready.
     :param at: a Unix second at which its wall clock stands still.
     """
 
@@ -98,13 +98,13 @@ class Role:
         self._process: subprocess.Popen[bytes] | None = None
 
     def launch_by(self, twistd: list[str], **variables: str) -> None:
-        """Launch it by something else than twistd from its next start on, and with these variables."""
+        """From the next start on, use this command instead of twistd, and add these variables to its environment."""
         self._argv = [*twistd, *self._argv[self._argv.index("--nodaemon") :]]
         self._environment = {**self._environment, **variables}
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """The id of its process."""
         assert self._process is not None
         return self._process.pid
 
@@ -114,7 +114,7 @@ class Role:
         return self.says(self._ready, self._starts)
 
     def launch(self) -> None:
-        """Start it, and do not wait. It ends with us: its stdin is a pipe of ours."""
+        """Start it, and do not wait. Its stdin is our pipe, so that it ends when this process ends."""
         self._starts += 1
         self._process = subprocess.Popen(
             self._argv, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
@@ -122,18 +122,18 @@ class Role:
 
     @property
     def is_running(self) -> bool:
-        """Whether its process lives."""
+        """Whether its process runs."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def exit_code(self) -> int | None:
-        """The exit code of its last process; negative: the signal that ended it."""
+        """The exit code of its last process; negative: the number of the signal that ended it."""
         assert self._process is not None
         return self._process.poll()
 
     @property
     def log(self) -> str:
-        """Everything that it has logged, since the test began where tests share it, in as many files as twistd made."""
+        """The text of its log files, from the last :meth:`turn_page` on; twistd may have made several files."""
         older = self._log.parent.glob(f"{self._log.name}.*")
         files = sorted(older, key=lambda file: -int(file.suffix[1:]))
         whole = "".join(file.read_text() for file in (*files, self._log) if file.exists())
@@ -141,26 +141,26 @@ class Role:
 
     @property
     def whole_log(self) -> str:
-        """Everything that it has ever logged, and that is still there."""
+        """The whole text of its log files that still exist."""
         files = self._log.parent.glob(f"{self._log.name}*")
         return "".join(file.read_text() for file in files)
 
     @property
     def is_frozen(self) -> bool:
-        """Whether it stands still."""
+        """Whether its process is stopped by a signal."""
         return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
 
     def turn_page(self) -> None:
-        """Let the log begin here."""
+        """Let :attr:`log` begin at the log's present end."""
         self._log_from += len(self.log)
         self._starts = 0
 
     def lines(self, text: str) -> list[str]:
-        """Give the lines of its log with a text in them."""
+        """Return the lines of its log that contain a text."""
         return [line for line in self.log.splitlines() if text in line]
 
     def says(self, text: str, times: int = 1) -> Deferred[Any]:
-        """Wait for a text in its log."""
+        """Wait until its log has at least this number of lines that contain a text."""
 
         def look() -> bool:
             seen = len(self.lines(text)) >= times
@@ -171,17 +171,17 @@ class Role:
 
     @property
     def rss(self) -> int:
-        """Give its memory in bytes."""
+        """Its resident memory in bytes."""
         assert self._process is not None
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
     def freeze(self) -> None:
-        """Let it stand still."""
+        """Suspend its process."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """Resume its process."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
@@ -191,18 +191,18 @@ class Role:
         self._process.terminate()
 
     def assert_ended_well(self) -> None:
-        """See that it ended by itself with exit code 0, and was not surprised."""
+        """Assert that it ends without a further signal, with exit code 0, and that its log has no traceback."""
         assert self._process is not None
         code = self._process.wait(PATIENCE_S)
         assert code == 0, f"exit code {code}:\n{self.log}"
         self.assert_calm()
 
     def kill(self) -> None:
-        """Kill it without a warning, and wait for its end."""
+        """Kill it by SIGKILL, and wait for its end."""
         self._end(signal.SIGKILL)
 
     def stop(self) -> None:
-        """Stop it in order: whatever happened to it, it ends with exit code 0 and has logged no traceback."""
+        """Stop it by SIGTERM, and assert that it ends with exit code 0, or was killed, and has logged no traceback."""
         if self._process is None:
             return
         code = self._end(signal.SIGTERM)
@@ -210,7 +210,7 @@ class Role:
         self.assert_calm()
 
     def assert_calm(self) -> None:
-        """See that nothing has surprised it, and that its log holds no secret."""
+        """Assert that its log has no traceback, no unhandled error and no secret."""
         for never in ("Traceback", "Unhandled", K1.key_b64):
             assert never not in self.log, f"{never} in its log:\n{self.log}"
 
@@ -226,7 +226,7 @@ class Role:
 class Server(Role):
     """``twistd s2s-server`` on a port of its own.
 
-    :param endpoint: what it listens on instead.
+    :param endpoint: the endpoint on which it listens, instead of the port.
     :param http: the endpoint of its HTTP API.
     """
 
@@ -245,15 +245,15 @@ class Server(Role):
         super().__init__(argv, directory / f"server-{self.port}.log", url, "server listens on", at)
 
     def connect(self, **how: Any) -> Peer:
-        """Connect a peer."""
+        """Connect a peer, as an engine."""
         return connect(self.port, **how)
 
 
 class Engine(Role):
-    """``twistd s2s-engine``; it is ready when it has begun to connect, since what it finds there may be a test's.
+    """``twistd s2s-engine``; it is ready when it has begun to connect, since the listener may belong to the test.
 
     :param to: the server's port, or an endpoint.
-    :param name: of the engine, and of its log.
+    :param name: name of the engine, and of its log.
     """
 
     def __init__(self, directory: Path, url: str, to: int | str, *options: str, name: str = "engine-1") -> None:
@@ -264,7 +264,7 @@ class Engine(Role):
 
 @cache
 def _shared_server() -> tuple[str, Server]:
-    """Make the server that some tests share, and its database; both end with us."""
+    """Make the server that some tests share, and its database; both end with this process."""
     name = "test_shared_server"
     make_database(name, template())
     directory = Path(tempfile.mkdtemp(prefix="s2s-roles-"))
@@ -275,19 +275,19 @@ def _shared_server() -> tuple[str, Server]:
 
 
 class RoleTestCase(DatabaseTestCase):
-    """A test with real roles on a database of its own, in which ``k1`` is the key that both sign with."""
+    """A test with real roles on a database of its own, in which both roles sign with the key ``k1``."""
 
     def setUp(self) -> None:
-        """Make the database, its key and a directory."""
+        """Make the database, its key and a temporary directory."""
         super().setUp()
         self.add_key(K1, is_default=True)
         self.directory = Path(tempfile.mkdtemp(prefix="s2s-roles-"))
         self.addCleanup(shutil.rmtree, self.directory)
 
     def add_key(self, key: Key, role: str = "any", *, is_default: bool = False) -> None:
-        """Add a key that was always active, if it is not there.
+        """Add a key that is active since the epoch, if it is missing.
 
-        :param is_default: both roles sign with it, whatever other keys there are.
+        :param is_default: both roles sign with this key, whatever other keys exist.
         """
         self.execute(
             "insert into s2s.s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"
@@ -298,13 +298,13 @@ class RoleTestCase(DatabaseTestCase):
         )
 
     def server(self, *options: str, **how: Any) -> Server:
-        """Make a server, which is stopped after the test."""
+        """Make a server, which is stopped at the end of the test."""
         server = Server(self.directory, self.url, *options, **how)
         self.addCleanup(server.stop)
         return server
 
     def engine(self, to: int | str, *options: str, **how: Any) -> Engine:
-        """Make an engine, which is stopped after the test."""
+        """Make an engine, which is stopped at the end of the test."""
         engine = Engine(self.directory, self.url, to, *options, **how)
         self.addCleanup(engine.stop)
         return engine
@@ -315,17 +315,17 @@ class RoleTestCase(DatabaseTestCase):
 
 
 class SharedServerTestCase(RoleTestCase):
-    """A test with a server and a database that all of these share: a start takes most of a second.
+    """A test that shares a server and its database with all other such tests: a start takes most of a second.
 
-    :ivar shared: the server, which runs; its tables are empty and its log begins with the test.
+    :ivar shared: the running server; its tables are empty and its log begins with the test.
     """
 
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
-        """Start the server if it does not run, and empty the tables."""
+        """Empty the tables, and start the server if it does not run."""
         self.url, self.shared = _shared_server()
         self._session = None
-        # Commands first: what runs holds them until its notices are there.
+        # Commands first: a running batch locks its commands until its notices are committed.
         for rows in ("commands", "notices", "idempotency_keys", "s2s_keys where key_id <> 'k1'"):
             self.execute(f"delete from {rows}")
         self.add_key(K1, is_default=True)

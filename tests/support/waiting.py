@@ -10,17 +10,17 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import FailTest
 
-#: Seconds until something that does not come fails the test: many times what it takes on a machine that is busy.
+#: Seconds after which an unmet condition fails the test: many times longer than a busy machine needs.
 PATIENCE_S = 60.0
-#: Seconds between two looks.
+#: Seconds between two checks of a condition.
 INTERVAL_S = 0.02
 
 
 def poll(condition: Callable[[], Any], what: str = "the condition", *, timeout: float = PATIENCE_S) -> Deferred[Any]:
-    """Look at a condition on the reactor until it is true.
+    """Check a condition repeatedly, on the reactor, until it is true.
 
-    :param condition: is called without arguments; what it returns, or its Deferred's result, is judged by truth.
-    :param what: what is waited for, for the message.
+    :param condition: is called without arguments; its return value, or the result of its Deferred, counts as a boolean.
+    :param what: name of the condition, for the message of the failure.
     :param timeout: seconds until the Deferred fails with :class:`FailTest`.
     :returns: a Deferred of the condition's first true value.
     """
@@ -37,5 +37,5 @@ async def _poll(condition: Callable[[], Any], what: str, timeout: float) -> Any:
 
 
 def pause(seconds: float) -> Deferred[None]:
-    """Let the reactor run for a time."""
+    """Return a Deferred that fires after this time."""
     return deferLater(reactor, seconds)
