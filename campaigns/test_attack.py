@@ -1,4 +1,4 @@
-"""A real server under attack: what it costs a stranger, and what it costs the server's engines."""
+"""A real server under attack: its cost to the server, and its effect on the server's engines and operators."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _FLOOD_S = 6.0
 
 
 class ObserverTests(ApiTestCase):
-    """Somebody with an observer's token, who asks for as much as he can."""
+    """A client with an observer's token that makes as many expensive requests as it can."""
 
     @inlineCallbacks
     def test_lists_that_take_long(self) -> Iterator[Deferred[Any]]:
-        """While every place of observers is taken, an operator's request is answered; each list ends, and says why."""
-        # No list of commands gets on, as if it had to read millions of rows.
+        """While observers' lists occupy all their threads, operators are answered; each list ends with its reason."""
+        # The lock blocks every list of notices, as if it had to read millions of rows.
         with Session(self.url) as other:
             other.run("begin; lock table s2s.notices in access exclusive mode")
             lists = [deferToThread(self.ask, "GET", "/v1/notices", role="observer") for _ in range(6)]
@@ -50,10 +50,10 @@ class ObserverTests(ApiTestCase):
 
 
 class PreAuthTests(RoleTestCase):
-    """Strangers at the port of the links."""
+    """Clients without a key at the port of the links."""
 
     def pushing(self, peer: Peer, name: str, seconds: float) -> list[float]:
-        """Push one command after the other, and return how long each took; each must be accepted."""
+        """Push one command after the other, assert that each is accepted, and return how long each took."""
         took: list[float] = []
         began = time.monotonic()
         while time.monotonic() < began + seconds:
@@ -65,7 +65,7 @@ class PreAuthTests(RoleTestCase):
 
     @inlineCallbacks
     def test_a_flood_of_large_frames(self) -> Iterator[Deferred[Any]]:
-        """40 large frames a second that do not verify take a small part of a core, and hold up no engine."""
+        """40 large frames a second that do not verify use less than half of a core, and delay no engine."""
         server = self.server()
         yield server.start()
         engine = server.connect()
@@ -78,7 +78,7 @@ class PreAuthTests(RoleTestCase):
         self.addCleanup(flood.finish)
         spent = sum(process.cpu_times()[:2])
         flooded = yield deferToThread(self.pushing, engine, "flooded", _FLOOD_S)
-        # One that connects now gets in, from the address that the flood comes from.
+        # An engine can still connect, from the address of the flood.
         late = server.connect(name="late")
         self.addCleanup(late.close)
         yield deferToThread(late.greet)
@@ -86,9 +86,9 @@ class PreAuthTests(RoleTestCase):
         flood.finish()
         yield deferToThread(flood.join)
         self.assertGreater(flood.sent, _FLOOD_S * 20)
-        # A generous bound for a busy machine: without the mend it was 10 s.
+        # A generous bound for a busy machine; without the protection it was 10 s.
         self.assertLess(median(flooded), 2 * median(calm) + 0.1)
-        # Without its bounds the server would do nothing else.
+        # Without its bounds the server would spend all its time on the flood.
         self.assertLess(spent, _FLOOD_S / 2)
         yield server.says("strangers")
         self.assertLessEqual(len(server.lines(": refused, ") + server.lines(": closed: ")), TOLD)

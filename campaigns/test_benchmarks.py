@@ -1,4 +1,4 @@
-"""The benchmark works: everybody is measured for a moment, and what it writes is whole. How fast, is not tested."""
+"""The benchmark works: every contestant is measured briefly, and the output is complete. The rates are not tested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.plan import AMP, LINK, RATIOS, Cell, cells
 from benchmarks.report import Run
 from tests.support.roles import environment
 
-#: One cell of each kind, and what the ratios need.
+#: One cell of each kind, and the cells that the ratios need.
 _ONLY = (
     r"window 64, 400 bytes|window 1024$|push: psycopg2, a row each, window 1$|s2s, window 1$|window 16$|256|8$|way: s2s"
     r"|latency"
@@ -26,12 +26,12 @@ _ONLY = (
 
 
 class BenchmarkTests(SynchronousTestCase):
-    """``python -m benchmarks``, as short as it may be."""
+    """``python -m benchmarks`` and ``benchmarks.growth``, with the shortest measurements."""
 
     timeout = 180
 
     def run_module(self, module: str, *argv: str) -> Any:
-        """Run it, and give what it wrote as JSON; the directory is removed after the test."""
+        """Run a module, and return the JSON that it wrote; its directory is removed after the test."""
         out = tempfile.mkdtemp(prefix="s2s-bench-")
         self.addCleanup(shutil.rmtree, out)
         self.out = Path(out)
@@ -49,7 +49,7 @@ class BenchmarkTests(SynchronousTestCase):
         return json.loads(results.read_text())
 
     def test_a_short_run(self) -> None:
-        """Every contestant does something, every ratio has a value, and the table and the plot are there."""
+        """Every contestant has a rate, every ratio has a value, and the tables and the plot are written."""
         results = self.run_module("benchmarks", "--warm-up", "0.1", "--only", _ONLY)
         self.assertEqual([each["row"] for each in results["ratios"]], [ratio.row for ratio in RATIOS])
         self.assertTrue(all(each["value"] > 0 and each["must"] > 0 for each in results["ratios"]))
@@ -60,7 +60,7 @@ class BenchmarkTests(SynchronousTestCase):
         self.assertGreater((self.out / "results.png").stat().st_size, 1000)
 
     def test_growth(self) -> None:
-        """With rows that are there, and with idle links, something is measured too."""
+        """``benchmarks.growth`` measures rates with existing rows, and the memory of idle links."""
         results = self.run_module("benchmarks.growth", "--finished", "50", "--waiting", "50", "--links", "3")
         self.assertEqual([(each["rows"], each["status"]) for each in results["rounds"]], [(50, "done"), (50, "ready")])
         self.assertTrue(all(rate > 0 for each in results["rounds"] for of in each["rates"].values() for rate in of))
@@ -70,15 +70,15 @@ class BenchmarkTests(SynchronousTestCase):
 
 
 class PlanTests(SynchronousTestCase):
-    """What is measured, as data."""
+    """The benchmark's plan."""
 
     def test_names_are_unique(self) -> None:
-        """No two cells have one name."""
+        """No two cells have the same name."""
         names = [cell.name for cell in cells()]
         self.assertEqual(len(set(names)), len(names))
 
     def test_ratios(self) -> None:
-        """Each ratio has exactly one cell of ours, and is ours by the best of what is beside it."""
+        """Each ratio has exactly one cell of ours, and divides its rate by the best rate of the compared cells."""
         everything: list[Cell] = list(cells())
         for ratio in RATIOS:
             ours = [cell for cell in everything if ratio.ours(cell)]
@@ -91,7 +91,7 @@ class PlanTests(SynchronousTestCase):
             self.assertLess(ratio.must, ratio.aim)
 
     def test_ratio_of_a_machine_that_slows_down(self) -> None:
-        """A ratio is the median of the rounds' own, however the machine's speed changes from one round to the next."""
+        """A ratio is the median of the rounds' ratios, also when the machine's speed changes between the rounds."""
         counts = {LINK: (30, 20, 9), AMP: (15, 5, 3)}
         rounds = {
             Cell("link", contestant, Load(64)): [Result(count, 1.0) for count in each]
@@ -101,7 +101,7 @@ class PlanTests(SynchronousTestCase):
         self.assertEqual((entry["least"], entry["value"], entry["most"]), (2.0, 3.0, 4.0))
 
     def test_percentiles(self) -> None:
-        """By the nearest rank."""
+        """Percentiles are by the nearest rank."""
         self.assertEqual(percentiles([float(n) for n in range(1, 1001)]), [500.0, 990.0, 999.0])
         self.assertEqual(percentiles([2.0, 1.0, 3.0]), [2.0, 3.0, 3.0])
         self.assertEqual(percentiles([]), [])

@@ -1,6 +1,6 @@
-"""PostgreSQL away under load: links stay, nothing is acked, memory is bounded, and all is whole again afterwards.
+"""PostgreSQL away under load: links stay, nothing is acked, memory is bounded, and everything works again afterwards.
 
-``S2S_FLOOD_S`` says for how many seconds the flood lasts, ``S2S_AWAY_S`` how long the database is away at once.
+``S2S_FLOOD_S`` sets the seconds of the flood, ``S2S_AWAY_S`` the seconds for which the database is away.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.support.waiting import poll
 
 FLOOD_S = float(os.environ.get("S2S_FLOOD_S", "12"))
 AWAY_S = float(os.environ.get("S2S_AWAY_S", "5"))
-#: No process takes more memory than this, in bytes, however long the flood lasts and the database is away.
+#: Most resident memory of a process, in bytes, for any duration of the flood and of the database's absence.
 MEMORY = 200 << 20
 
 
@@ -39,7 +39,7 @@ class AwayTests(TestCase):
 
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
-        """Start everything."""
+        """Start PostgreSQL and both roles, and wait until their link is up."""
         self.cluster = Cluster()
         self.addCleanup(self.cluster.remove)
         self.cluster.migrate()
@@ -68,12 +68,12 @@ class AwayTests(TestCase):
             connection.close()
 
     def count(self, what: str) -> int:
-        """Count rows."""
+        """Return the number of rows of a table, or of the part that a WHERE clause selects."""
         return int(self.execute(f"select count(*) from {what}")[0][0])
 
     @inlineCallbacks
     def test_away(self):
-        """Links stay up, health is answered, pushes are refused for now and not acked; then everything goes on."""
+        """With the database away, links stay, health is answered and no push is acked; then everything works again."""
         peer = self.server.connect(name="watcher")
         self.addCleanup(peer.close)
         peer.greet()
@@ -93,7 +93,7 @@ class AwayTests(TestCase):
         self.assertEqual(self.count("commands where idem_key like 'meanwhile-%%'"), 0)
         self.assertTrue(peer.call(PUSH, command("before"))["duplicate"])
         self.assertFalse(peer.call(PUSH, command("meanwhile-1"))["duplicate"])
-        # The other way, and what hears NOTIFY.
+        # The link's other direction, and the listeners to NOTIFY.
         self.execute("insert into s2s.broadcasts (message) values ('we are back')")
         yield poll(lambda: self.count("notices where message = 'we are back'") == 1, "a notice", timeout=30)
         peer.serves[BUMP] = lambda payload: {"ok": True, **payload}
@@ -101,12 +101,12 @@ class AwayTests(TestCase):
         yield self.engine.says("relay.window is 9 (was 512)")
         for role, line in ((self.server, "engine up: engine-1"), (self.engine, "link up")):
             self.assertEqual(len(role.lines(line)), 1, role.log)
-        # Of all these refusals the log has a line a second at most.
+        # The log has at most one line a second about all these refusals.
         self.assertLess(len(self.server.lines("db_unavailable")), AWAY_S + 3)
 
     @inlineCallbacks
     def test_hung(self):
-        """A database that hangs holds neither role beyond its grace; both end with exit code 0, and nothing is lost."""
+        """With a hanging database, both roles end within their grace with exit code 0, and nothing is lost."""
         peer = self.server.connect(name="watcher")
         self.addCleanup(peer.close)
         peer.greet()
@@ -127,13 +127,13 @@ class AwayTests(TestCase):
         self.assertEqual(self.count("outbox"), 1)
 
     def nudge(self, peer: Any) -> bool:
-        """Give it something to do with the database, which shows it that it is back."""
+        """Push a command, so that the server uses the database and notices that it is back."""
         peer.call(PUSH, command("nudge"))
         return False
 
     @inlineCallbacks
     def test_flood(self):
-        """Under a flood, with the database away half the time, no process grows past its bound, and nothing is lost."""
+        """Under a flood with the database away half the time, memory stays within its bound, and nothing is lost."""
         flood = Flood(lambda: self.server.connect(name="flood"), 2000)
         flood.start()
         self.addCleanup(flood.join, 30)
@@ -146,7 +146,7 @@ class AwayTests(TestCase):
             yield deferToThread(self.cluster.start)
         flood.finish()
         yield poll(lambda: flood.is_done, "all is accepted", timeout=60)
-        # What has piled up while the database was there half the time.
+        # The commands that piled up while the database was available only half the time.
         yield poll(lambda: self.count("commands where status = 'ready'") == 0, "all has run", timeout=60 + FLOOD_S / 2)
         self.assertEqual(flood.wrong, [])
         self.assertEqual((self.count("commands"), self.count("notices")), (flood.made, flood.made))
@@ -158,7 +158,7 @@ class AwayTests(TestCase):
 
     @inlineCallbacks
     def watch(self, seconds: float) -> Iterator[Deferred[Any]]:
-        """Let time go by, and look at both processes' memory meanwhile."""
+        """Wait, and record the highest memory of both processes meanwhile."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             self.most = max(self.most, self.server.rss, self.engine.rss)

@@ -1,7 +1,6 @@
-"""A short campaign of faults, in which no promise is broken; and campaigns against roles that break one
-(campaigns/faults).
+"""A short campaign of faults, in which no promise is broken; and campaigns against roles that break a promise.
 
-``S2S_FAULTS_S`` says for how many seconds faults begin, ``S2S_FAULTS_SEED`` with which seed.
+See campaigns/faults. ``S2S_FAULTS_S`` sets the seconds in which faults begin, ``S2S_FAULTS_SEED`` the seed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from campaigns.faults.kinds import ATTACKS
 
 SECONDS = float(os.environ.get("S2S_FAULTS_S", "20"))
 SEED = int(os.environ.get("S2S_FAULTS_SEED", "7"))
-#: What brings a broken promise to light, where the work alone does not, in how many seconds, and in whose words.
+#: For each broken promise: the faults that reveal it (none if the clients' work alone does), the seconds of the
+#: campaign, and a part of the violation's text.
 _SHOWN_BY = {
     "ack-before-commit": ((), 3, "was accepted as"),
     "no-idempotency": ((), 3, "is there 2 times"),
@@ -26,7 +26,7 @@ _SHOWN_BY = {
     "no-savepoint": ((), 3, "by halves"),
     "outbox-elsewhere": (("kill the engine",), 30, "and was published 0 times"),
 }
-#: A role that breaks a promise may leave something undone for ever.
+#: Seconds to wait for the end of the work: a role that breaks a promise may never finish some of it.
 _BROKEN_S = 15.0
 
 
@@ -36,7 +36,7 @@ class CampaignTests(TestCase):
     timeout = SECONDS * 2 + 240
 
     async def test_nothing_is_lost(self) -> None:
-        """Whatever is killed, cut, garbled, sent again or away: no promise is broken, and all is whole again soon."""
+        """Under every kind of short fault no promise is broken, and everything recovers in time."""
         verdict = await campaign.run(SEED, SECONDS, attacks=[attack for attack in ATTACKS if not attack.fault.is_long])
         self.assertEqual(list(verdict.violations), [], campaign.told(verdict))
         self.assertGreater(verdict.faults, SECONDS / 20)
@@ -44,14 +44,14 @@ class CampaignTests(TestCase):
 
 
 class BrokenTests(TestCase):
-    """The checker finds what is broken."""
+    """The checker finds broken promises."""
 
     timeout = 600
 
     async def test_each_break(self) -> None:
-        """The campaign fails where a role breaks a promise (``instrumentation.BREAKS``), and says which."""
+        """A campaign against roles that break a promise (``instrumentation.BREAKS``) fails and names the violation."""
         self.assertEqual(set(_SHOWN_BY), set(BREAKS))
-        # Most of the time each waits for what never comes.
+        # Two at once: each campaign mostly waits for work that never ends.
         two = DeferredSemaphore(2)
         campaigns = {name: two.run(_break, name) for name in _SHOWN_BY}
         await DeferredList(campaigns.values())
@@ -62,7 +62,7 @@ class BrokenTests(TestCase):
 
 
 def _break(name: str) -> Deferred[campaign.Verdict]:
-    """Let both roles break a promise."""
+    """Run a campaign in which both roles break a promise."""
     faults, seconds, _ = _SHOWN_BY[name]
     chosen = [attack for attack in ATTACKS if attack.name in faults]
     return Deferred.fromCoroutine(campaign.run(SEED, seconds, attacks=chosen, breaks=name, settled_s=_BROKEN_S))

@@ -23,17 +23,17 @@ _FINGERPRINT = hashlib.sha256(b'{"cmd_type":"faults.mark","payload":{"n":1}}').h
 
 
 def did(op: str, ended: Any = "ok", came: Any = None, *, since: float = 1.0, until: float = 2.0, **asked: Any) -> Any:
-    """Make an operation."""
+    """Return an operation."""
     return Operation("me", op, asked, ended, came or {}, since, until)
 
 
 def pushed(ended: Any = "ok", content: Any = None, **came: Any) -> Any:
-    """Make a push of the key ``k``."""
+    """Return a push of the key ``k``."""
     told = {"cmd_id": 1, "duplicate": False} if ended == "ok" and not came else came
     return did("push", ended, told, key="k", content=content or _CONTENT)
 
 
-#: What is right after one of each.
+#: The correct facts after the operations of :data:`DID`, one or two of each kind.
 RIGHT = Facts(
     commands=[
         Command(1, "k", _CONTENT, "done", _FINGERPRINT),
@@ -76,13 +76,13 @@ class ProgramTests(SynchronousTestCase):
     """The order of the attacks."""
 
     def test_the_seed_decides(self) -> None:
-        """The same seed gives the same order, another one another."""
+        """The same seed results in the same order, another seed in another order."""
         first, again, other = (list(itertools.islice(program(ATTACKS, seed), 200)) for seed in (7, 7, 8))
         self.assertEqual(first, again)
         self.assertNotEqual(first, other)
 
     def test_everything_comes(self) -> None:
-        """In a round comes every fault, and every step; steps are met by the kills first, and by everything in time."""
+        """A round has every fault and every step; each step gets the kills first, and every fault in the end."""
         rounds = len({attack.fault.name for attack in ATTACKS})
         length = len([attack for attack in ATTACKS if attack.step is None]) + len(STEPS)
         coming = list(itertools.islice(program(ATTACKS, 7), rounds * length))
@@ -98,28 +98,28 @@ class ProgramTests(SynchronousTestCase):
 
 
 class LevelTests(SynchronousTestCase):
-    """What a process holds."""
+    """The level of a process's resources."""
 
     def test_leaks(self) -> None:
-        """More of anything than a process needs is a leak."""
+        """A level of memory, threads, descriptors or sessions above its bound is a leak."""
         beginning = Level(rss=70 << 20, threads=10, descriptors=20, sessions=8)
         self.assertFalse(replace(beginning, rss=80 << 20, descriptors=22).is_above(beginning))
-        # What a pool opens and the database knows is no leak, up to the bound of a role.
+        # The descriptors of a pool's sessions are no leak, up to the bound of a role.
         self.assertFalse(replace(beginning, descriptors=26, sessions=13).is_above(beginning))
         for leak in ({"rss": 120 << 20}, {"threads": 13}, {"descriptors": 26}, {"descriptors": 35, "sessions": 23}):
             self.assertTrue(replace(beginning, **leak).is_above(beginning))
 
 
 class JudgeTests(SynchronousTestCase):
-    """One history, and what stands there afterwards."""
+    """The check of a history against the facts."""
 
     def wrong(self, did: list[Any], said: str, **facts: Any) -> None:
-        """See that exactly something is told."""
+        """Assert that the check reports a violation that contains a text."""
         told = check(did, replace(RIGHT, **facts))
         self.assertTrue(any(said in each for each in told), (said, told))
 
     def test_right(self) -> None:
-        """What is right is not complained of, and what is unknown may be either way."""
+        """A correct history has no violation; an operation with an unknown outcome may have an effect or none."""
         self.assertEqual(check(DID, RIGHT), [])
         for ended, came in (("unknown", {}), ("fail", {"code": "db_unavailable", "retry_after_ms": 1})):
             for facts in (RIGHT, replace(RIGHT, commands=RIGHT.commands[1:], effects=[])):
@@ -128,7 +128,7 @@ class JudgeTests(SynchronousTestCase):
         self.assertEqual(check([*DID, conflict], RIGHT), [])
 
     def test_pushes(self) -> None:
-        """A push that is lost, doubled, changed, half done or taken though it was refused is told."""
+        """A push that is lost, doubled, changed, early, half done, or stored though refused is a violation."""
         command = RIGHT.commands[0]
         self.wrong(DID, "is there 2 times", commands=[command, replace(command, cmd_id=3)])
         self.wrong(DID, "was accepted and is not there", commands=[], effects=[])
@@ -148,7 +148,7 @@ class JudgeTests(SynchronousTestCase):
         self.wrong([*DID, pushed("fail", code="idem_conflict")], "conflict with itself")
 
     def test_notices(self) -> None:
-        """What was emitted or broadcast is published once, and nothing is left on the way."""
+        """Emitted commands and broadcasts must be published once, and none may be left in the outbox or a claim."""
         for notices in (["b"], ["e", "e", "b"]):
             self.wrong(DID, "emitted e", notices=notices)
         for notices in (["e"], ["e", "b", "b"]):
@@ -158,7 +158,7 @@ class JudgeTests(SynchronousTestCase):
         self.wrong(DID, "noted still", notes=1)
 
     def test_orders(self) -> None:
-        """An order ran once, and its result is what the world shows."""
+        """An order must run once, and its result must match the world's rows and the audit."""
         order = RIGHT.orders[0]
         self.wrong(DID, "order o was accepted and is not there", orders=[], changes={})
         self.wrong(DID, "order o is there 2 times", orders=[order, replace(order, order_id="o2")])
@@ -170,7 +170,7 @@ class JudgeTests(SynchronousTestCase):
         self.wrong(DID, "in the audit", audited={**RIGHT.audited, "order": ["o1"]})
 
     def test_settings_and_keys(self) -> None:
-        """Versions have no gap, engines are at the last one, and the audit names every change."""
+        """Versions must have no gap, engines must have the last version, and the audit must have every change."""
         self.wrong(DID, "have gaps", versions=[1, 3])
         self.wrong(DID, "not in the history", versions=[1])
         self.wrong(DID, "has version 1 in force", engines={"engine-1": (1, "running")})
@@ -179,7 +179,7 @@ class JudgeTests(SynchronousTestCase):
         self.wrong(DID, "key k2 is not in the audit", audited={**RIGHT.audited, "key": []})
 
     def test_by_hand(self) -> None:
-        """What was cancelled does not run unless it is tried again, and the audit names whoever did either."""
+        """A cancelled command must not run unless it is retried, and the audit must have every cancel and retry."""
         cancelled, later = RIGHT.commands[1], [("later", 1, 9.0), ("later", 2, 9.0)]
         again = {**RIGHT.audited, "retry": [2]}
         self.wrong(DID, "is cancelled and took effect", effects=[*RIGHT.effects, *later])
@@ -191,14 +191,14 @@ class JudgeTests(SynchronousTestCase):
         self.assertEqual(check([*DID, did("retry", cmd_id=2)], replace(RIGHT, **ran, audited=again)), [])
 
     def test_steered(self) -> None:
-        """What an engine obeyed is in the audit, and in the end it does what is wanted."""
+        """The audit must have each request that an engine obeyed, and the engine must end in the desired state."""
         self.wrong(DID, "s2s.engine.pause was obeyed", audited={**RIGHT.audited, "steer": []})
         self.wrong(DID, "was wanted paused, and then paused", audited={**RIGHT.audited, "wanted": ["paused", "paused"]})
         self.wrong(DID, "engine-1 is running, and wanted", audited={**RIGHT.audited, "wanted": ["paused"]})
         self.wrong(DID, "engine-1 is paused", engines={"engine-1": (2, "paused")})
 
     def test_the_link(self) -> None:
-        """A frame that is sent again is refused; while the database is away nothing is acked, and links stay."""
+        """A replayed frame must be refused; while the database is away nothing may be acked, and links must stay."""
         for kind in (CHECK, PUSH):
             again = did("replay", came={"code": "ok", "duplicate": False}, type=kind, where="x", was_accepted=True)
             self.wrong([*DID, again], "was answered ok")
@@ -222,7 +222,7 @@ class JudgeTests(SynchronousTestCase):
         self.wrong([did("recovery", "fail", {"why": "no link"}, fault="cut")], "after cut: no link")
 
     def test_histories(self) -> None:
-        """An operation has a beginning and an end; where no end was written nobody knows."""
+        """A history returns operations with their outcome; an operation without an end is unknown."""
         history = History()
         first, second = history.invoke("a", "push", key="k"), history.invoke("b", "emit", keys=[])
         history.end(first, "a", "push", "ok", cmd_id=1)

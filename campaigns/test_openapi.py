@@ -1,4 +1,4 @@
-"""The OpenAPI document, and a live server held to it."""
+"""The OpenAPI document, and a test of a live server against it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tests.support.http import ApiTestCase
 from tests.support.roles import environment
 from tests.support.waiting import poll
 
-#: Cases for each operation, at most, and the seed that they are drawn by.
+#: Most cases for each operation, and the seed of their generation.
 EXAMPLES = int(os.environ.get("S2S_EXAMPLES", "10"))
 SEED = os.environ.get("S2S_SEED", "1")
 
 
 class DocumentTests(ApiTestCase):
-    """What it says."""
+    """The content of the document."""
 
     def test_it_is_whole(self) -> None:
-        """Every operation stands in it with its answers; every schema is one, and every reference leads somewhere."""
+        """The document has every operation with its answers, every schema is valid, and every reference resolves."""
         document = self.ask("GET", "/openapi.json").body
         self.assertEqual(document["openapi"], "3.1.0")
         told = {(method, path) for path, methods in document["paths"].items() for method in methods}
@@ -50,17 +50,17 @@ class DocumentTests(ApiTestCase):
 
 
 class LiveTests(ApiTestCase, WorldTestCase):
-    """A server and an engine, and whatever the document allows or forbids."""
+    """A server and an engine under generated requests, which the document allows or forbids."""
 
     timeout = 300
 
     @inlineCallbacks
     def test_it_holds(self) -> Iterator[Deferred[Any]]:
-        """No answer is a 500, none is undocumented, none breaks its schema, and none is given without a token."""
+        """No answer is a 500, undocumented or against its schema, and none is returned without a token."""
         engine = self.engine(self.role.port)
         yield engine.start()
         yield poll(lambda: self.ask("GET", "/v1/engines/engine-1").body.get("state") == "running", "it runs")
-        # What is asked shuts it down, too.
+        # The generated requests also shut the engine down.
         keeping = LoopingCall(lambda: None if engine.is_running else engine.start())
         keeping.start(0.1)
         try:
@@ -71,13 +71,14 @@ class LiveTests(ApiTestCase, WorldTestCase):
         self.assertNotIn("Traceback", self.role.log)
 
     def attack(self) -> subprocess.CompletedProcess[str]:
-        """Let schemathesis ask. Blocks."""
+        """Run schemathesis. Blocks."""
         return subprocess.run(
             [
                 str(Path(sys.executable).with_name("schemathesis")), "--no-color", "run",
                 f"{self.api}/openapi.json", "--header", f"Authorization: Bearer {self.tokens['admin']}",
                 f"--max-examples={EXAMPLES}", f"--seed={SEED}", "--checks=all",
-                # Valid, and refused all the same: 1.0 where an integer is wanted, a value that is not the setting's.
+                # The server refuses some requests that the document allows: 1.0 for an integer, or a value that does
+                # not fit its setting.
                 "--exclude-checks=positive_data_acceptance",
                 "--continue-on-failure",
             ],

@@ -1,4 +1,4 @@
-"""``python -m campaigns.faults``: a long campaign, told as it goes; exit code 1 where a promise was broken."""
+"""``python -m campaigns.faults``: run a long campaign and print its progress; exit code 1 if a promise was broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One campaign: faults in random order while the clients work, then the check and a table."""
+"""One campaign: faults in random order while the clients work, then the check and the tables."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from tests.support.waiting import pause
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a campaign came to.
+    """The result of a campaign.
 
-    :param violations: of the promises, in words.
+    :param violations: descriptions of the violated promises.
     """
 
     seed: int
@@ -39,11 +39,11 @@ class Verdict:
 
     @property
     def faults(self) -> int:
-        """How many there were."""
+        """The number of faults."""
         return sum(each.op == "fault" for each in self.operations)
 
     def tables(self) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-        """Give what is to be seen: a title, and rows of which the first is the head."""
+        """Return the tables: a title, and rows of which the first is the header."""
         times: defaultdict[str, Counter[bool]] = defaultdict(Counter)
         took: defaultdict[str, list[float]] = defaultdict(list)
         steps: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -77,16 +77,16 @@ class Verdict:
         yield f"operations, {len(self.violations)} violations", [("operation", *kinds), *done]
 
     def written(self) -> str:
-        """Give the tables as the documents show them."""
+        """Return the tables in reStructuredText."""
         return "\n".join(rst(*table) for table in self.tables())
 
 
-#: The row that sums up.
+#: The name of the row with the totals.
 _ALL: Final = "all"
 
 
 def _typical(seconds: Sequence[float]) -> tuple[str, ...]:
-    """Give the median and the worst."""
+    """Return the median and the maximum."""
     return tuple(f"{of(seconds):.1f}" for of in (statistics.median, max)) if seconds else ("", "")
 
 
@@ -103,12 +103,12 @@ async def run(
 ) -> Verdict:
     """Run a campaign.
 
-    :param seed: of the choice of faults and of everything that the clients draw.
-    :param seconds: after which no further fault begins.
-    :param attacks: of which kinds; without any the clients just work.
-    :param settled_s: seconds until nothing may be left to do.
-    :param path: where the history is written.
-    :param say: is told what goes on.
+    :param seed: the seed of the choice of faults and of the clients' random choices.
+    :param seconds: seconds after which no further fault begins.
+    :param attacks: the attacks to choose from; if empty, the clients work without faults.
+    :param settled_s: seconds after the last fault within which all work must be done.
+    :param path: the file to which the history is written.
+    :param say: is called with lines about the progress.
     """
     bed = await deferToThread(TestBed, seed, pushes, breaks, path)
     violations: list[str] = []
@@ -138,7 +138,7 @@ async def run(
 
 
 async def _bring(bed: TestBed, attack: Attack) -> None:
-    """Bring a fault about, and see how long it takes until everything is whole again."""
+    """Run an attack, and record how long the recovery takes."""
     name = attack.fault.name
     number = bed.history.invoke("campaign", "fault", name=name, step=attack.step)
     await attack.run(bed)
@@ -164,5 +164,5 @@ def _facts(bed: TestBed) -> Facts:
 
 
 def told(verdict: Verdict) -> str:
-    """Give the violations, one a line."""
+    """Return the seed and the violations as JSON, one violation a line."""
     return json.dumps({"seed": verdict.seed, "violations": list(verdict.violations)}, indent=2)

@@ -1,6 +1,6 @@
-"""Check a campaign by the answers that its clients received and by the rows of the database, and by nothing else.
+"""Check a campaign only by the answers that its clients received and by the rows of the database.
 
-It is a pure function of both, so that tests can show it histories that are wrong.
+The check is a pure function of both, so that tests can call it with wrong histories.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, Final
 from campaigns.faults.history import Operation
 from tests.support.peer import PUSH
 
-#: What the pushers push.
+#: The command type of the pushers.
 CMD_TYPE: Final = "faults.mark"
-#: Refusals after which a push may have taken effect all the same (docs/protocol.rst, "Commands").
+#: Error codes after which a push may still have taken effect (docs/protocol.rst, "Commands").
 DOUBTFUL: Final = frozenset({"db_unavailable", "internal_error", "deadline_exceeded"})
-#: What a request that was recorded and is sent again may be answered. A push may be accepted, too: as known, or as new
-#: where its sender was refused for the moment; that sender's next try is then the one that is known.
+#: Error codes that may answer a replayed request. A push may also be accepted: as a duplicate, or as new if its sender
+#: was refused temporarily; the sender's next try is then the duplicate.
 REPLAYED: Final = frozenset({"replay", "not_ready", "ts_skew", "auth_bad", "overloaded"})
 
 
@@ -29,7 +29,7 @@ REPLAYED: Final = frozenset({"replay", "not_ready", "ts_skew", "auth_bad", "over
 class Command:
     """A row of ``commands``.
 
-    :param fingerprint: of its key, as hexadecimal digits; ``None`` where the key is not known.
+    :param fingerprint: the fingerprint stored with its key, as hexadecimal digits; ``None`` if the key is not stored.
     """
 
     cmd_id: int
@@ -52,21 +52,20 @@ class Order:
 
 @dataclass(frozen=True)
 class Facts:
-    """What stands in the database when everything has settled.
+    """The content of the database when all work is done.
 
-    :param effects: what each ``faults.mark`` wrote, one entry a row: its key, which half of its work, and when, in Unix
-        seconds.
+    :param effects: the rows that the ``faults.mark`` commands inserted: key, half of the work, time in Unix seconds.
     :param notices: the message of every notice.
-    :param outbox: the key and state of what is left there.
+    :param outbox: key and state of the remaining rows of the outbox.
     :param broadcasts: the message and state of every broadcast.
-    :param changes: of each sector, in order, what it was and what it became.
-    :param sectors: what each is now.
-    :param versions: of the configuration, in order; with the entries of the audit about them.
-    :param engines: the version that each engine says is in force, and its state.
-    :param audited: what the audit tells: the subjects of orders, settings (versions), keys, and of commands that were
-        cancelled or tried again; the types of the requests that engines obeyed; and what was wanted of them.
+    :param changes: for each sector, its changes of status in order, as old and new status.
+    :param sectors: the present status of each sector.
+    :param versions: the versions of the configuration, in order.
+    :param engines: for each engine, the version of the configuration that it reports as in force, and its state.
+    :param audited: the entries of the audit: the subjects of orders, the versions of settings, the names of keys, the
+        ids of cancelled and retried commands, the types of the requests that engines obeyed, and the desired states.
     :param keys: the names of all keys.
-    :param notes: batches that are noted still.
+    :param notes: the number of claims that still exist.
     """
 
     commands: Sequence[Command] = ()
@@ -113,7 +112,11 @@ def _by_key(operations: Iterable[Operation]) -> Mapping[str, list[Operation]]:
 
 
 def _once(what: str, count: int, is_certain: bool, is_possible: bool) -> Iterator[str]:
-    """Check that something is there once."""
+    """Check that a row exists once.
+
+    :param is_certain: the row must exist.
+    :param is_possible: the row may exist.
+    """
     if count > 1:
         yield f"{what} is there {count} times"
     if count == 0 and is_certain:
@@ -150,13 +153,13 @@ def _pushes(pushes: Sequence[Operation], facts: Facts) -> Iterator[str]:
                 yield f"push {key} is {command.status}"
         if found and halves[key] != Counter((1, 2) if found[0].status == "done" else ()):
             yield f"push {key} is {found[0].status} and took effect by halves {dict(halves[key])}"
-        # Whichever push of the key was the first says when, unless somebody let it run at once.
+        # The first push of a key sets the due time, and any try may be the first. An operator's retry ignores it.
         due_at = min((each.asked.get("due_at") or 0 for each in tries), default=0)
         if key in first and first[key] < due_at and not {command.cmd_id for command in found} & hurried:
             yield f"push {key} took effect at {first[key]}, and was due at {due_at}"
         if not found and halves[key]:
             yield f"push {key} is not there and took effect"
-        # Two contents of one key cannot both have been taken.
+        # Pushes of one key with different contents cannot both be accepted.
         contents = {_frozen(each.asked["content"]) for each in accepted}
         if len(contents) > 1:
             yield f"push {key} was accepted with {len(contents)} contents"
@@ -177,7 +180,7 @@ def _one_push(key: str, command: Command, accepted: Sequence[Operation], tries: 
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
-    """Give what docs/protocol.rst, "Commands", calls the fingerprint of a command of ours; its JSON has ASCII only."""
+    """Return the fingerprint (docs/protocol.rst, "Commands") of a ``faults.mark`` command; its JSON is ASCII only."""
     whole = {"cmd_type": CMD_TYPE, "payload": content}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -256,7 +259,7 @@ def _keys(rotations: Sequence[Operation], facts: Facts) -> Iterator[str]:
 
 
 def _by_hand(handled: Sequence[Operation], facts: Facts) -> Iterator[str]:
-    """Whoever cancels a command or lets it run again is in the audit, and nobody else does."""
+    """Check that the audit has every cancel and retry of a command, and no others."""
     audited = {verb: Counter(facts.audited.get(verb, ())) for verb in ("cancel", "retry")}
     for command in facts.commands:
         times = {verb: audited[verb][command.cmd_id] for verb in audited}
@@ -286,7 +289,7 @@ def _steered(steered: Sequence[Operation], facts: Facts) -> Iterator[str]:
 def _replays(replays: Sequence[Operation]) -> Iterator[str]:
     admitted: set[str] = set()
     for each in replays:
-        # Refused because of a clock that is right by now, it may be admitted, once.
+        # A request that was refused because of a wrong clock may be admitted once, after the clock is correct.
         is_first = each.asked.get("was_skewed", False) and each.asked["id"] not in admitted
         if is_first and each.ended == "ok" and each.came["code"] not in REPLAYED:
             admitted.add(each.asked["id"])
@@ -298,7 +301,7 @@ def _replays(replays: Sequence[Operation]) -> Iterator[str]:
 
 
 def _outages(outages: Sequence[Operation], pushes: Sequence[Operation], orders: Sequence[Operation]) -> Iterator[str]:
-    """While the database is away nothing is acked, and who pushes is told when to come again."""
+    """Check that during an outage nothing is acked, and that each refusal of a push says when to try again."""
     for outage in outages:
         for push in pushes:
             if push.since < outage.since or push.until > outage.until:

@@ -1,7 +1,7 @@
-"""What the clients of a campaign did and were told, in the manner of Jepsen.
+"""The history of a campaign: the operations of its clients and their outcomes, in the manner of Jepsen.
 
-An operation is invoked, and ends as ``ok``, as ``fail`` (it certainly has no effect) or as ``unknown`` (it may have
-one). One that never ended is unknown too.
+An operation is invoked, and ends as ``ok``, as ``fail`` (it certainly has no effect) or as ``unknown`` (it may have an
+effect). An operation that never ended is unknown too.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Event:
     """One line of a history.
 
     :param at: seconds since the history began.
-    :param client: who: one client has one operation under way under one number.
-    :param number: of the operation.
-    :param op: its name, such as ``push``.
-    :param what: its arguments, or what it came to.
+    :param client: the client's name.
+    :param number: the number of the operation, unique in the history.
+    :param op: the operation's name, such as ``push``.
+    :param what: the operation's arguments, or its outcome.
     """
 
     at: float
@@ -40,9 +40,11 @@ class Event:
 class Operation:
     """An operation, from its beginning to its end.
 
-    :param ended: how; ``unknown`` also where nothing more is said of it.
-    :param came: what it came to.
-    :param until: when it ended; for ever where it did not.
+    :param asked: its arguments.
+    :param ended: how it ended; ``unknown`` also if the history has no end of it.
+    :param came: its outcome.
+    :param since: when it began, in seconds since the history began.
+    :param until: when it ended; infinity if the history has no end of it.
     """
 
     client: str
@@ -55,9 +57,9 @@ class Operation:
 
 
 class History:
-    """Takes events of any thread, and writes each to a file as it comes.
+    """Records events from any thread, and writes each to a file.
 
-    :param path: of the file, of JSON lines; ``None``: there is none.
+    :param path: the path of the file, in JSON lines; ``None``: there is no file.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -68,11 +70,11 @@ class History:
         self.events: list[Event] = []
 
     def now(self) -> float:
-        """Give the seconds since it began."""
+        """Return the seconds since the history began."""
         return time.monotonic() - self._began
 
     def invoke(self, client: str, op: str, **what: Any) -> int:
-        """An operation begins.
+        """Record the beginning of an operation.
 
         :returns: its number.
         """
@@ -82,12 +84,12 @@ class History:
             return self._count
 
     def end(self, number: int, client: str, op: str, kind: Kind, **what: Any) -> None:
-        """An operation ends."""
+        """Record the end of an operation."""
         with self._lock:
             self._add(Event(self.now(), client, number, op, kind, what))
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the file."""
         if self._file is not None:
             self._file.close()
 
@@ -98,7 +100,7 @@ class History:
 
 
 def operations(events: list[Event]) -> list[Operation]:
-    """Put beginnings and ends together, in the order of the beginnings."""
+    """Match the beginnings with the ends, and return the operations in the order of their beginnings."""
     ends = {event.number: event for event in events if event.kind != "invoke"}
     return list(_together(events, ends))
 
@@ -113,5 +115,5 @@ def _together(events: list[Event], ends: Mapping[int, Event]) -> Iterator[Operat
 
 
 def read(path: Path) -> list[Event]:
-    """Read a history that was written."""
+    """Read a history from its file."""
     return [Event(**json.loads(line)) for line in path.read_text().splitlines()]

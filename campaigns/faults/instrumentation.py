@@ -1,7 +1,7 @@
 """Changes inside a role's process: a breakpoint at a named step, another clock, and code that breaks a promise.
 
-``python -m campaigns.faults.instrumentation`` is ``twistd`` with them, or ``s2s`` where the first argument says so. The
-variable ``S2S_FAULTS`` says which, as JSON: ``{"breakpoint": FILE, "break": "NAME"}``.
+``python -m campaigns.faults.instrumentation`` runs ``twistd`` with these changes, or ``s2s`` if the first argument is
+``s2s``. The variable ``S2S_FAULTS`` configures them, as JSON: ``{"breakpoint": FILE, "break": "NAME"}``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Final
 
 VARIABLE: Final = "S2S_FAULTS"
-#: Of the sources.
+#: The root directory of the sources.
 ROOT: Final = Path(__file__).parents[2]
 
-#: Where a process can be made to stand still: before or after a function of ours, by its module, owner and name.
+#: Steps at which a process can be made to stand still: module, owner and name of a function, and before or after it.
 STEPS: Final = {
     "push.write": ("s2s.store.async_connection", "AsyncConnection", "ask", "before"),
     "push.sent": ("s2s.store.async_connection", "AsyncConnection", "_execute", "after"),
@@ -54,10 +54,10 @@ _NUMBERS: Final = {step: number for number, step in enumerate(STEPS, 1)}
 
 
 class Breakpoint:
-    """What a campaign has a process by: a file that both map, made where it is missing.
+    """Controls a process by a file that the campaign and the process map into memory; a missing file is created.
 
-    It says how many seconds the process's wall clock is ahead, and at which step, at which of its comings there, the
-    process is to stand still.
+    The file contains the seconds by which the process's wall clock is ahead, and the step and the number of the visit
+    at which the process is to stand still.
     """
 
     _CLOCK: Final = struct.Struct("d")
@@ -73,7 +73,7 @@ class Breakpoint:
 
     @property
     def ahead_s(self) -> float:
-        """How far ahead the clock is."""
+        """Seconds by which the clock is ahead."""
         return float(self._CLOCK.unpack_from(self._map)[0])
 
     @ahead_s.setter
@@ -81,15 +81,15 @@ class Breakpoint:
         self._CLOCK.pack_into(self._map, 0, seconds)
 
     def hold(self, step: str, coming: int = 1) -> None:
-        """Let the process stand still, once, when it comes to a step for the so manyth time from now."""
+        """Let the process stand still once, at the given visit of a step, counted from now."""
         self._STEP.pack_into(self._map, self._CLOCK.size, _NUMBERS[step], coming)
 
     def release(self) -> None:
-        """Let it pass every step."""
+        """Let the process pass every step."""
         self._STEP.pack_into(self._map, self._CLOCK.size, 0, 0)
 
     def come(self, number: int) -> None:
-        """Come to a step, in any thread of the process, and stand still there if it is to be."""
+        """Visit a step, in any thread of the process, and stand still there if the file says so."""
         with self._lock:
             wanted, coming = self._STEP.unpack_from(self._map, self._CLOCK.size)
             if wanted != number:
@@ -98,7 +98,7 @@ class Breakpoint:
                 self._STEP.pack_into(self._map, self._CLOCK.size, wanted, coming - 1)
                 return
             self.release()
-        # To this thread: it takes no further step before all of the process stands still.
+        # Signal this thread, so that it does not go on before the whole process stands still.
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
@@ -132,10 +132,10 @@ def _move_clock(point: Breakpoint) -> None:
 
 
 def variables(point: Breakpoint, plugins: Path, breaks: str | None = None) -> dict[str, str]:
-    """Give the variables of a process with faults inside.
+    """Return the environment variables of a process with these changes.
 
     :param plugins: a directory with a package ``s2s.plugins``.
-    :param breaks: one of :data:`BREAKS`.
+    :param breaks: the name of a promise to break, of :data:`BREAKS`.
     """
     said = {"breakpoint": str(point.path), "break": breaks}
     return {VARIABLE: json.dumps(said), "PYTHONPATH": f"{ROOT}{os.pathsep}{plugins}"}
@@ -145,7 +145,7 @@ def variables(point: Breakpoint, plugins: Path, breaks: str | None = None) -> di
 
 
 def _ack_before_commit() -> None:
-    """Acks before the COMMIT."""
+    """Ack a push before its COMMIT."""
     from twisted.internet.defer import succeed
 
     from s2s.roles.server import inbox
@@ -163,7 +163,7 @@ def _ack_before_commit() -> None:
 
 
 def _no_savepoint() -> None:
-    """Undoes nothing of a command that fails."""
+    """Do not roll back the changes of a command that fails."""
     from contextlib import contextmanager
 
     from s2s.store import handler_pool
@@ -176,14 +176,14 @@ def _no_savepoint() -> None:
 
 
 def _no_replay_cache() -> None:
-    """Takes every request as new."""
+    """Treat every request as new."""
     from s2s.protocol import replay
 
     replay.ReplayCache.enter = lambda *_, **__: None
 
 
 def _no_idempotency() -> None:
-    """Lets nothing decide which push of a key is the first."""
+    """Insert a command for every push, also if its key exists."""
     from s2s.store.tables import commands
 
     any_number = f"from (select coalesce((select cmd_id from fresh), {commands._NEXT}) as cmd_id) any_number"
@@ -196,7 +196,7 @@ def _no_idempotency() -> None:
 
 
 def _outbox_elsewhere() -> None:
-    """Writes what is to be sent in another transaction than that of its cause, seconds later."""
+    """Insert outbox rows in another transaction than that of their cause, 3 s later."""
     from s2s.store.tables import outbox
 
     put_batch = outbox.put_batch
@@ -216,14 +216,14 @@ def _outbox_elsewhere() -> None:
 
 
 def _no_order_lock() -> None:
-    """Lets anybody who has seen an order run it, and takes its time for every other sector."""
+    """Let every engine that has read an order run it, and delay the orders of every other sector."""
     from s2s.store.tables import orders, world
 
     orders.hold = lambda *_: True
     set_status = world.set_sector_status
 
     def slowly(txn: Any, sector_id: int, *args: Any) -> Any:
-        # Were all slow, nobody would have the time to look at what another is at.
+        # If all orders were slow, no engine would have time to read an order that another engine runs.
         time.sleep(2.5 * (sector_id % 2))
         return set_status(txn, sector_id, *args)
 
@@ -243,7 +243,7 @@ BREAKS: Final[dict[str, Callable[[], None]]] = {
 def _main() -> None:
     said = json.loads(os.environ[VARIABLE])
     point = Breakpoint(Path(said["breakpoint"]))
-    _move_clock(point)  # before anything of ours is imported, and keeps the clock as it was
+    _move_clock(point)  # before any module of s2s is imported, which could keep a reference to the original time.time
     _watch_steps(point)
     if said["break"] is not None:
         BREAKS[said["break"]]()

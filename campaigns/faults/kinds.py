@@ -1,4 +1,4 @@
-"""The faults, each as one coroutine that brings it about and takes it away, and the moments at which they come."""
+"""The faults, each as one coroutine that causes it and ends it, and the moments at which they begin."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from tests.support.waiting import pause
 class Fault:
     """One kind of fault.
 
-    :param run: brings it about and takes it away.
-    :param is_long: it takes so long that it comes at random moments only, and not in a short campaign.
+    :param run: causes the fault and ends it.
+    :param is_long: the fault takes so long that it begins at random moments only, and not in a short campaign.
     """
 
     name: str
@@ -52,7 +52,8 @@ class Fault:
 class Attack:
     """A fault and its moment.
 
-    :param step: of ``instrumentation.STEPS``, at which a process stands when the fault begins; ``None``: any moment.
+    :param step: the step of ``instrumentation.STEPS`` at which a process stands still when the fault begins; ``None``:
+        any moment.
     """
 
     fault: Fault
@@ -60,11 +61,11 @@ class Attack:
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """The name of the attack."""
         return self.fault.name if self.step is None else f"{self.fault.name} at {self.step}"
 
     async def run(self, bed: TestBed) -> None:
-        """Bring it about, and take it away."""
+        """Cause the fault at its moment, and end it."""
         if self.step is None:
             await self.fault.run(bed)
         elif self.step.startswith("migrate."):
@@ -73,15 +74,15 @@ class Attack:
             await _at(bed, self.step, self.fault)
 
 
-#: Seconds that a process is given to come to the step at which it is to stand still; and at which of its comings there
-#: it is, at most. A migration makes several files and declares the settings once.
+#: Seconds within which a process must reach the step at which it is to stand still. It stands still at a random visit
+#: of the step, at the latest at this one. A migration runs several files and declares the settings once.
 _STEP_S: Final = 15.0
 _COMINGS: Final = 3
 _MIGRATED: Final = {"migrate.file": 11, "migrate.settings": 1}
 
 
 async def _at(bed: TestBed, step: str, fault: Fault) -> None:
-    """Let a fault begin while a process stands at a step, and let the process go on before the fault is over."""
+    """Begin a fault while a process stands still at a step, and resume the process before the fault ends."""
     name = "engine" if step.split(".", maxsplit=1)[0] in ("relay", "order") else "server"
     number = bed.history.invoke("campaign", "step", step=step)
     came = await bed.hold_at(name, step, bed.rng.randint(1, _COMINGS), _STEP_S)
@@ -94,7 +95,7 @@ async def _at(bed: TestBed, step: str, fault: Fault) -> None:
 
 
 async def _while_it_migrates(bed: TestBed, step: str, fault: Fault) -> None:
-    """Let a migration of another database stand at a step, and see that the next one makes that database whole."""
+    """Cause a fault while a migration of another database stands still, and check that the next one completes it."""
     name = f"migrated_{bed.rng.randrange(10**9)}"
     with Session(bed.url) as session:
         session.run(sql.SQL("create database {}").format(sql.Identifier(name)))
@@ -152,7 +153,7 @@ async def _end(bed: TestBed, name: str) -> None:
 
 
 async def _shut_down(bed: TestBed) -> None:
-    """Ask the engine over HTTP to end; whoever asks need not be answered, and asks again."""
+    """Shut the engine down over HTTP; the request is repeated, since it may be lost without an answer."""
     role = bed.role("engine")
     for _ in range(5):
         await deferToThread(bed.workload.shut_down)
@@ -175,9 +176,9 @@ async def _database_killed(bed: TestBed) -> None:
 
 
 async def _database_gone(bed: TestBed, seconds: float) -> None:
-    """Links stay up, and nothing is acked."""
+    """Stop the database for some seconds; links stay up meanwhile, and nothing is acked."""
     await deferToThread(bed.cluster.stop)
-    # What was under way when it went may still be answered as it was.
+    # Requests that were in flight when the database stopped may still be acked.
     await pause(1)
     links = _links(bed)
     number = bed.history.invoke("campaign", "outage")
@@ -187,7 +188,7 @@ async def _database_gone(bed: TestBed, seconds: float) -> None:
 
 
 def _links(bed: TestBed) -> int:
-    """Count the links that there ever were, the real engine's among them."""
+    """Return the number of all links so far, including those of the real engine."""
     return bed.proxy.connections + sum(pusher.links for pusher in bed.pushers)
 
 
@@ -201,7 +202,7 @@ async def _connections_killed(bed: TestBed) -> None:
 
 
 async def _read_only(bed: TestBed) -> None:
-    """Every new transaction is refused its writes, as by a standby after a failover."""
+    """Make every new transaction read-only, as on a standby after a failover, and end the sessions before and after."""
     alter = "alter database postgres set default_transaction_read_only = {}"
     leave = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 's2s%'"
     await deferToThread(bed.execute, alter.format("on"))
@@ -212,7 +213,7 @@ async def _read_only(bed: TestBed) -> None:
 
 
 async def _read_only_by_itself(bed: TestBed) -> None:
-    """Sessions that begin meanwhile are read-only from their start, and nobody ends them afterwards."""
+    """Make the sessions that begin during the fault read-only from their start, and do not end them afterwards."""
     alter = "alter database postgres set default_transaction_read_only = {}"
     await deferToThread(bed.execute, alter.format("on"))
     await deferToThread(
@@ -223,7 +224,7 @@ async def _read_only_by_itself(bed: TestBed) -> None:
 
 
 async def _snapshot_held(bed: TestBed) -> None:
-    """A transaction keeps its snapshot while others work: no row that is finished can be removed meanwhile."""
+    """Hold a snapshot in a transaction while the clients work: VACUUM can remove no dead row meanwhile."""
 
     def hold() -> None:
         with closing(psycopg2.connect(bed.url)) as conn, conn, conn.cursor() as txn:
@@ -237,14 +238,14 @@ _FULL: Final = ("s2s.commands", "s2s.outbox", "s2s.orders", "s2s.notices")
 
 
 async def _disk_full(bed: TestBed) -> None:
-    """Every insert is refused with the error of a full disk."""
+    """Refuse every insert into the main tables with the error of a full disk."""
     make = (
         "create or replace function disk_full() returns trigger language plpgsql set search_path from current"
         " as $$ begin"
         " raise exception 'could not extend file: No space left on device' using errcode = '53100'; end $$"
     )
     trigger = "create trigger disk_full before insert on {} for each statement execute function disk_full()"
-    # Each in a transaction of its own: locks of several tables at once could be a deadlock with the work.
+    # Each in a transaction of its own: locks on several tables at once could deadlock with the clients' work.
     await deferToThread(bed.execute, make)
     for table in _FULL:
         await deferToThread(bed.execute, trigger.format(table))
@@ -256,7 +257,7 @@ async def _disk_full(bed: TestBed) -> None:
 
 
 async def _pool_taken(bed: TestBed) -> None:
-    """Every connection of the pools waits for a lock, for longer than a statement may take."""
+    """Lock three tables for longer than a statement may take, so that every connection of the pools waits."""
 
     def lock(table: str) -> None:
         with closing(psycopg2.connect(bed.url)) as conn, conn, conn.cursor() as txn:
@@ -268,7 +269,7 @@ async def _pool_taken(bed: TestBed) -> None:
 # --- the network ----------------------------------------------------------------------------------------------------
 
 
-#: So old are requests that are sent again, in seconds; and so long a link is waited for on which they can be.
+#: Least age of the requests that are sent again, in seconds; and seconds to wait for a link on which to send them.
 _OLD_S: Final = 3.0
 _INJECT_S: Final = 5.0
 
@@ -291,7 +292,7 @@ async def _delayed(bed: TestBed) -> None:
     await pause(3)
     for way in (bed.proxy.up, bed.proxy.down):
         way.delay_s = 0.0
-    # What is still on its way would be overtaken.
+    # Without a cut, later bytes would overtake the delayed ones.
     bed.proxy.cut()
 
 
@@ -312,8 +313,8 @@ async def _garbled(bed: TestBed) -> None:
 class _Recorded:
     """A request that went over the proxy.
 
-    :param was_accepted: it was answered so, as far as the proxy saw.
-    :param was_skewed: it was refused by a peer whose clock was wrong, which does not remember it then.
+    :param was_accepted: whether the proxy saw a reply that accepted it.
+    :param was_skewed: whether a peer with a wrong clock refused it; the peer's replay cache does not have it then.
     """
 
     body: bytes
@@ -329,12 +330,12 @@ class _Recorded:
 
 
 async def _replayed_here(bed: TestBed) -> None:
-    """Requests of both sides are sent again over the link on which they came."""
+    """Send requests of both sides again over the same link."""
     await _inject(bed, "same link", _up(bed), _down(bed))
 
 
 async def _replayed_elsewhere(bed: TestBed) -> None:
-    """Those of the engine come over a link of the attacker's, those of the server over the engine's next one."""
+    """Send the engine's requests again over the attacker's link, and the server's over the engine's next link."""
     up, down = _up(bed), _down(bed)
     await deferToThread(_replay, bed, up)
     bed.proxy.cut()
@@ -343,7 +344,10 @@ async def _replayed_elsewhere(bed: TestBed) -> None:
 
 
 async def _replayed_after_restart(bed: TestBed) -> None:
-    """So do they when nobody remembers them any more; whoever asks for another's health then is answered."""
+    """Send requests again on other links after a restart of both roles, when no replay cache has them any more.
+
+    Health checks are left out, since they are answered then.
+    """
     up, down = _up(bed), _down(bed)
     await _kill(bed, "server", "engine")
     await bed.whole()
@@ -360,7 +364,7 @@ def _down(bed: TestBed) -> list[_Recorded]:
 
 
 def _requests(bed: TestBed, way: Way, back: Way) -> list[_Recorded]:
-    """Give some requests that went this way a while ago: no more of a kind than is needed."""
+    """Return old requests of one direction: at most five of each type."""
     answers = [json.loads(answer) for answer in back.recorded]
     accepted = {answer.get("ack_of") for answer in answers if answer["payload"].get("accepted") is True}
     skewed = {answer.get("ack_of") for answer in answers if answer["payload"].get("code") == "ts_skew"}
@@ -385,7 +389,7 @@ def _asked(bed: TestBed, where: str, request: _Recorded) -> int:
 
 
 async def _inject(bed: TestBed, where: str, up: list[_Recorded], down: list[_Recorded]) -> None:
-    """Send frames again within the engine's link: a refusal ends it, and the next one comes on the next link."""
+    """Send frames again within the engine's link; a refusal ends that link, and the next frame uses the next link."""
     ways = [(request, bed.proxy.up, bed.proxy.down) for request in up]
     ways += [(request, bed.proxy.down, bed.proxy.up) for request in down]
     for request, way, back in ways:
@@ -401,7 +405,7 @@ async def _inject(bed: TestBed, where: str, up: list[_Recorded], down: list[_Rec
 
 
 def _replay(bed: TestBed, requests: list[_Recorded]) -> None:
-    """Send recorded frames over a link of the attacker's, who has no key."""
+    """Send recorded frames over a link of the attacker, who has no key."""
     for request in requests:
         number = _asked(bed, "a link of his own", request)
         try:
@@ -412,7 +416,7 @@ def _replay(bed: TestBed, requests: list[_Recorded]) -> None:
 
 
 def _answer_to(port: int, request: _Recorded) -> dict[str, Any] | None:
-    """Give what a server answers to a frame; ``None``: the end of the link."""
+    """Return the outcome of a server's reply to a frame; ``None``: the link ended without a reply."""
     with socket.create_connection(("127.0.0.1", port), 3) as link:
         link.sendall(framed(request.body))
         with link.makefile("rb") as stream:
@@ -432,17 +436,18 @@ def _outcome(answer: bytes) -> dict[str, Any]:
 
 
 async def _misbehave(bed: TestBed, cmd_type: str) -> None:
-    """Commands come whose handlers misbehave; each is to take effect once all the same."""
+    """Emit commands whose handlers misbehave; each must still take effect once."""
     keys = [f"{cmd_type}-{bed.rng.randrange(10**9)}-{number}" for number in range(3)]
     await deferToThread(bed.emit, cmd_type, *keys[: 3 if cmd_type == misbehaving_handlers.Dirty.cmd_type else 1])
 
 
-#: Seconds within which the watchdog ends a server: 15 of CPU time, beside all other processes of the campaign.
+#: Seconds within which the watchdog must end a server. The watchdog waits for 15 s of CPU time of that process, which
+#: shares the cores with all other processes of the campaign.
 _WATCHDOG_S: Final = 90.0
 
 
 async def _interpreter_held(bed: TestBed) -> None:
-    """A handler holds the interpreter of the server, and the watchdog ends that process."""
+    """Let a handler hold the interpreter lock of the server, and check that the watchdog ends that process."""
     await _misbehave(bed, misbehaving_handlers.Holding.cmd_type)
     role = bed.role("server")
     await comes(lambda: not role.is_running, _WATCHDOG_S)
@@ -453,7 +458,7 @@ async def _interpreter_held(bed: TestBed) -> None:
 
 
 async def _hangup(bed: TestBed) -> None:
-    """A hangup ends nothing."""
+    """Send SIGHUP to both roles, and check that neither ends."""
     for name in ("server", "engine"):
         role = bed.role(name)
         pid = role.pid
@@ -472,12 +477,12 @@ async def _clock(bed: TestBed, name: str, ahead_s: float) -> None:
     bed.breakpoints[name].ahead_s = 0.0
 
 
-#: Seconds that the clock of the database is ahead, by as much as :mod:`tests.support.clock_fault` says.
+#: Seconds for which the database's clock is ahead; :mod:`tests.support.clock_fault` defines by how much.
 _LEAP_S: Final = 13.0
 
 
 async def _database_clock(bed: TestBed) -> None:
-    """What the roles write meanwhile bears times of two hours later."""
+    """Date the rows that the roles write during the fault two hours later."""
     await deferToThread(clock_fault.begin, bed.execute)
     await pause(_LEAP_S)
     await deferToThread(clock_fault.end, bed.execute)
@@ -491,7 +496,7 @@ async def _reader_stops(bed: TestBed) -> None:
 
 
 async def _strangers(bed: TestBed) -> None:
-    """A stranger without a key sends large frames, 40 a second."""
+    """Send large frames from a client without a key, 40 a second."""
     flood = StrangersFlood(bed.server.port, rate=40, seconds=5)
     flood.start()
     while flood.is_alive():
@@ -509,7 +514,7 @@ _KILLS: Final = (
     Fault("kill the engine", lambda bed: _kill(bed, "engine")),
     Fault("kill both", lambda bed: _kill(bed, "server", "engine")),
 )
-#: What can hit a migration.
+#: Faults that are also used during a migration.
 _KILL_DATABASE: Final = Fault("kill the database", _database_killed)
 _KILL_CONNECTIONS: Final = Fault("kill connections", _connections_killed)
 FAULTS: Final = (
@@ -566,10 +571,10 @@ ATTACKS: Final = tuple(_attacks())
 
 
 def program(attacks: Sequence[Attack], seed: int) -> Iterator[Attack]:
-    """Give an order of attacks without an end: it is a matter of the seed alone.
+    """Yield attacks endlessly, in an order that depends only on the seed.
 
-    In each round comes every fault at a random moment, and every step with one fault; a step goes through the kills
-    first, then through all others, before one comes again.
+    Each round has every fault at a random moment, and every step with one fault. A step gets the kills first, then all
+    other faults, before any fault is repeated.
     """
     rng = random.Random(f"program {seed}")
     left: dict[str, list[Attack]] = {}
@@ -579,7 +584,7 @@ def program(attacks: Sequence[Attack], seed: int) -> Iterator[Attack]:
             if not left.get(step):
                 at_step = [attack for attack in attacks if attack.step == step]
                 at_step = rng.sample(at_step, len(at_step))
-                # The last one is the next.
+                # pop() takes the last attack, so the kills stand at the end.
                 left[step] = sorted(at_step, key=lambda attack: attack.fault in (*_KILLS, _KILL_MIGRATION))
             this_round.append(left[step].pop())
         rng.shuffle(this_round)

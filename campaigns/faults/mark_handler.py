@@ -1,4 +1,4 @@
-"""A command type whose effect can be counted: it works in two halves, and fails between them when it is told."""
+"""A command type with a countable effect: it works in two halves, and fails between them if its payload says so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from s2s.handlers.commands import CommandHandler
 from s2s.store.driver import Cursor
 from s2s.store.tables.commands import Command
 
-#: Its table, without a constraint that would hide a second effect.
+#: The table of its effects, without a constraint that would prevent a second effect.
 TABLE = (
     "create table public.effects (idem_key text not null, half integer not null,"
     " at float8 not null default extract(epoch from clock_timestamp()))"
@@ -18,7 +18,7 @@ TABLE = (
 
 
 class Mark(CommandHandler):
-    """Writes down that it ran."""
+    """Inserts a row for each half of its work."""
 
     cmd_type = CMD_TYPE
     schema: ClassVar[Mapping[str, Any]] = {
@@ -28,7 +28,7 @@ class Mark(CommandHandler):
     }
 
     def run(self, txn: Cursor, command: Command) -> None:
-        """Do both halves, or the first one and fail, as often as the payload says."""
+        """Do both halves; in the first ``fails`` attempts of the payload, do the first half and fail."""
         txn.execute("insert into public.effects (idem_key, half) values (%s, 1)", (command.idem_key,))
         if command.attempts < command.payload["fails"]:
             raise ValueError("it is told to fail")

@@ -1,4 +1,4 @@
-"""Command types whose handlers misbehave: what they leave or hold may touch no other command."""
+"""Command types whose handlers misbehave; their leftovers and locks must not affect any other command."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Final
 from s2s.handlers.commands import Command, CommandHandler
 from s2s.store.driver import Cursor
 
-#: Seconds that a handler may take in a campaign, and that the hanging one takes: longer than that and the 5 s in which
-#: its SQL is cancelled, so that its thread is stuck for a while.
+#: Seconds that a handler may take in a campaign, and seconds that the hanging handler takes: longer than the former
+#: plus the 5 s in which its SQL is cancelled, so that its thread is stuck for a while.
 TIMEOUT_S: Final = 4
 HANGS_S: Final = 11.0
-#: What the dirty one leaves on its session.
+#: Statements by which the dirty handler changes its session.
 _LEFT: Final = (
     "set search_path = nowhere, public",
     "set datestyle = 'SQL, DMY'",
@@ -31,7 +31,7 @@ _LEFT: Final = (
 
 
 class _Publishes(CommandHandler):
-    """A type whose effect is a notice with the text of its key."""
+    """A command type whose effect is a notice with its key as the text."""
 
     schema: ClassVar[Mapping[str, Any]] = {"type": "object"}
 
@@ -43,36 +43,36 @@ class _Publishes(CommandHandler):
 
 
 class Hanging(_Publishes):
-    """Does not return for a while, at its first attempt."""
+    """Does not return for :data:`HANGS_S` in its first attempt."""
 
     cmd_type = "faults.hanging"
 
     def run(self, txn: Cursor, command: Command) -> None:
-        """Hang, or publish."""
+        """Publish, after a sleep in the first attempt."""
         if command.attempts == 0:
             time.sleep(HANGS_S)
         self._publish(txn, command)
 
 
 class Holding(_Publishes):
-    """Holds the interpreter at its first attempt: no other thread of its process runs any more."""
+    """Holds the interpreter lock in its first attempt: no other thread of its process runs any more."""
 
     cmd_type = "faults.holding"
 
     def run(self, txn: Cursor, command: Command) -> None:
-        """Hold it for ever, or publish."""
+        """Publish; in the first attempt, hold the interpreter lock for ever."""
         if command.attempts == 0:
             re.match("(a+)+$", "a" * 64 + "!")
         self._publish(txn, command)
 
 
 class Dirty(_Publishes):
-    """Leaves everything behind that it can."""
+    """Changes the state of its session by the statements of :data:`_LEFT`."""
 
     cmd_type = "faults.dirty"
 
     def run(self, txn: Cursor, command: Command) -> None:
-        """Publish, and make a mess."""
+        """Publish, and change the state of the session."""
         self._publish(txn, command)
         for statement in _LEFT:
             txn.execute(statement)

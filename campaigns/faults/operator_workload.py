@@ -1,4 +1,4 @@
-"""The workload of operators: statements of SQL, and requests over the HTTP API that are cut off at any moment."""
+"""The workload of operators: SQL statements, and requests over the HTTP API that may be cut off at any moment."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from s2s.store.tables import keys, rotation
 from tests.support.http import ask
 from tests.support.peer import Key
 
-#: Seconds between two rounds; in each at most so many requests are made.
+#: Seconds between two rounds, and most requests in a round.
 _ROUND_S: Final = 0.1
 _REQUESTS: Final = 5
-#: In every so manyth round something is done: rows are emitted in each.
+#: Number of rounds between two actions of each kind. Outbox rows are emitted in every round.
 _BROADCAST, _ORDER, _CONFIGURE, _PAUSE, _ROTATE = 3, 5, 50, 70, 100
-#: Of so many orders one is about a sector that is not there, and of so many cancelled commands one is tried again.
+#: On average one of _ODD orders names a sector that does not exist; one of _RETRIED cancelled commands is retried.
 _ODD: Final = 5
 _RETRIED: Final = 2
 
 
 @dataclass(frozen=True)
 class PendingRequest:
-    """A request that is made until it is answered for certain.
+    """A request that is repeated until its outcome is certain.
 
-    :param op: its operation in the history, with what is ``asked``.
-    :param then: what is wished next.
+    :param op: the name of its operation in the history.
+    :param asked: the arguments of that operation.
+    :param then: the request to make after this one.
     """
 
     op: str
@@ -46,13 +47,13 @@ class PendingRequest:
 
 
 class OperatorWorkload(threading.Thread):
-    """Emits, types broadcasts, gives orders, changes settings, adds keys, and steers engines and commands.
+    """Emits commands, makes broadcasts and orders, changes settings, adds keys, and controls engines and commands.
 
-    What the n-th round does is a matter of the seed; when it comes is not.
+    The seed determines the actions of the n-th round, but not its time.
 
-    :param api: the base URL.
-    :param known_keys: the keys that peers of ours verify with; new ones are added.
-    :param sectors: the world has the sectors 1 to this.
+    :param api: the base URL of the API.
+    :param known_keys: the keys with which our peers verify; new keys are added.
+    :param sectors: number of the world's sectors, whose ids begin with 1.
     """
 
     def __init__(
@@ -69,11 +70,11 @@ class OperatorWorkload(threading.Thread):
         self.failure: BaseException | None = None
 
     def finish(self) -> None:
-        """Begin nothing new; it ends when all that was wished is answered."""
+        """Begin nothing new; the thread ends when the outcome of every pending request is certain."""
         self._over.set()
 
     def run(self) -> None:
-        """Type."""
+        """Run rounds until the end."""
         try:
             while self._wishes or not self._over.is_set():
                 if not self._over.is_set():
@@ -106,7 +107,7 @@ class OperatorWorkload(threading.Thread):
     # --- by SQL --------------------------------------------------------------------------------------------------
 
     def broadcast(self, name: str, many: int) -> None:
-        """Type so many broadcasts at once, in any thread."""
+        """Insert many broadcasts by one statement; callable from any thread."""
         messages = [f"{name}-{n}" for n in range(many)]
 
         def insert(txn: Any) -> None:
@@ -115,7 +116,7 @@ class OperatorWorkload(threading.Thread):
         self._in_sql("broadcast", {"messages": messages}, insert)
 
     def _rotate(self, key_id: str) -> None:
-        """Add a key with which both roles sign from now on; the older ones still verify."""
+        """Add a key with which both roles sign from now on; the older keys still verify."""
         secret = keys.random_secret()
         self._known_keys[key_id] = Key(key_id, secret)
 
@@ -126,7 +127,7 @@ class OperatorWorkload(threading.Thread):
         self._in_sql("rotate", {"key": key_id}, add)
 
     def _in_sql(self, op: str, asked: Mapping[str, Any], work: Callable[[Any], Any]) -> None:
-        """Do something in one transaction; while its COMMIT is under way nobody knows."""
+        """Run work in one transaction; if the COMMIT fails, the outcome is unknown."""
         number = self._history.invoke(self.name, op, **asked)
         is_done = False
         try:
@@ -146,12 +147,12 @@ class OperatorWorkload(threading.Thread):
     # --- over HTTP -----------------------------------------------------------------------------------------------
 
     def take_back(self, cmd_id: int) -> None:
-        """Wish a command that waits to be cancelled, and some of them to be run at once after all; in any thread."""
+        """Cancel a waiting command, and afterwards retry one of two; callable from any thread."""
         again = None if cmd_id % _RETRIED else _handle("retry", cmd_id)
         self._wishes.append(_handle("cancel", cmd_id, then=again))
 
     def shut_down(self) -> None:
-        """Ask the engine to end, once, in any thread."""
+        """Request the engine's shutdown once; callable from any thread."""
         self._try(_steer("shutdown"))
 
     def _order(self, key: str) -> None:
@@ -160,7 +161,7 @@ class OperatorWorkload(threading.Thread):
             sector_id += self._sectors
         params = {"sector_id": sector_id, "status": self._rng.choice(("fedspace", "neutral", "port_closed"))}
         path = "/v1/orders/world.set_sector_status.v1"
-        # The same key again is the same order.
+        # A repeated request with the same key is the same order.
         asked = {"key": key, "params": params}
         self._wishes.append(PendingRequest("order", "POST", path, params, asked, {"Idempotency-Key": key}))
 
@@ -173,7 +174,7 @@ class OperatorWorkload(threading.Thread):
     def _try(self, wish: PendingRequest) -> bool:
         """Make a request.
 
-        :returns: whether its outcome is certain, and will stay.
+        :returns: whether its outcome is certain and final.
         """
         number = self._history.invoke(self.name, wish.op, **wish.asked)
         try:
@@ -190,7 +191,7 @@ class OperatorWorkload(threading.Thread):
             self._history.end(number, self.name, wish.op, "ok", **told)
             return True
         code = answer.body.get("code")
-        # What was asked is so already: an earlier try did it, whose answer did not come.
+        # The requested state exists already: an earlier try set it, and its answer was lost.
         is_over = code == "stale_version"
         self._history.end(number, self.name, wish.op, "fail" if is_over else "unknown", code=code, **told)
         return is_over

@@ -1,4 +1,4 @@
-"""Engines that push, and never stop."""
+"""Engines that push continuously."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from tests.support.flood import Linked
 from tests.support.peer import PUSH, Frame, Peer
 
 _WINDOW: Final = 64
-#: Of so many pushes one is a duplicate, one a conflict, one scheduled, and one fails at first.
+#: Of this many pushes, on average one is a duplicate, one a conflict, one scheduled, and one fails at first.
 _ODD: Final = 20
-#: What a scheduled push waits, in seconds, at most; one of so many waits for an hour, so that somebody cancels it.
+#: Longest delay of a scheduled push, in seconds. One of _MUCH_LATER scheduled pushes is delayed for an hour instead;
+#: the operator workload cancels it.
 _LATER_S: Final = 6
 _MUCH_LATER: Final = 10
 _MUCH_LATER_S: Final = 3600
 
 
 class Pusher(Linked):
-    """An engine of ours: pushes new keys at a rate, and again whatever came to no end, until it does.
+    """An engine that pushes new keys at a rate, and repeats each push until it has a final answer.
 
-    What the n-th push says is a matter of the seed; when it is sent is not.
+    The seed determines the content of the n-th push, but not its time.
 
-    :param workload: is told of commands that are to be cancelled.
-    :ivar is_reading: whether it reads at all; a campaign may have it stop.
+    :param workload: cancels the commands that are delayed for an hour.
+    :ivar is_reading: whether it reads its link; a campaign may turn this off.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Pusher(Linked):
         self._rate = rate
         self._rng = random.Random(seed)
         self._again: deque[Frame] = deque()
-        #: By the frame's id: what it pushes, and the number of its operation.
+        #: By the frame's id: the payload of the push, and the number of its operation.
         self._flying: dict[str, tuple[Frame, int]] = {}
         self._contents: list[Frame] = []
         self._taken_back: set[str] = set()
@@ -57,7 +58,7 @@ class Pusher(Linked):
         self.failure: BaseException | None = None
 
     def run(self) -> None:
-        """Push until all has come to an end."""
+        """Push until every push has a final answer."""
         try:
             super().run()
         except BaseException as error:
@@ -65,7 +66,7 @@ class Pusher(Linked):
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing new is to be made, and all that was has come to an end."""
+        """Whether no new push is to be made, and every push has a final answer."""
         return self._is_over.is_set() and not self._again and not self._flying
 
     def _lost(self) -> None:
@@ -94,7 +95,7 @@ class Pusher(Linked):
                 self._take(*self._flying.pop(frame["ack_of"]), frame["payload"])
 
     def _next(self) -> Frame | None:
-        """Give what is to be pushed now."""
+        """Return the payload of the next push; ``None`` if no push is due."""
         if self._again:
             return self._again.popleft()
         if self._is_over.is_set() or self._made >= (time.monotonic() - self._began) * self._rate:
@@ -126,7 +127,7 @@ class Pusher(Linked):
         code, details = answer["code"], answer["details"]
         told = {"code": code, "retry_after_ms": details.get("retry_after_ms")}
         self._history.end(number, self.name, "push", "fail", **told)
-        # A conflict is a conflict for good.
+        # A conflict is final.
         if code != "idem_conflict":
             self._again.append(push)
             time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""The test bed of a campaign: a PostgreSQL of its own, both roles, the network between them, and their clients."""
+"""The test bed of a campaign: its own PostgreSQL, both roles, the network between them, and their clients."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ from tests.support.proxy import Proxy
 from tests.support.roles import Engine, Role, Server, free_port, listen
 from tests.support.waiting import pause
 
-#: A peer that is silent for so many seconds is given up.
+#: Settings of the links, and the seconds of silence within which they give a peer up.
 SETTINGS: Final = {"link.idle_s": 1, "link.check_s": 1, "link.misses": 2}
 DEAD_PEER_S: Final = 4.0
-#: Seconds until everything is whole again, once link and database are back; and until nothing is left of the work.
+#: Seconds within which everything must have recovered once link and database are back; and within which all remaining
+#: work must be done.
 WHOLE_S: Final = 30.0
 SETTLED_S: Final = 110.0
-#: What a process may hold beyond its beginning: pools grow when they are needed, and an allocator gives little back. Of
-#: the bytes, 8 MiB are what floods of strangers add to the arenas of Python beside the work: measured, and not more by
-#: further floods.
+#: Bytes that a process may hold beyond its level at the beginning: pools grow on demand, and an allocator returns
+#: little memory. By measurement, floods of strangers during the work add 8 MiB of these to Python's arenas; further
+#: floods add no more.
 MORE_BYTES: Final = 24 << 20
-#: A thread that takes the place of a stuck handler's stays.
+#: Threads beyond the beginning: a thread that replaces the thread of a stuck handler stays.
 MORE_THREADS: Final = 2
-#: Beside those of the sessions that the database knows: a pool opens each of its own when it is needed first.
+#: Descriptors beyond the beginning, without those of the database's sessions: a pool opens each connection on demand.
 MORE_DESCRIPTORS: Final = 4
-#: Sessions of a role, with 8 stuck handlers (docs/faults.rst).
+#: Most sessions of a role, with 8 stuck handlers (docs/faults.rst).
 MOST_SESSIONS: Final = 22
 _SESSIONS: Final = (
     "select split_part(application_name, ' ', 1), count(*)::integer from pg_stat_activity"
@@ -63,15 +64,15 @@ create trigger note_change after update on s2s_world.sectors for each row execut
 
 
 class TestBed:
-    """Everything, started and stopped.
+    """Starts and stops the processes and the clients of a campaign.
 
-    :param pushes: new commands in a second, of both pushers together.
+    :param pushes: new commands a second, of both pushers together.
     :param breaks: a promise that both roles break, see :data:`campaigns.faults.instrumentation.BREAKS`.
-    :ivar known_keys: the keys that peers of ours verify with, by name.
+    :ivar known_keys: the keys with which our peers verify, by name.
     """
 
     def __init__(self, seed: int, pushes: float = 300.0, breaks: str | None = None, path: Path | None = None) -> None:
-        #: The campaign gives each fault its own, so that what one draws does not change the next.
+        #: The campaign sets a new generator for each fault, so that the draws of one fault do not change the next.
         self.rng = random.Random(seed)
         self.history = History(path)
         self.directory = Path(tempfile.mkdtemp(prefix="s2s-faults-"))
@@ -92,14 +93,14 @@ class TestBed:
         self.api = f"http://127.0.0.1:{http}"
         self.server = Server(self.directory, self.url, http=listen(http))
         self.proxy = Proxy(self.server.port)
-        #: Where nobody looks at an order's lock, a second engine comes to it.
+        #: If the lock of orders is off, a second engine competes for them.
         self._names = ("server", "engine", *(("second",) if breaks == "no-order-lock" else ()))
         self.engine: Engine
         self.second: Engine
         self.breakpoints = {
             name: instrumentation.Breakpoint(self.directory / f"{name}.breakpoint") for name in self._names
         }
-        #: Why a role stands still, while it does: it goes on when nobody wants it to any more.
+        #: How often each role is held; the role resumes when the count is 0.
         self._held: Counter[str] = Counter()
         self._breaks = breaks
         self.workload = OperatorWorkload(self.history, self.url, self.api, self.token, self.known_keys, SECTORS, seed)
@@ -111,9 +112,9 @@ class TestBed:
         ]
         self._beginnings: dict[str, tuple[int, Level]] = {}
         self._probes = 0
-        #: What is waited for.
+        #: Description of the condition that the test bed waits for.
         self.lacks = ""
-        #: Tracebacks in the logs of the roles, and ends in disorder.
+        #: Tracebacks in the logs of the roles, unexpected exit codes, and other unexpected events.
         self.surprises: list[str] = []
 
     def _prepare(self, seed_: int) -> None:
@@ -133,18 +134,18 @@ class TestBed:
             txn.execute("create role faults_role")
 
     def connect(self, name: str) -> Peer:
-        """Connect a peer of ours to the server itself."""
+        """Connect our peer to the server directly, without the proxy."""
         peer = connect(self.server.port, name=name)
         peer.known_keys = self.known_keys
         return peer
 
     def role(self, name: str) -> Role:
-        """Give a role by its name."""
+        """Return a role by its name."""
         role: Role = getattr(self, name)
         return role
 
     async def start(self) -> None:
-        """Start all of it, and wait until it is whole."""
+        """Start the roles and the clients, and wait until everything works."""
         await self.proxy.start()
         self.engine = Engine(self.directory, self.url, self.proxy.port)
         self.second = Engine(self.directory, self.url, self.proxy.port, name="engine-2")
@@ -154,7 +155,7 @@ class TestBed:
             self.role(name).launch_by(twistd, **variables, S2S_HANDLER_TIMEOUT=str(misbehaving_handlers.TIMEOUT_S))
             await self.role(name).start()
         if self._breaks is None:
-            # The first flood takes the allocator to its high-water mark, which further ones do not pass.
+            # The first flood takes the allocator to its high-water mark, which further floods do not exceed.
             flood = StrangersFlood(self.server.port, rate=40, seconds=3)
             flood.start()
             await deferToThread(flood.join)
@@ -163,8 +164,8 @@ class TestBed:
         await self.whole()
 
     async def restart(self, *names: str) -> None:
-        """Start roles again that have ended."""
-        # Nobody remembers what was asked before.
+        """Start roles that have ended."""
+        # The replay cache of a new process has none of the recorded requests.
         for way in (self.proxy.up, self.proxy.down):
             way.recorded.clear()
         for name in names:
@@ -173,21 +174,21 @@ class TestBed:
             await self.role(name).start()
 
     def hold(self, name: str) -> None:
-        """Let a role stand still, until it is let go as often as it was held."""
+        """Suspend a role, until :meth:`let_go` was called as often as :meth:`hold`."""
         self._held[name] += 1
         self.role(name).freeze()
 
     def let_go(self, name: str) -> None:
-        """Let a role go on; one that was started again since runs anyway."""
+        """Undo one :meth:`hold` of a role; a role that was restarted since runs already."""
         self._held[name] = max(0, self._held[name] - 1)
         if not self._held[name]:
             self.role(name).thaw()
 
     async def hold_at(self, name: str, step: str, coming: int, within_s: float) -> bool:
-        """Hold a role when it comes to a step.
+        """Hold a role when it reaches a step.
 
-        :param coming: at which of its comings there.
-        :returns: whether it came in time.
+        :param coming: the number of the visit of the step, counted from now.
+        :returns: whether the role reached it in time.
         """
         process = psutil.Process(self.role(name).pid)
         self.breakpoints[name].hold(step, coming)
@@ -198,7 +199,7 @@ class TestBed:
         return came
 
     def look_at_log(self, name: str) -> None:
-        """Take note of what has surprised a role since it was looked at last."""
+        """Record unexpected errors in a role's log since the last look."""
         role = self.role(name)
         try:
             role.assert_calm()
@@ -207,11 +208,11 @@ class TestBed:
         role.turn_page()
 
     def surprise(self, name: str, error: Exception) -> None:
-        """Take note of what should not be."""
+        """Record an unexpected event."""
         self.surprises.append(f"{name}: {error}"[:3000])
 
     def emit(self, cmd_type: str, *keys: str) -> None:
-        """Emit commands whose effect is a notice with the text of their key. Blocks."""
+        """Emit commands whose effect is a notice with their key as the text. Blocks."""
         number = self.history.invoke("campaign", "emit", keys=list(keys))
         insert = "insert into s2s.outbox (cmd_type, idem_key, payload) select %s, key, '{}' from unnest(%s) key"
         self.execute(insert, cmd_type, list(keys))
@@ -219,12 +220,12 @@ class TestBed:
 
     def execute(self, statement: str, *params: Any) -> list[tuple[Any, ...]]:
         """Run a statement on a connection of its own. Blocks."""
-        # Also while the database is read-only to others.
+        # Writable also while the database is read-only for other sessions.
         with Session(f"{self.url}&connect_timeout=3&options=-cdefault_transaction_read_only%3Doff") as session:
             return session.run(statement, *params)
 
     async def whole(self) -> None:
-        """Wait until what is emitted now has come the whole way, and no process holds more than in its beginning."""
+        """Wait until a command emitted now is published, and no process holds more resources than at its beginning."""
         self._probes += 1
         key = f"probe-{self._probes}"
         number = self.history.invoke("campaign", "emit", keys=[key])
@@ -243,13 +244,13 @@ class TestBed:
             await pause(0.2)
 
     def levels(self) -> dict[str, tuple[int, ...]]:
-        """Give what each role that runs holds: bytes, threads, descriptors."""
+        """Return the bytes, threads and descriptors of each running role."""
         return {name: astuple(Level.of(self.role(name).pid))[:3] for name in self._names if self.role(name).is_running}
 
     def _leaks(self, sessions: Mapping[str, int]) -> list[str]:
-        """Compare what the processes hold with what they held when they were whole for the first time.
+        """Compare the resources of the processes with their level at the first call for each process.
 
-        :param sessions: in the database, by the name of the role. Where two engines run they are told apart by nothing.
+        :param sessions: sessions in the database by the name of the role; two engines have the same name there.
         """
         found = []
         for name in self._names:
@@ -266,8 +267,8 @@ class TestBed:
         return found
 
     async def settled(self) -> None:
-        """Let the clients finish, and wait until nothing is on its way."""
-        # The pushers first: the operator workload looks after what they pushed.
+        """Let the clients finish, and wait until all work is done."""
+        # The pushers first: the operator workload cancels commands that they pushed.
         for clients in (self.pushers, [self.workload]):
             for client in clients:
                 client.finish()
@@ -289,12 +290,12 @@ class TestBed:
         await self.whole()
 
     async def end_roles(self) -> None:
-        """Stop both roles in order, which they are to do without a surprise."""
+        """Stop all roles by SIGTERM, and record errors."""
         for name in reversed(self._names):
             await self.end_role(name)
 
     async def end_role(self, name: str) -> None:
-        """Stop a role in order, which it is to do without a surprise."""
+        """Stop a role by SIGTERM, and record errors in its log and its exit code."""
         self.look_at_log(name)
         try:
             await deferToThread(self.role(name).stop)
@@ -302,7 +303,7 @@ class TestBed:
             self.surprise(name, error)
 
     async def stop(self) -> None:
-        """Stop all of it, in whatever state it is."""
+        """Stop everything, in any state."""
         for client in (*self.pushers, self.workload):
             client.finish()
         for name in self._names:
@@ -317,10 +318,10 @@ class TestBed:
 
 @dataclass(frozen=True)
 class Level:
-    """What a process holds.
+    """The resources of a process.
 
-    :param rss: bytes of memory.
-    :param sessions: in the database.
+    :param rss: bytes of resident memory.
+    :param sessions: sessions in the database.
     """
 
     rss: int
@@ -330,13 +331,13 @@ class Level:
 
     @classmethod
     def of(cls, pid: int, sessions: int = 0) -> Level:
-        """Look at a process that has these sessions in the database."""
+        """Read the level of a process that has this number of sessions in the database."""
         process = psutil.Process(pid)
         with process.oneshot():
             return cls(process.memory_info().rss, process.num_threads(), process.num_fds(), sessions)
 
     def is_above(self, beginning: Level) -> bool:
-        """Tell a leak from what a pool or an allocator keeps."""
+        """Whether the level is above the beginning by more than a pool or an allocator may keep."""
         return (
             self.rss > beginning.rss + MORE_BYTES
             or self.threads > beginning.threads + MORE_THREADS
@@ -346,14 +347,14 @@ class Level:
 
 
 async def comes(is_there: Callable[[], bool], within_s: float) -> bool:
-    """Wait for something, and give whether it came."""
+    """Wait for a condition, and return whether it became true in time."""
     until = time.monotonic() + within_s
     while not (came := is_there()) and time.monotonic() < until:
         await pause(0.02)
     return came
 
 
-#: The ids of commands to which something was done, as the audit has them.
+#: Query of the audit for the ids of the commands that an operation changed.
 _DONE: Final = (
     "select jsonb_array_elements(result -> 'done' -> '{1}')::bigint from s2s.audit where action = 'commands.{0}'"
 )
@@ -362,7 +363,7 @@ _DONE: Final = (
 def facts_of(execute: Callable[..., list[tuple[Any, ...]]], engines: Mapping[str, tuple[int, str]]) -> Facts:
     """Read the facts that the checker compares. Blocks.
 
-    :param engines: the version that each has in force, and its state, as it says.
+    :param engines: for each engine, the version that it reports as in force, and its state.
     """
 
     def column(statement: str) -> list[Any]:
