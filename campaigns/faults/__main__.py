@@ -19,12 +19,12 @@ from campaigns.faults.kinds import ATTACKS
 
 
 @click.command()
-@click.option("--seconds", type=click.FloatRange(1), default=600, show_default=True, help="Faults begin for so long.")
-@click.option("--seed", type=int, help="Of everything that is drawn; one is drawn and printed without it.")
-@click.option("--pushes", type=click.FloatRange(1), default=300, show_default=True, help="New commands in a second.")
+@click.option("--seconds", type=click.FloatRange(1), default=600, show_default=True, help="Faults begin in this time.")
+@click.option("--seed", type=int, help="Seed of all random choices; drawn and printed if left out.")
+@click.option("--pushes", type=click.FloatRange(1), default=300, show_default=True, help="New commands a second.")
 @click.option("--break", "breaks", type=click.Choice(sorted(BREAKS)), help="A promise to break on purpose.")
 @click.option("--rst", type=click.Path(dir_okay=False, path_type=Path), help="Write the tables to this file, too.")
-@click.option("--only", default="", help="Only faults in whose name this regular expression is found.")
+@click.option("--only", default="", help="Only the faults whose names match this regular expression.")
 @click.option("--history", type=click.Path(dir_okay=False, path_type=Path), default="faults.jsonl", show_default=True)
 def main(
     seconds: float, seed: int | None, pushes: float, breaks: str | None, rst: Path | None, only: str, history: Path

@@ -251,7 +251,7 @@ async def _disk_full(bed: TestBed) -> None:
         await deferToThread(bed.execute, trigger.format(table))
     await pause(3)
     if bed.server.is_running and not bed.server.is_frozen and "SQLSTATE 53100" not in bed.server.whole_log:
-        bed.surprise("server", AssertionError("the log does not tell of the full disk"))
+        bed.surprise("server", AssertionError("the log does not mention the full disk"))
     for table in _FULL:
         await deferToThread(bed.execute, f"drop trigger disk_full on {table}")
 
