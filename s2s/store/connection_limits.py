@@ -1,4 +1,4 @@
-"""The limits of PostgreSQL on sessions: below a role's need some of its work never gets one."""
+"""The session limits of PostgreSQL: if a limit is below the need of a role, some of its work never gets a session."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Final
 from s2s.errors import OperatorError
 from s2s.store.driver import Cursor
 
-#: Each limit on this session's role, database and server, and the statement that raises it. A superuser has the last
-#: one alone; -1 is no limit.
+#: The limits of this session's role, database and server, with the statements that raise them. Only the limit of the
+#: server applies to a superuser; -1 means no limit.
 _LIMITS: Final = """
 select limits.said, limits.most, 0, limits.cure
 from pg_catalog.pg_roles r
@@ -31,9 +31,9 @@ order by 2
 
 
 def check(txn: Cursor, sessions: int) -> None:
-    """Refuse a database that never allows as many sessions as a role has.
+    """Refuse a database that allows fewer sessions than a process needs.
 
-    :param sessions: those that the role has when all of its work is under way.
+    :param sessions: the number of sessions that the process has when all of its work is under way.
     :raises OperatorError: with the statement that raises the limit.
     """
     txn.execute(_LIMITS)

@@ -1,8 +1,8 @@
-"""Rows of ours that are not written, without an error: a trigger, a rule or a policy of another hand keeps them.
+"""Rows of s2s that a foreign trigger, rule or policy keeps from being written, without an error.
 
 A trigger ``before … for each row`` that returns null, a rule ``do instead nothing`` and row level security leave a row
-as it is. Each statement of ours compares the number of rows that it has written with the number that it was to write.
-Where rows are missing, it looks whether they are there still: another session may have changed them.
+unchanged. Each statement of s2s compares the number of rows written with the number expected. If rows are missing, it
+checks whether they are still there, because another session may have changed them.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from psycopg2.extensions import cursor
 
 from s2s.errors import StatementRefused
 
-#: An upsert is both of the first two.
+#: The verb of a statement; an upsert is "insert or update".
 Verb = Literal["insert", "update", "delete", "insert or update"]
-#: Why a statement counts as refused that has written fewer rows than it was to write.
+#: The reason for which a statement that wrote fewer rows than expected counts as refused.
 KEPT: Final = "a trigger or a rule keeps a row from being written"
-#: Stands in for a SQLSTATE, of which there is none (:mod:`s2s.store.sqlstate`).
+#: Used in place of a SQLSTATE, because PostgreSQL raises no error (:mod:`s2s.store.sqlstate`).
 STATE: Final = "09000 kept"
-#: The SQLSTATE of a statement that PostgreSQL refuses because of a rule.
+#: The code (:func:`s2s.store.sqlstate.code`) of a statement that PostgreSQL refuses because of a rule.
 RULE_STATE: Final = "0A000 RewriteQuery"
-#: Triggers, rules and policies that one line names.
+#: The number of triggers, rules and policies that one line names.
 _SHOWN: Final = 5
 
-#: Functions of ours are in the schema s2s. A type of 1 is for each row, 2 is before, 64 is instead of. The last column
-#: says whether it can keep a row without an error.
+#: Foreign triggers, rules and policies on some tables; the trigger functions of s2s are in the schema s2s. In tgtype,
+#: bit 1 is "for each row", 2 is "before" and 64 is "instead of". The last column is whether the object can keep a row
+#: from being written without an error.
 _FOREIGN: Final = """
 with ours as (
     select to_regclass(n.name) as oid from unnest(%s::text[]) as n (name) where to_regclass(n.name) is not null
@@ -53,12 +54,12 @@ order by 1, 2, 3
 
 @dataclass(frozen=True)
 class Guard:
-    """Something of another hand that runs where rows of a table are written.
+    """A foreign trigger, rule or policy that runs when rows of a table are written.
 
     :param kind: ``trigger``, ``rule`` or ``policy``.
-    :param name: as SQL writes it.
-    :param verbs: the statements that it is for.
-    :param function: of a trigger.
+    :param name: the name, quoted for SQL.
+    :param verbs: the statements on which it runs.
+    :param function: the function of a trigger.
     :param keeps: whether it may keep a row from being written without an error; other triggers can only fail.
     """
 
@@ -84,12 +85,12 @@ class Guard:
 
 
 def guards(txn: cursor, tables: Iterable[str]) -> list[Guard]:
-    """Return what may keep rows of some tables from being written."""
+    """Return the triggers, rules and policies that may keep rows of some tables from being written."""
     return [each for each in foreign(txn, tables) if each.keeps]
 
 
 def foreign(txn: cursor, tables: Iterable[str]) -> list[Guard]:
-    """Return all triggers, rules and policies of another hand on some tables."""
+    """Return all foreign triggers, rules and policies on some tables."""
     txn.execute(_FOREIGN, (sorted(tables),))
     return [
         Guard(table, kind, name, frozenset(verbs), function, keeps)
@@ -98,7 +99,7 @@ def foreign(txn: cursor, tables: Iterable[str]) -> list[Guard]:
 
 
 def described(found: Sequence[Guard]) -> str:
-    """Name what was found, and the statements that remove it; empty: nothing was found."""
+    """Return the names of the guards and the statements that remove them; empty: no guard was found."""
     if not found:
         return ""
     names, cures = "; ".join(map(str, found[:_SHOWN])), "; ".join(guard.cure for guard in found[:_SHOWN])
@@ -106,7 +107,7 @@ def described(found: Sequence[Guard]) -> str:
 
 
 def refusal(txn: cursor, verb: Verb, table: str) -> StatementRefused:
-    """Return the error that says which table keeps its rows, and by what."""
+    """Return the error that names the table and the triggers, rules and policies that keep its rows."""
     what = _suspects(txn, verb, table) or f"see the triggers, rules and policies of {table}"
     return StatementRefused(f"{KEPT} ({verb} on {table}): {what}", state=STATE)
 
@@ -117,9 +118,9 @@ def _suspects(txn: cursor, verb: Verb, table: str) -> str:
 
 
 def note(txn: cursor, verb: Verb, table: str) -> None:
-    """Tell the operator, once the transaction is committed, that rows are kept, and go on.
+    """Record rows that were kept, to be reported to the operator after the COMMIT, and continue.
 
-    Where nothing of another hand is there, another session has changed the rows in between, and nothing is told.
+    Without a foreign trigger, rule or policy, another session has changed the rows meanwhile: nothing is recorded.
     """
     kept, what = getattr(txn.connection, "kept", None), _suspects(txn, verb, table)
     if what and kept is not None:
@@ -127,9 +128,9 @@ def note(txn: cursor, verb: Verb, table: str) -> None:
 
 
 def check_written(txn: cursor, verb: Verb, table: str, rows: int = 1) -> None:
-    """Refuse to go on where the last statement has written fewer rows than it was to write.
+    """Raise an error if the last statement wrote fewer rows than expected.
 
-    :raises StatementRefused: it has.
+    :raises StatementRefused: it wrote fewer than ``rows`` rows.
     """
     if txn.rowcount < rows:
         raise refusal(txn, verb, table)
@@ -138,10 +139,10 @@ def check_written(txn: cursor, verb: Verb, table: str, rows: int = 1) -> None:
 def still_there(
     txn: cursor, verb: Verb, table: str, column: str, keys: Collection[Any], condition: str = "true"
 ) -> list[Any]:
-    """Return those of some rows that were to be written and are as they were, and tell the operator of them.
+    """Return the keys of the rows that are still unwritten, and record them for the operator with :func:`note`.
 
-    :param keys: of the rows that a statement has not written.
-    :param condition: what is true of a row that was not written.
+    :param keys: the keys of the rows that a statement did not write.
+    :param condition: the SQL condition that holds for an unwritten row.
     """
     if not keys:
         return []

@@ -1,4 +1,4 @@
-"""Waiting for locks without holding anybody up for long, and naming what keeps the database from an answer."""
+"""Wait for locks without delaying other sessions for long, and report why the database does not answer."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from s2s.store.driver import Connection, Cursor, commit, savepoint, translate_er
 
 T = TypeVar("T")
 
-#: Seconds that one try waits for a lock. Statements of others queue behind it meanwhile.
+#: Seconds that one try waits for a lock. Statements of other sessions queue behind it meanwhile.
 TRY_S: Final = 1.0
-#: Seconds between two tries, in which the statements of others run.
+#: Seconds between two tries, in which the statements of other sessions run.
 PAUSE_S: Final = 2.0
-#: Seconds of all tries together, where the caller says nothing.
+#: Default of the seconds of all tries together.
 PATIENCE_S: Final = 300.0
-#: Seconds between two looks at what we wait for; less than TRY_S, or a look would never find us waiting for a lock.
+#: Seconds between two reads of the wait state of the watched session. Less than TRY_S, or the watcher would never find
+#: the session while it waits for a lock.
 _LOOK_S: Final = 0.2
-#: Seconds without an answer to a look after which the database itself counts as silent.
+#: Seconds without an answer to the watcher after which the database itself counts as silent.
 _SILENT_S: Final = 2.0
 _SHOWN: Final = 5
-#: The columns of ``pg_stat_activity session`` that :func:`describe_holder` takes after the pid.
+#: The columns of ``pg_stat_activity session`` that are the arguments of :func:`describe_holder` after the pid.
 HOLDER: Final = (
     "session.application_name, session.state, extract(epoch from clock_timestamp() - session.xact_start)::bigint,"
     " session.wait_event_type, session.wait_event"
@@ -43,25 +44,25 @@ from (select distinct unnest(pg_blocking_pids(%s)) as pid) blocker left join pg_
 order by session.xact_start limit %s
 """  # noqa: S608 - of constants
 _EVENT: Final = "select wait_event_type, wait_event from pg_stat_activity where pid = %s"
-#: The wait event of a COMMIT that waits for its standby, and its text. The cause is the standby, and not a lock.
+#: The wait event of a COMMIT that waits for a standby, and its text. The cause is the standby, not a lock.
 _SYNC_REP: Final = "SyncRep"
 _STANDBY: Final = "waits until a synchronous standby confirms its COMMIT: see synchronous_standby_names"
 _LOCKS: Final = "waiting for locks: "
 
 
 class Locked(DeadlineExceeded):
-    """Another session holds a lock that was not free in time, for work whose caller is told so."""
+    """Another session held a lock for too long. The caller gets this error as its reply."""
 
 
 class _Over(Exception):
-    """A trial is over: what it has done is undone."""
+    """Ends a trial, so that its savepoint is rolled back."""
 
 
 @contextmanager
 def trial(txn: Cursor) -> Iterator[None]:
-    """Do something on trial: it waits for a lock for :data:`TRY_S` only, and is undone, with its locks, at its end.
+    """Run statements on trial: they wait for a lock for at most :data:`TRY_S`, and are rolled back with their locks.
 
-    :raises psycopg2.Error: a statement failed; unless the connection broke, the transaction goes on.
+    :raises psycopg2.Error: a statement failed; unless the connection broke, the transaction can continue.
     """
     with suppress(_Over), savepoint(txn, after=f"set local lock_timeout = {round(TRY_S * 1000)}"):
         yield
@@ -69,11 +70,11 @@ def trial(txn: Cursor) -> Iterator[None]:
 
 
 class _Watcher:
-    """Looks, on a connection of its own, for what a session waits for.
+    """Reads, on a connection of its own, why a session waits.
 
-    :param tell: called with a line, in another thread, for each thing that it has not been called with before.
-    :param locks_only: tell of nothing but the sessions that hold locks.
-    :ivar line: the last one that there was to tell.
+    :param tell: called in another thread with a line, once for each distinct reason.
+    :param locks_only: report only sessions that hold locks.
+    :ivar line: the last line found.
     """
 
     def __init__(self, conn: Connection, tell: Callable[[str], object], *, locks_only: bool = False) -> None:
@@ -87,9 +88,9 @@ class _Watcher:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Look meanwhile."""
+        """Watch the session for the duration of the context."""
         over = threading.Event()
-        # Without a thread nothing is told.
+        # If no thread can start, nothing is reported.
         own_threads.try_start(threading.Thread(target=self._watch, args=(over,), daemon=True))
         try:
             yield
@@ -111,10 +112,10 @@ class _Watcher:
                 with conn.cursor(cursor_factory=StoreCursor) as txn:
                     looked = self._look(txn)
                 silent.cancel()
-                # The answer may have come during the look.
+                # The wait may have ended during the query.
                 if not over.is_set():
                     self._note(*looked)
-        except psycopg2.Error as error:  # such as no connection to spare
+        except psycopg2.Error as error:  # such as too many connections
             if not self._locks_only and not over.is_set():
                 self._note("", f"waiting for the database, and a look what for failed: {translate_error(error, conn)}")
         finally:
@@ -133,7 +134,7 @@ class _Watcher:
             self._tell(line)
 
     def _look(self, txn: Cursor) -> tuple[frozenset[int] | str, str]:
-        """Return what is waited for, and the line that says so; empty: there is nothing to say."""
+        """Return the reason of the wait, and a line that describes it; an empty line: there is nothing to report."""
         txn.execute(_BLOCKERS, (self._pid, _SHOWN))
         if rows := txn.fetchall():
             return frozenset(row[0] for row in rows), _LOCKS + "; ".join(describe_holder(*row) for row in rows)
@@ -143,27 +144,27 @@ class _Watcher:
         kind, event = txn.fetchone() or (None, None)
         if event == _SYNC_REP:
             return event, f"waiting for the database: it {_STANDBY}"
-        # The events of a statement that is at work change all the time: they share a line.
+        # The wait events of a running statement change all the time, so they count as one reason.
         doing = f": its session, pid {self._pid}, is in the wait event {kind}/{event}" if event else ""
         return "", f"waiting for the database{doing}"
 
 
 @contextmanager
 def late_told(conn: Connection, tell: Callable[[str], object]) -> Iterator[None]:
-    """While the main thread waits for an answer for long, tell what for, in a line for each thing.
+    """While the main thread waits long for an answer, report why, in one line for each reason.
 
-    :param tell: called with a line, in another thread.
+    :param tell: called in another thread with each line.
     """
     with interruptible.late(_Watcher(conn, tell).watching):
         yield
 
 
 class LockWait:
-    """Runs transactions that need locks, again and again until they get them or the patience is over.
+    """Runs transactions that need locks, and repeats them until they get the locks or ``patience_s`` is over.
 
     :param conn: an open connection, not in autocommit.
-    :param tell: called with a line, in another thread, when sessions block us that have not been told of.
-    :param patience_s: seconds of all waiting.
+    :param tell: called in another thread with a line when sessions block this one that were not reported before.
+    :param patience_s: the limit on the waiting of all tries together, in seconds.
     """
 
     def __init__(self, conn: Connection, tell: Callable[[str], object], patience_s: float) -> None:
@@ -173,11 +174,11 @@ class LockWait:
         self._watcher = _Watcher(conn, tell, locks_only=True)
 
     def watched(self) -> AbstractContextManager[None]:
-        """Look, on a connection of its own, for the sessions that block us."""
+        """Return the context in which the sessions that block this one are watched, on another connection."""
         return self._watcher.watching()
 
     def run(self, work: Callable[[Cursor], T]) -> T:
-        """Do some work in a transaction, and commit it.
+        """Run ``work`` in a transaction, and commit it.
 
         :raises OperatorError: the locks were not free in time; the text names the sessions that hold them.
         """
@@ -191,7 +192,7 @@ class LockWait:
                 return result
             except (LockNotAvailable, DeadlockDetected, Locked):
                 self._conn.rollback()
-            # One try may end before the watcher has found the sessions to name.
+            # Two tries at least: the first one may end before the watcher has found the sessions to name.
             if not is_first and time.monotonic() >= self._deadline:
                 blockers = self._watcher.line.removeprefix(_LOCKS)
                 raise OperatorError(
@@ -205,7 +206,7 @@ class LockWait:
 def describe_holder(
     pid: int, application: str | None, state: str | None, open_s: int | None, kind: str | None, event: str | None
 ) -> str:
-    """Name a session and the way to end it; its statement may hold a secret."""
+    """Return a description of a session, and how to end it. Its statement is left out, as it may hold a secret."""
     if pid == 0:
         return "a prepared transaction holds them, see pg_prepared_xacts"
     said = [harmless(application) if application else "no application_name", state or "of another user"]
@@ -214,6 +215,6 @@ def describe_holder(
     cure = f"select pg_terminate_backend({pid}) ends it"
     if event == _SYNC_REP:
         cure = f"and {_STANDBY}"
-    elif kind == "Lock":  # or it stands before us in the queue
+    elif kind == "Lock":  # or it is ahead of us in the lock queue
         cure = "and waits for a lock itself"
     return f"pid {pid} holds them ({', '.join(said)}), {cure}"

@@ -1,7 +1,7 @@
-"""Numbered SQL files, all that a database lacks in one transaction, under an advisory lock.
+"""Migrations are numbered SQL files. All pending ones run in one transaction, under an advisory lock.
 
-A migration is a file ``sql/SCHEMA/NNNN_name.sql``; it never changes once released. It names its tables with their
-schema, which is made first. Two processes that migrate at once take turns, and the second one finds nothing to do.
+A migration is a file ``sql/SCHEMA/NNNN_name.sql``; it never changes once released. It qualifies its tables with their
+schema, which is created first. If two processes migrate at once, the second one waits and then finds nothing to do.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ SCHEMAS: Final = ("s2s", "s2s_world")
 
 @dataclass(frozen=True)
 class Migration:
-    """One file.
+    """One migration file.
 
     :param schema: the schema of its tables.
-    :param version: counted from 1 in each schema.
+    :param version: its number, from 1 in each schema.
     :param name: the file's name without the suffix, such as ``0001_initial``.
     """
 
@@ -53,7 +53,7 @@ class Migration:
 
 @dataclass(frozen=True)
 class Applied:
-    """One migration and when this database got it; ``None``: not yet."""
+    """One migration, and the time at which it was applied to this database; ``None``: not yet."""
 
     schema: str
     version: int
@@ -65,12 +65,12 @@ class Applied:
 
 
 class MigrationFailed(SchemaError):
-    """A file failed, and no migration of this release was applied."""
+    """A migration failed, and no pending migration was applied."""
 
 
 @cache
 def available() -> tuple[Migration, ...]:
-    """Read the package's files, in order."""
+    """Return the migrations of the package, in order."""
     directory = resources.files("s2s.store").joinpath("sql")
     return tuple(
         Migration(schema, int(file.name[:4]), file.name[:-4], file.read_text("utf-8"))
@@ -82,20 +82,20 @@ def available() -> tuple[Migration, ...]:
 
 @cache
 def tables() -> frozenset[str]:
-    """Return the names of the tables that the migrations make, with their schemas."""
+    """Return the names of the tables that the migrations create, with their schemas."""
     return frozenset(name for migration in available() for name in _TABLE.findall(migration.sql))
 
 
 def migrate(
     conn: Connection, tell: Callable[[str], object] = lambda line: None, patience_s: float = PATIENCE_S
 ) -> list[str]:
-    """Run all that this database does not have yet, or nothing, and declare the settings of this release.
+    """Run all pending migrations, or none, and declare the settings of this release.
 
     :param conn: an open connection, not in autocommit; the migrations are committed.
-    :param tell: see :class:`~s2s.store.lock_wait.LockWait`, as ``patience_s``.
-    :returns: the migrations run.
-    :raises SchemaError: the database is newer than this release, or does not keep text as UTF-8.
-    :raises MigrationFailed: a file failed.
+    :param tell: see :class:`~s2s.store.lock_wait.LockWait`, also for ``patience_s``.
+    :returns: the migrations that ran.
+    :raises SchemaError: the database is newer than this release, or its encoding is not UTF-8.
+    :raises MigrationFailed: a migration failed.
     :raises OperatorError: other sessions held the locks for too long.
     """
     locks = LockWait(conn, tell, patience_s)
@@ -104,7 +104,7 @@ def migrate(
 
 
 def _run(txn: Cursor) -> list[str]:
-    # Held until the COMMIT: a waiter then sees what the other one did.
+    # Held until the COMMIT, so that a process that waits for it sees the migrations of the other one.
     txn.execute("select pg_advisory_xact_lock(%s)", (_LOCK,))
     _check_encoding(txn)
     _refuse_newer(txn)
@@ -113,7 +113,7 @@ def _run(txn: Cursor) -> list[str]:
     if missing:
         for schema in SCHEMAS:
             _make_schema(txn, schema)
-        # Not where it is there: that needs a privilege, too.
+        # Skipped if the table exists: "if not exists" needs the privilege to create, too.
         if not applied:
             txn.execute(
                 "create table if not exists s2s.migrations (schema text not null, version integer not null,"
@@ -126,7 +126,7 @@ def _run(txn: Cursor) -> list[str]:
 
 
 def _make_schema(txn: Cursor, schema: str) -> None:
-    # "if not exists" needs the privilege to make one, too.
+    # "create schema if not exists" needs the privilege to create a schema, even if it exists.
     txn.execute("select to_regnamespace(%s) is null", (schema,))
     if txn.fetchone() == (True,):
         txn.execute(sql.SQL("create schema {}").format(sql.Identifier(schema)))
@@ -137,7 +137,7 @@ def _apply(txn: Cursor, migration: Migration) -> None:
         txn.execute(migration.sql)
     except psycopg2.Error as error:
         refused = translate_error(error, txn.connection)
-        # A lock is waited for, and a lost connection is no fault of the file.
+        # The caller tries again after a lock conflict, and a lost connection is not a fault of the file.
         if isinstance(error, LockNotAvailable | DeadlockDetected) or not isinstance(refused, StatementRefused):
             raise
         raise MigrationFailed(
@@ -151,7 +151,7 @@ def _apply(txn: Cursor, migration: Migration) -> None:
 
 
 def status(txn: Cursor) -> list[Applied]:
-    """List every migration of this release and of the database, in order."""
+    """Return every migration of this release and of the database, in order."""
     applied = _applied(txn)
     ours = [
         applied.pop((each.schema, each.version), Applied(each.schema, each.version, each.name, None))
@@ -161,9 +161,9 @@ def status(txn: Cursor) -> list[Applied]:
 
 
 def check(txn: Cursor) -> None:
-    """Refuse a database whose tables are not this release's.
+    """Refuse a database whose migrations are not those of this release.
 
-    :raises SchemaError: it is older or newer; the text names the cure.
+    :raises SchemaError: the database is older or newer, or its encoding is not UTF-8; the text names the cure.
     """
     _check_encoding(txn)
     _refuse_newer(txn)
@@ -176,7 +176,7 @@ def check(txn: Cursor) -> None:
 
 
 def is_visible(txn: Cursor) -> bool:
-    """Whether this user may look into our schemas, as far as they exist: without that no name in them is resolved."""
+    """Return whether this user has USAGE on the existing schemas of s2s; without it, names in them do not resolve."""
     txn.execute(
         "select coalesce(bool_and(has_schema_privilege(oid, 'usage')), true) from pg_namespace where nspname = any(%s)",
         (list(SCHEMAS),),

@@ -1,4 +1,4 @@
-"""What the user of the database needs to see, write and make, and the statements that give what it lacks."""
+"""The privileges that the database user needs, and the statements that grant the missing ones."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from s2s.store import migrations
 from s2s.store.driver import Cursor, is_broken
 
 _ALL: Final = ("select", "insert", "update", "delete")
-#: Tables of which we need less. The audit is append-only; only the migration writes its own table.
+#: Tables that need fewer privileges. The audit is append-only, and only a migration writes s2s.migrations.
 _FEWER: Final = {"s2s.audit": ("select", "insert"), "s2s.migrations": ("select",)}
-#: Statements that a one-line error shows. ``s2s db status`` shows all of them.
+#: The number of statements that a one-line error shows. ``s2s db status`` shows all of them.
 _SHOWN: Final = 3
 
-#: Finds a table without the privilege to look into its schema, which to_regclass needs.
+#: Finds a table without the USAGE privilege on its schema, which to_regclass needs.
 _CLASS: Final = """pg_catalog.pg_class c on c.relname = split_part(n.name, '.', 2)
     and c.relnamespace = to_regnamespace(split_part(n.name, '.', 1))"""
-#: Our tables that there are, their schemas, their sequences, and our functions; each with what is needed and missing.
+#: The missing privileges on the existing tables of s2s, on their schemas and sequences, and on the functions of s2s.
 _MISSING: Final = f"""
 with ours as (
     select n.privilege, c.oid, c.oid::regclass::text as name, c.relnamespace
@@ -43,7 +43,8 @@ from pg_catalog.pg_proc p where p.pronamespace = to_regnamespace('s2s')
 and not has_function_privilege(p.oid, 'execute')
 order by 1, 2, 3
 """  # noqa: S608 - of constants
-#: Our tables of which row level security may hide rows from this user: one policy that lets all through hides none.
+#: The tables of s2s of which row level security may hide rows from this user. A table without restrictive policies that
+#: has one policy which allows every row hides none.
 _HIDDEN: Final = f"""
 select c.oid::regclass::text, quote_ident(current_user)
 from unnest(%s::text[]) as n (name) join {_CLASS}
@@ -58,7 +59,7 @@ where row_security_active(c.oid) and (
 )
 order by 1
 """  # noqa: S608 - of constants
-#: What a migration needs: it makes our schemas and their tables. A schema that somebody else has made is used.
+#: The privileges that a migration lacks: it creates the schemas of s2s, unless they exist, and their tables.
 _TO_MIGRATE: Final = """
 select 'database', quote_ident(current_database()), array['create'], quote_ident(current_user)
 from unnest(%s::text[]) as n (name)
@@ -70,7 +71,7 @@ where case when to_regnamespace(n.name) is not null
     then not has_schema_privilege(n.name, 'usage') or not has_schema_privilege(n.name, 'create') end
 order by 1, 2
 """
-#: An owner of tables of ours in whose name this user may not act.
+#: An owner of s2s tables whose role this user may not use.
 _OWNER: Final = f"""
 select quote_ident(current_user), min(quote_ident(pg_get_userbyid(c.relowner)))
 from unnest(%s::text[]) as n (name) join {_CLASS}
@@ -79,7 +80,7 @@ where not pg_has_role(c.relowner, 'usage')
 
 
 def missing(txn: Cursor) -> list[str]:
-    """Return the statements that grant what the user of this connection lacks; none: it lacks nothing."""
+    """Return the statements that grant missing privileges to the user of this connection; empty: none is missing."""
     needed = [(name, each) for name in sorted(migrations.tables() | _FEWER.keys()) for each in _FEWER.get(name, _ALL)]
     txn.execute(_MISSING, ([name for name, _ in needed], [each for _, each in needed]))
     lacking: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -103,7 +104,7 @@ def hidden(txn: Cursor) -> list[str]:
 
 
 def to_migrate(txn: Cursor) -> list[str]:
-    """Return a line for each reason why the user of this connection cannot run the migrations that are missing."""
+    """Return a line for each reason why the user of this connection cannot run the pending migrations."""
     if all(each.applied_at for each in migrations.status(txn)):
         return []
     schemas = list(migrations.SCHEMAS)
@@ -121,9 +122,9 @@ def to_migrate(txn: Cursor) -> list[str]:
 
 
 def check(txn: Cursor) -> None:
-    """Refuse a database whose user lacks a privilege, or does not see each row.
+    """Refuse a database if its user lacks a privilege, or if row level security hides rows from that user.
 
-    :raises OperatorError: with the statements that mend it.
+    :raises OperatorError: with the statements that fix it.
     """
     grants = missing(txn)
     if grants:
@@ -136,9 +137,9 @@ def check(txn: Cursor) -> None:
 
 @contextmanager
 def explained(txn: Cursor) -> Iterator[None]:
-    """Where a migration is refused, see whether it is its user who cannot do it.
+    """If a migration fails, check whether its user lacks privileges.
 
-    :raises OperatorError: with the statements that mend it.
+    :raises OperatorError: the user lacks privileges; with the statements that fix it.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""The sequences of our tables: one that stands behind its rows makes every new row collide with an old one.
+"""The sequences of s2s tables: if a sequence is behind the rows of its table, new rows collide with existing ones.
 
-Rows that are copied, or restored by ``pg_restore --data-only``, do not move the sequences of their ids. A sequence that
-has come to its bound lets no new row in at all.
+Copying rows, or restoring them with ``pg_restore --data-only``, does not advance the sequences of their ids. If a
+sequence has reached its bound, no row can be inserted at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from s2s.store import migrations, sqlstate
 from s2s.store.driver import Connection, Cursor
 from s2s.store.lock_wait import PATIENCE_S, LockWait, trial
 
-#: The sequences that columns of some tables own, by identity or as a serial. One that we may not read is left out.
+#: The sequences that identity or serial columns of some tables own. Sequences that this user may not read are left out.
 _OWNED: Final = """
 select tables.relname, columns.attname, settings.seqrelid::regclass::text, tables.oid::regclass::text,
        settings.seqstart - settings.seqincrement, settings.seqincrement, settings.seqmin, settings.seqmax
@@ -34,19 +34,19 @@ where tables.oid in (select to_regclass(name) from unnest(%s::text[]) name)
 order by 1
 """
 _CURE: Final = "s2s db fix-sequences"
-#: A sequence that has given all of its values but one in so many is told of.
+#: A sequence is reported when fewer than one in this many of its values are left.
 _LAST: Final = 100
-#: The largest id: JSON on the wire has no larger integer.
+#: The largest id: the largest integer of JSON on the wire.
 _MOST: Final = 2**53 - 1
 _LOG: Final = Logger()
 
 
 @dataclass(frozen=True)
 class Behind:
-    """A sequence that stands behind the rows of its table.
+    """A sequence that is behind the rows of its table.
 
-    :ivar sequence: its name in SQL, as that of the table.
-    :ivar stands_at: the last value that it gave.
+    :ivar sequence: its name, quoted for SQL; ``table`` likewise.
+    :ivar stands_at: the last value that it returned.
     :ivar largest: the largest id in the table.
     """
 
@@ -75,9 +75,9 @@ class _Owned(NamedTuple):
 
 
 def wrong(txn: Cursor) -> Iterator[tuple[str, bool]]:
-    """Return a line for each thing that is wrong, with its cure, and whether new rows get no id by it.
+    """Return a line for each fault, with its cure, and whether the fault keeps new rows from getting an unused id.
 
-    A table that another session has locked has a line too, and is not looked at.
+    A table that another session has locked is not checked; a line says so.
     """
     for each in _owned(txn):
         found: list[tuple[str, bool]] = []
@@ -104,7 +104,7 @@ def _wrong(txn: Cursor, each: _Owned) -> Iterator[tuple[str, bool]]:
     bound = most if each.step > 0 else least
     left = max(0, (bound - stands_at) // each.step)
     if left * _LAST < (most - least) // abs(each.step) or not left:
-        # There is no larger bound than ours: such a sequence was set by hand.
+        # A bound at the limit of the wire cannot be raised: the sequence was set by hand, so it is set back.
         cure = (
             f"alter sequence {each.sequence} as bigint no maxvalue no minvalue"
             if abs(bound) < _MOST
@@ -132,9 +132,9 @@ def _wrong(txn: Cursor, each: _Owned) -> Iterator[tuple[str, bool]]:
 
 
 def check(txn: Cursor) -> None:
-    """Refuse a database in which new rows would collide with old ones, or get no id; log all else that is wrong.
+    """Refuse a database in which new rows would collide with existing ones or get no id. Log all other faults.
 
-    :raises SchemaError: the text names the sequence, and the cure.
+    :raises SchemaError: the text names the sequence and the cure.
     """
     for line, refuses in wrong(txn):
         if refuses:
@@ -143,12 +143,12 @@ def check(txn: Cursor) -> None:
 
 
 def fix(conn: Connection, tell: Callable[[str], object], patience_s: float = PATIENCE_S) -> Iterator[Behind]:
-    """Set the sequences that stand behind to the largest ids, each in a transaction of its own.
+    """Set each sequence that is behind to the largest id of its table, in a transaction of its own.
 
     :param conn: an open connection, not in autocommit.
-    :param tell: see :class:`~s2s.store.lock_wait.LockWait`, as ``patience_s``.
-    :returns: how each stood, once it is set.
-    :raises OperatorError: other sessions held the locks for too long; what was returned before is set.
+    :param tell: see :class:`~s2s.store.lock_wait.LockWait`, also for ``patience_s``.
+    :returns: the state of each sequence before the change, once the sequence is set.
+    :raises OperatorError: other sessions held the locks for too long; the sequences returned before are set.
     """
     locks = LockWait(conn, tell, patience_s)
     with locks.watched():
@@ -161,7 +161,7 @@ def _fix(each: _Owned, txn: Cursor) -> Behind | None:
     largest, stands_at = _look(txn, each)
     if largest <= stands_at:
         return None
-    # A row that is inserted meanwhile has taken its id before the sequence is set, or takes it after that.
+    # The lock makes inserts wait: each takes its id either before the sequence is set or after.
     txn.execute(sql.SQL("lock table {} in share row exclusive mode").format(_named(each.table)))
     now_largest, now_at = _look(txn, each)
     txn.execute("select setval(%s::regclass, greatest(%s, %s))", (each.sequence, now_largest, now_at))
@@ -174,10 +174,10 @@ def _owned(txn: Cursor) -> list[_Owned]:
 
 
 def _look(txn: Cursor, each: _Owned) -> tuple[int, int]:
-    """Return the largest id that can be sent, and the last value of its sequence.
+    """Return the largest id that can be sent, and the last value of the sequence.
 
-    One statement reads both: its snapshot is older than its look at the sequence, which no snapshot holds. A row that
-    is inserted meanwhile can move the sequence ahead of the ids that are seen, and never the other way.
+    One statement reads both. It takes its snapshot before it reads the sequence, which no snapshot covers. A concurrent
+    insert can therefore move the sequence ahead of the visible ids, and never the other way round.
     """
     look = sql.SQL("select coalesce(max({id}), 0), pg_sequence_last_value(%s::regclass) from {table} where {id} <= %s")
     txn.execute(look.format(id=sql.Identifier(each.column), table=_named(each.table)), (each.sequence, _MOST))
@@ -186,5 +186,5 @@ def _look(txn: Cursor, each: _Owned) -> tuple[int, int]:
 
 
 def _named(table: str) -> sql.SQL:
-    """Return a name that the database has quoted itself."""
+    """Return a name that the database has already quoted."""
     return sql.SQL(table)

@@ -1,8 +1,8 @@
-"""What a migrated database must have: tables with their columns, functions, triggers, unique indexes, one row.
+"""Check that a migrated database has its tables with columns, functions, triggers, unique indexes and one row.
 
-A restore in part, or one with ``pg_restore --disable-triggers`` that was interrupted, leaves some of them out, and an
-owner may change them. Not all of it fails at once: settings change without a version, orders without an audit,
-duplicates are accepted, and a crash empties a table that is unlogged.
+A partial restore, or an interrupted ``pg_restore --disable-triggers``, leaves some of them out, and an owner may change
+them. Some of these faults do not fail at once: settings change without a new version, orders change without an audit
+entry, duplicates are accepted, and a crash empties an unlogged table.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from s2s.store.migrations import Migration
 _TRIGGER: Final = re.compile(r"^create trigger (\w+)\s[^;]*?\son ([\w.]+)", re.MULTILINE)
 _UNIQUE: Final = re.compile(r"^create unique index (\w+) on ([\w.]+)", re.MULTILINE)
 _TABLE: Final = re.compile(r"^create table ([\w.]+) \((.*?)^\)", re.MULTILINE | re.DOTALL)
-#: A column, its type, and the rest of its definition, whose further lines are indented further.
+#: A column, its type, and the rest of its definition. Continuation lines are indented deeper than the first line.
 _COLUMN: Final = re.compile(r"^ {4}(?!constraint |primary )(\w+) (\w+(?:\[\])?)((?:.*\n {8})*.*)", re.MULTILINE)
 _COMMENT: Final = re.compile(r"(,?) *--.*$|,$", re.MULTILINE)
 _FUNCTION: Final = re.compile(r"^create function ([\w.]+)\((.*?)\) returns", re.MULTILINE)
-#: Of each of our functions: what it calls must not depend on the session that calls it.
+#: The setting of each function of s2s: the objects that it uses must not depend on the session that calls it.
 _PATH: Final = "search_path = pg_catalog, pg_temp"
 _UNIQUE_COLUMN: Final = re.compile(r"^ +(\w+) [^-\n]*\bunique\b", re.MULTILINE)
 _IN_PART: Final = "as after a restore in part: restore the whole dump into an empty database"
 
-#: What a table is to be: an ordinary one, logged, without children.
+#: Tables that are missing, or are not ordinary, logged tables without children.
 _TABLES: Final = """
 select n.name, c.relkind, c.relpersistence, array(
     select i.inhrelid::regclass::text from pg_catalog.pg_inherits i where i.inhparent = c.oid order by 1)
@@ -72,12 +72,12 @@ order by 2, 1
 
 
 class _Made(NamedTuple):
-    """What some migrations make.
+    """The objects that some migrations create.
 
-    :ivar columns: the table, the name, the type and the definition of each.
-    :ivar functions: each with the types of its arguments, and with its migration.
-    :ivar triggers: each with its table.
-    :ivar indexes: the unique ones, each with its table.
+    :ivar columns: the type and the definition of each column, by table and name.
+    :ivar functions: the migration of each function, by its name with the types of its arguments.
+    :ivar triggers: each trigger with its table.
+    :ivar indexes: each unique index with its table.
     """
 
     tables: list[str]
@@ -89,7 +89,7 @@ class _Made(NamedTuple):
 
 @cache
 def _made(applied: tuple[Migration, ...]) -> _Made:
-    """Return what migrations make."""
+    """Return the objects that some migrations create."""
     made = _Made([], {}, {}, [], [])
     for migration in applied:
         made.triggers.extend(_TRIGGER.findall(migration.sql))
@@ -108,7 +108,7 @@ def _made(applied: tuple[Migration, ...]) -> _Made:
 
 
 def wrong(txn: Cursor) -> Iterator[str]:
-    """Return a line for each thing that is missing or changed, with its cure; none before the first migration."""
+    """Return a line for each missing or changed object, with its cure; no lines before the first migration."""
     applied = {(each.schema, each.version) for each in migrations.status(txn) if each.applied_at}
     made = _made(tuple(each for each in migrations.available() if (each.schema, each.version) in applied))
     if not made.tables:
@@ -190,9 +190,9 @@ def _wrong_triggers(txn: Cursor, made: _Made) -> Iterator[str]:
 
 
 def check(txn: Cursor) -> None:
-    """Refuse a database that lacks something.
+    """Refuse a database with a missing or changed object.
 
-    :raises SchemaError: the first line of :func:`wrong`.
+    :raises SchemaError: with the first line of :func:`wrong`.
     """
     for line in wrong(txn):
         raise SchemaError(line)

@@ -12,18 +12,18 @@ import psycopg2
 
 from s2s.errors import DatabaseUnavailable
 
-#: The part that is at fault: the statement (and so the handler that sent it), the connection, or the whole database.
+#: The component at fault: the statement (and so the handler that sent it), the connection, or the whole database.
 Fault = Literal["statement", "connection", "database"]
 
 
 class Meaning(NamedTuple):
-    """What one class of errors means.
+    """The meaning of one class of errors.
 
-    :param fault: a handler is charged an attempt only where its statement is at fault.
+    :param fault: the component at fault. An attempt is charged to a handler only if its statement is at fault.
     :param drops: close the connection, even if it still works.
-    :param passes: the same statement may succeed later, with nothing changed in it.
-    :param unavailable: answer ``db_unavailable`` to a push, else ``internal_error`` for the one row at fault.
-    :param cure: what an operator can do, for the log; empty: the error says nothing to an operator.
+    :param passes: the same statement may succeed later, unchanged.
+    :param unavailable: reply ``db_unavailable`` to a push; otherwise ``internal_error`` for the one row at fault.
+    :param cure: the action for an operator, for the log; empty: the error does not concern operators.
     """
 
     fault: Fault = "statement"
@@ -50,24 +50,24 @@ _WAITED: Final = (
     " (SyncRep)"
 )
 
-#: By prefix. An empty prefix matches every code.
+#: Meanings by prefix of the SQLSTATE. The empty prefix matches every code.
 MEANINGS: Final[dict[str, Meaning]] = {
     "": _REFUSED,
     "08": Meaning("connection", drops=True, passes=True),
-    # "cached plan must not change result type": a new connection plans anew.
+    # "cached plan must not change result type": a new connection has no cached plans.
     "0A000": Meaning(drops=True),
-    # A rule rewrites a statement of ours into what PostgreSQL does not take.
+    # A rule rewrites a statement of s2s into a form that PostgreSQL does not support.
     "0A000 RewriteQuery": Meaning(cure="remove the rule: drop rule NAME on TABLE; s2s db status names both"),
-    # No SQLSTATE: see s2s.store.kept_rows.
+    # Not a SQLSTATE of PostgreSQL: see s2s.store.kept_rows.
     "09000 kept": Meaning(unavailable=False, cure="a trigger has to return its row: mend it, or remove what is named"),
     "2200H": Meaning(cure="raise the limit of the sequence: alter sequence NAME as bigint no maxvalue"),
     "25006": Meaning("database", drops=True, passes=True, cure="connect to the primary, or end its read-only mode"),
     "25P03": Meaning("connection", drops=True, passes=True),
     "25P04": Meaning("connection", drops=True, passes=True),
-    # A prepared statement is missing, or another client has prepared it: this session is shared.
+    # A prepared statement is missing, or another client has prepared it: clients share this session.
     **dict.fromkeys(("26", "42P05"), _SHARED_SESSION),
     "28": Meaning("database", drops=True, passes=True, cure="see the user and the password of the database URL"),
-    # These and the next are known by their texts at the connect.
+    # This code and the next two are recognised by the text of the error at connect time.
     "28000 pg_hba.conf": Meaning(
         "database",
         drops=True,
@@ -88,15 +88,15 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "3F": Meaning(cure="run: s2s db status"),
     "40": Meaning(passes=True),
     "42501": Meaning(cure=_GRANT),
-    # Of no statement: s2s.store.connection has found the setting.
+    # No statement raises it: s2s.store.connection finds the setting.
     "42501 setting": Meaning("database", drops=True, passes=True, cure="as a superuser"),
-    # A table, a column or a function of ours is missing.
+    # A table, a column or a function of s2s is missing.
     **dict.fromkeys(("42P01", "42703", "42883"), Meaning(cure=_MISSING)),
-    # The same in a function of another hand, such as that of a trigger on a table of ours: see code().
+    # The same errors inside a foreign function, such as that of a foreign trigger on a table of s2s: see code().
     **dict.fromkeys(("3F000 in", "42501 in", "42P01 in", "42703 in", "42883 in"), Meaning(cure=_FOREIGN_FUNCTION)),
     "53": Meaning(passes=True, cure="see the memory and the limits of the database"),
     "53100": Meaning("database", passes=True, cure="free some space on the disk of the database"),
-    # Parallel workers of one statement share memory, which lies in a file system: see code().
+    # The parallel workers of a statement use shared memory, which is allocated in a file system: see code().
     **dict.fromkeys(
         ("53100 dsm_impl_posix", "53100 dsm_impl_sysv"),
         Meaning(
@@ -111,9 +111,9 @@ MEANINGS: Final[dict[str, Meaning]] = {
         passes=True,
         cure="raise max_connections or the connection limit of the role or database, or stop another client",
     ),
-    # Of the data.
+    # A limit that the data exceed.
     "54": Meaning(unavailable=False, cure="see the log of the database"),
-    # One code for limits of the data and of the database: see code().
+    # PostgreSQL uses code 54000 for limits of the data and for limits of the database: see code().
     "54000 PreCommit_Notify": Meaning(
         "database",
         passes=True,
@@ -123,7 +123,7 @@ MEANINGS: Final[dict[str, Meaning]] = {
         ("54000 GetNewTransactionId", "54000 GetNewMultiXactId"),
         Meaning("database", passes=True, cure="VACUUM the database as a superuser"),
     ),
-    # Known by its text at the connect. Any other error of this code is its statement's fault.
+    # Recognised by the text of the error at connect time. For any other error of this code, the statement is at fault.
     "55000 CheckMyDatabase": Meaning(
         "database",
         drops=True,
@@ -133,12 +133,12 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "55P03": Meaning(passes=True, cure=_LOCKED),
     "57": Meaning("connection", drops=True, passes=True),
     "57014": Meaning(passes=True, cure=_WAITED),
-    # Known by its text.
+    # Recognised by its text.
     "57014 user request": Meaning(
         passes=True, cure="somebody has cancelled it, as by pg_cancel_backend: the log of the database may say who"
     ),
     "58": Meaning("database", drops=True, passes=True, cure="see the log of the database"),
-    # The session of another server has failed within a statement. Where our own session ends, the severity is FATAL.
+    # A session with another server failed within a statement. If our own session ends, the severity is FATAL.
     **dict.fromkeys(
         ("ERROR 08", "ERROR 57P"),
         Meaning(passes=True, cure="see the server to which the statement connects, as by postgres_fdw or dblink"),
@@ -147,14 +147,14 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "XX001": Meaning("database", cure="restore the damaged table from a backup"),
     "XX002": Meaning("database", cure="rebuild the damaged index with REINDEX"),
 }
-#: Tables whose ids come from a sequence, which stands behind the rows where these were restored into a running system.
+#: Tables whose ids come from a sequence. If rows are restored into a running system, the sequence is behind the rows.
 _NUMBERED: Final = ("audit", "batch_notes", "broadcasts", "commands", "notices", "outbox", "steering")
 MEANINGS.update(
     dict.fromkeys(
         (f"23505 {table}_pkey" for table in _NUMBERED), Meaning(passes=True, cure="run: s2s db fix-sequences")
     )
 )
-#: Times that a clock which is set does not say.
+#: A timestamp outside these check constraints shows that the clock of the database is wrong.
 MEANINGS.update(
     dict.fromkeys(
         ("23514 orders_created_at_check", "23514 api_tokens_expires_at_check"),
@@ -163,8 +163,8 @@ MEANINGS.update(
 )
 _LONGEST_CODE: Final = max(map(len, MEANINGS))
 
-#: The text of an error at the connect, by which libpq tells it, and its SQLSTATE, which libpq keeps to itself. A server
-#: with another ``lc_messages`` has other texts; their errors have no SQLSTATE.
+#: Texts of errors at connect time, and their SQLSTATEs: libpq reports the text, but not the SQLSTATE. A server with
+#: another ``lc_messages`` reports other texts, so its errors get no SQLSTATE.
 _AT_CONNECT: Final = (
     (re.compile("too many (clients|connections)|connection slots are reserved|no more connections allowed"), "53300"),
     (
@@ -179,18 +179,20 @@ _AT_CONNECT: Final = (
 )
 
 
-#: A statement timeout has the same SQLSTATE, and comes from the same function of PostgreSQL.
+#: The text of a cancellation. A statement timeout has the same SQLSTATE and the same source function in PostgreSQL.
 _BY_REQUEST: Final = re.compile("due to user request")
 
 
-#: How the context of an error names a function: one in PL/pgSQL in every language of the server, with its arguments,
-#: and with its schema where the search_path of our sessions does not find it; others in English, without both.
+#: Finds the function that the context of an error names. PL/pgSQL functions are found in every language of the server:
+#: the context names their arguments, and their schema if the search_path of our sessions does not contain it. Functions
+#: in other languages are found only in English, without arguments and schema.
 _FUNCTION: Final = re.compile(
     r'^PL/pgSQL\W[^\n(]*?((?:(?:"[^"\n]+"|[\w$]+)\.)?(?:"[^"\n]+"|[\w$]+)\([^)\n]*\))'
     r'|^(?:SQL|PL/\w+) function "([^"\n]+)"',
     re.ASCII | re.MULTILINE,
 )
-#: Our functions in SQL, whose context lacks their schema. s2s.store.migrations imports this module.
+#: The SQL functions of s2s: the context of an error does not name their schema. The list is a literal because
+#: s2s.store.migrations imports this module.
 _OURS_IN_SQL: Final = ("action", "actor", "changed")
 
 
@@ -202,17 +204,17 @@ def meaning(state: str) -> Meaning:
 
 
 def at_connect(text: str) -> str:
-    """Return the SQLSTATE of an error at the connect by its text; empty: it is not known."""
+    """Return the SQLSTATE of an error at connect time by its text; empty: the text is not known."""
     return next((state for pattern, state in _AT_CONNECT if pattern.search(text)), "")
 
 
 def with_cure(error: BaseException, otherwise: str = "") -> str:
-    """Return the text of one of our errors, and what an operator can do about it.
+    """Return the text of an error of s2s with the action for an operator.
 
-    :param otherwise: the cure of a connection that there is not, where its error has no cure of its own.
+    :param otherwise: the cure for a failed connect whose error has no cure of its own.
     """
     state = getattr(error, "state", "")
-    # Not of a COMMIT that was lost, nor of a thread: their texts say it all.
+    # Not for a lost COMMIT or a thread that could not start: the texts of these errors need no cure.
     is_connect = type(error) is DatabaseUnavailable and not state
     cure = meaning(state).cure or (otherwise if is_connect else "")
     return f"{error}: {cure}" if cure else str(error)
@@ -221,10 +223,10 @@ def with_cure(error: BaseException, otherwise: str = "") -> str:
 def code(error: BaseException) -> str:
     """Return the SQLSTATE of an exception; empty: it has none.
 
-    Where one code has several meanings, the constraint that a statement of ours violates is added, or the function of
-    PostgreSQL that raised the error, or the function of another hand in which a statement of ours fails. Or the
-    severity stands in front. They are the same in every language. A cancellation is told from a timeout by its text, in
-    English.
+    If one code has several meanings, a suffix tells them apart: the constraint that a statement of s2s violates, the
+    function of PostgreSQL that raised the error, or the foreign function in which a statement of s2s fails. For some
+    codes, the severity is the prefix. These are the same in every language of the server. A cancellation is told from
+    a timeout by its English text.
     """
     if not isinstance(error, psycopg2.Error) or not error.pgcode:
         return ""
@@ -243,12 +245,12 @@ def code(error: BaseException) -> str:
 
 
 def _foreign_function(context: str) -> str:
-    """Return the innermost function that an error's context names; empty: there is none, or it is ours."""
+    """Return the innermost function that an error's context names; empty: there is none, or it belongs to s2s."""
     found = _FUNCTION.search(context)
     name = (found[1] or found[2]) if found else ""
     return "" if name.startswith("s2s.") or name in _OURS_IN_SQL else name
 
 
 def of(error: BaseException) -> Meaning:
-    """Return the meaning of an exception; one without a SQLSTATE is its statement's fault."""
+    """Return the meaning of an exception. For an exception without a SQLSTATE, the statement is at fault."""
     return meaning(code(error))

@@ -1,4 +1,4 @@
-"""Errors of the database on connections that live: told to the operator, without a line for each statement."""
+"""Log database errors on working connections for the operator, without a line for each statement."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from twisted.logger import Logger
 from s2s.runtime.clock import Timer, cancel
 from s2s.store import sqlstate
 
-#: Seconds between two lines about one error, and without it until it counts as over.
+#: Seconds between two log lines about one error. An error that does not occur for this long counts as over.
 TELL_S: Final = 60.0
-#: SQLSTATEs that are told apart, and texts of one SQLSTATE. Further ones share one line.
+#: The number of SQLSTATEs that are logged separately, and of texts for one SQLSTATE. Further ones share one entry.
 MOST_STATES: Final = 32
 MOST_TEXTS: Final = 8
 _OTHER: Final = "other"
@@ -22,7 +22,7 @@ _FURTHER: Final = "further errors"
 
 @dataclass
 class _Trouble:
-    """One error that the log has: by which id, how often it came since its last line, and the timer of the next."""
+    """A logged error: the id of its incident, its occurrences since its last line, and the timer of the next line."""
 
     incident: str
     untold: int = 0
@@ -30,26 +30,26 @@ class _Trouble:
 
 
 class Troubles:
-    """Logs the first error of each text and SQLSTATE at once, then a count once a minute, then that it is over.
+    """Logs the first error of each text and SQLSTATE at once, then a count once a minute, then its end.
 
     :param reactor: an ``IReactorTime``.
-    :ivar counts: errors by SQLSTATE, since the start.
+    :ivar counts: the number of errors by SQLSTATE, since the start.
     """
 
     log = Logger()
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
-        #: By text and SQLSTATE.
+        #: The errors that are not over, by text and SQLSTATE.
         self._current: dict[tuple[str, str], _Trouble] = {}
         self.counts: dict[str, int] = {}
 
     def note(self, state: str, text: str) -> str:
-        """Count an error that an operator can mend.
+        """Count an error that an operator can fix.
 
         :param state: its SQLSTATE.
         :param text: the server's message without the data.
-        :returns: the id of the incident, by which the log has it.
+        :returns: the id of the incident in the log.
         """
         cure = sqlstate.meaning(state).cure or "see the log of the database"
         if state not in self.counts and len(self.counts) >= MOST_STATES:
@@ -78,7 +78,7 @@ class Troubles:
         return [text for text, state in self._current if state in states]
 
     def stop(self) -> None:
-        """Log no more."""
+        """Stop logging."""
         for trouble in self._current.values():
             cancel(trouble.timer)
 
