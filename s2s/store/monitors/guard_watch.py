@@ -1,4 +1,4 @@
-"""Telling operators which triggers and rules of another hand may keep rows of ours from being written."""
+"""Report foreign triggers and rules that may keep rows of s2s from being written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from s2s.store.lock_wait import trial
 from s2s.store.monitors.periodic import Periodic
 from s2s.store.pool import Database
 
-#: Rows that are written, changed and removed on trial, by table: what inserts one, a column to set, and its new value.
+#: The trial rows, by table: the end of the INSERT, a column to set, and its new value. A row without a column to set is
+#: only inserted.
 _TRIALS: Final = {
     "s2s.audit": ("(actor, action) values ('s2s.probe', 's2s.probe')", "", ""),
     "s2s.broadcasts": ("(message) values ('s2s.probe')", "message", "'s2s.other'"),
@@ -35,9 +36,9 @@ _TRIALS: Final = {
 
 
 class GuardWatch(Periodic):
-    """Logs once that there is such a trigger or rule, and once that it is gone.
+    """Logs each foreign trigger, rule or policy once when it appears, and once when it is gone.
 
-    :ivar kept: why rows are not written, as a trial has shown; empty: they are, or nothing is there to try.
+    :ivar kept: the triggers, rules and policies that keep rows from being written; empty: there are none.
     """
 
     what = "triggers and rules of others"
@@ -48,7 +49,7 @@ class GuardWatch(Periodic):
         self.kept = ""
 
     def start(self) -> None:
-        """Look now, and from now on."""
+        """Check now, and then periodically."""
         self._stopped = self._loop.start(self.interval_s, now=True)
 
     async def _look(self) -> None:
@@ -68,11 +69,11 @@ class GuardWatch(Periodic):
 
 
 def look(txn: Cursor) -> tuple[list[Guard], list[str]]:
-    """Find what may keep rows of our tables from being written, and try whether it does.
+    """Find the guards that may keep rows of s2s tables from being written, and test by a trial whether they do.
 
-    Without such a thing nothing is tried.
+    Tables without a guard are not tested.
 
-    :returns: what was found, and a line for each that keeps rows: all rules, and what a trial has shown.
+    :returns: the guards found, and a line for each rule and each table whose trial failed.
     """
     found = kept_rows.guards(txn, migrations.tables())
     kept = [f"{guard}: {guard.cure}" for guard in found if guard.kind == "rule"]
@@ -83,7 +84,7 @@ def look(txn: Cursor) -> tuple[list[Guard], list[str]]:
         except StatementRefused as refused:
             kept.append(str(refused))
         except psycopg2.Error:
-            # A lock, or a constraint of another hand, says nothing.
+            # Neither a lock nor a foreign constraint shows that a row is kept.
             if is_broken(txn.connection):
                 raise
     return found, kept
@@ -101,7 +102,7 @@ def _try(txn: Cursor, table: str) -> None:
         )
         check_written(txn, "update", table)
         ((place, is_set),) = txn.fetchall()
-        # A trigger that returns the old row lets the statement count it as written.
+        # If a trigger returns the old row, the statement counts the row as written.
         if not is_set:
             raise kept_rows.refusal(txn, "update", table)
         txn.execute(f"delete from {table} where ctid = %s::tid", (place,))  # noqa: S608

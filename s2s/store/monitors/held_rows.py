@@ -1,6 +1,6 @@
-"""Locks of other programs, and those that a handler of ours holds for long.
+"""Find locks of other programs, and locks that a handler holds for long.
 
-They are on due rows, which our looks skip, or sessions of ours wait for them.
+Such a lock is on a due row, which the polling queries skip, or a session of s2s waits for it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from s2s.store.lock_wait import HOLDER, describe_holder
 
 #: Seconds that a row must have been due, and that the transaction of its holder must have lasted.
 WAITING_S: Final = 30
-#: Milliseconds that a look at one table may take.
+#: The statement_timeout of each query of :func:`look`, in milliseconds.
 _LOOK_MS: Final = 1000
-#: Rows of one table that are looked at, and holders that are named.
+#: The numbers of rows of one table that are checked, and of holders that are named.
 _MOST_ROWS: Final = 100
 _MOST_HOLDERS: Final = 5
 
 _BEFORE: Final = "now() - %(waiting_s)s * interval '1 second'"
-#: By table: its key, and which rows are due.
+#: The key of each table, and the condition for its due rows.
 _DUE: Final = {
     "s2s.commands": (
         "cmd_id",
@@ -32,21 +32,21 @@ _DUE: Final = {
     "s2s.outbox": ("outbox_id", f"state = 'waiting' and send_at <= {_BEFORE}"),
     "s2s.broadcasts": ("broadcast_id", f"state = 'pending' and created_at <= {_BEFORE}"),
 }
-#: What each role works on.
+#: The tables that each role works on.
 TABLES: Final = {"server": ("s2s.commands",), "engine": ("s2s.jobs", "s2s.orders", "s2s.outbox", "s2s.broadcasts")}
 
-#: Seconds of a transaction below which a session of ours is never named. Work of our own takes less; what a handler, a
-#: job or an order does may take longer.
+#: A session of s2s is named only if its transaction is older than this, in seconds. The work of s2s itself takes less;
+#: the work of a handler, a job or an order may take longer.
 YOUNG_S: Final = 10
 _IS_FOREIGN: Final = "coalesce(session.application_name, '') not like 's2s-%%'"
-#: One of ours that waits for a lock itself is only queued before the other.
+#: A session of s2s that waits for a lock itself is only ahead of the other one in the queue, so it is left out.
 _IS_OLD: Final = (
     "session.xact_start < now() - %(young_s)s * interval '1 second' and session.wait_event_type is distinct from 'Lock'"
 )
-#: Seconds after which the wait of one of our statements for a lock is logged.
+#: Seconds for which a statement of s2s must have waited for a lock before the wait is logged.
 _WAITS_S: Final = 3
-# A lock of a row comes with one of the table. The pid of a prepared transaction is null. The row of a job or an order
-# that runs is locked by a session of ours for as long as it runs.
+# A session with a row lock also has a lock on the table. The pid of a prepared transaction is null. A session of s2s
+# locks the row of a job or an order for as long as the job or order runs.
 _HOLDERS: Final = f"""
 select t.name, coalesce(l.pid, 0), {HOLDER}
 from unnest(%(tables)s::text[]) t (name)
@@ -60,7 +60,7 @@ order by session.xact_start
 """  # noqa: S608 - of constants, as below
 
 
-# Any user of the database may take the advisory lock for which a statement of ours waits.
+# Every lock counts here, since any user of the database may take the advisory lock for which a statement of s2s waits.
 _AWAITED: Final = f"""
 select w.pid, blocker.pid, {HOLDER}
 from pg_stat_activity w cross join unnest(pg_blocking_pids(w.pid)) blocker (pid)
@@ -74,10 +74,10 @@ order by session.xact_start
 
 @dataclass(frozen=True)
 class Held:
-    """The harm that locks of other sessions do: rows that are locked, or sessions of ours that wait.
+    """The effect of locks of other sessions: locked rows, or waiting sessions of s2s.
 
-    :param subject: the rows or our sessions, with their state, as the text after their number.
-    :param keys: of the rows, or the pids of our sessions.
+    :param subject: the rows or sessions and their state, as the text that follows their number.
+    :param keys: the keys of the rows, or the pids of the waiting sessions.
     :param holders: the sessions that may hold the locks, by pid; 0: a prepared transaction.
     """
 
@@ -86,7 +86,7 @@ class Held:
     holders: Mapping[int, str]
 
     def both(self, other: Held) -> Held:
-        """Return what another look at the same table has found as well."""
+        """Return the part that another finding for the same subject contains as well."""
         holders = {pid: text for pid, text in self.holders.items() if pid in other.holders}
         return Held(self.subject, self.keys & other.keys, holders)
 
@@ -101,14 +101,14 @@ class Held:
 def look(
     txn: Cursor, tables: Collection[str], waiting_s: float = WAITING_S, waits_s: float = _WAITS_S
 ) -> dict[str, Held]:
-    """Find the rows of some tables that are due and locked by others for long, and our sessions that wait for others.
+    """Find due rows that other sessions have locked for long, and sessions of s2s that wait for other sessions.
 
-    Without a session that may hold such locks, no table is read. A row that one of our own sessions has locked in this
-    moment may be among them: a second look tells.
+    A table is read only if some session may hold such locks on it. The result may contain a row that a session of s2s
+    has locked at this moment: a second call tells them apart.
 
     :param waiting_s: seconds that a row must have been due, and that the transaction of its holder must have lasted.
-    :param waits_s: seconds that a session of ours must have waited.
-    :returns: by their subject.
+    :param waits_s: seconds that a session of s2s must have waited.
+    :returns: the findings by their subject.
     """
     txn.execute(f"set local statement_timeout = {_LOOK_MS}")
     txn.execute(_HOLDERS, {"tables": list(tables), "waiting_s": waiting_s, "young_s": YOUNG_S})
@@ -140,6 +140,6 @@ def _locked(txn: Cursor, table: str, waiting_s: float) -> frozenset[Any]:
     params = {"keys": list(keys), "waiting_s": waiting_s}
     txn.execute(f"select {key} from {table} where {key} = any(%(keys)s) for update skip locked", params)  # noqa: S608
     free = {each for (each,) in txn.fetchall()}
-    # Some may have been done in between.
+    # Rows that were completed meanwhile are left out.
     txn.execute(f"select {key} from {table} where {key} = any(%(keys)s) and {due}", params)  # noqa: S608
     return frozenset(each for (each,) in txn.fetchall() if each not in free)

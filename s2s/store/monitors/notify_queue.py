@@ -1,7 +1,7 @@
-"""The queue of notifications, one for all databases of a PostgreSQL: when it is full, every NOTIFY is refused.
+"""The NOTIFY queue, one for all databases of a PostgreSQL server: when it is full, every NOTIFY is refused.
 
-A session that listens and stays in a transaction keeps all that came since. When it is gone the queue is still full,
-until somebody asks how full it is: that moves its tail.
+A listening session in an open transaction retains all later notifications. After the session is gone the queue stays
+full until a session asks for its usage, which advances the tail of the queue.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Final
 from s2s.errors import DatabaseUnavailable, harmless
 from s2s.store.driver import Cursor
 
-#: Shares of the queue: from the first on it is told, and from the second on it counts as full.
+#: Shares of the queue in use: at HIGH the oldest session is reported, and at FULL the queue counts as full.
 HIGH: Final = 0.5
 FULL: Final = 0.98
 
-# Nobody sees who listens. A role without pg_read_all_stats sees the transactions of its own sessions alone. A young
-# transaction keeps nothing for long.
+# No view shows which sessions listen. A role without pg_read_all_stats sees only the transactions of its own sessions.
+# Transactions younger than one second are left out: they retain notifications only briefly.
 _LOOK: Final = """
 select queue.usage, session.pid, session.application_name, session.state,
     extract(epoch from clock_timestamp() - session.xact_start)::bigint
@@ -31,10 +31,10 @@ from (select pg_notification_queue_usage() as usage) queue left join lateral (
 
 @dataclass(frozen=True)
 class Queue:
-    """How full it is.
+    """The usage of the NOTIFY queue.
 
-    :param usage: from 0 to 1.
-    :param oldest: the session with the oldest transaction, in words; empty: none is seen.
+    :param usage: the share in use, from 0 to 1.
+    :param oldest: a description of the session with the oldest transaction; empty: no such session is visible.
     """
 
     usage: float
@@ -49,7 +49,7 @@ class Queue:
 
 
 def look(txn: Cursor) -> Queue:
-    """Look how full it is, which frees what nobody waits for any more."""
+    """Return the usage of the queue. Reading the usage also frees notifications that no session waits for any more."""
     txn.execute(_LOOK, (HIGH,))
     ((usage, pid, application, state, open_s),) = txn.fetchall()
     if pid is None:
@@ -60,9 +60,9 @@ def look(txn: Cursor) -> Queue:
 
 
 def check(txn: Cursor) -> None:
-    """Refuse a queue that is full.
+    """Raise an error if the queue is full.
 
-    :raises DatabaseUnavailable: it names the cure.
+    :raises DatabaseUnavailable: the queue is full; the text names the cure.
     """
     queue = look(txn)
     if queue.usage >= FULL:

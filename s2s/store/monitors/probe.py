@@ -1,6 +1,6 @@
-"""A write that shows whether the database serves: everything that a push and a worker write, rolled back again.
+"""A trial write that shows whether the database works: every write of a push and a worker, rolled back afterwards.
 
-What is rolled back notifies nobody, so the queue of notifications is looked at as well.
+A rolled-back transaction sends no NOTIFY, so the NOTIFY queue is checked separately.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from s2s.store.kept_rows import Verb, check_written, refusal
 from s2s.store.lock_wait import trial
 from s2s.store.monitors import notify_queue
 
-#: An update returns whether its value is there: a trigger that returns the old row lets it count the row as written.
+#: The verb, the table and the statement of each write. An UPDATE returns whether the row has the new value, because the
+#: statement counts the row as written even if a trigger returns the old row.
 _WRITES: Final[tuple[tuple[Verb, str, str], ...]] = (
     (
         "insert",
@@ -48,9 +49,9 @@ _WRITES: Final[tuple[tuple[Verb, str, str], ...]] = (
 
 
 def check(txn: Cursor) -> None:
-    """Write, and roll back to where the transaction stood before.
+    """Run the writes, and roll back to the previous state of the transaction.
 
-    :raises DatabaseError: the database refuses a write, by way of the pool, or would refuse each notification.
+    :raises DatabaseError: the database refuses a write (raised by the pool), or would refuse every NOTIFY.
     """
     notify_queue.check(txn)
     with trial(txn):

@@ -1,4 +1,4 @@
-"""Telling operators which locks of other sessions keep due rows from running, or statements of ours waiting."""
+"""Report locks of other sessions that block due rows or statements of s2s."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from s2s.store.pool import Database
 
 
 class RowWatch(Periodic):
-    """Logs once that rows of a table are locked or that our sessions wait, and once that this is over.
+    """Logs once that rows of a table are locked or that sessions of s2s wait, and once that this is over.
 
-    What two looks have found counts: our own sessions lock rows for moments.
+    Only findings of two checks in a row count, because the sessions of s2s lock rows for moments.
 
-    :param tables: those that this role works on.
+    :param tables: the tables that this role works on.
     """
 
     what = "locks of other sessions"
@@ -26,13 +26,13 @@ class RowWatch(Periodic):
     def __init__(self, database: Database, clock: Clock, tables: Collection[str]) -> None:
         super().__init__(database, clock)
         self._tables = tables
-        #: By subject: the findings of the last look, and those that two looks share.
+        #: The findings of the last check, and the findings that the last two checks share, by subject.
         self._last: Mapping[str, Held] = {}
         self._told: dict[str, Held] = {}
 
     @property
     def held(self) -> str:
-        """The rows that are locked and our sessions that wait, with the holders of the locks; empty: there are none."""
+        """The locked rows and waiting sessions of s2s, with the holders of the locks; empty: there are none."""
         return "; ".join(map(str, self._told.values()))
 
     async def _look(self) -> None:

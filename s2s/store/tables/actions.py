@@ -1,10 +1,10 @@
-"""What operators do to rows of a table: each only in the states that it is for, and never behind another's back.
+"""Actions of operators on rows of a table. An action applies only to rows in certain states that nobody has locked.
 
-Rows are locked first and changed then, and one that another transaction has locked is left alone: nothing here waits
-for a worker, a relay or a push, so nothing here can deadlock with one.
+Rows are locked before they are changed, and rows that another transaction has locked are skipped. So an action never
+waits for a worker, a relay or a push, and cannot deadlock with them.
 
-Each transaction leaves one entry in the audit. Whoever names rows leaves it also where nothing could be done, as a
-refused order does: the attempt is what is told of. Of all dead rows only steps that changed some are told.
+Each transaction writes one audit entry. An action on named rows writes the entry even if no row was changed, to record
+the attempt, as a refused order does. An action on all dead rows writes entries only for steps that changed rows.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from s2s.store.driver import Cursor
 from s2s.store.kept_rows import Verb, note, refusal
 from s2s.store.tables import audit
 
-#: Rows that one transaction changes, at most.
+#: The maximum number of rows that one transaction changes.
 STEP_ROWS: Final = 1000
-#: What stands in the way, beside a state that the action is not for.
+#: Obstacles to an action, besides a state to which it does not apply.
 LOCKED: Final = "locked"
 MISSING: Final = "missing"
-#: A trigger or a rule of another hand keeps the row as it is.
+#: The obstacle of a row that a foreign trigger or rule keeps unchanged.
 KEPT: Final = "kept"
 
 
 @dataclass(frozen=True)
 class Action:
-    """One thing to do to rows. All of it is SQL of ours, none a user's.
+    """One action on rows. All SQL in it is a constant of s2s; none comes from a user.
 
-    :param verb: what it is called.
+    :param verb: the name of the action.
     :param table: the table's name, with its schema.
-    :param id: the name of its primary key.
-    :param state: the name of the column that says the state.
-    :param takes: the states that it is for.
-    :param statement: does it to the rows ``%(ids)s``, which are locked and in one of these states, and returns for
-        each its id and, in a word, what became of it.
+    :param id: the column of the primary key.
+    :param state: the column of the state.
+    :param takes: the states to which it applies.
+    :param statement: changes the rows ``%(ids)s``, which are locked and in one of these states. Returns the id of each
+        and its outcome in one word.
     :param writes: the verb of the statement.
-    :param settles: what is left to do with the rows that the statement has returned.
+    :param settles: further work on the rows that the statement has returned.
     """
 
     verb: str
@@ -52,17 +52,17 @@ class Action:
 
     @property
     def name(self) -> str:
-        """What the audit calls it."""
+        """The action in the audit."""
         return f"{self.table.removeprefix('s2s.')}.{self.verb}"
 
 
 @dataclass(frozen=True)
 class RowOutcome:
-    """What became of one row.
+    """The outcome of an action for one row.
 
     :param is_done: the action was done.
-    :param outcome: the statement's word; or what stands in the way: :data:`LOCKED`, :data:`KEPT`, :data:`MISSING`
-        or its state.
+    :param outcome: the outcome that the statement returned; or the obstacle: :data:`LOCKED`, :data:`KEPT`,
+        :data:`MISSING` or the state of the row.
     """
 
     id: int
@@ -71,12 +71,12 @@ class RowOutcome:
 
 
 def act(txn: Cursor, action: Action, ids: Sequence[int], **params: Any) -> list[RowOutcome]:
-    """Do an action to rows by their ids.
+    """Perform an action on rows by their ids, and write it to the audit.
 
-    :param ids: :data:`STEP_ROWS` at most, without repeats.
+    :param ids: at most :data:`STEP_ROWS` ids, without repeats.
     :param params: further parameters of the statement.
-    :returns: a fate for each, in the same order; the audit has them too.
-    :raises StatementRefused: the database keeps all of them as they are.
+    :returns: the outcome for each row, in the same order.
+    :raises StatementRefused: a trigger, a rule or a policy keeps all of the rows unchanged.
     """
     txn.execute(
         f"select {action.id} from {action.table} where {action.id} = any(%s::bigint[]) and {action.state} = any(%s)"  # noqa: S608
@@ -84,7 +84,7 @@ def act(txn: Cursor, action: Action, ids: Sequence[int], **params: Any) -> list[
         (list(ids), list(action.takes)),
     )
     done, kept = _apply(txn, action, params)
-    # A statement of its own after the locks: of what is in a fitting state and was not locked, another has the lock.
+    # A separate statement after the locking: a row in a fitting state that was not locked is locked by another session.
     txn.execute(
         f"select {action.id}, {action.state} from {action.table} where {action.id} = any(%s::bigint[])",  # noqa: S608
         ([row_id for row_id in ids if row_id not in done],),
@@ -104,12 +104,12 @@ def act(txn: Cursor, action: Action, ids: Sequence[int], **params: Any) -> list[
 
 
 def act_on_dead(txn: Cursor, action: Action, after: int, cmd_type: str | None = None, **params: Any) -> list[int]:
-    """Do an action to the next dead rows.
+    """Perform an action on the next dead rows.
 
     :param after: the last id of the step before; 0 at first.
-    :param cmd_type: only these.
-    :returns: their ids in order; none: there are no more.
-    :raises StatementRefused: the database keeps all of them as they are.
+    :param cmd_type: only rows of this command type; ``None``: all types.
+    :returns: the ids of the changed rows in order; empty: no dead rows are left.
+    :raises StatementRefused: a trigger, a rule or a policy keeps all of the rows unchanged.
     """
     txn.execute(
         f"select {action.id} from {action.table} where {action.id} > %(after)s and {action.state} = 'dead'"  # noqa: S608
@@ -124,10 +124,10 @@ def act_on_dead(txn: Cursor, action: Action, after: int, cmd_type: str | None = 
 
 
 def _apply(txn: Cursor, action: Action, params: dict[str, Any]) -> tuple[dict[int, str], set[int]]:
-    """Do an action to the rows whose ids the transaction has just locked.
+    """Perform an action on the rows whose ids the transaction has just locked.
 
-    :returns: what became of each, and those that the database keeps as they are.
-    :raises StatementRefused: it keeps all of them.
+    :returns: the outcome of each changed row, and the ids of the rows that are kept unchanged.
+    :raises StatementRefused: all of them are kept unchanged.
     """
     ids = [row_id for (row_id,) in txn.fetchall()]
     txn.execute(action.statement, {**params, "ids": ids})
@@ -144,7 +144,7 @@ def _apply(txn: Cursor, action: Action, params: dict[str, Any]) -> tuple[dict[in
 
 
 def _by_word(words: Mapping[int, str]) -> dict[str, list[int]]:
-    """Give the ids of each word, in order."""
+    """Return the ids for each outcome, in order."""
     found: dict[str, list[int]] = {}
     for row_id, word in sorted(words.items()):
         found.setdefault(word, []).append(row_id)

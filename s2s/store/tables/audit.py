@@ -1,7 +1,7 @@
-"""Table ``audit``: who did what, and what came of it (docs/protocol.rst, "Audit").
+"""Table ``audit``: actors, their actions and the results (docs/protocol.rst, "Audit").
 
-Triggers write most of it, in the transaction of the change itself and by whatever means it is made: orders, settings,
-keys, what is wanted of engines and what was asked of them. They ask the transaction who acts: see :func:`sign`.
+Triggers write most entries, in the transaction of the change, also for changes by plain SQL: orders, settings, keys,
+desired states of engines and control requests. The triggers read the actor from the transaction: see :func:`sign`.
 Another trigger refuses to change or remove an entry.
 """
 
@@ -18,7 +18,7 @@ from s2s.store.driver import Cursor
 from s2s.store.kept_rows import check_written
 from s2s.store.tables.lists import Listed
 
-#: Of what was asked so much is kept, in bytes of its JSON.
+#: The maximum size of the params that :func:`cut` keeps whole, in bytes of JSON.
 KEPT_BYTES: Final = 2000
 
 
@@ -26,10 +26,10 @@ KEPT_BYTES: Final = 2000
 class Entry:
     """One entry.
 
-    :param actor: ``cli:`` and a user's name, ``key:`` and a ``key_id``, or the database's own user.
+    :param actor: ``cli:`` and a user's name, ``key:`` and a ``key_id``, or the database user.
     :param action: a message type, or a table and a verb.
-    :param subject: what it was done to: an ``order_id``, a setting, a ``key_id``, an engine's name.
-    :param result: ``None`` where it is not known yet, or is the change itself.
+    :param subject: the object of the action: an ``order_id``, a setting, a ``key_id``, an engine's name.
+    :param result: ``None`` if the result is not known yet, or is the change itself.
     """
 
     audit_id: int
@@ -42,10 +42,10 @@ class Entry:
 
 
 def sign(txn: Cursor, actor: str, action: str = "", *, for_session: bool = False) -> None:
-    """Say who does what this transaction does, from here on.
+    """Set the actor and the action of the further changes of this transaction, for the audit.
 
-    :param action: what all of it is part of, such as ``keys.activate``; without it each change is called by itself.
-    :param for_session: say it of all that follows on this connection: never on one of a pool.
+    :param action: the action that the changes are part of, such as ``keys.activate``; empty: each change has its own.
+    :param for_session: set them for the whole session. Never use it on a connection of a pool.
     """
     txn.execute(
         "select set_config('s2s.actor', %(actor)s, %(local)s), set_config('s2s.action', %(action)s, %(local)s)",
@@ -63,7 +63,7 @@ def write(
 ) -> None:
     """Write an entry that no trigger writes.
 
-    :param actor: whoever the transaction was signed by, if left out.
+    :param actor: the actor; ``None``: the actor that :func:`sign` has set.
     """
     txn.execute(
         "insert into s2s.audit (actor, action, subject, params, result) values (coalesce(%s, s2s.actor()),"
@@ -74,12 +74,12 @@ def write(
 
 
 def cut(params: Mapping[str, Any], written: bytes) -> Mapping[str, Any]:
-    """Give params, or as much of them as is kept.
+    """Return params, or the first :data:`KEPT_BYTES` of their JSON if they are larger.
 
-    :param written: the same as JSON.
+    :param written: the params as JSON.
     """
     return params if len(written) <= KEPT_BYTES else {"cut": written[:KEPT_BYTES].decode("utf-8", "ignore")}
 
 
-#: By ``subject``, ``actor`` and ``action``.
+#: The list of entries, with filters by ``subject``, ``actor`` and ``action``.
 LISTED: Final = Listed(Entry, "s2s.audit", "audit_id", indexed=("subject", "actor", "action"))

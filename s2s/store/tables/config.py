@@ -1,6 +1,6 @@
 """Tables ``config`` and ``config_history`` (docs/protocol.rst, "Configuration").
 
-The tables' own triggers hold types and bounds, count the version and write the history, so plain SQL counts too.
+The triggers of the tables check types and bounds, count the version and write the history, also for plain SQL.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class ConfigRow:
-    """A setting as people are shown it.
+    """A setting as it is shown to operators.
 
-    :param version: that of its last change; 0: never changed.
+    :param version: the version of its last change; 0: never changed.
     """
 
     key: str
@@ -48,7 +48,7 @@ class ConfigRow:
 
 @dataclass(frozen=True)
 class Change:
-    """One version."""
+    """One change of a setting, which is one version of the configuration."""
 
     version: int
     key: str
@@ -58,14 +58,14 @@ class Change:
     changed_at: datetime
 
 
-#: The version where ``config_version`` has lost its row.
+#: The version, for use if the row of ``config_version`` is missing.
 _VERSION: Final = "select coalesce(max(version), 0) from s2s.config_history"
 
 
 def declare(txn: Cursor) -> None:
-    """Put this release's settings into the table; values that are there already stay.
+    """Insert the settings of this release; values that exist already stay.
 
-    The row of the version is made anew where a restore in part, or a TRUNCATE, has left it out.
+    The row of ``config_version`` is created again if a partial restore or a TRUNCATE has removed it.
     """
     txn.execute("select set_config('s2s.action', 'config.declare', true)")
     for setting in SETTINGS:
@@ -83,7 +83,7 @@ def declare(txn: Cursor) -> None:
 
 
 def read(txn: Cursor) -> Snapshot:
-    """Read version and values, in one statement and so in one snapshot."""
+    """Return the version and the values, read by one statement and so in one snapshot."""
     txn.execute(
         f"select coalesce(v.version, ({_VERSION})), c.key, c.value"  # noqa: S608 - a constant
         " from (select) as one left join s2s.config_version v on true left join s2s.config c on true"
@@ -93,28 +93,28 @@ def read(txn: Cursor) -> Snapshot:
 
 
 def exists(txn: Cursor, key: str) -> bool:
-    """Whether there is such a setting."""
+    """Return whether there is a setting with this key."""
     txn.execute("select from s2s.config where key = %s", (key,))
     return txn.rowcount > 0
 
 
 def list_settings(txn: Cursor) -> list[ConfigRow]:
-    """List every setting, by its key."""
+    """Return every setting, in the order of the keys."""
     txn.execute("select key, value, type, min, max, description, version from s2s.config order by key")
     return [ConfigRow(*row) for row in txn]
 
 
-#: By ``key``.
+#: The list of changes, with a filter by ``key``.
 HISTORY: Final = Listed(Change, "s2s.config_history", "version", indexed=("key",))
 
 
 def change(txn: Cursor, key: str, value: Value, actor: str) -> int | None:
-    """Set a value.
+    """Set the value of a setting.
 
-    :param actor: who did it, for the history.
-    :returns: the new version, or ``None`` where the setting had this value already.
+    :param actor: the actor, for the history.
+    :returns: the new version; ``None``: the setting had this value already.
     :raises OperatorError: there is no such setting, or it cannot have this value; nothing has changed.
-    :raises SchemaError: the triggers of the table do not fire, so that nobody would be told.
+    :raises SchemaError: the triggers of the table do not fire, so no process would be notified.
     """
     txn.execute("select value, version from s2s.config where key = %s for update", (key,))
     found = txn.fetchone()

@@ -1,4 +1,4 @@
-"""Table ``idempotency_keys``: the one arbiter of what is a duplicate (docs/protocol.rst, "Commands")."""
+"""Table ``idempotency_keys``: it alone decides which pushes are duplicates (docs/protocol.rst, "Commands")."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from s2s.store.driver import Query, Steps
 
 
 class First(msgspec.Struct, frozen=True):
-    """The first command of a key.
+    """The first command with an ``idem_key``.
 
-    :param fingerprint: SHA-256 of its canonical ``{cmd_type, payload}``.
-    :param status: what it is now, or was when its row was swept away.
+    :param fingerprint: the SHA-256 of its canonical ``{cmd_type, payload}``.
+    :param status: its current status, or its last status if its row was removed.
     """
 
     fingerprint: bytes
@@ -20,9 +20,9 @@ class First(msgspec.Struct, frozen=True):
 
 
 def firsts(idem_keys: list[str]) -> Steps[dict[str, First]]:
-    """Look up the first command of each key that has one."""
+    """Return the first command of each key that has one."""
     rows = yield Query(
-        # Of a command whose row was removed by hand it is known only that it is over.
+        # If a command's row was removed by hand, its status is unknown; it counts as done.
         "select k.idem_key, k.fingerprint, k.cmd_id, coalesce(c.status, k.status, 'done')"
         " from s2s.idempotency_keys k left join s2s.commands c using (cmd_id) where k.idem_key = any(%s)",
         (idem_keys,),

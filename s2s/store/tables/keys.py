@@ -1,6 +1,6 @@
 """Table ``s2s_keys`` (docs/protocol.rst, "Keys"). Its trigger notifies channel ``s2s_keys`` of every change.
 
-Who signs is decided by :class:`~s2s.protocol.signing.Keyring` alone, and by the database's clock, which dates the keys.
+Only :class:`~s2s.protocol.signing.Keyring` decides which key signs, by the database's clock, which dates the keys.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from s2s.store.driver import Cursor, lock_key
 from s2s.store.kept_rows import check_written, refusal
 
 CHANNEL: Final = "s2s_keys"
-#: Held while the first key is made.
+#: The advisory lock that is held while the first key is made.
 _LOCK: Final = lock_key("keys")
 #: The end of the year 9999, in Unix seconds.
 _LAST: Final = 253402300799.0
@@ -24,10 +24,10 @@ _LAST: Final = 253402300799.0
 
 @dataclass(frozen=True)
 class KeyRow:
-    """A key as the table has it.
+    """A key as stored in the table.
 
     :param active_from: Unix seconds.
-    :param active_to: Unix seconds, or ``None`` while open.
+    :param active_to: Unix seconds; ``None``: it has no end.
     """
 
     key_id: str
@@ -39,11 +39,11 @@ class KeyRow:
 
     @property
     def roles(self) -> list[Role]:
-        """Whose messages it may sign."""
+        """The roles whose messages it may sign."""
         return [role for role in ROLES if self.role in (role, "any")]
 
     def has_ended(self, now: float) -> bool:
-        """Whether it will never be active again, unless somebody changes the row.
+        """Return whether it will never be active again, unless the row is changed.
 
         :param now: Unix seconds.
         """
@@ -52,21 +52,21 @@ class KeyRow:
 
 @dataclass(frozen=True)
 class KeyTable:
-    """Every key, and when that was.
+    """Every key, and the time of the read.
 
-    :param now: what the database's clock showed, in Unix seconds.
+    :param now: the time of the database's clock at the read, in Unix seconds.
     """
 
     rows: list[KeyRow]
     now: float
 
     def by_clock(self, now: float) -> list[KeyRow]:
-        """Give the rows with their windows told by another clock.
+        """Return the rows with their times converted to another clock.
 
-        :param now: what that clock shows, in Unix seconds, after the rows have come: what had begun or ended when they
-            were read has then begun or ended by that clock too.
+        :param now: the time of that clock after the rows have arrived, in Unix seconds. A key that had become active or
+            ended at the read has then done so by that clock too.
         """
-        # This order of terms lets no rounding move what is past into the future.
+        # With this order of terms, rounding cannot move a past time into the future.
         return [
             replace(
                 row,
@@ -77,9 +77,9 @@ class KeyTable:
         ]
 
     def row(self, key_id: str) -> KeyRow:
-        """Find one key.
+        """Return one key.
 
-        :raises OperatorError: there is none of this name.
+        :raises OperatorError: there is no key of this name.
         """
         for row in self.rows:
             if row.key_id == key_id:
@@ -87,9 +87,9 @@ class KeyTable:
         raise OperatorError(f"there is no key {key_id!r}: see them with: s2s keys list")
 
     def signers(self, at: float | None = None) -> dict[Role, str]:
-        """Say which key signs for each role; a role for which none can is left out.
+        """Return the key that signs for each role; a role for which no key can sign is left out.
 
-        :param at: Unix seconds of the database's clock; when the table was read, if left out.
+        :param at: Unix seconds of the database's clock; ``None``: the time of the read.
         """
         keyring, _ = make_keyring(self.rows)
         found: dict[Role, str] = {}
@@ -103,9 +103,9 @@ class KeyTable:
 
 @dataclass(frozen=True)
 class PublicKeyRow:
-    """What may be shown of a key.
+    """A key as it is shown to operators, without its secret.
 
-    :param status: what it does now, for people.
+    :param status: a description of its current use.
     """
 
     key_id: str
@@ -120,9 +120,9 @@ class PublicKeyRow:
 
 
 def make_keyring(rows: Iterable[KeyRow]) -> tuple[Keyring, dict[str, str]]:
-    """Make a keyring of the table's rows.
+    """Make a keyring from the table's rows.
 
-    :returns: the keyring, and for every row that cannot be used its ``key_id`` and why.
+    :returns: the keyring, and the reason for each row that cannot be used, by its ``key_id``.
     """
     usable, complaints = [], {}
     for row in rows:
@@ -136,23 +136,24 @@ def make_keyring(rows: Iterable[KeyRow]) -> tuple[Keyring, dict[str, str]]:
 
 
 def read(txn: Cursor) -> KeyTable:
-    """Read every key with its secret, and the database's clock."""
+    """Return every key with its secret, and the time of the database's clock."""
     txn.execute(
         "select key_id, key_b64, role, extract(epoch from active_from)::float8,"
         " extract(epoch from nullif(active_to, 'infinity'))::float8, is_default_tx from s2s.s2s_keys order by key_id"
     )
     rows = [KeyRow(*row) for row in txn]
-    # After the rows, and not now(), which is when this transaction began: what they call now is then past.
+    # Read after the rows, and not with now(), which is the start of this transaction: a key that a row dates with the
+    # current time is then active.
     txn.execute("select extract(epoch from clock_timestamp())::float8")
     return KeyTable(rows, float((txn.fetchone() or ())[0]))
 
 
 def list_public(txn: Cursor) -> list[PublicKeyRow]:
-    """List the keys with what each does now, and without their secrets."""
+    """Return the keys with their current use, without their secrets."""
     table = read(txn)
     status = _status(table)
     txn.execute(
-        # Within the years that a datetime has; what is open stays null, which least and greatest would pass over.
+        # Times are cut to the years of datetime. An open end stays null; least and greatest would ignore the null.
         "select key_id, role, least(greatest(active_from, '0001-01-02'), '9999-12-30'),"
         " case when active_to < 'infinity' then least(greatest(active_to, '0001-01-02'), '9999-12-30') end,"
         " is_default_tx, note, created_at,"
@@ -183,17 +184,17 @@ def _status(table: KeyTable) -> dict[str, str]:
 
 
 def utc(seconds: float) -> str:
-    """Write a moment for people; one that no calendar of ours reaches is its nearest."""
+    """Format a time for people; a time before 1970 or after 9999 is replaced by the nearest limit."""
     return datetime.fromtimestamp(min(max(seconds, 0.0), _LAST), timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def lock(txn: Cursor) -> None:
-    """Let nobody else write to the table until this transaction ends; plain SQL waits too, and readers do not."""
+    """Lock the table against other writers, including plain SQL, until this transaction ends; readers do not wait."""
     txn.execute("lock table s2s.s2s_keys in share row exclusive mode")
 
 
 def prefer(txn: Cursor, key_ids: Collection[str]) -> None:
-    """Make keys the defaults of their roles. Two statements: the index of defaults is checked row by row."""
+    """Make keys the defaults of their roles. In two statements, because the unique index is checked row by row."""
     chosen = sorted(key_ids)
     txn.execute(
         "update s2s.s2s_keys set is_default_tx = false where is_default_tx and key_id <> all(%s)"
@@ -201,7 +202,7 @@ def prefer(txn: Cursor, key_ids: Collection[str]) -> None:
         (chosen, chosen),
     )
     txn.execute("update s2s.s2s_keys set is_default_tx = true where key_id = any(%s) and not is_default_tx", (chosen,))
-    # The table is locked, so that nobody else has changed it in between.
+    # The table is locked, so no other session has changed it meanwhile.
     txn.execute(
         "select from s2s.s2s_keys where is_default_tx <> (key_id = any(%s))"
         " and role in (select role from s2s.s2s_keys where key_id = any(%s))",
@@ -212,12 +213,12 @@ def prefer(txn: Cursor, key_ids: Collection[str]) -> None:
 
 
 def add(txn: Cursor, key_id: str, key_b64: str, role: str, note: str = "") -> None:
-    """Add a key that verifies from now on. It signs only for a role for which no other key could.
+    """Add a key that verifies from now on. It signs only for a role for which no other key can sign.
 
-    The caller has checked the values: a statement that fails is written to the database's log, secret and all.
+    The caller must have checked the values, because the database logs a failed statement with the secret.
 
     :param key_b64: at least 32 bytes, in base64.
-    :raises OperatorError: there is a key of this name.
+    :raises OperatorError: a key of this name exists.
     """
     lock(txn)
     before = read(txn).signers()
@@ -230,14 +231,14 @@ def add(txn: Cursor, key_id: str, key_b64: str, role: str, note: str = "") -> No
         txn.execute("select from s2s.s2s_keys where key_id = %s", (key_id,))
         check_written(txn, "insert", "s2s.s2s_keys")
         raise OperatorError(f"there is a key {key_id!r} already: choose another --key-id")
-    # Without a default the newest key signs: whoever signed goes on, and where nobody did the new key begins.
+    # Without a default the newest key would sign. The previous signer stays; the new key signs if there was no signer.
     prefer(txn, {before.get(role, key_id) for role in read(txn).signers()})
 
 
 def add_first_random(txn: Cursor) -> str | None:
-    """Make one random key for either role, only where there is none at all. Two processes at once make one.
+    """Make one random key for either role if the table has no key. Two processes at once make only one.
 
-    :returns: its ``key_id``, or ``None``: there is a key already.
+    :returns: its ``key_id``; ``None``: a key exists already.
     """
     txn.execute("select pg_advisory_xact_lock(%s)", (_LOCK,))
     txn.execute("select from s2s.s2s_keys limit 1")

@@ -1,7 +1,7 @@
-"""Reading a list page by page, in bounded work: the newest rows first, behind a cursor that is a key.
+"""Read a list page by page with bounded work: the newest rows first, below a cursor that is a key.
 
-A statement names only the filters that are asked for: "x is null or ..." would keep the planner from every index.
-Where no index serves all of them, a page reads a stretch of the table, or of one index, and says how far it came.
+A statement contains only the given filters, because "x is null or ..." would keep the planner from using an index. If
+no index covers all filters, a page reads a bounded stretch of the table, or of one index, and returns where it ended.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from s2s.store.lock_wait import TRY_S, Locked
 
 T = TypeVar("T")
 
-#: Rows of a stretch: some 10 ms of the database's time, and 50 where they come from the disk.
+#: Rows of a stretch: about 10 ms of the database's time, or 50 ms if the rows come from the disk.
 STRETCH_ROWS: Final = 10_000
 #: Seconds that one statement of a list may take.
 LIMIT_S: Final = 2.0
 
 
-#: Above every key.
+#: A bound above every key.
 _NO_END: Final = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Listed(Generic[T]):
-    """A table of which people are shown the newest rows.
+    """A table that is listed with the newest rows first.
 
-    :param row: its fields are the columns that are read.
-    :param key: a growing number, the primary key.
-    :param indexed: the columns that have an index on them and the key, the most selective first.
-    :param partial: columns with a value whose rows have an index of their own, on the key.
+    :param row: the type of a row; its fields are the columns that are read.
+    :param key: the primary key, a growing number.
+    :param indexed: the columns with an index on (column, key), the most selective column first.
+    :param partial: pairs of a column and a value for which there is a partial index on the key.
     """
 
     row: type[T]
@@ -46,11 +46,11 @@ class Listed(Generic[T]):
     partial: tuple[tuple[str, str], ...] = ()
 
     def read(self, txn: Cursor, limit: int, before: int | None, floor: int | None = None, **filters: Any) -> list[T]:
-        """Read the next rows.
+        """Return the next rows.
 
-        :param before: only what is older than this key: the last one of the page before.
-        :param floor: nothing older than this key.
-        :param filters: the value that each of some columns must have; ``None``: any.
+        :param before: only rows older than this key, the last key of the page before.
+        :param floor: no rows older than this key.
+        :param filters: the required values of columns; ``None``: any value.
         """
         columns = ", ".join(field.name for field in fields(self.row))  # type: ignore[arg-type]
         given = _given(filters)
@@ -60,9 +60,9 @@ class Listed(Generic[T]):
         return [self.row(*row) for row in txn]
 
     def floor(self, txn: Cursor, before: int | None, **filters: Any) -> int | None:
-        """Return the key with which the stretch below ``before`` ends.
+        """Return the last key of the stretch below ``before``.
 
-        :returns: ``None``: one index serves all filters, or the stretch goes to the end of the table.
+        :returns: ``None``: one index covers all filters, or the stretch reaches the end of the table.
         """
         given = _given(filters)
         lead = self._lead(given)
@@ -74,7 +74,7 @@ class Listed(Generic[T]):
         return None if row is None else int(row[0])
 
     def _lead(self, given: Mapping[str, Any]) -> str | None:
-        """Return the filter whose index is read."""
+        """Return the column of the filter whose index is read."""
         partial = (name for name, value in self.partial if given.get(name) == value)
         return next((name for name in self.indexed if name in given), next(partial, None))
 
@@ -83,7 +83,7 @@ class Listed(Generic[T]):
     ) -> None:
         order = [self.key]
         if lead in self.indexed:
-            # With "lead = ..." the planner would often guess that the index on the key alone comes to such rows sooner.
+            # With "lead = ..." the planner would often choose the index on the key alone, expecting such rows sooner.
             order = [lead, self.key]
             bounds = f"({lead}, {self.key}) {{}} (%({lead})s, %({{}})s::bigint)"
             params["before"] = _NO_END if params["before"] is None else params["before"]
@@ -105,10 +105,10 @@ def _given(filters: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def time_limit(txn: Cursor) -> Iterator[None]:
-    """Bound each statement of this transaction by :data:`LIMIT_S`, and its wait for a lock by less.
+    """Limit each statement of this transaction to :data:`LIMIT_S`, and its wait for a lock to ``TRY_S``, which is less.
 
-    :raises Locked: one waited for a lock: fewer rows would wait for it as well.
-    :raises DeadlineExceeded: one was stopped.
+    :raises Locked: a statement waited for a lock. A request for fewer rows would wait for it as well.
+    :raises DeadlineExceeded: a statement was stopped at the limit.
     """
     txn.execute(
         "select set_config('statement_timeout', %s, true), set_config('lock_timeout', %s, true)",

@@ -1,4 +1,4 @@
-"""Table ``notices``: what ``notice.publish`` makes."""
+"""Table ``notices``: the notices that the command ``notice.publish`` creates."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from s2s.store.driver import Cursor, array_literal
 from s2s.store.kept_rows import check_written
 from s2s.store.tables.lists import Listed
 
-#: A longer life is cut to this, in seconds (a thousand years): a timestamp has an end.
+#: The maximum ttl_s, in seconds (a thousand years). A longer one is cut to it, because timestamps have an upper bound.
 _LONGEST_TTL_S: Final = 31_556_952_000
 
 
 @dataclass(frozen=True)
 class NoticeRow:
-    """A notice as people are shown it."""
+    """A notice as it is shown to operators."""
 
     notice_id: int
     cmd_id: int
@@ -32,7 +32,7 @@ class NoticeRow:
 
 
 def insert_batch(txn: Cursor, notices: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
-    """Publish notices in one statement.
+    """Insert notices in one statement.
 
     :param notices: ``(cmd_id, payload of notice.publish)``.
     """
@@ -58,7 +58,7 @@ def insert_batch(txn: Cursor, notices: Sequence[tuple[int, Mapping[str, Any]]]) 
 
 
 def exists(txn: Cursor, message: str) -> bool:
-    """Whether there is a notice with this text."""
+    """Return whether there is a notice with this text."""
     txn.execute("select from s2s.notices where message = %s limit 1", (message,))
     return txn.rowcount > 0
 

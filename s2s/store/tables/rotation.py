@@ -1,6 +1,6 @@
-"""The steps of a key's rotation (docs/protocol.rst, "Keys"): each is one transaction, and one at a time.
+"""The steps of a key's rotation (docs/protocol.rst, "Keys"): each is one transaction, and they run one at a time.
 
-A step changes the rows and then asks the :class:`~s2s.protocol.signing.Keyring` who signs: nobody else decides that.
+A step changes the rows and then asks the :class:`~s2s.protocol.signing.Keyring`, which alone decides which key signs.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from s2s.store.driver import Cursor, savepoint
 from s2s.store.kept_rows import check_written
 from s2s.store.tables.keys import KeyTable, lock, make_keyring, prefer, read, utc
 
-#: Seconds that a retired key still verifies, so that frames on their way arrive.
+#: Seconds for which a retired key still verifies, so that frames in flight are accepted.
 RETIRE_S: Final = 60.0
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of a step of a rotation.
+    """The result of a step of a rotation.
 
-    :param text: it in one line.
-    :param is_changed: ``False``: it was so already.
-    :param signers: which key signs for each role now.
-    :param warning: what the operator must do next, in one line.
+    :param text: the result in one line.
+    :param is_changed: ``False``: the key was in this state already.
+    :param signers: the key that signs for each role now.
+    :param warning: the next action that the operator must take, in one line.
     """
 
     key_id: str
@@ -37,9 +37,9 @@ class Change:
 
 
 def activate(txn: Cursor, key_id: str) -> Change:
-    """Let a key sign from now on for every role that it may sign for. What signed before still verifies.
+    """Make a key sign from now on for every role that it may sign for. The previous key still verifies.
 
-    :raises OperatorError: there is no such key, or it cannot be used, has ended or is about to.
+    :raises OperatorError: there is no such key, it cannot be used, or it has an end.
     """
     lock(txn)
     table = read(txn)
@@ -55,7 +55,7 @@ def activate(txn: Cursor, key_id: str) -> Change:
     if row.is_default_tx and all(signers.get(role) == key_id for role in row.roles):
         return Change(key_id, f"the key {key_id} signs for {roles} already", False, signers)
     if row.role == "any":
-        # A default of one role goes before one of any.
+        # The default of a single role has precedence over the default of the role "any".
         txn.execute("update s2s.s2s_keys set is_default_tx = false where is_default_tx and role <> 'any'")
     prefer(txn, [key_id])
     txn.execute(
@@ -66,9 +66,9 @@ def activate(txn: Cursor, key_id: str) -> Change:
 
 
 def retire(txn: Cursor, key_id: str) -> Change:
-    """Let a key sign no more, and verify for :data:`RETIRE_S` seconds more.
+    """Make a key stop signing now, and stop verifying after :data:`RETIRE_S` seconds.
 
-    :raises OperatorError: there is no such key, or no other would sign in its place.
+    :raises OperatorError: there is no such key, or no other key would sign in its place.
     """
     lock(txn)
     table = read(txn)
@@ -90,7 +90,7 @@ def retire(txn: Cursor, key_id: str) -> Change:
         end = after.row(key_id).active_to
         assert end is not None
         for role in row.roles:
-            # Now, and once it is gone: a successor may end as soon.
+            # Check the successor now and at the end of this key, because the successor may end as well.
             signers = [after.signers(at).get(role) for at in (after.now, end)]
             if role in before and (None in signers or key_id in signers):
                 raise OperatorError(f"no other key would sign for {role}: {_cure(after, role, key_id)}")
@@ -99,7 +99,7 @@ def retire(txn: Cursor, key_id: str) -> Change:
 
 
 def _settle(txn: Cursor) -> dict[Role, str]:
-    """Make whoever signs now the default: a key that is added later does not take its place as the newest."""
+    """Make the current signers the defaults, so that a key added later does not replace them as the newest."""
     signers = read(txn).signers()
     prefer(txn, set(signers.values()))
     return signers
@@ -123,7 +123,7 @@ def _cure(table: KeyTable, role: Role, key_id: str) -> str:
 
 
 def revoke(txn: Cursor, key_id: str) -> Change:
-    """Let a key neither sign nor verify from now on, whatever that leaves.
+    """Make a key neither sign nor verify from now on, even if no other key can sign.
 
     :raises OperatorError: there is no such key.
     """

@@ -1,4 +1,4 @@
-"""The first rows of ``sectors``, ``ports`` and ``ships``: made up of a seed, the same on every machine."""
+"""The first rows of ``sectors``, ``ports`` and ``ships``, generated from a seed: the same on every machine."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from s2s.store.kept_rows import check_written
 from s2s.store.lock_wait import PATIENCE_S, LockWait
 from s2s.store.tables import audit, world
 
-#: Held by whoever makes a world, so that it is made once.
+#: The advisory lock that a transaction holds while it makes a world, so that only one world is made.
 LOCK: Final = lock_key("world")
-#: Rows of one COPY. It bounds the memory, here and of the checks of foreign keys there, and the time of a statement.
+#: Rows of one COPY. Bounds the memory of this process, the memory that PostgreSQL needs for the checks of foreign keys,
+#: and the time of a statement.
 CHUNK_ROWS: Final = 20_000
 
-#: Sectors that are ``fedspace``, the first ones.
+#: The number of the first sectors, which are ``fedspace``.
 _FEDSPACE: Final = 10
-#: Of a hundred others, so many are ``port_closed``.
+#: The percentage of the other sectors that are ``port_closed``.
 _CLOSED_PERCENT: Final = 2
 _NAMES: Final = ("Anchorage", "Cluster", "Crossing", "Deep", "Drift", "Expanse", "Gate", "Haven", "Reach", "Shoal")
-#: What ports deal in, and what it usually costs.
+#: The commodities of ports, and their usual prices.
 _COMMODITIES: Final = (("ore", 20), ("organics", 50), ("equipment", 120))
-#: The greatest shields of four kinds of ships: some soon lose their last by decay, others after hours.
+#: The maximum shields of four kinds of ships. By decay, some lose their last shield soon, others after hours.
 _SHIELDS: Final = (3, 30, 300, 3000)
-#: How far a quarter of the ports are from their base, at most.
+#: The maximum distance of stock and price from their base values, for a quarter of the ports.
 _NEAR: Final = 3
 _SHIPS_OF_A_PLAYER: Final = 4
 
-#: Gives an evenly distributed integer from 0 to below its argument.
+#: Returns a uniformly distributed integer from 0 to below its argument.
 _Draw = Callable[[int], int]
 
 
@@ -46,19 +47,20 @@ def make_world(
     progress: Callable[[int], object] = lambda rows: None,
     tell: Callable[[str], object] = lambda line: None,
 ) -> bool:
-    """Make a world where there is none: sectors from 1, a port in each, and ships from 1.
+    """Make a world if there is none: sectors numbered from 1, one port in each, and ships numbered from 1.
 
-    The same sizes and seed make the same rows, byte for byte. Of two that try at once, one makes it.
+    The same sizes and seed make the same rows, byte for byte. If two sessions call it at once, only one makes a world.
 
-    :param replace: remove first what there is. What the transaction has done before is committed then, and so is this.
-    :param progress: is called with the number of rows that were just written, of ``2 * sectors + ships`` in all.
-    :param tell: of the sessions that hold the locks for ``replace``: see :class:`~s2s.store.lock_wait.LockWait`.
-    :returns: ``False``: there is a world already, and nothing was done.
-    :raises OperatorError: those locks were not free for too long.
+    :param replace: remove the existing world first. This commits the earlier changes of the transaction, and then the
+        new world.
+    :param progress: called with the number of rows just written, of ``2 * sectors + ships`` in all.
+    :param tell: called for sessions that hold locks needed by ``replace``: see :class:`~s2s.store.lock_wait.LockWait`.
+    :returns: ``False``: a world exists already, and nothing was done.
+    :raises OperatorError: other sessions held the locks for ``replace`` for too long.
     """
     if not replace:
         return _make(txn, sectors, ships, seed, replace, progress)
-    # A try that gets no lock is rolled back: the signature for the audit has to outlive it.
+    # A try that gets no lock is rolled back: the actor set for the audit has to survive that.
     commit(txn.connection)
     locks = LockWait(txn.connection, tell, PATIENCE_S)
     with locks.watched():
@@ -68,7 +70,7 @@ def make_world(
 def _make(txn: Cursor, sectors: int, ships: int, seed: int, replace: bool, progress: Callable[[int], object]) -> bool:
     txn.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
     if replace:
-        # Sectors last, as in the jobs and the checks of foreign keys: so nobody waits for us while we wait for him.
+        # Lock sectors last, in the same order as the jobs and the checks of foreign keys, so there is no deadlock.
         txn.execute("truncate s2s_world.ships, s2s_world.ports, s2s_world.sectors")
     elif not world.is_empty(txn):
         return False
@@ -96,7 +98,7 @@ def _make(txn: Cursor, sectors: int, ships: int, seed: int, replace: bool, progr
 
 
 def _draw(seed: int, table: str) -> _Draw:
-    # Python promises the same numbers of random() in every release, and of nothing else that Random has.
+    # Python guarantees the same sequence in every release only for random(), not for the other methods of Random.
     number = Random(f"{table} {seed}").random  # noqa: S311 - a world, not a secret
 
     def draw(below: int) -> int:
@@ -120,7 +122,7 @@ def _ports(draw: _Draw, count: int) -> Iterator[str]:
         commodity, usual = _COMMODITIES[draw(len(_COMMODITIES))]
         capacity = 1000 * (1 + draw(10))
         base_stock = capacity // 4 + draw(capacity // 2)
-        # Some arrive within half a minute, others take many.
+        # The stock and price of some ports reach their base values within half a minute; others take many minutes.
         reach = _NEAR if draw(4) == 0 else capacity
         stock = _other_than(base_stock, max(0, base_stock - reach), min(capacity, base_stock + reach), draw)
         base_price = usual - usual // 4 + draw(usual // 2)
@@ -133,7 +135,7 @@ def _ports(draw: _Draw, count: int) -> Iterator[str]:
 
 
 def _other_than(base: int, low: int, high: int, draw: _Draw) -> int:
-    """Draw from ``low`` to ``high``, and never ``base``: a port begins with a way to go."""
+    """Draw an integer from ``low`` to ``high`` other than ``base``, so that a port starts away from its base value."""
     drawn = low + draw(high - low)
     return drawn + (drawn >= base)
 

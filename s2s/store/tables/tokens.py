@@ -1,4 +1,4 @@
-"""Table ``api_tokens`` (docs/api.rst, "Tokens"). Its triggers notify channel ``s2s_tokens``, and write the audit."""
+"""Table ``api_tokens`` (docs/api.rst, "Tokens"). Its triggers notify channel ``s2s_tokens`` and write the audit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CHANNEL: Final = "s2s_tokens"
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A token as it is compared with what a request brings.
+    """A token as it is compared with the token of a request.
 
-    :param token_sha256: all that is kept of it.
-    :param left_s: seconds that it is valid for, from when it was read; ``None``: for ever.
+    :param token_sha256: the SHA-256 of the token, which itself is not stored.
+    :param left_s: seconds for which it is valid after the read; ``None``: it does not expire.
     """
 
     name: str
@@ -30,9 +30,9 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class PublicTokenRow:
-    """A token as people are shown it.
+    """A token as it is shown to operators.
 
-    :param is_expired: by the database's clock.
+    :param is_expired: whether it has expired, by the database's clock.
     """
 
     name: str
@@ -45,7 +45,7 @@ class PublicTokenRow:
 
 
 def read(txn: Cursor) -> list[TokenRow]:
-    """Read every token that is valid."""
+    """Return every valid token."""
     txn.execute(
         "select name, role, token_sha256, extract(epoch from expires_at - clock_timestamp())::float8 from"
         " s2s.api_tokens"
@@ -55,7 +55,7 @@ def read(txn: Cursor) -> list[TokenRow]:
 
 
 def list_public(txn: Cursor) -> list[PublicTokenRow]:
-    """List the tokens by name."""
+    """Return the tokens in the order of their names."""
     txn.execute(
         "select name, role, note, created_at, created_by, expires_at, coalesce(expires_at <= now(), false)"
         " from s2s.api_tokens order by name"
@@ -64,12 +64,12 @@ def list_public(txn: Cursor) -> list[PublicTokenRow]:
 
 
 def add(txn: Cursor, name: str, role: Access, note: str = "", days: int | None = None) -> str:
-    """Make a token.
+    """Create a token.
 
-    :param name: one that matches :data:`s2s.store.access.NAME`.
-    :param days: until it expires; ``None``: it does not.
-    :returns: the token, which is nowhere else.
-    :raises OperatorError: there is one of this name.
+    :param name: a name that matches :data:`s2s.store.access.NAME`.
+    :param days: the days until it expires; ``None``: it does not expire.
+    :returns: the token, which is stored nowhere.
+    :raises OperatorError: a token of this name exists.
     """
     token = make(name)
     txn.execute(
@@ -87,7 +87,7 @@ def add(txn: Cursor, name: str, role: Access, note: str = "", days: int | None =
 def revoke(txn: Cursor, name: str) -> bool:
     """Remove a token.
 
-    :returns: whether there was one.
+    :returns: whether there was a token of this name.
     """
     txn.execute("delete from s2s.api_tokens where name = %s", (name,))
     is_gone = txn.rowcount > 0

@@ -8,13 +8,13 @@ from typing import Final
 from s2s.store.driver import Cursor
 from s2s.store.kept_rows import check_written
 
-#: What ``update_all_ships`` may set, and the greatest value of each; the least is 0. The table's checks hold it too.
+#: The fields that ``update_all_ships`` may set, and their maximum values; the minimum is 0. The table checks them too.
 SHIP_FIELDS: Final = {"turns": 1_000_000, "fuel": 10**9, "shields": 10**9, "hold_capacity": 10**9}
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How much there is of everything; of the sectors also by their status."""
+    """The numbers of sectors, in all and by status, of ports and of ships."""
 
     sectors: int
     fedspace: int
@@ -26,8 +26,8 @@ class Counts:
 
 
 def count(txn: Cursor) -> Counts:
-    """Count everything, as of one moment."""
-    # Ships first, as whoever changes the world: two that lock tables in other orders may wait for each other.
+    """Count the rows of the world, in one snapshot."""
+    # Ships first, the same order in which every writer locks the tables, to avoid deadlocks.
     txn.execute(
         "select sectors, fedspace, neutral, closed, ports, ships, bare from"
         " (select count(*) as ships, count(*) filter (where shields = 0) as bare from s2s_world.ships) v,"
@@ -40,15 +40,15 @@ def count(txn: Cursor) -> Counts:
 
 
 def is_empty(txn: Cursor) -> bool:
-    """Whether there is no sector, and so nothing at all."""
+    """Return whether there is no sector, and therefore no port and no ship."""
     txn.execute("select from s2s_world.sectors limit 1")
     return txn.rowcount == 0
 
 
 def set_sector_status(txn: Cursor, sector_id: int, status: str) -> str | None:
-    """Change the rules of a sector.
+    """Set the status of a sector.
 
-    :returns: the status that it had; ``None``: there is no such sector.
+    :returns: its previous status; ``None``: there is no such sector.
     """
     txn.execute("select status from s2s_world.sectors where sector_id = %s for no key update", (sector_id,))
     found = txn.fetchone()
@@ -60,18 +60,19 @@ def set_sector_status(txn: Cursor, sector_id: int, status: str) -> str | None:
 
 
 def count_ships(txn: Cursor) -> tuple[int, int]:
-    """Count the ships, and give the greatest ``ship_id``; 0 where there is none."""
+    """Return the number of ships and the greatest ``ship_id``, or 0 if there is none."""
     txn.execute("select count(*), coalesce(max(ship_id), 0) from s2s_world.ships")
     count, last = txn.fetchone() or (0, 0)
     return int(count), int(last)
 
 
 def end_of_batch(txn: Cursor, after: int, last: int, rows: int) -> int | None:
-    """Give the ``ship_id`` with which a batch of ships ends, in the order of their ids.
+    """Return the last ``ship_id`` of the next batch of ships, in the order of their ids.
 
-    :param after: where the batch before ended; 0 at first.
-    :param last: no ship after this one.
-    :returns: ``None``: there are no more.
+    :param after: the last ``ship_id`` of the batch before; 0 at first.
+    :param last: the last ``ship_id`` of all batches.
+    :param rows: the number of ships in a batch.
+    :returns: ``None``: there are no more ships.
     """
     txn.execute(
         "select max(ship_id) from (select ship_id from s2s_world.ships where ship_id > %s and ship_id <= %s"
@@ -83,18 +84,18 @@ def end_of_batch(txn: Cursor, after: int, last: int, rows: int) -> int | None:
 
 
 def update_ships(txn: Cursor, field: str, value: int, after: int, end: int) -> int:
-    """Set one property of a batch of ships.
+    """Set one field of a batch of ships.
 
     :param field: one of :data:`SHIP_FIELDS`.
     :param after: the batch begins after this ``ship_id``, and ends with ``end``.
-    :returns: how many there were.
+    :returns: the number of ships in the batch.
     :raises KeyError: there is no such field.
     """
     txn.execute(_UPDATE[field], (value, after, end))
     return txn.rowcount
 
 
-#: No name of a column comes from outside.
+#: The statement for each field: column names are constants, never input.
 _UPDATE: Final = {
     field: f"update s2s_world.ships set {field} = %s where ship_id > %s and ship_id <= %s"  # noqa: S608 - a constant of ours
     for field in SHIP_FIELDS

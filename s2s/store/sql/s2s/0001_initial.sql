@@ -1,10 +1,10 @@
--- The tables of the link, in the schema s2s. docs/protocol.rst says what they mean.
--- The schema is there before this file runs, and the search_path is pg_catalog: each name of ours is written in full.
--- What passes a payload's JSON Schema must never be refused here: integers reach 2^53 - 1, so they are bigint.
--- Every function sets its own search_path: a trigger runs with that of the session which fires it. pg_temp is searched
--- first unless it is named.
+-- The tables of the link, in the schema s2s. docs/protocol.rst explains them.
+-- The schema exists before this file runs. The search_path is pg_catalog, so each name of s2s is qualified.
+-- The tables must accept every payload that its JSON Schema accepts: integers reach 2^53 - 1, so they are bigint.
+-- Every function sets its own search_path, because a trigger runs with the search_path of the session that fires it.
+-- pg_temp is named last, because PostgreSQL searches it first if it is not named.
 
--- One trigger function for every table that tells its readers of a change: the argument is the channel.
+-- The trigger function of every table that notifies its readers of changes. Argument: the channel.
 create function s2s.notify() returns trigger language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
     perform pg_notify(tg_argv[0], '');
@@ -12,12 +12,12 @@ begin
 end
 $$;
 
--- The actor that the transaction names, else the user.
+-- The actor that the transaction has set, else the session user.
 create function s2s.actor() returns text language sql stable set search_path = pg_catalog, pg_temp as $$
     select coalesce(nullif(current_setting('s2s.actor', true), ''), session_user)
 $$;
 
--- The action that the transaction names, else the given one.
+-- The action that the transaction has set, else the given one.
 create function s2s.action(otherwise text) returns text language sql stable set search_path = pg_catalog, pg_temp as $$
     select coalesce(nullif(current_setting('s2s.action', true), ''), otherwise)
 $$;
@@ -26,12 +26,12 @@ $$;
 
 create table s2s.s2s_keys (
     key_id text primary key check (key_id ~ '^[A-Za-z0-9_.-]{1,64}$'),
-    -- No check reads the secret: PostgreSQL logs a row that a check refuses.
+    -- No check reads the secret, because PostgreSQL logs the rows that a check refuses.
     key_b64 text not null,
     role text not null check (role in ('engine', 'server', 'any')),
     active_from timestamptz not null default now(),
     active_to timestamptz,
-    closed_at timestamptz, -- when an operator retired or revoked the key: active_to counts from then
+    closed_at timestamptz, -- when an operator retired or revoked the key; active_to is reckoned from this time
     is_default_tx boolean not null default false,
     note text not null default '',
     created_at timestamptz not null default now(),
@@ -50,29 +50,31 @@ create table s2s.commands (
     payload jsonb not null,
     priority integer not null default 100,
     due_at timestamptz not null default now(),
-    -- An operator's retry or a corrected clock set due_at, and not the push. Null costs a push nothing.
+    -- True: an operator's retry or a clock correction has set due_at, not the push. Null costs a push nothing.
     due_is_ours boolean,
     status text not null default 'ready' check (status in ('ready', 'done', 'dead', 'cancelled')),
     attempts integer not null default 0,
-    -- Attempts that ended with the process. A command that shared a batch with a killer must not die of them:
-    -- docs/protocol.rst, "Commands", states the two bounds.
+    -- Attempts that ended because the process died. They have a bound of their own, so that a command does not become
+    -- dead because another one of its batch killed the process: docs/protocol.rst, "Commands", states both bounds.
     deaths integer not null default 0,
     error text,
     created_at timestamptz not null default now(),
     finished_at timestamptz
 ) with (
-    -- A look for ready commands steps over all that became ready since the last vacuum. The default would be a fifth of
-    -- a table that keeps its finished rows, and a vacuum skips an index with few dead rows.
+    -- A query for ready commands steps over the index entries of all commands that became ready since the last vacuum.
+    -- By default, a vacuum would wait until a fifth of the rows are dead, in a table that keeps its finished rows, and
+    -- would skip an index with few dead rows.
     autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 100000, vacuum_index_cleanup = on
 );
--- The run order. Finished rows leave it, so its size is that of the waiting work.
+-- The order in which commands run. It contains only ready rows, so its size is that of the waiting work.
 create index commands_ready on s2s.commands (priority, due_at, cmd_id) where status = 'ready';
--- Filters of lists. Those by type, and by ready or done, have no index: it would cost every push.
--- s2s/store/tables/lists.py reads them in stretches.
+-- Filters of lists. The filters by type, and by the status ready or done, have no index, because it would slow every
+-- push: s2s/store/tables/lists.py reads the table in stretches instead.
 create index commands_dead on s2s.commands (cmd_id) where status = 'dead';
 create index commands_cancelled on s2s.commands (cmd_id) where status = 'cancelled';
 
--- The one arbiter of duplicates; a key outlives its command. Keys are ASCII, and byte order is the cheapest.
+-- This table alone decides which pushes are duplicates. A key outlives its command. Keys are ASCII, and comparing them
+-- in byte order is cheapest.
 create table s2s.idempotency_keys (
     idem_key text collate "C" primary key,
     fingerprint bytea not null check (octet_length(fingerprint) = 32),
@@ -80,20 +82,20 @@ create table s2s.idempotency_keys (
     status text, -- the last status of the command, once retention has removed its row
     expires_at timestamptz
 );
--- Keys whose command was removed. The others do not expire yet and are not in the index.
+-- Contains only keys whose command was removed. The other keys do not expire yet.
 create index idempotency_keys_expires on s2s.idempotency_keys (expires_at) where expires_at is not null;
 
--- The batch that a worker has claimed, written before it runs: the notes of a dead process name the suspects. One claim
--- at a time draws an id, in the order of the commits, so a reader of notes starts at the oldest id that is left: a
--- snapshot keeps every dead note.
+-- The claims of workers, each written before its batch runs. The notes of a dead process name the commands that may
+-- have killed it. Only one claim at a time takes an id, so the ids are in the order of the commits. A reader can
+-- therefore start at the oldest remaining id, and does not read the dead rows that an old snapshot retains.
 create table s2s.batch_notes (
     note_id bigint generated always as identity primary key,
     boot_id text not null,
     worker integer not null,
     cmd_ids bigint[] not null,
     noted_at timestamptz not null default now(),
-    -- The handler of the batch does not return. Its process lives and has charged its commands: no other process may
-    -- claim them while the note stands, and the end of the process charges nothing more.
+    -- The handler of the batch does not return. Its process is alive and has charged its commands. No other process may
+    -- claim them while the note exists, and the end of the process charges no further attempt.
     stuck boolean not null default false
 );
 
@@ -110,8 +112,8 @@ create table s2s.notices (
     expires_at timestamptz
 );
 
--- Every command type that a server of this database has served. The JSON Schema is text: jsonb has no character 0, and
--- a pattern may.
+-- Every command type that a server of this database has served. The JSON Schema is text, because a pattern may contain
+-- the character U+0000, which jsonb does not support.
 create table s2s.command_types (
     cmd_type text collate "C" primary key check (length(cmd_type) <= 64 and cmd_type ~ '^[a-z][a-z0-9_.]*$'),
     schema text not null,
@@ -122,7 +124,8 @@ create trigger command_types_notify after insert or update or delete or truncate
 
 -- The engine's side ----------------------------------------------------------------------------------------------
 
--- Operators write it in plain SQL too, so it accepts exactly what the schema of notice.publish accepts.
+-- Operators also insert rows in plain SQL, so the table accepts exactly the payloads that the schema of notice.publish
+-- accepts.
 create table s2s.broadcasts (
     broadcast_id bigint generated by default as identity primary key,
     scope text not null default 'global' check (scope in ('global', 'sector', 'corp', 'player')),
@@ -146,8 +149,9 @@ create index broadcasts_pending on s2s.broadcasts (broadcast_id) where state = '
 create trigger broadcasts_notify after insert on s2s.broadcasts
     for each statement execute function s2s.notify('s2s_broadcasts');
 
--- Accepts exactly what the schema of s2s.command.push accepts. A row passes the checks twice, as it is written and as it
--- is leased: a bound on repetition within an expression costs 14 us there, a length nothing.
+-- The table accepts exactly the payloads that the schema of s2s.command.push accepts. PostgreSQL runs the checks twice
+-- for a row, when it is inserted and when it is leased. They use length(), which costs nothing; a bounded repetition in
+-- the regular expression costs 14 us.
 create table s2s.outbox (
     outbox_id bigint generated by default as identity primary key,
     cmd_type text not null check (length(cmd_type) <= 64 and cmd_type collate "C" ~ '^[a-z][a-z0-9_.]*$'),
@@ -155,7 +159,7 @@ create table s2s.outbox (
     payload jsonb not null check (jsonb_typeof(payload) = 'object'),
     priority integer not null default 100 check (priority between 0 and 1000),
     due_at bigint check (due_at between 0 and 4102444800), -- of the command, in Unix seconds
-    send_at timestamptz not null default now(), -- not before: the end of a lease while it is in flight, else the next try
+    send_at timestamptz not null default now(), -- earliest next send: the end of the lease if in flight, else the retry
     attempts integer not null default 0,
     state text not null default 'waiting' check (state in ('waiting', 'dead')),
     error_code text,
@@ -167,16 +171,16 @@ create index outbox_dead on s2s.outbox (outbox_id) where state = 'dead';
 create trigger outbox_notify after insert on s2s.outbox
     for each statement execute function s2s.notify('s2s_outbox');
 
--- One row a job, shared by every engine that has it: the engine that has locked the row runs the job.
+-- One row per job, shared by all engines that have the job. The engine that has locked the row runs the job.
 create table s2s.jobs (
     job_type text primary key check (job_type collate "C" ~ '^[a-z][a-z0-9_.]{0,63}$'),
     schedule text not null,
     declared_by text, -- the boot_id of the engine that declared the schedule last
-    -- Of the run that is next, or that is not finished yet; within the years of every client library.
+    -- When the next or unfinished run is due; within the years that every client library supports.
     due_at timestamptz not null check (due_at between '1970-01-01' and '9999-01-01'),
-    state jsonb check (jsonb_typeof(state) = 'object'), -- where an unfinished run goes on
-    attempts integer not null default 0, -- begun in a row, and neither finished nor advanced
-    retry_at timestamptz, -- not before, after an attempt
+    state jsonb check (jsonb_typeof(state) = 'object'), -- the state from which an unfinished run continues
+    attempts integer not null default 0, -- consecutive attempts that neither finished nor advanced
+    retry_at timestamptz, -- after an attempt, the earliest time of the next one
     error text, -- of the last attempt
     runs bigint not null default 0,
     last_due_at timestamptz,
@@ -186,7 +190,7 @@ create table s2s.jobs (
 
 -- Engines --------------------------------------------------------------------------------------------------------
 
--- The state that operators want of an engine, by its name; it outlives the engine's process.
+-- The desired state of each engine, by name. It outlives the engine's process.
 create table s2s.engines (
     name text primary key check (char_length(name) between 1 and 200),
     wanted text not null default 'running' check (wanted in ('running', 'paused')),
@@ -196,7 +200,7 @@ create table s2s.engines (
 create trigger engines_notify after insert or update or delete or truncate on s2s.engines
     for each statement execute function s2s.notify('s2s_engines');
 
--- Which server has a link to which engine. A server writes its rows every few seconds: old ones are of a dead server.
+-- The links between servers and engines. A server updates its rows every few seconds: old rows are of a dead server.
 create table s2s.engine_links (
     server_boot_id text not null,
     key_id text not null,
@@ -208,7 +212,7 @@ create table s2s.engine_links (
     primary key (server_boot_id, key_id, name)
 );
 
--- Control requests typed in a shell: the server that has the link takes one, sends it, and writes the answer here.
+-- Control requests of operators. The server that has the link takes a request, sends it, and writes the answer here.
 create table s2s.steering (
     request_id bigint generated by default as identity primary key,
     engine text not null,
@@ -216,9 +220,9 @@ create table s2s.steering (
     payload jsonb not null check (jsonb_typeof(payload) = 'object'),
     actor text not null default session_user,
     created_at timestamptz not null default now(),
-    expires_at timestamptz not null, -- no server takes it after that
+    expires_at timestamptz not null, -- no server takes the request after this time
     taken_by text,
-    is_ok boolean, -- false: the answer is the payload of an s2s.error; null: there was none
+    is_ok boolean, -- false: answer is the payload of an s2s.error; null: there was no valid answer
     answer jsonb,
     answered_at timestamptz
 );
@@ -230,7 +234,7 @@ create trigger steering_over after update of answered_at on s2s.steering for eac
 
 -- Orders ---------------------------------------------------------------------------------------------------------
 
--- An engine runs an order only while it has locked the order's row, and only while the order is open.
+-- An engine runs an order only while it has locked the order's row and the order is open (queued or running).
 create table s2s.orders (
     order_id text collate "C" primary key default gen_random_uuid()::text check (order_id ~ '^[A-Za-z0-9_-]{1,64}$'),
     rpc text not null,
@@ -239,18 +243,18 @@ create table s2s.orders (
     idem_key text collate "C" unique check (idem_key ~ '^[ -~]{1,200}$'),
     status text not null default 'queued' check (status in ('queued', 'running', 'done', 'refused', 'failed')),
     result jsonb check (jsonb_typeof(result) = 'object'),
-    state jsonb check (jsonb_typeof(state) = 'object'), -- where a running order goes on, and how far it is
-    attempts integer not null default 0, -- begun in a row without an advance: mostly by processes that died
-    retry_at timestamptz, -- not before, after an attempt
+    state jsonb check (jsonb_typeof(state) = 'object'), -- from which a running order continues; has its progress
+    attempts integer not null default 0, -- consecutive attempts without an advance, mostly of processes that died
+    retry_at timestamptz, -- after an attempt, the earliest time of the next one
     engine text, -- the name of the engine that ran it last
     way text check (way in ('link', 'table')), -- how the engine received it
-    -- Within the years of every client library.
+    -- Within the years that every client library supports.
     created_at timestamptz not null default now() check (created_at between '2000-01-01' and '9999-01-01'),
-    stepped_at timestamptz not null default now(), -- when it had its last turn
+    stepped_at timestamptz not null default now(), -- when it last had its turn to run
     started_at timestamptz,
     finished_at timestamptz
 );
--- In turns: a long order does not hold up a short one, nor many short ones a long one.
+-- Orders take turns, so that a long order does not delay a short one, nor many short ones a long one.
 create index orders_open on s2s.orders (stepped_at) where status in ('queued', 'running');
 -- Filters of lists, in the order of the pages.
 create index orders_newest on s2s.orders (created_at, order_id);
@@ -265,7 +269,7 @@ create trigger orders_over after update of status on s2s.orders for each row
 
 -- Configuration --------------------------------------------------------------------------------------------------
 
--- One locked row: a version that is rolled back is used again, so versions have no gaps.
+-- A single row, which a change locks. A version that is rolled back is used again, so versions have no gaps.
 create table s2s.config_version (
     only_row boolean primary key default true check (only_row),
     version bigint not null default 0
@@ -276,7 +280,7 @@ create table s2s.config (
     key text primary key check (key ~ '^[a-z][a-z0-9_.]{0,199}$'),
     value jsonb not null,
     type text not null check (type in ('string', 'integer', 'boolean')),
-    min bigint, -- of an integer its value, of a string its length
+    min bigint, -- of the value of an integer, or of the length of a string
     max bigint,
     description text not null default '',
     version bigint not null default 0 -- of the last change of the value
@@ -292,7 +296,8 @@ create table s2s.config_history (
 );
 create index config_history_key on s2s.config_history (key, version);
 
--- A change of a value, by whatever means: the rules hold, it is a new version, and the history names its author.
+-- These triggers apply to every change of a value, also by plain SQL: they check the rules, count a new version, and
+-- write the history with the actor.
 create function s2s.config_check() returns trigger language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
     size numeric;
@@ -332,7 +337,7 @@ create trigger config_notify after insert or update or delete or truncate on s2s
 
 -- The HTTP API ---------------------------------------------------------------------------------------------------
 
--- Of a token only its hash is kept. A revoked token is removed, and the audit has it.
+-- Only the hash of a token is stored. A revoked token is deleted; the audit records it.
 create table s2s.api_tokens (
     name text primary key check (name ~ '^[A-Za-z0-9_.-]{1,64}$'),
     role text not null check (role in ('observer', 'operator', 'admin')),
@@ -340,7 +345,7 @@ create table s2s.api_tokens (
     note text not null default '',
     created_at timestamptz not null default now(),
     created_by text not null default s2s.actor(),
-    -- Within the years of every client library.
+    -- Within the years that every client library supports.
     expires_at timestamptz check (expires_at between '2000-01-01' and '9999-01-01')
 );
 create trigger api_tokens_notify after insert or update or delete or truncate on s2s.api_tokens
@@ -350,10 +355,10 @@ create trigger api_tokens_notify after insert or update or delete or truncate on
 
 create table s2s.database (
     only_row boolean primary key default true check (only_row),
-    -- In every idem_key that s2s makes itself, so that two databases never make the same one.
+    -- Part of every idem_key that s2s makes itself, so that two databases never make the same one.
     database_id text not null default left(replace(gen_random_uuid()::text, '-', ''), 16)
         check (database_id ~ '^[A-Za-z0-9_-]{1,32}$'),
-    -- The time by which retention judges age: it follows now(), and advances by a bounded step in each pass.
+    -- The time against which retention computes ages. It follows now(), by a bounded step in each pass.
     retention_at timestamptz not null default now()
 );
 insert into s2s.database default values;
@@ -383,16 +388,16 @@ create trigger audit_keep before update or delete or truncate on s2s.audit
     for each statement execute function s2s.audit_keep();
 alter table s2s.audit enable always trigger audit_keep;
 
--- Those of some members ({}: of all) of one object that another one lacks or has otherwise.
+-- The members of now_is that other lacks or has with another value; only those in "members" ({}: all members).
 create function s2s.changed(now_is jsonb, other jsonb, members text[]) returns jsonb
     language sql immutable set search_path = pg_catalog, pg_temp as $$
     select coalesce(jsonb_object_agg(key, value), '{}') from jsonb_each(now_is)
     where (members = '{}' or key = any(members)) and other -> key is distinct from value
 $$;
 
--- The audit of rows that plain SQL may change. Arguments: the action of an insert, an update and a delete; the column
--- that names a row; the columns that are told ({}: all); those of which only the change is told. A table that has a secret
--- names them: a column that a DBA has added may be made of the secret.
+-- The audit of rows that plain SQL may change. Arguments: the actions of an insert, an update and a delete; the column
+-- that identifies a row; the columns that are recorded ({}: all); the columns of which only the fact of a change is
+-- recorded. A table with a secret lists its columns, because a column added by a DBA may be derived from the secret.
 create function s2s.audit_row() returns trigger language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
     told text[] := tg_argv[4]::text[];
@@ -425,9 +430,9 @@ create trigger s2s_keys_audit_change after update on s2s.s2s_keys for each row
     when (old.* is distinct from new.*)
     execute function s2s.audit_row('', 'keys.change', '', 'key_id',
         '{key_id,role,active_from,active_to,closed_at,is_default_tx,note,created_at,created_by}', '{key_b64}');
--- config_history has each change of a value. The audit also has settings that are added or removed, and other bounds.
+-- config_history records changes of values. These triggers record added and deleted settings, and changed bounds.
 create trigger config_audit after insert or delete on s2s.config for each row
-    -- A release declares its settings at each migration.
+    -- Not for the settings that a release declares at each migration.
     when (s2s.action('') <> 'config.declare')
     execute function s2s.audit_row('config.add', '', 'config.delete', 'key',
         '{key,value,type,min,max,description}', '{}');
@@ -440,7 +445,8 @@ create trigger config_history_audit_change after update on s2s.config_history fo
     execute function s2s.audit_row('', 'config_history.change', '', 'key', '{}', '{}');
 create trigger config_history_audit_delete after delete on s2s.config_history for each row
     execute function s2s.audit_row('', '', 'config_history.delete', 'key', '{}', '{}');
--- The members of an order that never change, and its end. The steps in between change none of them.
+-- Changes to the columns that never change in an order, and to an order that is over. The steps of an order change
+-- neither.
 create trigger orders_audit_change
     after update of order_id, rpc, params, actor, idem_key, created_at, status, result on s2s.orders for each row
     when ((old.order_id, old.rpc, old.params, old.actor, old.idem_key, old.created_at)
@@ -451,7 +457,7 @@ create trigger orders_audit_change
 create trigger orders_audit_delete after delete on s2s.orders for each row
     execute function s2s.audit_row('', '', 'orders.delete', 'order_id', '{}', '{}');
 
--- The audit of a TRUNCATE. Arguments: the action, the column that names a row, and the columns that are told ({}: all).
+-- The audit of a TRUNCATE. Arguments: the action, the column that identifies a row, the columns recorded ({}: all).
 create function s2s.audit_truncate() returns trigger language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
     execute format('insert into s2s.audit (actor, action, subject, result) select s2s.actor(), $1, t.%I::text,'
@@ -481,7 +487,7 @@ create trigger orders_audit_truncate before truncate on s2s.orders
         '{rpc,params,actor,idem_key,status,result,state,attempts,retry_at,engine,way,created_at,stepped_at,
         started_at,finished_at}');
 
--- An order has two entries: one as it is given, and one with its result.
+-- An order has two entries: one when it is created, and one with its result.
 create function s2s.audit_order() returns trigger language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
     insert into s2s.audit (actor, action, subject, params, result)
@@ -507,7 +513,7 @@ $$;
 create trigger config_history_audit after insert on s2s.config_history
     for each row execute function s2s.audit_config();
 
--- The version moves with a setting; moved by hand it leaves a gap.
+-- A change of a setting advances the version. This trigger records a change of the version by hand, which leaves a gap.
 create function s2s.audit_version() returns trigger language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
     insert into s2s.audit (actor, action, params, result)
@@ -533,7 +539,8 @@ create trigger engines_audit after insert or delete on s2s.engines
 create trigger engines_audit_change after update on s2s.engines for each row
     when ((old.wanted, old.reason) is distinct from (new.wanted, new.reason)) execute function s2s.audit_engine();
 
--- A control request has two entries: one when a server has taken it, which may die with it, and one with its answer.
+-- A control request has two entries: one when a server takes it, since the server may die before the answer, and one
+-- with the answer.
 create function s2s.audit_steering() returns trigger language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
     insert into s2s.audit (actor, action, subject, params, result)
@@ -549,7 +556,7 @@ create trigger steering_answered after update of answered_at on s2s.steering for
     when (new.answered_at is distinct from old.answered_at and new.type <> 's2s.health.check')
     execute function s2s.audit_steering();
 
--- Never the hash, nor a column that a DBA has added.
+-- Records neither the hash nor a column that a DBA has added.
 create function s2s.audit_token() returns trigger language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
     token s2s.api_tokens := case tg_op when 'DELETE' then old else new end;

@@ -1,4 +1,4 @@
--- The bundled world, in the schema s2s_world. docs/protocol.rst, "The world and its jobs", says what its tables mean.
+-- The bundled world, in the schema s2s_world. docs/protocol.rst, "The world and its jobs", explains its tables.
 
 create table s2s_world.sectors (
     sector_id bigint primary key check (sector_id between 1 and 9007199254740991),
@@ -6,7 +6,7 @@ create table s2s_world.sectors (
     status text not null default 'neutral' check (status in ('fedspace', 'neutral', 'port_closed'))
 );
 
--- A port deals in one commodity: its stock and its price drift toward their usual values.
+-- A port deals in one commodity. Its stock and its price drift toward base_stock and base_price.
 create table s2s_world.ports (
     port_id bigint primary key check (port_id between 1 and 9007199254740991),
     sector_id bigint not null references s2s_world.sectors,
@@ -22,10 +22,10 @@ create table s2s_world.ports (
     constraint ports_base_stock check (base_stock between 0 and capacity),
     constraint ports_price check (price between min_price and max_price),
     constraint ports_base_price check (base_price between min_price and max_price)
-) with (fillfactor = 50); -- room in each page for the next versions of its rows: no index is written for them
+) with (fillfactor = 50); -- room in each page for new row versions, which then need no index entries (HOT)
 create index ports_sector on s2s_world.ports (sector_id);
 
--- The world's module knows the bounds too, to name them in a refusal; a test holds the two together.
+-- s2s.store.tables.world has the same bounds, to name them in a refusal; a test checks that the two agree.
 create table s2s_world.ships (
     ship_id bigint primary key check (ship_id between 1 and 9007199254740991),
     player_id bigint not null check (player_id between 1 and 9007199254740991),
