@@ -1,7 +1,7 @@
-"""The one wrapper around every operation: host, sign-in, limits, JSON and errors (docs/api.rst).
+"""The wrapper around every operation: host check, sign-in, limits, JSON and errors (docs/api.rst).
 
-Why no framework for routes: the operations are data already (:mod:`s2s.admin.operations`), and routes, checks and
-the OpenAPI document are read from them; decorators would say the same a second time.
+It uses no routing framework, because the operations are data already (:mod:`s2s.admin.operations`): routes, checks and
+the OpenAPI document are derived from them, and decorators would repeat them.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from s2s.admin.operations.operation import BODY_BYTES, IDEM_KEY, Operation, Oper
 from s2s.errors import BadEnvelope, BadPayload, S2SError, ShuttingDown
 from s2s.protocol import canonical
 
-#: Host names that are ours in any case; an address is none that a page elsewhere could have resolved to us.
+#: Host names that are always accepted. IP addresses are accepted too, because DNS rebinding needs a name.
 LOCAL: Final = frozenset({"localhost"})
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
 class Plain:
-    """What is answered without the database, and so is no operation.
+    """A path that is answered without the database, and so is not an operation.
 
-    :param give: returns what is said; called with whether the request had a valid token, which an open one may have.
-    :param is_open: whether it is answered without a token or with a wrong one, under any Host, whatever its query says,
-        and to OPTIONS as to GET: a load balancer may ask so.
+    :param give: returns the body; the argument is whether the request has a valid token.
+    :param is_open: whether the path is answered without a token or with a wrong one, under any Host, with any query,
+        and to OPTIONS as to GET, because a load balancer may send such requests.
     """
 
     name: str
@@ -55,9 +55,9 @@ class Plain:
 class Api(Resource):
     """Answers every request.
 
-    :param plain: see :class:`Plain`.
-    :param hosts: further names by which clients may call this server.
-    :ivar counts: requests by what became of them.
+    :param plain: the paths that are no operations.
+    :param hosts: further host names that clients may use for this server.
+    :ivar counts: the number of requests by outcome.
     """
 
     log = Logger()
@@ -78,7 +78,7 @@ class Api(Resource):
         self.counts: Counter[str] = Counter()
 
     def drain(self) -> Deferred[None]:
-        """Refuse what comes from now on.
+        """Refuse new requests from now on.
 
         :returns: fires when every request under way is answered.
         """
@@ -89,7 +89,7 @@ class Api(Resource):
         return waiter
 
     def render(self, request: Request) -> int:
-        """Begin to answer a request."""
+        """Start to answer a request."""
         visit = ClientRequest()
         request.notifyFinish().addErrback(lambda _: visit.leave())
         self._under_way.add(visit)
@@ -109,9 +109,9 @@ class Api(Resource):
                 waiter.callback(None)
 
     def body_bytes(self, method: bytes, path: bytes) -> int:
-        """Return how long the body of a request may be; one that names no operation is refused whatever it says.
+        """Return the maximum length of the body of a request; a request for no operation is refused in any case.
 
-        :param path: without its query.
+        :param path: the path without the query.
         """
         try:
             return self._routes.find(method.decode("ascii", "replace"), path)[0].body_bytes
@@ -164,7 +164,7 @@ class Api(Resource):
         return reply
 
     def _check_host(self, request: Request) -> None:
-        """Let nobody in who calls us by a name that is not ours, against pages that have theirs resolved to us."""
+        """Refuse a request whose Host is not a name of this server, as a protection against DNS rebinding."""
         match = _HOST.fullmatch(_header(request, b"host") or "")
         host = match[1].lower().rstrip(".") if match else ""
         if host in self._hosts:
@@ -194,7 +194,7 @@ class Api(Resource):
 
 
 def _body(request: Request, operation: Operation[Any]) -> Any:
-    """Read the body: one JSON object, as strict as a frame; nothing at all is an empty one."""
+    """Parse the body as one JSON object, as strictly as a frame; an empty body is an empty object."""
     raw = request.content.read() if operation.method != "GET" and request.content is not None else b""
     if not raw:
         return {}
@@ -208,9 +208,9 @@ def _body(request: Request, operation: Operation[Any]) -> Any:
 
 
 def _header(request: Request, name: bytes) -> str | None:
-    """Give a header, whose bytes may be any.
+    """Return the value of a header, which may contain any bytes.
 
-    :raises BadEnvelope: it stands there twice, and who reads the first and who the last would disagree.
+    :raises BadEnvelope: the header occurs twice; readers of the first and of the last value would disagree.
     """
     values = request.requestHeaders.getRawHeaders(name) or []
     if len(values) > 1:
@@ -230,7 +230,7 @@ def _write(request: Request, status: int, headers: Mapping[str, str], body: byte
     request.finish()
 
 
-#: Said of every answer: nothing keeps it, and nothing runs it.
+#: Headers of every response, which forbid caching it and running it as code.
 SAFE: Final = {
     "Server": "s2s",
     "Cache-Control": "no-store",

@@ -1,4 +1,4 @@
-"""Waiting for what the database will say, for any number of requests at once and by one look."""
+"""Wait for changes in the database, for any number of requests at once with one query."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from s2s.store.driver import Cursor
 from s2s.store.poll_loop import PollLoop
 from s2s.store.pool import Database
 
-#: Requests of one line that wait at once. As many again may stand in the line, and the site has connections for more
-#: than both: what observers do holds up neither a pause nor /healthz.
+#: Requests of one queue that may wait at once. As many again may be in the queue itself, and the site has connections
+#: for more than both, so that observers delay neither a pause nor /healthz.
 MOST: Final = 1000
 
 _Look = Callable[[Cursor, Sequence[Any]], Collection[Any]]
 
 
 class _Wait:
-    """One request's."""
+    """The wait of one request."""
 
     def __init__(self, until: WaitFor, line: str, leave: Callable[[_Wait], None]) -> None:
         self.line = line
@@ -34,9 +34,9 @@ class _Wait:
 
 
 class LongPolls:
-    """Those who wait; all that is asked for in one way is looked for by one statement.
+    """The waiting requests. One query serves all waits with the same ``look`` function.
 
-    It looks when there is somebody new, when it is woken, and once a second: what wakes it may be lost.
+    It polls when a request starts to wait, when ``wake`` is called, and once a second, because a NOTIFY may be lost.
     """
 
     def __init__(self, database: Database, clock: Clock, counters: Counters) -> None:
@@ -52,13 +52,13 @@ class LongPolls:
         return len(self._waits)
 
     def start(self) -> None:
-        """Look from now on."""
+        """Start to poll."""
         self._turns.start()
 
     def stop(self) -> Deferred[Any]:
-        """Let nobody wait any more: they see what there is.
+        """End all waits, so that their requests answer with the current state.
 
-        :returns: fires when no look is under way.
+        :returns: fires when no query is under way.
         """
         stopping = self._turns.stop()
         for wait in list(self._waits):
@@ -66,11 +66,11 @@ class LongPolls:
         return stopping
 
     def wait(self, until: WaitFor, line: str) -> Deferred[None]:
-        """Wait.
+        """Start to wait.
 
-        :param line: whose requests are counted together, see :data:`s2s.admin.http.operation_runner.Line`.
-        :returns: fires when it is over or the time is; it may be cancelled.
-        :raises Overloaded: too many of this line wait.
+        :param line: the queue whose requests are counted together, see :data:`s2s.admin.http.operation_runner.Line`.
+        :returns: fires when the wait or its time is over; it may be cancelled.
+        :raises Overloaded: too many requests of this queue wait.
         """
         if self._turns.is_stopping:
             return succeed(None)

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document, out of the operations' declarations (docs/api.rst)."""
+"""The OpenAPI 3.1 document, generated from the declarations of the operations (docs/api.rst)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from s2s.store.access import ACCESS
 
 _SCHEMAS: Final = "#/components/schemas/"
 _TOKEN: Final[dict[str, list[str]]] = {"token": []}
-#: The statuses with which any request may be refused; a body that is wanted adds its own.
+#: The statuses with which any request may be refused, and those that a request with a body has in addition.
 _ANY: Final = (400, 401, 421, 429, 500, 503, 504)
 _WITH_BODY: Final = (413, 415)
 
@@ -40,7 +40,7 @@ _PROBLEM: Final = {
 
 
 def document(operations: Collection[Operation[Any]], plain: Iterable[Plain]) -> dict[str, Any]:
-    """Describe the whole API."""
+    """Return the OpenAPI document of the whole API."""
     types = list({id(each.reply): each.reply for each in operations if each.reply_schema is None}.values())
     refs, components = msgspec.json.schema_components(types, ref_template=f"{_SCHEMAS}{{name}}")
     replies = {id(kind): ref for kind, ref in zip(types, refs, strict=True)}
@@ -66,7 +66,7 @@ def document(operations: Collection[Operation[Any]], plain: Iterable[Plain]) -> 
 
 
 def _described(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep the first line of a docstring: what follows is for who reads the code."""
+    """Return a schema with only the first line of its docstring; the further lines are for readers of the code."""
     said = dict(schema)
     if "description" in said:
         said["description"] = said["description"].partition("\n")[0]
@@ -133,7 +133,7 @@ def _body(operation: Operation[Any]) -> dict[str, Any]:
 
 
 def _whole(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Write out what a schema refers to in itself: in the document its own root is another one."""
+    """Replace the references of a schema to its own ``$defs``, which do not resolve within the OpenAPI document."""
     pieces = {f"#/$defs/{name}": piece for name, piece in schema.get("$defs", {}).items()}
 
     def written(node: Any) -> Any:

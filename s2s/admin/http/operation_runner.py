@@ -1,4 +1,4 @@
-"""Taking the steps of operations on the database's pool, a few at once, and waiting between them."""
+"""Run the steps of operations on the database's pool, a few at once, and wait between the steps."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ from s2s.store.tables import audit
 
 R = TypeVar("R")
 
-#: The line in which a request waits: observers wait for each other alone, and so do the lists of operators. A pause
-#: never waits for a read.
+#: The queue in which a request waits. Requests of observers wait only for each other, and so do the lists of operators,
+#: so that a pause never waits for a read.
 Line = Literal["observers", "lists", "steering"]
-#: Connections of the pool that the requests of each line have at once. Pushes, keys and the executor have others.
+#: Connections of the pool that the requests of each queue may use at once. Pushes, keys and the executor use others.
 THREADS: Final[Mapping[Line, int]] = {"observers": 2, "lists": 2, "steering": 2}
-#: Requests that may wait in a line before further ones are refused; one that has begun is never refused.
+#: Requests that may wait in a queue before further ones are refused. A request that has begun is never refused.
 MOST_IN_LINE: Final = 1000
-#: Seconds that a step may take, with its time in line: of a database that hangs nobody hears otherwise.
+#: Seconds that a step may take, including its time in the queue. Without this limit, a request would get no answer
+#: while the database hangs.
 STEP_S: Final = 10.0
 
 _NOT_BEGUN: Final = "the database did not come to it in time: it was not begun"
 
 
 class ClientRequest:
-    """One request, as long as somebody is there to be answered.
+    """A request whose client may disconnect before the answer.
 
-    :ivar is_left: nobody is there any more.
+    :ivar is_left: the client has disconnected.
     """
 
     def __init__(self) -> None:
@@ -54,23 +55,23 @@ class ClientRequest:
         self.is_left = False
 
     def leave(self) -> None:
-        """Whoever asked is gone: a step at the database is finished, and nothing else is waited for or begun."""
+        """Record that the client has disconnected: a running step finishes, a wait ends, and no further step begins."""
         self.is_left = True
         if self._wait is not None:
             self._wait.cancel()
 
     def check(self) -> None:
-        """See that somebody is there.
+        """Check that the client is still connected.
 
-        :raises CancelledError: nobody is.
+        :raises CancelledError: the client has disconnected.
         """
         if self.is_left:
             raise CancelledError
 
     async def wait(self, wait: Deferred[Any]) -> None:
-        """Wait, as long as somebody is there.
+        """Wait until ``wait`` fires or the client disconnects.
 
-        :raises CancelledError: nobody is any more.
+        :raises CancelledError: the client has disconnected.
         """
         self._wait = wait
         try:
@@ -80,7 +81,7 @@ class ClientRequest:
 
 
 class OperationRunner:
-    """Performs operations."""
+    """Runs operations on the pool of a server."""
 
     def __init__(self, database: Database, clock: Clock, waiting: LongPolls, counters: Counters) -> None:
         self._clock = clock
@@ -90,10 +91,10 @@ class OperationRunner:
         self._places = {line: DeferredSemaphore(threads) for line, threads in THREADS.items()}
 
     async def perform(self, operation: Operation[R], ask: OperationRequest, visit: ClientRequest) -> Reply[R]:
-        """Take the steps of an operation, each in a transaction that is signed by whoever asks.
+        """Run the steps of an operation, each in a transaction with the caller as its actor for the audit.
 
-        :raises S2SError: it is refused, or fails.
-        :raises CancelledError: nobody waits for it any more.
+        :raises S2SError: the operation is refused or fails.
+        :raises CancelledError: the client has disconnected.
         """
         steps = perform(operation, ask)
         came: Any = None
@@ -120,14 +121,14 @@ class OperationRunner:
         return step
 
     async def _tidy_up(self, steps: Steps[Any], places: DeferredSemaphore, actor: str) -> None:
-        """Tell the steps that nobody waits any more, and take the one that they may have left."""
+        """Throw :class:`Left` into the steps, and run the clean-up step that they may then yield."""
         try:
             step = advance(steps, None, Left())
         except Left:
             return
         steps.close()
         if callable(step):
-            # What it would have removed is removed in time; of a database that is away the pool tells.
+            # If the step fails, its rows are removed later anyway; the pool reports a database that is away.
             with suppress(S2SError):
                 self._check_line(places)
                 await self._run(places, actor, step, ClientRequest())
@@ -138,10 +139,10 @@ class OperationRunner:
             raise Overloaded(f"{MOST_IN_LINE} requests stand in line already", retry_after_ms=1000)
 
     async def _run(self, places: DeferredSemaphore, actor: str, step: Step, visit: ClientRequest) -> Any:
-        """Take one step, within :data:`STEP_S`.
+        """Run one step, within :data:`STEP_S`.
 
-        :raises DeadlineExceeded: it was not begun, and will not be.
-        :raises DeadlinePassed: it was, and may or may not take effect.
+        :raises DeadlineExceeded: the step was not begun, and will not begin.
+        :raises DeadlinePassed: the step was begun, and may or may not take effect.
         """
         scheduler = self._clock.scheduler
         until = self._clock.mono() + STEP_S
@@ -150,9 +151,10 @@ class OperationRunner:
         answer: Deferred[Any] = Deferred()
 
         def done(outcome: Any) -> None:
-            # One that is over too late gives its place back only then, and tells nobody: the answer was cancelled.
+            # A step that ends after its timeout releases its place only now. Its answer was cancelled, so its outcome
+            # is dropped.
             if isinstance(outcome, Failure):
-                # A thousand that the pool refuses at once would be refused within each other.
+                # Not synchronously: if the pool refuses a thousand steps at once, each would recurse into the next.
                 scheduler.callLater(0, places.release)
             else:
                 places.release()

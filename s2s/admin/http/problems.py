@@ -1,4 +1,4 @@
-"""What was refused, as problem details (RFC 9457) with the link's own codes (docs/api.rst, "Errors")."""
+"""Errors as problem details (RFC 9457) with the error codes of the link (docs/api.rst, "Errors")."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from s2s.errors import (
 from s2s.store import kept_rows, sqlstate
 
 CONTENT_TYPE: Final = "application/problem+json"
-#: The status of each code.
+#: The HTTP status of each error code.
 STATUS: Final = {
     "bad_json": 400,
     "bad_envelope": 400,
@@ -55,7 +55,8 @@ STATUS: Final = {
     "db_unavailable": 503,
     "deadline_exceeded": 504,
 }
-#: The status of what an engine answers of its state; what else it answers should not be, and is a 502.
+#: The HTTP status of error codes by which an engine reports its state. Any other error of an engine is unexpected and
+#: becomes 502.
 _OF_AN_ENGINE: Final = {
     **{code: STATUS[code] for code in ("not_ready", "paused", "overloaded", "db_unavailable", "deadline_exceeded")},
     "shutting_down": 409,
@@ -65,11 +66,11 @@ _log: Final = Logger(namespace="s2s.admin.http")
 
 
 class Problem(S2SError):
-    """One answer that says no.
+    """An error response.
 
-    :param error: what it is to the link.
-    :param status: of HTTP, where it is not that of the code.
-    :param headers: what HTTP wants beside it.
+    :param error: the corresponding error of the link.
+    :param status: the HTTP status, if it differs from the one of the error code.
+    :param headers: further headers of the response.
     """
 
     def __init__(self, error: WireError, status: int | None = None, headers: Mapping[str, str] | None = None) -> None:
@@ -93,27 +94,27 @@ class Problem(S2SError):
             self.headers["WWW-Authenticate"] = 'Bearer realm="s2s"'
 
 
-#: Members that no detail of a peer's may replace.
+#: Members that no detail of an error may replace.
 _OURS: Final = frozenset({"type", "title", "status", "detail", "code", "instance"})
 
 
 def wrong_host() -> Problem:
-    """Refuse a request for another host than ours: a page elsewhere may have had its name resolved to us."""
+    """Return the problem for a request with a foreign Host: a web page may use DNS rebinding to reach this server."""
     return Problem(Forbidden("this server does not go by the Host of the request: see --http-hosts"), 421)
 
 
 def wrong_media_type() -> Problem:
-    """Refuse a body that is no JSON."""
+    """Return the problem for a body that is not declared as JSON."""
     return Problem(UnsupportedType("send the body as Content-Type: application/json"), 415)
 
 
 def wrong_coding() -> Problem:
-    """Refuse a body that is compressed."""
+    """Return the problem for a compressed body."""
     return Problem(UnsupportedType("send the body as it is, without Content-Encoding: no coding is supported"), 415)
 
 
 def problem(error: BaseException) -> Problem:
-    """Say any exception as a problem; one that nobody expected becomes an incident."""
+    """Convert any exception to a problem; an unexpected exception becomes an incident in the log."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, WireError):
@@ -126,10 +127,10 @@ def problem(error: BaseException) -> Problem:
         return Problem(DeadlineExceeded(str(error)))
     incident = secrets.token_hex(8)
     if isinstance(error, StatementRefused):
-        # A traceback would say nothing more.
+        # A traceback would add nothing.
         _log.error("incident {incident}: the database refuses a statement: {why}", incident=incident, why=str(error))
         if error.state == kept_rows.STATE:
-            # The cure is the operator's.
+            # The operator who reads the response can apply the cure.
             return Problem(InternalError(sqlstate.with_cure(error), incident=incident))
     else:
         _log.failure("incident {incident}", Failure(error), incident=incident)

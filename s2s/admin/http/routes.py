@@ -1,4 +1,4 @@
-"""Which operation a path and a method name."""
+"""Find the operation for a path and a method."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _MOST_MEMBERS: Final = 32
 
 @dataclass
 class _Path:
-    """One path: a segment is a word or, in braces, the name of a member."""
+    """One path. A segment is a word, or the name of a path parameter in braces."""
 
     segments: list[str]
     methods: dict[str, Operation[Any]] = field(default_factory=dict)
 
     def path_params(self, segments: Sequence[str]) -> dict[str, Any] | None:
-        """Give the members of a path; ``None``: it is another path."""
+        """Return the path parameters; ``None``: the segments do not match this path."""
         operation = next(iter(self.methods.values()))
         path_params: dict[str, Any] = {}
         for ours, theirs in zip(self.segments, segments, strict=True):
@@ -45,15 +45,15 @@ class Routes:
             path = paths.setdefault(operation.path, _Path(operation.path.split("/")[1:]))
             assert operation.method not in path.methods, operation
             path.methods[operation.method] = operation
-        # A path of words goes before one with members.
+        # A path without parameters has precedence over one with parameters.
         self._paths = sorted(paths.values(), key=lambda path: sum(each.startswith("{") for each in path.segments))
 
     def find(self, method: str, path: bytes) -> tuple[Operation[Any], dict[str, Any]]:
-        """Give the operation, and the members of the path.
+        """Return the operation and the path parameters.
 
-        :param path: as it came, with its escapes.
+        :param path: the path of the request, still percent-encoded.
         :raises NotFound: there is nothing at this path.
-        :raises Problem: it does not take this method.
+        :raises Problem: the path does not take this method.
         """
         try:
             segments = [unquote(segment.decode("ascii"), errors="strict") for segment in path.split(b"/")[1:]]
@@ -74,20 +74,20 @@ class Routes:
 
 
 def allowed(methods: Iterable[str]) -> list[str]:
-    """Give the methods that a path takes, HEAD with GET."""
+    """Return the methods that a path takes; a path that takes GET takes HEAD too."""
     return sorted({*methods, *(["HEAD"] if "GET" in methods else [])})
 
 
 def wrong_method(method: str, takes: Sequence[str]) -> Problem:
-    """Refuse a method."""
+    """Return the problem for a method that a path does not take."""
     said = f"this path does not take {harmless(method)}, but {' and '.join(takes)}"
     return Problem(UnsupportedType(said, supported=list(takes)), headers={"Allow": ", ".join(takes)})
 
 
 def read_query(rules: Mapping[str, Rule], query: bytes) -> dict[str, Any]:
-    """Read a query; what it says is judged by its schema.
+    """Parse a query. Its values are validated later, by the schema.
 
-    :raises BadPayload: it cannot be read.
+    :raises BadPayload: the query cannot be parsed.
     """
     if query.count(b"&") >= _MOST_MEMBERS:
         raise BadPayload(f"the query has more than {_MOST_MEMBERS} members", path="/query")
@@ -105,7 +105,7 @@ def read_query(rules: Mapping[str, Rule], query: bytes) -> dict[str, Any]:
 
 
 def _typed(rule: Rule, text: str) -> Any:
-    """Read a text as what is wanted; what is nothing of the kind stays a text, which the schema refuses."""
+    """Convert a text to the type that the rule wants. A text of another form stays a string; the schema refuses it."""
     kind = rule.get("type")
     if kind == "integer" and _INTEGER.fullmatch(text):
         return int(text)

@@ -1,4 +1,4 @@
-"""The HTTP API of one server, started and stopped with it."""
+"""The HTTP API of one server, which starts and stops with the server."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from s2s.runtime.clock import Clock
 from s2s.store.pool import Database
 from s2s.store.tables import control_requests, orders, tokens
 
-#: Connections of the pool that the API needs: for requests, and one for the look at the rows that requests wait for.
+#: Connections of the pool that the API needs: those of the requests, and one to poll for the rows that requests await.
 POOL_THREADS: Final = sum(THREADS.values()) + 1
-#: The beginning of what a part of the server says of itself when it is well, or is not wanted.
+#: The readiness text of a part of the server that works, or that is switched off, begins with one of these.
 WELL: Final = ("ok", "off")
 
 _TEXT: Final = {"type": "string"}
 
 
 class Web:
-    """What a server has of HTTP.
+    """The HTTP side of a server.
 
-    :param readiness: gives what each part of the server that must be well says of itself, see :data:`WELL`.
-    :param hosts: further names by which clients may call this server.
+    :param readiness: returns the readiness text of each part of the server that must work, see :data:`WELL`.
+    :param hosts: further host names that clients may use for this server.
     :ivar site: the factory of its connections.
-    :ivar hears: what to call when a channel of the database is notified.
-    :ivar counts: requests by what became of them.
+    :ivar on_notify: the function to call when a channel of the database is notified, by channel.
+    :ivar counts: the number of requests by outcome.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Web:
         }
 
     def start(self) -> None:
-        """Serve from now on."""
+        """Start to serve requests."""
         self._sign_in.start()
         self._waiting.start()
 
     async def stop(self) -> None:
-        """Answer what is under way, whoever waits with what there is, and close all connections."""
+        """Answer the requests under way, end the long polls with the current state, and close all connections."""
         draining = self._api.drain()
         await self._waiting.stop()
         await draining
@@ -83,11 +83,11 @@ class Web:
     async def _readyz(self, is_known: bool) -> dict[str, Any]:
         parts = dict(await self._readiness())
         if not is_known:
-            # A stranger learns which part is not well, not why.
+            # A client without a valid token learns which part is not ready, but not why.
             parts = {part: next(filter(said.startswith, WELL), "not ready") for part, said in parts.items()}
         if not all(said.startswith(WELL) for said in parts.values()):
             why = ", ".join(f"{part}: {said}" for part, said in parts.items() if not said.startswith(WELL))
-            # Not 409: it is for no fault of the request's.
+            # Not 409, because the request is not at fault.
             raise Problem(NotReady(f"the server is not ready: {why}", retry_after_ms=1000, **parts), 503)
         return {"status": "ready", **parts}
 

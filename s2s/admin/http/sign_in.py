@@ -1,4 +1,4 @@
-"""Who asks: the tokens of ``api_tokens`` in memory, and the limit on those that fail (docs/api.rst, "Tokens")."""
+"""Authenticate requests by the tokens of ``api_tokens``, and limit failed sign-ins (docs/api.rst, "Tokens")."""
 
 from __future__ import annotations
 
@@ -19,51 +19,52 @@ from s2s.store.refresher import Refresher
 from s2s.store.tables import tokens
 from s2s.store.tables.tokens import TokenRow
 
-#: Beside the table's NOTIFY, which can be lost.
+#: Seconds between two reads of the table, in addition to its NOTIFY, which can be lost.
 POLL_S: Final = 5.0
-#: From the beginning of a read to one for a token that is not known, which anybody can make up.
+#: Minimum seconds between the start of a read and the next read for an unknown token, because anybody can make one up.
 UNKNOWN_GAP_S: Final = 1.0
-#: Seconds that a token that is not known is looked for.
+#: Seconds that a read for an unknown token may take.
 READ_S: Final = 5.0
-#: Sign-ins of one address that may fail at once, and seconds until one more may.
+#: Failed sign-ins that one address may have at once, and seconds until one more is allowed.
 FAILURES: Final = 50
 FORGIVE_S: Final = 1.0
-#: Addresses that are remembered: of more the oldest is forgotten.
+#: The number of addresses with failed sign-ins that are remembered; beyond that, the oldest is forgotten.
 MOST_ADDRESSES: Final = 10_000
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever has signed in."""
+    """The authenticated caller of a request."""
 
     actor: str
     access: Access
 
 
 class SignIn:
-    """Knows the tokens. While the database is away, those read last stay in force."""
+    """Holds the tokens in memory. While the database is away, the tokens read last stay valid."""
 
     def __init__(self, database: Database, clock: Clock, counters: Counters) -> None:
         self._clock = clock
         self._counters = counters
         self._failures = _Failures(clock)
-        #: By name, with the moment of the monotonic clock at which each ends.
+        #: The tokens by name, each with the time of the monotonic clock at which it expires.
         self._tokens: dict[str, tuple[TokenRow, float | None]] = {}
         self._refresher = Refresher(database, clock, tokens.read, (), self._on_value, POLL_S)
         self.start, self.stop = self._refresher.start, self._refresher.stop
         self.notify = self._refresher.notify
 
     async def caller(self, authorization: str | None, address: str) -> Caller:
-        """Tell who asks.
+        """Return the caller of a request.
 
-        A token that is right is let in at any time: nobody guesses one, and nobody may lock others out by trying.
+        A valid token is always accepted, also from an address with too many failures: tokens cannot be guessed, and a
+        client must not be able to lock out others by failed sign-ins.
 
-        :param authorization: the header.
-        :param address: where the request comes from.
+        :param authorization: the value of the header.
+        :param address: the address of the client.
         :raises AuthRequired: there is no token.
-        :raises AuthBad: it is not known, has ended or was revoked: it is not told which.
-        :raises Problem: too many have failed here.
-        :raises DbUnavailable: it is not known, and the database cannot be asked.
+        :raises AuthBad: the token is unknown, expired or revoked; the error does not tell which.
+        :raises Problem: too many sign-ins from this address have failed.
+        :raises DbUnavailable: the token is unknown, and the database cannot be read.
         """
         if authorization is None:
             raise AuthRequired("sign in with the header Authorization: Bearer TOKEN, of s2s tokens add")
@@ -72,9 +73,9 @@ class SignIn:
         if caller is None:
             if not self._failures.may_try(address):
                 self._refuse_for_now(address)
-            # Until it is known to be none: many at once would all find room.
+            # Count a failure before the token is checked, or many concurrent requests would all pass the limit.
             self._failures.add(address)
-            # One that was just made is not known yet.
+            # A token that was just created is not in memory yet.
             if name_of(token) is not None:
                 reading = self._refresher.read_now(UNKNOWN_GAP_S)
                 try:
@@ -90,7 +91,7 @@ class SignIn:
         return caller
 
     def knows(self, authorization: str) -> bool:
-        """Return whether a header has a token that is in memory and valid now."""
+        """Return whether the header has a token that is in memory and valid now."""
         return self._find(_token(authorization)) is not None
 
     def _refuse_for_now(self, address: str) -> None:
@@ -117,7 +118,7 @@ def _token(authorization: str) -> str:
 
 
 class _Failures:
-    """How many sign-ins have failed, by address: a bucket that empties with time."""
+    """The number of failed sign-ins by address, as a leaky bucket."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

@@ -1,4 +1,4 @@
-"""HTTP's outer bounds: connections, the length of a body, and the time that a request may take to arrive."""
+"""The limits of HTTP connections: their number, the length of a body, and the time for a request to arrive."""
 
 from __future__ import annotations
 
@@ -26,44 +26,46 @@ from s2s.runtime.budget import Budget, peer_network
 from s2s.runtime.clock import Clock, Timer, cancel
 from s2s.runtime.memory import Memory
 
-#: Chunks of a body without a Content-Length; each takes about 4 us of the reactor's time, however short it is.
+#: Maximum chunks of a body without a Content-Length. Each chunk, however short, takes about 4 us of the reactor's time.
 MOST_CHUNKS: Final = 256
-#: Lines of a request's head, folded and empty ones among them; each takes about 10 us of the reactor's time.
+#: Maximum lines of a request's head, including folded and empty ones. Each takes about 10 us of the reactor's time.
 MOST_LINES: Final = 200
-#: Bytes of the headers behind a chunked body, which nothing here reads.
+#: Maximum bytes of the trailer after a chunked body, which nothing here reads.
 _TRAILER_BYTES: Final = 1024
-#: Bytes of a head that Twisted is given at once: it copies the rest of them for each line.
+#: Bytes of a head that are passed to Twisted at once, because Twisted copies the unread bytes for each line.
 _PIECE_BYTES: Final = 4096
-#: Bytes of all bodies that are arriving; of more the request goes that has been arriving longest.
+#: Maximum bytes of all bodies that are arriving. Beyond it, the request that has been arriving longest is cut off.
 BODIES_BYTES: Final = 64 << 20
-#: Bytes of all answers that are not read; of more the connection goes that has read nothing for longest. A list has up
-#: to 2 MiB, and a client may ask for it on each of its connections.
+#: Maximum bytes of all answers that clients have not read. Beyond it, the connection that has read nothing for longest
+#: is cut off. A list has up to 2 MiB, and a client may request one on each of its connections.
 ANSWERS_BYTES: Final = 64 << 20
-#: Connections at once; of more the one goes that has been idle longest, or has been sending a request longest.
+#: Maximum connections at once. Beyond it, one is cut off: the one whose request has waited longest for its turn, else
+#: the one that has been idle longest, else the one that has been sending a request longest.
 MOST_CONNECTIONS: Final = 2500
-#: Seconds from a request's first byte to its last, and of silence between two requests.
+#: Maximum seconds from a request's first byte to its last, and of silence between two requests.
 ARRIVE_S: Final = 20.0
 IDLE_S: Final = 60
-#: Seconds that a client may take to read the end of an answer; until then nothing more is read of what it sends.
+#: Seconds that a client may take to read the end of an answer. Until then, nothing more is read from the client.
 TAKE_S: Final = 60.0
-#: Seconds for which what is still sent is dropped, so that a refusal is read, and for the end of the connection then.
+#: Seconds for which further input is dropped after a refusal, so that the client can read it, and seconds that the
+#: connection may then take to close.
 LINGER_S: Final = 2.0
 
-#: Requests without a valid token in a second, of one address and of all: probes, first requests of a connection, and
-#: later ones. Each takes about 0.4 ms of the reactor's time, so all of them take 8 % of a core.
+#: Requests without a valid token per second, of one network and in all, for probes, for first requests of a connection
+#: and for later ones. Each request takes about 0.4 ms of the reactor's time, so all of them take 8 % of a core.
 RATES: Final = {"probe": (20, 50), "first": (50, 100), "later": (20, 50)}
-#: The beginning of a client's first message in TLS.
+#: The first bytes of a TLS ClientHello.
 _HELLO: Final = b"\x16\x03"
 _PROBE: Final = re.compile(rb"(GET|HEAD|OPTIONS) /(healthz|readyz)[ ?]")
-#: The header by which a request is known before it is parsed, and the first bytes of a read among which it is sought.
+#: Finds the header that authenticates a request before the request is parsed, in this many first bytes of a read.
 _AUTHORIZATION: Final = re.compile(rb"^authorization:[ \t]*([!-~ ]+)", re.IGNORECASE | re.MULTILINE)
 _HEAD_BYTES: Final = 16_384
-#: A whole URL where a path is usual (RFC 9112, 3.2.2).
+#: A request target in absolute form: a whole URL instead of a path (RFC 9112, 3.2.2).
 _ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 
 
 def _read_target(target: bytes) -> tuple[bytes | None, bytes]:
-    """Return the host that a target names, and its path with the query."""
+    """Return the host of a request target, or ``None`` without one, and its path with the query."""
     absolute = _ABSOLUTE.fullmatch(target)
     if absolute is None:
         return None, target
@@ -71,21 +73,21 @@ def _read_target(target: bytes) -> tuple[bytes | None, bytes]:
 
 
 class _BodyRefused(Exception):
-    """The body of a request has been refused: nothing more of it is read."""
+    """The body of a request was refused: no more of it is read."""
 
 
 class _Request(Request):
-    """A request whose body has a bound, whether it says how long it is or not."""
+    """A request whose body has a maximum length, with or without a declared length."""
 
     channel: _Channel
     _size = 0
     _most_bytes = 0
-    #: Chunks that may still come; infinite where the length was declared.
+    #: Chunks that may still arrive; infinite if the length was declared.
     _chunks_left = float("inf")
     _is_refused = False
 
     def gotLength(self, length: int | None) -> None:
-        """Judge the length before the body comes. Twisted's own would open a file for a long one."""
+        """Check the declared length before the body arrives. Twisted's method would open a file for a long body."""
         self.content = BytesIO()
         if length == 0:
             return
@@ -97,9 +99,9 @@ class _Request(Request):
             self._refuse_long()
 
     def handleContentChunk(self, data: bytes) -> None:
-        """Keep what comes, within the bounds.
+        """Store a piece of the body, within the limits.
 
-        :raises _BodyRefused: it is beyond one: Twisted's own would go on to decode the chunks that are here.
+        :raises _BodyRefused: a limit is exceeded; without the exception, Twisted would decode the buffered chunks.
         """
         self._size += len(data)
         self._chunks_left -= 1
@@ -115,20 +117,20 @@ class _Request(Request):
         self.channel.site.took(self.channel, len(data))
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
-        """Answer it, unless that was done. Twisted's own would also read a body as a form, which is none of ours."""
+        """Answer the request, unless it was refused. Twisted's method would also parse the body as a form."""
         if self._is_refused:
             return
         assert self.content is not None
         self.content.seek(0)
         host, path = _read_target(path)
         if host is not None:
-            # It goes before the header.
+            # The host of the target has precedence over the header.
             self.requestHeaders.setRawHeaders(b"host", [host])
         self.method, self.uri, self.clientproto = command, path, version
         self.process()
 
     def process(self) -> None:
-        """Let the resource answer. Twisted's own would answer ``*`` itself, past every check."""
+        """Let the resource answer. Twisted's method would answer ``*`` itself, without any check."""
         self.setHeader(b"Date", datetimeToString())
         self.channel.site.resource.render(self)
 
@@ -142,7 +144,7 @@ class _Request(Request):
 
 
 class _Channel(http.HTTPChannel):
-    """A connection, on which a request has to arrive in time."""
+    """A connection, on which a request must arrive in time."""
 
     site: _Site
     transport: Any
@@ -154,26 +156,26 @@ class _Channel(http.HTTPChannel):
     _closing: Timer | None = None
     _going_on: Timer | None = None
     _is_answering = False
-    #: The request that was answered, until what came behind it is taken.
+    #: The answered request, until the input after it is processed.
     _held: Request | None = None
-    #: Bytes that came behind the request that is being answered.
+    #: Bytes received after the request that is being answered.
     _ahead = 0
     #: The first bytes of a request that waits for its turn.
     _early = b""
     _is_in_line = False
     #: No request has begun on this connection.
     _is_first = True
-    #: Lines of the head that arrives.
+    #: Lines of the head that is arriving.
     _lines = 0
 
     def dataReceived(self, data: bytes) -> None:
-        """Take what comes, unless the connection is being closed; the first of a request waits for its turn."""
+        """Process input, unless the connection is closing. The first bytes of a request may have to wait for a turn."""
         if self._closing is not None:
             return
         if self._is_answering:
             self._read(data)
         elif self._is_in_line:
-            # TLS may hand over several pieces of one read.
+            # TLS may pass one read in several pieces.
             self._early += data
             self.site.took(self, len(data))
         elif self._arriving is not None:
@@ -181,7 +183,7 @@ class _Channel(http.HTTPChannel):
         else:
             self._arrives()
             if self._is_first and data.startswith(_HELLO):
-                # Otherwise it waits until the request is late.
+                # Without a refusal the client would wait until the request times out.
                 self.refuse(BadEnvelope("the client speaks TLS, and this port does not: use http://, or --http ssl:"))
             elif self._may_begin(data):
                 self._read(data)
@@ -192,9 +194,9 @@ class _Channel(http.HTTPChannel):
                 self._networkProducer.pauseProducing()
 
     def _may_begin(self, data: bytes) -> bool:
-        """Whether a request may be read now; one without a valid token has a turn.
+        """Return whether a request may be read now. A request without a valid token may have to wait for its turn.
 
-        :param data: its first bytes.
+        :param data: the first bytes of the request.
         """
         is_first, self._is_first = self._is_first, False
         known = _AUTHORIZATION.search(data[:_HEAD_BYTES])
@@ -221,7 +223,7 @@ class _Channel(http.HTTPChannel):
         self._read(early)
 
     def _read(self, data: bytes) -> None:
-        """Have Twisted take what comes, a head in pieces."""
+        """Pass input to Twisted, a head in pieces of :data:`_PIECE_BYTES`."""
         while data and self.line_mode and not self._is_answering:
             super().dataReceived(data[:_PIECE_BYTES])
             data = data[_PIECE_BYTES:]
@@ -229,7 +231,7 @@ class _Channel(http.HTTPChannel):
             super().dataReceived(data)
 
     def lineReceived(self, line: bytes) -> None:
-        """Take a line of the head, unless there are too many. Drop what stands behind what was refused."""
+        """Process a line of the head, unless there are too many. After a refusal, drop the line."""
         self._lines += 1
         if self._lines > MOST_LINES:
             self.refuse(BadEnvelope(f"the head of the request has more than {MOST_LINES} lines"))
@@ -237,9 +239,9 @@ class _Channel(http.HTTPChannel):
             super().lineReceived(line)
 
     def rawDataReceived(self, data: bytes) -> None:
-        """Drop what stands behind what was refused, and read no more than a little ahead.
+        """Process input of a body or after a request. Drop it after a refusal, and limit the bytes read ahead.
 
-        Twisted's own reads on where the transport has said that it is full, which over TLS it says late.
+        Twisted's method limits them only after the transport has reported that it is full, which TLS reports late.
         """
         if self._closing is None:
             is_behind = self._is_answering
@@ -250,20 +252,21 @@ class _Channel(http.HTTPChannel):
                 self._networkProducer.pauseProducing()
 
     def lineLengthExceeded(self, line: bytes) -> None:
-        """Refuse a line that does not end."""
+        """Refuse a line that is too long."""
         self.refuse(BadEnvelope("a line of the request is too long"))
 
     def allContentReceived(self) -> None:
-        """The request is whole."""
+        """Note that the whole request has arrived."""
         self._has_arrived()
         self._is_answering = True
         self._lines = 0
         super().allContentReceived()
 
     def requestDone(self, request: Request) -> None:
-        """The request is answered. The next one waits while too much of the answer is not sent, as nobody reads it.
+        """Note that the request is answered. The next one waits while too much of the answer is unsent.
 
-        It waits for the others' turn in any case: a thousand that come in one piece are not to hold everybody up.
+        The next one waits for the next reactor iteration in any case, so that a thousand requests in one read do not
+        delay the other connections.
         """
         self.site.idle(self)
         if self._waitingForTransport:
@@ -277,13 +280,13 @@ class _Channel(http.HTTPChannel):
             self._next()
 
     def resumeProducing(self) -> None:
-        """All that was said is sent."""
+        """Note that the transport has sent the answers, and continue."""
         self.site.is_read(self)
         super().resumeProducing()
         self._go_on()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The connection is gone."""
+        """Cancel the timers and forget the connection."""
         for timer in (self._arriving, self._taking, self._closing, self._going_on):
             cancel(timer)
         self._is_in_line = False
@@ -291,14 +294,14 @@ class _Channel(http.HTTPChannel):
         super().connectionLost(reason)
 
     def refuse(self, error: WireError) -> None:
-        """Answer what cannot be taken as a request, and close."""
+        """Answer input that cannot be accepted as a request, and close the connection."""
         if self._closing is not None:
             return
         self._has_arrived()
         self.site.idle(self)
         self.setTimeout(None)
         self._closing = self._after(LINGER_S, self._close)
-        # What is here already is dropped at once, and not line by line.
+        # In raw mode, buffered input is dropped at once and not line by line.
         self.setRawMode()
         said = Problem(error)
         body = encode(said.body)
@@ -307,21 +310,21 @@ class _Channel(http.HTTPChannel):
         self.transport.write("\r\n".join(lines).encode() + body)
 
     def most_body_bytes(self) -> int:
-        """Return how long the body of the request may be whose head is here."""
+        """Return the maximum length of the body of the request whose head has arrived."""
         path = _read_target(self._path)[1].partition(b"?")[0]
         return self.site.body_bytes(self._command, path)
 
     def bound_trailer(self) -> None:
-        """Bound the headers behind a chunked body; Twisted's own bound is 64 KiB."""
+        """Limit the trailer after a chunked body; Twisted's limit is 64 KiB."""
         decoder: Any = self._transferDecoder
         decoder._maxTrailerHeadersSize = _TRAILER_BYTES
 
     def _respondToBadRequestAndDisconnect(self) -> None:
-        # Twisted's own answer has no body.
+        # The answer of Twisted's method has no body.
         self.refuse(BadEnvelope("this is no HTTP request that can be read"))
 
     def headerReceived(self, line: bytes) -> bool:
-        """Take a header; Twisted's own raises where a length has more digits than Python reads."""
+        """Process a header. Twisted's method raises ``ValueError`` if a length has more digits than Python converts."""
         try:
             return bool(super().headerReceived(line))
         except ValueError:
@@ -329,12 +332,12 @@ class _Channel(http.HTTPChannel):
             return False
 
     def _send100Continue(self) -> None:
-        # Not behind a refusal.
+        # Not after a refusal.
         if self._closing is None:
             super()._send100Continue()
 
     def _go_on(self) -> None:
-        """Go on to what came behind the request that was answered, once its answer is sent."""
+        """Continue with the input after the answered request, once the answer is sent."""
         if self._held is None or self._is_in_line:
             return
         if self._waitingForTransport:
@@ -366,7 +369,7 @@ class _Channel(http.HTTPChannel):
         self.site.arrived(self)
 
     def _close(self) -> None:
-        # Over TLS its end takes the peer's word.
+        # Over TLS, closing waits for the peer's close alert.
         self._taking = self._after(LINGER_S, self.transport.abortConnection)
         self.loseConnection()
 
@@ -384,17 +387,17 @@ class _Channel(http.HTTPChannel):
 
 
 class _Refused(Protocol):
-    """A connection that is one too many. Twisted's TLS does not know of none at all."""
+    """A connection beyond the limit. It needs a protocol, because TLS in Twisted does not support ``None`` instead."""
 
     transport: Any
 
     def connectionMade(self) -> None:
-        """End at once."""
+        """Abort the connection at once."""
         self.transport.abortConnection()
 
 
 class _Site(Site):
-    """Connections, up to their bound."""
+    """The factory of connections, which holds their number and their memory within limits."""
 
     protocol: Any = _Channel
     noisy = False
@@ -414,21 +417,21 @@ class _Site(Site):
         self.clock = clock
         self.counters = counters
         self._all: set[_Channel] = set()
-        #: Those on which nothing is arriving or under way, the one that has been so longest first.
+        #: The connections on which no request is arriving or under way, the longest idle first.
         self._idle: dict[_Channel, None] = {}
-        #: Those whose request waits for its turn, the one that has waited longest first.
+        #: The connections whose request waits for its turn, the longest wait first.
         self._in_line: dict[_Channel, None] = {}
-        #: Bytes of each body that is arriving, the request that began first first.
+        #: Bytes received of each arriving request, the oldest request first.
         self._arriving: dict[_Channel, int] = {}
         self._bodies_bytes = 0
-        #: Bytes of each answer that is not read, the one that has waited longest first.
+        #: Bytes of unread answers by connection, the longest wait first.
         self._unread: dict[_Channel, int] = {}
         self._unread_bytes = 0
         self._memory = Memory()
         self._closing: Deferred[None] | None = None
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
-        """Take a connection."""
+        """Accept a connection, and cut off another one at the limit."""
         if len(self._all) >= MOST_CONNECTIONS:
             self.counters.meet("http_connections")
             if not self._in_line and not self._idle and not self._arriving:
@@ -440,21 +443,21 @@ class _Site(Site):
         return channel
 
     def waits(self, channel: _Channel) -> None:
-        """Its request waits for its turn."""
+        """Note that the request of a connection waits for its turn."""
         self._in_line[channel] = None
 
     def has_turn(self, channel: _Channel) -> None:
-        """Its request waits no longer."""
+        """Note that the request of a connection no longer waits for its turn."""
         self._in_line.pop(channel, None)
 
     def arrives(self, channel: _Channel) -> None:
-        """A request arrives."""
+        """Note that a request has begun to arrive."""
         self._idle.pop(channel, None)
         if channel in self._all:
             self._arriving[channel] = 0
 
     def took(self, channel: _Channel, size: int) -> None:
-        """So many bytes more of a body are here."""
+        """Count ``size`` more bytes of an arriving request."""
         if channel in self._arriving:
             self._arriving[channel] += size
             self._bodies_bytes += size
@@ -463,7 +466,7 @@ class _Site(Site):
                 self._evict(self._arriving)
 
     def is_unread(self, channel: _Channel, size: int) -> None:
-        """An answer of so many bytes waits until it is read."""
+        """Count an answer of ``size`` bytes as unread."""
         if channel not in self._all:
             return
         self._unread[channel] = self._unread.pop(channel, 0) + size
@@ -473,25 +476,25 @@ class _Site(Site):
             self._evict(self._unread)
 
     def is_read(self, channel: _Channel) -> None:
-        """Its answer is sent."""
+        """Note that the answers on a connection are sent."""
         size = self._unread.pop(channel, 0)
         self._unread_bytes -= size
         if size:
-            # A request and its channel are a cycle, also those of before.
+            # A request and its channel are a reference cycle, so earlier ones may still be in memory.
             self._memory.check()
 
     def arrived(self, channel: _Channel) -> None:
-        """Its request is here, or is not to be taken."""
+        """Note that the request of a connection has arrived, or is refused."""
         self._idle.pop(channel, None)
         self._bodies_bytes -= self._arriving.pop(channel, 0)
 
     def idle(self, channel: _Channel) -> None:
-        """Nothing is under way."""
+        """Note that no request is under way on a connection."""
         if channel in self._all:
             self._idle[channel] = None
 
     def gone(self, channel: _Channel) -> None:
-        """The connection is closed."""
+        """Forget a closed connection."""
         self.has_turn(channel)
         self.arrived(channel)
         self.is_read(channel)
@@ -501,15 +504,15 @@ class _Site(Site):
             closing.callback(None)
 
     def _evict(self, channels: Iterable[_Channel]) -> None:
-        """Cut off the first of some connections, which is none of ours from now on: it is closed only later."""
+        """Abort the first of some connections. It is forgotten at once, because it closes only later."""
         channel = next(iter(channels))
         self.gone(channel)
         channel.transport.abortConnection()
 
     def close(self) -> Deferred[None]:
-        """Close every connection once what was said is sent, or after :data:`LINGER_S`.
+        """Close every connection once its answers are sent, or after :data:`LINGER_S`.
 
-        :returns: fires when none is left: the end of the process would cut them off.
+        :returns: fires when no connection is left. Wait for it, because the end of the process would cut them off.
         """
         if not self._all:
             return succeed(None)
@@ -526,13 +529,13 @@ class _Site(Site):
             channel.transport.abortConnection()
 
     def startFactory(self) -> None:
-        """Keep no log of accesses: what changes anything is in the audit."""
+        """Open no access log: the audit records all changes."""
 
     def stopFactory(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: there is no access log to close."""
 
     def log(self, request: http.Request) -> None:
-        """Keep no log of accesses."""
+        """Do nothing: there is no access log."""
 
 
 def make_site(
@@ -542,9 +545,9 @@ def make_site(
     knows: Callable[[str], bool] = lambda _: False,
     body_bytes: Callable[[bytes, bytes], int] = lambda _, __: MOST_BODY_BYTES,
 ) -> _Site:
-    """Make the factory of an API's connections.
+    """Return the factory of an API's connections.
 
-    :param knows: whether an Authorization header has a valid token.
-    :param body_bytes: how long a body may be, by the method and the path of its request.
+    :param knows: returns whether an Authorization header has a valid token.
+    :param body_bytes: returns the maximum length of a body, by the method and the path of its request.
     """
     return _Site(resource, clock, counters, knows, body_bytes)
