@@ -1,8 +1,8 @@
-"""What operators may do, each declared once (docs/api.rst).
+"""The operations of operators, each declared once (docs/api.rst).
 
-To add an operation, declare it in the module that it fits, and put it into that module's ``OPERATIONS``; a new module
-has one line in :data:`OPERATIONS` here. The HTTP API, its OpenAPI document and ``docs/api.rst`` follow from that; the
-client has a method for each (:mod:`s2s.admin.client`).
+To add an operation, declare it in the module of its topic, and add it to the ``OPERATIONS`` of that module. A new
+module needs one line in :data:`OPERATIONS` here. The HTTP API and its OpenAPI document are derived from the
+declarations; add the operation to the table of ``docs/api.rst``, and a method to the client (:mod:`s2s.admin.client`).
 """
 
 from __future__ import annotations

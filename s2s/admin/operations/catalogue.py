@@ -1,4 +1,4 @@
-"""What may be said over a link, with all its schemas (docs/protocol.rst, "Catalogue")."""
+"""The messages, commands and errors of a link, with all their schemas (docs/protocol.rst, "Catalogue")."""
 
 from __future__ import annotations
 

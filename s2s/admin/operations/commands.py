@@ -1,4 +1,4 @@
-"""The commands that engines pushed (docs/protocol.rst, "Commands")."""
+"""Operations on the commands that engines pushed (docs/protocol.rst, "Commands")."""
 
 from __future__ import annotations
 

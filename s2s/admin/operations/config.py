@@ -15,17 +15,17 @@ from s2s.store.driver import Cursor
 from s2s.store.tables import config
 from s2s.store.tables.config import Change, ConfigRow
 
-#: What the order of the same purpose takes.
+#: The schemas of the members of the order that sets a setting, which are used here too.
 _MEMBERS: Final = BY_NAME[ConfigSet.rpc].request_schema.document["properties"]
 _WHERE: Final = {"key": _MEMBERS["key"]}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a setting is now.
+    """A setting after a request to set it.
 
-    :param version: of the configuration, in force.
-    :param changed: ``False``: it had this value already.
+    :param version: the current version of the configuration.
+    :param changed: ``False``: the setting had this value already.
     """
 
     key: str
@@ -43,7 +43,7 @@ def _show(txn: Cursor, ask: OperationRequest) -> ConfigRow:
 
 
 def _set(txn: Cursor, ask: OperationRequest) -> Setting:
-    _show(txn, ask)  # for the setting is none of the body
+    _show(txn, ask)  # raises NotFound, because the key is part of the path and not of the body
     return Setting(**set_value(txn, ask.path_params["key"], ask.body["value"], ask.actor, "/body"))
 
 

@@ -1,4 +1,4 @@
-"""Steering the engines, by way of the server that has the link (docs/protocol.rst, "Control")."""
+"""Control of the engines, through the server that has the link (docs/protocol.rst, "Control")."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from s2s.store.tables.engines import EngineRow
 
 NAME: Final[Rule] = {"type": "string", "minLength": 1, "maxLength": 200, "description": "What the engine calls itself."}
 
-#: Seconds within which a new link is shown by its server.
+#: Seconds within which a server writes the row of a new link.
 SHOWN_S: Final = 0.3
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine and what it says of itself; without a link most is unknown.
+    """An engine and its health as it reports it; without a link most members are unknown.
 
-    :param state: as it says, ``no link``, ``no answer`` or ``invalid answer``.
-    :param wanted: ``running`` or ``paused``, and ``reason``, why.
+    :param state: the state that the engine reports, or ``no link``, ``no answer`` or ``invalid answer``.
+    :param wanted: the desired state, ``running`` or ``paused``; ``reason`` is its reason.
     :param stuck: the jobs and orders whose thread does not return.
     """
 
@@ -85,7 +85,7 @@ def _show(ask: OperationRequest) -> Steps[Engine]:
 
 
 def _find(txn: Cursor, name: str) -> EngineRow:
-    """Give an engine of this name; of several the one that a request would go to."""
+    """Return the engine of this name; of several, the one to which a request would be sent."""
     found = [row for row in engines.list_engines(txn) if row.name == name]
     if not found:
         raise NotFound(_UNLINKED.format(name=harmless(name)))
@@ -118,23 +118,23 @@ def _engine(row: EngineRow, answer: Answer | None) -> Engine:
 
 
 def _unsaid(row: EngineRow, answer: Answer | None) -> str:
-    """Return the state of an engine that does not say it."""
+    """Return the state of an engine that has not reported a state."""
     if row.key_id is None:
         return "no link"
     return "invalid answer" if answer is not None and _is_invalid(answer) else "no answer"
 
 
 def _is_invalid(answer: Answer) -> bool:
-    """Return whether the engine answered with what is no answer; the log of the server says why."""
+    """Return whether the engine sent an invalid reply; the log of the server says why it is invalid."""
     return answer.is_ok is None and (answer.answer or {}).get("code") == BadReply.code
 
 
 def _answers(
     ask: OperationRequest, type: str, payload: Mapping[str, Any], names: Sequence[str]
 ) -> Part[dict[str, Answer]]:
-    """Ask engines by their names, and wait for the answers; what no server takes in time never happens.
+    """Send a request to engines by their names, and wait for the answers.
 
-    Nor does what nobody waits for any more: its rows go.
+    A request that no server takes in time is never sent. If the client disconnects, the requests are concluded at once.
     """
     if not names:
         return {}
@@ -149,24 +149,27 @@ def _answers(
 
 
 def _came(asked: Mapping[str, int]) -> Part[dict[str, Answer]]:
-    """Wait for the answers to what was asked, by the engine's name."""
+    """Wait for the answers to control requests.
+
+    :param asked: the id of each request, by the engine's name.
+    """
     ids = tuple(asked.values())
     yield WaitFor(control_requests.settled, ids, control_requests.TAKE_S + control_requests.ANSWER_S)
     found: dict[int, Answer] = yield lambda txn: control_requests.conclude(txn, ids)
     late = tuple(request_id for request_id, answer in found.items() if answer.is_taken and not answer.is_over)
     if late:
-        # A server took it at the last moment, or is gone.
+        # A server took the request at the last moment, or has died.
         yield WaitFor(control_requests.settled, late, control_requests.ANSWER_S)
         found.update((yield lambda txn: control_requests.conclude(txn, late)))
     return {name: found[request_id] for name, request_id in asked.items()}
 
 
 def _steer(type: str, ask: OperationRequest) -> Steps[dict[str, Any]]:
-    """Send one request to an engine, and come to its answer."""
+    """Send one request to an engine, and reply with its answer."""
     name = ask.path_params["name"]
     if not name:
         raise NotFound(_NAMELESS)
-    # A server shows a link that has just come up a moment later.
+    # A server writes the row of a new link with a short delay.
     yield WaitFor(engines.linked, (name,), SHOWN_S)
     row: EngineRow = yield lambda txn: _find(txn, name)
     if row.key_id is None:
@@ -213,7 +216,7 @@ def _operation(verb: str, type: str, access: Access, summary: str) -> Operation[
             "required": ["engine", *reply["required"]],
         },
         partial(_steer, type),
-        # None at all is refused as that, and not as a path that is not there.
+        # An empty name is refused with its own error, and not as a path that does not exist.
         path_params={"name": {**NAME, "minLength": 0}},
         body=message.request_schema.document,
         refusals=(

@@ -1,4 +1,4 @@
-"""What is only looked at: keys, the audit, jobs, the world."""
+"""Read-only operations on keys, the audit, jobs and the world."""
 
 from __future__ import annotations
 

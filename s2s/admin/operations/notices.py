@@ -1,4 +1,4 @@
-"""What the players are told: broadcasts, which become notices (docs/protocol.rst, "The engine")."""
+"""Messages to players: broadcasts, which become notices (docs/protocol.rst, "The engine")."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DOCUMENT: Final = registry(BUILTIN)[broadcasts.COMMAND].schema
 class Broadcast:
     """A broadcast that waits for a sweep.
 
-    :param hint: why nothing sweeps it now, where that is known.
+    :param hint: the reason for which no engine sweeps it now, if it is known.
     """
 
     broadcast_id: int
@@ -44,7 +44,7 @@ def _broadcast(ask: OperationRequest) -> Steps[Broadcast]:
 
 def _add(txn: Cursor, body: dict[str, Any]) -> Broadcast:
     broadcast_id = broadcasts.add(txn, **body)
-    # Programs make them by the thousand in plain SQL: no trigger tells of each.
+    # No trigger writes this entry, because programs insert thousands of broadcasts in plain SQL.
     audit.write(txn, "broadcasts.add", str(broadcast_id), audit.cut(body, encode(body)))
     return Broadcast(broadcast_id, _STRANGERS if engines.are_strangers(txn) else None)
 

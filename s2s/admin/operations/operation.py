@@ -1,9 +1,9 @@
-"""What an operation is: one thing that an operator may ask for (docs/api.rst).
+"""The declaration of an operation, a request that an operator may make (docs/api.rst).
 
-An operation is steps, and no I/O: a generator that yields either a plain function of a cursor, to be run in one
-transaction, or an :class:`WaitFor`, to be waited for. A server takes the steps on its pool and never blocks
-(:mod:`s2s.admin.http.operation_runner`); the command line takes the same ones on a connection of its own
-(:mod:`s2s.cli.backend`). Its declaration is data: the HTTP API, its OpenAPI document and the client read it.
+An operation consists of steps and does no I/O. It is a generator that yields either a plain function of a cursor, which
+runs in one transaction, or a :class:`WaitFor`. A server runs the steps on its pool and never blocks
+(:mod:`s2s.admin.http.operation_runner`); the command line runs the same steps on a connection of its own
+(:mod:`s2s.cli.backend`). The declaration is data, which the HTTP API, its OpenAPI document and the client read.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from s2s.store.driver import Cursor
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: The JSON Schema of one member.
+#: The JSON Schema of one member of an object.
 Rule = Mapping[str, Any]
 Step = Callable[[Cursor], Any]
 
 
 @dataclass(frozen=True)
 class WaitFor:
-    """To be waited for.
+    """A step that waits.
 
-    :param look: gives those of some ids for which the wait is over; it may be asked for the ids of several waits.
-    :param ids: all of them must be over.
-    :param seconds: no longer than that.
+    :param look: returns those of some ids for which the wait is over; it may be called with the ids of several waits.
+    :param ids: the wait ends when it is over for all of these ids.
+    :param seconds: the maximum time of the wait.
     """
 
     look: Callable[[Cursor, Sequence[Any]], Collection[Any]]
@@ -54,11 +54,11 @@ class WaitFor:
 
 @dataclass(frozen=True)
 class Reply(Generic[R]):
-    """What an operation came to.
+    """The result of an operation.
 
-    :param status: of HTTP, one that the operation declares.
-    :param location: the path of what was made.
-    :param body: the value as JSON, where a step has made it.
+    :param status: the HTTP status, one of those that the operation declares.
+    :param location: the path of the resource that was created.
+    :param body: the value as JSON, if a step has encoded it already.
     """
 
     value: R
@@ -68,16 +68,16 @@ class Reply(Generic[R]):
 
 
 class Left(Exception):
-    """Thrown into steps when nobody waits for them any more: they may yield one function more, which tidies up."""
+    """Thrown into the steps when the client has disconnected: they may yield one more function, to clean up."""
 
 
-#: Steps that are a part of others.
+#: Steps that are part of other steps.
 Part = Generator[Step | WaitFor, Any, T]
 Steps = Part[Reply[R]]
 
 
 def drop_none(members: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Leave out what is ``None``: it was not said."""
+    """Return the members without those that are ``None``, which count as not given."""
     return {name: value for name, value in (members or {}).items() if value is not None}
 
 
@@ -85,9 +85,9 @@ def drop_none(members: Mapping[str, Any] | None) -> dict[str, Any]:
 class OperationRequest:
     """One request.
 
-    :param actor: who asks, for the audit.
-    :param where: the members of the path, by name.
-    :param idem_key: of an order.
+    :param actor: the caller, for the audit.
+    :param path_params: the parameters of the path, by name.
+    :param idem_key: the ``Idempotency-Key`` of an order.
     """
 
     actor: str
@@ -99,7 +99,7 @@ class OperationRequest:
 
 
 def members(rules: Mapping[str, Rule], *required: str) -> dict[str, Any]:
-    """Make the schema of an object of these members and no others."""
+    """Return the schema of an object with these members and no others."""
     return {
         "type": "object",
         "properties": dict(rules),
@@ -109,12 +109,13 @@ def members(rules: Mapping[str, Rule], *required: str) -> dict[str, Any]:
 
 
 NOTHING: Final[Mapping[str, Any]] = members({})
-#: An ``Idempotency-Key`` is like a command's.
+#: The schema of an ``Idempotency-Key`` is that of a command's ``idem_key``.
 IDEM_KEY: Final = Schema(BY_NAME[COMMAND_PUSH].request_schema.document["properties"]["idem_key"])
 
 
-#: The longest bodies, in bytes: of most operations, whose parsing takes 0.3 ms of the reactor's time at most; of those
-#: that take a long text or many ids; and of those whose text has no bound of its own, as long as the longest frame.
+#: Maximum lengths of bodies, in bytes: for most operations, whose parsing takes at most 0.3 ms of the reactor's time;
+#: for those with a long text or many ids; and for those whose text has no limit of its own, as long as the longest
+#: frame.
 BODY_BYTES: Final = 16_384
 LONG_BODY_BYTES: Final = 65_536
 MOST_BODY_BYTES: Final = 262_144
@@ -124,21 +125,22 @@ MOST_BODY_BYTES: Final = 262_144
 class Operation(Generic[R]):
     """The declaration of one operation.
 
-    :param name: what the OpenAPI document calls it.
-    :param path: with ``{member}`` for each entry of ``path_params``.
-    :param access: the least that a token must have.
-    :param summary: one sentence, without its stop.
-    :param reply: the type of what it comes to, or its JSON Schema.
-    :param begin: begins the steps of a request whose members are valid.
-    :param where: the schemas of the path's members; what they refuse is not found.
-    :param query: the schemas of the query's members, of which each is optional.
-    :param body: the schema of the body; an empty object where nothing is to be said.
-    :param body_bytes: the longest body, which is refused by its length before it is read.
-    :param refusals: what it may be refused with, beside what any may.
-    :param statuses: those of its success, and what they mean.
+    :param name: the operationId in the OpenAPI document.
+    :param path: the path, with ``{member}`` for each entry of ``path_params``.
+    :param access: the lowest role of a token that may use it.
+    :param summary: one sentence, without the full stop.
+    :param reply: the type of the reply's value, or its JSON Schema.
+    :param begin: starts the steps of a request whose members are valid.
+    :param path_params: the schemas of the path parameters; a path that they refuse is not found.
+    :param query: the schemas of the query's members, which are all optional.
+    :param body: the schema of the body; an empty object for an operation without a body.
+    :param body_bytes: the maximum length of the body; a longer one is refused before it is read.
+    :param refusals: its errors, in addition to those of every operation.
+    :param statuses: its success statuses and their descriptions.
     :param takes_key: whether it takes an ``Idempotency-Key``.
-    :param is_list: whether it may read much: the lists of operators wait for each other, and steering never for them.
-    :param refused: writes down that a request was refused before it began.
+    :param is_list: whether it may read many rows. The lists of operators wait for each other; control requests never
+        wait for them.
+    :param refused: records that a request was refused before it began.
     """
 
     name: str
@@ -170,15 +172,15 @@ class Operation(Generic[R]):
 
     @property
     def is_write(self) -> bool:
-        """Whether it may change anything."""
+        """Whether it may change data."""
         return self.access != "observer"
 
     def check(self, ask: OperationRequest) -> None:
-        """Refuse what may not be asked, or not so.
+        """Refuse a request that is not permitted or not valid.
 
-        :raises NotFound: the path names nothing.
-        :raises Forbidden: the token's role does not include it.
-        :raises BadPayload: the query or the body breaks its schema.
+        :raises NotFound: the path parameters violate their schema.
+        :raises Forbidden: the token's role does not permit the operation.
+        :raises BadPayload: the query or the body violates its schema.
         """
         if not self.path_params_schema.is_valid(dict(ask.path_params)):
             raise NotFound(f"there is nothing at {self.path} of this name")
@@ -189,7 +191,7 @@ class Operation(Generic[R]):
 
 
 def perform(operation: Operation[R], ask: OperationRequest) -> Steps[R]:
-    """Take the steps of an operation, unless it is refused."""
+    """Return the steps of an operation, with its checks first."""
     try:
         operation.check(ask)
     except WireError as error:
@@ -202,9 +204,10 @@ def perform(operation: Operation[R], ask: OperationRequest) -> Steps[R]:
 
 
 def advance(steps: Steps[R], came: Any, failed: Exception | None) -> Step | WaitFor | Reply[R]:
-    """Take what the step before came to, and give the next one; or the reply, at the end.
+    """Send the result of the last step into the steps, and return the next step, or the reply at the end.
 
-    :param failed: why the step before failed, where it did.
+    :param came: the result of the last step.
+    :param failed: the exception with which the last step failed; ``None``: it did not fail.
     """
     try:
         return steps.send(came) if failed is None else steps.throw(failed)
@@ -214,7 +217,7 @@ def advance(steps: Steps[R], came: Any, failed: Exception | None) -> Step | Wait
 
 
 def once(work: Callable[[Cursor, OperationRequest], R]) -> Callable[[OperationRequest], Steps[R]]:
-    """Make an operation's steps of one function: one transaction, and its result is the reply."""
+    """Make an operation's steps from one function, which runs in one transaction and returns the reply's value."""
 
     def begin(ask: OperationRequest) -> Steps[R]:
         return Reply((yield lambda txn: work(txn, ask)))
@@ -223,10 +226,10 @@ def once(work: Callable[[Cursor, OperationRequest], R]) -> Callable[[OperationRe
 
 
 def run_non_idempotent(step: Callable[[Cursor], T], what: str, **details: Any) -> Part[T]:
-    """Take a step that would do something a second time if whoever asked did so again.
+    """Run a step that a repeated request would perform a second time.
 
-    :param what: what it does, in words, such as "the order was given".
-    :raises WireError: it is not known whether it took effect, and so it must not be asked for again.
+    :param what: its effect in words, such as "the order was given".
+    :raises WireError: it is unknown whether the step took effect, so the error is not retryable.
     """
     unknown = f"whether {what} is unknown: look before it is asked for again"
     try:
@@ -242,26 +245,26 @@ def run_non_idempotent(step: Callable[[Cursor], T], what: str, **details: Any) -
 
 
 def encode(value: Any) -> bytes:
-    """Write a reply as JSON: rows as objects, times in RFC 3339."""
+    """Encode a reply as JSON, with rows as objects and times in RFC 3339."""
     return msgspec.json.encode(value, enc_hook=_encode_other)
 
 
 def encoded(data: bytes) -> Any:
-    """Return a value as which :func:`encode` writes JSON that was made before."""
+    """Wrap encoded JSON, so that :func:`encode` includes it unchanged."""
     return msgspec.Raw(data)
 
 
 def _encode_other(value: object) -> Any:
     if isinstance(value, Unreadable):
-        # An object, as what stands in a jsonb column of ours is promised to be.
+        # An object, because the API promises objects for the values of jsonb columns.
         return {"unreadable": str(value)}
-    raise NotImplementedError(type(value).__name__)  # what msgspec wants to hear of a type that is not ours
+    raise NotImplementedError(type(value).__name__)  # the exception that msgspec expects for an unsupported type
 
 
 def decode(data: Any, operation: Operation[R]) -> R:
-    """Read a reply out of parsed JSON.
+    """Convert parsed JSON to a reply of an operation.
 
-    :raises ValueError: it is none of this operation.
+    :raises ValueError: the data is not a reply of this operation.
     """
     if operation.reply_schema is not None:
         if not operation.reply_schema.is_valid(data):

@@ -1,4 +1,4 @@
-"""Giving the engines orders, and following them (docs/protocol.rst, "Orders and their rows")."""
+"""Operations that give orders to the engines and follow them (docs/protocol.rst, "Orders and their rows")."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from s2s.store.tables import audit, orders
 from s2s.store.tables.orders import OrderRow
 
 ORDER_ID: Final[Rule] = {"type": "string", "minLength": 1, "maxLength": 64, "pattern": "^[A-Za-z0-9_-]+$"}
-#: Seconds that a request may wait for the end of an order.
+#: Maximum seconds that a request may wait for the end of an order.
 MOST_WAIT_S: Final = 60
 _WAIT: Final[Rule] = {
     "type": "number",
@@ -41,19 +41,19 @@ _WAIT: Final[Rule] = {
     "default": 0,
     "description": "Seconds to wait for its end.",
 }
-#: What each order asks of whoever gives it is said where it is declared.
+#: The handlers of the orders; each declares the role that a caller needs.
 KINDS: Final = builtin({}, 0)
 
 
 @dataclass(frozen=True)
 class Order(OrderRow):
-    """An order, and in words how far it is."""
+    """An order with its progress in words."""
 
     progress: str | None
 
 
 def far(row: OrderRow) -> tuple[int, int] | None:
-    """Give how much of an order is done, and of how much; not each says so."""
+    """Return the done part and the total of an order, or ``None`` if the order does not record them."""
     state = row.state if isinstance(row.state, dict) else {}
     done, total = state.get("done"), state.get("total")
     return (done, total) if type(done) is int and type(total) is int else None
@@ -65,7 +65,7 @@ def _shown(row: OrderRow) -> Order:
 
 
 def _give(rpc: str, ask: OperationRequest) -> Steps[Order]:
-    """Write an order down, unless it was given before, and wait for its end as long as is wanted."""
+    """Insert an order, unless it was given before, and wait for its end for up to ``wait`` seconds."""
     order_id = ulid_now()
     write = partial(_write, rpc, ask, order_id)
     row: Order
@@ -74,7 +74,7 @@ def _give(rpc: str, ask: OperationRequest) -> Steps[Order]:
     else:
         row, is_new = yield write
     with suppress(S2SError):
-        # It is given: what fails from now on is told by its row, and must not look as if it could be given again.
+        # The order is committed. Its row shows any later failure; an error now would suggest to give the order again.
         row = yield from _until_over(row, ask.query["wait"])
     status = 202 if row.status in orders.OPEN else 201 if is_new else 200
     return Reply(row, status, f"/v1/orders/{row.order_id}")
@@ -94,7 +94,7 @@ def _show(ask: OperationRequest) -> Steps[Order]:
 
 
 def _until_over(row: Order, wait_s: float) -> Part[Order]:
-    """Look at an order again when it is over, or the time is."""
+    """Read an order again when it is over or the wait has timed out."""
     if wait_s and row.status in orders.OPEN:
         yield WaitFor(orders.over, (row.order_id,), wait_s)
         row = yield partial(_find, row.order_id)
@@ -114,12 +114,12 @@ def _find(order_id: str, txn: Cursor) -> Order:
     return _shown(row)
 
 
-#: The text of a setting has no bound of its own.
+#: Maximum bodies in bytes, by RPC. The text of a setting has no limit of its own.
 _BODY_BYTES: Final = {"admin.config.set.v1": MOST_BODY_BYTES}
 
 
 def _refused(rpc: str, txn: Cursor, ask: OperationRequest, error: WireError) -> None:
-    """Leave an entry in the audit of what was refused at the door: there is no row that would."""
+    """Write the audit entry of an order that was refused before it had a row, whose trigger would write the entry."""
     result = {"status": "refused", "result": {"code": error.code, "message": error.message}}
     body = ask.body if isinstance(ask.body, Mapping) else {"body": ask.body}
     audit.write(txn, rpc, "", audit.cut(body, encode(body)), result)

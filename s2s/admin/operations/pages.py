@@ -1,4 +1,4 @@
-"""Lists, page by page (docs/api.rst, "Requests")."""
+"""Operations that list rows page by page (docs/api.rst, "Requests")."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from s2s.store.tables.lists import Listed, time_limit
 
 T = TypeVar("T")
 
-#: Rows of a page, where nobody says how many, and at most.
+#: The default and the maximum of the rows of a page.
 PAGE_ROWS: Final = 50
 MOST_ROWS: Final = 500
-#: A page ends early when its rows have so many bytes of JSON; one row always fits.
+#: A page ends early when its rows reach this many bytes of JSON; it always has room for one row.
 PAGE_BYTES: Final = 2 << 20
-#: Stretches of a table that one request looks through for a page, see :data:`s2s.store.tables.lists.STRETCH_ROWS`.
+#: Maximum stretches of a table that one request reads for a page, see :data:`s2s.store.tables.lists.STRETCH_ROWS`.
 MOST_STRETCHES: Final = 20
-#: Rows that are read at once for a page: at first, and at most. Between the two, no more than fit as they are so far.
+#: Rows that one statement reads for a page: for the first statement, and at most. In between, no more rows than fit
+#: into the rest of the page if each is as large as the largest one so far.
 _FIRST_ROWS: Final = 4
 _CHUNK_ROWS: Final = 64
 
@@ -30,8 +31,8 @@ _CHUNK_ROWS: Final = 64
 class Page(Generic[T]):
     """A part of a list.
 
-    :param next_cursor: ask with this one as ``cursor`` for what follows, also where there are no items, since a filter
-        may pass over more rows than one request looks at; ``None``: nothing follows.
+    :param next_cursor: the ``cursor`` of the request for the next page; ``None``: this is the last page. A page without
+        items may have one, since a filter may skip more rows than one request reads.
     """
 
     items: list[T]
@@ -40,7 +41,7 @@ class Page(Generic[T]):
 
 @dataclass(frozen=True)
 class _Read(Page[T]):
-    """A part of a list as a thread has read it.
+    """A part of a list, as a step has read it in a thread.
 
     :param encoded: the JSON of each item.
     """
@@ -49,17 +50,17 @@ class _Read(Page[T]):
 
     @property
     def size(self) -> int:
-        """How many bytes of JSON it has."""
+        """The size of all items, in bytes of JSON."""
         return sum(map(len, self.encoded))
 
 
 def _reply(part: _Read[T]) -> Reply[Page[T]]:
-    """Reply with a part of a list. Its JSON is not made again, which would take the reactor some milliseconds."""
+    """Return the reply with a part of a list. It reuses the JSON of the items: encoding takes some milliseconds."""
     body = encode(Page([encoded(row) for row in part.encoded], part.next_cursor))
     return Reply(Page(part.items, part.next_cursor), body=body)
 
 
-#: A cursor that is the number of the page's last row.
+#: The schema of a cursor that is the number of the page's last row.
 NUMBER: Final = {
     "type": "string",
     "pattern": "^[1-9][0-9]{0,17}$",
@@ -74,10 +75,11 @@ def page(
     cursor: str | None,
     room: int | None = None,
 ) -> _Read[T]:
-    """Read one page: so many rows, fewer where they are long, and whether there are more.
+    """Read one page: up to ``limit`` rows, fewer if they are long.
 
-    :param read: gives the first rows after a cursor: ``read(limit=, before=)``.
-    :param room: bytes of JSON after which it ends; :data:`PAGE_BYTES` if left out.
+    :param read: returns the first rows after a cursor: ``read(limit=, before=)``.
+    :param cursor_of: returns the cursor for the rows after a row.
+    :param room: the bytes of JSON after which the page ends; :data:`PAGE_BYTES` if left out.
     """
     items: list[T] = []
     parts: list[bytes] = []
@@ -100,7 +102,7 @@ def page(
 
 
 def _paged(work: Callable[[Cursor, OperationRequest], _Read[T]]) -> Callable[[OperationRequest], Steps[Page[T]]]:
-    """Make the steps of a list of one function."""
+    """Make the steps of a list from one function, which reads a page."""
 
     def begin(ask: OperationRequest) -> Steps[Page[T]]:
         part: _Read[T] = yield partial(step, ask)
@@ -116,8 +118,8 @@ def _paged(work: Callable[[Cursor, OperationRequest], _Read[T]]) -> Callable[[Op
 def paged(read: Callable[..., list[T]], cursor_of: Callable[[T], str]) -> Callable[[OperationRequest], Steps[Page[T]]]:
     """Make the steps of a list.
 
-    :param read: gives the first rows after a cursor: ``read(txn, **filters, limit=, before=)``.
-    :param cursor_of: gives what ``before`` is to be for the rows that follow this one.
+    :param read: returns the first rows after a cursor: ``read(txn, **filters, limit=, before=)``.
+    :param cursor_of: returns the value of ``before`` for the rows after a row.
     """
 
     def work(txn: Cursor, ask: OperationRequest) -> _Read[T]:
@@ -129,7 +131,7 @@ def paged(read: Callable[..., list[T]], cursor_of: Callable[[T], str]) -> Callab
 
 
 def in_stretches(listed: Listed[T]) -> Callable[[OperationRequest], Steps[Page[T]]]:
-    """Make the steps of a list whose filters may pass over many rows: a bounded number in each, and of steps."""
+    """Make the steps of a list whose filters may skip many rows. The rows of a step and the steps are limited."""
 
     def begin(ask: OperationRequest) -> Steps[Page[T]]:
         filters = dict(ask.query)
@@ -169,9 +171,9 @@ def listing(
     cursor: Rule = NUMBER,
     refusals: tuple[type[WireError], ...] = (),
 ) -> Operation[Page[T]]:
-    """Declare an operation that lists rows, page by page.
+    """Declare an operation that lists rows page by page.
 
-    :param filters: the schemas of what narrows the list.
+    :param filters: the schemas of the filters, by name.
     """
     limit = {
         "type": "integer",
@@ -186,7 +188,7 @@ def listing(
 
 
 def after_key(rows: Sequence[T], key: Callable[[T], str], limit: int, before: str | None) -> list[T]:
-    """Cut from a short list that is read as a whole: the first rows whose key follows a cursor."""
+    """Return the first rows whose key follows a cursor, from a short list that was read as a whole."""
     ordered = sorted(rows, key=key)
     return [row for row in ordered if before is None or key(row) > before][:limit]
 
@@ -203,5 +205,5 @@ def keyed(
     return _paged(work)
 
 
-#: A cursor that is the key of the page's last row.
+#: The schema of a cursor that is the key of the page's last row.
 KEY: Final = {"type": "string", "maxLength": 500, "description": "The next_cursor of the page before."}

@@ -1,4 +1,4 @@
-"""What operators do to rows of a table that they look after: commands and the outbox alike."""
+"""Operations on rows that operators manage, for commands and for the outbox."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from s2s.store.tables.actions import Action, RowOutcome
 
 T = TypeVar("T")
 
-#: The id of a row.
+#: The schema of the id of a row.
 ROW_ID: Final[Rule] = {"type": "integer", "minimum": 1, "maximum": 2**53 - 1}
 CMD_TYPE: Final[Rule] = {"type": "string", "maxLength": 64, "description": "Only commands of this type."}
-#: Steps that one request for all dead rows takes at most.
+#: Maximum steps of one request for all dead rows.
 MOST_STEPS: Final = 100
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How the rows of a table are spoken of.
+    """The texts for the rows of a table.
 
-    :param noun: what one is called.
-    :param done: by the outcome of a :class:`s2s.store.tables.actions.RowOutcome` that is done, what became of the row.
-    :param obstacles: by the outcome of one that is not, what is in the way, and the verbs of what can be done.
+    :param noun: the noun for a row.
+    :param done: the text for each outcome of a :class:`s2s.store.tables.actions.RowOutcome` that is done.
+    :param obstacles: the obstacle for each outcome that is not done, and the verbs of the possible actions.
     """
 
     noun: str
@@ -36,9 +36,9 @@ class Wording:
     obstacles: Mapping[str, tuple[str, tuple[str, ...]]]
 
     def tell(self, fate: RowOutcome, command: str = "{verb}") -> str:
-        """Say in one line what became of a row.
+        """Return one line about the outcome for a row.
 
-        :param command: how a verb is written for who reads it, with ``{verb}`` and ``{id}``.
+        :param command: the format of a suggested action, with ``{verb}`` and ``{id}``.
         """
         if fate.is_done:
             return f"{self.noun} {fate.id}: {self.done[fate.outcome]}"
@@ -49,17 +49,17 @@ class Wording:
 
 @dataclass(frozen=True)
 class RowOutcomes:
-    """What became of each row that was named."""
+    """The outcome for each row that the request named."""
 
     items: list[RowOutcome]
 
 
 @dataclass(frozen=True)
 class BulkOutcome:
-    """What became of all dead rows.
+    """The outcome of a request for all dead rows.
 
-    :param count: how many were changed.
-    :param is_all: no dead row is left that was there before; ``False``: ask again.
+    :param count: the number of rows that were changed.
+    :param is_all: no dead row is left of those before the request; ``False``: repeat the request.
     """
 
     count: int
@@ -68,10 +68,10 @@ class BulkOutcome:
 
 @dataclass(frozen=True)
 class RowOperations:
-    """What may be done to rows of one table by one action.
+    """The operations that perform one action on rows of one table.
 
-    :param some: to those whose ids are named.
-    :param one: to one of them.
+    :param some: the operation on several rows by their ids.
+    :param one: the operation on one row.
     """
 
     some: Operation[RowOutcomes]
@@ -79,7 +79,7 @@ class RowOperations:
 
     @property
     def both(self) -> tuple[Operation[Any], ...]:
-        """Both of them."""
+        """Both operations."""
         return (self.some, self.one)
 
 
@@ -88,8 +88,8 @@ def show(
 ) -> Operation[T]:
     """Declare the operation that shows one row.
 
-    :param member: the name of its id in the path.
-    :param find: ``find(txn, id)``.
+    :param member: the path parameter of its id.
+    :param find: returns the row: ``find(txn, id)``.
     """
 
     def begin(ask: OperationRequest) -> Steps[T]:
@@ -121,11 +121,11 @@ def act(
     summary: str,
     params: Callable[[Cursor], dict[str, Any]] = lambda _: {},
 ) -> RowOperations:
-    """Declare what may be done to rows by one action.
+    """Declare the operations that perform one action on rows.
 
-    :param path: that of the list.
-    :param summary: what it does, with ``{}`` for the rows.
-    :param params: reads the further parameters of the action's statement.
+    :param path: the path of the list.
+    :param summary: the summary of the operations, with ``{}`` for the rows.
+    :param params: returns the further parameters of the action's statement.
     """
 
     def on_some(txn: Cursor, ids: list[int]) -> list[RowOutcome]:
@@ -180,7 +180,7 @@ def act_on_dead(
     summary: str,
     params: Callable[[Cursor], dict[str, Any]] = lambda _: {},
 ) -> Operation[BulkOutcome]:
-    """Declare what may be done to all dead rows by one action; see :func:`act`."""
+    """Declare the operation that performs one action on all dead rows; see :func:`act`."""
 
     def dead(ask: OperationRequest) -> Steps[BulkOutcome]:
         count = after = 0
