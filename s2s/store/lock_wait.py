@@ -117,7 +117,7 @@ class _Watcher:
                     self._note(*looked)
         except psycopg2.Error as error:  # such as too many connections
             if not self._locks_only and not over.is_set():
-                self._note("", f"waiting for the database, and a look what for failed: {translate_error(error, conn)}")
+                self._note("", f"waiting for the database; reading the reason failed: {translate_error(error, conn)}")
         finally:
             silent.cancel()
             if conn is not None:
@@ -197,7 +197,7 @@ class LockWait:
                 blockers = self._watcher.line.removeprefix(_LOCKS)
                 raise OperatorError(
                     f"the locks were not free within {self._patience_s:g} s"
-                    f"{f': {blockers}' if blockers else ''}: try again when the others are done"
+                    f"{f': {blockers}' if blockers else ''}: try again when the other sessions are done"
                 )
             is_first = False
             time.sleep(PAUSE_S)

@@ -207,4 +207,4 @@ def _check_encoding(txn: Cursor) -> None:
     txn.execute("show server_encoding")
     encoding = (txn.fetchone() or ("",))[0]
     if encoding != "UTF8":
-        raise SchemaError(f"the database keeps text as {encoding}: make one with: createdb --encoding=UTF8 NAME")
+        raise SchemaError(f"the database has the encoding {encoding}: create one with: createdb --encoding=UTF8 NAME")

@@ -34,9 +34,10 @@ class Meaning(NamedTuple):
 
 
 _REFUSED: Final = Meaning(unavailable=False)
-_GRANT: Final = "run: s2s db status, which names what the user lacks"
+_GRANT: Final = "run: s2s db status, which lists the missing privileges"
 _MISSING: Final = (
-    "run: s2s db status; a trigger of yours on a table of s2s writes the schema of each name, or sets its search_path"
+    "run: s2s db status; a trigger of yours on a table of s2s must qualify each name with its schema,"
+    " or set its search_path"
 )
 _FOREIGN_FUNCTION: Final = (
     "mend the function {function}, which s2s has not made; s2s db status names its trigger, and how to remove that"
@@ -158,7 +159,7 @@ MEANINGS.update(
 MEANINGS.update(
     dict.fromkeys(
         ("23514 orders_created_at_check", "23514 api_tokens_expires_at_check"),
-        Meaning(passes=True, cure="set the clock of the database right"),
+        Meaning(passes=True, cure="correct the clock of the database"),
     )
 )
 _LONGEST_CODE: Final = max(map(len, MEANINGS))

@@ -94,7 +94,7 @@ class Troubles:
             )
             return
         self.log.error(
-            "incident {incident}: the database refuses statements still: {text} (SQLSTATE {state}) came {count} times "
+            "incident {incident}: the database still refuses statements: {text} (SQLSTATE {state}) came {count} times "
             "in {seconds:g} s",
             incident=trouble.incident,
             text=text,

@@ -94,7 +94,7 @@ class Api(Resource):
         request.notifyFinish().addErrback(lambda _: visit.leave())
         self._under_way.add(visit)
         answering = Deferred.fromCoroutine(self._answer(request, visit))
-        answering.addErrback(lambda failure: self.log.failure("an answer could not be given", failure))
+        answering.addErrback(lambda failure: self.log.failure("an answer could not be sent", failure))
         answering.addBoth(self._answered, visit)
         return NOT_DONE_YET
 
@@ -214,7 +214,7 @@ def _header(request: Request, name: bytes) -> str | None:
     """
     values = request.requestHeaders.getRawHeaders(name) or []
     if len(values) > 1:
-        raise BadEnvelope(f"the header {name.decode()} stands there twice")
+        raise BadEnvelope(f"the header {name.decode()} occurs twice")
     return values[0].decode("latin-1") if values else None
 
 

@@ -29,7 +29,7 @@ _PROBLEM: Final = {
         "type": {"type": "string", "format": "uri"},
         "title": {"type": "string"},
         "status": {"type": "integer"},
-        "detail": {"type": "string", "description": "One sentence for people."},
+        "detail": {"type": "string", "description": "One sentence about the error."},
         "code": {"enum": sorted(BY_CODE)},
         "retryable": {"type": "boolean", "description": "The same request may succeed later."},
         "retry_after_ms": {"type": "integer", "minimum": 0},
@@ -55,7 +55,7 @@ def document(operations: Collection[Operation[Any]], plain: Iterable[Plain]) -> 
         "info": {
             "title": "s2s",
             "version": __version__,
-            "description": "Steering a server, its engines and what they do; docs/api.rst says more.",
+            "description": "Control of a server, its engines and their work; docs/api.rst describes the API.",
         },
         "paths": paths,
         "components": {
@@ -79,7 +79,7 @@ def _plain(plain: Plain) -> dict[str, Any]:
         "summary": f"{plain.summary}.",
         "security": [{}] if plain.is_open else [_TOKEN],
         "responses": {
-            "200": _json("It is.", plain.reply),
+            "200": _json("Success.", plain.reply),
             **_refusals({400, 503} if plain.is_open else {*_ANY, 422}),
         },
     }
@@ -101,7 +101,7 @@ def _operation(operation: Operation[Any], reply: Mapping[str, Any]) -> dict[str,
         *(_parameter("query", name, rule) for name, rule in operation.query.items()),
     ]
     if operation.takes_key:
-        key = {**IDEM_KEY.document, "description": "The same key again is the same order."}
+        key = {**IDEM_KEY.document, "description": "A request with the same key names the same order."}
         parameters.append(_parameter("header", "Idempotency-Key", key))
     return {
         "operationId": operation.name,

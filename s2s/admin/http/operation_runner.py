@@ -41,7 +41,7 @@ MOST_IN_LINE: Final = 1000
 #: while the database hangs.
 STEP_S: Final = 10.0
 
-_NOT_BEGUN: Final = "the database did not come to it in time: it was not begun"
+_NOT_BEGUN: Final = "the request waited too long for the database, and was not begun"
 
 
 class ClientRequest:
@@ -136,7 +136,7 @@ class OperationRunner:
     def _check_line(self, places: DeferredSemaphore) -> None:
         if len(places.waiting) >= MOST_IN_LINE:
             self._counters.meet("http_line")
-            raise Overloaded(f"{MOST_IN_LINE} requests stand in line already", retry_after_ms=1000)
+            raise Overloaded(f"{MOST_IN_LINE} requests are in the queue already", retry_after_ms=1000)
 
     async def _run(self, places: DeferredSemaphore, actor: str, step: Step, visit: ClientRequest) -> Any:
         """Run one step, within :data:`STEP_S`.

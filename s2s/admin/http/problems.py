@@ -100,7 +100,7 @@ _OURS: Final = frozenset({"type", "title", "status", "detail", "code", "instance
 
 def wrong_host() -> Problem:
     """Return the problem for a request with a foreign Host: a web page may use DNS rebinding to reach this server."""
-    return Problem(Forbidden("this server does not go by the Host of the request: see --http-hosts"), 421)
+    return Problem(Forbidden("the Host of the request is not a name of this server: see --http-hosts"), 421)
 
 
 def wrong_media_type() -> Problem:
@@ -110,7 +110,7 @@ def wrong_media_type() -> Problem:
 
 def wrong_coding() -> Problem:
     """Return the problem for a compressed body."""
-    return Problem(UnsupportedType("send the body as it is, without Content-Encoding: no coding is supported"), 415)
+    return Problem(UnsupportedType("send the body without Content-Encoding: no coding is supported"), 415)
 
 
 def problem(error: BaseException) -> Problem:

@@ -99,7 +99,7 @@ def read_query(rules: Mapping[str, Rule], query: bytes) -> dict[str, Any]:
     for name, text in pairs:
         if name in found or "\0" in name + text:
             path = f"/query/{name.replace('~', '~0').replace('/', '~1')[:64]}"
-            raise BadPayload("a member of the query stands twice, or holds U+0000", path=path)
+            raise BadPayload("a member of the query occurs twice, or contains U+0000", path=path)
         found[name] = _typed(rules.get(name, {}), text)
     return found
 

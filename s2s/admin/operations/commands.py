@@ -40,9 +40,9 @@ LIST: Final[Operation[Page[CommandRow]]] = listing(
     filters={"status": {"enum": ["ready", "done", "dead", "cancelled"]}, "cmd_type": CMD_TYPE},
 )
 SHOW: Final = rows.show("show_command", f"{_PATH}/{{cmd_id}}", "cmd_id", WORDS, CommandRow, commands_admin.find)
-_RETRY: Final = "Retry {}: what is dead or cancelled runs again, with all attempts"
+_RETRY: Final = "Retry {}: dead and cancelled commands run again, with all attempts"
 _DISCARD: Final = (
-    "Discard {}: what is dead or cancelled is removed; a push of its idem_key stays a duplicate for a while"
+    "Discard {}: dead and cancelled commands are removed; a push with the same idem_key stays a duplicate for a while"
 )
 
 
@@ -52,7 +52,7 @@ def _key_days(txn: Cursor) -> dict[str, Any]:
 
 RETRY: Final = rows.act(commands_admin.RETRY, _PATH, WORDS, _RETRY)
 RETRY_DEAD: Final = rows.act_on_dead(commands_admin.RETRY, _PATH, WORDS, _RETRY)
-CANCEL: Final = rows.act(commands_admin.CANCEL, _PATH, WORDS, "Cancel {}: what waits does not run")
+CANCEL: Final = rows.act(commands_admin.CANCEL, _PATH, WORDS, "Cancel {}: waiting commands do not run")
 DISCARD: Final = rows.act(commands_admin.DISCARD, _PATH, WORDS, _DISCARD, _key_days)
 DISCARD_DEAD: Final = rows.act_on_dead(commands_admin.DISCARD, _PATH, WORDS, _DISCARD, _key_days)
 

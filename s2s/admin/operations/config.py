@@ -61,7 +61,7 @@ HISTORY: Final[Operation[Page[Change]]] = listing(
     "List the changes of settings, the newest first",
     Change,
     in_stretches(config.HISTORY),
-    filters={"key": {"type": "string", "maxLength": 200, "description": "Only of this setting."}},
+    filters={"key": {"type": "string", "maxLength": 200, "description": "Only changes of this setting."}},
 )
 SHOW: Final = Operation(
     "show_config", "GET", "/v1/config/{key}", "observer", "Show one setting", ConfigRow, once(_show),
@@ -72,7 +72,7 @@ SET: Final = Operation(
     "PUT",
     "/v1/config/{key}",
     "admin",
-    "Give a setting a value, which every process uses at once",
+    "Set a setting; every process uses the new value at once",
     Setting,
     once(_set),
     path_params=_WHERE,

@@ -32,7 +32,7 @@ from s2s.store.tables import control_requests, engines
 from s2s.store.tables.control_requests import Answer
 from s2s.store.tables.engines import EngineRow
 
-NAME: Final[Rule] = {"type": "string", "minLength": 1, "maxLength": 200, "description": "What the engine calls itself."}
+NAME: Final[Rule] = {"type": "string", "minLength": 1, "maxLength": 200, "description": "The name of the engine."}
 
 #: Seconds within which a server writes the row of a new link.
 SHOWN_S: Final = 0.3
@@ -178,7 +178,7 @@ def _steer(type: str, ask: OperationRequest) -> Steps[dict[str, Any]]:
     try:
         answer = (yield from _came({name: request_id}))[name]
     except S2SError as error:
-        raise UnknownOutcome(f"it was asked, but the answer cannot be waited for: {error}") from None
+        raise UnknownOutcome(f"the request was sent, but waiting for its answer failed: {error}") from None
     said = answer.answer or {}
     if answer.is_ok:
         return Reply({"engine": name, **said})
@@ -211,7 +211,7 @@ def _operation(verb: str, type: str, access: Access, summary: str) -> Operation[
         {
             **reply,
             "$id": f"urn:s2s:schema:{verb}_engine.reply",
-            "title": f"What the engine answered to {type}",
+            "title": f"The answer of the engine to {type}",
             "properties": {"engine": NAME, **reply["properties"]},
             "required": ["engine", *reply["required"]],
         },
@@ -235,7 +235,7 @@ def _operation(verb: str, type: str, access: Access, summary: str) -> Operation[
 LIST: Final[Operation[Page[Engine]]] = listing(
     "list_engines",
     "/v1/engines",
-    "List the engines that are linked or of which something is wanted, each with what it says now",
+    "List the engines that have a link or a desired state, each with its current health",
     Engine,
     _list,
     cursor=KEY,
@@ -245,19 +245,19 @@ SHOW: Final[Operation[Engine]] = Operation(
     "GET",
     "/v1/engines/{name}",
     "observer",
-    "Show one engine, with what it says now",
+    "Show one engine with its current health",
     Engine,
     _show,
     path_params={"name": NAME},
     refusals=(NotFound,),
 )
-HEALTH: Final = _operation("health", HEALTH_CHECK, "observer", "Ask an engine how it is")
-PAUSE_ENGINE: Final = _operation("pause", PAUSE, "operator", "Let an engine begin no job until it is resumed")
-RESUME_ENGINE: Final = _operation("resume", RESUME, "operator", "Let a paused engine go on")
+HEALTH: Final = _operation("health", HEALTH_CHECK, "observer", "Request the health of an engine")
+PAUSE_ENGINE: Final = _operation("pause", PAUSE, "operator", "Pause an engine: it begins no job until it is resumed")
+RESUME_ENGINE: Final = _operation("resume", RESUME, "operator", "Resume a paused engine")
 SHUT_DOWN_ENGINE: Final = _operation(
-    "shutdown", SHUTDOWN, "operator", "Let an engine finish what it has in hand, and end for good"
+    "shutdown", SHUTDOWN, "operator", "Shut an engine down: it finishes the work in hand and ends for good"
 )
-SWEEP_ENGINE: Final = _operation("sweep", SWEEP, "operator", "Let an engine put the pending broadcasts into its outbox")
+SWEEP_ENGINE: Final = _operation("sweep", SWEEP, "operator", "Make an engine put pending broadcasts into its outbox")
 
 OPERATIONS: Final[tuple[Operation[Any], ...]] = (
     LIST, SHOW, HEALTH, PAUSE_ENGINE, RESUME_ENGINE, SHUT_DOWN_ENGINE, SWEEP_ENGINE,

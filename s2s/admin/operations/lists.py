@@ -17,7 +17,7 @@ _TEXT: Final = {"type": "string", "maxLength": 300}
 KEYS: Final[Operation[Page[PublicKeyRow]]] = listing(
     "list_keys",
     "/v1/keys",
-    "List the keys and what each does now, without their secrets",
+    "List the keys with their current use, without their secrets",
     PublicKeyRow,
     keyed(keys.list_public, lambda row: row.key_id),
     cursor=KEY,
@@ -25,19 +25,19 @@ KEYS: Final[Operation[Page[PublicKeyRow]]] = listing(
 AUDIT: Final[Operation[Page[Entry]]] = listing(
     "list_audit",
     "/v1/audit",
-    "List who did what, and what came of it, the newest first",
+    "List the audit entries (actor, action, result), the newest first",
     Entry,
     in_stretches(audit.LISTED),
     filters={
-        "actor": {**_TEXT, "description": "Only by this one, such as token:alice, cli:alice or key:k1."},
-        "action": {**_TEXT, "description": "Only this, such as config.set or s2s.engine.pause."},
-        "subject": {**_TEXT, "description": "Only of this: an order's id, a setting, a key, an engine's name."},
+        "actor": {**_TEXT, "description": "Only entries of this actor, such as token:alice, cli:alice or key:k1."},
+        "action": {**_TEXT, "description": "Only entries of this action, such as config.set or s2s.engine.pause."},
+        "subject": {**_TEXT, "description": "Only entries about this order id, setting, key or engine name."},
     },
 )
 JOBS: Final[Operation[Page[JobRow]]] = listing(
     "list_jobs",
     "/v1/jobs",
-    "List the jobs that any engine has had, when each is due, and what its last run came to",
+    "List the jobs that any engine has had, with the time when each is due and the result of its last run",
     JobRow,
     keyed(jobs.list_jobs, lambda row: row.job_type),
     cursor=KEY,

@@ -54,7 +54,7 @@ BROADCAST: Final = Operation(
     "POST",
     "/v1/broadcasts",
     "operator",
-    "Tell the players something: an engine takes it to the server, where it becomes a notice",
+    "Add a broadcast to players: an engine sends it to the server, where it becomes a notice",
     Broadcast,
     _broadcast,
     body={
@@ -62,7 +62,7 @@ BROADCAST: Final = Operation(
         "title": "A broadcast",
     },
     body_bytes=LONG_BODY_BYTES,
-    statuses={201: "It waits for a sweep."},
+    statuses={201: "The broadcast waits for a sweep."},
 )
 LIST: Final[Operation[Page[NoticeRow]]] = listing(
     "list_notices",

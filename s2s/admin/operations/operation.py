@@ -231,7 +231,7 @@ def run_non_idempotent(step: Callable[[Cursor], T], what: str, **details: Any) -
     :param what: its effect in words, such as "the order was given".
     :raises WireError: it is unknown whether the step took effect, so the error is not retryable.
     """
-    unknown = f"whether {what} is unknown: look before it is asked for again"
+    unknown = f"it is unknown whether {what}: check before you repeat the request"
     try:
         came: T = yield step
     except CommitLost:

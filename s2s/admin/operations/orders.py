@@ -39,7 +39,7 @@ _WAIT: Final[Rule] = {
     "minimum": 0,
     "maximum": MOST_WAIT_S,
     "default": 0,
-    "description": "Seconds to wait for its end.",
+    "description": "Seconds to wait for the end of the order.",
 }
 #: The handlers of the orders; each declares the role that a caller needs.
 KINDS: Final = builtin({}, 0)
@@ -145,9 +145,9 @@ def _operation(rpc: str) -> Operation[Order]:
         body_bytes=_BODY_BYTES.get(rpc, BODY_BYTES),
         refusals=(BadPayload, IdemConflict),
         statuses={
-            200: "It was given before, and is over.",
-            201: "It is new, and over.",
-            202: "It is not over.",
+            200: "The order was given before, and is over.",
+            201: "The order is new, and over.",
+            202: "The order is not over.",
         },
         takes_key=True,
         refused=partial(_refused, rpc),
@@ -174,7 +174,7 @@ SHOW: Final = Operation(
     "GET",
     "/v1/orders/{order_id}",
     "observer",
-    "Show one order: how far it is, or what came of it",
+    "Show one order with its progress or its result",
     Order,
     _show,
     path_params={"order_id": ORDER_ID},

@@ -32,17 +32,17 @@ _PATH: Final = "/v1/outbox"
 LIST: Final[Operation[Page[OutboxEntry]]] = listing(
     "list_outbox",
     _PATH,
-    "List what is in the outbox, the newest first",
+    "List the rows of the outbox, the newest first",
     OutboxEntry,
     in_stretches(outbox_admin.LISTED),
     filters={"state": {"enum": ["waiting", "dead"]}, "cmd_type": CMD_TYPE},
 )
 SHOW: Final = rows.show("show_outbox_row", f"{_PATH}/{{outbox_id}}", "outbox_id", WORDS, OutboxEntry, outbox_admin.find)
-_RETRY: Final = "Retry {}: what is dead is sent again, now"
-_DISCARD: Final = "Discard {}: what is dead is removed"
+_RETRY: Final = "Retry {}: dead rows are sent again, now"
+_DISCARD: Final = "Discard {}: dead rows are removed"
 RETRY: Final = rows.act(outbox_admin.RETRY, _PATH, WORDS, _RETRY)
 RETRY_DEAD: Final = rows.act_on_dead(outbox_admin.RETRY, _PATH, WORDS, _RETRY)
-CANCEL: Final = rows.act(outbox_admin.CANCEL, _PATH, WORDS, "Cancel {}: what waits is not sent")
+CANCEL: Final = rows.act(outbox_admin.CANCEL, _PATH, WORDS, "Cancel {}: waiting rows are not sent")
 DISCARD: Final = rows.act(outbox_admin.DISCARD, _PATH, WORDS, _DISCARD)
 DISCARD_DEAD: Final = rows.act_on_dead(outbox_admin.DISCARD, _PATH, WORDS, _DISCARD)
 

@@ -180,7 +180,7 @@ def listing(
         "minimum": 1,
         "maximum": MOST_ROWS,
         "default": PAGE_ROWS,
-        "description": "Rows of a page at most; one with long rows ends earlier.",
+        "description": "Maximum rows of the page; a page with long rows has fewer.",
     }
     query = {**(filters or {}), "limit": limit, "cursor": cursor}
     kind: Any = Page[row]  # type: ignore[valid-type]
