@@ -51,7 +51,7 @@ _LOCKS: Final = "waiting for locks: "
 
 
 class Locked(DeadlineExceeded):
-    """Another session held a lock for too long. The caller gets this error as its reply."""
+    """Another session held a lock for too long; the error is reported to the caller of the operation."""
 
 
 class _Over(Exception):

@@ -241,7 +241,7 @@ class _Channel(http.HTTPChannel):
     def rawDataReceived(self, data: bytes) -> None:
         """Process input of a body or after a request. Drop it after a refusal, and limit the bytes read ahead.
 
-        Twisted's method limits them only after the transport has reported that it is full, which TLS reports late.
+        Twisted's method does not limit them while the transport counts as full; TLS reports a full transport late.
         """
         if self._closing is None:
             is_behind = self._is_answering

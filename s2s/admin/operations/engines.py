@@ -134,7 +134,8 @@ def _answers(
 ) -> Part[dict[str, Answer]]:
     """Send a request to engines by their names, and wait for the answers.
 
-    A request that no server takes in time is never sent. If the client disconnects, the requests are concluded at once.
+    A request that no server takes in time is never sent. If the client disconnects or may not wait, the requests that
+    no server has taken are deleted at once.
     """
     if not names:
         return {}

@@ -104,7 +104,7 @@ def look(
     """Find due rows that other sessions have locked for long, and sessions of s2s that wait for other sessions.
 
     A table is read only if some session may hold such locks on it. The result may contain a row that a session of s2s
-    has locked at this moment: a second call tells them apart.
+    has locked only for this moment: a second call tells such a row from one that is locked for long.
 
     :param waiting_s: seconds that a row must have been due, and that the transaction of its holder must have lasted.
     :param waits_s: seconds that a session of s2s must have waited.

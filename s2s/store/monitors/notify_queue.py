@@ -12,7 +12,7 @@ from typing import Final
 from s2s.errors import DatabaseUnavailable, harmless
 from s2s.store.driver import Cursor
 
-#: Shares of the queue in use: at HIGH the oldest session is reported, and at FULL the queue counts as full.
+#: Shares of the queue in use: from HIGH on it is reported with the oldest session, and from FULL on it counts as full.
 HIGH: Final = 0.5
 FULL: Final = 0.98
 
