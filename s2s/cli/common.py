@@ -184,7 +184,8 @@ def show_one(row: Any, as_json: bool) -> None:
 def actor() -> str:
     """Name whoever types the command, for the audit and the history."""
     try:
-        return f"cli:{getpass.getuser()}"
+        # A name in another encoding than UTF-8.
+        return f"cli:{getpass.getuser().encode('utf-8', 'backslashreplace').decode()}"
     except (KeyError, OSError):  # an account without a name
         return f"cli:{os.getuid()}"
 

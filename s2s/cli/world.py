@@ -41,7 +41,8 @@ def seed(
     with transaction(database, state_dir) as txn, progress_bar() as bar:
         began = time.monotonic()
         progress = partial(bar.advance, bar.add_task("rows", total=2 * sectors + ships))
-        if not make_world(txn, sectors, ships, seed, replace=replace, progress=progress):
+        tell = partial(click.echo, err=True)
+        if not make_world(txn, sectors, ships, seed, replace=replace, progress=progress, tell=tell):
             raise OperatorError("there is a world already: look at it with: s2s world show; --replace removes it first")
     seconds = round(time.monotonic() - began, 3)
     if as_json:

@@ -172,15 +172,19 @@ class RoleOptions(usage.Options):
         if is_daemon and not twistd["logfile"]:
             twistd["logfile"] = f"{self.process_name}.log"
         _check_places(twistd)
-        starting = f"{self.process_name}: starting\n"
+        starting = f"{self.process_name}: starting"
         if twistd["syslog"] or twistd["logger"]:
             pass
         elif twistd["logfile"] in ("", None, "-"):
             if "stdout" in closed and not is_daemon:
                 raise OperatorError("stdout is closed and the log goes there: open it, or name a --logfile")
-            _write("the log", "logfile", lambda: print(starting, end="", flush=True))
+            _write("the log", "logfile", lambda: streams.offer(starting))
         else:
-            _write(f"the log file {twistd['logfile']}", "logfile", lambda: log_file.append(twistd["logfile"], starting))
+            _write(
+                f"the log file {twistd['logfile']}",
+                "logfile",
+                lambda: log_file.append(twistd["logfile"], f"{starting}\n"),
+            )
         if twistd["pidfile"]:
             self.pid_file = PidFile(twistd["pidfile"])
             twistd["pidfile"] = ""
@@ -246,7 +250,7 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handle
     place, found, done = preflight.prepare(options["database"], options["state-dir"], role, sessions)
     for sentence in done:
         with suppress(OSError):
-            print(f"{options.process_name}: {sentence}", flush=True)
+            streams.offer(f"{options.process_name}: {sentence}")
     if place.is_embedded:
         trimming = LoopingCall(reactor.callInThread, place.trim_log)
         reactor.callWhenRunning(trimming.start, TRIM_S)

@@ -140,8 +140,9 @@ def _check(url: str, role: Role, sessions: int) -> Found:
         privileges.check(txn)
         migrations.check(txn)
         connection_limits.check(txn, sessions)
-        sequences.check(txn)
+        # First: the look at a sequence reads the largest id, which needs the index.
         shape.check(txn)
+        sequences.check(txn)
         snapshot = config.read(txn)
         try:
             rows = _keys(txn, role)

@@ -97,6 +97,15 @@ def has_room(descriptor: int, wait_s: float) -> bool:
     return bool(room.poll(wait_s * 1000))
 
 
+def offer(text: str) -> None:
+    """Write a line to stdout, unless the reader of its pipe stands still: a start does not wait for it.
+
+    :raises OSError: it cannot be written.
+    """
+    if has_room(sys.stdout.fileno(), ROOM_S):
+        print(text, flush=True)
+
+
 def say(line: str) -> None:
     """Write a line to stderr, whatever Twisted has made of ``sys.stderr``.
 

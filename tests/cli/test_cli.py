@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import getpass
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
+from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.cli import main
+from s2s.cli.common import actor
 from s2s.protocol.signing import decode_secret
 from s2s.runtime import files
 from tests.support.postgres import DatabaseTestCase
@@ -214,6 +217,15 @@ class DbTests(CliTestCase):
         for name in ("up", "broadcast", "notices", "commands", "keys", "db"):
             self.assertIn(name, self.s2s("--help").output)
             self.assertIn("Usage", self.s2s(name, "--help").output)
+
+
+class ActorTests(SynchronousTestCase):
+    """:func:`s2s.cli.common.actor`."""
+
+    def test_another_encoding(self) -> None:
+        """A user name that is not UTF-8 is written with escapes, so that the database accepts it."""
+        self.patch(getpass, "getuser", lambda: "j\udcf6rg")
+        self.assertEqual(actor(), "cli:j\\udcf6rg")
 
 
 class StateDirTests(CliTestCase):

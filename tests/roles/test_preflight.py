@@ -34,6 +34,15 @@ class CheckTests(DatabaseTestCase):
             role,
         )
 
+    def test_a_table_without_its_key(self) -> None:
+        """A missing primary key is named before a sequence, whose largest id is found by it."""
+        self.execute(
+            "alter table s2s.notices drop constraint notices_pkey;"
+            " insert into s2s.commands (cmd_id, cmd_type, idem_key, payload) values (9, 'a.b', 'k', '{}')"
+        )
+        refused = self.assertRaises(SchemaError, preflight.check, self.url, "server")
+        self.assertIn("the table s2s.notices lacks the unique index notices_pkey", str(refused))
+
     def test_no_key_names_the_cure(self) -> None:
         """Without a key for the role the refusal names the command that makes one."""
         self.add("s", "server")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from unittest import mock
@@ -51,6 +52,25 @@ class LineTests(SynchronousTestCase):
         self.patch(sys, "stdout", sys.__stdout__)
         streams.bound_lines()
         self.assertIs(sys.stdout, sys.__stdout__)
+
+
+class OfferTests(SynchronousTestCase):
+    """:func:`s2s.runtime.streams.offer`."""
+
+    def test_a_reader_that_stands_still(self) -> None:
+        """A line for a full pipe is left out, and one for a pipe with room is written."""
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        with os.fdopen(writer, "w") as stdout:
+            self.patch(sys, "stdout", stdout)
+            streams.offer("read")
+            self.assertEqual(os.read(reader, 9), b"read\n")
+            os.set_blocking(writer, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(writer, b"x" * 4096)
+            os.set_blocking(writer, True)
+            streams.offer("unread")
 
 
 class EncodingTests(SynchronousTestCase):

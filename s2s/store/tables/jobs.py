@@ -222,7 +222,8 @@ def _note_kept(txn: Cursor, job: DueJob) -> None:
 def next_due_s(txn: Cursor, job_types: Iterable[str]) -> float | None:
     """Give the seconds until the next job becomes due; ``None``: none does. One that is due by now is another's."""
     txn.execute(
-        "select extract(epoch from min(greatest(due_at, retry_at)) - now())::float8 from s2s.jobs"
+        "select extract(epoch from least(min(greatest(due_at, retry_at)), now() + interval '1 day') - now())::float8"
+        " from s2s.jobs"
         " where job_type = any(%s) and greatest(due_at, retry_at) > now()",
         (list(job_types),),
     )
