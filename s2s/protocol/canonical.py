@@ -1,8 +1,8 @@
 """The only JSON in and out: strict parsing and canonical writing (docs/protocol.rst, "Canonical JSON").
 
-Each direction has an exact path, which says what is wrong, and a fast one beside it. Of a frame both say the same, but
-for the rule that is named where several are broken. The fast writer may give up on a good value, never pass a bad one;
-``tests/protocol/test_canonical.py`` holds the paths together.
+Parsing and writing each have an exact path, which names the broken rule, and a fast path. Both parsers accept the same
+frames; when a frame breaks several rules, they may name different ones. The fast writer may reject a valid value, which
+the exact writer then writes, but never accepts an invalid one. ``tests/protocol/test_canonical.py`` compares the paths.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from canonicaljson import encode_canonical_json
 
 from s2s.errors import BadJson, CanonicalError
 
-#: The envelope is depth 1.
+#: Maximum levels of nesting in a frame; the envelope is depth 1.
 MAX_DEPTH: Final = 32
-#: The largest integer that every JSON implementation keeps exact (RFC 8259, section 6).
+#: The largest integer that every JSON implementation represents exactly (RFC 8259, section 6).
 MAX_INTEGER: Final = 2**53 - 1
-#: The longest frame, in bytes, in which the first broken rule is looked for by :func:`parse_exactly`: that takes up to
-#: 1 ms, and the sender need not have a key.
+#: The longest refused frame, in bytes, in which :func:`parse_exactly` looks for the first broken rule. The limit exists
+#: because that takes up to 1 ms and a sender without a key can cause it.
 EXPLAINED_BYTES: Final = 1024
-#: The rules by the name that ``details.rule`` of ``bad_json`` carries, each with its fixed text.
+#: The fixed text of each rule, by the rule's name in ``details.rule`` of ``bad_json``.
 RULES: Final[Mapping[str, str]] = {
     "utf8": "the frame is not valid UTF-8",
     "bom": "the frame begins with a byte order mark",
@@ -43,7 +43,8 @@ RULES: Final[Mapping[str, str]] = {
 }
 
 _SORTED: Final = orjson.OPT_SORT_KEYS
-# orjson would write dates, dataclasses and subclasses by rules of its own; passed through, they are refused.
+# By default orjson writes dates, dataclasses and subclasses in its own formats; the PASSTHROUGH options make it refuse
+# them.
 _STRICT: Final = (
     _SORTED
     | orjson.OPT_STRICT_INTEGER
@@ -54,8 +55,9 @@ _STRICT: Final = (
 _GZIP: Final = b"\x1f\x8b"
 _BACKSLASH: Final = ord("\\")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-# Whole strings first, so that brackets inside them are not counted. One that does not end is taken to the end as well:
-# else every quote in it would be tried anew, in time quadratic in the frame.
+# The pattern matches whole strings first, so that brackets inside them are not counted. It also matches an unterminated
+# string up to the end of the text: otherwise the search would start again at every quote in the string, in time
+# quadratic in the frame's length.
 _BRACKET: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
 
 
@@ -68,20 +70,21 @@ def _refuse(rule: str, frame: bytes = b"") -> NoReturn:
 
 
 def parse(frame: bytes) -> dict[str, Any]:
-    """Parse one frame, in whatever way it is written.
+    """Parse one frame, which need not be canonical.
 
     :param frame: the frame's body.
-    :raises BadJson: naming the rule broken (protocol, "Canonical JSON").
+    :raises BadJson: the frame breaks a rule, which the error names (protocol, "Canonical JSON").
     """
     return parse_and_write(frame)[0]
 
 
 def parse_and_write(frame: bytes) -> tuple[dict[str, Any], bytes]:
-    """Parse one frame and write its canonical form, both at the speed of the C libraries.
+    """Parse one frame and write its canonical form, both with the C libraries.
 
-    A sender without a key decides what a frame holds, so Python code never walks the values of a long one.
+    A sender without a key may choose the frame's content, so Python code never walks the values of a frame that is
+    longer than :data:`EXPLAINED_BYTES`.
 
-    :raises BadJson: naming the rule broken.
+    :raises BadJson: the frame breaks a rule, which the error names.
     """
     try:
         return _parse_and_write(frame)
@@ -93,7 +96,7 @@ def parse_and_write(frame: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def _parse_and_write(frame: bytes) -> tuple[dict[str, Any], bytes]:
-    # Where several rules are broken, the one named need not be the one that parse_exactly() names.
+    # When the frame breaks several rules, this function may name another one than parse_exactly() does.
     try:
         value = _without_floats(frame)
         nested = orjson.dumps(_nested(value, _SPARE_LEVELS), option=_STRICT)
@@ -113,7 +116,8 @@ def _parse_and_write(frame: bytes) -> tuple[dict[str, Any], bytes]:
     if written == frame and not _may_hold_nul(frame):
         return value, written
     strings, signs, nuls = _tally(frame)
-    # The parser keeps the last of equal names and takes -0 for 0: then the canonical form has fewer strings or signs.
+    # The parser keeps the last of several equal member names and reads -0 as 0. The canonical form of such a frame
+    # therefore has fewer strings or minus signs than the frame.
     strings_kept, signs_kept, _ = _tally(written)
     if strings != strings_kept:
         _refuse("duplicate_member")
@@ -136,7 +140,7 @@ def _tally(text: bytes) -> tuple[int, int, int]:
     """Count the quotes that delimit strings, the minus signs and the NULs of valid JSON."""
     if _BACKSLASH not in text or not (b'\\"' in text or b"\\u00" in text):
         return text.count(b'"'), text.count(b"-"), 0
-    # Without the escaped backslashes, a backslash always begins an escape.
+    # After the escaped backslashes are removed, every backslash begins another escape.
     text = text.replace(b"\\\\", b"")
     signs = text.count(b"-") + text.count(b"\\u002d") + text.count(b"\\u002D")
     return text.count(b'"') - text.count(b'\\"'), signs, text.count(b"\\u0000")
@@ -145,14 +149,15 @@ def _tally(text: bytes) -> tuple[int, int, int]:
 def parse_plainly(text: bytes, depth: int = 1) -> dict[str, Any] | None:
     """Parse an object that is written in its canonical form.
 
-    :param depth: how deep it lies in its envelope, which is depth 1.
-    :returns: ``None`` for any other: it may be wrong, or only written in another way.
+    :param depth: the object's depth in its envelope, which is depth 1.
+    :returns: ``None`` if the text is not canonical: it may be invalid, or valid JSON that is written differently.
     """
     if _may_hold_nul(text):
         return None
     try:
         value = _without_floats(text)
-        # Equal to its own canonical form: no duplicate member, no -0, no surrogate, no other writing of anything.
+        # A text that equals its canonical form has no duplicate member, no -0, no surrogate and no alternative
+        # spelling of a value.
         is_plain = type(value) is dict and orjson.dumps(value, option=_STRICT) == text and _is_plain(value, depth)
     except (BadJson, msgspec.DecodeError, UnicodeDecodeError, orjson.JSONEncodeError, RecursionError):
         return None
@@ -160,9 +165,9 @@ def parse_plainly(text: bytes, depth: int = 1) -> dict[str, Any] | None:
 
 
 def parse_exactly(frame: bytes) -> dict[str, Any]:
-    """Parse one frame the slow way, which knows what is wrong.
+    """Parse one frame by the slow path, which finds the broken rule.
 
-    :raises BadJson: naming the rule broken.
+    :raises BadJson: the frame breaks a rule, which the error names.
     """
     try:
         text = frame.decode("utf-8")
@@ -188,7 +193,7 @@ def parse_exactly(frame: bytes) -> dict[str, Any]:
 
 
 def _check_depth(text: str) -> None:
-    # Before the parser, whose recursion has limits of its own.
+    # This check runs before the parser, whose own recursion limit may be lower.
     depth = 0
     for match in _BRACKET.finditer(text):
         first = match[0][0]
@@ -210,7 +215,7 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _integer(token: str) -> int:
     if token == "-0":
         _refuse("negative_zero")
-    # Counted before int(), which is quadratic in the digits and refuses over 4300 of them.
+    # The length is checked first: int() takes time quadratic in the number of digits and refuses more than 4300 digits.
     if len(token) > 17 or abs(int(token)) > MAX_INTEGER:
         _refuse("integer_range")
     return int(token)
@@ -227,7 +232,7 @@ def _nested(value: Any, levels: int) -> Any:
 
 
 def _levels_written() -> int:
-    """Return how many levels orjson writes before it refuses: it has a fixed limit, which no option sets."""
+    """Return the number of levels that orjson writes: it has a fixed limit, which no option sets."""
     levels = MAX_DEPTH
     with contextlib.suppress(orjson.JSONEncodeError):
         while levels < 2048:
@@ -236,7 +241,7 @@ def _levels_written() -> int:
     return levels
 
 
-#: Levels around a value with which orjson refuses exactly the values deeper than :data:`MAX_DEPTH`.
+#: The number of lists to wrap around a value so that orjson refuses exactly the values deeper than :data:`MAX_DEPTH`.
 _SPARE_LEVELS: Final = _levels_written() - MAX_DEPTH
 
 _without_floats: Final = msgspec.json.Decoder(float_hook=_float).decode
@@ -258,13 +263,14 @@ def _check_strings(value: Any) -> None:
 
 
 def _may_hold_nul(text: bytes) -> bool:
-    """Whether ``\\u0000`` stands somewhere in JSON: without it there is none in the strings."""
-    # By a number first: the machine compares many bytes at once, and nothing is made ready for a search.
+    """Whether ``\\u0000`` occurs in JSON text: if it does not, no string in it contains U+0000."""
+    # The search for one byte, given as an int, comes first because it is the cheapest: it needs no preparation and
+    # compares many bytes at once.
     return _BACKSLASH in text and b"\\u0000" in text
 
 
 def _is_plain(value: Any, depth: int) -> bool:
-    """Whether there is nothing below but what canonical JSON knows, no float above all, and nothing too deep."""
+    """Whether a container holds only the types of canonical JSON, which exclude floats, and is not nested too deep."""
     for item in value.values() if type(value) is dict else value:
         kind = type(item)
         if kind is str or kind is int or kind is bool or item is None:
@@ -280,8 +286,8 @@ def _is_plain(value: Any, depth: int) -> bool:
 def dumps(value: Mapping[str, Any], depth: int = 1) -> bytes:
     """Write an object in its canonical form.
 
-    :param depth: how deep it is to lie in its envelope, which is depth 1.
-    :raises CanonicalError: what cannot be said, where, and what to say instead.
+    :param depth: the object's depth in its envelope, which is depth 1.
+    :raises CanonicalError: a value has no canonical form; the text names its place, the fault and the alternative.
     """
     if type(value) is dict:
         try:
@@ -294,15 +300,15 @@ def dumps(value: Mapping[str, Any], depth: int = 1) -> bytes:
 
 
 def rewrite(value: dict[str, Any]) -> bytes:
-    """Write what was parsed here, or a part of it: nothing in it can be wrong, and it is not looked at again."""
+    """Write a value that this module parsed, or a part of one, without checking the value again."""
     return orjson.dumps(value, option=_STRICT)
 
 
 def dumps_exactly(value: Mapping[str, Any], depth: int = 1) -> bytes:
-    """Write an object the slow way, which knows what is wrong.
+    """Write an object by the slow path, which finds the value that has no canonical form.
 
     :param depth: as of :func:`dumps`.
-    :raises CanonicalError: what cannot be said, where, and what to say instead.
+    :raises CanonicalError: as of :func:`dumps`.
     """
     if not isinstance(value, Mapping):
         raise CanonicalError(f"canonical JSON is written of a mapping, and this is of type {type(value).__name__}")
@@ -311,9 +317,9 @@ def dumps_exactly(value: Mapping[str, Any], depth: int = 1) -> bytes:
 
 
 def _sayable(value: Any, path: str, depth: int) -> Any:
-    """Give the value as plain dicts and lists.
+    """Return the value as plain dicts and lists.
 
-    :raises CanonicalError: for what has no canonical form.
+    :raises CanonicalError: the value has no canonical form.
     """
 
     def wrong(rule: str) -> NoReturn:
@@ -326,13 +332,13 @@ def _sayable(value: Any, path: str, depth: int) -> Any:
             wrong("nul")
         if _SURROGATE.search(value):
             wrong("lone_surrogate")
-        return str.__str__(value)  # a subclass may show itself as something else
+        return str.__str__(value)  # a subclass may override __str__
     if isinstance(value, int):
         if abs(value) > MAX_INTEGER:
             wrong("integer_range")
         return int.__index__(value)
     if isinstance(value, float):
-        # A parser of the database's JSON makes a float of every integer that is beyond 64 bits.
+        # A parser of JSON from the database returns every integer beyond 64 bits as a float.
         wrong("integer_range" if abs(value) > MAX_INTEGER and value.is_integer() else "float")
     if isinstance(value, (Mapping, list, tuple)):
         if depth > MAX_DEPTH:

@@ -1,4 +1,4 @@
-"""The envelope: read, sealed and signed (docs/protocol.rst, "Envelope" and "Signature")."""
+"""Reading, sealing and signing envelopes (docs/protocol.rst, "Envelope" and "Signature")."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from s2s.protocol.signing import KEY_ID, ROLES, Key, Sealed
 VERSION: Final = 1
 ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SIGNATURE: Final = re.compile(r"[0-9a-f]{64}")
-#: How deep a payload lies in its envelope.
+#: The depth of a payload in its envelope, which is depth 1.
 PAYLOAD_DEPTH: Final = 2
-#: The one scheme; a peer may name it and may not name another.
+#: The only signature scheme. A peer may omit the member ``scheme`` but may not name another scheme.
 SCHEME: Final = "hmac-sha256"
 
-# In a canonical frame the members of an envelope stand in this order. A payload that is canonical JSON itself, from its
-# first brace to its last, is then followed by what follows it here and by nothing else.
+# The members of an envelope in their canonical order. If the payload, from its first brace to its last, is canonical
+# JSON, the members after it are exactly those in this pattern.
 _CANONICAL: Final = re.compile(
     rb'(\{(?:"ack_of":"([A-Za-z0-9_-]{1,64})",)?"auth":\{"key_id":"([A-Za-z0-9_.-]{1,64})"),"sig":"([0-9a-f]{64})"'
     rb'(\},"dst":"([a-z]{1,64})","id":"([A-Za-z0-9_-]{1,64})","payload":(\{.*\}),"src":"([a-z]{1,64})"'
@@ -32,12 +32,12 @@ _CANONICAL: Final = re.compile(
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """One message, read and found well formed.
+    """One well-formed message.
 
     :param id: unique for every transmission.
     :param ts: Unix seconds at sending.
-    :param ack_of: of a reply, the ``id`` of the request.
-    :param payload: not yet held against its schema.
+    :param ack_of: in a reply, the ``id`` of the request.
+    :param payload: not yet validated against its schema.
     """
 
     id: str
@@ -50,7 +50,7 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 class PlainlySealed(Sealed, frozen=True):
-    """A frame that looks canonical around its payload, which is not parsed yet: without a MAC it is not worth it.
+    """A frame that is canonical outside its payload. The payload is parsed only after the MAC is checked.
 
     :param signed: as of :class:`Sealed`, if the payload is canonical too.
     :param rest: the members ``dst``, ``id``, ``payload``, ``src``, ``ts`` and ``type``.
@@ -62,7 +62,8 @@ class PlainlySealed(Sealed, frozen=True):
     def read(self) -> Envelope | None:
         """Read the envelope.
 
-        :returns: ``None`` if the payload is not canonical: then ``signed`` is not what the signature must cover.
+        :returns: ``None`` if the payload is not canonical: then ``signed`` is not the text that the signature must
+            cover.
         """
         dst, message_id, body, src, ts, type = self.rest
         payload = canonical.parse_plainly(body, PAYLOAD_DEPTH)
@@ -80,9 +81,9 @@ class PlainlySealed(Sealed, frozen=True):
 
 
 def unseal_plainly(frame: bytes) -> PlainlySealed | None:
-    """Take a frame apart that is written in its canonical form and has the members of an envelope and no others.
+    """Split a frame that is in its canonical form and has the members of an envelope and no others.
 
-    :returns: ``None`` for any other: parsed, it is for :func:`unseal_exactly` and :func:`read`.
+    :returns: ``None`` for any other frame: parse it and pass it to :func:`unseal_exactly` and :func:`read`.
     """
     match = _CANONICAL.fullmatch(frame)
     if match is None:
@@ -92,11 +93,11 @@ def unseal_plainly(frame: bytes) -> PlainlySealed | None:
 
 
 def unseal_exactly(members: dict[str, Any], written: bytes) -> Sealed:
-    """Take a parsed frame apart, whatever it looked like.
+    """Split a parsed frame, canonical or not.
 
-    :param written: its canonical form.
+    :param written: the frame's canonical form.
     :raises AuthRequired: there is no ``auth``.
-    :raises AuthBad: it is malformed.
+    :raises AuthBad: ``auth`` is malformed.
     """
     if "auth" not in members:
         raise AuthRequired()
@@ -114,7 +115,7 @@ def unseal_exactly(members: dict[str, Any], written: bytes) -> Sealed:
 
 
 def read(members: dict[str, Any]) -> Envelope:
-    """Check the shape of an envelope whose MAC holds.
+    """Check the shape of an envelope whose MAC is valid.
 
     :raises UnsupportedVersion: ``v`` is an integer and not 1.
     :raises BadEnvelope: a member is missing or ill-formed.
@@ -152,7 +153,7 @@ def _bad(name: str, wanted: str) -> NoReturn:
 
 
 def well_formed_id(members: dict[str, Any]) -> str | None:
-    """Give the ``id`` that an error may name in ``ack_of``, if it is well formed."""
+    """Return the ``id`` that an error may name in ``ack_of``, or ``None`` if the ``id`` is not well formed."""
     message_id = members.get("id")
     return message_id if type(message_id) is str and ID.fullmatch(message_id) else None
 
@@ -161,7 +162,7 @@ def well_formed_id(members: dict[str, Any]) -> str | None:
 
 
 def size(message_type: str, body: bytes, key_id_length: int = 64) -> int:
-    """Give the largest size of a frame with this payload, before it has an id and a key.
+    """Return the largest possible size in bytes of a frame with this payload, before its id and its key are known.
 
     :param body: the payload's canonical bytes.
     """
@@ -171,15 +172,15 @@ def size(message_type: str, body: bytes, key_id_length: int = 64) -> int:
 def seal(
     *, id: str, ts: int, src: str, dst: str, type: str, body: bytes, key: Key | None, ack_of: str | None = None
 ) -> bytes:
-    """Write one frame, signed by ``key``; without a key it is the unsigned answer to a frame whose MAC did not hold.
+    """Write one frame, signed by ``key``. Without a key, write the unsigned answer to a frame that was not verified.
 
-    The payload comes encoded, and the rest holds no character that JSON escapes, so that the canonical form is put
-    together and not sorted; ``tests/protocol/test_envelope.py`` holds it against
+    The payload is encoded already, and no other member holds a character that JSON escapes. The canonical form is
+    therefore concatenated and not sorted; ``tests/protocol/test_envelope.py`` compares the result with
     :func:`s2s.protocol.canonical.dumps_exactly`.
 
     :param body: the payload's canonical bytes.
     """
-    # Everything but the body is ASCII, and is encoded at one go.
+    # Everything except the body is ASCII, so each run of members is encoded at once.
     reply = "" if ack_of is None else f'"ack_of":"{ack_of}",'
     to = f'"dst":"{dst}","id":"{id}","payload":'.encode("ascii")
     rest = f',"src":"{src}","ts":{ts},"type":"{type}","v":{VERSION}}}'.encode("ascii")
@@ -192,7 +193,7 @@ def seal(
 
 
 def unguessable_id(ms: int) -> str:
-    """Make a ULID whose 80 random bits nobody can tell from others that he has seen; a common one is drawn faster.
+    """Return a ULID whose 80 random bits cannot be predicted from other ids; an ordinary ULID is faster to generate.
 
     :param ms: Unix milliseconds.
     """
@@ -200,11 +201,11 @@ def unguessable_id(ms: int) -> str:
 
 
 def other(role: str) -> str:
-    """Give the role at the other end."""
+    """Return the role of the peer."""
     return ROLES[1 - ROLES.index(role)]
 
 
-# The longest of everything that is not counted by name: 64 characters of id and ack_of, 17 digits of ts.
+# Maximum bytes of a frame without its key_id, type and payload: 64 each for id, ack_of and sig, and 17 digits of ts.
 _OVERHEAD: Final = len(
     '{"ack_of":"","auth":{"key_id":"","sig":""},"dst":"server","id":"","payload":,"src":"engine","ts":,"type":"","v":1}'
 ) + (64 + 64 + 64 + 17)

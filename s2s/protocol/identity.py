@@ -1,4 +1,4 @@
-"""Who a process is (docs/protocol.rst, "Identity")."""
+"""The identity of a process (docs/protocol.rst, "Identity")."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from s2s.protocol.signing import Role
 
 @dataclass(frozen=True)
 class Identity:
-    """Who we are.
+    """The identity that this process announces to a peer.
 
-    :param name: what operators call this process.
-    :param boot_id: a ULID, new at every start of a process.
+    :param name: the name that operators gave this process.
+    :param boot_id: a ULID, new at every start of the process.
     """
 
     role: Role

@@ -1,6 +1,6 @@
-"""Every wait and every bound of a link, and the count of what was met (docs/protocol.rst, "Timers and bounds").
+"""Every timeout and every bound of a link, and their counters (docs/protocol.rst, "Timers and bounds").
 
-One process has one of each, shared by its links: a setting that changes holds for every link from its next frame or
+All links of a process share one instance of each class. A changed setting applies to every link from its next frame or
 timer on (:meth:`s2s.link.factory.LinkFactory.configure`).
 """
 
@@ -15,7 +15,7 @@ from s2s.protocol.settings import number
 
 @dataclass
 class Timing:
-    """Every wait of a link, in seconds (protocol, "Timers and bounds")."""
+    """Every timeout of a link, in seconds, and ``misses``, a count (protocol, "Timers and bounds")."""
 
     proof: float = 5.0
     frame: float = 10.0
@@ -28,13 +28,13 @@ class Timing:
 
     @property
     def soonest(self) -> float:
-        """The shortest of the waits that something coming in may begin."""
+        """The shortest of the timeouts that incoming data may start."""
         return min(self.frame, self.idle, self.respond)
 
 
 @dataclass
 class Bounds:
-    """Every bound of a link, in frames and bytes (protocol, "Timers and bounds")."""
+    """Every bound of a link, in frames, calls or bytes (protocol, "Timers and bounds")."""
 
     frame_size: int = 65536
     window_frames: int = number("link.window")
@@ -44,13 +44,13 @@ class Bounds:
     held_frames: int = 1024
     held_bytes: int = 8 << 20
     write_bytes: int = 16 << 20
-    #: Of all links of a process. Of one link as many bytes may wait as are left of these.
+    #: Maximum bytes that wait to be written on all links of a process. One link may use at most the remainder.
     all_write_bytes: int = 256 << 20
     skews_in_a_row: int = 3
     unsigned_errors: int = 2
 
 
-#: Every bound and every wait of a process that can be met, and what is counted under it.
+#: Every bound and every timeout of a process that can be reached, with the description of its counter.
 MET: Final = {
     "window": "calls that had to wait in line for the link's window",
     "line": "calls refused because the line was full",
@@ -90,10 +90,10 @@ MET: Final = {
 
 @dataclass
 class Counters:
-    """What happened on a link, or on all of a process.
+    """The counters of a link, or of all links of a process.
 
-    :ivar waiting_bytes: what waits to be written now, on all links.
-    :ivar met: how often each bound of :data:`MET` was met.
+    :ivar waiting_bytes: bytes that wait to be written now, on all links.
+    :ivar met: how often each bound of :data:`MET` was reached.
     """
 
     frames_in: int = 0
@@ -106,7 +106,7 @@ class Counters:
     met: Counter[str] = field(default_factory=Counter)
 
     def meet(self, bound: str) -> None:
-        """A bound was met.
+        """Count that a bound was reached.
 
         :param bound: one of :data:`MET`.
         """

@@ -1,4 +1,4 @@
-"""The names under which command types and jobs are known."""
+"""The names of command types and jobs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _NAME: Final = re.compile(r"[a-z][a-z0-9_.]{0,63}")
 def by_name(
     kinds: Iterable[K], noun: str, attribute: str, check: Callable[[Any], object] = lambda _: None
 ) -> dict[str, K]:
-    """Key things by their name.
+    """Return a dict of objects by their names.
 
-    :param noun: what one is called.
-    :param attribute: which one holds its name.
-    :param check: raises :class:`OperatorError` where something else of it is wrong.
-    :raises OperatorError: a name is ill-formed or stands twice; or what ``check`` says, with whose it is.
+    :param noun: the noun for one object, for error messages.
+    :param attribute: the attribute that holds the name.
+    :param check: a further check of an object, which raises :class:`OperatorError`.
+    :raises OperatorError: a name is ill-formed or occurs twice, or ``check`` raised it; the text names the object.
     """
     known: dict[str, K] = {}
     for kind in kinds:

@@ -12,17 +12,17 @@ CAPACITY: Final = 1_000_000
 
 
 class ReplayCache:
-    """The requests seen, by ``(key_id, id)``: one for a whole process, since a frame may come again on another link.
+    """The requests seen, by ``(key_id, id)``. A process has one cache, since a frame may be replayed on another link.
 
-    An entry stays for two windows at least, by the monotonic clock: a request dated a window ahead is fresh for two.
-    Two generations of sets make that cheap: a new one begins every two windows and the last but one is dropped whole.
-    Where there is no room further requests are refused; nothing is forgotten early, since what a flood can push out can
-    be replayed. A key has at most as many entries as are free: one key can fill half of the cache, the next
-    one a quarter.
+    An entry stays for at least two windows by the monotonic clock, because a request whose ``ts`` is one window ahead
+    is fresh for two windows. Two generations of sets make expiry cheap: a new generation begins every two windows, and
+    the last but one is dropped whole. When there is no room, the cache refuses further requests. It never removes an
+    entry early, because a request that a flood could push out could be replayed. A key may have at most as many entries
+    as are free: one key can fill half of the cache, the next key a quarter.
 
     :param mono: the monotonic clock, in seconds.
     :param window_s: the freshness window in seconds.
-    :param on_full: called with the ``key_id`` when a request is refused for want of room.
+    :param on_full: called with the ``key_id`` when a request is refused for lack of room.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class ReplayCache:
     ) -> None:
         self._window_s = self._window_before_s = window_s
         self._resized_at = mono
-        # The second more is that of ts, which has no fractions.
+        # One second more, because ts is in whole seconds.
         self._keep_s = 2 * window_s + 1
         self._capacity = capacity
         self._on_full = on_full
@@ -49,7 +49,7 @@ class ReplayCache:
         return self._young_count + self._old_count
 
     def window(self, mono: float) -> float:
-        """Give the seconds that a request's ``ts`` may differ from our clock.
+        """Return the seconds by which a request's ``ts`` may differ from our clock.
 
         :param mono: the monotonic clock, in seconds.
         """
@@ -58,30 +58,31 @@ class ReplayCache:
     def resize(self, window_s: float, mono: float) -> None:
         """Change the window.
 
-        What the narrower window let us forget would be fresh again in a wider one. So a window widens by no more than a
-        second each second: never beyond what has been remembered since.
+        A request that the cache forgot under a narrower window would be fresh again under a wider one. So a window
+        widens by at most one second each second, and never covers a time whose requests were forgotten.
 
         :param window_s: the new window in seconds.
         :param mono: the monotonic clock, in seconds.
         """
         if window_s == self._window_s:
             return
-        # A cache that has never held anything has forgotten nothing.
+        # A cache that was never used has forgotten nothing, so its window changes at once.
         self._window_before_s, self._resized_at = self.window(mono) if self._is_used else window_s, mono
-        # What is there now is kept as the wider of the two windows wants it, and as any change before has promised.
+        # Keep the present entries for as long as the wider of the two windows requires, and at least as long as earlier
+        # changes required.
         keep_s = 2 * window_s + 1
         self._turn_at = max(self._turn_at, mono + max(keep_s, self._keep_s))
         self._window_s, self._keep_s = window_s, keep_s
 
     def enter(self, key_id: str, message_id: str, mono: float) -> None:
-        """Note a request, or refuse it.
+        """Record a request, or refuse it.
 
         :param mono: the monotonic clock, in seconds.
-        :raises Replay: it was seen before.
-        :raises Overloaded: there is no room for another.
+        :raises Replay: the request was seen before.
+        :raises Overloaded: there is no room for another request of the key.
         """
         if mono >= self._turn_at:
-            # After a long silence both generations are over their time.
+            # After a long silence both generations have expired.
             is_old = mono < self._turn_at + self._keep_s
             self._old, self._old_count = (self._young, self._young_count) if is_old else ({}, 0)
             self._young, self._young_count = {}, 0

@@ -1,7 +1,7 @@
-"""One link without I/O: its states, what it accepts, what it waits for (docs/protocol.rst, "The life of a link").
+"""One link without I/O: its states, its checks of requests, its deadlines (docs/protocol.rst, "The life of a link").
 
-Bytes, signatures and timers are others' work: :mod:`s2s.link.connection` carries them out and asks here. Two clocks
-are passed in: ``now`` is Unix seconds, for freshness alone; ``mono`` is monotonic seconds, for everything that lasts.
+:mod:`s2s.link.connection` handles bytes and timers, :mod:`s2s.link.dispatcher` signatures; both call this module. Two
+clocks are passed in: ``now`` is Unix seconds, only for freshness; ``mono`` is monotonic seconds, for all durations.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from s2s.protocol.window import Window
 
 
 class State(Enum):
-    """Where a link stands, seen from one side."""
+    """The state of a link, seen from one side."""
 
     CHALLENGING = "challenging"  # connected; our health check is not answered yet
-    PROVEN = "proven"  # a key holder answers at the other end, now
-    CLOSING = "closing"  # nothing more is read; what was written may still flush
+    PROVEN = "proven"  # the peer answered our health check, so it holds a key now
+    CLOSING = "closing"  # nothing more is read; bytes already written may still be flushed
     CLOSED = "closed"
 
 
 class Event(Enum):
-    """What moves a link from state to state."""
+    """An event that changes the state of a link."""
 
     PROOF = "proof"
     CLOSE = "close"
     LOST = "lost"
 
 
-#: Every transition; what is missing here cannot happen. CLOSED has no way out.
+#: Every transition. Any other one is ignored. CLOSED is final.
 TRANSITIONS: Final = {
     (State.CHALLENGING, Event.PROOF): State.PROVEN,
     (State.CHALLENGING, Event.CLOSE): State.CLOSING,
@@ -50,15 +50,15 @@ TRANSITIONS: Final = {
 }
 
 
-#: What a peer takes that has not said.
+#: The longest frame, in bytes, that a peer is assumed to accept until it announces its limit.
 UNANNOUNCED_FRAME_SIZE: Final = 65536
 
 
 class PendingRequest(msgspec.Struct, eq=False):
-    """A request that waits for our answer, and no more of it than is needed then.
+    """A request that waits for our answer; it keeps only the members that the answer needs.
 
-    :param id: its envelope's.
-    :param size: the frame's, in bytes.
+    :param id: the ``id`` of its envelope.
+    :param size: the size of its frame, in bytes.
     :param deadline: monotonic seconds.
     """
 
@@ -71,9 +71,9 @@ class PendingRequest(msgspec.Struct, eq=False):
 class Session:
     """One side of one link.
 
-    :param role: ours.
-    :param replay: the process's cache.
-    :param mono: monotonic seconds at the connect.
+    :param role: our role.
+    :param replay: the replay cache of the process.
+    :param mono: monotonic seconds when the connection was made.
     """
 
     def __init__(self, role: Role, replay: ReplayCache, timing: Timing, bounds: Bounds, mono: float) -> None:
@@ -82,14 +82,14 @@ class Session:
         self.timing = timing
         self.bounds = bounds
         self.state = State.CHALLENGING
-        #: Frames are still read and written: it is challenging or proven.
+        #: Frames are still read and written: the state is CHALLENGING or PROVEN.
         self.is_open = True
-        #: ``key_id`` that the peer signed with last.
+        #: The ``key_id`` that the peer last signed with.
         self.peer_key_id: str | None = None
         #: The longest frame that may be sent, in bytes.
         self.max_frame = min(bounds.frame_size, UNANNOUNCED_FRAME_SIZE)
         self._replay = replay
-        #: A health check was sent because of silence, and nothing was heard since.
+        #: A health check was sent because of silence, and no valid frame has come since.
         self.is_checking = False
         self._opened = mono
         self._heard: float | None = None
@@ -101,16 +101,16 @@ class Session:
         self._misses = 0
         self._unsigned = 0
         self._paused = False
-        #: Requests of ours.
+        #: Our requests.
         self.calls = Window(bounds)
-        #: In the order in which they came.
+        #: The peer's requests that wait for our answer, in order of arrival.
         self._pending: dict[PendingRequest, None] = {}
         self._pending_bytes = 0
 
     # --- state ----------------------------------------------------------------------------------------------------
 
     def move(self, event: Event) -> bool:
-        """Follow one transition; ``False`` where there is none, and nothing changes."""
+        """Make a transition, or return ``False`` and change nothing if there is none for this event."""
         state = TRANSITIONS.get((self.state, event))
         if state is None:
             return False
@@ -124,34 +124,37 @@ class Session:
         return self._heard is not None
 
     def prove(self, ts: int) -> bool:
-        """Our challenge was answered by an envelope with this ``ts``; ``False`` if the link was proven before."""
+        """Record that an envelope with this ``ts`` answered our challenge.
+
+        :returns: ``False`` if the link is not challenging any more.
+        """
         if not self.move(Event.PROOF):
             return False
         self._proof_ts = ts
         return True
 
     def announce(self, frame_size: int) -> None:
-        """The peer says how long a frame it takes, in bytes."""
+        """Record the peer's frame size limit, in bytes."""
         self.max_frame = min(self.bounds.frame_size, frame_size)
 
     def stamp(self, now: float) -> int:
-        """Give the ``ts`` of a frame: it never goes back on a link, where it would look older than the proof."""
+        """Return the ``ts`` of a frame. It never decreases on a link: a lower ``ts`` could be older than the proof."""
         self._stamped = max(self._stamped, int(now))
         return self._stamped
 
     # --- what comes in ----------------------------------------------------------------------------------------------
 
     def heard(self, key_id: str, mono: float) -> None:
-        """A frame whose MAC holds has come."""
+        """Record that a frame with a valid MAC arrived."""
         self._heard = self._quiet_since = mono
         self._misses = 0
         self.is_checking = False
         self.peer_key_id = key_id
 
     def check_way(self, envelope: Envelope, key: Key) -> None:
-        """Refuse what another role says, or says to another, or signs with another's key.
+        """Check that ``src`` is the peer's role, ``dst`` is ours, and the key may sign for ``src``.
 
-        :raises Forbidden: ``src``, ``dst`` or the key's role is wrong; this defeats reflection.
+        :raises Forbidden: ``src``, ``dst`` or the key's role is wrong; this prevents reflection attacks.
         """
         if envelope.src != self.peer_role:
             raise Forbidden(f"on this link src must be {self.peer_role}", path="/src")
@@ -161,7 +164,7 @@ class Session:
             raise Forbidden("the key may not sign for this src", path="/auth/key_id")
 
     def admit(self, envelope: Envelope, key: Key, served: Collection[str], now: float, mono: float) -> MessageType:
-        """Check a request up to its payload, in the protocol's order: ts, replay, type and way, proof.
+        """Check a request up to its payload, in the protocol's order: ts, replay, type and direction, proof.
 
         :param served: the types that this process answers.
         :raises WireError: the first check that fails.
@@ -193,26 +196,26 @@ class Session:
             skew_s=skew,
             max_skew_s=window,
         )
-        # The rule of this one code depends on the link's past.
+        # Only for this code does it depend on the link's earlier frames whether the link closes.
         refusal.closes = self._skews >= self.bounds.skews_in_a_row
         raise refusal
 
     def unsigned_error(self) -> bool:
-        """An ``s2s.error`` without ``auth`` has come: whether it is one too many."""
+        """Count an ``s2s.error`` without ``auth``, and return whether the bound is reached."""
         self._unsigned += 1
         return self._unsigned >= self.bounds.unsigned_errors
 
-    # --- requests that we hold --------------------------------------------------------------------------------------
+    # --- requests that wait for our answer --------------------------------------------------------------------------
 
     def track(self, message: MessageType, id: str, size: int, mono: float) -> PendingRequest:
-        """A request waits for our answer, which :meth:`untrack` ends."""
+        """Add a request to those that wait for our answer, until :meth:`untrack` removes it."""
         pending = PendingRequest(message, id, size, mono + self.timing.respond)
         self._pending[pending] = None
         self._pending_bytes += size
         return pending
 
     def untrack(self, pending: PendingRequest) -> bool:
-        """A request is to be answered: ``False`` if it was answered before."""
+        """Remove a request because it is answered now, or return ``False`` if it was answered before."""
         if pending not in self._pending:
             return False
         del self._pending[pending]
@@ -220,22 +223,22 @@ class Session:
         return True
 
     def unanswered(self, mono: float) -> list[PendingRequest]:
-        """Give what has waited for too long."""
-        # All wait equally long, so that the first come is the first due.
+        """Return the requests whose deadline has passed."""
+        # All requests have the same timeout, so the first to arrive is the first due.
         return list(itertools.takewhile(lambda pending: pending.deadline <= mono, self._pending))
 
     @property
     def pending(self) -> int:
-        """How many requests wait for our answer."""
+        """The number of requests that wait for our answer."""
         return len(self._pending)
 
     @property
     def is_saturated(self) -> bool:
-        """Whether no more is to be read until something is answered."""
+        """Whether reading must stop until a request is answered."""
         return len(self._pending) >= self.bounds.held_frames or self._pending_bytes >= self.bounds.held_bytes
 
     def paused(self, mono: float, is_paused: bool) -> None:
-        """Reading stops or goes on; while it stops, silence and frame time are not counted."""
+        """Record that reading was paused or resumed. While it is paused, the silence and frame timers do not run."""
         self._paused = is_paused
         if not is_paused:
             self._quiet_since = mono
@@ -244,20 +247,24 @@ class Session:
     # --- timers -----------------------------------------------------------------------------------------------------
 
     def partial(self, mono: float, is_partial: bool, is_new: bool) -> None:
-        """After each chunk: whether a frame has begun and is not whole, and whether it began in this chunk."""
+        """Start or stop the frame timer; the link calls this after each chunk.
+
+        :param is_partial: a frame has begun and is not complete.
+        :param is_new: the frame began in this chunk.
+        """
         if not is_partial:
             self._frame_since = None
         elif is_new or self._frame_since is None:
             self._frame_since = mono
 
     def missed(self) -> bool:
-        """A health check went unanswered: whether the peer is to be given up."""
-        # What we do not read, we cannot hear.
+        """Count an unanswered health check, and return whether to close the link."""
+        # While reading is paused, the answer cannot arrive, so the check does not count.
         self._misses += not self._paused
         return self._misses >= self.timing.misses
 
     def overdue(self, mono: float) -> tuple[str, str] | None:
-        """Say which wait is over and why the link must be closed now, if it must."""
+        """Return the name of the expired timeout and the reason to close the link, or ``None``."""
         if self.state is State.CHALLENGING and mono >= self._opened + self.timing.proof:
             return "proof", "our health check was not answered" if self.has_been_heard else "no valid frame came"
         if self._frame_since is not None and not self._paused and mono >= self._frame_since + self.timing.frame:
@@ -265,17 +272,17 @@ class Session:
         return None
 
     def wants_check(self, mono: float) -> bool:
-        """Whether the peer was silent for so long that it must be asked; asking is the caller's next act."""
+        """Whether the peer was silent for so long that the caller must now send a health check."""
         if self.state is not State.PROVEN or self._paused or self.is_checking:
             return False
         if mono < self._quiet_since + self.timing.idle:
             return False
-        # From here on the checks' own deadlines watch, one after the other, until something is heard.
+        # From now on the deadlines of consecutive health checks replace the idle timer, until a valid frame comes.
         self.is_checking = True
         return True
 
     def next_timer(self) -> float:
-        """When one of the timed methods may have something to say, in monotonic seconds."""
+        """Return the earliest time at which a deadline may pass, in monotonic seconds."""
         times = [self.calls.next_deadline]
         if self.state is State.CHALLENGING:
             times.append(self._opened + self.timing.proof)
@@ -290,19 +297,19 @@ class Session:
 
 
 def is_reply(type: object, has_ack_of: bool) -> bool:
-    """Whether a frame answers, or claims to: such a one is never answered.
+    """Whether a frame is a reply or claims to be one. Such a frame is never answered.
 
-    :param type: its member ``type``, whatever that is.
-    :param has_ack_of: whether it has a member ``ack_of``.
+    :param type: the frame's member ``type``, of any JSON type.
+    :param has_ack_of: whether the frame has a member ``ack_of``.
     """
     return has_ack_of or (isinstance(type, str) and type in REPLY_ONLY)
 
 
 def is_unsigned_error(members: dict[str, Any]) -> bool:
-    """Whether a parsed frame is an ``s2s.error`` without ``auth``: it answers no request and is never answered."""
+    """Whether a parsed frame is an ``s2s.error`` without ``auth``, which answers no request and is never answered."""
     return members.get("type") == ERROR and "auth" not in members
 
 
-#: A signed refusal with this code answers a challenge too: a peer that does not know the type holds a key all the same.
+#: A signed refusal with this code also answers a challenge: a peer that does not know the type still holds a key.
 ALSO_PROVES: Final = UnsupportedType.code
 CHALLENGE: Final = BY_NAME[HEALTH_CHECK]

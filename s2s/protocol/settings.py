@@ -1,7 +1,7 @@
-"""The settings: what the table ``config`` holds from the start (docs/protocol.rst, "Configuration").
+"""The settings: the initial rows of the table ``config`` (docs/protocol.rst, "Configuration").
 
-To add one, add an entry to :data:`SETTINGS`; ``s2s db migrate`` puts it into the table. Whoever uses it asks
-:class:`s2s.roles.live_config.LiveConfig` for it, and is told of every change.
+To add a setting, add an entry to :data:`SETTINGS`; ``s2s db migrate`` inserts it into the table. The code that uses a
+setting reads it from :class:`s2s.roles.live_config.LiveConfig`, which reports every change.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Value = str | int | bool
 class Setting:
     """One setting.
 
-    :param least: the least value of an integer, or length of a string.
-    :param most: the greatest.
+    :param least: the minimum value of an integer, or the minimum length of a string.
+    :param most: the maximum of the same.
     """
 
     key: str
@@ -61,10 +61,10 @@ BY_KEY: Final = {setting.key: setting for setting in SETTINGS}
 
 
 def read_as(kind: str, text: str) -> Value | None:
-    """Read a value that was typed.
+    """Convert a text that a person typed to a value.
 
     :param kind: ``string``, ``integer`` or ``boolean``.
-    :returns: ``None``: it is nothing of the kind.
+    :returns: ``None`` if the text is not of that kind.
     """
     if kind == "string":
         return text
@@ -76,14 +76,14 @@ def read_as(kind: str, text: str) -> Value | None:
 
 
 def number(key: str) -> int:
-    """Give the default of an integer setting."""
+    """Return the default of an integer setting."""
     return BY_KEY[key].number
 
 
 def value(values: Mapping[str, Value], key: str) -> Value:
-    """Return a setting's value, or the default of its definition where the table ``config`` has no row of it.
+    """Return a setting's value, or its default if the table ``config`` has no row for it.
 
-    :param values: by key, as the table has them.
+    :param values: the rows of the table, by key.
     :raises KeyError: there is no such setting.
     """
     return values[key] if key in values else BY_KEY[key].default

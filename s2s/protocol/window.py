@@ -1,4 +1,4 @@
-"""The requests of ours on one link: in flight, in line, and their deadlines (docs/protocol.rst, "Windows")."""
+"""Our requests on one link: in flight or queued, and their deadlines (docs/protocol.rst, "Windows")."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from s2s.protocol.limits import Bounds
 
 
 class Call(msgspec.Struct, eq=False):
-    """A request of ours on its way.
+    """One of our requests, queued or sent.
 
     :param body: the payload's canonical bytes, until they are sent.
-    :param size: the frame's largest size, in bytes.
+    :param size: the largest possible size of the frame, in bytes.
     :param deadline: monotonic seconds.
-    :param waiter: whatever the shell wants back with the outcome.
+    :param waiter: an object of the caller, returned with the call; the link stores a Deferred in it.
     """
 
     message: MessageType
@@ -31,9 +31,9 @@ class Call(msgspec.Struct, eq=False):
 
 
 class Window:
-    """What was sent and is not answered, and what waits until it may be sent.
+    """The calls that were sent and are not answered, and the queue of calls that wait to be sent.
 
-    :ivar next_deadline: when :meth:`expire` may have something to give, in monotonic seconds.
+    :ivar next_deadline: the earliest time at which :meth:`expire` may return a call, in monotonic seconds.
     """
 
     def __init__(self, bounds: Bounds) -> None:
@@ -49,9 +49,9 @@ class Window:
         self.next_deadline = math.inf
 
     def offer(self, call: Call) -> bool:
-        """Take a new call: ``True`` if it may be sent now, ``False`` if it stands in line.
+        """Accept a new call: return ``True`` if it may be sent now, or queue it and return ``False``.
 
-        :raises LineFull: the line is as long as it may get.
+        :raises LineFull: the queue has reached its bound.
         """
         if self._has_room(call) and not (self._line and call.message.windowed):
             return True
@@ -65,12 +65,12 @@ class Window:
     def _has_room(self, call: Call) -> bool:
         return not call.message.windowed or (
             self._window_frames < self._bounds.window_frames
-            # One frame always fits.
+            # An empty window takes a frame of any size.
             and (self._window_bytes + call.size <= self._bounds.window_bytes or self._window_frames == 0)
         )
 
     def next_in_line(self) -> Call | None:
-        """Take the first call of the line if the window has room for it."""
+        """Remove and return the first call of the queue if the window has room for it."""
         if not self._line or not self._has_room(self._line[0]):
             return None
         call = self._line.popleft()
@@ -78,9 +78,9 @@ class Window:
         return call
 
     def sent(self, call: Call, message_id: str) -> bytes:
-        """The call's frame goes out under this ``id``.
+        """Record that the call's frame is sent with this ``id``.
 
-        :returns: its body, which is not kept: who waits for an answer needs it no more.
+        :returns: the body, which the call no longer keeps because only sending needs it.
         """
         body, call.body = call.body, b""
         call.id = message_id
@@ -95,7 +95,7 @@ class Window:
         self.next_deadline = min(self.next_deadline, call.deadline)
 
     def settle(self, ack_of: str | None) -> Call | None:
-        """Find the call that a reply answers, and end it; ``None`` for a reply that nobody awaits."""
+        """Remove and return the call that a reply answers, or return ``None`` if no call awaits the reply."""
         call = self._pending.pop(ack_of, None) if ack_of is not None else None
         if call is not None and call.message.windowed:
             self._window_frames -= 1
@@ -103,10 +103,10 @@ class Window:
         return call
 
     def expire(self, mono: float) -> list[Call]:
-        """End and give every call whose deadline has passed, sent or in line."""
+        """Remove and return every call whose deadline has passed, sent or queued."""
         if mono < self.next_deadline:
             return []
-        # The earliest deadline known may be that of a call long answered: looking is cheaper than keeping a heap.
+        # The earliest known deadline may belong to a call that was answered already. A scan is cheaper than a heap.
         late = [call for call in (*self._pending.values(), *self._line) if call.deadline <= mono]
         for call in late:
             self.settle(call.id)
@@ -117,17 +117,17 @@ class Window:
         return late
 
     def fail_all(self) -> list[Call]:
-        """End and give every call, sent or in line: the link is gone."""
+        """Remove and return every call, sent or queued, because the link has ended."""
         calls = [*self._pending.values(), *self._line]
         self._clear()
         return calls
 
     @property
     def in_flight(self) -> int:
-        """Requests in the window."""
+        """The number of requests in the window."""
         return self._window_frames
 
     @property
     def in_line(self) -> int:
-        """Calls that wait for the window."""
+        """The number of queued calls."""
         return len(self._line)

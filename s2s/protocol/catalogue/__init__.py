@@ -1,7 +1,7 @@
-"""What may be said: every message type, its way, its schemas and its reply (docs/protocol.rst, "Catalogue").
+"""Every message type with its senders, its schemas and its reply type (docs/protocol.rst, "Catalogue").
 
-To add a type, put its two schema files into ``schemas/`` and one line into :data:`MESSAGES`. An order needs the schema
-of its request, and no line.
+To add a type, put its two schema files into ``schemas/`` and one line into :data:`MESSAGES`. An order needs only the
+schema file of its request.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BUMP: Final = "s2s.config.bump"
 PAUSE: Final = "s2s.engine.pause"
 RESUME: Final = "s2s.engine.resume"
 SHUTDOWN: Final = "s2s.engine.shutdown"
-#: How the names of orders begin.
+#: The prefixes of the names of orders.
 _ORDERS: Final = ("admin.", "world.")
 #: Types that are never requests, with or without ``ack_of``.
 REPLY_ONLY: Final = frozenset({ACK, HEALTH_ACK, ERROR})
@@ -30,12 +30,12 @@ REPLY_ONLY: Final = frozenset({ACK, HEALTH_ACK, ERROR})
 
 @dataclass(frozen=True)
 class MessageType:
-    """One kind of request.
+    """One type of request.
 
     :param sent_by: the roles that may send it.
     :param reply: the type of its reply, beside ``s2s.error``.
-    :param control: obeyed only on a proven link (protocol, "Proof").
-    :param entered: whether the replay cache holds it; a push is told apart by its ``idem_key`` instead.
+    :param control: whether a receiver obeys it only on a proven link (protocol, "Proof").
+    :param entered: whether the replay cache records it; a push is identified by its ``idem_key`` instead.
     :param windowed: whether it counts against the requester's window.
     """
 
@@ -54,13 +54,13 @@ class MessageType:
 
     @property
     def is_order(self) -> bool:
-        """Whether it is an order, an administrator's request on its way to an engine (protocol, "Words")."""
+        """Whether this type is an order: an administrator's request to an engine (protocol, "Words")."""
         return self.name.startswith(_ORDERS)
 
 
 _SERVER: Final[tuple[Role, ...]] = ("server",)
 
-#: The orders, whose requests are ``{order_id, **params}``; what an engine does on each is in
+#: The orders. The payload of a request is ``{order_id, **params}``; the engine's handlers are in
 #: :mod:`s2s.handlers.orders`.
 ORDERS: Final = tuple(name for name in requests() if name.startswith(_ORDERS))
 

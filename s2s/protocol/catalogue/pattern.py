@@ -1,8 +1,8 @@
-"""The cost of a pattern, judged by its text: the steps that it may take on the strings of one payload.
+"""The estimated cost of a pattern, from its text: the steps that it may take on the strings of one payload.
 
-The engine of ``jsonschema-rs`` never backtracks. It makes the states of an automaton while it reads. A pattern that can
-be in few positions at once needs few states. One that can be in many positions at once, such as ``a[ab]{30}``, may need
-a new state for every byte, and each costs as much as its positions.
+The regex engine of ``jsonschema-rs`` never backtracks. It builds the states of an automaton while it reads the text. A
+pattern that can be in few positions at once needs few states. A pattern that can be in many positions at once, such as
+``a[ab]{30}``, may need a new state for every byte, and the cost of a state is proportional to its number of positions.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import re
 import sys
 from typing import Final
 
-#: Steps per byte of a text, where the states are there.
+#: Steps per byte of a text whose states are already built.
 _PER_BYTE: Final = 2
-#: Steps per position to make a state: 32 ns at most were measured.
+#: Steps per position to build a state; 32 ns at most were measured.
 _PER_POSITION: Final = 3
-#: Bytes that may each need to make something of a state.
+#: Bytes that may each need work to build one state.
 _PER_STATE: Final = 4
-#: Steps to begin with a string.
+#: Steps per string before its first byte is read.
 _PER_STRING: Final = 10
 
 _TOKEN: Final = re.compile(
@@ -29,10 +29,10 @@ _TIED: Final = re.compile(r"\^(?![*+?{])")
 
 
 def steps(pattern: str, strings: int, size: int) -> int:
-    """Return the steps for the worst strings.
+    """Return the steps for the most expensive strings.
 
-    :param strings: how many there are.
-    :param size: their bytes in all.
+    :param strings: the number of strings.
+    :param size: their total length in bytes.
     """
     positions, sure, passing = _positions(pattern)
     return (
@@ -44,19 +44,20 @@ def steps(pattern: str, strings: int, size: int) -> int:
 
 
 def _states(at_once: int, size: int) -> int:
-    """Return the steps to make the states for some bytes: one for each set of positions, and for each byte at most."""
+    """Return the steps to build states: at most one state for each set of positions and at most one for each byte."""
     return min(size, _PER_STATE << min(at_once, 20)) * at_once * _PER_POSITION
 
 
 def _positions(pattern: str) -> tuple[int, int, int]:
-    """Count the characters of a pattern, with what ``{n,m}`` repeats written out.
+    """Count the positions of a pattern, one for each character after the repeats ``{n,m}`` are expanded.
 
-    :returns: how many there are; how many at its start are met one at a time, since each has one place in the text; and
-        how many at its start no loop leads back to: the text passes each of them once.
+    :returns: the number of positions; the number of leading positions of which only one is active at a time, because
+        each has a fixed place in the text; and the number of leading positions to which no loop leads back, so that the
+        text passes each of them once.
     """
-    #: The positions in each group that is open.
+    #: The number of positions in each open group.
     groups = [0]
-    #: The positions of the item before, which a quantifier repeats.
+    #: The number of positions in the previous item, which a quantifier repeats.
     last = 0
     sure = passing = sys.maxsize if _TIED.match(pattern) else 0
     for token in _TOKEN.finditer(pattern):
@@ -75,7 +76,7 @@ def _positions(pattern: str) -> tuple[int, int, int]:
             if token["many"] or (token["comma"] and not token["most"]):
                 sure, passing = min(sure, before), min(passing, before)
             elif token["maybe"] or token["comma"]:
-                # Repeats of one character are met one at a time; what follows them has no certain place.
+                # Repeats of one character are active one at a time; the items after them have no fixed place.
                 sure = min(sure, before + times if last == 1 else before)
             groups[-1] += last * (times - 1)
             last *= times

@@ -1,8 +1,9 @@
-"""JSON Schemas, compiled once: a fast yes or no, and an explanation of the no.
+"""JSON Schemas, compiled once: a fast validity check, and an explanation of each refusal.
 
-``jsonschema`` checks the schemas themselves (:mod:`s2s.protocol.catalogue.vet`). ``jsonschema-rs`` judges every
-payload, and the explanation asks it about the parts of the schema: its own list of errors may grow exponentially
-with ``anyOf``, and ``jsonschema`` has no bound at all. ``tests/protocol/test_catalogue.py`` holds the two together.
+``jsonschema`` checks the schemas themselves (:mod:`s2s.protocol.catalogue.vet`). ``jsonschema-rs`` validates every
+payload. The explanation validates the value against single parts of the schema with ``jsonschema-rs``, because the
+library's own list of errors may grow exponentially with ``anyOf``, and because ``jsonschema`` has no bound at all.
+``tests/protocol/test_catalogue.py`` compares the two libraries.
 """
 
 from __future__ import annotations
@@ -21,22 +22,24 @@ from s2s.errors import BadPayload, OperatorError
 from s2s.protocol.catalogue.vet import check_words, vet
 
 _LONGEST_BOUND: Final = 120
-#: Bytes of a compiled pattern. :mod:`s2s.protocol.catalogue.pattern` bounds its time.
+#: Maximum size of a compiled pattern, in bytes. :mod:`s2s.protocol.catalogue.pattern` bounds its running time.
 _PATTERN_SIZE: Final = 50_000
-#: This engine never backtracks: the time grows with the text alone.
+#: Options of the regex engine. It never backtracks: the time grows only with the length of the text.
 _PATTERNS: Final = jsonschema_rs.RegexOptions(size_limit=_PATTERN_SIZE)
-#: Times that an explanation may judge a whole value of one level. Each costs at most one yes or no.
+#: Maximum number of times that an explanation validates the whole value of one level. Each costs at most as much as one
+#: validity check.
 _MOST_TRIES: Final = 64
-#: Seconds of CPU time after which an explanation begins no further step. A step takes at most as long as a yes or no.
+#: Seconds of CPU time after which an explanation starts no further step. A step takes at most as long as one validity
+#: check.
 _MOST_TIME: Final = 0.03
 _BROKEN: Final = "the value breaks its schema"
-#: Keywords of a part that other parts do not matter to.
+#: Keywords whose result does not depend on other parts of the schema.
 _ALONE: Final = frozenset(
     ("type", "enum", "const", "multipleOf", "maximum", "exclusiveMaximum", "minimum", "exclusiveMinimum", "maxLength",
      "minLength", "pattern", "maxItems", "minItems", "uniqueItems", "maxProperties", "minProperties", "required",
      "dependentRequired")
 )  # fmt: skip
-#: Keywords whose refusal may come from any of several schemas: the explanation ends there.
+#: Keywords whose refusal may come from any of several schemas. The explanation ends at them.
 _COMBINED: Final = (
     "anyOf", "oneOf", "not", "contains", "dependentSchemas", "patternProperties", "propertyNames",
     "additionalProperties", "unevaluatedItems", "unevaluatedProperties", "$ref", "$dynamicRef",
@@ -47,8 +50,8 @@ class Schema:
     """One JSON Schema (2020-12).
 
     :param document: the schema as parsed JSON.
-    :raises jsonschema.exceptions.SchemaError: the document is no schema.
-    :raises OperatorError: it is one that we do not take (:func:`~s2s.protocol.catalogue.vet.vet`).
+    :raises jsonschema.exceptions.SchemaError: the document is not a JSON Schema.
+    :raises OperatorError: the schema breaks a rule of :func:`~s2s.protocol.catalogue.vet.vet`.
     """
 
     def __init__(self, document: Mapping[str, Any]) -> None:
@@ -59,7 +62,7 @@ class Schema:
             check_words(self.document, is_compiled=False)
             raise _bad_pattern(error) from None
         self._parts = jsonschema_rs.validator_map_for(self.document, pattern_options=_PATTERNS, offline=True)
-        #: What an absent optional member stands for.
+        #: The default of each optional member, by name.
         self.defaults: dict[str, Any] = {
             name: rule["default"]
             for name, rule in self.document.get("properties", {}).items()
@@ -67,18 +70,19 @@ class Schema:
         }
 
     def explain(self, value: Any, at: str = "/payload") -> tuple[str, str] | None:
-        """Say what is wrong with a value, in a bounded number of steps and a bounded time.
+        """Return the fault of a value, found in a bounded number of steps and a bounded time.
 
-        :param at: where the value stands, a JSON pointer (RFC 6901).
-        :returns: the pointer to the fault and a sentence about it, or ``None``. The sentence quotes no value.
+        :param at: the JSON pointer to the value (RFC 6901).
+        :returns: the pointer to the fault and a sentence about it, or ``None`` if the value is valid. The sentence
+            quotes no value.
         """
         return None if self.is_valid(value) else self._reason(value, at)
 
     def check(self, value: Any, at: str = "/payload") -> None:
-        """Refuse what the schema refuses.
+        """Raise an error if the value breaks the schema.
 
-        :param at: where the value stands, a JSON pointer (RFC 6901).
-        :raises BadPayload: with ``details.path``.
+        :param at: the JSON pointer to the value (RFC 6901).
+        :raises BadPayload: the value breaks the schema; ``details.path`` is the pointer to the fault.
         """
         if not self.is_valid(value):
             path, text = self._reason(value, at)
@@ -88,15 +92,15 @@ class Schema:
         try:
             return _Explanation(self._parts, self.document, value, at).find()
         except Exception:
-            # The value is refused all the same: an explanation that fails must not turn a final refusal into an error
-            # of ours, which the peer would retry for ever.
+            # The value is refused even if the explanation fails: an exception here would turn a final refusal into an
+            # internal error, which the peer would retry for ever.
             return at, _BROKEN
 
 
 class _Explanation:
-    """The way from a refused value to the part of the schema that refuses it.
+    """The search for the part of the schema that refuses a value.
 
-    :param parts: a validator for each part of the schema, by its pointer.
+    :param parts: a validator for each part of the schema, by the part's pointer.
     """
 
     def __init__(self, parts: jsonschema_rs.ValidatorMap, document: Mapping[str, Any], value: Any, at: str) -> None:
@@ -105,7 +109,7 @@ class _Explanation:
         self._tries = 0
         self._end = thread_time() + _MOST_TIME
         self._is_apart = False
-        #: The part that refuses, its pointer, the value that it refuses, and where that stands.
+        #: The refusing part of the schema, its pointer, the value that it refuses, and the pointer to that value.
         self._rules: Any = document
         self._part = "#"
         self._value = value
@@ -124,7 +128,7 @@ class _Explanation:
         return self._path, _BROKEN
 
     def _own_fault(self, rules: Mapping[str, Any]) -> tuple[str, str] | None:
-        """Judge by the keywords that need no other schema, and by the names of the members alone."""
+        """Check the keywords that need no other part of the schema, and the names of the members."""
         self._tries += 1
         flat = {word: bound for word, bound in rules.items() if word in _ALONE}
         if rules.get("additionalProperties") is False:
@@ -142,7 +146,10 @@ class _Explanation:
         return None
 
     def _go_in(self, rules: Mapping[str, Any]) -> bool:
-        """Go to the first part that refuses the value, a member or an item of it, or stay where the time is up."""
+        """Go to the first inner part that refuses the value, a member or an item; stay if the time is over.
+
+        :returns: ``False`` if no inner part refuses.
+        """
         for part, inner, value, step in self._inner(rules):
             if thread_time() >= self._end:
                 return True
@@ -157,7 +164,7 @@ class _Explanation:
         return validator is None or validator.is_valid(value)
 
     def _inner(self, rules: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, str]]:
-        """Yield parts with their pointers, the value that each is about, and the step to it."""
+        """Yield each inner part as its pointer, its rules, the value that it validates, and the pointer step to it."""
         value, here = self._value, self._part
         if isinstance(value, Mapping):
             for name, rule in rules.get("properties", {}).items():
@@ -170,7 +177,7 @@ class _Explanation:
             if "items" in rules:
                 for index, item in enumerate(value[len(first) :], len(first)):
                     yield f"{here}/items", rules["items"], item, f"/{index}"
-        # These judge the value itself, so that each is a try.
+        # The parts below validate the whole value, so each of them counts as a try.
         for index, rule in enumerate(rules.get("allOf", ())[: _MOST_TRIES - self._tries]):
             self._tries += 1
             yield f"{here}/allOf/{index}", rule, value, ""
@@ -178,7 +185,7 @@ class _Explanation:
             self._tries += 1
             branch = "then" if self._is_met(f"{here}/if", value) else "else"
             yield f"{here}/{branch}", rules.get(branch, True), value, ""
-        # Below a part with an $id of its own a reference starts at that part: the explanation ends there.
+        # Below a part with its own $id, references resolve against that part. The explanation does not follow them.
         self._is_apart |= "$id" in rules and here != "#"
         reference = rules.get("$ref", "")
         if not self._is_apart and (reference == "#" or reference.startswith("#/")):
@@ -186,7 +193,7 @@ class _Explanation:
             yield pointer, _at(self._document, pointer), value, ""
 
     def _other_fault(self, rules: Mapping[str, Any]) -> str:
-        """Name the one keyword that is left."""
+        """Return a sentence that names the one remaining keyword, or a general one if several remain."""
         left = [word for word in _COMBINED if word in rules]
         return _must_satisfy(left[0], rules[left[0]]) if len(left) == 1 and "allOf" not in rules else _BROKEN
 
@@ -200,7 +207,7 @@ def load(stem: str) -> Schema:
 
 
 def requests() -> list[str]:
-    """Name every type whose request has a schema file."""
+    """Return the name of every type whose request has a schema file."""
     suffix = ".request.json"
     return sorted(file.name.removesuffix(suffix) for file in _FILES.iterdir() if file.name.endswith(suffix))
 
@@ -210,7 +217,7 @@ def _compile(rules: Mapping[str, Any]) -> jsonschema_rs.Draft202012Validator:
 
 
 def _bad_pattern(error: jsonschema_rs.ValidationError) -> OperatorError:
-    """Say which pattern was refused; the rest of the schema has been checked before."""
+    """Return an error that names the refused pattern; the rest of the schema has already been checked."""
     return OperatorError(
         f"the pattern at {_pointer(error.instance_path)[:80]} of its schema is too long when compiled, or needs "
         "look-around or a back-reference: write it without, and bound lengths by maxLength, not by {n,m}"

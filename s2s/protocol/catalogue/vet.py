@@ -1,8 +1,8 @@
-"""Judging a JSON Schema before it judges payloads: it stands alone, and its answer costs little on any payload.
+"""Checks on a JSON Schema before use: it needs no other document, and validates any payload at a bounded cost.
 
-A payload is judged in the reactor's thread, so the work of one answer is bounded here, when the schema is loaded. The
-unit of work is a step: one keyword of one part of the schema meets one value. A part counts as often as references and
-alternatives lead to it. The bound holds for the worst payload of 64 KiB.
+Payloads are validated in the reactor's thread, so the work for one payload is bounded here, when the schema is loaded.
+The unit of work is a step: one keyword of one part of the schema is applied to one value. A part counts once for each
+reference or alternative that leads to it. The bound holds for the most expensive payload of 64 KiB.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from s2s.errors import OperatorError
 from s2s.protocol.catalogue import pattern
 
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
-#: Characters of a schema as JSON. A larger one takes seconds to check and compile.
+#: Maximum characters of a schema as JSON. A larger schema takes seconds to check and compile.
 MAX_SIZE: Final = 65_536
-#: Levels of nesting, in the JSON and along references. The compiler of jsonschema-rs refuses about 250.
+#: Maximum levels of nesting, in the JSON and along references. The compiler of jsonschema-rs refuses about 250.
 MAX_DEPTH: Final = 100
-#: Values in a payload of 64 KiB, each of which takes two bytes at least, and its characters.
+#: Maximum values in a payload of 64 KiB, at two bytes or more for each value, and maximum characters in the payload.
 _VALUES: Final = 32_768
 _CHARACTERS: Final = 65_536
-#: Steps for one payload: 300 for each of its values. They take less than 100 ms in the worst schemas and payloads that
-#: random search found, at 9 ns a step, and 5 ms in most.
+#: Maximum steps for one payload: 300 for each of its values. They take less than 100 ms (9 ns a step) with the worst
+#: schemas and payloads that a random search found, and 5 ms with most.
 MAX_WORK: Final = 300 * _VALUES
-#: Steps to compare two numbers: 150 to 220 ns.
+#: Steps to compare two numbers, which takes 150 to 220 ns.
 _NUMBER: Final = 20
-#: Steps per value to find one twice.
+#: Steps per value to find duplicates (``uniqueItems``).
 _UNIQUE: Final = 10
-#: Bytes of a member beside its name, in the object that it stands in.
+#: Minimum bytes of a member of an object, not counting its name.
 _MEMBER: Final = 5
 
 _IN_PLACE: Final = ("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas")
@@ -45,11 +45,11 @@ _Resolver = Any
 
 
 def vet(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse a schema that is none, that needs another document, or whose answer may take long.
+    """Refuse a document that is not a JSON Schema, needs another document, or may take too long to validate a payload.
 
-    :returns: a copy that no other code can change, of plain JSON.
-    :raises jsonschema.exceptions.SchemaError: it is no schema.
-    :raises OperatorError: it is one that we do not take; the text names the place and the cure.
+    :returns: a copy as plain JSON, to which no other code has a reference.
+    :raises jsonschema.exceptions.SchemaError: the document is not a JSON Schema.
+    :raises OperatorError: the schema is refused for another reason; the text names the place and the remedy.
     """
     deep = OperatorError(f"its schema is nested deeper than {MAX_DEPTH} levels: make it flatter")
     try:
@@ -76,12 +76,12 @@ def vet(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_words(document: Mapping[str, Any], is_compiled: bool = True) -> None:
-    """Refuse what is no JSON Schema, in the words of ``jsonschema``.
+    """Refuse a document that is not a JSON Schema, with the error of ``jsonschema``.
 
-    :param is_compiled: whether ``jsonschema-rs``, which is ten times as fast, is asked first.
-    :raises jsonschema.exceptions.SchemaError: with a sentence about the first fault.
+    :param is_compiled: whether to check with ``jsonschema-rs`` first, which is ten times as fast.
+    :raises jsonschema.exceptions.SchemaError: the document is not a JSON Schema; the text describes the first fault.
     """
-    # Without $schema: the dialect that it names would be fetched.
+    # The document's own $schema is replaced, because the dialect that it names would be fetched.
     if not is_compiled or not jsonschema_rs.meta.is_valid({**document, "$schema": DIALECT}):
         Draft202012Validator.check_schema(document)
 
@@ -100,7 +100,7 @@ def _depth(document: Any) -> int:
 
 
 def _check_references(schema: Resource[Any], resolver: _Resolver) -> None:
-    """Resolve every reference without any retrieval, so that nothing is ever fetched for it."""
+    """Refuse a reference that leads outside the document, so that nothing is ever fetched for it."""
     rules = schema.contents
     if not isinstance(rules, Mapping):
         return
@@ -118,7 +118,7 @@ def _check_references(schema: Resource[Any], resolver: _Resolver) -> None:
 def _resolve(reference: str, resolver: _Resolver) -> Any:
     try:
         return resolver.lookup(reference)
-    except (Unresolvable, ValueError):  # ValueError: no URI
+    except (Unresolvable, ValueError):  # ValueError: the reference is not a URI
         said = json.dumps(reference)[:80]
         raise OperatorError(
             f"its schema refers to {said}, which is not in it, and nothing is fetched: put that part under $defs and "
@@ -127,7 +127,7 @@ def _resolve(reference: str, resolver: _Resolver) -> Any:
 
 
 def _pointer(document: Any, part: Any) -> str:
-    """Return the pointer to a part of a document, which is the same object."""
+    """Return the pointer to a part of a document, which is found by object identity."""
     level = [("", document)]
     while level:
         for at, value in level:
@@ -143,34 +143,35 @@ def _pointer(document: Any, part: Any) -> str:
 
 
 class _TooMuch(Exception):
-    """A part of the schema that takes too much work by itself, and none inside it does."""
+    """A part of the schema takes too much work, and no part inside it does."""
 
     def __init__(self, part: Any) -> None:
         self.part = part
 
 
 class _Work:
-    """Counts the steps that a schema may need for one payload.
+    """A counter of the steps that a schema may need for one payload.
 
-    A recursive schema counts once for every value: jsonschema-rs remembers the answer of a recursive part for a value.
+    A recursive part counts once for every value, because jsonschema-rs caches the result of a recursive part for a
+    value.
     """
 
     def __init__(self, root: _Resolver) -> None:
         self._root = root
         self._known: dict[tuple[int, int], int] = {}
-        #: The parts that are being counted, with the number of members or items entered on the way to each.
+        #: The parts that are being counted, each with the number of members or items entered on the path to it.
         self._open: dict[int, int] = {}
         self._recursive: set[int] = set()
         self._entered = 0
-        #: Counts that are going on for more values than there may be.
+        #: The number of running counts that assume more values than a payload can have.
         self._supposed = 0
 
     def too_much(self, schema: Any) -> Any:
-        """Return the part that takes more than :data:`MAX_WORK` for the worst payload, or ``None``."""
+        """Return the part that takes more than :data:`MAX_WORK` for the most expensive payload, or ``None``."""
         try:
             self._count(schema, self._root, 1)
             if self._recursive:
-                # A part that recurs meets every value, also where the first way to it meets one.
+                # A recursive part may be applied to every value, even if the first path to it leads to one value only.
                 self._known.clear()
                 self._count(schema, self._root, 1)
         except _TooMuch as found:
@@ -178,9 +179,9 @@ class _Work:
         return None
 
     def _count(self, schema: Any, resolver: _Resolver, values: int) -> int:
-        """Count for one part.
+        """Count the steps of one part.
 
-        :param values: how many values it may meet.
+        :param values: the maximum number of values that the part is applied to.
         """
         if not isinstance(schema, Mapping):
             return values
@@ -190,7 +191,7 @@ class _Work:
                 raise OperatorError("its schema refers to itself for the same value: refer to it from a member or item")
             self._recursive.add(part)
             return 0
-        # Up to a power of two, so that a part is counted for few different numbers.
+        # The number is rounded up to a power of two, so that a part is counted for few different numbers.
         values = _VALUES if part in self._recursive else 1 << (values - 1).bit_length() if values else 0
         if (part, values) not in self._known:
             if len(self._open) > MAX_DEPTH:
@@ -208,7 +209,8 @@ class _Work:
         work = values * (1 + len(schema) + 2 * dependents)
         options = schema.get("enum", ())
         if len(options) == 1 or {type(each) for each in options} not in ({str}, {int}):
-            # Several strings alone, or integers alone, are hashed; other values are compared one by one.
+            # An enum of only strings or only integers, with several options, is a hash lookup. The options of any other
+            # enum are compared one by one.
             work += sum(_comparison(each, values) for each in options)
         if "const" in schema:
             work += _comparison(schema["const"], values)
@@ -231,18 +233,18 @@ class _Work:
         of_members += self._named(schema.get("properties", {}), resolver, values)
         self._entered -= 1
         if "unevaluatedItems" in schema or "unevaluatedProperties" in schema:
-            # For each member the parts beside are asked again whether they know it.
+            # For each member or item, jsonschema-rs evaluates the adjacent parts again to learn whether they cover it.
             work += sum(self._count(part, base, _VALUES) for part, base in in_place)
         return work + max(of_items, of_members)
 
     def _named(self, parts: Mapping[str, Any], resolver: _Resolver, objects: int) -> int:
-        """Count for the members that have names of their own: they share the payload, and the dearest come first."""
+        """Count the steps of ``properties``: its members share the payload; the most expensive count first."""
         counted = []
         for name, part in parts.items():
             self._supposed += 1
             all_of_it = self._count(part, resolver, _VALUES)
             self._supposed -= 1
-            # One of each name in an object.
+            # An object has at most one member of each name.
             counted.append((all_of_it, self._count(part, resolver, min(objects, _CHARACTERS // (len(name) + _MEMBER)))))
         work, left = 0.0, 1.0
         for all_of_it, most in sorted(counted, reverse=True):
@@ -254,12 +256,12 @@ class _Work:
 
 
 def _bounded(schema: Mapping[str, Any], word: str, values: int, most: int) -> int:
-    # A bound may be written as 10.0.
+    # int(), because a bound may be written as 10.0.
     return min(most, values * int(schema.get(word, most)))
 
 
 def _comparison(value: Any, values: int) -> int:
-    """Return the steps to compare some values with one of the schema."""
+    """Return the steps to compare a number of values with one value of the schema."""
     return min(values * _weight(value), _VALUES * _NUMBER)
 
 
@@ -270,7 +272,7 @@ def _weight(value: Any) -> int:
 
 
 def _inner(schema: Mapping[str, Any], words: tuple[str, ...], resolver: _Resolver) -> Iterator[tuple[Any, _Resolver]]:
-    """Yield the parts under some keywords, each with the resolver of its place."""
+    """Yield the parts under the given keywords, each with the resolver for its references."""
     for word in words:
         if word not in schema:
             continue
