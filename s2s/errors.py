@@ -3,38 +3,38 @@
 ::
 
     S2SError
-    ├── OperatorError            a mistake of whoever started us: one line that names the cure
-    │   ├── SchemaError          the database is not migrated, or is newer than we are
+    ├── OperatorError            a mistake of configuration or environment: one line that names the remedy
+    │   ├── SchemaError          the database schema is older or newer than this release
     │   └── NoSigningKey         no key of ours may sign now
-    ├── LocalError               we were asked to do what the protocol forbids; nothing was written
-    │   ├── CanonicalError       a value that canonical JSON cannot say
-    │   ├── InvalidPayload       a payload that its schema refuses
-    │   ├── TooBigToSend         a frame over the limit in force
+    ├── LocalError               the caller asked for an action that the protocol forbids; nothing was written
+    │   ├── CanonicalError       a value has no canonical JSON form
+    │   ├── InvalidPayload       a payload breaks its schema
+    │   ├── TooBigToSend         a frame exceeds the current limit
     │   └── LineFull             too many calls wait for the window already
-    ├── CallError                a request of ours did not get the reply that it wanted
-    │   ├── Unreachable          nobody was there to take it
-    │   ├── UnknownOutcome       it may or may not have taken effect
+    ├── CallError                one of our requests failed
+    │   ├── Unreachable          there was no connection
+    │   ├── UnknownOutcome       the request may or may not have taken effect
     │   │   ├── LinkLost
     │   │   └── DeadlinePassed
-    │   ├── BadReply             the peer answered with what is no answer to this request
+    │   ├── BadReply             the peer's answer is not valid for this request
     │   └── Refused              the peer answered ``s2s.error``
-    ├── HandlerTimeout           foreign code took longer than its deadline
-    ├── HandlerStuck             foreign code does not return, past its deadline
+    ├── HandlerTimeout           plug-in code took longer than its deadline
+    ├── HandlerStuck             plug-in code does not return after its deadline
     ├── DatabaseError
-    │   ├── DatabaseUnavailable  no connection, or it was lost
-    │   │   ├── CommitLost       with a COMMIT under way, whose outcome is unknown
+    │   ├── DatabaseUnavailable  there is no connection, or the connection was lost
+    │   │   ├── CommitLost       the connection was lost during a COMMIT, whose outcome is unknown
     │   │   └── NoThread         the operating system starts no further thread
     │   └── StatementRefused     the database refused the data
-    │       └── RowRefused       it does not let a row be changed
-    └── WireError                what we answer to a peer: one class a code, see :data:`BY_CODE`
+    │       └── RowRefused       the database does not allow a change of a row
+    └── WireError                an error that we send to a peer: one class for each code, see :data:`BY_CODE`
         ├── Unsigned             BadJson TooLarge AuthRequired AuthBad
         ├── Forbidden Replay TsSkew
         ├── BadEnvelope BadPayload UnsupportedVersion UnsupportedType
         ├── UnknownCommand IdemConflict StaleVersion NotFound
         └── NotReady Paused ShuttingDown Overloaded DbUnavailable DeadlineExceeded InternalError
 
-A :class:`WireError` is what *we* say; when a *peer* says it, the call fails with :class:`Refused`. The two never
-mix: a peer's mistake is not ours (docs/protocol.rst, "Errors").
+A :class:`WireError` is an error that *we* send. When a *peer* sends one, the call fails with :class:`Refused`. The two
+are separate classes, so that a peer's error is never sent as ours (docs/protocol.rst, "Errors").
 """
 
 from __future__ import annotations
@@ -43,37 +43,43 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
-#: The attribute in which an exception keeps its line.
+#: The attribute of an exception that holds its description, which is one line.
 _LINE: Final = "_s2s_line"
-#: The cure where the operating system starts no further thread.
+#: The remedy when the operating system starts no further thread.
 THREAD_CURE: Final = "raise the limit of its processes: --pids-limit of a container, TasksMax= of systemd, or ulimit -u"
-#: Control characters and the separators of lines: a table refuses NUL, and a terminal obeys ESC.
+#: Control characters and line separators. PostgreSQL refuses NUL, and a terminal interprets ESC.
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def harmless(text: str) -> str:
-    """Give a peer's text as a log line can bear it: at most 200 characters, none that a log or a terminal obeys."""
+    """Return a peer's text in a form that is safe in a log line: at most 200 printable ASCII characters."""
     return (text if text.isascii() and text.isprintable() else ascii(text))[:200]
 
 
 def one_line(error: BaseException) -> str:
-    """Say an exception in one line that a table can hold: a driver's further lines would quote the row."""
+    """Return a description of an exception as one line that a table can store.
+
+    Only the first line is used, because the further lines of a database driver's error quote the row.
+    """
     if _LINE in vars(error):
         return str(vars(error)[_LINE])
     try:
         said = str(error)
-    except BaseException:  # the exception is a plug-in's own, and may raise whatever it wants
+    except BaseException:  # the exception's class may be a plug-in's, whose __str__ may raise any exception
         said = "it does not say why"
     return storable(f"{type(error).__name__}: {said}")
 
 
 def describe(error: BaseException) -> None:
-    """Have an exception's own code say its line now, inside the deadline of the code that raised it."""
+    """Store the description of an exception in it now, because its ``__str__`` may be plug-in code.
+
+    That code must run inside the deadline of the code that raised the exception.
+    """
     vars(error)[_LINE] = one_line(error)
 
 
 def storable(text: str) -> str:
-    """Return the first line of a text, 500 characters at most, without what a table refuses or a terminal obeys."""
+    """Return the first line of a text, at most 500 characters, without control characters and line separators."""
     return _CONTROLS.sub("", text.partition("\n")[0]).encode("utf-8", "replace").decode()[:500]
 
 
@@ -82,7 +88,7 @@ class S2SError(Exception):
 
 
 class OperatorError(S2SError):
-    """A mistake of configuration or environment; its text is one line that names the cure."""
+    """A mistake of configuration or environment; its text is one line that names the remedy."""
 
 
 class SchemaError(OperatorError):
@@ -90,23 +96,23 @@ class SchemaError(OperatorError):
 
 
 class NoSigningKey(OperatorError):
-    """No key of this role is active."""
+    """No key that may sign for this role is active."""
 
 
 class LocalError(S2SError):
-    """The caller asked for what the protocol forbids. Nothing was sent."""
+    """The caller asked for an action that the protocol forbids. Nothing was sent."""
 
 
 class CanonicalError(LocalError):
-    """A value has no canonical form; the text says where and what to use instead."""
+    """A value has no canonical form; the text names the place and the alternative."""
 
 
 class InvalidPayload(LocalError):
-    """A payload of ours breaks its JSON Schema; the text says where."""
+    """One of our payloads breaks its JSON Schema; the text names the place."""
 
 
 class TooBigToSend(LocalError):
-    """A frame would pass the smaller of the two sides' ``frame_size_limit``."""
+    """A frame would exceed the smaller of the two sides' ``frame_size_limit``."""
 
     def __init__(self, size: int, limit: int) -> None:
         super().__init__(f"the frame has {size} bytes and the limit is {limit}: send less, or raise --frame-size-limit")
@@ -115,11 +121,11 @@ class TooBigToSend(LocalError):
 
 
 class LineFull(LocalError):
-    """More calls wait for the window than the stated bound."""
+    """The bound on the calls that wait for the window is reached."""
 
 
 class CallError(S2SError):
-    """A request of ours failed."""
+    """One of our requests failed."""
 
 
 class Unreachable(CallError):
@@ -127,7 +133,7 @@ class Unreachable(CallError):
 
 
 class UnknownOutcome(CallError):
-    """The request may or may not have taken effect: ask, or send it again where it is idempotent."""
+    """The request may or may not have taken effect: query the state, or send the request again if it is idempotent."""
 
 
 class LinkLost(UnknownOutcome):
@@ -139,9 +145,9 @@ class DeadlinePassed(UnknownOutcome):
 
 
 class BadReply(CallError):
-    """The reply's type or payload is not what the catalogue promises for the request.
+    """The reply's type or payload is not the one that the catalogue defines for the request.
 
-    :cvar code: what a row of ours says then; never on the wire.
+    :cvar code: the code in our tables; it is never sent.
     """
 
     code: Final = "bad_reply"
@@ -150,7 +156,7 @@ class BadReply(CallError):
 class Refused(CallError):
     """The peer answered ``s2s.error``.
 
-    :param code: the code as the peer wrote it; one that we do not know is kept as it is.
+    :param code: the code as the peer wrote it, even if it is unknown here.
     :param message: the peer's text, for people.
     :param details: the peer's details.
     """
@@ -163,7 +169,7 @@ class Refused(CallError):
 
     @property
     def retryable(self) -> bool:
-        """Whether the same request may succeed later: the peer's word, else the code's rule."""
+        """Whether the same request may succeed later: the peer's ``details.retryable``, else the code's default."""
         said = self.details.get("retryable")
         if isinstance(said, bool):
             return said
@@ -172,20 +178,20 @@ class Refused(CallError):
 
     @property
     def retry_after_ms(self) -> int | None:
-        """The peer's wish for the pause before the next try, in milliseconds."""
+        """The pause before the next attempt that the peer asks for, in milliseconds."""
         said = self.details.get("retry_after_ms")
         return said if isinstance(said, int) and not isinstance(said, bool) and said >= 0 else None
 
 
 class DatabaseError(S2SError):
-    """What the driver raised, told apart by what a caller can do about it."""
+    """An error of the database driver. The subclasses differ in what a caller can do about it."""
 
 
 class DatabaseUnavailable(DatabaseError):
-    """The database cannot serve now: nothing was done, unless it is a :class:`CommitLost`.
+    """The database is not available now. Nothing was done, unless the error is a :class:`CommitLost`.
 
     :param text: the server's message without the data.
-    :param state: the SQLSTATE; empty: there is no connection, or it broke.
+    :param state: the SQLSTATE; empty if there is no connection or it was lost.
     """
 
     def __init__(self, text: str, state: str = "") -> None:
@@ -194,21 +200,21 @@ class DatabaseUnavailable(DatabaseError):
 
 
 class CommitLost(DatabaseUnavailable):
-    """The connection broke during the COMMIT: it may or may not have taken effect."""
+    """The connection was lost during the COMMIT, which may or may not have taken effect."""
 
 
 class NoThread(DatabaseUnavailable):
-    """The operating system starts no further thread: nothing was begun."""
+    """The operating system starts no further thread. Nothing was started."""
 
     def __init__(self) -> None:
         super().__init__(f"no thread can be started: {THREAD_CURE}")
 
 
 class StatementRefused(DatabaseError):
-    """The database refused the statement for its data.
+    """The database refused the statement because of its data.
 
     :param text: the server's message without the data.
-    :param constraint: the constraint's name, where one was violated.
+    :param constraint: the name of the violated constraint, if there is one.
     :param state: the SQLSTATE.
     """
 
@@ -219,9 +225,9 @@ class StatementRefused(DatabaseError):
 
 
 class RowRefused(StatementRefused):
-    """The database does not let a row be changed: a trigger, a constraint, or a value out of range.
+    """The database refused a change of a row because of a trigger, a constraint, or a value out of range.
 
-    :param key: the row's.
+    :param key: the key of the row.
     """
 
     def __init__(self, key: str, refused: StatementRefused) -> None:
@@ -230,13 +236,13 @@ class RowRefused(StatementRefused):
 
 
 class HandlerTimeout(S2SError):
-    """A call of a handler, a job or an order took longer than its deadline; nothing of it was done."""
+    """A call of a handler, a job or an order took longer than its deadline; none of its changes took effect."""
 
 
 class HandlerStuck(S2SError):
     """A call of a handler, a job or an order does not return, although its deadline is over and its SQL was cancelled.
 
-    :param task: the task of the pool that runs it.
+    :param task: the task of the pool that runs the call.
     :param subject: the subject of the call.
     """
 
@@ -250,16 +256,16 @@ class WireError(S2SError):
     """An ``s2s.error`` that we send (docs/protocol.rst, "Errors").
 
     :param message: one sentence for people; it never holds a secret or the peer's data beyond a name.
-    :param details: members of ``details`` beside ``retryable``.
+    :param details: members of ``details`` in addition to ``retryable``.
     """
 
     code: ClassVar[str]
     retryable: ClassVar[bool] = False
-    #: The link ends after the answer.
+    #: Whether the link is closed after the answer.
     closes: bool = False
-    #: Answered with a signature; only what fails before its MAC holds is not.
+    #: Whether the answer is signed. Only the answer to a frame that fails before its MAC is verified is unsigned.
     signed: ClassVar[bool] = True
-    #: It tells of our state and nothing of the frame: a thousand of them are one line in the log.
+    #: Whether the error is about our state and not about the frame. Such an error has no log line for each frame.
     passing: ClassVar[bool] = False
     text: ClassVar[str] = ""
 
@@ -278,14 +284,17 @@ class WireError(S2SError):
 
 
 class Unsigned(WireError):
-    """Failed before its MAC held: answered once without ``auth`` and ``ack_of``, with a fixed text, then closed."""
+    """The frame failed before its MAC was verified.
+
+    The answer has a fixed text and no ``auth`` and ``ack_of``. Then the link is closed.
+    """
 
     closes = True
     signed = False
 
 
 class BadJson(Unsigned):
-    """The frame is not one strict JSON object; ``details.rule`` names the rule broken (see
+    """The frame is not one strict JSON object; ``details.rule`` names the broken rule (see
     :mod:`s2s.protocol.canonical`).
     """
 
@@ -296,7 +305,7 @@ class BadJson(Unsigned):
 
 
 class TooLarge(Unsigned):
-    """The length prefix is over ``frame_size_limit``."""
+    """The length prefix exceeds ``frame_size_limit``."""
 
     code = "toolarge"
     text = "the frame is longer than the frame_size_limit"
@@ -310,7 +319,7 @@ class AuthRequired(Unsigned):
 
 
 class AuthBad(Unsigned):
-    """Malformed, unknown, ended or wrong: the peer is not told which."""
+    """``auth`` is malformed, its key is unknown or not active, or the MAC is wrong; the answer does not say which."""
 
     code = "auth_bad"
     text = "the envelope's auth does not verify"
@@ -356,7 +365,7 @@ class UnsupportedVersion(WireError):
 
 
 class UnsupportedType(WireError):
-    """The type is unknown, or is not sent in this direction."""
+    """The type is unknown, or is not served by this side."""
 
     code = "unsupported_type"
 
@@ -368,7 +377,7 @@ class UnknownCommand(WireError):
 
 
 class IdemConflict(WireError):
-    """The key was used before with another content."""
+    """The ``idem_key`` was used before with another content."""
 
     code = "idem_conflict"
 
@@ -380,7 +389,7 @@ class StaleVersion(WireError):
 
 
 class NotFound(WireError):
-    """What the request names does not exist."""
+    """The object that the request names does not exist."""
 
     code = "not_found"
 
@@ -410,7 +419,7 @@ class ShuttingDown(WireError):
 
 
 class Overloaded(WireError):
-    """A bound is reached; nothing in force is forgotten to make room."""
+    """A bound is reached; no valid entry is removed to make room."""
 
     code = "overloaded"
     retryable = True
@@ -418,7 +427,7 @@ class Overloaded(WireError):
 
 
 class DbUnavailable(WireError):
-    """The database is away, or a COMMIT's outcome is unknown."""
+    """The database is not available, or the outcome of a COMMIT is unknown."""
 
     code = "db_unavailable"
     retryable = True
@@ -436,7 +445,7 @@ class DeadlineExceeded(WireError):
 
 
 class InternalError(WireError):
-    """An unexpected exception; ``details.incident`` is in our log beside the traceback."""
+    """An unexpected exception; our log has ``details.incident`` beside the traceback."""
 
     code = "internal_error"
     retryable = True

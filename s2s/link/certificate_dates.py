@@ -1,4 +1,4 @@
-"""The dates of certificates, against our clock: OpenSSL says neither."""
+"""Error text with the dates of a certificate and our clock, neither of which OpenSSL's errors contain."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _DATE: Final = "%Y-%m-%d %H:%MZ"
 
 
 def why_invalid(certificates: Iterable[Any], now: datetime) -> str:
-    """Say of the first certificate that is not valid now by its dates when it is; nothing where all are.
+    """Return a text with the dates of the first certificate that is expired or not valid yet, or "" if there is none.
 
-    :param certificates: as ``cryptography`` has them.
+    :param certificates: certificates of the library ``cryptography``.
     :param now: the wall clock, with its time zone.
     """
     for each in certificates:

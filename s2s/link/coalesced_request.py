@@ -1,4 +1,4 @@
-"""Requests that a server sends to its engines whenever there is occasion."""
+"""Requests that a server sends to its engines, coalesced for each link."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from s2s.link.connection import Link
 from s2s.runtime.clock import Clock, Timer, cancel
 from s2s.runtime.line_quota import LineQuota
 
-#: The longest pause that an engine may ask for, in seconds: other occasions come.
+#: The longest pause that an engine may ask for, in seconds. A longer pause is not needed: further runs are requested.
 _LONGEST_PAUSE_S: Final = 10.0
-#: Answers in a row of one engine, each within so many seconds, after which it is asked again with a pause only. One
-#: that has much to do takes longer for each.
+#: After this many consecutive answers, each within QUICK_S seconds, the next request waits for a pause. An engine with
+#: much work needs more time for each answer.
 MOST_QUICK: Final = 10
 QUICK_S: Final = 1.0
 
 
 class CoalescedRequest:
-    """One kind of request: however many occasions there are, one is under way on a link, and one more is to follow.
+    """One type of request. A link has at most one request in flight; runs requested meanwhile cause one more.
 
-    :param payload: gives the payload for an engine; ``None``: there is nothing to tell it.
-    :param done: called with a link and the engine's answer: whether to run again at once, unless it says so too often.
+    :param payload: returns the payload for an engine, or ``None`` to send nothing.
+    :param done: called with a link and the engine's answer; returns whether to run again: at once, or after a pause if the
+        engine has said so too often.
     """
 
     log = Logger()
@@ -50,26 +51,26 @@ class CoalescedRequest:
         self._told: WeakKeyDictionary[Link, str] = WeakKeyDictionary()
         self._lines = LineQuota(clock.scheduler, self._tell, is_first_told=True)
         self._rng = rng
-        #: When each link was asked last, and its quick answers in a row that say that there is more.
+        #: The time of the last request of each link, and its consecutive quick answers that ask for another run.
         self._asked_at: WeakKeyDictionary[Link, float] = WeakKeyDictionary()
         self._quick: WeakKeyDictionary[Link, int] = WeakKeyDictionary()
-        #: Refusals in a row of a link, and what waits to ask it again.
+        #: The consecutive refusals of each link, and the timer of its next attempt.
         self._refusals: WeakKeyDictionary[Link, int] = WeakKeyDictionary()
         self._retries: dict[Link, Timer] = {}
 
     def stop(self) -> None:
-        """Ask nobody again, and tell what had no line."""
+        """Cancel the retries, and log the counts of failures that had no line."""
         for timer in self._retries.values():
             cancel(timer)
         self._lines.stop()
 
     def run_all(self, links: Iterable[Link]) -> None:
-        """There is occasion to ask all of these engines."""
+        """Send the request on all of these links."""
         for link in list(links):
             self.run(link)
 
     def run(self, link: Link) -> None:
-        """There is occasion to ask this engine."""
+        """Send the request on this link, or once more after the one in flight."""
         if link in self._running:
             self._running[link] = True
             return
@@ -106,15 +107,15 @@ class CoalescedRequest:
         failure.trap(S2SError)
         error = failure.value
         may_have_missed = self._running.pop(link)
-        # Of an answer that is not valid the link has told.
+        # The link itself logs an invalid answer.
         is_told = isinstance(error, BadReply) or (isinstance(error, Refused) and error.code == NotReady.code)
         if link.session.is_open and not is_told and self._told.get(link) != str(error):
-            # A line for each reason, and not for each try.
+            # One line for each new reason, and not for each attempt.
             self._told[link] = str(error)
             if self._lines.may_tell(error.code if isinstance(error, Refused) else "without an answer"):
                 self.log.warn("{link}: {type} failed: {why}", link=link, type=self._type, why=str(error))
         if isinstance(error, Refused) and error.code == UnsupportedType.code:
-            # Said once; a peer may do without.
+            # The peer does not support this type, which is allowed: never send it on this link again.
             self._unserved.add(link)
         elif isinstance(error, Refused) and error.retryable and error.retry_after_ms is not None:
             refusals = self._refusals.get(link, 0)
@@ -124,12 +125,12 @@ class CoalescedRequest:
             self.run(link)
 
     def _run_later(self, link: Link, pause_s: float) -> None:
-        # One at a time: every occasion meanwhile would add another one.
+        # A link has at most one retry timer: runs requested during the pause would add further ones.
         cancel(self._retries.get(link))
         self._retries[link] = self._clock.scheduler.callLater(pause_s, self._retry, link)
 
     def _retry(self, link: Link) -> None:
-        # The timer refers to the link, which would never be freed.
+        # Remove the entry: the timer refers to the link, which would otherwise never be freed.
         self._retries.pop(link, None)
         self.run(link)
 

@@ -1,6 +1,6 @@
 """One link on a transport: frames, timers, backpressure, calls (docs/protocol.rst, "Framing" and "The life of a link").
 
-What may come and go is decided in :mod:`s2s.protocol.session` and :mod:`s2s.link.dispatcher`; this module moves the
+:mod:`s2s.protocol.session` and :mod:`s2s.link.dispatcher` decide which messages are allowed; this module moves the
 bytes.
 """
 
@@ -57,16 +57,16 @@ from s2s.protocol.window import Call
 from s2s.runtime.budget import peer_network
 from s2s.runtime.clock import Clock, Timer, cancel
 
-#: An unacknowledged segment is given up after this many milliseconds (RFC 5482).
+#: The kernel closes a connection with a segment that is unacknowledged for this many milliseconds (RFC 5482).
 _TCP_USER_TIMEOUT_MS: Final = 20_000
-#: A frame waits so long, in seconds, for the keys to be read again.
+#: Maximum seconds that a frame waits for the keys to be read again.
 _KEYS_S: Final = 3.0
-#: Why a link ended that neither side closed with a reason.
+#: The reason of a link that ended without either side closing it with a reason.
 _LOST: Final = "the connection was lost"
-#: After these answers a reconnect waits long: trying again soon cannot help.
+#: Error codes after which a reconnect uses the slow backoff class, because an early retry cannot succeed.
 _SLOW_CODES: Final = frozenset({"forbidden", "ts_skew"})
 _ACK_MEMBERS: Final = frozenset(CHALLENGE.reply_schema.document["properties"])
-#: What the first bytes of other protocols are.
+#: Protocols by the first bytes of their streams.
 _OTHERS: Final = {
     b"HTTP": "HTTP",
     b"GET ": "HTTP",
@@ -76,36 +76,38 @@ _OTHERS: Final = {
     b"\x15\x03": "TLS",
     b"\x16\x03": "TLS",
 }
-#: The cures of an engine that is connected to something else, and of two sides without a common key.
+#: Remedy for an engine that connected to a port of another service.
 _OTHER_PORT: Final = "see whether this is the port on which a server listens for engines"
-#: The two ends of a link disagree about TLS.
+#: Remedies for a link of which only one side uses TLS.
 _NO_TLS_HERE: Final = "the server listens without TLS, and the engine connects with it: see --listen ssl: and --connect"
 _NO_TLS_THERE: Final = "where the server listens with TLS, the engine needs --connect tls:HOST:PORT"
+#: Remedy for two sides without a common key.
 _SAME_KEY: Final = "both sides need one key with one secret, see s2s keys list and s2s keys add --secret-file"
 
 
 class LinkEvents(Protocol):
-    """Who is told of a link's life."""
+    """The callbacks for the life of a link."""
 
     def link_made(self, link: Link) -> None:
-        """The transport is there; nothing is known of the peer."""
+        """The transport is connected; nothing is known about the peer yet."""
 
     def link_proven(self, link: Link) -> None:
-        """The peer answered our health check; ``link.peer`` holds what it said of itself."""
+        """The peer answered our health check; ``link.peer`` holds the members of its answer."""
 
     def link_lost(self, link: Link) -> None:
-        """The link is gone; ``link.why`` says why."""
+        """The link has ended; ``link.why`` holds the reason."""
 
 
 class Link(Int32StringReceiver):
     """One link, of either role.
 
-    :param events: told of the link's life.
-    :ivar peer: what its schema names of the ``s2s.health.ack`` that proved the link; empty until then.
-    :ivar is_slow: whether a reconnect must wait long (protocol, "Reconnecting").
-    :ivar why: why it ended, for the log.
-    :ivar has_told: the log has said so already.
-    :ivar late_ack: called with the link and the payload of an ``s2s.ack`` that no request waits for any more.
+    :param events: the callbacks for the link's life.
+    :ivar peer: the members of the ``s2s.health.ack`` that proved the link, only those that the schema names; empty
+        until then.
+    :ivar is_slow: whether a reconnect must use the slow backoff class (protocol, "Reconnecting").
+    :ivar why: the reason why the link ended, for the log.
+    :ivar has_told: whether the log needs no further line about the link's end.
+    :ivar late_ack: called with the link and the payload of an ``s2s.ack`` that no request awaits any more.
     """
 
     log = Logger()
@@ -136,21 +138,21 @@ class Link(Int32StringReceiver):
         self._counters = counters
         self._strangers = strangers
         self._peer_lines = peer_lines
-        #: By what the peer is counted among others. Behind a proxy it is the proxy's until something has come: the
-        #: address of the peer stands in front of that.
+        #: The network under which the peer is counted. Behind a proxy this is the proxy's network until the first bytes
+        #: arrive, because the proxy sends the peer's address in front of them.
         self.network = ""
-        #: Bytes that came, until a frame was valid; and how many times they wait to be taken.
+        #: Bytes received before the first valid frame, and the number of chunks of them that wait for their turn.
         self._strange_bytes = 0
         self._waits = 0
-        #: The ``key_id`` that we signed with last.
+        #: The ``key_id`` with which we last signed.
         self._signed_by = ""
         self._write_buffer: WriteBuffer
         self._frames = 0
-        #: A chunk is being taken, and more frames of it may follow.
+        #: A chunk is being processed, and more of its frames may follow.
         self._is_in_chunk = False
         self._read_pause = ReadPause(self, session, clock)
         self._timer: Timer | None = None
-        #: When it comes, in monotonic seconds.
+        #: The time for which the timer is set, in monotonic seconds.
         self._alarm = float("inf")
         self._answers = InboundRequests(
             session,
@@ -176,16 +178,16 @@ class Link(Int32StringReceiver):
             challenge.addErrback(self._challenge_failed)
 
     def _tune(self) -> None:
-        with contextlib.suppress(AttributeError):  # no TCP
+        with contextlib.suppress(AttributeError):  # the transport is not TCP
             self.transport.setTcpNoDelay(True)
             self.transport.setTcpKeepAlive(True)
         handle = getattr(self.transport, "getHandle", lambda: None)()
         if isinstance(handle, socket.socket) and handle.family in (socket.AF_INET, socket.AF_INET6):
-            with contextlib.suppress(OSError, AttributeError):  # not on this system
+            with contextlib.suppress(OSError, AttributeError):  # this system has no such option
                 handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _TCP_USER_TIMEOUT_MS)
 
     def dataReceived(self, data: bytes) -> None:
-        """Take a chunk; a link that is closing takes nothing more (twisted#8105)."""
+        """Process a chunk. A link that is closing ignores it (twisted#8105)."""
         if not self.session.is_open:
             return
         if data and not self.session.has_been_heard:
@@ -193,7 +195,7 @@ class Link(Int32StringReceiver):
         before = self._frames
         end = 4 + int.from_bytes(data[:4], "big")
         if len(data) == end <= 4 + self.MAX_LENGTH and not self.paused and not self.recvd:
-            # One whole frame, as it comes where there is little to do: nothing to cut and nothing to keep.
+            # The chunk is exactly one frame, as is usual at a low load: nothing is split or buffered.
             self.stringReceived(data[4:])
         else:
             self._is_in_chunk = True
@@ -210,7 +212,7 @@ class Link(Int32StringReceiver):
                 self._arm()
 
     def _take_in_turn(self, data: bytes) -> None:
-        """Stop reading, and taking what was read, until a stranger's bytes have their turn."""
+        """Stop reading, and delivering the bytes already read, until it is the turn of a stranger's bytes."""
         before, self._strange_bytes = self._strange_bytes, self._strange_bytes + len(data)
         if not before:
             self.network = peer_network(self.transport)
@@ -219,17 +221,18 @@ class Link(Int32StringReceiver):
             self._read_pause.pause("stranger")
 
     def _have_turn(self) -> None:
-        # TLS may hand over several pieces of one read.
+        # TLS may deliver one read in several chunks, and each of them may wait.
         self._waits -= 1
         if not self._waits:
             self._read_pause.resume("stranger")
 
     def may_tell(self, why: str, what: str = ENDS) -> bool:
-        """Whether the log has a line of its own for what this link does: a peer has few, on all of its links.
+        """Whether the log may have a line for an event of this link. A peer has few lines, counted on all of its links.
 
-        A stranger who connects and goes without a word, as a probe of the port does, is not told of at all.
+        A stranger that connects and disconnects without sending a byte, as a port probe does, has no line at all.
 
-        :param what: what it does, see :class:`~s2s.link.peer_lines.PeerLines`.
+        :param why: the cause of the event.
+        :param what: the kind of event, see :class:`~s2s.link.peer_lines.PeerLines`.
         """
         if self.session.has_been_heard or self.session.role == "engine":
             key_id = self.session.peer_key_id
@@ -238,12 +241,12 @@ class Link(Int32StringReceiver):
         return (self._strange_bytes > 0 or why != _LOST) and self._strangers.may_tell(why)
 
     def lengthLimitExceeded(self, length: int) -> None:
-        """Refuse a frame by its prefix, before its body is buffered."""
+        """Refuse a frame by its length prefix, before its body is buffered."""
         self._counters.meet("frame_size")
         self._refuse(Refusal(TooLarge(limit=self.MAX_LENGTH)), self._what_it_speaks(length.to_bytes(4, "big")))
 
     def _what_it_speaks(self, first: bytes) -> str:
-        # A frame that is too long for us alone begins with 0.
+        # A length prefix that begins with 0 may be that of an s2s frame which only exceeds our limit.
         if self._frames or first[0] == 0:
             return ""
         spoken = next((name for start, name in _OTHERS.items() if first.startswith(start)), "another protocol")
@@ -252,17 +255,17 @@ class Link(Int32StringReceiver):
         return f": it begins with {first!r} and speaks {spoken}{f': {_NO_TLS_HERE}' if spoken == 'TLS' else ''}"
 
     def stringReceived(self, string: bytes) -> None:
-        """Take one frame."""
+        """Handle one frame."""
         self._frames += 1
-        # Frames of the same chunk still come after one that closed the link.
+        # After a frame that closed the link, the parser still delivers the later frames of the same chunk.
         if self.session.is_open:
             self._counters.frames_in += 1
             self._handle_frame(string)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Fail every call that waits: of what was sent the outcome is unknown."""
+        """Fail every waiting call; the outcome of the calls that were sent is unknown."""
         if self.session.is_open and not reason.check(ConnectionClosed):
-            # TLS refused the peer, or the peer us: the next try would go the same way.
+            # TLS refused the peer, or the peer refused us. The next attempt would fail too.
             self.is_slow = True
             self.why = f"TLS failed: {harmless(reason.getErrorMessage())}"
             if "certificate verify failed" in self.why:
@@ -281,11 +284,11 @@ class Link(Int32StringReceiver):
         self._events.link_lost(self)
 
     def close(self, why: str) -> None:
-        """Stop reading now, flush what was written for a short while, then cut."""
+        """Stop reading now, flush written bytes for at most ``timing.flush`` seconds, then cut the connection."""
         is_unproven = self.session.state is State.CHALLENGING
         if not self.session.move(Event.CLOSE):
             return
-        # Closed before our challenge was answered: by whatever cause, the next try would go the same way.
+        # If the link closes before our challenge is answered, the next attempt would fail too, whatever the cause.
         self.is_slow |= is_unproven
         self.why = why
         self._fail_calls()
@@ -295,7 +298,7 @@ class Link(Int32StringReceiver):
         self._timer = self._clock.scheduler.callLater(self.session.timing.flush, self._not_flushed)
 
     def abort(self, why: str) -> None:
-        """Cut the link at once."""
+        """Cut the connection at once."""
         if self.session.is_open:
             self.close(why)
         self._cut()
@@ -308,7 +311,7 @@ class Link(Int32StringReceiver):
         self.transport.abortConnection()
 
     def wait_idle(self) -> Deferred[None]:
-        """Wait until no request of the peer waits for our answer, or the link is gone."""
+        """Return a Deferred that fires when no request of the peer waits for our answer, or the link has ended."""
         return self._answers.wait_idle()
 
     def _fail_calls(self) -> None:
@@ -324,7 +327,7 @@ class Link(Int32StringReceiver):
                 self._answers.serve(outcome)
             case Reply(call=None):
                 self._counters.orphan_replies += 1
-                # An error that answers nothing refuses the link.
+                # An error without ack_of refuses the whole link.
                 is_answer = outcome.envelope.type != ERROR or outcome.envelope.ack_of is not None
                 if is_answer and self.may_tell("answers that nobody awaits", ANSWERS):
                     self.log.info("{peer}: dropped an answer that nobody awaits: {why}", peer=self, why=_why(outcome))
@@ -335,7 +338,8 @@ class Link(Int32StringReceiver):
                 self._refuse(outcome)
             case UnknownKey():
                 self._read_pause.pause("keys")
-                # The read itself is not cancelled, which would fail it and be told of as a failure.
+                # The timeout cancels this Deferred and not the read itself: a cancelled read would be logged as a
+                # failure.
                 reading: Deferred[None] = Deferred()
                 self._keys.refresh().addBoth(reading.callback)
                 reading.addTimeout(_KEYS_S, self._clock.scheduler)
@@ -354,7 +358,7 @@ class Link(Int32StringReceiver):
         self.abort("an error of ours")
 
     def _unawaited(self, got: Envelope) -> None:
-        """Hand a late answer over; believe a refusal of the whole link so far as to come back later."""
+        """Pass on a late ack; after a refusal of the whole link, only make the next reconnect slow."""
         if got.type == ACK:
             self.late_ack(self, got.payload)
             return
@@ -368,7 +372,7 @@ class Link(Int32StringReceiver):
     def dismiss(self, error: WireError, why: str) -> None:
         """Close the link with an error that answers no request (protocol, "Identity").
 
-        :param why: what the log says.
+        :param why: the reason for the log.
         """
         if self.session.is_open:
             self._counters.errors_out[error.code] += 1
@@ -378,7 +382,7 @@ class Link(Int32StringReceiver):
     def _refuse(self, refusal: Refusal, more: str = "") -> None:
         """Refuse a frame.
 
-        :param more: what the log says beside it.
+        :param more: further text for the log line.
         """
         error = refusal.error
         self._counters.errors_out[error.code] += 1
@@ -410,11 +414,12 @@ class Link(Int32StringReceiver):
             if self.may_tell("errors whose details cannot be said", FRAMES):
                 text = "details of {code} cannot be said: {mistake}"
                 self.log.error(text, code=error.code, mistake=str(mistake))
-        # The code is what the peer must have.
+        # The peer needs at least the code.
         return canonical.dumps({"code": error.code, "message": error.code, "details": {"retryable": error.retryable}})
 
     def _unsigned_error(self, outcome: UnsignedError) -> None:
-        # Anyone on the way can write one: it is told, counted, and believed only so far as to come back later.
+        # Anyone on the network path can forge an unsigned error. One such error is logged, counted and makes the next
+        # reconnect slow; only several of them close the link.
         self._counters.unsigned_errors += 1
         self.is_slow = True
         said = outcome.payload if ERROR_SCHEMA.is_valid(outcome.payload) else {}
@@ -432,9 +437,10 @@ class Link(Int32StringReceiver):
         """Send a request and wait for its reply.
 
         :param type: a type that our role may send (docs/protocol.rst, "Catalogue").
-        :param timeout: seconds, the wait for the window included; 3 s if left out.
-        :returns: fires with the reply's payload, or fails with a :class:`~s2s.errors.CallError` (``Refused``,
-            ``BadReply``, ``UnknownOutcome``) or, with nothing written, with a :class:`~s2s.errors.LocalError`.
+        :param timeout: seconds, including the wait for the window; the default is ``link.call_s`` (3 s).
+        :returns: a Deferred that fires with the reply's payload, or fails with a :class:`~s2s.errors.CallError`
+            (``Refused``, ``BadReply``, ``UnknownOutcome``) or, if nothing was written, with a
+            :class:`~s2s.errors.LocalError`.
         """
         message = BY_NAME[type]
         if not self.session.is_open:
@@ -463,10 +469,10 @@ class Link(Int32StringReceiver):
         return waiter
 
     def _send_call(self, call: Call) -> None:
-        # Whoever could foresee a challenge could have it answered before it is made.
+        # An attacker who could predict the id of a challenge could obtain an answer to it in advance.
         message_id = envelope.unguessable_id(int(self._clock.now() * 1000)) if call.message is CHALLENGE else ulid_now()
         body = self.session.calls.sent(call, message_id)
-        # Alone on its way: the peer has nothing to do before it has this one.
+        # No other request is in flight, so flush now: the peer is idle until it receives this one.
         self._send(call.message.name, body, message_id, is_urgent=self.session.calls.in_flight == 1)
 
     def _send_line(self) -> None:
@@ -512,7 +518,8 @@ class Link(Int32StringReceiver):
             self.abort("the peer does not read")
 
     def _send_reply(self, type: str, body: bytes, ack_of: str) -> None:
-        # Nor has a peer that waits for nothing more; what answers a chunk goes together at its end.
+        # If no other request waits for our answer, flush now, because the peer may be idle. The answers to the frames
+        # of one chunk are sent together at the end of the chunk.
         is_urgent = not (self.session.pending or self._is_in_chunk)
         self._send(type, body, ulid_now(), ack_of, is_urgent=is_urgent)
 
@@ -521,14 +528,14 @@ class Link(Int32StringReceiver):
         assert call is not None
         refusal = outcome.code if isinstance(outcome, Refused) else None
         if refusal is not None:
-            # A code that we do not know may be anything: it must not grow the count without end.
+            # Unknown codes are counted together, because a peer could send any number of different ones.
             self._counters.errors_in[refusal if refusal in BY_CODE else "other"] += 1
-        # What stood in the way of one request stands in the way no more when another has passed.
+        # A later reply without such a code shows that the cause has gone, and resets the backoff class.
         self.is_slow = refusal in _SLOW_CODES
         if call.message is CHALLENGE and (not isinstance(outcome, CallError) or refusal == ALSO_PROVES):
             self._proven(reply.envelope.ts, outcome if isinstance(outcome, dict) else {})
         self._send_line()
-        # A challenge that fails closes the link, which tells why.
+        # A failed challenge closes the link, and the log line about the end names the reason.
         is_challenge = call.message is CHALLENGE and self.session.state is State.CHALLENGING
         if isinstance(outcome, BadReply) and not is_challenge and self.may_tell(call.message.name, ANSWERS):
             self.log.warn("{peer}: its answer is not valid: {why}", peer=self, why=str(outcome))
@@ -594,7 +601,7 @@ class Link(Int32StringReceiver):
         check.addErrback(self._check_failed)
 
     def _check_failed(self, failure: Failure) -> None:
-        # Any valid frame shows that the peer lives; a lost link has told why itself.
+        # Any valid frame shows that the peer is alive. A link that ended is logged elsewhere.
         failure.trap(CallError, LocalError)
         if failure.check(DeadlinePassed) and self.session.is_checking:
             if self.session.missed():
@@ -604,25 +611,25 @@ class Link(Int32StringReceiver):
                 self._check()
 
     def __str__(self) -> str:
-        """Name the peer in log lines."""
+        """Return the name of the peer for log lines."""
         name = self.peer.get("name") or self.session.peer_key_id or "a peer"
         return f"{harmless(name)} at {self.address}"
 
     @property
     def address(self) -> str:
-        """Where the peer connects from."""
+        """The address of the peer."""
         at = self.transport.getPeer() if self.transport is not None else None
         host, port, name = (getattr(at, part, None) for part in ("host", "port", "name"))
         return f"{host}:{port}" if host is not None else os.fsdecode(name or "a local socket")
 
 
 def _known(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the members of a health ack that its schema names: all others may be as long as a frame."""
+    """Return the members of a health ack that its schema names; the others may be as long as a frame."""
     return {name: value for name, value in said.items() if name in _ACK_MEMBERS}
 
 
 def _why(reply: Reply) -> str:
-    """Return the reason why a reply belongs to no request."""
+    """Return the reason why no request awaits a reply."""
     if reply.envelope.ack_of is None:
         return f"its {harmless(reply.envelope.type)} has no ack_of"
     return "it came too late, or twice, or its ack_of is the id of no request"

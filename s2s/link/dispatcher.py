@@ -1,8 +1,8 @@
-"""From a frame to a responder (docs/protocol.rst, "Order of checks").
+"""Verification and classification of frames (docs/protocol.rst, "Order of checks").
 
-Parse, key, MAC; then the session's checks; then the payload's schema; then ``{type: responder}``. The dispatcher
-verifies with the keys of ``s2s_keys``, which a :class:`KeySource` reads through the ``adbapi`` pool. It writes nothing:
-it says what is to be done with the frame, and the link does it.
+The checks are, in this order: JSON, key, MAC; the session's checks; the payload's schema. The keys of ``s2s_keys`` come
+from a :class:`KeySource`, which reads them through the ``adbapi`` pool. The dispatcher writes nothing to the link: it
+updates the session and returns an outcome, on which the link acts.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from s2s.runtime.clock import Clock
 
 
 class KeySource(Protocol):
-    """The keys, held in memory and read again when need be."""
+    """The keys, held in memory and read again on request."""
 
     @property
     def keyring(self) -> Keyring:
-        """The keys as they were read last."""
+        """The snapshot of the keys that was read last."""
 
     def refresh(self) -> Deferred[None]:
-        """Read them again, once a second at most; fires after a read that began after this call, or after giving up."""
+        """Read the keys again, at most once a second.
+
+        :returns: fires after a read that began after this call, or after the attempt was given up.
+        """
 
 
 class Request(msgspec.Struct, frozen=True):
     """A request that passed every check.
 
-    :param payload: valid, with the defaults of its schema filled in.
-    :param size: the frame's, in bytes.
+    :param payload: the valid payload, with the defaults of its schema filled in.
+    :param size: the size of the frame, in bytes.
     """
 
     envelope: Envelope
@@ -49,19 +52,19 @@ class Request(msgspec.Struct, frozen=True):
     size: int
 
 
-#: Serves one type of request: gives the reply's payload, now or later, or raises a
+#: Serves one type of request: returns the reply's payload or a Deferred of it, or raises a
 #: :class:`~s2s.errors.WireError`.
 Responder = Callable[[Request], "Mapping[str, Any] | Deferred[dict[str, Any]]"]
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """An answer; ``call`` is ``None`` when nobody awaits it."""
+    """A reply; ``call`` is ``None`` when no call awaits it."""
 
     envelope: Envelope
     call: Call | None
 
     def outcome(self) -> dict[str, Any] | CallError:
-        """Say what the reply means for its call: the payload, or why it failed."""
+        """Return the outcome of the call: the reply's payload, or the error with which the call fails."""
         assert self.call is not None
         asked, got = self.call.message, self.envelope
         is_error = got.type == ERROR
@@ -70,7 +73,7 @@ class Reply(msgspec.Struct, frozen=True):
         schema = ERROR_SCHEMA if is_error else asked.reply_schema
         wrong = None if schema.is_valid(got.payload) else schema.explain(got.payload)
         if wrong is not None:
-            # The names of members on the path are the peer's.
+            # The peer chose the names of the members on the path.
             where = f"at {harmless(wrong[0])}: {wrong[1]}"
             return BadReply(f"{asked.name} was answered by {got.type} with a bad payload: {where}")
         if is_error:
@@ -83,8 +86,8 @@ class Refusal:
     """A frame that was refused.
 
     :param ack_of: the ``id`` to name in the answer, if it is well formed and the answer is signed.
-    :param is_answered: ``False`` for replies: they are never answered.
-    :param key_id: which the frame names, where no key of ours verifies it: for our log, and not for the answer.
+    :param is_answered: ``False`` for replies, which are never answered.
+    :param key_id: the ``key_id`` of a frame that no key verified; it is for our log, and not for the answer.
     """
 
     error: WireError
@@ -95,27 +98,26 @@ class Refusal:
 
 @dataclass(frozen=True)
 class UnsignedError:
-    """An ``s2s.error`` without ``auth``: to be logged and counted, no more."""
+    """An ``s2s.error`` without ``auth``, which answers no request."""
 
     payload: object
 
 
 @dataclass(frozen=True)
 class UnknownKey:
-    """Of the keys in memory none of this ``key_id`` has begun: read them again before the frame is refused.
+    """No key in memory with this ``key_id`` has begun its validity: read the keys again before refusing the frame.
 
-    :param sealed: what its MAC needs, and not the parsed frame, which may take 50 times the memory.
+    :param sealed: the data that the MAC needs. The parsed frame is not kept, as it may take 50 times the memory.
     """
 
     sealed: Sealed
 
 
 class Dispatcher:
-    """Judges the frames of any number of links.
+    """Verifies and classifies the frames of any number of links.
 
-    :param responders: what this process serves, by message type.
-    :param refused: told of each request that is refused though its MAC and its shape are right: it, the ``key_id``, and
-        why.
+    :param responders: the responders of this process, by message type.
+    :param refused: called with each refused request whose MAC and envelope are valid, the ``key_id`` and the error.
     """
 
     def __init__(
@@ -133,15 +135,16 @@ class Dispatcher:
     def receive(
         self, frame: bytes, session: Session, unknown: UnknownKey | None = None
     ) -> Request | Reply | Refusal | UnsignedError | UnknownKey:
-        """Judge one frame.
+        """Verify and classify one frame.
 
         :param frame: the frame's body.
-        :param unknown: what was made of this frame before the keys were read again.
+        :param unknown: the outcome for this frame before the keys were read again, if they were.
         """
         keyring, now, mono = self._keys.keyring, self._clock.now(), self._clock.mono()
         if unknown is not None and keyring.verify(unknown.sealed, now) is None:
             return Refusal(AuthBad(), key_id=unknown.sealed.key_id)
-        # The usual frame is parsed only once its MAC holds. Of any other the MAC covers the canonical form.
+        # A canonical frame is parsed only after its MAC is verified. The MAC of any other frame covers its canonical
+        # form, so that frame is parsed first.
         key = read = None
         plain = envelope.unseal_plainly(frame)
         if plain is not None:
@@ -178,7 +181,7 @@ class Dispatcher:
 def _open_exactly(
     frame: bytes, keyring: Keyring, now: float
 ) -> tuple[Key, dict[str, Any]] | Refusal | UnsignedError | UnknownKey:
-    """Return the key whose MAC holds over a frame's canonical form, and the frame's members."""
+    """Return the key that verifies a frame's canonical form, and the frame's members, or the outcome of a refusal."""
     try:
         members, written = canonical.parse_and_write(frame)
         if is_unsigned_error(members):
@@ -191,6 +194,6 @@ def _open_exactly(
             return UnknownKey(sealed)
         return Refusal(AuthBad(), key_id=sealed.key_id)
     except Unsigned as error:
-        # The frames of its traceback hold all that was parsed, and would be freed by the cyclic collector only.
+        # The traceback refers to the parsed frame, which only the cyclic garbage collector would free.
         error.__traceback__ = error.__context__ = None
         return Refusal(error)

@@ -1,4 +1,4 @@
-"""Making links, and the server's links taken together (docs/protocol.rst, "Timers and bounds", "Identity")."""
+"""The factory of links, and the set of a server's links (docs/protocol.rst, "Timers and bounds", "Identity")."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from s2s.runtime.clock import Clock
 from s2s.runtime.line_quota import LineQuota
 from s2s.runtime.status_log import LINK_UP, status_log
 
-#: Links at once, without those that are closing.
+#: Maximum number of links at once, not counting those that are closing.
 MAX_LINKS: Final = 1000
-#: Of them without a valid frame yet.
+#: Maximum number of those links that have not received a valid frame yet.
 MAX_SILENT: Final = 100
-#: Links that are closing, which may take some seconds each; of more the oldest is cut.
+#: Maximum number of closing links, each of which may take some seconds. Above it, the oldest is cut.
 MAX_CLOSING: Final = 100
 #: Seconds between two lines about links of one engine that replace each other, which may happen many times a second.
 TELL_S: Final = 60.0
-#: Engines of which the log says in one minute, each with a few lines, that they came up.
+#: Maximum lines in one minute about engines that came up, over all engines.
 MOST_ENGINES_TOLD: Final = 100
 
 _Identity = tuple[str | None, str | None]
@@ -40,9 +40,9 @@ _Identity = tuple[str | None, str | None]
 
 @dataclass
 class LinkFactory(Factory):
-    """Makes the links of one process; they share its replay cache and counters.
+    """The factory of the links of one process, which share its replay cache and counters.
 
-    :param role: ours.
+    :param role: our role.
     """
 
     role: Role
@@ -72,14 +72,14 @@ class LinkFactory(Factory):
             )
 
     def tell_rest(self) -> None:
-        """Tell of peers and strangers what had no line yet."""
+        """Log the counts of events of peers and strangers that had no line."""
         self.strangers.stop()
         self.peer_lines.stop()
 
     def configure(self, setting: Callable[[str], int]) -> None:
-        """Take the settings in force, for every link that there is and will be.
+        """Apply the current settings to all existing and future links.
 
-        :param setting: gives an integer setting's value.
+        :param setting: returns an integer setting's value.
         """
         timing, bounds = self.timing, self.bounds
         timing.idle, timing.check, timing.misses = map(setting, ("link.idle_s", "link.check_s", "link.misses"))
@@ -88,14 +88,14 @@ class LinkFactory(Factory):
         self.replay.resize(setting("link.fresh_s"), self.clock.mono())
 
     def drop_revoked(self, links: Iterable[Link], keyring: Keyring) -> None:
-        """Close the links whose peer signed last with a key that does not verify now (protocol, "Keys")."""
+        """Close the links whose peer last signed with a key that is not valid now (protocol, "Keys")."""
         for link in list(links):
             key_id = link.session.peer_key_id
             if key_id is not None and (why := keyring.why_inactive(key_id, self.clock.now())) is not None:
                 link.close(f"the key {key_id} {why}")
 
     def buildProtocol(self, addr: IAddress | None) -> Link:
-        """Make a link for one connection."""
+        """Return a link for one connection."""
         session = Session(self.role, self.replay, self.timing, self.bounds, self.clock.mono())
         link = Link(
             session,
@@ -115,8 +115,8 @@ class LinkFactory(Factory):
 class _Up:
     """The newest proven link of an engine.
 
-    :param at: when it was proven, in monotonic seconds.
-    :param is_told: the log says that the engine came up by it.
+    :param at: when the link was proven, in monotonic seconds.
+    :param is_told: whether the log has a line that the engine came up with this link.
     """
 
     link: Link
@@ -125,10 +125,10 @@ class _Up:
 
 
 class ServerLinks:
-    """Every link of a server, and the engines behind the proven ones.
+    """All links of a server, and the engines of the proven links.
 
     :param engine_up: called with the link of an engine that was just proven.
-    :param engine_down: called when such a link is gone.
+    :param engine_down: called when such a link has ended and no newer link has replaced it.
     """
 
     log = Logger()
@@ -146,10 +146,11 @@ class ServerLinks:
         self._all: dict[Link, None] = {}
         self._engines: dict[_Identity, _Up] = {}
         self._clock = clock
-        #: The lines about each engine that came up, the one that came up last at the end, and those about all.
+        #: The quota of lines for each engine that came up, the most recent engine last, and the quota for all engines.
         self._lines: dict[_Identity, LineQuota] = {}
         self._all_lines = LineQuota(clock.scheduler, self._tell_many, MOST_ENGINES_TOLD)
-        #: When a replaced link of an engine was last told, and how many were replaced since; the oldest first.
+        #: By engine: the time of the last line about a replaced link, and the number of links replaced since. The
+        #: engine whose link was replaced most recently is last.
         self._replaced: dict[_Identity, tuple[float, int]] = {}
 
     @property
@@ -164,10 +165,10 @@ class ServerLinks:
         return len(self._all)
 
     def link_made(self, link: Link) -> None:
-        """Keep the bounds: one link goes for a new one, so that neither silence nor one key can keep an engine out.
+        """Add a link; if a bound is reached, close another one, so that silent links or one key cannot block engines.
 
-        Of the silent links it is the oldest one of the address that has the most: a flood from one address costs the
-        others none. Without a silent one it is the newest of the key that has the most.
+        The link to close is the oldest silent link of the network with the most silent links, so that a flood from one
+        network closes no links of others. If no link is silent, it is the newest link of the key with the most links.
         """
         closing = [each for each in self._all if not each.session.is_open]
         if len(closing) >= MAX_CLOSING:
@@ -186,12 +187,12 @@ class ServerLinks:
         self._all[link] = None
 
     def _cut(self, link: Link, why: str) -> None:
-        """Cut a link at once, which takes no place from now on: over TLS its end could wait for the peer."""
+        """Cut a link and remove it at once, because over TLS its end could wait for the peer."""
         self._all.pop(link)
         link.abort(why)
 
     def _dismiss_of_most(self) -> None:
-        """Close the newest link of the key that has the most of them."""
+        """Close the newest link of the key that has the most links."""
         by_key = Counter(each.session.peer_key_id for each in self._all if each.session.is_open)
         [(key_id, count)] = by_key.most_common(1)
         newest = next(
@@ -204,9 +205,9 @@ class ServerLinks:
         newest.dismiss(Forbidden(why), why)
 
     def link_proven(self, link: Link) -> None:
-        """Count the engine as up; its new link replaces its old one."""
+        """Record the engine as up; its new link replaces its old one."""
         identity = _identity(link)
-        # Taken out first: the newest stands last.
+        # Remove the old entry first, so that the newest entry is last.
         old = self._engines.pop(identity, None)
         is_told = self._may_tell(identity) if old is None else self._replace(identity, old.link, link)
         self._engines[identity] = _Up(link, self._clock.mono(), is_told)
@@ -215,7 +216,7 @@ class ServerLinks:
         self._engine_up(link)
 
     def _may_tell(self, identity: _Identity) -> bool:
-        """Return whether the log may have a line about an engine that came up; a few times in a minute, it may."""
+        """Whether the log may have a line that an engine came up; an engine has a few such lines a minute."""
         lines = self._lines.pop(identity, None) or LineQuota(
             self._clock.scheduler, lambda untold: self._tell_often(identity, sum(untold.values()))
         )
@@ -243,7 +244,7 @@ class ServerLinks:
         )
 
     def _replace(self, identity: _Identity, old: Link, link: Link) -> bool:
-        """Close the old link of an engine, and return whether it is time for a line about that."""
+        """Close the old link of an engine, and return whether the log may have a line about that."""
         told_at, count = self._replaced.pop(identity, (-TELL_S, 0))
         is_told = self._clock.mono() >= told_at + TELL_S and self._all_lines.may_tell("up")
         if len(self._replaced) >= MAX_LINKS:
@@ -251,7 +252,8 @@ class ServerLinks:
         self._replaced[identity] = (self._clock.mono(), 0) if is_told else (told_at, count + 1)
         old.has_told |= not is_told
         boot_ids = {each.peer.get("boot_id") for each in (old, link)}
-        # Without a boot_id nothing tells a restart from another process but a link over which frames still come.
+        # If neither link has a boot_id, only frames that still arrive on the old link distinguish another process from
+        # a restart.
         is_same = old.session.is_checking if boot_ids == {None} else len(boot_ids) == 1
         if is_same:
             old.close("the same engine has a newer link")
@@ -273,7 +275,7 @@ class ServerLinks:
         return is_told
 
     def link_lost(self, link: Link) -> None:
-        """Forget the link."""
+        """Remove the link, and log its end unless the log has a line about it."""
         self._all.pop(link, None)
         for identity, up in list(self._engines.items()):
             if up.link is link:
@@ -286,7 +288,7 @@ class ServerLinks:
             self.log.info("{link}: closed: {why}", link=link, why=link.why)
 
     def close_all(self, why: str) -> None:
-        """Close every link, and tell what had no line yet."""
+        """Close every link, and log the counts of events that had no line."""
         for lines in (*self._lines.values(), self._all_lines):
             lines.stop()
         for link in list(self._all):

@@ -20,12 +20,12 @@ from s2s.runtime.clock import Clock
 
 
 class InboundRequests:
-    """Has each request answered once, in time, and holds no more of them than its bounds.
+    """The peer's requests that wait for our answer. Each is answered once and in time, and their number is bounded.
 
-    :param reader: stops where too much is held.
+    :param reader: pauses reading while the bound is reached.
     :param send: writes a reply: its type, its payload's canonical bytes, and the ``id`` of the request.
     :param refuse: answers with an error.
-    :param may_tell: whether the log may have a line, and a traceback, for a cause.
+    :param may_tell: returns whether the log may have a line, and a traceback, for a cause.
     """
 
     log = Logger()
@@ -52,13 +52,13 @@ class InboundRequests:
         self._until_idle: list[Deferred[None]] = []
 
     def serve(self, request: Request) -> None:
-        """Have a request answered."""
+        """Call the responder of a request, and send its answer."""
         answer: Mapping[str, Any] | Failure | Deferred[dict[str, Any]]
         try:
             answer = self._responders[request.message.name](request)
         except Exception:
             answer = Failure()
-        # After it: by now what it has asked for is on its way.
+        # Track the request after the call: the work that the responder started is under way by now.
         pending = self._session.track(request.message, request.envelope.id, request.size, self._clock.mono())
         if isinstance(answer, Deferred):
             answer.addBoth(self._answered, pending)
@@ -69,7 +69,7 @@ class InboundRequests:
             self._read_pause.pause("held")
 
     def expire(self, mono: float) -> None:
-        """Refuse what has waited for too long; a later answer is dropped.
+        """Refuse the requests whose deadline has passed. Later answers to them are dropped.
 
         :param mono: monotonic seconds.
         """
@@ -78,18 +78,18 @@ class InboundRequests:
             self._failed(Failure(DeadlineExceeded()), pending)
 
     def wait_idle(self) -> Deferred[None]:
-        """Wait until no request waits for its answer, or the link is gone."""
+        """Return a Deferred that fires when no request waits for its answer, or the link has ended."""
         waiter: Deferred[None] = Deferred()
         self._until_idle.append(waiter)
         self.notify_if_idle()
         return waiter
 
     def notify_if_idle(self) -> None:
-        """Tell who waits for it that nothing is held, or that the link is gone."""
+        """Fire the Deferreds of :meth:`wait_idle` if no request waits for its answer or the link has ended."""
         if self._until_idle and (not self._session.pending or self._session.state is State.CLOSED):
             waiters, self._until_idle = self._until_idle, []
             for waiter in waiters:
-                # Not now: the last answer is still to be written.
+                # Fire in the next reactor iteration, because the last answer is not written yet.
                 self._clock.scheduler.callLater(0, waiter.callback, None)
 
     def _answered(self, answer: Mapping[str, Any] | Failure, pending: PendingRequest) -> None:
@@ -121,9 +121,9 @@ class InboundRequests:
             self._refuse(Refusal(error, pending.id))
 
     def _is_awaited(self, pending: PendingRequest) -> bool:
-        """End a request that we hold: whether its answer, which comes next, is still awaited."""
+        """Untrack a request, and return whether the caller must still send the answer."""
         is_awaited = self._session.untrack(pending) and self._session.is_open
-        # What follows of this is a later turn's.
+        # The calls below only schedule work for a later reactor iteration.
         if self._until_idle:
             self.notify_if_idle()
         if self._read_pause.is_stopped and not self._session.is_saturated:

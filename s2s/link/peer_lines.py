@@ -1,6 +1,7 @@
-"""The lines of the log about peers that hold a valid key: bounded for each peer, on however many links it comes.
+"""A bound on the log lines about each peer that holds a valid key, over all of the peer's links.
 
-A peer is a key and a network here. What it says of itself is no part of that: it may say something else on each link.
+A peer is a key and a network here. The name that a peer announces is not part of its identity, because a peer may
+announce another name on each link.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from twisted.logger import Logger
 from s2s.runtime.clock import Clock
 from s2s.runtime.line_quota import MOST_TOLD, TOLD, LineQuota
 
-#: Peers that are counted apart. The one of which nothing was heard for longest makes room for another.
+#: Maximum number of peers that are counted separately. A new peer replaces the one whose last event is the oldest.
 MAX_PEERS: Final = 1000
-#: Lines about all peers in one minute; further ones are counted together.
+#: Maximum lines about all peers in one minute; further events are counted together.
 MOST_OF_ALL: Final = 100
-#: What a peer can cause, each with the lines that one peer has for it in one minute.
+#: The kinds of events that a peer can cause. ``_MOST`` holds the maximum lines of each kind for one peer in one minute.
 FRAMES: Final = "refused more frames"
 ANSWERS: Final = "gave more answers that are not valid"
 ENDS: Final = "ended more links"
@@ -25,22 +26,22 @@ _MOST: Final = {FRAMES: MOST_TOLD, ANSWERS: TOLD, ENDS: MOST_TOLD}
 
 
 class PeerLines:
-    """Allows each peer of one process a few lines a minute, and the first line of each cause."""
+    """A quota for each peer of one process: a few lines a minute, and the first line of each cause."""
 
     log = Logger()
 
     def __init__(self, clock: Clock) -> None:
         self._scheduler = clock.scheduler
-        #: By peer and what it causes; the one that was asked for last stands last.
+        #: The quotas by peer and kind of event, the most recently used last.
         self._quotas: dict[tuple[str, str], LineQuota] = {}
         self._all = LineQuota(self._scheduler, self._tell_all, MOST_OF_ALL)
 
     def may_tell(self, peer: str, what: str, cause: str) -> bool:
-        """Ask for a line of the log about a peer.
+        """Return whether the log may have a line about an event of a peer; otherwise count the event.
 
-        :param peer: its key and network, as a line calls them.
-        :param what: :data:`FRAMES`, :data:`ANSWERS` or :data:`ENDS`.
-        :param cause: what is counted, up to its first colon.
+        :param peer: the peer's key and network, as in the log line.
+        :param what: the kind of event: :data:`FRAMES`, :data:`ANSWERS` or :data:`ENDS`.
+        :param cause: the cause; events are counted by its text up to the first colon.
         """
         quota = self._quotas.pop((peer, what), None) or LineQuota(
             self._scheduler, lambda untold: self._tell(peer, what, untold), _MOST[what], is_first_told=True
@@ -51,7 +52,7 @@ class PeerLines:
         return quota.may_tell(cause.partition(":")[0]) and self._all.may_tell(what)
 
     def stop(self) -> None:
-        """Tell what is counted now."""
+        """Log the present counts."""
         for quota in (*self._quotas.values(), self._all):
             quota.stop()
 

@@ -1,4 +1,4 @@
-"""When one link reads, and when it does not (docs/protocol.rst, "Windows")."""
+"""Pausing and resuming the reading of one link (docs/protocol.rst, "Windows")."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from s2s.runtime.clock import Clock
 
 
 class Pausable(Protocol):
-    """What of ``_PauseableMixin`` is used here."""
+    """The part of Twisted's ``_PauseableMixin`` that this module uses."""
 
     paused: bool
 
     def pauseProducing(self) -> None:
-        """Read no more."""
+        """Stop reading."""
 
     def resumeProducing(self) -> None:
-        """Read, and first what is buffered."""
+        """Process the buffered bytes, then read again."""
 
 
 class ReadPause:
-    """Pauses a link's reading for a set of reasons: it goes on when none is left."""
+    """Pauses a link's reading for a set of reasons; reading resumes when no reason is left."""
 
     def __init__(self, link: Pausable, session: Session, clock: Clock) -> None:
         self._link = link
@@ -31,22 +31,23 @@ class ReadPause:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether there is a reason not to read."""
+        """Whether at least one reason pauses reading."""
         return bool(self._reasons)
 
     def pause(self, reason: str) -> None:
-        """Read no more, for this reason."""
+        """Pause reading for this reason."""
         if not self._reasons and not self._link.paused:
             self._link.pauseProducing()
             self._session.paused(self._clock.mono(), True)
         self._reasons.add(reason)
 
     def resume(self, reason: str) -> None:
-        """A reason is over."""
+        """Remove a reason, and resume reading if it was the last one."""
         if reason in self._reasons:
             self._reasons.remove(reason)
             if not self._reasons:
-                # Not now: inside stringReceived the frames of this chunk would be delivered twice.
+                # Resume in the next reactor iteration: inside stringReceived, the frames of this chunk would be
+                # delivered twice.
                 self._clock.scheduler.callLater(0, self._read_again)
 
     def _read_again(self) -> None:

@@ -1,7 +1,8 @@
-"""What links without a valid frame may cost: bytes, and lines of the log (docs/protocol.rst, "Strangers").
+"""Bounds on the bytes and log lines of links without a valid frame (docs/protocol.rst, "Strangers").
 
-Whoever reaches the port may connect. Until a frame verifies, nothing tells a stranger from an engine, so the bytes of
-both wait for their turn: the first few of each link apart from all others, since a health check is as short as that.
+Any host that reaches the port may connect. Until a frame is verified, a stranger cannot be distinguished from an
+engine, so the bytes of both wait for their turn. The first bytes of each link have a separate budget, which is enough
+for a health check.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ from s2s.runtime.budget import Budget
 from s2s.runtime.clock import Clock
 from s2s.runtime.line_quota import LineQuota
 
-#: Bytes of a link that count as its first ones: a challenge and an answer to ours fit.
+#: The number of bytes at the start of a link that count as first bytes: a challenge and an answer to ours fit.
 FIRST_BYTES: Final = 1024
-#: The least number of bytes that a read counts as, because reading one byte costs about as much as judging 512.
+#: The minimum bytes that one read counts as, because reading one byte costs about as much as processing 512 bytes.
 LEAST_BYTES: Final = 512
-#: The bytes that an object, a list or a member adds to that count: it takes as long to parse.
+#: The bytes that each object, list or member adds to that count, because it takes as long to parse.
 DENSE_BYTES: Final = 8
-#: First bytes in a second: of one address, and of all.
+#: Maximum first bytes a second: of one address, and of all addresses.
 FIRST_RATE: Final = (256 << 10, 1 << 20)
-#: All other bytes in a second: of one address, and of all. 64 KiB of them take about 1 ms of the reactor's time, so the
-#: second rate bounds that to some 1 % of a core.
+#: Maximum other bytes a second: of one address, and of all addresses. 64 KiB take about 1 ms of the reactor's time, so
+#: the rate of all addresses bounds their cost to about 1 % of a core.
 RATE: Final = (128 << 10, 512 << 10)
 
 
 class Strangers:
-    """The links of one process that no valid frame has come over; :data:`s2s.link.factory.MAX_SILENT` bounds their
-    number.
+    """The budgets of a process's links without a valid frame.
+
+    :data:`s2s.link.factory.MAX_SILENT` bounds the number of these links.
     """
 
     log = Logger()
@@ -46,14 +48,14 @@ class Strangers:
     def may_take(
         self, address: str, before: int, data: bytes, is_wanted: Callable[[], bool], go_on: Callable[[], object]
     ) -> bool:
-        """Ask for the right to take what was read from a link.
+        """Return whether the link may process a chunk now; otherwise queue ``go_on`` for the chunk's turn.
 
         :param address: see :func:`s2s.runtime.budget.network`.
-        :param before: bytes that were read from this link before these.
-        :param data: what was read.
-        :param is_wanted: asked at its turn: whether the link is still there.
-        :param go_on: called at its turn.
-        :returns: ``False`` if it must wait for its turn.
+        :param before: the number of bytes read from this link before the chunk.
+        :param data: the chunk.
+        :param is_wanted: called at the chunk's turn; returns whether the link still exists.
+        :param go_on: called at the chunk's turn.
+        :returns: ``False`` if the chunk must wait for its turn.
         """
         budget = self._first if before + len(data) <= FIRST_BYTES else self._rest
         may_take = budget.take(address, weight(data), is_wanted, go_on)
@@ -62,14 +64,16 @@ class Strangers:
         return may_take
 
     def may_tell(self, why: str) -> bool:
-        """Ask for a line of the log about a link's end: a few have one each, all others share one a minute.
+        """Return whether the log may have a line about a link's end.
 
-        :param why: what is counted, up to its first colon.
+        A few ends have a line each; the others share one line a minute.
+
+        :param why: the reason; ends are counted by its text up to the first colon.
         """
         return self._lines.may_tell(why.partition(":")[0])
 
     def stop(self) -> None:
-        """Tell what is counted now."""
+        """Log the present counts."""
         self._lines.stop()
 
     def _tell(self, untold: Mapping[str, int]) -> None:
@@ -80,6 +84,6 @@ class Strangers:
 
 
 def weight(data: bytes) -> int:
-    """Return as how many bytes a read counts."""
+    """Return the number of bytes that a read counts as."""
     dense = data.count(b"{") + data.count(b"[") + data.count(b":")
     return max(LEAST_BYTES, len(data) + DENSE_BYTES * dense)

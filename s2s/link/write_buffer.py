@@ -1,4 +1,4 @@
-"""What waits to be written on one link (docs/protocol.rst, "Windows")."""
+"""The buffer of bytes that wait to be written on one link (docs/protocol.rst, "Windows")."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from zope.interface import implementer
 
 from s2s.protocol.limits import Counters
 
-#: Of a turn of the reactor the first so many bytes are sent at once: the peer works on them while we make the others.
+#: Bytes after which the first flush of a reactor iteration happens, so that the peer can process them while we produce
+#: more.
 FLUSH_BYTES: Final = 8192
-#: Then twice as many, and so on up to this: it is not to be woken more often than it needs.
+#: Upper limit of that threshold in bytes. It doubles after each flush of a reactor iteration, so that the peer does not
+#: wake up too often.
 MOST_FLUSH_BYTES: Final = 65536
 
 
 @implementer(interfaces.IPushProducer)
 class WriteBuffer:
-    """Our side of the write buffer: the transport keeps little, and what it cannot take waits here, counted.
+    """The counted write buffer of a link: bytes that the transport cannot accept yet wait here.
 
-    Uncounted are what one turn of the reactor holds back and what the transport takes on top of it, three times
-    :data:`MOST_FLUSH_BYTES` and two frames at most. Nobody else may write to the transport, and it is closed after
-    :meth:`finish`.
+    The bytes collected in one reactor iteration and those in the transport's own buffer are not counted. They are at
+    most three times :data:`MOST_FLUSH_BYTES` and two frames. No other code may write to the transport, and the
+    transport may be closed only after :meth:`finish`.
 
-    It is the transport's producer, and not the link itself: a link pauses for reasons of its own.
+    This object is the transport's producer, and not the link, because a link is paused for other reasons.
 
-    :param counters: whose ``waiting_bytes`` counts what waits on all links.
+    :param counters: its ``waiting_bytes`` counts the waiting bytes of all links.
     """
 
     def __init__(self, transport: Any, counters: Counters) -> None:
@@ -35,24 +37,25 @@ class WriteBuffer:
         self._counters = counters
         self._waiting: deque[bytes] = deque()
         self._stalled = False
-        # Only a descriptor of the reactor's own: TLS closes what is below it without a word to us, and then the reactor
-        # would not be told that the last of it is written.
+        # Only a descriptor of the reactor is used directly. TLS closes the transport below it without notice, and then
+        # the reactor would not learn that the last bytes are written.
         self._descriptor: Any = transport if isinstance(transport, FileDescriptor) else None
-        #: Written in this turn of the reactor, and sent together: fewer than :data:`MOST_FLUSH_BYTES` and a frame.
+        #: Bytes to send together that were written in this reactor iteration: fewer than :data:`MOST_FLUSH_BYTES` plus
+        #: one frame.
         self._turn: list[bytes] = []
         self._turn_bytes = 0
-        #: As many bytes as are sent next before the turn ends.
+        #: The number of bytes at which the next flush happens before the reactor iteration ends.
         self._enough = FLUSH_BYTES
         self._is_end_awaited = False
-        #: The transport was given something, and not made to send it yet.
+        #: The transport received bytes and was not yet made to send them.
         self._has_given = False
         self.waiting_bytes = 0
         transport.registerProducer(self, True)
 
     def write(self, data: bytes, is_urgent: bool = False) -> None:
-        """Write in this turn of the reactor, or when the transport takes more.
+        """Write in this reactor iteration, or later when the transport accepts more.
 
-        :param is_urgent: do not wait for the end of the turn.
+        :param is_urgent: do not wait for the end of the reactor iteration.
         """
         if self._stalled:
             self._waiting.append(data)
@@ -78,18 +81,19 @@ class WriteBuffer:
         self.flush()
 
     def flush(self) -> None:
-        """Send what was written in this turn of the reactor, and do not wait for its end."""
+        """Send the bytes written in this reactor iteration now."""
         if not self._turn:
             return
         data = b"".join(self._turn)
         self._turn, self._turn_bytes = [], 0
         descriptor = self._descriptor
         if not self._has_given and not descriptor.dataBuffer and not descriptor.disconnecting:
-            # Nothing is in the transport: past it, which would have the reactor watch the socket for a moment.
+            # The transport's buffer is empty, so write to the socket directly: transport.write() would make the reactor
+            # watch the socket for a moment.
             sent = descriptor.writeSomeData(data)
             if sent == len(data):
                 return
-            # A failure shows itself again to the reactor, which ends the connection.
+            # If the write failed, the reactor's own write fails again and ends the connection.
             data = data[sent:] if isinstance(sent, int) else data
         self._give(data)
         if not descriptor.disconnecting:
@@ -101,11 +105,11 @@ class WriteBuffer:
         self._transport.write(data)
 
     def pauseProducing(self) -> None:
-        """The transport has enough."""
+        """Stop writing to the transport, because its buffer is full."""
         self._stalled = True
 
     def resumeProducing(self) -> None:
-        """The transport takes more."""
+        """Write the waiting bytes until the transport's buffer is full again."""
         self._stalled = False
         while self._waiting and not self._stalled:
             data = self._waiting.popleft()
@@ -117,14 +121,14 @@ class WriteBuffer:
         self._counters.waiting_bytes += size
 
     def stopProducing(self) -> None:
-        """The transport is gone."""
+        """Discard all bytes, because the transport is closed."""
         self._stalled = True
         self._turn.clear()
         self._waiting.clear()
         self._count(-self.waiting_bytes)
 
     def finish(self) -> None:
-        """Hand all that is left to the transport, which would not close while it has a producer."""
+        """Unregister, because a transport with a producer does not close, and pass all remaining bytes to it."""
         self._transport.unregisterProducer()
         self._transport.writeSequence([*self._turn, *self._waiting])
         self.stopProducing()
