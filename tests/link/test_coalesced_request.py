@@ -1,4 +1,4 @@
-"""Requests that a server sends whenever there is occasion."""
+"""Requests that a server sends to its engines, coalesced for each link."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ErrandTests(SynchronousTestCase):
     """:class:`CoalescedRequest`."""
 
     def setUp(self) -> None:
-        """Make one that goes on while the answer says so."""
+        """Make a request that runs again while the answer asks for it."""
         self.time = FakeClock()
         self.link: Any = _Link()
         self.payload: dict[str, Any] | None = {}
@@ -45,7 +45,7 @@ class ErrandTests(SynchronousTestCase):
         )
 
     def test_one_under_way(self) -> None:
-        """Any number of occasions during a request make one more, and no occasion makes none."""
+        """Any number of runs requested during a request cause one more request, and none causes none."""
         for _ in range(5):
             self.errand.run(self.link)
         self.assertEqual(len(self.link.calls), 1)
@@ -55,14 +55,14 @@ class ErrandTests(SynchronousTestCase):
         self.assertEqual(len(self.link.calls), 2)
 
     def test_links_are_apart(self) -> None:
-        """One link's request holds up no other's."""
+        """A request on one link does not delay a request on another."""
         other: Any = _Link()
         self.errand.run_all([self.link, other])
         self.errand.run_all([self.link, other])
         self.assertEqual((len(self.link.calls), len(other.calls)), (1, 1))
 
     def test_goes_on(self) -> None:
-        """An answer that says so makes another request at once."""
+        """An answer for which ``done`` returns true causes another request at once."""
         self.errand.run(self.link)
         self.link.calls[0].callback({"more": 1})
         self.link.calls[1].callback({"more": 0})
@@ -110,7 +110,7 @@ class ErrandTests(SynchronousTestCase):
         self.assertEqual(self.link.calls, [])
 
     def test_sent_again_when_told_to(self) -> None:
-        """A refusal for now is tried again after the pause that it asks for, and after 10 s at the latest."""
+        """A retryable refusal is retried after the pause that it asks for, and after 10 s at the latest."""
         for asked_ms, waited in ((100, 0.1), (600_000, 10.0)):
             self.link.calls.clear()
             self.errand.run(self.link)
@@ -122,18 +122,18 @@ class ErrandTests(SynchronousTestCase):
             self.link.calls[1].callback({"more": 0})
 
     def test_a_pause_of_nothing(self) -> None:
-        """A refusal that asks for no pause at all is tried again more and more seldom."""
+        """A refusal that asks for a pause of 0 is retried after increasing pauses."""
         self.errand._rng = lambda: 1.0
         self.errand.run(self.link)
         for _ in range(1000):
             if not self.link.calls[-1].called:
                 self.link.calls[-1].errback(Refused("overloaded", "", {"retryable": True, "retry_after_ms": 0}))
             self.time.advance(0.01)
-        # 0.2, 0.4, ... and 5 s.
+        # The pauses are 0.2, 0.4, ... and 5 s.
         self.assertEqual(len(self.link.calls), 6)
 
     def test_one_retry_at_a_time(self) -> None:
-        """However many occasions there are meanwhile, one retry of a link waits."""
+        """However many runs are requested meanwhile, a link has one pending retry."""
         for _ in range(20):
             self.errand.run(self.link)
             self.link.calls[-1].errback(Refused("not_ready", "", {"retryable": True, "retry_after_ms": 5000}))
@@ -158,7 +158,7 @@ class ErrandTests(SynchronousTestCase):
         self.assertIn("s2s.broadcast.sweep failed further times: ", lines[-1])
 
     def test_failures(self) -> None:
-        """After another failure it waits for the next occasion, or takes the one that came meanwhile."""
+        """After another failure the next requested run sends again, or the one requested meanwhile does so at once."""
         self.errand.run(self.link)
         self.link.calls[0].errback(DeadlinePassed("late"))
         self.assertEqual(len(self.link.calls), 1)
@@ -168,7 +168,7 @@ class ErrandTests(SynchronousTestCase):
         self.assertEqual(len(self.link.calls), 3)
 
     def test_not_served(self) -> None:
-        """A peer that does not serve the type is not asked again on this link."""
+        """A peer that does not serve the type is not sent the request again on this link."""
         self.errand.run(self.link)
         self.link.calls[0].errback(Refused("unsupported_type", "", {}))
         self.errand.run(self.link)

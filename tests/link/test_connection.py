@@ -55,7 +55,7 @@ _ACK = {"accepted": True, "duplicate": False, "cmd_id": 1, "status": "ready"}
 
 
 class _Keys:
-    """A KeySource whose reads end when the test says so.
+    """A KeySource whose reads end when the test ends them.
 
     :ivar reads: the reads under way.
     """
@@ -65,18 +65,18 @@ class _Keys:
         self.reads: list[Deferred[None]] = []
 
     def refresh(self) -> Deferred[None]:
-        """Begin a read."""
+        """Start a read."""
         self.reads.append(Deferred())
         return self.reads[-1]
 
     def end_read(self, *keys: Key) -> None:
-        """End the oldest read, with these keys."""
+        """End the oldest read with these keys."""
         self.keyring = Keyring(keys)
         self.reads.pop(0).callback(None)
 
 
 class _Events:
-    """Remembers what happened, and to which link."""
+    """Events that record every callback and its link."""
 
     def __init__(self) -> None:
         self.happened: list[str] = []
@@ -98,7 +98,7 @@ def _prefixed(*frames: bytes) -> bytes:
 
 
 def _split(written: bytes) -> list[dict[str, Any]]:
-    """Read back what a link wrote."""
+    """Parse the frames that a link wrote."""
     frames = []
     while written:
         size = int.from_bytes(written[:4], "big")
@@ -113,13 +113,13 @@ def _push(key: str = "k", **content: Any) -> dict[str, Any]:
 
 
 class LinkTestCase(SynchronousTestCase):
-    """A link of ours on a transport of strings; the test is the peer."""
+    """A link under test on a string transport; the test acts as the peer."""
 
     role: Role = "server"
     bounds = Bounds()
 
     def setUp(self) -> None:
-        """Connect, and take the challenge from the wire."""
+        """Connect, and remove the challenge from the written frames."""
         self.time = FakeClock()
         self.keys = _Keys(_KEY)
         self.events = _Events()
@@ -135,7 +135,7 @@ class LinkTestCase(SynchronousTestCase):
         self.assertEqual(rest, [])
 
     def make_link(self, role: Role) -> Link:
-        """Make a link that serves every type that its role may be sent."""
+        """Make a link that serves every type that its role may receive."""
         clock = Clock(self.time, lambda: _NOW + self.time.seconds())
         responders = {
             message.name: self.serve for message in BY_NAME.values() if envelope.other(role) in message.sent_by
@@ -147,7 +147,7 @@ class LinkTestCase(SynchronousTestCase):
         return Link(session, dispatcher, self.keys, clock, self.events, self.counters, strangers, lines)
 
     def serve(self, request: Request) -> Any:
-        """Note the request, and answer as the test wants it."""
+        """Record the request, and answer as the test wants."""
         self.served.append(request)
         return self.respond(request)
 
@@ -159,24 +159,24 @@ class LinkTestCase(SynchronousTestCase):
     # --- the peer ---
 
     def written(self) -> list[dict[str, Any]]:
-        """Take what was written since the last time."""
+        """Return the frames that were written since the last call."""
         frames = _split(self.transport.value())
         self.transport.clear()
         return frames
 
     def frame(self, type: str, payload: Any = None, *, key: Key | None = _KEY, **changes: Any) -> bytes:
-        """Make a frame of the peer."""
+        """Return a frame of the peer."""
         self.number += 1
         told = {"id": f"p{self.number}", "ts": int(_NOW + self.time.seconds()), "dst": self.role, "ack_of": None}
         told |= {"src": envelope.other(self.role), **changes}
         return envelope.seal(type=type, body=canonical.dumps({} if payload is None else payload), key=key, **told)
 
     def deliver(self, *frames: bytes) -> None:
-        """Let frames arrive in one chunk."""
+        """Deliver frames in one chunk."""
         self.link.dataReceived(_prefixed(*frames))
 
     def say(self, type: str, payload: Any = None, **more: Any) -> None:
-        """Let one frame arrive."""
+        """Deliver one frame."""
         self.deliver(self.frame(type, payload, **more))
 
     def prove(self, **said: Any) -> None:
@@ -184,17 +184,17 @@ class LinkTestCase(SynchronousTestCase):
         self.say(HEALTH_ACK, {**_HEALTH, **said}, ack_of=self.challenge["id"])
 
     def lose(self) -> None:
-        """Let the connection end."""
+        """End the connection."""
         self.link.connectionLost(Failure(ConnectionDone()))
 
-    # --- what is to be seen ---
+    # --- checks ---
 
     def error_codes(self) -> list[str]:
-        """Take what was written, and give the codes of the errors in it."""
+        """Return the codes of the errors written since the last call."""
         return [each["payload"]["code"] for each in self.written() if each["type"] == "s2s.error"]
 
     def assert_closed(self, why: str = "") -> None:
-        """The link is closing and reads no more."""
+        """Assert that the link is closing and reads no more."""
         self.assertIs(self.link.session.state, State.CLOSING)
         self.assertTrue(self.transport.disconnecting)
         self.assertIn(why, self.link.why)
@@ -203,7 +203,7 @@ class LinkTestCase(SynchronousTestCase):
         self.assertEqual((len(self.served), self.transport.value()), (served, written))
 
     def assert_open(self) -> None:
-        """The link serves a request."""
+        """Assert that the link serves a request."""
         self.assertFalse(self.transport.disconnecting)
         self.written()
         self.say(HEALTH_CHECK)
@@ -214,11 +214,11 @@ class FramingTests(LinkTestCase):
     """Lengths and chunks."""
 
     def idem_keys(self) -> list[str]:
-        """Give what was served, in order."""
+        """Return the idem_keys of the served requests, in order."""
         return [request.payload["idem_key"] for request in self.served]
 
     def frames(self, count: int) -> list[bytes]:
-        """Make pushes of the keys 0, 1, 2 and so on."""
+        """Return pushes with the keys 0, 1, 2 and so on."""
         return [self.frame(COMMAND_PUSH, _push(str(at))) for at in range(count)]
 
     def test_whole(self) -> None:
@@ -227,7 +227,7 @@ class FramingTests(LinkTestCase):
         self.assertEqual(self.idem_keys(), ["0"])
 
     def test_byte_by_byte(self) -> None:
-        """Frames that come one byte at a time are served when their last byte is there."""
+        """Frames that arrive one byte at a time are served when their last byte arrives."""
         stream = _prefixed(*self.frames(3))
         for at in range(len(stream) - 1):
             self.link.dataReceived(stream[at : at + 1])
@@ -236,13 +236,13 @@ class FramingTests(LinkTestCase):
         self.assertEqual(self.idem_keys(), ["0", "1", "2"])
 
     def test_any_chunks(self) -> None:
-        """However a stream is cut, its frames are served once and in order."""
+        """However a stream is split into chunks, its frames are served once and in order."""
         frames = self.frames(60)
         stream = _prefixed(*frames)
         ends = list(itertools.accumulate(4 + len(frame) for frame in frames))
         rng, at = random.Random(1), 0
         while at < len(stream):
-            # To the end of a frame, too: one that comes whole and alone goes past the buffer.
+            # Also split at the end of a frame, because a frame that is a whole chunk bypasses the buffer.
             to = rng.choice(
                 [end for end in ends if end > at][:1] * 4 + [at + size for size in (1, 2, 3, 5, 50, 400, 1500)]
             )
@@ -251,7 +251,7 @@ class FramingTests(LinkTestCase):
         self.assertEqual(self.idem_keys(), [str(number) for number in range(60)])
 
     def test_trailing_frames(self) -> None:
-        """A chunk of a whole frame, another and half a third serves two, and the third when it is whole."""
+        """A chunk of two whole frames and half a third serves two, and the third is served when it is complete."""
         stream = _prefixed(*self.frames(3))
         self.link.dataReceived(stream[:-100])
         self.assertEqual(self.idem_keys(), ["0", "1"])
@@ -259,7 +259,7 @@ class FramingTests(LinkTestCase):
         self.assertEqual(self.idem_keys(), ["0", "1", "2"])
 
     def test_a_whole_frame_while_paused(self) -> None:
-        """What still comes after the reading has stopped waits until it goes on, also a whole frame alone."""
+        """Bytes that arrive while reading is paused wait until it resumes, also if they are one whole frame."""
         self.link.pauseProducing()
         for frame in self.frames(2):
             self.deliver(frame)
@@ -268,20 +268,20 @@ class FramingTests(LinkTestCase):
         self.assertEqual(self.idem_keys(), ["0", "1"])
 
     def test_a_whole_frame_inside_another(self) -> None:
-        """A chunk that looks like a whole frame is none where it is the rest of another."""
+        """A chunk that looks like a whole frame is not one if it is the rest of another frame."""
         within = _prefixed(*self.frames(1))
         self.link.dataReceived(len(within).to_bytes(4, "big"))
         self.link.dataReceived(within)
         self.assertEqual((self.idem_keys(), self.error_codes()), ([], ["bad_json"]))
 
     def test_the_limit(self) -> None:
-        """A body of exactly the limit is served; it may be filled up with white space."""
+        """A body of exactly the limit is served, also if white space pads it."""
         (frame,) = self.frames(1)
         self.deliver(frame + b" " * (self.bounds.frame_size - len(frame)))
         self.assertEqual(self.idem_keys(), ["0"])
 
     def test_over_the_limit(self) -> None:
-        """A longer one is refused on its four bytes alone, unsigned, and the link is closed."""
+        """A longer frame is refused unsigned after its four length bytes, and the link is closed."""
         too_long = self.bounds.frame_size + 1
         for length, body in ((too_long, b""), (too_long, b" " * too_long), (2**31, b""), (2**32 - 1, b"")):
             self.setUp()
@@ -295,14 +295,14 @@ class FramingTests(LinkTestCase):
             self.assertEqual(self.counters.met, {"frame_size": 1})
 
     def test_length_zero(self) -> None:
-        """A length of 0 is bad_json of the rule syntax, and closes."""
+        """A length of 0 is bad_json with the rule syntax, and closes the link."""
         self.link.dataReceived(bytes(4))
         (error,) = self.written()
         self.assertEqual((error["payload"]["code"], error["payload"]["details"]["rule"]), ("bad_json", "syntax"))
         self.assert_closed("bad_json")
 
     def test_nothing_behind_a_bad_frame(self) -> None:
-        """Frames behind one that closes, in its chunk or a later one, are not looked at, nor the ones before again."""
+        """Frames after one that closes the link are ignored, in any chunk, and earlier frames are not served twice."""
         for bad, code in (
             (lambda: _prefixed(b"{}x"), "bad_json"),
             (lambda: _prefixed(b'{"a":1}'), "auth_required"),
@@ -324,7 +324,7 @@ class FramingTests(LinkTestCase):
                 self.assertEqual((self.idem_keys(), self.written()), (["0"], []))
 
     def test_a_frame_that_takes_too_long(self) -> None:
-        """A frame not whole 10 s after its first byte closes the link; it was no refusal, so a reconnect is fast."""
+        """A frame that is incomplete 10 s after its first byte closes the link, and the next reconnect is fast."""
         self.prove()
         (frame,) = self.frames(1)
         stream = _prefixed(frame)
@@ -338,7 +338,7 @@ class FramingTests(LinkTestCase):
         self.assertEqual(self.counters.met, {"frame": 1})
 
     def test_refusals_are_counted(self) -> None:
-        """The codes that we answered with, and the frames either way, are counted."""
+        """Error codes sent, and frames in either direction, are counted."""
         self.say(COMMAND_PUSH, {})
         self.say("moon.landing")
         self.say("moon.landing")
@@ -348,12 +348,12 @@ class FramingTests(LinkTestCase):
 
 
 class ProofTests(LinkTestCase):
-    """The challenge and what it is worth."""
+    """The challenge and the proof."""
 
     role: Role = "engine"
 
     def test_the_challenge(self) -> None:
-        """At the connect a signed health check goes out, at once and alone."""
+        """On connect one signed health check is sent at once."""
         said = {name: self.challenge[name] for name in ("type", "src", "dst", "payload", "v", "ts")}
         self.assertEqual(
             said, {"type": HEALTH_CHECK, "src": "engine", "dst": "server", "payload": {}, "v": 1, "ts": _NOW}
@@ -361,7 +361,7 @@ class ProofTests(LinkTestCase):
         self.assertEqual(self.challenge["auth"]["key_id"], "k1")
 
     def test_nobody_can_foresee_it(self) -> None:
-        """Its id is drawn so that nobody can know it before from other ids; so are those of later health checks."""
+        """The ids of the challenge and of later health checks cannot be predicted from other ids."""
         with mock.patch.object(envelope, "unguessable_id", lambda ms: f"nobody-knows-{ms}"):
             link = self.make_link(self.role)
             transport = StringTransport()
@@ -369,7 +369,7 @@ class ProofTests(LinkTestCase):
         self.assertIn(b'"id":"nobody-knows-%d"' % (_NOW * 1000), transport.value())
 
     def test_a_mute_port(self) -> None:
-        """An engine that gets not a byte says that it may be another port; one that gets some bytes does not."""
+        """The reason names a wrong port if an engine received no byte, and does not if it received some bytes."""
         self.time.advance(self.link.session.timing.proof)
         self.assert_closed("was not answered in time: nothing came at all: see whether this is the port on which")
         for some, told in (
@@ -377,7 +377,7 @@ class ProofTests(LinkTestCase):
             (b"\0\0", "no valid frame came"),
         ):
             link = self.make_link(self.role)
-            # The link is a little older than its health check.
+            # The link is slightly older than its health check.
             self.time.advance(0.1)
             link.makeConnection(StringTransport())
             link.dataReceived(some)
@@ -386,7 +386,7 @@ class ProofTests(LinkTestCase):
             self.assertEqual("see whether" in link.why, not some)
 
     def test_another_protocol(self) -> None:
-        """First bytes that no frame begins with are told with what speaks so; a frame that is too long is none."""
+        """First bytes of another protocol are logged with the protocol's name; a frame that is too long is not."""
         for first, told in (
             (b"HTTP/1.1 400 Bad Request\r\n", ": it begins with b'HTTP' and speaks HTTP: see whether this is the port"),
             (b"\x15\x03\x03\x00\x02\x02\x0a", " and speaks TLS: see whether this is the port"),
@@ -403,7 +403,7 @@ class ProofTests(LinkTestCase):
             self.assertEqual("speaks" in line, told is not None)
 
     def test_answered(self) -> None:
-        """The answer proves the link, once, and tells who the peer is."""
+        """The answer proves the link once, and identifies the peer."""
         self.assertEqual(self.events.happened, ["made"])
         self.prove(name="s1", role="server", frame_size_limit=8192)
         self.assertEqual(self.events.happened, ["made", "proven"])
@@ -413,12 +413,12 @@ class ProofTests(LinkTestCase):
         self.assertIn("s1", str(self.link))
 
     def test_what_is_kept_of_a_peer(self) -> None:
-        """Of the health ack the members that its schema names are kept, and no other, however long it is."""
+        """Only the members of the health ack that its schema names are kept, however long the others are."""
         self.prove(name="s1", notes="x" * 40_000)
         self.assertEqual(self.link.peer, {**_HEALTH, "name": "s1"})
 
     def test_unsupported_type_proves_too(self) -> None:
-        """A signed unsupported_type answers the challenge; nothing is known of the peer then."""
+        """A signed unsupported_type also answers the challenge, and leaves the peer's identity unknown."""
         payload = {"code": "unsupported_type", "message": "m", "details": {}}
         self.say("s2s.error", payload, ack_of=self.challenge["id"])
         self.assertEqual(self.events.happened, ["made", "proven"])
@@ -428,7 +428,7 @@ class ProofTests(LinkTestCase):
         self.assert_open()
 
     def test_refused(self) -> None:
-        """Any other signed error in answer closes the link, for a slow reconnect."""
+        """Any other signed error in answer closes the link and makes the reconnect slow."""
         for code in ("forbidden", "ts_skew", "overloaded", "made_up"):
             self.setUp()
             payload = {"code": code, "message": "m", "details": {}}
@@ -438,7 +438,7 @@ class ProofTests(LinkTestCase):
             self.assertNotIn("proven", self.events.happened)
 
     def test_answered_by_nonsense(self) -> None:
-        """An answer of another type, or whose payload its schema refuses, is no proof and closes."""
+        """An answer of another type, or with an invalid payload, is no proof and closes the link."""
         for type, payload in (("s2s.ack", {}), (HEALTH_ACK, {"role": "moon"}), (HEALTH_ACK, {**_HEALTH, "name": ""})):
             self.setUp()
             self.say(type, payload, ack_of=self.challenge["id"])
@@ -447,7 +447,7 @@ class ProofTests(LinkTestCase):
             self.assertNotIn("proven", self.events.happened)
 
     def test_not_answered(self) -> None:
-        """Without an answer the link is closed after 5 s, whatever else came, for a slow reconnect."""
+        """Without an answer the link closes after 5 s, whatever else arrived, and the reconnect is slow."""
         for chatter in (False, True):
             self.setUp()
             self.time.advance(4.9)
@@ -462,7 +462,7 @@ class ProofTests(LinkTestCase):
             self.assertEqual(self.counters.met["proof"] + self.counters.met["call"], 1)
 
     def test_an_unsigned_error_answers_nothing(self) -> None:
-        """An unsigned error that names the challenge proves nothing and refuses nothing."""
+        """An unsigned error that names the challenge neither proves nor refuses the link."""
         payload = {"code": "unsupported_type", "message": "m", "details": {}}
         self.say("s2s.error", payload, ack_of=self.challenge["id"], key=None)
         self.assertEqual(self.events.happened, ["made"])
@@ -472,7 +472,7 @@ class ProofTests(LinkTestCase):
         self.assertFalse(self.link.is_slow)
 
     def test_control_before_the_proof(self) -> None:
-        """Before the proof a sweep is not_ready, and after it one of the same link is served."""
+        """A sweep is not_ready before the proof and is served on the same link after the proof."""
         self.say(SWEEP, {"since_ts": 0})
         (error,) = self.written()
         self.assertEqual((error["payload"]["code"], error["ack_of"]), ("not_ready", "p1"))
@@ -481,7 +481,7 @@ class ProofTests(LinkTestCase):
         self.assertEqual(len(self.served), 1)
 
     def test_control_older_than_the_proof(self) -> None:
-        """A sweep recorded before this link is a replay, and closes it."""
+        """A sweep that was recorded before this link is a replay and closes the link."""
         self.time.advance(2)
         self.prove()
         self.say(SWEEP, {"since_ts": 0}, ts=_NOW + 1)
@@ -489,7 +489,7 @@ class ProofTests(LinkTestCase):
         self.assert_closed("replay")
 
     def test_third_skew_closes(self) -> None:
-        """Two stale requests leave the link up, the third is answered and closes it."""
+        """Two stale requests leave the link open, and the third is answered and closes it."""
         self.prove()
         for _ in range(2):
             self.say(SWEEP, {"since_ts": 0}, ts=_NOW - 301)
@@ -500,14 +500,14 @@ class ProofTests(LinkTestCase):
         self.assertEqual(self.counters.met, {"ts_skew": 1})
 
     def test_closed_as_it_is_made(self) -> None:
-        """A link that is turned away at the connect sends no challenge."""
+        """A link that is closed as it is made sends no challenge."""
         self.events.on_made = lambda link: link.close("too many")
         link, transport = self.make_link("server"), StringTransport()
         link.makeConnection(transport)
         self.assertEqual((transport.value(), transport.disconnecting), (b"", True))
 
     def test_our_own_frames_sent_back(self) -> None:
-        """A mirror is refused: our own challenge that comes back is forbidden."""
+        """Our own challenge that a mirror sends back is forbidden."""
         self.deliver(canonical.dumps(self.challenge))
         (error,) = self.written()
         self.assertEqual((error["payload"]["code"], error["ack_of"]), ("forbidden", self.challenge["id"]))
@@ -515,7 +515,7 @@ class ProofTests(LinkTestCase):
 
 
 class SilenceTests(LinkTestCase):
-    """Health checks on silence."""
+    """Health checks after silence."""
 
     def setUp(self) -> None:
         """Prove the link."""
@@ -523,13 +523,13 @@ class SilenceTests(LinkTestCase):
         self.prove()
 
     def advance(self, seconds: float) -> list[str]:
-        """Let time pass in small steps, and give the types of what was written."""
+        """Advance time in small steps, and return the types of the written frames."""
         for _ in range(round(seconds * 10)):
             self.time.advance(0.1)
         return [each["type"] for each in self.written()]
 
     def test_a_check_on_silence(self) -> None:
-        """After 10 s without a frame one health check goes out; answered, the next comes 10 s later."""
+        """After 10 s without a frame one health check is sent; after its answer the next is sent 10 s later."""
         self.assertEqual(self.advance(9.9), [])
         self.time.advance(0.2)
         (check,) = self.written()
@@ -540,7 +540,7 @@ class SilenceTests(LinkTestCase):
         self.assertEqual(self.events.happened, ["made", "proven"])
 
     def test_three_unanswered(self) -> None:
-        """Three checks go out one after the other, 3 s each, then the link is aborted: in under 35 s."""
+        """Three checks are sent one after the other, 3 s each, then the link is aborted: in under 35 s."""
         self.assertEqual(self.advance(18.5), [HEALTH_CHECK] * 3)
         self.assertFalse(self.transport.disconnected)
         self.advance(1)
@@ -550,7 +550,7 @@ class SilenceTests(LinkTestCase):
         self.assertEqual(self.counters.met, {"call": 3, "silence": 1})
 
     def test_any_frame_ends_silence(self) -> None:
-        """A peer that sends anything valid in between is not given up."""
+        """A peer that sends any valid frame in between is not closed."""
         for _ in range(10):
             self.advance(8)
             self.say(COMMAND_PUSH, {})
@@ -558,14 +558,14 @@ class SilenceTests(LinkTestCase):
         self.assert_open()
 
     def test_a_frame_ends_the_round_of_checks(self) -> None:
-        """A peer that left checks unanswered and then sends a frame has 10 s of silence again before it is asked."""
+        """After a valid frame, a peer that left checks unanswered is checked again only after 10 s of silence."""
         self.assertEqual(self.advance(17), [HEALTH_CHECK] * 3)
         self.say(HEALTH_ACK, _HEALTH, ack_of="another")
         self.assertEqual(self.advance(9.5), [])
         self.assert_open()
 
     def test_a_refused_check_is_an_answer(self) -> None:
-        """A peer that answers a check by any signed error lives."""
+        """Any signed error that answers a check shows that the peer is alive."""
         self.advance(10.1)
         for _ in range(3):
             (check,) = self.link.session.calls._pending.values()
@@ -576,7 +576,7 @@ class SilenceTests(LinkTestCase):
 
 
 class CallTests(LinkTestCase):
-    """Requests of ours."""
+    """Our requests."""
 
     role: Role = "engine"
     bounds = Bounds(window_frames=3, line_calls=4)
@@ -587,13 +587,13 @@ class CallTests(LinkTestCase):
         self.prove()
 
     def push(self, key: str = "k", **more: Any) -> tuple[Deferred[Any], str]:
-        """Push a command, and give the call and the id under which it went out."""
+        """Push a command, and return the call and the id of its frame."""
         call = self.link.call(COMMAND_PUSH, _push(key), **more)
         (frame,) = self.written()
         return call, frame["id"]
 
     def test_answered(self) -> None:
-        """A call sends one signed request and gives the payload of its reply, members we do not know included."""
+        """A call sends one signed request and returns the payload of its reply, including unknown members."""
         call = self.link.call(COMMAND_PUSH, _push("k", n=1))
         (frame,) = self.written()
         self.assertEqual((frame["type"], frame["payload"]), (COMMAND_PUSH, _push("k", n=1)))
@@ -603,14 +603,14 @@ class CallTests(LinkTestCase):
         self.assertEqual(self.successResultOf(call), {**_ACK, "news": [1]})
 
     def test_any_order(self) -> None:
-        """Replies may come in any order, and each finds its call."""
+        """Replies may arrive in any order, and each settles its own call."""
         calls = [self.push(str(at)) for at in range(3)]
         for at in (2, 0, 1):
             self.say("s2s.ack", {**_ACK, "cmd_id": at + 1}, ack_of=calls[at][1])
         self.assertEqual([self.successResultOf(call)["cmd_id"] for call, _ in calls], [1, 2, 3])
 
     def test_ids_are_new(self) -> None:
-        """Every transmission has an id of its own, and ts never goes back."""
+        """Every transmission has its own id, and ts never decreases."""
         ids = {self.push()[1] for _ in range(3)}
         self.assertEqual(len(ids), 3)
 
@@ -621,7 +621,7 @@ class CallTests(LinkTestCase):
         self.successResultOf(call)
 
     def test_refused(self) -> None:
-        """A signed error fails the call with its code, message and details; the link stays up."""
+        """A signed error fails the call with its code, message and details; the link stays open."""
         call, message_id = self.push()
         self.say("s2s.error", {"code": "paused", "message": "m", "details": {"retry_after_ms": 5}}, ack_of=message_id)
         error = self.failureResultOf(call, Refused).value
@@ -630,7 +630,7 @@ class CallTests(LinkTestCase):
         self.assertFalse(self.link.is_slow)
 
     def test_codes_for_a_slow_reconnect(self) -> None:
-        """After forbidden and ts_skew a reconnect waits long."""
+        """After forbidden and ts_skew a reconnect is slow."""
         for code in ("forbidden", "ts_skew"):
             self.link.is_slow = False
             call, message_id = self.push()
@@ -639,7 +639,7 @@ class CallTests(LinkTestCase):
             self.assertTrue(self.link.is_slow)
 
     def test_bad_replies(self) -> None:
-        """A reply of the wrong type, or with a bad payload, fails the call as no success; the link stays up."""
+        """A reply of the wrong type, or with an invalid payload, fails the call; the link stays open."""
         for type, payload in (
             (HEALTH_ACK, _HEALTH),
             (COMMAND_PUSH, _push()),
@@ -657,11 +657,11 @@ class CallTests(LinkTestCase):
                 self.failureResultOf(call, BadReply)
                 self.assert_open()
                 told = [formatEvent(event) for event in logs if "its answer is not valid" in event["log_format"]]
-                # Further ones are counted.
+                # Further ones are only counted.
                 self.assertTrue(told == [] or "s2s.command.push was answered by " in str(told[0]), told)
 
     def test_bad_replies_are_told(self) -> None:
-        """Whatever we ask, an answer that is not valid has a line with its path and the reason; many share one."""
+        """An invalid answer to any request has a line with its path and the reason; many answers share one line."""
         asked: tuple[tuple[str, dict[str, Any], dict[str, Any], str], ...] = (
             (COMMAND_PUSH, _push(), {**_ACK, "cmd_id": "1"}, "/payload/cmd_id: must satisfy type"),
             (HEALTH_CHECK, {}, {"version": "1", "uptime_s": 1}, "/payload/role: the member is required"),
@@ -690,7 +690,7 @@ class CallTests(LinkTestCase):
                 self.assertIn(str(error), line)
 
     def test_a_bad_reply_of_control_characters(self) -> None:
-        """What a peer calls its members reaches the log without control characters."""
+        """Member names of a peer reach the log without control characters."""
         call, message_id = self.push()
         with capturedLogs() as logs:
             self.say("s2s.error", {"code": "paused", "message": "m", "details": {"limit": "x"}}, ack_of=message_id)
@@ -699,7 +699,7 @@ class CallTests(LinkTestCase):
         self.assertNotIn("\x1b", "".join(str(formatEvent(event)) for event in logs))
 
     def test_answers_that_nobody_awaits(self) -> None:
-        """An answer without ack_of has a line that says so, and many answers that nobody awaits share one."""
+        """An answer without ack_of has a line that names the cause, and many answers that no call awaits share one."""
         with capturedLogs() as logs:
             for _ in range(50):
                 self.say("s2s.ack", _ACK)
@@ -709,7 +709,7 @@ class CallTests(LinkTestCase):
         self.assertEqual(len(lines), TOLD + 1, lines)
 
     def test_replies_nobody_asked_for(self) -> None:
-        """A reply to nothing, or a second one, is counted and dropped, and the link stays up."""
+        """A reply that no call awaits, or a second reply, is counted and dropped, and the link stays open."""
         call, message_id = self.push()
         self.say("s2s.ack", _ACK, ack_of="nothing")
         self.say("s2s.ack", _ACK)
@@ -722,7 +722,7 @@ class CallTests(LinkTestCase):
         self.assert_open()
 
     def test_an_unsigned_ack(self) -> None:
-        """An unsigned ack that names a pending request is no success: it is auth_required, and closes."""
+        """An unsigned ack for a pending request is not a success: it is auth_required, and closes the link."""
         call, message_id = self.push()
         self.say("s2s.ack", _ACK, ack_of=message_id, key=None)
         self.failureResultOf(call, LinkLost)
@@ -730,7 +730,7 @@ class CallTests(LinkTestCase):
         self.assert_closed()
 
     def test_a_wrongly_signed_ack(self) -> None:
-        """An ack signed by a key that is not ours is no success either."""
+        """An ack signed by an unknown key is not a success either."""
         call, message_id = self.push()
         forged = Key("k1", Secret(b"f" * 32), "any", 0.0)
         self.say("s2s.ack", _ACK, ack_of=message_id, key=forged)
@@ -738,7 +738,7 @@ class CallTests(LinkTestCase):
         self.assertEqual(self.error_codes(), ["auth_bad"])
 
     def test_unsigned_errors(self) -> None:
-        """One unsigned error changes nothing but the class of reconnecting; the second closes; neither is answered."""
+        """One unsigned error only makes the reconnect slow; the second closes the link; neither is answered."""
         call, message_id = self.push()
         said = {"code": "idem_conflict", "message": "m", "details": {}}
         self.say("s2s.error", said, ack_of=message_id, key=None)
@@ -752,14 +752,14 @@ class CallTests(LinkTestCase):
         self.assertEqual(self.counters.met, {"unsigned_errors": 1})
 
     def test_an_unsigned_auth_bad(self) -> None:
-        """That the peer does not accept our key is a line that names the key and the cure."""
+        """An unsigned auth_bad is logged with our key and the remedy."""
         with capturedLogs() as logs:
             self.say("s2s.error", {"code": "auth_bad", "message": "m", "details": {}}, key=None)
         (line,) = (event["log_format"].format(**event) for event in logs)
         self.assertIn("an unsigned error says 'auth_bad': it does not accept our key k1; both sides need one key", line)
 
     def test_deadline(self) -> None:
-        """After 3 s, or what the caller says, a call fails with its outcome unknown, and its late reply is dropped."""
+        """After 3 s, or the caller's timeout, a call fails with an unknown outcome, and its late reply is dropped."""
         call, message_id = self.push()
         short, _ = self.push(timeout=0.5)
         self.time.advance(0.5)
@@ -773,7 +773,7 @@ class CallTests(LinkTestCase):
         self.assert_open()
 
     def test_window(self) -> None:
-        """With the window full calls wait in line, and one goes out for each that ends, in order."""
+        """With the window full calls are queued, and one is sent, in order, for each call that ends."""
         flying = [self.push(str(at)) for at in range(3)]
         waiting = [self.link.call(COMMAND_PUSH, _push(str(at))) for at in range(3, 6)]
         self.assertEqual(self.written(), [])
@@ -786,7 +786,7 @@ class CallTests(LinkTestCase):
         self.assertEqual(self.successResultOf(waiting[0])["cmd_id"], 9)
 
     def test_the_next_goes_out_before_the_caller_goes_on(self) -> None:
-        """A call made by the callback of a reply stands behind the line."""
+        """A call made in the callback of a reply is queued after the calls that wait already."""
         flying = [self.push(str(at)) for at in range(3)]
         self.link.call(COMMAND_PUSH, _push("line")).addErrback(lambda failure: None)
         flying[0][0].addCallback(lambda _: self.link.call(COMMAND_PUSH, _push("new")))
@@ -796,7 +796,7 @@ class CallTests(LinkTestCase):
         self.assertEqual([each["payload"]["idem_key"] for each in self.written()], ["new"])
 
     def test_deadline_in_line(self) -> None:
-        """A call whose time runs out in line is never written, and frees the line."""
+        """A call that expires in the queue is never written, and its place is free."""
         flying = [self.push(str(at), timeout=9) for at in range(3)]
         late = self.link.call(COMMAND_PUSH, _push("late"), timeout=1)
         self.time.advance(1)
@@ -805,7 +805,7 @@ class CallTests(LinkTestCase):
         self.assertEqual(self.written(), [])
 
     def test_a_deadline_lets_the_next_go(self) -> None:
-        """A call that ends by its deadline makes room for the line."""
+        """A call that ends by its deadline makes room for the next queued call."""
         for at in range(3):
             self.push(str(at), timeout=1)[0].addErrback(lambda failure: None)
         self.link.call(COMMAND_PUSH, _push("next"))
@@ -813,7 +813,7 @@ class CallTests(LinkTestCase):
         self.assertEqual([each["payload"]["idem_key"] for each in self.written()], ["next"])
 
     def test_line_full(self) -> None:
-        """Beyond the line's bound a call fails at once, and what stands in line is not touched."""
+        """Beyond the queue's bound a call fails at once, and the queued calls are not affected."""
         calls = [self.link.call(COMMAND_PUSH, _push(str(at))) for at in range(7)]
         self.failureResultOf(self.link.call(COMMAND_PUSH, _push("8")), LineFull)
         for call in calls:
@@ -821,7 +821,7 @@ class CallTests(LinkTestCase):
         self.assertEqual(self.counters.met, {"window": 4, "line": 1})
 
     def test_health_checks_pass_the_line(self) -> None:
-        """With the window full a health check goes out at once."""
+        """With the window full a health check is sent at once."""
         for at in range(5):
             self.link.call(COMMAND_PUSH, _push(str(at)))
         self.written()
@@ -829,7 +829,7 @@ class CallTests(LinkTestCase):
         self.assertEqual([each["type"] for each in self.written()], [HEALTH_CHECK])
 
     def test_link_lost(self) -> None:
-        """When the link is lost every call, in flight or in line, fails at once and once; later ones fail too."""
+        """When the link is lost every call, in flight or queued, fails at once and once; later calls fail too."""
         calls = [self.link.call(COMMAND_PUSH, _push(str(at))) for at in range(6)]
         outcomes: list[Any] = []
         for call in calls:
@@ -842,7 +842,7 @@ class CallTests(LinkTestCase):
         self.assertEqual((len(outcomes), self.time.getDelayedCalls()), (6, []))
 
     def test_an_errback_that_calls_again(self) -> None:
-        """A caller that tries again at once on a lost link gets one failure for each try, and no endless loop."""
+        """A caller that retries at once on a lost link gets one failure for each attempt, and no endless loop."""
         tries: list[Any] = []
 
         def again(failure: Failure) -> Any:
@@ -854,7 +854,7 @@ class CallTests(LinkTestCase):
         self.assertEqual(len(tries), 2)
 
     def test_local_errors(self) -> None:
-        """What may not be said fails here, with nothing written and nothing pending."""
+        """An invalid call fails locally, with nothing written and nothing pending."""
         for type, payload, error in (
             (COMMAND_PUSH, {}, InvalidPayload),
             (COMMAND_PUSH, {**_push(), "urgent": 1}, InvalidPayload),
@@ -868,7 +868,7 @@ class CallTests(LinkTestCase):
         self.assertEqual((self.written(), self.link.session.calls.in_flight), ([], 0))
 
     def test_the_peers_limit(self) -> None:
-        """A frame beyond what the peer announced is not sent, one below it is, and a later word of the peer counts."""
+        """A frame over the peer's announced limit is not sent, one below is, and a later announcement applies."""
         self.setUp()
         self.written()
         check = self.link.call(HEALTH_CHECK, {})
@@ -880,21 +880,21 @@ class CallTests(LinkTestCase):
         self.assertLess(len(self.transport.value()), 4100)
 
     def test_no_key_to_sign_with(self) -> None:
-        """Without a key that may sign nothing is written, the call fails, and the link is closed."""
+        """Without a key that may sign nothing is written, the call fails, and the link closes."""
         self.keys.keyring = Keyring()
         self.failureResultOf(self.link.call(COMMAND_PUSH, _push()), LinkLost)
         self.assertEqual(self.written(), [])
         self.assertIs(self.link.session.state, State.CLOSING)
 
     def test_rotation(self) -> None:
-        """A new key signs the very next frame, on the link that stands."""
+        """A new key signs the next frame on an existing link."""
         self.keys.keyring = Keyring([_KEY, Key("k2", Secret(b"2" * 32), "any", 1.0, is_default_tx=True)])
         self.link.call(COMMAND_PUSH, _push())
         self.assertEqual([each["auth"]["key_id"] for each in self.written()], ["k2"])
 
 
 class ResponderTests(LinkTestCase):
-    """Requests of the peer's."""
+    """The peer's requests."""
 
     def setUp(self) -> None:
         """Prove the link."""
@@ -902,13 +902,13 @@ class ResponderTests(LinkTestCase):
         self.prove()
 
     def push_all(self, count: int) -> None:
-        """Let pushes p1, p2, ... arrive."""
+        """Deliver pushes p1, p2, ..."""
         first = self.number
         for at in range(first, first + count):
             self.say(COMMAND_PUSH, _push(str(at)))
 
     def test_answers(self) -> None:
-        """Each request is answered once, under its id, signed, when its answer is there, in any order."""
+        """Each request is answered once, with its id, signed, as soon as its answer is ready, in any order."""
         self.push_all(3)
         ids = [request.envelope.id for request in self.served]
         for at in (1, 2, 0):
@@ -918,14 +918,14 @@ class ResponderTests(LinkTestCase):
         self.assertEqual(self.link.session._pending, {})
 
     def test_answers_at_once(self) -> None:
-        """A responder may answer by a value, or by a Deferred that has fired."""
+        """A responder may return a value, or a Deferred that has fired."""
         for answer in (_ACK, succeed(_ACK)):
             self.respond = lambda request, answer=answer: answer
             self.say(COMMAND_PUSH, _push())
             self.assertEqual([each["payload"] for each in self.written()], [_ACK])
 
     def test_refusals(self) -> None:
-        """A WireError of a responder, raised or later, is the answer with its code and details; the link stays up."""
+        """A WireError of a responder, raised or later, is sent with its code and details; the link stays open."""
         self.respond = lambda request: fail(Overloaded("full", retry_after_ms=7))
         self.say(COMMAND_PUSH, _push())
         (error,) = self.written()
@@ -941,14 +941,14 @@ class ResponderTests(LinkTestCase):
         self.assert_open()
 
     def test_a_refusal_that_closes(self) -> None:
-        """A responder's error that closes is answered, and then the link is closed."""
+        """A responder's error that closes is sent, and then the link is closed."""
         self.respond = lambda request: fail(Forbidden("no"))
         self.say(COMMAND_PUSH, _push())
         self.assertEqual(self.error_codes(), ["forbidden"])
         self.assert_closed("forbidden")
 
     def test_an_exception(self) -> None:
-        """An unexpected exception is internal_error with an incident that our log has, and tells the peer nothing."""
+        """An unexpected exception is internal_error with an incident that our log has; the peer gets no details."""
         logged: list[Any] = []
         globalLogPublisher.addObserver(logged.append)
         self.addCleanup(globalLogPublisher.removeObserver, logged.append)
@@ -965,11 +965,11 @@ class ResponderTests(LinkTestCase):
         self.assert_open()
 
     def stumble(self, request: Request) -> Any:
-        """Raise what nobody expects."""
+        """Raise an unexpected exception."""
         raise ZeroDivisionError("hunter2")
 
     def test_answers_that_cannot_be_sent(self) -> None:
-        """An answer that canonical JSON cannot say, or that is too big, becomes internal_error."""
+        """An answer without a canonical form, or one that is too large, becomes internal_error."""
         for answer, error in (
             ({**_ACK, "cost": 1.5}, CanonicalError),
             (None, CanonicalError),
@@ -982,7 +982,7 @@ class ResponderTests(LinkTestCase):
         self.assertEqual(self.link.session._pending, {})
 
     def test_too_slow(self) -> None:
-        """A request not answered within 10 s is deadline_exceeded, once; the late answer, or failure, is dropped."""
+        """A request not answered within 10 s is deadline_exceeded once; a late answer or failure is dropped."""
         self.push_all(2)
         ids = [request.envelope.id for request in self.served]
         for _ in range(99):
@@ -999,7 +999,7 @@ class ResponderTests(LinkTestCase):
         self.assertEqual([each for each in self.written() if "ack_of" in each], [])
 
     def test_answers_to_a_link_that_is_gone(self) -> None:
-        """An answer that comes when the link is closing or lost is dropped."""
+        """An answer is dropped if the link is closing or lost."""
         self.push_all(3)
         self.link.close("test")
         self.answers[0].callback(_ACK)
@@ -1014,7 +1014,7 @@ class ResponderTests(LinkTestCase):
         self.assert_open()
 
     def make_sending_link(self) -> tuple[Link, Any]:
-        """Make a link on a transport that tells one send from the next; its challenge is sent."""
+        """Make a link on a transport that separates the sends; its challenge is sent."""
         transport: Any = Descriptor()
         link = self.make_link(self.role)
         link.makeConnection(transport)
@@ -1023,12 +1023,12 @@ class ResponderTests(LinkTestCase):
         return link, transport
 
     def test_answers_of_a_chunk(self) -> None:
-        """What answers the frames of one chunk is sent together at its end, unless a request is still held."""
+        """The answers to the frames of one chunk are sent together at its end, unless a request is still pending."""
         link, transport = self.make_sending_link()
         pushes = [_prefixed(self.frame(COMMAND_PUSH, _push(), id=f"m{at}")) for at in range(9)]
 
         def sent() -> list[list[str]]:
-            """Say which requests were answered, or were said to be too long, by each send since the last time."""
+            """Return, for each send since the last call, the requests that were answered or refused as too long."""
             told = [[each.get("ack_of", each["type"]) for each in _split(send)] for send in transport.sends]
             transport.sends.clear()
             return told
@@ -1048,14 +1048,14 @@ class ResponderTests(LinkTestCase):
         self.assertEqual(sent(), [["m6"]])
         self.answers[0].callback(_ACK)
         self.assertEqual(sent(), [["m5"]])
-        # The second one closes the link, and the last one comes too late.
+        # The second frame closes the link, and the last one comes too late.
         too_long = (link.MAX_LENGTH + 1).to_bytes(4, "big")
         self.assertEqual(answered(pushes[7] + too_long + pushes[8]), [])
         transport.reactor.turn()
         self.assertEqual(sent(), [["m7", "s2s.error"]])
 
     def test_an_error_of_ours_in_a_chunk(self) -> None:
-        """An error of ours that Twisted is told of delays no answer after it."""
+        """An internal error that reaches Twisted does not delay later answers."""
         link, transport = self.make_sending_link()
         self.respond = lambda _: _ACK
         with mock.patch.object(link, "stringReceived", side_effect=ZeroDivisionError):
@@ -1066,7 +1066,7 @@ class ResponderTests(LinkTestCase):
 
 
 class HeldTests(LinkTestCase):
-    """Backpressure: what we hold stops our reading, and nothing is lost or comes twice."""
+    """Backpressure: pending requests pause reading, and no frame is lost or served twice."""
 
     def setUp(self) -> None:
         """Prove the link, and make a stream of 3,000 pushes."""
@@ -1076,7 +1076,7 @@ class HeldTests(LinkTestCase):
         self.stream = _prefixed(*(self.frame(COMMAND_PUSH, _push(str(at))) for at in range(self.total)))
 
     def test_reading_stops_and_goes_on(self) -> None:
-        """At 1024 held requests reading stops; answered in any order, each of 3,000 is served once and in order."""
+        """At 1024 pending requests reading pauses; answered in any order, each of 3,000 is served once, in order."""
         self.link.dataReceived(self.stream)
         self.assertEqual((len(self.served), self.transport.producerState), (1024, "paused"))
         rng, waiting, replies = random.Random(2), dict[int, Deferred[Any]](), 0
@@ -1094,14 +1094,14 @@ class HeldTests(LinkTestCase):
         self.assertGreater(self.counters.met["held"], 1)
 
     def assert_all_once(self) -> None:
-        """Every push was served once, in order, and answered once."""
+        """Assert that every push was served once, in order, and answered once."""
         keys = [request.payload["idem_key"] for request in self.served]
         self.assertEqual(keys, [str(at) for at in range(self.total)])
         acked = [each["ack_of"] for each in self.written() if each["type"] == "s2s.ack"]
         self.assertEqual(sorted(acked), sorted(request.envelope.id for request in self.served))
 
     def test_responders_that_finish_at_once(self) -> None:
-        """With many held, responders that answer at once do not make any frame come twice, wherever it is cut."""
+        """With many pending requests, responders that answer at once cause no frame to be served twice."""
         cut = len(self.stream) // 3 + 17
         self.link.dataReceived(self.stream[:cut])
         self.assertEqual(len(self.served), len(self.answers))
@@ -1117,7 +1117,7 @@ class HeldTests(LinkTestCase):
         self.assert_all_once()
 
     def test_answered_inside_the_chunk(self) -> None:
-        """Answering all that is held, inside the very chunk that would stop the reading, changes nothing."""
+        """Answering all pending requests, inside the chunk that would pause reading, changes nothing."""
 
         def answer_all_at_the_bound(request: Request) -> Any:
             later = self.respond_later(request)
@@ -1137,7 +1137,7 @@ class HeldTests(LinkTestCase):
         self.assert_all_once()
 
     def test_bytes(self) -> None:
-        """8 MiB of held requests stop the reading as well."""
+        """8 MiB of pending requests pause reading as well."""
         filling = self.frame(COMMAND_PUSH, _push(text="x" * 60000))
         for _ in range(8 * 1024 * 1024 // len(filling) + 1):
             self.assertEqual(self.transport.producerState, "producing")
@@ -1148,7 +1148,7 @@ class HeldTests(LinkTestCase):
         self.assertEqual(self.transport.producerState, "producing")
 
     def test_it_always_reads_again(self) -> None:
-        """Where nobody answers, the requests are refused after 10 s and reading goes on by itself."""
+        """If the responders never answer, the requests are refused after 10 s and reading resumes."""
         self.link.dataReceived(self.stream)
         for _ in range(35):
             self.time.advance(1)
@@ -1158,7 +1158,7 @@ class HeldTests(LinkTestCase):
         self.assertFalse(self.transport.disconnecting)
 
     def test_paused_time_is_not_silence(self) -> None:
-        """While reading is stopped no health check is sent for silence; it is once reading has gone on for 10 s."""
+        """While reading is paused no health check is sent for silence; one is sent 10 s after reading resumes."""
         self.link.dataReceived(self.stream[: len(self.stream) // 2])
         self.written()
         self.time.advance(9.5)
@@ -1167,7 +1167,7 @@ class HeldTests(LinkTestCase):
         self.assertEqual({each["type"] for each in self.written()}, {"s2s.ack"})
 
     def test_closing_while_it_is_stopped(self) -> None:
-        """A link that is closed while its reading is stopped serves nothing of what it has not read."""
+        """A link that is closed while its reading is paused serves nothing of the unread bytes."""
         self.link.dataReceived(self.stream)
         self.link.close("test")
         for each in self.answers:
@@ -1177,7 +1177,7 @@ class HeldTests(LinkTestCase):
 
 
 class _NarrowTransport(StringTransport):
-    """A transport that takes so many bytes and then pauses its producer, as a real one does."""
+    """A transport that accepts a number of bytes and then pauses its producer, as a real one does."""
 
     room = 0
 
@@ -1194,14 +1194,14 @@ class WriteBufferTests(LinkTestCase):
     bounds = Bounds(write_bytes=20_000)
 
     def setUp(self) -> None:
-        """Prove the link, answer at once, and let the transport take no more."""
+        """Prove the link, answer at once, and let the transport accept no more."""
         super().setUp()
         self.prove()
         self.respond = lambda request: {**_ACK, "cmd_id": len(self.served)}
         self.transport.producer.pauseProducing()
 
     def test_reading_goes_on(self) -> None:
-        """What cannot be written waits, in order, while requests are read and served."""
+        """Frames that cannot be written wait, in order, while requests are read and served."""
         for _ in range(20):
             self.say(COMMAND_PUSH, _push())
         self.assertEqual((len(self.served), self.transport.value()), (20, b""))
@@ -1210,7 +1210,7 @@ class WriteBufferTests(LinkTestCase):
         self.assertEqual([each["payload"]["cmd_id"] for each in self.written()], list(range(1, 21)))
 
     def test_narrow(self) -> None:
-        """A transport that takes a little at a time gets everything once and in order."""
+        """A transport that accepts a little at a time gets all bytes once and in order."""
         link, self.transport = self.make_link("server"), _NarrowTransport()
         self.transport.room = 100
         self.served.clear()
@@ -1224,7 +1224,7 @@ class WriteBufferTests(LinkTestCase):
         self.assertEqual([each["payload"]["cmd_id"] for each in acks], list(range(1, 21)))
 
     def test_cut(self) -> None:
-        """When too much waits to be written the link is cut, and calls fail."""
+        """When too many bytes wait to be written, the link is cut and calls fail."""
         calls = [self.link.call(SWEEP, {"since_ts": 0}) for _ in range(3)]
         pushes = 0
         while not self.transport.disconnected:
@@ -1238,7 +1238,7 @@ class WriteBufferTests(LinkTestCase):
             self.failureResultOf(call, LinkLost)
 
     def test_cut_where_all_have_much(self) -> None:
-        """Of one link no more may wait than all links together have left, and what has waited is counted no more."""
+        """One link may have no more waiting bytes than remain for all links, and a cut link's bytes no longer count."""
         others = self.bounds.all_write_bytes - 10_000
         self.counters.waiting_bytes = others
         while not self.transport.disconnected:
@@ -1248,7 +1248,7 @@ class WriteBufferTests(LinkTestCase):
         self.assertEqual(self.counters.waiting_bytes, others)
 
     def test_lost_while_it_waits(self) -> None:
-        """What waits on a link that is lost is counted no more."""
+        """The waiting bytes of a lost link no longer count."""
         self.say(COMMAND_PUSH, _push())
         self.assertGreater(self.counters.waiting_bytes, 0)
         self.lose()
@@ -1259,7 +1259,7 @@ class WriteBufferTests(LinkTestCase):
         self.assertEqual((Bounds().write_bytes, Bounds().all_write_bytes), (16 << 20, 256 << 20))
 
     def test_closing_flushes(self) -> None:
-        """A link that closes hands all that waits to the transport before it lets go."""
+        """A closing link passes all waiting bytes to the transport before it closes."""
         self.say(COMMAND_PUSH, _push())
         self.deliver(b"{}")
         self.assertEqual([each["type"] for each in self.written()], ["s2s.ack", "s2s.error"])
@@ -1268,10 +1268,10 @@ class WriteBufferTests(LinkTestCase):
 
 
 class ClosingTests(LinkTestCase):
-    """How a link ends."""
+    """The end of a link."""
 
     def test_flush_then_abort(self) -> None:
-        """A closing link has 2 s to flush, then it is aborted."""
+        """A closing link has 2 s to flush, and then it is aborted."""
         self.link.close("test")
         self.assertEqual((self.transport.disconnecting, self.transport.disconnected), (True, False))
         self.time.advance(1.9)
@@ -1288,7 +1288,7 @@ class ClosingTests(LinkTestCase):
         self.assertEqual(self.events.happened, ["made", "lost"])
 
     def test_closing_twice(self) -> None:
-        """The first reason stands, and closing again changes nothing."""
+        """The first reason is kept, and closing again changes nothing."""
         self.link.close("first")
         self.link.close("second")
         self.link.abort("third")
@@ -1299,7 +1299,7 @@ class ClosingTests(LinkTestCase):
         self.assertIs(self.link.session.state, State.CLOSED)
 
     def test_lost_without_a_word(self) -> None:
-        """A connection that just ends leaves no timer and tells so once."""
+        """A connection that ends without a close leaves no timer and reports its end once."""
         self.prove()
         self.lose()
         self.assertEqual(self.events.happened, ["made", "proven", "lost"])
@@ -1319,7 +1319,7 @@ class UnknownKeyTests(LinkTestCase):
     """A key_id that is not in memory."""
 
     def test_read_again_and_refused(self) -> None:
-        """An unknown key makes the keys be read again, once; still unknown, it is auth_bad, and closes."""
+        """An unknown key makes the link read the keys once; if it is still unknown, the frame is auth_bad and closes."""
         self.deliver(self.frame(COMMAND_PUSH, _push(), key=_STRANGER))
         self.assertEqual((len(self.keys.reads), self.transport.producerState, self.written()), (1, "paused", []))
         self.keys.end_read(_KEY)
@@ -1327,7 +1327,7 @@ class UnknownKeyTests(LinkTestCase):
         self.assert_closed("auth_bad")
 
     def test_why_it_is_refused(self) -> None:
-        """The log says of the key that a refused frame names what is wrong with it, and the cure; the peer is not."""
+        """The log says why the key of a refused frame does not verify, with the remedy; the peer is not told."""
         secret, answers = _STRANGER.secret, []
         over, later = Key("over", secret, "any", 0.0, 5.0), Key("later", secret, "any", _NOW + 7200.0)
         for key, why in (
@@ -1351,7 +1351,7 @@ class UnknownKeyTests(LinkTestCase):
         self.assertEqual(answers, answers[:1] * 4)
 
     def test_read_again_and_known(self) -> None:
-        """Known after the read, the frame is served, and so are those behind it, in their order."""
+        """If the key is known after the read, the frame and those after it are served, in order."""
         frames = [self.frame(COMMAND_PUSH, _push("0")), self.frame(COMMAND_PUSH, _push("1"), key=_STRANGER)]
         frames += [self.frame(COMMAND_PUSH, _push(str(at)), key=(_KEY, _STRANGER)[at % 2]) for at in range(2, 6)]
         self.deliver(*frames)
@@ -1363,20 +1363,20 @@ class UnknownKeyTests(LinkTestCase):
         self.assertEqual((self.keys.reads, self.transport.producerState), ([], "producing"))
 
     def test_frames_behind_a_refused_one(self) -> None:
-        """Frames behind one that is refused after the read are not looked at."""
+        """Frames after one that is refused after the read are ignored."""
         self.deliver(self.frame(COMMAND_PUSH, _push(), key=_STRANGER), self.frame(COMMAND_PUSH, _push()))
         self.keys.end_read(_KEY)
         self.time.advance(1)
         self.assertEqual(self.served, [])
 
     def test_a_read_that_ends_at_once(self) -> None:
-        """Keys that are there at once change nothing of the order, inside one chunk."""
+        """A read that ends at once does not change the order of the frames of one chunk."""
         self.keys.refresh = lambda: succeed(None)  # type: ignore[method-assign]
         self.deliver(self.frame(COMMAND_PUSH, _push("0")), self.frame(COMMAND_PUSH, _push("1"), key=_STRANGER))
         self.assertEqual((len(self.served), self.error_codes()), (1, ["auth_bad"]))
 
     def test_a_read_that_hangs(self) -> None:
-        """Where the keys are not read in time the frame is refused, and nothing is told of the read."""
+        """If the keys are not read in time, the frame is refused, and the read is not logged as a failure."""
         database: Any = type("Database", (), {"run": lambda *_: Deferred()})()
         clock = Clock(self.time, lambda: _NOW)
         refresher: Refresher[None] = Refresher(database, clock, lambda _: None, (), lambda _: None)
@@ -1388,7 +1388,7 @@ class UnknownKeyTests(LinkTestCase):
         self.assertEqual([event["log_level"].name for event in logs], ["warn"])
 
     def test_lost_during_the_read(self) -> None:
-        """A link that is gone when the read ends does nothing with the frame."""
+        """A link that is lost during the read ignores the frame."""
         self.deliver(self.frame(COMMAND_PUSH, _push(), key=_STRANGER))
         self.lose()
         self.keys.end_read(_KEY, _STRANGER)
@@ -1396,7 +1396,7 @@ class UnknownKeyTests(LinkTestCase):
         self.assertEqual((self.served, self.written()), ([], []))
 
     def test_two_reasons_to_stop(self) -> None:
-        """Reading goes on only when every reason to stop it has gone."""
+        """Reading resumes only when every reason for the pause is gone."""
         self.prove()
         self.link.session.bounds = Bounds(held_frames=1)
         self.deliver(self.frame(COMMAND_PUSH, _push("0"), key=_STRANGER), self.frame(COMMAND_PUSH, _push("1")))
@@ -1408,7 +1408,7 @@ class UnknownKeyTests(LinkTestCase):
         self.assertEqual(len(self.served), 2)
 
     def test_an_ended_key_is_not_read_again(self) -> None:
-        """A key that is known and has ended is refused at once."""
+        """A key that is known and has ended is refused without a read."""
         ended = Key("ended", Secret(b"e" * 32), "any", 0.0, 5.0)
         self.keys.keyring = Keyring([_KEY, ended])
         self.deliver(self.frame(COMMAND_PUSH, _push(), key=ended))
@@ -1416,10 +1416,10 @@ class UnknownKeyTests(LinkTestCase):
 
 
 class SecrecyTests(LinkTestCase):
-    """What is seen of a link from outside."""
+    """The secrets and payloads of a link in texts."""
 
     def test_no_secret_is_shown(self) -> None:
-        """No repr of anything that makes up a link, and no line of its log, holds a secret or a payload."""
+        """No repr of an object of a link, and no line of its log, contains a secret or a payload."""
         events: list[dict[str, Any]] = []
         globalLogPublisher.addObserver(events.append)
         self.addCleanup(globalLogPublisher.removeObserver, events.append)
@@ -1436,7 +1436,7 @@ class SecrecyTests(LinkTestCase):
         self.assertTrue(any("auth_bad" in str(event) for event in events))
 
     def test_peer_text_is_quoted(self) -> None:
-        """A line feed that a peer sends cannot begin a line of our log."""
+        """A line feed that a peer sends does not start a line of our log."""
         lines: list[str] = []
         observer = lambda event: lines.append(event["log_format"].format(**event))  # noqa: E731
         globalLogPublisher.addObserver(observer)
@@ -1450,7 +1450,7 @@ class SecrecyTests(LinkTestCase):
             self.assertNotIn("\n", line)
 
     def test_unix_sockets_have_a_name_too(self) -> None:
-        """A peer without host and port is named all the same."""
+        """A peer without host and port has a name too."""
         self.assertIn(" at ", str(self.link))
         self.transport.peerAddr = object()
         self.assertIn("a local socket", str(self.link))
@@ -1465,10 +1465,10 @@ class _ByteTransport(iosim.FakeTransport):
 
 
 class PairTests(LinkTestCase):
-    """Two links of ours back to back."""
+    """Two of our links, connected to each other."""
 
     def connect(self, transport: Any = iosim.FakeTransport) -> tuple[Link, Link, iosim.IOPump]:
-        """Connect an engine to a server, and let both say what they have to say."""
+        """Connect an engine to a server, and exchange all frames that both send."""
         server, engine = self.make_link("server"), self.make_link("engine")
         pump = iosim.connect(
             server, transport(server, isServer=True), engine, transport(engine, isServer=False), clock=self.time
@@ -1477,7 +1477,7 @@ class PairTests(LinkTestCase):
         return server, engine, pump
 
     def test_both_prove(self) -> None:
-        """Each side proves the link for itself, whole or byte by byte, and no side refuses anything."""
+        """Each side proves the link for itself, in whole chunks or byte by byte, and no side refuses a frame."""
         for transport in (iosim.FakeTransport, _ByteTransport):
             server, engine, _ = self.connect(transport)
             self.assertEqual([each.session.state for each in (server, engine)], [State.PROVEN] * 2)
@@ -1485,7 +1485,7 @@ class PairTests(LinkTestCase):
         self.assertEqual(self.counters.errors_out, {})
 
     def test_calls_both_ways(self) -> None:
-        """Pushes and sweeps cross each other on one link, byte by byte too."""
+        """Pushes and sweeps cross on one link, also byte by byte."""
         for transport in (iosim.FakeTransport, _ByteTransport):
             server, engine, pump = self.connect(transport)
             self.respond = lambda request: (
@@ -1498,7 +1498,7 @@ class PairTests(LinkTestCase):
             self.assertEqual([self.successResultOf(each)["since_ts"] for each in sweeps], list(range(50)))
 
     def test_more_than_the_window(self) -> None:
-        """3,000 calls at once, more than window and held bound, all succeed, and each is served once."""
+        """3,000 calls at once, more than the window and the held bound, all succeed, and each is served once."""
         _, engine, pump = self.connect()
         answered: list[str] = []
         for at in range(3000):
@@ -1523,7 +1523,7 @@ class PairTests(LinkTestCase):
         self.assertEqual((self.counters.errors_out, self.counters.orphan_replies), ({}, 0))
 
     def test_one_side_closes(self) -> None:
-        """When one side closes both tell so once, and calls on either fail."""
+        """When one side closes, both report it once, and calls on either side fail."""
         server, engine, pump = self.connect()
         calls = [engine.call(COMMAND_PUSH, _push()), server.call(SWEEP, {"since_ts": 0})]
         self.events.happened.clear()
@@ -1534,7 +1534,7 @@ class PairTests(LinkTestCase):
         self.assertEqual(self.events.happened, ["lost", "lost"])
 
     def test_without_a_common_key(self) -> None:
-        """Two sides without a common key refuse each other unsigned, close, and would come back slowly."""
+        """Two sides without a common key refuse each other unsigned, close, and reconnect slowly."""
         shared, self.keys = self.keys, _Keys(_STRANGER)
         engine = self.make_link("engine")
         self.keys = shared

@@ -1,4 +1,4 @@
-"""Canonical JSON: each fast path says what its exact path says, and every rule is kept."""
+"""Canonical JSON: each fast path agrees with its exact path, and every rule is enforced."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from s2s.protocol.canonical import MAX_DEPTH, MAX_INTEGER, RULES
 
 _MANY = settings(max_examples=200)
 
-# --- what may be said ---
+# --- values that have a canonical form ---
 
 _text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=8)
 _scalars = st.none() | st.booleans() | st.integers(-MAX_INTEGER, MAX_INTEGER) | _text
@@ -36,7 +36,7 @@ _values = st.recursive(
 )
 _objects = st.dictionaries(_text, _values, max_size=5)
 
-# --- and what may not ---
+# --- values that have none ---
 
 
 class _Colour(enum.Enum):
@@ -44,7 +44,7 @@ class _Colour(enum.Enum):
 
 
 class _Word(str):
-    """A string that shows itself as something else."""
+    """A string subclass whose ``str()`` is another text."""
 
     def __str__(self) -> str:
         return "shown"
@@ -77,7 +77,7 @@ _odd_values = st.recursive(
     max_leaves=8,
 )
 
-# --- texts that are JSON, nearly JSON, or look like it ---
+# --- texts that are JSON, nearly JSON, or resemble JSON ---
 
 _number_tokens = st.sampled_from(
     [
@@ -114,7 +114,7 @@ _object_texts = st.lists(st.tuples(_string_tokens, _texts), max_size=4).map(
 
 @st.composite
 def _damaged(draw: st.DrawFn) -> bytes:
-    """Draw the canonical form of an object with one stretch of it replaced by something else."""
+    """Draw the canonical form of an object with one stretch of it replaced by other bytes."""
     frame = canonical.dumps_exactly(draw(_objects))
     start = draw(st.integers(0, len(frame)))
     end = draw(st.integers(start, min(len(frame), start + 3)))
@@ -123,7 +123,7 @@ def _damaged(draw: st.DrawFn) -> bytes:
 
 
 def _in(parse: Any, frame: bytes) -> str:
-    """Give what comes of parsing, types told apart."""
+    """Return the result of parsing, with types distinguished."""
     try:
         return repr(parse(frame))
     except BadJson as error:
@@ -131,7 +131,7 @@ def _in(parse: Any, frame: bytes) -> str:
 
 
 def _out(write: Any, value: Any) -> bytes | str:
-    """Give what comes of writing."""
+    """Return the result of writing."""
     try:
         written: bytes = write(value)
     except CanonicalError as error:
@@ -140,7 +140,7 @@ def _out(write: Any, value: Any) -> bytes | str:
 
 
 def _nested(depth: int) -> bytes:
-    """Give an object that many deep."""
+    """Return an object that is nested this many levels deep."""
     return b'{"a":' * (depth - 1) + b"{}" + b"}" * (depth - 1)
 
 
@@ -149,7 +149,7 @@ class ParseTests(SynchronousTestCase):
 
     @contextlib.contextmanager
     def unexplained(self) -> Iterator[None]:
-        """Let the exact path name no rule, as in a long frame."""
+        """Turn off explanations by the exact path, as for a long frame."""
         patch = self.patch(canonical, "EXPLAINED_BYTES", -1)
         try:
             yield
@@ -157,11 +157,11 @@ class ParseTests(SynchronousTestCase):
             patch.restore()
 
     def agree(self, frame: bytes) -> None:
-        """Hold both ways to one answer."""
+        """Assert that both parsers give the same result, and return it."""
         exact = _in(canonical.parse_exactly, frame)
         self.assertEqual(_in(canonical.parse, frame), exact)
         with self.unexplained():
-            # Of several rules another may be named; what is taken, and as what, is the same.
+            # Each parser may name another of several broken rules; the accepted values and their types are the same.
             quick = _in(canonical.parse, frame)
             self.assertEqual(RULES.keys() & {quick} and "refused", RULES.keys() & {exact} and "refused")
             self.assertTrue(quick in RULES or quick == exact)
@@ -173,7 +173,7 @@ class ParseTests(SynchronousTestCase):
             value = canonical.parse(frame)
         except BadJson:
             return
-        # What was read can be written, and that reads as the same thing.
+        # An accepted value can be written, and the written text parses to the same value.
         written = canonical.dumps_exactly(value)
         self.assertEqual(canonical.dumps(value), written)
         self.assertEqual(repr(canonical.parse_exactly(written)), repr(_sorted(value)))
@@ -183,7 +183,7 @@ class ParseTests(SynchronousTestCase):
     @_MANY
     @given(st.binary(max_size=64))
     def test_random_bytes(self, frame: bytes) -> None:
-        """Of any bytes whatever, both ways make the same, and nothing but BadJson comes out."""
+        """For any bytes both parsers give the same result, and raise nothing but BadJson."""
         self.agree(frame)
         self.agree(b"{" + frame + b"}")
 
@@ -198,20 +198,20 @@ class ParseTests(SynchronousTestCase):
     @example('{"a":"\\u0000"}', "")
     @example('{"a":1}', "{}")
     def test_nearly_json(self, text: str, behind: str) -> None:
-        """Of JSON, and what is nearly JSON, both ways make the same."""
+        """For JSON and near-JSON both parsers give the same result."""
         self.agree((text + behind).encode())
 
     @_MANY
     @given(_damaged())
     def test_damaged(self, frame: bytes) -> None:
-        """Of a canonical frame with a stretch replaced, both ways make the same."""
+        """For a canonical frame with a replaced stretch both parsers give the same result."""
         self.agree(frame)
 
     @_MANY
     @given(_objects)
     @example({"a": [{"b": []}] * 100})
     def test_canonical_is_seen(self, value: dict[str, Any]) -> None:
-        """A canonical frame takes the fast way, but for what looks like a NUL, and any comes back whole."""
+        """A canonical frame takes the fast path unless it may hold a NUL, and every such frame is parsed unchanged."""
         frame = canonical.dumps_exactly(value)
         self.assertEqual(canonical.parse(frame), value)
         self.assertEqual(canonical.parse_plainly(frame), None if b"\\u0000" in frame else value)
@@ -219,7 +219,7 @@ class ParseTests(SynchronousTestCase):
     @_MANY
     @given(_objects, st.sampled_from([None, 1, " "]), st.booleans())
     def test_other_writings(self, value: dict[str, Any], indent: Any, is_ascii: bool) -> None:
-        """White space, member order and escapes of a peer's own are taken, and mean the same."""
+        """White space, another member order and other escapes are accepted and do not change the value."""
         frame = json.dumps(dict(reversed(value.items())), indent=indent, ensure_ascii=is_ascii).encode()
         self.assertEqual(canonical.parse(frame), value)
         is_plain = frame == canonical.dumps_exactly(value) and b"\\u0000" not in frame
@@ -228,11 +228,11 @@ class ParseTests(SynchronousTestCase):
     @_MANY
     @given(_objects)
     def test_canonical_as_the_library(self, value: dict[str, Any]) -> None:
-        """What may be said is written as canonicaljson writes it."""
+        """Every valid value is written as canonicaljson writes it."""
         self.assertEqual(canonical.dumps(value), encode_canonical_json(value))
 
     def test_rules(self) -> None:
-        """Each breach is refused under the name of its rule, with that rule's fixed text."""
+        """Each broken rule is refused by its name and its fixed text."""
         for rule, frames in _BREACHES.items():
             for frame in frames:
                 with self.subTest(rule=rule, frame=frame[:40]):
@@ -242,7 +242,7 @@ class ParseTests(SynchronousTestCase):
         self.assertEqual(set(_BREACHES), set(RULES))
 
     def test_rules_of_long_frames(self) -> None:
-        """In a frame too long to be explained each breach is named too, but for two that no C library tells apart."""
+        """In a frame too long to be explained each broken rule is named, except two that no C library distinguishes."""
         self.assertGreater(len(_LONG), canonical.EXPLAINED_BYTES)
         exact = self.patch(canonical, "parse_exactly", None)
         for rule, breaches in _BREACHES.items():
@@ -262,7 +262,7 @@ class ParseTests(SynchronousTestCase):
         exact.restore()
 
     def test_depth(self) -> None:
-        """Depth 32 is taken and 33 refused, of objects and arrays, and brackets inside strings are none."""
+        """Depth 32 is accepted and depth 33 refused, for objects and arrays; brackets inside strings do not count."""
         for frame in (_nested(32), b'{"a":' + b"[" * 31 + b"]" * 31 + b"}"):
             self.assertIsNotNone(canonical.parse_plainly(frame))
             self.assertIsNone(canonical.parse_plainly(frame, depth=2))
@@ -272,7 +272,7 @@ class ParseTests(SynchronousTestCase):
         self.assertEqual(canonical.parse(many)["b"], [{}] * 500)
 
     def test_integers(self) -> None:
-        """The largest integers are taken exactly; one more is refused, however many digits it has."""
+        """The largest integers are accepted exactly, and larger ones are refused however many digits they have."""
         for number in (MAX_INTEGER, -MAX_INTEGER, 0, -1):
             self.assertEqual(canonical.parse_plainly(b'{"a":%d}' % number), {"a": number})
         for number in (MAX_INTEGER + 1, -MAX_INTEGER - 1, 10**16, -(10**17), 2**63, 2**64, 10**4000):
@@ -280,14 +280,14 @@ class ParseTests(SynchronousTestCase):
         self.assertEqual(_in(canonical.parse, b'{"a":' + b"9" * 50000 + b"}"), "integer_range")
 
     def test_types_are_told_apart(self) -> None:
-        """JSON's true is no integer and 1 is no boolean, whichever way they come."""
+        """On every path ``true`` is not an integer and 1 is not a boolean."""
         for frame in (b'{"a":true,"b":1}', b' {"a":true,"b":1}'):
             value = canonical.parse(frame)
             self.assertIs(value["a"], True)
             self.assertIs(type(value["b"]), int)
 
     def test_hostile_frames_are_cheap(self) -> None:
-        """A frame of a few kilobytes cannot hold the process up, whatever it is made of."""
+        """No frame of a few kilobytes blocks the process, whatever it contains."""
         for frame in (
             b'{"a":"' + b'\\"' * 16000,
             b'"' * 32000,
@@ -303,7 +303,7 @@ class ParseTests(SynchronousTestCase):
                 self.assertLess(time.process_time() - began, 0.5)
 
     def test_gzip(self) -> None:
-        """What is compressed is called that, and neither a long nor a short one text that is not UTF-8."""
+        """A frame compressed with gzip is named as such, and no other frame that is not UTF-8 is, long or short."""
         for length in (10, 100_000):
             frame = gzip.compress(os.urandom(length))
             for parse in (canonical.parse, canonical.parse_exactly):
@@ -312,7 +312,7 @@ class ParseTests(SynchronousTestCase):
                 self.assertEqual(error.message, "it is compressed with gzip: send it as it is")
 
 
-#: Items of a list.
+#: The items of a long list, as JSON text.
 _LONG = b",".join([b'"ab"'] * 1000)
 _BREACHES = {
     "utf8": [b"\xff", b'{"a":"\xc0\x80"}', b'{"a":"\xed\xa0\x80"}', '{"a":1}'.encode("utf-16"), b"{\xf4\x90\x80\x80}"],
@@ -331,7 +331,7 @@ _BREACHES = {
 
 
 def _sorted(value: Any) -> Any:
-    """Give a value with the members of all its objects in canonical order."""
+    """Return a value with the members of all its objects in canonical order."""
     if isinstance(value, dict):
         return {name: _sorted(value[name]) for name in sorted(value)}
     return [_sorted(item) for item in value] if isinstance(value, list) else value
@@ -349,13 +349,13 @@ class DumpsTests(SynchronousTestCase):
     @example({"a": (1, [2.0])})
     @example({1: 1})
     def test_any_value(self, value: Any) -> None:
-        """Of any value, both ways make the same bytes or the same complaint."""
+        """For any value both writers give the same bytes or the same error."""
         self.assertEqual(_out(canonical.dumps, value), _out(canonical.dumps_exactly, value))
 
     @_MANY
     @given(_odd_values | st.dictionaries(_odd_names, _odd_values, max_size=3))
     def test_we_send_what_we_take(self, value: Any) -> None:
-        """Whatever is written is a canonical frame for the strict reader."""
+        """The strict parser accepts every written frame as canonical."""
         written = _out(canonical.dumps, value)
         if isinstance(written, bytes):
             self.assertEqual(canonical.dumps_exactly(canonical.parse_exactly(written)), written)
@@ -363,11 +363,11 @@ class DumpsTests(SynchronousTestCase):
     @_MANY
     @given(_objects)
     def test_order_of_members_does_not_matter(self, value: dict[str, Any]) -> None:
-        """Two objects of the same members are written alike."""
+        """Two objects with the same members are written identically."""
         self.assertEqual(canonical.dumps(dict(reversed(value.items()))), canonical.dumps(value))
 
     def test_refusals_name_the_place_and_the_cure(self) -> None:
-        """What cannot be said is refused with where it stands and, of a float, what to say instead."""
+        """The error for a value without a canonical form names its place and, for a float, the alternative."""
         for value, place, words in (
             ({"a": [1, {"b": 1.5}]}, "/a/1/b", "basis points"),
             ({"a": 2**53}, "/a", "as a string"),
@@ -385,18 +385,18 @@ class DumpsTests(SynchronousTestCase):
                 self.assertIn(words, str(error))
 
     def test_only_objects(self) -> None:
-        """A list, a string and None are no envelope and no payload."""
+        """A list, a string and None are refused, because only an object can be an envelope or a payload."""
         for value in ([], "a", None, 1):
             self.assertRaises(CanonicalError, canonical.dumps, value)
 
     def test_depth(self) -> None:
-        """Depth 32 is written and 33 refused, and a value that holds itself ends there too."""
+        """Depth 32 is written and depth 33 refused, and a value that contains itself is refused too."""
         value: Any = {}
         for _ in range(MAX_DEPTH - 1):
             value = {"a": value}
         self.assertEqual(canonical.dumps(value), _nested(MAX_DEPTH))
         self.assertRaises(CanonicalError, canonical.dumps, {"a": value})
-        # What lies in an envelope already has so much less to go.
+        # The depth in the envelope counts against the limit.
         self.assertRaises(CanonicalError, canonical.dumps, value, 2)
         self.assertEqual(canonical.dumps(value["a"], 2), _nested(MAX_DEPTH - 1))
         loop: dict[str, Any] = {}
@@ -404,15 +404,15 @@ class DumpsTests(SynchronousTestCase):
         self.assertRaises(CanonicalError, canonical.dumps, loop)
 
     def test_mappings_and_tuples(self) -> None:
-        """Other mappings, tuples and integers of a subclass are written as what they are."""
+        """Mappings other than dict, tuples and integers of a subclass are written as objects, arrays and integers."""
         value = MappingProxyType({"b": (1, _Number.ONE), "a": OrderedDict(c=None)})
         self.assertEqual(canonical.dumps(value), b'{"a":{"c":null},"b":[1,1]}')
 
     def test_string_subclasses(self) -> None:
-        """A string of a subclass is written by its characters, not by how it shows itself."""
+        """A string of a subclass is written by its characters, and not by its ``__str__``."""
         self.assertEqual(canonical.dumps({"a": _Word("word"), _Word("word"): 1}), b'{"a":"word","word":1}')
 
     def test_escapes(self) -> None:
-        """The five short escapes and lower-case \\u00xx are all there is; everything from U+007F stands raw."""
+        """Only the five short escapes and lower-case \\u00xx are used; all characters from U+007F on are raw."""
         value = {"a": '\b\f\n\r\t"\\/\x01\x1f\x7f\u2028é😀'}
         self.assertEqual(canonical.dumps(value), '{"a":"\\b\\f\\n\\r\\t\\"\\\\/\\u0001\\u001f\x7f\u2028é😀"}'.encode())

@@ -1,4 +1,4 @@
-"""The catalogue: its table, and that the fast and the explaining validator agree on every schema."""
+"""The catalogue: its table, and the agreement of the fast validator and the explaining one on every schema."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 
 
 def _around(rule: dict[str, Any]) -> st.SearchStrategy[Any]:
-    """Draw values at the bounds of one rule of a schema, just beyond them, and quite beside the point."""
+    """Draw values at the bounds of one rule of a schema, just beyond them, and unrelated values."""
     values: list[Any] = [rule["const"]] if "const" in rule else []
     values += rule.get("enum", [])
     for bound in ("minimum", "maximum"):
         if bound in rule:
-            # Never beyond what canonical JSON can say: the parser has refused that before.
+            # Only values of canonical JSON, because the parser has refused any other value before.
             values += [n for n in (rule[bound] - 1, rule[bound], rule[bound] + 1) if abs(n) <= canonical.MAX_INTEGER]
     for bound in ("minLength", "maxLength"):
         if bound in rule:
@@ -54,7 +54,7 @@ def _around(rule: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 @st.composite
 def _payloads(draw: st.DrawFn, schema: Schema) -> Any:
-    """Draw a payload that is often good, often nearly, and sometimes nothing of the sort."""
+    """Draw a payload that is often valid, often nearly valid, and sometimes unrelated to the schema."""
     if draw(st.integers(0, 19)) == 0:
         return draw(_odd)
     good = draw(_likely({"type": "object", **schema.document}))
@@ -67,7 +67,7 @@ def _payloads(draw: st.DrawFn, schema: Schema) -> Any:
 
 
 def _likely(rule: dict[str, Any]) -> st.SearchStrategy[Any]:
-    """Draw values of the right type; of an object sometimes the required members alone."""
+    """Draw values of the right type; for an object sometimes only the required members."""
     if "const" in rule or "enum" in rule:
         return st.sampled_from(rule.get("enum", [rule.get("const")]))
     kinds = rule.get("type", "object")
@@ -87,7 +87,7 @@ def _likely(rule: dict[str, Any]) -> st.SearchStrategy[Any]:
     }[kind]
 
 
-#: Look for any example, not for the smallest.
+#: Search for any example, and do not shrink the example.
 _ANY = settings(max_examples=5000, phases=[Phase.generate])
 
 
@@ -95,13 +95,13 @@ class SchemaTests(SynchronousTestCase):
     """Every schema file, and the schemas of our commands."""
 
     def test_both_validators_agree(self) -> None:
-        """On payloads around the bounds of every schema jsonschema-rs and jsonschema give one answer."""
+        """For payloads around the bounds of every schema jsonschema-rs and jsonschema give the same answer."""
         for name, schema in {**_SCHEMAS, **_COMMANDS}.items():
             with self.subTest(schema=name):
                 self.hold_together(schema)
 
     def hold_together(self, schema: Schema) -> None:
-        """Hold both validators of a schema to one answer, where both answers do occur."""
+        """Assert that both validators of a schema agree, and that both answers occur."""
         exact = Draft202012Validator(schema.document)
 
         @settings(max_examples=60)
@@ -112,7 +112,7 @@ class SchemaTests(SynchronousTestCase):
             told = schema.explain(payload, "")
             self.assertEqual(told is None, is_valid)
             if told is not None:
-                # jsonschema names the object of a missing or unknown member, we the member.
+                # For a missing or unknown member jsonschema names the object, and we name the member.
                 path = told[0].rpartition("/")[0] if told[1].startswith("the member is") else told[0]
                 self.assertIn(
                     path, {"".join(f"/{step}" for step in error.path) for error in exact.iter_errors(payload)}
@@ -124,7 +124,7 @@ class SchemaTests(SynchronousTestCase):
             self.assertIs(exact.is_valid(payload), wanted)
 
     def test_what_is_no_schema(self) -> None:
-        """What jsonschema calls no schema is none, and in its words."""
+        """A document that jsonschema refuses as a schema is refused with the same text."""
         for document in (
             {"type": "strin"},
             {"type": ["string", "string"]},
@@ -144,7 +144,7 @@ class SchemaTests(SynchronousTestCase):
                 self.assertEqual(self.assertRaises(SchemaError, Schema, document).message, told.message)
 
     def test_refusals_can_be_sent(self) -> None:
-        """Every refusal has a path below /payload and makes an error that canonical JSON can say."""
+        """Every refusal has a path below /payload and makes an error that canonical JSON can express."""
 
         @settings(max_examples=200)
         @given(
@@ -162,7 +162,7 @@ class SchemaTests(SynchronousTestCase):
         check()
 
     def test_files(self) -> None:
-        """Every file is 2020-12, has an id of its own name, and uses no reference, format or look-around."""
+        """Every file is 2020-12, has its own name as its id, and uses no reference, format or look-around."""
         for name in _FILES:
             text = (resources.files("s2s.protocol.catalogue") / "schemas" / name).read_text("utf-8")
             document = json.loads(text)
@@ -173,7 +173,7 @@ class SchemaTests(SynchronousTestCase):
                     self.assertNotIn(word, text)
 
     def test_integers_have_bounds(self) -> None:
-        """Every integer of every schema is bounded within 2^53 - 1, so that the database can hold it."""
+        """Every integer of every schema is bounded within 2^53 - 1, so that the database can store it."""
         for name, schema in {**_SCHEMAS, **_COMMANDS}.items():
             for member, rule in schema.document.get("properties", {}).items():
                 if "integer" in str(rule.get("type", "")):
@@ -182,7 +182,7 @@ class SchemaTests(SynchronousTestCase):
                         self.assertLessEqual(abs(rule["maximum"]), canonical.MAX_INTEGER)
 
     def test_requests_are_strict_and_replies_tolerant(self) -> None:
-        """A request with an unknown member is refused by its name; a reply may say more."""
+        """A request with an unknown member is refused by the member's name; a reply may have further members."""
         for message in MESSAGES:
             with self.subTest(message=message.name):
                 self.assertIs(message.request_schema.document["additionalProperties"], False)
@@ -191,7 +191,7 @@ class SchemaTests(SynchronousTestCase):
         self.assertEqual(path, "/payload/more~1of~0it")
 
     def test_defaults_are_valid(self) -> None:
-        """A default of a schema is a value that the schema takes."""
+        """Every default of a schema is valid by that schema."""
         push = BY_NAME["s2s.command.push"].request_schema
         self.assertEqual(push.defaults, {"priority": 100})
         self.assertEqual(BY_NAME["s2s.engine.shutdown"].request_schema.defaults, {"grace_ms": 5000})
@@ -201,7 +201,7 @@ class SchemaTests(SynchronousTestCase):
                 self.assertTrue(rule.is_valid(value))
 
 
-#: Schemas whose refusal jsonschema, or jsonschema-rs with its list of errors, explains in minutes to years.
+#: Schemas whose refusals jsonschema, or the error list of jsonschema-rs, takes minutes to years to explain.
 _NODE = {"properties": {"a": {"$ref": "#/$defs/n"}}}
 _DEAR: dict[str, tuple[dict[str, Any], str, str]] = {
     "pattern": ({"properties": {"a": {"pattern": "^([A-Za-z]+ ?)+$"}}}, "{'a': 'a' * 48 + '!'}", "/payload/a"),
@@ -240,7 +240,7 @@ _TEXTS = (
     r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?(Z|[+-]\d{2}:\d{2})$", "^[A-Z]{2}[0-9]{2}[A-Z0-9]{1,30}$",
     r"^(https?|ftp)://[^\s/$.?#].[^\s]*$", r"^(\d{1,3}\.){3}\d{1,3}$", "^[a-z][a-z0-9_-]{0,63}$", r"^\+?\d{7,15}$",
 )  # fmt: skip
-#: What the description of an HTTP API has.
+#: A schema with the keywords that the description of an HTTP API uses.
 _RICH = {
     "type": "object",
     "properties": {
@@ -281,7 +281,7 @@ class ApartTests(SynchronousTestCase):
     """Parts of a schema with an ``$id`` of their own."""
 
     def test_references_below_an_id(self) -> None:
-        """A reference that starts at such a part is not followed: the refusal is explained as far as that."""
+        """A reference inside such a part is not followed: the explanation of a refusal ends there."""
         document = {
             "$id": "http://example.com/root",
             "type": "object",
@@ -299,7 +299,7 @@ class ApartTests(SynchronousTestCase):
             self.assertNotIn("integer", error.message)
 
     def test_an_explanation_that_fails(self) -> None:
-        """What is refused is refused, whatever becomes of its explanation."""
+        """A refused value stays refused if its explanation fails."""
         schema = Schema({"type": "object", "properties": {"a": {"type": "integer"}}})
         schema.document = {"properties": None}
         error = self.assertRaises(BadPayload, schema.check, {"a": "x"})
@@ -307,13 +307,13 @@ class ApartTests(SynchronousTestCase):
 
 
 class VetTests(SynchronousTestCase):
-    """Schemas that would cost too much, or that would fetch something."""
+    """Schemas that would cost too much, or that would make the validator fetch a document."""
 
     def test_an_explanation_is_bounded(self) -> None:
-        """The reason of a refusal comes soon, with its path, where other validators search for minutes or years."""
+        """A refusal is explained soon and with its path, where other validators search for minutes or years."""
         for name, (document, value, path) in _DEAR.items():
             with self.subTest(name=name):
-                # In a process of its own, since nothing ends a search in C.
+                # In a separate process, because a search in C cannot be interrupted.
                 done = subprocess.run(
                     [sys.executable, "-c", _EXPLAIN, json.dumps(document), value],
                     capture_output=True,
@@ -326,7 +326,7 @@ class VetTests(SynchronousTestCase):
                 self.assertRegex(sentence, "must satisfy (pattern|uniqueItems|enum|anyOf) ")
 
     def test_a_long_way_ends(self) -> None:
-        """An explanation that takes too many steps says how far it came."""
+        """An explanation that takes too many steps names the path that it reached."""
         schema = Schema({"properties": {"a": {"allOf": [{}] * 30 + [{"allOf": [{}] * 40 + [False]}]}}})
         self.assertEqual(schema.explain({"a": 1}), ("/payload/a", "the value breaks its schema"))
 
@@ -356,7 +356,7 @@ class VetTests(SynchronousTestCase):
                 self.assertRaises(OperatorError, Schema, {"$ref": reference})
 
     def test_references_inside(self) -> None:
-        """Each spelling of a reference that stays in the document works, and a refusal by it is explained."""
+        """Each spelling of a reference within the document works, and a refusal by it is explained."""
         number = {"type": "integer"}
         for document in (
             {"$ref": "#/$defs/n", "$defs": {"n": number}},
@@ -374,7 +374,7 @@ class VetTests(SynchronousTestCase):
                 self.assertRegex(sentence, "must satisfy (type|\\$ref) ")
 
     def test_what_could_blow_up_is_refused(self) -> None:
-        """A schema whose answer could take long is refused when it is loaded, in a line with a cure."""
+        """A schema that could take long for a payload is refused when it is loaded, in a line with a remedy."""
         doubling: dict[str, Any] = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(30)}
         for document, cure in (
             ({"properties": {"a": {"pattern": r"^(a)\1$"}}}, "/properties/a/pattern .*write it without"),
@@ -423,7 +423,7 @@ class VetTests(SynchronousTestCase):
                 self.assertNotIn("\n", told)
 
     def test_what_is_bounded_is_taken(self) -> None:
-        """The same keywords are taken where they meet few values, and where they are cheap."""
+        """The same keywords are accepted where they apply to few values, and where they are cheap."""
         for document in (
             {"properties": {"a": {"anyOf": _MANY}}},
             {"items": {"anyOf": _MANY}, "maxItems": 100},
@@ -441,7 +441,7 @@ class VetTests(SynchronousTestCase):
                 Schema(document)
 
     def test_the_dearest_that_is_taken(self) -> None:
-        """No payload of 64 KiB keeps a schema that is taken busy for long, with a yes or with a no."""
+        """No payload of 64 KiB takes long to accept or to refuse with any schema that is accepted."""
         numbers, text = [1] * 32_000, "".join(Random(1).choices("ab", k=65_000))
         for part, payload in (
             ({"items": {"anyOf": [{"type": "null"}, {"minimum": 0}]}}, numbers),
@@ -458,11 +458,11 @@ class VetTests(SynchronousTestCase):
                 schema = _as_often_as_may_be(part)
                 start = thread_time()
                 schema.is_valid(payload)
-                # 0.1 s are promised, for a machine of the usual speed.
+                # The documented bound is 0.1 s, on a machine of usual speed.
                 self.assertLess(thread_time() - start, 0.25)
 
     def test_an_explanation_has_an_end(self) -> None:
-        """An explanation of which each step takes long says within a bounded time how far it came."""
+        """An explanation whose steps each take long ends within a bounded time and names the path that it reached."""
         looks = [{"contains": {"const": n}, "minContains": 0} for n in range(8)]
         part: dict[str, Any] = {"allOf": [*looks, {"maxItems": 9}]}
         for _ in range(45):
@@ -473,7 +473,7 @@ class VetTests(SynchronousTestCase):
         self.assertLess(thread_time() - start, 1)
 
     def test_a_schema_is_copied(self) -> None:
-        """What its author changes later changes nothing."""
+        """A later change of the author's document does not change the schema."""
         document: dict[str, Any] = {"properties": {"a": {"type": "integer"}}}
         schema = Schema(document)
         document["properties"]["a"] = {"$ref": "#/nowhere"}
@@ -562,7 +562,7 @@ class CatalogueTests(SynchronousTestCase):
     """:data:`MESSAGES` against the protocol's table."""
 
     def test_the_table(self) -> None:
-        """Ways, replies, proof, replay cache and window are as the protocol's catalogue has them."""
+        """Directions, replies, proof, replay cache and window are those of the protocol's catalogue."""
         told = {each.name: (each.sent_by, each.reply, each.control, each.entered, each.windowed) for each in MESSAGES}
         control = (("server",), "s2s.ack", True, True, True)
         expected = dict.fromkeys(_LIMITS, control)
@@ -572,7 +572,7 @@ class CatalogueTests(SynchronousTestCase):
         self.assertEqual(REPLY_ONLY, {"s2s.ack", "s2s.health.ack", "s2s.error"})
 
     def test_limits(self) -> None:
-        """Every bound of the catalogue is kept exactly, and a refusal names the member."""
+        """Every bound of the catalogue is enforced exactly, and a refusal names the member."""
         for name, (good, also, wrong) in _LIMITS.items():
             schema = BY_NAME[name].request_schema
             schema.check(good)
@@ -590,13 +590,13 @@ class CatalogueTests(SynchronousTestCase):
                         self.assertEqual(error.details["path"], f"/payload/{member}")
 
     def test_refusals_quote_nothing(self) -> None:
-        """The sentence about a refused member holds nothing of its value."""
+        """The sentence about a refused member contains nothing of its value."""
         error = self.assertRaises(
             BadPayload, BY_NAME["s2s.command.push"].request_schema.check, {**_PUSH, "idem_key": "§geheim"}
         )
         self.assertNotIn("geheim", error.message)
 
     def test_nothing_is_quoted_in_full(self) -> None:
-        """An unknown member's name is cut where it gets long."""
+        """A long name of an unknown member is truncated."""
         error = self.assertRaises(BadPayload, BY_NAME["s2s.health.check"].request_schema.check, {"x" * 50000: 1})
         self.assertLess(len(canonical.dumps(error.payload())), 400)

@@ -1,4 +1,4 @@
-"""The envelope: sealed as canonical JSON would write it, verified over the right bytes, read strictly."""
+"""The envelope: written as canonical JSON, verified over the right bytes, and read strictly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _ways = st.sampled_from([("engine", "server"), ("server", "engine")])
 
 @st.composite
 def _envelopes(draw: st.DrawFn) -> dict[str, Any]:
-    """Draw a well-formed envelope, with unknown members here and there."""
+    """Draw a well-formed envelope, sometimes with unknown members."""
     auth = {"key_id": draw(_key_ids), "sig": draw(st.text("0123456789abcdef", min_size=64, max_size=64))}
     auth |= draw(st.just({}) | st.dictionaries(_text, _values, max_size=2).map(lambda more: {**more, **auth}))
     if draw(st.booleans()):
@@ -53,19 +53,19 @@ def _envelopes(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def _members(**changes: Any) -> dict[str, Any]:
-    """Give a good envelope with some members changed, or left out where the change is ``...``."""
+    """Return a valid envelope with some members changed, or left out where the change is ``...``."""
     auth = {"key_id": "k1", "sig": _SIG}
     good = {"v": 1, "id": "i1", "ts": 5, "src": "engine", "dst": "server", "type": "t", "auth": auth, "payload": {}}
     return {name: value for name, value in {**good, **changes}.items() if value is not ...}
 
 
 def _signed(members: dict[str, Any]) -> bytes:
-    """Give what the signature of a parsed frame covers."""
+    """Return the bytes that the signature of a parsed frame covers."""
     return _unseal(members).signed
 
 
 def _unseal(members: dict[str, Any]) -> Sealed:
-    """Take a parsed frame apart."""
+    """Split a parsed frame."""
     return envelope.unseal_exactly(members, canonical.dumps_exactly(members))
 
 
@@ -73,7 +73,7 @@ class IdTests(SynchronousTestCase):
     """:func:`envelope.unguessable_id`."""
 
     def test_a_ulid(self) -> None:
-        """It is a ULID of its time, and no two are alike in any of their random digits."""
+        """The id is a ULID of its time, and any two ids differ in each of the random digits."""
         ids = [envelope.unguessable_id(1_700_000_000_123) for _ in range(200)]
         for each in ids:
             self.assertRegex(each, "^[0-7][0-9A-HJKMNP-TV-Z]{25}$")
@@ -121,7 +121,7 @@ class SealTests(SynchronousTestCase):
         self.assertEqual(envelope.read(parsed), Envelope(message_id, ts, src, dst, type, payload, ack_of))
 
     def test_size_is_tight(self) -> None:
-        """The largest size is that of a frame whose id, ack_of, key_id and ts are as long as they may get."""
+        """The largest size is that of a frame whose id, ack_of, key_id and ts have their maximum length."""
         body = canonical.dumps({"a": 1})
         long = Key("k" * 64, Secret(_SECRET), "any", 0.0)
         told: dict[str, Any] = {"id": "i" * 64, "ack_of": "a" * 64, "ts": 1 - 2**53, "src": "engine", "dst": "server"}
@@ -132,9 +132,9 @@ class UnsealTests(SynchronousTestCase):
     """:func:`envelope.unseal_plainly` beside :func:`envelope.unseal_exactly` and :func:`envelope.read`."""
 
     def agree(self, frame: bytes) -> bool:
-        """See that what the plain way makes of a frame is what the exact way makes of it.
+        """Assert that the plain path agrees with the exact path.
 
-        :returns: whether the plain way took it.
+        :returns: whether the plain path accepted the frame.
         """
         plain = envelope.unseal_plainly(frame)
         read = None if plain is None else plain.read()
@@ -149,7 +149,7 @@ class UnsealTests(SynchronousTestCase):
     @_MANY
     @given(_envelopes(), st.sampled_from([None, 1]))
     def test_any_envelope(self, members: dict[str, Any], indent: int | None) -> None:
-        """Of any envelope, canonical or not, both ways make the same, and cover all but sig."""
+        """For any envelope, canonical or not, both paths give the same result, and cover everything except sig."""
         without = {**members, "auth": {name: each for name, each in members["auth"].items() if name != "sig"}}
         self.assertEqual(_signed(members), canonical.dumps_exactly(without))
         for frame in (canonical.dumps_exactly(members), json.dumps(members, indent=indent).encode()):
@@ -160,7 +160,7 @@ class UnsealTests(SynchronousTestCase):
     def test_what_we_send(
         self, message_id: str, ack_of: str | None, ts: int, way: tuple[str, str], type: str, payload: dict[str, Any]
     ) -> None:
-        """What we seal goes the plain way, unless the payload does not."""
+        """Every frame that we seal takes the plain path, unless its payload does not."""
         told = {"id": message_id, "ack_of": ack_of, "ts": ts, "src": way[0], "dst": way[1], "type": type}
         body = canonical.dumps(payload)
         took = self.agree(envelope.seal(**told, body=body, key=_KEY))
@@ -169,7 +169,7 @@ class UnsealTests(SynchronousTestCase):
     @_MANY
     @given(_envelopes(), st.data())
     def test_damaged(self, members: dict[str, Any], data: st.DataObject) -> None:
-        """Of a canonical frame with a stretch replaced, both ways make the same where the plain way takes it at all."""
+        """For a damaged canonical frame both paths give the same result wherever the plain path accepts the frame."""
         frame = canonical.dumps_exactly({name: members[name] for name in _members(ack_of="a") if name in members})
         at = data.draw(st.integers(0, len(frame)))
         end = data.draw(st.integers(at, min(len(frame), at + 12)))
@@ -179,7 +179,7 @@ class UnsealTests(SynchronousTestCase):
         self.agree(frame[:at] + stretch + frame[end:])
 
     def test_a_payload_that_speaks_of_frames(self) -> None:
-        """A payload that holds the text of a frame's end does not end the payload."""
+        """A payload that contains the text of a frame's end does not end the payload."""
         end = ',"src":"engine","ts":5,"type":"t","v":1}'
         for payload in ({"a": end}, {"a": {"b": end + "}"}}, {"src": "engine", "ts": 5, "type": "t", "v": 1}):
             frame = canonical.dumps_exactly(_members(payload=payload))
@@ -189,7 +189,7 @@ class UnsealTests(SynchronousTestCase):
         self.assertFalse(self.agree(frame[:-1] + end.encode()))
 
     def test_hostile_frames_are_cheap(self) -> None:
-        """A frame that nearly ends again and again cannot hold the process up."""
+        """A frame that nearly ends many times does not block the process."""
         head = canonical.dumps_exactly(_members()).partition(b"{}")[0]
         for piece in (b'},"src":"engine","ts":5,"type":"t","v":1', b'},"src":"' + b"a" * 64, b"}", b"{"):
             began = time.process_time()
@@ -197,7 +197,7 @@ class UnsealTests(SynchronousTestCase):
             self.assertLess(time.process_time() - began, 0.1)
 
     def test_what_is_not_plain(self) -> None:
-        """Unknown members, another version and blanks are left to the exact way, which alone knows what is wrong."""
+        """Unknown members, another version and white space take the exact path, which alone names the fault."""
         for change in ({"more": 1}, {"v": 2}, {"ts": -1}, {"id": "a b"}, {"ack_of": None}, {"src": ...}, {"auth": ...}):
             self.assertFalse(self.agree(canonical.dumps_exactly(_members(**change))), change)
         frame = canonical.dumps_exactly(_members())
@@ -205,7 +205,7 @@ class UnsealTests(SynchronousTestCase):
         self.assertFalse(self.agree(frame + b"\n"))
 
     def test_every_other_member_is_signed(self) -> None:
-        """A change of any member, of key_id, or of a sig elsewhere changes what is signed; of auth.sig it does not."""
+        """A change of any member, key_id, or a sig elsewhere changes the signed bytes; one of auth.sig does not."""
         base = _members(ack_of="a1", more={"sig": _SIG}, payload={"auth": {"sig": _SIG}})
         signed = _signed(base)
         for change in (
@@ -226,20 +226,20 @@ class UnsealTests(SynchronousTestCase):
 
 
 class ReadAuthTests(SynchronousTestCase):
-    """``auth``, as :func:`envelope.unseal_exactly` takes it."""
+    """``auth``, as :func:`envelope.unseal_exactly` reads it."""
 
     def test_good(self) -> None:
-        """A key_id and a sig are taken, with unknown members and the one scheme beside them."""
+        """A key_id and a sig are accepted, also beside unknown members and the one scheme."""
         for more in ({}, {"scheme": "hmac-sha256"}, {"nonce": [1]}):
             auth = _unseal({"auth": {"key_id": "k.1_-", "sig": _SIG, **more}})
             self.assertEqual((auth.key_id, auth.sig), ("k.1_-", _SIG))
 
     def test_absent(self) -> None:
-        """Without an auth member it is auth_required."""
+        """A frame without an auth member is auth_required."""
         self.assertRaises(AuthRequired, _unseal, _members(auth=...))
 
     def test_malformed(self) -> None:
-        """Whatever is wrong with auth, it is auth_bad, and the text is the same."""
+        """Every fault of auth is auth_bad with the same text."""
         good = {"key_id": "k1", "sig": _SIG}
         texts = set()
         for auth in (
@@ -256,13 +256,13 @@ class ReadTests(SynchronousTestCase):
     """:func:`envelope.read` and :func:`envelope.well_formed_id`."""
 
     def test_good(self) -> None:
-        """A well-formed envelope is read, unknown members and all."""
+        """A well-formed envelope is read, also with unknown members."""
         self.assertEqual(
             envelope.read(_members(ack_of="a1", more=[1])), Envelope("i1", 5, "engine", "server", "t", {}, "a1")
         )
 
     def test_version(self) -> None:
-        """Another integer is unsupported_version and says what is supported."""
+        """Another integer is unsupported_version, and the error names the supported versions."""
         for version in (0, 2, -1, 2**53 - 1):
             error = self.assertRaises(UnsupportedVersion, envelope.read, _members(v=version, id=...))
             self.assertEqual(error.details, {"path": "/v", "supported": [1]})
@@ -286,7 +286,7 @@ class ReadTests(SynchronousTestCase):
                     self.assertEqual(error.details, {"path": f"/{name}"})
 
     def test_any_role_word_is_well_formed(self) -> None:
-        """That src is no role is for the session to say, which answers forbidden."""
+        """A src that is no role is well-formed here; the session answers it with forbidden."""
         self.assertEqual(envelope.read(_members(src="moon", dst="")).src, "moon")
 
     def test_well_formed_id(self) -> None:
@@ -298,5 +298,5 @@ class ReadTests(SynchronousTestCase):
         self.assertIsNone(envelope.well_formed_id({}))
 
     def test_other(self) -> None:
-        """Each role has the other one at the other end."""
+        """Each role has the other one as its peer."""
         self.assertEqual([envelope.other("engine"), envelope.other("server")], ["server", "engine"])

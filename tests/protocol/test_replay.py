@@ -1,4 +1,4 @@
-"""The replay cache keeps every entry for two windows and forgets nothing early."""
+"""The replay cache keeps every entry for two windows and removes none early."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ReplayCacheTests(SynchronousTestCase):
         self.assertEqual(len(cache), 3)
 
     def test_kept_while_it_could_be_fresh(self) -> None:
-        """A request dated a window ahead is refused until two windows later, and a second after that too."""
+        """A request dated a window ahead is refused until two windows later, and one second after that too."""
         for entered in (0.0, 0.5, 300.0, 599.0, 599.999, 600.0, 601.0, 1000.0):
             for age in (1.0, 299.0, 300.0, 301.0, 599.0, 600.0):
                 cache = ReplayCache(0.0, _W)
@@ -36,7 +36,7 @@ class ReplayCacheTests(SynchronousTestCase):
                     self.assertRaises(Replay, cache.enter, "k", "a", entered + age)
 
     def test_forgotten_in_the_end(self) -> None:
-        """After six windows and a little an entry is gone, whether others came between or not."""
+        """After six windows and a little more an entry is gone, whether other requests came in between or not."""
         for between in ([], [600.0], [600.0, 1199.0], [650.0, 700.0]):
             cache = ReplayCache(0.0, _W)
             cache.enter("k", "a", 0.0)
@@ -46,7 +46,7 @@ class ReplayCacheTests(SynchronousTestCase):
             cache.enter("k", "a", 2000.0)
 
     def test_two_generations(self) -> None:
-        """An entry outlives the first turn and goes with the second."""
+        """An entry survives the first change of generations and goes with the second."""
         cache = ReplayCache(0.0, _W)
         cache.enter("k", "a", 10.0)
         cache.enter("k", "b", 605.0)
@@ -58,7 +58,7 @@ class ReplayCacheTests(SynchronousTestCase):
     @settings(max_examples=300)
     @given(st.lists(st.tuples(st.floats(0, 700), st.integers(0, 5)), max_size=30))
     def test_never_early(self, steps: list[tuple[float, int]]) -> None:
-        """Whatever comes at whatever pace, nothing is forgotten within two windows, and nothing is kept for ever."""
+        """Whatever requests come at any rate, no entry goes within two windows, and none stays for ever."""
         cache, now, seen = ReplayCache(0.0, _W), 0.0, dict[int, float]()
         for pause, number in steps:
             now += pause
@@ -71,7 +71,7 @@ class ReplayCacheTests(SynchronousTestCase):
                 seen[number] = now
 
     def test_no_resize_makes_a_replay_fresh(self) -> None:
-        """However the window changes, what is fresh and was seen is refused, dated and played at the window's edges."""
+        """However the window changes, a seen request that is still fresh is refused, also at the window's edges."""
         for seed in range(1500):
             rng = random.Random(seed)
             cache = ReplayCache(0.0, rng.choice((5, 30, 300, 900)))
@@ -96,7 +96,7 @@ class ReplayCacheTests(SynchronousTestCase):
                             self.assertRaises(Replay, cache.enter, "k", number, at)
 
     def test_the_first_resize(self) -> None:
-        """A cache that has held nothing takes its window at once; one that was used widens a second each second."""
+        """A cache that has held nothing changes its window at once; a used one widens it by one second each second."""
         cache = ReplayCache(0.0, 300)
         cache.resize(900, 0.0)
         self.assertEqual(cache.window(0.0), 900)
@@ -107,7 +107,7 @@ class ReplayCacheTests(SynchronousTestCase):
         self.assertEqual([cache.window(at) for at in (20.0, 120.0, 220.0, 999.0)], [100, 200, 300, 300])
 
     def test_a_flood_pushes_nothing_out(self) -> None:
-        """Where a key has no room its requests are overloaded, told how long to wait, and what was seen stays seen."""
+        """A request of a key without room is overloaded with the time to wait, and requests seen before stay seen."""
         cache = ReplayCache(0.0, _W, capacity=20)
         for number in range(10):
             cache.enter("k", str(number), 1.0)
@@ -117,13 +117,13 @@ class ReplayCacheTests(SynchronousTestCase):
         self.assertFalse(error.closes)
         for number in range(10):
             self.assertRaises(Replay, cache.enter, "k", str(number), 101.0)
-        # The old generation counts as well, until it goes.
+        # The old generation counts too, until it is dropped.
         self.assertRaises(Overloaded, cache.enter, "k", "new", 700.0)
         self.assertRaises(Replay, cache.enter, "k", "0", 1199.0)
         cache.enter("k", "new", 1310.0)
 
     def test_one_key_leaves_room_to_others(self) -> None:
-        """Keys that flood the cache, one after the other, are refused by name, and a further key is not."""
+        """Keys that flood the cache one after the other are refused by name, and a further key is not."""
         refused: list[str] = []
         cache = ReplayCache(0.0, _W, capacity=1000, on_full=refused.append)
         for key_id, most in (("k1", 500), ("k2", 250), ("k3", 125)):
@@ -139,14 +139,14 @@ class ReplayCacheTests(SynchronousTestCase):
         self.assertEqual(len(cache), 61)
 
     def test_refused_ones_are_not_entered(self) -> None:
-        """What was refused as overloaded is taken later under the same id."""
+        """A request that was refused as overloaded is accepted later under the same id."""
         cache = ReplayCache(0.0, _W, capacity=1)
         cache.enter("k", "a", 0.0)
         self.assertRaises(Overloaded, cache.enter, "k", "b", 0.0)
         cache.enter("k", "b", 1250.0)
 
     def test_the_wait_is_never_nothing(self) -> None:
-        """Until the very moment of the turn the pause is a millisecond at least."""
+        """The pause is at least one millisecond up to the moment when the generations change."""
         cache = ReplayCache(0.0, _W, capacity=0)
         for at in (599.9999, 600.0, 600.9999):
             error = self.assertRaises(Overloaded, cache.enter, "k", "a", at)

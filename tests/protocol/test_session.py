@@ -1,4 +1,4 @@
-"""The link without I/O: its states, what it admits, what it holds and what it waits for."""
+"""The link without I/O: its states, its checks of requests, its pending requests and its timers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _session(role: Role = "engine", *, bounds: Bounds = Bounds(), capacity: int 
 
 
 def _request(type: str, role: Role = "engine", **changes: Any) -> Envelope:
-    """Give a request to ``role``."""
+    """Return a request to ``role``."""
     said = {"id": "i1", "ts": _NOW, "src": other(role), "dst": role, "type": type, "payload": {}}
     return Envelope(**{**said, **changes})
 
@@ -53,7 +53,7 @@ class StateTests(SynchronousTestCase):
     """The table of transitions."""
 
     def test_every_transition(self) -> None:
-        """Every state answers every event as the table says, and where it says nothing, nothing changes."""
+        """Every state answers every event as the table defines, and an event that is not in it changes nothing."""
         for state in State:
             for event in Event:
                 each = _session()
@@ -74,7 +74,7 @@ class StateTests(SynchronousTestCase):
     @settings(max_examples=100)
     @given(st.lists(st.sampled_from(Event), max_size=8))
     def test_the_dead_stay_dead(self, events: list[Event]) -> None:
-        """Once a link is lost it is closed, whatever comes after, and once it is closing it never opens again."""
+        """A lost link stays closed after any event, and a closing link never opens again."""
         each, was_closing, was_lost = _session(), False, False
         for event in events:
             each.move(event)
@@ -86,7 +86,7 @@ class StateTests(SynchronousTestCase):
                 self.assertFalse(each.is_open)
 
     def test_open(self) -> None:
-        """A link is open before and after its proof and not when it closes."""
+        """A link is open before and after its proof, and not when it closes."""
         each = _session()
         seen = [each.is_open]
         for event in (Event.PROOF, Event.CLOSE, Event.LOST):
@@ -95,7 +95,7 @@ class StateTests(SynchronousTestCase):
         self.assertEqual(seen, [True, True, False, False])
 
     def test_proof_comes_once(self) -> None:
-        """The first answer proves the link; a later one neither proves anew nor moves the proof's ts."""
+        """The first answer proves the link; a later one neither proves it again nor changes the proof's ts."""
         each = _session()
         self.assertTrue(each.prove(_NOW))
         self.assertFalse(each.prove(_NOW + 100))
@@ -108,23 +108,23 @@ class StateTests(SynchronousTestCase):
         self.assertFalse(each.prove(_NOW))
 
     def test_stamps_never_go_back(self) -> None:
-        """The ts of what we send follows the clock forward and stands still when the clock steps back."""
+        """The ts of our frames follows the clock forward and stays the same when the clock steps back."""
         each = _session()
         self.assertEqual([each.stamp(now) for now in (5.9, 7.0, 3.0, 7.5, 8.0)], [5, 7, 7, 7, 8])
 
 
 class AdmissionTests(SynchronousTestCase):
-    """What is checked of a request, and in which order."""
+    """The checks of a request, and their order."""
 
     def admit(self, to: Session, request: Envelope, now: float = _NOW, mono: float = 0.0) -> Any:
-        """Give the message type, or the code of the refusal."""
+        """Return the message type, or the code of the refusal."""
         try:
             return to.admit(request, _KEY, _SERVED[to.role], now, mono)
         except WireError as error:
             return error.code
 
     def test_ways(self) -> None:
-        """Only the other role may speak, only to us, and only by a key that may sign for it."""
+        """Only the other role may send, only to us, and only with a key that may sign for it."""
         server, engine_key = _session("server"), Key("k", Secret(bytes(32)), "engine", 0.0)
         server.check_way(_request("t", "server"), engine_key)
         for wrong, path in (
@@ -141,7 +141,7 @@ class AdmissionTests(SynchronousTestCase):
         self.assertEqual(error.details["path"], "/auth/key_id")
 
     def test_freshness_at_the_bounds(self) -> None:
-        """Clocks that are 300 s apart pass, 301 s apart do not, either way, in every fraction of a second."""
+        """Clocks 300 s apart pass and 301 s apart do not, in either direction and at every fraction of a second."""
         for fraction in (0.0, 0.4, 0.999):
             for skew, passes in ((-301, False), (-300, True), (0, True), (300, True), (301, False)):
                 with self.subTest(skew=skew, fraction=fraction):
@@ -150,7 +150,7 @@ class AdmissionTests(SynchronousTestCase):
                     self.assertEqual(outcome, _PUSH if passes else "ts_skew")
 
     def test_what_a_skew_says(self) -> None:
-        """A refusal for skew has our clock in seconds, the difference to ts, the window, and closes nothing yet."""
+        """A refusal for skew holds our clock in seconds, the difference to ts and the window, and does not close."""
         for now, ts in ((_NOW, _NOW - 301), (_NOW + 0.7, _NOW + 302), (_NOW + 0.7, _NOW - 400)):
             request = _request("s2s.command.push", "server", ts=ts)
             error = self.assertRaises(TsSkew, _session("server").admit, request, _KEY, _SERVED["server"], now, 0.0)
@@ -159,7 +159,7 @@ class AdmissionTests(SynchronousTestCase):
             self.assertFalse(error.closes)
 
     def test_third_skew_in_a_row(self) -> None:
-        """The third refusal in a row closes the link; a fresh request in between starts the count again."""
+        """The third refusal in a row closes the link; a fresh request in between resets the count."""
 
         def closes(each: Session, *skews: int) -> list[bool | None]:
             outcome: list[bool | None] = []
@@ -187,7 +187,7 @@ class AdmissionTests(SynchronousTestCase):
         self.assertEqual([self.admit(first, sweep), self.admit(second, sweep)], ["replay", "replay"])
 
     def test_replay_as_long_as_it_is_fresh(self) -> None:
-        """A request is refused a second time at every moment of its window, and as stale just after it."""
+        """A repeated request is refused at every moment of its window, and as stale just after it."""
         for ahead in (300, 0, -300):
             for later in (1, 299, 300, 301, 599, 600):
                 each = _proven()
@@ -202,7 +202,7 @@ class AdmissionTests(SynchronousTestCase):
     @example(300, 0.0, 600.9, 0.0)
     @example(300, 599.9, 600.8, 0.25)
     def test_never_admitted_twice(self, ahead: int, arrival: float, later: float, fraction: float) -> None:
-        """Whenever a request arrives and whatever its ts, it is not admitted a second time while the clocks agree."""
+        """Whenever a request arrives and whatever its ts, it is not admitted twice while the clocks agree."""
         each = _proven()
         now = _NOW + fraction + arrival
         check = _request("s2s.health.check", ts=int(now) + ahead)
@@ -210,14 +210,14 @@ class AdmissionTests(SynchronousTestCase):
             self.assertIn(self.admit(each, check, now + later, arrival + later), ("replay", "ts_skew"))
 
     def test_pushes_are_not_entered(self) -> None:
-        """A push may come twice, and fills no cache; its idem_key tells it apart."""
+        """A push may come twice and takes no room in the cache; its idem_key identifies it."""
         each = _session("server", capacity=1)
         for _ in range(3):
             self.assertIs(self.admit(each, _request("s2s.command.push", "server")), _PUSH)
         self.assertIs(self.admit(each, _request("s2s.health.check", "server")), _CHECK)
 
     def test_overloaded(self) -> None:
-        """With a full cache requests are refused as overloaded, pushes pass, and replays are known still."""
+        """With a full cache requests are refused as overloaded, pushes pass, and replays are still detected."""
         each = _session("server", capacity=1)
         self.admit(each, _request("s2s.health.check", "server"))
         self.assertRaises(
@@ -227,7 +227,7 @@ class AdmissionTests(SynchronousTestCase):
         self.assertIs(self.admit(each, _request("s2s.command.push", "server")), _PUSH)
 
     def test_unknown_types_and_wrong_ways(self) -> None:
-        """A type unknown, reply-only, meant for the other role or not served is refused with what is served."""
+        """A type that is unknown, reply-only, for the other role or not served is refused with the served types."""
         for role, types in (
             ("server", ("moon.landing", "s2s.broadcast.sweep", "s2s.engine.pause", "", "s2s.ack")),
             ("engine", ("s2s.command.push", "s2s.config.bump", "s2s.error")),
@@ -240,13 +240,13 @@ class AdmissionTests(SynchronousTestCase):
                 self.assertEqual(error.details, {"path": "/type", "supported": sorted(_SERVED[role])})
 
     def test_unknown_types_are_entered(self) -> None:
-        """The replay check comes before the type: an unknown type twice is a replay."""
+        """The replay check comes before the type check: an unknown type sent twice is a replay."""
         each = _session("server")
         request = _request("moon.landing", "server")
         self.assertEqual([self.admit(each, request), self.admit(each, request)], ["unsupported_type", "replay"])
 
     def test_not_ready_before_the_proof(self) -> None:
-        """Before the proof every control request is not_ready with a pause to make, and health checks pass."""
+        """Before the proof every control request is not_ready with a retry pause, and health checks pass."""
         each = _session()
         error = self.assertRaises(
             NotReady, each.admit, _request("s2s.broadcast.sweep"), _KEY, _SERVED["engine"], _NOW, 0.0
@@ -256,7 +256,7 @@ class AdmissionTests(SynchronousTestCase):
         self.assertIs(self.admit(each, _request("s2s.health.check", id="i3")), _CHECK)
 
     def test_older_than_the_proof(self) -> None:
-        """A control request older than the proof's ts is a replay, an equal ts is fine; a health check may be older."""
+        """A control request older than the proof's ts is a replay and an equal ts is not; a health check may be older."""
         each = _session()
         each.prove(_NOW)
         error = self.assertRaises(
@@ -268,7 +268,7 @@ class AdmissionTests(SynchronousTestCase):
         self.assertIs(self.admit(each, _request("s2s.health.check", id="i3", ts=_NOW - 1)), _CHECK)
 
     def test_pushes_need_no_proof(self) -> None:
-        """A server takes pushes before its own challenge is answered, and ones that are older than the proof."""
+        """A server accepts pushes before its own challenge is answered, and pushes that are older than the proof."""
         each = _session("server")
         self.assertIs(self.admit(each, _request("s2s.command.push", "server")), _PUSH)
         each.prove(_NOW + 50)
@@ -279,7 +279,7 @@ class AdmissionTests(SynchronousTestCase):
         each = _session()
         faulty = _request("moon.landing", ts=_NOW - 301)
         self.assertEqual(self.admit(each, faulty), "ts_skew")
-        # It was not entered then.
+        # The request was not entered at that time.
         self.assertEqual(self.admit(each, _request("moon.landing")), "unsupported_type")
         self.assertEqual(self.admit(each, _request("s2s.broadcast.sweep")), "replay")
         self.assertEqual(self.admit(each, _request("s2s.broadcast.sweep", id="i2")), "not_ready")
@@ -304,7 +304,7 @@ class PendingRequestTests(SynchronousTestCase):
         self.assertFalse(by_bytes.is_saturated)
 
     def test_answered_once(self) -> None:
-        """A request is released once; the second answer to it finds nothing. One that is like another is another."""
+        """A request is untracked once, its second answer finds nothing, and an equal request is a separate one."""
         each = _session()
         pending = [each.track(_PUSH, "i", 10, 0.0) for _ in range(3)]
         self.assertEqual(each.pending, 3)
@@ -312,7 +312,7 @@ class PendingRequestTests(SynchronousTestCase):
         self.assertEqual(each.pending, 0)
 
     def test_late_ones(self) -> None:
-        """What waits for 10 s is given, the first come first."""
+        """Requests that have waited for 10 s are returned, the first to arrive first."""
         each = _session()
         first, second = each.track(_PUSH, "a", 1, 0.0), each.track(_PUSH, "b", 1, 5.0)
         self.assertEqual(each.unanswered(9.9), [])
@@ -327,10 +327,10 @@ class PendingRequestTests(SynchronousTestCase):
 
 
 class TimerTests(SynchronousTestCase):
-    """What falls due, and when."""
+    """The deadlines of a link."""
 
     def test_no_proof(self) -> None:
-        """Without an answer to our challenge within 5 s the link is overdue, and it says whether anybody was heard."""
+        """Without an answer to our challenge in 5 s the link is overdue; the reason tells if a valid frame came."""
         silent, heard = _session(), _session()
         heard.heard("k1", 1.0)
         self.assertEqual(silent.next_timer(), 5.0)
@@ -339,7 +339,7 @@ class TimerTests(SynchronousTestCase):
         self.assertEqual(heard.overdue(5.0), ("proof", "our health check was not answered"))
 
     def test_half_a_frame(self) -> None:
-        """A frame must be whole within 10 s of its first byte, however many bytes come in between."""
+        """A frame must be complete within 10 s of its first byte, however many bytes come in between."""
         each = _proven()
         each.partial(1.0, is_partial=True, is_new=False)
         each.partial(9.0, is_partial=True, is_new=False)
@@ -349,7 +349,7 @@ class TimerTests(SynchronousTestCase):
         self.assertIsNone(each.overdue(99.0))
 
     def test_the_next_half_frame_has_its_own_time(self) -> None:
-        """A chunk that ends one frame and begins another starts the time of the other."""
+        """A chunk that ends one frame and begins another starts the frame timer of the other."""
         each = _proven()
         each.partial(1.0, is_partial=True, is_new=False)
         each.partial(9.0, is_partial=True, is_new=True)
@@ -357,7 +357,7 @@ class TimerTests(SynchronousTestCase):
         self.assertIsNotNone(each.overdue(19.0))
 
     def test_silence(self) -> None:
-        """After 10 s without a frame a check is wanted, and no second one beside it until something is heard."""
+        """After 10 s without a frame one check is wanted, and no second one until a valid frame comes."""
         each = _proven()
         each.heard("k1", 2.0)
         self.assertEqual(each.next_timer(), 12.0)
@@ -370,7 +370,7 @@ class TimerTests(SynchronousTestCase):
         self.assertTrue(each.wants_check(33.0))
 
     def test_no_checks_before_the_proof(self) -> None:
-        """Before the proof the challenge itself is the check, and a closing link asks nobody."""
+        """Before the proof the challenge serves as the check, and a closing link sends no check."""
         each = _session()
         self.assertFalse(each.wants_check(99.0))
         each.prove(_NOW)
@@ -378,7 +378,7 @@ class TimerTests(SynchronousTestCase):
         self.assertFalse(each.wants_check(99.0))
 
     def test_three_misses(self) -> None:
-        """The third check in a row without an answer gives the peer up; any valid frame starts the count again."""
+        """The third unanswered check in a row closes the link; any valid frame resets the count."""
         each = _proven()
         self.assertTrue(each.wants_check(10.0))
         self.assertEqual([each.missed(), each.missed()], [False, False])
@@ -387,7 +387,7 @@ class TimerTests(SynchronousTestCase):
         self.assertEqual([each.missed(), each.missed(), each.missed()], [False, False, True])
 
     def test_paused_time_is_not_counted(self) -> None:
-        """While we do not read, neither silence nor a half-read frame nor an unanswered check counts."""
+        """While reading is paused, neither silence nor a partial frame nor an unanswered check counts."""
         each = _proven()
         each.partial(0.0, is_partial=True, is_new=True)
         each.paused(1.0, True)
@@ -402,7 +402,7 @@ class TimerTests(SynchronousTestCase):
         self.assertIsNotNone(each.overdue(70.0))
 
     def test_max_frame(self) -> None:
-        """The smaller limit of both sides binds, and a peer that says nothing takes 65536 bytes."""
+        """The smaller limit of both sides applies, and a peer that announces none accepts 65536 bytes."""
         large = _session(bounds=Bounds(frame_size=262144))
         self.assertEqual(large.max_frame, 65536)
         large.announce(100_000)
@@ -410,7 +410,7 @@ class TimerTests(SynchronousTestCase):
         self.assertEqual(_session(bounds=Bounds(frame_size=4096)).max_frame, 4096)
 
     def test_deadlines_run_while_paused(self) -> None:
-        """Our own deadlines, and those of the requests that we hold, go on."""
+        """While reading is paused, the deadlines of our calls and of the pending requests still run."""
         each = _proven()
         each.track(_PUSH, "a", 1, 0.0)
         each.paused(0.0, True)
@@ -421,12 +421,12 @@ class TimerTests(SynchronousTestCase):
         self.assertEqual(each.next_timer(), 3.0)
 
     def test_unsigned_errors(self) -> None:
-        """The second unsigned error is one too many."""
+        """The second unsigned error reaches the bound."""
         each = _session()
         self.assertEqual([each.unsigned_error(), each.unsigned_error()], [False, True])
 
     def test_whom_we_heard(self) -> None:
-        """The key that the peer signed with last is known, and that it was heard at all."""
+        """The session records the key that the peer last signed with, and whether a valid frame has come."""
         each = _session()
         self.assertEqual((each.has_been_heard, each.peer_key_id), (False, None))
         each.heard("k1", 0.0)
@@ -435,21 +435,21 @@ class TimerTests(SynchronousTestCase):
 
 
 class DefaultTests(SynchronousTestCase):
-    """The protocol's numbers."""
+    """The protocol's default numbers."""
 
     def test_timing(self) -> None:
-        """Every wait is the one of the protocol's table."""
+        """Every timeout equals that of the protocol's table."""
         self.assertEqual(Timing(), Timing(5.0, 10.0, 10.0, 3.0, 3, 3.0, 10.0, 2.0))
 
     def test_bounds(self) -> None:
-        """Every bound is the one of the protocol's table."""
+        """Every bound equals that of the protocol's table."""
         bounds = Bounds()
         self.assertEqual((bounds.frame_size, bounds.window_frames, bounds.window_bytes), (65536, 1024, 4 << 20))
         self.assertEqual((bounds.held_frames, bounds.held_bytes, bounds.write_bytes), (1024, 8 << 20, 16 << 20))
         self.assertEqual((bounds.skews_in_a_row, bounds.unsigned_errors), (3, 2))
 
     def test_what_is_a_reply(self) -> None:
-        """Whatever has ack_of, or is of a reply-only type, is a reply; what is neither is a request."""
+        """A frame with ack_of or of a reply-only type is a reply; any other is a request."""
         for members, expected in (
             ({"type": "s2s.command.push"}, False),
             ({"type": "s2s.command.push", "ack_of": None}, True),
@@ -462,7 +462,7 @@ class DefaultTests(SynchronousTestCase):
             self.assertIs(session.is_reply(members.get("type"), "ack_of" in members), expected)
 
     def test_what_is_an_unsigned_error(self) -> None:
-        """Only s2s.error without an auth member at all."""
+        """Only an s2s.error that has no auth member is an unsigned error."""
         for members, expected in (
             ({"type": "s2s.error"}, True),
             ({"type": "s2s.error", "ack_of": "a", "payload": 1}, True),

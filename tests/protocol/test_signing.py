@@ -1,4 +1,4 @@
-"""Keys: which one signs, which one verifies, and that none shows its secret."""
+"""Keys: the choice of the signing key, verification, and secrecy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SecretTests(SynchronousTestCase):
     """:class:`Secret`, :func:`decode_secret` and :func:`random_secret`."""
 
     def test_nothing_shows_it(self) -> None:
-        """No text that Python makes of a secret, a key or a keyring holds the secret."""
+        """No text that Python makes from a secret, a key or a keyring contains the secret."""
         key = _key()
         keyring = Keyring([key])
         texts = []
@@ -39,14 +39,14 @@ class SecretTests(SynchronousTestCase):
         self.assertEqual(repr(key.secret), "Secret(***)")
 
     def test_decoding(self) -> None:
-        """Base64 with padding, white space around it or in it, gives the bytes."""
+        """Base64 with padding decodes to the bytes, also with white space around it or in it."""
         text = base64.b64encode(_SECRET).decode()
         for written in (text, f"  {text}\n", text[:20] + "\n" + text[20:]):
             self.assertEqual(decode_secret(written).reveal(), _SECRET)
         self.assertEqual(decode_secret(base64.b64encode(bytes(100)).decode()).reveal(), bytes(100))
 
     def test_refusals_hold_nothing_of_it(self) -> None:
-        """What is no base64, or too short, is refused by a text and a traceback that quote nothing."""
+        """A secret that is not base64, or too short, is refused by a text and a traceback that do not quote it."""
         short = base64.b64encode(b"hunter2" * 4).decode()
         for bad, words in (
             (short, "28 bytes"),
@@ -63,7 +63,7 @@ class SecretTests(SynchronousTestCase):
             self.assertNotIn(short, shown)
 
     def test_random(self) -> None:
-        """A random secret is one that can be decoded, and is never the same."""
+        """A random secret can be decoded, and no two are equal."""
         made = {random_secret() for _ in range(20)}
         self.assertEqual(len(made), 20)
         self.assertEqual({len(decode_secret(each).reveal()) for each in made}, {32})
@@ -75,7 +75,7 @@ class KeyTests(SynchronousTestCase):
     @settings(max_examples=100)
     @given(st.binary(min_size=32, max_size=150), st.binary(max_size=200))
     def test_signature(self, secret: bytes, message: bytes) -> None:
-        """A signature is the HMAC-SHA256 in lower-case hex, also of the second message, and verifies."""
+        """A signature is the HMAC-SHA256 in lower-case hex, also for a second message, and verifies."""
         key = _key(secret=secret)
         for each in (message, message + b"!"):
             sig = key.sign(each)
@@ -84,7 +84,7 @@ class KeyTests(SynchronousTestCase):
             self.assertFalse(key.verifies(each + b"x", sig))
 
     def test_wrong_signatures(self) -> None:
-        """One digit changed, missing or too many, another alphabet or an empty one: none verifies, none raises."""
+        """A signature with a changed, missing or extra digit, another alphabet or no digits does not verify."""
         key = _key()
         sig = key.sign(b"m")
         other = "0" if sig[0] != "0" else "1"
@@ -92,13 +92,13 @@ class KeyTests(SynchronousTestCase):
             self.assertFalse(key.verifies(b"m", wrong))
 
     def test_window(self) -> None:
-        """A key is active from active_from on and before active_to, or for ever."""
+        """A key is active from active_from on and before active_to, or without end."""
         key = _key(since=100.0, active_to=200.0)
         self.assertEqual([key.is_active(at) for at in (99.9, 100, 199.9, 200, 1e9)], [False, True, True, False, False])
         self.assertTrue(_key().is_active(1e12))
 
     def test_roles(self) -> None:
-        """A key signs for its own role, and one of role any for both."""
+        """A key signs for its own role, and a key of role any for both."""
         roles = {
             role: [_key(role=role).may_sign_for(src) for src in ("engine", "server", "x")] for role in ("engine", "any")
         }
@@ -106,7 +106,7 @@ class KeyTests(SynchronousTestCase):
         self.assertEqual(roles["any"][:2], [True, True])
 
     def test_key_ids(self) -> None:
-        """The form of a key_id is 1 to 64 of the letters the protocol names, and no line feed behind."""
+        """A key_id is 1 to 64 of the characters that the protocol names, without a trailing line feed."""
         for good in ("k", "A-b_c.9", "x" * 64):
             self.assertTrue(KEY_ID.fullmatch(good))
         for bad in ("", "x" * 65, "a b", "é", "k\n", "a/b"):
@@ -117,11 +117,11 @@ class KeyringTests(SynchronousTestCase):
     """:class:`Keyring`."""
 
     def signer(self, *keys: Key, role: Any = "engine", now: float = 1000.0) -> str:
-        """Give the key_id of the key that signs."""
+        """Return the key_id of the signing key."""
         return Keyring(keys).signer(role, now).key_id
 
     def test_order_of_signers(self) -> None:
-        """The default of the role signs, else the default of any, else the newest active key that may."""
+        """The default of the role signs, else the default of any, else the newest active key that may sign."""
         new, old = _key("new", "engine", 900.0), _key("old", "any", 100.0)
         of_any = _key("any", "any", 50.0, is_default_tx=True)
         of_role = _key("role", "engine", 10.0, is_default_tx=True)
@@ -133,7 +133,7 @@ class KeyringTests(SynchronousTestCase):
         self.assertEqual(self.signer(new, old, of_any, of_role, others, role="server"), "others")
 
     def test_inactive_keys_do_not_sign(self) -> None:
-        """A default that has ended, or has not begun, leaves the signing to the next."""
+        """A default key that has ended or has not begun does not sign, and the next key does."""
         ended = _key("ended", "engine", 0.0, active_to=1000.0, is_default_tx=True)
         coming = _key("coming", "engine", 1000.5, is_default_tx=True)
         self.assertEqual(self.signer(ended, coming, _key("plain")), "plain")
@@ -145,7 +145,7 @@ class KeyringTests(SynchronousTestCase):
             self.assertIn("s2s keys add --role engine", str(error))
 
     def test_none_may_sign_yet(self) -> None:
-        """Where a key is to come, the error names the first one, when it comes, and no command that makes one."""
+        """If a key is to become active, the error names the first such key and its time, and not how to make one."""
         keys = [_key("ended", active_to=5.0), _key("late", since=9000.0), _key("k7", since=8200.0)]
         error = self.assertRaises(NoSigningKey, Keyring(keys).signer, "engine", 1000.0)
         self.assertIn("the key k7 is not active yet, but in 7200 s", str(error))
@@ -154,7 +154,7 @@ class KeyringTests(SynchronousTestCase):
         self.assertNotIn("s2s keys add", str(error))
 
     def test_why_inactive(self) -> None:
-        """A key that is unknown, over or not active yet is told of as such, and one that is active is not."""
+        """The reason names a key that is unknown, ended or not active yet, and is None for an active one."""
         keyring = Keyring([_key("k"), _key("over", active_to=5.0), _key("later", since=8200.0)])
         keyring_never = Keyring([_key("never", since=9000.0, active_to=8000.0)])
         self.assertIsNone(keyring.why_inactive("k", 1000.0))
@@ -177,7 +177,7 @@ class KeyringTests(SynchronousTestCase):
         st.lists(st.floats(-1, 13), min_size=1, max_size=8),
     )
     def test_remembering_changes_nothing(self, rows: list[Any], moments: list[float]) -> None:
-        """One keyring asked at many moments says what a new keyring says at each."""
+        """One keyring that is asked at many moments answers as a new keyring does at each."""
         keys = [
             _key(f"k{at}", role, float(since), active_to=until, is_default_tx=is_default)
             for at, (role, since, until, is_default) in enumerate(rows)
@@ -188,7 +188,7 @@ class KeyringTests(SynchronousTestCase):
                 self.assertEqual(_ask(keyring, role, now), _ask(Keyring(keys), role, now))
 
     def test_verify(self) -> None:
-        """A known active key and its own MAC verify; all else is None alike."""
+        """Only a known active key with its own MAC verifies; every other case is None."""
         key, other = _key("k1"), _key("k2", secret=b"x" * 32)
         ended = _key("ended", active_to=10.0)
         coming = _key("coming", since=1e9)
@@ -205,7 +205,7 @@ class KeyringTests(SynchronousTestCase):
             self.assertIsNone(keyring.verify(Sealed(key_id, sig, b"m"), 1000.0))
 
     def test_an_unknown_key_costs_a_mac(self) -> None:
-        """For an unknown key_id exactly as many MACs are made as for a known one."""
+        """For an unknown key_id exactly as many MACs are computed as for a known one."""
         made: list[bytes] = []
         true_sign = Key.sign
 
@@ -221,7 +221,7 @@ class KeyringTests(SynchronousTestCase):
             self.assertEqual(made, [b"m"])
 
     def test_contents(self) -> None:
-        """A keyring knows its keys by name, ended or not."""
+        """A keyring finds its keys by key_id, ended or not."""
         keyring = Keyring([_key("k1"), _key("k2", active_to=1.0)])
         self.assertEqual((len(keyring), "k1" in keyring, "k2" in keyring, "k3" in keyring), (2, True, True, False))
 

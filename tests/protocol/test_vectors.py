@@ -1,4 +1,4 @@
-"""The test vectors, through our own floors without any I/O: they are what a peer in another language is held to."""
+"""The test vectors, which define the protocol for peers in other languages, run through our code without I/O."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class _Keys:
         self.keyring = Keyring([key])
 
     def refresh(self) -> Any:
-        """There is nothing to read again."""
+        """Do nothing, because there are no keys to read."""
         raise AssertionError("the keys were to be read again")
 
 
 def _judge(vector: dict[str, Any], replay: ReplayCache) -> Any:
-    """Give what a dispatcher of the vector's reader makes of its frame, on a new and proven link."""
+    """Return the dispatcher's outcome for a vector's frame, on a new and proven link of its reader."""
     clock = Clock(FakeClock(), lambda: float(_NOW))
     role = vector["reader"]
     served = {message.name: None for message in MESSAGES if envelope.other(role) in message.sent_by}
@@ -74,7 +74,7 @@ class AcceptTests(SynchronousTestCase):
                 self.assertEqual(outcome.envelope.ack_of, said.get("ack_of"))
 
     def test_replies_are_as_promised(self) -> None:
-        """Every reply to a request of the file is what the catalogue promises for it, or an error."""
+        """Every reply to a request of the file is one that the catalogue defines for it, or an error."""
         envelopes = [vector["envelope"] for vector in _read("accept.json")]
         asked = {each["id"]: BY_NAME[each["type"]] for each in envelopes if each["type"] in BY_NAME}
         replies = [each for each in envelopes if each.get("ack_of") in asked]
@@ -87,7 +87,7 @@ class AcceptTests(SynchronousTestCase):
                 (ERROR_SCHEMA if is_error else message.reply_schema).check(reply["payload"])
 
     def test_what_is_signed(self) -> None:
-        """Parsed, cut or written anew, and signed, every frame gives its vector's envelope, bytes and sig."""
+        """Parsed, split or rewritten, and signed, every frame gives its vector's envelope, bytes and sig."""
         for vector in _read("accept.json"):
             frame = bytes.fromhex(vector["frame_hex"])
             with self.subTest(vector["name"]):
@@ -106,7 +106,7 @@ class AcceptTests(SynchronousTestCase):
                 self.assertEqual(members["auth"]["sig"], vector["sig"])
 
     def test_a_second_time(self) -> None:
-        """Sent a second time every request but a push is a replay, and every push passes."""
+        """A second copy of every request except a push is a replay, and every second push passes."""
         replay = ReplayCache(0.0)
         requests = [vector for vector in _read("accept.json") if vector["kind"] == "request"]
         for vector in requests:
@@ -129,7 +129,7 @@ class RefuseTests(SynchronousTestCase):
     """``refuse.json``."""
 
     def test_frames_are_refused(self) -> None:
-        """Every frame of refuse.json gets its code, rule and path, a signature or none, and closes the link or not."""
+        """Every frame of refuse.json gets its code, rule, path and signature or none, and closes the link or not."""
         replay = ReplayCache(0.0)
         for vector in _read("refuse.json"):
             with self.subTest(vector["name"]):
@@ -151,13 +151,13 @@ class RefuseTests(SynchronousTestCase):
                 ERROR_SCHEMA.check(error.payload())
 
     def responded(self, request: Request) -> Refusal:
-        """Give the refusal of a push by the inbox, which looks at the command before it needs a database."""
+        """Return the refusal of a push by the inbox, which checks the command before it needs a database."""
         inbox = Inbox(None, registry(BUILTIN))  # type: ignore[arg-type]
         error: WireError = self.failureResultOf(inbox.push(request.payload), WireError).value
         return Refusal(error, request.envelope.id)
 
     def test_both_parsers_refuse(self) -> None:
-        """The exact parser refuses what the fast one refuses, by the same rule."""
+        """The exact parser refuses every frame that the fast one refuses, by the same rule."""
         for vector in _read("refuse.json"):
             if vector["code"] == "bad_json":
                 with self.subTest(vector["name"]):
@@ -165,7 +165,7 @@ class RefuseTests(SynchronousTestCase):
                     self.assertEqual(error.details["rule"], vector["rule"])
 
     def test_every_rule_is_there(self) -> None:
-        """There is a vector of every rule of JSON and of every code that a frame alone can earn."""
+        """There is a vector for every rule of JSON and for every code that a single frame can cause."""
         vectors = _read("refuse.json")
         self.assertEqual({vector["rule"] for vector in vectors if "rule" in vector}, set(canonical.RULES))
         codes = {vector["code"] for vector in vectors}
@@ -179,7 +179,7 @@ class OtherFilesTests(SynchronousTestCase):
     """``canonical.json``, ``lengths.json`` and the writer of all of them."""
 
     def test_canonical_forms(self) -> None:
-        """Every value of canonical.json is written as it says, by us and by canonicaljson."""
+        """Both our writer and canonicaljson write every value of canonical.json as the file states."""
         for vector in _read("canonical.json"):
             with self.subTest(vector["name"]):
                 written = bytes.fromhex(vector["canonical_hex"])
@@ -190,7 +190,7 @@ class OtherFilesTests(SynchronousTestCase):
                 self.assertEqual(encode_canonical_json(value["value"]), written)
 
     def test_lengths_are_consistent(self) -> None:
-        """Every prefix of lengths.json says its length, and the limit decides, and zero is no JSON."""
+        """Every prefix of lengths.json states its length, the limit decides, and a length of zero is not JSON."""
         for vector in _read("lengths.json"):
             self.assertEqual(bytes.fromhex(vector["prefix_hex"]), vector["length"].to_bytes(4, "big"))
             too_long = vector["length"] > vector["frame_size_limit"]
@@ -198,7 +198,7 @@ class OtherFilesTests(SynchronousTestCase):
             self.assertEqual(vector["code"], expected)
 
     def test_files_are_as_their_writer_writes_them(self) -> None:
-        """The files are what make_vectors.py makes, which knows nothing of our code."""
+        """The files equal the output of make_vectors.py, which shares no code with s2s."""
         checking = [sys.executable, str(_HERE / "make_vectors.py"), "--check"]
         done = subprocess.run(checking, capture_output=True, text=True, check=False)
         self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)

@@ -1,4 +1,4 @@
-"""Requests of ours: the window, the line, deadlines."""
+"""Our requests: the window, the queue, and deadlines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class WindowTests(SynchronousTestCase):
         return False
 
     def test_frames(self) -> None:
-        """1024 requests are in flight; the next stands in line until one is answered."""
+        """1024 requests are in flight; the next one is queued until one is answered."""
         each = Window(Bounds())
         for at in range(1024):
             self.assertTrue(self.send(each, _call(), f"m{at}"))
@@ -46,7 +46,7 @@ class WindowTests(SynchronousTestCase):
         self.assertEqual((each.in_flight, each.in_line), (1023, 0))
 
     def test_bytes(self) -> None:
-        """4 MiB are in flight, exactly, and one byte more waits."""
+        """Exactly 4 MiB are in flight, and one byte more is queued."""
         each = Window(Bounds())
         self.assertTrue(self.send(each, _call(size=(4 << 20) - 10), "a"))
         self.assertTrue(self.send(each, _call(size=10), "b"))
@@ -55,7 +55,7 @@ class WindowTests(SynchronousTestCase):
         self.assertIsNotNone(each.next_in_line())
 
     def test_one_frame_always_fits(self) -> None:
-        """A frame larger than the whole window goes when nothing else is in flight."""
+        """A frame larger than the whole window is sent when no other request is in flight."""
         each = Window(Bounds(window_bytes=100))
         self.assertTrue(self.send(each, _call(size=101), "a"))
         self.assertFalse(self.send(each, _call(size=1), "b"))
@@ -63,7 +63,7 @@ class WindowTests(SynchronousTestCase):
         self.assertIsNotNone(each.next_in_line())
 
     def test_line_order(self) -> None:
-        """The line is served in order, and nobody small slips past a large one at its head."""
+        """The queue is served in order, and no small call overtakes a large one at its head."""
         each = Window(Bounds(window_bytes=100))
         self.send(each, _call(size=60), "a")
         large, small = _call(size=80), _call(size=10)
@@ -76,7 +76,7 @@ class WindowTests(SynchronousTestCase):
         self.assertIs(each.next_in_line(), small)
 
     def test_health_checks_are_outside(self) -> None:
-        """A health check goes with a full window and past the line, and takes no room."""
+        """A health check is sent with a full window and past the queue, and takes no room."""
         each = Window(Bounds(window_frames=1))
         self.send(each, _call(), "a")
         self.send(each, _call(), "b")
@@ -86,7 +86,7 @@ class WindowTests(SynchronousTestCase):
         self.assertEqual(each.in_flight, 1)
 
     def test_line_full(self) -> None:
-        """The line has a bound in calls and one in bytes; beyond it a call fails at once and leaves no trace."""
+        """The queue has a bound in calls and one in bytes; beyond it a call fails at once and leaves no trace."""
         for bounds in (Bounds(window_frames=1, line_calls=2), Bounds(window_frames=1, line_bytes=200)):
             each = Window(bounds)
             self.send(each, _call(), "a")
@@ -99,7 +99,7 @@ class WindowTests(SynchronousTestCase):
             self.assertFalse(each.offer(_call()))
 
     def test_settle(self) -> None:
-        """A reply finds its call once; of another id, or of none, it finds nothing."""
+        """A reply finds its call once; a reply with another id, or with none, finds no call."""
         each = Window(Bounds())
         call = _call()
         self.send(each, call, "a")
@@ -109,7 +109,7 @@ class WindowTests(SynchronousTestCase):
         self.assertEqual(each.in_flight, 0)
 
     def test_deadline_in_flight(self) -> None:
-        """A call in flight ends at its deadline, makes room, and its late reply finds nobody."""
+        """A call in flight ends at its deadline and makes room, and its late reply finds no call."""
         each = Window(Bounds(window_frames=1))
         call, waiting = _call(deadline=3.0), _call(deadline=9.0)
         self.send(each, call, "a")
@@ -121,7 +121,7 @@ class WindowTests(SynchronousTestCase):
         self.assertIs(each.next_in_line(), waiting)
 
     def test_deadline_in_line(self) -> None:
-        """A call whose deadline passes in line ends there and is never sent."""
+        """A queued call whose deadline passes ends there and is never sent."""
         each = Window(Bounds(window_frames=1))
         self.send(each, _call(deadline=9.0), "a")
         early, late = _call(deadline=1.0), _call(deadline=5.0)
@@ -134,7 +134,7 @@ class WindowTests(SynchronousTestCase):
         self.assertIsNone(each.next_in_line())
 
     def test_the_dead_do_not_fill_the_line(self) -> None:
-        """Calls that ended in line count against its bound no more."""
+        """Calls that ended in the queue no longer count against its bound."""
         each = Window(Bounds(window_frames=1, line_calls=2))
         self.send(each, _call(deadline=9.0), "a")
         self.send(each, _call(deadline=9.0))
@@ -143,7 +143,7 @@ class WindowTests(SynchronousTestCase):
         self.assertFalse(each.offer(_call(deadline=9.0)))
 
     def test_fail_all(self) -> None:
-        """All calls, in flight and in line, are given once when the link is gone, but none that has ended."""
+        """When the link ends, all calls in flight and queued are returned once, except those that have ended."""
         each = Window(Bounds(window_frames=1))
         flying, waiting, ended = _call(deadline=9.0), _call(deadline=9.0), _call(deadline=1.0)
         for call in (flying, waiting, ended):
@@ -154,12 +154,12 @@ class WindowTests(SynchronousTestCase):
         self.assertEqual((each.in_flight, each.in_line, each.expire(99.0)), (0, 0, []))
 
     def test_any_order_of_events(self) -> None:
-        """Whatever is offered, answered, expired and failed: the sums are right and every call ends once."""
+        """For any order of offers, replies, expiries and failures the sums are right and every call ends once."""
         run_state_machine_as_test(_Calls, settings=settings(max_examples=60, stateful_step_count=40))
 
 
 class _Calls(RuleBasedStateMachine):
-    """A requester, beside a plain account of what it should hold."""
+    """A caller with an independent model of the expected state."""
 
     def __init__(self) -> None:
         super().__init__()
