@@ -184,7 +184,7 @@ class Refused(CallError):
 
 
 class DatabaseError(S2SError):
-    """An error of the database driver. The subclasses differ in what a caller can do about it."""
+    """An error of the database driver. The subclasses differ in the action that a caller can take."""
 
 
 class DatabaseUnavailable(DatabaseError):

@@ -318,7 +318,7 @@ class Link(Int32StringReceiver):
         for call in self.session.calls.fail_all():
             call.waiter.errback(LinkLost(f"the link ended: {self.why}"))
 
-    # --- what comes in ----------------------------------------------------------------------------------------------
+    # --- inbound frames ---------------------------------------------------------------------------------------------
 
     def _handle_frame(self, frame: bytes, unknown: UnknownKey | None = None) -> None:
         outcome = self._dispatcher.receive(frame, self.session, unknown)
@@ -431,7 +431,7 @@ class Link(Int32StringReceiver):
             self._counters.meet("unsigned_errors")
             self.close("unsigned errors came")
 
-    # --- what goes out ----------------------------------------------------------------------------------------------
+    # --- outbound frames --------------------------------------------------------------------------------------------
 
     def call(self, type: str, payload: Mapping[str, Any], timeout: float | None = None) -> Deferred[dict[str, Any]]:
         """Send a request and wait for its reply.

@@ -66,7 +66,7 @@ def _refuse(rule: str, frame: bytes = b"") -> NoReturn:
     raise BadJson(rule, "it is compressed with gzip: send it as it is" if is_gzip else RULES[rule])
 
 
-# --- in ------------------------------------------------------------------------------------------------------------
+# --- parsing -------------------------------------------------------------------------------------------------------
 
 
 def parse(frame: bytes) -> dict[str, Any]:
@@ -280,7 +280,7 @@ def _is_plain(value: Any, depth: int) -> bool:
     return True
 
 
-# --- out -----------------------------------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------------------------
 
 
 def dumps(value: Mapping[str, Any], depth: int = 1) -> bytes:

@@ -158,7 +158,7 @@ def well_formed_id(members: dict[str, Any]) -> str | None:
     return message_id if type(message_id) is str and ID.fullmatch(message_id) else None
 
 
-# --- out -----------------------------------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------------------------
 
 
 def size(message_type: str, body: bytes, key_id_length: int = 64) -> int:

@@ -142,7 +142,7 @@ class Session:
         self._stamped = max(self._stamped, int(now))
         return self._stamped
 
-    # --- what comes in ----------------------------------------------------------------------------------------------
+    # --- inbound frames ---------------------------------------------------------------------------------------------
 
     def heard(self, key_id: str, mono: float) -> None:
         """Record that a frame with a valid MAC arrived."""

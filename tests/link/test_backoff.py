@@ -29,7 +29,7 @@ class BackoffTests(SynchronousTestCase):
         self.assertEqual(_pauses(self.make(lambda: 0.5), 2), [0.05, 0.1])
 
     def test_slow(self) -> None:
-        """After a refusal every pause is at least 5 s, the first is drawn up to 10 s, and the bound grows up to 60 s."""
+        """After a refusal a pause is at least 5 s, the first is drawn up to 10 s, and the bound grows up to 60 s."""
         for drawn, expected in ((1.0, [10.0, 20.0, 40.0, 60.0, 60.0, 60.0]), (0.0, [5.0] * 6)):
             backoff = self.make(lambda drawn=drawn: drawn)
             backoff.refused()
@@ -63,7 +63,7 @@ class BackoffTests(SynchronousTestCase):
         self.assertEqual(backoff(0), 0.1)
 
     def test_dismissed_again_and_again(self) -> None:
-        """Each proven link that the server refuses makes the next pause longer, until one link lasts for two minutes."""
+        """Each proven link that the server refuses makes the next pause longer, until one lasts for two minutes."""
         backoff = self.make()
         pauses = []
         for lasted in (900.0, 0.1, 7.0, 60.0, 60.0, 120.0, 60.0):

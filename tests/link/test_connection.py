@@ -1319,7 +1319,7 @@ class UnknownKeyTests(LinkTestCase):
     """A key_id that is not in memory."""
 
     def test_read_again_and_refused(self) -> None:
-        """An unknown key makes the link read the keys once; if it is still unknown, the frame is auth_bad and closes."""
+        """An unknown key makes the link read the keys once; if still unknown, the frame is auth_bad and closes."""
         self.deliver(self.frame(COMMAND_PUSH, _push(), key=_STRANGER))
         self.assertEqual((len(self.keys.reads), self.transport.producerState, self.written()), (1, "paused", []))
         self.keys.end_read(_KEY)

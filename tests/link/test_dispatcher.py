@@ -1,4 +1,4 @@
-"""From a frame to a verdict: the protocol's order of checks, and nothing but a verdict comes out."""
+"""The dispatcher: the protocol's order of checks, and an outcome for every frame."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ _PUSH = {"cmd_type": "a.b", "idem_key": "k", "payload": {"n": 1}}
 
 
 class _Keys:
-    """Keys that a test can exchange."""
+    """Keys that a test can replace."""
 
     def __init__(self) -> None:
         self.keyring = Keyring([_KEY, _ENGINE_KEY, _SERVER_KEY, _ENDED_KEY])
 
     def refresh(self) -> Any:
-        """A dispatcher never reads keys itself."""
+        """Fail, because a dispatcher never reads keys itself."""
         raise AssertionError("the dispatcher read the keys")
 
 
 def _signed(members: dict[str, Any], key: Key = _KEY, **auth: Any) -> bytes:
-    """Sign whatever members there are, well formed or not."""
+    """Sign any members, well formed or not."""
     unsigned = {**members, "auth": {"key_id": key.key_id, **auth}}
     sig = key.sign(canonical.dumps_exactly(unsigned))
     return canonical.dumps_exactly({**unsigned, "auth": {**unsigned["auth"], "sig": sig}})
 
 
 def _members(**changes: Any) -> dict[str, Any]:
-    """Give a good push with some members changed, or left out where the change is ``...``."""
+    """Return a valid push with some members changed, or left out where the change is ``...``."""
     good = {
         "v": 1,
         "id": "i1",
@@ -76,17 +76,17 @@ class DispatcherTests(SynchronousTestCase):
         self.dispatcher = Dispatcher(self.keys, responders, Clock(self.time, lambda: _NOW + self.time.seconds()))
 
     def receive(self, frame: bytes | dict[str, Any], **more: Any) -> Any:
-        """Judge a frame, signed first where members are given."""
+        """Return the outcome of a frame, which is signed first if it is given as members."""
         return self.dispatcher.receive(_signed(frame) if isinstance(frame, dict) else frame, self.session, **more)
 
     def refusal(self, frame: bytes | dict[str, Any], **more: Any) -> tuple[Any, ...]:
-        """Give code, path, ack_of and whether it is answered."""
+        """Return the code, the path, the ack_of and whether the refusal is answered."""
         outcome = self.receive(frame, **more)
         self.assertIsInstance(outcome, Refusal)
         return outcome.error.code, outcome.error.details.get("path"), outcome.ack_of, outcome.is_answered
 
     def test_a_request(self) -> None:
-        """A good request comes out with its defaults filled in, its key and its size."""
+        """A valid request is returned with its defaults filled in, its key and its size."""
         frame = _signed(_members())
         outcome = self.receive(frame)
         self.assertIsInstance(outcome, Request)
@@ -96,11 +96,11 @@ class DispatcherTests(SynchronousTestCase):
         self.assertEqual((outcome.envelope.id, outcome.envelope.payload), ("i1", _PUSH))
 
     def test_defaults_do_not_overrule(self) -> None:
-        """What the peer said stands, even where it equals nothing of the default."""
+        """A value that the peer sends takes precedence over the default, also if it is 0."""
         self.assertEqual(self.receive(_members(payload={**_PUSH, "priority": 0})).payload["priority"], 0)
 
     def test_not_canonical(self) -> None:
-        """White space, order and escapes of the peer's own change nothing of the verdict."""
+        """White space, member order and escapes of the peer do not change the outcome."""
         said = json.loads(_signed(_members(payload={**_PUSH, "payload": {"é": "ü"}})))
         for frame in (
             json.dumps(dict(reversed(said.items())), indent=1).encode(),
@@ -110,7 +110,7 @@ class DispatcherTests(SynchronousTestCase):
             self.assertIsInstance(self.receive(frame), Request)
 
     def test_unknown_members_are_signed(self) -> None:
-        """Unknown members of the envelope and of auth are ignored, but not when they are changed on the way."""
+        """Unknown members of the envelope and of auth are ignored, but a change of them breaks the signature."""
         frame = _signed(_members(trace="t1"), nonce=5)
         self.assertIsInstance(self.receive(frame), Request)
         for before, after in ((b'"trace":"t1"', b'"trace":"t2"'), (b'"nonce":5', b'"nonce":6')):
@@ -122,7 +122,7 @@ class DispatcherTests(SynchronousTestCase):
         self.assertEqual(self.refusal(_signed(_members(), scheme="none"))[0], "auth_bad")
 
     def test_before_the_mac(self) -> None:
-        """What fails before its MAC holds names no request, and neither hears nor notes the peer."""
+        """A frame that fails before its MAC is verified names no request, and does not count as heard."""
         frame = _signed(_members())
         for bad, code in (
             (b"", "bad_json"),
@@ -142,13 +142,13 @@ class DispatcherTests(SynchronousTestCase):
         self.assertIsInstance(self.receive(frame), Request)
 
     def test_no_value_is_walked_before_the_mac(self) -> None:
-        """Of a frame whose MAC does not hold, Python code makes a few steps, in any spelling and whatever it holds."""
+        """For a frame whose MAC is wrong, Python code takes few steps, whatever the frame contains."""
         for frame in hostile.frames(65536):
             with self.subTest(frame=frame[:80], size=len(frame)):
                 self.assertLess(hostile.steps(self.receive, frame), hostile.MOST_STEPS)
 
     def test_nothing_is_kept_of_a_refused_frame(self) -> None:
-        """What was parsed of a frame that is refused is freed at once, and leaves the cyclic collector nothing."""
+        """The parsed form of a refused frame is freed at once, without the cyclic garbage collector."""
         bad = [b'{"a":[%b]}' % b",".join([b"[]"] * 1000), b'{"a":[%b,1.5]}' % b",".join([b"[]"] * 1000)]
         bad += [json.dumps({**json.loads(_signed(_members())), "a": [[]] * 1000}).encode()]
         bad += [frame.replace(b"[[]", b'["\\ud800",[]', 1) for frame in bad] + [bad[0][:-1] + b',"b":-0}']
@@ -161,7 +161,7 @@ class DispatcherTests(SynchronousTestCase):
                 self.assertLess(gc.collect(), 500)
 
     def test_the_payload_is_parsed_after_the_mac(self) -> None:
-        """A canonical frame is parsed once, after its MAC: the key's holder pays for what it says."""
+        """A canonical frame is parsed once, after its MAC, so that only a key holder causes the cost."""
         parsed: list[bytes] = []
         parse = canonical.parse_plainly
         self.patch(canonical, "parse_plainly", lambda *args: parsed.append(args[0]) or parse(*args))
@@ -171,7 +171,7 @@ class DispatcherTests(SynchronousTestCase):
         self.assertEqual(len(parsed), 1)
 
     def test_the_mac_covers_the_canonical_form(self) -> None:
-        """A payload signed as it is written, and not in its canonical form, does not verify."""
+        """A payload that is signed as written, and not in its canonical form, is not verified."""
         for payload in (b'{"a":1.5}', b'{"b":1,"a":1}', b'{"a":-0}', b'{"a":1,"a":1}', b'{"a":"\\u0000"}', b'{"a": 1}'):
             head = b'{"auth":{"key_id":"k1"'
             rest = b'},"dst":"server","id":"i1","payload":%b,"src":"engine","ts":%d,"type":"t","v":1}' % (payload, _NOW)
@@ -181,7 +181,7 @@ class DispatcherTests(SynchronousTestCase):
         self.assertFalse(self.session.has_been_heard)
 
     def test_every_bit_counts(self) -> None:
-        """A frame with any one bit flipped does not pass."""
+        """A frame with any one bit flipped is refused."""
         frame = _signed(_members())
         for at in range(len(frame)):
             for bit in (1, 4, 32):
@@ -195,7 +195,7 @@ class DispatcherTests(SynchronousTestCase):
         self.assertFalse(self.session.has_been_heard)
 
     def test_an_unknown_key_is_asked_for_once(self) -> None:
-        """An unknown key_id is to be read again first, then it is auth_bad; it becomes good when it was read."""
+        """An unknown key_id is first UnknownKey, then auth_bad; once a read has found the key, the frame passes."""
         frame = _signed(_members(), _STRANGER)
         unknown = self.receive(frame)
         self.assertIsInstance(unknown, UnknownKey)
@@ -204,7 +204,7 @@ class DispatcherTests(SynchronousTestCase):
         self.assertIsInstance(self.receive(frame, unknown=unknown), Request)
 
     def test_an_unknown_key_is_parsed_once(self) -> None:
-        """The second look at a frame of a key that stays unknown costs its MAC and no parsing, and keeps no objects."""
+        """The second check of a frame with an unknown key costs one MAC and no parsing, and keeps no objects."""
         frame = json.dumps(json.loads(_signed(_members(), _STRANGER))).encode()
         unknown = self.receive(frame)
         self.assertEqual(
@@ -214,7 +214,7 @@ class DispatcherTests(SynchronousTestCase):
         self.assertEqual(self.refusal(frame, unknown=unknown)[0], "auth_bad")
 
     def test_after_the_mac(self) -> None:
-        """What fails after its MAC holds names the member and the request, and the peer was heard."""
+        """A frame that fails after its MAC is verified names the member and the request, and counts as heard."""
         for change, code, path in (
             ({"v": 2}, "unsupported_version", "/v"),
             ({"v": ...}, "bad_envelope", "/v"),
@@ -238,24 +238,24 @@ class DispatcherTests(SynchronousTestCase):
         self.assertTrue(self.session.has_been_heard)
 
     def test_an_id_that_cannot_be_named(self) -> None:
-        """An error about an ill-formed id names no request."""
+        """An error about an ill-formed id names no request in ack_of."""
         self.assertEqual(self.refusal(_members(id="a b")), ("bad_envelope", "/id", None, True))
         self.assertEqual(self.refusal(_members(id="a b", v=3)), ("unsupported_version", "/v", None, True))
 
     def test_roles_of_keys(self) -> None:
-        """A right signature by a key of the other role is forbidden."""
+        """A valid signature by a key of the other role is forbidden."""
         self.assertIsInstance(self.receive(_signed(_members(), _ENGINE_KEY)), Request)
         self.assertEqual(self.refusal(_signed(_members(id="i2"), _SERVER_KEY))[:2], ("forbidden", "/auth/key_id"))
 
     def test_our_own_frame_sent_back(self) -> None:
-        """A frame that we signed ourselves and that comes back is forbidden."""
+        """A frame that we signed ourselves and that is sent back to us is forbidden."""
         ours = envelope.seal(
             id="i9", ts=_NOW, src="server", dst="engine", type="s2s.health.check", body=b"{}", key=_KEY
         )
         self.assertEqual(self.refusal(ours), ("forbidden", "/src", "i9", True))
 
     def test_order_of_checks(self) -> None:
-        """Each fault hides all that come after it in the protocol's order."""
+        """Each fault hides every fault that the protocol checks later."""
         faults: list[tuple[str, dict[str, Any]]] = [
             ("unsupported_version", {"v": 2}),
             ("bad_envelope", {"payload": 1}),
@@ -269,17 +269,17 @@ class DispatcherTests(SynchronousTestCase):
                 changes |= change
             with self.subTest(code=code):
                 self.assertEqual(self.refusal(_members(**changes))[0], code)
-        # The MAC before them all, and the payload after them.
+        # The MAC is checked before them all, and the payload after them.
         self.assertEqual(self.refusal(_signed(_members(v=2), _ENDED_KEY))[0], "auth_bad")
         self.assertEqual(self.refusal(_members(id="i2", ts=5, payload={}))[0], "ts_skew")
 
     def test_a_refused_payload_was_entered(self) -> None:
-        """The payload comes after the replay cache: a bad health check is a replay the second time."""
+        """The payload is checked after the replay cache: an invalid health check sent twice is a replay."""
         check = _members(type="s2s.health.check", payload={"a": 1})
         self.assertEqual([self.refusal(check)[0], self.refusal(check)[0]], ["bad_payload", "replay"])
 
     def test_replies(self) -> None:
-        """A reply finds its call once, whatever its ts; one that nobody awaits comes out with no call."""
+        """A reply finds its call once, whatever its ts; a reply that no call awaits is returned without a call."""
         call = Call(BY_NAME["s2s.broadcast.sweep"], b"{}", 10, 3.0, None)
         self.session.calls.sent(call, "m1")
         reply = _members(id="r1", type="s2s.ack", ack_of="m1", ts=0, payload={"any": "thing"})
@@ -289,16 +289,16 @@ class DispatcherTests(SynchronousTestCase):
         self.assertEqual((second.call, second.envelope.payload), (None, {"any": "thing"}))
 
     def test_replies_without_ack_of(self) -> None:
-        """A reply-only type without ack_of is a reply that nobody awaits."""
+        """A reply-only type without ack_of is a reply that no call awaits."""
         for type in ("s2s.ack", "s2s.health.ack", "s2s.error"):
             self.assertIsNone(self.receive(_members(type=type, payload={})).call)
 
     def test_a_request_type_with_ack_of(self) -> None:
-        """Whatever has ack_of is a reply and is not served."""
+        """A frame with ack_of is a reply and is not served."""
         self.assertIsInstance(self.receive(_members(ack_of="m1")), Reply)
 
     def test_wrong_replies_are_not_answered(self) -> None:
-        """A reply that is refused is refused without an answer, and ends no call."""
+        """A refused reply is not answered, and ends no call."""
         call = Call(BY_NAME["s2s.broadcast.sweep"], b"{}", 10, 3.0, None)
         self.session.calls.sent(call, "m1")
         for change, code in (
@@ -315,7 +315,7 @@ class DispatcherTests(SynchronousTestCase):
         self.assertEqual(self.session.calls.in_flight, 1)
 
     def test_unsigned_errors(self) -> None:
-        """An s2s.error without auth comes out as such, ends no call, and is not the peer heard."""
+        """An s2s.error without auth is an UnsignedError, ends no call, and does not count as heard."""
         call = Call(BY_NAME["s2s.broadcast.sweep"], b"{}", 10, 3.0, None)
         self.session.calls.sent(call, "m1")
         payload = {"code": "auth_bad", "message": "m", "details": {}}
@@ -325,20 +325,20 @@ class DispatcherTests(SynchronousTestCase):
         self.assertEqual((self.session.calls.in_flight, self.session.has_been_heard), (1, False))
 
     def test_heard(self) -> None:
-        """Any frame whose MAC holds counts as heard, by its key, even one that is then refused."""
+        """Any frame with a valid MAC counts as heard, with its key, even if it is then refused."""
         self.refusal(_signed(_members(v=2), _ENGINE_KEY))
         self.assertEqual((self.session.has_been_heard, self.session.peer_key_id), (True, "ke"))
 
     @settings(max_examples=200)
     @given(st.binary(max_size=300))
     def test_random_bytes(self, frame: bytes) -> None:
-        """Of random bytes only an unsigned refusal comes out."""
+        """Any random bytes give an unsigned refusal."""
         self.assertFalse(self.receive(frame).error.signed)
 
     @settings(max_examples=200)
     @given(st.data())
     def test_random_signed_members(self, data: st.DataObject) -> None:
-        """Of any signed members whatever only a verdict comes out, and a refusal that can be sent."""
+        """Any signed members give an outcome and no exception, and every refusal can be sent."""
         odd = st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | st.text("ab/~é\n", max_size=3)
         odd |= st.lists(odd, max_size=2) | st.dictionaries(st.text("ab/~é", max_size=3), odd, max_size=2)
         names = st.sampled_from([*_members(), "ack_of", "payload", "x"])

@@ -1,4 +1,4 @@
-"""Making links, and a server's links taken together."""
+"""The factory of links, and the set of a server's links."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from s2s.runtime.line_quota import MOST_TOLD, PERIOD_S, TOLD
 
 
 class _Session:
-    """What ServerLinks looks at."""
+    """The members of a session that ServerLinks reads."""
 
     def __init__(self, key_id: str | None) -> None:
         self.peer_key_id = key_id
         self.has_been_heard = key_id is not None
         self.is_open = True
-        #: Nothing has come for a while.
+        #: No frame has come for a while.
         self.is_checking = False
 
 
 class _Link:
-    """A link that only remembers why it was closed; its connection ends when the test says so."""
+    """A link that only records why it was closed; its connection ends when the test ends it."""
 
     def __init__(self, key_id: str | None = None, network: str = "127.0.0.1", **peer: Any) -> None:
         self.network = network
@@ -44,22 +44,22 @@ class _Link:
         self.dismissed: WireError | None = None
 
     def may_tell(self, why: str) -> bool:
-        """There is always a line."""
+        """Allow every line."""
         return True
 
     def close(self, why: str) -> None:
-        """Close, once."""
+        """Close the link, once."""
         if self.session.is_open:
             self.session.is_open = False
             self.closed = self.why = why
 
     def abort(self, why: str) -> None:
-        """Close and cut."""
+        """Close the link and cut its connection."""
         self.is_cut = True
         self.close(why)
 
     def dismiss(self, error: WireError, why: str) -> None:
-        """Close with an error."""
+        """Close the link with an error."""
         self.dismissed = error
         self.close(why)
 
@@ -68,20 +68,20 @@ class ServerLinksTests(SynchronousTestCase):
     """:class:`ServerLinks`."""
 
     def setUp(self) -> None:
-        """Make an empty register."""
+        """Make an empty set of links."""
         self.up: list[Any] = []
         self.counters = Counters()
         self.time = FakeClock()
         self.links = ServerLinks(self.counters, Clock(self.time), self.up.append)
 
     def made(self, key_id: str | None = None, **peer: Any) -> Any:
-        """Let a connection be made."""
+        """Make a connection."""
         link: Any = _Link(key_id, **peer)
         self.links.link_made(link)
         return link
 
     def lines(self) -> list[str]:
-        """Return a list that grows with every line of the log."""
+        """Return a list to which every line of the log is appended."""
         lines: list[str] = []
         observer = lambda event: lines.append(str(event["log_format"]).format(**event))  # noqa: E731
         globalLogPublisher.addObserver(observer)
@@ -89,13 +89,13 @@ class ServerLinksTests(SynchronousTestCase):
         return lines
 
     def loop(self, *names: str) -> None:
-        """Let engines link, prove themselves and go."""
+        """Let engines connect, prove their links and disconnect."""
         for name in names:
             self.links.link_proven(link := self.made("k1", name=name))
             self.links.link_lost(link)
 
     def test_engines(self) -> None:
-        """An engine counts as up when its link is proven, and no more when that is lost."""
+        """An engine is up while its proven link exists."""
         link = self.made("k1", name="e1")
         self.assertEqual((len(self.links), self.links.engines, self.up), (1, [], []))
         self.links.link_proven(link)
@@ -104,7 +104,7 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual((len(self.links), self.links.engines), (0, []))
 
     def test_a_newer_link_replaces_the_older(self) -> None:
-        """A new proven link of the same engine closes the old one, whose end then changes nothing."""
+        """A new proven link of an engine closes the old one, whose end then changes nothing."""
         old, new = (self.made("k1", name="e1", boot_id="a") for _ in range(2))
         self.links.link_proven(old)
         self.links.link_proven(new)
@@ -113,7 +113,7 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual((self.links.engines, len(self.links), new.closed), ([new], 1, None))
 
     def test_another_process_of_the_same_name(self) -> None:
-        """The process whose link is replaced is told why; a link of the same process is closed without a word."""
+        """A replaced link of another process is closed with an error, and one of the same process without an error."""
         old, new, again = (self.made("k1", name="e1", boot_id=boot) for boot in ("a", "b", "b"))
         self.links.link_proven(old)
         self.links.link_proven(new)
@@ -125,7 +125,7 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual(self.links.engines, [again])
 
     def test_processes_without_a_boot_id(self) -> None:
-        """Without a boot_id a link over which frames still come is another process's, and a silent one the same's."""
+        """Without a boot_id a link with recent frames is another process's, and a silent one is the same process's."""
         for peer, who in (({}, "without a name"), ({"name": "e1"}, "as e1")):
             lines = self.lines()
             old, new, again = (self.made("k1", **peer) for _ in range(3))
@@ -144,7 +144,7 @@ class ServerLinksTests(SynchronousTestCase):
             self.links.link_lost(again)
 
     def test_a_fight_is_told_once_a_minute(self) -> None:
-        """Links of one engine that replace each other many times a second make one line a minute, with the count."""
+        """Links of one engine that replace each other many times a second cause one line a minute, with the count."""
         lines = self.lines()
         for number in range(1, 17 * 120):
             self.time.advance(number / 17 - self.time.seconds())
@@ -156,7 +156,7 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertIn("as 1019 others did", lines[4])
 
     def test_an_engine_that_comes_and_goes_is_told_once_a_minute(self) -> None:
-        """A peer that closes each link after its proof has a few lines, then one a minute, with the cause."""
+        """A peer that closes each link after its proof has a few lines, then one a minute, with the likely cause."""
         lines = self.lines()
         for _ in range(181 * 10):
             self.loop("e1")
@@ -166,7 +166,7 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertIn("it may close each link right after it was proven: see its log", lines[-1])
 
     def test_a_healthy_engine_beside_one_that_comes_and_goes(self) -> None:
-        """An engine that comes and goes hides no other, and once it stays up its end has a line again."""
+        """An engine that reconnects often hides no other engine, and once it stays up its end has a line again."""
         self.loop(*["e1"] * 100)
         lines = self.lines()
         self.loop("e2")
@@ -178,7 +178,7 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual(len(lines), 4)
 
     def test_engines_of_many_names_are_told_together(self) -> None:
-        """However many names a peer takes, the log and the memory have a bound."""
+        """However many names a peer uses, the log and the memory are bounded."""
         lines = self.lines()
         self.loop(*(f"e{number}" for number in range(MAX_LINKS + 50)))
         self.assertEqual(len(lines), 2 * factory.MOST_ENGINES_TOLD)
@@ -187,7 +187,7 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual(len(self.links._lines), MAX_LINKS)
 
     def test_fights_under_many_names_are_told_together(self) -> None:
-        """A peer that fights with itself under ever new names, or comes and goes under many, has a bound of lines."""
+        """A peer that replaces its links, or reconnects, under ever new names has a bounded number of lines."""
         lines = self.lines()
         for number in range(500):
             pair = [self.made("k1", name=str(number), boot_id=boot) for boot in "ab"]
@@ -200,7 +200,7 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertLessEqual(len(lines), 3 * factory.MOST_ENGINES_TOLD + 1)
 
     def test_memory_of_fights_is_bounded(self) -> None:
-        """However many names are fought for, only the newest are remembered, and the links of none are kept."""
+        """However many names are contested, only the newest are remembered, and no link of them is kept."""
         for number in range(MAX_LINKS + 50):
             pair = [self.made("k1", name=str(number), boot_id=boot) for boot in "ab"]
             for link in pair:
@@ -210,7 +210,7 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual(len(self.links._replaced), MAX_LINKS)
 
     def test_other_engines(self) -> None:
-        """Another name, or another key, is another engine; engines without a name are one for each key."""
+        """Another name or another key is another engine; engines without a name are one engine for each key."""
         made = [
             self.made("k1", name="e1"),
             self.made("k1", name="e2"),
@@ -225,7 +225,7 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual([link.closed is None for link in made], [True, True, True, False, True])
 
     def test_too_many(self) -> None:
-        """Where there are 1,000 links the newest of the key that has the most goes for a new one, with a line."""
+        """With 1,000 links the newest link of the key with the most links is closed for a new one, with a line."""
         lines = self.lines()
         others = [self.made("k2") for _ in range(MAX_LINKS // 2 - 1)]
         made = [self.made("k1") for _ in range(MAX_LINKS // 2 + 1)]
@@ -238,7 +238,7 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual(self.counters.met, {"links": 3})
 
     def test_too_many_silent(self) -> None:
-        """With 100 silent links the oldest of them goes for a new one, and links that were heard are not counted."""
+        """With 100 silent links the oldest of them is closed for a new one; links that were heard do not count."""
         heard = [self.made("k1") for _ in range(50)]
         silent = [self.made() for _ in range(MAX_SILENT)]
         self.assertEqual([link for link in silent if link.closed], [])
@@ -247,26 +247,26 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual(self.counters.met, {"silent_links": 1})
 
     def test_a_flood_of_silent_links(self) -> None:
-        """A flood of silent links of one address closes its own, and never the older one of another address."""
+        """A flood of silent links from one address closes its own links, and no older one of another address."""
         alone = self.made(network="2001:db8::/64")
         flood = [self.made() for _ in range(3 * MAX_SILENT)]
         self.assertIsNone(alone.closed)
         self.assertEqual(sum(link.closed is None for link in flood), MAX_SILENT - 1)
 
     def test_a_burst_of_silent_links(self) -> None:
-        """Of a burst the oldest go one by one, even while their connections take a moment to end."""
+        """In a burst the oldest silent links are closed one by one, even if their connections end later."""
         silent = [self.made() for _ in range(MAX_SILENT + 30)]
         self.assertEqual([link.closed is not None for link in silent], [True] * 30 + [False] * MAX_SILENT)
 
     def test_silent_links_take_no_place_once_they_are_cut(self) -> None:
-        """Silent links that go are cut at once: however many come before one of them has ended, an engine gets in."""
+        """Silent links are cut at once: however many come before one of them has ended, an engine gets in."""
         flood = [self.made() for _ in range(2 * MAX_LINKS)]
         self.assertTrue(all(link.is_cut for link in flood if link.closed))
         self.assertEqual(len(self.links), MAX_SILENT)
         self.assertIsNone(self.made("k1").closed)
 
     def test_closing_links_have_a_bound(self) -> None:
-        """Links that are closing keep nobody out, and of more than 100 the oldest is cut."""
+        """Closing links block no new link, and above 100 the oldest is cut."""
         made = [self.made("k1") for _ in range(MAX_LINKS)]
         for link in made[: MAX_CLOSING + 50]:
             link.close("a frame was refused")
@@ -276,14 +276,14 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual(len(self.links), MAX_LINKS + 99)
 
     def test_a_silent_link_makes_room(self) -> None:
-        """Where there are 1,000 links and one of them is silent, that one goes for a new one."""
+        """With 1,000 links, of which one is silent, the silent one is closed for a new one."""
         stranger = self.made()
         made = [self.made("k1") for _ in range(MAX_LINKS)]
         self.assertTrue(stranger.is_cut)
         self.assertEqual([link for link in made if link.closed], [])
 
     def test_a_link_heard_in_time(self) -> None:
-        """A silent link that was heard meanwhile is not closed for being the oldest."""
+        """A silent link that was heard meanwhile is not closed as the oldest silent one."""
         silent = [self.made() for _ in range(MAX_SILENT)]
         silent[0].session.has_been_heard = True
         self.made()
@@ -291,18 +291,18 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual([link for link in silent if link.closed], [silent[1]])
 
     def test_close_all(self) -> None:
-        """At the stop every link is closed."""
+        """close_all closes every link."""
         made = [self.made("k1", name="e1"), self.made()]
         self.links.close_all("the server stops")
         self.assertEqual([link.closed for link in made], ["the server stops"] * 2)
 
     def test_losing_what_was_never_kept(self) -> None:
-        """The end of a link that was turned away is no surprise."""
+        """The end of a link that was never added is ignored."""
         self.links.link_lost(_Link())  # type: ignore[arg-type]
         self.assertEqual(len(self.links), 0)
 
     def test_numbers(self) -> None:
-        """The bounds are the protocol's."""
+        """The bounds are those of the protocol."""
         self.assertEqual((factory.MAX_LINKS, factory.MAX_SILENT, factory.MAX_CLOSING), (1000, 100, 100))
 
 
@@ -332,7 +332,7 @@ class LinkFactoryTests(SynchronousTestCase):
         return link, transport
 
     def test_links_are_of_one_process(self) -> None:
-        """Links share the replay cache and the counters, and have a session and a limit each."""
+        """Links share the replay cache and the counters, and each has its own session and limit."""
         (one, _), (two, _) = self.connect(), self.connect()
         self.assertIs(one.session._replay, two.session._replay)
         self.assertIs(one._counters, two._counters)
@@ -341,7 +341,7 @@ class LinkFactoryTests(SynchronousTestCase):
         self.assertEqual(len(self.links), 2)
 
     def test_a_key_that_floods_the_replay_cache(self) -> None:
-        """The log names the key whose requests find no room in the replay cache, in a few lines a minute."""
+        """The log names the key whose requests have no room in the replay cache, in a few lines a minute."""
         lines: list[str] = []
         observer = lambda event: lines.append(str(formatEvent(event)))  # noqa: E731
         globalLogPublisher.addObserver(observer)
@@ -354,7 +354,7 @@ class LinkFactoryTests(SynchronousTestCase):
         self.assertIn("requests signed by the key k1 are refused", lines[0])
 
     def test_a_key_that_verifies_no_more(self) -> None:
-        """Links whose peer signed last with a key that does not verify are closed, with why; the others stay."""
+        """Links whose peer last signed with a key that is no longer valid are closed with the reason; others stay."""
         made = [self.connect()[0] for _ in range(5)]
         for link, key_id in zip(made, ("k1", "gone", "ended", "later"), strict=False):
             link.session.heard(key_id, 0.0)
@@ -367,7 +367,7 @@ class LinkFactoryTests(SynchronousTestCase):
         self.assertIn("the key later is not active yet, but in ", made[3].why)
 
     def test_a_hundred_silent_connections(self) -> None:
-        """Of 130 silent connections 30 are cut at once, the rest when nobody answers, and nothing is left."""
+        """Of 130 silent connections 30 are cut at once and the others after the proof timeout, and none is left."""
         made = [self.connect() for _ in range(130)]
         self.assertEqual([transport.disconnected for _, transport in made], [True] * 30 + [False] * 100)
         self.time.advance(2.0)
@@ -376,7 +376,7 @@ class LinkFactoryTests(SynchronousTestCase):
         for link, transport in made:
             self.assertTrue(transport.disconnected)
             link.connectionLost()
-        # What the log has not told of them one by one comes in one line.
+        # The ends without a line of their own are counted in one line.
         self.time.advance(PERIOD_S)
         self.time.advance(PERIOD_S)
         self.assertEqual((len(self.links), self.time.getDelayedCalls()), (0, []))

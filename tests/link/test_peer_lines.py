@@ -1,4 +1,4 @@
-"""How many lines of the log peers with a valid key may cause, on however many links."""
+"""The bound on log lines about peers with a valid key, over all of their links."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from s2s.runtime.line_quota import MOST_TOLD, PERIOD_S, TOLD
 
 _NOW = 1_737_990_000
 _KEY = Key("k1", Secret(bytes(range(32))), "any", 0.0)
-#: Links in a second, and seconds.
+#: Links a second, and seconds.
 _RATE, _SECONDS = 20, 180
 
 
 class _Lines(SynchronousTestCase):
-    """A test that collects what the log says."""
+    """A test that collects the lines of the log."""
 
     def setUp(self) -> None:
-        """Collect it."""
+        """Collect the lines."""
         self.time = FakeClock()
         self.lines: list[str] = []
         globalLogPublisher.addObserver(self.note)
@@ -50,12 +50,12 @@ class PeerLinesTests(_Lines):
     """:class:`PeerLines`."""
 
     def setUp(self) -> None:
-        """Make one."""
+        """Make a quota."""
         super().setUp()
         self.peer_lines = PeerLines(Clock(self.time))
 
     def test_one_peer_hides_no_other(self) -> None:
-        """A peer has a few lines and the first one of each cause, and takes none away from another peer."""
+        """A peer has a few lines and the first line of each cause, and takes no line from another peer."""
         told = [self.peer_lines.may_tell("a", ANSWERS, "x: 1") for _ in range(100)]
         self.assertEqual(sum(told), TOLD)
         self.assertTrue(self.peer_lines.may_tell("a", ANSWERS, "y"))
@@ -64,7 +64,7 @@ class PeerLinesTests(_Lines):
         self.assertEqual(self.lines, [f"a: gave more answers that are not valid: {100 - TOLD} x"])
 
     def test_many_peers(self) -> None:
-        """However many peers there are, the log and the memory have a bound, and every event is counted."""
+        """However many peers there are, the log and the memory are bounded, and every event is counted."""
         told = sum(self.peer_lines.may_tell(f"p{number}", FRAMES, "x") for number in range(4 * MAX_PEERS))
         self.assertEqual(told, MOST_OF_ALL)
         self.assertLessEqual(len(self.peer_lines._quotas), 3 * MAX_PEERS)
@@ -79,7 +79,7 @@ class PeerLinesTests(_Lines):
         )
 
     def test_sums_are_bounded_too(self) -> None:
-        """The sums of many peers are lines as well, and end at the same bound."""
+        """The summaries of many peers count as lines, against the same bound."""
         self.patch(peer_lines, "MAX_PEERS", 10)
         for number in range(1000):
             for _ in range(2 * MOST_TOLD):
@@ -88,7 +88,7 @@ class PeerLinesTests(_Lines):
         self.assertLessEqual(len(self.lines), MOST_OF_ALL + 1)
 
     def test_stop(self) -> None:
-        """At the stop what is counted is told, and nothing is left to be done."""
+        """At the stop the counts are logged, and no timer is left."""
         for _ in range(2 * MOST_TOLD):
             self.peer_lines.may_tell("a", ENDS, "x")
         self.peer_lines.stop()
@@ -97,7 +97,7 @@ class PeerLinesTests(_Lines):
 
 
 class ReconnectingPeerTests(_Lines):
-    """A peer with a key whose links are never proven, and that connects again and again."""
+    """A peer with a key that reconnects again and again, and whose links are never proven."""
 
     def setUp(self) -> None:
         """Make a server's links."""
@@ -109,7 +109,7 @@ class ReconnectingPeerTests(_Lines):
         self.number = 0
 
     def say(self, link: Any, **changes: Any) -> None:
-        """Send a frame of the peer; a health check, unless it is changed."""
+        """Send a frame of the peer: a health check, unless it is changed."""
         self.number += 1
         told: dict[str, Any] = {"id": f"i{self.number}", "ts": _NOW, "src": "engine", "dst": "server"}
         frame = envelope.seal(**{**told, "type": HEALTH_CHECK, "body": b"{}", "key": _KEY, **changes})
@@ -122,7 +122,7 @@ class ReconnectingPeerTests(_Lines):
         self.say(link, type="s2s.error", body=body, ack_of=canonical.parse(challenge)["id"])
 
     def reconnect(self, *acts: Callable[[Any], None]) -> None:
-        """Let the peer connect many times a second, each time with one of these acts, and go."""
+        """Let the peer connect many times a second, act each time in one of these ways, and disconnect."""
         for number in range(_RATE * _SECONDS):
             link, transport = self.factory.buildProtocol(None), StringTransport(IPv4Address("TCP", "192.0.2.1", 5))
             transport.peerAddr = IPv4Address("TCP", "192.0.2.1", number)
@@ -132,7 +132,7 @@ class ReconnectingPeerTests(_Lines):
             self.time.advance(1 / _RATE)
 
     def assert_bounded(self, *causes: str) -> None:
-        """See that a few lines have these causes, and that each further minute has one for each kind of event."""
+        """Assert that a few lines have these causes, and each further minute one line for each kind of event."""
         for cause in causes:
             self.assertTrue([line for line in self.lines if cause in line], (cause, self.lines[:9]))
         self.assertLessEqual(len(self.lines), 2 * (MOST_TOLD + len(causes)) + 2 * _SECONDS // PERIOD_S)
@@ -140,23 +140,23 @@ class ReconnectingPeerTests(_Lines):
         self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_ts_in_milliseconds(self) -> None:
-        """A peer whose ts counts milliseconds has its first lines in full, then one a minute with counts."""
+        """A peer whose ts is in milliseconds has its first lines in full, then one a minute with counts."""
         self.reconnect(lambda link: self.say(link, ts=_NOW * 1000))
         self.assert_bounded("refused, ts_skew: 'ts is ", "refused more frames: ", "ended more links: ")
         self.assertRegex(self.lines[-1], r"the key k1 from 192\.0\.2\.1: .* [0-9]{3,}")
 
     def test_bad_envelopes(self) -> None:
-        """So has one whose ids are ill-formed, and one that sends to the wrong role."""
+        """A peer with ill-formed ids, and one that sends to the wrong role, have the same bound."""
         self.reconnect(lambda link: self.say(link, id="bad id!"), lambda link: self.say(link, dst="engine"))
         self.assert_bounded("refused, bad_envelope", "refused, forbidden")
 
     def test_refused_challenge(self) -> None:
-        """So has one that refuses our health check."""
+        """A peer that refuses our health check has the same bound."""
         self.reconnect(self.refuse)
         self.assert_bounded("closed: our health check failed: forbidden: no", "ended more links: ")
 
     def test_many_refusals_on_each_link(self) -> None:
-        """A new link does not begin a new count of refused frames."""
+        """A new link does not reset the count of refused frames."""
 
         def act(link: Any) -> None:
             for _ in range(5):
@@ -166,7 +166,7 @@ class ReconnectingPeerTests(_Lines):
         self.assert_bounded("refused, unsupported_type")
 
     def test_no_key_of_ours(self) -> None:
-        """A server that cannot sign says so a few times, and not for each stranger that connects."""
+        """A server that cannot sign logs that a few times, and not for each stranger that connects."""
         self.keys.keyring = Keyring([])
         self.reconnect(lambda _: None)
         self.assertLessEqual(len(self.lines), MOST_TOLD + _SECONDS // PERIOD_S)

@@ -1,6 +1,6 @@
-"""An outbox of large commands drains to a server that reads slowly, over one link, each row sent once.
+"""An outbox of large commands is sent to a server that reads slowly, over one link, each row once.
 
-And the proxy that makes the network slow, which must be right before it can accuse anyone.
+The proxy that slows the network has its own tests here, so that a failure of the other tests is not the proxy's.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from tests.support.waiting import poll
 
 
 class _SlowSocket:
-    """A socket that is read a little at a time, at a steady rate."""
+    """A socket that is read in small pieces at a steady rate."""
 
     def __init__(self, link: socket.socket, bytes_per_second: int) -> None:
-        # Little is to lie in the kernel, where it would look as if it had been read.
+        # The kernel's buffer is small, because bytes in it would look as if they had been read.
         link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 10)
         self._link = link
         self._rate = bytes_per_second
         self._free_at = time.monotonic()
 
     def recv(self, size: int) -> bytes:
-        """Read no sooner than what was read before allows."""
+        """Wait as long as the rate requires, then read."""
         time.sleep(max(0.0, self._free_at - time.monotonic()))
         data = self._link.recv(min(size, 8 << 10))
         self._free_at = max(self._free_at, time.monotonic() - 0.1) + len(data) / self._rate
@@ -62,7 +62,7 @@ class ProxyTests(TestCase):
         self.arrived = b""
 
     def arrives(self) -> bytes | None:
-        """Give all that has arrived at the server; ``None`` after the end."""
+        """Return all bytes that have arrived at the server, or ``None`` after the end."""
         try:
             more = self.server.recv(1 << 20)
         except BlockingIOError:
@@ -73,7 +73,7 @@ class ProxyTests(TestCase):
         return self.arrived if more else None
 
     async def test_throttled(self) -> None:
-        """What is throttled arrives whole, in order, and no sooner than its rate allows."""
+        """Throttled bytes arrive complete, in order, and no sooner than the rate allows."""
         sent = bytes(range(250)) * 200
         self.proxy.up.bytes_per_second = 100_000
         began = time.monotonic()
@@ -84,7 +84,7 @@ class ProxyTests(TestCase):
         self.assertGreater(time.monotonic() - began, 0.45)
 
     async def test_stalled(self) -> None:
-        """While it is stalled nothing arrives, no end either; afterwards all does."""
+        """While the proxy is stalled neither bytes nor the end arrive; afterwards all of them do."""
         self.proxy.stall()
         self.engine.sendall(b"x" * 1000)
         self.engine.close()
@@ -95,7 +95,7 @@ class ProxyTests(TestCase):
         self.assertEqual(self.arrived, b"x" * 1000)
 
     async def test_garbled(self) -> None:
-        """One bit of one byte is flipped, at its place, and none after it."""
+        """One bit of one given byte is flipped, and no later byte is changed."""
         self.proxy.up.garble(after=1500)
         for _ in range(3):
             self.engine.sendall(b"\0" * 1000)
@@ -103,7 +103,7 @@ class ProxyTests(TestCase):
         self.assertEqual(self.arrived, b"\0" * 1500 + b"\1" + b"\0" * 1499)
 
     async def test_cut(self) -> None:
-        """A cut ends every connection at both ends, and the next one is a new one."""
+        """A cut ends every connection at both ends, and the next connection is a new one."""
         self.proxy.cut()
         await poll(lambda: self.arrives() is None, "the end at the server")
         self.assertRaises(ConnectionResetError, self.engine.recv, 1)
@@ -114,7 +114,7 @@ class SlowReaderTests(RoleTestCase):
     """A real engine whose bytes arrive slowly."""
 
     def put(self, count: int, text: str) -> None:
-        """Put notices into the outbox."""
+        """Add notices to the outbox."""
         self.execute(
             "insert into s2s.outbox (cmd_type, idem_key, payload) select 'notice.publish', 'slow:' || n,"
             " jsonb_build_object('scope', 'global', 'message', %s::text, 'severity', 'info')"
@@ -124,16 +124,16 @@ class SlowReaderTests(RoleTestCase):
         )
 
     def drained(self, timeout: float) -> Deferred[Any]:
-        """Wait until nothing is left in the outbox, set aside or not."""
+        """Wait until the outbox is empty, including rows that are set aside."""
         return poll(lambda: self.count("outbox") == 0, "an empty outbox", timeout=timeout)
 
     def assert_one_link(self, engine: Engine) -> None:
-        """See that the engine has never lost its link."""
+        """Assert that the engine has never lost its link."""
         self.assertEqual((len(engine.lines("link up")), engine.lines("link down")), (1, []))
 
     @inlineCallbacks
     def test_a_peer_that_reads_slowly(self) -> Iterator[Deferred[Any]]:
-        """Frames of 60 KB to a peer that takes 300 KB a second: none is sent twice."""
+        """Frames of 60 KB to a peer that reads 300 KB a second: none is sent twice."""
         count = 30
         self.put(count, "x" * 60_000)
         listening = ListeningPeer()
@@ -158,7 +158,7 @@ class SlowReaderTests(RoleTestCase):
 
     @inlineCallbacks
     def test_a_slow_network(self) -> Iterator[Deferred[Any]]:
-        """Frames of 16 KB to a real server over 200 KB/s: all arrive over one connection, and none twice."""
+        """Frames of 16 KB to a real server over 200 KB/s all arrive over one connection, and none twice."""
         count = 60
         server = self.server()
         yield server.start()
@@ -171,7 +171,7 @@ class SlowReaderTests(RoleTestCase):
         yield engine.start()
         yield self.drained(20.0)
         self.assertEqual(self.execute("select count(*)::int from s2s.commands"), [(count,)])
-        # A second sending of a single one would not fit in.
+        # A second transmission of one frame would exceed this bound.
         self.assertLess(proxy.up.forwarded, count * 16_600 + 8_000)
         self.assertEqual(proxy.connections, 1)
         self.assert_one_link(engine)

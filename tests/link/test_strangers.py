@@ -1,4 +1,4 @@
-"""What links without a valid frame may cost, in bytes and in lines of the log."""
+"""Bounds on the bytes and log lines of links without a valid frame."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _HEALTH = {"role": "server", "version": "1", "uptime_s": 1}
 
 
 class BudgetTests(SynchronousTestCase):
-    """The bytes that :class:`Strangers` lets through."""
+    """The bytes that :class:`Strangers` admits."""
 
     def setUp(self) -> None:
-        """Begin with full budgets."""
+        """Start with full budgets."""
         self.time = FakeClock()
         self.counters = Counters()
         self.strangers = Strangers(Clock(self.time), self.counters)
@@ -49,7 +49,7 @@ class BudgetTests(SynchronousTestCase):
         self.left: set[str] = set()
 
     def ask(self, address: str, size: int = _LARGE, before: int = FIRST_BYTES) -> bool:
-        """Ask for bytes, and count them once they may be taken."""
+        """Request bytes, and count them once they may be taken."""
 
         def taken() -> None:
             self.taken[address] += size
@@ -62,19 +62,19 @@ class BudgetTests(SynchronousTestCase):
     @settings(max_examples=30)
     @given(st.lists(st.tuples(st.sampled_from("abcdefg"), st.integers(1, _LARGE), st.integers(0, 30)), max_size=60))
     def test_bounds_hold(self, asked: list[tuple[str, int, int]]) -> None:
-        """Whoever asks for whatever, no address and not all together get more than burst and rate."""
+        """For any requests, neither one address nor all together get more than burst and rate."""
         self.setUp()
         for address, size, pause in asked:
             self.ask(address, size)
             self.time.advance(pause / 100)
             for bytes_in_all, rate in ((max(self.taken.values()), RATE[0]), (self.taken.total(), RATE[1])):
                 self.assertLessEqual(bytes_in_all, rate * (BURST_S + self.time.seconds()) + 1)
-        # Everything is taken in the end.
+        # In the end everything is taken.
         self.time.pump([0.05] * 1000)
         self.assertEqual(self.taken.total(), sum(size for _, size, _ in asked))
 
     def test_another_address_is_not_held_up(self) -> None:
-        """While one address waits, what comes from another is taken at the next look."""
+        """While one address waits, the bytes of another are taken at the next look."""
         while self.ask("flood"):
             pass
         for _ in range(50):
@@ -85,7 +85,7 @@ class BudgetTests(SynchronousTestCase):
         self.assertGreater(self.counters.met["strangers"], 50)
 
     def test_addresses_take_turns(self) -> None:
-        """Of many addresses that wait each has its turn, however many reads one of them has in line."""
+        """Waiting addresses take turns, however many reads of one of them are queued."""
         while self.ask(f"other-{self.taken.total()}"):
             pass
         for _ in range(200):
@@ -96,7 +96,7 @@ class BudgetTests(SynchronousTestCase):
         self.assertGreaterEqual(min(self.taken[f"engine-{number}"] for number in range(5)), _LARGE)
 
     def test_an_address_keeps_its_order(self) -> None:
-        """Of one address a large read is not overtaken for ever by small ones that come later."""
+        """Within one address later small reads do not overtake a large one for ever."""
         while self.ask("flood"):
             pass
         taken: list[int] = []
@@ -109,14 +109,14 @@ class BudgetTests(SynchronousTestCase):
         self.assertEqual(taken, list(range(60)))
 
     def test_first_bytes_are_apart(self) -> None:
-        """A first frame as short as a health check is taken at once, though its address has used up all else."""
+        """A first frame as short as a health check is taken at once, even if its address has no other budget left."""
         while self.ask("flood"):
             pass
         self.assertTrue(self.ask("flood", 300, before=0))
         self.assertFalse(self.ask("flood", 300, before=FIRST_BYTES))
 
     def test_first_bytes_are_bounded_too(self) -> None:
-        """The first bytes of an address's links have a rate of their own, and one byte counts as many."""
+        """The first bytes of an address's links have their own rate, and one byte counts as the minimum of a read."""
         asked = 0
         while self.ask("flood", 1, before=0):
             asked += 1
@@ -124,7 +124,7 @@ class BudgetTests(SynchronousTestCase):
         self.assertTrue(self.ask("engine", 300) or self.time.advance(0.05) or self.taken["engine"])
 
     def test_who_has_left_takes_nothing(self) -> None:
-        """A link that ended in the line uses up nothing of what others wait for."""
+        """A link that ended in the queue uses up no budget."""
         while self.ask("flood"):
             pass
         self.left.add("flood")
@@ -133,21 +133,21 @@ class BudgetTests(SynchronousTestCase):
         self.assertEqual((self.taken["flood"], self.time.getDelayedCalls()), (before, []))
 
     def test_addresses_are_forgotten(self) -> None:
-        """What is remembered of addresses does not grow with their number."""
+        """The memory for addresses does not grow with their number."""
         for number in range(20_000):
             self.ask(str(number), 1, before=0)
             self.time.advance(0.01)
         self.assertLess(len(self.strangers._first._by_address), 5000)
 
     def test_what_is_dear_to_parse_counts_more(self) -> None:
-        """What the parser makes an object of counts as more bytes, so that a second's worth takes as long to parse."""
+        """Objects, lists and members count as more bytes, so that a second's budget takes equal time to parse."""
         self.assertEqual(weight(b"x" * _LARGE), _LARGE)
         self.assertEqual(weight(b"[]" * (_LARGE // 2)), _LARGE * 5)
         self.assertEqual(weight(b'{"a":1}' * 1000), 7000 + 16 * 1000)
         self.assertEqual(weight(b"{"), LEAST_BYTES)
 
     def test_network(self) -> None:
-        """IPv4 is counted by address, also as IPv6 writes it, and IPv6 by what one machine has to itself."""
+        """IPv4 is counted by address, also in IPv6 notation, and IPv6 by the network that one machine owns."""
         self.assertEqual(network("10.0.0.1"), "10.0.0.1")
         self.assertEqual(network("::ffff:10.0.0.1"), "10.0.0.1")
         self.assertEqual(network("2001:db8:1:2:3::4"), network("2001:db8:1:2:ffff::9"))
@@ -159,7 +159,7 @@ class LinkTests(SynchronousTestCase):
     """Links of a server, by strangers and by engines."""
 
     def setUp(self) -> None:
-        """Make a server's links, and collect what the log says."""
+        """Make a server's links, and collect the lines of the log."""
         self.time = FakeClock()
         self.counters = Counters()
         clock = Clock(self.time, lambda: float(_NOW))
@@ -185,7 +185,7 @@ class LinkTests(SynchronousTestCase):
             self.lines.append(str(formatEvent(event)))
 
     def connect(self, host: str = "192.0.2.1") -> tuple[Any, StringTransport]:
-        """Connect from somewhere."""
+        """Connect from an address."""
         link, transport = self.factory.buildProtocol(None), StringTransport(peerAddress=IPv4Address("TCP", host, 5))
         link.makeConnection(transport)
         return link, transport
@@ -195,17 +195,17 @@ class LinkTests(SynchronousTestCase):
         link.dataReceived(len(body).to_bytes(4, "big") + body)
 
     def check(self, pad: int = 0, key: Key = _KEY) -> bytes:
-        """Make a health check; an unknown member pads it."""
+        """Return a health check, padded by an unknown member."""
         told: dict[str, Any] = {"id": f"i{next(self.numbers)}", "ts": _NOW, "src": "engine", "dst": "server"}
         frame = envelope.seal(**told, type=HEALTH_CHECK, body=b"{}", key=key)
         return frame if not pad else frame.replace(b'"dst"', b'"a":"%b","dst"' % (b"x" * pad), 1)
 
     def lose(self, link: Any) -> None:
-        """Let a connection end."""
+        """End a connection."""
         link.connectionLost()
 
     def flood(self, count: int, host: str = "192.0.2.1") -> None:
-        """Let as many strangers come, one after the other, each with a large frame that does not verify."""
+        """Connect this many strangers, one after the other, each with a large frame that does not verify."""
         for _ in range(count):
             link, transport = self.connect(host)
             self.send(link, self.check(_LARGE - 400))
@@ -213,7 +213,7 @@ class LinkTests(SynchronousTestCase):
                 self.lose(link)
 
     def test_a_flood_is_judged_at_its_rate(self) -> None:
-        """Of 40 large frames a second from one address no more are judged than its rate allows."""
+        """Of 40 large frames a second from one address only as many are processed as its rate allows."""
         for _ in range(100):
             self.flood(4)
             self.time.advance(0.1)
@@ -222,7 +222,7 @@ class LinkTests(SynchronousTestCase):
         self.assertGreater(self.counters.met["strangers"], 100)
 
     def test_an_engine_gets_in_from_the_same_address(self) -> None:
-        """Amid the flood a health check from the same address is answered at once, and that link waits no more."""
+        """During the flood a health check from the same address is answered at once, and its link waits no more."""
         self.flood(50)
         link, transport = self.connect()
         transport.clear()
@@ -234,7 +234,7 @@ class LinkTests(SynchronousTestCase):
         self.assertEqual(len(self.judged), 20)
 
     def test_a_large_first_frame_gets_in(self) -> None:
-        """An engine whose first frame is large waits for its turn, and is answered, while others flood."""
+        """During a flood an engine whose first frame is large waits for its turn, and is answered."""
         self.flood(8)
         link, transport = self.connect("192.0.2.2")
         transport.clear()
@@ -245,7 +245,7 @@ class LinkTests(SynchronousTestCase):
         self.assertIn(b'"unsupported_type"', transport.value())
 
     def test_nothing_is_judged_of_a_link_that_ended_in_the_line(self) -> None:
-        """A stranger who gives up in the line is not judged any more, and one who stays is closed in time."""
+        """A stranger that leaves the queue is not processed, and one that stays is closed in time."""
         self.flood(MAX_SILENT)
         waiting = [link for link in self.factory.events if link.session.is_open]
         self.assertTrue(all(link.paused for link in waiting))
@@ -259,7 +259,7 @@ class LinkTests(SynchronousTestCase):
         self.assertFalse(any(link.session.is_open for link in self.factory.events))
 
     def test_strangers_share_a_line_of_the_log(self) -> None:
-        """A flood of bad frames leaves a few lines, and then one a minute that counts the others."""
+        """A flood of bad frames causes a few lines, and then one a minute that counts the others."""
         for _ in range(180):
             for body in (b"{", self.check().replace(b"i", b"j")):
                 link, _ = self.connect()
@@ -278,14 +278,14 @@ class LinkTests(SynchronousTestCase):
         self.assertIn(": refused, bad_json", self.lines[-1])
 
     def test_a_probe_leaves_no_line(self) -> None:
-        """One who connects and goes without a byte, again and again, is not told of."""
+        """A peer that connects and disconnects without sending a byte, again and again, has no line."""
         for _ in range(200):
             self.lose(self.connect()[0])
             self.time.advance(1)
         self.assertEqual(self.lines, [])
 
     def test_half_open_probes_share_a_line(self) -> None:
-        """One who connects and stays silent until it is closed is told of like other strangers."""
+        """A peer that stays silent until it is closed shares the lines of strangers."""
         for _ in range(20):
             link, _ = self.connect()
             self.time.advance(8)
@@ -294,7 +294,7 @@ class LinkTests(SynchronousTestCase):
         self.assertIn("was not answered in time", self.lines[0])
 
     def test_an_engine_has_its_lines(self) -> None:
-        """What is refused of a peer whose key is right has a few lines of its own, then one a minute."""
+        """The refusals of a peer with a valid key have a few lines of their own, then one a minute."""
         link, _ = self.connect()
         self.send(link, self.check())
         told: dict[str, Any] = {"ts": _NOW, "src": "engine", "dst": "server", "type": "a.b", "body": b"{}"}

@@ -1,4 +1,4 @@
-"""What waits to be written: the frames of one turn of the reactor go together (:mod:`s2s.link.write_buffer`)."""
+"""The write buffer: the frames of one reactor iteration are sent together (:mod:`s2s.link.write_buffer`)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from s2s.link.write_buffer import FLUSH_BYTES, MOST_FLUSH_BYTES, WriteBuffer
 from s2s.protocol.limits import Counters
 from tests.support.descriptor import Descriptor
 
-#: Three of these are sent before the turn of the reactor ends.
+#: Three of these are sent before the reactor iteration ends.
 _FRAME = b"x" * (FLUSH_BYTES // 3 + 1)
 
 
 class _Wrapper:
-    """A transport that gives out what is below it as its own, as TLS does."""
+    """A transport that exposes the attributes of the transport below it, as TLS does."""
 
     def __init__(self, below: Descriptor) -> None:
         self._below = below
@@ -29,7 +29,7 @@ class _Wrapper:
 
 
 class FlushTests(SynchronousTestCase):
-    """When frames are sent."""
+    """The times at which frames are sent."""
 
     def setUp(self) -> None:
         """Make a connection."""
@@ -38,7 +38,7 @@ class FlushTests(SynchronousTestCase):
         self.writer = WriteBuffer(self.transport, self.counters)
 
     def test_few_frames(self) -> None:
-        """What is written in one turn goes together at its end, and the reactor has not to watch the socket."""
+        """Frames of one iteration are sent together at its end, and the reactor does not watch the socket."""
         for each in (b"a", b"b", b"c"):
             self.writer.write(each)
         self.assertEqual(self.transport.sends, [])
@@ -49,9 +49,9 @@ class FlushTests(SynchronousTestCase):
         self.assertEqual((self.transport.sends, self.transport.reactor.writers), ([b"abc", b"d"], set()))
 
     def test_many_frames(self) -> None:
-        """After so many bytes they are sent at once, then after twice as many, up to a bound, and at the turn's end.
+        """Flushes happen after a number of bytes, then after twice as many, up to a bound, and at the iteration's end.
 
-        The next turn begins with few again.
+        The next iteration starts with the first number again.
         """
         sizes = [3, 6, 12, 24, 24]
         self.assertEqual(len(_FRAME) * sizes[-1] // MOST_FLUSH_BYTES, 1)
@@ -69,7 +69,7 @@ class FlushTests(SynchronousTestCase):
         self.assertEqual(self.transport.reactor.getDelayedCalls(), [])
 
     def test_a_peer_that_does_not_read(self) -> None:
-        """Nothing is forced on a transport that has enough; in the end all of it comes, in order."""
+        """A transport with a full buffer gets no more bytes; in the end it gets all of them, in order."""
         self.writer.pauseProducing()
         written = [bytes([n]) for n in range(200)]
         for each in written:
@@ -83,13 +83,13 @@ class FlushTests(SynchronousTestCase):
         self.assertEqual(self.counters.waiting_bytes, 0)
 
     def test_urgent(self) -> None:
-        """What is urgent is sent at once, with all that was written before it."""
+        """An urgent frame is sent at once, with all frames that were written before it."""
         for each, is_urgent in ((b"a", False), (b"b", True), (b"c", True), (b"d", False)):
             self.writer.write(each, is_urgent)
         self.assertEqual(self.transport.sends, [b"ab", b"c"])
 
     def test_a_socket_that_takes_less(self) -> None:
-        """The transport gets what the socket did not take, and sees for itself why."""
+        """The transport gets the bytes that the socket did not accept, and finds the reason itself."""
         for takes, sends in ((3, [b"abc"]), (2, [b"ab"]), (0, []), (ConnectionLost(), [])):
             transport = Descriptor()
             transport.takes = takes
@@ -99,7 +99,7 @@ class FlushTests(SynchronousTestCase):
             self.assertEqual(transport.reactor.writers, {transport} if transport.dataBuffer else set())
 
     def test_a_socket_that_takes_more_again(self) -> None:
-        """When the transport has sent the rest, the reactor has not to watch the socket any more."""
+        """When the transport has sent the rest, the reactor no longer watches the socket."""
         self.transport.takes = 2
         self.writer.write(b"abc", is_urgent=True)
         self.transport.takes = 9
@@ -109,7 +109,7 @@ class FlushTests(SynchronousTestCase):
         self.assertEqual(self.transport.sends, [b"ab", b"c", b"d"])
 
     def test_nothing_overtakes(self) -> None:
-        """What the transport did not send yet goes before what is written, wherever that waits."""
+        """Bytes in the transport's buffer are sent before later frames, wherever those wait."""
         self.transport.write(b"v")
         self.transport.takes = 0
         self.transport.reactor.turn()
@@ -133,7 +133,7 @@ class FlushTests(SynchronousTestCase):
     )
     @example([("take", 5, False), *[("write", 1, True)] * 9, ("take", 5, False), ("turn", 0, False)], False)
     def test_any_order_of_events(self, events: list[tuple[str, int, bool]], is_closed: bool) -> None:
-        """However frames come and the socket takes them, each byte is sent once and in order, and what waits counts."""
+        """For any order of frames and socket states each byte is sent once, in order, and waiting bytes are counted."""
         transport = Descriptor()
         writer, written = WriteBuffer(transport, Counters()), b""
         transport.takes = 0
@@ -158,7 +158,7 @@ class FlushTests(SynchronousTestCase):
         self.assertEqual(writer.waiting_bytes, 0)
 
     def test_a_descriptor_that_closes(self) -> None:
-        """What closes is left to the reactor, which must see the last of it written; so is what lies below TLS."""
+        """A closing descriptor, and one below TLS, are left to the reactor, which must see the last byte written."""
         below = Descriptor()
         above = WriteBuffer(_Wrapper(below), Counters())
         self.transport.disconnecting = True
@@ -170,7 +170,7 @@ class FlushTests(SynchronousTestCase):
         self.assertEqual((self.transport.sends, below.sends), ([b"x"], [b"x"]))
 
     def test_gone(self) -> None:
-        """Of a transport that is gone nothing is wanted any more."""
+        """A closed transport gets no more bytes."""
         self.writer.write(b"x")
         self.writer.stopProducing()
         self.transport.takes = AssertionError()
@@ -178,7 +178,7 @@ class FlushTests(SynchronousTestCase):
         self.assertEqual((self.transport.sends, self.transport.dataBuffer), ([], b""))
 
     def test_no_descriptor(self) -> None:
-        """A transport that cannot be made to send does so by itself."""
+        """A transport that is not a descriptor sends by itself."""
         transport: Any = StringTransport()
         writer = WriteBuffer(transport, Counters())
         for _ in range(7):

@@ -256,7 +256,7 @@ class AdmissionTests(SynchronousTestCase):
         self.assertIs(self.admit(each, _request("s2s.health.check", id="i3")), _CHECK)
 
     def test_older_than_the_proof(self) -> None:
-        """A control request older than the proof's ts is a replay and an equal ts is not; a health check may be older."""
+        """A control request older than the proof's ts is a replay and an equal ts passes; a health check may be old."""
         each = _session()
         each.prove(_NOW)
         error = self.assertRaises(
