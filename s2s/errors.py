@@ -265,7 +265,7 @@ class WireError(S2SError):
     closes: bool = False
     #: Whether the answer is signed. Only the answer to a frame that fails before its MAC is verified is unsigned.
     signed: ClassVar[bool] = True
-    #: Whether the error is about our state and not about the frame. Such an error has no log line for each frame.
+    #: Whether the error is about our state and not about the frame. Such errors are logged as counts, not one by one.
     passing: ClassVar[bool] = False
     text: ClassVar[str] = ""
 

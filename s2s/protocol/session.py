@@ -1,7 +1,8 @@
 """One link without I/O: its states, its checks of requests, its deadlines (docs/protocol.rst, "The life of a link").
 
-:mod:`s2s.link.connection` handles bytes and timers, :mod:`s2s.link.dispatcher` signatures; both call this module. Two
-clocks are passed in: ``now`` is Unix seconds, only for freshness; ``mono`` is monotonic seconds, for all durations.
+:mod:`s2s.link.connection` handles bytes and timers, :mod:`s2s.link.dispatcher` verifies signatures; both call this
+module. Two clocks are passed in: ``now`` is Unix seconds, only for freshness; ``mono`` is monotonic seconds, for all
+durations.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ class Session:
             skew_s=skew,
             max_skew_s=window,
         )
-        # Only for this code does it depend on the link's earlier frames whether the link closes.
+        # For this code alone, the link's earlier frames decide whether the link closes.
         refusal.closes = self._skews >= self.bounds.skews_in_a_row
         raise refusal
 
