@@ -28,8 +28,8 @@ class CoalescedRequest:
     """One type of request. A link has at most one request in flight; runs requested meanwhile cause one more.
 
     :param payload: returns the payload for an engine, or ``None`` to send nothing.
-    :param done: called with a link and the engine's answer; returns whether to run again: at once, or after a pause if the
-        engine has said so too often.
+    :param done: called with a link and the engine's answer; returns whether to run again, at once or after a
+        pause if the engine has said so too often.
     """
 
     log = Logger()
