@@ -1,4 +1,4 @@
-"""What s2s finds: one instance of each."""
+"""The plug-ins that s2s finds: one instance of each class."""
 
 from harbour import Dock, Tide
 
