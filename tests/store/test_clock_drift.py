@@ -378,7 +378,8 @@ class RuleTests(DatabaseTestCase):
                 )
                 with blocking(self.url) as txn:
                     refused = clock_drift.look(txn, ENGINE_RULES)[2]
-                self.assertEqual(getattr(refused["orders"], "state", ""), state)
+                # The function of the trigger follows the SQLSTATE.
+                self.assertEqual(getattr(refused["orders"], "state", "").partition(" ")[0], state)
         self.assertEqual(self.execute("select 1 from s2s.outbox where send_at > now()"), [])
 
     def test_jobs_by_hand(self) -> None:

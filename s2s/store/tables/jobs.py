@@ -277,7 +277,7 @@ def go_on(txn: Cursor, job: DueJob, place: str, state: Mapping[str, Any], is_nex
         place=place,
         key=("job_type", job.job_type),
         returning=_DUE,
-        written=f"retry_at = now() + {_FIRST_PAUSE}" if is_next_ours else "retry_at is null",
+        written=has_next_attempt(is_next_ours),
     )
     return DueJob(*row) if is_next_ours else None
 
@@ -331,6 +331,11 @@ def next_attempt(is_ours: bool) -> str:
     """
     first = f"attempts = 1, retry_at = now() + {_FIRST_PAUSE}"
     return first if is_ours else "attempts = 0, retry_at = null"
+
+
+def has_next_attempt(is_ours: bool) -> str:
+    """Return the condition that holds once :func:`next_attempt` is set."""
+    return f"retry_at = now() + {_FIRST_PAUSE}" if is_ours else "retry_at is null"
 
 
 def finish(txn: Cursor, job: DueJob, next_after: Callable[[str, int], int], result: Mapping[str, Any] | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from psycopg2.extras import Json
 
-from s2s.errors import CanonicalError, IdemConflict, RowRefused
+from s2s.errors import CanonicalError, IdemConflict
 from s2s.protocol import canonical
 from s2s.protocol.limits import Bounds
 from s2s.store.cursor import Unreadable
@@ -21,7 +21,7 @@ from s2s.store.driver import Cursor, advisory_lock, lock_key
 from s2s.store.kept_rows import note, refusal
 from s2s.store.tables import claims
 from s2s.store.tables.fitting import fitting, jsonb_size
-from s2s.store.tables.jobs import ONE_MORE, PAUSE, change_row, check_changed, hold_row, next_attempt
+from s2s.store.tables.jobs import ONE_MORE, PAUSE, change_row, check_changed, has_next_attempt, hold_row, next_attempt
 
 CHANNEL: Final = "s2s_orders"
 #: Notified when an order is over.
@@ -282,7 +282,7 @@ def attempt(
     # One looks at a time, as with jobs.
     advisory_lock(txn, _ATTEMPTING)
     txn.execute(
-        "select order_id, ctid::text, retry_at from s2s.orders"
+        "select order_id, ctid::text from s2s.orders"
         " where status in ('queued', 'running') and rpc = any(%(rpcs)s)"
         " and (status = 'queued' or rpc <> all(%(resting)s)) and order_id <> all(%(in_hand)s)"
         " and (retry_at is null or retry_at <= now())"
@@ -306,10 +306,8 @@ def attempt(
     if row is None:
         return None
     change = f"update s2s.orders set {ONE_MORE}, retry_at = now() + {PAUSE}, stepped_at = clock_timestamp() where"  # noqa: S608
-    order = Order(*change_row(txn, change, place=row[1], key=("order_id", row[0]), returning=_ORDER))
-    if order.retry_at == row[2]:
-        raise _kept(txn, order.order_id)
-    return order
+    key, written = ("order_id", row[0]), "retry_at > now()"
+    return Order(*change_row(txn, change, place=row[1], key=key, returning=_ORDER, written=written))
 
 
 def hold(txn: Cursor, order: Order, waits: bool = False) -> str | None:
@@ -334,10 +332,9 @@ def go_on(txn: Cursor, order: Order, place: str, state: Mapping[str, Any], engin
         " way = coalesce(way, 'table'), started_at = coalesce(started_at, now()) where"
     )
     key = ("order_id", order.order_id)
-    changed = Order(*change_row(txn, change, Json(dict(state)), engine, place=place, key=key, returning=_ORDER))
-    if order.retry_at is not None and changed.retry_at == order.retry_at:
-        raise _kept(txn, order.order_id)
-    return changed
+    written = has_next_attempt(is_next_ours)
+    row = change_row(txn, change, Json(dict(state)), engine, place=place, key=key, returning=_ORDER, written=written)
+    return Order(*row)
 
 
 def release(txn: Cursor, order: Order) -> None:
@@ -360,7 +357,7 @@ def finish(txn: Cursor, order: Order, status: str, result: Mapping[str, Any] | N
         "update s2s.orders set status = %(status)s, result = %(result)s, retry_at = null, engine = %(engine)s,"
         " way = coalesce(way, 'table'), finished_at = clock_timestamp(),"
         " started_at = case when %(status)s <> 'refused' then coalesce(started_at, now()) end"
-        " where order_id = %(order_id)s returning status",
+        " where order_id = %(order_id)s returning status = %(status)s",
         {
             "status": status,
             "result": None if result is None else Json(dict(result)),
@@ -369,13 +366,6 @@ def finish(txn: Cursor, order: Order, status: str, result: Mapping[str, Any] | N
         },
     )
     check_changed(txn, "s2s.orders", "order_id", order.order_id)
-    if txn.rowcount and (txn.fetchone() or ("",))[0] in OPEN:
-        raise _kept(txn, order.order_id)
-
-
-def _kept(txn: Cursor, order_id: str) -> RowRefused:
-    """Return the error of an order whose row counts as written, although a trigger has returned the old one."""
-    return RowRefused(order_id, refusal(txn, "update", "s2s.orders"))
 
 
 # --- for people ------------------------------------------------------------------------------------------------------
