@@ -1,4 +1,4 @@
-"""Table ``broadcasts``: what operators say (docs/protocol.rst, "The engine"). ``insert`` alone makes one."""
+"""Table ``broadcasts``: notices from operators (docs/protocol.rst, "The engine"). One SQL ``insert`` makes one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from s2s.store.tables.own_keys import database_id, digest, own_key
 CHANNEL: Final = "s2s_broadcasts"
 COMMAND: Final = "notice.publish"
 
-#: The year 9999, in Unix seconds: a timestamp has an end, and ``since_ts`` may lie beyond it.
+#: The year 9999, in Unix seconds: a PostgreSQL timestamp has a maximum, and ``since_ts`` may lie beyond it.
 _LAST_TS: Final = 253_402_300_799
 _MEMBERS: Final = ("scope", "sector_id", "corp_id", "player_id", "message", "severity", "ttl_s")
 
@@ -31,10 +31,10 @@ def add(
     severity: str = "info",
     ttl_s: int | None = None,
 ) -> int:
-    """Store a broadcast, to be published by the next sweep.
+    """Store a broadcast; the next sweep publishes it.
 
     :param message: 1 to 4000 characters.
-    :param ttl_s: seconds that the notice lives; for ever by default.
+    :param ttl_s: lifetime of the notice, in seconds; without end by default.
     :returns: its ``broadcast_id``.
     """
     txn.execute(
@@ -47,13 +47,13 @@ def add(
 
 
 def sweep(txn: Cursor, since_ts: int, limit: int, frame_size: int) -> int:
-    """Move pending broadcasts into the outbox, each once, whatever sweeps overlap.
+    """Move pending broadcasts into the outbox, each exactly once even if sweeps overlap.
 
-    :param since_ts: Unix seconds; what was created before stays pending. 0: nothing does.
-    :param limit: how many at most.
-    :param frame_size: the longest frame, in bytes; what needs a longer one is set aside as ``refused``.
+    :param since_ts: Unix seconds; a broadcast created before stays pending. 0: no limit.
+    :param limit: the most broadcasts to move.
+    :param frame_size: the longest frame, in bytes. A broadcast that needs a longer one is marked ``refused``.
     :returns: how many were queued; fewer than ``limit``: there are no more.
-    :raises StatementRefused: the database refuses all that are left.
+    :raises StatementRefused: the database refuses all remaining broadcasts.
     """
     queued = last = 0
     database = database_id(txn)
@@ -76,7 +76,7 @@ def sweep(txn: Cursor, since_ts: int, limit: int, frame_size: int) -> int:
                 queued += _queue(txn, found, frame_size)
         except StatementRefused as refused:
             kept = refused
-            # The database refuses one of them: each goes by itself.
+            # The database refuses one of them, so write each one by itself.
             for number, command in found.items():
                 with suppress(StatementRefused), refusable(txn):
                     queued += _queue(txn, {number: command}, frame_size)
@@ -86,7 +86,7 @@ def sweep(txn: Cursor, since_ts: int, limit: int, frame_size: int) -> int:
 
 
 def _queue(txn: Cursor, found: Mapping[int, tuple[str, dict[str, Any]]], frame_size: int) -> int:
-    """Move some broadcasts into the outbox, or set them aside; return how many were moved."""
+    """Move some broadcasts into the outbox, or mark them as refused; return how many were moved."""
     refused = {number: why for number, command in found.items() if (why := _why_not(*command, frame_size))}
     fitting = [command for number, command in found.items() if number not in refused]
     outbox.put_batch(txn, COMMAND, fitting, frame_size=frame_size)
@@ -97,10 +97,10 @@ def _queue(txn: Cursor, found: Mapping[int, tuple[str, dict[str, Any]]], frame_s
         " returning b.state <> 'pending'",
         (list(found), [refused.get(number) for number in found]),
     )
-    # A trigger may return null, or the old row.
+    # A trigger may return null or the old row.
     if sum(is_written for (is_written,) in txn.fetchall()) < len(found):
         raise refusal(txn, "update", "s2s.broadcasts")
-    # What a deferred constraint or trigger refuses, too.
+    # Run deferred constraints and triggers now, so that their errors are caught here.
     txn.execute("set constraints all immediate")
     return len(fitting)
 

@@ -1,21 +1,22 @@
-"""Table ``batch_notes``: which batch a worker has in hand (docs/protocol.rst, "Commands").
+"""Table ``batch_notes``: the batch that each worker has claimed (docs/protocol.rst, "Commands").
 
-A note is committed before its batch runs, and struck in the batch's own transaction. One that outlives its process
-names the commands that may have killed it.
+A worker commits a note before its batch runs, and deletes the note in the transaction of the batch. A note that
+outlives its process lists the commands that may have killed the process.
 
-**Who is dead?** A process holds its presence lock, a session advisory lock, on its listening connection. The lock is
-free when the process is dead, but also for the moments in which a living one connects anew, and for everybody at once
-after a restart of the database. So a reaper charges a note only when it saw the very same note (``noted_at``) with a
-free lock at two looks, :data:`s2s.roles.server.reaper.SURE_S` apart, while it held its own presence on one and the same
-connection: then the database was there all the time, and whoever lived had the time to notice that its connection was
-dead and to come back.
+**How is a dead process detected?** A process holds its presence lock, a session advisory lock, on its listening
+connection. The lock is free when the process is dead, but also briefly while a living process reconnects, and for every
+process after a restart of the database. A reaper therefore charges a note only under two conditions: it saw the same
+note (same ``noted_at``) with a free lock at two scans, :data:`s2s.roles.server.reaper.SURE_S` apart; and it held its
+own presence lock on one connection in between. Then the database was up all the time, and a living process had the time
+to notice its dead connection and to reconnect.
 
-**And if it lives all the same?** A process that is cut off for longer cannot be told from a dead one. It may cost a
-command an attempt, and never a second run, since reaper and accused exclude each other by the locks of the commands. A
-batch that runs holds them, and is left alone. A batch that still waits for a thread locks its commands when it begins,
-then reads its note again (:func:`claimed`), and does not run what was taken out. A claim whose COMMIT was of unknown
-outcome is never run: its worker's next claim strikes it. The note itself is not locked while the batch runs, or a
-process that stops in a hurry could not strike it (:func:`release_all`).
+**What if the process is alive after all?** A process that is cut off for longer cannot be distinguished from a dead
+one. Such a mistake may cost a command an attempt, but it never causes a second run, because the locks of the commands
+exclude the reaper and the worker from each other. A running batch holds these locks, and the reaper skips it. A batch
+that still waits for a thread locks its commands when it begins, then reads its note again (:func:`claimed`), and does
+not run the commands that were removed from the note. A claim whose COMMIT had an unknown outcome is never run: the next
+claim of the worker deletes its note. The note itself is not locked while the batch runs; otherwise a process that stops
+in a hurry could not delete it (:func:`release_all`).
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ from s2s.store.tables.ready import Ready
 _CLAIMING: Final = lock_key("claiming")
 _REAPING: Final = lock_key("reaping")
 _DIED: Final = "ProcessDied: the process ended while this command's batch ran"
-#: A command that was alone in its batch may well have ended the process: it is charged as any failure is. So is, now
-#: and then, one that another worker had, and the last one of a batch whose others were charged at an earlier look.
+#: A command that was alone in its batch probably ended the process, so the death counts as a failure. This also
+#: happens, now and then, to a command that another worker had, and to the last command of a batch whose other commands
+#: were charged at an earlier scan.
 _DIED_ALONE: Final = "ProcessDied: the process ended while this command ran alone"
 _STUCK: Final = "Stuck: the process did not finish this command's batch in time"
 _OF_WORKER: Final = "boot_id = %s and worker = %s and (%s = 0 or note_id = %s)"
-#: Seconds that a note may stand while nothing of it is locked: longer than the database lets any transaction idle.
+#: Seconds that a note may exist without locked commands: longer than the database lets any transaction idle.
 OVERSTAY_S: Final = 90.0
 
 
 class Claim(NamedTuple):
-    """One note: a worker's next one has another time."""
+    """The identity of one note: the worker's next note has another time."""
 
     boot_id: str
     worker: int
@@ -52,13 +54,13 @@ class Claim(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What a reaper saw and did.
+    """The result of a reaper's scan.
 
-    :param presence: since when the connection stands that holds the reaper's own presence lock; ``None``: it is not
-        held, and the reaper can judge nobody.
-    :param forsaken: the notes of others whose presence lock is free.
+    :param presence: the start of the connection that holds the reaper's own presence lock; ``None``: the lock is not
+        held, and the reaper cannot charge anything.
+    :param orphaned: the notes of other processes whose presence lock is free.
     :param charged: how many commands were charged an attempt.
-    :param dead: how many of them are dead now.
+    :param dead: how many of the charged commands are dead now.
     """
 
     presence: datetime | None
@@ -68,19 +70,19 @@ class Scan(NamedTuple):
 
 
 def presence_key(boot_id: str) -> int:
-    """Give the key of the session advisory lock that is held while the process ``boot_id`` lives."""
+    """Return the key of the session advisory lock that the process ``boot_id`` holds while it lives."""
     return lock_key(f"presence {boot_id}")
 
 
 def present(txn: Cursor, boot_ids: Set[str]) -> set[str]:
-    """Give those of some processes, by their ``boot_id``, that hold their presence lock now."""
+    """Return the given processes, by ``boot_id``, that hold their presence lock now."""
     held = _held(txn) if boot_ids else {}
     return {boot_id for boot_id in boot_ids if presence_key(boot_id) in held}
 
 
 def _held(txn: Cursor) -> dict[int, datetime]:
-    """Give the advisory locks that are held in this database, each with the beginning of its holder's connection."""
-    # A default role of our user may not see when its own sessions began.
+    """Return the advisory locks held in this database, each with the start of its holder's connection."""
+    # A default role of our user may not be allowed to see the start of its own sessions.
     txn.execute(
         "set local role none; select l.classid::bigint << 32 | l.objid::bigint, a.backend_start"
         " from pg_locks l left join pg_stat_activity a using (pid)"
@@ -100,32 +102,32 @@ def claim(
     suspects: Container[int] = (),
     ready: Ready | None = None,
 ) -> list[int]:
-    """Choose a worker's next batch and note it. Its transaction must be committed before the batch runs.
+    """Choose the next batch of a worker and note it. Commit the transaction before the batch runs.
 
-    A command that failed before runs alone, so that what it does wrong it does to itself.
+    A command that failed before runs alone, so that another failure affects no other command.
 
-    :param suspects: commands that are to run alone too.
-    :param ready: what this process may run next; all commands by default.
+    :param suspects: further commands that are to run alone.
+    :param ready: the commands that this process may run next; all commands by default.
     :returns: the cmd_ids in run order, none of them in another note.
     """
     ready = ready or Ready()
-    # The note need not reach the disk: it is for the death of a process, and when the database dies nobody is charged.
-    # Notes are found by their index, whatever the statistics say: the table is nearly empty, but for what a snapshot
-    # keeps. And before the lock that everybody needs: a lost connection of ours may still hold the note.
+    # The note need not reach the disk: it records the death of a process, and a crash of the database charges no one.
+    # Use the index whatever the statistics say: the table is nearly empty, except for dead rows that a snapshot keeps.
+    # Delete before taking the lock that all claims need: a lost connection of ours may still hold the note.
     txn.execute(
         "set local synchronous_commit = off; set local enable_seqscan = off;"
         " delete from s2s.batch_notes where boot_id = %s and worker = %s and note_id >= %s",
         (boot_id, worker, ready.first_note),
     )
     ready.look_back(txn, limit)
-    # One claim at a time, so that batches are disjoint.
+    # One claim at a time, so that the batches are disjoint.
     advisory_lock(txn, _CLAIMING)
     found = ready.candidates(txn, limit)
     alone = (place for place, (cmd_id, attempts) in enumerate(found) if attempts or cmd_id in suspects)
     cmd_ids = [cmd_id for cmd_id, _ in found[: max(1, next(alone, len(found)))]]
     if cmd_ids:
         txn.execute(
-            # A claim whose connection was lost may have been committed since the notes were struck.
+            # A claim whose connection was lost may have been committed since the delete above.
             "with late as (delete from s2s.batch_notes where boot_id = %s and worker = %s and note_id >= %s)"
             " insert into s2s.batch_notes (boot_id, worker, cmd_ids) values (%s, %s, %s::bigint[]) returning note_id",
             (boot_id, worker, ready.first_note, boot_id, worker, array_literal(cmd_ids)),
@@ -137,9 +139,9 @@ def claim(
 
 
 def claimed(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> tuple[list[int], int]:
-    """Return the cmd_ids of a worker's note, as it is now, and the id of this transaction.
+    """Return the cmd_ids of a worker's note as it is now, and the id of this transaction.
 
-    :param note_id: where it is known, so that the notes which a snapshot keeps are not read.
+    :param note_id: the id of the note; 0: not known. With an id, the dead notes that a snapshot keeps are not read.
     """
     txn.execute(
         f"select cmd_ids, txid_current() from s2s.batch_notes where {_OF_WORKER}",  # noqa: S608
@@ -150,16 +152,16 @@ def claimed(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> tuple[l
 
 
 def is_committed(txn: Cursor, xid: int) -> bool:
-    """Whether another transaction was committed.
+    """Return whether another transaction was committed.
 
-    :param xid: its id, as of :func:`claimed`.
+    :param xid: its id, as returned by :func:`claimed`.
     """
     txn.execute("select txid_status(%s)", (xid,))
     return bool(txn.fetchone() == ("committed",))
 
 
 def release(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> None:
-    """Remove a worker's note; see :func:`claimed`."""
+    """Delete a worker's note; see :func:`claimed`."""
     params = (boot_id, worker, note_id, note_id)
     txn.execute(f"delete from s2s.batch_notes where {_OF_WORKER}", params)  # noqa: S608
     if not txn.rowcount:
@@ -169,9 +171,10 @@ def release(txn: Cursor, boot_id: str, worker: int, note_id: int = 0) -> None:
 
 
 def keep_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -> None:
-    """Leave in a worker's note only the commands whose handler does not return.
+    """Reduce a worker's note to the commands whose handler does not return.
 
-    Nothing takes them while the note stands. The others are free as soon as the transaction of the batch has ended.
+    No worker claims these commands while the note exists. The other commands are free once the batch's transaction
+    ends.
     """
     txn.execute(
         "update s2s.batch_notes set cmd_ids = %s::bigint[], stuck = true where boot_id = %s and worker = %s",
@@ -182,23 +185,24 @@ def keep_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -
 
 
 def release_all(txn: Cursor, boot_id: str) -> None:
-    """Remove every note of a process that ends in order: nobody is to be charged for what it leaves unfinished."""
+    """Delete every note of a process that shuts down in order, so that its unfinished commands are not charged."""
     txn.execute("delete from s2s.batch_notes where boot_id = %s", (boot_id,))
     still_there(txn, "delete", "s2s.batch_notes", "boot_id", [boot_id])
 
 
 def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim], first_note: int = 0) -> Scan:
-    """Look for the notes of dead processes, and charge one attempt to each command of those that are sure by now.
+    """Find the notes of dead processes, and charge an attempt to each command of the notes that are certain by now.
 
-    So is what a living process has in hand for longer than any transaction lasts, ourselves among them: a handler that
-    hangs must not hold what was noted with it. Who still works has its commands locked, and is left alone.
+    Also charge the commands of a living process, including this one, that were noted for longer than any transaction
+    lasts: a handler that hangs must not hold the commands noted with it. A batch that still runs has its commands
+    locked, and they are skipped.
 
-    :param boot_id: our own.
-    :param presence: our presence at the looks that made sure; with another one now nobody is charged.
+    :param boot_id: the ``boot_id`` of this process.
+    :param presence: our presence at the scans that made ``sure``; if it has changed, no command is charged.
     :param sure: the notes that were seen with a free lock long enough ago.
-    :param first_note: see :class:`s2s.store.tables.ready.Ready`; what a snapshot keeps below it is not read.
+    :param first_note: see :class:`s2s.store.tables.ready.Ready`; dead notes with a lower id are not read.
     """
-    # The notes before the locks: a process takes its lock before it notes anything.
+    # Read the notes before the locks: a process takes its lock before it notes a batch.
     txn.execute(
         "set local enable_seqscan = off; select boot_id, worker, noted_at, stuck, cardinality(cmd_ids) = 1,"
         " noted_at < now() - %s * interval '1 second' from s2s.batch_notes where note_id >= %s",
@@ -214,14 +218,14 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim],
         return Scan(None)
     orphaned = {note for note in notes if note.boot_id != boot_id and presence_key(note.boot_id) not in held}
     dead = {note: _DIED_ALONE if note in single_notes else _DIED for note in orphaned & sure}
-    # Only where the database was there all the time: after a restart a note is as old as the outage was long.
+    # Only if the database was up all the time: after a restart, a note is as old as the outage was long.
     overdue = [note for note, is_over in notes.items() if is_over]
     stuck = dict.fromkeys(overdue if overdue and _is_older(txn, now) else (), _STUCK)
     guilty = {**stuck, **dead}
     if now != presence or not guilty or not _is_alone(txn):
         return Scan(now, orphaned)
     for note in stuck_notes & guilty.keys():
-        # Its commands were charged when their handler did not return.
+        # The commands of a stuck note were charged when their handler did not return.
         txn.execute("delete from s2s.batch_notes where (boot_id, worker, noted_at) = %s", (note,))
         del guilty[note]
     counts = [_charge(txn, note, why) for note, why in guilty.items()]
@@ -229,9 +233,9 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim],
 
 
 def _charge(txn: Cursor, note: Claim, why: str) -> tuple[int, int]:
-    """Charge the commands of a note; where the database refuses that, free them uncharged.
+    """Charge the commands of a note; if the database refuses that, free them uncharged.
 
-    :returns: how many were charged, and how many of them are dead now.
+    :returns: how many commands were charged, and how many of them are dead now.
     """
     try:
         with refusable(txn):
@@ -240,7 +244,7 @@ def _charge(txn: Cursor, note: Claim, why: str) -> tuple[int, int]:
                 txn, [(cmd_id, why) for cmd_id in cmd_ids], cmd_ids if why == _DIED else ()
             )
     except StatementRefused:
-        # Who runs the one that cannot be changed leaves it out.
+        # The worker that claims the unchangeable command later leaves it out.
         txn.execute("delete from s2s.batch_notes where (boot_id, worker, noted_at) = %s", (note,))
         return 0, 0
 
@@ -251,16 +255,16 @@ def _is_older(txn: Cursor, presence: datetime) -> bool:
 
 
 def _is_alone(txn: Cursor) -> bool:
-    """Keep other reapers away until the end of the transaction: two of them must not charge one death twice."""
+    """Exclude other reapers until the transaction ends, so that two of them do not charge one death twice."""
     txn.execute("select pg_try_advisory_xact_lock(%s)", (_REAPING,))
     return bool(txn.fetchone() == (True,))
 
 
 def _reap(txn: Cursor, note: Claim) -> list[int]:
-    """Lock the commands to charge, and leave in the note those that another has locked.
+    """Lock the commands to charge, and leave in the note the commands that another session has locked.
 
-    They are left for the next look: the connection of their dead process may still be closing, and a command that kills
-    must not get away uncharged.
+    The remaining commands wait for the next scan: the connection of their dead process may still be closing, and a
+    command that kills its process must be charged.
     """
     txn.execute(
         "select cmd_id from s2s.commands where status = 'ready' and cmd_id in"
@@ -268,7 +272,7 @@ def _reap(txn: Cursor, note: Claim) -> list[int]:
         (note,),
     )
     free = [cmd_id for (cmd_id,) in txn]
-    # What is charged leaves the note; a note goes when nothing in it waits any more.
+    # A charged command leaves the note. Delete the note when none of its commands is ready any more.
     txn.execute(
         "update s2s.batch_notes n set cmd_ids = array("
         " select c.cmd_id from s2s.commands c"
@@ -277,7 +281,7 @@ def _reap(txn: Cursor, note: Claim) -> list[int]:
         (free, note, free),
     )
     if free and txn.fetchall() != [(False,)]:
-        # They would be charged again at each look.
+        # Otherwise each scan would charge the commands again.
         raise refusal(txn, "update", "s2s.batch_notes")
     txn.execute("delete from s2s.batch_notes where (boot_id, worker, noted_at) = %s and cmd_ids = '{}'", (note,))
     return free

@@ -1,9 +1,10 @@
-"""Times that lie further ahead than they can rightly be (docs/protocol.rst, "Clocks").
+"""Pull back times that lie further ahead than they validly can (docs/protocol.rst, "Clocks").
 
-The database's clock dates the rows. If it is ahead for a while, the rows of that while wait until it gets there again;
-if it is behind, every row waits. No rule here needs to know that this happened: each row that s2s itself dates has a
-longest wait, and a time beyond it is pulled back. A ``due_at`` that a user gave has none, and stays. Only while the
-clock is behind, each time that is right lies far ahead: then what is in :data:`NOT_WHILE_BEHIND` stays too.
+The database's clock dates the rows. If the clock runs ahead for a while, the rows dated in that while wait until real
+time catches up. If the clock is behind, every row waits. The rules here need not know that the clock was wrong: each
+time that s2s itself writes has a longest wait, and a rule pulls back a time beyond it. A ``due_at`` that a user set has
+no longest wait, and no rule changes it. While the clock is behind, correct times also lie far ahead, so the rules in
+:data:`NOT_WHILE_BEHIND` do not run then.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from s2s.store.driver import Cursor, array_literal, is_in_transaction, savepoint
 from s2s.store.kept_rows import still_there
 from s2s.store.tables.commands import MAX_BACKOFF_S
 
-#: Seconds that a time may lie further ahead than its longest wait: a clock is corrected by less than that all the time.
+#: Seconds that a time may lie beyond its longest wait before it is pulled back: routine clock corrections are smaller.
 SLACK_S: Final = 60
-#: Rows that one statement looks at or changes, at most.
+#: The most rows that one statement reads or changes.
 STEP_ROWS: Final = 1000
-#: The longest that the outbox waits, in seconds: a server may ask for so long a pause, and a lease is shorter.
+#: The longest wait of an outbox row, in seconds: a server may ask for a pause of this length, and a lease is shorter.
 _OUTBOX_S: Final = 60
 
 _SOON: Final = f"now() + interval '{SLACK_S} seconds'"
 _PAUSED: Final = f"now() + interval '{MAX_BACKOFF_S + SLACK_S} seconds'"
 
-# What was done is past: a key that was made is active, and one that was closed ends, by whatever clock. They keep their
-# order, by which the newest signs where there is no default.
+# Making and closing a key are past events: a key that was made is active, and a key that was closed ends, whatever the
+# clock says. The keys keep their order, because the newest key signs where there is no default.
 KEYS: Final = f"""
 update s2s.s2s_keys k set
     active_from = case when active_from = created_at then least(active_from, b.made_at) else active_from end,
@@ -48,12 +49,13 @@ where k.key_id = b.key_id
 
 
 def _jobs(prefix: str, period: str) -> str:
-    """Give the rule for the jobs of one kind of schedule.
+    """Return the SQL rule for the jobs of one kind of schedule.
 
-    By whole periods, so that it is a time of the schedule still. A run that is begun keeps its time, which its key has.
+    The rule moves ``due_at`` by whole periods, so that it remains a time of the schedule. A run that has begun keeps
+    its ``due_at``, because the run's key contains it.
 
-    :param prefix: what such a schedule begins with.
-    :param period: an interval, in SQL; null: somebody has written what is no schedule, and ``due_at`` stays.
+    :param prefix: the prefix of the schedules of this kind.
+    :param period: an interval, in SQL. Null: the column holds no valid schedule, and ``due_at`` stays.
     """
     far = f"(state is null and attempts = 0 and due_at > {_SOON} + p.period)"
     return f"""
@@ -71,7 +73,8 @@ where j.job_type = b.job_type
 """  # noqa: S608
 
 
-# Whatever sets another time of an open order sets stepped_at too, which has an index. They keep their order.
+# Every statement that sets another time of an open order also sets stepped_at, which has an index. The orders keep
+# their order.
 _ORDERS: Final = f"""
 update s2s.orders o set stepped_at = now() + b.place * interval '1 microsecond', retry_at = least(o.retry_at, now()),
     created_at = case o.status when 'queued' then least(o.created_at, now()) else o.created_at end
@@ -92,11 +95,12 @@ update s2s.outbox set send_at = now() where outbox_id = any(array(
 ))
 """  # noqa: S608
 
-# What an operator was told did not happen must not happen later, so a request is not sent, but over.
+# The operator was told that the request did not happen, so it must not happen later: the request expires and is not
+# sent.
 _STEERING: Final = f"update s2s.steering set expires_at = now() where taken_by is null and expires_at > {_SOON}"  # noqa: S608
 _LINKS: Final = f"update s2s.engine_links set seen_at = now() where seen_at > {_SOON}"  # noqa: S608
 _NOTES: Final = f"update s2s.batch_notes set noted_at = now() where noted_at > {_SOON}"  # noqa: S608
-# A time that was counted in days from then; one that was written out stays.
+# An expiry that was given in days moves with created_at. An expiry that was given as a date stays.
 _TOKENS: Final = f"""
 update s2s.api_tokens set created_at = now(), expires_at = expires_at - case
     when expires_at - created_at = date_trunc('day', expires_at - created_at) then created_at - now()
@@ -104,8 +108,8 @@ update s2s.api_tokens set created_at = now(), expires_at = expires_at - case
 where created_at > {_SOON}
 """  # noqa: S608
 
-#: What each role keeps right, by what it is called in the log. Each statement costs a few rows of an index, or of a
-#: table that is small.
+#: The rules that each role runs, by their names in the log. Each statement reads a few rows of an index, or a small
+#: table.
 ENGINE_RULES: Final = {
     "jobs": _jobs("every:", "interval '1 second' * substring(schedule from '^every:([1-9][0-9]{0,4})s$')::integer"),
     "daily jobs": _jobs("daily@", "interval '1 day'"),
@@ -123,20 +127,22 @@ SERVER_RULES: Final = {
 }
 
 
-#: What is not pulled back while the clock may be behind: of a life that is counted from then the rest would be lost for
-#: good, and a daily job would run at another time of the day. All else is past, or to be done soon, and comes too early
-#: at worst.
+#: The rules that do not run while the clock may be behind. A lifetime counted from a pulled-back time would lose its
+#: rest for good, and a daily job would run at another time of the day. The other rules change times that are past or
+#: due soon, so a wrong change at worst makes a row due too early.
 NOT_WHILE_BEHIND: Final = frozenset(("daily jobs", "tokens", "notices"))
 
 
 def look(
     txn: Cursor, rules: Mapping[str, str], is_behind: Callable[[float], bool] = lambda _: False
 ) -> tuple[float, dict[str, int], dict[str, DatabaseError]]:
-    """Read the database's clock, and pull back what lies too far ahead.
+    """Read the database's clock, and pull back the times that lie too far ahead.
 
-    :param is_behind: whether a time that the database says may be behind: then :data:`NOT_WHILE_BEHIND` holds.
-    :returns: Unix seconds, and the rows that were changed by what they are called; :data:`STEP_ROWS` of one kind:
-        there may be more. And why rows were not changed, as by a trigger that refuses one of them.
+    :param is_behind: whether the clock may be behind, given its time in Unix seconds. If so, the rules of
+        :data:`NOT_WHILE_BEHIND` do not run.
+    :returns: the database's time in Unix seconds; the number of changed rows by rule name (a count of :data:`STEP_ROWS`
+        means that there may be more); and, by rule name, the error of each rule that failed, such as a trigger that
+        refuses one of its rows.
     """
     txn.execute("select extract(epoch from clock_timestamp())::float8")
     [(at,)] = txn.fetchall()
@@ -157,15 +163,15 @@ def look(
     return at, healed, refused
 
 
-#: ``due_at`` was set by s2s: by the push, which gave none, by a charge, or by a retry.
+#: Whether s2s set ``due_at``: at a push without ``due_at``, at a failed attempt, or at a retry.
 _IS_AHEAD: Final = f"(due_at = created_at or ((attempts > 0 or due_is_ours) and due_at > {_PAUSED}))"
 
 
 def heal_commands(txn: Cursor, after: Any = None) -> tuple[int, Any]:
-    """Pull back the commands that nobody wanted later, among the next ones that are due later.
+    """Pull back commands whose late ``due_at`` no user set, among the next commands that are not due yet.
 
-    :param after: where the step before ended; ``None``: at the beginning.
-    :returns: how many were pulled back, and where the next step begins; ``None``: these were the last ones.
+    :param after: where the previous step ended; ``None``: start at the beginning.
+    :returns: how many commands were pulled back, and where the next step begins; ``None``: there are no more.
     """
     priority: int
     due_at: datetime | None
@@ -179,7 +185,7 @@ def heal_commands(txn: Cursor, after: Any = None) -> tuple[int, Any]:
             if found is None:
                 return _pull_back(txn, ahead), None
             priority = found
-        # No time beyond the driver's own: such a one is a user's.
+        # Skip times that the driver cannot represent: only a user sets such a time.
         txn.execute(
             f"select cmd_id, due_at, {_IS_AHEAD} from s2s.commands where status = 'ready' and priority = %s"  # noqa: S608
             f" and (due_at, cmd_id) > (coalesce(%s, {_SOON}), %s) and due_at < '9999-01-01'"
@@ -210,9 +216,9 @@ def _pull_back(txn: Cursor, cmd_ids: list[int]) -> int:
 
 
 def heal_notices(txn: Cursor, before: Any = None) -> tuple[int, Any]:
-    """Let the newest notices live as long as they were meant to; see :func:`heal_commands`.
+    """Restore the intended lifetime of the newest notices; see :func:`heal_commands`.
 
-    :param before: where the step before ended; the newest first, up to a step that finds nothing.
+    :param before: where the previous step ended. The steps go from the newest notice down, until a step finds nothing.
     """
     txn.execute(
         f"select notice_id, created_at > {_SOON} from s2s.notices where %(before)s::bigint is null"  # noqa: S608
@@ -234,5 +240,5 @@ def heal_notices(txn: Cursor, before: Any = None) -> tuple[int, Any]:
     return healed, page[-1][0] if len(page) == STEP_ROWS else None
 
 
-#: What a server looks through in steps, by what it is called in the log.
+#: The tables that a server checks in steps, by their names in the log.
 SERVER_STEPS: Final = {"commands": heal_commands, "notices": heal_notices}

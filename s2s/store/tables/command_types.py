@@ -1,4 +1,4 @@
-"""Table ``command_types``: what servers of this database serve or have served. Its trigger notifies :data:`CHANNEL`."""
+"""Table ``command_types``: the types that servers have declared. A trigger of the table notifies :data:`CHANNEL`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from s2s.store.driver import Cursor
 from s2s.store.kept_rows import note
 
 CHANNEL: Final = "s2s_command_types"
-#: Types that are read, those served last first: each costs a server some KiB.
+#: The most types that are read, the most recently declared first: each costs a server some KiB of memory.
 MOST_TYPES: Final = 1000
 
 
 def declare(txn: Cursor, schemas: Mapping[str, str]) -> None:
-    """Say that a server which starts serves these types.
+    """Declare the types that a starting server serves.
 
-    :param schemas: by type, as JSON's text; they replace those of an earlier start.
+    :param schemas: the schema of each type, as JSON text. They replace the schemas of an earlier start.
     """
     for cmd_type in sorted(schemas):  # in one order: two servers that start at once wait for each other at most
         txn.execute(
@@ -31,16 +31,16 @@ def declare(txn: Cursor, schemas: Mapping[str, str]) -> None:
 
 
 def missing(txn: Cursor, cmd_types: Iterable[str]) -> list[str]:
-    """Return those of some types that are not in the table."""
+    """Return the given types that are not in the table."""
     return driver.missing(txn, "s2s.command_types", "cmd_type", cmd_types)
 
 
 def read(txn: Cursor, cmd_types: Iterable[str] = ()) -> dict[str, str]:
-    """Return the schemas by type, as JSON's text; of one that is too long to be used, its beginning.
+    """Return the schema of each type, as JSON text. A schema that is too long to be used is cut.
 
-    :param cmd_types: types to read beyond the first :data:`MOST_TYPES`.
+    :param cmd_types: types to read in addition to the first :data:`MOST_TYPES`.
     """
-    # As far as a schema that is too long is told from the others.
+    # One character more than the limit, so that the reader can see that the schema is too long.
     row = f"select cmd_type, left(schema, {MAX_SIZE + 1}) from s2s.command_types"  # noqa: S608 - a constant
     txn.execute(
         f"({row} order by served_at desc limit %s) union {row} where cmd_type = any(%s)",

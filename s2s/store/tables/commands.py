@@ -15,11 +15,12 @@ from s2s.store.kept_rows import refusal
 from s2s.store.tables import idempotency
 from s2s.store.tables.singly import singly
 
-#: A command that has failed so often is dead.
+#: Failed attempts, without deaths of the process, after which a command is dead.
 MAX_ATTEMPTS: Final = 10
-#: So is one that was charged so often, the deaths of its process among them: most who die with a process are innocent.
+#: Failed attempts, with deaths of the process, after which a command is dead. It is higher than MAX_ATTEMPTS because
+#: most commands that are charged for a death did not cause it.
 MAX_CHARGES: Final = 50
-#: The longest pause between two attempts, in seconds; after the death of its process.
+#: The longest pause between two attempts, in seconds: after a failure, and after the death of the process.
 MAX_BACKOFF_S: Final = 300
 MAX_DEATH_BACKOFF_S: Final = 10
 
@@ -28,12 +29,12 @@ MAX_DEATH_BACKOFF_S: Final = 10
 
 
 class Push(msgspec.Struct, frozen=True):
-    """One command on its way in.
+    """A pushed command that is not stored yet.
 
     :param fingerprint: SHA-256 of the canonical ``{cmd_type, payload}``.
     :param payload: canonical JSON.
-    :param due_at: Unix seconds, or ``None``: at once.
-    :param cmd_id: a number drawn for it before, or ``None``.
+    :param due_at: Unix seconds; ``None``: due at once.
+    :param cmd_id: an id drawn for the command beforehand, or ``None``.
     """
 
     cmd_type: str
@@ -46,12 +47,12 @@ class Push(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What became of a push.
+    """The result of a push.
 
-    :param cmd_id: the first command of its ``idem_key``.
-    :param status: that command's.
-    :param is_new: this push made it.
-    :param is_conflict: the first one had another fingerprint.
+    :param cmd_id: the id of the first command with this ``idem_key``.
+    :param status: the status of that command.
+    :param is_new: this push inserted the command.
+    :param is_conflict: the first command has another fingerprint.
     """
 
     cmd_id: int
@@ -60,10 +61,11 @@ class Outcome(msgspec.Struct, frozen=True):
     is_conflict: bool = False
 
 
-#: Insertions and looks for one batch of pushes, at most. A second one follows where a key was swept away in between.
+#: The most rounds of insert and read for one batch of pushes. A further round follows if retention removed a key in
+#: between.
 _MOST_ROUNDS: Final = 3
 _NEXT: Final = "nextval('s2s.commands_cmd_id_seq')"
-#: Fails, where a key was taken and its command was not: a push that was answered then would be lost.
+#: An SQL expression that fails if the key was inserted and its command was not: the push would be answered and lost.
 _REFUSAL: Final = "('a trigger keeps the command from being inserted, cmd_id ' || fresh.cmd_id)::bigint"
 _INSERT: Final = driver.Prepared(
     "s2s_push",
@@ -93,7 +95,7 @@ select idem_key, coalesce(made.cmd_id, {_REFUSAL}) from fresh left join made usi
     *("text" for _ in range(7)),
 )
 
-# One push alone: what sorts and joins has nothing to do, and nothing need be told of it but its number.
+# One push alone: the statement needs no sort and no join of input arrays, and returns only the new cmd_id.
 _INSERT_ONE: Final = driver.Prepared(
     "s2s_push_one",
     f"""
@@ -114,9 +116,9 @@ select coalesce(made.cmd_id, {_REFUSAL}) from fresh left join made using (cmd_id
 
 
 def push_one(push: Push) -> Query:
-    """Accept one push alone, if its key is new.
+    """Return the query that accepts one push alone, if its key is new.
 
-    :returns: what its rows say, :func:`pushed_one` tells.
+    :returns: the query; pass its rows to :func:`pushed_one`.
     """
     assert push.cmd_id is None
     return Query(
@@ -125,19 +127,20 @@ def push_one(push: Push) -> Query:
 
 
 def pushed_one(rows: Sequence[tuple[int]]) -> Outcome | None:
-    """Say what came of :func:`push_one`; ``None``: its key is known, and the push is for :func:`push_batch`."""
+    """Return the outcome of :func:`push_one`; ``None``: its key is known, so use :func:`push_batch`."""
     return Outcome(rows[0][0], "ready", is_new=True) if rows else None
 
 
 def push_batch(pushes: Sequence[Push]) -> Steps[list[Outcome]]:
     """Accept pushes in their order of arrival, in a constant number of statements.
 
-    Each statement may commit by itself: the first one does it all or nothing, and the others only look.
+    Each statement may commit by itself: the first one inserts all new commands or none, and the others only read.
 
     :returns: one outcome for each push, in the same order.
-    :raises StatementRefused: the database neither inserts nor shows a key; what else was new is accepted all the same.
+    :raises StatementRefused: the database neither inserts nor shows a key. The other new pushes are accepted all the
+        same.
     """
-    # Of one key twice in the batch the first one goes to the database.
+    # If a key occurs twice in the batch, only its first push goes to the database.
     first: dict[str, Push] = {}
     for push in pushes:
         first.setdefault(push.idem_key, push)
@@ -148,10 +151,12 @@ def push_batch(pushes: Sequence[Push]) -> Steps[list[Outcome]]:
         if not unsettled:
             break
         made |= dict((yield _insertion(unsettled.values())))
-        # A statement of its own: the insert's snapshot does not show what another transaction has just committed.
+        # A separate statement: the snapshot of the insert does not show a row that another transaction has just
+        # committed.
         others = [key for key in unsettled if key not in made]
         known |= (yield from idempotency.firsts(others)) if others else {}
-        # In neither only where the key was swept away in between, or where something of another hand takes the rows.
+        # A key is in neither only if retention removed it in between, or if a user's trigger, rule or policy hides the
+        # row.
         unsettled = {key: first[key] for key in others if key not in known}
     if unsettled:
         raise StatementRefused(
@@ -171,7 +176,7 @@ def push_batch(pushes: Sequence[Push]) -> Steps[list[Outcome]]:
 
 
 def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | DatabaseError]:
-    """Accept pushes of which the database refuses one or another session holds one, which one being unknown.
+    """Accept pushes one by one, after the database refused one of the batch, or another session locked a row of one.
 
     :returns: for each push its outcome or error (:func:`s2s.store.tables.singly.singly`), in the same order.
     """
@@ -179,7 +184,8 @@ def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | DatabaseE
     drawn = [
         msgspec.structs.replace(push, cmd_id=cmd_id) for push, (cmd_id,) in zip(pushes, txn.fetchall(), strict=True)
     ]
-    # In the order of the keys, as a batch takes its locks; the sort is stable, so of one key the first still wins.
+    # In the order of the keys, as a batch takes its locks. The sort is stable, so the first push of a repeated key
+    # wins.
     places = sorted(range(len(drawn)), key=lambda place: drawn[place].idem_key)
     written = singly(txn, places, lambda place: driver.drive(txn, push_batch([drawn[place]]))[0])
     outcomes = dict(zip(places, written, strict=True))
@@ -187,8 +193,8 @@ def push_singly(txn: Cursor, pushes: Sequence[Push]) -> list[Outcome | DatabaseE
 
 
 def _insertion(pushes: Collection[Push]) -> Query:
-    """Give what inserts pushes of different keys; its rows are ``idem_key`` and ``cmd_id`` of the new ones."""
-    # Each column as one text: of lists psycopg2 writes expressions, which the database parses value by value.
+    """Return the query that inserts pushes of different keys; its rows are ``idem_key``, ``cmd_id`` of the new ones."""
+    # Pass each column as one text: psycopg2 writes a list as an expression, which the database parses value by value.
     params = (
         _lines([push.idem_key for push in pushes]),
         _lines([push.fingerprint.hex() for push in pushes]),
@@ -202,7 +208,7 @@ def _insertion(pushes: Collection[Push]) -> Query:
 
 
 def _lines(values: Sequence[str]) -> str:
-    """Write texts of which none has a line break: keys and types may have none, and canonical JSON escapes it."""
+    """Join texts by line breaks: keys and types cannot contain one, and canonical JSON escapes it."""
     lines = "\n".join(values)
     if lines.count("\n") >= len(values):
         raise ValueError("a line break in a key, a type or a payload")
@@ -214,10 +220,10 @@ def _lines(values: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """A command as its handler gets it.
+    """A command as its handler receives it.
 
-    :param idem_key: for effects outside this database, which may happen more than once.
-    :param attempts: how often it was charged a failure before.
+    :param idem_key: the key for effects outside this database, which may happen more than once.
+    :param attempts: the number of failed attempts before.
     """
 
     cmd_id: int
@@ -229,7 +235,7 @@ class Command:
 
 
 def take(txn: Cursor, cmd_ids: Sequence[int]) -> list[Command]:
-    """Lock those of the commands that still wait and that nobody else has locked, in run order."""
+    """Lock the given commands that are still ready and that no other session has locked, in run order."""
     txn.execute(
         "select cmd_id, cmd_type, idem_key, payload, attempts, priority from s2s.commands"
         " where cmd_id = any(%s::bigint[]) and status = 'ready' order by priority, due_at, cmd_id"
@@ -242,7 +248,8 @@ def take(txn: Cursor, cmd_ids: Sequence[int]) -> list[Command]:
 def finish(txn: Cursor, cmd_ids: Sequence[int]) -> None:
     """Mark commands as done.
 
-    :raises StatementRefused: a trigger has kept one from being changed: it would run again, and its effect be doubled.
+    :raises StatementRefused: a trigger kept a row unchanged. The command would run again and its effect would be
+        doubled.
     """
     txn.execute(
         "update s2s.commands set status = 'done', finished_at = now() where cmd_id = any(%s::bigint[])"
@@ -255,12 +262,12 @@ def finish(txn: Cursor, cmd_ids: Sequence[int]) -> None:
 
 
 def charge(txn: Cursor, failures: Sequence[tuple[int, str]], deaths: Container[int] = ()) -> int:
-    """Charge a failed attempt to waiting commands: run again after a pause, or dead.
+    """Count a failed attempt of ready commands: each one becomes due after a pause, or dead.
 
     :param failures: ``(cmd_id, error)``.
-    :param deaths: those among them whose process died.
-    :returns: how many are dead now.
-    :raises StatementRefused: a trigger has kept one from being changed.
+    :param deaths: the ids of the commands whose process died.
+    :returns: how many of the commands are dead now.
+    :raises StatementRefused: a trigger kept a row unchanged.
     """
     txn.execute(
         "update s2s.commands c set attempts = f.attempts, deaths = f.deaths, error = f.error,"
@@ -271,11 +278,11 @@ def charge(txn: Cursor, failures: Sequence[tuple[int, str]], deaths: Container[i
         "  o.attempts >= %(charges)s or o.attempts - o.deaths >= %(attempts)s as is_last"
         "  from s2s.commands join unnest(%(ids)s::bigint[], %(errors)s::text[], %(died)s::boolean[])"
         "  as failed (cmd_id, error, died) using (cmd_id),"
-        # A row that was written by hand may have the largest numbers.
+        # A row that was written by hand may have the largest possible numbers.
         "  lateral (select least(attempts, 1000000) + 1, least(deaths, 1000000) + died::integer) o (attempts, deaths)"
         " ) f"
         " where c.cmd_id = f.cmd_id and c.status = 'ready'"
-        # What was to be run was due. It still is where a trigger returns the old row, which counts as written.
+        # The command was due. Its due_at is still past if a trigger returned the old row, which counts as written.
         " returning c.cmd_id, c.status, c.status = 'dead' or c.due_at >= now()",
         {
             "attempts": MAX_ATTEMPTS,
@@ -294,7 +301,7 @@ def charge(txn: Cursor, failures: Sequence[tuple[int, str]], deaths: Container[i
 
 
 def _check_changed(txn: Cursor, cmd_ids: Sequence[int]) -> None:
-    """Refuse to go on where a command waits that was to be changed; it may be gone, or have been changed otherwise."""
+    """Raise if one of the commands is still ready; a command that is gone or has another status is no error."""
     txn.execute(
         "select cmd_id from s2s.commands where cmd_id = any(%s::bigint[]) and status = 'ready'",
         (array_literal(cmd_ids),),

@@ -1,4 +1,4 @@
-"""Table ``commands`` as operators see and change it."""
+"""Read and change the table ``commands`` for operators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from s2s.store.tables.lists import Listed
 
 @dataclass(frozen=True)
 class CommandRow:
-    """A command as people are shown it."""
+    """A command as operators see it."""
 
     cmd_id: int
     cmd_type: str
@@ -32,7 +32,7 @@ class CommandRow:
 
 _SELECT: Final = f"select {', '.join(field.name for field in fields(CommandRow))} from s2s.commands"  # noqa: S608
 
-#: Run it again with all its attempts; the last error stays to be seen until it is run.
+#: Run the command again, with all its attempts. The last error stays visible until the command runs.
 RETRY: Final = Action(
     "retry",
     "s2s.commands",
@@ -43,7 +43,7 @@ RETRY: Final = Action(
     " finished_at = null"
     " where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, 'retried'",
 )
-#: Never run it. One that a worker has noted and not locked yet is not taken any more.
+#: Never run the command. A command that a worker has claimed but not locked yet is not run any more.
 CANCEL: Final = Action(
     "cancel",
     "s2s.commands",
@@ -53,7 +53,7 @@ CANCEL: Final = Action(
     "update s2s.commands set status = 'cancelled', finished_at = now()"
     " where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, 'cancelled'",
 )
-#: Remove it; its key is kept for so many days: parameter ``key_days``.
+#: Remove the command. Its key is kept for ``key_days`` days.
 DISCARD: Final = Action(
     "discard",
     "s2s.commands",
@@ -66,12 +66,12 @@ DISCARD: Final = Action(
 )
 
 
-#: By ``status`` and ``cmd_type``.
+#: Can be filtered by ``status`` and ``cmd_type``.
 LISTED: Final = Listed(CommandRow, "s2s.commands", "cmd_id", partial=(("status", "dead"), ("status", "cancelled")))
 
 
 def find(txn: Cursor, cmd_id: int) -> CommandRow | None:
-    """Give one command, if there is one."""
+    """Return a command, or ``None`` if it does not exist."""
     txn.execute(f"{_SELECT} where cmd_id = %s", (cmd_id,))
     row = txn.fetchone()
     return CommandRow(*row) if row else None

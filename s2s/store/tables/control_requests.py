@@ -1,7 +1,7 @@
-"""Table ``steering``: control requests typed in a shell, sent by the server that has the link.
+"""Table ``steering``: control requests from a shell or API, sent by the server that has the link.
 
-A request is taken by one server at most. One that nobody takes in time is taken by nobody: what an operator was told
-did not happen must not happen later.
+At most one server takes a request. A request that no server takes in time is never sent: the operator was told that it
+did not happen, so it must not happen later.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from s2s.store.tables import claims
 from s2s.store.tables.fitting import fitting
 
 CHANNEL: Final = "s2s_steering"
-#: Notified when an answer is written down.
+#: Notified when an answer is stored.
 OVER_CHANNEL: Final = "s2s_steering_over"
-#: Seconds within which a server must take a request, and then has for the engine's answer.
+#: Seconds within which a server must take a request, and seconds that the server then waits for the engine's answer.
 TAKE_S: Final = 3.0
 ANSWER_S: Final = 35.0
-#: After so many seconds a server that took it and is gone is not waited for.
+#: Age of a request, in seconds, from which a caller no longer waits for a server that took it and is gone.
 GONE_S: Final = 6.0
-#: Requests that a server takes at once, and has in hand.
+#: The most requests that a server takes at once and has in progress.
 MOST: Final = 256
 
 
 @dataclass(frozen=True)
 class Steering:
-    """A request to send.
+    """A control request to send.
 
     :param engine: the engine's name.
-    :param type: of the catalogue.
+    :param type: a request type of the catalogue.
     :param payload: ``None``: it is longer than any frame.
     """
 
@@ -49,13 +49,13 @@ class Steering:
 
 @dataclass(frozen=True)
 class Answer:
-    """How far a request is.
+    """The state of a control request.
 
-    :param taken_by: the ``boot_id`` of the server that has sent it, or is about to.
-    :param is_over: it has been answered, or the server that took it knows no answer.
-    :param is_ok: the answer is the reply's payload and no refusal; ``None``: there is none.
-    :param answer: the payload of the reply, or of the ``s2s.error``; ``message`` where nothing
-        came, and the ``code`` of :class:`~s2s.errors.BadReply` where that was not valid.
+    :param taken_by: the ``boot_id`` of the server that has sent the request or is about to; ``None``: not taken.
+    :param is_over: an answer is stored, or the server that took the request has recorded that there is none.
+    :param is_ok: whether the engine replied, as opposed to refused; ``None``: there is no answer.
+    :param answer: the payload of the reply, or of the ``s2s.error``. Without an answer it has a ``message``; for an
+        invalid answer also the ``code`` of :class:`~s2s.errors.BadReply`.
     """
 
     taken_by: str | None
@@ -65,14 +65,14 @@ class Answer:
 
     @property
     def is_taken(self) -> bool:
-        """Whether a server has sent it, or is about to."""
+        """Whether a server has sent the request or is about to."""
         return self.taken_by is not None
 
 
 def ask(txn: Cursor, engine: str, type: str, payload: Mapping[str, Any], actor: str, patience_s: float = TAKE_S) -> int:
-    """Ask whichever server has the link to send a request.
+    """Store a request for the server that has the link to the engine.
 
-    :param patience_s: seconds after which no server takes it any more.
+    :param patience_s: seconds after which no server takes the request any more.
     :returns: its ``request_id``.
     """
     txn.execute(
@@ -87,9 +87,9 @@ def ask(txn: Cursor, engine: str, type: str, payload: Mapping[str, Any], actor: 
 def take(
     txn: Cursor, server_boot_id: str, engines: Sequence[str], limit: int = MOST, frame_size: int = Bounds.frame_size
 ) -> list[Steering]:
-    """Take what is asked of some engines, in order.
+    """Take the open requests to the given engines, in order.
 
-    :param limit: requests at most.
+    :param limit: the most requests to take.
     :param frame_size: bytes of the longest frame.
     """
     txn.execute(
@@ -110,9 +110,9 @@ def take(
 
 
 def answer(txn: Cursor, request_id: int, is_ok: bool | None, payload: Mapping[str, Any]) -> None:
-    """Write down what the engine said.
+    """Store the engine's answer to a request.
 
-    :param is_ok: ``None`` where it said nothing.
+    :param is_ok: ``None``: the engine did not answer.
     """
     txn.execute(
         "update s2s.steering set is_ok = %s, answer = %s, answered_at = now() where request_id = %s",
@@ -123,9 +123,9 @@ def answer(txn: Cursor, request_id: int, is_ok: bool | None, payload: Mapping[st
 
 
 def settled(txn: Cursor, request_ids: Sequence[int]) -> set[int]:
-    """Give those of some requests for which nothing is to be waited for any more.
+    """Return the given requests that need no more waiting.
 
-    They are answered, or nobody took them in time, or whoever did is gone.
+    Such a request is answered, or no server took it in time, or the server that took it is gone.
     """
     txn.execute(
         "select request_id, taken_by, answered_at is not null or (taken_by is null and expires_at <= now()),"
@@ -139,7 +139,7 @@ def settled(txn: Cursor, request_ids: Sequence[int]) -> set[int]:
 
 
 def conclude(txn: Cursor, request_ids: Sequence[int]) -> dict[int, Answer]:
-    """See what came of requests; those that no server has taken are taken back, so that they never happen."""
+    """Return the state of requests; remove the requests that no server has taken, so that they never happen."""
     txn.execute("delete from s2s.steering where request_id = any(%s) and taken_by is null", (list(request_ids),))
     txn.execute(
         "select request_id, taken_by, answered_at is not null, is_ok, answer from s2s.steering where"
@@ -149,7 +149,7 @@ def conclude(txn: Cursor, request_ids: Sequence[int]) -> dict[int, Answer]:
     found = {row[0]: Answer(*row[1:]) for row in txn}
     if any(not answer.is_taken for answer in found.values()):
         note(txn, "delete", "s2s.steering")
-    # Looked at every second somewhere, and of no more use; what steers stays for a while.
+    # A health check may come every second and is not needed any more; other requests stay until retention removes them.
     txn.execute(
         "delete from s2s.steering where request_id = any(%s) and type = %s and answered_at is not null",
         (list(request_ids), HEALTH_CHECK),

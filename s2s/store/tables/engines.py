@@ -1,4 +1,4 @@
-"""Tables ``engines`` and ``engine_links``: what is wanted of engines, and which server has a link to which."""
+"""Tables ``engines`` and ``engine_links``: the desired state of engines, and the links between servers and engines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from s2s.store.kept_rows import note, refusal
 from s2s.store.tables import audit, claims
 
 CHANNEL: Final = "s2s_engines"
-#: A server writes its links anew so often, in seconds; after three times that nobody believes them.
+#: Seconds after which a server writes its links again. After three times as long, a link counts as gone.
 REFRESH_S: Final = 10.0
 _STALE: Final = f"interval '{3 * REFRESH_S:g} seconds'"
 
@@ -21,7 +21,7 @@ _STALE: Final = f"interval '{3 * REFRESH_S:g} seconds'"
 class LinkRow:
     """A proven link of a server.
 
-    :param address: where the engine connects from.
+    :param address: the address from which the engine connects.
     """
 
     key_id: str
@@ -32,7 +32,7 @@ class LinkRow:
 
 @dataclass(frozen=True)
 class EngineRow:
-    """An engine as people are shown it; without a link the last four are ``None``."""
+    """An engine as operators see it; without a link the last four are ``None``."""
 
     name: str
     wanted: str
@@ -44,15 +44,15 @@ class EngineRow:
 
 
 def wanted(txn: Cursor, name: str) -> tuple[str, str]:
-    """Give ``running`` or ``paused``, and why."""
+    """Return the desired state, ``running`` or ``paused``, and its reason."""
     txn.execute("select wanted, reason from s2s.engines where name = %s", (name,))
     return txn.fetchone() or ("running", "")
 
 
 def want(txn: Cursor, name: str, state: str, reason: str, actor: str) -> None:
-    """Store what is wanted of an engine: ``running`` or ``paused``. A repeat changes nothing.
+    """Store the desired state of an engine: ``running`` or ``paused``. A repeat changes nothing.
 
-    :param actor: who wants it, for the audit.
+    :param actor: the actor of the change, for the audit.
     """
     audit.sign(txn, actor)
     txn.execute(
@@ -61,20 +61,20 @@ def want(txn: Cursor, name: str, state: str, reason: str, actor: str) -> None:
         " where engines.wanted <> excluded.wanted",
         (name, state, reason),
     )
-    # Without a row of its own an engine is to run. A trigger that returns the old row counts as written.
+    # An engine without a row is to run. A trigger may return the old row, which counts as written.
     if wanted(txn, name)[0] != state:
         raise refusal(txn, "insert or update", "s2s.engines")
 
 
 def show_links(txn: Cursor, server_boot_id: str, links: Sequence[LinkRow]) -> None:
-    """Write a server's links: these, and no others. Links of servers that are gone go too."""
+    """Replace the stored links of a server by the given ones. Also remove the links of servers that are gone."""
     columns = (
         [link.key_id for link in links],
         [link.name for link in links],
         [link.engine_boot_id for link in links],
         [link.address for link in links],
     )
-    # Nothing rests on it: what a crash of the database loses is written again.
+    # No fsync is needed: links that a crash of the database loses are written again.
     txn.execute("set local synchronous_commit = off")
     txn.execute(
         "delete from s2s.engine_links l where (server_boot_id = %s and not exists (select"  # noqa: S608 - a constant
@@ -95,7 +95,7 @@ def show_links(txn: Cursor, server_boot_id: str, links: Sequence[LinkRow]) -> No
 
 
 def linked(txn: Cursor, names: Sequence[str]) -> set[str]:
-    """Give those of some names under which an engine is linked."""
+    """Return the given engine names that have a link."""
     txn.execute(
         f"select distinct name from s2s.engine_links where name = any(%s) and seen_at >= now() - {_STALE}",  # noqa: S608
         (list(names),),
@@ -104,14 +104,14 @@ def linked(txn: Cursor, names: Sequence[str]) -> set[str]:
 
 
 def are_strangers(txn: Cursor) -> bool:
-    """Whether engines are linked, and none of them shares this database."""
+    """Whether engines are linked and none of them shares this database."""
     txn.execute(f"select engine_boot_id from s2s.engine_links where seen_at >= now() - {_STALE}")  # noqa: S608 - a constant
     boot_ids = [boot_id for (boot_id,) in txn]
     return bool(boot_ids) and not claims.present(txn, {boot_id for boot_id in boot_ids if boot_id})
 
 
 def list_engines(txn: Cursor) -> list[EngineRow]:
-    """List every engine that is linked, or of which something is wanted, by name."""
+    """List, by name, every engine that is linked or has a stored desired state."""
     txn.execute(
         "select name, coalesce(e.wanted, 'running'), coalesce(e.reason, ''), l.key_id, l.engine_boot_id, l.address,"  # noqa: S608
         f" l.linked_at from s2s.engines e full join (select * from s2s.engine_links where seen_at >= now() -"

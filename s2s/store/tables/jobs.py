@@ -1,9 +1,9 @@
-"""Table ``jobs``: when each job is due, and where a run goes on (docs/protocol.rst, "The world and its jobs").
+"""Table ``jobs``: when each job is due, and where its run continues (docs/protocol.rst, "The world and its jobs").
 
-Any number of engines share it. A step is two transactions: the first counts an attempt, so that a job that kills its
-process is not begun again at once; the second locks the row, does the step, and forgives the attempt. Where the same
-engine does the next step, too, the second counts that attempt. Whose row is locked, or was touched by another since,
-steps aside.
+Any number of engines share the table. A step takes two transactions. The first one counts an attempt, so that a job
+that kills its process does not start again at once. The second one locks the row, does the step, and resets the
+attempts; if the same engine does the next step as well, it also counts that attempt. An engine gives up its attempt if
+another session has locked the row or has changed it since.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from s2s.store.kept_rows import note, refusal
 from s2s.store.tables import claims
 
 _ATTEMPTING: Final = lock_key("attempting a job")
-#: Until the next attempt, after so many in a row; until this one is begun, nobody else makes one.
+#: The pause after this number of attempts in a row; no other attempt starts before it ends.
 _PAUSE: Final = "least(power(2, least({attempts}, 9)), 300) * interval '1 second'"
 PAUSE: Final = _PAUSE.format(attempts="attempts")
 _FIRST_PAUSE: Final = _PAUSE.format(attempts=0)
@@ -46,13 +46,14 @@ SLICE_S: Final = 0.25
 class DueJob:
     """A step to do.
 
-    :param due_at: of its run, in Unix seconds.
-    :param runs: finished before this one. A clock that was wrong may bring the same ``due_at`` twice, never both.
-    :param state: where the run goes on; empty at its beginning.
-    :param attempts: with this one, since the run last got on.
-    :param retry_at: no other attempt has the same, so that it tells whether this one is still ours to make.
-    :param place: where its row was then (``ctid``): by its key a row is found in a time that grows with its dead
-        versions, which an open snapshot keeps.
+    :param due_at: the ``due_at`` of its run, in Unix seconds.
+    :param runs: the number of runs finished before this one. A wrong clock may repeat a ``due_at``, but never the pair
+        of both.
+    :param state: where the run continues; empty at its beginning.
+    :param attempts: the number of attempts since the run's last progress, with this one.
+    :param retry_at: unique to each attempt, so that it shows whether this attempt still belongs to the caller.
+    :param place: the ``ctid`` of its row at that time. A lookup by key takes longer the more dead versions of the row
+        an open snapshot keeps.
     """
 
     job_type: str
@@ -66,10 +67,10 @@ class DueJob:
 
 @dataclass(frozen=True)
 class JobRow:
-    """A job as people are shown it.
+    """A job as operators see it.
 
-    :param due_at: of the next run, or of the one that is not finished.
-    :param is_running: a run is begun, and not finished.
+    :param due_at: the ``due_at`` of the next run, or of the unfinished one.
+    :param is_running: a run has begun and is not finished.
     """
 
     job_type: str
@@ -85,9 +86,9 @@ class JobRow:
 
 
 class OtherSchedule(NamedTuple):
-    """A schedule in the table that this engine does not declare.
+    """A schedule in the table that differs from the one that this engine declares.
 
-    :param is_kept: the engine that declared it lives.
+    :param is_kept: the engine that declared the schedule lives.
     """
 
     schedule: str
@@ -97,23 +98,23 @@ class OtherSchedule(NamedTuple):
 def declare(
     txn: Cursor, boot_id: str, schedules: Mapping[str, str], next_after: Callable[[str, int], int]
 ) -> dict[str, str]:
-    """Put jobs into the table; those that are there keep their times, unless their schedule has changed.
+    """Insert jobs into the table. Existing jobs keep their times, unless their schedule has changed.
 
-    :param boot_id: of this engine.
-    :param schedules: by job type.
-    :param next_after: gives the time that follows a Unix second, by a schedule.
-    :returns: by job type, why one is not declared: the database refuses it, or another session holds its row for longer
-        than :data:`DECLARE_LOCK_S`.
+    :param boot_id: the ``boot_id`` of this engine.
+    :param schedules: the schedule of each job type.
+    :param next_after: returns the schedule's next time after a time in Unix seconds.
+    :returns: by job type, why a job is not declared: the database refuses it, or another session holds its row for
+        longer than :data:`DECLARE_LOCK_S`.
     """
     now = _now(txn)
     refused: dict[str, str] = {}
     txn.execute("set local lock_timeout = %s", (round(DECLARE_LOCK_S * 1000),))
-    # In one order: engines that start together do not wait for each other in a circle.
+    # In one order, so that engines that start together do not deadlock.
     for job_type, schedule in sorted(schedules.items()):
         try:
             with savepoint(txn):
                 _declare(txn, boot_id, job_type, schedule, next_after(schedule, now))
-                # What a deferred constraint or trigger refuses, too.
+                # Run deferred constraints and triggers now, so that their errors are caught here.
                 txn.execute("set constraints all immediate")
         except psycopg2.Error as error:
             if (meaning := sqlstate.of(error)).fault != "statement" or meaning.drops:
@@ -134,11 +135,11 @@ def _declare(txn: Cursor, boot_id: str, job_type: str, schedule: str, due_at: in
     txn.execute(
         "insert into s2s.jobs as j (job_type, schedule, due_at, declared_by)"
         " select %(job_type)s, %(schedule)s, to_timestamp(%(due_at)s), %(boot_id)s"
-        # What is as it should be is not locked: somebody may be running it.
+        # A row that already matches is not locked: an engine may be running its job.
         " where not exists (select from s2s.jobs where job_type = %(job_type)s and schedule = %(schedule)s)"
         " on conflict (job_type) do update set schedule = excluded.schedule,"
         " declared_by = excluded.declared_by,"
-        # A run that is begun is finished first, with its time.
+        # A run that has begun is finished first, with its own due_at.
         " due_at = case when j.state is null then excluded.due_at else j.due_at end,"
         " attempts = case when j.state is null then 0 else j.attempts end,"
         " retry_at = case when j.state is null then null else j.retry_at end"
@@ -148,15 +149,16 @@ def _declare(txn: Cursor, boot_id: str, job_type: str, schedule: str, due_at: in
 
 
 def missing(txn: Cursor, job_types: Iterable[str]) -> list[str]:
-    """Return those of some jobs that are not in the table."""
+    """Return the given jobs that are not in the table."""
     return driver.missing(txn, "s2s.jobs", "job_type", job_types)
 
 
 def other_schedules(txn: Cursor, boot_id: str, schedules: Mapping[str, str]) -> dict[str, OtherSchedule]:
-    """Return the jobs whose schedule in the table is not the one that this engine declares, by job type.
+    """Return the jobs whose schedule in the table differs from the one that this engine declares, by job type.
 
-    :param boot_id: of this engine. What it has declared was changed by hand, and is kept by no engine.
-    :param schedules: by job type.
+    :param boot_id: the ``boot_id`` of this engine. If this engine declared the row, the schedule was changed by hand,
+        and no engine keeps it.
+    :param schedules: the schedule of each job type.
     """
     txn.execute(
         "select job_type, jobs.schedule, declared_by from s2s.jobs"
@@ -170,25 +172,26 @@ def other_schedules(txn: Cursor, boot_id: str, schedules: Mapping[str, str]) -> 
 
 
 def hold_idle(txn: Cursor, job_types: Iterable[str]) -> list[str]:
-    """Lock those of some jobs that no engine is running until the transaction ends, and return their types."""
+    """Lock the given jobs that no engine is running until the transaction ends, and return their types."""
     txn.execute("select job_type from s2s.jobs where job_type = any(%s) for update skip locked", (list(job_types),))
     return [job_type for (job_type,) in txn]
 
 
 def attempt(txn: Cursor, job_types: Iterable[str], turns: Sequence[str] = ()) -> DueJob | None:
-    """Count an attempt of the job that is due for the longest time.
+    """Count an attempt of the job that has been due longest.
 
-    :param job_types: those that the caller can run now.
-    :param turns: those that have had a turn, the last one at the end. The others come first, then these in their order:
-        the runs of long ones, which stay due, would hold up all others.
-    :raises RowRefused: the database does not take the change of that row.
+    :param job_types: the jobs that the caller can run now.
+    :param turns: the jobs that have had a turn, the latest one last. Other jobs come first, then these in their order:
+        otherwise a job with a long run, which stays due, would delay all others.
+    :raises RowRefused: the database refuses the change of that row.
     """
-    # One looks at a time. With an older snapshot one would lock what another has just counted, to find that it is not
-    # due: the other would see it locked, and step aside from its own attempt.
+    # One engine looks at a time. Otherwise an engine with an older snapshot could lock a row whose attempt another
+    # engine has just counted, and find that it is not due; the other engine would find the row locked and give up its
+    # own attempt.
     advisory_lock(txn, _ATTEMPTING)
     txn.execute(
         "select job_type, ctid::text from s2s.jobs where job_type = any(%s)"
-        # A run that is begun goes on, whatever the clock has called its time meanwhile.
+        # A run that has begun continues, even if a clock change has moved now() before its due_at.
         " and (due_at <= now() or state is not null or attempts > 0)"
         " and (retry_at is null or retry_at <= now())"
         " order by array_position(%s::text[], job_type) nulls first, due_at, job_type limit 1 for update skip locked",
@@ -203,7 +206,7 @@ def attempt(txn: Cursor, job_types: Iterable[str], turns: Sequence[str] = ()) ->
 
 
 def release(txn: Cursor, job: DueJob) -> None:
-    """Take an attempt back that was not begun."""
+    """Undo the count of an attempt that was not begun."""
     txn.execute(
         "update s2s.jobs set attempts = attempts - 1, retry_at = null where job_type = %s and retry_at = %s",
         (job.job_type, job.retry_at),
@@ -212,7 +215,7 @@ def release(txn: Cursor, job: DueJob) -> None:
 
 
 def _note_kept(txn: Cursor, job: DueJob) -> None:
-    """Tell the operator where the last statement should have changed an attempt that is ours still, and has not."""
+    """Report to the operator if the last statement did not change an attempt that still belongs to the caller."""
     if not txn.rowcount:
         txn.execute("select from s2s.jobs where job_type = %s and retry_at = %s", (job.job_type, job.retry_at))
         if txn.fetchall():
@@ -220,7 +223,7 @@ def _note_kept(txn: Cursor, job: DueJob) -> None:
 
 
 def next_due_s(txn: Cursor, job_types: Iterable[str]) -> float | None:
-    """Give the seconds until the next job becomes due; ``None``: none does. One that is due by now is another's."""
+    """Return the seconds until the next job becomes due; ``None``: none does. Jobs that are due already do not count."""
     txn.execute(
         "select extract(epoch from least(min(greatest(due_at, retry_at)), now() + interval '1 day') - now())::float8"
         " from s2s.jobs"
@@ -234,19 +237,20 @@ def next_due_s(txn: Cursor, job_types: Iterable[str]) -> float | None:
 def hold(txn: Cursor, job: DueJob) -> str | None:
     """Lock a job until the transaction ends.
 
-    :returns: the place of its row; ``None``: the attempt is no longer ours to make.
+    :returns: the ``ctid`` of its row; ``None``: the attempt no longer belongs to the caller.
     """
     where = "job_type = %(job_type)s and retry_at = %(retry_at)s"
     return hold_row(txn, "s2s.jobs", where, vars(job))
 
 
 def hold_row(txn: Cursor, table: str, where: str, params: Mapping[str, Any], waits: bool = False) -> str | None:
-    """Lock a row until the transaction ends, which is looked for at its last place first.
+    """Lock a row until the transaction ends; look for it at its last known place first.
 
-    :param where: what must be true of it, with named parameters.
-    :param params: of ``where``, and its ``place``; an empty one is not known.
-    :param waits: wait for a session that holds it.
-    :returns: its place, which it keeps until it is changed; ``None``: there is none, or another session holds it.
+    :param where: the condition for the row, with named parameters.
+    :param params: the parameters of ``where``, and the row's ``place``; an empty one is not known.
+    :param waits: wait for a session that holds the row.
+    :returns: its ``ctid``, which stays until the row changes; ``None``: there is no such row, or another session holds
+        it.
     """
     at_once = "" if waits else " skip locked"
     for at in ("ctid = %(place)s::tid and ", "") if params["place"] else ("",):
@@ -258,15 +262,16 @@ def hold_row(txn: Cursor, table: str, where: str, params: Mapping[str, Any], wai
 
 
 def hold_still(txn: Cursor, job_type: str) -> None:
-    """Let nobody else run a job until this transaction ends; whoever does so now is waited for."""
+    """Keep other engines from running a job until this transaction ends; wait for an engine that runs it now."""
     txn.execute("select from s2s.jobs where job_type = %s for update", (job_type,))
 
 
 def go_on(txn: Cursor, job: DueJob, place: str, state: Mapping[str, Any], is_next_ours: bool) -> DueJob | None:
-    """Store where a run goes on: its next step is due at once.
+    """Store where a run continues; its next step is due at once.
 
-    :param place: of its row, which :func:`hold` has locked, unless the job has changed it since.
-    :param is_next_ours: count an attempt of that step, too: the caller does it next, without another look.
+    :param place: the ``ctid`` of its row, as :func:`hold` returned it; the job may have changed the row since.
+    :param is_next_ours: also count an attempt of the next step, which the caller does without another look at the
+        table.
     :returns: that attempt.
     """
     change = f"update s2s.jobs set state = %s, {next_attempt(is_next_ours)}, error = null where"  # noqa: S608 - constants
@@ -285,13 +290,13 @@ def go_on(txn: Cursor, job: DueJob, place: str, state: Mapping[str, Any], is_nex
 def change_row(
     txn: Cursor, change: str, *params: Any, place: str, key: tuple[str, str], returning: str, written: str = "true"
 ) -> tuple[Any, ...]:
-    """Change a row, which is looked for at its last place first.
+    """Change a row; look for it at its last known place first.
 
     :param change: the statement up to its ``where``, with the ``params``.
     :param key: the column and the value of its primary key.
     :param returning: the columns to return.
-    :param written: what is true of the row once it is changed: a trigger may return the old row.
-    :raises RowRefused: the database does not take the change.
+    :param written: an SQL condition that holds for the changed row; a trigger may return the old row.
+    :raises RowRefused: the database refuses the change.
     """
     column, value = key
     for where, more in ((f"ctid = %s::tid and {column} = %s", (place, value)), (f"{column} = %s", (value,))):
@@ -311,12 +316,12 @@ def change_row(
 
 
 def check_changed(txn: Cursor, table: str, column: str, value: str) -> None:
-    """Refuse to end a step whose row the last statement has not changed, unless the step has removed the row.
+    """Raise if the last statement did not change the row of a step, unless the step has removed the row.
 
-    The step would be done again, and its effect be doubled. The statement may return whether the row has its values: a
-    trigger may return the old row.
+    Otherwise the step would be done again, and its effect would be doubled. The statement may return whether the row
+    has the new values, because a trigger may return the old row.
 
-    :raises RowRefused: a trigger has kept the row.
+    :raises RowRefused: a trigger kept the row unchanged.
     """
     if not (txn.rowcount and (txn.description is None or txn.fetchone() == (True,))):
         txn.execute(f"select from {table} where {column} = %s", (value,))
@@ -325,9 +330,9 @@ def check_changed(txn: Cursor, table: str, column: str, value: str) -> None:
 
 
 def next_attempt(is_ours: bool) -> str:
-    """Return what is set of a row whose step has got on.
+    """Return the SQL assignments for a row whose step has made progress.
 
-    :param is_ours: whether the caller makes the first attempt of the next step, or whoever looks.
+    :param is_ours: whether the caller makes the first attempt of the next step; else any engine does.
     """
     first = f"attempts = 1, retry_at = now() + {_FIRST_PAUSE}"
     return first if is_ours else "attempts = 0, retry_at = null"
@@ -339,10 +344,10 @@ def has_next_attempt(is_ours: bool) -> str:
 
 
 def finish(txn: Cursor, job: DueJob, next_after: Callable[[str, int], int], result: Mapping[str, Any] | None) -> None:
-    """End a run. Runs that were missed meanwhile are made up for by this one.
+    """End a run. It also stands for the runs that were missed meanwhile.
 
-    :param next_after: gives the time that follows a Unix second, by a schedule.
-    :raises RowRefused: a trigger has kept the row from being changed.
+    :param next_after: returns the schedule's next time after a time in Unix seconds.
+    :raises RowRefused: a trigger kept the row unchanged.
     """
     txn.execute("select schedule from s2s.jobs where job_type = %s", (job.job_type,))
     schedule = str((txn.fetchone() or ("",))[0])
@@ -360,7 +365,7 @@ def finish(txn: Cursor, job: DueJob, next_after: Callable[[str, int], int], resu
 
 
 def fail(txn: Cursor, job: DueJob, error: str) -> None:
-    """Store why a step failed, unless it is another's by now; it is tried again after a pause that grows."""
+    """Store why a step failed, unless the attempt no longer belongs to the caller. The next attempt follows a pause."""
     txn.execute(
         f"update s2s.jobs set error = %s, retry_at = now() + {PAUSE} where job_type = %s and retry_at = %s",  # noqa: S608
         (error, job.job_type, job.retry_at),
@@ -378,6 +383,6 @@ def list_jobs(txn: Cursor) -> list[JobRow]:
 
 
 def _now(txn: Cursor) -> int:
-    """Give the database's time in Unix seconds, rounded down: engines whose clocks differ agree."""
+    """Return the database's time in Unix seconds, rounded down, so that engines whose clocks differ agree."""
     txn.execute("select floor(extract(epoch from now()))::bigint")
     return int((txn.fetchone() or (0,))[0])

@@ -1,7 +1,7 @@
-"""Table ``orders``: admin RPCs on their way to an engine (docs/protocol.rst, "Orders").
+"""Table ``orders``: admin RPCs for an engine (docs/protocol.rst, "Orders").
 
-The row decides: an order runs only by whoever has locked its row while it is open, with the row's params. A step is two
-transactions, as with jobs (:mod:`s2s.store.tables.jobs`). The table's triggers write the audit.
+The row is authoritative: an engine runs an order only while it has locked the open row, and uses the row's params. A
+step takes two transactions, as with jobs (:mod:`s2s.store.tables.jobs`). The table's triggers write the audit.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ CHANNEL: Final = "s2s_orders"
 OVER_CHANNEL: Final = "s2s_orders_over"
 #: The status of an order that is not over.
 OPEN: Final = ("queued", "running")
-#: The order that runs a job, and seconds for which an engine without that job leaves it to one that has it: more than
-#: an engine takes to look at the table, less than an operator waits.
+#: The order that runs a job, and the seconds for which an engine without that job leaves the order to an engine that
+#: has the job: longer than an engine's interval between looks at the table, shorter than an operator waits.
 FORCE_TICK: Final = "admin.engine.force_tick.v1"
 LEFT_S: Final = 20.0
 _ATTEMPTING: Final = lock_key("attempting an order")
@@ -37,13 +37,13 @@ _ATTEMPTING: Final = lock_key("attempting an order")
 
 @dataclass(frozen=True)
 class Order:
-    """An order as it runs.
+    """An order in progress.
 
     :param created_at: Unix seconds.
-    :param state: where it goes on, and how far it is; empty until it runs.
-    :param attempts: with this one, since it last got on.
-    :param retry_at: no other attempt has the same, so that it tells whether this one is still ours to make.
-    :param place: where its row was then, see :class:`s2s.store.tables.jobs.DueJob`.
+    :param state: where the order continues and its progress; empty until it runs.
+    :param attempts: the number of attempts since the last progress, with this one.
+    :param retry_at: unique to each attempt, so that it shows whether this attempt still belongs to the caller.
+    :param place: the ``ctid`` of its row at that time, see :class:`s2s.store.tables.jobs.DueJob`.
     """
 
     order_id: str
@@ -60,7 +60,7 @@ class Order:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is not over."""
+        """Whether the order is queued or running."""
         return self.status in OPEN
 
 
@@ -72,10 +72,10 @@ _ORDER: Final = (
 
 @dataclass(frozen=True)
 class OrderRow:
-    """An order as people are shown it.
+    """An order as operators see it.
 
     :param engine: the name of the engine that ran it last.
-    :param way: ``link`` or ``table``: how engines came by it.
+    :param way: ``link`` or ``table``: how the engine received it.
     """
 
     order_id: str
@@ -110,13 +110,13 @@ def give(
     *,
     by_link: bool = False,
 ) -> tuple[Order, bool]:
-    """Write an order down, with its audit entry, unless it was given before.
+    """Insert an order, with its audit entry, unless it exists already.
 
     :param params: valid, without the ``order_id``.
-    :param idem_key: another order with this key is this one, whatever its id.
-    :param by_link: it came over a link; else it is left to one for a while, where there is one.
+    :param idem_key: an existing order with this key is the same order, whatever its id.
+    :param by_link: the order came over a link. Otherwise engines leave it for a while to a link, if there is one.
     :returns: the order, and whether it is new.
-    :raises IdemConflict: the id or the key stands for an order of other content; nothing is written.
+    :raises IdemConflict: the id or the key belongs to an order with other content; nothing is written.
     """
     txn.execute(
         "insert into s2s.orders (order_id, rpc, params, actor, idem_key) values (%s, %s, %s::jsonb, %s, %s)"
@@ -124,12 +124,12 @@ def give(
         (order_id, rpc, canonical.dumps(params).decode(), actor, idem_key),
     )
     is_new = txn.rowcount > 0
-    # A statement of its own: it sees what another one has just inserted.
+    # A separate statement, because it sees an order that another transaction has just inserted.
     order = known(txn, order_id, rpc, params, idem_key)
     if order is None:
         raise refusal(txn, "insert", "s2s.orders")
     if by_link:
-        # Whoever holds the row is at its step, and sets the way itself.
+        # A session that holds the row is running its step and sets the way itself.
         txn.execute(
             "update s2s.orders set way = 'link' where order_id = any(array(select order_id from s2s.orders"
             " where order_id = %s and way is null for update skip locked))",
@@ -141,10 +141,10 @@ def give(
 
 
 def known(txn: Cursor, order_id: str, rpc: str, params: Mapping[str, Any], idem_key: str | None = None) -> Order | None:
-    """Give an order that was given before.
+    """Return an existing order.
 
-    :returns: ``None``: it was not.
-    :raises IdemConflict: the id or the key stands for an order of other content.
+    :returns: ``None``: there is none.
+    :raises IdemConflict: the id or the key belongs to an order with other content.
     """
     txn.execute(
         f"select {_ORDER} from s2s.orders where idem_key = %s or order_id = %s order by idem_key = %s desc nulls last",  # noqa: S608
@@ -158,14 +158,14 @@ def known(txn: Cursor, order_id: str, rpc: str, params: Mapping[str, Any], idem_
 
 def _is_same(order: Order, rpc: str, params: Mapping[str, Any]) -> bool:
     try:
-        # As bytes: to Python, true is 1.
+        # Compare bytes: to Python, true equals 1.
         return (order.rpc, canonical.dumps(order.params)) == (rpc, canonical.dumps(params))
     except CanonicalError:  # written by another hand than ours
         return False
 
 
 def find(txn: Cursor, order_id: str) -> Order:
-    """Give an order that there is."""
+    """Return an order that exists."""
     txn.execute(f"select {_ORDER} from s2s.orders where order_id = %s", (order_id,))  # noqa: S608 - a constant
     return Order(*(txn.fetchone() or ()))
 
@@ -174,9 +174,9 @@ def find(txn: Cursor, order_id: str) -> Order:
 Place = tuple[datetime, str]
 
 
-#: Bytes of the params of one page, as jsonb, if it has more than one order.
+#: The most bytes of the params of one page, as jsonb, unless it has a single order.
 PAGE_BYTES: Final = 16 * 1024 * 1024
-#: The params of an order that no frame can hold: they are not read.
+#: Stands for the params of an order that no frame can hold; they are not read.
 TOO_LONG: Final[Any] = Unreadable("they are longer than a frame")
 
 
@@ -187,10 +187,10 @@ def queued(
     after: Place | None = None,
     frame_size: int = Bounds.frame_size,
 ) -> tuple[list[Order], Place | None]:
-    """Return one page of the orders of these RPCs that nobody has begun, those that wait longest first.
+    """Return one page of the queued orders of these RPCs, the longest waiting first.
 
-    :param after: the end of the page before; ``None``: the first page.
-    :param frame_size: bytes of the longest frame; longer params are :data:`TOO_LONG`.
+    :param after: the end of the previous page; ``None``: return the first page.
+    :param frame_size: bytes of the longest frame; longer params become :data:`TOO_LONG`.
     :returns: the page, and its end; ``None``: it is the last page.
     """
     columns = _ORDER.replace("params", fitting("params"))
@@ -227,18 +227,18 @@ def queued(
 def answered(
     txn: Cursor, order_id: str, status: str, result: Mapping[str, Any] | None, engine: str, boot_id: str | None
 ) -> Order | None:
-    """End an order by the answer of an engine that does not share this database.
+    """End an order with the answer of an engine that does not share this database.
 
-    An engine that shares it has written its row before it answers, so its answer changes nothing.
+    An engine that shares the database writes its row before it answers, so its answer changes nothing.
 
     :param status: ``done``, ``refused`` or ``failed``.
-    :param engine: its name.
-    :param boot_id: its process. One that shares this database holds its presence lock here.
-    :returns: the order as it is then; ``None``: it was not ended by the answer.
+    :param engine: the engine's name.
+    :param boot_id: the engine's process. An engine that shares this database holds its presence lock here.
+    :returns: the changed order; ``None``: the answer did not end the order.
     """
     if boot_id is not None and claims.present(txn, {boot_id}):
         return None
-    # What an engine of this database is at stays its own: its attempt is fresh, or its step has locked the row.
+    # Skip an order that an engine of this database is running: its attempt is recent, or its step has locked the row.
     free = (
         "select order_id from s2s.orders where order_id = %s and status = 'queued' and (attempts = 0 or"
         " retry_at <= now())"
@@ -271,15 +271,15 @@ def attempt(
 ) -> Order | None:
     """Count an attempt of the open order that has waited longest for a step.
 
-    :param rpcs: those that the caller serves now.
-    :param resting: of these none that runs already.
-    :param in_hand: the ``order_id`` of what the caller is at.
-    :param patience_s: seconds that what came over no link is left to whoever has one.
-    :param jobs: those of the caller; ``None``: it has each. An order to run another one is left for :data:`LEFT_S` to
-        an engine that has it, where an engine has ever declared it.
-    :raises RowRefused: the database does not take the change of that row.
+    :param rpcs: the RPCs that the caller serves now.
+    :param resting: the RPCs among these whose running orders are skipped.
+    :param in_hand: the ``order_id`` of each order that the caller is running.
+    :param patience_s: seconds for which an order that did not come over a link is left to an engine with a link.
+    :param jobs: the caller's jobs; ``None``: it has every job. An order to run another job is left for :data:`LEFT_S`
+        to an engine that has the job, if any engine has ever declared it.
+    :raises RowRefused: the database refuses the change of that row.
     """
-    # One looks at a time, as with jobs.
+    # One engine looks at a time, as with jobs.
     advisory_lock(txn, _ATTEMPTING)
     txn.execute(
         "select order_id, ctid::text from s2s.orders"
@@ -313,19 +313,20 @@ def attempt(
 def hold(txn: Cursor, order: Order, waits: bool = False) -> str | None:
     """Lock an order until the transaction ends.
 
-    :param waits: wait for a session that holds it.
-    :returns: the place of its row; ``None``: the attempt is no longer ours to make.
+    :param waits: wait for a session that holds the row.
+    :returns: the ``ctid`` of its row; ``None``: the attempt no longer belongs to the caller.
     """
     where = "order_id = %(order_id)s and retry_at = %(retry_at)s and status in ('queued', 'running')"
     return hold_row(txn, "s2s.orders", where, vars(order), waits)
 
 
 def go_on(txn: Cursor, order: Order, place: str, state: Mapping[str, Any], engine: str, is_next_ours: bool) -> Order:
-    """Store where an order goes on: its next step is due at once.
+    """Store where an order continues; its next step is due at once.
 
-    :param place: of its row, which :func:`hold` has locked, unless the order has changed it since.
-    :param is_next_ours: count an attempt of that step, too: the caller does it next, without another look.
-    :returns: the order as it is then.
+    :param place: the ``ctid`` of its row, as :func:`hold` returned it; the order may have changed the row since.
+    :param is_next_ours: also count an attempt of the next step, which the caller does without another look at the
+        table.
+    :returns: the changed order.
     """
     change = (
         f"update s2s.orders set status = 'running', state = %s, {next_attempt(is_next_ours)}, engine = %s,"  # noqa: S608
@@ -338,7 +339,7 @@ def go_on(txn: Cursor, order: Order, place: str, state: Mapping[str, Any], engin
 
 
 def release(txn: Cursor, order: Order) -> None:
-    """Take an attempt back that was not begun."""
+    """Undo the count of an attempt that was not begun."""
     txn.execute(
         "update s2s.orders set attempts = attempts - 1, retry_at = null where order_id = %s and retry_at = %s",
         (order.order_id, order.retry_at),
@@ -351,7 +352,7 @@ def finish(txn: Cursor, order: Order, status: str, result: Mapping[str, Any] | N
     """End an order.
 
     :param status: ``done``, ``refused`` (it never ran) or ``failed``.
-    :raises RowRefused: a trigger has kept the row from being changed.
+    :raises RowRefused: a trigger kept the row unchanged.
     """
     txn.execute(
         "update s2s.orders set status = %(status)s, result = %(result)s, retry_at = null, engine = %(engine)s,"
@@ -368,18 +369,18 @@ def finish(txn: Cursor, order: Order, status: str, result: Mapping[str, Any] | N
     check_changed(txn, "s2s.orders", "order_id", order.order_id)
 
 
-# --- for people ------------------------------------------------------------------------------------------------------
+# --- for operators ---------------------------------------------------------------------------------------------------
 
 
 def show(txn: Cursor, order_id: str) -> OrderRow | None:
-    """Give an order, if there is one of this id."""
+    """Return an order, or ``None`` if there is none with this id."""
     txn.execute(f"select {_ROW} from s2s.orders where order_id = %s", (order_id,))  # noqa: S608 - a constant
     row = txn.fetchone()
     return OrderRow(*row) if row else None
 
 
 def over(txn: Cursor, order_ids: Sequence[str]) -> set[str]:
-    """Give those of some orders that are over, or that there are not."""
+    """Return the given orders that are finished or do not exist."""
     txn.execute(
         "select order_id from s2s.orders where order_id = any(%s) and status = any(%s)", (list(order_ids), list(OPEN))
     )
@@ -396,12 +397,12 @@ def list_orders(
 ) -> list[OrderRow]:
     """List orders, the newest first.
 
-    :param status: only these; so ``rpc``.
-    :param before: only what is older than this order: the last one of the page before.
+    :param status: only orders with this status; ``rpc`` likewise.
+    :param before: only orders older than this one, which is the last order of the previous page.
     """
     given = {name: value for name, value in (("rpc", rpc), ("status", status)) if value is not None}
     which, values = ", ".join(given), ", ".join(f"%({name})s" for name in given)
-    # As bounds of an index that begins with the filters: see s2s.store.tables.lists.
+    # Write the filters as bounds of an index that begins with them: see s2s.store.tables.lists.
     where = [f"({which}) {than} ({values})" for than in (">=", "<=") if given]
     order = [*given, "created_at", "order_id"]
     if before is not None:

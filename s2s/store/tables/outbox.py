@@ -1,4 +1,4 @@
-"""Table ``outbox``: commands on their way to the server (docs/protocol.rst, "The engine")."""
+"""Table ``outbox``: commands to be sent to the server (docs/protocol.rst, "The engine")."""
 
 from __future__ import annotations
 
@@ -20,32 +20,35 @@ from s2s.store.kept_rows import STATE, check_written, note, still_there
 from s2s.store.tables.lookback import SLACK_S, Lookback
 
 CHANNEL: Final = "s2s_outbox"
-#: Counting more would take longer than the number is worth.
+#: The most rows that are counted: counting more would take longer than the number is worth.
 MOST_COUNTED: Final = 100_000
-#: Seconds until a row is tried again that the database does not let be changed or removed: a line a minute tells of it.
+#: Seconds until the next attempt on a row that the database refuses to change or remove. One log line a minute reports
+#: it.
 KEPT_S: Final = 30.0
-#: Rows that a claim leaves out because they cannot be leased. With more, those that follow may have to wait for them.
+#: The most rows that a claim excludes because they cannot be leased. With more, the rows after them may have to wait.
 MOST_KEPT: Final = 1000
-#: A payload whose text in the table is so many times longer than a frame fits into none. It has spaces between values.
+#: Multiple of the frame size up to which the stored text of a payload is read. A longer payload fits into no frame; the
+#: stored text is longer than the canonical form because it has spaces between values.
 LONGEST_TEXT: Final = 2
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: A commit may come a moment after its rows are due; what comes later is found by a look back.
+#: The start of a claim. A commit may come a moment after its rows are due; a look back finds rows that come later.
 _START: Final = (
     f"(least(to_timestamp(%(send_at)s), now() - {SLACK_S} * interval '1 second'),"
     f" case when to_timestamp(%(send_at)s) <= now() - {SLACK_S} * interval '1 second' then %(outbox_id)s else 0 end)"
 )
 _FROM: Final = f"(send_at, outbox_id) >= {_START}"
 _BY_ID: Final = "outbox_id = any(%(ids)s::bigint[])"
-# The index has the order. With statistics of a smaller table, as in any burst, all that waits would be sorted.
+# Use the order of the index. With statistics of a smaller table, as in any burst, the planner would sort all waiting
+# rows.
 _SET: Final = "set local synchronous_commit = off; set local enable_sort = off; "
 _DUE: Final = (
     "select outbox_id{} from s2s.outbox where state = 'waiting' and send_at <= now() and not outbox_id ="
     " any(%(exclude)s::bigint[]) and {} order by send_at, outbox_id limit %(limit)s for update skip locked"
 )
-# A stored payload may be compressed: of the few that take more than a kilobyte in the table the text is measured.
+# A stored payload may be compressed: the text is measured only for the few payloads that take more than a kilobyte.
 _CLAIM: Final = (
     f"{_SET}with claimed as ({_DUE.format(', send_at', '{}')}), leased as ("  # noqa: S608
     " update s2s.outbox o set send_at = now() + %(lease_s)s * interval '1 second'"
@@ -53,7 +56,7 @@ _CLAIM: Final = (
     " returning o.outbox_id, o.cmd_type, o.idem_key, case when pg_column_size(o.payload) < 1000"
     " or octet_length(o.payload::text) <= %(longest)s then o.payload end as payload,"
     " o.priority, o.due_at, o.attempts, o.send_at)"
-    # What is claimed and not leased, a trigger keeps from being changed. It may return null, or the old row.
+    # A trigger keeps a row unchanged that is claimed and not leased. The trigger may return null or the old row.
     " select c.outbox_id, cmd_type, idem_key, payload, priority, due_at, attempts,"
     " extract(epoch from c.send_at)::float8 from claimed c"
     " left join leased l on l.outbox_id = c.outbox_id and l.send_at > now()"
@@ -68,9 +71,9 @@ _BEHIND: Final = (
 class OutboxRow:
     """A command to push.
 
-    :param due_at: the command's own, in Unix seconds.
-    :param payload: ``None``: no frame is as long, and it was not read.
-    :param attempts: how often it was sent before without being settled.
+    :param due_at: the command's own ``due_at``, in Unix seconds.
+    :param payload: ``None``: it is longer than any frame and was not read.
+    :param attempts: how many earlier sends of the row were not settled.
     """
 
     outbox_id: int
@@ -82,7 +85,7 @@ class OutboxRow:
     attempts: int
 
     def push(self) -> dict[str, Any]:
-        """Give the payload of its ``s2s.command.push``.
+        """Return the payload of the row's ``s2s.command.push``.
 
         :raises InvalidPayload: the row's JSON was not read.
         :raises CanonicalError: the row's JSON cannot be read.
@@ -101,9 +104,9 @@ def _push(
 
 
 def frame_size_of(push: Mapping[str, Any]) -> int:
-    """Give the largest size of the frame that carries a push, in bytes, whatever its key and its ids are.
+    """Return the largest size, in bytes, of the frame that carries a push, whatever its key and its ids are.
 
-    :raises CanonicalError: it holds what canonical JSON cannot say.
+    :raises CanonicalError: the push holds a value that canonical JSON cannot represent.
     """
     return envelope.size(COMMAND_PUSH, canonical.dumps(push, depth=2))
 
@@ -117,11 +120,11 @@ def check(
     priority: int = 100,
     due_at: int | None = None,
 ) -> str:
-    """Refuse a command that could never be sent (docs/protocol.rst, "Framing").
+    """Raise if a command could never be sent (docs/protocol.rst, "Framing").
 
     :param frame_size: the longest frame, in bytes.
     :returns: the payload in its canonical form.
-    :raises CanonicalError: the payload holds what canonical JSON cannot say.
+    :raises CanonicalError: the payload holds a value that canonical JSON cannot represent.
     :raises TooBigToSend: its frame would be longer.
     """
     written = canonical.dumps(payload).decode()
@@ -147,7 +150,7 @@ def put(
     :param due_at: Unix seconds before which the server does not run it.
     :param frame_size: the longest frame, in bytes.
     :returns: its ``outbox_id``.
-    :raises CanonicalError: the payload holds what canonical JSON cannot say.
+    :raises CanonicalError: the payload holds a value that canonical JSON cannot represent.
     :raises TooBigToSend: its frame would be longer.
     """
     written = check(cmd_type, idem_key, payload, frame_size, priority=priority, due_at=due_at)
@@ -172,7 +175,7 @@ def put_batch(
 
     :param commands: ``(idem_key, payload)``.
     :param frame_size: the longest frame, in bytes.
-    :raises CanonicalError: a payload holds what canonical JSON cannot say; none is emitted.
+    :raises CanonicalError: a payload holds a value that canonical JSON cannot represent; none is emitted.
     :raises TooBigToSend: a frame would be longer; none is emitted.
     """
     written = [check(cmd_type, key, payload, frame_size) for key, payload in commands]
@@ -187,9 +190,9 @@ def put_batch(
 
 
 class Claims:
-    """The claims of one relay, each of which starts where the last one did (:mod:`s2s.store.tables.lookback`).
+    """The claims of one relay. Each claim starts where the previous one started (:mod:`s2s.store.tables.lookback`).
 
-    :param now: monotonic seconds.
+    :param now: returns monotonic seconds.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
@@ -197,7 +200,7 @@ class Claims:
         #: ``send_at``, in Unix seconds, and ``outbox_id`` of the first row of the last claim.
         self._start: tuple[float, int] | None = None
         self._now = now
-        #: Rows that the database does not let be leased, and until when they are left out.
+        #: Rows that the database refuses to lease, and the time until which claims exclude them.
         self._kept: dict[int, float] = {}
 
     def claim(
@@ -209,15 +212,15 @@ class Claims:
         frame_size: int = Bounds.frame_size,
         is_singly: bool = False,
     ) -> list[OutboxRow]:
-        """Lease rows to send, the longest waiting first; two relays never get the same row.
+        """Lease rows to send, the longest waiting first; two relays never lease the same row.
 
-        Neither a lease nor what comes of it need reach the disk at once: of what the database forgets as it dies the
-        rows are sent again, and the server knows them, or refuses them again.
+        Neither a lease nor its result need reach the disk at once: rows whose change a crash of the database loses are
+        sent again, and the server recognises them or refuses them again.
 
-        :param lease_s: seconds after which a row that was neither deleted nor retried is anybody's again.
-        :param exclude_ids: what the caller still has in flight, should a lease have run out.
+        :param lease_s: seconds after which any relay may claim a row that was neither deleted nor retried.
+        :param exclude_ids: rows that the caller still has in flight, in case a lease has run out.
         :param frame_size: the longest frame, in bytes; a payload that is far longer is not read.
-        :param is_singly: the database has refused the last claim: find the rows at fault, and lease the others.
+        :param is_singly: the database refused the last claim: find the refused rows, and lease the others.
         """
         self._kept = {outbox_id: until for outbox_id, until in self._kept.items() if self._now() < until}
         params = {
@@ -235,7 +238,7 @@ class Claims:
             if self._lookback.is_due:
                 self._lookback.look(txn, _BEHIND, {**params, **self._from()})
                 if len(self._lookback.behind) >= limit:
-                    # The work is there.
+                    # Enough rows lie below the start: begin the next claim at the beginning of the index.
                     self._start = None
             if self._lookback.behind:
                 self._claim(
@@ -253,7 +256,7 @@ class Claims:
         return sorted(rows, key=lambda row: row.outbox_id)
 
     def depth(self, txn: Cursor) -> int:
-        """Count the rows that wait, in flight or not; :data:`MOST_COUNTED` means that many or more.
+        """Count the waiting rows, in flight or not; :data:`MOST_COUNTED` means that many or more.
 
         Rows below the start of the last claim are not counted.
         """
@@ -290,7 +293,7 @@ class Claims:
         return [OutboxRow(*row[:-1]) for row in found if row[1] is not None]
 
     def _keep(self, outbox_ids: Sequence[int]) -> None:
-        """Leave rows out for a while."""
+        """Exclude rows from the claims for a while."""
         room = MOST_KEPT - len(self._kept)
         self._kept.update(dict.fromkeys(outbox_ids[:room], self._now() + KEPT_S))
 
@@ -300,10 +303,10 @@ class Claims:
 
 
 def _by_halves(txn: Cursor, change: Callable[[Sequence[T]], list[R]], rows: Sequence[T]) -> tuple[list[R], list[T]]:
-    """Change rows of which the database refuses some, and tell the operator.
+    """Change rows of which the database refuses some, and report the refusals to the operator.
 
-    :param change: changes some of them.
-    :returns: what the changes have returned, and the rows that the database refuses, which are as they were.
+    :param change: changes the given rows.
+    :returns: the results of the changes, and the rows that the database refuses and that are unchanged.
     """
     returned: list[R] = []
     refused_rows: list[T] = []
@@ -313,7 +316,7 @@ def _by_halves(txn: Cursor, change: Callable[[Sequence[T]], list[R]], rows: Sequ
         try:
             with savepoint(txn):
                 changed = change(some)
-                # What a deferred constraint or trigger refuses, too.
+                # Run deferred constraints and triggers now, so that their errors are caught here.
                 txn.execute("set constraints all immediate")
             returned += changed
         except psycopg2.Error as error:
@@ -332,7 +335,7 @@ def _by_halves(txn: Cursor, change: Callable[[Sequence[T]], list[R]], rows: Sequ
 
 
 def is_refused(error: BaseException | None) -> bool:
-    """Whether an error may be about one row, so that the same statement never succeeds while the row is in it."""
+    """Whether an error may concern one row, so that a statement with this row never succeeds."""
     if not isinstance(error, DatabaseUnavailable):
         return isinstance(error, StatementRefused)
     meaning = sqlstate.meaning(error.state)
@@ -340,7 +343,7 @@ def is_refused(error: BaseException | None) -> bool:
 
 
 def told_as_kept(refused: DatabaseError) -> StatementRefused:
-    """Return the error by which log and health tell of a refusal, whatever its SQLSTATE."""
+    """Return the error that reports a refusal in the log and in the health check, whatever its SQLSTATE."""
     state = getattr(refused, "state", "")
     if state == STATE:
         return StatementRefused(str(refused), state=STATE)
@@ -350,9 +353,9 @@ def told_as_kept(refused: DatabaseError) -> StatementRefused:
 
 
 def lease(txn: Cursor, outbox_ids: Sequence[int], lease_s: float) -> list[int]:
-    """Hold claimed rows for so many seconds from now; 0 gives them back to whoever claims next.
+    """Hold claimed rows for ``lease_s`` seconds from now; 0 releases them to the next claim.
 
-    :returns: those that are as they were: the database does not let them be changed.
+    :returns: the rows that the database refuses to change.
     """
     txn.execute(
         "update s2s.outbox set send_at = now() + %(lease_s)s * interval '1 second'"
@@ -364,16 +367,16 @@ def lease(txn: Cursor, outbox_ids: Sequence[int], lease_s: float) -> list[int]:
 
 
 def _note_kept(txn: Cursor, outbox_ids: Iterable[int]) -> list[int]:
-    """Return those of some waiting rows that the last statement has not returned as changed, though they wait still."""
+    """Return the given rows that the last statement did not return as changed, although they still wait."""
     written = {outbox_id for (outbox_id,) in txn.fetchall()}
     missing = [outbox_id for outbox_id in outbox_ids if outbox_id not in written]
     return still_there(txn, "update", "s2s.outbox", "outbox_id", missing, "state = 'waiting'")
 
 
 def delete(txn: Cursor, outbox_ids: Sequence[int]) -> list[int]:
-    """Remove rows that the server has.
+    """Remove rows that the server has accepted.
 
-    :returns: those that are there still: the database does not let them be removed.
+    :returns: the rows that the database refuses to remove.
     """
     txn.execute("delete from s2s.outbox where outbox_id = any(%s::bigint[])", (array_literal(outbox_ids),))
     if txn.rowcount >= len(outbox_ids):
@@ -384,8 +387,8 @@ def delete(txn: Cursor, outbox_ids: Sequence[int]) -> list[int]:
 def retry(txn: Cursor, retries: Sequence[tuple[int, float, str, str]]) -> list[int]:
     """Send rows again later.
 
-    :param retries: ``(outbox_id, seconds from now, code, message)``: the last two say why the attempt came to nothing.
-    :returns: those that are as they were: the database does not let them be changed.
+    :param retries: ``(outbox_id, seconds from now, code, message)``: the last two state why the attempt failed.
+    :returns: the rows that the database refuses to change.
     """
     ids, delays, codes, messages = (list(column) for column in zip(*retries, strict=True)) if retries else ([],) * 4
     txn.execute(
@@ -400,10 +403,10 @@ def retry(txn: Cursor, retries: Sequence[tuple[int, float, str, str]]) -> list[i
 
 
 def kill(txn: Cursor, refusals: Sequence[tuple[int, str, str]]) -> list[int]:
-    """Set rows aside that the server will never take.
+    """Mark rows as dead that the server will never accept.
 
     :param refusals: ``(outbox_id, code, message)``.
-    :returns: those that wait still: the database does not let them be changed so.
+    :returns: the waiting rows that the database refuses to change.
     """
     txn.execute(
         "update s2s.outbox o set state = 'dead', attempts = attempts + 1, error_code = r.code, error_message"
@@ -418,12 +421,12 @@ def kill(txn: Cursor, refusals: Sequence[tuple[int, str, str]]) -> list[int]:
 
 @dataclass
 class Settlement:
-    """What a relay has to say of its rows, in one transaction.
+    """The results that a relay writes for its rows in one transaction.
 
     :ivar retries: ``(outbox_id, seconds from now, code, message)``.
     :ivar dead: ``(outbox_id, code, message)``.
-    :ivar given_back: claimed, and not sent.
-    :ivar renewed: still in flight.
+    :ivar given_back: rows that were claimed and not sent.
+    :ivar renewed: rows that are still in flight.
     """
 
     accepted: list[int] = field(default_factory=list)
@@ -434,15 +437,15 @@ class Settlement:
 
     @property
     def let_go(self) -> list[int]:
-        """The rows that are the relay's no more."""
+        """The rows that the relay no longer holds."""
         return [*self.accepted, *self.given_back, *(each[0] for each in self.retries), *(each[0] for each in self.dead)]
 
     def settle(self, txn: Cursor, lease_s: float, kept_s: float = KEPT_S, is_singly: bool = False) -> list[int]:
-        """Write it; leases first, since a row may have been answered after its lease was found old.
+        """Write the results; leases first, since a row may have been answered after its lease was found old.
 
-        :param kept_s: seconds until a row comes again that can neither be removed nor changed.
-        :param is_singly: the database has refused it: find the rows at fault, and write the others.
-        :returns: the accepted ones that cannot be removed.
+        :param kept_s: seconds until the next attempt on a row that can neither be removed nor changed.
+        :param is_singly: the database refused the results: find the refused rows, and write the others.
+        :returns: the accepted rows that cannot be removed.
         """
         txn.execute("set local synchronous_commit = off")  # as of :func:`claim`
 

@@ -1,4 +1,4 @@
-"""Table ``outbox`` as operators see and change it."""
+"""Read and change the table ``outbox`` for operators."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from s2s.store.tables.lists import Listed
 
 @dataclass(frozen=True)
 class OutboxEntry:
-    """A row of the outbox as people are shown it.
+    """A row of the outbox as operators see it.
 
-    :param due_at: the command's own, in Unix seconds.
-    :param error_code: of the last attempt, also while the row waits; ``error_message``, its text.
-    :param send_at: not before; in the future also while an engine has it in hand.
+    :param due_at: the command's own ``due_at``, in Unix seconds.
+    :param error_code: the error of the last attempt, also while the row waits; ``error_message`` is its text.
+    :param send_at: the time before which the row is not sent. It also lies in the future while an engine sends the row.
     """
 
     outbox_id: int
@@ -37,7 +37,7 @@ class OutboxEntry:
 
 _SELECT: Final = f"select {', '.join(field.name for field in fields(OutboxEntry))} from s2s.outbox"  # noqa: S608
 
-#: Send it again, now: the relays are told.
+#: Send the row again at once, and notify the relays.
 RETRY: Final = Action(
     "retry",
     "s2s.outbox",
@@ -49,7 +49,7 @@ RETRY: Final = Action(
     # A trigger may return the old row.
     f" select outbox_id, 'retried', pg_notify('{outbox.CHANNEL}', '') from changed where state = 'waiting'",
 )
-#: Do not send it any more. Every claim moves ``send_at``: where it was moved, an engine had the row in hand.
+#: Stop sending the row. Every claim moves ``send_at``: if it was moved, an engine may have sent the row already.
 CANCEL: Final = Action(
     "cancel",
     "s2s.outbox",
@@ -62,7 +62,7 @@ CANCEL: Final = Action(
     " select outbox_id, case when send_at = created_at then 'cancelled' else 'cancelled_late' end"
     " from changed where state = 'dead'",
 )
-#: Remove it.
+#: Remove the row.
 DISCARD: Final = Action(
     "discard",
     "s2s.outbox",
@@ -74,12 +74,12 @@ DISCARD: Final = Action(
 )
 
 
-#: By ``state`` and ``cmd_type``.
+#: Can be filtered by ``state`` and ``cmd_type``.
 LISTED: Final = Listed(OutboxEntry, "s2s.outbox", "outbox_id", partial=(("state", "dead"),))
 
 
 def find(txn: Cursor, outbox_id: int) -> OutboxEntry | None:
-    """Give one row, if there is one."""
+    """Return a row, or ``None`` if it does not exist."""
     txn.execute(f"{_SELECT} where outbox_id = %s", (outbox_id,))
     row = txn.fetchone()
     return OutboxEntry(*row) if row else None

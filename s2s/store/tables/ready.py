@@ -1,8 +1,8 @@
-"""Which commands to run next (docs/protocol.rst, "Commands"): looks that do not start at what has run.
+"""Find the commands to run next (docs/protocol.rst, "Commands") without reading the commands that have run.
 
 The order is that of the index ``commands_ready``: priority, ``due_at``, ``cmd_id``. For each priority a process
-remembers the first command that its last look found, and starts there; see :mod:`s2s.store.tables.lookback`.
-Commands of types that it does not serve are left below that point too.
+remembers the first command that its last scan found, and starts the next scan there; see
+:mod:`s2s.store.tables.lookback`. Commands of types that the process does not serve stay below that start point.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from s2s.store.driver import Cursor, array_literal
 from s2s.store.tables.fitting import jsonb_size
 from s2s.store.tables.lookback import SLACK_S, Lookback
 
-#: Priorities whose points are remembered: all that a push can name. Each costs a look one step in the index.
+#: The most priorities with a remembered start point: all that a push can name. Each costs a scan one step in the index.
 _MOST_PRIORITIES: Final = 1024
 _FIRST_ID: Final = -(2**63)
-#: Bytes of the payloads of one batch, as jsonb, unless it has one command. Python takes eight times as many for them.
+#: The most bytes of the payloads of one batch, as jsonb, unless it has a single command. Python needs eight times as
+#: many.
 MOST_BYTES: Final = 16 * 1024 * 1024
-#: Bytes in the table up to which a payload counts as none: it has 85 times as many at most, when it is compressed.
+#: Bytes in the table up to which a payload is not counted: uncompressed, it has at most 85 times as many.
 SMALL_BYTES: Final = 1000
-#: Seconds between two looks for priorities that were empty, at least: a claim may come every few milliseconds.
+#: The least seconds between two searches for priorities that were empty: a claim may come every few milliseconds.
 FIND_S: Final = 0.05
 
 _SIZE: Final = f"case when pg_column_size(payload) > {SMALL_BYTES} then {jsonb_size('payload')} end"
-# Every priority between those that are known, and the first command under it: one step in the index each, however many
-# wait under it.
+# Find every priority between the known ones, and its first command: one step in the index for each, however many
+# commands are ready under it.
 _FIND: Final = """
 with recursive found (priority, due_at, high) as (
     select n.priority, n.due_at, g.high
@@ -48,7 +49,7 @@ with recursive found (priority, due_at, high) as (
 )
 select priority, extract(epoch from due_at)::float8 from found
 """
-# Where to start, by priority.
+# The start points by priority.
 _STARTS: Final = f"""
 with starts (priority, due_at, cmd_id) as materialized (
     select k.priority, least(k.due_at, recent), case when k.due_at <= recent then k.cmd_id else {_FIRST_ID} end
@@ -65,9 +66,9 @@ _OURS: Final = """
     and cmd_id not in (select unnest(cmd_ids) from s2s.batch_notes where note_id >= %(first_note)s)
     and not cmd_id = any(%(left_out)s::bigint[])
 """
-# No outer "order by": the nested loop gives the order already, and a sort would read every priority to its limit. A
-# priority in which nothing is found is a row without a command. The times and the first note stand where they are
-# needed only, since the client reads each value by itself.
+# No outer "order by": the nested loop already returns the order, and a sort would read every priority up to its limit.
+# A priority without a result returns a row without a command. The times and the first note are returned only in the
+# rows that need them, since the client parses each value.
 _CANDIDATES: Final = f"""
 {_STARTS}
 select p.priority,
@@ -114,10 +115,10 @@ cross join lateral (
 
 
 def _within_bytes(found: list[tuple[int, int]], sizes: Mapping[int, int]) -> list[tuple[int, int]]:
-    """Return the first of some commands, whose payloads are within :data:`MOST_BYTES`; one in any case.
+    """Return the leading commands whose payloads fit into :data:`MOST_BYTES`, and at least one.
 
     :param found: ``(cmd_id, attempts)``.
-    :param sizes: the bytes of the payloads that count.
+    :param sizes: the payload bytes of the commands that count, by ``cmd_id``.
     """
     total = 0
     for place, (cmd_id, _) in enumerate(found if sizes else ()):
@@ -130,43 +131,44 @@ def _within_bytes(found: list[tuple[int, int]], sizes: Mapping[int, int]) -> lis
 class Ready:
     """The commands that one process may run next.
 
-    :param types: the command types that it serves; ``None``: all.
-    :param now: monotonic seconds.
-    :ivar first_note: no batch is noted under a lower ``note_id`` any more (:mod:`s2s.store.tables.claims`).
+    :param types: the command types that the process serves; ``None``: all.
+    :param now: returns monotonic seconds.
+    :ivar first_note: no current note has a lower ``note_id`` (:mod:`s2s.store.tables.claims`).
     :ivar notes: the ``note_id`` of each worker's last batch; 0: not known.
     """
 
     def __init__(self, types: Iterable[str] | None = None, now: Callable[[], float] = time.monotonic) -> None:
         self._types: str | None = None
         self._lookback = Lookback(now)
-        #: When to look for priorities that were empty.
+        #: The schedule of the searches for priorities that were empty.
         self._finding = Lookback(now, least_s=FIND_S)
-        #: By priority: ``due_at`` and ``cmd_id`` where the next look starts. Threads read it, so it is replaced whole.
+        #: By priority: ``due_at`` and ``cmd_id`` where the next scan starts. Other threads read it, so it is replaced
+        #: whole.
         self._starts: dict[int, tuple[float, int]] = {}
-        #: The next look starts at the beginning.
+        #: The next scan starts at the beginning of the index.
         self._is_whole = True
         self.first_note = 0
         self.notes: dict[int, int] = defaultdict(int)
-        #: Whether there were notes at the last look.
+        #: Whether there were notes at the last scan.
         self._is_noted = True
         self._left_out = array_literal([])
         if types is not None:
             self.serve(types)
 
     def serve(self, types: Iterable[str]) -> None:
-        """Take only commands of these types from the next look on."""
+        """Serve only commands of these types from the next scan on."""
         self._types = "\n".join(types)
-        # Those that are new may lie below the points.
+        # Commands of new types may lie below the start points.
         self._is_whole = True
 
     def leave_out(self, cmd_ids: Iterable[int]) -> None:
-        """Take none of these commands from the next look on."""
+        """Exclude these commands from the next scan on."""
         self._left_out = array_literal(cmd_ids)
 
     def look_back(self, txn: Cursor, limit: int) -> None:
-        """Look for commands below the points and for new priorities, where it is time to.
+        """Look for commands below the start points and for new priorities, if it is time to.
 
-        No lock is needed, and none should be held: this may take long.
+        It needs no lock, and the caller should hold none, because the search may take long.
         """
         if self._is_whole:
             return
@@ -175,19 +177,19 @@ class Ready:
                 self._find(txn, self._starts)
         if self._lookback.is_due:
             self._lookback.look(txn, _BEHIND, self._params(limit))
-            # The limit is reached: the work is there.
+            # The limit is reached, so enough commands lie below the start points: scan from the beginning.
             self._is_whole = len(self._lookback.behind) >= limit
 
     def candidates(self, txn: Cursor, limit: int) -> list[tuple[int, int]]:
         """Find and lock the commands to run next that are neither noted nor locked.
 
-        One caller at a time.
+        Only one caller may run at a time.
 
         :returns: ``(cmd_id, attempts)`` in run order.
         """
         is_whole, self._is_whole = self._is_whole, False
         sizes: dict[int, int] = {}
-        # Another worker may look back meanwhile.
+        # Keep a reference: another worker may look back meanwhile.
         behind = self._lookback.behind
         if is_whole:
             with self._lookback.measured():
@@ -208,13 +210,13 @@ class Ready:
         return _within_bytes([(cmd_id, attempts) for _, _, cmd_id, attempts in rows[:limit]], sizes)
 
     def noted(self, worker: int, note_id: int) -> None:
-        """Remember the note of a batch, made of candidates just found."""
+        """Remember the note of a batch that was made of the candidates just found."""
         self.notes[worker] = note_id
         if not self._is_noted:
             self.first_note = note_id
 
     def next_due_s(self, txn: Cursor) -> float | None:
-        """Seconds until a command becomes due that was not due at the last look; ``None``: there is none."""
+        """Return the seconds until the next command that was not due at the last scan; ``None``: there is none."""
         txn.execute(_NEXT_DUE, self._params())
         row = txn.fetchone()
         return row[0] if row else None
@@ -232,11 +234,11 @@ class Ready:
     def _scan(
         self, txn: Cursor, limit: int, is_timed: bool, sizes: dict[int, int]
     ) -> list[tuple[int, float | None, int, int]]:
-        """Read from the points on, and move them.
+        """Scan from the start points on, and move them.
 
-        :param is_timed: return each ``due_at``, to put others in order between them.
-        :param sizes: is given the bytes of each payload that counts, by ``cmd_id``.
-        :returns: priority, ``due_at`` (if not timed: of the first of each priority), ``cmd_id`` and attempts.
+        :param is_timed: return each ``due_at``, so that other commands can be sorted in.
+        :param sizes: receives the bytes of each payload that counts, by ``cmd_id``.
+        :returns: priority, ``due_at`` (if not timed: only in the first row of each priority), ``cmd_id`` and attempts.
         """
         txn.execute(_CANDIDATES, {**self._params(limit), "is_timed": is_timed})
         rows = txn.fetchall()

@@ -1,7 +1,7 @@
-"""What is removed in time: commands that are over, keys that outlived theirs, control requests of old.
+"""Remove finished commands, expired keys and old control requests.
 
-Every function here is one bounded step, for a transaction of its own. None of them waits for a row that another
-transaction has locked, so any number of processes may take steps at once, beside pushes and workers.
+Every function here is one bounded step, for a transaction of its own. No step waits for a row that another transaction
+has locked, so any number of processes may run steps at once, beside pushes and workers.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from s2s.store.tables.singly import HELD, singly
 
 K = TypeVar("K")
 
-#: Rows that one step looks at, at most.
+#: The most rows that one step reads.
 STEP_ROWS: Final = 1000
 #: Days that a control request and its answer are kept.
 STEERING_DAYS: Final = 7
-#: How long a health check is kept whose client has gone away: longer than any client waits.
+#: How long a health check is kept if its client has gone away: longer than any client waits.
 _HEALTH_KEPT: Final = "interval '10 minutes'"
-#: By how much a pass lets the time advance by which age is judged. A clock that is ahead by years can so remove nothing
-#: that is more than an hour too young; after an outage that time catches up, six hours in each.
+#: The most that one pass advances the time of retention (``retention_at``), against which age is measured. A clock that
+#: is years ahead thus cannot remove a row that is more than an hour too young. After an outage, that time catches up
+#: six hours in each hour.
 ADVANCE: Final = "interval '1 hour'"
-#: A time before s2s existed, in SQL. What is older was dated by a clock that was not set.
+#: A time before s2s existed, in SQL. An older time was written by a clock that was not set.
 UNSET: Final = "timestamptz '2020-01-01 00:00:00+00'"
 _NOW: Final = "(select retention_at from s2s.database)"
 _SOON: Final = f"now() + interval '{SLACK_S} seconds'"
@@ -39,11 +40,11 @@ _SOON: Final = f"now() + interval '{SLACK_S} seconds'"
 
 @dataclass(frozen=True)
 class Keep:
-    """How long things are kept (docs/protocol.rst, "Commands").
+    """The retention periods (docs/protocol.rst, "Commands").
 
-    :param days: days from its end until a command that is done or cancelled is removed.
-    :param dead_days: the same of a dead one.
-    :param key_days: days that an ``idem_key`` outlives its command's row.
+    :param days: days that a done or cancelled command is kept after its end.
+    :param dead_days: days that a dead command is kept after its end.
+    :param key_days: days that an ``idem_key`` is kept after its command's row is removed.
     """
 
     days: int
@@ -52,14 +53,14 @@ class Keep:
 
 
 def keep(txn: Cursor) -> Keep:
-    """Read how long things are kept now: the table's settings, else the defaults."""
+    """Return the retention periods that apply now: the settings in the table, or the defaults."""
     names = ("commands.keep_days", "commands.keep_dead_days", "commands.keep_key_days")
     txn.execute("select key, value from s2s.config where key = any(%s)", (list(names),))
     set_here = dict(txn.fetchall())
     return Keep(*(int(set_here.get(name, BY_KEY[name].default)) for name in names))
 
 
-#: Removes commands whose rows the caller has locked; their keys stay for a while and remember how they ended.
+#: Removes commands whose rows the caller has locked. Their keys stay until they expire and keep the final status.
 REMOVE: Final = """
 with removed as (
     delete from s2s.commands where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, idem_key, status
@@ -73,11 +74,11 @@ select cmd_id, 'discarded', idem_key, kept.expires_at is not null from removed l
 
 
 def advance(txn: Cursor) -> float:
-    """Let the time by which age is judged follow the database's clock, by :data:`ADVANCE` at most.
+    """Advance retention's time towards the database's clock, by :data:`ADVANCE` at most.
 
-    Where it lies before :data:`UNSET` it adopts the present: it would take years to catch up, and bounds nothing.
+    A time before :data:`UNSET` is replaced by the present: it would take years to catch up, and limits nothing.
 
-    :returns: the seconds that it is behind the clock then.
+    :returns: the seconds that retention's time is still behind the clock.
     """
     txn.execute(
         "insert into s2s.database as d default values on conflict (only_row) do update"  # noqa: S608 - a constant
@@ -92,14 +93,15 @@ def advance(txn: Cursor) -> float:
 
 
 def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None]:
-    """Remove what is over among the next commands in the order of their ids.
+    """Remove the old finished commands among the next commands in the order of their ids.
 
-    :param after: the ``cmd_id`` where the step before ended; 0 at first.
-    :returns: how many were removed, and where the next step begins; ``None``: what follows is too young.
+    :param after: the ``cmd_id`` where the previous step ended; 0 at first.
+    :returns: how many commands were removed, and where the next step begins; ``None``: the following ones are too
+        young.
     """
     txn.execute(
-        # A time to come was written by a clock that was ahead: it says nothing about the age of what follows. Nor does
-        # one of a clock that had not been set: what ended by it is kept as if it ended now.
+        # A created_at in the future was written by a clock that was ahead, so it does not show the age of the following
+        # rows. A finished_at in the future, or from a clock that was not set, is replaced by now.
         f"select cmd_id, created_at <= {_NOW} - make_interval(days => %s) or created_at > {_SOON},"  # noqa: S608
         f" finished_at > {_SOON} or (finished_at < {UNSET} and now() >= {UNSET})"
         " from s2s.commands where cmd_id > %s order by cmd_id limit %s",
@@ -111,7 +113,7 @@ def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None
         _write(txn, "update", "s2s.commands", misdated, _redate_commands)
     txn.execute(
         "select cmd_id from s2s.commands where cmd_id = any(%s::bigint[]) and status <> 'ready'"  # noqa: S608
-        # Ended by hand, it may lack the time.
+        # A command that was ended by hand may have no finished_at.
         " and coalesce(finished_at, created_at)"
         f" <= {_NOW} - make_interval(days => case status when 'dead' then %s else %s end) for update skip locked",
         (cmd_ids, keep.dead_days, keep.days),
@@ -127,7 +129,8 @@ def sweep_commands(txn: Cursor, after: int, keep: Keep) -> tuple[int, int | None
         return len(rows)
 
     removed = _write(txn, "delete", "s2s.commands", over, remove)
-    # Ids are drawn nearly in the order of time: a whole page of young rows is the end, a single one may be a stray.
+    # Ids are drawn nearly in the order of time: a page of only young rows is the end, a single young row may be a
+    # stray.
     is_last = len(page) < STEP_ROWS or not any(is_old for _, is_old, _ in page)
     return removed, None if is_last else cmd_ids[-1]
 
@@ -151,11 +154,11 @@ def _write(
     keys: Sequence[K],
     write: Callable[[Cursor, Sequence[K]], int],
 ) -> int:
-    """Write the rows of a step; those that the database refuses stay, and the operator is told of the first one.
+    """Write the rows of a step. Rows that the database refuses stay, and the first refusal is reported to the operator.
 
-    :param keys: of rows that are locked.
-    :param write: returns how many of some rows it has written.
-    :returns: how many were written.
+    :param keys: the keys of locked rows.
+    :param write: writes the given rows and returns how many it has written.
+    :returns: how many rows were written.
     """
     if not keys:
         return 0
@@ -175,19 +178,19 @@ def _write(
 
 
 def note_keys(txn: Cursor, removed: Sequence[tuple[Any, ...]]) -> None:
-    """Tell the operator of keys that have no expiry though their commands are removed: they would stay for ever.
+    """Report keys without an expiry whose commands are removed to the operator: they would stay for ever.
 
-    :param removed: the rows of :data:`REMOVE`.
+    :param removed: the rows that :data:`REMOVE` returned.
     """
     unset = [idem_key for _, _, idem_key, is_set in removed if not is_set]
     still_there(txn, "update", "s2s.idempotency_keys", "idem_key", unset, "expires_at is null")
 
 
 def sweep_keys(txn: Cursor, since: str = "-infinity") -> tuple[int, str | None]:
-    """Remove keys that have expired.
+    """Remove expired keys.
 
-    :param since: the expiry where the step before ended: what it removed is not read again.
-    :returns: how many, and where the next step begins; ``None``: there are no more.
+    :param since: the expiry where the previous step ended, so that the rows that it removed are not read again.
+    :returns: how many keys were removed, and where the next step begins; ``None``: there are no more.
     """
     txn.execute(
         "select idem_key, expires_at::text, (expires_at + interval '1 microsecond')::text"  # noqa: S608 - a constant
@@ -199,7 +202,7 @@ def sweep_keys(txn: Cursor, since: str = "-infinity") -> tuple[int, str | None]:
     removed = _write(txn, "delete", "s2s.idempotency_keys", [idem_key for idem_key, *_ in expired], _remove_keys)
     if len(expired) < STEP_ROWS:
         return removed, None
-    # Where none can be removed, the next step would find the same ones.
+    # If no key could be removed, start after this expiry: the next step would find the same keys.
     return removed, expired[-1][1] if removed else expired[-1][2]
 
 
@@ -212,10 +215,10 @@ def _remove_keys(txn: Cursor, idem_keys: Sequence[str]) -> int:
 
 
 def sweep_steering(txn: Cursor, after: int = 0) -> tuple[int, int | None]:
-    """Remove control requests that are old among the next ones in the order of their ids.
+    """Remove the old control requests among the next ones in the order of their ids.
 
-    :param after: the ``request_id`` where the step before ended; 0 at first.
-    :returns: how many were removed, and where the next step begins; ``None``: what follows is too young.
+    :param after: the ``request_id`` where the previous step ended; 0 at first.
+    :returns: how many were removed, and where the next step begins; ``None``: the following ones are too young.
     """
     txn.execute(
         "select request_id, created_at <= least_at, created_at > soon, created_at > looked_at from s2s.steering,"  # noqa: S608

@@ -1,4 +1,4 @@
-"""Writing rows one by one, where it is not known which of them the database refuses or another session holds."""
+"""Write rows one by one, after the database refused an unknown one of them or another session holds one."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from s2s.store.driver import Cursor, refusable, translate_error
 R = TypeVar("R")
 T = TypeVar("T")
 
-#: Milliseconds that one row may wait for a lock and take, and rows that may wait so long. Each later row waits 1 ms.
+#: Per row: the lock timeout and the statement timeout, in milliseconds. After this many timeouts, a lock waits 1 ms
+#: only.
 _LOCK_MS: Final = 200
 _ROW_MS: Final = 1000
 _MOST_WAITS: Final = 5
-#: Seconds after which no further row is begun.
+#: Seconds after which no further row is started.
 LONGEST_S: Final = 4.0
 #: Another session holds the row, or a trigger takes too long.
 HELD: Final = (psycopg2.errors.LockNotAvailable, psycopg2.errors.QueryCanceled)
 
 
 def singly(txn: Cursor, rows: Iterable[R], write: Callable[[R], T]) -> Iterator[T | DatabaseError]:
-    """Write each row in a savepoint of its own, with short limits that hold until the transaction ends.
+    """Write each row in a savepoint of its own, with short timeouts that apply until the transaction ends.
 
     :param write: writes one row in the transaction.
-    :returns: by row the result, or the :class:`StatementRefused`, or a :class:`DatabaseUnavailable` where another
+    :returns: for each row its result, the :class:`StatementRefused`, or a :class:`DatabaseUnavailable` if another
         session holds the row or the time is up.
     """
-    # A constraint trigger that is deferred would refuse the COMMIT, and so all of them.
+    # A deferred constraint trigger would refuse the COMMIT, and thus all rows.
     txn.execute(
         f"set constraints all immediate; set local lock_timeout = {_LOCK_MS}; set local statement_timeout = {_ROW_MS}"
     )
