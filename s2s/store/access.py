@@ -1,4 +1,4 @@
-"""Tokens of the HTTP API: what one looks like, and what it allows (docs/api.rst, "Tokens")."""
+"""Tokens of the HTTP API: their format, and the access that they grant (docs/api.rst, "Tokens")."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import secrets
 from typing import Final, Literal
 
 Access = Literal["observer", "operator", "admin"]
-#: Whoever may do what stands later may do all that stands before.
+#: The kinds of access, in ascending order: each kind includes the previous ones.
 ACCESS: Final[tuple[Access, ...]] = ("observer", "operator", "admin")
 NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-#: A name, so that one row is looked for and compared, and 256 random bits, which nobody guesses: a fast hash serves.
+#: A token has a name, so that a check looks up and compares a single row, and 256 random bits, so that a fast hash is
+#: safe.
 _TOKEN: Final = re.compile(rf"s2s_({NAME.pattern})~[A-Za-z0-9_-]{{43}}")
-#: Compared with where the name is unknown, so that this costs what a known one costs.
+#: Compared with the digest if the name is unknown, so that the check takes as long as for a known name.
 _NOBODY: Final = secrets.token_bytes(32)
 
 
@@ -23,20 +24,20 @@ def make(name: str) -> str:
 
 
 def name_of(token: str) -> str | None:
-    """Give the name in a token; ``None``: it is no token."""
+    """Return the name in a token; ``None``: the text is not a token."""
     match = _TOKEN.fullmatch(token)
     return match and match[1]
 
 
 def digest(token: str) -> bytes:
-    """Give what is kept of a token."""
+    """Return the digest of a token, which is stored in its place."""
     return hashlib.sha256(token.encode("utf-8")).digest()
 
 
 def is_of(token: str, kept: bytes | None) -> bool:
-    """Whether a token is the one of which this is kept, in constant time.
+    """Whether a token has this digest, compared in constant time.
 
-    :param kept: ``None``: there is none of this name.
+    :param kept: the stored digest; ``None``: there is no token of this name.
     """
     return secrets.compare_digest(digest(token), kept or _NOBODY)
 

@@ -1,6 +1,6 @@
-"""Short statements on a connection that the reactor drives itself, one after the other.
+"""Run short statements, one after the other, on an asynchronous connection that the reactor drives.
 
-A thread of the pool costs two changes between threads, which is more than a short statement takes.
+A thread of the pool costs two thread switches, which take longer than a short statement.
 """
 
 from __future__ import annotations
@@ -30,25 +30,26 @@ from s2s.store.driver import Prepared, Query, Steps
 
 T = TypeVar("T")
 
-#: Sessions whose statement was given up and has not ended. The database does not notice that a client has left while it
-#: hangs in a COMMIT, so that each of them stays one of its sessions; with more of them no further one is opened.
+#: The most sessions with an abandoned statement that has not ended. The database does not notice that a client has left
+#: while it hangs in a COMMIT, so each of them remains a session of the database. At this number no further session is
+#: opened.
 MOST_GIVEN_UP: Final = 2
-#: Seconds that connecting may take; and that a statement may take beyond those that the database gives it.
+#: Seconds that connecting may take, and seconds that a statement may take beyond the database's own timeout.
 CONNECT_S: Final = 5.0
 BEYOND_S: Final = 2.0
 
 
 @implementer(IReadWriteDescriptor)
 class AsyncConnection:
-    """One connection, made when it is first needed and again when it broke. Each statement commits by itself.
+    """One connection, opened at its first use and again after it broke. Each statement commits by itself.
 
-    :param parameters: returns those of a connection, in a thread.
+    :param parameters: returns the connection parameters; called in a thread.
     :param statement_timeout_s: seconds after which the database cancels a statement.
     :param reactor: the reactor.
-    :param tell: called with ``None`` when a query has come to its end, and with the error when one has not for want of
-        a connection.
+    :param tell: called with ``None`` when a query has completed, and with the error when one failed for lack of a
+        connection.
     :param on_late: called when the database did not answer in time.
-    :param note: called with each error of the database on a connection that lives.
+    :param note: called with each error of the database on a connection.
     """
 
     log = Logger()
@@ -73,35 +74,35 @@ class AsyncConnection:
         self._fileno = -1
         self._ears = select.poll()
         self._is_writing = False
-        #: Told what the query under way comes to.
+        #: The callback of the running query.
         self._done: Callable[[Any], object] | None = None
-        #: Whom the rows of the statement that was sent are for.
+        #: The callback for the rows of the statement that was sent.
         self._asks: Callable[[list[Any]], None] | None = None
         self._timer: Any = None
         self._deadline = 0.0
         self._until_idle: list[Deferred[None]] = []
         self._given_up: set[_GivenUp] = set()
-        #: Why everything is given up, once it is.
+        #: Why all queries are abandoned; empty: they are not.
         self._cancelled = ""
 
     def ask(self, query: Query, done: Callable[[list[Any] | Failure], object]) -> None:
-        """Do one query. It goes by callbacks: coroutines and Deferreds take a good part of a short statement's time.
+        """Run one query. It uses callbacks: coroutines and Deferreds take a large part of a short statement's time.
 
         :param done: called with the rows, or with a failure: :class:`DatabaseUnavailable` when there is no connection
-            or it broke, where what was asked may have been done; :class:`StatementRefused` when the database refused
-            the data. It may ask again at once.
+            or it broke, in which case the query may have been executed; :class:`StatementRefused` when the database
+            refused the data. The callback may start the next query at once.
         """
         assert self._done is None, "one thing after the other"
         self._done = done
         if self._conn is not None and self._ears.poll(0):
-            # Unasked it has only its end to tell.
+            # Input on an idle connection can only mean that the connection ends.
             self._drop()
         self._send(query)
 
     def run(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
-        """Do one query of ``work(*args)`` after the other.
+        """Run the queries of ``work(*args)`` one after the other.
 
-        :returns: fires with what the work returns, or fails as :meth:`ask` does.
+        :returns: fires with the return value of ``work``, or fails as :meth:`ask` does.
         """
         steps: Steps[T] = work(*args)
         outcome: Deferred[T] = Deferred()
@@ -123,7 +124,7 @@ class AsyncConnection:
         return outcome
 
     def stop(self) -> Deferred[None]:
-        """Finish what is under way, and close the connection.
+        """Finish the running query, and close the connection.
 
         :returns: fires when it is closed.
         """
@@ -135,14 +136,14 @@ class AsyncConnection:
             each.end()
 
     def cancel(self, why: str) -> Deferred[None]:
-        """Give up what is under way: whether it was done nobody knows.
+        """Abandon the running query, whose outcome is then unknown.
 
-        :returns: fires when nothing is under way.
+        :returns: fires when no query runs.
         """
         self._cancelled = why
         self._lost(why)
         if self._done is not None:
-            # It waits for a connection, so that nothing of it was sent.
+            # The query waits for a connection, so no part of it was sent.
             self._end(Failure(DatabaseUnavailable(why)))
         return self._idle()
 
@@ -155,7 +156,7 @@ class AsyncConnection:
 
     @property
     def given_up(self) -> list[PlanningConnection]:
-        """The connections whose statement was given up and has not ended."""
+        """The connections whose statement was abandoned and has not ended."""
         return [each.connection for each in self._given_up]
 
     # --- one query ---------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ class AsyncConnection:
                 why = f"{MOST_GIVEN_UP} sessions have not ended whose statements got no answer"
                 self._end(Failure(DatabaseUnavailable(why)))
             elif conn is None:
-                # One that was cancelled meanwhile is over.
+                # If the query was cancelled meanwhile, its end is already reported.
                 self._connect().addCallbacks(
                     lambda _: self._send(query), lambda failure: self._end(failure) if self._done is done else None
                 )
@@ -181,8 +182,8 @@ class AsyncConnection:
                 self._execute(statement.prepare, (), lambda _: self._planned(conn, statement, query))
         except Exception:
             if self._done is not done:
-                raise  # it is over
-            # What nobody foresaw must not leave anybody waiting.
+                raise  # the query has ended
+            # An unexpected error must still end the query, so that no caller waits for ever.
             failure, self._asks = Failure(), None
             self._drop()
             self._end(failure)
@@ -192,7 +193,7 @@ class AsyncConnection:
         self._send(query)
 
     def _end(self, result: list[Any] | Failure) -> None:
-        """The query is over, or given up."""
+        """End the query, which is complete or abandoned."""
         assert self._done is not None
         done, self._done = self._done, None
         if not isinstance(result, Failure):
@@ -209,7 +210,7 @@ class AsyncConnection:
                 waiter.callback(None)
 
     def _connect(self) -> Deferred[None]:
-        # The look-up of a host name blocks: off the reactor's thread.
+        # The lookup of a host name blocks, so connect off the reactor thread.
         opening = own_threads.run(self._reactor, open_async, self._parameters, CONNECT_S, self._statement_timeout_s)
         return opening.addCallback(self._connected).addErrback(_told)
 
@@ -219,7 +220,7 @@ class AsyncConnection:
             raise DatabaseUnavailable(self._cancelled)
         try:
             cursor = conn.cursor(cursor_factory=StoreCursor)
-            # libpq closes its own when it finds the connection broken, under the hands of the reactor: a copy.
+            # Use a copy of the descriptor: libpq closes its own when the connection breaks, while the reactor uses it.
             fileno = os.dup(conn.fileno())
         except BaseException:
             conn.close()
@@ -236,19 +237,19 @@ class AsyncConnection:
         try:
             self._cursor.execute(statement, params or None)
         except Exception:
-            # Also what is no error of the database's: parameters that cannot be written.
+            # Other exceptions are possible as well, such as for parameters that cannot be written.
             self._failed()
             return
         self._deadline = self._reactor.seconds() + self._statement_timeout_s + BEYOND_S
         if self._timer is None:
             self._watch()
-        # What the socket did not take at once is written when it can.
+        # The part that the socket did not accept at once is written when it can be.
         self._advance()
 
     def _advance(self) -> None:
-        """Go on with the exchange, as far as it goes now."""
+        """Continue the exchange as far as possible now."""
         if self._conn is None:
-            # The reactor had two events of one descriptor, and the first of them was its end.
+            # The reactor had two events for one descriptor, and the first one ended the connection.
             return
         try:
             state = self._conn.poll()
@@ -270,7 +271,7 @@ class AsyncConnection:
             asks(rows)
 
     def _failed(self) -> None:
-        """What is being handled came of the connection: whoever asked is told; a connection that broke goes first."""
+        """Report the current exception of the connection to the caller; first drop a connection that broke."""
         failure, conn = Failure(), self._conn
         error = failure.value
         if isinstance(error, psycopg2.Error) and conn is not None:
@@ -287,7 +288,7 @@ class AsyncConnection:
             self._end(failure)
 
     def _watch(self) -> None:
-        """Look when the answer is due: one timer for many statements, since most are answered long before."""
+        """Check at the deadline of the answer: one timer for many statements, since most are answered long before."""
         self._timer = self._reactor.callLater(max(0.0, self._deadline - self._reactor.seconds()), self._look)
 
     def _look(self) -> None:
@@ -300,7 +301,7 @@ class AsyncConnection:
             self._answer(Failure(DatabaseUnavailable("the database does not answer")))
 
     def _give_up(self) -> None:
-        """Leave the connection to itself until its statement has ended."""
+        """Leave the connection alone until its statement has ended."""
         conn, fileno = self._detach()
         if conn is not None:
             _GivenUp(conn, fileno, self._reactor, self._given_up).start()
@@ -316,7 +317,7 @@ class AsyncConnection:
             conn.close()
 
     def _detach(self) -> tuple[PlanningConnection | None, int]:
-        """Part from the connection and the reactor's descriptor of it, and return both."""
+        """Detach from the connection and the reactor's descriptor of it, and return both."""
         cancel(self._timer)
         self._timer = None
         conn, fileno = self._conn, self._fileno
@@ -328,14 +329,14 @@ class AsyncConnection:
             self._is_writing = False
         return conn, fileno
 
-    # --- the reactor's -------------------------------------------------------------------------------------------
+    # --- called by the reactor -----------------------------------------------------------------------------------
 
     def doRead(self) -> None:
-        """Take in what the database says; unasked it has only its end to tell."""
+        """Read the database's answer; on an idle connection, input can only mean that the connection ends."""
         self._advance()
 
     def doWrite(self) -> None:
-        """Write what is left of a statement."""
+        """Write the rest of a statement."""
         self._advance()
 
     def fileno(self) -> int:
@@ -343,20 +344,20 @@ class AsyncConnection:
         return self._fileno
 
     def connectionLost(self, reason: Failure) -> None:
-        """The reactor found the descriptor gone."""
+        """The reactor found the descriptor closed."""
         self._lost(reason.getErrorMessage())
 
     def logPrefix(self) -> str:
-        """Name us in the reactor's own messages."""
+        """Return the name of this object in the reactor's own messages."""
         return "AsyncConnection"
 
 
 @implementer(IReadDescriptor)
 class _GivenUp:
-    """A connection whose statement was given up, until it ends.
+    """A connection with an abandoned statement, until the statement ends.
 
     :param fileno: the reactor's own descriptor of its socket, which is closed at the end.
-    :param others: the set of those that have not ended, to which this one belongs from its start to its end.
+    :param others: the set of the connections that have not ended; this one belongs to it from its start to its end.
     """
 
     def __init__(self, conn: PlanningConnection, fileno: int, reactor: Any, others: set[_GivenUp]) -> None:
@@ -366,13 +367,13 @@ class _GivenUp:
         self._others = others
 
     def start(self) -> None:
-        """Wait for the end."""
+        """Wait for the end of the statement."""
         self._others.add(self)
         self.connection.asked_at = time.monotonic()
         self._reactor.addReader(self)
 
     def end(self) -> None:
-        """Close it."""
+        """Close the connection."""
         self._others.discard(self)
         self._reactor.removeReader(self)
         os.close(self._fileno)
@@ -380,14 +381,14 @@ class _GivenUp:
         self.connection.close()
 
     def doRead(self) -> None:
-        """Take in what the database says: its statement has ended, or the connection has."""
+        """Read the database's output until the statement or the connection has ended."""
         with suppress(psycopg2.Error):
             if self.connection.poll() != POLL_OK:
                 return
         self.end()
 
     def connectionLost(self, reason: Failure) -> None:
-        """The reactor found the descriptor gone."""
+        """The reactor found the descriptor closed."""
         self.end()
 
     def fileno(self) -> int:
@@ -395,11 +396,11 @@ class _GivenUp:
         return self._fileno
 
     def logPrefix(self) -> str:
-        """Name us in the reactor's own messages."""
+        """Return the name of this object in the reactor's own messages."""
         return "AsyncConnection, given up"
 
 
 def _told(failure: Failure) -> Failure:
-    """Say why there is no connection."""
+    """Return the failure that states why there is no connection."""
     error = failure.value
     return Failure(driver.translate_error(error)) if isinstance(error, psycopg2.Error) else failure

@@ -1,4 +1,4 @@
-"""Whether the database is there, and the lines of the log that say so."""
+"""Whether the database is available, and the log lines about that."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _OUTAGES: Final = "outages"
 
 
 class Availability:
-    """Logs one line when something goes and one when it is back; where it comes and goes, one line a minute.
+    """Log one line at the start and one at the end of an outage; with frequent outages, log one line a minute.
 
     :param reactor: an ``IReactorTime``.
-    :param away: the sentence for when it goes.
-    :param back: the sentence for when it is back.
-    :ivar is_away: whether it is away now.
+    :param away: the sentence for the start of an outage.
+    :param back: the sentence for its end.
+    :ivar is_away: whether there is an outage now.
     """
 
     log = Logger()
@@ -32,15 +32,15 @@ class Availability:
     ) -> None:
         self._sentences = (away, back)
         self._lines = LineQuota(reactor, self._tell)
-        #: Why it went away the last time.
+        #: The reason of the last outage.
         self._why = ""
         self._is_told = False
         self.is_away = False
 
     def note(self, error: BaseException | None) -> None:
-        """Note whether it is there, however many notice.
+        """Record whether the database is available; any number of callers may report the same change.
 
-        :param error: why it is away; ``None``: it is there.
+        :param error: why it is unavailable; ``None``: it is available.
         """
         is_away = error is not None
         if is_away == self.is_away:
@@ -56,7 +56,7 @@ class Availability:
             self.log.info("{back}", back=back)
 
     def stop(self) -> None:
-        """Log no more."""
+        """Stop logging."""
         self._lines.stop()
 
     def _tell(self, untold: Mapping[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""A connection of psycopg2: what is set on it when it opens, and how it becomes clean again."""
+"""A psycopg2 connection: the settings that it gets when it opens, and how it is cleaned."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from s2s.errors import StatementRefused
 from s2s.runtime import own_threads
 from s2s.store.cursor import StoreCursor, read_json
 
-#: Seconds that a connect may take: longer than libpq needs for several addresses of a host.
+#: Seconds that connecting may take: longer than libpq needs for several addresses of a host.
 CONNECT_S: Final = 30.0
-#: Connects of this process at once, more than its sessions are. Those that hang in a name server stay until it answers.
+#: The most concurrent connects of this process; it has fewer sessions. Connects that hang in a name server count until
+#: it answers.
 MOST_CONNECTING: Final = 64
 _BEYOND_S: Final = 1.0
 _connecting: Final = threading.Semaphore(MOST_CONNECTING)
 _RANDOM: Final = random.SystemRandom()
-#: Our statements name our tables with their schema, so that no table, function or operator of another schema is used.
-#: The schema of temporary tables is searched first unless it is named, also for types.
+#: Our statements name our tables with their schema, so that they use no table, function or operator of another schema.
+#: PostgreSQL searches the schema of temporary tables first unless it is named, also for types.
 SET_PATH: Final = "set search_path = pg_catalog, pg_temp; "
 
 
 class PlanningConnection(connection):
-    """A connection that knows the statements it has planned; :func:`parameters` has every one of ours made so.
+    """A connection that records the statements that it has planned; :func:`parameters` makes all our connections so.
 
-    :ivar plans: those statements.
-    :ivar is_foreign: foreign code runs on it now, and may not end its transaction.
-    :ivar owner: the identifier of the only thread that may use it; ``None``: any thread may.
-    :ivar session: the process of the database that serves it, and when that began; ``None``: not known yet.
+    :ivar plans: the planned statements.
+    :ivar is_foreign: foreign code uses the connection now and may not end its transaction.
+    :ivar owner: the identifier of the only thread that may use the connection; ``None``: any thread may.
+    :ivar session: the process number and start time of the backend; ``None``: not known yet.
     :ivar asked_at: when the statement of ours that has no answer yet was sent, in monotonic seconds; ``None``: there is
         none. See :mod:`s2s.store.silence`.
-    :ivar kept: what the transaction has to tell of rows that were not written: :mod:`s2s.store.kept_rows`.
+    :ivar kept: the reports of the transaction about rows that were not written: :mod:`s2s.store.kept_rows`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,7 +53,7 @@ class PlanningConnection(connection):
         try:
             super().__init__(*args, **kwargs)
         except BaseException:
-            # The traceback holds this object, and libpq keeps the socket of a refused connection open.
+            # The traceback references this object, and libpq keeps the socket of a refused connection open.
             self.close()
             raise
         self.plans: set[Any] = set()
@@ -75,17 +76,17 @@ class PlanningConnection(connection):
         return made
 
     def close_foreign_cursors(self) -> None:
-        """Close the cursors of foreign code, which may have kept them: they would reach into later transactions."""
+        """Close the cursors of foreign code, which could otherwise use them in later transactions."""
         for each in list(self._foreign_cursors):
-            # A named one, in a transaction that has failed.
+            # Closing a named cursor fails in a transaction that has failed.
             with suppress(psycopg2.Error):
                 each.close()
         self._foreign_cursors.clear()
 
     def _check_ours(self) -> None:
-        """Keep foreign code from ending a transaction in which the work of others is.
+        """Prevent foreign code from ending a transaction that also contains the work of other code.
 
-        :raises psycopg2.ProgrammingError: foreign code runs on this connection now, or has left this thread behind.
+        :raises psycopg2.ProgrammingError: foreign code uses this connection now, or a thread that it has started does.
         """
         self._check_owner()
         if self.is_foreign:
@@ -94,12 +95,12 @@ class PlanningConnection(connection):
             )
 
     def _check_owner(self) -> None:
-        """Keep a thread that foreign code has started out of the transactions of others."""
+        """Prevent a thread that foreign code has started from using the transactions of other code."""
         if self.owner is not None and self.owner != threading.get_ident():
             raise psycopg2.ProgrammingError("only the thread of a handler, a job or an order may use its connection")
 
     def remember(self, changed: Iterable[tuple[str, str]], session: tuple[int, str]) -> None:
-        """Take the state of the connection now as the clean one.
+        """Record the present state of the connection as the clean one.
 
         :param changed: the rows of :func:`baseline`.
         :param session: the row of ``_SESSION``.
@@ -115,16 +116,16 @@ class PlanningConnection(connection):
     def restore(self) -> str:
         """Return the statements that undo, inside a transaction, each change of a setting and of the role.
 
-        They also remove the names that the next call may use: of cursors, prepared statements and temporary tables. And
-        they end what ``lastval()`` and ``currval()`` return.
-        What ``setseed()`` sets outlives even DISCARD ALL.
+        They also drop the cursors, prepared statements and temporary tables, whose names the next call may use, and
+        reset ``lastval()`` and ``currval()``. They set a random seed, because the effect of ``setseed()`` outlives even
+        DISCARD ALL.
         """
         return f"{self._restore}, pg_catalog.setseed({_RANDOM.uniform(-1.0, 1.0)!r})"
 
     def make_clean(self) -> bool:
-        """Undo everything that code in the last transaction may have left on the session.
+        """Undo every change that code in the last transaction may have left on the session.
 
-        :returns: ``False``: the connection cannot be made clean, and must be closed.
+        :returns: ``False``: the connection cannot be cleaned and must be closed.
         """
         if not self._restore or self._look() != self._attributes:
             return False
@@ -141,7 +142,7 @@ class PlanningConnection(connection):
         return True
 
     def _look(self) -> tuple[Any, ...]:
-        """Return what psycopg2 keeps of a connection and code may change."""
+        """Return the attributes that psycopg2 keeps for a connection and that code may change."""
         casters = (dict(self.string_types), dict(self.binary_types))
         modes = (self.autocommit, self.isolation_level, self.readonly, self.deferrable)
         return (self.cursor_factory, self.encoding, *modes, *casters)
@@ -165,7 +166,7 @@ def _guarded(name: str) -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=64)
 def _owned(factory: type) -> type:
-    """Return a class of cursors that refuse their statements to a thread which does not own the connection."""
+    """Return a cursor class whose statements fail in a thread that does not own the connection."""
 
     def guarded(name: str) -> Callable[..., Any]:
         method = getattr(factory, name)
@@ -180,17 +181,17 @@ def _owned(factory: type) -> type:
     return type(factory.__name__, (factory,), {name: guarded(name) for name in _STATEMENTS})
 
 
-#: The methods of psycopg2's cursor that send something.
+#: The methods of psycopg2's cursor that send a statement.
 _STATEMENTS: Final = ("execute", "executemany", "callproc", "copy_from", "copy_to", "copy_expert")
 
-# Each of them ends the transaction, or the connection.
+# Each of these methods ends the transaction or the connection.
 for _name in ("commit", "rollback", "reset", "close", "cancel", "set_isolation_level", "set_client_encoding"):
     setattr(PlanningConnection, _name, _guarded(_name))
 
 
-#: The process of the database that serves this connection, and its start: code may change the name of its session.
-#: Behind a pooler, what libpq takes for the identifier of the process is the pooler's.
-#: With a default role of its own a user does not see when its session began.
+#: The process number and the start time of this connection's backend: code may change the name of its session. Behind a
+#: pooler, the process number that libpq reports is the pooler's. A user with a default role may not be allowed to see
+#: when its session began.
 _SESSION: Final = (
     "set local role none;"
     " select pid, backend_start::text from pg_catalog.pg_stat_activity where pid = pg_catalog.pg_backend_pid()"
@@ -204,9 +205,9 @@ def _quote(text: str, conn: connection) -> str:
 
 
 def join_within(within_s: float) -> Callable[[threading.Thread], None]:
-    """Return what waits for the end of a thread.
+    """Return a function that waits for the end of a thread.
 
-    :param within_s: seconds after which it raises :class:`psycopg2.OperationalError`.
+    :param within_s: seconds after which the function raises :class:`psycopg2.OperationalError`.
     """
 
     def join(thread: threading.Thread) -> None:
@@ -224,8 +225,8 @@ def connect(
 ) -> PlanningConnection:
     """Connect. Blocks, for :data:`CONNECT_S` at most.
 
-    :param parameters: those of ``psycopg2.connect``.
-    :param join: waits for the thread that connects, see :func:`_in_time`.
+    :param parameters: the parameters of ``psycopg2.connect``.
+    :param join: waits for the connecting thread, see :func:`_in_time`.
     """
 
     def opening() -> PlanningConnection:
@@ -240,9 +241,9 @@ def connect(
 def _in_time(
     opening: Callable[[], PlanningConnection], join: Callable[[threading.Thread], object]
 ) -> PlanningConnection:
-    """Connect in a thread of its own: libpq looks up the name of a host without a bound.
+    """Connect in a thread of its own, because libpq's lookup of a host name has no time limit.
 
-    :param join: waits for the thread; where it raises, a connection that comes yet is closed.
+    :param join: waits for the thread; if it raises, a connection that opens later is closed.
     """
     came: list[PlanningConnection | BaseException] = []
     lock, is_over = threading.Lock(), False
@@ -285,9 +286,9 @@ def _in_time(
 
 
 def _misreads_literals(conn: connection) -> bool:
-    """Whether psycopg2 writes a backslash in a literal as :func:`baseline` has the session not read it.
+    """Whether psycopg2 escapes backslashes in literals in a way that a session set up by :func:`baseline` misreads.
 
-    psycopg2 asks for the setting once, at the connect. A parameter with a backslash would then end its own literal.
+    psycopg2 reads the setting once, when it connects. A parameter with a backslash could then end its own literal.
     """
     return bool(conn.info.parameter_status("standard_conforming_strings") == "off")
 
@@ -300,10 +301,10 @@ def _with_plain_literals(parameters: Mapping[str, Any], conn: connection) -> dic
 
 
 def prepare(conn: connection, statement_timeout_s: float, idle_timeout_s: float) -> None:
-    """Set what every transaction on a new connection relies on.
+    """Set up the session of a new connection, as every transaction requires.
 
     :param statement_timeout_s: seconds after which the database cancels a statement.
-    :param idle_timeout_s: seconds after which it ends a transaction that does nothing.
+    :param idle_timeout_s: seconds after which the database ends an idle transaction.
     :raises psycopg2.OperationalError: literals would be misread, see :func:`connect`.
     """
     _check_literals(conn)
@@ -333,11 +334,11 @@ def _check_literals(conn: connection) -> None:
         )
 
 
-#: Settings that our statements rely on, whatever the defaults of the server, the database and the user are.
+#: Settings that our statements require, whatever the defaults of the server, the database and the user are.
 _SETTINGS: Final = {
     "array_nulls": "on",
     "bytea_output": "hex",
-    # Below that, notices of the server would go to our stderr without a bound.
+    # At a lower level, notices of the server would be written to our stderr without a limit.
     "client_min_messages": "warning",
     "DateStyle": "ISO, MDY",
     "default_transaction_deferrable": "off",
@@ -356,12 +357,12 @@ _SETTINGS: Final = {
 
 
 class SettingDenied(psycopg2.OperationalError):
-    """A default of the user or of the database sets what our statements rely on, and only a superuser may change it."""
+    """A default of the user or database contradicts a setting that we need, and only a superuser may change it."""
 
     pgcode = "42501 setting"
 
 
-#: Settings whose defaults only a superuser may change for a session, and where these come from.
+#: SQL for the settings whose defaults are wrong and that only a superuser may change for a session, with their sources.
 _DENIED: Final = (
     f"{SET_PATH}select s.name, w.value, s.source, pg_catalog.quote_ident(current_user),"  # noqa: S608 - of constants
     " pg_catalog.quote_ident(pg_catalog.current_database())"
@@ -378,10 +379,10 @@ _RESETS: Final = {
 
 
 def _refuse_settings(denied: Iterable[tuple[str, str, str, str, str]]) -> None:
-    """Name a setting that is not as our statements need it, and the statement that mends it.
+    """Raise an error that names a wrong setting and the statement that fixes it.
 
     :param denied: the rows of :data:`_DENIED`.
-    :raises SettingDenied: there is one.
+    :raises SettingDenied: there is such a setting.
     """
     for name, value, source, user, database in denied:
         reset = _RESETS.get(source, "alter system reset {name}; select pg_reload_conf()")
@@ -390,10 +391,10 @@ def _refuse_settings(denied: Iterable[tuple[str, str, str, str, str]]) -> None:
 
 
 def baseline(statement_timeout_s: float, idle_timeout_s: float = 60.0) -> str:
-    """Return the statement that sets what every transaction relies on; see :func:`prepare`.
+    """Return the statement that sets the settings that every transaction requires; see :func:`prepare`.
 
-    Its rows are the names and values of the settings that it changed. It leaves out a setting that this version of
-    PostgreSQL lacks. ``default_transaction_read_only`` stays as the database's owner set it.
+    Its rows are the names and values of the settings that it changed. It omits settings that this version of PostgreSQL
+    lacks. ``default_transaction_read_only`` keeps the value that the database's owner set.
     """
     wanted = {
         **_SETTINGS,
@@ -405,7 +406,7 @@ def baseline(statement_timeout_s: float, idle_timeout_s: float = 60.0) -> str:
         f"{SET_PATH}select s.name, pg_catalog.set_config(s.name, w.value, false)"  # noqa: S608 - of constants
         f" from (values {values}) as w (name, value)"
         " join pg_catalog.pg_settings s using (name) where s.setting <> w.value"
-        # A stronger guarantee than ours stays.
+        # Keep a stronger guarantee than ours.
         " and not (s.name = 'synchronous_commit' and s.setting = 'remote_apply')"
     )
 
@@ -413,14 +414,14 @@ def baseline(statement_timeout_s: float, idle_timeout_s: float = 60.0) -> str:
 def open_async(
     parameters: Callable[[], Mapping[str, Any]], within_s: float, statement_timeout_s: float, statement: str = ""
 ) -> PlanningConnection:
-    """Connect, set what :func:`baseline` says, and run a first statement. Blocks; the connection is asynchronous then.
+    """Connect, apply :func:`baseline`, and run a first statement. Blocks; then the connection is asynchronous.
 
-    :param parameters: returns those of the connection; it may block.
-    :param within_s: seconds that all of it may take.
+    :param parameters: returns the connection parameters; it may block.
+    :param within_s: seconds that everything may take.
     :param statement_timeout_s: seconds after which the database cancels a statement; 0: never.
     """
     opening = functools.partial(_open_async, parameters, within_s, statement_timeout_s, statement)
-    # A wait for an answer, which says more, ends before this one.
+    # The wait for an answer has a more specific error, so it must end before this one.
     return _in_time(opening, join_within(within_s + _BEYOND_S))
 
 
@@ -455,7 +456,7 @@ def _open_async(
 
 
 def _settle(conn: connection, deadline: float, within_s: float) -> None:
-    """Wait until an asynchronous connection has done what it was asked.
+    """Wait until an asynchronous connection has completed its current operation.
 
     :param deadline: on the monotonic clock.
     """

@@ -1,7 +1,7 @@
-"""The cursor of our own statements: psycopg2's process-wide registries change nothing of it.
+"""The cursor of our own statements, which psycopg2's process-wide registries do not affect.
 
 A plug-in, or a library that it imports, may call ``register_adapter(list, Json)`` or register a type caster for the
-whole process. Our statements write their parameters and read their rows by the rules below alone. Foreign code gets
+whole process. Our statements write their parameters and read their rows only by the rules below. Foreign code gets
 psycopg2's plain cursor (:func:`plain`), with the registries as the plug-in left them.
 """
 
@@ -23,11 +23,11 @@ from s2s.protocol.canonical import MAX_DEPTH
 
 
 class Unreadable:
-    """A JSON value of the database that Python cannot read, such as ``1e400``: written by another hand than ours.
+    """A JSON value of the database that Python cannot read, such as ``1e400``, written by another program.
 
-    It is no value of any kind, so that whoever uses it refuses it, and the rows beside it are read all the same.
+    It matches no expected type, so that its user rejects it, while the other rows are still read.
 
-    :param why: a sentence for people.
+    :param why: a sentence for operators.
     """
 
     def __init__(self, why: str = "") -> None:
@@ -37,7 +37,7 @@ class Unreadable:
         return f"(JSON that cannot be read{f': {self.why}' if self.why else ''})"
 
 
-#: The parser's reasons by how they begin, each with the sentence for people.
+#: The beginnings of the parser's reasons, each with the sentence for operators.
 _REASONS: Final = {
     "number is infinity": "a number in it is out of range, beyond 1.8e308: say it as a string",
     "depth limit": f"it is nested deeper than {MAX_DEPTH} levels",
@@ -54,10 +54,10 @@ def read_json(text: str | bytes) -> Any:
 
 
 def check_readable(value: Any, name: str) -> None:
-    """Refuse a JSON value of the database that cannot be read.
+    """Raise if a JSON value of the database cannot be read.
 
-    :param name: what it is, for people.
-    :raises CanonicalError: it cannot be read, and why.
+    :param name: what the value is, for the error message.
+    :raises CanonicalError: the value cannot be read, with the reason.
     """
     if isinstance(value, Unreadable):
         raise CanonicalError(f"the {name} cannot be read: {value.why}")
@@ -67,7 +67,7 @@ _JSON: Final = new_type((114, 3802), "S2S_JSON", lambda text, _: None if text is
 
 
 def _read_time(text: str | bytes | None, cur: Any) -> datetime | None:
-    """Read a time; one outside Python's years is the first or the last moment, as psycopg2 reads an infinite one."""
+    """Read a time; one outside Python's range becomes Python's first or last moment, as psycopg2 reads infinity."""
     try:
         time: datetime | None = c.PYDATETIMETZ(text, cur)
     except ValueError:
@@ -77,7 +77,7 @@ def _read_time(text: str | bytes | None, cur: Any) -> datetime | None:
 
 
 _TIME: Final = new_type(c.PYDATETIMETZ.values, "S2S_TIMESTAMPTZ", _read_time)
-#: psycopg2's own casters, whatever is registered for the process, and ours for JSON: by the OID of the type.
+#: By type OID: psycopg2's own casters, regardless of those registered for the process, and our caster for JSON.
 _CASTERS: Final[dict[int, Any]] = {
     oid: caster
     for caster in (
@@ -93,7 +93,7 @@ _CASTERS: Final[dict[int, Any]] = {
 
 
 class StoreCursor(cursor):
-    """A cursor that no registry of the process affects.
+    """A cursor that the registries of the process do not affect.
 
     :cvar is_ours: its statements are those of this package.
     """
@@ -103,7 +103,7 @@ class StoreCursor(cursor):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.string_types = _CASTERS
-        # A connection of psycopg2's own class, which an author may have, keeps no such time.
+        # A connection of psycopg2's own class, which an author of handlers may use, lacks this attribute.
         self._is_timed = hasattr(self.connection, "asked_at")
 
     def execute(self, query: Any, vars: Any = None) -> None:
@@ -141,7 +141,7 @@ def _literals(values: Any, conn: connection) -> Any:
 
 
 def _literal(value: Any, conn: connection) -> Any:
-    """Return what psycopg2 writes as it is: ``None``, or an object that quotes itself."""
+    """Return a value that psycopg2 writes unchanged: ``None``, or an object that quotes itself."""
     write = _WRITERS.get(type(value))
     if write is not None:
         return write(value, conn)
@@ -150,7 +150,7 @@ def _literal(value: Any, conn: connection) -> Any:
     return value
 
 
-#: Bound now: a plug-in may put another function in the place of ``json.dumps``.
+#: Bound at import: a plug-in may replace ``json.dumps``.
 _encode: Final = json.JSONEncoder().encode
 
 
@@ -175,7 +175,7 @@ def _array(values: list[Any], conn: connection) -> QuotedString:
 
 
 def _item(value: Any) -> str:
-    """Write an item of PostgreSQL's text of an array."""
+    """Return an item of PostgreSQL's text of an array."""
     if value is None:
         return "NULL"
     if isinstance(value, bool):
@@ -192,7 +192,7 @@ _WRITERS: Final[dict[type, Callable[[Any, connection], Any]]] = {
     type(None): lambda value, _: None,
     str: _quoted,
     bool: lambda value, _: AsIs("true" if value else "false"),
-    # A negative number in brackets: "--" would begin a comment.
+    # A negative number is written in parentheses, because "--" would begin a comment.
     int: lambda value, _: AsIs(str(value) if value >= 0 else f"({value})"),
     float: lambda value, conn: AsIs(f"'{value!r}'::float8"),
     bytes: _bytes,

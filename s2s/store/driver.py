@@ -1,4 +1,4 @@
-"""psycopg2: opening a connection, and telling its errors apart by what a caller can do about them."""
+"""psycopg2: open connections, and classify its errors by what a caller can do about them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from s2s.store.url import read
 T = TypeVar("T")
 
 Connection = connection
-#: What every store function takes first: a cursor inside a transaction.
+#: The first argument of every store function: a cursor inside a transaction.
 Cursor = cursor
 
 
-#: What the URL may override. A peer that is gone without a word is noticed in about 25 s on an idle connection
-#: and in 10 s on one that waits for an answer.
+#: Defaults that the URL may override. A peer that disappears without closing is detected in about 25 s on an idle
+#: connection, and in 10 s on a connection that waits for an answer.
 _CONNECT: Final[dict[str, Any]] = {
     "connect_timeout": 5,
     "keepalives": 1,
@@ -44,26 +44,26 @@ _CONNECT: Final[dict[str, Any]] = {
     "tcp_user_timeout": 10_000,
     "client_encoding": "UTF8",
 }
-#: Unknown to foreign code: where that ends the transaction and begins another one, the end is noticed by the savepoint
-#: that is missing.
+#: A name that foreign code does not know: if foreign code ends the transaction and begins another one, the missing
+#: savepoint reveals that.
 _SAVEPOINT: Final = f"s2s_{secrets.token_hex(8)}"
-#: Seconds after which the database ends the transaction of one who is alone in something and does nothing there: fewer
-#: than the others' statements may wait for him.
+#: idle_in_transaction_session_timeout, in seconds, while a session holds an exclusive advisory lock: shorter than the
+#: statement timeout of the sessions that wait for the lock.
 FROZEN_S: Final = 5.0
 
 
 def parameters(url: str, **ours: Any) -> dict[str, Any]:
-    """Read a database URL, a libpq connection string or ``@FILE``.
+    """Return the connection parameters of a database URL, a libpq connection string or ``@FILE``.
 
-    :param ours: parameters of ours, which the URL may override.
-    :raises OperatorError: it cannot be read; the text holds nothing of a password.
+    :param ours: our own parameters, which the URL may override.
+    :raises OperatorError: the URL cannot be read; the message contains no part of a password.
     """
     given = read(url)
     return {**libpq.AT_START.parameters(given), **_CONNECT, **ours, **given, "connection_factory": PlanningConnection}
 
 
 class Parameters:
-    """The parameters of connections that are made again and again; the file of an ``@FILE`` is read for each.
+    """The parameters of connections that are opened repeatedly; the file of an ``@FILE`` is read for each connection.
 
     :raises OperatorError: see :func:`parameters`.
     """
@@ -77,7 +77,7 @@ class Parameters:
         self._complaint = ""
 
     def read(self) -> dict[str, Any]:
-        """Read them; where the file cannot be read, the last ones stay in force and the log says so once."""
+        """Return the parameters; if the file cannot be read, return the last ones and log that once."""
         complaint = ""
         try:
             self._last = parameters(self._url, **self._ours)
@@ -94,13 +94,13 @@ class Parameters:
 
 
 class Prepared:
-    """A statement that each connection plans once: for a short one, planning is most of its time.
+    """A statement that each connection plans once: planning takes most of the time of a short statement.
 
-    :param name: what the connections call it.
-    :param statement: with ``$1`` and so on for its parameters.
-    :param types: of the parameters, in SQL.
-    :ivar prepare: plans it; that stays when the transaction does not.
-    :ivar call: runs it where it is planned; its parameters are those of any statement.
+    :param name: the name of the prepared statement.
+    :param statement: the SQL, with ``$1`` and so on for its parameters.
+    :param types: the SQL types of the parameters.
+    :ivar prepare: the SQL that plans the statement; the plan outlives a rolled-back transaction.
+    :ivar call: the SQL that runs the planned statement; it takes parameters as any statement does.
     """
 
     def __init__(self, name: str, statement: str, *types: str) -> None:
@@ -116,17 +116,17 @@ class Query(msgspec.Struct, frozen=True):
 
 
 def array_literal(values: Iterable[int | None]) -> str:
-    """Write numbers as PostgreSQL's text of an array.
+    """Return numbers as PostgreSQL's text of an array.
 
-    Of a list psycopg2 writes an expression, which the database parses value by value.
+    psycopg2 writes a list as an expression, which the database parses value by value.
     """
     return f"{{{','.join(['null' if value is None else str(value) for value in values])}}}"
 
 
 def missing(txn: Cursor, table: str, column: str, values: Iterable[str]) -> list[str]:
-    """Return those of some values that no row of a table has.
+    """Return the given values that no row of a table has.
 
-    :param table: a constant of the caller, as is the ``column``.
+    :param table: a constant of the caller, as is ``column``.
     """
     txn.execute(
         f"select each from unnest(%s::text[]) each where not exists (select from {table} where {column} = each)",  # noqa: S608
@@ -135,13 +135,13 @@ def missing(txn: Cursor, table: str, column: str, values: Iterable[str]) -> list
     return [value for (value,) in txn]
 
 
-#: A piece of work that says what it wants to ask, is given the rows, and returns what it came to: whoever drives it
-#: decides how it waits.
+#: Work that yields queries, receives their rows, and returns its result. The driver of the generator decides how to
+#: wait.
 Steps = Generator[Query, list[Any], T]
 
 
 def drive(txn: Cursor, steps: Steps[T]) -> T:
-    """Take the steps of a piece of work in a transaction. Blocks."""
+    """Run the queries of some work in a transaction. Blocks."""
     rows: Any = None  # the first send is None, as it must be
     while True:
         try:
@@ -161,11 +161,11 @@ def drive(txn: Cursor, steps: Steps[T]) -> T:
 
 
 def translate_error(error: psycopg2.Error, conn: Connection | None = None) -> DatabaseError:
-    """Say a driver's error in our words, without the row's data that it may quote.
+    """Convert a driver's error into one of ours, without the row data that it may quote.
 
-    :param conn: the connection that it came from; ``None``: there was none.
+    :param conn: the connection that raised it; ``None``: there was none.
     """
-    # libpq says nothing then, or that a host is not known.
+    # In that case libpq reports no reason, or that a host is unknown.
     text = (conn is None and files.exhausted()) or _text(error)
     state = sqlstate.code(error) or (sqlstate.at_connect(text) if conn is None else "")
     if conn is None or is_broken(conn) or is_of_the_connection(error) or sqlstate.meaning(state).unavailable:
@@ -174,21 +174,21 @@ def translate_error(error: psycopg2.Error, conn: Connection | None = None) -> Da
 
 
 def _text(error: psycopg2.Error) -> str:
-    """Return the line that says most: at the connect, of all addresses of a host, one at which PostgreSQL answered."""
+    """Return the most informative line; after a connect to several addresses, a line of PostgreSQL itself."""
     lines = (error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()
     return storable(next((line for line in lines if "FATAL: " in line), lines[0]))
 
 
 def is_broken(conn: Connection) -> bool:
-    """Whether a connection is of no more use; psycopg2 does not call each of these closed."""
+    """Whether a connection is unusable; psycopg2 does not report each such connection as closed."""
     return bool(conn.closed) or conn.info.transaction_status == TRANSACTION_STATUS_UNKNOWN
 
 
 def pending_input(fileno: int) -> select.poll:
-    """Give what tells by ``poll(0)`` whether the database has said something to a connection.
+    """Return a poll object whose ``poll(0)`` reports whether the database has sent data to a connection.
 
-    To an idle one it has nothing to say but that it ends: all of them have that waiting after a restart of the
-    database, and each would cost somebody a failure.
+    The only message on an idle connection is its end. After a restart of the database, all connections have that
+    message waiting, and using one of them would fail.
     """
     listening = select.poll()
     listening.register(fileno, select.POLLIN)
@@ -196,27 +196,27 @@ def pending_input(fileno: int) -> select.poll:
 
 
 def is_of_the_connection(error: BaseException) -> bool:
-    """Whether an error is libpq's own and not the server's: it may come before the connection is known to be broken.
+    """Whether an error comes from libpq and not from the server: it may precede the detection of a broken connection.
 
-    psycopg2 has a class of its own for none of them; what it says of Python's values is always a ``ProgrammingError``.
+    psycopg2 has no class of its own for these errors. An error about a Python value is always a ``ProgrammingError``.
     """
     libpqs = (psycopg2.DatabaseError, psycopg2.OperationalError, psycopg2.InterfaceError)
     return isinstance(error, psycopg2.Error) and type(error) in libpqs and not error.pgcode
 
 
 def is_in_transaction(txn: Cursor) -> bool:
-    """Whether statements of this transaction are still taken."""
+    """Whether this transaction still accepts statements."""
     return bool(txn.connection.info.transaction_status == TRANSACTION_STATUS_INTRANS)
 
 
 def is_read_only(txn: Cursor) -> bool:
-    """Whether this transaction refuses to write."""
+    """Whether this transaction is read-only."""
     txn.execute("show transaction_read_only")
     return bool(txn.fetchone() == ("on",))
 
 
 def commit(conn: Connection) -> None:
-    """Commit, truly: PostgreSQL answers the COMMIT of a failed transaction with a ROLLBACK and no error.
+    """Commit, and verify that: PostgreSQL answers the COMMIT of a failed transaction with a ROLLBACK and no error.
 
     :raises StatementRefused: a statement had failed and its error was swallowed.
     :raises CommitLost: the connection broke.
@@ -233,10 +233,10 @@ def commit(conn: Connection) -> None:
 
 @contextmanager
 def savepoint(txn: Cursor, before: str = "", after: str = "") -> Iterator[None]:
-    """Undo what is done inside if it raises, and only that.
+    """Undo only the changes made inside, if the body raises.
 
-    :param before: statements to do before the savepoint, each with its semicolon.
-    :param after: statements to do first inside it.
+    :param before: statements to run before the savepoint, each with its semicolon.
+    :param after: statements to run first inside it.
     """
     txn.execute(f"{before}savepoint {_SAVEPOINT}; {after}")
     try:
@@ -246,7 +246,7 @@ def savepoint(txn: Cursor, before: str = "", after: str = "") -> Iterator[None]:
         try:
             txn.execute(f"rollback to savepoint {_SAVEPOINT}; release savepoint {_SAVEPOINT}")
         except psycopg2.Error:
-            # The transaction is gone with its savepoints: a statement that has ended it by its failure tells why.
+            # The transaction and its savepoints are gone. Raise the error of the statement that ended it.
             if isinstance(error, psycopg2.Error):
                 raise error from None
             raise
@@ -255,9 +255,9 @@ def savepoint(txn: Cursor, before: str = "", after: str = "") -> Iterator[None]:
 
 @contextmanager
 def refusable(txn: Cursor) -> Iterator[None]:
-    """Undo what is done inside if it raises, and say in our words what the database refuses.
+    """Undo the changes made inside if the body raises, and convert a refusal of the database into our error.
 
-    :raises StatementRefused: it refuses a statement for its data; the transaction goes on.
+    :raises StatementRefused: the database refuses a statement because of its data; the transaction continues.
     """
     try:
         with savepoint(txn):
@@ -272,7 +272,8 @@ def refusable(txn: Cursor) -> Iterator[None]:
 def advisory_lock(txn: Cursor, lock: int) -> None:
     """Wait for an advisory lock, and hold it until the transaction ends.
 
-    A process that is frozen with it does not keep the others away for long: the database ends its transaction.
+    A process that freezes while it holds the lock does not block the others for long: the database ends its
+    transaction.
 
     :param lock: see :func:`lock_key`.
     """

@@ -1,12 +1,13 @@
-"""Transactions that run foreign code: command handlers, jobs and orders, on connections that nothing of ours shares.
+"""Run foreign code (command handlers, jobs, orders) in transactions, on connections that our own code does not share.
 
-Each call of foreign code has a deadline. Past it the SQL of the call is cancelled, again and again, and the call fails
+Each call of foreign code has a deadline. After it, the pool cancels the SQL of the call repeatedly, and the call fails
 with :class:`HandlerTimeout`. A call that does not return even then is *stuck*: Python cannot end a thread. The pool
-abandons that thread and opens another one in its place, up to :data:`MOST_STUCK`; the transaction of a stuck call is
+abandons that thread and opens another one in its place, up to :data:`MOST_STUCK`. The transaction of a stuck call is
 never committed.
 
-Foreign code may leave anything on a session: a role, settings, temporary tables, advisory locks, cursors. After each
-call the transaction has its role and settings again, and after each transaction the connection is made clean or closed.
+Foreign code may leave any state on a session: a role, settings, temporary tables, advisory locks, cursors. After each
+call the pool restores the transaction's role and settings. After each transaction it cleans the connection or closes
+it.
 """
 
 from __future__ import annotations
@@ -39,38 +40,39 @@ from s2s.store.pool import Database
 
 T = TypeVar("T")
 
-#: Seconds that a call of foreign code may take, where no setting says otherwise.
+#: Seconds that a call of foreign code may take, unless a setting says otherwise.
 TIMEOUT_S: Final = 60.0
-#: Seconds after the deadline in which the SQL of a call is cancelled, before the call counts as stuck.
+#: Seconds after the deadline during which the SQL of a call is cancelled, before the call counts as stuck.
 PATIENCE_S: Final = 5.0
-#: Seconds between two looks at the calls under way, and between two cancellations of one call.
+#: Seconds between two checks of the running calls, and between two cancellations of one call.
 _WATCH_S: Final = 0.25
 _CANCEL_S: Final = 1.0
-#: Seconds between two looks, beyond those that are planned and without use of a CPU, from which on the process stood
-#: still: a debugger, ``docker pause`` or a machine without a free core is no fault of a call.
+#: Delay of a check, in seconds and without use of a CPU, from which on the process counts as suspended: a debugger,
+#: ``docker pause`` or a machine without a free core is not the fault of a call.
 _STILL_S: Final = 1.0
 #: The SQLSTATE of a statement that was cancelled.
 _QUERY_CANCELED: Final = "57014"
-#: PostgreSQL refuses to PREPARE a transaction that has executed UNLISTEN. Prepared by foreign code, it would keep its
-#: locks on the commands of others for ever, or be committed after they have run once more.
+#: PostgreSQL refuses to PREPARE a transaction that has executed UNLISTEN. If foreign code prepared its transaction, the
+#: transaction would keep its locks on other commands for ever, or would be committed after these commands have run once
+#: more.
 _NEVER_PREPARED: Final = "unlisten *; "
-#: Foreign code finds its tables by the search_path of its user and its database, and not by ours.
+#: Foreign code finds its tables by the search_path of its user and database, not by ours.
 _OWN_PATH: Final = "set local search_path to default"
-#: Seconds of a call after which the memory of the process is looked at: some megabytes are not written in less.
+#: Seconds of a call after which the memory of the process is checked: writing some megabytes takes longer.
 _LARGE_S: Final = 0.001
-#: The exit code of a process that foreign code has forked and not ended.
+#: The exit code of a process that foreign code has forked and that returns into our code.
 _FORKED: Final = 70
-#: Stuck threads of one process. Each costs a thread and about 100 kB; at this number no further call begins.
+#: The most stuck threads of a process. Each costs a thread and about 100 kB. At this number no further call begins.
 MOST_STUCK: Final = 8
 
 
 def call(function: Callable[..., T], *args: Any) -> T:
-    """Call foreign code in a context of its own: what it sets there, such as a precision of decimals, ends with it."""
+    """Call foreign code in a context of its own, so that its changes, such as a decimal precision, end with it."""
     return Context().run(function, *args)
 
 
 class _Local(threading.local):
-    """The task of each thread."""
+    """The current task of each thread."""
 
     task: Task | None = None
 
@@ -78,9 +80,9 @@ class _Local(threading.local):
 class Task:
     """One transaction that runs foreign code.
 
-    :ivar name: the call under way, or the last one, for people.
-    :ivar subject: what it works on.
-    :ivar entered_at: when the call under way began, in monotonic seconds; ``None``: none is under way.
+    :ivar name: the running or last call, for log lines and errors.
+    :ivar subject: the object that the call works on.
+    :ivar entered_at: when the running call began, in monotonic seconds; ``None``: no call runs.
     :ivar is_abandoned: the thread is stuck, and its transaction must not be committed.
     """
 
@@ -95,16 +97,16 @@ class Task:
         self.on_return: Callable[[], object] = lambda: None
         self.entered_at: float | None = None
         self._lock = threading.Lock()
-        #: Held while a cancellation or the end of the session is on its way: neither must meet what comes after it.
+        #: Held during a cancellation or the termination of the session, so that neither affects a later call.
         self.cancelling = threading.Lock()
 
     def enter(self, name: str, subject: Any) -> None:
-        """Note that foreign code begins. In the thread."""
+        """Record that a call of foreign code begins. Runs in the task's thread."""
         with self._lock:
             self.name, self.subject, self.is_late, self.entered_at = name, subject, False, time.monotonic()
 
     def leave(self) -> None:
-        """Note that foreign code has returned. In the thread.
+        """Record that the call of foreign code has returned. Runs in the task's thread.
 
         :raises DatabaseUnavailable: the thread was abandoned meanwhile.
         """
@@ -113,26 +115,26 @@ class Task:
         self.check()
 
     def check(self) -> None:
-        """Refuse to go on with an abandoned transaction.
+        """Raise if the transaction was abandoned.
 
-        :raises DatabaseUnavailable: it is one.
+        :raises DatabaseUnavailable: it was.
         """
         if self.is_abandoned:
             raise DatabaseUnavailable("the call was stuck, and its transaction was abandoned")
 
     def running_s(self) -> float:
-        """Return the seconds since foreign code began; 0 where none runs."""
+        """Return the seconds since the running call began; 0 if no call runs."""
         since = self.entered_at
         return 0.0 if since is None else time.monotonic() - since
 
     def stood_still(self, for_s: float) -> None:
-        """Take the seconds in which the process stood still out of the call under way."""
+        """Subtract the seconds in which the process was suspended from the running call."""
         with self._lock:
             if self.entered_at is not None:
                 self.entered_at = min(self.entered_at + for_s, time.monotonic())
 
     def abandon(self) -> bool:
-        """Give the thread up, unless it has returned from foreign code by now."""
+        """Abandon the thread, unless its call has returned by now."""
         with self._lock:
             self.is_abandoned = self.entered_at is not None
         return self.is_abandoned
@@ -141,9 +143,9 @@ class Task:
 class HandlerPool(Database):
     """A pool of connections for foreign code.
 
-    :param owner: the pool of our own statements; its URL, counters and log lines serve this one, too.
+    :param owner: the pool of our own statements; this pool shares its URL, counters and log lines.
     :param application_name: the name of the sessions in ``pg_stat_activity``.
-    :param threads: transactions at once, beside those that are stuck.
+    :param threads: concurrent transactions, not counting the stuck ones.
     :param timeout_s: seconds that a call of foreign code may take, with all its SQL.
     :ivar stuck: the tasks whose thread does not return.
     """
@@ -155,7 +157,7 @@ class HandlerPool(Database):
             owner.url,
             application_name,
             threads=threads,
-            # By the database, too: it holds while this process stands still.
+            # The database enforces a limit as well, which applies while this process is suspended.
             statement_timeout_s=timeout_s + PATIENCE_S,
             idle_timeout_s=timeout_s + 2 * PATIENCE_S,
             counters=owner.counters,
@@ -169,11 +171,11 @@ class HandlerPool(Database):
         self._local = _Local()
         self._memory = Memory()
         self._watching: Timer | None = None
-        #: When the last look was, in monotonic seconds and in seconds of the process's CPU time.
+        #: When the last check was, in monotonic seconds and in seconds of the process's CPU time.
         self._watched_at = (0.0, 0.0)
 
     def run(self, work: Callable[..., T], *args: Any) -> Deferred[T]:
-        """Do as :meth:`Database.run`; foreign code is called inside :meth:`foreign`.
+        """Run ``work`` as :meth:`Database.run` does; foreign code is called inside :meth:`foreign`.
 
         :returns: fails with :class:`HandlerStuck` as soon as a call of foreign code counts as stuck.
         """
@@ -195,7 +197,7 @@ class HandlerPool(Database):
 
     @property
     def is_full(self) -> bool:
-        """Whether the bound of stuck calls is reached, so that no further call may begin."""
+        """Whether the limit of stuck calls is reached, so that no further call may begin."""
         return len(self.stuck) >= MOST_STUCK
 
     def _returned(self, outcome: Any, task: Task) -> None:
@@ -219,7 +221,7 @@ class HandlerPool(Database):
     def _watch(self) -> None:
         self._watching = None
         at, used = self._watched_at
-        # A call that holds the interpreter uses the CPU meanwhile.
+        # A call that holds the interpreter uses the CPU meanwhile, so its time counts.
         still_s = time.monotonic() - at - _WATCH_S - (time.process_time() - used)
         for task in self._tasks if still_s > _STILL_S else ():
             task.stood_still(still_s)
@@ -244,8 +246,8 @@ class HandlerPool(Database):
             return
         self._tasks.discard(task)
         self.stuck.append(task)
-        # Another thread takes its place. When this one returns, its connection is gone: the number of connections stays
-        # within the number of threads at once.
+        # Another thread replaces the stuck one. When the stuck thread returns, its connection is gone, so the number of
+        # connections stays within the number of threads.
         most = max(self._pool.threadpool.max, self._threads + len(self.stuck))
         self._pool.threadpool.adjustPoolsize(maxthreads=most)
         self.counters.meet("handler")
@@ -253,11 +255,11 @@ class HandlerPool(Database):
         task.outcome.errback(HandlerStuck(task, task.subject, f"{self._too_late()}, and it does not return"))
 
     def end(self, task: Task) -> Deferred[Any]:
-        """End the session of a stuck task: its locks are free then, and its transaction is rolled back.
+        """End the session of a stuck task, which releases its locks and rolls back its transaction.
 
         A thread that has returned meanwhile ends the session itself.
 
-        :returns: fires when the session has ended, or the database does not answer.
+        :returns: fires when the session has ended, or when the database does not answer.
         """
         return self._in_background(self._terminate, task)
 
@@ -268,36 +270,36 @@ class HandlerPool(Database):
     # --- in another thread -------------------------------------------------------------------------------------------
 
     def _cancel_call(self, task: Task, entered_at: float | None) -> None:
-        # One at a time: while the database hangs, each takes seconds.
+        # One cancellation at a time: while the database hangs, each one takes seconds.
         if task.cancelling.acquire(blocking=False):
             try:
-                # Not the call after it.
+                # Cancel only this call, not the one after it.
                 if entered_at is not None and task.entered_at == entered_at:
                     self._signal(task, "pg_cancel_backend")
             finally:
                 task.cancelling.release()
 
     def _signal(self, task: Task, function: str) -> None:
-        # Not by psycopg2's own cancel(): it keeps the whole interpreter waiting for a database that hangs.
+        # psycopg2's own cancel() would block the whole interpreter while the database hangs.
         session = getattr(task.connection, "session", None)
         if session is None:
             return
         with suppress(S2SError), self.shutdown_transaction() as txn:
-            # Another session may have the process's number by now.
+            # Also compare the start: another session may have the same process number by now.
             txn.execute(
-                # A default role of our user may not see or signal the sessions of that user.
+                # A default role of our user may not be allowed to see or signal that user's sessions.
                 f"set local role none; select {function}(pid)"  # noqa: S608
                 " from pg_stat_activity where pid = %s and backend_start = %s",
                 session,
             )
 
     def _terminate(self, task: Task) -> None:
-        # Its connection stays as it is: a thread that returns waits for it.
+        # Do not close the connection here: a returning thread waits for it.
         with task.cancelling:
             if task.entered_at is None:
                 return
             self._signal(task, "pg_terminate_backend")
-            # The code may have closed its descriptor.
+            # Foreign code may have closed the descriptor.
             with (
                 suppress(OSError, psycopg2.Error),
                 socket.socket(fileno=os.dup(cast(Any, task.connection).fileno())) as handle,
@@ -327,13 +329,13 @@ class HandlerPool(Database):
             pool.disconnect(conn)
 
     def _commit(self, conn: Connection) -> None:
-        # Deferred triggers run in it, and no timeout of the database covers them.
+        # Deferred triggers run in the COMMIT, and no timeout of the database covers them.
         task = cast("Task", self._local.task)
         task.enter(f"the COMMIT of {task.name}", task.subject)
         try:
             super()._commit(conn)
         except psycopg2.Error as error:
-            # PostgreSQL has rolled back what it tells of as cancelled.
+            # PostgreSQL has rolled back a transaction whose COMMIT it reports as cancelled.
             if task.is_late and error.pgcode == _QUERY_CANCELED:
                 raise self._too_late() from None
             raise
@@ -344,11 +346,11 @@ class HandlerPool(Database):
     def foreign(self, txn: Cursor, name: str, subject: Any = None) -> Iterator[Cursor]:
         """Call foreign code inside: in a savepoint, within the deadline, on a plain cursor of the same transaction.
 
-        The transaction has its role and its settings again afterwards.
+        Afterwards the transaction has its own role and settings again.
 
-        :param name: names the call to people.
-        :param subject: what it works on, for who handles :class:`HandlerStuck`.
-        :raises HandlerTimeout: it took too long.
+        :param name: the name of the call for log lines and errors.
+        :param subject: the object that the call works on, for the handler of :class:`HandlerStuck`.
+        :raises HandlerTimeout: the call took too long.
         """
         task, conn = cast("Task", self._local.task), cast("PlanningConnection", txn.connection)
         with self._without_plans(txn), savepoint(txn, "" if task.name else _NEVER_PREPARED, _OWN_PATH):
@@ -366,10 +368,10 @@ class HandlerPool(Database):
             finally:
                 took_s = task.running_s()
                 if os.getpid() != pid:
-                    # A fork of the code's. It shares our connections, and must not go on as a copy of us.
+                    # Foreign code forked. The copy shares our connections and must not continue as this process.
                     os._exit(_FORKED)
                 conn.is_foreign = False
-                # A callback for the whole process, such as gevent's, would run under our own statements, too.
+                # A process-wide wait callback, such as gevent's, would also apply to our own statements.
                 set_wait_callback(None)
                 conn.close_foreign_cursors()
                 if took_s > _LARGE_S:
@@ -377,12 +379,12 @@ class HandlerPool(Database):
                 task.leave()
             if task.is_late:
                 raise self._too_late()
-            # A transaction that was made read-only refuses the first of these.
+            # A transaction that foreign code made read-only refuses the first of these statements.
             txn.execute(f"set transaction read write; {conn.restore()}")
 
     @contextmanager
     def _without_plans(self, txn: Cursor) -> Iterator[None]:
-        """Remove the prepared statements of a call that fails: the end of its savepoint leaves them."""
+        """Remove the prepared statements of a call that fails: rolling back its savepoint keeps them."""
         try:
             yield
         except BaseException:
@@ -397,7 +399,7 @@ class HandlerPool(Database):
     def _prepare(self, conn: Connection) -> None:
         super()._prepare(conn)
         with conn.cursor(cursor_factory=StoreCursor) as txn:
-            # From the first LISTEN of a session on, each UNLISTEN counts.
+            # From the first LISTEN of a session on, each UNLISTEN takes effect.
             txn.execute("listen s2s; unlisten s2s")
         conn.commit()
         cast("PlanningConnection", conn).owner = threading.get_ident()
@@ -406,20 +408,20 @@ class HandlerPool(Database):
 
     def _make_pool(self) -> Any:
         pool = super()._make_pool()
-        # Daemons: the end of the process does not wait for a stuck one.
+        # Daemons, so that the end of the process does not wait for a stuck thread.
         pool.threadpool.threadFactory = partial(own_threads.Thread, daemon=True)
         return pool
 
     def _close(self) -> None:
         cancel(self._watching)
         for conn in [] if self._pool is None else list(self._pool.connections.values()):
-            # Closed in the reactor's thread.
+            # The reactor thread closes the connection, so lift the restriction to its owner.
             conn.owner = None
         if not self.stuck or self._pool is None:
             super()._close()
             return
         self._silence.stop()
-        # To stop the pool would be to wait for its stuck threads.
+        # Stopping the pool would wait for its stuck threads.
         pool, self._pool = self._pool, None
         self.reactor.removeSystemEventTrigger(pool.shutdownID)
         held = {id(task.connection) for task in self.stuck}

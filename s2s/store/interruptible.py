@@ -1,7 +1,8 @@
-"""Blocking database calls of the main thread that Ctrl-C ends at once, and that leave no backend behind.
+"""Blocking database calls in the main thread that Ctrl-C ends at once, and that leave no backend behind.
 
-libpq waits in C, where Python handles no signal. A connection is therefore opened in another thread, and psycopg2
-waits for answers in Python. The database looks every second whether the client still exists, and ends its backend.
+libpq waits in C, where Python handles no signal. A connection is therefore opened in another thread, and psycopg2 waits
+for answers in Python. The database checks every second whether the client still exists; if not, it ends the client's
+backend.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from s2s.runtime import streams
 from s2s.store.connection import connect as open_connection
 from s2s.store.driver import Connection
 
-#: Seconds without an answer after which a wait is late.
+#: Seconds without an answer after which a wait counts as late.
 LATE_S: Final = 5.0
 _EVENTS: Final = {POLL_READ: select.POLLIN, POLL_WRITE: select.POLLOUT}
-#: The first version of PostgreSQL that looks, while a statement runs or waits, whether its client still exists.
+#: The first version of PostgreSQL that can check, while a statement runs or waits, whether its client still exists.
 _LOOKS_SINCE: Final = 140_000
 _KEEPALIVES: Final = "set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3"
 _LOOKS: Final = "set client_connection_check_interval = 1000"
 
 
 class Patience:
-    """The time that the main thread waits for a connection and its answers, and the line on stderr when that is long.
+    """The time limit of the main thread's wait for a connection and its answers, and the line on stderr about it.
 
-    :param parameters: those of the connection.
+    :param parameters: the connection parameters.
     :param within_s: seconds from now on.
     """
 
@@ -49,17 +50,17 @@ class Patience:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until :meth:`spend` is due; ``None``: it is not any more."""
+        """Seconds until :meth:`spend` is due; ``None``: it is not due any more."""
         if self._is_over:
             return None
         due_s = self._within_s if self._is_told else min(LATE_S, self._within_s)
         return max(0.0, self._began_at + due_s - time.monotonic())
 
     def spend(self, what: str) -> None:
-        """Say what is waited for, or give it up.
+        """Print what the process waits for, or raise if the time is over.
 
-        :param what: for people.
-        :raises psycopg2.OperationalError: it is given up.
+        :param what: the reason for the wait, for the operator.
+        :raises psycopg2.OperationalError: the time is over.
         """
         if time.monotonic() >= self._began_at + self._within_s:
             raise psycopg2.OperationalError(f"no answer of the database at {self._place} within {self._within_s:g} s")
@@ -68,21 +69,21 @@ class Patience:
             streams.say(f"waiting for the database at {self._place}: {what}")
 
     def join(self, thread: threading.Thread) -> None:
-        """Wait for the end of the thread that connects."""
+        """Wait for the end of the connecting thread."""
         while thread.is_alive():
             thread.join(self.left_s)
             if thread.is_alive():
                 self.spend("there is no connection yet: see its name server, the host and the network")
 
     def end(self) -> None:
-        """Bound and tell nothing more."""
+        """End the time limit and the line about it."""
         self._is_over = True
 
 
 def connect(parameters: Mapping[str, Any], patience: Patience) -> Connection:
-    """Connect; in the main thread a signal is handled meanwhile.
+    """Connect; the main thread handles signals meanwhile.
 
-    :raises psycopg2.OperationalError: there is no connection, or the patience of the main thread is over.
+    :raises psycopg2.OperationalError: there is no connection, or the time limit of the main thread is over.
     """
     is_main = threading.current_thread() is threading.main_thread()
     return open_connection(parameters, patience.join if is_main else None)
@@ -100,7 +101,7 @@ def waits(conn: Connection, patience: Patience) -> Iterator[None]:
 
 
 def _end_with_client(conn: Connection) -> None:
-    """Have the database end the backend soon after its client has gone, also by SIGKILL."""
+    """Make the database end the backend soon after its client has gone, also after a SIGKILL."""
     for statement in (_KEEPALIVES, *([_LOOKS] if conn.server_version >= _LOOKS_SINCE else ())):
         try:
             with conn.cursor() as txn:
@@ -114,7 +115,7 @@ def _end_with_client(conn: Connection) -> None:
 
 @contextmanager
 def copying() -> Iterator[None]:
-    """Let psycopg2 wait in C: it has no COPY otherwise."""
+    """Let psycopg2 wait in C, because COPY works in no other way."""
     with _waiting_by(None):
         yield
 
@@ -144,7 +145,7 @@ def _wait(
     patience: Patience | None = None,
     meanwhile: Callable[[], AbstractContextManager[object]] | None = None,
 ) -> None:
-    # psycopg2 calls it for the connections of all threads.
+    # psycopg2 calls this function for the connections of all threads.
     is_main = threading.current_thread() is threading.main_thread()
     late_s = LATE_S if is_main and meanwhile else None
     with ExitStack() as stack:

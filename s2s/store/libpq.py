@@ -1,7 +1,7 @@
-"""The environment variables of libpq, as they were at the start of this process.
+"""The environment variables of libpq, as they were when this process started.
 
-libpq reads them at every connect. A plug-in may set some for itself, as for a ``pg_dump`` of its own, and our next
-connections would follow. So each parameter that has a variable is passed explicitly.
+libpq reads them at every connect. A plug-in may set some for its own use, such as for a ``pg_dump``, and our later
+connections would then use them too. Every parameter that has a variable is therefore passed explicitly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from psycopg2.extensions import libpq_version, parse_dsn
 
 
 def _password_file() -> str:
-    """Return where libpq looks for passwords; empty: by itself, as the path is not UTF-8 and fits into no parameter."""
+    """Return libpq's password file; empty if the path is not UTF-8 and fits into no parameter: libpq finds it itself."""
     path = os.path.expanduser("~/.pgpass")
     try:
         path.encode()
@@ -24,12 +24,12 @@ def _password_file() -> str:
     return path
 
 
-#: What libpq does for each parameter without its variable. An empty text means the same as none where it is here.
+#: libpq's default for each parameter if its variable is not set. An empty text here means the same as no value.
 _DEFAULTS: Final = {
     **dict.fromkeys(("host", "hostaddr", "port", "dbname", "user", "password", "options"), ""),
     **dict.fromkeys(("sslcert", "sslkey", "sslrootcert", "sslcrl", "sslcrldir", "ssl_max_protocol_version"), ""),
     **dict.fromkeys(("requirepeer", "gsslib"), ""),
-    # Every method: an empty text allows none.
+    # All methods, because an empty text allows none.
     "require_auth": f"password,md5,gss,sspi,scram-sha-256,none{',oauth' if libpq_version() >= 180_000 else ''}",
     "passfile": _password_file(),
     "sslmode": "prefer",
@@ -48,7 +48,8 @@ _DEFAULTS: Final = {
     "min_protocol_version": "3.0",
     "max_protocol_version": "3.0",
 }
-#: Defaults that another parameter changes: that parameter, its value there, and the default then.
+#: Defaults that depend on another parameter: the parameter, the other parameter, its value, and the default in that
+#: case.
 _DEPENDENT: Final = (
     ("sslmode", "sslrootcert", "system", "verify-full"),
     ("max_protocol_version", "min_protocol_version", "3.2", "latest"),
@@ -69,9 +70,9 @@ _KNOWN: Final = {name: default for name, default in _DEFAULTS.items() if _is_kno
 
 
 class Environment:
-    """The parameters that an environment says.
+    """The connection parameters set by environment variables.
 
-    :param variables: a copy is kept of libpq's.
+    :param variables: the environment; the variables of libpq are copied.
     """
 
     def __init__(self, variables: Mapping[str, str]) -> None:
@@ -82,10 +83,10 @@ class Environment:
             self._set.setdefault("sslmode", "require")
 
     def parameters(self, given: Mapping[str, str]) -> dict[str, str]:
-        """Return what the variables say, and libpq's default for each parameter whose variable is not set.
+        """Return the values of the variables, and libpq's default for each parameter whose variable is not set.
 
         :param given: the parameters of a URL, on which some defaults depend.
-        :returns: nothing where a service of libpq is named: the service decides.
+        :returns: empty if a service of libpq is named, because the service then sets the parameters.
         """
         if self._has_service or "service" in given:
             return {}

@@ -1,4 +1,4 @@
-"""Hearing NOTIFY, on a connection of its own that heals by itself and says that this process lives."""
+"""Receive NOTIFY on a connection of its own, which reconnects by itself and holds the presence lock of this process."""
 
 from __future__ import annotations
 
@@ -24,31 +24,32 @@ from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection
 from s2s.store.tables.claims import presence_key
 
-#: Seconds that connecting may take, with everything that is said first.
+#: Seconds that connecting may take, with the first statements.
 CONNECT_S: Final = 10.0
-#: Seconds between two heartbeats, and until one must be answered: together with a reconnect less than
-#: :data:`s2s.roles.server.reaper.SURE_S`, after which a process without its presence lock passes for dead.
+#: Seconds between two heartbeats, and seconds within which one must be answered. Together with a reconnect, they take
+#: less than :data:`s2s.roles.server.reaper.SURE_S`, after which a process without its presence lock counts as dead.
 HEARTBEAT_S: Final = 4.0
 ANSWER_S: Final = 4.0
-#: Seconds until the presence lock is asked for again.
+#: Seconds until the next attempt to take the presence lock.
 AGAIN_S: Final = 1.0
 _NO_ANSWER: Final = f"no answer within {ANSWER_S:g} s"
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 5.0
-#: The database is to notice a dead connection too (in 25 s, by default in hours): until then it keeps our lock.
+#: Makes the database detect a dead connection in 25 s too (by default in hours): until then it keeps our lock.
 _SETTINGS: Final = "set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3"
 
 
 @implementer(IReadDescriptor)
 class Listener:
-    """Calls a function whenever its channel is notified.
+    """Call a function whenever its channel is notified.
 
-    What was notified while there was no connection is lost, so every function is also called once after each connect,
-    and whoever needs more polls beside it.
+    Notifications sent while there is no connection are lost. Every function is therefore also called once after each
+    connect, and a caller that needs more has to poll as well.
 
-    :param url: the database's.
-    :param callbacks: by channel; called without arguments, once for any number of notifications heard together.
-    :param presence: our ``boot_id``: its session advisory lock is held while we live (protocol, "Commands").
+    :param url: the database URL.
+    :param callbacks: by channel. Each is called without arguments, once for all notifications that arrive together.
+    :param presence: the ``boot_id`` of this process, whose session advisory lock the connection holds (protocol,
+        "Commands").
     :param reactor: for tests.
     """
 
@@ -81,7 +82,7 @@ class Listener:
         )
         self._pause_s = _FIRST_PAUSE_S
         self._timer: Any = None
-        #: Whether the presence lock is ours.
+        #: Whether this process holds the presence lock.
         self.is_present = False
 
     @property
@@ -90,7 +91,7 @@ class Listener:
         return self._conn is not None
 
     def start(self) -> None:
-        """Connect, and go on trying for ever."""
+        """Connect, and retry for ever."""
         self._is_stopped = False
         self._connect()
 
@@ -108,7 +109,7 @@ class Listener:
 
     def _connect(self) -> None:
         self._timer = None
-        # The look-up of a host name blocks: off the reactor's thread.
+        # The lookup of a host name blocks, so connect off the reactor thread.
         opened = own_threads.run(self._reactor, _open, self._parameters, list(self._callbacks))
         self._connecting = opened.addCallback(self._connected).addErrback(self._failed)
 
@@ -117,7 +118,7 @@ class Listener:
             conn.close()
             return
         try:
-            # libpq closes its own when it finds the connection broken, under the hands of the reactor: a copy.
+            # Use a copy of the descriptor: libpq closes its own when the connection breaks, while the reactor uses it.
             self._fileno = os.dup(conn.fileno())
         except OSError:
             conn.close()
@@ -156,10 +157,10 @@ class Listener:
     # --- connected -----------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        """Ask something: a connection that died without a word does not answer.
+        """Send a query, because a connection that died silently does not answer.
 
-        What is asked for is the presence lock until it is ours: after a reconnect the database may still hold it for
-        the connection that we lost.
+        The query asks for the presence lock until this connection has it: after a reconnect, the database may still
+        hold the lock for the lost connection.
         """
         assert self._conn is not None
         self._timer = self._reactor.callLater(ANSWER_S, self._lost, DatabaseUnavailable(_NO_ANSWER))
@@ -180,7 +181,7 @@ class Listener:
         self._timer = self._reactor.callLater(HEARTBEAT_S if is_complete else AGAIN_S, self._beat)
 
     def doRead(self) -> None:
-        """Take in what the database says."""
+        """Read the database's messages."""
         assert self._conn is not None
         try:
             state = self._conn.poll()
@@ -205,11 +206,11 @@ class Listener:
         return self._fileno
 
     def connectionLost(self, reason: Failure) -> None:
-        """The reactor found the descriptor gone."""
+        """The reactor found the descriptor closed."""
         self._lost(DatabaseUnavailable(reason.getErrorMessage()))
 
     def logPrefix(self) -> str:
-        """Name us in the reactor's own messages."""
+        """Return the name of this object in the reactor's own messages."""
         return "Listener"
 
 

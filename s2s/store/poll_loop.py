@@ -1,4 +1,4 @@
-"""Taking turns at a table: look, do what is due, and sleep until there may be more."""
+"""Poll a table: look, do the due work, and sleep until there may be more."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from twisted.logger import Logger
 from s2s.errors import DatabaseUnavailable, StatementRefused, one_line
 from s2s.runtime.line_quota import LineQuota
 
-#: Seconds between two looks at a table when nothing wakes us, and between two tries when the database is away.
+#: Seconds between two polls without a wake-up, and between two attempts while the database is unavailable.
 POLL_S: Final = 1.0
-#: Seconds for which a row is left out, and rows that are left out at once.
+#: Seconds for which a row is excluded, and the most rows that are excluded at once.
 LEFT_OUT_S: Final = 30.0
 MOST_LEFT_OUT: Final = 1000
-#: Seconds for which every turn must have failed before that is told as a condition: one may fail by chance.
+#: Seconds for which every poll must have failed before that is reported as a condition: one may fail by chance.
 FAILING_S: Final = 10.0
 
 
 class LeftOut:
-    """Keys of rows that the database refuses to change: the other rows have their turns meanwhile.
+    """Keys of rows that the database refuses to change; they are excluded so that the other rows proceed.
 
-    :param what: what a row is called in the log.
-    :param turns: logs the refusals.
+    :param what: the name of a row in the log.
+    :param turns: the poll loop that logs the refusals.
     :param mono: returns the monotonic time in seconds.
     """
 
@@ -36,7 +36,7 @@ class LeftOut:
         self._until: dict[str, float] = {}
 
     def add(self, key: str, refused: StatementRefused) -> float | None:
-        """Leave a row out for :data:`LEFT_OUT_S`, unless too many are left out, and log why.
+        """Exclude a row for :data:`LEFT_OUT_S`, unless too many are excluded, and log why.
 
         :returns: seconds to sleep, see :class:`PollLoop`.
         """
@@ -47,20 +47,21 @@ class LeftOut:
         return 0.0
 
     def keys(self) -> list[str]:
-        """Return those that are left out now."""
+        """Return the keys that are excluded now."""
         now = self._mono()
         self._until = {key: until for key, until in self._until.items() if now < until}
         return list(self._until)
 
 
 class PollLoop:
-    """Takes one turn after another, in as many lines at once as wanted, until it is stopped.
+    """Polls again and again, in several concurrent workers, until it is stopped.
 
-    :param what: what a line is called in the log.
-    :param turn: takes a turn, given the line's number; gives the seconds to sleep then, :data:`POLL_S` at most, or
-        ``None`` for so many. What it raises ends no line.
+    :param what: the name of a worker in the log.
+    :param turn: polls once, given the worker's number. It returns the seconds to sleep afterwards, :data:`POLL_S` at
+        most; ``None`` stands for :data:`POLL_S`. Its exceptions do not end the worker.
     :param clock: an ``IReactorTime``.
-    :ivar is_stopping: no turn is begun any more.
+    :param lines: the number of workers.
+    :ivar is_stopping: no poll begins any more.
     """
 
     log = Logger()
@@ -72,22 +73,22 @@ class PollLoop:
         self._lines = lines
         self._quota = LineQuota(clock, self._tell, is_first_told=True)
         self.is_stopping = False
-        #: Something came since a line looked last.
+        #: Whether there was a wake-up since a worker last began to poll.
         self._is_woken = False
-        #: Since when every turn has failed, and why the last one has.
+        #: Since when every poll has failed, and why the last one has.
         self._failing_from: float | None = None
         self._why = ""
         self._asleep: list[Deferred[None]] = []
         self._running: list[Deferred[None]] = []
 
     def start(self) -> None:
-        """Begin."""
+        """Start the workers."""
         self._running = [Deferred.fromCoroutine(self._go(line)) for line in range(self._lines)]
 
     def stop(self) -> Deferred[Any]:
-        """Begin no turn any more.
+        """Begin no further poll.
 
-        :returns: fires when the turns under way are finished.
+        :returns: fires when the running polls are finished.
         """
         self.is_stopping = True
         self._quota.stop()
@@ -95,26 +96,26 @@ class PollLoop:
         return gatherResults(self._running)
 
     def wake(self) -> None:
-        """There may be something to do: let one line look now."""
+        """Wake one worker, because there may be something to do."""
         self._is_woken = True
         if self._asleep:
             self._asleep[0].cancel()
 
     def wake_all(self) -> None:
-        """Let every line look now: they do not all see the same."""
+        """Wake every worker, because the workers do not all see the same rows."""
         self._is_woken = True
         for sleeper in self._asleep[:]:
             sleeper.cancel()
 
     @property
     def trouble(self) -> str:
-        """Why every turn has failed for :data:`FAILING_S`; empty: not every one has."""
+        """Why every poll has failed for :data:`FAILING_S`; empty: not every one has."""
         failing_from = self._failing_from
         return self._why if failing_from is not None and self._clock.seconds() >= failing_from + FAILING_S else ""
 
     def tell_refused(self, why: str) -> None:
-        """Log, within a quota, that the database refuses a statement: by a trigger or a constraint that is not ours."""
-        # A traceback would say nothing more.
+        """Log, within a quota, that the database refuses a statement because of a trigger or constraint of a user."""
+        # A traceback would add nothing.
         if self._quota.may_tell(why):
             self.log.error("{what}: the database refuses a statement: {why}", what=self._what, why=why)
 
@@ -144,7 +145,7 @@ class PollLoop:
             return  # The pool has said so in the log, once.
         if isinstance(error, StatementRefused):
             self.tell_refused(str(error))
-        # A SystemExit of foreign code, above all: it must not end a line without a word.
+        # Mostly a SystemExit of foreign code, which must not end a worker silently.
         elif self._quota.may_tell(self._why):
             self.log.failure("{what} failed", what=self._what)
 

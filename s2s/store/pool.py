@@ -1,4 +1,4 @@
-"""Transactions off the reactor's thread."""
+"""Run transactions in threads, off the reactor thread."""
 
 from __future__ import annotations
 
@@ -29,29 +29,30 @@ from s2s.store.troubles import TELL_S, Troubles
 
 T = TypeVar("T")
 
-#: Interactions that may wait for a thread before further ones are refused.
+#: Interactions that may wait for a thread; further ones are refused.
 MAX_WAITING: Final = 4096
-#: Seconds that :meth:`Database.cancel` waits for what it has cancelled, and between two tries to cancel it.
+#: Seconds that :meth:`Database.cancel` waits for the work that it cancelled, and seconds between two attempts to cancel
+#: it.
 CANCEL_S: Final = 1.0
 _CANCEL_AGAIN_S: Final = 0.1
-#: Seconds that the last words may take to connect, and each of their statements.
+#: Seconds that a shutdown transaction may take to connect, and for each of its statements.
 LAST_S: Final = 1.0
-#: Seconds that the main thread waits for a session that is ready for its first statement.
+#: Seconds that the main thread waits until a session is ready for its first statement.
 READY_S: Final = 60.0
 _NOT_RUNNING: Final = "the database pool is not running"
 _CANCELLED: Final = "cancelled, since the process stops"
 
 
 class Database:
-    """An ``adbapi.ConnectionPool`` of psycopg2 connections that heals by itself and speaks in our errors.
+    """An ``adbapi.ConnectionPool`` of psycopg2 connections that reconnects by itself and raises our errors.
 
-    Nothing is connected before :meth:`start`: twistd forks between the making and the starting of a service.
+    Nothing connects before :meth:`start`, because twistd forks between the creation and the start of a service.
 
-    :param url: a URL or libpq connection string; nothing shows its password.
-    :param application_name: what ``pg_stat_activity`` calls us.
-    :param threads: connections, each with a thread of its own.
+    :param url: a URL or libpq connection string; no log line or error shows its password.
+    :param application_name: the name of the sessions in ``pg_stat_activity``.
+    :param threads: the number of connections, each with a thread of its own.
     :param statement_timeout_s: seconds after which the database cancels a statement.
-    :param idle_timeout_s: seconds after which it ends a transaction that does nothing.
+    :param idle_timeout_s: seconds after which the database ends an idle transaction.
     :param max_waiting: see :data:`MAX_WAITING`.
     :param counters: counts the interactions refused because too many wait.
     :param reactor: for tests.
@@ -86,7 +87,7 @@ class Database:
         self._refusal = _NOT_RUNNING
         self._unfinished = 0
         self._until_idle: list[Deferred[None]] = []
-        #: Connections that are being prepared: adbapi does not know them yet.
+        #: Connections that are being prepared and that adbapi does not know yet.
         self._opening: set[Connection] = set()
         self._silence = Silence(
             self._connections,
@@ -96,17 +97,17 @@ class Database:
             self.reactor,
         )
         self.troubles = Troubles(reactor)
-        #: The rules on our tables, as looked for last, and when; ``None``: the look is under way.
+        #: The rules on our tables, as last looked up, and the time of that; ``None``: the lookup is in progress.
         self._rules: str | None = None
         self._rules_at = float("-inf")
         self.availability = Availability(reactor)
-        #: Nothing is committed any more, see :meth:`cancel`.
+        #: No transaction commits any more, see :meth:`cancel`.
         self.is_cancelled = False
 
     def start(self) -> None:
-        """Start the threads; each connects when it is first used."""
+        """Start the threads; each one connects at its first use."""
         self._pool = self._make_pool()
-        # It connects by these, which read an @FILE again.
+        # adbapi connects through this object, which reads an @FILE again.
         self._pool.dbapi = self._parameters
         self._pool.start()
         self._line = AsyncConnection(
@@ -132,32 +133,32 @@ class Database:
         return pool
 
     def reread(self) -> None:
-        """Read the file of an ``@FILE`` now, to tell what is wrong with it; each new connection reads it anyway."""
+        """Read the file of an ``@FILE`` now, to report an error in it; each new connection reads it in any case."""
         self._parameters.read()
 
     def stop(self) -> Deferred[None]:
-        """Finish what is under way and waits, then close every connection.
+        """Finish the running and waiting interactions, then close every connection.
 
-        :returns: fires when no thread and no connection is left. What comes meanwhile is refused.
+        :returns: fires when no thread and no connection is left. New interactions are refused meanwhile.
         """
         self._refusal = self._refusal or _NOT_RUNNING
         line = self._line.stop() if self._pool is not None else None
         return self._idle().addCallback(lambda _: line).addCallback(lambda _: self._close())
 
     def cancel(self) -> Deferred[bool]:
-        """Roll back what runs, and refuse what waits and what comes: the process stops, and its grace is over.
+        """Roll back the running interactions, and refuse waiting and new ones: the grace period of the stop is over.
 
-        SQL is cancelled by a word to the database. What is between two statements, or swallows the error, goes on, but
-        commits nothing any more: so nothing that fails by this can be charged to anybody. A query without a thread
-        (:meth:`ask`) is left to the database, which may yet commit it.
+        The database is asked to cancel running SQL. Code that is between two statements, or that swallows the error,
+        continues but cannot commit any more. No failure that this causes can therefore be charged to a handler. A query
+        without a thread (:meth:`ask`) is left to the database, which may still commit it.
 
         :returns: fires with whether nothing runs any more, after :data:`CANCEL_S` at the latest, also when the database
-            hangs. What runs then sits in Python, or waits for a database that does not answer.
+            hangs. An interaction that still runs then is in Python code, or waits for a database that does not answer.
         """
         self._refusal = _CANCELLED
         if not self.is_cancelled:
             self.is_cancelled = True
-            # A daemon: neither a database that hangs nor the end of the process waits for it.
+            # A daemon, so that neither a database that hangs nor the end of the process waits for it.
             own_threads.try_start(threading.Thread(target=self._cancel, args=(self._pool,), daemon=True))
             if self._pool is not None:
                 self._line.cancel(_CANCELLED)
@@ -165,7 +166,7 @@ class Database:
         return ended.addTimeout(CANCEL_S, self.reactor, lambda _, __: False)
 
     def run_at_shutdown(self, work: Callable[..., T], *args: Any) -> Deferred[T]:
-        """Do as :meth:`run`, on a connection of its own and in bounded time: for what a stop still has to write.
+        """Run ``work`` as :meth:`run` does, on its own connection and in bounded time, for the writes of a shutdown.
 
         It works after :meth:`cancel`, and also when no thread of the pool is free.
         """
@@ -178,7 +179,7 @@ class Database:
 
     @property
     def is_away(self) -> bool:
-        """Whether the last that was asked of the database found no connection."""
+        """Whether the last use of the database found no connection."""
         return self.availability.is_away
 
     @property
@@ -199,10 +200,10 @@ class Database:
     def run(self, work: Callable[..., T], *args: Any) -> Deferred[T]:
         """Call ``work(txn, *args)`` in a thread, in one transaction, which is committed when it returns.
 
-        :param work: a plain function of a cursor; an exception of its own rolls back and comes through as it is.
-        :returns: fires with its result after the COMMIT. It fails with :class:`DatabaseUnavailable` when there is no
-            connection, when it broke (with :class:`CommitLost` during the COMMIT) or when too many wait, and with
-            :class:`StatementRefused` when the database refused the data.
+        :param work: a plain function of a cursor. Its own exceptions roll back and are passed on unchanged.
+        :returns: fires with the result after the COMMIT. It fails with :class:`DatabaseUnavailable` when there is no
+            connection, when the connection broke (with :class:`CommitLost` during the COMMIT) or when too many
+            interactions wait, and with :class:`StatementRefused` when the database refused the data.
         """
         refused = self.refusal()
         if refused is not None:
@@ -212,7 +213,7 @@ class Database:
         return outcome.addBoth(self._leave)
 
     def refusal(self) -> Deferred[Any] | None:
-        """Return a failed Deferred where no interaction may begin now."""
+        """Return a failed Deferred if no interaction may begin now."""
         if self._refusal:
             return defer.fail(DatabaseUnavailable(self._refusal))
         if self.waiting >= self._max_waiting:
@@ -221,11 +222,11 @@ class Database:
         return None
 
     def ask(self, query: Query, done: Callable[[list[Any] | Failure], object]) -> None:
-        """Do one query on a connection without a thread; it commits by itself.
+        """Run one query on a connection without a thread; the query commits by itself.
 
-        One thing after the other: whoever asks waits for its end.
+        Only one query runs at a time: the caller waits for its end.
 
-        :param done: called with the rows, or with a failure as that of :meth:`run`.
+        :param done: called with the rows, or with a failure like that of :meth:`run`.
         """
         if self._refusal:
             done(Failure(DatabaseUnavailable(self._refusal)))
@@ -233,9 +234,9 @@ class Database:
             self._line.ask(query, done)
 
     def run_steps(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
-        """Take the steps of ``work(*args)`` as :meth:`ask` does each query.
+        """Run the queries of ``work(*args)``, each as :meth:`ask` does.
 
-        :returns: fires, and fails, as that of :meth:`run`.
+        :returns: fires, and fails, like that of :meth:`run`.
         """
         if self._refusal:
             return defer.fail(DatabaseUnavailable(self._refusal))
@@ -250,7 +251,7 @@ class Database:
         return outcome
 
     def _idle(self) -> Deferred[None]:
-        """Wait until nothing runs or waits."""
+        """Wait until no interaction runs or waits."""
         if not self._unfinished:
             return defer.succeed(None)
         waiter: Deferred[None] = Deferred()
@@ -270,8 +271,8 @@ class Database:
             pool.close()
 
     def _cancel(self, pool: Any) -> None:
-        """Cancel in a thread of its own, again and again: another statement may follow the one that was cancelled."""
-        # Not by psycopg2's own cancel(): it keeps the whole interpreter waiting for a database that hangs.
+        """Cancel repeatedly, in a thread of its own: another statement may follow a cancelled one."""
+        # psycopg2's own cancel() would block the whole interpreter while the database hangs.
         deadline = time.monotonic() + CANCEL_S
         while self._unfinished and time.monotonic() < deadline:
             sessions = [conn.session for conn in list(pool.connections.values()) if not conn.closed and conn.session]
@@ -281,7 +282,7 @@ class Database:
             time.sleep(_CANCEL_AGAIN_S)
 
     def shutdown_transaction(self) -> AbstractContextManager[Cursor]:
-        """Give one blocking transaction of bounded time, on a connection of its own; not for the reactor's thread."""
+        """Return one blocking transaction of bounded time, on its own connection; not for the reactor thread."""
         return blocking(self.url, "s2s last", statement_timeout_s=LAST_S, connect_timeout_s=LAST_S)
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ class Database:
             self._go_on()
             with conn.cursor(cursor_factory=StoreCursor) as txn:
                 result = work(txn, *args)
-            # Here, and not by the errors alone: they can be swallowed.
+            # Check here: an error alone does not suffice, because the work can swallow it.
             self._go_on()
             self._commit(conn)
             kept, conn.kept = conn.kept, []
@@ -324,12 +325,12 @@ class Database:
                     self._go_on()
                 except DatabaseUnavailable:
                     if not is_broken:
-                        # It is not clean, and somebody may be about to end its session.
+                        # The session is not clean, and another thread may be about to end it.
                         pool.disconnect(conn)
                     raise
                 failed = driver.translate_error(error, conn) if isinstance(error, psycopg2.Error) else None
             if is_broken:
-                # Whatever the work made of it.
+                # Report it, whatever exception the work raised.
                 failed = failed or DatabaseUnavailable("the connection broke")
                 self.reactor.callFromThread(self.availability.note, failed)
             if not is_broken:
@@ -349,7 +350,7 @@ class Database:
         driver.commit(conn)
 
     def _released(self, pool: Any, conn: Connection) -> None:
-        """A transaction has ended, and its connection still works."""
+        """Handle a connection that still works after its transaction has ended."""
 
     def _go_on(self) -> None:
         if self.is_cancelled:
@@ -365,7 +366,7 @@ class Database:
     # --- in the reactor's thread ---------------------------------------------------------------------------------
 
     def _note(self, error: BaseException) -> None:
-        """Tell of an error that an operator can mend, on a connection that lives."""
+        """Report an error that an operator can fix, raised on a live connection."""
         state = getattr(error, "state", "")
         if state == kept_rows.RULE_STATE:
             self._note_rule(state, str(error))
@@ -373,7 +374,7 @@ class Database:
             self.troubles.note(state, str(error))
 
     def _note_rule(self, state: str, text: str) -> None:
-        """Tell which rule is at fault; PostgreSQL does not say."""
+        """Report a rule that breaks a statement, with its name, which PostgreSQL does not report."""
         now = self.reactor.seconds()
         if now < self._rules_at + TELL_S:
             if self._rules is not None:
@@ -389,7 +390,7 @@ class Database:
 
 
 def _roll_back(conn: Connection) -> bool:
-    """Roll back: whether the connection is of no more use."""
+    """Roll back, and return whether the connection is broken."""
     with suppress(psycopg2.Error):
         conn.rollback()
     return driver.is_broken(conn)
@@ -406,7 +407,7 @@ def _hangs(_: object, __: float) -> Failure:
 def step(txn: Cursor, work: Callable[[Cursor], T]) -> T:
     """Do one of several pieces of work on a blocking connection: committed when it returns, else rolled back.
 
-    :raises DatabaseError: in place of the driver's own.
+    :raises DatabaseError: instead of the driver's own error.
     """
     conn = txn.connection
     try:
@@ -429,13 +430,13 @@ def blocking(
     connect_timeout_s: float | None = None,
     within_s: float | None = None,
 ) -> Iterator[Cursor]:
-    """Give one transaction on a connection of its own, for a command line or a check before the reactor runs.
+    """Open one transaction on a connection of its own, for a command line or a check before the reactor runs.
 
     :param statement_timeout_s: seconds after which the database cancels a statement.
-    :param connect_timeout_s: seconds that connecting may take (libpq may make 2 of 1), whatever the URL says; ``None``:
-        what the URL says, or our default.
-    :param within_s: seconds that all of it may take in the main thread; ``None``: only until the session is ready, for
-        which it has :data:`READY_S`. A line on stderr says after a while what it waits for.
+    :param connect_timeout_s: seconds that connecting may take, whatever the URL says (libpq may turn 1 into 2);
+        ``None``: the URL's value, or our default.
+    :param within_s: seconds that everything may take in the main thread; ``None``: only the time until the session is
+        ready is bounded, by :data:`READY_S`. After a while a line on stderr states what the process waits for.
     :raises OperatorError: the URL cannot be read.
     :raises DatabaseUnavailable: there is no connection, or it broke.
     :raises StatementRefused: the database refused a statement.
@@ -455,7 +456,7 @@ def blocking(
                 yield txn
             driver.commit(conn)
             for kept in cast("PlanningConnection", conn).kept:
-                # Who asked is told, though the rest is done.
+                # Report it to the caller, although the rest is done.
                 raise kept
     except psycopg2.Error as error:
         raise driver.translate_error(error, conn) from None

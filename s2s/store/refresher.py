@@ -1,4 +1,4 @@
-"""Reading something of the database again, whenever it may have changed."""
+"""Read a value of the database again whenever it may have changed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from s2s.store.pool import Database
 
 T = TypeVar("T")
 
-#: Beside the tables' NOTIFY, which can be lost.
+#: Seconds between two polls, which complement the tables' NOTIFY, because a notification can be lost.
 POLL_S: Final = 30.0
-#: After the beginning of a read that failed.
+#: Seconds from the beginning of a failed read until the next attempt.
 RETRY_S: Final = 1.0
-#: Seconds between two lines of the log about reads that fail.
+#: Seconds between two log lines about failed reads.
 TELL_S: Final = 60.0
 
 
 class Refresher(Generic[T]):
-    """Reads again when it is told to, and now and then; never twice at once. What was read last stays in force.
+    """Read a value on notification and at intervals, never twice at once. The last value read stays in force.
 
     :param read: a plain function ``(txn, *args)``.
-    :param took: called with what was read.
-    :param poll_s: seconds between two reads that nobody asked for.
+    :param took: called with the value that was read.
+    :param poll_s: seconds between two reads without a notification.
     """
 
     log = Logger()
@@ -55,12 +55,12 @@ class Refresher(Generic[T]):
         self._began_at = self._told_at = float("-inf")
         self._is_reading = False
         self._is_stopped = False
-        #: What was wanted during a read.
+        #: The shortest ``gap_s`` requested during the current read; ``None``: none was requested.
         self._gap_wanted: float | None = None
         self._waiters: list[Deferred[None]] = []
 
     def start(self) -> Deferred[None]:
-        """Read now, and now and then.
+        """Read now, and at intervals from now on.
 
         :returns: fires after the first read, whether it succeeded or not.
         """
@@ -68,7 +68,7 @@ class Refresher(Generic[T]):
         return self.refresh()
 
     def stop(self) -> None:
-        """Read no more; whoever waits for a read that has not begun waits no longer."""
+        """Stop reading; callers that wait for a read that has not begun stop waiting."""
         self._is_stopped = True
         if self._poll.running:
             self._poll.stop()
@@ -76,22 +76,22 @@ class Refresher(Generic[T]):
         self._fire()
 
     def notify(self, gap_s: float = 0.0) -> None:
-        """It may have changed: read it soon, see :meth:`read_now`."""
+        """Read the value soon, because it may have changed; see :meth:`read_now`."""
         self.refresh(gap_s)
 
     def refresh(self, gap_s: float = 0.0) -> Deferred[None]:
-        """Do as :meth:`read_now`.
+        """Read as :meth:`read_now` does.
 
         :returns: fires whether the read succeeded or not.
         """
         return self.read_now(gap_s).addErrback(self._kept)
 
     def read_now(self, gap_s: float = 0.0) -> Deferred[None]:
-        """Read it again.
+        """Read the value again.
 
-        :param gap_s: seconds since the beginning of the read before, at least.
-        :returns: fires after a read that began after this call, or fails with its :class:`DatabaseError`; at once when
-            nothing is read any more.
+        :param gap_s: the least seconds between the beginnings of the previous read and this one.
+        :returns: fires after a read that began after this call, or fails with its :class:`DatabaseError`; fires at once
+            if the refresher is stopped.
         """
         waiter: Deferred[None] = Deferred(self._forget)
         self._waiters.append(waiter)
@@ -103,7 +103,7 @@ class Refresher(Generic[T]):
             self._fire()
             return
         if self._is_reading:
-            # What changed after that read began is not in it.
+            # The current read does not contain a change made after it began.
             self._gap_wanted = gap_s if self._gap_wanted is None else min(gap_s, self._gap_wanted)
             return
         wait_s = self._began_at + gap_s - self._clock.mono()
@@ -147,7 +147,7 @@ class Refresher(Generic[T]):
             waiter.callback(None)
 
     def _kept(self, failure: Failure) -> None:
-        # Of a database that is away the pool has told. Who waits no more, as past a deadline, needs no line.
+        # The pool has reported that the database is unavailable. A cancelled wait, as after a deadline, needs no line.
         if failure.check(DatabaseError, CancelledError):
             return
         now = self._clock.mono()

@@ -1,9 +1,10 @@
-"""Statements to which no answer comes, on connections that look alive.
+"""Detect statements that get no answer on connections that look alive.
 
-A proxy or a firewall between us and the database may forget a connection and go on to acknowledge its bytes. No timeout
-of the database and no keepalive of TCP ends the wait for the answer then. Another connection shows whether the database
-works on the statement: a COMMIT may wait for a standby for hours, and is left alone. A backend that works on although
-the timeout of its statement is long over hangs itself, as with a disk that does not answer: it is given up.
+A proxy or a firewall between us and the database may forget a connection and still acknowledge its bytes. Then no
+timeout of the database and no TCP keepalive ends the wait for the answer. Another connection shows whether the database
+works on the statement. A COMMIT may wait for a standby for hours, and is left alone. A backend that still works
+although the timeout of its statement is long over hangs itself, as with a disk that does not answer: its connection is
+closed.
 """
 
 from __future__ import annotations
@@ -24,20 +25,21 @@ from s2s.runtime import own_threads
 from s2s.store.connection import PlanningConnection
 from s2s.store.driver import Cursor
 
-#: Seconds without an answer after which the database is asked about the session: more than the statement timeout of our
-#: own statements, so that hardly any statement that it works on is asked about.
+#: Seconds without an answer after which the database is queried about the session: more than the statement timeout of
+#: our own statements, so that this rarely happens for a statement that the database works on.
 SILENT_S: Final = 10.0
-#: Seconds between two looks at the connections of a process.
+#: Seconds between two checks of the connections of a process.
 LOOK_S: Final = 2.0
-#: Seconds beyond the timeout of a statement after which its backend hangs.
+#: Seconds beyond the timeout of a statement after which its backend counts as hung.
 HUNG_S: Final = 22.0
-#: Backends of a pool that hang and have been given up. Each stays a session of the database; with more of them none is
-#: given up, and none is opened in its place.
+#: The most hung backends of a pool whose connections are closed. Each remains a session of the database. At this
+#: number, no further connection is closed, and none is opened in its place.
 MOST_HUNG: Final = 4
-#: Seconds between two looks at a session that reads, where ``track_activities`` is off and nothing tells since when.
+#: Seconds between two checks of a session that reads, if ``track_activities`` is off and the start of the read is
+#: unknown.
 _AGAIN_S: Final = 2.0
-#: What a session does. One that has waited for a statement of ours for so long that an answer under way would have
-#: arrived is ended, and its locks are free.
+#: SQL that returns the activity of a session. It ends a session that has been idle for so long that an answer in
+#: transit would have arrived; that also releases the session's locks.
 _LOOK: Final = (
     "set local role none;"
     " select case when (state like 'idle%%' and clock_timestamp() - state_change >= make_interval(secs => %s)"
@@ -49,11 +51,11 @@ _LOOK: Final = (
 
 
 class Silence:
-    """Closes connections on which an answer is awaited for which the database does not work.
+    """Closes connections that wait for an answer that the database does not work on.
 
-    :param connections: returns those to look at.
-    :param another: opens a connection for one short transaction, in a thread.
-    :param statement_timeout_s: seconds after which the database cancels a statement on them.
+    :param connections: returns the connections to check.
+    :param another: opens a connection for one short transaction; called in a thread.
+    :param statement_timeout_s: seconds after which the database cancels a statement on the checked connections.
     :param tell: called for each connection that is closed.
     :param reactor: an ``IReactorTime`` and ``IReactorThreads``.
     """
@@ -80,11 +82,11 @@ class Silence:
         self._loop.clock = reactor
 
     def start(self) -> None:
-        """Look from now on."""
+        """Start the checks."""
         self._loop.start(LOOK_S, now=False)
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop the checks."""
         if self._loop.running:
             self._loop.stop()
 
@@ -106,18 +108,18 @@ class Silence:
             self.log.warn("a connection to the database was closed, on which no answer came: {why}", why=why)
 
     def _failed(self, failure: Any) -> None:
-        # While the database is away the pool says so.
+        # The pool reports a database that is unavailable.
         if not failure.check(S2SError):
             self.log.failure("a connection without an answer could not be looked at", failure)
 
     # --- in a thread -------------------------------------------------------------------------------------------------
 
     def _end_if_silent(self, conn: PlanningConnection, since: float) -> str:
-        """Close the connection if the answer is still awaited and will not come.
+        """Close the connection if it still waits for an answer that will not come.
 
         :returns: why it was closed; empty: it was not.
         """
-        # Without a session it is being prepared: nothing that it was asked has an effect.
+        # A connection without a session is being prepared, so its statements have no effect.
         why = _SILENT if conn.session is None else self._why(conn, conn.session, since)
         if not why or conn.asked_at != since:
             return ""
@@ -126,7 +128,7 @@ class Silence:
         return why
 
     def _why(self, conn: PlanningConnection, session: tuple[int, str], since: float) -> str:
-        """Ask the database why no answer comes; empty: it may come."""
+        """Query the database for the reason of the missing answer; empty: the answer may still come."""
         doing = self._doing(session, has_read=False)
         if doing == ["reading"]:
             time.sleep(_AGAIN_S)
@@ -147,9 +149,9 @@ class Silence:
         return f"its backend hangs in its statement, whose timeout is over: see process {session[0]} of the database"
 
     def _doing(self, session: tuple[int, str], *, has_read: bool) -> list[str]:
-        """Look at what a session does.
+        """Return the activity of a session.
 
-        :param has_read: it has waited for a statement for a while, so that its answer would have arrived.
+        :param has_read: the session has waited for a statement for a while, so that its answer would have arrived.
         """
         with self._another() as txn:
             txn.execute(_LOOK, (SILENT_S, has_read, *session))

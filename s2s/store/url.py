@@ -1,4 +1,4 @@
-"""Reading where the database is: a URL, a libpq connection string, or ``@FILE`` for a file that holds one."""
+"""Read the database's address: a URL, a libpq connection string, or ``@FILE`` for a file that contains one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _UNKNOWN: Final = re.compile(r'invalid (?:URI query parameter|connection option)
 
 
 def locate(given: str, source: str) -> str:
-    """Check what an operator gave as the database.
+    """Check the database address that an operator has given.
 
-    :param given: a URL, or ``@FILE``: every user of the machine can read argv.
-    :param source: the option or variable, for the error.
-    :returns: a URL, or ``@`` and an absolute path where the file can be read again for every connection.
-    :raises OperatorError: it cannot be read.
+    :param given: a URL, or ``@FILE``, because every user of the machine can read argv.
+    :param source: the option or variable, for the error message.
+    :returns: a URL, or ``@`` and an absolute path if the file can be read again for every connection.
+    :raises OperatorError: the address cannot be read.
     """
     given = given.strip()
     if not given:
@@ -35,14 +35,14 @@ def locate(given: str, source: str) -> str:
     if given.startswith("@"):
         given = f"@{os.path.abspath(given[1:])}" if len(given) > 1 else given
         text = _content(given)
-        # The second read of a pipe finds nothing.
+        # A pipe cannot be read again, so use its content.
         given = given if os.path.isfile(given[1:]) else text
     read(given)
     return given
 
 
 def read(url: str) -> dict[str, str]:
-    """Read the connection parameters of a URL; the file of an ``@FILE`` is read each time.
+    """Return the connection parameters of a URL; the file of an ``@FILE`` is read each time.
 
     :raises OperatorError: with one line that quotes no part of a password, which libpq's own message may do.
     """
@@ -53,7 +53,7 @@ def read(url: str) -> dict[str, str]:
         given = parse_dsn(text)
     except psycopg2.Error as error:
         unknown = _UNKNOWN.search(str(error))
-        # Behind an "@" the name may be a part of a password.
+        # After an "@", the name may be a part of a password.
         if unknown is None or is_cut or (is_uri and "@" in text.partition("?")[2]):
             raise OperatorError(_UNREADABLE) from None
         raise OperatorError(
@@ -66,9 +66,9 @@ def read(url: str) -> dict[str, str]:
 
 
 def _is_cut(rest: str) -> bool:
-    """Whether an unescaped character of a name or password ends it too early.
+    """Whether an unescaped character in a name or password ends it too early.
 
-    :param rest: the URL behind its ``://``.
+    :param rest: the URL after its ``://``.
     """
     user, at, behind = rest.partition("@")
     if not at:
@@ -80,7 +80,7 @@ def _is_cut(rest: str) -> bool:
 
 
 def _content(given: str) -> str:
-    """Read the file of an ``@FILE``."""
+    """Return the content of the file of an ``@FILE``."""
     path = Path(given[1:])
     try:
         if path.is_dir() or stat.S_ISBLK(path.stat().st_mode):

@@ -223,7 +223,7 @@ def _note_kept(txn: Cursor, job: DueJob) -> None:
 
 
 def next_due_s(txn: Cursor, job_types: Iterable[str]) -> float | None:
-    """Return the seconds until the next job becomes due; ``None``: none does. Jobs that are due already do not count."""
+    """Return the seconds until the next job becomes due; ``None``: none does. Jobs that are due by now do not count."""
     txn.execute(
         "select extract(epoch from least(min(greatest(due_at, retry_at)), now() + interval '1 day') - now())::float8"
         " from s2s.jobs"
