@@ -1,1 +1,1 @@
-"""The PostgreSQL that starts by itself where no database is named."""
+"""The PostgreSQL that starts by itself if no database is named."""

@@ -1,10 +1,11 @@
-"""The PostgreSQL that starts by itself where no database is named: for development, tests and ``s2s up``.
+"""The PostgreSQL that starts by itself if no database is named: for development, tests and ``s2s up``.
 
-Whoever uses the server holds a shared ``flock`` on ``STATE_DIR/postgres.lock``. The kernel drops it when the process
-dies, however it dies, and a fork keeps it. Who can make it exclusive is the last one out, and stops the server.
+Each process that uses the server holds a shared ``flock`` on ``STATE_DIR/postgres.lock``. The kernel releases it when
+the process dies, for whatever reason, and a fork inherits it. A process that can make its lock exclusive is the last
+user, and stops the server.
 
-``python -m s2s.store.embedded.lease --guard STATE_DIR`` holds a share until its stdin ends: so its parent's death,
-even by SIGKILL, stops PostgreSQL (:mod:`s2s.cli.up.supervisor`).
+``python -m s2s.store.embedded.lease --guard STATE_DIR`` holds a share until its stdin ends, so that the death of its
+parent stops PostgreSQL, even after a SIGKILL (:mod:`s2s.cli.up.supervisor`).
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from s2s.runtime import files, signals
 from s2s.runtime.streams import LateLine
 from s2s.store.embedded import postmaster
 
-#: Seconds that a start waits for another process to start or stop the server: initdb and a recovery come first.
+#: Seconds that a start waits for another process to start or stop the server, which may first run initdb or a recovery.
 _OTHERS_S = 2 * postmaster.STARTING_S
-#: Seconds in which a guardian tries to be the last one out: the roles beside it have 5 s to drain.
+#: Seconds during which a guardian tries to be the last user: the roles that use the server have 5 s to drain.
 GUARD_PATIENCE_S = 15.0
 
 
 class Lease:
-    """A share in the running server; made by :func:`join`.
+    """A share in the running server; :func:`join` returns one.
 
-    :ivar url: a URL of the database ``postgres`` that libpq takes; it holds no secret.
+    :ivar url: a libpq URL of the database ``postgres``; it contains no secret.
     """
 
     def __init__(self, url: str, data: Path, lock: int, process: subprocess.Popen[bytes] | None) -> None:
         self.url = url
         self._data = data
         self._lock: int | None = lock
-        #: The server, where it is a child of ours and ours to reap.
+        #: The server process, if it is our child, so that we must reap it.
         self._process = process
 
     @property
@@ -51,21 +52,21 @@ class Lease:
         return postmaster.find(self._data) is not None
 
     def trim_log(self) -> None:
-        """Keep the server's log within its bound; to be called about every minute."""
+        """Keep the server's log within its limit; call this about every minute."""
         postmaster.trim_log(self._data)
 
     def leave(self, patience_s: float = 0.0) -> bool:
-        """Give the share back; the last one out stops the server. A second call does nothing.
+        """Release the share; the last user stops the server. A second call does nothing.
 
-        :param patience_s: how many seconds to wait for the others to leave before us.
-        :returns: whether this call found itself the last one out.
+        :param patience_s: seconds to wait for the other users to leave first.
+        :returns: whether this process was the last user.
         """
         lock, self._lock = self._lock, None
         if lock is None:
             return False
         deadline = time.monotonic() + patience_s
         try:
-            # A refused upgrade has dropped our share already, so of two that leave at once one finds itself alone.
+            # A refused upgrade has already released our share, so one of two processes that leave at once is the last.
             while not _try_exclusive(lock):
                 if time.monotonic() >= deadline:
                     return False
@@ -80,11 +81,10 @@ class Lease:
 
 
 def join(state_dir: Path) -> Lease:
-    """Take a share in the PostgreSQL under ``state_dir``, which is made and started if need be. Blocks.
+    """Take a share in the PostgreSQL under ``state_dir``, which is created and started if necessary. Blocks.
 
-    :param state_dir: its parent directories are made too.
-    :raises OperatorError: the package is not installed, the directory is not ours to write, or PostgreSQL does not
-        start.
+    :param state_dir: its parent directories are created as well.
+    :raises OperatorError: the package is not installed, the directory is not writable, or PostgreSQL does not start.
     """
     try:
         state_dir = Path(os.path.realpath(state_dir))
@@ -97,7 +97,7 @@ def join(state_dir: Path) -> Lease:
                 url, process = postmaster.start(data)
                 return Lease(url, data, lock, process)
             except KeyboardInterrupt:
-                # It may run by now.
+                # The server may run by now.
                 with suppress(ImportError):
                     Lease("", data, lock, None).leave()
                 raise
@@ -120,10 +120,12 @@ def join(state_dir: Path) -> Lease:
 
 
 def share(state_dir: Path) -> int:
-    """Take a share alone, for a child process to inherit: the server is not stopped while the child lives.
+    """Take a share without starting the server, for a child process to inherit: the server runs while the child lives.
 
-    :returns: a file descriptor that every copy of must be closed. While somebody is stopping the server, this waits.
-    :raises OperatorError: that took too long.
+    While another process stops the server, this waits.
+
+    :returns: a file descriptor. The share ends when every copy of it is closed.
+    :raises OperatorError: the wait took too long.
     """
     lock = os.open(state_dir / "postgres.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -153,8 +155,8 @@ def _locked(path: Path) -> Iterator[None]:
 def _take(lock: int, kind: int, other: str) -> None:
     """Take a ``flock``; wait for it.
 
-    :param other: what the process does that has it.
-    :raises OperatorError: that took too long.
+    :param other: the activity of the process that holds it.
+    :raises OperatorError: the wait took too long.
     """
     late = LateLine(f"waiting for another process, which {other}")
     deadline = time.monotonic() + _OTHERS_S
@@ -172,17 +174,17 @@ def _take(lock: int, kind: int, other: str) -> None:
 
 
 def guard(state_dir: Path) -> None:
-    """Join, say ``ready URL`` on stdout, and hold the share until stdin ends or SIGTERM comes.
+    """Join, print ``ready URL`` to stdout, and hold the share until stdin ends or SIGTERM arrives.
 
     :raises OperatorError: as :func:`join`, or the server ended by itself.
-    :raises KeyboardInterrupt: SIGTERM came before the server was ready; it is ended.
+    :raises KeyboardInterrupt: SIGTERM arrived before the server was ready; the server is ended.
     """
     signals.reset()
     told, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A recovery may take minutes.
+    # Let SIGTERM interrupt the start, because a recovery may take minutes.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     lease = join(state_dir)
     try:

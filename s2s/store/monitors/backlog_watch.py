@@ -1,4 +1,4 @@
-"""Telling operators of old snapshots, and of commands that wait for a handler (docs/faults.rst, "Growth")."""
+"""Report old snapshots, and commands that wait for a handler, to operators (docs/faults.rst, "Growth")."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from s2s.store.monitors.snapshots import Holder
 from s2s.store.pool import Database
 from s2s.store.tables.lookback import Lookback
 
-#: Seconds after which a snapshot is old: no transaction of ours may take so long, and few reports do.
+#: Seconds after which a snapshot counts as old: no transaction of ours may take so long, and few reports do.
 OLD_S: Final = 300.0
-#: Dead rows that hurt: a vacuum would come at as many (migration 0007).
+#: The number of dead rows from which on an old snapshot is reported: a vacuum would start at this number (migration
+#: 0007).
 DEAD_ROWS: Final = 100_000
-#: Seconds until an old snapshot is told of again.
+#: Seconds until an old snapshot is reported again.
 AGAIN_S: Final = 3600.0
-#: Types of commands that are told of, each once.
+#: The most command types that are reported, each once.
 _MOST_TYPES: Final = 64
 
 
 class Watch(Periodic):
-    """Tells each thing once.
+    """Reports each condition once.
 
     :param types: the command types that this server serves.
     :ivar oldest_snapshot_s: age of the oldest snapshot in seconds; 0.0: there is none.
@@ -38,7 +39,7 @@ class Watch(Periodic):
         self._types = types
         self._lookback = Lookback()
         self._told_types: list[str] = []
-        #: Since when each holder is known, by what it is and what it holds.
+        #: When each holder was first seen, by its kind, name and transaction id.
         self._seen: dict[tuple[str, str, str], float] = {}
         self._told_at: float | None = None
         self.oldest_snapshot_s = 0.0

@@ -1,4 +1,4 @@
-"""Watching the database's clock: telling when it leaps, and mending what it delayed (docs/protocol.rst, "Clocks")."""
+"""Watch the database's clock: report its leaps, and repair the delays they caused (docs/protocol.rst, "Clocks")."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from s2s.runtime.clock import Clock, suspended_s
 from s2s.store.pool import Database
 from s2s.store.tables import clock_drift
 
-#: Seconds between two looks: after a clock is right again, no row of ours waits for longer.
+#: Seconds between two checks. Once a clock is right again, no row of ours is delayed for longer.
 LOOK_S: Final = 5.0
-#: Seconds between our wall clock and our monotonic clock from which the wall clock counts as having leapt.
+#: Change of the database's clock against our monotonic clock, in seconds, from which on it counts as a leap.
 LEAP_S: Final = 30.0
-#: Seconds until a clock that stays where it leapt to is trusted again: it was set right.
+#: Seconds until a clock that stays at its new time after a leap is trusted again: it was corrected by the leap.
 ADOPT_S: Final = 3600.0
-#: Seconds between the database's clock and ours from which a warning is logged, and from which it is doubtful.
+#: Seconds between the database's clock and ours from which on a warning is logged, and from which on it is doubtful.
 APART_S: Final = 60.0
 DOUBTFUL_S: Final = 3600.0
-#: Seconds from one look through all commands that are due later to the next, where one step does not see them all.
+#: Seconds between two scans of all commands that are not due yet, if one step does not cover them all.
 CYCLE_S: Final = 600.0
-#: Lines that a minute has at most, of a clock that leaps all the time.
+#: The period, in seconds, and the most log lines in it, for a clock that leaps all the time.
 TELL_S: Final = 60.0
 MOST_TOLD: Final = 5
 
-#: Looks through one table: see :func:`s2s.store.tables.clock_drift.heal_commands`.
+#: Scans one table: see :func:`s2s.store.tables.clock_drift.heal_commands`.
 Step = Callable[..., tuple[int, Any]]
 
 
 class ClockWatch:
-    """Compares the database's clock with ours, and pulls back what lies further ahead than it can rightly be.
+    """Compares the database's clock with ours, and pulls back times that lie further ahead than they validly can.
 
-    :param rules: of :mod:`s2s.store.tables.clock_drift`, tried at each look.
-    :param steps: taken after a leap, at the start, and now and then; at each look where one step is enough.
+    :param rules: the rules of :mod:`s2s.store.tables.clock_drift` that run at each check.
+    :param steps: the scans that run after a leap, at the start, and at intervals; at each check if one step is enough.
 
-    :ivar is_trusted: the database's clock agrees with ours, and the last look has seen it. Only then is it safe to
-        remove what it calls old.
+    :ivar is_trusted: the database's clock agrees with ours, and the last check has seen it. Only then is it safe to
+        remove rows that are old by this clock.
     """
 
     log = Logger()
@@ -57,15 +57,15 @@ class ClockWatch:
         self._looking = LoopingCall(self._look)
         self._looking.clock = clock.scheduler
         self._stopped: Deferred[Any] = succeed(None)
-        #: The database's clock less our monotonic one, in seconds, while it was right.
+        #: The database's clock minus our monotonic clock, in seconds, while it was right.
         self._base: float | None = None
-        #: How far it has leapt from there, and since when.
+        #: The size of its leap from there, in seconds, and the time of the leap.
         self._leap_s = 0.0
         self._leapt_at = 0.0
-        #: How far it was ahead of this machine's at the last look, and whether that was too far.
+        #: How far it was ahead of this machine's clock at the last check, in seconds, and whether that was too far.
         self._apart_s = 0.0
         self._is_apart = False
-        #: Whether the database's clock was behind at the last look.
+        #: Whether the database's clock was behind at the last check.
         self._was_behind = False
         self._cycle_at = float("-inf")
         self._healed: Counter[str] = Counter()
@@ -75,20 +75,20 @@ class ClockWatch:
         self.is_trusted = False
 
     def start(self) -> None:
-        """Look from now on."""
+        """Start the checks."""
         self._stopped = self._looking.start(LOOK_S)
 
     def stop(self) -> Deferred[Any]:
-        """Look no more.
+        """Stop the checks.
 
-        :returns: fires when no look is under way.
+        :returns: fires when no check is in progress.
         """
         if self._looking.running:
             self._looking.stop()
         return self._stopped
 
     async def _look(self) -> None:
-        """Look once. Never fails."""
+        """Check once. Never fails."""
         try:
             is_more = True
             while is_more and self._looking.running:
@@ -120,7 +120,7 @@ class ClockWatch:
                 self._healed.clear()
 
     async def _cycle(self) -> None:
-        """Look through the tables that are too large for one statement."""
+        """Scan the tables that are too large for one statement."""
         pause_s, has_healed = 0.0, False
         for name, step in self._steps.items():
             if self._was_behind and name in clock_drift.NOT_WHILE_BEHIND:
@@ -130,7 +130,7 @@ class ClockWatch:
                 try:
                     healed, place = await self._database.run(step, place)
                 except StatementRefused as error:
-                    # The other tables have their looks, and this one has its next one in time.
+                    # The other tables are still scanned, and this table is scanned again in the next cycle.
                     self._refused(name, error)
                     break
                 self._healed.update({name: healed} if healed else {})
@@ -138,25 +138,25 @@ class ClockWatch:
                 if place is None:
                     break
                 pause_s = CYCLE_S
-        # Where something was written by a clock that was wrong, more of it may come.
+        # If a wrong clock has written a row, it may write more of them, so scan again at the next check.
         self._cycle_at = self._clock.mono() + (0.0 if has_healed else pause_s)
 
     def _refused(self, name: str, error: DatabaseError) -> None:
         self._database.troubles.note(getattr(error, "state", ""), f"times of {name} are not pulled back: {error}")
 
     def _elapsed(self) -> float:
-        """Return our monotonic time; a suspended machine is no leap of the database's clock."""
+        """Return our monotonic time, including suspended time, so that a suspend does not look like a leap."""
         return self._clock.mono() + suspended_s()
 
     def _is_behind(self, before: float, now: float, at: float) -> bool:
-        """Whether the database's clock may be behind. In any thread.
+        """Whether the database's clock may be behind. Runs in any thread.
 
-        Where it has leapt back, and this machine's with it, either they are behind now or they were ahead before: as
-        they are on a machine that sets its clock right after the start. Nothing tells which.
+        If it has leapt back together with this machine's clock, either both are behind now or both were ahead before,
+        as on a machine that sets its clock right after the start. The two cases cannot be distinguished.
 
-        :param before: our monotonic time before the database was asked.
-        :param now: our wall clock then.
-        :param at: the time that it said.
+        :param before: our monotonic time before the query.
+        :param now: our wall clock at that moment.
+        :param at: the database's time.
         """
         base = self._base
         return at < now - APART_S or (base is not None and at - before < base - LEAP_S)
@@ -164,8 +164,8 @@ class ClockWatch:
     # --- the clock --------------------------------------------------------------------------------------------------
 
     def _judge(self, at: float, before: float, after: float) -> None:
-        """Compare a time that the database told between two of our own."""
-        # It was read at any moment between the two: the database may have been slow.
+        """Compare a time of the database with our times before and after the query."""
+        # The database read its clock at any moment between the two, because it may have been slow.
         low, high = at - after, at - before
         apart_s = at - self._clock.now()
         is_apart = abs(apart_s) > APART_S + (after - before)
@@ -173,13 +173,13 @@ class ClockWatch:
             self._base = (low + high) / 2
         leap_s = min(0.0, high - self._base) + max(0.0, low - self._base)
         if abs(leap_s) <= LEAP_S:
-            # No two clocks run alike: what is less than a leap is followed.
+            # No two clocks run at the same rate, so follow a difference that is smaller than a leap.
             self._base += leap_s
             if self._leap_s:
                 self._leapt(0.0)
                 self._tell("the database's clock is back where it was before it leapt")
         elif self._is_apart and not is_apart:
-            # It was wrong when we began to look.
+            # The clock was already wrong when the checks began.
             self._leapt(0.0)
             self._base = (low + high) / 2
             self._tell("the database's clock is right again")
@@ -210,7 +210,7 @@ class ClockWatch:
         self._cycle_at = self._leapt_at
 
     def _tell(self, text: str) -> bool:
-        """Log a line, unless this minute has its lines; return whether it was logged."""
+        """Log a line, unless this minute has its lines already; return whether it was logged."""
         now = self._clock.mono()
         if now >= self._told_from + TELL_S:
             self._told_from, self._told = now, 0

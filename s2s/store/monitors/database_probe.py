@@ -12,14 +12,14 @@ from s2s.runtime.clock import Clock
 from s2s.store.monitors import probe
 from s2s.store.pool import Database
 
-#: Seconds within which a database that serves answers.
+#: Seconds within which a working database answers.
 ANSWER_S: Final = 2.0
-#: Seconds for which an answer holds: however many ask, the database writes and rolls back once a second at most.
+#: Seconds for which an answer is reused, so that any number of callers causes at most one write and rollback a second.
 HOLDS_S: Final = 1.0
 
 
 class DatabaseProbe:
-    """Writes to the database and rolls back: once at a time, however many want to know."""
+    """Writes to the database and rolls back; concurrent callers share one probe."""
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
@@ -30,8 +30,8 @@ class DatabaseProbe:
         self._answered_at = float("-inf")
 
     def check(self) -> Deferred[str]:
-        """Return ``ok``, or the reason why the database takes no writes, within :data:`ANSWER_S`."""
-        # One that waits no more is forgotten.
+        """Return ``ok``, or the reason why the database accepts no writes, within :data:`ANSWER_S`."""
+        # A cancelled waiter is removed.
         waiter: Deferred[str] = Deferred(self._waiters.remove)
         if self._clock.mono() < self._answered_at + HOLDS_S:
             waiter.callback(self._answer)
@@ -54,7 +54,7 @@ class DatabaseProbe:
 
 
 def _reason(error: BaseException | None) -> str:
-    """Return the reason in the server's own words; an error of ours is in the log."""
+    """Return the reason in the server's own words; for an error of ours, its type, since the log has the error."""
     if not isinstance(error, DatabaseError):
         return type(error).__name__
     return str(error)

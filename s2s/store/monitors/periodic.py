@@ -1,4 +1,4 @@
-"""Looking at the database now and then, for what an operator has to be told of."""
+"""Check the database at intervals for conditions that an operator has to know of."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from s2s.store.pool import Database
 
 
 class Periodic(ABC):
-    """Looks once in a fixed time.
+    """Runs a check at a fixed interval.
 
-    :cvar what: what a look looks for, for the log.
-    :cvar interval_s: seconds between two looks.
+    :cvar what: the condition that the check looks for, for the log.
+    :cvar interval_s: seconds between two checks.
     """
 
     log = Logger()
@@ -34,20 +34,20 @@ class Periodic(ABC):
         self._loop.clock = clock.scheduler
 
     def start(self) -> None:
-        """Look from now on."""
+        """Start the checks."""
         self._stopped = self._loop.start(self.interval_s, now=False)
 
     def stop(self) -> Deferred[Any]:
-        """Begin no further look.
+        """Begin no further check.
 
-        :returns: fires when the one under way is finished.
+        :returns: fires when the running check is finished.
         """
         if self._loop.running:
             self._loop.stop()
         return self._stopped
 
     async def look(self) -> None:
-        """Look once. Never fails."""
+        """Check once. Never fails."""
         try:
             await self._look()
         except DatabaseUnavailable:
@@ -61,4 +61,4 @@ class Periodic(ABC):
 
     @abstractmethod
     async def _look(self) -> None:
-        """Look, and tell."""
+        """Check, and report the result."""

@@ -1,4 +1,4 @@
-"""Looking once a minute how full the queue of notifications is: that frees it, and an operator learns of it in time."""
+"""Check once a minute how full the queue of notifications is: that frees it, and warns an operator in time."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from s2s.store.monitors.notify_queue import FULL, HIGH, Queue
 from s2s.store.monitors.periodic import Periodic
 from s2s.store.pool import Database
 
-#: Seconds between two lines about a queue that stays full.
+#: Seconds between two log lines about a queue that stays full.
 AGAIN_S: Final = 3600.0
 
 
 class QueueWatch(Periodic):
-    """Tells when the queue is half full, when it is full, and when it has room again."""
+    """Reports when the queue is half full, when it is full, and when it has room again."""
 
     what = "a full queue of notifications"
 
     def __init__(self, database: Database, clock: Clock) -> None:
         super().__init__(database, clock)
-        #: The share from which on it was told last, and when.
+        #: The fill level that was last reported, and the time of the report.
         self._told = 0.0
         self._told_at = 0.0
 

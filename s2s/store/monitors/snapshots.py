@@ -1,4 +1,4 @@
-"""What a server looks for now and then: old snapshots that keep dead rows, and commands that nobody here serves."""
+"""Find old snapshots that keep dead rows, and commands of types that this server does not serve."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Final
 from s2s.store.driver import Cursor
 from s2s.store.tables.lookback import Lookback
 
-#: Seconds that a command must have been due before its type is looked at: a server that starts may serve it.
+#: Seconds that a command must have been due before its type is checked: a server that is starting may serve it.
 WAITING_S: Final = 60
-#: Holders of snapshots that are looked at, those of the oldest first.
+#: The most snapshot holders that are read, those of the oldest snapshots first.
 _MOST_HOLDERS: Final = 100
 
-# Any role sees the xmin of every session, but not its xact_start or its backend_type: a session of a user without a
-# database is a replication, whose xmin is that of a query on the standby (hot_standby_feedback). A vacuum holds up no
-# other. A logical slot's catalog_xmin keeps rows of the catalogs alone.
+# Any role can see the xmin of every session, but not its xact_start or its backend_type. A session of a user without a
+# database is a replication, whose xmin is that of a query on the standby (hot_standby_feedback). A running vacuum does
+# not delay another one. A logical slot's catalog_xmin only keeps rows of the catalogs.
 _HOLDERS: Final = """
 select kind, name, owner, application, extract(epoch from clock_timestamp() - since)::float8, xid
 from (
@@ -47,12 +47,12 @@ _UNSERVED: Final = (
 
 @dataclass(frozen=True)
 class Holder:
-    """Something that holds a snapshot.
+    """A session, standby, slot or prepared transaction that holds a snapshot.
 
     :param kind: ``session``, ``standby`` (the session that sends to it), ``slot`` or ``prepared``.
     :param name: a pid, the slot's name, or the gid.
-    :param age_s: seconds since its transaction began; ``None``: the database does not say.
-    :param xid: what it holds, so that a later look knows it again.
+    :param age_s: seconds since its transaction began; ``None``: the database does not report it.
+    :param xid: the transaction id that it holds, by which a later check recognises it.
     """
 
     kind: str
@@ -64,7 +64,7 @@ class Holder:
 
     @property
     def described(self) -> str:
-        """It, in words for people; no query's text, which may hold a secret."""
+        """A description for operators, without the query's text, which may contain a secret."""
         pid = f"pid {self.name}"
         words = {
             "session": pid,
@@ -77,7 +77,7 @@ class Holder:
 
     @property
     def cure(self) -> str:
-        """How to end it."""
+        """How an operator can end it."""
         return {
             "session": f"let it end, or: select pg_terminate_backend({self.name})",
             "standby": "end the query there, or set hot_standby_feedback = off there",
@@ -86,7 +86,7 @@ class Holder:
 
 
 def holders(txn: Cursor) -> tuple[list[Holder], int]:
-    """Return what holds snapshots, the oldest first, and how many dead rows our busy tables have."""
+    """Return the holders of snapshots, the oldest first, and the number of dead rows in our busy tables."""
     txn.execute(_HOLDERS, (_MOST_HOLDERS,))
     found = [Holder(*row) for row in txn]
     txn.execute(_DEAD)
@@ -96,7 +96,7 @@ def holders(txn: Cursor) -> tuple[list[Holder], int]:
 def unserved(txn: Cursor, lookback: Lookback, types: Iterable[str]) -> str | None:
     """Return the type of a command that has been due for a while and is of none of these types.
 
-    :param lookback: bounds the time that this takes: it may read everything that waits.
+    :param lookback: limits the time that this takes, because it may read every waiting command.
     """
     txn.execute("set local enable_seqscan = off")
     lookback.look(txn, _UNSERVED, {"types": "\n".join(types), "waiting_s": WAITING_S})
