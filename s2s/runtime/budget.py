@@ -1,4 +1,4 @@
-"""Turns for those whom nothing tells from an attacker yet: a rate for each address, and one for all."""
+"""Rate limits for unauthenticated peers: one for each address, and one for all."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, Final
 
 from s2s.runtime.clock import Clock
 
-#: Seconds of a rate that may come at once.
+#: Seconds of a rate that may be used in one burst.
 BURST_S: Final = 2.0
-#: Seconds between two looks at the line.
+#: Seconds between two checks of the queues.
 LOOK_S: Final = 0.05
-#: Addresses that are remembered before those whose bucket is full again are forgotten, which are nearly all.
+#: The most addresses that are kept; beyond it, addresses with a full bucket are dropped, which are nearly all.
 MOST_ADDRESSES: Final = 4096
 
 
 @dataclass
 class _Bucket:
-    """Units that may be taken now; it fills with time."""
+    """A token bucket: the units that may be taken now. It fills with time."""
 
     rate: int
     level: float
@@ -51,11 +51,11 @@ class _Wait:
 
 
 class Budget:
-    """Units in a second, for each address and for all; what finds no room waits in a line of its address.
+    """A number of units a second, for each address and for all; a request without room waits in a queue of its address.
 
-    The lines are as long as there are connections that may wait, which its user bounds.
+    The queues are as long as the number of connections that may wait, which the user of this class bounds.
 
-    :param rates: units in a second of one address, and of all.
+    :param rates: units a second of one address, and of all addresses.
     """
 
     def __init__(self, rates: tuple[int, int], clock: Clock) -> None:
@@ -63,21 +63,21 @@ class Budget:
         self._rate = rates[0]
         self._all = self._full(rates[1])
         self._by_address: dict[str, _Bucket] = {}
-        #: The one that had its turn last stands last.
+        #: By address; the address that was served last stands last.
         self._lines: dict[str, deque[_Wait]] = {}
 
     def _full(self, rate: int) -> _Bucket:
         return _Bucket(rate, rate * BURST_S, self._clock.mono())
 
     def take(self, address: str, size: int, is_wanted: Callable[[], bool], go_on: Callable[[], object]) -> bool:
-        """Take units now, or in turn.
+        """Take units now, or wait in the queue.
 
         :param address: see :func:`network`.
-        :param is_wanted: asked before a turn; what is not wanted any more takes nothing.
-        :param go_on: called at its turn.
-        :returns: ``False`` if it must wait.
+        :param is_wanted: called before the units are taken; a request that is no longer wanted takes none.
+        :param go_on: called when the waiting request has taken its units.
+        :returns: ``False`` if the request must wait.
         """
-        # Nothing waits for more than a full bucket.
+        # No request needs more than a full bucket.
         size = min(size, round(self._rate * BURST_S))
         if not self._lines:
             if self._takes(address, size, self._clock.mono()):
@@ -98,11 +98,11 @@ class Budget:
         return True
 
     def _forget(self, mono: float) -> None:
-        # A full bucket says the same as none. Those that are not full are the addresses of the last BURST_S.
+        # A full bucket equals no bucket. Buckets that are not full belong to the addresses of the last BURST_S seconds.
         self._by_address = {address: one for address, one in self._by_address.items() if not one.is_full(mono)}
 
     def _look(self) -> None:
-        """Give each address one turn after the other, as long as there is room."""
+        """Serve the addresses in turn, as long as there is room."""
         mono = self._clock.mono()
         try:
             while self._give_turns(mono):
@@ -112,17 +112,17 @@ class Budget:
                 self._clock.scheduler.callLater(LOOK_S, self._look)
 
     def _give_turns(self, mono: float) -> bool:
-        """Give each address a turn, and return whether one had room."""
+        """Serve each address once, and return whether one had room."""
         had_room = False
         for address in list(self._lines):
-            # Without room for the least the others are not looked at: there may be thousands of them.
+            # Stop if there is no room for a single unit: thousands of addresses may be waiting.
             if not self._all.has(1, mono):
                 return False
             had_room |= self._give_turn(address, mono)
         return had_room
 
     def _give_turn(self, address: str, mono: float) -> bool:
-        """Let the first of one address go on, in the order in which they came, if there is room."""
+        """Serve the first request of an address, if there is room; requests are served in order of arrival."""
         line = self._lines.pop(address)
         while line and not line[0].is_wanted():
             line.popleft()
@@ -136,12 +136,12 @@ class Budget:
 
 
 def peer_network(transport: Any) -> str:
-    """Return by what the peer of a connection is counted."""
+    """Return the network to which the peer of a connection is counted."""
     return network(str(getattr(transport.getPeer(), "host", "")))
 
 
 def network(host: str) -> str:
-    """Return by what an address is counted: an IPv6 one by its first 64 bits, since one machine has all the others."""
+    """Return the network to which an address is counted; for IPv6 its first 64 bits: one machine may use the others."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:  # a local socket

@@ -1,4 +1,4 @@
-"""Time, as it is passed to whoever needs it."""
+"""Time sources, passed to the code that needs them."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any, Protocol
 
 
 class Timer(Protocol):
-    """What of ``IDelayedCall`` is used here."""
+    """The part of ``IDelayedCall`` that is used here."""
 
     def active(self) -> bool:
-        """Whether it is still to come."""
+        """Whether the call is still pending."""
 
     def getTime(self) -> float:
-        """When it comes, in the scheduler's seconds."""
+        """When the call is due, in the scheduler's seconds."""
 
     def reset(self, secondsFromNow: float) -> None:
-        """Let it come then instead."""
+        """Move the call to that time."""
 
     def cancel(self) -> None:
-        """Let it not come."""
+        """Cancel the call."""
 
 
 def cancel(timer: Timer | None) -> None:
-    """Let a timer not come, if there is one and it is still to come."""
+    """Cancel a timer, if there is one and it is still pending."""
     if timer is not None and timer.active():
         timer.cancel()
 
 
 class Scheduler(Protocol):
-    """What of ``IReactorTime`` is used here: a monotonic clock and one way to be called later."""
+    """The part of ``IReactorTime`` that is used here: a monotonic clock and delayed calls."""
 
     def seconds(self) -> float:
         """Monotonic seconds."""
@@ -42,13 +42,13 @@ class Scheduler(Protocol):
 
 @dataclass(frozen=True)
 class Clock:
-    """Both clocks: ``now`` for what is written into envelopes, the scheduler's for everything that lasts.
+    """Both clocks: ``now`` for the times in envelopes, the scheduler's clock for durations.
 
     :param scheduler: a :class:`Scheduler`: the reactor, or ``twisted.internet.task.Clock`` in a test.
-    :param now: Unix seconds.
+    :param now: returns Unix seconds.
     """
 
-    # Any: Twisted's own annotations ask for zope interfaces, which Scheduler cannot be told to be.
+    # Any, because Twisted's annotations require zope interfaces, which Scheduler cannot be declared to provide.
     scheduler: Any
     now: Callable[[], float] = time.time
 
@@ -59,15 +59,15 @@ class Clock:
 
 
 def suspended_s() -> float:
-    """Return the seconds for which this machine was suspended since its start: the monotonic clock leaves them out."""
+    """Return the seconds for which this machine was suspended since its start: the monotonic clock omits them."""
     boot = getattr(time, "CLOCK_BOOTTIME", None)  # of Linux
     return 0.0 if boot is None else time.clock_gettime(boot) - time.monotonic()
 
 
 def make_monotonic(reactor: object) -> None:
-    """Let a reactor's timers run by the monotonic clock.
+    """Make a reactor's timers use the monotonic clock.
 
-    Twisted's default is the wall clock: one step of it backwards would hold every timer up for as long. To be called
-    before anything is scheduled.
+    Twisted uses the wall clock by default: a step back would delay every timer by the same time. Call this before
+    anything is scheduled.
     """
     reactor.seconds = time.monotonic  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""Files that an operator names are read whole. A pipe without a writer ends with an error after a bounded wait.
+"""Read the files that an operator names as a whole. A pipe without a writer fails after a bounded wait.
 
-A process may also have all the files and sockets open that its limit allows.
+Also detect that a process has used up its file descriptors.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import select
 from pathlib import Path
 from typing import Final
 
-#: Bytes that such a file may have: a secret or a URL has hundreds. The bound ends the read of one such as /dev/zero.
+#: The most bytes of such a file: a secret or a URL has hundreds. The limit ends the read of a file such as /dev/zero.
 MOST_BYTES: Final = 65_536
-#: The cure of too few file descriptors.
+#: The advice for a lack of file descriptors.
 RAISE_LIMIT: Final = "raise the limit, LimitNOFILE= of systemd or ulimit -n"
-#: Seconds of silence that a pipe may have. A command that fetches a secret from a vault takes a few seconds.
+#: Seconds for which a pipe may be silent. A command that fetches a secret from a vault takes a few seconds.
 SILENT_S: Final = 10.0
 
 
 def read(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """Read a file.
+    """Return the content of a file.
 
-    :raises OSError: it cannot be read, is too long, or is a pipe through which nothing comes.
+    :raises OSError: the file cannot be read, is too long, or is a pipe without input.
     """
     content = b""
     with open(path, "rb", buffering=0, opener=_at_once) as file:
@@ -49,17 +49,17 @@ def is_here() -> bool:
 
 
 def describe(error: OSError) -> str:
-    """Return what the operating system says, with the file where there is one."""
+    """Return the operating system's message, with the file name if there is one."""
     return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
 
 
 def _at_once(path: str, flags: int) -> int:
-    """Open a file, without a wait for the writer of a pipe."""
+    """Open a file without waiting for the writer of a pipe."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def exhausted() -> str:
-    """Return the line about a process without a file descriptor left; empty: one is left."""
+    """Return the message about a process without a free file descriptor; empty: there is one."""
     try:
         os.close(os.open(os.sep, os.O_RDONLY))
     except OSError as error:
@@ -68,6 +68,6 @@ def exhausted() -> str:
 
 
 def no_descriptor() -> str:
-    """Return the line about a process that has found no file descriptor left."""
+    """Return the message about a process that has run out of file descriptors."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return f"no file descriptor is left (limit {limit}): {RAISE_LIMIT}"

@@ -1,4 +1,4 @@
-"""A bound on the lines of the log about one kind of event, whatever causes it and however often."""
+"""A limit on the log lines about one kind of event, whatever its cause and frequency."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import Any, Final
 
 from s2s.runtime.clock import Timer, cancel
 
-#: Events that have a line each in one period, where nothing else is said, and the period in seconds. All others of a
+#: The default number of events that get a line each in one period, and the period in seconds. Further events of a
 #: period are counted.
 TOLD: Final = 3
 PERIOD_S: Final = 60.0
-#: The same, where each event may be of interest: a failed command, a dead row, a refused frame.
+#: The number of events with a line each for events of individual interest: a failed command, a dead row, a refused
+#: frame.
 MOST_TOLD: Final = 20
-#: Causes that are counted apart; further ones are counted together.
+#: The most causes that are counted separately; events with further causes are counted together.
 MOST_CAUSES: Final = 32
 _OTHER: Final = "for other causes"
 
 
 class LineQuota:
-    """Allows a few lines a minute, and counts what had none.
+    """Allows a few lines a minute, and counts the events without a line.
 
     :param reactor: an ``IReactorTime``.
     :param tell: called at the end of a period with the number of events without a line, by cause, if there were any.
-    :param most: events that have a line each in one period.
-    :param is_first_told: the first event of each cause has a line in any case, of :data:`MOST_CAUSES` causes.
+    :param most: the number of events that get a line each in one period.
+    :param is_first_told: the first event of each cause always gets a line, for :data:`MOST_CAUSES` causes.
     """
 
     def __init__(
@@ -41,15 +42,15 @@ class LineQuota:
         self._is_first_told = is_first_told
         self._is_stopped = False
         self._told = 0
-        #: Causes that have had a line.
+        #: Causes that have had a line in this period.
         self._causes: set[str] = set()
         self._untold: Counter[str] = Counter()
         self._timer: Timer | None = None
 
     def may_tell(self, cause: str, count: int = 1) -> bool:
-        """Return whether an event may have a line of its own; one that may not is counted under its cause.
+        """Return whether an event may have a line of its own; if not, count it under its cause.
 
-        :param count: the events that the line would stand for.
+        :param count: the number of events that the line would stand for.
         """
         if self._is_stopped:
             return True
@@ -66,7 +67,7 @@ class LineQuota:
         return len(self._causes) < MOST_CAUSES and cause not in self._causes
 
     def stop(self) -> None:
-        """Tell what is counted now; each event after that has a line of its own, and nothing is left to be done."""
+        """Report the counted events now; each later event gets a line of its own, and no timer is left."""
         self._is_stopped = True
         cancel(self._timer)
         self._timer = None
@@ -81,7 +82,7 @@ class LineQuota:
             self._told = 0
             self._causes.clear()
             return
-        # A line for each event again only after a minute in which there was nothing to add up.
+        # Allow a line for each event again only after a period without counted events.
         self._begin()
         self._flush()
 

@@ -1,8 +1,7 @@
-"""The log files that twistd writes: bounded, opened anew when they were moved away, and honest about what they lack.
+"""The log files that twistd writes: limit their size, reopen moved files, and report lost events.
 
-twistd opens its log by itself, for a plugin and for a tac file, and keeps every rotated file. Its
-:class:`~twisted.python.logfile.LogFile` gets its bounds here once the role runs. ``--logger`` and ``--syslog`` keep
-their meaning.
+twistd opens its log by itself, for a plugin and for a tac file, and keeps every rotated file. This module limits its
+:class:`~twisted.python.logfile.LogFile` once the role runs. ``--logger`` and ``--syslog`` keep their meaning.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ _log = Logger(namespace="s2s.runtime.log_file")
 
 
 def bound(file_bytes: int, old_files: int) -> None:
-    """Bound every log file that is open, and count what the log loses from now on.
+    """Limit the size of every open log file, and count the lost events from now on.
 
-    :param file_bytes: a file of this size is rotated.
-    :param old_files: rotated files that are kept; older ones are removed at the next rotation.
+    :param file_bytes: the size at which a file is rotated.
+    :param old_files: the number of rotated files that are kept; older ones are removed at the next rotation.
     """
-    # A file that has come to the process's own limit takes nothing more, an event of the start included.
+    # A file at the process's own size limit accepts no further event, so rotate at half of that limit.
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     for file in _files():
         file.rotateLength = file_bytes if limit == resource.RLIM_INFINITY else min(file_bytes, max(1, limit // 2))
@@ -47,16 +46,16 @@ def bound(file_bytes: int, old_files: int) -> None:
 
 
 class _Counted:
-    """A log that tells how many events it lost once it can be written again.
+    """A log that reports how many events it lost once it can be written again.
 
-    Twisted would say nothing, as all that it says goes to the same log.
+    Twisted would report nothing, because its own reports go to the same log.
     """
 
     _lost = 0
     _why = ""
 
     def write(self, event: str) -> None:
-        """Write an event, which begins with its time."""
+        """Write an event, whose text begins with its time."""
         told = ""
         if self._lost:
             told = (
@@ -80,15 +79,15 @@ class _Counted:
 
 
 class _CountedFile(_Counted, LogFile):
-    """A log file, which takes each event whole or not at all."""
+    """A log file that accepts each event as a whole or not at all."""
 
     synchronized = ["write"]  # with rotate(), which is so already
     write = _Counted.write
-    #: Whether the path leads to the file: not so in another root directory, nor for a user who may not search for it.
+    #: Whether the path leads to the file. It does not in another root directory, or for a user who may not search it.
     _is_in_reach = True
 
     def check_place(self) -> None:
-        """Warn of a file that this process cannot rotate: in another user's directory, or out of its root directory."""
+        """Warn of a file that this process cannot rotate: in another user's directory or outside its root directory."""
         self._is_in_reach = os.path.exists(self.path)
         if not (os.access(self.directory, os.W_OK) and os.access(self.path, os.W_OK)):
             _log.warn(
@@ -116,9 +115,9 @@ class _CountedFile(_Counted, LogFile):
         self.size = self._file.tell()
 
     def _leave_removed(self) -> None:
-        """Open the path anew where the file was removed or moved away: it has no bound, as nothing can rotate it.
+        """Reopen the path if the file was removed or moved away: such a file cannot be rotated and has no size limit.
 
-        :raises OSError: it cannot be opened, as where its directory is gone.
+        :raises OSError: the path cannot be opened, for example because its directory is gone.
         """
         try:
             os.stat(self.path)
@@ -131,9 +130,9 @@ class _CountedFile(_Counted, LogFile):
 
 
 class _CountedStream(_Counted):
-    """The log on stdout, past its buffer: that would keep what a full disk refused, and raise at each later event.
+    """The log on stdout, unbuffered: a buffer would keep text that a full disk refused, and raise at each later event.
 
-    An event that finds no room in the pipe in time is lost: a reader that stands still would block the reactor.
+    An event that finds no room in the pipe in time is lost: waiting for a stalled reader would block the reactor.
     """
 
     synchronized = ["write"]
@@ -142,7 +141,7 @@ class _CountedStream(_Counted):
     def __init__(self, stream: TextIO) -> None:
         self._descriptor = stream.fileno()
         self._is_torn = False
-        #: Seconds that the next event waits for its reader: none after one that waited, until there was room at once.
+        #: Seconds that the next event waits for the reader: 0 after an event that waited, until there is room at once.
         self._patience_s = streams.ROOM_S
 
     def _append(self, text: bytes) -> None:
@@ -168,10 +167,10 @@ threadable.synchronize(_CountedFile, _CountedStream)
 
 
 def append(path: str, text: str = "") -> None:
-    """Append to a file as twistd will do: where that fails, its user gets to know.
+    """Append to a file as twistd will do, so that an error is reported to the user.
 
-    :raises OSError: it cannot be written.
-    :raises OperatorError: it is no file.
+    :raises OSError: the file cannot be written.
+    :raises OperatorError: the path is not a regular file.
     """
     is_file = not Path(path).is_fifo()  # opening one would wait for a reader
     if is_file:
@@ -184,14 +183,15 @@ def append(path: str, text: str = "") -> None:
 
 
 def reopen() -> bool:
-    """Open every log file anew by its path, for a program that has moved it away; make it where it is missing.
+    """Reopen every log file by its path, because another program has moved it away; create it if it is missing.
 
-    :returns: whether it was done. An old file is kept otherwise, and stderr has a line too: the file may be deleted.
+    :returns: whether that succeeded. Otherwise the old file stays in use, and stderr gets a line too, because the old
+        file may be deleted.
     """
     is_done = True
     for file in _files():
         try:
-            # LogFile.reopen() closes the old file first: without a new one nothing could be logged any more.
+            # LogFile.reopen() closes the old file first: without a new one, nothing could be logged any more.
             append(file.path)
         except (OSError, OperatorError) as error:
             is_done = False
@@ -205,7 +205,7 @@ def reopen() -> bool:
 
 
 def descriptor() -> int:
-    """Return the file descriptor of the log file, or of stderr where there is none."""
+    """Return the file descriptor of the log file, or of stderr if there is none."""
     return next((int(file._file.fileno()) for file in _files()), 2)
 
 
@@ -214,5 +214,5 @@ def _files() -> Iterator[LogFile]:
 
 
 def _observers() -> list[FileLogObserver]:
-    """List the observers that write to a file, which Twisted does not list in public."""
+    """List the observers that write to a file; Twisted has no public list of them."""
     return [observer for observer in globalLogPublisher._observers if isinstance(observer, FileLogObserver)]

@@ -1,6 +1,6 @@
-"""Threads of our own for what blocks: a plug-in may fill those of the reactor with calls that do not return.
+"""Threads of our own for blocking calls: a plug-in may fill the reactor's threads with calls that do not return.
 
-The operating system may refuse a thread. What is to run in it fails then, and is no fault of a handler.
+The operating system may refuse a thread. The work of that thread then fails, and no handler is charged for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from s2s.errors import THREAD_CURE, NoThread, OperatorError
 
 T = TypeVar("T")
 
-#: Threads that are made at the start, and those at once. A process has two connections that are opened in one, looks at
+#: The threads that are started at once, and the most threads. A process opens two connections in threads, checks
 #: connections without an answer, and has up to one cancellation for each call of foreign code.
 LEAST: Final = 4
 MOST: Final = 20
@@ -38,7 +38,7 @@ def run(reactor: Any, work: Callable[..., T], *args: Any) -> Deferred[T]:
 def run_in(reactor: Any, pool: ThreadPool, work: Callable[..., T], *args: Any) -> Deferred[T]:
     """Call ``work(*args)`` in a thread of a pool.
 
-    :param pool: one whose threads are each a :class:`Thread`.
+    :param pool: a pool whose threads are each a :class:`Thread`.
     :returns: fires with its result, or fails with :class:`NoThread`.
     """
     try:
@@ -49,7 +49,7 @@ def run_in(reactor: Any, pool: ThreadPool, work: Callable[..., T], *args: Any) -
 
 
 class Thread(threading.Thread):
-    """A thread of a pool, which the pool also joins where the operating system has refused to start it."""
+    """A thread of a pool, which the pool can also join if the operating system has refused to start it."""
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for its end, if it was started."""
@@ -58,7 +58,7 @@ class Thread(threading.Thread):
 
 
 def try_start(thread: threading.Thread) -> bool:
-    """Start a thread; whether it was started: the operating system may refuse it, and Python does while it exits."""
+    """Start a thread; return whether it started: the operating system may refuse it, and Python does while it exits."""
     try:
         thread.start()
     except RuntimeError:
@@ -67,9 +67,9 @@ def try_start(thread: threading.Thread) -> bool:
 
 
 def check(count: int) -> None:
-    """See that this process may have more threads.
+    """Check that this process may start more threads.
 
-    :param count: threads beside those of :func:`run`.
+    :param count: threads in addition to those of :func:`run`.
     :raises OperatorError: the operating system refuses them.
     """
     release, made = threading.Event(), list[threading.Thread]()
@@ -86,7 +86,7 @@ def check(count: int) -> None:
 
 
 def resolve_names(reactor: Any) -> None:
-    """Have the reactor look up host names in these threads, too."""
+    """Make the reactor look up host names in these threads, too."""
     reactor.installNameResolver(GAIResolver(reactor, lambda: _pool(reactor)))
 
 

@@ -1,7 +1,7 @@
 """The pid file of a role in the background, locked by the process that it names.
 
-The lock tells whether the file is stale: the kernel drops it with the process, while the pid in the file may be that of
-any process by now, in a container even our own. twistd would believe the pid, so the file is never left to it.
+The lock shows whether the file is stale: the kernel releases it with the process, while the pid in the file may belong
+to any process by now, in a container even to this one. twistd would trust the pid, so twistd never handles the file.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from contextlib import suppress
 
 from s2s.errors import OperatorError
 
-#: Bytes of a file that are read. A pid has 7 digits at most on Linux.
+#: Bytes of the file that are read. A pid has at most 7 digits on Linux.
 _MOST_BYTES = 64
 
 
 class PidFile:
-    """The file of this process, and of what it forks.
+    """The pid file of this process, and of its forks.
 
-    :raises OperatorError: another process has it, or it cannot be written.
+    :raises OperatorError: another process holds the file, or it cannot be written.
     """
 
     def __init__(self, path: str) -> None:
@@ -31,19 +31,20 @@ class PidFile:
             self._descriptor = self._take()
         except OSError as error:
             raise self._unusable(error) from None
-        # A fork, too, removes it when it ends in order.
+        # A fork also removes the file when it exits normally.
         atexit.register(self._remove)
-        # Before the fork as well: a disk that is full is told on the terminal, and the place of the pid is ours then.
+        # Also write before the fork: a full disk is then reported on the terminal, and the space for the pid is
+        # reserved.
         self.write()
 
     def write(self) -> None:
-        """Write our pid; once more after the fork.
+        """Write the pid of this process; call this again after the fork.
 
         :raises OperatorError: it cannot be written.
         """
         pid = b"%d\n" % os.getpid()
         try:
-            # Truncated first, it would give its place on the disk away.
+            # Do not truncate first, because that would release the reserved disk space.
             os.pwrite(self._descriptor, pid, 0)
             os.ftruncate(self._descriptor, len(pid))
         except OSError as error:
@@ -54,7 +55,7 @@ class PidFile:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 self._lock(descriptor)
-                # Its last owner may have removed it in between.
+                # The previous owner may have removed the file in between.
                 if self._is(descriptor):
                     return descriptor
             except BaseException:
@@ -64,7 +65,7 @@ class PidFile:
 
     def _lock(self, descriptor: int) -> None:
         is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
-        # A loss of power may leave NUL bytes.
+        # A power loss may leave NUL bytes.
         content = os.pread(descriptor, _MOST_BYTES, 0).strip(b"\0 \t\r\n") if is_file else b"-"
         if not re.fullmatch(rb"\d*", content):
             raise self._refusal("is no pid file")

@@ -1,4 +1,4 @@
-"""What a process inherits of its parent's signals."""
+"""The signal state that a process inherits from its parent."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import signal
 
 
 def reset() -> None:
-    """Undo what a parent may have left: signals that are blocked, and an ignored SIGCHLD, which loses exit codes.
+    """Reset the inherited signal state: blocked signals, and an ignored SIGCHLD, which loses exit codes.
 
-    To be called at the start of the main thread: other threads inherit what it blocks.
+    Call this at the start of the main thread, because other threads inherit its blocked signals.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:

@@ -15,15 +15,15 @@ from twisted.logger import Logger
 from s2s.runtime import own_threads
 
 _log: Final = Logger(namespace="s2s.runtime.stacks")
-#: Seconds that the interrupted thread waits until its stack is in the log: it may hold the interpreter for hours then,
-#: as a regular expression does. Longer takes only a log that the same thread was writing.
+#: Seconds that the interrupted thread waits until its stack is in the log: afterwards it may hold the interpreter for
+#: hours, as a regular expression does. The write takes longer only if the same thread was writing to the log.
 _WRITTEN_S: Final = 1.0
-#: Seconds between two reports: a flood of signals must leave time for the work. A signal that comes earlier waits.
+#: Seconds between two reports, so that a flood of signals leaves time for the work. An earlier signal is deferred.
 _PAUSE_S: Final = 0.1
 
 
 def write_on_sigquit() -> None:
-    """Write the stacks on SIGQUIT from now on; the process goes on."""
+    """Write the stacks on every SIGQUIT from now on; the process continues."""
     due = 0.0
     again: threading.Timer | None = None
 
@@ -49,7 +49,7 @@ def _report(interrupted: Any) -> None:
         f"{names.get(ident, 'a thread of C')} ({ident}):\n{''.join(traceback.format_stack(frame))}"
         for ident, frame in frames.items()
     )
-    # Not here: the interrupted thread may be writing to the log.
+    # Write in another thread, because the interrupted thread may be writing to the log.
     writer = threading.Thread(target=_write, args=(stacks,), daemon=True)
     if own_threads.try_start(writer):
         writer.join(_WRITTEN_S)

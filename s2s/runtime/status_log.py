@@ -1,6 +1,6 @@
-"""Lines for people: what a watcher of a running link wants to see, one line an event, never a line a command.
+"""Log lines for operators who watch a running link: one line an event, never a line a command.
 
-``s2s up`` prints the lines of this namespace out of the roles' logs (:mod:`s2s.cli.up.log_tail`).
+``s2s up`` prints the lines of this namespace from the roles' logs (:mod:`s2s.cli.up.log_tail`).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from s2s.runtime.clock import Clock
 
 status_log: Final = Logger(namespace="s2s.runtime.status_log")
 
-#: The server's line when an engine's link is proven begins so.
+#: The prefix of the server's line for a proven link of an engine.
 LINK_UP: Final = "engine up:"
 
 
 class CounterSummary:
-    """Tells once a second what has been counted since, if anything was.
+    """Logs once a second by how much the counters have grown, if they have.
 
-    :param subject: what is counted.
-    :param read: gives the counters as they stand, by what a line calls them.
-    :param longest_s: the upper bound, in seconds, of the pause after a line; the pause doubles as long as there is more
-        to tell.
+    :param subject: the name of the counted thing.
+    :param read: returns the current counters, by their names in the line.
+    :param longest_s: the upper bound, in seconds, of the pause after a line; the pause doubles as long as the counters
+        grow.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class CounterSummary:
         self._loop.clock = clock.scheduler
 
     def start(self) -> None:
-        """Tell from now on."""
+        """Start logging."""
         self._loop.start(1.0, now=False)
 
     def stop(self) -> None:
-        """Tell what is left, and no more."""
+        """Log the remaining growth, and stop."""
         if self._loop.running:
             self._loop.stop()
             self.tell()
@@ -56,7 +56,7 @@ class CounterSummary:
             self._left_s = self._pause_s
 
     def tell(self) -> bool:
-        """Tell what has been counted since the last time, if anything was."""
+        """Log the growth of the counters since the last call, if any; return whether there was any."""
         now = dict(self._read())
         grown = {name: count - self._told.get(name, 0) for name, count in now.items()}
         self._told = now

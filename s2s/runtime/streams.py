@@ -1,4 +1,4 @@
-"""The standard streams of a process: closed, full, broken, or not UTF-8."""
+"""The standard streams of a process, which may be closed, full, broken, or not UTF-8."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any, AnyStr, Final
 from twisted.logger import LoggingFile
 
 _NAMES: Final = ("stdin", "stdout", "stderr")
-#: Seconds that a line waits for room in its pipe, socket or terminal: a reader that works makes room within
-#: milliseconds, and the reactor stands still meanwhile.
+#: Seconds that a line waits for room in its pipe, socket or terminal: a working reader makes room within milliseconds,
+#: and the reactor is blocked meanwhile.
 ROOM_S: Final = 0.1
-#: Seconds of a wait of the start after which it is told.
+#: Seconds that a wait at the start lasts before it is reported.
 LATE_S: Final = 5.0
-#: Characters of a logged line, after which it ends: output without an end of line would be kept in memory.
+#: The most characters of a logged line: output without line breaks would otherwise accumulate in memory.
 LONGEST_LINE: Final = 16_384
 
 
 class _LineLog(LoggingFile):
-    """A stream whose text becomes lines of the log, none longer than :data:`LONGEST_LINE`."""
+    """A stream whose text is logged as lines, none longer than :data:`LONGEST_LINE`."""
 
-    #: Characters of the line that has not ended.
+    #: The number of characters of the unfinished line.
     _open = 0
 
     def write(self, message: AnyStr) -> None:
-        """Log each line that has ended."""
+        """Log each finished line."""
         text = message if isinstance(message, str) else message.decode(self.encoding, "backslashreplace")
         for number, line in enumerate(text.split("\n")):
             if number:
@@ -46,7 +46,7 @@ class _LineLog(LoggingFile):
 
 
 def bound_lines() -> None:
-    """Bound the lines that Twisted's log makes of what is printed."""
+    """Limit the length of the log lines that Twisted makes of printed text."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if type(stream) is LoggingFile:
@@ -54,7 +54,7 @@ def bound_lines() -> None:
 
 
 def prepare() -> list[str]:
-    """Make the streams safe: no text fails for its characters, and no file opened later passes for a closed stream.
+    """Make the streams safe: no text fails because of its characters, and no file takes a closed stream's place.
 
     :returns: the names of the streams that were closed.
     """
@@ -70,17 +70,17 @@ def prepare() -> list[str]:
 
 
 def not_utf8() -> str:
-    """Return the first argument or variable that is not UTF-8, as ASCII with escapes; empty: all are.
+    """Return the first argument or variable that is not UTF-8, as ASCII with escapes; empty: all are UTF-8.
 
-    Of the variables ours are looked at, and libpq's.
+    Only our variables and those of libpq are checked.
     """
     ours = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("S2S_", "PG"))]
     for text in [*sys.argv[1:], *ours]:
         try:
-            # The bytes themselves: in a locale of ASCII Python has not decoded them.
+            # Check the bytes themselves: in an ASCII locale Python has not decoded them.
             os.fsencode(text).decode()
         except UnicodeDecodeError:
-            # A variable may hold a password.
+            # Return only the name, because a variable may hold a password.
             return text.partition("=")[0].encode("ascii", "backslashreplace").decode()
     return ""
 
@@ -88,9 +88,9 @@ def not_utf8() -> str:
 def has_room(descriptor: int, wait_s: float) -> bool:
     """Return whether up to ``select.PIPE_BUF`` bytes can be written without waiting for a reader.
 
-    ``O_NONBLOCK`` would also hold for every other process that has the same pipe or terminal.
+    ``O_NONBLOCK`` is no alternative: it would also apply to every other process with the same pipe or terminal.
 
-    :param wait_s: seconds to wait until there is room.
+    :param wait_s: seconds to wait for room.
     """
     room = select.poll()
     room.register(descriptor, select.POLLOUT)
@@ -107,9 +107,9 @@ def offer(text: str) -> None:
 
 
 def say(line: str) -> None:
-    """Write a line to stderr, whatever Twisted has made of ``sys.stderr``.
+    """Write a line to the original stderr, even if Twisted has replaced ``sys.stderr``.
 
-    Without a stderr, or with one that has no reader, the line is lost.
+    If there is no stderr, or it has no reader, the line is lost.
     """
     with suppress(OSError, ValueError):
         if sys.__stderr__ is not None and has_room(sys.__stderr__.fileno(), ROOM_S):
@@ -117,21 +117,21 @@ def say(line: str) -> None:
 
 
 class LateLine:
-    """A line about a wait, said once on stderr when the wait has lasted :data:`LATE_S`."""
+    """A line about a wait, printed once to stderr when the wait has lasted :data:`LATE_S`."""
 
     def __init__(self, line: str) -> None:
         self._line = line
         self._due = time.monotonic() + LATE_S
 
     def look(self) -> None:
-        """Say it if it is due; to be called again and again while the wait lasts."""
+        """Print the line if it is due; call this repeatedly while the wait lasts."""
         if time.monotonic() >= self._due:
             self._due = float("inf")
             say(self._line)
 
 
 def abandon(stream: Any) -> bool:
-    """Write out a stream; where that fails drop it, or Python would fail again as it exits, with exit code 120.
+    """Flush a stream; if that fails, drop its content: Python would fail again as it exits, with exit code 120.
 
     :returns: whether everything was written.
     """

@@ -15,7 +15,7 @@ from psycopg2.extensions import libpq_version, parse_dsn
 
 
 def _password_file() -> str:
-    """Return libpq's password file; empty if its path is not UTF-8 and thus fits no parameter: libpq finds it itself."""
+    """Return libpq's password file; empty if the path is not UTF-8 and fits no parameter: libpq finds it itself."""
     path = os.path.expanduser("~/.pgpass")
     try:
         path.encode()
