@@ -1,4 +1,4 @@
-"""A client of the HTTP API, on treq (docs/api.rst, "The client").
+"""A client of the HTTP API, with treq (docs/api.rst, "The client").
 
 ::
 
@@ -6,9 +6,10 @@
     page = await client.list_commands(status="dead")
     order = await client.give_order("admin.engine.force_tick.v1", {"job_type": "decay"}, wait_s=30)
 
-Every method gives a Deferred of what its operation comes to, and fails with :class:`~s2s.errors.Refused` (the server's
-code, message and details), :class:`~s2s.errors.Unreachable` (nothing was sent), :class:`~s2s.errors.UnknownOutcome` (it
-may or may not have taken effect) or :class:`~s2s.errors.BadReply` (it is no server of ours that answers).
+Every method returns a Deferred of its operation's result. It fails with :class:`~s2s.errors.Refused` (the server's
+code, message and details), :class:`~s2s.errors.Unreachable` (nothing was sent), :class:`~s2s.errors.UnknownOutcome`
+(the request may or may not have taken effect) or :class:`~s2s.errors.BadReply` (the answer does not come from an s2s
+server).
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from s2s.store.tables.world import Counts
 
 
 class AdminClient(Transport):
-    """Speaks to one server: a method for each operation, see :class:`~s2s.admin.transport.Transport` for the rest."""
+    """A client of one server: a method for each operation, see :class:`~s2s.admin.transport.Transport` for the rest."""
 
     # --- engines -----------------------------------------------------------------------------------------------------
 
     def list_engines(self, *, limit: int | None = None, cursor: str | None = None) -> Deferred[Page[Engine]]:
-        """List the engines, each with what it says now."""
+        """List the engines, each with its current state."""
         return self.call(engines.LIST, query={"limit": limit, "cursor": cursor})
 
     def show_engine(self, name: str) -> Deferred[Engine]:
@@ -52,24 +53,24 @@ class AdminClient(Transport):
         return self.call(engines.SHOW, path_params={"name": name})
 
     def health_engine(self, name: str) -> Deferred[dict[str, Any]]:
-        """Ask an engine how it is."""
+        """Ask an engine for its health."""
         return self.call(engines.HEALTH, path_params={"name": name})
 
     def pause_engine(self, name: str, *, reason: str) -> Deferred[dict[str, Any]]:
-        """Let an engine begin no job until it is resumed."""
+        """Pause an engine: it begins no job until it is resumed."""
         return self.call(engines.PAUSE_ENGINE, path_params={"name": name}, body={"reason": reason})
 
     def resume_engine(self, name: str, *, reason: str) -> Deferred[dict[str, Any]]:
-        """Let a paused engine go on."""
+        """Resume a paused engine."""
         return self.call(engines.RESUME_ENGINE, path_params={"name": name}, body={"reason": reason})
 
     def shutdown_engine(self, name: str, *, reason: str, grace_ms: int | None = None) -> Deferred[dict[str, Any]]:
-        """Let an engine finish what it has in hand, and end for good."""
+        """Make an engine finish its work in progress, and end for good."""
         body = {"reason": reason, "grace_ms": grace_ms}
         return self.call(engines.SHUT_DOWN_ENGINE, path_params={"name": name}, body=body)
 
     def sweep_engine(self, name: str, *, since_ts: int = 0) -> Deferred[dict[str, Any]]:
-        """Let an engine put the pending broadcasts into its outbox."""
+        """Make an engine move the pending broadcasts into its outbox."""
         return self.call(engines.SWEEP_ENGINE, path_params={"name": name}, body={"since_ts": since_ts})
 
     # --- orders ------------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ class AdminClient(Transport):
         """Give an order.
 
         :param rpc: one of :data:`s2s.protocol.catalogue.ORDERS`.
-        :param idem_key: the same again is the same order: with one it may be given again when its outcome is unknown.
+        :param idem_key: the same key is the same order: with a key, an order can be repeated if its outcome is unknown.
         :param wait_s: seconds to wait for its end, 60 at most.
         """
         return self.call(orders.GIVE[rpc], query={"wait": wait_s}, body=params, idem_key=idem_key)
@@ -123,7 +124,7 @@ class AdminClient(Transport):
         return self.call(commands.RETRY.some, body={"ids": list(ids)})
 
     def retry_command(self, cmd_id: int) -> Deferred[RowOutcome]:
-        """Run one command again; refused where that cannot be."""
+        """Run one command again; refused if its status does not allow that."""
         return self.call(commands.RETRY.one, path_params={"cmd_id": cmd_id})
 
     def retry_dead_commands(self, *, cmd_type: str | None = None) -> Deferred[BulkOutcome]:
@@ -131,11 +132,11 @@ class AdminClient(Transport):
         return self.call(commands.RETRY_DEAD, body={"cmd_type": cmd_type})
 
     def cancel_commands(self, ids: Sequence[int]) -> Deferred[RowOutcomes]:
-        """Keep commands from being run."""
+        """Cancel commands that have not run."""
         return self.call(commands.CANCEL.some, body={"ids": list(ids)})
 
     def cancel_command(self, cmd_id: int) -> Deferred[RowOutcome]:
-        """Keep one command from being run; refused where that cannot be."""
+        """Cancel one command that has not run; refused if its status does not allow that."""
         return self.call(commands.CANCEL.one, path_params={"cmd_id": cmd_id})
 
     def discard_commands(self, ids: Sequence[int]) -> Deferred[RowOutcomes]:
@@ -143,7 +144,7 @@ class AdminClient(Transport):
         return self.call(commands.DISCARD.some, body={"ids": list(ids)})
 
     def discard_command(self, cmd_id: int) -> Deferred[RowOutcome]:
-        """Remove one command; refused where that cannot be."""
+        """Remove one command; refused if its status does not allow that."""
         return self.call(commands.DISCARD.one, path_params={"cmd_id": cmd_id})
 
     def discard_dead_commands(self, *, cmd_type: str | None = None) -> Deferred[BulkOutcome]:
@@ -160,7 +161,7 @@ class AdminClient(Transport):
         limit: int | None = None,
         cursor: str | None = None,
     ) -> Deferred[Page[OutboxEntry]]:
-        """List what is in the outbox, the newest first."""
+        """List the rows of the outbox, the newest first."""
         query = {"state": state, "cmd_type": cmd_type, "limit": limit, "cursor": cursor}
         return self.call(outbox.LIST, query=query)
 
@@ -173,7 +174,7 @@ class AdminClient(Transport):
         return self.call(outbox.RETRY.some, body={"ids": list(ids)})
 
     def retry_outbox_row(self, outbox_id: int) -> Deferred[RowOutcome]:
-        """Send one row again; refused where that cannot be."""
+        """Send one row again; refused if its state does not allow that."""
         return self.call(outbox.RETRY.one, path_params={"outbox_id": outbox_id})
 
     def retry_dead_outbox_rows(self, *, cmd_type: str | None = None) -> Deferred[BulkOutcome]:
@@ -181,11 +182,11 @@ class AdminClient(Transport):
         return self.call(outbox.RETRY_DEAD, body={"cmd_type": cmd_type})
 
     def cancel_outbox_rows(self, ids: Sequence[int]) -> Deferred[RowOutcomes]:
-        """Keep rows from being sent."""
+        """Stop rows from being sent."""
         return self.call(outbox.CANCEL.some, body={"ids": list(ids)})
 
     def cancel_outbox_row(self, outbox_id: int) -> Deferred[RowOutcome]:
-        """Keep one row from being sent; refused where that cannot be."""
+        """Stop one row from being sent; refused if its state does not allow that."""
         return self.call(outbox.CANCEL.one, path_params={"outbox_id": outbox_id})
 
     def discard_outbox_rows(self, ids: Sequence[int]) -> Deferred[RowOutcomes]:
@@ -193,14 +194,14 @@ class AdminClient(Transport):
         return self.call(outbox.DISCARD.some, body={"ids": list(ids)})
 
     def discard_outbox_row(self, outbox_id: int) -> Deferred[RowOutcome]:
-        """Remove one row; refused where that cannot be."""
+        """Remove one row; refused if its state does not allow that."""
         return self.call(outbox.DISCARD.one, path_params={"outbox_id": outbox_id})
 
     def discard_dead_outbox_rows(self, *, cmd_type: str | None = None) -> Deferred[BulkOutcome]:
         """Remove all dead rows."""
         return self.call(outbox.DISCARD_DEAD, body={"cmd_type": cmd_type})
 
-    # --- notices, settings and what is only looked at ----------------------------------------------------------------
+    # --- notices, settings and what can only be read -----------------------------------------------------------------
 
     def add_broadcast(
         self,
@@ -213,7 +214,7 @@ class AdminClient(Transport):
         severity: str = "info",
         ttl_s: int | None = None,
     ) -> Deferred[Broadcast]:
-        """Tell the players something."""
+        """Publish a notice to the players."""
         body = {
             "message": message,
             "scope": scope,
@@ -238,7 +239,7 @@ class AdminClient(Transport):
         return self.call(config.SHOW, path_params={"key": key})
 
     def set_config(self, key: str, value: Value) -> Deferred[Setting]:
-        """Give a setting a value."""
+        """Set a setting to a value."""
         return self.call(config.SET, path_params={"key": key}, body={"value": value})
 
     def list_config_history(
@@ -260,7 +261,7 @@ class AdminClient(Transport):
         limit: int | None = None,
         cursor: str | None = None,
     ) -> Deferred[Page[Entry]]:
-        """List who did what, the newest first."""
+        """List the actions and their actors, the newest first."""
         query = {"actor": actor, "action": action, "subject": subject, "limit": limit, "cursor": cursor}
         return self.call(lists.AUDIT, query=query)
 
@@ -269,7 +270,7 @@ class AdminClient(Transport):
         return self.call(lists.JOBS, query={"limit": limit, "cursor": cursor})
 
     def count_world(self) -> Deferred[Counts]:
-        """Count what is in the world."""
+        """Count the sectors, ports and ships of the world."""
         return self.call(lists.WORLD)
 
     def show_catalogue(self) -> Deferred[dict[str, Any]]:

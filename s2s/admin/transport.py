@@ -1,4 +1,4 @@
-"""Calling operations over HTTP, on treq (docs/api.rst)."""
+"""Call operations over HTTP, with treq (docs/api.rst)."""
 
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 CONNECT_S: Final = 5.0
-#: Seconds that a connection is kept for the next request.
+#: Seconds that an idle connection is kept for the next request.
 KEEP_S: Final = 30
-#: Seconds that an answer may take, beside what a request itself waits for: that of an engine takes longest.
+#: Seconds that an answer may take, in addition to the wait that a request itself asks for: an engine's answer takes
+#: longest.
 ANSWER_S: Final = 80.0
 #: The longest answer, in bytes: a page, whose last row may be long.
 ANSWER_BYTES: Final = 32 << 20
 
 
 class Transport:
-    """Speaks to one server.
+    """The connection to one server.
 
-    :param url: of the server, such as ``http://127.0.0.1:8321``; a path before ours is kept.
-    :param token: of ``s2s tokens add``.
-    :param http: what has treq's ``request``; tests give a ``treq.testing.StubTreq``.
+    :param url: the server's URL, such as ``http://127.0.0.1:8321``; a path in it is kept as a prefix.
+    :param token: a token of ``s2s tokens add``.
+    :param http: an object with treq's ``request``; tests pass a ``treq.testing.StubTreq``.
     :raises OperatorError: the URL or the token cannot be used.
     """
 
@@ -62,7 +63,7 @@ class Transport:
         self._reactor: Any = reactor
         if http is None:
             self._pool = HTTPConnectionPool(reactor)
-            # Before the server closes it: a request that meets the end of a connection may or may not have arrived.
+            # Shorter than the server's own limit: a request on a connection that is being closed may or may not arrive.
             self._pool.cachedConnectionTimeout = KEEP_S
             agent: Any = Agent(reactor, connectTimeout=CONNECT_S, pool=self._pool)
             http = treq.client.HTTPClient(agent)
@@ -72,7 +73,7 @@ class Transport:
         return f"{type(self).__name__}({self._url!r})"
 
     def close(self) -> Deferred[Any]:
-        """Close the connections that are kept open."""
+        """Close the idle connections."""
         return succeed(None) if self._pool is None else self._pool.closeCachedConnections()
 
     def call(
@@ -84,15 +85,15 @@ class Transport:
         body: Mapping[str, Any] | None = None,
         idem_key: str | None = None,
     ) -> Deferred[R]:
-        """Ask for any operation by its declaration.
+        """Call any operation by its declaration.
 
-        :param path_params: the members of its path.
-        :param query: those of its query; ``None`` among them is left out, as in ``body``.
+        :param path_params: the parameters of its path.
+        :param query: the parameters of its query; those that are ``None`` are omitted, as in ``body``.
         """
         return Deferred.fromCoroutine(self._call(operation, path_params or {}, query or {}, body or {}, idem_key))
 
     async def walk(self, operation: Operation[Page[T]], **query: Any) -> AsyncIterator[T]:
-        """Give every row of a list, page by page."""
+        """Yield every row of a list, page by page."""
         cursor = None
         while True:
             page = await self.call(operation, query={**query, "cursor": cursor})
@@ -127,7 +128,7 @@ class Transport:
             refused = Refused(str(data.pop("code")), str(data.pop("detail")), data)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if operation.method != "GET" and (status < 300 or status >= 500):
-                # A gateway's: behind it the server may have done what was asked.
+                # The answer is a gateway's: the server behind it may have executed the request.
                 raise self._unknown(operation.method, f"status {status} came from something else, a gateway?") from None
             raise BadReply(f"{self._url} does not answer as a server of s2s: status {status}") from None
         raise refused
@@ -163,7 +164,7 @@ class Transport:
     async def _exchange(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None
     ) -> tuple[int, bytes]:
-        # Not where a redirect leads: the token is for this server.
+        # Do not follow a redirect: the token is for this server only.
         response = await self._http.request(
             method, _Url.from_text(url), headers=headers, data=body, allow_redirects=False, unbuffered=True
         )
@@ -173,9 +174,9 @@ class Transport:
 
 
 def _read_url(url: str) -> str:
-    """Read a server's URL, and give it in ASCII and without a stroke at its end.
+    """Return a server's URL in ASCII and without a trailing slash.
 
-    :raises OperatorError: it is none; its text holds nothing of it, which may be a password.
+    :raises OperatorError: it is not a valid URL; the message quotes no part of it, which may be a password.
     """
     wrong = OperatorError("the URL of the server cannot be used: write http://HOST:PORT or https://HOST:PORT")
     try:
@@ -189,17 +190,17 @@ def _read_url(url: str) -> str:
 
 
 class _Url(EncodedURL):
-    """A URL whose host may be an IPv6 address, which hyperlink takes for a name (its issues 68 and 188)."""
+    """A URL whose host may be an IPv6 address, which hyperlink treats as a name (its issues 68 and 188)."""
 
     def to_uri(self) -> EncodedURL:
-        """Give it in ASCII."""
+        """Return the URL in ASCII."""
         return self if ":" in self.host else super().to_uri()
 
 
 class _Answer(Protocol):
     """Collects the body of an answer.
 
-    :ivar whole: fires with it; cancelled, it closes the connection.
+    :ivar whole: fires with the body; cancelling it closes the connection.
     """
 
     transport: Any
@@ -209,14 +210,14 @@ class _Answer(Protocol):
         self.whole: Deferred[bytes] = Deferred(lambda _: self._leave())
 
     def dataReceived(self, data: bytes) -> None:
-        """Take a part."""
+        """Store a part of the body."""
         self._body += data
         if len(self._body) > ANSWER_BYTES and not self.whole.called:
             self.whole.errback(BadReply(f"the answer has more than {ANSWER_BYTES} bytes"))
             self._leave()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """That was all, or the connection broke."""
+        """Finish: the body is complete, or the connection broke."""
         if self.whole.called:
             return
         if reason.check(ResponseDone, PotentialDataLoss):

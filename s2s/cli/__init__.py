@@ -53,19 +53,19 @@ COMMANDS = (
     db,
 )
 
-#: How a write fails where a disk is full, a reader has gone, a terminal is gone, or the stream is closed.
+#: The errors of a write to a full disk, to a reader or a terminal that is gone, or to a closed stream.
 _UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE, errno.EIO, errno.EBADF)
 
 
 class _Program(click.Group):
-    """The console script; it ends with a line and an exit code also where its output cannot be written."""
+    """The console script; it ends with an error line and an exit code even if its output cannot be written."""
 
     _is_terminated = False
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """Run as the process of its own that it is; tests call :meth:`main`."""
+        """Run as the process's main program; tests call :meth:`main`."""
         signals.reset()
-        # Process 1 of a container does not get a signal that it does not handle.
+        # Process 1 of a container does not receive a signal that it does not handle.
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._terminate)
         if "stdout" in streams.prepare():
@@ -82,18 +82,18 @@ class _Program(click.Group):
             except OSError as error:
                 if not _is_of_output(error):
                     raise
-                # Of completion; or not even the line of an error could be written.
+                # Shell completion failed to write, or even the error line could not be written.
                 streams.say(f"Error: {_unwritten(error)}")
                 code = 1
         if not streams.abandon(sys.stdout):
             code = code or 1
         streams.abandon(sys.stderr)
         if self._is_terminated:
-            # By the signal itself, so that a parent sees it; process 1 goes on to its exit.
+            # End by the signal itself, so that the parent sees it. Process 1 ignores it and continues to its exit.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
             code = 128 + signal.SIGTERM
-        # Python would wait for what a plug-in has left behind: its threads, and its own with atexit.
+        # Skip Python's own exit, which would wait for the threads and atexit functions that a plug-in has left behind.
         os._exit(code if isinstance(code, int) else bool(code))
 
     def _terminate(self, _: int, __: object) -> None:
@@ -101,7 +101,7 @@ class _Program(click.Group):
         raise KeyboardInterrupt
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
-        """Read the arguments, or write the help."""
+        """Parse the arguments, or print the help."""
         with _writing():
             return super().make_context(*args, **options)
 
@@ -121,7 +121,7 @@ def _unwritten(error: OSError) -> str:
 
 @contextmanager
 def _writing() -> Iterator[None]:
-    """Tell by a line that the output cannot be written, or that the working directory was removed."""
+    """Report in one line that the output cannot be written, or that the working directory was removed."""
     try:
         yield
     except OSError as error:

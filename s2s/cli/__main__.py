@@ -1,4 +1,4 @@
-"""The entry of the command line. Ctrl-C ends it with a line, also while its parts are imported."""
+"""The entry point of the command line. Ctrl-C ends it with a line, even while its modules are imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the groups for rows have in common: a command for each thing that may be done to rows."""
+"""The common part of the groups for rows: a command for each action on rows."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def add_action(
     dead: Operation[BulkOutcome] | None = None,
     done: str = "",
 ) -> None:
-    """Add a command that does something to rows: to those whose ids are named, or to all dead ones.
+    """Add a command for an action on rows: on those with the given ids, or on all dead ones.
 
-    :param member: what a row's id is called.
-    :param dead: what ``--all-dead`` does; without it there is no such option.
-    :param done: its past participle.
+    :param member: the name of a row's id.
+    :param dead: the operation of ``--all-dead``; ``None``: there is no such option.
+    :param done: the verb's past participle.
     """
     cure = f"s2s {group.name} {{verb}} {{id}}"
 

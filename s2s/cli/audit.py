@@ -1,4 +1,4 @@
-"""``s2s audit``: who did what, and what came of it (docs/protocol.rst, "Audit")."""
+"""``s2s audit``: the actions, their actors and their results (docs/protocol.rst, "Audit")."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from s2s.store.tables.audit import Entry
 
 @dataclass(frozen=True)
 class _Line:
-    """An entry as fits a terminal."""
+    """An audit entry as a terminal line."""
 
     audit_id: int
     at: datetime
@@ -52,6 +52,6 @@ def _line(entry: Entry) -> _Line:
 
 
 def _told(entry: Entry) -> str:
-    """Say to what it was done, with what, and what came of it."""
+    """Return the subject, the parameters and the result of an action."""
     done = " ".join(filter(None, (entry.subject, words(entry.params))))
     return done if entry.result is None else f"{done} -> {words(entry.result)[1:-1]}"

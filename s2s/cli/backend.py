@@ -1,6 +1,6 @@
-"""Where the command line takes what it is asked: to a server's HTTP API, or to the database itself.
+"""Where the command line executes operations: at a server's HTTP API, or in the database itself.
 
-Both perform the same operations (:mod:`s2s.admin.operations`) and come to the same rows.
+Both execute the same operations (:mod:`s2s.admin.operations`) with the same effect on the rows.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ T = TypeVar("T")
 
 URL_VARIABLE: Final = "S2S_URL"
 TOKEN_VARIABLE: Final = "S2S_TOKEN_FILE"
-#: Seconds between two looks at what is waited for.
+#: Seconds between two checks of a wait.
 _LOOK_S: Final = 0.05
 
 
 class Backend(ABC):
-    """What performs operations."""
+    """Executes operations."""
 
     def call(
         self,
@@ -65,10 +65,10 @@ class Backend(ABC):
         body: Mapping[str, Any] | None = None,
         idem_key: str | None = None,
     ) -> R:
-        """Perform an operation; ``None`` among the members of its query and body is left out.
+        """Execute an operation; members of its query and body that are ``None`` are omitted.
 
-        :raises Refused: it is refused.
-        :raises S2SError: it fails.
+        :raises Refused: the operation is refused.
+        :raises S2SError: the operation fails.
         """
         return self._perform(
             operation,
@@ -77,15 +77,15 @@ class Backend(ABC):
 
     @abstractmethod
     def _perform(self, operation: Operation[R], ask: OperationRequest) -> R:
-        """Perform an operation."""
+        """Execute an operation."""
 
 
 class DatabaseBackend(Backend):
-    """Performs operations itself, on one connection."""
+    """Executes operations itself, on one connection."""
 
     def __init__(self, txn: Cursor) -> None:
         self._txn = txn
-        # Whoever acts is written down; a step that fails is not to undo that.
+        # The connection has recorded the actor. Commit, so that a step that fails does not undo that.
         driver.commit(txn.connection)
 
     def _perform(self, operation: Operation[R], ask: OperationRequest) -> R:
@@ -97,9 +97,9 @@ class DatabaseBackend(Backend):
             raise Refused(error.code, error.message, error.payload()["details"]) from None
 
     def _take(self, steps: Steps[R], locks: LockWait | None) -> Reply[R]:
-        """Take the steps of an operation.
+        """Run the steps of an operation.
 
-        :param locks: of a list, which bounds each of its waits for a lock: it is tried again.
+        :param locks: bounds each wait of a list for a lock, and retries it; ``None``: the operation is no list.
         """
         came: Any = None
         failed: Exception | None = None
@@ -135,7 +135,7 @@ def _look(until: WaitFor, ids: Collection[Any], txn: Cursor) -> Collection[Any]:
 
 
 class HttpBackend(Backend):
-    """Asks a server; whoever acts is the token's."""
+    """Executes operations at a server; the actor is the token's."""
 
     def __init__(self, api: Api) -> None:
         self._reactor = _running_reactor()
@@ -168,7 +168,7 @@ class HttpBackend(Backend):
         return self._perform(operation, ask)
 
     def _has_new_token(self) -> bool:
-        """Read the token again: it may have been replaced while we wait for an order."""
+        """Read the token again: it may have been replaced while the command waited for an order."""
         token = _read_token(self._api.token_file)
         if token == self._token:
             return False
@@ -177,13 +177,13 @@ class HttpBackend(Backend):
         return True
 
     def close(self) -> None:
-        """Let the connections go."""
+        """Close the connections."""
         blockingCallFromThread(self._reactor, self._client.close)
 
 
 @functools.cache
 def _running_reactor() -> Any:
-    """Give the reactor, which runs in a thread of its own: here everything blocks. It ends with the process."""
+    """Return the reactor, which runs in a thread of its own because all code here blocks. It ends with the process."""
     from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
 
     loop: Any = reactor
@@ -207,9 +207,9 @@ def _read_token(path: Path) -> str:
 def rows(
     backend: Backend, operation: Operation[Page[T]], limit: int, *, before: int | str | None = None, **filters: Any
 ) -> list[T]:
-    """List so many rows, by as many pages as they take.
+    """Return up to ``limit`` rows of a list, from as many pages as necessary.
 
-    :param before: only those that follow this one.
+    :param before: only rows that follow this one in the list.
     """
     found: list[T] = []
     cursor = None if before is None else str(before)
@@ -228,11 +228,11 @@ def rows(
     return found
 
 
-# --- finding it ------------------------------------------------------------------------------------------------------
+# --- selecting the backend -------------------------------------------------------------------------------------------
 
 
 def with_backend(function: F) -> F:
-    """Give a command its ``backend``, add the options that say where it leads, and end in one line where that fails."""
+    """Pass a ``backend`` to a command, add the options that select it, and report a failure in one line."""
 
     @one_line_errors
     @functools.wraps(function)
@@ -268,7 +268,7 @@ def with_backend(function: F) -> F:
 
 @contextmanager
 def _open(url: str | None, token_file: Path | None, database: str | None, state_dir: Path) -> Iterator[Backend]:
-    """Open the backend that is meant: what is typed goes before the environment, and that before what is found."""
+    """Open the selected backend: an option precedes the environment, which precedes a running ``s2s up``."""
     is_typed = click.get_current_context().get_parameter_source("url") is ParameterSource.COMMANDLINE
     if is_typed and database:
         raise OperatorError("--url and --database name two ways: name one of them")

@@ -1,4 +1,4 @@
-"""``s2s certs``: a private certificate authority for TLS under the links."""
+"""``s2s certs``: a private certificate authority for links over TLS."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make(directory: Path, servers: tuple[str, ...], engines: tuple[str, ...], da
     """Make certificates in DIR, signed by the authority there, which is made if there is none."""
     directory = directory.absolute()
     made = certs.make(directory, servers, engines, days, datetime.now(timezone.utc), renew=renew)
-    # Twisted's tls: takes no IPv6 address.
+    # Twisted's tls: endpoint accepts no IPv6 address.
     host = next((name for name in servers if ":" not in name), "SERVER")
     for file in made:
         click.echo(f"made {file}")
@@ -42,6 +42,6 @@ def make(directory: Path, servers: tuple[str, ...], engines: tuple[str, ...], da
 
 
 def _endpoint(*alone: str, **named: Path) -> str:
-    """Write one of Twisted's endpoint strings."""
+    """Return one of Twisted's endpoint strings."""
     quoted = [quoteStringArgument(each) for each in alone]
     return ":".join([*quoted, *(f"{name}={quoteStringArgument(str(path))}" for name, path in named.items())])

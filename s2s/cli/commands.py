@@ -1,4 +1,4 @@
-"""``s2s commands``: what engines pushed."""
+"""``s2s commands``: commands that engines pushed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``s2s db``: the schema."""
+"""``s2s db``: the database schema."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def status(database: str | None, state_dir: Path, as_json: bool) -> None:
 
 
 def _wrong(txn: Cursor) -> Iterator[str]:
-    """Give a line for each thing that is wrong, with its cure; what needs the fewest privileges comes first."""
+    """Return a line with its fix for each problem; problems whose fix needs the fewest privileges come first."""
     for grant in privileges.missing(txn):
         yield f"a privilege is missing, run as the owner of the tables: {grant}"
     yield from privileges.hidden(txn)

@@ -1,4 +1,4 @@
-"""``s2s engine``: steering the engines, by way of the server that has the link (docs/protocol.rst, "Control")."""
+"""``s2s engine``: control the engines through the server that has the link (docs/protocol.rst, "Control")."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ _command(
 
 
 def _only(backend: Backend) -> str:
-    """Give the name of the only engine that is linked."""
+    """Return the name of the only engine that is linked."""
     linked = sorted({row.name for row in rows(backend, engines.LIST, ALL) if row.key_id})
     if len(linked) == 1:
         return linked[0]
@@ -113,7 +113,7 @@ def _told(ack: Mapping[str, Any]) -> str:
         deadline_ms = ack["deadline_ms"]
         try:
             deadline = f"{datetime.fromtimestamp(deadline_ms / 1000, timezone.utc):%H:%M:%S} UTC"
-        except (ValueError, OverflowError, OSError):  # of a peer in another language
+        except (ValueError, OverflowError, OSError):  # from a peer in another language
             deadline = f"{deadline_ms} ms of Unix time"
         return f"{ack['state']}, its grace ends at {deadline}"
     return str(ack.get("state", "done"))

@@ -1,4 +1,4 @@
-"""``s2s jobs``: when each job is due, and how it went."""
+"""``s2s jobs``: when each job is due, and the result of its last run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from s2s.cli.backend import Backend, rows, with_backend
 from s2s.cli.common import ALL, json_option, show, words
 from s2s.store.tables.jobs import JobRow
 
-#: Seconds after which a job that is due and not run is told of.
+#: Seconds after which a job that is due and has not run is reported.
 OVERDUE_S: Final = 30
 
 
@@ -35,7 +35,7 @@ def list_(backend: Backend, as_json: bool) -> None:
 
 @dataclass(frozen=True)
 class _Line:
-    """A job as fits a terminal."""
+    """A job as a terminal line."""
 
     job_type: str
     schedule: str

@@ -1,4 +1,4 @@
-"""``s2s keys``: the table s2s_keys (docs/protocol.rst, "Keys")."""
+"""``s2s keys``: the signing keys in the table s2s_keys (docs/protocol.rst, "Keys")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``s2s notices``: what players were told."""
+"""``s2s notices``: notices to the players."""
 
 from __future__ import annotations
 

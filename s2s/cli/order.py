@@ -1,4 +1,4 @@
-"""``s2s order``: giving the engines orders, and following them (docs/protocol.rst, "Orders and their rows")."""
+"""``s2s order``: give orders to the engines, and follow them (docs/protocol.rst, "Orders and their rows")."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from s2s.protocol.catalogue import BY_NAME, ORDERS
 from s2s.protocol.settings import Value, read_as
 from s2s.store.tables.orders import OPEN
 
-#: The exit code where an order is not over, or that is not known.
+#: The exit code if an order is not over, or if that is unknown.
 NOT_OVER: Final = 3
-#: Seconds between two looks at one that is not over.
+#: Seconds between two reads of an order that is not over.
 _LOOK_S: Final = 0.25
 
 
@@ -49,16 +49,16 @@ def order() -> None:
 # --- giving ----------------------------------------------------------------------------------------------------------
 
 
-#: What the command line calls each order: as its module is called.
+#: The command-line name of each order, which is the name of its module.
 _NAMES: Final = {rpc: type(kind).__module__.rpartition(".")[2].replace("_", "-") for rpc, kind in KINDS.items()}
-#: Members that are said by an option.
+#: Members of a request that are options on the command line.
 _OPTIONS: Final = ("reason",)
 
 
 def _command(kind: OrderHandler) -> None:
     """Add the command that gives one kind of order: its arguments are the members of the request, in their order.
 
-    The schema of the request judges what is typed, and describes the command.
+    The schema of the request validates the arguments and describes the command.
     """
     rpc, document = kind.rpc, BY_NAME[kind.rpc].request_schema.document
     rules = {member: rule.get("type", "string") for member, rule in document["properties"].items()}
@@ -70,7 +70,7 @@ def _command(kind: OrderHandler) -> None:
         wrong = None if idem_key is None else IDEM_KEY.explain(idem_key, "--idem-key")
         if wrong is not None:
             raise OperatorError(f"{wrong[0]}: {wrong[1]}")
-        # What is no text cannot be told to the audit either.
+        # Raise on text that is not valid Unicode: the audit could not record it either.
         "".join(typed.values()).encode()
         types = {**rules, **_kinds(backend, rpc, typed)}
         params = {member: _read(types[member], text) for member, text in typed.items()}
@@ -90,13 +90,13 @@ def _command(kind: OrderHandler) -> None:
         name=_NAMES[rpc],
         help=f"{document['description']} ({rpc})\n\n\b\n" + "\n".join(_rule(document, member) for member in members),
         epilog="Exit code 0: it is done; 1: it was refused, or failed; 3: it is not over yet.",
-        # A number below zero is no option.
+        # A negative number is not an option.
         context_settings={"ignore_unknown_options": True},
     )(json_option(opened))
 
 
 def _rule(document: Mapping[str, Any], member: str) -> str:
-    """Say what a member of a request may be, out of its schema."""
+    """Describe the allowed values of a request member, from its schema."""
     rule = document["properties"][member]
     allowed = rule.get("enum") or [f"{rule[bound]}" for bound in ("minimum", "maximum") if bound in rule]
     joined = (" | " if "enum" in rule else " to ").join(allowed)
@@ -104,7 +104,7 @@ def _rule(document: Mapping[str, Any], member: str) -> str:
 
 
 def _give(backend: Backend, rpc: str, params: Mapping[str, Value], idem_key: str | None) -> Order:
-    """Give an order, or show the one that was given with this key before."""
+    """Give an order, or return the order that was given with this key before."""
     try:
         return backend.call(orders.GIVE[rpc], body=params, idem_key=idem_key)
     except Refused as error:
@@ -123,19 +123,19 @@ def _give(backend: Backend, rpc: str, params: Mapping[str, Value], idem_key: str
 
 
 def _leave(why: str) -> NoReturn:
-    """End where it is not known what came of an order."""
+    """Exit with :data:`NOT_OVER`, because the outcome of an order is unknown."""
     click.echo(why, err=True)
     raise SystemExit(NOT_OVER)
 
 
 def _read(kind: str, text: str) -> Value:
-    """Read what was typed as what is wanted; what is nothing of the kind, as what it looks like: others refuse it."""
+    """Convert an argument to its type; if it does not fit, to the type that it looks like, which the schema rejects."""
     read = (read_as(each, text) for each in (kind, "boolean", "integer", "string"))
     return next(value for value in read if value is not None)
 
 
 def _kinds(backend: Backend, rpc: str, typed: Mapping[str, str]) -> Mapping[str, str]:
-    """Give the types of members of which the schema allows several."""
+    """Return the types of the members for which the schema allows several."""
     if rpc != ConfigSet.rpc:
         return {}
     types = {row.key: row.type for row in rows(backend, config.LIST, ALL)}
@@ -160,8 +160,8 @@ for _kind in KINDS.values():
 
 
 def _follow(backend: Backend, row: Order, wait_s: float) -> Order:
-    """Look at an order until it is over, nothing has moved for so long, or Ctrl-C, which leaves it alone."""
-    # A call over HTTP loses no exception, and may wait long for a server that stands still.
+    """Read an order until it is over, for ``wait_s`` seconds without progress, or until Ctrl-C, which ends the wait."""
+    # A call over HTTP loses no exception, and may wait long for a server that does not respond.
     noted: AbstractContextManager[Callable[[], bool]] = interrupt_noted()
     if isinstance(backend, HttpBackend):
         noted = nullcontext(lambda: False)
@@ -185,7 +185,7 @@ def _follow(backend: Backend, row: Order, wait_s: float) -> Order:
 
 
 def _end(row: Order, as_json: bool) -> None:
-    """Tell what came of an order, and end with the exit code that says so."""
+    """Print the outcome of an order, and exit with the matching exit code."""
     result = row.result if isinstance(row.result, dict) else {}
     if as_json:
         show_one(row, True)
@@ -235,7 +235,7 @@ def list_(backend: Backend, status: str | None, rpc: str | None, before: str | N
 
 @dataclass(frozen=True)
 class _Line:
-    """An order as fits a terminal."""
+    """An order as a terminal line."""
 
     order_id: str
     given: datetime

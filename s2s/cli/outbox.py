@@ -1,4 +1,4 @@
-"""``s2s outbox``: commands on their way from an engine to the server."""
+"""``s2s outbox``: commands that wait in an engine's outbox for the server."""
 
 from __future__ import annotations
 

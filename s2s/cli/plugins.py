@@ -40,5 +40,5 @@ def list_(as_json: bool) -> None:
 
 
 def _source(kind: object, builtin: tuple[Any, ...]) -> str:
-    """Name the module that it is of; ours is the package."""
+    """Return the module that defines a plug-in; for the bundled ones, the name of the package."""
     return "s2s" if any(kind is one for one in builtin) else type(kind).__module__

@@ -1,4 +1,4 @@
-"""``s2s tokens``: who may use the HTTP API (docs/api.rst, "Tokens")."""
+"""``s2s tokens``: access to the HTTP API (docs/api.rst, "Tokens")."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def add(
 
 @contextmanager
 def _new_file(path: Path | None) -> Iterator[Callable[[str], object]]:
-    """Make a file that only its owner can read, and give what writes a line to it; it is removed where anything fails.
+    """Create a file that only its owner can read, and yield a function that writes a line to it; remove it on failure.
 
-    :raises OperatorError: it cannot be written, or is there.
+    :raises OperatorError: the file cannot be written, or exists.
     """
     if path is None:
         yield lambda _: None

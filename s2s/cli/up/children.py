@@ -1,4 +1,4 @@
-"""What ``s2s up`` keeps alive: a role as a twistd process, and PostgreSQL with its guardian."""
+"""The processes that ``s2s up`` keeps running: each role as a twistd process, and PostgreSQL with its guardian."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ from s2s.errors import OperatorError
 from s2s.roles.shutdown import CUT_S, GRACE_S, STOP_WITH_STDIN
 from s2s.runtime import watchdog
 
-#: What a role takes that is told to end, with all that follows its grace; one that takes longer than this hangs.
+#: Seconds that a stopped role needs, including its grace period and the steps after it; a role that takes longer hangs.
 _ENDS_S = GRACE_S + 2 * CUT_S + 2.0
-#: PostgreSQL writes out what it has in memory; its guardian's patience, and every step of its stop, fit into this.
+#: Seconds in which PostgreSQL ends: it writes out its memory, and its guardian's patience and every step of its stop
+#: fit.
 _DATABASE_ENDS_S = 60.0
-#: Bytes of what a role prints beside its log, after which all of it is dropped, and the bytes at its end that are read.
+#: Bytes of a role's output besides its log, after which all of it is dropped, and bytes at its end that are read.
 _OUTPUT_BYTES, _REASON_BYTES = 10_000_000, 65_536
-#: Seconds that a look at a guardian that starts waits for its words.
+#: Seconds that one read of a starting guardian waits for its output.
 _LOOK_S = 0.2
-#: The pauses before a dead role is started again, in seconds: the first, the longest, and the life that makes it new.
+#: Seconds: the first and the longest pause before a dead role is started again, and the life that resets the pause.
 _PAUSE_S, _PAUSE_MAX_S, _LONG_LIFE_S = 0.5, 10.0, 30.0
-#: A line of interest in a twistd log, and one that says why the process ends.
+#: A status line in a twistd log, and a line that states why the process ends.
 _NEWS = re.compile(r"\S+T(\d\d:\d\d:\d\d)\S* \[s2s\.runtime\.status_log#\w+\] (.+)")
 _REASON = re.compile(r"\S+ \[\S*#(?:critical|error)\] (.*\S.*)")
 
 
 class DatabaseProcess:
-    """PostgreSQL with its guardian (:mod:`s2s.store.embedded.lease`), which stops it when we die.
+    """PostgreSQL with its guardian (:mod:`s2s.store.embedded.lease`), which stops PostgreSQL when we die.
 
     :param lock: a file descriptor that the guardian inherits.
-    :param say: takes lines about it.
+    :param say: called with lines about it.
     """
 
     def __init__(self, state_dir: Path, lock: int, say: Callable[[str], None]) -> None:
@@ -48,17 +49,17 @@ class DatabaseProcess:
         self._lock = lock
         self._say = say
         self._guard: subprocess.Popen[bytes] | None = None
-        #: Whether this guardian is ready, and whether any was: the server may run then.
+        #: Whether this guardian is ready, and whether any guardian was, in which case the server may run.
         self._is_ready = self._was_ready = False
-        #: Of this guardian's stdout and stderr, the line that has not ended.
+        #: The unfinished line of this guardian's stdout, and of its stderr.
         self._word = self._line = b""
 
     def start(self, check: Callable[[], object] = lambda: None) -> str:
-        """Start it, or join it where it runs.
+        """Start the server, or join it if it runs.
 
-        :param check: called again and again while it starts; what it raises ends that.
-        :returns: its URL.
-        :raises OperatorError: the guardian's.
+        :param check: called repeatedly during the start; its exception ends the start.
+        :returns: the server's URL.
+        :raises OperatorError: the guardian's error.
         """
         self._spawn()
         while not (url := self._look(_LOOK_S)):
@@ -66,9 +67,9 @@ class DatabaseProcess:
         return url
 
     def poll(self) -> None:
-        """Start it again where it or its guardian has died; do not wait.
+        """Restart the server if it or its guardian has died; do not wait.
 
-        :raises OperatorError: it could not be started again.
+        :raises OperatorError: the server could not be started again.
         """
         if self._guard is None:
             return
@@ -80,7 +81,7 @@ class DatabaseProcess:
             self._spawn()
 
     def stop(self) -> None:
-        """Stop it; a guardian that died just now, or is not ready again, has left it running."""
+        """Stop the server; a guardian that has just died, or is not ready again, has left it running."""
         with suppress(OperatorError):
             self.poll()
             until = time.monotonic() + _DATABASE_ENDS_S
@@ -106,9 +107,9 @@ class DatabaseProcess:
         )
 
     def _look(self, wait_s: float) -> str:
-        """Hear a guardian that starts, and tell what it waits for.
+        """Read a starting guardian's output, and forward its lines about waits.
 
-        :returns: the URL when it is ready; empty: it is not yet.
+        :returns: the URL when it is ready; empty: it is not ready yet.
         :raises OperatorError: it has ended.
         """
         guard = self._guard
@@ -126,7 +127,7 @@ class DatabaseProcess:
             self._word += part
             if not part:
                 _, rest = guard.communicate()
-                # It is not started again.
+                # Forget this guardian, so that it is not started again.
                 self._guard = None
                 raise OperatorError((self._line + rest).decode(errors="replace").strip().rpartition("\n")[2])
         word, end, _ = self._word.partition(b"\n")
@@ -137,15 +138,15 @@ class DatabaseProcess:
 
 
 class RoleProcess:
-    """One role, started again when it dies unasked.
+    """One role, started again when it dies by itself.
 
-    :param name: what people call it; its log is ``NAME.log`` in the state directory.
+    :param name: the role's name for operators; its log is ``NAME.log`` in the state directory.
     :param argv: the twistd plugin's name and its options.
-    :param environment: variables beside our own; a database URL goes here, since argv is for everybody to read.
-    :param keep: file descriptors that it inherits.
-    :param say: takes lines about it.
+    :param environment: variables in addition to our own. A database URL belongs here, since every user can read argv.
+    :param keep: file descriptors that the role inherits.
+    :param say: called with lines about the role.
     :ivar pid: the process that runs, or ran last.
-    :ivar over: it ended by itself with exit 0, which is final (protocol, "The engine").
+    :ivar over: the role ended by itself with exit 0, which is final (protocol, "The engine").
     """
 
     def __init__(
@@ -169,14 +170,14 @@ class RoleProcess:
         self._tail = LogTail(log)
         self._lines: deque[str] = deque(maxlen=200)
         self._output = tempfile.TemporaryFile(dir=state_dir, buffering=0)  # noqa: SIM115 - lives as long as we do
-        # The role goes on at the end, wherever that is by now.
+        # Append, so that the role writes at the end even after the file was truncated.
         fcntl.fcntl(self._output, fcntl.F_SETFL, fcntl.fcntl(self._output, fcntl.F_GETFL) | os.O_APPEND)
         self._process: subprocess.Popen[bytes] | None = None
         self._pause_s = _PAUSE_S
         self._started = self._due = 0.0
 
     def start(self) -> None:
-        """Start it in a session of its own: a Ctrl-C at the terminal is for us alone, who stop in order."""
+        """Start the role in a session of its own, so that a Ctrl-C only reaches us, and we stop the roles in order."""
         self._output.truncate(0)
         self._lines.clear()
         self._started = time.monotonic()
@@ -192,16 +193,16 @@ class RoleProcess:
         self.pid = self._process.pid
 
     def status_log(self) -> Iterator[tuple[str, str]]:
-        """Give what it wrote for people since the last call: the time of day, and the text."""
+        """Yield the status lines since the last call: the time of day, and the text."""
         for line in self._tail.lines():
             self._lines.append(line)
             if match := _NEWS.fullmatch(line):
                 yield match[1], match[2]
 
     def poll(self, *, first: bool) -> None:
-        """See whether it lives, and start it again when the pause after its death is over.
+        """Check whether the role lives, and start it again when the pause after its death is over.
 
-        :param first: nothing has worked yet, so an exit with an error is the operator's to mend.
+        :param first: no link has come up yet, so an exit with an error is the operator's to fix.
         :raises OperatorError: that error.
         """
         now = time.monotonic()
@@ -232,7 +233,7 @@ class RoleProcess:
         self._pause_s = min(self._pause_s * 2, _PAUSE_MAX_S)
 
     def stop(self) -> None:
-        """Tell it to shut down, and wait for it."""
+        """Tell the role to shut down, and wait for it."""
         if self._process is None:
             return
         if not _end(self._process, _ENDS_S):
@@ -246,7 +247,7 @@ class RoleProcess:
         self._process = None
 
     def _reason(self, code: int) -> str:
-        """Find the line that says why it ended: what it said to the terminal, else its log."""
+        """Return the line that states why the role ended: from its output, else from its log."""
         list(self.status_log())
         self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - _REASON_BYTES))
         said = [line.strip() for line in self._output.read().decode(errors="replace").splitlines() if line.strip()]
@@ -255,7 +256,7 @@ class RoleProcess:
 
 
 def twistd() -> Path:
-    """Find the ``twistd`` that belongs to this Python.
+    """Return the path of the ``twistd`` that belongs to this Python.
 
     :raises OperatorError: there is none.
     """

@@ -1,4 +1,4 @@
-"""Following a log file that another process writes and rotates."""
+"""Follow a log file that another process writes and rotates."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import BinaryIO
 
 
 class LogTail:
-    """What is written to a file from now on.
+    """The lines that are written to a file from now on.
 
-    :param path: the file, which need not exist yet. What it holds already is not told.
+    :param path: the file, which need not exist yet. Its present content is skipped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -20,7 +20,7 @@ class LogTail:
         self._open(os.SEEK_END)
 
     def lines(self) -> list[str]:
-        """Give the lines that were finished since the last call, without their ends; never wait."""
+        """Return the lines that were finished since the last call, without line ends; never wait."""
         found: list[str] = []
         while self._file is not None or self._open():
             rotated = self._rotated()  # asked before the rest is read: what comes later goes to the new file
@@ -31,7 +31,7 @@ class LogTail:
         return found
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -45,7 +45,7 @@ class LogTail:
         return True
 
     def _rotated(self) -> bool:
-        """Whether the path names another file than the one that is open."""
+        """Whether the path names another file than the open one."""
         assert self._file is not None
         try:
             return not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())

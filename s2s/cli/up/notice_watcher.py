@@ -1,4 +1,4 @@
-"""What ``s2s up`` looks for in the database: notices, and what became of a broadcast of its own. All of it blocks."""
+"""The database checks of ``s2s up``: new notices, and the result of its own broadcast. All of them block."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from s2s.errors import DatabaseUnavailable
 from s2s.store import pool
 from s2s.store.tables import broadcasts, notices
 
-#: Seconds between two looks at the notices, how many of the newest are shown, and so much of each.
+#: Seconds between two reads of the notices, the number of new notices that are shown, and the most characters of each.
 _BOARD_S = 1.0
 _SHOWN = 3
 _NOTICE_CHARACTERS = 200
-#: Seconds in which the link must be up where we end by ourselves.
+#: Seconds within which the link must be up if ``s2s up`` runs for a limited time.
 _LINKS_S = 60.0
 
 
 class Say(Protocol):
-    """Takes a line for people: who it is about, what, and the time of day if it is not now."""
+    """Prints a line for operators: its source, its text, and the time of day if it is not now."""
 
     def __call__(self, who: str, what: str, at: str | None = None, /) -> None: ...
 
 
 class NoticeWatcher:
-    """The notices, shown as they come."""
+    """Shows new notices."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -35,7 +35,7 @@ class NoticeWatcher:
         self._due = 0.0
 
     def poll(self, say: Say) -> None:
-        """Look now and then, and show the newest of those that have come."""
+        """Read the notices at intervals, and show the newest of the new ones."""
         if time.monotonic() < self._due:
             return
         self._due = time.monotonic() + _BOARD_S
@@ -44,12 +44,12 @@ class NoticeWatcher:
             fresh = [notice for notice in found if self._newest is not None and notice.notice_id > self._newest]
             self._newest = max((notice.notice_id for notice in found), default=0)
             for notice in reversed(fresh):
-                # Not as it is: a terminal obeys what anybody may have written.
+                # Quote the text, because a terminal would obey control characters in it.
                 say("notice", repr(notice.message)[:_NOTICE_CHARACTERS])
 
 
 class SmokeBroadcast:
-    """A broadcast that is sent when the link is up, and the wait for the notice that it becomes."""
+    """A broadcast that is sent when the link is up, and the wait for its notice."""
 
     def __init__(self, url: str, for_seconds: float) -> None:
         self.arrived = False
@@ -66,7 +66,7 @@ class SmokeBroadcast:
 
     @property
     def verdict(self) -> str:
-        """What became of it, for people."""
+        """The result of the broadcast, for operators."""
         if self.arrived:
             return "the broadcast came the whole way: it is a notice"
         if self._sent:
@@ -74,7 +74,7 @@ class SmokeBroadcast:
         return "no link came up, so no broadcast was sent"
 
     def poll(self, say: Say) -> None:
-        """Send it once, then look for the notice."""
+        """Send the broadcast once, then look for its notice."""
         with suppress(DatabaseUnavailable), pool.blocking(self._url, "s2s up") as txn:
             if not self._sent:
                 broadcasts.add(txn, self._message)

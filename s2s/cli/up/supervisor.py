@@ -1,8 +1,8 @@
 """``s2s up``: a database, a server and an engine as real processes, kept running until they are told to stop.
 
-All of them are children with a pipe from us at their stdin: when we die, even by SIGKILL, the roles shut down, and
-PostgreSQL's guardian (:mod:`s2s.store.embedded.lease`) waits for them and stops it. What is in use is said by locks
-that the kernel drops with their holders, so nothing that is left behind has to be believed.
+All of them are children whose stdin is a pipe from us. When we die, even by SIGKILL, the roles shut down, and
+PostgreSQL's guardian (:mod:`s2s.store.embedded.lease`) waits for them and stops it. Locks show whether something is in
+use; the kernel releases them with their holders, so no stale file is ever trusted.
 """
 
 from __future__ import annotations
@@ -32,32 +32,33 @@ from s2s.store.tables import keys, tokens
 from s2s.store.tables.seed import make_world
 
 ENGINE_NAME = "engine-1"
-#: The world where there is none: how many sectors and ships, and its seed.
+#: The world that is created if there is none: the number of sectors and of ships, and its seed.
 WORLD = (1000, 10_000, 1)
 
-#: The name of the token that is made for a run.
+#: The name of the token that is created for a run.
 TOKEN = "s2s-up"
 
 _POLL_S = 0.2
-#: Seconds in which the children of a killed ``s2s up`` end by themselves.
+#: Seconds within which the children of a killed ``s2s up`` end by themselves.
 _LEFT_BEHIND_S = 30.0
-#: Seconds in which a command that looks whether an s2s up runs has let go of the lock.
+#: Seconds within which a command that checks for a running s2s up has released the lock.
 _LOOKED_AT_S = 1.0
-#: Seconds that the end of the token may wait for a lock.
+#: Seconds that the revocation of the token may wait for a lock.
 _REVOKE_S = 5.0
 
 
 def run(state_dir: Path, listen: str, http: str, for_seconds: float | None, echo: Callable[[str], None]) -> int:
-    """Run everything until SIGINT, SIGTERM or SIGHUP, or for a time. Blocks; belongs to the main thread.
+    """Run everything until SIGINT, SIGTERM or SIGHUP, or for a time. Blocks; call it in the main thread.
 
-    :param state_dir: where the database, the logs and ``up.json`` are; it is made.
+    :param state_dir: the directory of the database, the logs and ``up.json``; it is created.
     :param listen: the server's Twisted endpoint string, of ``tcp`` or ``unix``.
-    :param http: that of its HTTP API, of ``tcp``.
-    :param for_seconds: end so many seconds after the link is up, having sent a broadcast through it; None: go on.
-    :param echo: is called with every line for people.
-    :returns: the exit code: 0, or 1 where the broadcast did not come the whole way.
-    :raises OperatorError: what is missing, in use or wrong; nothing is left running.
-    :raises OSError: a line could not be written; likewise.
+    :param http: the endpoint string of its HTTP API, of ``tcp``.
+    :param for_seconds: end this many seconds after the link is up and a broadcast was sent through it; ``None``: do not
+        end.
+    :param echo: called with every line for operators.
+    :returns: the exit code: 0, or 1 if the broadcast did not become a notice.
+    :raises OperatorError: something is missing, in use or wrong; no process is left running.
+    :raises OSError: a line could not be written; no process is left running.
     """
     lost: list[OSError] = []
     try:
@@ -81,10 +82,10 @@ def _run(
     echo: Callable[[str], None],
     lost: list[OSError],
 ) -> int:
-    """Do as :func:`run`.
+    """Run as :func:`run` does.
 
-    :param lost: takes the error of a line that could not be written.
-    :raises KeyboardInterrupt: a signal came before everything was started.
+    :param lost: receives the error of a line that could not be written.
+    :raises KeyboardInterrupt: a signal arrived before everything was started.
     """
     connect = connect_endpoint(listen)
     base_url = http_url(http)
@@ -163,7 +164,7 @@ def _run(
 
 
 def _forward_status(role: RoleProcess, say: Say) -> bool:
-    """Tell a role's news, and whether it has a link among it."""
+    """Print a role's status lines, and return whether one of them reports a link."""
     linked = False
     for at, what in role.status_log():
         say(role.name, what, at)
@@ -172,9 +173,9 @@ def _forward_status(role: RoleProcess, say: Say) -> bool:
 
 
 def connect_endpoint(listen: str) -> str:
-    """Give the client endpoint that reaches a server endpoint of this machine.
+    """Return the client endpoint that reaches a server endpoint of this machine.
 
-    :raises OperatorError: it is not of ``tcp`` or ``unix``, or names no fixed port or path.
+    :raises OperatorError: the endpoint is not of ``tcp`` or ``unix``, or names no fixed port or path.
     """
     kind, first, named = _parts(listen)
     if kind == "tcp":
@@ -186,9 +187,9 @@ def connect_endpoint(listen: str) -> str:
 
 
 def http_url(http: str) -> str:
-    """Give the base URL that reaches an HTTP endpoint of this machine.
+    """Return the base URL that reaches an HTTP endpoint of this machine.
 
-    :raises OperatorError: it is not of ``tcp``, or names no fixed port.
+    :raises OperatorError: the endpoint is not of ``tcp``, or names no fixed port.
     """
     if _parts(http)[0] != "tcp":
         raise OperatorError(f"--http {http}: s2s up takes tcp:PORT[:interface=ADDRESS]")
@@ -197,14 +198,14 @@ def http_url(http: str) -> str:
 
 
 def _parts(endpoint: str) -> tuple[str, str, dict[str, str]]:
-    """Give an endpoint's kind, the first of its parts that has no name, and those that have."""
+    """Return an endpoint's kind, the first of its unnamed parts, and its named parts."""
     kind, *parts = (re.sub(r"\\(.)", r"\1", part) for part in re.split(r"(?<!\\):", endpoint))
     named = dict(part.split("=", 1) for part in parts if "=" in part)
     return kind, next((part for part in parts if "=" not in part), ""), named
 
 
 def _tcp(option: str, endpoint: str) -> tuple[str, int]:
-    """Give the host and port at which this machine reaches a ``tcp`` endpoint of its own."""
+    """Return the host and port at which this machine reaches a ``tcp`` endpoint of its own."""
     _, first, named = _parts(endpoint)
     port = named.get("port", first)
     if not (port.isdecimal() and 0 < int(port) < 65536):
@@ -218,27 +219,27 @@ def _quoted(value: str) -> str:
 
 
 class _StopFlag:
-    """Whether we were told to end."""
+    """Whether a signal has told us to end."""
 
     rung = False
     _is_raising = False
 
     def ring(self, *_: object) -> None:
-        """Be told, as the handler of a signal."""
+        """Set the flag, as the handler of a signal."""
         self.rung = True
         if self._is_raising:
-            # What it ends is not interrupted once more.
+            # Do not interrupt the cleanup once more.
             self._is_raising = False
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if we were told."""
+        """Raise KeyboardInterrupt if the flag is set."""
         if self.rung:
             raise KeyboardInterrupt
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Raise KeyboardInterrupt also when we are told meanwhile, for waits that do not look at the flag."""
+        """Also raise KeyboardInterrupt when a signal arrives inside, for waits that do not check the flag."""
         self._is_raising = True
         try:
             self.check()
@@ -249,7 +250,7 @@ class _StopFlag:
 
 @contextmanager
 def _bell() -> Iterator[_StopFlag]:
-    """Turn the signals that end us into a flag, looked at between two steps: the end has an order."""
+    """Turn the signals that end us into a flag that is checked between two steps, so that the stop keeps its order."""
     bell = _StopFlag()
 
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -265,7 +266,7 @@ def _bell() -> Iterator[_StopFlag]:
 
 @contextmanager
 def _exclusive(state_dir: Path, say: Say) -> Iterator[int]:
-    """Hold the state directory against another ``s2s up``, and wait for what a killed one left behind.
+    """Lock the state directory against another ``s2s up``, and wait for the children of a killed one.
 
     :returns: a locked descriptor for our children to inherit: the lock is free when the last of them has died.
     """
@@ -306,7 +307,7 @@ def _take(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def _prepare(url: str, say: Callable[[str], None]) -> str:
-    """Make the tables, the first key and a world, where they are not made yet.
+    """Create the tables, the first key and a world, unless they exist.
 
     :returns: a token for this run.
     """
@@ -317,7 +318,7 @@ def _prepare(url: str, say: Callable[[str], None]) -> str:
         is_made = make_world(txn, *WORLD)
         tokens.revoke(txn, TOKEN)  # of a run that was killed
         token = tokens.add(txn, TOKEN, "admin", "of the s2s up that runs")
-        # Here, where it is told what it waits for.
+        # Commit inside the block, which reports what the COMMIT waits for.
         commit(txn.connection)
     if key_id is not None:
         say(f"made a random key: {key_id}")
@@ -328,9 +329,9 @@ def _prepare(url: str, say: Callable[[str], None]) -> str:
 
 
 def _withdraw_token(url: str, token_file: Path) -> None:
-    """End this run's token, as far as that can be."""
+    """Revoke this run's token, if possible."""
     token_file.unlink(missing_ok=True)
-    # The next run ends it, too.
+    # If this fails, the next run revokes it.
     with (
         suppress(DatabaseError),
         pool.blocking(url, "s2s up", statement_timeout_s=_REVOKE_S, connect_timeout_s=1.0) as txn,
@@ -340,10 +341,10 @@ def _withdraw_token(url: str, token_file: Path) -> None:
 
 @dataclass(frozen=True)
 class Api:
-    """Where a running ``s2s up`` serves the HTTP API.
+    """The HTTP API of a running ``s2s up``.
 
     :param url: its base URL.
-    :param token_file: holds an admin's token.
+    :param token_file: the file with an admin's token.
     """
 
     url: str
@@ -351,10 +352,10 @@ class Api:
 
 
 def find_api(state_dir: Path) -> Api | None:
-    """Give the API of the ``s2s up`` that runs in a state directory; ``None``: none does, or it has no link yet."""
+    """Return the API of the ``s2s up`` that runs in a state directory; ``None``: none runs, or it has no link yet."""
     try:
         found = json.loads(_json_file(state_dir).read_text())
-        # A killed one leaves its file behind, and its pids may be those of others by now.
+        # A killed one leaves its file behind, and its pids may belong to other processes by now.
         with _lock_file(state_dir).open("rb") as ours:
             if _take(ours, fcntl.LOCK_SH):
                 return None
@@ -369,7 +370,7 @@ def _json_file(state_dir: Path) -> Path:
 
 
 def _replace(path: Path, text: str, mode: int = 0o666) -> None:
-    """Write a file in one step: a reader sees the old text or the new, and never more than ``mode`` allows."""
+    """Write a file in one step: a reader sees the old text or the new, with no permissions beyond ``mode``."""
     fresh = path.with_name(path.name + ".new")
     fresh.unlink(missing_ok=True)
     with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
