@@ -60,7 +60,7 @@ class Clock:
 
 def suspended_s() -> float:
     """Return the seconds for which this machine was suspended since its start: the monotonic clock omits them."""
-    boot = getattr(time, "CLOCK_BOOTTIME", None)  # of Linux
+    boot = getattr(time, "CLOCK_BOOTTIME", None)  # only on Linux
     return 0.0 if boot is None else time.clock_gettime(boot) - time.monotonic()
 
 

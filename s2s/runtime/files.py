@@ -28,7 +28,7 @@ def read(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     content = b""
     with open(path, "rb", buffering=0, opener=_at_once) as file:
         patience_ms = None if file.isatty() else SILENT_S * 1000
-        poll = select.poll()  # it has no bound of descriptors
+        poll = select.poll()  # unlike select(), it has no limit on descriptors
         poll.register(file, select.POLLIN)
         while len(content) <= most_bytes:
             if not poll.poll(patience_ms):

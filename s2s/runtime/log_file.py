@@ -38,7 +38,7 @@ def bound(file_bytes: int, old_files: int) -> None:
     for file in _files():
         file.rotateLength = file_bytes if limit == resource.RLIM_INFINITY else min(file_bytes, max(1, limit // 2))
         file.maxRotatedFiles = old_files
-        file.__class__ = _CountedFile  # twistd has made it
+        file.__class__ = _CountedFile  # because twistd has created the object
         cast("_CountedFile", file).check_place()
     for observer in _observers():
         if observer._outFile is sys.__stdout__:
@@ -81,7 +81,7 @@ class _Counted:
 class _CountedFile(_Counted, LogFile):
     """A log file that accepts each event as a whole or not at all."""
 
-    synchronized = ["write"]  # with rotate(), which is so already
+    synchronized = ["write"]  # together with rotate(), which is synchronized already
     write = _Counted.write
     #: Whether the path leads to the file. It does not in another root directory, or for a user who may not search it.
     _is_in_reach = True
@@ -98,14 +98,14 @@ class _CountedFile(_Counted, LogFile):
 
     def _append(self, text: bytes) -> None:
         if self._is_in_reach and self.shouldRotate():  # type: ignore[no-untyped-call]
-            with suppress(OSError):  # what cannot be rotated is written to all the same
+            with suppress(OSError):  # if the rotation fails, write to the file all the same
                 self.rotate()  # type: ignore[no-untyped-call]
             self._leave_removed()
-        if self._file.closed:  # by a rotation that failed half-way
+        if self._file.closed:  # after a rotation that failed half-way
             self._openFile()  # type: ignore[no-untyped-call]
-        start = self._file.seek(0, os.SEEK_END)  # another program may have cut the file short
+        start = self._file.seek(0, os.SEEK_END)  # another program may have truncated the file
         try:
-            while text:  # a disk that becomes full takes the beginning, and says why at the next try
+            while text:  # a disk that fills up accepts a part, and raises at the next write
                 text = text[self._file.write(text) :]
         except OSError:
             with suppress(OSError):
@@ -126,7 +126,7 @@ class _CountedFile(_Counted, LogFile):
             self._openFile()  # type: ignore[no-untyped-call]
             removed.close()
         except OSError:
-            pass  # nothing tells whether it is there
+            pass  # it is unknown whether the file exists
 
 
 class _CountedStream(_Counted):

@@ -89,6 +89,6 @@ class PidFile:
             return False
 
     def _remove(self) -> None:
-        with suppress(OSError):  # the directory may be out of reach for the user that a daemon became
+        with suppress(OSError):  # a daemon's new user may have no access to the directory
             if self._is(self._descriptor):
                 os.unlink(self._path)

@@ -85,6 +85,6 @@ def _without_wait(descriptor: int) -> int:
     """
     if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
         # Open the pipe again: O_NONBLOCK on the open descriptor would also apply to other processes.
-        with suppress(OSError):  # it may be another user's
+        with suppress(OSError):  # the pipe may belong to another user
             return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
     return os.dup(descriptor) if streams.has_room(descriptor, 0.0) else os.open(os.devnull, os.O_WRONLY)

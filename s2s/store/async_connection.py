@@ -120,7 +120,7 @@ class AsyncConnection:
             else:
                 self.ask(query, go_on)
 
-        go_on(None)  # the first send is None, as it must be
+        go_on(None)  # a generator's first send() must be None
         return outcome
 
     def stop(self) -> Deferred[None]:

@@ -439,7 +439,7 @@ def _open_async(
             _check_literals(conn)
         for text in (statement, baseline(statement_timeout_s), _SESSION):
             if text:
-                cursor = conn.cursor(cursor_factory=StoreCursor)  # kept until it is done: the connection does not
+                cursor = conn.cursor(cursor_factory=StoreCursor)  # keep a reference: the connection keeps none
                 try:
                     cursor.execute(text)
                     _settle(conn, deadline, within_s)

@@ -145,7 +145,7 @@ def _literal(value: Any, conn: connection) -> Any:
     write = _WRITERS.get(type(value))
     if write is not None:
         return write(value, conn)
-    if isinstance(value, tuple):  # a row
+    if isinstance(value, tuple):  # an SQL row
         return AsIs(f"({', '.join(_text(_literal(item, conn)) for item in value)})")
     return value
 

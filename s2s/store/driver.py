@@ -142,7 +142,7 @@ Steps = Generator[Query, list[Any], T]
 
 def drive(txn: Cursor, steps: Steps[T]) -> T:
     """Run the queries of some work in a transaction. Blocks."""
-    rows: Any = None  # the first send is None, as it must be
+    rows: Any = None  # a generator's first send() must be None
     while True:
         try:
             query = steps.send(rows)

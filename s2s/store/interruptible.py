@@ -107,7 +107,7 @@ def _end_with_client(conn: Connection) -> None:
             with conn.cursor() as txn:
                 txn.execute(statement)
             conn.commit()
-        except psycopg2.Error:  # the database's operating system cannot tell
+        except psycopg2.Error:  # the database's operating system lacks the feature
             if conn.closed:
                 raise
             conn.rollback()

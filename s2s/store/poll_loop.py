@@ -142,7 +142,7 @@ class PollLoop:
             self._failing_from = self._clock.seconds()
         self._why = one_line(error)
         if isinstance(error, DatabaseUnavailable):
-            return  # The pool has said so in the log, once.
+            return  # The pool has already logged it, once.
         if isinstance(error, StatementRefused):
             self.tell_refused(str(error))
         # Mostly a SystemExit of foreign code, which must not end a worker silently.

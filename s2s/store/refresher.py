@@ -130,7 +130,7 @@ class Refresher(Generic[T]):
         if gap_s is not None:
             self._read_after(gap_s)
         for waiter in waiters:
-            if waiter.called:  # it waits no more
+            if waiter.called:  # cancelled
                 continue
             if isinstance(outcome, Failure):
                 waiter.errback(outcome)

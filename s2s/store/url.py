@@ -73,7 +73,7 @@ def _is_cut(rest: str) -> bool:
     user, at, behind = rest.partition("@")
     if not at:
         return False
-    if "/" in user:  # libpq looks for no user behind a slash
+    if "/" in user:  # libpq looks for no user after a slash
         return "@" in rest.partition("?")[0]
     is_query = "?" in user.partition(":")[0] or re.search(r"\?\w+=", user)
     return bool(is_query) or "@" in behind.partition("?")[0]

@@ -23,7 +23,7 @@ class LogTail:
         """Return the lines that were finished since the last call, without line ends; never wait."""
         found: list[str] = []
         while self._file is not None or self._open():
-            rotated = self._rotated()  # asked before the rest is read: what comes later goes to the new file
+            rotated = self._rotated()  # checked before the rest is read: later lines go to the new file
             found += self._rest()
             if not rotated:
                 break

@@ -96,10 +96,10 @@ def _run(
             return
         try:
             echo(f"{at or time.strftime('%H:%M:%S')}  {who:<8}  {what}")
-        except OSError as error:  # everything stops in order first
+        except OSError as error:  # stop everything in order before raising it
             lost.append(error)
 
-    with ExitStack() as stack:  # unwinds in the order of the stop: engine, server, database, locks
+    with ExitStack() as stack:  # stops in this order: engine, server, database, locks
         bell = stack.enter_context(_bell())
         with bell.interrupting():
             lock = stack.enter_context(_exclusive(state_dir, say))
@@ -254,7 +254,7 @@ def _bell() -> Iterator[_StopFlag]:
     bell = _StopFlag()
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # started by nohup
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, bell.ring) for number in numbers}
     try:
@@ -316,7 +316,7 @@ def _prepare(url: str, say: Callable[[str], None]) -> str:
             say(f"migrated: {name}")
         key_id = keys.add_first_random(txn)
         is_made = make_world(txn, *WORLD)
-        tokens.revoke(txn, TOKEN)  # of a run that was killed
+        tokens.revoke(txn, TOKEN)  # the token of a run that was killed
         token = tokens.add(txn, TOKEN, "admin", "of the s2s up that runs")
         # Commit inside the block, which reports what the COMMIT waits for.
         commit(txn.connection)

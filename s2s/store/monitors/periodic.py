@@ -51,7 +51,7 @@ class Periodic(ABC):
         try:
             await self._look()
         except DatabaseUnavailable:
-            pass  # The pool has said so in the log, once.
+            pass  # The pool has already logged it, once.
         except DatabaseError as error:
             if self._why != str(error):
                 self._why = str(error)

@@ -20,7 +20,7 @@ def declare(txn: Cursor, schemas: Mapping[str, str]) -> None:
 
     :param schemas: the schema of each type, as JSON text. They replace the schemas of an earlier start.
     """
-    for cmd_type in sorted(schemas):  # in one order: two servers that start at once wait for each other at most
+    for cmd_type in sorted(schemas):  # in one order, so that two starting servers cannot deadlock
         txn.execute(
             "insert into s2s.command_types (cmd_type, schema) values (%s, %s)"
             " on conflict (cmd_type) do update set schema = excluded.schema, served_at = now()",

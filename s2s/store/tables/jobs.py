@@ -27,7 +27,7 @@ _ATTEMPTING: Final = lock_key("attempting a job")
 _PAUSE: Final = "least(power(2, least({attempts}, 9)), 300) * interval '1 second'"
 PAUSE: Final = _PAUSE.format(attempts="attempts")
 _FIRST_PAUSE: Final = _PAUSE.format(attempts=0)
-#: A row that was written by hand may have the largest number of attempts.
+#: SQL that counts an attempt; it is bounded because a row that was written by hand may have the largest number.
 ONE_MORE: Final = "attempts = least(attempts, 1000000) + 1"
 
 #: Seconds that the declaration of a job waits for a session that holds its row.
@@ -37,8 +37,8 @@ DECLARE_LOCK_S: Final = 1.0
 _DUE: Final = (
     "job_type, floor(extract(epoch from due_at))::bigint, runs, coalesce(state, '{}'), attempts, retry_at, ctid::text"
 )
-#: Seconds for which a run or an order of many steps goes on in one process without a look at what else is due: a look
-#: takes longer the more dead versions of rows an open snapshot keeps.
+#: Seconds for which one process continues a run or an order of many steps without looking for other due rows: such a
+#: look takes longer the more dead row versions an open snapshot keeps.
 SLICE_S: Final = 0.25
 
 

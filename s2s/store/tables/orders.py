@@ -160,7 +160,7 @@ def _is_same(order: Order, rpc: str, params: Mapping[str, Any]) -> bool:
     try:
         # Compare bytes: to Python, true equals 1.
         return (order.rpc, canonical.dumps(order.params)) == (rpc, canonical.dumps(params))
-    except CanonicalError:  # written by another hand than ours
+    except CanonicalError:  # another program has written the params
         return False
 
 

@@ -447,7 +447,7 @@ class Settlement:
         :param is_singly: the database refused the results: find the refused rows, and write the others.
         :returns: the accepted rows that cannot be removed.
         """
-        txn.execute("set local synchronous_commit = off")  # as of :func:`claim`
+        txn.execute("set local synchronous_commit = off")  # see Claims.claim
 
         def write(change: Callable[..., list[int]], rows: Sequence[Any], *more: float) -> list[int]:
             if not rows:
