@@ -114,7 +114,7 @@ def give(
 
     :param params: valid, without the ``order_id``.
     :param idem_key: an existing order with this key is the same order, whatever its id.
-    :param by_link: the order came over a link. Otherwise engines leave it for a while to a link, if there is one.
+    :param by_link: the order came over a link. Otherwise an engine with a link waits for a while for the link to deliver it.
     :returns: the order, and whether it is new.
     :raises IdemConflict: the id or the key belongs to an order with other content; nothing is written.
     """
@@ -274,7 +274,7 @@ def attempt(
     :param rpcs: the RPCs that the caller serves now.
     :param resting: the RPCs among these whose running orders are skipped.
     :param in_hand: the ``order_id`` of each order that the caller is running.
-    :param patience_s: seconds for which an order that did not come over a link is left to an engine with a link.
+    :param patience_s: seconds for which an order that has not come over a link is left for a link to deliver.
     :param jobs: the caller's jobs; ``None``: it has every job. An order to run another job is left for :data:`LEFT_S`
         to an engine that has the job, if any engine has ever declared it.
     :raises RowRefused: the database refuses the change of that row.

@@ -20,8 +20,8 @@ from s2s.store.tables.lookback import SLACK_S, Lookback
 #: The most priorities with a remembered start point: all that a push can name. Each costs a scan one step in the index.
 _MOST_PRIORITIES: Final = 1024
 _FIRST_ID: Final = -(2**63)
-#: The most bytes of the payloads of one batch, as jsonb, unless it has a single command. Python needs eight times as
-#: many.
+#: The most bytes of the payloads of one batch, as jsonb, unless it has a single command. Python needs eight
+#: times as many.
 MOST_BYTES: Final = 16 * 1024 * 1024
 #: Bytes in the table up to which a payload is not counted: uncompressed, it has at most 85 times as many.
 SMALL_BYTES: Final = 1000
