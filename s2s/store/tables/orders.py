@@ -114,7 +114,8 @@ def give(
 
     :param params: valid, without the ``order_id``.
     :param idem_key: an existing order with this key is the same order, whatever its id.
-    :param by_link: the order came over a link. Otherwise an engine with a link waits for a while for the link to deliver it.
+    :param by_link: the order came over a link. Otherwise an engine with a link leaves it to the link
+        for a while.
     :returns: the order, and whether it is new.
     :raises IdemConflict: the id or the key belongs to an order with other content; nothing is written.
     """
