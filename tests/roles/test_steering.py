@@ -188,11 +188,11 @@ class SteeringTests(RoleTestCase, CliTestCase):
         many = control_requests.MOST + 20
         self.execute(
             "insert into s2s.steering (engine, type, payload, actor, expires_at)"
-            " select 'engine-9', 's2s.engine.pause', '{\"reason\": \"x\"}', 'hand', now() + interval '1 hour'"
+            " select 'engine-9', 's2s.engine.pause', '{\"reason\": \"x\"}', 'hand', now() + interval '50 seconds'"
             " from generate_series(1, %s);"
             "insert into s2s.steering (engine, type, payload, actor, expires_at)"
             " select 'engine-9', 's2s.engine.pause', jsonb_build_object('reason', repeat('x', 1000000)),"
-            " E'\x1b]0;' || repeat('y', 10000), now() + interval '1 hour'",
+            " E'\x1b]0;' || repeat('y', 10000), now() + interval '50 seconds'",
             many,
         )
         for _ in range(many):
