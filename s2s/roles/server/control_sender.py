@@ -1,4 +1,4 @@
-"""Control requests from a shell: taken from the database by the server that has the link, and sent over it."""
+"""Take the operators' control requests from the database, and send them over the links of this server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from s2s.store.tables.engines import LinkRow
 
 
 class ControlSender:
-    """Shows this server's links in ``engine_links``, and sends what ``steering`` asks of its engines."""
+    """Writes this server's links to ``engine_links``, and sends the requests in ``steering`` to its engines."""
 
     log = Logger()
 
@@ -34,7 +34,7 @@ class ControlSender:
         self._links = links
         self._boot_id = boot_id
         self._is_showing = self._is_changed = False
-        #: Requests that are taken and not answered.
+        #: The number of requests that were taken and are not answered yet.
         self._flying = 0
         self._turns = PollLoop("steering", self._poll_once, clock.scheduler)
         self.wake = self._turns.wake
@@ -42,14 +42,14 @@ class ControlSender:
         self._showing.clock = clock.scheduler
 
     def start(self) -> None:
-        """Take and show from now on."""
+        """Start taking requests and writing the links."""
         self._turns.start()
         self._showing.start(engines.REFRESH_S)
 
     def stop(self) -> Deferred[Any]:
-        """Take no more.
+        """Stop taking requests.
 
-        :returns: fires when this server's links are no longer shown.
+        :returns: fires when no poll is in progress and this server's links have been removed from the table.
         """
         if self._showing.running:
             self._showing.stop()
@@ -57,7 +57,7 @@ class ControlSender:
         return gatherResults([self._turns.stop(), leaving.addErrback(self._unless_away)])
 
     def links_changed(self) -> None:
-        """Write the links anew: they have changed, or it is time."""
+        """Write the links again: they have changed, or the refresh is due."""
         if self._is_showing:
             self._is_changed = True
             return
@@ -73,7 +73,7 @@ class ControlSender:
             self.links_changed()
 
     async def _poll_once(self, _: int) -> float | None:
-        """Take what somebody may have asked for."""
+        """Take requests from the table and start sending them."""
         links = self._links.engines
         room = control_requests.MOST - self._flying
         if not links or not room:
@@ -95,7 +95,7 @@ class ControlSender:
         is_ok: bool | None = None
         how = "no answer"
         payload: Mapping[str, Any]
-        # Of two links of one name the newer one: the older may be dead, and not known to be.
+        # Of two links with the same name, use the newer one: the older one may be dead without having been detected.
         link = next((link for link in reversed(self._links.engines) if _name(link) == asked.engine), None)
         try:
             if link is None:
@@ -126,12 +126,12 @@ class ControlSender:
             )
 
     def _unless_away(self, failure: Failure) -> None:
-        # Of a database that is away the pool has told.
+        # The pool has logged that the database is away.
         if not failure.check(DatabaseError):
             self.log.failure("steering stumbled", failure)
 
 
-#: Asked for by whoever lists the engines.
+#: The types that are not logged: each listing of the engines sends a health check.
 _UNTOLD: Final = frozenset({"s2s.health.check"})
 
 

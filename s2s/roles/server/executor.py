@@ -1,11 +1,11 @@
-"""Running commands: each with its effect and its end in one transaction (docs/protocol.rst, "Commands").
+"""Run commands. One transaction contains a command's effect and its new status (docs/protocol.rst, "Commands").
 
-Every exception of a handler is charged, its own and those of its statements: a deadlock, a timeout or a full disk may
-well be the command's fault, and a pause and nine further attempts lie behind it. A command that fails after others of
-its batch ran in the same transaction runs alone first: they may have left something behind. Where the fault is the
-database's, the charge cannot be written either. A failure because the connection broke or because we stop is never
-charged. For a process that dies another one charges its commands; :mod:`s2s.store.tables.claims` says how it is told
-from one that lives.
+Every handler exception counts as a failed attempt, including SQL errors: a deadlock, a timeout or a full disk may well
+be the command's fault, and a pause and nine further attempts follow. A command that fails after other commands of its
+batch ran in the same transaction first runs alone, uncharged, since the other commands may have caused the failure. If
+the database is at fault, the charge cannot be written either. A lost connection is not charged before the third loss
+of a command (:data:`LOSSES`), and a failure because the process stops is never charged. If a process dies, another
+process charges its commands; :mod:`s2s.store.tables.claims` describes how a dead process is told from a living one.
 """
 
 from __future__ import annotations
@@ -37,43 +37,43 @@ from s2s.store.pool import Database
 from s2s.store.tables import claims, commands
 from s2s.store.tables.ready import Ready
 
-#: Seconds between two looks whether our presence lock is back.
+#: Seconds between two checks whether this process holds its presence lock again.
 ABSENT_S: Final = 0.25
-#: A command that has lost its connection so often, and now alone, is charged for it.
+#: A command is charged for a lost connection from the third loss on, if it ran alone at that loss.
 LOSSES: Final = 3
-#: Commands that are remembered because their connection was lost, and because they are to run alone.
+#: The numbers of commands remembered because their connection was lost, and because they are to run alone.
 _MOST_SUSPECTS: Final = 10_000
 _MOST_LONE: Final = 10_000
-#: Seconds after which a batch begins no further command: those that are left go to the next worker that looks, and the
-#: locks and the snapshot of one transaction do not last for a whole batch of slow handlers.
+#: Seconds after which a batch begins no further command. The remaining commands go to the next worker that polls, so
+#: that the locks and the snapshot of one transaction do not last for a whole batch of slow handlers.
 BATCH_S: Final = 5.0
-#: Handlers of one type that may be stuck in this process, before it takes no more commands of that type: the type may
-#: be at fault, and the others go on. One bad command may take two, first in a batch and then alone.
+#: Number of stuck handlers of one type at which this process takes no more commands of that type: the type may be at
+#: fault, and commands of other types go on. One bad command may account for two, first in a batch and then alone.
 STUCK_OF_TYPE: Final = 3
-#: Seconds between two tries to write down that a handler is stuck, while the database is away.
+#: Seconds between two attempts to write the claim or the charge of a stuck handler while the database is away.
 _AGAIN_S: Final = 1.0
 
 
 @dataclass
 class Report:
-    """What one batch came to."""
+    """The outcome of one batch."""
 
     done: list[int] = field(default_factory=list)
     failed: list[tuple[int, str]] = field(default_factory=list)
-    #: Those that failed after others had run in the transaction.
+    #: Commands to run alone next, uncharged: they failed after others had run in the transaction, or the database
+    #: refused to change them.
     doubtful: list[int] = field(default_factory=list)
     dead: int = 0
     #: The id of the transaction.
     xid: int = 0
-    #: Seconds to sleep then, see :class:`s2s.store.poll_loop.PollLoop`.
+    #: Seconds to sleep afterwards, see :class:`s2s.store.poll_loop.PollLoop`.
     pause_s: float | None = 0.0
 
 
 class _Suspects(Container[int]):
-    """The commands that run alone: those that are to, and those whose connection was lost twice.
+    """The commands that run alone: those in ``lone``, and those whose connection was lost at least twice.
 
-    :param lone: the former.
-    :param losses: by command, how often the connection was lost.
+    :param losses: the number of lost connections by command.
     """
 
     def __init__(self, lone: Container[int], losses: Mapping[int, int]) -> None:
@@ -87,8 +87,8 @@ class _Suspects(Container[int]):
 class _Spoiled(Exception):
     """A handler left the transaction of its batch unusable.
 
-    :param batch: the commands that the handler had.
-    :param report: what the batch had come to before.
+    :param batch: the commands that the handler was called with.
+    :param report: the outcome of the batch until then.
     """
 
     def __init__(self, batch: Sequence[Command], error: BaseException, report: Report) -> None:
@@ -100,20 +100,21 @@ class _Spoiled(Exception):
 class Executor:
     """Runs the commands that are due, in order of priority, ``due_at`` and ``cmd_id``.
 
-    :param database: where the commands are.
+    :param database: the database that contains the commands.
     :param handlers: the connections on which their handlers run.
-    :param registry: the command types by name.
-    :param boot_id: this process's.
-    :param is_present: whether its presence lock is held (:class:`s2s.store.listen.Listener`): without it nothing is
-        claimed, since another process may take us for dead. It may be set before the start.
-    :param workers: how many batches run at once; 0: none.
-    :param batch_size: see below.
+    :param registry: the command handlers by type name.
+    :param boot_id: the ``boot_id`` of this process.
+    :param is_present: returns whether this process holds its presence lock (:class:`s2s.store.listen.Listener`).
+        Without the lock nothing is claimed, since another process may consider this one dead. The attribute may be set
+        before the start.
+    :param workers: the number of batches that run at once; 0: no commands run.
+    :param batch_size: see the attribute below.
     :param clock: for tests.
 
-    :ivar batch_size: commands in a batch at most; it may be set at any time.
+    :ivar batch_size: the largest number of commands in a batch; may be set at any time.
     :ivar ran: commands done.
     :ivar failed: attempts charged.
-    :ivar dead: commands given up.
+    :ivar dead: commands that became dead.
     """
 
     log = Logger()
@@ -141,18 +142,18 @@ class Executor:
         self._workers = workers
         self.batch_size = batch_size
         self._turns = PollLoop("a worker of the executor", self._poll_once, clock, workers)
-        #: The worker of each line, by its number; a stuck one gives its line to the next.
+        #: The number of the worker that runs in each line of the poll loop. A new worker replaces a stuck one.
         self._numbers = list(range(workers))
         self._next_number = itertools.count(workers)
         self._reaping: list[Deferred[None]] = []
-        #: The charges of stuck commands under way.
+        #: The charges of stuck commands that are in progress.
         self._keeping: set[Deferred[None]] = set()
         self._ready = Ready(registry)
         self._reaper = Reaper(database, boot_id, self._charged, clock, lambda: self._ready.first_note)
-        #: How often the connection was lost under each command, since it ran last.
+        #: The number of lost connections of each command since its last outcome.
         self._losses: Counter[int] = Counter()
-        #: Commands that run alone before they are charged: those of batches whose transaction was refused, and doubtful
-        #: ones.
+        #: Commands that run alone before they are charged: those of batches that were rolled back, and those in
+        #: :attr:`Report.doubtful`.
         self._lone: set[int] = set()
         self._left_out = LeftOut("command", self._turns, clock.seconds)
         self._lines = LineQuota(clock, self._tell_failures, MOST_TOLD)
@@ -167,20 +168,20 @@ class Executor:
     def stop(self) -> Deferred[None]:
         """Stop claiming.
 
-        :returns: fires when the batches that run are finished and nothing is noted of us any more.
+        :returns: fires when the running batches are finished and this process has no claim any more.
         """
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
         await self._leave_off()
         if self._workers:
-            # A batch that the database's absence ended is noted still.
+            # A batch that ended because the database was away still has its claim.
             await self._strike_all()
 
     def abandon(self) -> Deferred[None]:
-        """Leave what runs, once :meth:`s2s.store.pool.Database.cancel` has cancelled it: nobody is charged for it.
+        """Release the claims of the running batches, uncharged, after :meth:`s2s.store.pool.Database.cancel`.
 
-        :returns: fires in bounded time, when nothing is noted of us any more or the database does not answer.
+        :returns: fires in bounded time: this process has no claim any more, or the database does not answer.
         """
         self._leave_off()
         return Deferred.fromCoroutine(self._strike_all())
@@ -198,12 +199,12 @@ class Executor:
 
     @property
     def types(self) -> Collection[str]:
-        """The command types that it runs."""
+        """The command types that this process runs."""
         return self._registry.keys()
 
     @property
     def condition(self) -> str:
-        """``ok``, ``off`` where there are no workers, or why it takes nothing."""
+        """``ok``, ``ok, but`` with restrictions, ``off`` without workers, or why no command is taken."""
         if not self._workers:
             return "off"
         if not self.is_present():
@@ -221,12 +222,12 @@ class Executor:
         return f"ok, but {'; '.join(buts)}" if buts else "ok"
 
     def _served(self) -> list[str]:
-        """Return the types of which too few handlers are stuck to leave them out."""
+        """Return the types with fewer than :data:`STUCK_OF_TYPE` stuck handlers."""
         stuck = Counter(task.subject[0].cmd_type for task in self._handlers.stuck)
         return [cmd_type for cmd_type in self._registry if stuck[cmd_type] < STUCK_OF_TYPE]
 
     def wake(self) -> None:
-        """Look at the table now: something was committed."""
+        """Poll the table now, because new commands may have been committed."""
         self._turns.wake()
 
     # --- a worker ------------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ class Executor:
             report = await self._handlers.run(self._run, worker, cmd_ids)
         except HandlerStuck as stuck:
             self._numbers[line] = next(self._next_number)
-            # Not awaited: a session that the database cannot end keeps its locks, and other commands run meanwhile.
+            # Not awaited, so that other commands run meanwhile: a session that the database cannot end keeps its locks.
             keeping = Deferred.fromCoroutine(self._keep_stuck(worker, stuck, cmd_ids))
             self._keeping.add(keeping)
             keeping.addBoth(self._kept, keeping)
@@ -263,20 +264,20 @@ class Executor:
         except NoThread:
             raise
         except DatabaseUnavailable as error:
-            # Mostly nobody's fault. But a command that ends its own connection must not do so for ever: what has lost
-            # it twice runs singly, uncharged, and one that loses it once more all the same is charged.
+            # Usually no command is at fault. But a command that ends its own connection must not do so for ever: after
+            # two losses a command runs alone, uncharged, and it is charged if it then loses the connection again.
             self._losses.update(cmd_ids)
             while len(self._losses) > _MOST_SUSPECTS:
-                # The oldest: its command may have run elsewhere since.
+                # Forget the oldest entry: its command may have run in another process since.
                 del self._losses[next(iter(self._losses))]
             if self._turns.is_stopping or len(cmd_ids) > 1 or self._losses[cmd_ids[0]] < LOSSES:
                 raise
-            # Not while the database refuses other writes, too.
+            # The probe raises if the database refuses other writes too: then nothing is charged.
             await self._database.run(probe.check)
             report = await self._charge_alone(worker, cmd_ids, one_line(error))
         except Exception as error:
-            # The failure of the transaction, such as a constraint that is checked at the COMMIT. The commands of a
-            # batch run alone, uncharged, so that only the one at fault is charged.
+            # The transaction failed, for example by a constraint that is checked at the COMMIT. The commands of a batch
+            # run alone next, uncharged, so that only the command at fault is charged.
             if len(cmd_ids) > 1:
                 if self._lines.may_tell(one_line(error)):
                     self.log.warn(
@@ -286,7 +287,7 @@ class Executor:
                     )
                 self._run_alone(cmd_ids)
                 return 0.0
-            # Neither a deadline nor a refusal has a traceback that says more than the charge does.
+            # The traceback of a timeout or a refusal adds nothing to the text of the charge.
             if not isinstance(error, (HandlerTimeout, StatementRefused)) and self._lines.may_tell(one_line(error)):
                 self.log.failure("a batch of {size} commands was rolled back", size=len(cmd_ids))
             report = await self._charge_alone(worker, cmd_ids, one_line(error))
@@ -294,7 +295,7 @@ class Executor:
         return report.pause_s
 
     async def _charge_alone(self, worker: int, cmd_ids: Sequence[int], error: str) -> Report:
-        """Charge a command that ran alone, or leave it out for a while where the database refuses that."""
+        """Charge a command that ran alone, or leave it out for a while if the database refuses the charge."""
         try:
             return await self._database.run(_charge, self._boot_id, worker, cmd_ids, error)
         except StatementRefused as refused:
@@ -305,7 +306,7 @@ class Executor:
             return await self._database.run(_charge_spoiled, self._boot_id, worker, cmd_ids, spoiled)
         except StatementRefused as refused:
             report = self._leave_out(spoiled.cmd_ids, refused)
-        # What was committed is done all the same.
+        # The commands whose effect was committed are still marked as done.
         spoiled.cmd_ids = []
         try:
             done = await self._database.run(_charge_spoiled, self._boot_id, worker, cmd_ids, spoiled)
@@ -314,7 +315,7 @@ class Executor:
         return Report(done.done, doubtful=report.doubtful + done.doubtful, pause_s=report.pause_s)
 
     def _leave_out(self, cmd_ids: Sequence[int], refused: StatementRefused) -> Report:
-        """Leave commands that the database does not let be changed out for a while; they run alone then."""
+        """Leave out for a while commands that the database refuses to change; they run alone afterwards."""
         pauses = [self._left_out.add(str(cmd_id), refused) for cmd_id in cmd_ids]
         return Report(doubtful=list(cmd_ids), pause_s=None if None in pauses else 0.0)
 
@@ -324,7 +325,7 @@ class Executor:
         self._lone.update(cmd_ids)
 
     def _finish(self, cmd_ids: Iterable[int], report: Report) -> None:
-        """Forget what was remembered of a batch, and count it."""
+        """Forget the losses of a batch, update the commands that are to run alone, and count the outcome."""
         for cmd_id in cmd_ids:
             self._losses.pop(cmd_id, None)
         self._lone.difference_update(cmd_ids)
@@ -332,10 +333,10 @@ class Executor:
         self._count(report)
 
     async def _keep_stuck(self, worker: int, stuck: HandlerStuck, batch: Iterable[int]) -> None:
-        """Charge the commands whose handler does not return, and free the others of their batch.
+        """Charge the commands whose handler does not return, and release the other commands of their batch.
 
-        A command that ran alone stays in the note, so that nothing takes it while the thread lives. Of several, it is
-        not known which one is at fault: they are charged, and each runs alone then.
+        A command that ran alone stays in the claim, so that no worker takes it while the thread lives. If the handler
+        had several commands, the one at fault is unknown: all are charged, and each runs alone afterwards.
         """
         cmd_ids = [command.cmd_id for command in stuck.subject]
         is_alone = len(cmd_ids) == 1
@@ -347,7 +348,7 @@ class Executor:
             name=stuck.task.name,
             why=str(stuck),
         )
-        # The note first: with the end of the session the commands lose their locks.
+        # Write the claim before the session ends, since the commands then lose their locks.
         await self._insist(claims.keep_stuck, self._boot_id, worker, cmd_ids)
         await self._handlers.end(stuck.task)
         report = await self._insist(_charge_stuck, self._boot_id, worker, cmd_ids, one_line(stuck), is_alone)
@@ -356,7 +357,7 @@ class Executor:
 
     def _kept(self, outcome: object, keeping: Deferred[None]) -> None:
         self._keeping.discard(keeping)
-        # While the process stops, the database may be away: who looks for dead processes charges them.
+        # While the process stops, the database may be away. The reaper of another process then handles the claim.
         if isinstance(outcome, Failure) and not outcome.check(DatabaseUnavailable):
             self.log.failure("a stuck command could not be charged", outcome)
 
@@ -367,7 +368,7 @@ class Executor:
         struck.addCallbacks(lambda _: self.wake(), lambda failure: failure.trap(DatabaseUnavailable))
 
     async def _insist(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Run work in a transaction, again and again while the database is away."""
+        """Run work in a transaction, and retry it while the database is away."""
         while True:
             try:
                 return await self._database.run(work, *args)
@@ -396,13 +397,13 @@ class Executor:
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 
     def _run(self, txn: Cursor, worker: int, cmd_ids: Sequence[int]) -> Report:
-        """Run a batch that is noted, and strike the note, in one transaction."""
+        """Run a claimed batch and release its claim in one transaction."""
         report = Report()
         until = time.monotonic() + BATCH_S
-        # Neighbours of one type make a group: the order of running stays.
+        # Only adjacent commands of one type form a group, so that the run order is kept.
         in_hand, report.xid = _in_hand(txn, self._boot_id, worker, cmd_ids, self._ready.notes[worker])
         for cmd_type, group in itertools.groupby(in_hand, lambda command: command.cmd_type):
-            if (kind := self._registry.get(cmd_type)) is not None:  # or changed by hand since it was claimed
+            if (kind := self._registry.get(cmd_type)) is not None:  # else the row was changed by hand after the claim
                 self._run_group(txn, kind, list(group), report, until)
         if report.done:
             commands.finish(txn, report.done)
@@ -412,16 +413,16 @@ class Executor:
         return report
 
     def _run_group(self, txn: Cursor, kind: CommandHandler, batch: list[Command], report: Report, until: float) -> None:
-        # BaseException: in this thread a SystemExit is a handler's own, and nobody else's.
+        # Catch BaseException: in this thread only a handler can raise SystemExit.
         is_whole = kind.batched and len(batch) > 1 and not _is_late(report, until)
         if is_whole and not any(isinstance(command.payload, Unreadable) for command in batch):
             try:
                 with self._handlers.foreign(txn, f"{kind.cmd_type}, {len(batch)} commands", batch) as cursor:
-                    # A copy: the handler may change the list.
+                    # Pass a copy, since the handler may change the list.
                     _check_nothing(call(kind.run_batch, cursor, list(batch)))
             except BaseException as error:
                 self._check_usable(txn, batch, error, report)
-                # The handler may have changed the payloads.
+                # Read the commands again, since the handler may have changed the payloads.
                 batch = commands.take(txn, [command.cmd_id for command in batch])
             else:
                 report.done += [command.cmd_id for command in batch]
@@ -443,33 +444,32 @@ class Executor:
                 report.done.append(command.cmd_id)
 
     def _check_usable(self, txn: Cursor, batch: Sequence[Command], error: BaseException, report: Report) -> None:
-        """Let a failure pass that is its handler's own, after which the batch goes on.
+        """Return if the handler itself failed and the batch can go on.
 
-        :raises BaseException: the error itself, where it is the fault of the connection or of the database, or where
-            the process stops.
-        :raises _Spoiled: the transaction cannot be committed any more.
+        :raises BaseException: the error itself, if the connection or the database is at fault or the process stops.
+        :raises _Spoiled: the transaction can no longer be committed.
         """
         if is_broken(txn.connection) or self._handlers.is_cancelled:
             raise error
         if not is_in_transaction(txn):
             raise _Spoiled(batch, error, report) from None
-        # A handler may have made the transaction read-only itself, and its savepoint has undone that.
+        # The handler may have made the transaction read-only itself; the rollback to its savepoint has undone that.
         is_its_own = sqlstate.code(error) == "25006" and not is_read_only(txn)
         if sqlstate.of(error).fault != "statement" and not is_its_own:
             raise error
 
 
 def _why(error: BaseException) -> str:
-    """Say why a handler failed, with the cure where only our own tables can be the cause."""
+    """Return why a handler failed, with the cure if only tables of s2s can be the cause."""
     code = sqlstate.code(error)
     cure = sqlstate.meaning(code).cure if " " in code else ""
     return f"{one_line(error)}: {cure}" if cure else one_line(error)
 
 
 def _check_nothing(returned: object) -> None:
-    """Refuse what a handler returns that has not done its work yet.
+    """Refuse a return value that shows that the handler has not done its work yet.
 
-    :raises TypeError: it is a coroutine, a generator or a Deferred.
+    :raises TypeError: the value is an awaitable, a generator or a Deferred.
     """
     if returned is None:
         return
@@ -481,7 +481,7 @@ def _check_nothing(returned: object) -> None:
 
 
 def _is_late(report: Report, until: float) -> bool:
-    """Whether the batch has done something, and has no time left for more."""
+    """Return whether the batch has an outcome for some command and no time left for more."""
     return bool(report.done or report.failed or report.doubtful) and time.monotonic() >= until
 
 
@@ -495,9 +495,12 @@ def _claim(
 def _in_hand(
     txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], note_id: int = 0
 ) -> tuple[list[Command], int]:
-    """Lock the commands of a worker's batch that are in its note still: what another has charged is not ours to run."""
+    """Lock the commands of a worker's batch that are still in its claim; return them and the transaction's id.
+
+    A command that left the claim was charged by another process and must not run here.
+    """
     taken = commands.take(txn, cmd_ids)
-    # After the locks, in a statement of its own: it shows what a reaper did before we had them.
+    # A separate statement after the locks, so that it shows the changes of a reaper that had the locks before.
     noted, xid = claims.claimed(txn, boot_id, worker, note_id)
     in_note = set(noted)
     return [command for command in taken if command.cmd_id in in_note], xid
@@ -506,7 +509,7 @@ def _in_hand(
 def _charge(
     txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], error: str, guilty: Container[int] | None = None
 ) -> Report:
-    """Charge a whole batch, or those of it that are guilty, and strike its note."""
+    """Charge the commands of a batch that are in ``guilty``, by default all, and release its claim."""
     in_hand = [command.cmd_id for command in _in_hand(txn, boot_id, worker, cmd_ids)[0]]
     failed = [(cmd_id, error) for cmd_id in in_hand if guilty is None or cmd_id in guilty]
     dead = commands.charge(txn, failed) if failed else 0
@@ -515,9 +518,9 @@ def _charge(
 
 
 def _charge_spoiled(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], spoiled: _Spoiled) -> Report:
-    """Charge the commands whose handler has ended the transaction of its batch.
+    """Charge the commands whose handler left the transaction of its batch unusable.
 
-    Where it has committed, what the batch had done before has taken effect, and is done.
+    If the handler committed it, the commands that the batch had run before have taken effect and are marked as done.
     """
     done = spoiled.report.done if claims.is_committed(txn, spoiled.report.xid) else []
     if done:
@@ -530,7 +533,7 @@ def _charge_spoiled(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[in
 def _charge_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int], error: str, is_kept: bool) -> Report:
     """Charge commands whose handler does not return.
 
-    :param is_kept: their note stands until the thread returns.
+    :param is_kept: keep their claim until the thread returns.
     """
     failed = [(cmd_id, error) for cmd_id in cmd_ids]
     dead = commands.charge(txn, failed)

@@ -1,8 +1,8 @@
-"""Accepting commands by group commit (docs/protocol.rst, "Commands").
+"""Accept commands by group commit (docs/protocol.rst, "Commands").
 
-The pushes that arrive while a transaction is in flight make the next one. There is no timer: where pushes come one by
-one they wait for nothing; where they come together a few wait for what else this turn of the reactor brings. The more
-arrive, the more share a COMMIT, however fast the disk is.
+The pushes that arrive while a transaction is in flight form the next batch. There is no timer. Pushes that arrive one
+by one do not wait; after a batch of several pushes, a small batch waits until the end of the reactor iteration. The
+more pushes arrive, the more of them share a COMMIT, however fast the disk is.
 """
 
 from __future__ import annotations
@@ -42,23 +42,26 @@ from s2s.store.pool import Database
 from s2s.store.tables import commands
 from s2s.store.tables.commands import Outcome, Push
 
-#: One transaction takes at most this many pushes, and this many bytes of payloads (one push always fits).
+#: The largest number of pushes in one transaction, and of bytes of their payloads (one push always fits).
 BATCH_PUSHES: Final = 1024
 BATCH_BYTES: Final = 4 * 1024 * 1024
-#: So many are worth a transaction, which costs as much as some five pushes; fewer wait until the reactor's turn ends.
+#: Start a transaction immediately when at least this many pushes are waiting. Smaller batches wait until the end of the
+#: reactor iteration, because a transaction costs about as much as five pushes.
 ENOUGH_PUSHES: Final = 64
-#: This much may wait before further pushes are refused as ``overloaded``.
+#: The numbers of pushes, and of bytes of payloads, that may wait before further pushes are refused as ``overloaded``.
 WAITING_PUSHES: Final = 16_384
 WAITING_BYTES: Final = 32 * 1024 * 1024
-#: The same of pushes whose type is looked up. Their payloads wait as Python's objects, twenty times as large.
+#: The same limits for pushes whose type is being looked up. Their payloads wait as Python objects, which are twenty
+#: times as large.
 UNKNOWN_PUSHES: Final = 1024
 UNKNOWN_BYTES: Final = 4 * 1024 * 1024
 RETRY_AFTER_MS: Final = 1000
-#: Seconds for which a refusal by the database counts, where no push has come since.
+#: Seconds for which :attr:`Inbox.condition` reports a refusal by the database, unless a COMMIT clears it earlier.
 TROUBLE_S: Final = 10.0
-#: A statement waited too long, mostly for a lock of another session: one push of its batch is at fault.
+#: The SQLSTATEs of a statement that waited too long, mostly for a lock of another session: one push of its batch is at
+#: fault.
 _HELD_STATES: Final = ("55P03", "57014")
-#: Keys that stay out of the batches, at most.
+#: The largest number of keys that are kept out of the batches.
 MOST_HELD: Final = 1000
 
 
@@ -69,19 +72,19 @@ class _Waiter(msgspec.Struct, frozen=True):
 
 
 class Inbox:
-    """Takes the payloads of ``s2s.command.push``.
+    """Accepts the payloads of ``s2s.command.push``.
 
-    :param database: where they are committed.
-    :param registry: the command types by name.
-    :param on_commit: called after each COMMIT that brought a new command, when its pushes are answered.
-    :param counters: counts the pushes refused for want of room.
+    :param database: the database where the commands are committed.
+    :param registry: the command handlers by type name.
+    :param on_commit: called after each COMMIT that may have added a command, when its pushes have been answered.
+    :param counters: counts the pushes refused for lack of room.
     :param reactor: for tests.
-    :param types: what is accepted; the registry's types by default.
+    :param types: the command types that are accepted; by default those of the registry.
 
     :ivar accepted: new commands committed.
-    :ivar duplicates: pushes answered with their first command.
-    :ivar conflicts: pushes refused for another content under the same key.
-    :ivar refused: pushes refused for anything else.
+    :ivar duplicates: pushes answered with the first command of their key.
+    :ivar conflicts: pushes refused because their key was used before with other content.
+    :ivar refused: pushes refused for any other reason.
     :ivar batches: transactions committed.
     """
 
@@ -109,14 +112,15 @@ class Inbox:
         #: The last transaction had one push.
         self._is_quiet = True
         self._is_turn_awaited = False
-        #: Pushes whose type is looked up, and the bytes of their payloads.
+        #: The number of pushes whose type is being looked up, and of the bytes of their payloads.
         self._unknown = self._unknown_bytes = 0
         self._unanswered = 0
         self._drained: Deferred[None] | None = None
-        #: Why the database refused pushes last, and when; a COMMIT clears it.
+        #: The reason and the time of the last refusal of pushes by the database; a COMMIT clears the reason.
         self._trouble = ""
         self._trouble_at = float("-inf")
-        #: The keys of pushes that another session has held up, the longest ago first; they stay out of the batches.
+        #: The keys of pushes that waited too long for another session, the oldest first. Their pushes stay out of the
+        #: batches.
         self._held: dict[str, None] = {}
         self._is_apart = False
         self._lines = LineQuota(reactor, self._tell_incidents)
@@ -124,19 +128,19 @@ class Inbox:
 
     @property
     def waiting(self) -> int:
-        """How many pushes wait for a transaction to begin."""
+        """The number of pushes that wait for a transaction to begin."""
         return len(self._waiters)
 
     @property
     def condition(self) -> str:
-        """``ok``, or why the database has just refused pushes."""
+        """``ok``, or why the database has recently refused pushes."""
         is_recent = self._reactor.seconds() < self._trouble_at + TROUBLE_S
         return f"the database refuses them: {self._trouble}" if self._trouble and is_recent else "ok"
 
     def push(self, payload: Mapping[str, Any]) -> Deferred[dict[str, Any]]:
         """Accept one command.
 
-        :param payload: as it was parsed, and as the catalogue's schema lets it pass.
+        :param payload: the parsed payload, which is valid by the catalogue's schema.
         :returns: fires with the payload of its ``s2s.ack`` after the COMMIT, or fails with a :class:`WireError`.
         """
         if self._drained is not None:
@@ -162,7 +166,7 @@ class Inbox:
         return fail(error)
 
     def _look_up(self, payload: Mapping[str, Any]) -> Deferred[dict[str, Any]]:
-        """Read whether the type of a push is known by now: a refusal is final, and another server may serve it."""
+        """Read the command types again before refusing a push: a refusal is final, and another server may serve it."""
         cmd_type = payload["cmd_type"]
         if cmd_type in self._types.unusable:
             text = f"the schema of {cmd_type} cannot be used by this server"
@@ -194,9 +198,9 @@ class Inbox:
         return answer
 
     def drain(self) -> Deferred[None]:
-        """Refuse what comes from now on, and finish what waits.
+        """Refuse new pushes, and finish the waiting ones.
 
-        :returns: fires when everything is answered.
+        :returns: fires when every push is answered.
         """
         self._lines.stop()
         self._drained = Deferred() if self._unanswered else succeed(None)
@@ -213,7 +217,8 @@ class Inbox:
                 limit=WAITING_PUSHES,
                 retry_after_ms=RETRY_AFTER_MS,
             )
-        # The canonical form of {cmd_type, payload}, without writing the payload twice: a cmd_type needs no escape.
+        # This is the canonical form of {cmd_type, payload}, without serializing the payload twice. A cmd_type needs no
+        # escaping.
         fingerprint = hashlib.sha256(b'{"cmd_type":"%b","payload":%b}' % (cmd_type.encode(), written)).digest()
         push = Push(
             cmd_type,
@@ -228,9 +233,9 @@ class Inbox:
     # --- one transaction after the other -------------------------------------------------------------------------
 
     def _go_on(self, at_once: bool = False) -> None:
-        """Begin the next transaction, if none is in flight, when it is worth its while.
+        """Begin the next transaction if none is in flight, now or at the end of the reactor iteration.
 
-        :param at_once: it is, however few wait.
+        :param at_once: begin it now, however few pushes wait.
         """
         if self._is_busy or not self._waiters:
             return
@@ -255,7 +260,7 @@ class Inbox:
             waiter = self._waiters.popleft()
             self._bytes -= waiter.size
             if self._held and waiter.push.idem_key in self._held:
-                # It came before the other push of its key was held up.
+                # This push was queued before the other push of its key turned out to wait for another session.
                 size -= waiter.size
                 self._push_apart(waiter)
             else:
@@ -279,7 +284,7 @@ class Inbox:
         elif (outcome := commands.pushed_one(rows)) is not None:
             self._committed([outcome], batch)
         else:
-            # The key is known: the way of many finds its command.
+            # The key is known: the statements for batches find its command.
             self._run(batch)
 
     def _singly_committed(self, outcomes: Sequence[Outcome | DatabaseError], batch: list[_Waiter]) -> None:
@@ -288,7 +293,7 @@ class Inbox:
         self._committed(answers, batch, refused)
 
     def _of_one(self, outcome: Outcome | DatabaseError, waiter: _Waiter) -> Outcome | WireError:
-        """Return what to answer to a push that was committed singly."""
+        """Return the answer to a push that was tried in a savepoint of its own."""
         key = waiter.push.idem_key
         self._held.pop(key, None)
         if not isinstance(outcome, DatabaseError):
@@ -303,7 +308,7 @@ class Inbox:
         return DbUnavailable(retry_after_ms=RETRY_AFTER_MS)
 
     def _push_apart(self, waiter: _Waiter) -> None:
-        """Try a push that another session has held up: beside the batches, and one at a time."""
+        """Try a push of a key that waits for another session: outside the batches, and one such push at a time."""
         if self._is_apart:
             self._answer(waiter, DbUnavailable(retry_after_ms=RETRY_AFTER_MS))
             return
@@ -315,7 +320,7 @@ class Inbox:
                 self._answer(waiter, self._wire_error(outcome, 1))
             else:
                 self._answer(waiter, self._of_one(outcome[0], waiter))
-            # It may be there: whoever runs it is to look.
+            # The command may have been committed: notify the executor.
             self._tell()
 
         self._database.run(commands.push_singly, [waiter.push]).addBoth(done)
@@ -329,11 +334,11 @@ class Inbox:
             self._note(refused)
         accepted = self.accepted
         self._is_busy = False
-        # While many are answered, the database works on those that wait.
+        # Begin the next transaction first, so that the database works on it while these pushes are answered.
         self._go_on(at_once=len(batch) >= ENOUGH_PUSHES)
         for waiter, outcome in zip(batch, outcomes, strict=True):
             self._answer(waiter, outcome)
-        # Last of all: whoever runs them begins at once.
+        # Notify the executor last, since it begins at once.
         if self.accepted > accepted:
             self._tell()
 
@@ -345,10 +350,10 @@ class Inbox:
             self._given_up(failure, batch)
 
     def _wire_error(self, failure: Failure, pushes: int) -> WireError:
-        """Return what to answer to pushes that have failed together."""
+        """Return the answer to pushes that failed together."""
         self._note(failure.value)
         if failure.check(DatabaseUnavailable):
-            # The pool has said so in the log, once.
+            # The pool has logged this once.
             return DbUnavailable(retry_after_ms=RETRY_AFTER_MS)
         if isinstance(failure.value, StatementRefused):
             return self._refuse(failure.value)
@@ -364,7 +369,7 @@ class Inbox:
             self._answer(waiter, error)
         self._is_busy = False
         self._go_on()
-        # Some may be there all the same: whoever runs them is to look.
+        # Some commands may have been committed all the same: notify the executor.
         self._tell()
 
     def _tell_incidents(self, untold: Mapping[str, int]) -> None:
@@ -382,7 +387,7 @@ class Inbox:
             self.log.failure("who is told of new commands stumbled")
 
     def _refuse(self, reason: StatementRefused) -> InternalError:
-        """Return the answer to a push that the database refused; the log has the reason, once a minute at most."""
+        """Return the answer to a push that the database refused. The reason is logged at most once a minute."""
         return InternalError(incident=self._database.troubles.note(reason.state, str(reason)))
 
     def _answer(self, waiter: _Waiter, outcome: Outcome | WireError) -> None:

@@ -1,4 +1,4 @@
-"""Sending orders that were given to the database over a link (docs/protocol.rst, "Orders")."""
+"""Send the queued orders of the database over links (docs/protocol.rst, "Orders")."""
 
 from __future__ import annotations
 
@@ -37,43 +37,44 @@ from s2s.store.pool import Database
 from s2s.store.tables import orders
 from s2s.store.tables.orders import Order, Place
 
-#: Seconds after which an order that is queued still is sent again, by another link if there is one. The pause doubles
-#: up to the second figure: a long order of an engine with a database of its own is asked after so often.
+#: Seconds after which an order that is still queued is sent again, by another link if there is one. The pause doubles
+#: up to LONGEST_S, which is thus the interval at which an engine with its own database is asked about a long order.
 AGAIN_S: Final = 5.0
 LONGEST_S: Final = 30.0
-#: Seconds that an engine has for its answer; it answers within 10 s (docs/protocol.rst, "Requests and replies").
+#: Deadline of a reply in seconds; an engine replies within 10 s (docs/protocol.rst, "Requests and replies").
 ANSWER_S: Final = 12.0
 _LATE: Final = "an engine has to answer within 10 s, with running or queued where the order takes longer"
-#: Engines that an order was sent to last and whose late answers count.
+#: An order accepts late replies from this many engines, those that it was sent to last.
 MOST_ASKED: Final = 8
-#: Answers in a row that cannot be read, after which an order has failed: sent again, it would get another one.
+#: Unreadable replies in a row after which an order counts as failed: a further sending would get another one.
 MOST_BAD_ANSWERS: Final = 5
-#: Errors in a row that say that an order may succeed later, after which it has failed: some 10 minutes. The error of an
-#: engine that an operator has paused does not count.
+#: Temporary errors in a row after which an order counts as failed, which takes some 10 minutes. The error of an engine
+#: that an operator has paused does not count.
 MOST_REFUSALS: Final = 20
-#: Orders that are sent and not answered, at most; and orders of one look at the table.
+#: The largest number of orders that await a reply, and of orders that one query returns.
 MOST: Final = 256
-#: Looks that follow each other without a pause, so that a wake reaches a new order behind 4,096 that stay queued.
+#: Queries that follow each other without a pause, so that a wake reaches a new order behind 4,096 that stay queued.
 PAGES: Final = 16
-#: Orders whose last sending is remembered, at most. One that is forgotten is sent again before its pause is over.
+#: Largest number of orders whose last sending is remembered. A forgotten order is sent again before its pause is over.
 REMEMBERED: Final = 10_000
-#: Seconds in which an order has one line in the log at most, and the lines of all orders then.
+#: In each period of TELL_S seconds, at most one line is logged for an order, and at most MOST_TOLD for all orders.
 TELL_S: Final = 60.0
 MOST_TOLD: Final = 10
-#: The schema of an answer, which all orders share.
+#: The schema of a reply, which all orders share.
 _REPLY: Final = BY_NAME[ORDERS[0]].reply_schema
 
 
 @dataclass
 class _Sending:
-    """The last time that an order was sent.
+    """The last sending of an order.
 
-    :param again_at: when it may be sent again, by the monotonic clock.
-    :param pause_s: seconds from the sending until then.
-    :param engine: key and name of the engine that said that it has the order. It is asked again while it is linked.
-    :param asked: keys and names of the engines that it was sent to.
-    :param bad_answers: answers in a row that could not be read, as the catalogue has them.
-    :param refusals: errors in a row after which it may be sent again.
+    :param again_at: when the order may be sent again, by the monotonic clock.
+    :param pause_s: seconds from the sending until ``again_at``.
+    :param engine: key and name of the engine that replied that it has the order. The order is sent to this engine again
+        while the engine is linked.
+    :param asked: keys and names of the engines that the order was sent to.
+    :param bad_answers: replies in a row that were not valid by the catalogue.
+    :param refusals: errors in a row after which the order may be sent again.
     """
 
     again_at: float
@@ -85,11 +86,12 @@ class _Sending:
 
 
 class OrderSender:
-    """Sends each order that is queued to one of the engines that are linked here.
+    """Sends each queued order to one of the engines that are linked to this server.
 
-    An engine that shares the database answers with what the order's row says, and that row decides: an order that is
-    lost on the way is sent again, or found by an engine in the table. Another engine answers for itself, and its word
-    ends the row. Each look takes the page after the one before, so that orders that stay queued hold up no other.
+    An engine that shares the database replies with the status in the order's row, and that row decides: an order that
+    is lost on the way is sent again, or an engine finds it in the table. An engine with another database replies with
+    its own status, and the final status is written to the row. Each query reads the page after the previous one, so
+    that orders that stay queued do not delay others.
 
     :ivar sent: orders sent.
     """
@@ -100,14 +102,14 @@ class OrderSender:
         self._database = database
         self._links = links
         self._clock = clock
-        #: The longest ago first.
+        #: The last sending of each order, the oldest first.
         self._sent: dict[str, _Sending] = {}
         self._flying: set[str] = set()
-        #: The look stopped because too many are on their way.
+        #: The last poll stopped because :data:`MOST` orders awaited a reply.
         self._is_full = False
         self._after: Place | None = None
         self._page = 0
-        #: The orders that an engine does not serve.
+        #: The RPCs that the engine of each link does not serve.
         self._unserved: WeakKeyDictionary[Link, set[str]] = WeakKeyDictionary()
         self._places = itertools.count()
         self._told: set[str] = set()
@@ -118,13 +120,13 @@ class OrderSender:
         self.sent = 0
 
     def start(self) -> None:
-        """Send from now on."""
+        """Start sending."""
         self._turns.start()
 
     def stop(self) -> Deferred[Any]:
-        """Send no more.
+        """Stop sending.
 
-        :returns: fires when no look at the table is under way.
+        :returns: fires when no query of the table is in progress.
         """
         return self._turns.stop()
 
@@ -152,7 +154,7 @@ class OrderSender:
         return order.order_id not in self._flying and (last is None or self._clock.mono() >= last.again_at)
 
     def _send_by_a_link(self, order: Order) -> bool:
-        """Send an order, if an engine serves it; return whether there was room."""
+        """Send an order if an engine serves it. Return ``False`` if too many orders already await a reply."""
         last = self._sent.get(order.order_id)
         link = self._next_link(order, last)
         if link is None:
@@ -176,7 +178,7 @@ class OrderSender:
         return True
 
     def _next_link(self, order: Order, last: _Sending | None) -> Link | None:
-        """Return the link of the engine that has the order, else take the engines in turn."""
+        """Return the link of the engine that has the order, else of the next engine in turn that serves it."""
         links = [
             link
             for link in self._links.engines
@@ -187,14 +189,14 @@ class OrderSender:
         return links[next(self._places) % len(links)] if links else None
 
     def _forget(self) -> None:
-        """Forget what is not queued any more: it would have been sent again by now."""
+        """Forget orders that are no longer queued. A queued order would have been sent again by now."""
         now = self._clock.mono()
         self._sent = {each: last for each, last in self._sent.items() if now < last.again_at + LONGEST_S}
 
     async def _send(self, link: Link, order: Order) -> None:
         try:
             try:
-                # A number of the database may be beyond every number of JSON parsers.
+                # A number in the database may be out of the range of JSON parsers.
                 check_readable(order.params, "JSON of its params")
                 ack = await link.call(order.rpc, {**order.params, "order_id": order.order_id}, ANSWER_S)
                 if ack.get("order_id", order.order_id) != order.order_id:
@@ -204,7 +206,7 @@ class OrderSender:
             else:
                 await self._answered(link, order.order_id, ack["status"], ack.get("result"))
         except DatabaseError:
-            pass  # The pool has told. It is sent again, and answered with the same.
+            pass  # The pool has logged it. The order is sent again and gets the same reply.
         finally:
             self._flying.discard(order.order_id)
             if self._is_full:
@@ -215,7 +217,7 @@ class OrderSender:
         code = TooLarge.code if order.params is orders.TOO_LONG else final_code(error)
         last = self._sent.get(order.order_id)
         if code == UnsupportedType.code:
-            # It is about the engine: another one may serve it.
+            # Only this engine does not serve the order: another one may.
             self._unserved.setdefault(link, set()).add(order.rpc)
             self._sent.pop(order.order_id, None)
         elif code is not None:
@@ -225,7 +227,8 @@ class OrderSender:
             await self._answered(link, order.order_id, "refused", result)
             return
         elif isinstance(error, LinkLost) and last is not None and last.pause_s == AGAIN_S:
-            # By another link, at once: but an order under which links end one after the other has to wait.
+            # Send the order by another link at once, but only after its first sending: an order during which one link
+            # after another ends has to wait.
             last.again_at = self._clock.mono()
         elif isinstance(error, BadReply) and last is not None:
             last.bad_answers += 1
@@ -244,7 +247,7 @@ class OrderSender:
         self._tell(link, order, f"{error}: {_LATE}" if isinstance(error, DeadlinePassed) else str(error))
 
     def _late(self, link: Link, payload: Mapping[str, Any]) -> None:
-        """Let an answer that came too late end an order, if its engine was sent the order; once a sending."""
+        """Let a late reply end an order if the order was sent to that engine, at most once for each sending."""
         if not _REPLY.is_valid(payload) or payload["status"] in orders.OPEN:
             return
         last = self._sent.get(payload["order_id"])
@@ -253,7 +256,7 @@ class OrderSender:
             ending = Deferred.fromCoroutine(
                 self._answered(link, payload["order_id"], payload["status"], payload["result"])
             )
-            ending.addErrback(lambda failure: failure.trap(DatabaseError))  # The pool has told.
+            ending.addErrback(lambda failure: failure.trap(DatabaseError))  # The pool has logged it.
             ending.addErrback(lambda failure: self.log.failure("the courier stumbled", failure))
 
     async def _answered(self, link: Link, order_id: str, status: str, result: Mapping[str, Any] | None) -> None:
@@ -275,7 +278,7 @@ class OrderSender:
             )
 
     def _tell(self, link: Link, order: Order, why: str) -> None:
-        """Log that an order came to nothing yet; see :data:`TELL_S`."""
+        """Log why an order has no outcome yet; see :data:`TELL_S`."""
         now = self._clock.mono()
         if now >= self._told_from + TELL_S:
             if self._untold:

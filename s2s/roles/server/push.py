@@ -11,7 +11,7 @@ from s2s.roles.server.inbox import Inbox
 
 
 class Push:
-    """Hands the command to the inbox, which answers after its COMMIT."""
+    """Passes the command to the inbox, which answers after the COMMIT."""
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox

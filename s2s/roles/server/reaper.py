@@ -1,5 +1,6 @@
-"""Charging what dead processes left behind (docs/protocol.rst, "Commands"; the argument:
-:mod:`s2s.store.tables.claims`).
+"""Charge the commands that dead processes left behind (docs/protocol.rst, "Commands").
+
+:mod:`s2s.store.tables.claims` describes how a dead process is told from a living one.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from s2s.store.pool import Database
 from s2s.store.tables import claims
 from s2s.store.tables.claims import Claim
 
-#: Seconds between two looks for the notes of processes that are gone.
+#: Seconds between two scans for the claims of dead processes.
 REAP_S: Final = 5.0
-#: Seconds that a note must have been without its process to be charged.
+#: Seconds for which the process of a claim must have been gone before the commands of the claim are charged.
 SURE_S: Final = 10.0
-#: Looks in a row that fail before that is told.
+#: Refused scans in a row after which the refusal is logged.
 TOLD_AFTER: Final = 2
 
 
 class Reaper:
-    """Looks now and then whose notes are left, and charges those of which it is sure.
+    """Scans periodically for the claims of dead processes, and charges their commands after :data:`SURE_S`.
 
-    :param boot_id: this process's.
-    :param on_charge: called with how many commands were charged an attempt, and how many of them are dead now.
+    :param boot_id: the ``boot_id`` of this process.
+    :param on_charge: called with the number of commands charged with an attempt, and how many of them are dead now.
     :param clock: an ``IReactorTime``.
-    :param first_note: see :class:`s2s.store.tables.ready.Ready`; asked at each look.
+    :param first_note: returns :attr:`s2s.store.tables.ready.Ready.first_note`; called at each scan.
     """
 
     log = Logger()
@@ -50,23 +51,24 @@ class Reaper:
         self._on_charge = on_charge
         self._clock = clock
         self._first_note = first_note
-        #: Looks in a row that the database has refused, on a connection that lives.
+        #: Scans in a row that the database has refused with an SQLSTATE.
         self._refusals = 0
         self._looking = LoopingCall(self._look)
         self._looking.clock = clock
-        #: Notes whose process seems to be gone, and the second since when, under one and the same presence of ours.
+        #: The claims whose process seems to be dead, and the second since when. This process held its presence lock
+        #: all that time, since :attr:`_presence`.
         self._forsaken: dict[Claim, float] = {}
         self._presence: datetime | None = None
 
     def start(self) -> Deferred[None]:
-        """Look from now on.
+        """Start scanning.
 
-        :returns: fires when it has been stopped and no look is under way.
+        :returns: fires when the reaper has been stopped and no scan is in progress.
         """
         return self._looking.start(REAP_S).addCallback(lambda _: None)
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop scanning."""
         if self._looking.running:
             self._looking.stop()
 
@@ -76,7 +78,7 @@ class Reaper:
         try:
             look = await self._database.run(claims.reap, self._boot_id, self._presence, sure, self._first_note())
         except DatabaseError as error:
-            # Of a database that is away the pool has told.
+            # The pool has logged that the database is away.
             self._refusals += 1 if getattr(error, "state", "") else 0
             if self._refusals == TOLD_AFTER:
                 self.log.error(
@@ -89,7 +91,8 @@ class Reaper:
             return
         self._refusals = 0
         before = self._forsaken if look.presence == self._presence else {}
-        # The time of this look's end, and of the next one's beginning: between them at least as long has passed.
+        # Use the time at the end of this scan. The next scan compares it with the time of its beginning, so the real
+        # interval is at least as long.
         now = self._clock.seconds()
         self._presence, self._forsaken = look.presence, {note: before.get(note, now) for note in look.orphaned}
         if look.charged:

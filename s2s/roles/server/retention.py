@@ -1,4 +1,4 @@
-"""Removing what is old, now and then and in small steps (docs/protocol.rst, "Commands")."""
+"""Remove old rows periodically and in small steps (docs/protocol.rst, "Commands")."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from s2s.store.pool import Database
 from s2s.store.tables import retention
 from s2s.store.tables.retention import Keep
 
-#: Seconds between two passes, and until the first one.
+#: Seconds from the end of one pass to the next, and until the first pass.
 INTERVAL_S: Final = 600.0
 FIRST_S: Final = 60.0
-#: Seconds by which the time that age is judged by may be behind the clock before it is told.
+#: Seconds by which the retention time may be behind the database's clock before the lag is logged. A row is old by the
+#: retention time.
 BEHIND_S: Final = 3600.0
-#: Seconds until a doubt that lasts is told again.
+#: Seconds after which a doubt that lasts is logged again.
 TELL_S: Final = 86_400.0
 
 
 class Retention:
-    """Removes commands that are over, expired idempotency keys and old control requests.
+    """Removes finished commands, expired idempotency keys and old control requests.
 
-    Every step is a transaction of its own, so that others have their turn between two.
+    Every step is a separate transaction, so that other transactions can run between two steps.
 
-    :param database: where they are.
-    :param keep: how long things are kept; asked at each pass.
-    :param is_trusted: whether the database's clock can be believed; asked at each pass.
-    :param interval_s: seconds from the end of a pass to the next.
-    :param first_s: seconds until the first.
+    :param keep: returns how long rows are kept; called at each pass.
+    :param is_trusted: returns whether the database's clock is trusted; called at each pass.
+    :param interval_s: seconds from the end of one pass to the next.
+    :param first_s: seconds until the first pass.
 
     :ivar commands: commands removed.
     :ivar keys: idempotency keys removed.
@@ -55,7 +55,7 @@ class Retention:
         self._clock = clock
         self._keep = keep
         self._is_trusted = is_trusted
-        #: What the last pass doubted, and from when on that is told again.
+        #: The doubt of the last pass, and the time from which on it is logged again.
         self._doubted = ""
         self._tell_at = 0.0
         self._interval_s = interval_s
@@ -66,14 +66,14 @@ class Retention:
         self.commands = self.keys = 0
 
     def start(self) -> None:
-        """Begin to remove after a while."""
+        """Schedule the first pass."""
         self._is_stopping = False
         self._sleep(self._first_s)
 
     def stop(self) -> Deferred[None]:
         """Begin no further step.
 
-        :returns: fires when the one under way is finished.
+        :returns: fires when the current step is finished.
         """
         self._is_stopping = True
         cancel(self._timer)
@@ -86,10 +86,10 @@ class Retention:
         self._passing = Deferred.fromCoroutine(self._pass())
 
     async def _pass(self) -> None:
-        """Go once through all that may be old. Never fails."""
+        """Remove the old rows of all tables. Never fails."""
         before = self.commands, self.keys
         if await self._did(self._may_sweep):
-            # One that fails stops no other.
+            # A sweep that fails does not stop the others.
             for sweep in (self._sweep_commands, self._sweep_keys, self._sweep_steering):
                 await self._did(sweep)
         if (self.commands, self.keys) != before:
@@ -102,7 +102,7 @@ class Retention:
             self._sleep(self._interval_s)
 
     async def _did(self, part: Callable[[], Awaitable[bool]]) -> bool:
-        """Return what a part of a pass returns; ``False``: it failed, which is told."""
+        """Return the result of a part of a pass; ``False`` if the part failed, which is logged."""
         try:
             return await part()
         except DatabaseError as error:
@@ -114,7 +114,7 @@ class Retention:
         return False
 
     async def _may_sweep(self) -> bool:
-        """Let our time follow the database's clock, and return whether it may."""
+        """Advance the retention time towards the database's clock; return ``False`` while that clock is in doubt."""
         if not self._is_trusted():
             self._doubt("the clock", "nothing old is removed while the database's clock is in doubt")
             return False
@@ -127,7 +127,7 @@ class Retention:
         return True
 
     def _doubt(self, what: str, text: str) -> None:
-        """Log a doubt when it begins, and once in :data:`TELL_S` while it lasts."""
+        """Log a doubt when it begins, and once per :data:`TELL_S` while it lasts."""
         now = self._clock.mono()
         if what != self._doubted or now >= self._tell_at:
             self._doubted, self._tell_at = what, now + TELL_S

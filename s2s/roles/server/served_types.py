@@ -1,4 +1,4 @@
-"""The command types that a server accepts: those that a server of its database serves or has served."""
+"""The command types that a server accepts: those that any server of its database serves or has served."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from s2s.store.pool import Database
 from s2s.store.refresher import Refresher
 from s2s.store.tables import command_types
 
-#: Seconds between two reads for a type that nobody knows, which any engine can name, and for a NOTIFY.
+#: The shortest time in seconds between two reads of the table: for an unknown type, which any engine can name, and for
+#: a NOTIFY.
 UNKNOWN_GAP_S: Final = 1.0
 NOTIFY_GAP_S: Final = 0.1
-#: Types that were looked for and are read again: all that pushes can wait for.
+#: The largest number of looked-up types that each read includes: as many as pushes can wait for.
 MOST_WANTED: Final = 1024
 
 
 class ServedTypes:
-    """The types of one process alone.
+    """The command types of this process alone.
 
-    :param served: its command types by name.
-    :ivar schemas: by type, what a payload must satisfy.
-    :ivar unusable: types that are declared and whose schema cannot be used here.
+    :param served: the command handlers of this process by type name.
+    :ivar schemas: the schema of the payload by type.
+    :ivar unusable: declared types whose schema this server cannot use.
     """
 
     def __init__(self, served: Mapping[str, CommandHandler]) -> None:
@@ -41,21 +42,21 @@ class ServedTypes:
         self.unusable: Collection[str] = ()
 
     def read_now(self, cmd_type: str) -> Deferred[None]:
-        """Look for types that became known meanwhile.
+        """Read the types that were declared meanwhile.
 
-        :param cmd_type: one that is looked for.
-        :returns: fires when :attr:`schemas` has them, or fails with the :class:`s2s.errors.DatabaseError`.
+        :param cmd_type: a type that must be read if it is declared.
+        :returns: fires when :attr:`schemas` contains them, or fails with the :class:`s2s.errors.DatabaseError`.
         """
         return succeed(None)
 
 
 class LiveServedTypes(ServedTypes):
-    """The types of every server of a database, as their last starts have declared them.
+    """The command types of all servers of a database, as declared at the last start of each server.
 
-    A server declares its own when it starts, and again what was removed since. Every server judges payloads by the
-    schema declared last, its own type's too, so that all of them come to one verdict.
+    A server declares its own types when it starts, and again if their rows are removed. Every server checks payloads by
+    the schema declared last, also for its own types, so that all servers accept the same payloads.
 
-    :param known: the table, as it was read before the start.
+    :param known: the content of the table before the start.
     """
 
     log = Logger()
@@ -69,11 +70,11 @@ class LiveServedTypes(ServedTypes):
         self._compiled: dict[str, tuple[str, Schema | None]] = {
             name: (text, self._own[name]) for name, text in own.items()
         }
-        #: What is still to be declared: the database took no writes before the start.
+        #: The types still to be declared, because the database accepted no writes before the start.
         self._undeclared = {name: text for name, text in own.items() if known.get(name) != text}
-        #: Types that were looked for, the longest ago first: they may be beyond those that are read anyway.
+        #: The types that were looked up, the oldest first. Without this list a read might leave them out by its limit.
         self._wanted: dict[str, None] = {}
-        #: The foreign schemas of our own types that the log has.
+        #: The schemas of this server's types that another server declared and that were logged.
         self._told: dict[str, str] = {}
         self._is_stopped = False
         args = (self._undeclared, own, self._wanted)
@@ -83,16 +84,16 @@ class LiveServedTypes(ServedTypes):
         self._use(first, self._compile_all(self._changed(first)))
 
     def stop(self) -> None:
-        """Read no more; see :meth:`s2s.store.refresher.Refresher.stop`."""
+        """Stop reading; see :meth:`s2s.store.refresher.Refresher.stop`."""
         self._is_stopped = True
         self._refresher.stop()
 
     def notify(self) -> None:
-        """The table may have changed: read it soon."""
+        """Read the table soon, because it may have changed."""
         self._refresher.notify(NOTIFY_GAP_S)
 
     def read_now(self, cmd_type: str) -> Deferred[None]:
-        """Read the table, once a second at most."""
+        """Read the table, at most once a second."""
         self._wanted.pop(cmd_type, None)
         self._wanted[cmd_type] = None
         if len(self._wanted) > MOST_WANTED:
@@ -105,7 +106,7 @@ class LiveServedTypes(ServedTypes):
         if not changed:
             self._use(declared, {})
             return None
-        # Each may take a second.
+        # Compile in a thread, since each schema may take a second.
         compiling = own_threads.run(self._reactor, self._compile_all, changed)
         return compiling.addCallback(lambda compiled: self._use(declared, compiled))
 
@@ -132,7 +133,7 @@ class LiveServedTypes(ServedTypes):
         )
 
     def _tell_replaced(self, declared: Mapping[str, str]) -> None:
-        """Log once by which schemas of others the payloads of our own types are judged."""
+        """Log once each schema of another server that replaces the schema of one of this server's types."""
         others = {name: text for name, text in declared.items() if text != self._own_texts[name]}
         for name in sorted(others):
             if self._told.get(name) != others[name]:
@@ -144,7 +145,7 @@ class LiveServedTypes(ServedTypes):
         self._told = others
 
     def _compile_all(self, schemas: Mapping[str, str]) -> dict[str, Schema | str | None]:
-        """Compile schemas; one that cannot be used is the error. Blocks."""
+        """Compile schemas, and return for an unusable schema the error text. Blocks."""
         return {name: None if self._is_stopped else _compile(text) for name, text in schemas.items()}
 
 
@@ -153,12 +154,12 @@ def _compile(text: str) -> Schema | str:
         if len(text) > MAX_SIZE:
             raise OperatorError(f"it has more than {MAX_SIZE} characters")
         return Schema(json.loads(text))
-    except Exception as error:  # of either library, or the row was changed by hand
+    except Exception as error:  # from either library, or since the row was changed by hand
         return one_line(error)
 
 
 def texts(served: Mapping[str, CommandHandler]) -> dict[str, str]:
-    """Return the schemas of command types as JSON's text."""
+    """Return the schemas of command types as JSON texts."""
     return {name: json.dumps(dict(kind.schema), sort_keys=True) for name, kind in served.items()}
 
 

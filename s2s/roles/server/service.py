@@ -1,4 +1,4 @@
-"""The server role: listener, links, sweeps, inbox, executor, and what operators ask of engines."""
+"""The server role: listener, links, sweeps, inbox, executor, and the control requests and orders for engines."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from s2s.store.tables.retention import Keep
 
 @dataclass(frozen=True)
 class ListenSpec:
-    """Where clients come in.
+    """An endpoint to listen on.
 
     :param endpoint: an ``IStreamServerEndpoint``.
-    :param described: it as the operator wrote it.
-    :param option: the one that it was written with.
+    :param described: the endpoint as the operator wrote it.
+    :param option: the command-line option that sets it.
     """
 
     endpoint: Any
@@ -52,9 +52,9 @@ class ListenSpec:
 class Server(Role):
     """One server process.
 
-    :param listen: where engines connect.
-    :param http: where the HTTP API is served; ``None``: nowhere.
-    :param hosts: further names by which clients of the API may call this server.
+    :param listen: the endpoint for engines.
+    :param http: the endpoint of the HTTP API; ``None``: the API is not served.
+    :param hosts: further host names by which clients of the API may call this server.
     :param types: the command types that the inbox accepts.
     """
 
@@ -98,7 +98,7 @@ class Server(Role):
             "server", dispatcher, basis.live_keys, clock, self.links, basis.bounds, counters=basis.counters
         )
         basis.live_keys.watchers.append(lambda keyring: self.factory.drop_revoked(self.links, keyring))
-        # An engine sweeps a bounded number at a time.
+        # An engine queues a limited number of broadcasts for each request: the sweep is repeated while it queues any.
         self._sweeps = CoalescedRequest(SWEEP, lambda _: {"since_ts": 0}, lambda _, ack: bool(ack["queued"]), clock)
         self._sweeping = task.LoopingCall(self._sweep)
         self._sweeping.clock = clock.scheduler
@@ -118,7 +118,7 @@ class Server(Role):
         for entrance, factory, what in self._entrances:
             failures: list[Failure] = []
             entrance.endpoint.listen(factory).addCallbacks(self._ports.append, failures.append)
-            for failure in failures:  # here, since a Deferred would keep the exception
+            for failure in failures:  # raised here, since a Deferred would keep the exception
                 why = failure.getErrorMessage().rstrip(".")
                 cure = f"free it or choose another --{entrance.option}"
                 refuse(f"cannot listen on {entrance.described}: {why}: {cure}")
@@ -143,7 +143,8 @@ class Server(Role):
         self._sweeps.stop()
         self._bumps.stop()
         self._retention.stop()
-        # Before the types: a push whose type is looked up is told that the server stops, and not that nobody serves it.
+        # Drain the inbox before the types stop: a push whose type is being looked up is then refused because the server
+        # stops, and not because its type is unknown.
         draining = self._inbox.drain()
         self._types.stop()
         web = [] if self._web is None else [Deferred.fromCoroutine(self._web.stop())]
@@ -165,7 +166,7 @@ class Server(Role):
         cancelling.addBoth(lambda _: self._executor.abandon())
 
     def _release_claims(self) -> None:
-        # What is left of a batch rolls back with the process: nobody is to be charged for it.
+        # An unfinished batch is rolled back when the process ends. Without a claim its commands are not charged.
         with self._database.shutdown_transaction() as txn:
             claims.release_all(txn, self._identity.boot_id)
 
@@ -192,7 +193,7 @@ class Server(Role):
         )
 
     async def _readiness(self) -> dict[str, str]:
-        """Give what the parts that must be well say of themselves."""
+        """Return the condition of each part that must work for the server to be ready."""
         executor = self._executor.condition
         return {
             "database": _with(await self._pulse.check(), self._kept),
@@ -235,5 +236,5 @@ class Server(Role):
 
 
 def _with(condition: str, trouble: str) -> str:
-    """Return what a part says of itself, with a trouble of its tables where there is one."""
+    """Return the condition of a part, followed by the trouble of its tables if there is any."""
     return f"{condition}{', but' if condition == 'ok' else ';'} {trouble}" if trouble else condition

@@ -1,4 +1,4 @@
-"""``twistd s2s-server``."""
+"""The twistd plug-in of ``twistd s2s-server``."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from s2s.roles.server.service import ListenSpec, Server
 from s2s.store.pool import blocking
 from s2s.store.tables import command_types
 
-#: Connections beside those of handlers: inbox and claims, keys and configuration, steering; the HTTP API.
+#: Database connections besides those of handlers: four for the inbox, claims, keys, configuration and control requests,
+#: and those of the HTTP API.
 _THREADS = 4 + POOL_THREADS
-#: Said instead of an endpoint: there is to be none.
+#: The option value that disables an endpoint.
 _OFF = "off"
 
 _log = Logger()
@@ -61,7 +62,7 @@ class Options(RoleOptions):
 
 
 def makeService(options: Options) -> Any:
-    """Make the server's service; nothing is connected before it starts."""
+    """Create the server's service. It opens no endpoint before it starts."""
     return or_refuse(lambda: _make(options))
 
 
@@ -95,9 +96,9 @@ def _make(options: Options) -> Any:
 
 
 def _declare(url: str, served: Mapping[str, CommandHandler]) -> dict[str, str]:
-    """Declare the command types, and read all that are known, before anything is accepted.
+    """Declare the command types and read the known ones, before the server accepts anything.
 
-    A database that takes no writes yet is no reason not to start: the types are declared later.
+    The server also starts if the database accepts no writes yet; it then declares the types later.
     """
     with suppress(DatabaseError), blocking(url, within_s=LOOK_S) as txn:
         command_types.declare(txn, texts(served))
