@@ -1,4 +1,4 @@
-"""The audit of what came over the link and changes no row whose trigger would tell (docs/protocol.rst, "Audit")."""
+"""Audit entries for link requests that no table trigger records (docs/protocol.rst, "Audit")."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from s2s.store.driver import Cursor
 from s2s.store.pool import Database
 from s2s.store.tables import audit
 
-#: Entries that may wait while others are written: what is over is counted, and not written.
+#: Entries that may wait while others are written. Further entries are counted and not written.
 MAX_WAITING: Final = 64
 
-#: What :func:`s2s.store.tables.audit.write` takes.
+#: The arguments of :func:`s2s.store.tables.audit.write`.
 _Entry = tuple[str, str, Mapping[str, Any], Mapping[str, Any], str]
 
 
 class AuditLog:
-    """Writes entries of the audit; nobody waits for them.
+    """Writes audit entries, fire-and-forget.
 
-    What cannot be written, because too much comes at once or the database is away, is counted.
+    Entries that cannot be written, because too many come at once or the database fails, are counted.
 
-    :param name: the engine's: what a control request is done to.
+    :param name: the name of the engine, which is the subject of control requests.
     """
 
     log = Logger()
@@ -44,11 +44,11 @@ class AuditLog:
         self._writing: Deferred[None] = succeed(None)
 
     def answered(self, request: Request, answer: Mapping[str, Any]) -> None:
-        """Tell of a control request and what it was answered."""
+        """Record a control request and its reply."""
         self._note((request.message.name, self._name, request.payload, answer, f"key:{request.key_id}"))
 
     def refused(self, request: Envelope, key_id: str, error: WireError) -> None:
-        """Tell of an order that was refused at the door, by its schema or by its sender's role: it gets no row."""
+        """Record an order that was refused by its schema or by its sender's role, and so has no row in ``orders``."""
         if request.type not in ORDERS or not isinstance(error, (BadPayload, Forbidden)):
             return
         payload = request.payload
@@ -58,7 +58,7 @@ class AuditLog:
         self._note((request.type, subject, audit.cut(payload, canonical.dumps(payload)), result, f"key:{key_id}"))
 
     def wait_idle(self) -> Deferred[None]:
-        """Wait until everything is written."""
+        """Wait until every entry is written or counted."""
         return self._writing
 
     def _note(self, entry: _Entry) -> None:
@@ -71,7 +71,7 @@ class AuditLog:
             self._writing = Deferred.fromCoroutine(self._write())
 
     async def _write(self) -> None:
-        """Write what waits, all at once, and again while more has come. Never fails."""
+        """Write all waiting entries in one transaction, and repeat while new ones have come. Never fails."""
         while self._waiting:
             entries, self._waiting = self._waiting, []
             try:
@@ -80,9 +80,9 @@ class AuditLog:
                 for _ in entries:
                     self._counters.meet("audit")
                 if isinstance(error, StatementRefused):
-                    # A line a minute: a peer decides how often.
+                    # Logged at most once a minute, since the peer decides how often this happens.
                     self._database.troubles.note(error.state, str(error))
-                # Of a database that is away the pool has told.
+                # The pool has logged that the database is away.
                 elif not isinstance(error, DatabaseUnavailable):
                     self.log.failure("entries of the audit were not written")
         self._is_writing = False

@@ -1,4 +1,4 @@
-"""What operators want of this engine (docs/protocol.rst, "s2s.engine.pause, s2s.engine.resume")."""
+"""The state that operators want this engine to have (docs/protocol.rst, "s2s.engine.pause, s2s.engine.resume")."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from s2s.store.tables import engines
 class DesiredState:
     """Keeps :attr:`s2s.roles.engine.state.EngineState.wanted` equal to the row of the engine in the table ``engines``.
 
-    :param name: the engine's.
+    :param name: the name of the engine.
     """
 
     log = Logger()
@@ -30,21 +30,21 @@ class DesiredState:
         self._condition = condition
         self._refresher = Refresher(database, clock, engines.wanted, (name,), self._on_value)
         self.start, self.notify = self._refresher.start, self._refresher.notify
-        #: A server may pause and resume an engine many times a second.
+        #: Limits the log lines, since a server may pause and resume an engine many times a second.
         self._lines = LineQuota(clock.scheduler, self._tell, MOST_TOLD)
 
     def stop(self) -> None:
-        """Read no more."""
+        """Stop reading."""
         self._refresher.stop()
         self._lines.stop()
 
     async def set(self, state: str, reason: str, actor: str) -> None:
-        """Store what is wanted; when this returns it is durable and in force.
+        """Store the wanted state. When this returns, the state is durable and in force.
 
         :param state: ``running`` or ``paused``.
-        :param actor: who wants it, for the audit.
-        :raises DatabaseUnavailable: it may or may not be stored.
-        :raises InternalError: the database refuses to store it; the log has the reason, once a minute at most.
+        :param actor: the operator or key that wants it, for the audit.
+        :raises DatabaseUnavailable: the state may or may not be stored.
+        :raises InternalError: the database refuses to store the state; the reason is logged at most once a minute.
         """
         try:
             await self._database.run(engines.want, self._name, state, reason, actor)

@@ -1,4 +1,4 @@
-"""Running orders, each once, whichever way they come (docs/protocol.rst, "Orders")."""
+"""Run orders, each once, whether they come over a link or from the table (docs/protocol.rst, "Orders")."""
 
 from __future__ import annotations
 
@@ -42,17 +42,18 @@ from s2s.store.tables import orders
 from s2s.store.tables.jobs import SLICE_S
 from s2s.store.tables.orders import Order
 
-#: Seconds that an order of the table is left to the link, where there is one.
+#: Seconds for which an order in the table is left to arrive over the link, if there is a link.
 PATIENCE_S: Final = 3.0
-#: Seconds that an order over the link is waited for, before it is answered that it is not over.
+#: Seconds to wait for the end of an order that came over the link, before the reply that it is not over.
 ANSWER_S: Final = 1.5
-#: Orders run one after the other, as they were given. Where a step takes so many seconds, such as that of a job that
-#: hangs or waits for its own other run, a second line takes those orders meanwhile that run no job.
+#: Orders run one after another, in the order in which they were given. If a step takes STUCK_S seconds, such as that of
+#: a job that hangs or waits for its own other run, a second worker meanwhile takes the orders that run no job.
 STUCK_S: Final = 1.0
 LINES: Final = 2
-#: Attempts in a row that do not get on: their processes died, or the database spoilt them, by a deadlock for instance.
+#: Attempts in a row without progress after which an order fails: their processes died, or the database made them fail,
+#: by a deadlock for instance.
 MOST_ATTEMPTS: Final = 20
-#: Lines about orders in one minute. Further ones are counted: a server may send many a second.
+#: Log lines about orders in one minute. Further ones are counted, since a server may send many orders a second.
 MOST_LINES: Final = 100
 
 
@@ -65,15 +66,15 @@ class _Stopped(Exception):
 
 
 class OrderRunner:
-    """Runs orders step by step, those that wait longest first.
+    """Runs orders step by step, those that have waited longest first.
 
     :param handlers: the connections on which orders run.
-    :param kinds: by RPC.
-    :param name: the engine's.
-    :param has_link: whether there is a proven link, over which orders may come.
-    :param emitted: called when there may be something new in the outbox.
+    :param kinds: the order handlers by RPC.
+    :param name: the name of the engine.
+    :param has_link: returns whether there is a proven link, over which orders may come.
+    :param emitted: called when there may be new rows in the outbox.
 
-    :ivar over: orders ended here, by their status.
+    :ivar over: the number of orders that ended here, by their status.
     """
 
     log = Logger()
@@ -100,23 +101,23 @@ class OrderRunner:
         self._emitted = emitted
         self._turns = PollLoop("the runner of orders", self._poll_once, clock.scheduler, LINES)
         self._left_out = LeftOut("order", self._turns, clock.mono)
-        #: Those that came over a link are written down one after the other, so that none overtakes those before it.
+        #: Orders that came over a link are stored one after another, so that none overtakes an earlier one.
         self._writing = DeferredLock()
-        #: What is under way here, and since when.
+        #: The orders with a step in progress here, and the time of its start.
         self._in_hand: dict[str, float] = {}
-        #: Who waits for the end of an order that came over the link.
+        #: The Deferreds that wait for the end of each order that came over the link.
         self._waiters: defaultdict[str, list[Deferred[None]]] = defaultdict(list)
         self._lines = LineQuota(clock.scheduler, self._tell_rest, MOST_LINES)
         self.over = dict.fromkeys(("done", "refused", "failed"), 0)
 
     def start(self) -> None:
-        """Run orders from now on."""
+        """Start running orders."""
         self._turns.start()
 
     def stop(self) -> Deferred[Any]:
         """Begin no further step.
 
-        :returns: fires when those under way are finished.
+        :returns: fires when the steps in progress are finished.
         """
         stopped = self._turns.stop()
         self._lines.stop()
@@ -125,20 +126,20 @@ class OrderRunner:
         return stopped
 
     def wake(self) -> None:
-        """There may be an order."""
+        """Poll the table now, because there may be a new order."""
         self._turns.wake_all()
 
     async def take(self, order_id: str, rpc: str, params: Mapping[str, Any], actor: str) -> Order:
-        """Take an order that came over the link: written down first, if nobody has.
+        """Take an order that came over the link, and store it if it has no row yet.
 
-        :returns: what its row says when it is over, or after :data:`ANSWER_S`.
+        :returns: the order as it is stored when it is over, or after :data:`ANSWER_S`.
         :raises IdemConflict: its row has other content.
-        :raises ShuttingDown: the engine drains, and the order is new.
-        :raises DatabaseUnavailable: it may or may not be written down.
-        :raises InternalError: the database refuses to write it down; the log has the reason, once a minute at most.
+        :raises ShuttingDown: the engine is draining, and the order is new.
+        :raises DatabaseUnavailable: the order may or may not be stored.
+        :raises InternalError: the database refuses to store the order; the reason is logged at most once a minute.
         """
         if self._condition.is_draining:
-            # What it asks after is no new work.
+            # A request for a known order is not new work.
             known = await self._database.run(orders.known, order_id, rpc, params)
             if known is None:
                 raise ShuttingDown("the engine is shutting down")
@@ -193,12 +194,12 @@ class OrderRunner:
     async def _do(self, order: Order, until: float) -> Order | None:
         """Do one step.
 
-        :param until: when the caller looks for other orders.
-        :returns: the attempt of the next step, where it is ours.
+        :param until: the time at which the caller polls for other orders.
+        :returns: the attempt of the next step, if this engine does that step.
         """
         rests = self._kinds[order.rpc].rests
         is_paused = rests and self._condition.wanted == "paused"
-        # Paused, or stopping, while we looked.
+        # The engine was paused, or began to stop, during the query.
         if (is_paused and order.status == "running") or self._turns.is_stopping:
             await self._database.run(orders.release, order)
             return None
@@ -209,12 +210,12 @@ class OrderRunner:
                 after = await self._handlers.run(self._step, order, is_paused, until)
         except HandlerStuck as stuck:
             is_stuck = True
-            # It begins here no more while its thread lives.
+            # The order does not begin here again while its thread lives.
             stuck.task.on_return = lambda: self._in_hand.pop(order.order_id, None)
             await self._handlers.end(stuck.task)
             self.log.error("order {order_id} is stuck: {why}", order_id=order.order_id, why=str(stuck))
             after = await self._database.run(self._end, order, stuck, True)
-        # Refused: by the COMMIT, at which deferred constraints are checked.
+        # StatementRefused is raised by the COMMIT, at which deferred constraints are checked.
         except (_Stopped, StatementRefused) as stopped:
             error = stopped.error if isinstance(stopped, _Stopped) else stopped
             after = await self._database.run(self._end, order, error)
@@ -256,7 +257,7 @@ class OrderRunner:
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 
     def _give(self, txn: Cursor, order_id: str, rpc: str, params: Mapping[str, Any], actor: str) -> Order:
-        # The step of one that runs here has locked its row: a write would wait for it, and so would the next orders.
+        # A step in progress has locked the row of its order: a write would wait for the step, and the next orders too.
         known = orders.known(txn, order_id, rpc, params) if order_id in self._in_hand else None
         return known or orders.give(txn, order_id, rpc, params, actor, by_link=True)[0]
 
@@ -264,8 +265,8 @@ class OrderRunner:
         """Do a step in the transaction that stores it.
 
         :param until: see :meth:`_do`.
-        :returns: the order as it is then; ``None``: it is another engine's by now.
-        :raises _Stopped: it is refused, or has failed.
+        :returns: the order as it is afterwards; ``None``: the attempt belongs to another engine by now.
+        :raises _Stopped: the order is refused, or has failed.
         """
         place = orders.hold(txn, order)
         if place is None:
@@ -273,11 +274,11 @@ class OrderRunner:
         run = OrderRun(order.order_id, order.params, order.actor, order.created_at, order.state)
         try:
             self._check(order, is_paused)
-            # It tells when a job has ended the transaction, or has swallowed the error of a statement.
+            # foreign() raises if a job has ended the transaction or has swallowed the error of a statement.
             with self._handlers.foreign(txn, f"order {order.order_id}, {order.rpc}") as cursor:
                 outcome = validate_outcome(call(self._kinds[order.rpc].run, cursor, run))
-        # BaseException: in this thread a SystemExit is a job's own, and nobody else's. A connection that is lost, or a
-        # process that stops, is made something else of by the pool.
+        # Catch BaseException: in this thread only a job can raise SystemExit. The pool converts the error of a lost
+        # connection or a stopping process.
         except BaseException as error:
             meaning = sqlstate.of(error)
             if meaning.passes or meaning.fault != "statement":
@@ -289,19 +290,19 @@ class OrderRunner:
         return orders.find(txn, order.order_id)
 
     def _end(self, txn: Cursor, order: Order, error: BaseException, waits: bool = False) -> Order | None:
-        """Store that an order is refused, where nothing of it was done, or else that it has failed.
+        """Store that an order is refused, if nothing of it was done, or else that it has failed.
 
-        :param waits: wait for a session of ours that still ends.
+        :param waits: wait for a session of s2s that is still ending.
         """
         if orders.hold(txn, order, waits) is None:
             return None
-        # What is internal says nothing against the order.
+        # An internal error is not the order's fault.
         is_refusal = isinstance(error, WireError) and error.code != InternalError.code and order.status == "queued"
         orders.finish(txn, order, "refused" if is_refusal else "failed", _why(error), self._name)
         return orders.find(txn, order.order_id)
 
     def _check(self, order: Order, is_paused: bool) -> None:
-        """Refuse what may not run; a row may have been written by any hand."""
+        """Refuse an order that may not run. Its row may have been written by hand."""
         try:
             check_readable(order.params, "JSON of its params")
             check_readable(order.state, "JSON of its state")
@@ -316,11 +317,11 @@ class OrderRunner:
 
 
 def _why(error: BaseException) -> Mapping[str, Any]:
-    """Say an error as the result of an order, such as can be stored, sent and shown."""
+    """Return an error as the result of an order, in a form that can be stored, sent and shown."""
     said = error if isinstance(error, WireError) else InternalError(one_line(error))
     result = {"code": said.code, "message": storable(said.message)}
     try:
         validate_outcome(more := {**result, "details": said.details})
-    except Exception:  # a plug-in may have put anything there
+    except Exception:  # a plug-in may have put any value into the details
         return result
     return more if said.details else result

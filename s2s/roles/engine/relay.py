@@ -1,8 +1,8 @@
-"""From the outbox to the server (docs/protocol.rst, "The engine").
+"""Send outbox rows to the server (docs/protocol.rst, "The engine").
 
-Rows are leased, pushed with a window in flight, and settled in groups: what was accepted is deleted, what may succeed
-later is sent again, the rest is set aside. A row that is sent twice is a duplicate to the server, so every doubt is
-settled by sending again.
+Rows are leased, pushed with a window in flight, and settled in groups: accepted rows are deleted, rows that may succeed
+later are sent again, and the others are set aside as dead. To the server a row that is sent twice is a duplicate, so in
+every case of doubt the row is sent again.
 """
 
 from __future__ import annotations
@@ -44,36 +44,36 @@ from s2s.store.pool import Database
 from s2s.store.tables import outbox
 from s2s.store.tables.outbox import OutboxRow, Settlement
 
-#: Rows claimed at once, and so the most that wait here for the window.
+#: The largest number of rows claimed at once, and so of rows that wait here for the window.
 CLAIM_ROWS: Final = 256
-#: Seconds until a push counts as unanswered: a frame may take 10 s to arrive, and its answer 10 s more.
+#: Seconds until a push counts as unanswered: its frame may take 10 s to arrive, and the reply 10 s more.
 PUSH_S: Final = 20.0
-#: Rows are anybody's again after this many seconds, unless they are leased anew: short, for those of a dead process.
+#: Seconds after which other engines may claim a row unless its lease is renewed; short because of dead processes.
 LEASE_S: Final = 5.0
-#: The age, in seconds, at which a lease is renewed; a renewal that fails is tried once more in time.
+#: The age in seconds at which a lease is renewed; a renewal that fails can be retried once before the lease ends.
 RENEW_S: Final = 1.5
-#: Beside the outbox's NOTIFY, which can be lost.
+#: Seconds between two polls, besides the NOTIFY of the outbox, which can be lost.
 POLL_S: Final = 1.0
-#: Between two counts of what waits, which look at every row.
+#: Seconds between two counts of the waiting rows, since a count reads every row.
 DEPTH_S: Final = 5.0
-#: By how much each row that cannot be removed lengthens the pause until it is tried again, in seconds, and the longest
-#: pause.
+#: Seconds by which each row that cannot be deleted lengthens the pause until the next attempt to delete it, and the
+#: longest pause in seconds.
 UNDELETED_S: Final = 0.01
 MOST_KEPT_S: Final = 60.0
-#: Such rows that are remembered, some 10 MB. Others are sent again, and are duplicates.
+#: The largest number of such rows that are remembered, some 10 MB. Further ones are sent again, and are duplicates.
 MOST_UNDELETED: Final = 100_000
-#: The longest pause, in seconds, before a row is sent again: the server may ask for it, and a row that it refuses with
-#: an internal error comes to it. The watch of the clock pulls back what lies further ahead.
+#: The longest pause in seconds before a row is sent again. The server may ask for it, and the pause of a row that the
+#: server refuses with internal errors grows to it. The clock watch pulls back times that lie further ahead.
 LONGEST_PAUSE_S: Final = 60.0
-#: Refusals that are about the link or the clock, and say nothing against the command, whatever their ``retryable``.
+#: Codes of refusals that concern the link or the clock and not the command, whatever their ``retryable``.
 _NOT_ITS_FAULT: Final = frozenset({"replay", "forbidden", "ts_skew"})
 
 
 class Relay:
-    """Sends what the outbox holds over whatever link there is.
+    """Sends the rows of the outbox over the current link.
 
-    :ivar window_rows: how many rows are in flight at most, 1 to 1024; may be set at any time.
-    :ivar depth: rows that wait, as counted last.
+    :ivar window_rows: the largest number of rows in flight, 1 to 1024; may be set at any time.
+    :ivar depth: the number of waiting rows at the last count.
     """
 
     log = Logger()
@@ -90,21 +90,21 @@ class Relay:
         self._is_sending = False
         self._more = False
         self._is_dry = False
-        #: The database has refused the last claim.
+        #: The database refused the last claim, so the next one isolates the rows at fault.
         self._is_singly = False
         self._timer: Timer | None = None
         self._depth_at = float("-inf")
         self._at_rest: list[Deferred[None]] = []
         self._ready: deque[tuple[OutboxRow, dict[str, Any], int]] = deque()
-        #: Since when each row is leased.
+        #: The time since when each row is leased.
         self._held: dict[int, float] = {}
         self._flying: set[Deferred[Any]] = set()
         self._flying_bytes = 0
-        #: What a row of the last claim took on average; of the first nothing is known.
+        #: The average bytes of a row of the last claim; 1 before the first claim.
         self._row_bytes = 1
         self._next = Settlement()
         self._claims = outbox.Claims()
-        #: Rows that the server has and that the database does not let be removed: they are not sent again.
+        #: Rows that the server has accepted and that the database refuses to delete: they are not sent again.
         self._undeleted: dict[int, None] = {}
         self._lines = LineQuota(clock.scheduler, self._tell_dead, MOST_TOLD)
         self._again_lines = LineQuota(clock.scheduler, self._tell_again, is_first_told=True)
@@ -113,14 +113,14 @@ class Relay:
         self.accepted = self.duplicates = self.retried = self.dead = 0
 
     def start(self) -> None:
-        """Claim rows whenever there is a link."""
+        """Start claiming rows whenever there is a link."""
         self._is_stopping = False
         self._claim()
 
     def flush(self) -> Deferred[None]:
-        """Go on until nothing is due any more; what rests before it is sent again is not due.
+        """Send until no row is due any more. A row in its pause before the next attempt is not due.
 
-        :returns: fires when a claim has found nothing, and nothing is in flight or unsettled; or without a link.
+        :returns: fires when a claim has found no row, and no row is in flight or unsettled; or without a link.
         """
         flushed: Deferred[None] = Deferred()
         self._at_rest.append(flushed)
@@ -129,10 +129,10 @@ class Relay:
         return flushed
 
     def stop(self, patience_s: float = 3.0) -> Deferred[None]:
-        """Claim no more.
+        """Stop claiming.
 
-        :param patience_s: after so many seconds what is still in flight is given up, to be sent again by the next.
-        :returns: fires when all that is in flight is answered, or given up, and settled.
+        :param patience_s: seconds after which rows still in flight are given up; the next process sends them again.
+        :returns: fires when every row in flight is answered or given up, and settled.
         """
         self._is_stopping = True
         self._lines.stop()
@@ -146,19 +146,19 @@ class Relay:
         return stopped
 
     def linked(self, link: Link | None) -> None:
-        """A link was proven, or lost."""
+        """Use a link that was proven; ``None``: the link was lost."""
         self._link = link
         self._pace = CongestionWindow()
         self.wake()
         self._settle()
 
     def wake(self) -> None:
-        """There may be something to send."""
+        """Claim rows now, because there may be some to send."""
         self._more = True
         self._claim()
 
     def _open_link(self) -> Link | None:
-        """Give the link while it takes requests: one that is closing takes none, and is lost up to 2 s later."""
+        """Return the link if it accepts requests. A closing link accepts none, and is lost up to 2 s later."""
         return self._link if self._link is not None and self._link.session.is_open else None
 
     # --- claim and send ---------------------------------------------------------------------------------------------
@@ -168,7 +168,8 @@ class Relay:
             return
         if self._timer is None or not self._timer.active():
             self._timer = self._clock.scheduler.callLater(POLL_S, self._poll)
-        # No more than will soon be sent: what waits here another engine could send, and an operator cancel.
+        # Claim only rows that will soon be sent: another engine could send a row that waits here, or an operator cancel
+        # it.
         soon = 1 + 2 * self._pace.bytes // self._row_bytes
         room = min(CLAIM_ROWS, self.window_rows - len(self._held), soon)
         link = self._open_link()
@@ -197,7 +198,7 @@ class Relay:
         self._is_claiming = False
         self._is_dry = not rows
         self._is_singly = False
-        # Who flushes looks until there is nothing.
+        # A flush or stop claims until no row is found.
         self._more |= len(rows) == room or bool(rows and self._at_rest)
         for row in rows:
             self._held[row.outbox_id] = since
@@ -206,7 +207,7 @@ class Relay:
                 continue
             try:
                 self._ready.append((row, push := row.push(), outbox.frame_size_of(push)))
-            except LocalError as error:  # put there by another hand than ours
+            except LocalError as error:  # s2s did not write this row
                 self._set_aside(row, TooLarge.code if row.payload is None else BadPayload.code, str(error))
         if self._ready:
             self._row_bytes = sum(size for _, _, size in self._ready) // len(self._ready)
@@ -218,7 +219,7 @@ class Relay:
             self._claim()
 
     def _give_back(self) -> None:
-        """Let what was claimed and not sent be due at once, and not when its lease ends."""
+        """Make rows that were claimed and not sent due at once, and not when their lease ends."""
         self._next.given_back += [row.outbox_id for row, _, _ in self._ready]
         self._ready.clear()
 
@@ -230,7 +231,7 @@ class Relay:
         self._is_claiming = False
         self._is_singly = not self._is_singly and outbox.is_refused(failure.value)
         if self._is_singly:
-            # One row may be at fault, and keep all others back.
+            # One row may be at fault: isolate it, so that it does not block the others.
             self._claim()
         else:
             # The poll tries again.
@@ -238,7 +239,7 @@ class Relay:
         self._settle()
 
     def _unless_away(self, failure: Failure) -> None:
-        # Of a database that is away the pool has told.
+        # The pool has logged that the database is away.
         error = failure.value
         if isinstance(error, StatementRefused):
             told = outbox.told_as_kept(error)
@@ -247,7 +248,7 @@ class Relay:
             self._unexpected(failure)
 
     def _send(self) -> None:
-        # A call on a link that is gone fails at once and comes back here.
+        # Guard against re-entry: a call on a lost link fails at once and calls this method again.
         if self._is_sending:
             return
         self._is_sending = True
@@ -287,12 +288,12 @@ class Relay:
         asked_ms = error.retry_after_ms if isinstance(error, Refused) else None
         pause_s = retry_pause(asked_ms, row.attempts, self._rng, LONGEST_PAUSE_S)
         if code == InternalError.code:
-            # It is about this row alone, and may last.
+            # The error concerns only this row, and may last.
             longest_s = min(FAST[0] * 2.0 ** min(row.attempts + 1, 16), LONGEST_PAUSE_S)
             pause_s = max(pause_s, (0.5 + self._rng() / 2) * longest_s)
         message = storable(str(error)) or "it was given up before it was answered"
         self._next.retries.append((row.outbox_id, pause_s, code, message))
-        # Of an answer that is not valid, as of its own end, the link tells; of what passes a count is enough.
+        # The link itself logs invalid replies and its own end; for passing errors the counter is enough.
         is_passing = isinstance(error, Refused) and code in BY_CODE and BY_CODE[code].passing
         is_worth_it = isinstance(error, (Refused, DeadlinePassed)) and not is_passing and not self._is_stopping
         if is_worth_it and self._again_lines.may_tell(code):
@@ -335,18 +336,18 @@ class Relay:
     # --- settle -----------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Settle in one transaction all that was answered while the last one was under way."""
+        """Settle in one transaction all rows that were answered while the last one was in progress."""
         if self._is_settling:
             return
         settlement, self._next = self._next, Settlement()
-        # What the last one let go is not ours to lease, and may rest.
+        # Do not renew the leases of rows that the last settlement released: they may be in their pause.
         settlement.renewed = [outbox_id for outbox_id in settlement.renewed if outbox_id in self._held]
         if settlement != Settlement():
             self._is_settling = True
             kept_s = min(outbox.KEPT_S + len(self._undeleted) * UNDELETED_S, MOST_KEPT_S)
             settling = self._database.run(settlement.settle, LEASE_S, kept_s)
             settling.addErrback(self._settle_singly, settlement, kept_s)
-            # Where it fails their leases end, they are sent again, and the server knows them as duplicates.
+            # If it fails, the leases end, the rows are sent again, and the server recognizes them as duplicates.
             settling.addErrback(self._unless_away)
             settling.addBoth(self._settled, settlement)
             settling.addErrback(self._unexpected)
@@ -354,7 +355,7 @@ class Relay:
             self._rest()
 
     def _settle_singly(self, failure: Failure, settlement: Settlement, kept_s: float) -> Failure | Deferred[list[int]]:
-        """Settle again where one row may be at fault: what was accepted would be sent again without an end."""
+        """Settle again and isolate the rows at fault: otherwise accepted rows would be sent again without end."""
         if not outbox.is_refused(failure.value):
             return failure
         return self._database.run(settlement.settle, LEASE_S, kept_s, True)
@@ -377,14 +378,14 @@ class Relay:
             self._claim()
 
     def _renew(self) -> None:
-        """Keep what has been held for a while from others: it may still be on its way."""
+        """Renew the leases of rows that have been held for :data:`RENEW_S`, since they may still be in flight."""
         now = self._clock.mono()
         old = [outbox_id for outbox_id, since in self._held.items() if now >= since + RENEW_S]
         self._held.update(dict.fromkeys(old, now))
         self._next.renewed += old
 
     def _rest(self) -> None:
-        """Nothing is under way: tell who waits for that, if it will stay so."""
+        """Fire the Deferreds of :meth:`flush` and :meth:`stop`, unless more rows may be due."""
         if self._is_stopping:
             cancel(self._timer)
         if self._is_stopping or self._open_link() is None or (self._is_dry and not self._more):
@@ -394,7 +395,7 @@ class Relay:
 
 
 def final_code(error: BaseException | None) -> str | None:
-    """Return the code of an error that is about the request itself; ``None``: it may be accepted later."""
+    """Return the code of an error that concerns the request itself; ``None``: the request may be accepted later."""
     if isinstance(error, Refused):
         return None if error.retryable or error.code in _NOT_ITS_FAULT else error.code
     if isinstance(error, TooBigToSend):
@@ -405,7 +406,7 @@ def final_code(error: BaseException | None) -> str | None:
 
 
 def why_again(error: BaseException | None) -> str:
-    """Return the code that a row has after an attempt whose error says nothing against the row."""
+    """Return the code to store in a row after an attempt that may succeed later."""
     match error:
         case Refused() | BadReply():
             return error.code

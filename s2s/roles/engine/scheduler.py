@@ -1,4 +1,4 @@
-"""Running the jobs that are due (docs/protocol.rst, "The world and its jobs")."""
+"""Run the jobs that are due (docs/protocol.rst, "The world and its jobs")."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from s2s.store.tables import config, jobs
 from s2s.store.tables.jobs import DueJob, OtherSchedule
 from s2s.store.tables.own_keys import database_id, own_key
 
-#: Jobs that run at once in one engine: one that hangs does not hold up the others.
+#: The number of jobs that run at once in one engine: a job that hangs does not delay the others.
 LINES: Final = 2
-#: Seconds between two looks for jobs that the table lacks, or has with a schedule that is not ours.
+#: Seconds between two checks for jobs that the table lacks, or has with another schedule than this engine's.
 DECLARE_S: Final = 30.0
-#: Steps in a row that fail by a fault of the database, or of the connection, before the job itself counts as failed
-#: where the database serves others.
+#: Steps in a row that fail because of the database or the connection, at which the job itself counts as failed if the
+#: database accepts other writes.
 LOSSES: Final = 3
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a step came to.
+    """The outcome of a step.
 
     :param is_finished: the run is over.
-    :param next: the attempt of the next step, where it is ours.
+    :param next: the attempt of the next step, if this engine does that step.
     """
 
     is_finished: bool
@@ -48,17 +48,17 @@ class Report:
 
 
 class _JobFailed(Exception):
-    """A job raised, or came to what cannot be stored."""
+    """A job raised an error, or its outcome cannot be stored."""
 
 
 class Scheduler:
     """Runs jobs when they are due, step by step, while the engine is running.
 
-    :param boot_id: of this engine.
+    :param boot_id: the ``boot_id`` of this engine.
     :param handlers: the connections on which jobs run.
-    :param jobs: by name.
+    :param jobs: the jobs by name.
     :param frame_size: the longest frame that the engine sends, in bytes.
-    :param emitted: called when there may be something new in the outbox.
+    :param emitted: called when there may be new rows in the outbox.
 
     :ivar runs: runs finished.
     :ivar failed: steps that failed.
@@ -87,30 +87,30 @@ class Scheduler:
         self._emitted = emitted
         self._clock = clock
         self._declare_at: float | None = None
-        #: One worker declares, so that no difference is logged twice.
+        #: Only one worker declares at a time, so that no difference is logged twice.
         self._is_declaring = False
-        #: As the last look found them.
+        #: The other schedules that the last check found.
         self._other_schedules: Mapping[str, OtherSchedule] = {}
-        #: Jobs that could not be declared, and why.
+        #: The jobs that could not be declared, with the reason.
         self._undeclared: Mapping[str, str] = {}
-        #: What is under way here: one that hangs is not begun again by the other line.
+        #: The jobs with a step in progress here: the other worker does not begin a job again that hangs.
         self._in_hand: set[str] = set()
-        #: The jobs that have had a turn here, in the order of their last one.
+        #: The jobs that have run here, in the order of their last turn.
         self._had_turns: dict[str, None] = {}
-        #: Steps in a row of each job that the database, or the connection, was at fault for.
+        #: The number of steps in a row of each job that failed because of the database or the connection.
         self._losses: dict[str, int] = {}
         self._turns = PollLoop("the scheduler", self._poll_once, clock.scheduler, LINES if jobs else 0)
         self._left_out = LeftOut("job", self._turns, clock.mono)
         self.runs = self.failed = 0
 
     def start(self) -> None:
-        """Declare the jobs, and run what is due from now on."""
+        """Declare the jobs, and start running the due ones."""
         self._turns.start()
 
     def stop(self) -> Deferred[Any]:
         """Begin no further step.
 
-        :returns: fires when those under way are finished.
+        :returns: fires when the steps in progress are finished.
         """
         return self._turns.stop()
 
@@ -121,7 +121,7 @@ class Scheduler:
         """
         is_first = self._declare_at is None
         if is_first and self._is_declaring:
-            # Nothing runs before the jobs are declared. The worker that declares them wakes this one.
+            # No job runs before the jobs are declared. The worker that declares them wakes this one.
             return None
         if not self._is_declaring and self._clock.mono() >= (self._declare_at or 0.0):
             self._is_declaring = True
@@ -151,7 +151,7 @@ class Scheduler:
         until = self._clock.mono() + jobs.SLICE_S
         while due is not None:
             job_type = due.job_type
-            # Paused while we looked: from then on no job begins.
+            # The engine was paused, or began to stop, during the query: from then on no step begins.
             if self._condition.state != "running" or self._turns.is_stopping:
                 await self._database.run(jobs.release, due)
                 return None
@@ -164,8 +164,8 @@ class Scheduler:
     async def _do(self, due: DueJob, until: float) -> DueJob | None:
         """Do one step.
 
-        :param until: when the caller looks at what else is due.
-        :returns: the attempt of the next step, where it is ours.
+        :param until: the time at which the caller polls for other due jobs.
+        :returns: the attempt of the next step, if this engine does that step.
         """
         self._in_hand.add(due.job_type)
         is_stuck = False
@@ -174,13 +174,13 @@ class Scheduler:
                 report = await self._handlers.run(self._step, due, until)
         except HandlerStuck as stuck:
             is_stuck = True
-            # It begins here no more while its thread lives. Other engines try it after a pause.
+            # The job does not begin here again while its thread lives. Other engines try it after a pause.
             stuck.task.on_return = lambda: self._in_hand.discard(due.job_type)
             await self._handlers.end(stuck.task)
             self._tell_failure(due, str(stuck))
             await self._database.run(jobs.fail, due, one_line(stuck))
             return None
-        # Refused: by the COMMIT, at which deferred constraints are checked.
+        # StatementRefused is raised by the COMMIT, at which deferred constraints are checked.
         except (_JobFailed, StatementRefused) as error:
             self._tell_failure(due, str(error))
             self._losses.pop(due.job_type, None)
@@ -189,11 +189,11 @@ class Scheduler:
         except NoThread:
             raise
         except DatabaseUnavailable as lost:
-            # Mostly nobody's fault. But a job may end its own connection, or read a damaged table, each time.
+            # Usually the job is not at fault. But it may end its own connection, or read a damaged table, each time.
             losses = self._losses[due.job_type] = self._losses.get(due.job_type, 0) + 1
             if losses < LOSSES or self._turns.is_stopping:
                 raise
-            # Not while the database refuses other writes, too.
+            # The probe raises if the database refuses other writes too: then the job does not count as failed.
             await self._database.run(probe.check)
             self._tell_failure(due, str(lost))
             await self._database.run(jobs.fail, due, one_line(lost))
@@ -219,7 +219,7 @@ class Scheduler:
             status_log.info("job {job}: {told}", job=due.job_type, told=told or "done")
 
     def _tell_schedules(self, others: Mapping[str, OtherSchedule]) -> None:
-        """Log each schedule that became another one, and each that is ours again."""
+        """Log each schedule that became another one, and each that is this engine's again."""
         before, self._other_schedules = self._other_schedules, others
         for job, (schedule, is_kept) in others.items():
             if job not in before or before[job].schedule != schedule:
@@ -255,14 +255,15 @@ class Scheduler:
     def _declare(
         self, txn: Cursor, is_first: bool, before: Mapping[str, OtherSchedule], undeclared: Sequence[str] = ()
     ) -> tuple[Mapping[str, OtherSchedule], Mapping[str, str]]:
-        """Put into the table what it lacks, at the first look also what differs.
+        """Insert the jobs that the table lacks; at the first check, also replace schedules that differ.
 
-        Later another engine may have declared another schedule of the same job, and keeps it while it lives. It may
-        live though one look finds no presence lock, as after a restart of the database.
+        Later, another engine may have declared another schedule of the same job; that schedule stays while the other
+        engine lives. An engine may live although one check finds no presence lock of it, as after a restart of the
+        database, so a schedule is replaced only at the second check that finds it without a living engine.
 
-        :param before: what the look before found.
-        :param undeclared: what the look before could not declare.
-        :returns: what differs still, and what cannot be declared.
+        :param before: the other schedules that the previous check found.
+        :param undeclared: the jobs that the previous check could not declare.
+        :returns: the schedules that still differ, and the jobs that cannot be declared.
         """
         if is_first:
             names, others = list(self._jobs), {}
@@ -281,8 +282,8 @@ class Scheduler:
         """Do a step in the transaction that stores it.
 
         :param until: see :meth:`_do`.
-        :returns: what it came to; ``None``: it is another engine's by now.
-        :raises _JobFailed: the job is to blame.
+        :returns: the outcome; ``None``: the attempt belongs to another engine by now.
+        :raises _JobFailed: the job is at fault.
         """
         place = jobs.hold(txn, due)
         if place is None:
@@ -291,7 +292,7 @@ class Scheduler:
         key = own_key(database_id(txn), due.job_type, due.due_at, due.runs)
         try:
             check_readable(due.state, "JSON of its state")
-            # It tells when the job has ended the transaction, or has swallowed the error of a statement.
+            # foreign() raises if the job has ended the transaction or has swallowed the error of a statement.
             with self._handlers.foreign(txn, f"job {due.job_type}") as cursor:
                 run = JobRun(cursor, key, due.due_at, settings, self._frame_size, due.state)
                 outcome = validate_outcome(call(self._jobs[due.job_type].run, cursor, run))
@@ -300,8 +301,8 @@ class Scheduler:
                 return Report(False, next=jobs.go_on(txn, due, place, outcome.state, is_next_ours))
             jobs.finish(txn, due, _next_after, outcome)
             return Report(True, outcome)
-        # BaseException: in this thread a SystemExit is the job's own, and nobody else's. A connection that is lost, or
-        # a process that stops, is made something else of by the pool.
+        # Catch BaseException: in this thread only the job can raise SystemExit. The pool converts the error of a lost
+        # connection or a stopping process.
         except BaseException as error:
             if sqlstate.of(error).fault != "statement":
                 raise

@@ -39,17 +39,17 @@ from s2s.store.monitors.clock_watch import ClockWatch
 from s2s.store.tables import engines, orders, outbox
 from s2s.store.tables.clock_drift import ENGINE_RULES
 
-#: The grain of ``ts``, in seconds.
+#: The resolution of ``ts`` in seconds.
 GRAIN_S: Final = 1.0
-#: Seconds that a relay has for giving back what it has in flight when the grace is over.
+#: Seconds that the relay has to give back its rows in flight when the grace of the shutdown is over.
 GIVE_BACK_S: Final = 0.3
-#: Seconds after which the log says that a connection is still not there: a resolver may hang without an end.
+#: Seconds after which a connection attempt that is still open is logged: a resolver may hang without an end.
 CONNECTING_S: Final = 10.0
 
 
 @implementer(IStreamClientEndpoint)
 class _TellingEndpoint:
-    """An endpoint that tells why it does not connect, once an outage: ``ClientService`` keeps that to itself."""
+    """An endpoint that logs why it does not connect, once an outage: ``ClientService`` does not log that."""
 
     log = Logger()
 
@@ -96,9 +96,9 @@ class _TellingEndpoint:
 class Engine(Role):
     """One engine process.
 
-    :param connect: where the server is.
+    :param connect: the endpoint of the server.
     :param described: the endpoint as the operator wrote it.
-    :param jobs: by name.
+    :param jobs: the jobs by name.
     """
 
     def __init__(
@@ -114,11 +114,11 @@ class Engine(Role):
         self._described = described
         self._relay = relay
         self._backoff = Backoff()
-        #: The connection that there is, and whether its link is proven.
+        #: The current connection, and the same link once it is proven.
         self._connected: Link | None = None
         self._link: Link | None = None
         self._proven_at = 0.0
-        #: A server may take each link, prove it and close it, many times a second.
+        #: Limits the log lines, since a server may accept, prove and close links many times a second.
         self._lines = LineQuota(clock.scheduler, self._tell_often, MOST_TOLD)
         self._is_up_told = False
         self._condition = EngineState()
@@ -171,11 +171,12 @@ class Engine(Role):
         self._clock_watch.start()
         self._scheduler.start()
         self._orders.start()
-        # Linked before it is known what is wanted, we would have to refuse what the server asks first.
+        # Read the wanted state before connecting: until it is known, the engine has to refuse the server's requests.
         self._wanted.start().addBoth(self._wait)
 
     def _wait(self, _: object) -> None:
-        # What was signed for a process before us is then older than our first proof, though ts counts whole seconds.
+        # After this pause every frame signed for an earlier process is older than the first proof of this one, even
+        # though ts counts whole seconds.
         old_s = self._clock.mono() - self._born
         self._clock.scheduler.callLater(max(0.0, GRAIN_S - old_s), self._connect)
 
@@ -202,9 +203,9 @@ class Engine(Role):
 
     def _past_grace(self) -> None:
         if self._connected is not None:
-            # Not cut: an answer may still be on its way out.
+            # The connection is closed and not aborted, since a reply may still be in the write buffer.
             self._connected.close("the grace of the shutdown is over")
-        # After what was in flight has been given back.
+        # Cancel after the relay has given back its rows in flight.
         self._clock.scheduler.callLater(GIVE_BACK_S, self._handlers.cancel)
         self._clock.scheduler.callLater(GIVE_BACK_S, self._database.cancel)
 
@@ -215,11 +216,11 @@ class Engine(Role):
     # --- the link ---------------------------------------------------------------------------------------------------
 
     def link_made(self, link: Link) -> None:
-        """The connection stands; that says nothing yet."""
+        """Remember a new connection, whose link is not proven yet."""
         self._connected = link
 
     def link_proven(self, link: Link) -> None:
-        """The server answers: send what waits."""
+        """Send the waiting outbox rows, since the server has answered."""
         self._backoff.proven()
         self._proven_at = self._clock.mono()
         self._link = link
@@ -229,7 +230,7 @@ class Engine(Role):
         self._relay.linked(link)
 
     def link_lost(self, link: Link) -> None:
-        """Remember how it ended; the outbox waits."""
+        """Set the backoff by the way in which the link ended; outbox rows wait for the next link."""
         self._connected = None
         if link.is_slow and link is self._link:
             self._backoff.dismissed(self._clock.mono() - self._proven_at)

@@ -1,4 +1,4 @@
-"""An engine's state (docs/protocol.rst, "The engine")."""
+"""The state of an engine (docs/protocol.rst, "The engine")."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from s2s.link.dispatcher import Request, Responder
 
 
 class EngineState:
-    """What an engine does, out of what is wanted of it and what it has in hand.
+    """The actual state of an engine, derived from the wanted state and the jobs in progress.
 
     :ivar wanted: ``running`` or ``paused``; ``None`` until it is known.
-    :ivar is_draining: it is shutting down.
+    :ivar is_draining: the engine is shutting down.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class EngineState:
 
     @contextmanager
     def job(self) -> Iterator[None]:
-        """Have a job in hand: until it is finished a pause is on its way."""
+        """Count a job in progress: until it is finished, a paused engine is ``pausing``."""
         self._jobs += 1
         try:
             yield
@@ -43,9 +43,9 @@ class EngineState:
             self._jobs -= 1
 
     def check_started(self) -> None:
-        """Refuse a control request while it is not known what is wanted of us.
+        """Refuse a control request while the wanted state is unknown.
 
-        :raises NotReady: we are starting.
+        :raises NotReady: the engine is starting.
         """
         if self.wanted is None and not self.is_draining:
             raise NotReady("the engine is starting", retry_after_ms=1000)
@@ -53,8 +53,8 @@ class EngineState:
     def check_taking(self) -> None:
         """Refuse new work while starting and while shutting down.
 
-        :raises NotReady: we are starting.
-        :raises ShuttingDown: we are draining.
+        :raises NotReady: the engine is starting.
+        :raises ShuttingDown: the engine is draining.
         """
         if self.is_draining:
             raise ShuttingDown("the engine is shutting down")
@@ -62,7 +62,7 @@ class EngineState:
 
 
 def guard(check: Callable[[], None], responder: Responder) -> Responder:
-    """Give a responder that answers only where a check does not refuse.
+    """Return a responder that answers only if a check does not refuse.
 
     :param check: raises a :class:`~s2s.errors.WireError` to refuse.
     """

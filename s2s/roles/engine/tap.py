@@ -1,4 +1,4 @@
-"""``twistd s2s-engine``."""
+"""The twistd plug-in of ``twistd s2s-engine``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from s2s.roles.engine.relay import Relay
 from s2s.roles.engine.service import Engine
 from s2s.roles.options import CONNECT, RoleOptions, make_basis, or_refuse, parameter
 
-#: Connections beside those of jobs and orders: relay, sweep, keys and configuration, audit, looks for work.
+#: Database connections besides those of jobs and orders: for relay, sweep, keys and configuration, audit, and polling.
 _THREADS = 5
 
 _log = Logger()
@@ -40,7 +40,7 @@ class Options(RoleOptions):
 
 
 def makeService(options: Options) -> Any:
-    """Make the engine's service; nothing is connected before it starts."""
+    """Create the engine's service. It connects to no server before it starts."""
     return or_refuse(lambda: _make(options))
 
 

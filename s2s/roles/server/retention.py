@@ -18,8 +18,8 @@ from s2s.store.tables.retention import Keep
 #: Seconds from the end of one pass to the next, and until the first pass.
 INTERVAL_S: Final = 600.0
 FIRST_S: Final = 60.0
-#: Seconds by which the retention time may be behind the database's clock before the lag is logged. A row is old by the
-#: retention time.
+#: Seconds by which the retention time, from which the age of rows is counted, may be behind the database's clock before
+#: the lag is logged.
 BEHIND_S: Final = 3600.0
 #: Seconds after which a doubt that lasts is logged again.
 TELL_S: Final = 86_400.0

@@ -1,1 +1,1 @@
-"""What a role does on a message: one file a message, each naming the two or three things that it uses."""
+"""The responders of an engine, with one module for each message or pair of messages."""

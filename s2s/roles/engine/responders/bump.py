@@ -18,7 +18,7 @@ class Bump:
         self._config = config
 
     def __call__(self, request: Request) -> Deferred[dict[str, Any]]:
-        """Answer when the version asked for, or a newer one, is in force."""
+        """Answer when the requested version or a newer one is in force."""
         return Deferred.fromCoroutine(self._bump(request.payload["version"]))
 
     async def _bump(self, version: int) -> dict[str, Any]:

@@ -12,17 +12,17 @@ from s2s.roles.engine.order_runner import OrderRunner
 
 
 class Order:
-    """Has an order run, and answers with what its row says."""
+    """Has an order run, and answers with the status and result in its row."""
 
     def __init__(self, runner: OrderRunner) -> None:
         self._runner = runner
 
     def __call__(self, request: Request) -> Deferred[dict[str, Any]]:
-        """Answer when it is over, and after two seconds at the latest."""
+        """Answer when the order is over, and after two seconds at the latest."""
         return Deferred.fromCoroutine(self._order(request))
 
     async def _order(self, request: Request) -> dict[str, Any]:
-        # As it was sent: it is compared with its row.
+        # Use the payload as it was sent, since it is compared with the row.
         payload = request.envelope.payload
         params = {member: value for member, value in payload.items() if member != "order_id"}
         order_id = payload["order_id"]

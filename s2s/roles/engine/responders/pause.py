@@ -24,7 +24,7 @@ class Pause:
         self._condition = condition
 
     def __call__(self, request: Request) -> Deferred[dict[str, Any]]:
-        """Answer when it is durable."""
+        """Answer when the wanted state is durable."""
         return Deferred.fromCoroutine(self._pause(request))
 
     async def _pause(self, request: Request) -> dict[str, Any]:

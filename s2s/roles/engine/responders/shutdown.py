@@ -10,10 +10,11 @@ from s2s.roles.engine.state import EngineState
 
 
 class Shutdown:
-    """Lets the process drain, and answers at once.
+    """Starts the shutdown of the process, and answers at once.
 
-    :param end: begins the end: given why, and the grace in seconds, it says when the grace is over, in Unix seconds.
-    :param note: has the audit know of the request and its answer, and does not wait for it.
+    :param end: starts the shutdown, given the reason and the grace in seconds; returns the end of the grace in Unix
+        seconds.
+    :param note: records the request and its reply in the audit, fire-and-forget.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class Shutdown:
         self._note = note
 
     def __call__(self, request: Request) -> Mapping[str, Any]:
-        """Answer with the deadline; of several shutdowns the earliest one holds."""
+        """Answer with the deadline; of several shutdowns the earliest deadline holds."""
         self._condition.is_draining = True
         deadline = self._end(f"told to: {request.payload['reason']!r}", request.payload["grace_ms"] / 1000)
         answer = {"ok": True, "state": self._condition.state, "deadline_ms": int(deadline * 1000)}

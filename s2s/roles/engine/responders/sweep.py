@@ -14,17 +14,17 @@ from s2s.runtime.status_log import status_log
 from s2s.store.pool import Database
 from s2s.store.tables import broadcasts
 
-#: Broadcasts that one transaction moves: the longest are 16 KB each.
+#: The largest number of broadcasts that one transaction moves: the longest are 16 KB each.
 LIMIT: Final = 500
-#: Seconds after which a sweep begins no further transaction; the next sweep takes the rest.
+#: Seconds after which a sweep begins no further transaction; the next sweep moves the rest.
 TIME_S: Final = 1.5
 
 
 class Sweep:
     """Moves pending broadcasts into the outbox and answers after the COMMIT.
 
-    :param frame_size: the longest frame, in bytes; a broadcast that needs a longer one is refused.
-    :param queued: called when there is something new in the outbox.
+    :param frame_size: the longest frame in bytes; a broadcast that needs a longer one is refused.
+    :param queued: called after new rows were committed to the outbox.
     """
 
     def __init__(self, database: Database, clock: Clock, frame_size: int, queued: Callable[[], object]) -> None:
@@ -34,7 +34,7 @@ class Sweep:
         self._queued = queued
 
     def __call__(self, request: Request) -> Deferred[dict[str, Any]]:
-        """Answer with how many were queued."""
+        """Answer with the number of broadcasts queued."""
         return Deferred.fromCoroutine(self._sweep(request.payload["since_ts"]))
 
     async def _sweep(self, since_ts: int) -> dict[str, Any]:
