@@ -1,4 +1,4 @@
-"""What both roles are made of, started and stopped in one order."""
+"""The base of both roles, which starts and stops their components in a fixed order."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ from s2s.store.monitors.row_watch import RowWatch
 from s2s.store.pool import Database
 from s2s.store.tables import config, keys
 
-#: Objects made and not freed until Python looks for cycles. By default it is 700: then a full window of pushes, which
-#: live as long as a COMMIT takes, would have it look all the time.
+#: The gen-0 threshold of the garbage collector: the number of objects created and not freed before Python looks for
+#: cycles. With the default of 700, a full window of pushes, which live as long as a COMMIT takes, would trigger it all
+#: the time.
 _MADE: Final = 20_000
-#: Seconds between two lines about bounds that are met all the time: an attacker can see to that.
+#: Seconds between two log lines about limits that are reached all the time, which an attacker can cause.
 _TOLD_S: Final = 60
 
 
 @dataclass
 class RoleDeps:
-    """What a role of either kind stands on; nothing of it is connected before the role starts.
+    """The dependencies of a role. None of them connects before the role starts.
 
-    :param url: the database's; it may hold a password.
+    :param url: the URL of the database; it may contain a password.
     :param handlers: the connections on which foreign code runs.
     :param live_keys: the keys, read before the start.
     :param live_config: the configuration, read before the start.
@@ -64,8 +65,8 @@ class RoleDeps:
 class Role(service.Service, ABC):
     """One process of either role.
 
-    :param hears: what to call when a channel of the database is notified, beside keys and configuration.
-    :ivar factory: makes the links; set by whoever inherits.
+    :param on_notify: the function to call for a NOTIFY, by channel, besides those for keys and configuration.
+    :ivar factory: creates the links; set by the subclass.
     """
 
     log = Logger()
@@ -98,14 +99,14 @@ class Role(service.Service, ABC):
         ]
 
     def startService(self) -> None:
-        """Start everything; an operator's mistake ends the process before anything runs."""
+        """Start all components. A mistake of the operator ends the process before any of them runs."""
         self._lifetime.watch()
         streams.bound_lines()
         self._open()
         try:
             self._start()
         except Exception as error:
-            # The threads that run by now would keep a process alive that does nothing.
+            # The threads that already run would keep an idle process alive.
             self.log.failure("the role cannot start")
             refuse(one_line(error))
         super().startService()  # type: ignore[no-untyped-call]
@@ -126,7 +127,7 @@ class Role(service.Service, ABC):
         self._watchdog.start()
 
     def stopService(self) -> Deferred[None]:
-        """Take no more, finish what is in hand, then let the database go."""
+        """Accept no more work, finish the work in progress, then disconnect from the database."""
         super().stopService()  # type: ignore[no-untyped-call]
         return Deferred.fromCoroutine(self._stop())
 
@@ -152,19 +153,19 @@ class Role(service.Service, ABC):
         self._lifetime.ended()
 
     def _open(self) -> None:
-        """Do what may be refused, first of all: it must leave no thread behind that would keep the process alive."""
+        """Do the part of the start that may be refused, before any thread exists that would keep the process alive."""
 
     @abstractmethod
     def _begin(self) -> None:
-        """Start what stands on the database."""
+        """Start the components that need the database."""
 
     @abstractmethod
     async def _drain(self) -> None:
-        """Finish what is in hand, and close the links."""
+        """Finish the work in progress, and close the links."""
 
     @abstractmethod
     def _past_grace(self) -> None:
-        """Cancel what still runs."""
+        """Cancel the work that still runs."""
 
     @abstractmethod
     def _configure(self) -> None:
@@ -172,20 +173,20 @@ class Role(service.Service, ABC):
 
     @property
     def _kept(self) -> str:
-        """Why rows of ours are not written; empty: all are."""
+        """Why rows of s2s are not written; empty: all are written."""
         return "; ".join(filter(None, (self._database.kept, self._guards.kept)))
 
     def _passing(self) -> dict[str, int]:
-        """Give the refusals that are not told one by one."""
+        """Return the numbers of the refusals that are not logged one by one, by code."""
         return {code: count for code, count in self._counters.errors_out.items() if BY_CODE[code].passing}
 
     def _health(self, **more: Any) -> dict[str, Any]:
-        """Give what every health ack says of our condition."""
+        """Return ``more`` with ``config_version``, which every health reply has."""
         return {"config_version": self._config.version, **more}
 
 
 def tune_gc() -> None:
-    """Have Python's collector of cycles look seldom, and never again at what is there by now."""
+    """Freeze the objects that exist now and raise the gen-0 threshold of the garbage collector."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_MADE, *gc.get_threshold()[1:])

@@ -2,9 +2,9 @@
 
 ::
 
-    DIR/                 where we make it, only its owner may enter
-      roots/ca.pem       the root, alone in its directory: what ``trustRoots`` of either side points to
-      ca.key             signs; nobody needs it to run
+    DIR/                 created by this module; only its owner may enter
+      roots/ca.pem       the root, alone in its directory: ``trustRoots`` of either side names this directory
+      ca.key             the key of the root; no process needs it to run
       server.pem .key    for every name and address of the servers
       engine-NAME.pem .key
 """
@@ -34,9 +34,9 @@ T = TypeVar("T")
 
 ROOTS: Final = "roots"
 _CA_DAYS: Final = 3650
-#: The clocks of two machines differ.
+#: A certificate is valid from this long before its creation, because the clocks of two machines differ.
 _BEFORE: Final = timedelta(hours=1)
-#: No underscore: Twisted connects to no such name over TLS.
+#: A label has no underscore: Twisted does not connect to such a name over TLS.
 _LABEL: Final = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 _HOST: Final = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
 _ENGINE: Final = re.compile(r"[A-Za-z0-9_.-]{1,56}")
@@ -44,7 +44,7 @@ _ENGINE: Final = re.compile(r"[A-Za-z0-9_.-]{1,56}")
 
 @dataclass(frozen=True)
 class _Authority:
-    """Who signs."""
+    """The certificate authority that signs."""
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
@@ -52,9 +52,9 @@ class _Authority:
 
 @dataclass(frozen=True)
 class _Leaf:
-    """A certificate that is wanted.
+    """A certificate to issue.
 
-    :ivar file: the name of its files, without their endings.
+    :ivar file: the name of its files, without their suffixes.
     """
 
     file: str
@@ -66,17 +66,17 @@ class _Leaf:
 def make(
     directory: Path, servers: Sequence[str], engines: Sequence[str], days: int, now: datetime, *, renew: bool = False
 ) -> list[Path]:
-    """Make the certificates that are asked for, and the authority if there is none.
+    """Issue the requested certificates, and create the authority if there is none.
 
-    :param servers: host names and IP addresses, under which engines reach the servers: of one certificate.
-    :param engines: names of engines, each for a certificate of its own.
-    :param days: how long they are valid, in days.
-    :param now: the wall clock, with its time zone.
-    :param renew: replace those that are there; the authority stays.
-    :returns: the certificates' files.
-    :raises OperatorError: nothing was signed then.
+    :param servers: the host names and IP addresses under which engines reach the servers, all for one certificate.
+    :param engines: the names of engines, each for a certificate of its own.
+    :param days: the validity of the certificates in days.
+    :param now: the time of the wall clock, with its time zone.
+    :param renew: replace existing certificates; the authority stays.
+    :returns: the files of the certificates.
+    :raises OperatorError: the request cannot be granted, or a file cannot be used.
     """
-    now = now.replace(microsecond=0)  # a certificate knows no less
+    now = now.replace(microsecond=0)  # a certificate contains whole seconds only
     wanted = [_engine(name) for name in dict.fromkeys(engines)]
     if servers:
         wanted.insert(0, _server(servers))
@@ -117,7 +117,7 @@ def _general(name: str) -> x509.GeneralName:
 
 
 def _authority(directory: Path, now: datetime) -> _Authority:
-    """Give the authority of a directory, which is made once."""
+    """Return the authority of a directory, and create it if there is none."""
     key_file, file = directory / "ca.key", directory / ROOTS / "ca.pem"
     if not _exists(key_file, file):
         key = ec.generate_private_key(ec.SECP256R1())
@@ -137,12 +137,12 @@ def _authority(directory: Path, now: datetime) -> _Authority:
 def _load(file: Path, load: Callable[[bytes], T]) -> T:
     try:
         return load(file.read_bytes())
-    except (ValueError, TypeError):  # a TypeError is how the library wants a passphrase
+    except (ValueError, TypeError):  # TypeError: the library needs a passphrase
         raise OperatorError(f"{file} cannot be read as PEM without a passphrase: bring the right one back") from None
 
 
 def _root(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certificate:
-    # Two authorities never have one name: OpenSSL would take the one for the other.
+    # Each authority has a unique name, since OpenSSL would confuse two authorities with the same name.
     name = _name(f"s2s private CA {secrets.token_hex(4)}")
     builder = _builder(name, name, key, now, _CA_DAYS, ca=True)
     return builder.sign(key, hashes.SHA256())
@@ -211,7 +211,7 @@ def _exists(*files: Path) -> bool:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Make the directory if need be, and keep a second of us out: two authorities would be one too many."""
+    """Create the directory if it is missing, and lock it, so that two processes do not create two authorities."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -230,8 +230,8 @@ def _write_pair(key_file: Path, key: ec.EllipticCurvePrivateKey, file: Path, cer
 
 
 def _write(file: Path, content: bytes, mode: int) -> None:
-    """Write a file whole or not at all; nobody else could read it in the meantime either."""
-    # No .pem: trustRoots would read it.
+    """Write a file completely or not at all. It has its final mode from the beginning."""
+    # The temporary name does not end in .pem, since trustRoots would read such a file.
     new = file.with_name(f".{file.name}.new")
     new.unlink(missing_ok=True)
     handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

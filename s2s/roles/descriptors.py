@@ -1,4 +1,4 @@
-"""How many files and sockets this process may have open."""
+"""The limit of file descriptors of this process."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from s2s.link.factory import MAX_LINKS
 from s2s.runtime import files
 from s2s.runtime.line_quota import LineQuota
 
-#: What else is open: the database, logs, pipes, what is just being closed.
+#: The descriptors for everything but links and HTTP connections: the database, logs, pipes, connections being closed.
 _OTHERS: Final = 500
 
-#: The descriptor that Twisted gives up for a moment in order to refuse a connection. Without it a port refuses nothing,
-#: and takes all of the reactor's time. Another thread may have taken it in that moment.
+#: The descriptor that Twisted closes for a moment in order to refuse a connection. Without it a port cannot refuse a
+#: connection, and takes all of the reactor's time. Another thread may have taken the descriptor in that moment.
 _RESERVATION: Final[Any] = tcp._reservedFD
 
 _log: Final = Logger(namespace="s2s.roles.descriptors")
 
 
 def allow() -> None:
-    """Raise the soft limit, often 1024, to what our own bounds need, as far as the hard one lets us."""
+    """Raise the soft limit, often 1024, to the number that the limits of s2s need, as far as the hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_LINKS + MOST_CONNECTIONS + _OTHERS
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -44,7 +44,7 @@ def allow() -> None:
 
 
 def watch(scheduler: Any) -> None:
-    """Take over what every port says of connections that it cannot accept.
+    """Take over the log events of every port about connections that it cannot accept.
 
     :param scheduler: an ``IReactorTime``.
     """
@@ -53,13 +53,13 @@ def watch(scheduler: Any) -> None:
 
 
 class _Refusals:
-    """Connections that could not be accepted: one line a minute. Twisted has three for each."""
+    """Logs the connections that could not be accepted, one line a minute. Twisted would log three lines for each."""
 
     def __init__(self, scheduler: Any) -> None:
         self._lines = LineQuota(scheduler, self._tell, most=1)
 
     def __call__(self, event: LogEvent) -> None:
-        """Take an event of a port. It has an address where Twisted has closed a connection for want of a descriptor."""
+        """Handle a log event of a port. It has an address if Twisted closed a connection for lack of a descriptor."""
         why = event.get("acceptError", "EMFILE" if "address" in event else "")
         if why == "EMFILE":
             _RESERVATION.reserve()

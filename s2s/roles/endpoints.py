@@ -1,12 +1,12 @@
-"""Where a role listens or connects: Twisted's endpoint strings, with what they lack.
+"""The endpoints where a role listens or connects: Twisted's endpoint strings, with these additions.
 
-- ``ssl:`` takes one argument more, ``trustRoots=PATH``: the server asks each engine for a certificate, and refuses
-  those that none of these roots signed.
-- ``unix:`` has its lock kept by the kernel, and not by a pid in a file, which after a SIGKILL may be that of any
-  process, in a container even our own: the next start works.
-- ``haproxy:`` takes each of these behind it.
-- Where no ``backlog`` is named, more connections than Twisted's 50 may wait until they are taken.
-- Certificates are read again: a server's on SIGHUP, a client's for every connection.
+- ``ssl:`` takes one more argument, ``trustRoots=PATH``: the server asks each engine for a certificate, and refuses
+  certificates that none of these roots signed.
+- ``unix:`` uses a lock of the kernel, and not a pid in a file. After a SIGKILL the pid in a file may be that of any
+  process, in a container even of this one; with the lock of the kernel the next start works.
+- ``haproxy:`` may precede each of these.
+- Without ``backlog``, more connections than Twisted's 50 may wait to be accepted.
+- Certificates are read again: those of a server on SIGHUP, those of a client for every connection.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ from s2s.runtime.line_quota import LineQuota
 
 T = TypeVar("T")
 
-#: The arguments of Twisted's two strings, in the order in which they may stand without their names.
+#: The arguments of Twisted's ``unix:`` and ``ssl:`` strings, in the order in which they may stand without their names.
 _UNIX: Final = ("address", "mode", "backlog", "lockfile")
 _SSL: Final = (
     "port", "privateKey", "certKey", "sslmethod", "interface", "backlog", "extraCertChain", "dhParameters",
 )  # fmt: skip
-#: Connections that the kernel holds until the reactor takes them. It drops the SYN of one more, and the client sends
-#: that again after 1 s, then 2 s, then 4 s: with Twisted's 50 the last of 500 clients took 9 s. The kernel lowers it to
-#: net.core.somaxconn.
+#: The number of connections that the kernel holds until the reactor accepts them. The kernel drops the SYN of a further
+#: connection, and the client sends the SYN again after 1 s, then 2 s, then 4 s: with Twisted's 50 the last of 500
+#: clients took 9 s. The kernel lowers the number to net.core.somaxconn.
 _BACKLOG: Final = 1024
-#: The kinds of Twisted's own endpoints that take a backlog, and the arguments that stand before it.
+#: The kinds of Twisted's own endpoints that take a backlog, and the number of arguments before it.
 _BEFORE_BACKLOG: Final = {"tcp": 2, "tcp6": 1, "ssl": 5}
-#: What is not offered together with ``trustRoots``.
+#: The arguments that cannot be combined with ``trustRoots``.
 _ONLY_ONE_WAY: Final = ("sslmethod", "dhParameters")
 
 _ARGUMENT = re.compile(r"(?:\A|:)((?:\\.|[^:\\])*)", re.DOTALL)
 _NAMED = re.compile(r"((?:\\.|[^=\\])*)=(.*)", re.DOTALL)
-#: Bytes that a file of certificates may have: all the public authorities are a quarter of a million.
+#: The largest size of a file of certificates in bytes. All the public authorities are a quarter of a million bytes.
 _MOST_BYTES: Final = 16 << 20
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----\s.+?-----END CERTIFICATE-----", re.DOTALL)
 
 
 def server_endpoint(reactor: Any, description: str) -> Any:
-    """Read the endpoint string of a server; one of ``ssl:`` has a ``reread()``.
+    """Parse the endpoint string of a server. An endpoint of ``ssl:`` has a method ``reread()``.
 
-    :param description: what :func:`twisted.internet.endpoints.serverFromString` takes, and what this module adds.
+    :param description: a string for :func:`twisted.internet.endpoints.serverFromString`, with the additions above.
     :returns: an ``IStreamServerEndpoint``.
-    :raises ValueError: with one sentence, where what this module reads is wrong; what Twisted reads raises as it likes.
+    :raises ValueError: one sentence about an error that this module finds. Twisted's parser raises errors of any kind.
     """
     kind, arguments, named = _take_apart(description)
     if kind == "haproxy":
@@ -86,7 +86,7 @@ def server_endpoint(reactor: Any, description: str) -> Any:
 
 
 def _take_apart(description: str) -> tuple[str, list[str], dict[str, str]]:
-    """Split a string as Twisted does: a backslash takes its meaning from the character behind it."""
+    """Split a string as Twisted does: a backslash quotes the character after it."""
     pieces = _ARGUMENT.findall(description)
     if len(":".join(pieces)) != len(description):
         raise ValueError("a backslash stands at the end, where it has nothing to quote")
@@ -104,7 +104,7 @@ def _unquoted(text: str) -> str:
 
 
 def _by_name(kind: str, names: tuple[str, ...], alone: list[str], named: dict[str, str], *more: str) -> dict[str, str]:
-    """Give every argument its name."""
+    """Return the arguments by their names."""
     for name in named:
         if name not in (*names, *more):
             raise ValueError(f"{kind}: takes no argument {name!r}, but {', '.join((*names, *more))}")
@@ -112,7 +112,7 @@ def _by_name(kind: str, names: tuple[str, ...], alone: list[str], named: dict[st
         raise ValueError(f"{kind}: is given an argument twice, or too many")
     found = {**dict(zip(names, alone, strict=False)), **named}
     for name in (names[0], *found):
-        # An empty path would be the working directory.
+        # An empty path would mean the working directory.
         if not found.get(name) and name != "interface":
             raise ValueError(f"{kind}: has no {name}")
     return found
@@ -128,10 +128,10 @@ def _number(arguments: dict[str, str], name: str, default: str, most: int, base:
 
 
 def client_endpoint(reactor: Any, description: str) -> Any:
-    """Read the endpoint string of a client; one of TLS reads its files for every connection.
+    """Parse the endpoint string of a client. A TLS endpoint reads its files for every connection.
 
     :returns: an ``IStreamClientEndpoint``.
-    :raises Exception: of any kind.
+    :raises Exception: an error of any kind.
     """
     endpoint = clientFromString(reactor, description)
     is_tls = description.partition(":")[0] in ("tls", "ssl")
@@ -139,7 +139,7 @@ def client_endpoint(reactor: Any, description: str) -> Any:
 
 
 class _Reading:
-    """Files of an endpoint that are read again; while they cannot be read, those read before stay in force."""
+    """An endpoint whose files are read again. While they cannot be read, the files read before stay in force."""
 
     log = Logger()
 
@@ -148,11 +148,11 @@ class _Reading:
         self._complaint = ""
 
     def _read(self) -> Any:
-        """Read them, and keep what they say."""
+        """Read the files, and keep their content."""
         raise NotImplementedError
 
     def reread(self) -> None:
-        """Read them again; the log says once what is wrong with them. Blocks."""
+        """Read the files again, and log an error once. Blocks."""
         complaint = ""
         try:
             self._read()
@@ -167,9 +167,9 @@ class _Reading:
         self._complaint = complaint
 
     def _check_dates(self, certificate: Any) -> None:
-        """Log that our own certificate is not valid now: the other side will refuse it.
+        """Log an error if the endpoint's own certificate is not valid now: the peer will refuse it.
 
-        :param certificate: as pyOpenSSL has it.
+        :param certificate: an object of pyOpenSSL.
         """
         why = why_invalid([certificate.to_cryptography()], datetime.now(timezone.utc))
         if why:
@@ -182,9 +182,9 @@ class _Reading:
 
 @implementer(IStreamServerEndpoint)
 class _TLSEndpoint(_Reading):
-    """A server's endpoint whose next connection has the certificates that were read last.
+    """A server's endpoint that uses the certificates read last for each new connection.
 
-    :param make: makes an ``SSL4ServerEndpoint`` from the files.
+    :param make: creates an ``SSL4ServerEndpoint`` from the files.
     """
 
     def __init__(self, reactor: Any, described: str, make: Callable[[Any], Any]) -> None:
@@ -208,7 +208,8 @@ class _TLSEndpoint(_Reading):
         made: list[tuple[int, dict[str, Any]]] = []
         self._make(_Recorder(lambda port, _, **options: made.append((port, options)))).listen(Factory())
         [(port, options)] = made
-        # Now, and not at the first connection: OpenSSL refuses keys that are too small or not of the certificate.
+        # Create a context now, and not at the first connection: OpenSSL refuses keys that are too small or not of the
+        # certificate.
         options["contextFactory"].getContext()
         self._check_dates(options["contextFactory"].certificate)
         self._options = options
@@ -216,7 +217,7 @@ class _TLSEndpoint(_Reading):
 
 
 class _Recorder:
-    """A reactor that takes note of an endpoint that would listen."""
+    """A substitute for the reactor that records the call by which an endpoint would listen."""
 
     def __init__(self, listenSSL: Callable[..., object]) -> None:
         self.listenSSL = listenSSL
@@ -224,13 +225,13 @@ class _Recorder:
 
 @implementer(IStreamClientEndpoint)
 class _TLSClient(_Reading):
-    """A client's endpoint whose files are read for every connection: the last one may have been refused for them."""
+    """A client's endpoint that reads its files for every connection: the last one may have failed because of them."""
 
     def __init__(self, reactor: Any, described: str, endpoint: Any) -> None:
         super().__init__(described)
         self._reactor = reactor
         self._endpoint = endpoint
-        #: What its file held when its dates were looked at.
+        #: The content of the certificate file when its dates were checked last.
         self._checked = b""
 
     def connect(self, factory: IProtocolFactory) -> Deferred[Any]:
@@ -252,20 +253,20 @@ class _TLSClient(_Reading):
 
 
 class _Proxied(HAProxyProtocolWrapper):
-    """A connection that begins with a PROXY header; Twisted closes any other without a word."""
+    """A connection that begins with a PROXY header. Twisted closes any other connection without a log line."""
 
     factory: _ProxiedFactory
 
     def dataReceived(self, data: bytes) -> None:
-        """Take a chunk."""
+        """Process received bytes."""
         super().dataReceived(data)
-        # Twisted refuses this header, which HAProxy's own checks of the port have.
+        # "PROXY UNKNOWN" is not logged: Twisted refuses this header, but HAProxy's own checks of the port send it.
         if self._proxyInfo is None and self.disconnecting and not data.startswith(b"PROXY UNKNOWN\r\n"):
             self.factory.tell(self.getPeer())
 
 
 class _ProxiedFactory(HAProxyWrappingFactory):
-    """Makes them, and logs those without a header: one, then one line a minute."""
+    """Creates the connections, and logs those without a header: the first one, then one line a minute."""
 
     log = Logger()
     protocol = _Proxied  # type: ignore[assignment]
@@ -287,7 +288,7 @@ class _ProxiedFactory(HAProxyWrappingFactory):
 
 @implementer(IStreamServerEndpoint)
 class _ProxiedEndpoint:
-    """An endpoint behind a proxy, which names the peers' addresses."""
+    """An endpoint behind a proxy that sends the addresses of the peers."""
 
     def __init__(self, reactor: Any, behind: Any) -> None:
         self._reactor = reactor
@@ -306,25 +307,25 @@ class _ProxiedEndpoint:
 
 @implementer(IStreamServerEndpoint)
 class _LockedEndpoint:
-    """A UNIX socket that one process may have; its lock ends with the process, however that ends."""
+    """A UNIX socket that only one process may have. Its lock ends with the process, however the process ends."""
 
     def __init__(self, path: str, endpoint: UNIXServerEndpoint) -> None:
         self._path = path
         self._endpoint = endpoint
 
     def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
-        """Listen, in the place of a server that was killed if need be."""
+        """Listen, and replace the socket that a killed server left behind."""
         return maybeDeferred(self._listen, factory)
 
     def _listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
-        # The file stays: a lock on one that somebody may remove and make anew is worth nothing.
+        # The lock file is never removed: after its removal another process could lock a new file of the same name.
         lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
             raise ValueError("another server listens there") from None
-        # Only a socket: a mistyped path may be anything.
+        # Remove only a socket, since a mistyped path may be any file.
         with suppress(FileNotFoundError):
             if stat.S_ISSOCK(os.lstat(self._path).st_mode):
                 os.remove(self._path)
@@ -363,7 +364,7 @@ def _mutual(reactor: Any, arguments: dict[str, str]) -> Any:
         trustRoot=ssl.trustRootFromCertificates(roots),
         raiseMinimumTo=ssl.TLSVersion.TLSv1_2,
     )
-    # OpenSSL refuses keys that are too small.
+    # Create a context now, since OpenSSL refuses keys that are too small.
     _judged(options.getContext, f"{key_path} cannot be used")
     return SSL4ServerEndpoint(
         reactor,
@@ -376,7 +377,7 @@ def _mutual(reactor: Any, arguments: dict[str, str]) -> Any:
 
 def _own_certificate(certificate_path: str, key_path: str) -> ssl.PrivateCertificate:
     key = _read(Path(key_path))
-    if b"ENCRYPTED" in key:  # OpenSSL would ask on the terminal
+    if b"ENCRYPTED" in key:  # OpenSSL would ask for the passphrase on the terminal
         raise ValueError(f"the key in {key_path} has a passphrase: give one without")
     certificate = _certificates(Path(certificate_path))[0]
     own: ssl.PrivateCertificate = _judged(
@@ -386,7 +387,7 @@ def _own_certificate(certificate_path: str, key_path: str) -> ssl.PrivateCertifi
 
 
 def _roots(path: Path) -> list[ssl.Certificate]:
-    """Read the roots: of one file, or of every ``.pem`` file of a directory."""
+    """Read the roots from one file, or from every ``.pem`` file of a directory."""
     files: Iterable[Path] = [path]
     if path.is_dir():
         files = sorted(each for each in path.iterdir() if each.suffix.lower() == ".pem")
@@ -412,7 +413,11 @@ def _read(path: Path) -> bytes:
 
 
 def _judged(load: Callable[..., T], otherwise: str, *arguments: Any) -> T:
-    """Load something with OpenSSL, whose errors have no common root, and are for who knows its sources."""
+    """Load something with OpenSSL.
+
+    :raises ValueError: with the text ``otherwise``, since OpenSSL's errors have no common base class and are hard to
+        understand without its sources.
+    """
     try:
         return load(*arguments)
     except Exception:

@@ -12,10 +12,11 @@ from s2s.runtime.clock import Clock
 
 
 class Health:
-    """Answers with who we are and how we are.
+    """Answers with the identity and the condition of this process.
 
-    :param frame_size: the largest frame that we take, in bytes.
-    :param condition: what changes: ``state``, ``degraded``, ``config_version``, ``outbox_depth``. It must not wait.
+    :param frame_size: the largest frame that this process accepts, in bytes.
+    :param condition: returns the members that change: ``state``, ``degraded``, ``config_version``, ``outbox_depth``,
+        ``stuck``. It must not block.
     """
 
     def __init__(

@@ -18,16 +18,15 @@ from s2s.store.tables.config import Snapshot
 
 
 class LiveConfig:
-    """The settings of table ``config``, whole and of one version at any time.
+    """The settings of the table ``config``, always complete and of a single version.
 
-    :param snapshot: as the check before the start found it.
-    :ivar version: the one in force.
+    :param snapshot: the settings that the check before the start found.
     """
 
     def __init__(self, database: Database, clock: Clock, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._refresher = Refresher(database, clock, config.read, (), self._on_value)
-        #: Called after every change, to put it in force.
+        #: Called after every change, to put the new settings in force.
         self.watchers: list[Callable[[LiveConfig], object]] = []
         self.start, self.stop = self._refresher.start, self._refresher.stop
         self.notify = self._refresher.notify
@@ -38,20 +37,26 @@ class LiveConfig:
         return self._snapshot.version
 
     def __getitem__(self, key: str) -> Value:
-        """Give a setting's value.
+        """Return the value of a setting.
 
         :raises KeyError: there is no such setting.
         """
         return settings.value(self._snapshot.values, key)
 
     def number(self, key: str) -> int:
-        """Give the value of an integer setting of ours, within our bounds: the table's can be lifted by hand."""
+        """Return the value of a built-in integer setting, within the built-in bounds.
+
+        The bounds in the table can be removed by hand.
+        """
         setting, value = BY_KEY[key], self[key]
         number = value if type(value) is int else setting.number
         return max(setting.least or 0, min(number, number if setting.most is None else setting.most))
 
     def read_now(self) -> Deferred[None]:
-        """Read the table again; fires when what was read after this call is in force, or fails."""
+        """Read the table again.
+
+        :returns: fires when settings that were read after this call are in force, or fails.
+        """
         return self._refresher.read_now()
 
     def _on_value(self, snapshot: Snapshot) -> None:

@@ -1,4 +1,4 @@
-"""The keys of ``s2s_keys`` in memory, kept fresh (docs/protocol.rst, "Keys")."""
+"""The keys of the table ``s2s_keys`` in memory, kept up to date (docs/protocol.rst, "Keys")."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from s2s.store.refresher import Refresher
 from s2s.store.tables import keys
 from s2s.store.tables.keys import KeyRow, KeyTable, make_keyring
 
-#: Beside the table's NOTIFY, which can be lost.
+#: Seconds between two reads, besides the NOTIFY of the table, which can be lost.
 POLL_S: Final = 5.0
-#: Between two reads: for an unknown ``key_id``, which any stranger can name, and for a NOTIFY.
+#: The shortest time in seconds between two reads: for an unknown ``key_id``, which any stranger can send, and for a
+#: NOTIFY.
 UNKNOWN_GAP_S: Final = 1.0
 NOTIFY_GAP_S: Final = 0.1
 
@@ -25,10 +26,10 @@ NOTIFY_GAP_S: Final = 0.1
 class LiveKeys:
     """A :class:`~s2s.link.dispatcher.KeySource`. While the database is away, the keys read last stay in force.
 
-    The database's clock dates the keys and ours judges them, so that every window is told by ours as it is read: what
-    ended by the database's clock has ended here at once, however the two clocks differ.
+    The database's clock dates the keys and the clock of this process checks them, so each read converts the windows to
+    this clock: a key that has expired by the database's clock is expired here at once, however the two clocks differ.
 
-    :param rows: the keys as the check before the start found them, their windows told by our clock.
+    :param rows: the keys that the check before the start found, with their windows by the clock of this process.
     """
 
     log = Logger()
@@ -43,11 +44,11 @@ class LiveKeys:
         self.start, self.stop = self._refresher.start, self._refresher.stop
 
     def notify(self) -> None:
-        """The table may have changed: read it soon."""
+        """Read the table soon, because it may have changed."""
         self._refresher.notify(NOTIFY_GAP_S)
 
     def refresh(self) -> Deferred[None]:
-        """Read the table, once a second at most.
+        """Read the table, at most once a second.
 
         :returns: fires after a read that began after this call, whether it succeeded or not.
         """

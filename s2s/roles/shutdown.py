@@ -1,4 +1,4 @@
-"""The end of a process, on a signal, with its parent, by order of the server or before its start; and other signals."""
+"""Stop the process: on a signal, with its parent, on a server's request or before its start. Handle other signals."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from s2s.errors import OperatorError
 from s2s.runtime import log_file, own_threads, stacks, streams
 from s2s.runtime.clock import cancel
 
-#: Set by whoever starts us with a pipe for stdin: its end is our order to stop, also when it was SIGKILL that ended it.
+#: The environment variable that a parent sets which starts a role with a pipe as stdin. The role stops when the pipe is
+#: closed, also if SIGKILL ended the parent.
 STOP_WITH_STDIN: Final = "S2S_STOP_WITH_STDIN"
 
-#: What a stop may take, in seconds, where nobody says how long (protocol, "s2s.engine.shutdown").
+#: The default grace of a stop, in seconds (protocol, "s2s.engine.shutdown").
 GRACE_S: Final = 5.0
-#: What is left for an orderly end once the running SQL is cancelled, in seconds, and for the last words after it.
+#: Seconds for an orderly end after the running SQL is cancelled, and again for the shutdown transaction after that.
 CUT_S: Final = 1.5
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-#: What programs send that rotate logs; it would kill.
+#: Signals that programs for log rotation send, and that would end the process by default.
 _HARMLESS: Final = (signal.SIGUSR1, signal.SIGUSR2)
-#: Whether SIGHUP came before the role has started.
+#: Not empty if SIGHUP came before the role started.
 _early: Final[list[int]] = []
 _log = Logger(namespace="s2s.roles.shutdown")
 
 
 @implementer(IReadDescriptor)
 class _Parent:
-    """Stdin, until it ends."""
+    """Reads stdin, and stops the process when stdin ends."""
 
     def __init__(self, reactor: Any, end: Callable[[str], object]) -> None:
         self._reactor = reactor
@@ -61,17 +62,18 @@ class _Parent:
 
 
 class Shutdown:
-    """The end of this process, which begins once and has an end itself.
+    """The shutdown of this process, which begins once and ends in bounded time.
 
-    First everything finishes what it has in hand. When the grace is over, :attr:`on_grace_expired` is called, and
-    what still runs is cancelled and rolled back. Whatever has not ended a little later is left: a thread can be
-    neither cancelled nor joined. The exit code is 0 in any case, and final.
+    First every component finishes its work in progress. When the grace is over, :attr:`on_grace_expired` is called,
+    and the work that still runs is cancelled and rolled back. The process exits :data:`CUT_S` later even if a thread
+    still runs, since a thread can be neither cancelled nor joined. The exit code is 0 in any case, and final.
 
     :ivar on_start: called when a service starts, after the fork.
-    :ivar rereads: called in a thread on SIGHUP, one after the other; each tells the log what is wrong.
-    :ivar past_grace: called in the reactor's thread.
-    :ivar step: what a stop waits for now, for people.
-    :ivar last_words: called in another thread just before the process is left; it may block for a second.
+    :ivar rereads: called in a thread on SIGHUP, one after another; each logs its own errors.
+    :ivar on_grace_expired: called in the reactor's thread when the grace is over.
+    :ivar step: the step that the stop waits for now, for log lines.
+    :ivar shutdown_transaction: called in another thread just before the process exits without having finished; it may
+        block for a second.
     """
 
     def __init__(self, reactor: Any, now: Callable[[], float] = time.time) -> None:
@@ -80,7 +82,7 @@ class Shutdown:
         self._deadline: float | None = None
         self._cutting: threading.Timer | None = None
         self._cancelling: Any = None
-        #: Whether the files are being read again, and whether they are to be once more then.
+        #: Whether the files are being read again, and whether one more read is to follow.
         self._is_rereading = self._is_asked_again = False
         self._is_hung_up = False
         self._has_terminal = os.isatty(0)
@@ -91,19 +93,19 @@ class Shutdown:
         self.step = "the stop to begin"
 
     def watch(self) -> None:
-        """Take SIGTERM and SIGINT as a shutdown that ends with exit code 0, as the end of stdin where told so.
+        """Let SIGTERM and SIGINT, and the end of stdin by :data:`STOP_WITH_STDIN`, cause a shutdown with exit code 0.
 
         SIGHUP reads files again, and SIGQUIT writes the stacks of all threads to the log.
 
-        Twisted's own handler, which it sets when the reactor starts, would let the process die of the signal once all
-        is stopped. To be called when a service starts: after the fork, whose parent must stay killable.
+        With Twisted's own handler, which is set when the reactor starts, the process would die of the signal once
+        everything is stopped. Call this method when a service starts: after the fork, whose parent must stay killable.
         """
 
         def on_signal(number: int, _frame: object) -> None:
             self._reactor.callFromThread(self.end, signal.Signals(number).name)
 
         def on_hang_up(*_: object) -> None:
-            # A flood of signals comes to one call.
+            # Many signals in a row cause one call.
             if not self._is_hung_up:
                 self._is_hung_up = True
                 self._reactor.callFromThread(self._hang_up)
@@ -113,24 +115,25 @@ class Shutdown:
                 signal.signal(number, on_signal)
             signal.signal(signal.SIGHUP, on_hang_up)
             for number in _HARMLESS:
-                # twistd rotates its log file on SIGUSR1, where it has one.
+                # Keep an existing handler: twistd rotates its log file on SIGUSR1, if it has one.
                 if signal.getsignal(number) == signal.SIG_DFL:
                     signal.signal(number, lambda *_: None)
             stacks.write_on_sigquit()
 
         self.on_start()
         take_signals()
-        # First of all: until then SIGTERM has the handler that Twisted sets at the start of the reactor.
+        # Registered before other calls: until this call SIGTERM has the handler that Twisted sets when the reactor
+        # starts.
         self._reactor.callWhenRunning(take_signals)
         if _early:
             self._reactor.callWhenRunning(self._hang_up)
-        # Once everything is stopped Python gives the signals back their deadly meaning, unless they are ignored.
+        # At its end Python restores the default action of the signals, which kills, unless the signals are ignored.
         atexit.register(_ignore_signals)
         if os.environ.get(STOP_WITH_STDIN):
             self._reactor.callWhenRunning(self._reactor.addReader, _Parent(self._reactor, self.end))
 
     def _hang_up(self) -> None:
-        """Read again what may have changed; end where our terminal is gone, which sends SIGHUP as well."""
+        """Read files again that may have changed. Stop if the terminal is gone, which sends SIGHUP as well."""
         self._is_hung_up = False
         if self._has_terminal and not os.isatty(0):
             self.end("the terminal is gone")
@@ -156,18 +159,18 @@ class Shutdown:
             self._hang_up()
 
     def end(self, why: str, grace_s: float = GRACE_S) -> float:
-        """Stop the process in order; told twice, the earlier deadline holds.
+        """Stop the process in order; of several calls the earliest deadline holds.
 
-        :param grace_s: seconds for what is in hand.
-        :returns: when the grace is over, in Unix seconds.
+        :param grace_s: seconds for the work in progress.
+        :returns: the end of the grace in Unix seconds.
         """
-        # By the monotonic clock, which no operator sets; told by the other one.
+        # The deadline is by the monotonic clock, which no operator sets; the returned value is by the wall clock.
         deadline = self._reactor.seconds() + grace_s
         if self._deadline is not None and self._deadline <= deadline:
             return self._told(self._deadline)
         if self._deadline is None:
             _log.info("stopping within {grace:g} s: {why}", grace=grace_s, why=why)
-            with suppress(ReactorNotRunning):  # by somebody else
+            with suppress(ReactorNotRunning):  # stopped by other code
                 self._reactor.stop()
         else:
             _log.info("stopping earlier, within {grace:g} s: {why}", grace=grace_s, why=why)
@@ -188,7 +191,7 @@ class Shutdown:
         return self._now() + in_s
 
     def ended(self) -> None:
-        """Everything has stopped by itself: there is nothing to cancel."""
+        """Cancel the call of :attr:`on_grace_expired`, for example because everything has stopped by itself."""
         cancel(self._cancelling)
 
     def _past(self) -> None:
@@ -210,7 +213,7 @@ class Shutdown:
 
 
 def wait_for_start() -> None:
-    """Let SIGHUP and SIGQUIT, which would kill, do no harm until a role has started."""
+    """Keep SIGHUP and SIGQUIT from ending the process until a role has started."""
     signal.signal(signal.SIGHUP, lambda number, _: _early.append(number))
     stacks.write_on_sigquit()
 
@@ -223,14 +226,14 @@ def _ignore_signals() -> None:
 def refuse(why: str) -> NoReturn:
     """End the process before it has started, with one line for the operator.
 
-    The line goes to the log, where a daemon leaves it, and to the terminal: Twisted's stderr is the log as well.
+    The line goes to the log, for a daemon, and to the terminal: Twisted redirects stderr to the log.
 
     :raises SystemExit: in the foreground, so that no traceback follows.
-    :raises OperatorError: in a daemon, whose waiting parent Twisted tells of exceptions alone.
+    :raises OperatorError: in a daemon, since Twisted reports only exceptions to the waiting parent.
     """
     _log.error("{why}", why=why)
     streams.say(f"{os.path.basename(sys.argv[0])}: {why}")
-    # Python would wait for what a plug-in has left behind: its threads, and its own with atexit.
+    # Exit after the grace: Python would wait for threads and atexit functions that a plug-in has left behind.
     leaving = threading.Timer(GRACE_S, os._exit, (1,))
     leaving.daemon = True
     if not own_threads.try_start(leaving):
