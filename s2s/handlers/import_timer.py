@@ -1,4 +1,4 @@
-"""A bound on the time that loading a plug-in may take: foreign code, which runs before a role listens."""
+"""A time limit for loading a plug-in, which is foreign code that runs before a role listens."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from typing import IO, Final, cast
 from s2s.errors import OperatorError
 from s2s.runtime import streams
 
-#: Seconds after which a line says that loading takes long, and after which it is interrupted.
+#: Seconds after which a line reports that loading takes long, and after which loading is interrupted.
 TELL_S: Final = 5.0
 IMPORT_S: Final = 60.0
-#: Seconds after which loading that cannot be interrupted, since it runs in C, ends the process.
+#: Seconds after which the process is ended if loading cannot be interrupted, since it runs in C.
 EXIT_S: Final = 90.0
 
 
 class TooLong(BaseException):
-    """Interrupts foreign code; :func:`bounded` alone handles it."""
+    """Interrupts foreign code. Only :func:`bounded` handles it."""
 
 
 @contextmanager
 def bounded(name: str) -> Iterator[None]:
-    """Interrupt what runs inside when it takes too long.
+    """Interrupt the code inside when it takes too long.
 
-    Only the main thread gets signals, and has one timer: in others, and inside another import, this does nothing.
+    Only the main thread receives signals, and it has one timer: in other threads, and if the timer is in use as inside
+    another import, this function does nothing.
 
-    :param name: what is loaded, for people.
-    :raises OperatorError: it took :data:`IMPORT_S`.
+    :param name: the name of the plug-in, for messages.
+    :raises OperatorError: the code took :data:`IMPORT_S`.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0):
@@ -45,7 +46,7 @@ def bounded(name: str) -> Iterator[None]:
         ticks += 1
         if ticks == 1:
             streams.say(f"plug-in {name} has been loading for {TELL_S:g} s, and is left out after {IMPORT_S:g} s")
-        # Again and again: code that catches every exception may go on.
+        # Raised again at each further tick, since code that catches every exception may go on.
         if ticks * TELL_S >= IMPORT_S:
             raise TooLong
 
@@ -66,6 +67,6 @@ def bounded(name: str) -> Iterator[None]:
 
 
 def _exit_later() -> None:
-    # Without stderr it raises RuntimeError, and where that is no file, ValueError.
+    # The call raises RuntimeError without stderr, and ValueError if stderr is no file.
     with suppress(OSError, ValueError, RuntimeError, AttributeError):
         faulthandler.dump_traceback_later(EXIT_S, exit=True, file=cast("IO[str]", sys.__stderr__))

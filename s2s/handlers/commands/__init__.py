@@ -1,6 +1,6 @@
-"""What a command type is, and the ones that come with s2s (docs/protocol.rst, "Commands").
+"""The declaration of a command handler, and the built-in ones (docs/protocol.rst, "Commands").
 
-To add one, write a module and one entry in :data:`BUILTIN`.
+To add a built-in handler, write a module and one entry in :data:`BUILTIN`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The declaration of a command type."""
+"""The declaration of a command handler."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from s2s.store.tables.commands import Command
 
 
 class ICommandHandler(Interface):  # type: ignore[misc]
-    """One kind of command: how its payload looks and what it does."""
+    """The handler of one command type: the schema of its payload, and the function that runs it."""
 
     cmd_type = Attribute("Its name: a lower-case letter, then up to 63 of a-z, 0-9, _ and .")
     schema = Attribute("The JSON Schema (2020-12) of its payload, as parsed JSON.")
     batched = Attribute("Whether run_batch is to be called instead of run.")
 
     def run(txn: Cursor, command: Command) -> None:  # noqa: N805 - an interface says how it is called
-        """Do one command's work in the transaction that marks it as done; raise to have all of it undone and retried.
+        """Run one command in the transaction that marks it as done. An exception undoes its work and causes a retry.
 
-        It runs in a thread. What it does outside this database may happen more than once: ``command.idem_key`` is for
-        telling. It never commits or rolls back, since others' work is in the same transaction; savepoints are fine.
+        The method runs in a thread. Its effects outside this database may happen more than once: recognize a repetition
+        by ``command.idem_key``. It must not commit or roll back, since the transaction also contains the work of other
+        commands; savepoints are allowed.
         """
 
     def run_batch(txn: Cursor, commands: Sequence[Command]) -> None:  # noqa: N805
-        """Do many commands' work at once; only where ``batched``. If it raises, they are run one by one."""
+        """Run many commands at once; called only if ``batched``. After an exception the commands are run one by one."""
 
 
 @implementer(IPlugin, ICommandHandler)
 class CommandHandler(ABC):
-    """A command type whose commands are run one by one."""
+    """The handler of a command type whose commands are run one by one."""
 
     cmd_type: ClassVar[str]
     schema: ClassVar[Mapping[str, Any]]
@@ -42,31 +43,31 @@ class CommandHandler(ABC):
 
     @abstractmethod
     def run(self, txn: Cursor, command: Command) -> None:
-        """Do one command's work; see :meth:`ICommandHandler.run`."""
+        """Run one command; see :meth:`ICommandHandler.run`."""
 
     def run_batch(self, txn: Cursor, commands: Sequence[Command]) -> None:
-        """Do many commands' work."""
+        """Run many commands, one by one."""
         for command in commands:
             self.run(txn, command)
 
 
 class BatchCommandHandler(CommandHandler):
-    """A command type that does many commands' work in one statement."""
+    """The handler of a command type that runs many commands in one statement."""
 
     batched: ClassVar[bool] = True
 
     def run(self, txn: Cursor, command: Command) -> None:
-        """Do one command's work, as a batch of one."""
+        """Run one command as a batch of one."""
         self.run_batch(txn, (command,))
 
     @abstractmethod
     def run_batch(self, txn: Cursor, commands: Sequence[Command]) -> None:
-        """Do many commands' work; see :meth:`ICommandHandler.run_batch`."""
+        """Run many commands; see :meth:`ICommandHandler.run_batch`."""
 
 
 def registry(types: Iterable[CommandHandler]) -> dict[str, CommandHandler]:
-    """Key command types by their name.
+    """Return the command handlers by type name.
 
-    :raises OperatorError: a name is ill-formed or stands twice.
+    :raises OperatorError: a name is ill-formed or occurs twice.
     """
     return by_name(types, "command type", "cmd_type")

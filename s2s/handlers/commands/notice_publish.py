@@ -1,4 +1,4 @@
-"""``notice.publish``: the built-in command, a row of ``notices`` for each."""
+"""``notice.publish``: the built-in command, which adds a row to ``notices``."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ class NoticePublish(BatchCommandHandler):
     )
 
     def run_batch(self, txn: Cursor, commands: Sequence[Command]) -> None:
-        """Publish them in one statement; ``cmd_id`` is unique among the notices."""
+        """Insert the notices in one statement; ``cmd_id`` is unique among the notices."""
         notices.insert_batch(own(txn), [(command.cmd_id, command.payload) for command in commands])

@@ -1,6 +1,6 @@
-"""What a job is, and the ones that come with s2s (docs/protocol.rst, "The world and its jobs").
+"""The declaration of a job, and the built-in ones (docs/protocol.rst, "The world and its jobs").
 
-To add one, write a module and one entry in :data:`BUILTIN`.
+To add a built-in job, write a module and one entry in :data:`BUILTIN`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``decay``: shields wear off."""
+"""``decay``: the job that lets shields wear off."""
 
 from __future__ import annotations
 

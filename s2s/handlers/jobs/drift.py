@@ -1,4 +1,4 @@
-"""Jobs that let values drift to a goal: what they have in common (docs/protocol.rst, "The world and its jobs")."""
+"""The base class of jobs that move values towards a goal (docs/protocol.rst, "The world and its jobs")."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from s2s.handlers.jobs.job import Job, JobRun, Outcome, Unfinished
 from s2s.store.cursor import own
 from s2s.store.driver import Cursor
 
-#: Rows that one transaction looks at: whoever wants to change one of them waits no longer than that takes.
+#: The largest number of rows that one transaction reads: another session waits for a row no longer than that takes.
 BATCH_ROWS: Final = 20_000
-#: Seconds that a notice lives.
+#: The lifetime of a notice in seconds.
 TTL_S: Final = 3600
 
 
 class DriftJob(Job):
-    """A job that brings values of a table's rows nearer to their goals, batch by batch, at one rate.
+    """A job that moves column values of a table towards their goals, batch by batch, at one rate.
 
-    A value goes ``rate`` permille of the way, rounded up, so that it arrives; never past the goal.
+    A value moves by ``rate`` permille of its distance, rounded up, so that it reaches its goal and never passes it.
 
-    :cvar rate: the setting that has the rate, 0 to 1000.
-    :cvar table: its rows belong to sectors.
-    :cvar row_id: its primary key, a positive number.
-    :cvar goals: by column, the expression of its goal: both from 0 to 2^53-1.
-    :cvar statuses: rows of sectors of these take part.
-    :cvar counts: what the result calls the rows that changed, and those of them that are now at all of their goals.
-    :cvar message: of the notice where there are any of these, with ``{}`` for how many.
+    :cvar rate: the setting that contains the rate, 0 to 1000.
+    :cvar table: the table, whose rows belong to sectors.
+    :cvar row_id: the primary key of the table, a positive number.
+    :cvar goals: the expression of the goal by column; values and goals are from 0 to 2^53-1.
+    :cvar statuses: only rows in sectors with these statuses are changed.
+    :cvar counts: the names of two numbers in the result: the rows that changed, and those of them that are now at all
+        of their goals.
+    :cvar message: the text of the notice if rows have reached all of their goals, with ``{}`` for their number.
     :param batch_rows: see :data:`BATCH_ROWS`.
     """
 
@@ -42,7 +43,7 @@ class DriftJob(Job):
         self._batch_rows = batch_rows
 
     def run(self, txn: Cursor, run: JobRun) -> Outcome:
-        """Do the next batch; after the last one tell how many rows have arrived, if any have."""
+        """Run the next batch. After the last batch, emit a notice if any rows have reached their goals."""
         txn = own(txn)
         changed, arrived = self.counts
         state = run.state or {"rate": run.setting(self.rate), "after": 0, changed: 0, arrived: 0}
@@ -58,11 +59,12 @@ class DriftJob(Job):
         return done
 
     def _statement(self) -> str:
-        """Write the statement of a batch; every name in it is a constant of the class."""
+        """Return the statement of a batch. Every name in it is a constant of the class."""
         row_id = self.row_id
         drifts = ", ".join(f"{value} = {_drift(value, goal)}" for value, goal in self.goals.items())
         is_away = f"({', '.join(self.goals)}) <> ({', '.join(self.goals.values())})"
-        # Values are read where they are set: of a row that another transaction has just changed, those that it has now.
+        # The UPDATE itself reads the values, so that it uses the current values of a row that another transaction has
+        # just changed.
         return (
             f"with batch as (select {row_id} as id from {self.table} where {row_id} > %(after)s"  # noqa: S608
             f" order by {row_id} limit %(batch_rows)s),"
@@ -75,9 +77,9 @@ class DriftJob(Job):
 
 
 def _drift(value: str, goal: str) -> str:
-    """Give the expression of a value that has drifted; SQL divides toward zero.
+    """Return the expression of a value after one move. Division in SQL truncates toward zero.
 
-    Nothing overflows: the way times the rate is 2^53 times 1000 at most, and a ``bigint`` goes to 2^63.
+    No number overflows: the distance times the rate is at most 2^53 times 1000, and a ``bigint`` goes to 2^63.
     """
     way = f"({goal} - {value})"
     return f"{value} + ({way} * %(rate)s + case when {way} < 0 then -999 else 999 end) / 1000"

@@ -1,4 +1,4 @@
-"""The declaration of a job, and of when it is due (docs/protocol.rst, "The world and its jobs")."""
+"""The declaration of a job and of its schedule (docs/protocol.rst, "The world and its jobs")."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _DAY_S: Final = 86_400
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a job is due: at ``offset_s`` into every period, counted from the Unix epoch.
+    """The times at which a job is due: at ``offset_s`` into every period, counted from the Unix epoch.
 
-    So engines that share a job agree on its times, whenever each of them was started.
+    Engines that share a job thus agree on its times, whenever each of them was started.
 
     :param every_s: the period, in seconds.
     :param offset_s: seconds from the start of a period.
@@ -41,14 +41,14 @@ class Schedule:
     offset_s: int = 0
 
     def next_after(self, ts: int) -> int:
-        """Give the first time it is due after a Unix second, never that second itself."""
+        """Return the first time after a Unix second at which the job is due, never that second itself."""
         return ts + self.every_s - (ts - self.offset_s) % self.every_s
 
 
 def parse_schedule(text: str) -> Schedule:
-    """Read ``every:Ns`` (N from 1 to 86400) or ``daily@HH:MMZ`` (UTC).
+    """Parse ``every:Ns`` (N from 1 to 86400) or ``daily@HH:MMZ`` (UTC).
 
-    :raises OperatorError: it is neither.
+    :raises OperatorError: the text is neither.
     """
     every, daily = _EVERY.fullmatch(text), _DAILY.fullmatch(text)
     if every and int(every[1]) <= _DAY_S:
@@ -63,28 +63,29 @@ def parse_schedule(text: str) -> Schedule:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What a step gives back that has more to do: it is committed, and the next step is a transaction of its own.
+    """The return value of a step if the run is not over: the step is committed, and the next one has a new transaction.
 
-    :param state: where the next one goes on, as JSON of :data:`MOST_TOLD` bytes; it is stored with what the step did.
+    :param state: where the next step goes on, at most :data:`MOST_TOLD` bytes of JSON; stored in the transaction of the
+        step.
     """
 
     state: Mapping[str, Any]
 
 
-#: The longest state or result, in bytes of canonical JSON: the shortest frame still holds it.
+#: The longest state or result in bytes of canonical JSON: it fits into the shortest frame.
 MOST_TOLD: Final = 2048
-#: How deep a result lies in the envelope of a reply.
+#: The nesting depth of a result in the envelope of a reply.
 RESULT_DEPTH: Final = 3
-#: What a step gives back: it has more to do, or it is finished, perhaps with what it came to, as JSON.
+#: The return value of a step: :class:`Unfinished`, the result of the run as JSON, or ``None`` for a run without result.
 Outcome = Unfinished | Mapping[str, Any] | None
 
 
 def validate_outcome(outcome: Any) -> Outcome:
-    """Refuse what a step gave back that could not be stored, sent over the link and shown.
+    """Refuse a return value of a step that cannot be stored, sent over the link and shown.
 
-    :raises CanonicalError: it holds what canonical JSON cannot say, such as a float.
-    :raises TypeError: it is nothing of the kind.
-    :raises ValueError: it is longer than :data:`MOST_TOLD`.
+    :raises CanonicalError: the value contains something that canonical JSON cannot express, such as a float.
+    :raises TypeError: the value is no outcome.
+    :raises ValueError: the value is longer than :data:`MOST_TOLD`.
     """
     told = outcome.state if isinstance(outcome, Unfinished) else outcome
     if outcome is None:
@@ -98,14 +99,14 @@ def validate_outcome(outcome: Any) -> Outcome:
 
 @dataclass(frozen=True)
 class JobRun:
-    """One run of a job, or one step of it, as the job sees it.
+    """One run of a job, or one step of the run, as passed to the job.
 
-    :param txn: the transaction that holds all that the step does.
-    :param key: names this run and no other, also when it is rolled back and tried again: for ``idem_key``.
-    :param due_at: when it was due, in Unix seconds; a run that is tried again has the same.
-    :param settings: the configuration's values by key, as this transaction sees them.
+    :param txn: the transaction of the step.
+    :param key: a unique key of this run, for ``idem_key``. A run that is rolled back and retried keeps its key.
+    :param due_at: the time at which the run was due, in Unix seconds. A run that is retried keeps it.
+    :param settings: the values of the configuration by key, as this transaction sees them.
     :param frame_size: the longest frame that the engine sends, in bytes.
-    :param state: where the step before has left off; empty for the first step.
+    :param state: the state that the previous step returned; empty for the first step.
     """
 
     txn: Cursor = field(repr=False)
@@ -116,7 +117,7 @@ class JobRun:
     state: Mapping[str, Any] = field(default_factory=dict)
 
     def setting(self, key: str) -> Value:
-        """Return a value of the configuration, or its default where its row was removed.
+        """Return a value of the configuration, or its default if its row was removed.
 
         :raises KeyError: there is no such key.
         """
@@ -131,15 +132,15 @@ class JobRun:
         priority: int = 100,
         due_at: int | None = None,
     ) -> None:
-        """Emit a command, which goes to the server if and only if this step is committed.
+        """Emit a command, which is sent to the server if and only if this step is committed.
 
-        :param idem_key: the same for the same intention; :attr:`key` is, and whatever is made of it. One with
-            :attr:`key` in it gets a digest of the content: in a database that was restored from a dump the run comes
-            again under the same key, and may tell something else.
+        :param idem_key: must be the same for the same intention, as :attr:`key` and texts made of it are. A digest of
+            the content is appended to one that contains :attr:`key`: in a database that was restored from a dump, the
+            run happens again under the same key, and its command may have other content.
         :param priority: 0 to 1000, lower first.
-        :param due_at: Unix seconds before which the server does not run it.
-        :raises CanonicalError: the payload holds what canonical JSON cannot say.
-        :raises TooBigToSend: its frame would be longer than the engine sends.
+        :param due_at: the time in Unix seconds before which the server does not run the command.
+        :raises CanonicalError: the payload contains something that canonical JSON cannot express.
+        :raises TooBigToSend: the frame of the command would be longer than the engine sends.
         """
         if self.key in idem_key:
             idem_key += ":" + digest(cmd_type, canonical.dumps(payload))
@@ -147,34 +148,34 @@ class JobRun:
 
 
 class IJob(Interface):  # type: ignore[misc]
-    """One kind of job: when it is due and what it does."""
+    """One kind of job: its schedule, and the function that runs it."""
 
     job_type = Attribute("Its name: a lower-case letter, then up to 63 of a-z, 0-9, _ and .")
     schedule = Attribute("When it is due: every:Ns with N from 1 to 86400, or daily@HH:MMZ in UTC.")
 
     def run(txn: Cursor, run: JobRun) -> Outcome:  # noqa: N805 - an interface says how it is called
-        """Do the job's work in the transaction that marks it as run; raise to have all of it undone.
+        """Run the job in the transaction that marks it as run. An exception undoes all of its work.
 
-        It runs in a thread of an engine. What it does outside this database may happen more than once. It never
-        commits or rolls back. A long run is made of steps, each a transaction: see :class:`Unfinished`.
+        The method runs in a thread of an engine. Its effects outside this database may happen more than once. It must
+        not commit or roll back. A long run consists of steps, each in its own transaction: see :class:`Unfinished`.
         """
 
 
 @implementer(IPlugin, IJob)
 class Job(ABC):
-    """A job."""
+    """The base class of jobs."""
 
     job_type: ClassVar[str]
     schedule: ClassVar[str]
 
     @abstractmethod
     def run(self, txn: Cursor, run: JobRun) -> Outcome:
-        """Do the job's work; see :meth:`IJob.run`."""
+        """Run the job; see :meth:`IJob.run`."""
 
 
 def registry(types: Iterable[Job]) -> dict[str, Job]:
-    """Key jobs by their name.
+    """Return the jobs by name.
 
-    :raises OperatorError: a name is ill-formed or stands twice, or a schedule is none.
+    :raises OperatorError: a name is ill-formed or occurs twice, or a schedule is ill-formed.
     """
     return by_name(types, "job", "job_type", lambda kind: parse_schedule(kind.schedule))

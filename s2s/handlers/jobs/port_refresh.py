@@ -1,4 +1,4 @@
-"""``port_refresh``: trade evens out."""
+"""``port_refresh``: the job that lets trade even out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from s2s.handlers.jobs.drift import DriftJob
 
 
 class PortRefresh(DriftJob):
-    """Brings stock and price of each port nearer to their base; ports of a ``port_closed`` sector rest."""
+    """Moves stock and price of each port towards their base values, except in ``port_closed`` sectors."""
 
     job_type = "port_refresh"
     schedule = "every:10s"

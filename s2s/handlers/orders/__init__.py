@@ -1,7 +1,7 @@
-"""The admin RPCs, and what an engine does on each (docs/protocol.rst, "Orders").
+"""The admin RPCs and their handlers on an engine (docs/protocol.rst, "Orders").
 
-To add one, write a module and one entry in :func:`builtin`, and the schema of its request
-(:mod:`s2s.protocol.catalogue`): the message type and the command line follow from that.
+To add an RPC, write a module, one entry in :func:`builtin`, and the schema of its request
+(:mod:`s2s.protocol.catalogue`): the message type and the command line follow from the schema.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["ForceTick", "OrderHandler", "OrderRun", "builtin"]
 
 
 def builtin(jobs: Mapping[str, Job], frame_size: int) -> dict[str, OrderHandler]:
-    """Give every order by its RPC.
+    """Return every order handler by its RPC.
 
-    :param jobs: what a forced tick may run, by name.
+    :param jobs: the jobs that a forced tick may run, by name.
     :param frame_size: the longest frame that the engine sends, in bytes.
     """
     kinds = (ForceTick(jobs, frame_size), ConfigSet(), SetSectorStatus(), UpdateAllShips())

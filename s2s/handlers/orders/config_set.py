@@ -1,4 +1,4 @@
-"""``admin.config.set.v1``: give a setting a value."""
+"""``admin.config.set.v1``: set the value of a setting."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from s2s.store.tables import config
 
 
 class ConfigSet(OrderHandler):
-    """Sets a value, which every process is told of at once."""
+    """Sets a value. Every process is notified of it at once."""
 
     rpc: ClassVar[str] = "admin.config.set.v1"
     access: ClassVar[Access] = "admin"
 
     def run(self, txn: Cursor, order: OrderRun) -> Outcome:
-        """Come to the version that is in force, and whether this order made it."""
+        """Set the value, and return the version that is in force and whether this order made it."""
         return set_value(own(txn), order.params["key"], order.params["value"], order.actor)
 
 
 def set_value(txn: Cursor, key: str, value: Value, actor: str, at: str = "/payload") -> dict[str, Any]:
-    """Give a setting a value.
+    """Set the value of a setting.
 
-    :param at: where the two stand in the request.
+    :param at: the path in the request to the object with key and value.
     :raises NotFound: there is no such setting.
-    :raises BadPayload: it cannot have this value.
+    :raises BadPayload: the setting cannot have this value.
     """
     if not config.exists(txn, key):
         raise NotFound(f"there is no setting {key!r}: see s2s config list", path=f"{at}/key")

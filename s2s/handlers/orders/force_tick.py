@@ -16,9 +16,9 @@ from s2s.store.tables.own_keys import database_id, own_key
 
 
 class ForceTick(OrderHandler):
-    """Runs a job once, beside its schedule, which stays as it is.
+    """Runs a job once, in addition to its schedule, which does not change.
 
-    :ivar jobs: by name.
+    :ivar jobs: the jobs by name.
     :param frame_size: the longest frame that the engine sends, in bytes.
     """
 
@@ -30,12 +30,12 @@ class ForceTick(OrderHandler):
         self._frame_size = frame_size
 
     def run(self, txn: Cursor, order: OrderRun) -> Outcome:
-        """Come to what the job comes to."""
+        """Run the job, and return its outcome."""
         job_type = order.params["job_type"]
         kind = self.jobs.get(job_type)
         if kind is None:
             raise NotFound(f"this engine has no job {job_type!r}: see s2s jobs list", path="/payload/job_type")
-        # A job is never run twice at once, whoever wants it.
+        # No job runs twice at once, whether by schedule or by order.
         jobs.hold_still(own(txn), job_type)
         settings = config.read(own(txn)).values
         key = own_key(database_id(own(txn)), "order", order.order_id)

@@ -1,4 +1,4 @@
-"""The declaration of an order: what an engine does on an admin RPC (docs/protocol.rst, "Orders")."""
+"""The declaration of an order handler, which an engine runs for an admin RPC (docs/protocol.rst, "Orders")."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from s2s.store.driver import Cursor
 
 @dataclass(frozen=True)
 class OrderRun:
-    """One order, or one step of it, as its kind sees it.
+    """One order, or one step of it, as passed to its handler.
 
-    :param params: valid by the schema of the request, without the ``order_id``.
-    :param actor: who gave it.
-    :param created_at: when, in Unix seconds.
-    :param state: where the step before has left off; empty for the first step. ``done`` and ``total``, where it has
-        them, tell people how far it is.
+    :param params: the params, valid by the schema of the request, without the ``order_id``.
+    :param actor: the operator or key that gave the order.
+    :param created_at: the time at which the order was given, in Unix seconds.
+    :param state: the state that the previous step returned; empty for the first step. Its members ``done`` and
+        ``total``, if present, show the progress to operators.
     """
 
     order_id: str
@@ -31,11 +31,11 @@ class OrderRun:
 
 
 class OrderHandler(ABC):
-    """A kind of order.
+    """The handler of one kind of order.
 
-    :cvar rpc: the type of its request, one of :data:`s2s.protocol.catalogue.ORDERS`.
-    :cvar access: the least that a token of the HTTP API must have to give it.
-    :cvar rests: a paused engine refuses it, and leaves one that runs where it is.
+    :cvar rpc: the type of the request, one of :data:`s2s.protocol.catalogue.ORDERS`.
+    :cvar access: the lowest access with which a token of the HTTP API may give the order.
+    :cvar rests: a paused engine refuses a new order of this kind, and suspends a running one.
     """
 
     rpc: ClassVar[str]
@@ -44,9 +44,10 @@ class OrderHandler(ABC):
 
     @abstractmethod
     def run(self, txn: Cursor, order: OrderRun) -> Outcome:
-        """Do the order's work in the transaction that stores its end, or the next step of it.
+        """Run the order, or its next step, in the transaction that stores the outcome.
 
-        It runs in a thread of an engine, and never commits or rolls back.
+        The method runs in a thread of an engine, and must not commit or roll back.
 
-        :raises WireError: it is refused, for this reason, and nothing of it is done.
+        :raises WireError: the order is refused, or at a later step has failed, for this reason. The work of this step
+            is undone.
         """

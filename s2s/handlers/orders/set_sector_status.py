@@ -1,4 +1,4 @@
-"""``world.set_sector_status.v1``: change the rules of a sector."""
+"""``world.set_sector_status.v1``: change the status of a sector."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from s2s.store.tables import world
 
 
 class SetSectorStatus(OrderHandler):
-    """Makes a sector ``fedspace``, ``neutral`` or ``port_closed``."""
+    """Sets the status of a sector to ``fedspace``, ``neutral`` or ``port_closed``."""
 
     rpc: ClassVar[str] = "world.set_sector_status.v1"
 
     def run(self, txn: Cursor, order: OrderRun) -> Outcome:
-        """Come to what the sector is, and what it was."""
+        """Set the status, and return the new and the previous one."""
         sector_id, status = order.params["sector_id"], order.params["status"]
         was = world.set_sector_status(own(txn), sector_id, status)
         if was is None:

@@ -12,12 +12,12 @@ from s2s.store.cursor import own
 from s2s.store.driver import Cursor
 from s2s.store.tables import world
 
-#: Ships that one transaction changes: others wait for one of them no longer than that takes.
+#: The largest number of ships that one transaction changes: another session waits for a ship no longer than that takes.
 BATCH_ROWS: Final = 20_000
 
 
 class UpdateAllShips(OrderHandler):
-    """Sets a property of every ship that there was when the order began.
+    """Sets a property of every ship that existed when the order began.
 
     :param batch_rows: see :data:`BATCH_ROWS`.
     """
@@ -29,7 +29,7 @@ class UpdateAllShips(OrderHandler):
         self._batch_rows = batch_rows
 
     def run(self, txn: Cursor, order: OrderRun) -> Outcome:
-        """Do the next batch; come to how many ships there were."""
+        """Change the next batch; after the last one, return the number of ships changed."""
         txn = own(txn)
         field, value = order.params["update_field"], order.params["new_value"]
         most = world.SHIP_FIELDS[field]
