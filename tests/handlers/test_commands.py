@@ -1,4 +1,4 @@
-"""What a command type is, and the built-in one."""
+"""The declaration of a command handler, and the built-in one."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class CommandTypeTests(SynchronousTestCase):
     """The two base classes."""
 
     def test_they_provide_the_interfaces(self) -> None:
-        """What is made from the base classes is a plugin and a command type."""
+        """Instances of the base classes provide the interfaces of a plug-in and of a command handler."""
         for kind in (_Single(), _Batched(), *BUILTIN):
             verifyObject(ICommandHandler, kind)
             verifyObject(IPlugin, kind)
 
     def test_each_can_do_the_others_work(self) -> None:
-        """A type written for single commands takes a batch, and one written for batches a single command."""
+        """A handler written for single commands runs a batch, and one written for batches runs a single command."""
         commands = [Command(n, "t", f"k{n}", {}, 0, 100) for n in range(2)]
         single, batched = _Single(), _Batched()
         single.run_batch(None, commands)
@@ -66,23 +66,23 @@ class RegistryTests(SynchronousTestCase):
     """:func:`registry` and :data:`BUILTIN`."""
 
     def test_by_name(self) -> None:
-        """Command types are found by their name."""
+        """Command handlers are found by their type name."""
         single = _Single()
         self.assertEqual(registry([single, *BUILTIN])["test.single"], single)
 
     def test_a_name_twice(self) -> None:
-        """Two types of one name are refused in one line that names the class."""
+        """Two handlers of one type name are refused in one line that names the class."""
         self.assertIn("_Single", str(self.assertRaises(OperatorError, registry, [_Single(), _Single()])))
 
     def test_a_bad_name(self) -> None:
-        """A name that no push could carry is refused."""
+        """A name that no push can carry is refused."""
         kind = _Single()
         for name in ("", "Upper", "9a", "a" * 65, "a\n"):
             kind.cmd_type = name
             self.assertRaises(OperatorError, registry, [kind])
 
     def test_every_module_is_listed(self) -> None:
-        """Every command module of the package has its type in BUILTIN."""
+        """Every command module of the package has its handler in BUILTIN."""
         listed = {type(kind).__module__ for kind in BUILTIN}
         for module in pkgutil.iter_modules(commands.__path__, "s2s.handlers.commands."):
             defined = vars(importlib.import_module(module.name)).values()
@@ -97,18 +97,18 @@ class NoticeSchemaTests(SynchronousTestCase):
     schema = Schema(BUILTIN[0].schema)
 
     def refused_at(self, **change: Any) -> str:
-        """Refuse a changed notice, and tell where the fault is."""
+        """Assert that a changed notice is refused, and return the path of the error."""
         error = self.assertRaises(BadPayload, self.schema.check, _NOTICE | change, "/payload/payload")
         return str(error.details["path"])
 
     def test_accepts_each_scope(self) -> None:
-        """Every scope with its own id passes, up to the largest integers."""
+        """Every scope is valid with its own id, up to the largest integers."""
         self.schema.check(_NOTICE)
         for scope in ("sector", "corp", "player"):
             self.schema.check(_NOTICE | {"scope": scope, f"{scope}_id": 2**53 - 1, "ttl_s": 2**53 - 1})
 
     def test_refusals_name_the_path(self) -> None:
-        """What is wrong is named by a JSON pointer."""
+        """A refusal names the invalid member by a JSON pointer."""
         self.assertEqual(self.refused_at(scope="sector"), "/payload/payload/sector_id")
         self.assertEqual(self.refused_at(corp_id=1), "/payload/payload/corp_id")
         self.assertEqual(self.refused_at(scope="all"), "/payload/payload/scope")

@@ -1,4 +1,4 @@
-"""Command types and jobs of other distributions: found where they are sound, and told of in one line where not."""
+"""Command handlers and jobs of other distributions: sound ones are found, and each broken one has one line."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Toll(Job):
 """
 _SOUND = _PREAMBLE + "ring, toll = Ring(), Toll()\n"
 
-#: Modules with one plug-in that is broken, and what the line about each says.
+#: Modules with one broken plug-in each, and the expected text of its line.
 _BROKEN = {
     "not_there": ("import no_such_module_at_all", "ModuleNotFoundError: No module named"),
     "raises": ("1 / 0", "ZeroDivisionError: division by zero: mend it"),
@@ -109,7 +109,7 @@ _BROKEN = {
 
 
 class DiscoveryTestCase(SynchronousTestCase):
-    """A test with a directory that holds plug-ins, and no others but ours."""
+    """A test with a directory of plug-ins, and without any others but the built-in ones."""
 
     def setUp(self) -> None:
         """Make the directory."""
@@ -126,7 +126,7 @@ class DiscoveryTestCase(SynchronousTestCase):
         importlib.invalidate_caches()
 
     def found(self, found: Found) -> tuple[list[str], list[str]]:
-        """Give the names of what was found beside our own."""
+        """Return the names that were found besides the built-in ones."""
         ours = (*commands.BUILTIN, *jobs.BUILTIN)
         return (
             [name for name, kind in found.commands.items() if kind not in ours],
@@ -138,7 +138,7 @@ class ImportTests(DiscoveryTestCase):
     """Plug-ins that do not load in time: :mod:`s2s.handlers.import_timer`."""
 
     def setUp(self) -> None:
-        """Shorten the waits, and keep what is told."""
+        """Shorten the time limits, and collect the lines."""
         super().setUp()
         self.patch(import_timer, "TELL_S", 0.05)
         self.patch(import_timer, "IMPORT_S", 0.2)
@@ -147,7 +147,7 @@ class ImportTests(DiscoveryTestCase):
         self.patch(sys, "__stderr__", self.told)
 
     def test_it_waits(self) -> None:
-        """An import that waits is told of while it lasts, and left out when its time is over; the others are loaded."""
+        """A hanging import is reported while it lasts, and left out after the time limit; other plug-ins are loaded."""
         self.write("a_waits", "import time\ntime.sleep(600)")
         self.write("bell", _SOUND)
         found = discover()
@@ -166,7 +166,7 @@ class ImportTests(DiscoveryTestCase):
         self.assertIn("loops is left out", complaint)
 
     def test_it_waits_later(self) -> None:
-        """A member, a property or the text of an exception that does not return is left out as well."""
+        """A plug-in is also left out if a member, a property or the text of an exception does not return."""
         self.write("z_bell", _SOUND)
         hang = "import time; time.sleep(600)"
         for name, text in (
@@ -184,7 +184,7 @@ class ImportTests(DiscoveryTestCase):
                 (self.directory / f"{name}.py").unlink()
 
     def test_nothing_lasts(self) -> None:
-        """After an import no timer is left, and the signal has its old meaning."""
+        """After an import no timer is left, and the signal has its previous handler."""
         before = signal.getsignal(signal.SIGALRM)
         discover()
         self.assertEqual(signal.getitimer(signal.ITIMER_REAL), (0.0, 0.0))
@@ -208,13 +208,13 @@ class DiscoveryTests(DiscoveryTestCase):
     """:func:`discover`."""
 
     def test_nothing(self) -> None:
-        """Where nothing is installed there are the built-in types alone."""
+        """Without plug-ins only the built-in types are found."""
         found = discover()
         self.assertEqual(list(found.commands.values()), list(commands.BUILTIN))
         self.assertEqual((list(found.jobs.values()), found.complaints), (list(jobs.BUILTIN), []))
 
     def test_sound(self) -> None:
-        """Instances are found, ours first and then by their modules' names; classes and other objects are not."""
+        """Instances are found, the built-in ones first, then by module name; classes and other objects are ignored."""
         self.write("zebra", _PREAMBLE + "class Z(Ring):\n    cmd_type = 'a.first'\nz = Z()\nnothing = [Ring(), 5]\n")
         self.write("bell", _SOUND)
         found = discover()
@@ -223,25 +223,25 @@ class DiscoveryTests(DiscoveryTestCase):
         self.assertEqual((list(found.commands), self.found(found)[1]), (names, ["bell.toll"]))
 
     def test_one_of_both_kinds(self) -> None:
-        """An object may be a command type and a job at once."""
+        """An object may be a command handler and a job at once."""
         self.write("both", _PREAMBLE + "class Both(Ring, Toll):\n    def run(self, txn, run): pass\nboth = Both()\n")
         self.assertEqual(self.found(discover()), (["bell.ring"], ["bell.toll"]))
 
     def test_another_name_for_the_same(self) -> None:
-        """An object that has two names, or is imported by another plug-in, is found once and is no complaint."""
+        """An object with two names, or imported by another plug-in, is found once and causes no complaint."""
         self.write("a_bell", _SOUND + "also = ring\n")
         self.write("b_bell", "from s2s.plugins.a_bell import ring, toll")
         found = discover()
         self.assertEqual((self.found(found), found.complaints), ((["bell.ring"], ["bell.toll"]), []))
 
     def test_nothing_is_written(self) -> None:
-        """Looking for plug-ins leaves no file behind, unlike Twisted's own search."""
+        """The search for plug-ins writes no file, unlike Twisted's own search."""
         self.write("bell", _SOUND)
         discover()
         self.assertEqual([path.name for path in self.directory.iterdir()], ["bell.py"])
 
     def test_broken(self) -> None:
-        """Each kind of broken plug-in is told of in one line that names it, the fault and the cure."""
+        """Each kind of broken plug-in has one line that names the plug-in, the fault and the cure."""
         for name, (text, expected) in _BROKEN.items():
             with self.subTest(name=name):
                 self.write(name, f"{_PREAMBLE}\n{text}\n")
@@ -253,7 +253,7 @@ class DiscoveryTests(DiscoveryTestCase):
                 self.assertTrue(said.isprintable() and len(said) <= 300, said)
 
     def test_broken_ones_stop_nothing(self) -> None:
-        """All of them at once: each has its line, and the sound plug-ins before and after them are found."""
+        """Of many broken plug-ins each has its line, and the sound plug-ins before and after them are found."""
         rename = ("bell.", "last.")
         self.write("a_bell", _SOUND)
         for name, (text, _) in _BROKEN.items():
@@ -267,14 +267,14 @@ class DiscoveryTests(DiscoveryTestCase):
         self.assertEqual(complained, set(_BROKEN))
 
     def test_passed_over(self) -> None:
-        """A module whose name is no identifier, and a directory with an ``__init__.py``, have a line each."""
+        """A module whose name is no identifier, and a directory with an ``__init__.py``, have one line each."""
         self.write("my-bell", _SOUND)
         elsewhere = Path(self.mktemp()).absolute()
         directory = elsewhere / "s2s" / "plugins"
         directory.mkdir(parents=True)
         (directory / "__init__.py").write_text("")
         self.patch(sys, "path", [*sys.path, str(elsewhere)])
-        # As another copy of s2s has it.
+        # This is the state of another copy of s2s.
         self.assertEqual(len(discover().complaints), 1)
         (directory / "bell.py").write_text(_SOUND)
         module, package = discover().complaints
@@ -283,7 +283,7 @@ class DiscoveryTests(DiscoveryTestCase):
         self.assertIn("is left out: it has an __init__.py: remove that file", package)
 
     def test_a_directory_that_may_not_be_read(self) -> None:
-        """Where the directories cannot be listed, that is a line, and what comes with s2s is there."""
+        """Directories that cannot be listed cause one line, and the built-in types are found."""
 
         def fail(_: str) -> None:
             raise PermissionError(13, "Permission denied", "/some/where")
@@ -295,7 +295,7 @@ class DiscoveryTests(DiscoveryTestCase):
         self.assertIn("/some/where", found.complaints[0])
 
     def test_the_first_keeps_the_name(self) -> None:
-        """Of two plug-ins of one name that of the first module stays."""
+        """Of two plug-ins with one name, that of the first module is used."""
         self.write("b_bell", _SOUND)
         self.write("a_bell", _SOUND)
         found = discover()
@@ -303,7 +303,7 @@ class DiscoveryTests(DiscoveryTestCase):
         self.assertEqual(len(found.complaints), 2)
 
     def test_interrupt(self) -> None:
-        """Ctrl-C while a plug-in is loaded is no fault of the plug-in."""
+        """Ctrl-C while a plug-in is loaded is not reported as a fault of the plug-in."""
         self.write("slow", "raise KeyboardInterrupt")
         self.assertRaises(KeyboardInterrupt, discover)
 
@@ -312,7 +312,7 @@ class ConsoleTests(DiscoveryTestCase):
     """``s2s plugins list``."""
 
     def test_list(self) -> None:
-        """It shows what there is, whose it is and when jobs are due, and on stderr what is left out."""
+        """The command lists commands and jobs with their sources and schedules, and complaints on stderr."""
         self.write("bell", _SOUND)
         self.write("broken", "1 / 0")
         result = CliRunner(env={"COLUMNS": "200"}).invoke(console_command, ["list"])
@@ -324,7 +324,7 @@ class ConsoleTests(DiscoveryTestCase):
         self.assertRegex(result.stderr, r"\Aplug-in s2s\.plugins\.broken is left out: ZeroDivisionError.*\n\Z")
 
     def test_json(self) -> None:
-        """For programs it writes the same as JSON."""
+        """With ``--json`` the command writes the same data as JSON."""
         self.write("bell", _SOUND)
         rows = json.loads(CliRunner().invoke(console_command, ["list", "--json"]).stdout)
         ring = {"kind": "command", "name": "bell.ring", "source": "s2s.plugins.bell", "schedule": None}
@@ -335,7 +335,7 @@ class ReadmeTests(SynchronousTestCase):
     """The README's section on plug-ins."""
 
     def test_it_shows_the_example_in_full(self) -> None:
-        """What the README shows is what the other tests install, to the letter."""
+        """The README shows exactly the example that the other tests install."""
         readme = (_EXAMPLE.parent.parent / "README.rst").read_text("utf-8")
         for path in ("harbour/__init__.py", "s2s/plugins/harbour_plugins.py", "setup.cfg", "pyproject.toml"):
             with self.subTest(path=path):
@@ -343,11 +343,11 @@ class ReadmeTests(SynchronousTestCase):
 
 
 class PoisonTests(RoleTestCase):
-    """A payload that its schema refuses, where the reason would be sought for years."""
+    """Payloads that would make a validator compute for years."""
 
     @inlineCallbacks
     def test_the_server_lives(self) -> Iterator[Deferred[Any]]:
-        """It answers each poison with the path, serves what comes after, and ends on SIGTERM."""
+        """The server refuses each such payload with its path, serves the next one, and ends on SIGTERM."""
         plugin = self.directory / "s2s" / "plugins" / "poison.py"
         plugin.parent.mkdir(parents=True)
         members = {"words": {"pattern": "^([A-Za-z]+ ?)+$"}, "rows": {"uniqueItems": True}}
@@ -372,10 +372,10 @@ class PoisonTests(RoleTestCase):
 
 @cache
 def _installed() -> str:
-    """Install the example as pip does it, once for all tests, and give the directory."""
+    """Install the example with pip, once for all tests, and return the directory."""
     directory = tempfile.mkdtemp(prefix="s2s-harbour-")
     atexit.register(shutil.rmtree, directory)
-    # A copy: the build leaves its traces beside the sources.
+    # Install from a copy, since the build writes files beside the sources.
     sources = shutil.copytree(
         _EXAMPLE, Path(directory, "sources"), ignore=shutil.ignore_patterns("build", "*.egg-info")
     )
@@ -394,10 +394,10 @@ def _installed() -> str:
 
 
 class ExampleTests(RoleTestCase):
-    """``examples/harbour``, installed, beside a plug-in that is broken."""
+    """``examples/harbour``, installed beside a broken plug-in."""
 
     def setUp(self) -> None:
-        """Let the processes that we start find both."""
+        """Let the started processes find both plug-ins."""
         super().setUp()
         broken = self.directory / "s2s" / "plugins" / "broken.py"
         broken.parent.mkdir(parents=True)
@@ -409,7 +409,7 @@ class ExampleTests(RoleTestCase):
 
     @inlineCallbacks
     def test_its_command(self) -> Iterator[Deferred[Any]]:
-        """The server checks, takes and runs the example's command, and says of the broken plug-in one line."""
+        """The server checks, accepts and runs the example's command, and logs one line about the broken plug-in."""
         server = self.server()
         yield server.start()
         peer = server.connect()
@@ -431,7 +431,7 @@ class ExampleTests(RoleTestCase):
         self.assertIn("plug-in s2s.plugins.broken is left out: RuntimeError: two lines: mend it", line)
 
     def test_its_job(self) -> None:
-        """The example's job emits one notice for each of its times, which the server's schema accepts."""
+        """The example's job emits one notice for each of its due times, which the server's schema accepts."""
         with mock.patch.object(sys, "path", [_installed(), *sys.path]):
             tide = importlib.import_module("harbour").Tide()
         self.addCleanup(sys.modules.pop, "harbour")
@@ -445,21 +445,21 @@ class ExampleTests(RoleTestCase):
 
     @inlineCallbacks
     def test_its_job_is_scheduled(self) -> Iterator[Deferred[Any]]:
-        """An engine that finds the example's job runs it when it is due, and a server publishes what it emits."""
+        """An engine that finds the example's job runs it when it is due, and a server publishes the notice."""
         server = self.server()
         engine = self.engine(server.port)
         yield server.start()
         yield engine.start()
         yield poll(lambda: self.count("jobs where job_type = 'harbour.tide'") == 1, "the job is in the table")
         self.execute("update s2s.jobs set due_at = to_timestamp(60) where job_type = 'harbour.tide'")
-        # Under its own key: the clock may bring the next minute meanwhile, and its notice.
+        # Wait for this run's own key, since the clock may meanwhile reach the next minute and its notice.
         key = f"harbour.tide:{self.database_id()}:60:%"
         notice = f"select message from s2s.notices join s2s.commands using (cmd_id) where idem_key like '{key}'"
         yield poll(lambda: self.execute(notice) == [("The tide comes in",)], "the notice")
         self.assertEqual(self.execute("select schedule from s2s.jobs where job_type ~ '^harbour'"), [("every:60s",)])
 
     def test_list(self) -> None:
-        """``s2s plugins list`` shows its command and its job, and complains of the broken one on stderr."""
+        """``s2s plugins list`` shows the example's command and job, and the broken plug-in's complaint on stderr."""
         s2s = str(Path(sys.executable).with_name("s2s"))
         done = subprocess.run(
             [s2s, "plugins", "list", "--json"], env=environment(), capture_output=True, text=True, check=True

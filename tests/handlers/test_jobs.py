@@ -1,4 +1,4 @@
-"""What a job is, and when it is due."""
+"""The declaration of a job, and its schedule."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Tick(Job):
     schedule = "every:5s"
 
     def run(self, txn: Cursor, run: JobRun) -> None:
-        """Tell when it was due."""
+        """Report the time at which the run was due."""
         run.emit("notice.publish", run.key, {"at": run.due_at}, priority=7, due_at=run.due_at + 60)
 
 
@@ -36,7 +36,7 @@ class ScheduleTests(SynchronousTestCase):
     """:func:`parse_schedule` and :class:`Schedule`."""
 
     def test_every(self) -> None:
-        """``every:Ns`` is due at the multiples of N seconds, the next one strictly after the moment asked about."""
+        """``every:Ns`` is due at the multiples of N seconds, and the next time is strictly after the given one."""
         ten = parse_schedule("every:10s")
         self.assertEqual([ten.next_after(ts) for ts in (-1, 0, 1, 9, 10, 11)], [0, 10, 10, 10, 20, 20])
         self.assertEqual(parse_schedule("every:1s").next_after(1737990000), 1737990001)
@@ -55,14 +55,14 @@ class ScheduleTests(SynchronousTestCase):
 
     @given(_SECONDS, st.integers(1, 86400), st.integers(0, 86399))
     def test_next_is_the_first(self, ts: int, every_s: int, offset_s: int) -> None:
-        """The next time lies on the schedule, after the moment asked about, and at most one period after it."""
+        """The next time is on the schedule, after the given one, and at most one period after it."""
         due = Schedule(every_s, offset_s).next_after(ts)
         self.assertEqual((due - offset_s) % every_s, 0)
         self.assertTrue(ts < due <= ts + every_s)
 
     @given(st.integers(0, 2**33), st.times())
     def test_daily_agrees_with_the_calendar(self, ts: int, time: Any) -> None:
-        """A daily time is the one that the calendar gives."""
+        """A daily time is the one that the calendar shows."""
         now = datetime.fromtimestamp(ts, timezone.utc)
         due = now.replace(hour=time.hour, minute=time.minute, second=0)
         due += timedelta(days=due <= now)
@@ -70,7 +70,7 @@ class ScheduleTests(SynchronousTestCase):
         self.assertEqual(said, due.timestamp())
 
     def test_refusals(self) -> None:
-        """What is no schedule is refused in one line that says how one is written."""
+        """An ill-formed schedule is refused in one line that describes the format."""
         bad = ["", "every:0s", "every:86401s", "every:99999s", "every:05s", "every:5", "every:-5s", "every:5s\n"]
         bad += ["every:\u0665s", "daily@24:00Z", "daily@12:60Z", "daily@1:00Z", "daily@12:00", "Daily@12:00Z", "hourly"]
         for text in bad:
@@ -84,18 +84,18 @@ class RegistryTests(SynchronousTestCase):
     """:func:`registry`, and the base class."""
 
     def test_it_provides_the_interfaces(self) -> None:
-        """What is made from the base class is a plugin and a job."""
+        """Instances of the base class provide the interfaces of a plug-in and of a job."""
         for kind in (_Tick(), *BUILTIN):
             verifyObject(IJob, kind)
             verifyObject(IPlugin, kind)
 
     def test_by_name(self) -> None:
-        """Jobs are found by their name."""
+        """Jobs are found by their names."""
         tick = _Tick()
         self.assertEqual(registry([*BUILTIN, tick])["test.tick"], tick)
 
     def test_refusals(self) -> None:
-        """A name that is ill-formed or stands twice, or a schedule that is none, is refused with the class's name."""
+        """An ill-formed or repeated name, or an ill-formed schedule, is refused with the name of the class."""
         for change in ({"job_type": "Upper"}, {"job_type": "a" * 65}, {"job_type": ""}, {"schedule": "hourly"}):
             tick = type("_Tock", (_Tick,), change)()
             with self.subTest(change=change):
@@ -107,7 +107,7 @@ class JobRunTests(DatabaseTestCase):
     """:class:`JobRun` on a real transaction."""
 
     def test_emit(self) -> None:
-        """What a job emits is in the outbox when its transaction is committed, as it was said."""
+        """An emitted command is in the outbox, with its content, after the transaction is committed."""
         with blocking(self.url, "test") as txn:
             _Tick().run(txn, JobRun(txn, "test.tick:60", 60, {}, 65536))
             self.assertEqual(self.execute("select count(*) from s2s.outbox"), [(0,)])
@@ -133,14 +133,14 @@ class JobRunTests(DatabaseTestCase):
         self.assertEqual(self.execute("select count(*) from s2s.outbox"), [(0,)])
 
     def test_setting(self) -> None:
-        """A job reads the configuration by key, and a key that is not there is its mistake."""
+        """A job reads the configuration by key, and an unknown key is the job's error."""
         with blocking(self.url, "test") as txn:
             run = JobRun(txn, "test.tick:60", 60, {"job.decay.rate_permille": 11}, 65536)
         self.assertEqual(run.setting("job.decay.rate_permille"), 11)
         self.assertRaises(KeyError, run.setting, "job.decay.rate")
 
     def test_a_setting_without_its_row(self) -> None:
-        """A setting of ours whose row was removed from the table has its default."""
+        """A built-in setting whose row was removed from the table has its default."""
         self.execute("delete from s2s.config where key = 'job.decay.rate_permille'")
         with blocking(self.url, "test") as txn:
             run = JobRun(txn, "test.tick:60", 60, config.read(txn).values, 65536)

@@ -1,4 +1,4 @@
-"""The jobs of the world: what one run does to ports and ships, against a model of it."""
+"""The jobs of the world: the effect of one run on ports and ships, compared with a model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SOME = settings(max_examples=40)
 
 
 def drifted(value: int, goal: int, rate: int) -> int:
-    """Give what becomes of a value: the exact path, in numbers without bounds."""
+    """Return a value after one run, computed exactly with unbounded numbers."""
     step = -(-abs(goal - value) * rate // 1000)
     return value + step if goal > value else value - step
 
@@ -56,7 +56,7 @@ class Port:
     max_price: int
 
     def after(self, rate: int) -> Port:
-        """Give it as it is after a run."""
+        """Return the port after one run."""
         if STATUSES[self.sector_id - 1] == "port_closed":
             return self
         stock, price = drifted(self.stock, self.base_stock, rate), drifted(self.price, self.base_price, rate)
@@ -64,7 +64,7 @@ class Port:
 
     @property
     def is_at_goal(self) -> bool:
-        """Whether it is as usual."""
+        """Return whether stock and price are at their base."""
         return (self.stock, self.price) == (self.base_stock, self.base_price)
 
 
@@ -77,13 +77,13 @@ class Ship:
     shields: int
 
     def after(self, rate: int) -> Ship:
-        """Give it as it is after a run."""
+        """Return the ship after one run."""
         neutral = STATUSES[self.sector_id - 1] == "neutral"
         return replace(self, shields=drifted(self.shields, 0, rate)) if neutral else self
 
     @property
     def is_at_goal(self) -> bool:
-        """Whether it is bare."""
+        """Return whether the ship has no shields."""
         return self.shields == 0
 
 
@@ -113,7 +113,7 @@ def _ships(draw: st.DrawFn) -> list[Ship]:
 
 
 _RATES = st.one_of(st.sampled_from((0, 1, 500, 999, 1000)), st.integers(0, 1000))
-#: The longest ways that there are, both ways.
+#: The longest possible distances, in both directions.
 _FAR = [
     Port(1, 1, 0, MOST, MOST, MOST, 1, 1, MOST),
     Port(MOST, 2, MOST, 0, MOST, 1, MOST, 1, MOST),
@@ -136,7 +136,7 @@ class WorldTestCase(DatabaseTestCase):
 
     @contextmanager
     def undone(self) -> Iterator[Cursor]:
-        """Give a transaction that is rolled back."""
+        """Return a transaction that is rolled back."""
         with self.connection.cursor() as txn:
             yield txn
         self.connection.rollback()
@@ -163,9 +163,9 @@ class WorldTestCase(DatabaseTestCase):
         return [kind(*row) for row in txn]
 
     def go(self, txn: Cursor, job: DriftJob, rate: int, key: str = "test:60") -> tuple[dict[str, Any], int]:
-        """Run a job to its end; once it is begun the setting is another one.
+        """Run a job to its end; the setting is changed after the run has begun.
 
-        :returns: its result, and how many steps it took.
+        :returns: the result, and the number of steps.
         """
         state: dict[str, Any] = {}
         for step in range(1, 1000):
@@ -176,7 +176,7 @@ class WorldTestCase(DatabaseTestCase):
         raise AssertionError("it does not end")
 
     def notices(self, txn: Cursor) -> list[tuple[str, dict[str, Any]]]:
-        """Give what is in the outbox: valid notices, by their keys without the digest."""
+        """Return the notices in the outbox, checked by their schema, by key without the digest."""
         txn.execute("select cmd_type, idem_key, payload from s2s.outbox order by outbox_id")
         found = txn.fetchall()
         for cmd_type, _, payload in found:
@@ -185,9 +185,9 @@ class WorldTestCase(DatabaseTestCase):
         return [(key.rpartition(":")[0], payload) for _, key, payload in found]
 
     def check(self, kind: type[Port] | type[Ship], rows: Sequence[Any], rate: int) -> list[Any]:
-        """See that the job does what the model says, in batches of any size.
+        """Assert that the job has the effect of the model, with batches of any size.
 
-        :returns: the rows as they are then.
+        :returns: the rows afterwards.
         """
         rows = sorted(rows, key=lambda row: astuple(row)[0])
         expected = [row.after(rate) for row in rows]
@@ -202,14 +202,14 @@ class WorldTestCase(DatabaseTestCase):
                 self.assertEqual(self.read(txn, kind), expected)
                 self.assertEqual(result, dict(zip(job.counts, (len(moved), arrived), strict=True)))
                 self.assertEqual(steps, len(rows) // batch_rows + 1)
-                # What stays as it is was not written either.
+                # Rows without a change were not written either.
                 self.assertEqual(len(self.versions(txn, job) - before), len(moved))
                 told = [(key, payload["message"]) for key, payload in self.notices(txn)]
                 self.assertEqual(told, [("test:60", job.message.format(arrived))] if arrived else [])
         return expected
 
     def versions(self, txn: Cursor, job: DriftJob) -> set[Any]:
-        """Give where each version of a row lies."""
+        """Return the place of each row version."""
         txn.execute(f"select ctid::text from {job.table}")
         return set(txn)
 
@@ -218,7 +218,7 @@ _NO_MATTER = dict.fromkeys(("player_id", "turns", "fuel", "hold_capacity"), "1")
 
 
 class PropertyTests(WorldTestCase):
-    """Any world, any rate, any size of a batch."""
+    """Any world, any rate, any batch size."""
 
     @_SOME
     @given(_ports(), _RATES)
@@ -227,7 +227,7 @@ class PropertyTests(WorldTestCase):
     @example(_FAR, 1)
     @example([], 100)
     def test_port_refresh(self, ports: list[Port], rate: int) -> None:
-        """Stock and price stay within their bounds, never pass their base, and get nearer; closed ports rest."""
+        """Stock and price stay in bounds, move towards their base and never pass it; closed ports do not change."""
         after = self.check(Port, ports, rate)
         for old, new in zip(sorted(ports, key=lambda port: port.port_id), after, strict=True):
             self.assertTrue(0 <= new.stock <= new.capacity and new.min_price <= new.price <= new.max_price)
@@ -239,24 +239,24 @@ class PropertyTests(WorldTestCase):
     @example([Ship(1, 2, MOST_SHIELDS), Ship(2, 2, 1), Ship(MOST, 2, 0), Ship(4, 1, 1), Ship(5, 3, 1)], 1)
     @example([Ship(1, 2, MOST_SHIELDS), Ship(MOST, 1, MOST_SHIELDS)], 1000)
     def test_decay(self, ships: list[Ship], rate: int) -> None:
-        """Shields never go below zero, and get less in neutral sectors; elsewhere ships are left alone."""
+        """Shields never go below zero, and shrink in neutral sectors only."""
         after = self.check(Ship, ships, rate)
         for old, new in zip(sorted(ships, key=lambda ship: ship.ship_id), after, strict=True):
             self.assertGreaterEqual(new.shields, 0)
             self.assert_drifted(old.shields, new.shields, 0, rate if old.sector_id == 2 else 0)
 
     def assert_drifted(self, old: int, new: int, goal: int, rate: int) -> None:
-        """See that a value has gone nearer to its goal, not past it, and not at all at the rate 0."""
+        """Assert that a value moved towards its goal, not past it, and not at all at the rate 0."""
         self.assertTrue(min(old, goal) <= new <= max(old, goal))
         self.assertEqual(new == old, rate == 0 or old == goal)
         self.assertTrue(rate < 1000 or new == goal)
 
 
 class ModelTests(SynchronousTestCase):
-    """The model itself, on a few cases that can be worked out by hand."""
+    """The model itself, on a few cases computed by hand."""
 
     def test_by_hand(self) -> None:
-        """A tenth of the way is rounded up, in both directions."""
+        """A tenth of the distance is rounded up, in both directions."""
         self.assertEqual(
             [drifted(value, 100, 100) for value in (0, 95, 99, 100, 101, 111)], [10, 96, 100, 100, 100, 109]
         )
@@ -264,10 +264,10 @@ class ModelTests(SynchronousTestCase):
 
 
 class RunTests(WorldTestCase):
-    """Runs one after another, and beside others."""
+    """Runs one after another, and concurrent with other transactions."""
 
     def test_everything_arrives(self) -> None:
-        """At the least rate, ports and ships arrive after as many runs as they are away, and are told of once."""
+        """At the least rate, ports and ships need as many runs as their distance to their goals; one notice follows."""
         port = Port(1, 1, 3, 0, 9, 5, 9, 1, 9)
         with self.undone() as txn:
             self.put(txn, [port, Ship(1, 2, 4), Ship(2, 2, 2), Ship(3, 2, 0)])
@@ -280,7 +280,7 @@ class RunTests(WorldTestCase):
         self.assertEqual(told, {"decay:1": "1", "decay:3": "1", "port_refresh:3": "1"})
 
     def test_the_notice(self) -> None:
-        """A run of several steps tells everyone once what all of them came to, at its end."""
+        """A run of several steps emits one notice with the total of all steps, at its end."""
         with self.undone() as txn:
             self.put(txn, [Ship(ship_id, 2, 1) for ship_id in range(1, 6)])
             job = Decay(2)
@@ -296,7 +296,7 @@ class RunTests(WorldTestCase):
         self.assertEqual(notice["message"], "Ships that have lost their last shields: 5")
 
     def test_undone(self) -> None:
-        """A run that is rolled back has changed nothing and told nobody."""
+        """A run that is rolled back has changed nothing and emitted nothing."""
         with blocking(self.url) as txn:
             self.put(txn, [Ship(1, 2, 1), Port(1, 1, 1, 0, 9, 1, 1, 1, 1)])
         with self.undone() as txn:
@@ -308,7 +308,7 @@ class RunTests(WorldTestCase):
             self.assertEqual(self.notices(txn), [])
 
     def test_beside_others(self) -> None:
-        """A ship that another transaction changes meanwhile loses from what it has then."""
+        """A ship that another transaction changes meanwhile loses shields from its current value."""
         with blocking(self.url) as txn:
             self.put(txn, [Ship(1, 2, 1000), Ship(2, 2, 5)])
         results: list[Any] = []
@@ -334,7 +334,7 @@ class ConsoleTests(CliTestCase):
     """``s2s jobs``."""
 
     def test_list(self) -> None:
-        """It shows when each job is due and how it went, for people and for programs."""
+        """The list shows when each job is due and how its last run went, as text and as JSON."""
         self.assertIn("there are none", self.s2s("jobs", "list").output)
         self.execute(
             "insert into s2s.jobs (job_type, schedule, due_at, state, attempts, error, runs,"
@@ -361,8 +361,8 @@ class EngineTests(RoleTestCase):
 
     @inlineCallbacks
     def test_it_runs_them(self) -> Iterator[Deferred[Any]]:
-        """An engine runs both when they are due, with the rates of the table, and their notices wait in the outbox."""
-        # All the way at once: should the clock bring the next run meanwhile, it has nothing to do.
+        """An engine runs both jobs when due, with the rates of the table, and their notices wait in the outbox."""
+        # The rate moves values to their goals at once, so that a further run in the meantime changes nothing.
         self.execute(
             "insert into s2s_world.sectors values (1, 'Sol', 'fedspace'), (2, 'Vega', 'neutral');"
             "insert into s2s_world.ships values (1, 1, 1, 0, 0, 70, 0), (2, 1, 2, 0, 0, 70, 0);"
