@@ -1,4 +1,4 @@
-"""What both roles do to their process (:mod:`s2s.roles.base`)."""
+"""The effects of both roles on their process (:mod:`s2s.roles.base`)."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class StopTests(SynchronousTestCase):
 
 
 class CollectorTests(SynchronousTestCase):
-    """Python's collector of cycles."""
+    """The garbage collector of Python."""
 
     def test_it_is_spared(self) -> None:
-        """What is there is not looked at again, and what is made later seldom; cycles that are left are found still."""
+        """Existing objects are not scanned again, and new ones seldom; unreachable cycles are still found."""
 
         class Node:
             pass

@@ -1,4 +1,4 @@
-"""``s2s certs``: what is made, what is kept, and what is refused."""
+"""``s2s certs``: the files that it creates and keeps, and the requests that it refuses."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _NOW = datetime(2026, 7, 1, 12, 30, 15, 999, tzinfo=timezone.utc)
 
 
 class CertsTestCase(SynchronousTestCase):
-    """A directory for certificates, not made yet."""
+    """A directory for certificates, which does not exist yet."""
 
     def setUp(self) -> None:
-        """Choose it."""
+        """Choose the directory."""
         self.directory = Path(self.mktemp())
 
     def make(self, *engines: str, servers: tuple[str, ...] = (), days: int = 30, renew: bool = False) -> list[Path]:
-        """Make certificates."""
+        """Issue certificates."""
         return certs.make(self.directory, servers, engines, days, _NOW, renew=renew)
 
     def read(self, name: str) -> x509.Certificate:
@@ -44,7 +44,7 @@ class CertsTestCase(SynchronousTestCase):
         return {str(path.relative_to(self.directory)): path.read_bytes() for path in files}
 
     def refused(self, why: str, *engines: str, servers: tuple[str, ...] = (), days: int = 30) -> None:
-        """See that nothing is made, and one line says why."""
+        """Assert that no file is written, and that one line has the reason."""
         before = self.contents()
         error = self.assertRaises(OperatorError, self.make, *engines, servers=servers, days=days)
         self.assertIn(why, str(error))
@@ -56,7 +56,7 @@ class MakingTests(CertsTestCase):
     """The certificates and their files."""
 
     def test_files(self) -> None:
-        """A directory of the owner's, keys of the owner's, and the root alone where trustRoots looks."""
+        """Directory and keys are accessible to the owner only, and the root is alone in the directory of trustRoots."""
         made = self.make("a", "b", servers=("localhost",))
         self.assertEqual([path.name for path in made], ["server.pem", "engine-a.pem", "engine-b.pem"])
         pairs = {f"{name}.{kind}" for name in ("server", "engine-a", "engine-b") for kind in ("key", "pem")}
@@ -78,7 +78,7 @@ class MakingTests(CertsTestCase):
         self.assertFalse(usage.value.digital_signature)
 
     def test_leaves(self) -> None:
-        """Server and engine are signed by the root, each for its own side of TLS, for the days asked for."""
+        """Server and engine are signed by the root, each for its own side of TLS, for the requested days."""
         self.make("a", servers=("localhost",), days=7)
         root = self.read("roots/ca.pem")
         for name, usage in (("server", ExtendedKeyUsageOID.SERVER_AUTH), ("engine-a", ExtendedKeyUsageOID.CLIENT_AUTH)):
@@ -97,7 +97,7 @@ class MakingTests(CertsTestCase):
             self.assertEqual(key.public_key(), leaf.public_key())
 
     def test_names(self) -> None:
-        """Host names and addresses, each once, are names of the server."""
+        """The server's certificate has the host names and addresses, each once."""
         self.make(servers=("server.example", "192.0.2.1", "::1", "server.example"))
         names = self.read("server.pem").extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         self.assertEqual(
@@ -110,7 +110,7 @@ class MakingTests(CertsTestCase):
         )
 
     def test_the_authority_stays(self) -> None:
-        """What is asked for later is signed by the same authority, and changes nothing that is there."""
+        """Later certificates are signed by the same authority, and existing files do not change."""
         self.make("a")
         before = self.contents()
         self.make("b", days=3650)
@@ -119,7 +119,7 @@ class MakingTests(CertsTestCase):
         self.read("engine-b.pem").verify_directly_issued_by(self.read("roots/ca.pem"))
 
     def test_renew(self) -> None:
-        """A certificate that is there is replaced if that is asked for, with its key, and no other is."""
+        """An existing certificate is replaced on request, with its key, and no other is."""
         self.make("a", "b")
         before = self.contents()
         self.refused("engine-a already: --renew", "a", "c")
@@ -130,7 +130,7 @@ class MakingTests(CertsTestCase):
         self.assertEqual(set(after), set(before))
 
     def test_two_authorities(self) -> None:
-        """Two authorities have two names."""
+        """Two authorities have different names."""
         self.make("a")
         first = self.read("roots/ca.pem").subject
         self.directory = self.directory / "another"
@@ -138,7 +138,7 @@ class MakingTests(CertsTestCase):
         self.assertNotEqual(self.read("roots/ca.pem").subject, first)
 
     def test_after_a_crash(self) -> None:
-        """What a run that was killed has left half written is in nobody's way."""
+        """Partial files of a killed run do not disturb the next run."""
         self.directory.mkdir()
         (self.directory / ".engine-a.key.new").write_text("half")
         self.make("a")
@@ -146,10 +146,10 @@ class MakingTests(CertsTestCase):
 
 
 class RefusalTests(CertsTestCase):
-    """An operator's mistakes."""
+    """Mistakes of the operator."""
 
     def test_names(self) -> None:
-        """Nothing at all, and what can be no name."""
+        """An empty request and invalid names are refused."""
         self.refused("name a --server or an --engine")
         for name in ("", "two words", "-a.example", "a_b", "bücher.example", "a" * 64, "a..b"):
             self.refused("neither a host name", servers=(name,))
@@ -158,7 +158,7 @@ class RefusalTests(CertsTestCase):
         self.assertFalse(self.directory.exists())
 
     def test_half_an_authority(self) -> None:
-        """A key without its root, or a root without its key, is brought back and not made anew."""
+        """A key without its root, or a root without its key, must be restored and is not created anew."""
         self.make("a")
         for name in ("ca.key", "roots/ca.pem"):
             (self.directory / name).rename(self.directory / "away")
@@ -166,7 +166,7 @@ class RefusalTests(CertsTestCase):
             (self.directory / "away").rename(self.directory / name)
 
     def test_a_wrong_authority(self) -> None:
-        """A key that is another's, or none, is told, and is not quoted."""
+        """A key that does not match, or is no key, is reported and not quoted."""
         self.make("a")
         key = self.directory / "ca.key"
         key.write_bytes((self.directory / "engine-a.key").read_bytes())
@@ -181,7 +181,7 @@ class RefusalTests(CertsTestCase):
         self.make("b", days=50)
 
     def test_no_directory(self) -> None:
-        """A file where the directory should be is named."""
+        """A file in the place of the directory is named."""
         self.directory.write_text("")
         error = self.assertRaises(OperatorError, self.make, "a")
         self.assertIn(f"{self.directory} cannot be used", str(error))
@@ -191,13 +191,13 @@ class CommandTests(CertsTestCase):
     """The command line."""
 
     def certs(self, *argv: str, expected: int = 0) -> Result:
-        """Run it."""
+        """Run the command."""
         result = CliRunner().invoke(command, ["make", str(self.directory), *argv])
         self.assertEqual(result.exit_code, expected, result.output)
         return result
 
     def test_endpoints(self) -> None:
-        """It prints endpoint strings that either side can read, wherever the directory is."""
+        """The command prints endpoint strings that both sides can read, for any directory."""
         self.directory = Path(self.mktemp()) / "a:b\\c"
         said = self.certs("--server", "::1", "--server", "localhost", "--engine", "a").output
         listen, connect = (line.split("'")[1] for line in said.splitlines() if "twistd" in line)
@@ -207,7 +207,7 @@ class CommandTests(CertsTestCase):
         self.assertNotIn("PRIVATE", said)
 
     def test_one_line(self) -> None:
-        """A mistake is one line and exit code 1."""
+        """A mistake causes one line and exit code 1."""
         self.certs("--engine", "a")
         output = self.certs("--engine", "a", expected=1).output
         self.assertIn("--renew", output)
@@ -215,7 +215,7 @@ class CommandTests(CertsTestCase):
         self.certs("--engine", "b", "--days", "0", expected=2)
 
     def test_umask(self) -> None:
-        """Keys are their owner's whatever the umask is."""
+        """Keys are readable by their owner only, whatever the umask is."""
         self.addCleanup(os.umask, os.umask(0))
         self.certs("--engine", "a")
         self.assertEqual((self.directory / "engine-a.key").stat().st_mode & 0o777, 0o600)

@@ -1,4 +1,4 @@
-"""How fast a peer is fed."""
+"""The window that bounds the bytes in flight to a peer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class PaceTests(SynchronousTestCase):
     """:class:`CongestionWindow`, against links of a steady rate."""
 
     def run_link(self, pace: CongestionWindow, rate: int, size: int, seconds: float) -> tuple[float, float]:
-        """Keep a link that carries ``rate`` bytes a second as full as the pace allows.
+        """Keep a link that carries ``rate`` bytes a second as full as the window allows.
 
-        :returns: the longest time that a push of the second half took, and what part of the rate was used then.
+        :returns: the longest time of a push in the second half, and the share of the rate that was used then.
         """
         now, carried, worst, used = 0.0, 0.0, 0.0, 0
-        flying: list[tuple[float, float, int]] = []  # when sent, when answered, what lay ahead
+        flying: list[tuple[float, float, int]] = []  # time of sending, time of the reply, bytes ahead
         while now < seconds:
             while not flying or (len(flying) + 1) * size <= pace.bytes:
                 carried = max(carried, now) + size / rate
@@ -30,7 +30,7 @@ class PaceTests(SynchronousTestCase):
         return worst, used / (rate * seconds / 2)
 
     def test_steady_rates(self) -> None:
-        """From 100 KB/s on a push takes about two seconds at most, and the link is used to the full."""
+        """From 100 KB/s on a push takes about two seconds at most, and the link is fully used."""
         for rate in (100_000, 300_000, 1_000_000):
             for size in (600, 16_000, 60_000):
                 with self.subTest(rate=rate, size=size):
@@ -39,7 +39,7 @@ class PaceTests(SynchronousTestCase):
                     self.assertGreater(used, 0.9)
 
     def test_a_rate_that_falls(self) -> None:
-        """One slow answer shows the new rate: the window is right at once, and not halved step by step."""
+        """One slow reply shows the new rate: the window is right at once, and not halved step by step."""
         pace = CongestionWindow()
         self.run_link(pace, 100_000_000, 16_000, 1.0)
         self.assertGreater(pace.bytes, CongestionWindow.MOST_BYTES - 16_000)
@@ -47,7 +47,7 @@ class PaceTests(SynchronousTestCase):
         self.assertEqual(pace.bytes, 200_000)
 
     def test_bounds(self) -> None:
-        """It grows only while rows wait for it, never beyond 2 MiB, and falls to one frame at the least."""
+        """The window grows only while rows wait for it, never beyond 2 MiB, and shrinks to one frame at the least."""
         pace = CongestionWindow()
         for _ in range(100):
             pace.answered(0.001, 60_000, 60_000, is_tight=False)
@@ -59,5 +59,5 @@ class PaceTests(SynchronousTestCase):
         self.assertEqual(pace.bytes, CongestionWindow.MOST_BYTES)
 
     def test_deadline(self) -> None:
-        """A push may take as long as a frame may take to come whole, and its answer after that."""
+        """The deadline of a push is the time that a frame may take to arrive, plus that of the reply."""
         self.assertEqual(PUSH_S, Timing.frame + Timing.respond)

@@ -1,4 +1,4 @@
-"""Our real engine, steered by a server that is not ours (docs/protocol.rst, "The engine")."""
+"""A real engine, controlled by a test peer as its server (docs/protocol.rst, "The engine")."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WHY = {"reason": "a test"}
 
 
 class ControlTests(RoleTestCase):
-    """An engine that connects to us."""
+    """An engine that connects to the test."""
 
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
@@ -42,20 +42,20 @@ class ControlTests(RoleTestCase):
         yield self.role.start()
 
     def linked(self) -> Peer:
-        """Accept its next connection, and prove the link for both sides."""
+        """Accept the engine's next connection, and prove the link for both sides."""
         peer = self.listening.accept()
         self.addCleanup(peer.close)
         peer.greet()
         return peer
 
     def started(self, peer: Peer) -> None:
-        """Ask until it no longer starts."""
+        """Repeat health checks until the engine no longer starts."""
         deadline = time.monotonic() + 10
         while peer.call(CHECK, {})["state"] == "starting":
             assert time.monotonic() < deadline, "it starts for ever"
 
     def configure(self, key: str, value: int) -> int:
-        """Set a value in plain SQL, and give the version."""
+        """Set a value in plain SQL, and return the version."""
         return int(
             self.execute("update s2s.config set value = to_jsonb(%s) where key = %s returning version", value, key)[0][
                 0
@@ -63,13 +63,13 @@ class ControlTests(RoleTestCase):
         )
 
     def ended(self) -> Deferred[Any]:
-        """Wait until its process has ended."""
+        """Wait until the engine's process has ended."""
         return poll(lambda: not self.role.is_running, "it has ended")
 
     # --- pause and resume -----------------------------------------------------------------------------------------
 
     def test_pause_and_resume(self):
-        """Each is acked with the state, once it is durable; a repeat is acked likewise; health says it too."""
+        """Pause and resume, also repeated, are acked with the state once it is durable; health shows the state too."""
         peer = self.linked()
         self.started(peer)
         for type, state, wanted in (
@@ -83,7 +83,7 @@ class ControlTests(RoleTestCase):
             self.assertEqual(peer.call(CHECK, {})["state"], state)
 
     def test_reason_is_required(self):
-        """A pause without a reason, with a long one or with more is refused by its path, and nothing is paused."""
+        """A pause without a reason, with a long one or with extra members is refused by its path and has no effect."""
         peer = self.linked()
         self.started(peer)
         for payload, path in (({}, "/reason"), ({"reason": ""}, "/reason"), ({**WHY, "for": 3}, "/for")):
@@ -93,7 +93,7 @@ class ControlTests(RoleTestCase):
 
     @inlineCallbacks
     def test_a_pause_survives_a_restart(self):
-        """What is wanted is the engine's, not the process's: paused before, paused after SIGKILL and a new start."""
+        """The wanted state belongs to the engine and not to the process: it survives SIGKILL and a new start."""
         peer = self.linked()
         self.started(peer)
         peer.call(PAUSE, WHY)
@@ -105,7 +105,7 @@ class ControlTests(RoleTestCase):
 
     @inlineCallbacks
     def test_paused_by_sql(self):
-        """What is written into the table by hand counts, and at once."""
+        """A state written into the table by hand is in force at once."""
         peer = self.linked()
         self.started(peer)
         self.execute("insert into s2s.engines (name, wanted, reason) values ('engine-1', 'paused', 'by hand')")
@@ -115,7 +115,7 @@ class ControlTests(RoleTestCase):
 
     @inlineCallbacks
     def test_what_a_paused_engine_does(self):
-        """It still sweeps, sends its outbox, takes a configuration and answers for its health."""
+        """A paused engine still sweeps, sends its outbox, loads a configuration and answers health checks."""
         peer = self.linked()
         self.started(peer)
         peer.call(PAUSE, WHY)
@@ -150,7 +150,7 @@ class ControlTests(RoleTestCase):
 
     @inlineCallbacks
     def test_shutdown(self):
-        """It is acked at once with the deadline; the outbox is emptied, the link closed, and the exit code is 0."""
+        """A shutdown is acked at once with the deadline; the outbox is sent, the link closed, the exit code is 0."""
         peer = self.linked()
         self.started(peer)
         self.execute("insert into s2s.broadcasts (message) select 'm' || n from generate_series(1, 300) n")
@@ -172,10 +172,10 @@ class ControlTests(RoleTestCase):
 
     @inlineCallbacks
     def test_draining(self):
-        """While it drains new work is refused, health is answered, and the earliest of several deadlines holds."""
+        """A draining engine refuses new work, answers health checks, and keeps the earliest of several deadlines."""
         self.execute("insert into s2s.outbox (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
         peer = self.linked()
-        push = peer.request(PUSH)  # not answered, so that there is something to wait for
+        push = peer.request(PUSH)  # left unanswered, so that the drain has something to wait for
         self.started(peer)
         first = peer.call(SHUTDOWN, {"grace_ms": 600_000, **WHY})
         for type, payload in ((SWEEP, {"since_ts": 0}), (BUMP, {"version": 1})):
@@ -193,7 +193,7 @@ class ControlTests(RoleTestCase):
 
     @inlineCallbacks
     def test_past_the_grace(self):
-        """What cannot be finished in time stays in the outbox for the next start, and the exit code is 0 as well."""
+        """Rows that cannot be sent in time stay in the outbox for the next start, and the exit code is 0 as well."""
         self.execute("insert into s2s.outbox (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
         peer = self.linked()
         peer.request(PUSH)
@@ -207,7 +207,7 @@ class ControlTests(RoleTestCase):
 
     @inlineCallbacks
     def test_no_grace(self):
-        """A shutdown without any grace is acked too, before the link is closed."""
+        """A shutdown with a grace of 0 is acked too, before the link is closed."""
         peer = self.linked()
         self.started(peer)
         self.assertEqual(peer.call(SHUTDOWN, {"grace_ms": 0, **WHY})["state"], "draining")
@@ -217,7 +217,7 @@ class ControlTests(RoleTestCase):
 
     @inlineCallbacks
     def test_sigterm_flushes(self):
-        """SIGTERM is a shutdown: what waits in the outbox is sent before the end."""
+        """SIGTERM causes a shutdown: the waiting outbox rows are sent before the end."""
         peer = self.linked()
         self.started(peer)
         peer.serves[PUSH] = lambda _: {"accepted": True, "duplicate": False, "cmd_id": 1, "status": "ready"}
@@ -234,14 +234,14 @@ class ControlTests(RoleTestCase):
     # --- what is not obeyed ---------------------------------------------------------------------------------------
 
     def recorded(self, peer: Peer, type: str, payload: Frame) -> bytes:
-        """Have a request obeyed, and give its frame."""
+        """Have a request obeyed, and return its frame."""
         frame = peer.frame(type, payload)
         peer.write(frame)
         peer.until(lambda each: each["type"] == "s2s.ack")
         return frame
 
     def test_recorded(self):
-        """No control request of an earlier link is obeyed on another, nor one that was held back and never came."""
+        """A control request recorded on one link is obeyed on no other, even if it was held back and never arrived."""
         first = self.linked()
         self.started(first)
         frames = [
@@ -260,7 +260,7 @@ class ControlTests(RoleTestCase):
 
     @inlineCallbacks
     def test_recorded_before_a_restart(self):
-        """What a process has obeyed, or was held back from it, is worth nothing to the next one, however soon."""
+        """A frame that one process obeyed, or that was held back from it, is refused by the next, however soon."""
         for is_obeyed in (False, True):
             first = self.linked()
             self.started(first)
@@ -278,7 +278,7 @@ class ControlTests(RoleTestCase):
             self.linked().close()
 
     def test_unsigned(self):
-        """A shutdown that is unsigned, changed, reflected or before the proof is not obeyed."""
+        """A shutdown that is unsigned, changed, reflected or sent before the proof is not obeyed."""
         peer = self.listening.accept()
         self.addCleanup(peer.close)
         del peer.serves[CHECK]
@@ -296,12 +296,12 @@ class ControlTests(RoleTestCase):
             peer.write(framed(make(peer)))
             self.assertEqual(peer.refusal()["payload"]["code"], code)
             self.assertEqual(peer.rest(), [])
-            # Refusals of ours do not make the engine slow: the next connection comes at once.
+            # Refusals by the test do not make the engine slow: the next connection comes at once.
         self.assertTrue(self.role.is_running)
         self.assertEqual(self.linked().call(CHECK, {})["role"], "engine")
 
     def test_claims(self):
-        """An unsigned error changes nothing, whatever it says, and answers no request."""
+        """An unsigned error changes nothing, whatever its content, and answers no request."""
         peer = self.linked()
         self.started(peer)
         claim = canonical(peer.envelope(ERROR, {"code": "shutting_down", "message": "", "details": {}}))

@@ -1,4 +1,4 @@
-"""Either role killed in the middle: what was accepted is there once, and took effect once."""
+"""Either role killed in the middle: every accepted command exists once and takes effect once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.support.peer import PUSH, Peer, command, framed, sign
 from tests.support.roles import RoleTestCase, Server
 from tests.support.waiting import poll
 
-#: Enough for a kill to find a stream in its middle.
+#: Enough pushes for a kill in the middle of the stream.
 MANY = 2000
 
 
@@ -22,11 +22,11 @@ class CrashTests(RoleTestCase):
         return peer
 
     def settled(self, count: int) -> bool:
-        """Whether everything has run, and no sender has anything left."""
+        """Return whether every command has run, and no sender has anything left."""
         return self.count("notices") >= count and self.count("outbox") == 0
 
     def assert_once(self, count: int) -> None:
-        """See that there are so many commands, each of them once, done, and with one notice of its own."""
+        """Assert the number of commands, and that each exists once, is done, and has one notice."""
         once = [(count, count, count)]
         self.assertEqual(
             self.execute(
@@ -42,7 +42,7 @@ class CrashTests(RoleTestCase):
 
     @inlineCallbacks
     def test_server_killed(self):
-        """A server killed in a stream of pushes has every command that it accepted, and takes the others again."""
+        """A server killed in a stream of pushes keeps every accepted command, and accepts the others again."""
         server = self.server()
         yield server.start()
         peer = self.peer(server)
@@ -54,7 +54,7 @@ class CrashTests(RoleTestCase):
             answer = peer.until(lambda frame: "ack_of" in frame)
             accepted[envelopes[answer["ack_of"]]["payload"]["idem_key"]] = answer["payload"]["cmd_id"]
         server.kill()
-        # Acks that were on their way count too.
+        # Acks that were in flight count too.
         for answer in peer.rest(is_killed=True):
             accepted[envelopes[answer["ack_of"]]["payload"]["idem_key"]] = answer["payload"]["cmd_id"]
         self.assertLess(len(accepted), MANY)
@@ -74,7 +74,7 @@ class CrashTests(RoleTestCase):
 
     @inlineCallbacks
     def test_both_killed(self):
-        """Engine and server killed in turn, with a full outbox: each command and broadcast takes effect once."""
+        """If engine and server are killed in turn with a full outbox, each command and broadcast takes effect once."""
         server = self.server()
         engine = self.engine(server.port)
         self.execute(

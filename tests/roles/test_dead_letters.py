@@ -1,4 +1,4 @@
-"""``s2s commands`` and ``s2s outbox``: what operators do to rows, beside workers and relays that have them in hand."""
+"""``s2s commands`` and ``s2s outbox``: actions of operators on rows, concurrent with workers and relays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _CliTestCase(DatabaseTestCase):
     group: Group
 
     def s2s(self, *argv: Any, expected: int = 0) -> Result:
-        """Run one command line of the group and see its exit code."""
+        """Run one command line of the group and check its exit code."""
         env = {"S2S_DATABASE_URL": self.url, "COLUMNS": "200"}
         result = CliRunner(env=env).invoke(self.group, [str(arg) for arg in argv])
         self.assertEqual(result.exit_code, expected, result.output)
@@ -35,11 +35,11 @@ class _CliTestCase(DatabaseTestCase):
         return result
 
     def json(self, *argv: Any, expected: int = 0) -> Any:
-        """Run one command line with ``--json`` and parse what it says."""
+        """Run one command line with ``--json`` and parse its output."""
         return json.loads(self.s2s(*argv, "--json", expected=expected).stdout)
 
     def begin(self) -> Cursor:
-        """Open a transaction on a connection of its own; it is rolled back with the test."""
+        """Open a transaction on a separate connection; it is rolled back with the test."""
         connection = psycopg2.connect(self.url)
         self.addCleanup(connection.close)
         return connection.cursor()
@@ -51,9 +51,9 @@ class CommandsTests(_CliTestCase):
     group = commands_group
 
     def insert(self, status: str = "dead", cmd_type: str = "test.run", count: int = 1) -> int:
-        """Store commands with their keys.
+        """Insert commands with their keys.
 
-        :returns: the first one's cmd_id.
+        :returns: the cmd_id of the first one.
         """
         rows = self.execute(
             "with made as (insert into s2s.commands (cmd_type, idem_key, payload, status, attempts, error, finished_at)"
@@ -69,16 +69,16 @@ class CommandsTests(_CliTestCase):
         return int(rows[0][0])
 
     def statuses(self) -> list[str]:
-        """Give every command's status, in the order of the ids."""
+        """Return every command's status, in the order of the ids."""
         return [status for (status,) in self.execute("select status from s2s.commands order by cmd_id")]
 
     def push_again(self, idem_key: str) -> commands.Outcome:
-        """Push what the key's first command was."""
+        """Push again the content of the key's first command."""
         with blocking(self.url) as txn:
             return driver.drive(txn, commands.push_batch([commands.Push("test.run", idem_key, bytes(32), "{}")]))[0]
 
     def test_list(self) -> None:
-        """The list is filtered by status and type, and goes on before an id."""
+        """The list is filtered by status and type, and continues before an id."""
         dead, other, ready = self.insert(), self.insert(cmd_type="test.other"), self.insert("ready")
 
         def listed(*argv: Any) -> list[int]:
@@ -92,7 +92,7 @@ class CommandsTests(_CliTestCase):
         self.assertIn("there are no commands", self.s2s("list", "--type", "no.such").output)
 
     def test_show(self) -> None:
-        """All of a command is shown, payload and error too, with nothing that a terminal would obey."""
+        """All of a command is shown, with payload and error, without control characters of terminals."""
         cmd_id = self.insert()
         told = self.json("show", cmd_id)
         self.assertEqual((told["cmd_id"], told["payload"], told["error"]), (cmd_id, {"n": "\x1b[31m"}, "E: no"))
@@ -115,7 +115,7 @@ class CommandsTests(_CliTestCase):
             self.assertEqual(Ready().candidates(txn, 10), [(dead, 0), (cancelled, 0)])
 
     def test_each_id_has_its_answer(self) -> None:
-        """An id that does not exist or is in another state is told of with the cure; the others are done."""
+        """An id that does not exist or is in another state has a line with the cure; the others are processed."""
         done, ready, dead = self.insert("done"), self.insert("ready"), self.insert()
         said = self.s2s("retry", done, 99, ready, dead, dead, expected=1)
         self.assertEqual(said.stdout.splitlines(), [f"command {dead}: ready again, with all its attempts"])
@@ -137,7 +137,7 @@ class CommandsTests(_CliTestCase):
         )
 
     def test_every_obstacle_has_its_sentence(self) -> None:
-        """Whatever action meets whatever state, it is answered by a line."""
+        """Every action in every state is answered with a line."""
         for status in ("ready", "done", "dead", "cancelled"):
             for action in ("retry", "cancel", "discard"):
                 cmd_id = self.insert(status)
@@ -147,7 +147,7 @@ class CommandsTests(_CliTestCase):
                     self.assertEqual((said.count("\n"), said.startswith(f"command {cmd_id}: ")), (1, True))
 
     def test_cancel(self) -> None:
-        """A waiting command is cancelled for good: no worker finds or takes it, even one that has noted it before."""
+        """A waiting command is cancelled for good: no worker finds or takes it, not even with an earlier claim."""
         cmd_id = self.insert("ready")
         with blocking(self.url) as txn:
             self.execute("update s2s.commands set attempts = 0")
@@ -161,7 +161,7 @@ class CommandsTests(_CliTestCase):
         self.assertEqual(self.statuses(), ["cancelled"])
 
     def test_what_runs_is_not_cancelled(self) -> None:
-        """A command that a worker has in hand is refused in one line, at once, and ends as its worker says."""
+        """A command that a worker is running is refused in one line at once, and ends as its worker reports."""
         cmd_id = self.insert("ready")
         worker = self.begin()
         commands.take(worker, [cmd_id])
@@ -173,7 +173,7 @@ class CommandsTests(_CliTestCase):
         self.assertEqual(self.statuses(), ["done"])
 
     def test_discard(self) -> None:
-        """A discarded command's key stays: its push is a duplicate with the last status, until the key expires."""
+        """A discarded command's key stays: a push of it is a duplicate with the last status until the key expires."""
         ready, dead, cancelled = self.insert("ready"), self.insert(), self.insert("cancelled")
         keys = dict(self.execute("select cmd_id, idem_key from s2s.commands"))
         self.s2s("discard", dead, cancelled)
@@ -189,7 +189,7 @@ class CommandsTests(_CliTestCase):
         self.assertEqual(self.push_again(keys[cancelled]), commands.Outcome(cancelled, "cancelled"))
 
     def test_discard_keeps_the_key_as_long_as_set(self) -> None:
-        """The table's setting says how long the key of a discarded command is kept."""
+        """The setting in the table defines how long the key of a discarded command is kept."""
         self.execute("delete from s2s.config where key = 'commands.keep_key_days'")
         self.execute("insert into s2s.config (key, value, type) values ('commands.keep_key_days', '3', 'integer')")
         self.s2s("discard", self.insert())
@@ -209,7 +209,7 @@ class CommandsTests(_CliTestCase):
         self.insert("cancelled")
         self.assertEqual(self.s2s("retry", "--all-dead", "--type", "test.run").output, "dead commands retried: 10\n")
         self.assertEqual(self.statuses(), ["ready"] * 10 + ["dead"] * 3 + ["cancelled"])
-        # An UPDATE's transaction is in its rows.
+        # The rows of an UPDATE contain its transaction.
         steps = self.execute(
             "select count(*)::int from s2s.commands where status = 'ready' group by xmin::text order by 1"
         )
@@ -219,14 +219,14 @@ class CommandsTests(_CliTestCase):
         self.assertEqual(self.statuses(), ["ready"] * 10 + ["cancelled"])
 
     def test_many_ids(self) -> None:
-        """Ids beyond one step go on in the next, each with its line."""
+        """Ids beyond one step are processed by the next, each with its line."""
         self.patch(actions, "STEP_ROWS", 4)
         first = self.insert(count=10)
         self.assertEqual(len(self.s2s("discard", *range(first, first + 10)).output.splitlines()), 10)
         self.assertEqual(self.statuses(), [])
 
     def test_what_another_has_locked_is_left(self) -> None:
-        """A dead command that another operator is discarding is left alone, by its id and among all; nobody waits."""
+        """A dead command locked by another operator is skipped without waiting, by its id and among all."""
         mine, theirs = self.insert(), self.insert()
         other = self.begin()
         self.assertEqual(actions.act(other, commands_admin.DISCARD, [theirs], key_days=1)[0].outcome, "discarded")
@@ -236,7 +236,7 @@ class CommandsTests(_CliTestCase):
         self.assertEqual(self.execute("select cmd_id from s2s.commands"), [(mine,)])
 
     def test_mistakes(self) -> None:
-        """Neither ids nor all, both, a type without all: one line each, and nothing is done."""
+        """Neither ids nor all, both, or a type without all is refused in one line, and nothing is done."""
         cmd_id = self.insert()
         for argv, why in (
             (("retry",), "or else --all-dead"),
@@ -266,12 +266,12 @@ class OutboxTests(_CliTestCase):
         return outbox_id
 
     def claim(self) -> list[int]:
-        """Lease what may be sent."""
+        """Lease the rows that may be sent."""
         with blocking(self.url) as txn:
             return [row.outbox_id for row in outbox.Claims().claim(txn, 10, 60.0)]
 
     def rows(self) -> list[tuple[Any, ...]]:
-        """Give every row's id, state and error code."""
+        """Return every row's id, state and error code."""
         return self.execute("select outbox_id, state, error_code from s2s.outbox order by 1")
 
     def test_list_and_show(self) -> None:
@@ -308,7 +308,7 @@ class OutboxTests(_CliTestCase):
         self.assertEqual(sorted(self.claim()), [dead, waiting])
 
     def test_cancel(self) -> None:
-        """A waiting row is set aside and not sent; of one that was in hand it is said that it may arrive."""
+        """A waiting row is set aside and not sent; for a leased row the command says that it may arrive."""
         leased = self.put("a")
         self.assertEqual(self.claim(), [leased])
         fresh = self.put("b")
@@ -320,7 +320,7 @@ class OutboxTests(_CliTestCase):
         self.assertEqual(self.claim(), [])
 
     def test_a_relay_settles_what_was_cancelled(self) -> None:
-        """Whatever the relay learns of a row cancelled in its hands, it is not sent again."""
+        """A row cancelled during its lease is not sent again, whatever reply the relay receives."""
         accepted, refused, again = self.put("a"), self.put("b"), self.put("c")
         self.claim()
         self.s2s("cancel", accepted, refused, again)
@@ -332,7 +332,7 @@ class OutboxTests(_CliTestCase):
         self.assertEqual(self.claim(), [])
 
     def test_a_relay_settles_what_was_discarded(self) -> None:
-        """A row that was cancelled and discarded in a relay's hands does not come back."""
+        """A row that was cancelled and discarded during its lease does not come back."""
         rows = [self.put(key) for key in "abc"]
         self.claim()
         self.s2s("cancel", *rows)
@@ -344,7 +344,7 @@ class OutboxTests(_CliTestCase):
         self.assertEqual(self.rows(), [])
 
     def test_while_a_relay_settles(self) -> None:
-        """A row that is being settled is refused in one line, at once."""
+        """A row that is being settled is refused in one line at once."""
         outbox_id = self.put("a")
         relay = self.begin()
         outbox.delete(relay, [outbox_id])
@@ -356,7 +356,7 @@ class OutboxTests(_CliTestCase):
         self.assertIn("the server may have it", self.s2s("cancel", outbox_id, expected=1).output)
 
     def test_discard_and_all_dead(self) -> None:
-        """Dead rows are removed by id or all; waiting ones are not."""
+        """Dead rows are removed by id or all; waiting rows are not removed."""
         self.patch(actions, "STEP_ROWS", 2)
         waiting, *dead = self.put("w"), *(self.put(f"d{n}", dead=True) for n in range(5))
         other = self.put("o", "test.other", dead=True)
@@ -366,7 +366,7 @@ class OutboxTests(_CliTestCase):
         self.assertEqual(self.rows(), [(waiting, "waiting", None), (other, "waiting", None)])
 
     def test_every_obstacle_has_its_sentence(self) -> None:
-        """Whatever action meets whatever state, it is answered by a line."""
+        """Every action in every state is answered with a line."""
         for is_dead in (False, True):
             for action in ("retry", "cancel", "discard"):
                 outbox_id = self.put(f"{action}-{is_dead}", dead=is_dead)

@@ -1,4 +1,4 @@
-"""How many sockets a server may have: :mod:`s2s.roles.descriptors`."""
+"""The number of sockets of a server: :mod:`s2s.roles.descriptors`."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from tests.support.waiting import poll
 
 
 class LimitTests(SynchronousTestCase):
-    """With the limits of this process."""
+    """The limits of this process."""
 
     def setUp(self) -> None:
-        """Put them back in the end."""
+        """Restore the limits at the end."""
         before, put_back = resource.getrlimit(resource.RLIMIT_NOFILE), resource.setrlimit
         self.hard = before[1]
         self.addCleanup(lambda: put_back(resource.RLIMIT_NOFILE, before))
 
     def allowed(self, soft: int) -> int:
-        """Begin with a soft limit, and give the one that it becomes."""
+        """Set a soft limit, raise it, and return the new limit."""
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, self.hard))
         descriptors.allow()
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
     def test_raised(self) -> None:
-        """A low limit is raised to what every bound of ours may need at once; one that is enough stays."""
+        """A low limit is raised to the sum of all limits of s2s; a sufficient one does not change."""
         self.assertGreater(self.allowed(1024), MAX_LINKS + MOST_CONNECTIONS)
         self.assertEqual(self.allowed(10_000), 10_000)
 
     def test_as_far_as_it_goes(self) -> None:
-        """It is raised no further than the hard limit lets it, and the log says so with the cure."""
+        """The limit is raised no further than the hard limit, and the log says so with the cure."""
         lines: list[str | None] = []
 
         def hear(event: LogEvent) -> None:
@@ -66,10 +66,10 @@ class LimitTests(SynchronousTestCase):
 
 
 class ExhaustedTests(SynchronousTestCase):
-    """A process that has no descriptor left."""
+    """A process without a free descriptor."""
 
     def test_a_connect(self) -> None:
-        """A connect of libpq that fails for want of a descriptor says so: libpq itself says nothing."""
+        """A connect of libpq that fails for lack of a descriptor names that reason, which libpq itself does not."""
         url = cluster_url()
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
@@ -88,7 +88,7 @@ class ExhaustedTests(SynchronousTestCase):
         self.assertIn(f"no file descriptor is left (limit {lowest}): raise the limit, LimitNOFILE=", why)
 
     def test_another_reason(self) -> None:
-        """A connect that fails otherwise is told by libpq's text."""
+        """A connect that fails for another reason has libpq's text."""
         why = str(self.assertRaises(DatabaseUnavailable, blocking("postgresql://u@/d?host=/nowhere").__enter__))
         self.assertIn("No such file", why)
 
@@ -103,11 +103,11 @@ def _is_ended(connection: socket.socket) -> bool:
 
 
 class ServerTests(RoleTestCase):
-    """A server that has no descriptor left."""
+    """A server without a free descriptor."""
 
     @inlineCallbacks
     def test_connections(self) -> Iterator[Deferred[Any]]:
-        """All connections that it cannot accept have one line, with the cure, and nothing of Twisted's beside it."""
+        """All connections that cannot be accepted cause one line with the cure, and none of Twisted's lines."""
         server = self.server()
         yield server.start()
         peer = yield deferToThread(server.connect)
@@ -117,7 +117,7 @@ class ServerTests(RoleTestCase):
         most = 1 + max(map(int, os.listdir(f"/proc/{server.pid}/fd")))
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (most, limits[1]))
         connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(60)]
-        # Which of them are accepted depends on the connections to the database that come and go meanwhile.
+        # The accepted ones depend on the database connections that come and go meanwhile.
         for each in connections:
             each.setblocking(False)
         yield poll(lambda: any(_is_ended(each) for each in connections), "a connection is refused")

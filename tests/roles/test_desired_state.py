@@ -1,4 +1,4 @@
-"""What operators want of an engine, and what its log says of that."""
+"""The wanted state of an engine, and its log lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DesiredStateTests(SynchronousTestCase):
     """:class:`DesiredState`."""
 
     def test_lines_are_bounded(self) -> None:
-        """A server that pauses and resumes an engine again and again has a few lines, and then one a minute."""
+        """A server that pauses and resumes an engine repeatedly causes a few lines, and then one a minute."""
         time, database, condition = FakeClock(), None, EngineState()
         wanted: Any = DesiredState(database, Clock(time), "e", condition)  # type: ignore[arg-type]
         with capturedLogs() as logs:
@@ -31,7 +31,7 @@ class DesiredStateTests(SynchronousTestCase):
         self.assertRegex(lines[-1], "the engine was wanted [0-9]+ times [a-z]+, [0-9]+ times [a-z]+, and is [a-z]+ now")
 
     def test_a_reason_of_any_hand(self) -> None:
-        """A reason that was written into the table, however long, makes a line that a log can bear."""
+        """A reason that was written into the table by hand, however long, makes a harmless line."""
         database: Any = None
         wanted = DesiredState(database, Clock(FakeClock()), "e", EngineState())
         with capturedLogs() as logs:

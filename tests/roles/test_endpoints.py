@@ -1,4 +1,4 @@
-"""Where a server listens: how the strings are read, and a link over every kind of them."""
+"""Where a server listens: the parsing of endpoint strings, and a link over every kind of endpoint."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ listen s2s
 
 
 def make_certificates(directory: Path, *engines: str, since_days: int = 0) -> None:
-    """Make an authority, its server and its engines, each valid for a day."""
+    """Create an authority, and certificates of a server and of engines, each valid for a day."""
     now = datetime.now(timezone.utc) - timedelta(days=since_days)
     certs.make(directory, ["localhost", "127.0.0.1"], engines, 1, now)
 
 
 def listen_tls(directory: Path, port: int, roots: Path | None = None) -> str:
-    """Give the endpoint of a server that wants certificates."""
+    """Return the endpoint of a server that requires certificates."""
     own = f"privateKey={directory}/server.key:certKey={directory}/server.pem"
     return f"ssl:{port}:interface=127.0.0.1:{own}:trustRoots={roots or directory / 'roots'}"
 
 
 def connect_tls(directory: Path, host: str, port: int, engine: str | None = "a", roots: Path | None = None) -> str:
-    """Give the endpoint of an engine, which has a certificate if it has a name."""
+    """Return the endpoint of an engine, with a certificate if the engine has a name."""
     own = f":certificate={directory}/engine-{engine}.pem:privateKey={directory}/engine-{engine}.key" if engine else ""
     return f"tls:{host}:{port}{own}:trustRoots={roots or directory / 'roots'}"
 
 
 class ReadingTests(SynchronousTestCase):
-    """The strings, read and refused."""
+    """Endpoint strings that are parsed or refused."""
 
     def setUp(self) -> None:
         """Make certificates."""
@@ -70,14 +70,14 @@ class ReadingTests(SynchronousTestCase):
         make_certificates(self.directory, "a")
 
     def refused(self, description: str, *why: str) -> None:
-        """See that an endpoint is refused in one line."""
+        """Assert that an endpoint is refused in one line."""
         error = self.assertRaises(ValueError, server_endpoint, MemoryReactor(), description)
         self.assertNotIn("\n", str(error))
         for part in why:
             self.assertIn(part, str(error))
 
     def tls(self, **changed: str) -> str:
-        """Give the string of a server with TLS, with some arguments replaced."""
+        """Return the endpoint string of a server with TLS, with some arguments replaced."""
         arguments = {
             "privateKey": f"{self.directory}/server.key",
             "certKey": f"{self.directory}/server.pem",
@@ -86,7 +86,7 @@ class ReadingTests(SynchronousTestCase):
         return ":".join(["ssl:4321", *(f"{name}={value}" for name, value in {**arguments, **changed}.items())])
 
     def test_what_is_twisteds_own(self) -> None:
-        """A string without anything of ours gives Twisted's own endpoint."""
+        """A string without additions of s2s returns Twisted's own endpoint."""
         self.assertIsInstance(server_endpoint(MemoryReactor(), "tcp:4321:interface=127.0.0.1"), TCP4ServerEndpoint)
         plain = f"ssl:4321:privateKey={self.directory}/server.key:certKey={self.directory}/server.pem"
         memory = MemoryReactor()
@@ -96,7 +96,7 @@ class ReadingTests(SynchronousTestCase):
         self.assertRaises(ValueError, server_endpoint, MemoryReactor(), "")
 
     def test_arguments(self) -> None:
-        """Port, interface and backlog reach the reactor, named or in Twisted's order."""
+        """Port, interface and backlog reach the reactor, by name or in Twisted's order."""
         memory = MemoryReactor()
         server_endpoint(memory, self.tls(interface="127.0.0.1", backlog="7")).listen(Factory())
         key, certificate = f"{self.directory}/server.key", f"{self.directory}/server.pem"
@@ -106,7 +106,7 @@ class ReadingTests(SynchronousTestCase):
         self.assertEqual(heard, [(4321, 7, "127.0.0.1"), (4322, 1024, "")])
 
     def test_the_backlog(self) -> None:
-        """A crowd of clients finds room in the kernel's line, unless the string names a backlog, at whichever place."""
+        """The backlog is large enough for many clients, unless the string sets a backlog, by name or by position."""
         named = {
             "tcp:1": 1024,
             "tcp:1:interface=127.0.0.1": 1024,
@@ -132,7 +132,7 @@ class ReadingTests(SynchronousTestCase):
             self.assertEqual([each for _, _, _, each, _ in memory.sslServers], [backlog], described)
 
     def test_behind_a_proxy(self) -> None:
-        """Behind ``haproxy:`` certificates are asked for, and read again, as without it."""
+        """Behind ``haproxy:`` certificates are required and read again, as without it."""
         memory = MemoryReactor()
         endpoint = server_endpoint(memory, f"haproxy:{self.tls()}")
         endpoint.listen(Factory())
@@ -144,7 +144,7 @@ class ReadingTests(SynchronousTestCase):
         self.assertRaises(ValueError, server_endpoint, memory, "haproxy:ssl:4321:trustRoots=/none")
 
     def test_dates(self) -> None:
-        """A server whose certificate has ended, or is not valid yet, says so at its start and when it is read again."""
+        """An expired or not yet valid certificate of a server is logged at the start and when it is read again."""
         with capturedLogs() as captured:
             for since_days, is_valid in ((5, False), (-5, False), (0, True)):
                 self.directory = Path(self.mktemp())
@@ -161,7 +161,7 @@ class ReadingTests(SynchronousTestCase):
                 captured.clear()
 
     def test_without_a_proxy_header(self) -> None:
-        """Connections behind ``haproxy:`` without a header have a line with the cure, then one line a minute."""
+        """Connections behind ``haproxy:`` without a header cause a line with the cure, then one line a minute."""
         memory = MemoryReactorClock()
         server_endpoint(memory, "haproxy:tcp:4321").listen(Factory.forProtocol(Protocol))
         [(_, factory, _, _)] = memory.tcpServers
@@ -182,11 +182,11 @@ class ReadingTests(SynchronousTestCase):
         self.assertIn("2 more connections without", more)
 
     def test_systemd(self) -> None:
-        """A socket that systemd has not passed is named as that."""
+        """A socket that systemd has not passed is reported as such."""
         self.refused("systemd:domain=INET:index=0", "systemd has not passed this socket", ".socket unit")
 
     def test_quoting(self) -> None:
-        """A backslash takes its meaning from a colon, an equals sign and a backslash."""
+        """A backslash quotes a colon, an equals sign and a backslash."""
         odd = self.directory.with_name("a:b=c\\d")
         self.directory.rename(odd)
         quoted = str(odd).replace("\\", "\\\\").replace(":", "\\:").replace("=", "\\=")
@@ -202,7 +202,7 @@ class ReadingTests(SynchronousTestCase):
         server_endpoint(MemoryReactor(), f"ssl:4321:privateKey={whole}:extraCertChain={whole}:trustRoots={whole}")
 
     def test_files(self) -> None:
-        """A file that is missing, or is not what it should be, is named."""
+        """A file that is missing or has wrong content is named."""
         empty = self.directory / "empty"
         empty.mkdir()
         nothing = self.directory / "nothing.pem"
@@ -227,7 +227,7 @@ class ReadingTests(SynchronousTestCase):
             self.refused(self.tls(privateKey=str(wrong)), f"{wrong} has no key of", "server.pem")
 
     def test_wrong_arguments(self) -> None:
-        """What is misspelt, said twice, out of bounds or left out is told."""
+        """A misspelt, repeated, out-of-range or missing argument is named."""
         self.refused(self.tls(trustroots="x"), "no argument 'trustroots'", "trustRoots")
         self.refused(self.tls(dhParameters="x"), "dhParameters only without trustRoots")
         self.refused(self.tls(sslmethod="x"), "sslmethod only without trustRoots")
@@ -242,7 +242,7 @@ class ReadingTests(SynchronousTestCase):
 
 
 class LockTests(TestCase):
-    """Who may listen on a UNIX socket."""
+    """The lock of a UNIX socket."""
 
     def setUp(self) -> None:
         """Choose a path, which must be short."""
@@ -259,7 +259,7 @@ class LockTests(TestCase):
 
     @inlineCallbacks
     def test_one_at_a_time(self):
-        """While one listens, with the mode that it was given, another is refused and does it no harm."""
+        """While one server listens, with the mode that it was given, another is refused and does not disturb it."""
         yield self.listening(":mode=600")
         self.assertEqual(self.path.stat().st_mode & 0o777, 0o600)
         error = yield self.assertFailure(self.listening(), ValueError)
@@ -269,7 +269,7 @@ class LockTests(TestCase):
 
     @inlineCallbacks
     def test_left_behind(self):
-        """A socket that nobody listens on any more makes room."""
+        """A socket on which no process listens any more is replaced."""
         with socket.socket(socket.AF_UNIX) as dead:
             dead.bind(str(self.path))
         yield self.listening()
@@ -278,14 +278,14 @@ class LockTests(TestCase):
 
     @inlineCallbacks
     def test_not_a_socket(self):
-        """A file that is no socket is not removed for one."""
+        """A file that is no socket is not removed."""
         self.path.write_text("precious")
         yield self.assertFailure(self.listening(), Exception)
         self.assertEqual(self.path.read_text(), "precious")
 
     @inlineCallbacks
     def test_without_lock(self):
-        """With ``lockfile=0`` it is Twisted's own, and leaves no file beside the socket."""
+        """With ``lockfile=0`` the endpoint is Twisted's own, and creates no file beside the socket."""
         yield self.listening(":lockfile=0")
         self.assertEqual(os.listdir(self.directory), ["link"])
 
@@ -295,14 +295,14 @@ class LinkTests(RoleTestCase):
 
     @inlineCallbacks
     def links(self, server: Server, engine: Engine) -> Iterator[Deferred[Any]]:
-        """See that a link comes up, that a broadcast becomes a notice over it, and that the engine can let it go."""
+        """Assert that a link comes up, that a broadcast becomes a notice over it, and that the engine can close it."""
         if not server.is_running:
             yield server.start()
         yield engine.start()
         yield server.says(f"{LINK_UP} engine-1")
         self.execute("insert into s2s.broadcasts (message) values ('to all')")
         yield poll(lambda: self.count("notices") == 1, "the notice is there", timeout=PATIENCE_S)
-        # TLS ends no connection that has a producer by itself.
+        # TLS does not close a connection that has a producer by itself.
         engine.stop()
         self.assertEqual(engine.lines("not everything ended"), [])
 
@@ -336,14 +336,14 @@ class LinkTests(RoleTestCase):
 
     @inlineCallbacks
     def test_haproxy(self):
-        """``haproxy:tcp:`` behind HAProxy where it is installed, else behind what begins a connection as it does."""
+        """``haproxy:tcp:`` behind HAProxy if it is installed, else behind a forwarder that sends the same header."""
         server = self.server(endpoint="haproxy:" + listen(front := free_port()))
         port = yield self.proxy(front)
         yield self.links(server, self.engine(port))
 
     @inlineCallbacks
     def proxy(self, server: int) -> Iterator[Deferred[Any]]:
-        """Start what stands before a server, and give its port."""
+        """Start a proxy before a server, and return its port."""
         haproxy = shutil.which("haproxy")
         if haproxy is None:
             forwarder = portforward.ProxyFactory("127.0.0.1", server)
@@ -363,7 +363,7 @@ class LinkTests(RoleTestCase):
 
     @inlineCallbacks
     def test_proxy_header(self):
-        """The log names a peer by the address in its PROXY header, and one without a header gets no link."""
+        """The log names a peer by the address in its PROXY header, and a peer without one gets no link."""
         server = self.server(endpoint="haproxy:" + listen(port := free_port()))
         yield server.start()
         with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as link:
@@ -386,7 +386,7 @@ def _is_open(port: int) -> bool:
 
 
 class _Header(portforward.ProxyClient):
-    """The way on to the server, which begins with the PROXY header."""
+    """The connection to the server, which begins with the PROXY header."""
 
     def connectionMade(self) -> None:
         near, here = self.peer.transport.getPeer(), self.peer.transport.getHost()
@@ -404,11 +404,11 @@ class _Forwarder(portforward.ProxyServer):
 
 
 class TlsRefusalTests(RoleTestCase):
-    """Who has the wrong certificate, or none, gets no link: one line on either side says why."""
+    """A peer with a wrong certificate, or none, gets no link, and one line on either side has the reason."""
 
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
-        """Start a server that wants certificates of one authority, beside another authority."""
+        """Start a server that requires certificates of one authority, and create another authority."""
         super().setUp()
         self.ours, self.other = self.directory / "ours", self.directory / "other"
         for directory in (self.ours, self.other):
@@ -419,7 +419,7 @@ class TlsRefusalTests(RoleTestCase):
 
     @inlineCallbacks
     def refused(self, endpoint: str, server_says: str, engine_says: str) -> Iterator[Deferred[Any]]:
-        """See what either side says of an engine, and that there is no link."""
+        """Assert that there is no link with an engine, and which lines both sides log."""
         engine = self.engine(endpoint)
         yield engine.start()
         yield engine.says(engine_says)
@@ -439,7 +439,7 @@ class TlsRefusalTests(RoleTestCase):
 
     @inlineCallbacks
     def test_one_end_without_tls(self):
-        """Where one end alone uses TLS, both lines name the cure."""
+        """If only one side uses TLS, both lines name the cure."""
         engine = self.engine(f"tcp:127.0.0.1:{self.port}")
         yield engine.start()
         yield self.wanting.says("wrong version number')]: where the server listens with TLS, the engine needs")
@@ -462,7 +462,7 @@ class TlsRefusalTests(RoleTestCase):
 
     @inlineCallbacks
     def test_ended(self):
-        """Of certificates that have ended, the side that refuses names the dates, and so does their own side."""
+        """For expired certificates both the refusing side and the owner log the dates."""
         old = self.directory / "old"
         shutil.copytree(self.ours, old)
         certs.make(old, ["localhost"], ["a"], 1, datetime.now(timezone.utc) - timedelta(days=5), renew=True)

@@ -1,4 +1,4 @@
-"""Our real engine, and a server that is not ours (docs/protocol.rst, "The life of a link", "Outbox and sweep")."""
+"""A real engine, with a test peer as its server (docs/protocol.rst, "The life of a link", "Outbox and sweep")."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from tests.support.waiting import poll
 
 
 class ConnectingTests(SynchronousTestCase):
-    """What the log says while an engine has no connection."""
+    """The log lines of an engine without a connection."""
 
     def test_no_answer(self) -> None:
-        """A host, or a name server, that does not answer is told once an outage, before the connection times out."""
+        """A host or name server that does not answer is logged once an outage, before the connection times out."""
         clock, outcomes = FakeClock(), [Deferred[Any]() for _ in range(3)]
         attempts = iter(outcomes)
         endpoint = _TellingEndpoint(SimpleNamespace(connect=lambda _: next(attempts)), "tcp:db.example:1", Clock(clock))
@@ -61,15 +61,15 @@ class ConnectingTests(SynchronousTestCase):
 
 
 class EngineRoleTests(RoleTestCase):
-    """An engine that connects to us."""
+    """An engine that connects to the test."""
 
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
-        """Listen, and start an engine; it waits in our queue until it is accepted."""
+        """Listen, and start an engine, whose connection waits until the test accepts it."""
         super().setUp()
         self.listening = ListeningPeer()
         self.engine_role: Engine = self.engine(self.listening.port)
-        # Before the engine is stopped, which would wait for what we do not answer.
+        # Runs before the engine is stopped, which would wait for unanswered pushes.
         self.addCleanup(self.listening.close)
         yield self.engine_role.start()
 
@@ -80,13 +80,13 @@ class EngineRoleTests(RoleTestCase):
         return peer
 
     def linked(self) -> Peer:
-        """Accept it, and prove the link for both sides."""
+        """Accept the engine's connection, and prove the link for both sides."""
         peer = self.accepted()
         peer.greet()
         return peer
 
     def broadcast(self, *messages: str) -> list[str]:
-        """Store broadcasts, and give the keys of the commands that they become."""
+        """Store broadcasts, and return the keys of the commands that they become."""
         self.execute("insert into s2s.broadcasts (message) select unnest(%s)", list(messages))
         return self.broadcast_keys()[-len(messages) :]
 
@@ -95,27 +95,27 @@ class EngineRoleTests(RoleTestCase):
         return peer.request(PUSH)
 
     def accept(self, peer: Peer, push: Frame) -> None:
-        """Take a push, as if it had been committed."""
+        """Accept a push as if it had been committed."""
         peer.reply(push, "s2s.ack", {"accepted": True, "duplicate": False, "cmd_id": 1, "status": "ready"})
 
     def dead(self) -> list[tuple[str, str]]:
-        """Give what the engine has set aside: key and code."""
+        """Return the dead rows of the engine: key and code."""
         return self.execute("select idem_key, error_code from s2s.outbox where state = 'dead' order by outbox_id")
 
     @inlineCallbacks
     def emptied(self) -> Iterator[Deferred[Any]]:
-        """Wait until nothing waits in the outbox."""
+        """Wait until the outbox is empty."""
         yield poll(lambda: not self.execute("select 1 from s2s.outbox where state = 'waiting'"), "the outbox is empty")
 
     def said(self, code: str) -> str:
-        """Give what the row that waits says of its last attempt, if that had this code."""
+        """Return the message of the waiting row's last attempt, if that attempt had this code."""
         rows = self.execute("select error_message from s2s.outbox where state = 'waiting' and error_code = %s", code)
         return "".join(message for (message,) in rows)
 
     # --- challenge and proof --------------------------------------------------------------------------------------
 
     def test_health(self):
-        """It challenges at once, before it is asked anything, and says of itself all that the catalogue has."""
+        """The engine challenges at once, before any request, and its health has all members of the catalogue."""
         peer = self.accepted()
         del peer.serves[CHECK]
         first = peer.read()
@@ -125,7 +125,7 @@ class EngineRoleTests(RoleTestCase):
         self.assertRegex(said.pop("boot_id"), r"^[0-9A-HJKMNP-TV-Z]{26}$")
         self.assertRegex(said.pop("version"), r"^\d+\.\d+")
         self.assertIn(said.pop("uptime_s"), range(30))
-        self.assertIs(said.pop("degraded"), True)  # until its own challenge is answered
+        self.assertIs(said.pop("degraded"), True)  # the link is degraded until the engine's own challenge is answered
         self.assertEqual(
             said,
             {
@@ -141,7 +141,7 @@ class EngineRoleTests(RoleTestCase):
 
     @inlineCallbacks
     def test_sweep(self):
-        """Before its challenge is answered it obeys no sweep; after that it does, and pushes what it swept."""
+        """The engine refuses a sweep before its challenge is answered; afterwards it sweeps and pushes."""
         (key,) = self.broadcast("Harbour closed")
         peer = self.accepted()
         del peer.serves[CHECK]
@@ -152,7 +152,7 @@ class EngineRoleTests(RoleTestCase):
         self.assertEqual(self.count("outbox"), 0)
         peer.reply(challenge, HEALTH_ACK, {"role": "server", "version": "9", "uptime_s": 1})
         swept = peer.send(SWEEP, {"since_ts": 0})
-        # The ack comes after the COMMIT, and the push may come before the ack.
+        # The ack follows the COMMIT, and the push may precede the ack.
         frames = [peer.until(lambda frame: frame["type"] == PUSH or frame.get("ack_of") == swept) for _ in range(2)]
         by_type = {frame["type"]: frame for frame in frames}
         self.assertEqual(by_type["s2s.ack"]["payload"], {"ok": True, "since_ts": 0, "queued": 1})
@@ -167,7 +167,7 @@ class EngineRoleTests(RoleTestCase):
         self.assertEqual(peer.call(SWEEP, {"since_ts": later}), {"ok": True, "since_ts": later, "queued": 0})
 
     def test_recorded_sweep(self):
-        """A sweep of another link is a replay, and so is one that is older than the proof; both close the link."""
+        """A sweep of another link is a replay, as is one that is older than the proof; both close the link."""
         first = self.linked()
         recorded = first.frame(SWEEP, {"since_ts": 0})
         unheard = first.envelope(SWEEP, {"since_ts": 0}, ts=int(time.time()) - 60)
@@ -185,7 +185,7 @@ class EngineRoleTests(RoleTestCase):
 
     @inlineCallbacks
     def test_refused_challenge(self):
-        """A server that refuses its challenge is left, and asked again after 5 s at the earliest."""
+        """A server that refuses the challenge is left, and tried again after 5 s at the earliest."""
         peer = self.accepted()
         del peer.serves[CHECK]
         peer.refuse(peer.request(CHECK), "forbidden", retryable=False)
@@ -194,12 +194,12 @@ class EngineRoleTests(RoleTestCase):
         self.assertGreaterEqual(self.pauses()[-1], 5)
 
     def pauses(self) -> list[float]:
-        """Give the pauses before its tries to connect again, in seconds."""
+        """Return the pauses before the attempts to connect again, in seconds."""
         return [float(pause) for pause in re.findall(r"Scheduling retry .* in (\S+) seconds", self.engine_role.log)]
 
     @inlineCallbacks
     def test_reconnecting(self):
-        """A server that goes away is looked for at once; one that it left for unsigned errors, after 5 s or more."""
+        """A lost server is tried again at once; a server that was left for unsigned errors, after 5 s or more."""
         self.linked().close()
         peer = self.linked()
         self.assertLess(self.pauses()[-1], 0.2)
@@ -213,7 +213,7 @@ class EngineRoleTests(RoleTestCase):
 
     @inlineCallbacks
     def test_another_process_takes_its_link(self):
-        """A signed refusal of the link that answers nothing makes it come back slowly, and its log has the reason."""
+        """A signed refusal of the link that answers no request causes a slow reconnect, and the log has the reason."""
         peer = self.linked()
         peer.send(ERROR, {"code": "forbidden", "message": "give each a --name", "details": {"retryable": False}})
         peer.close()
@@ -222,7 +222,7 @@ class EngineRoleTests(RoleTestCase):
         self.assertEqual(len(self.engine_role.lines("link down: the peer refuses the link: give each a --name")), 1)
 
     def test_refuses(self):
-        """It refuses as a server does: its own frame, an unsigned one, and what it does not serve."""
+        """The engine refuses frames as a server does: its own, an unsigned one, and a type that it does not serve."""
         peer = self.linked()
         unknown = peer.call("s2s.nothing", {})
         self.assertEqual((unknown["code"], unknown["details"]["retryable"]), ("unsupported_type", False))
@@ -245,12 +245,12 @@ class EngineRoleTests(RoleTestCase):
 
     @inlineCallbacks
     def test_sent_again(self):
-        """What may succeed later is sent again after the wished pause, with the same key and content and a new id."""
+        """A retryable push is sent again after the requested pause, with the same key and content and a new id."""
         (key,) = self.broadcast("again and again")
         peer = self.linked()
         peer.send(SWEEP, {"since_ts": 0})
         pushes = [self.push(peer)]
-        # A lost link leaves the outcome unknown: it comes again over the next one.
+        # A lost link leaves the outcome unknown: the push is sent again over the next link.
         peer.close()
         peer = self.linked()
         began = time.monotonic()
@@ -268,7 +268,7 @@ class EngineRoleTests(RoleTestCase):
 
     @inlineCallbacks
     def test_answers_that_are_not_valid(self):
-        """A push that is answered by what is no answer is sent again, and the log and the row have the path and why."""
+        """A push with an invalid reply is sent again, and the log and the row have the path and the reason."""
         self.broadcast("hello")
         peer = self.linked()
         peer.send(SWEEP, {"since_ts": 0})
@@ -291,7 +291,7 @@ class EngineRoleTests(RoleTestCase):
 
     @inlineCallbacks
     def test_a_pause_of_nothing(self):
-        """A server that refuses each push for now, and asks for no pause at all, is not sent it without a pause."""
+        """If a server refuses each push and asks for no pause, the engine pauses nevertheless."""
         self.broadcast("hello")
         peer = self.linked()
         peer.send(SWEEP, {"since_ts": 0})
@@ -304,7 +304,7 @@ class EngineRoleTests(RoleTestCase):
 
     @inlineCallbacks
     def test_a_server_that_closes_every_link(self):
-        """A server that proves each link and closes it has a bounded number of lines in the engine's log."""
+        """A server that proves and closes each link causes a bounded number of lines in the engine's log."""
         for _ in range(2 * MOST_TOLD):
             self.linked().close()
         self.engine_role.stop()
@@ -314,7 +314,7 @@ class EngineRoleTests(RoleTestCase):
 
     @inlineCallbacks
     def test_set_aside(self):
-        """What can never succeed is set aside with its code, and the others go on."""
+        """A row that can never succeed is set aside with its code, and the others are sent."""
         peer = self.linked()
         keys = self.broadcast(*"abcd")
         codes = dict(zip(keys, ("unknown_command", "idem_conflict", "bad_payload", None), strict=True))
@@ -331,7 +331,7 @@ class EngineRoleTests(RoleTestCase):
 
     @inlineCallbacks
     def test_smaller_limit(self):
-        """To a server that announces a small limit nothing longer is sent: it is set aside, and the rest goes on."""
+        """A row longer than the limit that the server announced is set aside, and the others are sent."""
         peer = self.accepted()
         ours = peer.serves[CHECK]
         peer.serves[CHECK] = lambda payload: {**ours(payload), "frame_size_limit": 4096}
@@ -346,7 +346,7 @@ class EngineRoleTests(RoleTestCase):
 
     @inlineCallbacks
     def test_many(self):
-        """A thousand broadcasts are pushed many at a time, within the window, and settled in whatever order."""
+        """A thousand broadcasts are pushed within the window, and settled in any order."""
         keys = self.broadcast(*(f"m{number}" for number in range(1000)))
         peer = self.linked()
         peer.send(SWEEP, {"since_ts": 0})
@@ -356,7 +356,7 @@ class EngineRoleTests(RoleTestCase):
             open_pushes.append(self.push(peer))
             self.assertLessEqual(len(open_pushes), 1024)
             if len(open_pushes) == 200:
-                # The last come first.
+                # Answer the last pushes first.
                 while open_pushes:
                     seen.add(open_pushes[-1]["payload"]["idem_key"])
                     self.accept(peer, open_pushes.pop())
@@ -366,11 +366,11 @@ class EngineRoleTests(RoleTestCase):
 
 
 class TwoOfOneNameTests(RoleTestCase):
-    """Two engine processes that run under one name."""
+    """Two engine processes with one name."""
 
     @inlineCallbacks
     def test_the_one_that_lost_waits(self):
-        """The older one leaves the link to the newer for 5 s or more, and both logs say what to do."""
+        """The older process leaves the link to the newer one for 5 s or more, and both logs name the cure."""
         server = self.server()
         yield server.start()
         (self.directory / "other").mkdir()

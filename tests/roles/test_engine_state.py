@@ -12,7 +12,7 @@ class ConditionTests(SynchronousTestCase):
     """:class:`EngineState`."""
 
     def test_states(self) -> None:
-        """Each state follows from what is wanted, what is in hand, and whether the end has begun."""
+        """Each state follows from the wanted state, the jobs in progress, and whether the shutdown has begun."""
         condition = EngineState()
         self.assertEqual(condition.state, "starting")
         condition.wanted = "running"
@@ -26,7 +26,7 @@ class ConditionTests(SynchronousTestCase):
         self.assertEqual(condition.state, "draining")
 
     def test_a_job_that_fails(self) -> None:
-        """A job that raises is out of hand too."""
+        """A job that raises an error is no longer in progress."""
         condition = EngineState()
         condition.wanted = "paused"
         with self.assertRaises(ZeroDivisionError), condition.job():
@@ -34,7 +34,7 @@ class ConditionTests(SynchronousTestCase):
         self.assertEqual(condition.state, "paused")
 
     def test_guards(self) -> None:
-        """While starting everything is refused for now; while draining what would be new work."""
+        """A starting engine refuses everything for now; a draining engine refuses new work."""
         condition = EngineState()
         taking = guard(condition.check_taking, lambda request: {"took": request})
         started = guard(condition.check_started, lambda request: {"took": request})

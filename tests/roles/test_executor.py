@@ -1,4 +1,4 @@
-"""The executor: each command with its effect and its end in one transaction."""
+"""The executor: the effect and the outcome of each command are in one transaction."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _effect(txn: Cursor, command: Command) -> None:
 
 
 def _misbehave(txn: Cursor, command: Command, before: Callable[[], None]) -> None:
-    """Do what the payload says, after the effect: what fails must take the effect with it."""
+    """Misbehave as the payload says, after the effect: the failure must undo the effect."""
     _effect(txn, command)
     match command.payload.get("do"):
         case "raise":
@@ -109,14 +109,14 @@ class ExecutorTests(DatabaseTestCase):
     """:class:`Executor` on a real database."""
 
     def setUp(self) -> None:
-        """Make the table of effects, and let nothing run yet."""
+        """Create the table of effects, without starting an executor."""
         super().setUp()
         self.execute(
             "create table public.effects (n serial, cmd_id bigint unique, idem_key text);"
             "create table public.checked_late (cmd_id bigint references s2s.commands deferrable initially deferred,"
             " check (cmd_id > 0))"
         )
-        # A reference that holds only for a moment: it is checked at the COMMIT.
+        # A deferred constraint, which is checked at the COMMIT.
         self.execute("alter table public.checked_late add unique (cmd_id) deferrable initially deferred")
         self.single, self.batched = _Single(), _Batched()
         self.patch(poll_loop, "POLL_S", 0.05)
@@ -134,7 +134,7 @@ class ExecutorTests(DatabaseTestCase):
         return running
 
     def insert(self, *keys: str, cmd_type: str = "test.single", do: str = "", **columns: Any) -> None:
-        """Store commands that are due."""
+        """Insert commands that are due."""
         names = "".join(f", {name}" for name in columns)
         self.execute(
             f"insert into s2s.commands (cmd_type, idem_key, payload{names}) select %s, key,"
@@ -147,7 +147,7 @@ class ExecutorTests(DatabaseTestCase):
         )
 
     def be_present(self, boot_id: str) -> psycopg2.extensions.connection:
-        """Hold a presence lock on a connection of its own."""
+        """Hold a presence lock on a separate connection."""
         connection = psycopg2.connect(self.url)
         self.addCleanup(connection.close)
         connection.autocommit = True
@@ -155,7 +155,7 @@ class ExecutorTests(DatabaseTestCase):
         return connection
 
     def note(self, boot_id: str, *keys: str, worker: int = 0) -> claims.Claim:
-        """Note a batch of commands that wait."""
+        """Claim a batch of waiting commands."""
         ((noted_at,),) = self.execute(
             "insert into s2s.batch_notes (boot_id, worker, cmd_ids)"
             " select %s, %s, array_agg(cmd_id) from s2s.commands where idem_key = any(%s) returning noted_at",
@@ -166,7 +166,7 @@ class ExecutorTests(DatabaseTestCase):
         return claims.Claim(boot_id, worker, noted_at)
 
     async def test_nothing_can_be_claimed(self) -> None:
-        """While every claim is refused, the condition says why; when one is not, commands run and all is well."""
+        """While every claim is refused, the condition has the reason; afterwards commands run and it is ok."""
         self.patch(poll_loop, "FAILING_S", 0.2)
         self.be_present("boot-1")
         self.execute("alter table s2s.batch_notes rename to hidden")
@@ -179,7 +179,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(running.condition, "ok")
 
     def attempts(self) -> dict[str, int]:
-        """Give every command's attempts."""
+        """Return every command's attempts."""
         return dict(self.execute("select idem_key, attempts from s2s.commands"))
 
     def rush(self) -> None:
@@ -187,11 +187,11 @@ class ExecutorTests(DatabaseTestCase):
         self.execute("update s2s.commands set due_at = now() where status = 'ready'")
 
     def effects(self) -> list[str]:
-        """Give the keys whose effect is there, in their order."""
+        """Return the keys with an effect, in their order."""
         return [key for (key,) in self.execute("select idem_key from public.effects order by n")]
 
     def statuses(self) -> dict[str, str]:
-        """Give every command's status."""
+        """Return every command's status."""
         return dict(self.execute("select idem_key, status from s2s.commands"))
 
     async def until(self, status: str, *keys: str, rush: bool = False) -> None:
@@ -205,7 +205,7 @@ class ExecutorTests(DatabaseTestCase):
         await poll(reached, f"{keys} to be {status}")
 
     async def test_runs_in_order_and_once(self) -> None:
-        """What is due runs in run order across its types, takes effect once, is done, and leaves no note."""
+        """Due commands run in run order across their types, take effect once, are done, and leave no claim."""
         self.insert("c", priority=9)
         self.insert("b", priority=5, cmd_type="test.batched")
         self.insert("a", priority=1)
@@ -220,7 +220,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual((running.failed, running.dead), (0, 0))
 
     async def test_wakes(self) -> None:
-        """A worker that sleeps looks at once when it is woken."""
+        """A sleeping worker polls at once when it is woken."""
         self.patch(poll_loop, "POLL_S", 60.0)
         running = self.start()
         await poll(lambda: running._turns._asleep, "the worker to sleep")
@@ -247,7 +247,7 @@ class ExecutorTests(DatabaseTestCase):
         await poll(lambda: running.ran == 1000)
 
     async def test_a_batch_that_is_changed(self) -> None:
-        """A handler that empties its list or changes payloads does so to copies: each command takes effect once."""
+        """A handler that empties its list or changes payloads changes copies: each command takes effect once."""
         self.insert("a", "b", cmd_type="test.batched")
         self.start()
         await self.until("done", "a", "b")
@@ -259,7 +259,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.effects(), ["a", "b"])
 
     async def test_no_thread(self) -> None:
-        """While the operating system starts no thread, nothing is charged, and the executor says why it stands."""
+        """While the operating system starts no thread, nothing is charged, and the condition has the reason."""
         running = self.start()
         self.patch(self.handlers, "run", lambda *_: fail(errors.NoThread()))
         self.insert("a")
@@ -272,7 +272,7 @@ class ExecutorTests(DatabaseTestCase):
         await self.until("done", "a")
 
     async def test_notices_are_published(self) -> None:
-        """The built-in command makes its rows."""
+        """The built-in command inserts its rows."""
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload) select 'notice.publish', 'k' || i,"
             """ '{"scope": "global", "message": "m", "severity": "info"}' from generate_series(1, 5) i"""
@@ -281,7 +281,7 @@ class ExecutorTests(DatabaseTestCase):
         await poll(lambda: self.execute("select count(distinct cmd_id)::int from s2s.notices") == [(5,)], "the notices")
 
     async def test_a_failure_takes_its_effect_along(self) -> None:
-        """Of a batch in which one raises, that one is charged, its effect undone, and the others are done."""
+        """If one command of a batch raises, it is charged, its effect is undone, and the others are done."""
         for cmd_type in ("test.single", "test.batched"):
             self.insert(*(f"{cmd_type} {i}" for i in range(3)), cmd_type=cmd_type)
             self.insert(f"{cmd_type} bad", cmd_type=cmd_type, do="raise", due_at="2000-01-01")
@@ -322,7 +322,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual([error.startswith(why) for (error,) in errors], [True, True], errors)
 
     async def test_retries(self) -> None:
-        """What fails twice and then works is done, with its attempts counted."""
+        """A command that fails twice and then succeeds is done, with its attempts counted."""
         self.insert("a", do="raise twice")
         self.start()
         await self.until("done", "a", rush=True)
@@ -330,14 +330,14 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.effects(), ["a"])
 
     async def test_death(self) -> None:
-        """What always fails is dead after ten attempts, with the reason and the time."""
+        """A command that always fails is dead after ten attempts, with the reason and the time."""
         self.insert("a", do="raise")
         self.start()
         await self.until("dead", "a", rush=True)
         self.assertEqual(self.execute("select attempts, finished_at is not null from s2s.commands"), [(10, True)])
 
     async def test_what_fails_at_the_commit(self) -> None:
-        """The commands of a batch whose COMMIT is refused run alone, uncharged, and only the culprit is charged."""
+        """The commands of a batch whose COMMIT is refused run alone, and only the one at fault is charged."""
         self.insert("a", "b")
         self.insert("twice", "again", do="late")
         self.execute("insert into public.checked_late select cmd_id from s2s.commands where idem_key = 'twice'")
@@ -350,7 +350,7 @@ class ExecutorTests(DatabaseTestCase):
         )
 
     async def test_what_a_neighbour_leaves_behind(self) -> None:
-        """A command that fails after others of its batch runs alone before it is charged: they may be at fault."""
+        """A command that fails after others of its batch runs alone before it is charged."""
         self.execute(
             "create table public.parents (id int primary key);"
             "create table public.children (parent int references parents deferrable initially deferred)"
@@ -365,7 +365,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(sorted(self.effects()), ["first", "innocent"])
 
     async def test_a_row_that_cannot_be_changed(self) -> None:
-        """Commands whose row a trigger holds or refuses are named, take no effect, and hold up no other."""
+        """Commands whose row a trigger protects are named, take no effect, and do not delay others."""
         self.execute(
             "create function guard() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.idem_key = 'kept' then return null; end if;"
@@ -401,7 +401,7 @@ class ExecutorTests(DatabaseTestCase):
         await self.until("dead", "kept-2", "largest")
 
     async def test_too_many_rows_that_cannot_be_changed(self) -> None:
-        """Where as many are left out as may be, the next one is tried once in a pause, and not again and again."""
+        """If the limit of left-out commands is reached, the next one is tried once in a pause, and not in a loop."""
         self.patch(poll_loop, "MOST_LEFT_OUT", 1)
         self.patch(poll_loop, "POLL_S", 0.2)
         self.execute(
@@ -419,7 +419,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertLessEqual(len(ran) - before, 6)
 
     async def test_a_handler_that_exits(self) -> None:
-        """A handler that raises SystemExit is charged and ends nobody."""
+        """A handler that raises SystemExit is charged, and no thread or process ends."""
         self.insert("a", do="exit")
         self.insert("z")
         self.start()
@@ -428,7 +428,7 @@ class ExecutorTests(DatabaseTestCase):
         self.flushLoggedErrors()
 
     async def test_a_lost_connection_charges_nobody(self) -> None:
-        """When the connection ends under a batch nothing took effect, nobody is charged, and all is run again."""
+        """If the connection ends during a batch, nothing takes effect or is charged, and all commands run again."""
         ended: list[int] = []
 
         def end_once() -> None:
@@ -448,7 +448,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.flushLoggedErrors(), [])
 
     async def test_a_command_that_ends_its_connection(self) -> None:
-        """A command that ends its own connection whenever it runs is charged in the end, and holds up no other."""
+        """A command that always ends its own connection is charged in the end, and does not delay others."""
         self.patch(executor, "LOSSES", 2)
         self.single.before = lambda: self.execute(
             "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run handlers'"
@@ -456,13 +456,13 @@ class ExecutorTests(DatabaseTestCase):
         )
         self.insert("bad", do="before", priority=1)
         self.insert("a", "b")
-        # Commands that other processes have run since leave room.
+        # Commands that other processes have run since are forgotten.
         self.patch(executor, "_MOST_SUSPECTS", 5)
         running = self.start()
         running._losses.update(range(-5, 0))
         await self.until("done", "a", "b")
         self.execute("update s2s.commands set attempts = 9, due_at = now() where idem_key = 'bad'")
-        # Others that come meanwhile, and go before it, do not save it.
+        # Commands that arrive meanwhile, and run before it, do not keep it from being charged.
         for number in range(30):
             self.insert(f"urgent {number}", priority=0)
             await self.until("done", f"urgent {number}")
@@ -472,7 +472,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.execute("select idem_key from s2s.commands where idem_key <> 'bad' and attempts > 0"), [])
 
     async def test_a_handler_that_ends_the_transaction(self) -> None:
-        """A handler that rolls the transaction back is charged, and what its neighbours did is not lost."""
+        """A handler that rolls the transaction back is charged, and the work of its neighbours is not lost."""
         self.insert("a", "b")
         self.insert("bad", do="rollback")
         self.insert("c")
@@ -484,7 +484,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual({self.attempts()[key] for key in "abc"}, {0})
 
     async def test_what_is_locked_holds_up_nobody(self) -> None:
-        """Commands that somebody has locked are left alone, without a busy loop, and others run."""
+        """Commands locked by another session are skipped, without a busy loop, and others run."""
         self.insert("held", "held too", attempts=1)
         holding = psycopg2.connect(self.url)
         self.addCleanup(holding.close)
@@ -499,12 +499,12 @@ class ExecutorTests(DatabaseTestCase):
         await self.until("done", "held", "held too")
 
     def database_calls(self) -> int:
-        """Count the transactions that this database has seen."""
+        """Return the number of transactions in this database."""
         self.execute("select pg_stat_clear_snapshot()")
         return int(self.execute("select xact_commit from pg_stat_database where datname = current_database()")[0][0])
 
     async def test_what_a_hung_process_has_in_hand(self) -> None:
-        """A note that overstays is charged though its process lives, unless its commands are locked."""
+        """An overdue claim of a living process is charged, unless its commands are locked."""
         self.insert("a", "b")
         self.note("hung", "a", "b")
         self.be_present("hung")
@@ -519,7 +519,7 @@ class ExecutorTests(DatabaseTestCase):
         )
 
     async def test_a_lost_connection_that_a_handler_makes_its_own(self) -> None:
-        """A handler that turns the loss of the connection into an exception of its own is not charged either."""
+        """A handler that converts the loss of the connection to its own exception is not charged."""
         ended: list[int] = []
 
         def end_once() -> None:
@@ -537,7 +537,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.flushLoggedErrors(), [])
 
     async def test_a_deadlock_is_charged(self) -> None:
-        """A handler's own deadlock costs it an attempt, is retried, and takes no other command along."""
+        """A handler's own deadlock costs it an attempt, is retried, and affects no other command."""
         self.insert("a", do="deadlock")
         self.insert("z")
         self.start()
@@ -547,7 +547,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.effects(), ["z"])
 
     async def test_a_handler_that_is_gone(self) -> None:
-        """Commands of a type that is not served here stay as they are, and hold up no other."""
+        """Commands of a type that this process does not serve are not changed, and do not delay others."""
         self.insert("gone", "gone too", cmd_type="test.removed")
         untouched = "select *, xmin from s2s.commands where cmd_type = 'test.removed' order by cmd_id"
         before = self.execute(untouched)
@@ -557,7 +557,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.execute(untouched), before)
 
     async def test_what_a_dead_process_had_in_hand(self) -> None:
-        """The batch of a process that is gone is charged one attempt each, then run singly, each once."""
+        """The commands in the claim of a dead process are charged one attempt each, then run singly, each once."""
         self.insert("a", "b")
         self.note("dead", "a", "b")
         self.be_present("boot-1")
@@ -569,7 +569,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(running.failed, 2)
 
     async def test_what_a_living_process_has_in_hand(self) -> None:
-        """The batch of another process that lives is left alone."""
+        """The claim of another living process is not touched."""
         self.insert("theirs", "lost", "ours")
         self.be_present("alive")
         self.be_present("boot-1")
@@ -581,7 +581,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual((self.statuses()["theirs"], self.attempts()["theirs"]), ("ready", 0))
 
     async def test_a_restart_of_the_database_charges_nobody(self) -> None:
-        """When all presence locks are gone at once, a living process has the time to come back before it is charged."""
+        """If all presence locks are lost at once, a living process has time to return before it is charged."""
         self.insert("theirs")
         theirs, ours = self.be_present("alive"), self.be_present("boot-1")
         self.note("alive", "theirs")
@@ -593,7 +593,7 @@ class ExecutorTests(DatabaseTestCase):
         ours.close()
         await poll(lambda: running._reaper._presence is None, "a look without a presence of its own")
         self.assertEqual(running._reaper._forsaken, {})
-        # Judged anew from here, and it comes back within the time.
+        # The suspicion begins anew here, and the process returns in time.
         looks: list[int] = []
         real = claims.reap
         self.patch(claims, "reap", lambda *args: looks.append(1) or real(*args))
@@ -601,7 +601,7 @@ class ExecutorTests(DatabaseTestCase):
         self.be_present("boot-1")
         await poll(lambda: running._reaper._forsaken and len(looks) > 5, "some looks under suspicion")
         self.assertNotEqual(running._reaper._presence, before)
-        # Another presence of its own, without a moment in between: the suspicion begins anew too.
+        # A new presence of the reaper itself, without any gap, resets the suspicion too.
         ((_, since),) = running._reaper._forsaken.items()
         running._reaper._presence = before
         await poll(lambda: running._reaper._presence != before, "the next look")
@@ -611,7 +611,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.attempts(), {"theirs": 0})
 
     async def test_claims_only_while_present(self) -> None:
-        """Without its presence lock an executor notes nothing and runs nothing; with it, it goes on by itself."""
+        """Without its presence lock an executor claims and runs nothing; with the lock it continues by itself."""
         present: list[int] = []
         looked: list[int] = []
         self.insert("a")
@@ -623,7 +623,7 @@ class ExecutorTests(DatabaseTestCase):
         await self.until("done", "a")
 
     async def test_the_size_of_a_batch_may_change(self) -> None:
-        """A new size holds from the next batch on."""
+        """A new size is in force from the next batch on."""
         running = self.start(batch_size=2)
         self.insert(*"abcd", cmd_type="test.batched")
         await self.until("done", *"abcd")
@@ -635,7 +635,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertIn(4, self.batched.sizes[2:4])
 
     async def test_stop_finishes_the_batch(self) -> None:
-        """Stopping waits for the batch that runs; what comes after is left."""
+        """A stop waits for the running batch; later commands are left."""
         running: list[Executor] = []
         stopped: list[Any] = []
 
@@ -655,7 +655,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.statuses()["b"], "ready")
 
     async def test_stop_leaves_no_note(self) -> None:
-        """A batch that the database's absence ended is noted no more after the stop, and nobody is charged for it."""
+        """A batch that ended because the database was away has no claim after the stop, and is not charged."""
         self.patch(poll_loop, "POLL_S", 60.0)
         self.insert("a", do="before")
         self.single.before = lambda: self.execute(
@@ -669,7 +669,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.attempts(), {"a": 0})
 
     async def test_abandon_without_the_database(self) -> None:
-        """When the notes cannot be struck the stop goes on all the same, and says what that means."""
+        """If the claims cannot be released the stop goes on, and logs the consequence."""
         running = self.start()
         self.patch(self.database, "url", "postgresql://u@127.0.0.1:1/d")
         with capturedLogs() as said:
@@ -678,7 +678,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual([event["log_level"].name for event in said if "in hand" in event["log_format"]], ["warn"] * 2)
 
     async def assert_cut(self, *, ended: bool) -> Executor:
-        """Cut the running executor off as a stop does, and see that nothing took effect and nobody was charged."""
+        """Abandon the running executor as a stop does, and assert that nothing took effect or was charged."""
         running = self.start(workers=2)
         await poll(lambda: len(self.execute("select * from s2s.batch_notes")) > 0, "the batch")
         await poll(self.is_under_way, "the handler")
@@ -696,24 +696,24 @@ class ExecutorTests(DatabaseTestCase):
         return running
 
     def is_under_way(self) -> bool:
-        """Whether a handler sleeps in the database."""
+        """Return whether a handler sleeps in the database."""
         return bool(self.execute("select 1 from pg_stat_activity where wait_event = 'PgSleep'"))
 
     async def test_cancelled(self) -> None:
-        """Past the grace a long statement is cancelled and rolled back with its batch, and nobody is charged."""
+        """After the grace a long statement is cancelled and rolled back with its batch, and nothing is charged."""
         self.insert("a")
-        # Too many to be cancelled one after the other.
+        # Too many statements to be cancelled one after another.
         self.insert(*(f"b{number}" for number in range(50)), do="sleep")
         await self.assert_cut(ended=True)
 
     async def test_a_handler_that_swallows_the_cancelling(self) -> None:
-        """A handler that catches the error, mends its transaction and goes on is rolled back all the same."""
+        """A handler that catches the cancellation, repairs its transaction and goes on is rolled back nevertheless."""
         self.insert("a", do="sleep on")
         self.insert("b", do="sleep on", cmd_type="test.batched")
         await self.assert_cut(ended=True)
 
     async def test_a_handler_in_python(self) -> None:
-        """A handler that sits in Python holds up neither the cancelling nor the last words, and commits nothing."""
+        """A handler in Python delays neither the cancellation nor the shutdown transaction, and commits nothing."""
         gate, inside = threading.Event(), threading.Event()
         self.addCleanup(gate.set)
 
@@ -731,7 +731,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual((self.statuses(), self.effects()), ({"a": "ready"}, []))
 
     async def test_the_accused(self) -> None:
-        """What a reaper took out of a note that a living process had is not run by it, nor charged by it once more."""
+        """Commands that a reaper took out of a living process's claim are not run or charged again by that process."""
         self.insert("a", "b", "c")
         ids = dict(self.execute("select idem_key, cmd_id from s2s.commands"))
         running = self.start(workers=0)
@@ -747,7 +747,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.attempts(), {"a": 0, "b": 0, "c": 1})
 
     async def test_what_a_reaper_charges(self) -> None:
-        """It charges what is sure, under the same presence, with nobody at it: nothing that runs, and nothing twice."""
+        """The reaper charges only claims that are sure, under the same presence, unlocked, and each once."""
         self.insert("a", "b")
         note = self.note("dead", "a", "b")
         running = self.start(workers=0)
@@ -759,7 +759,7 @@ class ExecutorTests(DatabaseTestCase):
         ours = self.be_present("boot-1")
         look = await reap(None, note)
         self.assertEqual((look.orphaned, look.charged), ({note}, 0))
-        # Not sure yet, or of a batch before.
+        # The claim is not sure yet, or is of an earlier batch.
         self.assertEqual((await reap(look.presence)).charged, 0)
         earlier = note._replace(noted_at=note.noted_at.replace(year=2000))
         self.assertEqual((await reap(look.presence, earlier)).charged, 0)
@@ -770,7 +770,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual((await reap(look.presence, note)).charged, 1)
         self.assertEqual(self.attempts(), {"a": 1, "b": 0})
         closing.close()
-        # Another reaper is at it.
+        # Another reaper is active.
         ours.cursor().execute("select pg_advisory_lock(%s)", (claims._REAPING,))
         self.assertEqual((await reap(look.presence, note)).charged, 0)
         ours.cursor().execute("select pg_advisory_unlock(%s)", (claims._REAPING,))
@@ -782,7 +782,7 @@ class ExecutorTests(DatabaseTestCase):
         await running.stop()
 
     async def test_a_reaper_that_fails(self) -> None:
-        """That nobody is charged is told once where two looks in a row fail, with the cure; notes have a first one."""
+        """A reaper that fails twice in a row logs that once, with the cure; a claim below first_note is not read."""
         self.insert("a")
         note = self.note("dead", "a")
         [(note_id,)] = self.execute("select note_id from s2s.batch_notes")
@@ -802,7 +802,7 @@ class ExecutorTests(DatabaseTestCase):
         await running.stop()
 
     async def test_what_a_reaper_cannot_charge(self) -> None:
-        """A note of which a command cannot be charged goes uncharged, and holds up no other note."""
+        """A claim with a command that cannot be charged is removed uncharged, and does not delay other claims."""
         self.execute(
             "create function keep() returns trigger language plpgsql set search_path from current as"
             " $$ begin if new.idem_key = 'kept' then return null; end if; return new; end $$;"
@@ -820,7 +820,7 @@ class ExecutorTests(DatabaseTestCase):
         await running.stop()
 
     async def test_off(self) -> None:
-        """With no workers nothing runs, and starting and stopping work."""
+        """With no workers nothing runs, and start and stop work."""
         self.insert("a")
         running = self.start(workers=0)
         running.wake()
@@ -829,7 +829,7 @@ class ExecutorTests(DatabaseTestCase):
 
 
 class TellingTests(SynchronousTestCase):
-    """How an exception is told."""
+    """The text of an exception."""
 
     def test_one_line_that_the_table_can_hold(self) -> None:
         """The text is one line of at most 500 characters, without what PostgreSQL or UTF-8 cannot hold."""

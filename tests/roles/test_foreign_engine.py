@@ -1,4 +1,4 @@
-"""Orders to an engine with a database of its own, such as one in another language: its word ends the row."""
+"""Orders to an engine with its own database, such as one in another language: its reply ends the row."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.support.roles import Engine, RoleTestCase, Server
 from tests.support.waiting import poll
 
 SECTOR = "world.set_sector_status.v1"
-#: A stranger's answer to an order: the payload of its ack, or of its error; ``None``: it never answers.
+#: The reply of a foreign engine to an order: the payload of its ack or error; ``None``: it never replies.
 Answer = Callable[[Frame], Frame | None]
 
 
 class _Stranger:
     """A linked engine that answers orders in a thread, until its link ends.
 
-    :ivar got: the ``order_id`` of each order that came, in their order.
+    :ivar got: the ``order_id`` of each received order, in their order.
     """
 
     def __init__(self, server: Server, name: str, answer: Answer) -> None:
@@ -46,7 +46,7 @@ class _Stranger:
                 if said is None:
                     continue
                 if "late" in said:
-                    # The server waits for no second answer.
+                    # The server does not wait for a second reply.
                     self._peer.reply(frame, ACK, {})
                     said = said["late"]
                 if "code" in said:
@@ -68,7 +68,7 @@ def _says(status: str, result: Any = None) -> Answer:
 
 
 class ForeignEngineTests(RoleTestCase):
-    """The server with raw peers that have no database in common with it."""
+    """The server with test peers that do not share its database."""
 
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
@@ -84,7 +84,7 @@ class ForeignEngineTests(RoleTestCase):
         return stranger
 
     def give(self, count: int = 1, name: str = "o") -> None:
-        """Put orders into the table, each after the one before."""
+        """Put orders into the table, each after the previous one."""
         self.execute(
             "insert into s2s.orders (order_id, rpc, params, stepped_at) select %s || n, %s,"
             """ '{"sector_id": 1, "status": "neutral"}', now() + n * interval '1 microsecond'"""
@@ -101,7 +101,7 @@ class ForeignEngineTests(RoleTestCase):
 
     @inlineCallbacks
     def test_done(self) -> Iterator[Deferred[Any]]:
-        """An order answered as done is sent once, and its row and its audit say what the engine said."""
+        """An order answered as done is sent once, and its row and its audit have the content of the reply."""
         stranger = self.stranger(_says("done", {"changed": 3}))
         self.give()
         yield poll(lambda: self.rows() == [("done", {"changed": 3}, "stranger", "link")], "it is done")
@@ -116,7 +116,7 @@ class ForeignEngineTests(RoleTestCase):
 
     @inlineCallbacks
     def test_refused_and_failed(self) -> Iterator[Deferred[Any]]:
-        """So do a refusal and a failure, and an error that says that the order is at fault."""
+        """A refusal, a failure, and an error about the order itself are stored likewise."""
         why = {"code": "not_found", "message": "no such sector"}
         answers: dict[str, Answer] = {
             "o1": _says("refused", why),
@@ -132,7 +132,7 @@ class ForeignEngineTests(RoleTestCase):
 
     @inlineCallbacks
     def test_running_first(self) -> Iterator[Deferred[Any]]:
-        """An order that is running keeps its row open; that engine is asked again, and its last word ends it."""
+        """A running order keeps its row open; the order is sent to that engine again, and its last reply ends it."""
         said = iter(("running", "done"))
 
         def answer(payload: Frame) -> Frame | None:
@@ -148,7 +148,7 @@ class ForeignEngineTests(RoleTestCase):
 
     @inlineCallbacks
     def test_late(self) -> Iterator[Deferred[Any]]:
-        """A signed end that no request waits for any more ends the row."""
+        """A signed end that no request awaits any more ends the row."""
         end = _says("done", {"changed": 3})
         stranger = self.stranger(lambda payload: {"late": end(payload)})
         self.give()
@@ -157,7 +157,7 @@ class ForeignEngineTests(RoleTestCase):
 
     @inlineCallbacks
     def head_of_the_line(self, answer: Answer) -> Iterator[Deferred[Any]]:
-        """See that a new order is done while 300 before it get an answer that ends none of them."""
+        """Assert that a new order is done while 300 before it get a reply that does not end them."""
         done = _says("done")
         stranger = self.stranger(lambda payload: (done if payload["order_id"] == "new1" else answer)(payload))
         self.give(300)
@@ -165,20 +165,20 @@ class ForeignEngineTests(RoleTestCase):
         self.give(1, "new")
         yield poll(lambda: self.rows("new1")[0][0] == "done", "the new one is done")
         self.assertEqual({row[0] for row in self.rows("o%")}, {"queued"})
-        # A bounded number of lines a minute, and one that counts the rest.
+        # A minute has a bounded number of lines, and one that counts the others.
         self.assertLess(len(self.server_role.lines(": order o")), 40)
 
     def test_never_answered(self) -> Deferred[Any]:
-        """Three hundred orders that are never answered hold up no order after them."""
+        """Three hundred orders that are never answered do not delay later orders."""
         return self.head_of_the_line(lambda _: None)
 
     def test_never_over(self) -> Deferred[Any]:
-        """Three hundred orders that are answered as running hold up no order after them."""
+        """Three hundred orders that are answered as running do not delay later orders."""
         return self.head_of_the_line(_says("running"))
 
     @inlineCallbacks
     def test_an_engine_without_orders(self) -> Iterator[Deferred[Any]]:
-        """An engine that serves no orders is told apart from the order: it stays queued for another engine."""
+        """An order that the engine does not serve is not ended by that reply: it stays queued for another engine."""
         self.stranger(lambda _: {"code": "unsupported_type"}, "none")
         self.give()
         yield self.server_role.says("order o1: unsupported_type")
@@ -188,7 +188,7 @@ class ForeignEngineTests(RoleTestCase):
 
     @inlineCallbacks
     def test_a_broadcast(self) -> Iterator[Deferred[Any]]:
-        """Who gives a broadcast that no linked engine can sweep is told so, and nobody is while none is linked."""
+        """A broadcast that no linked engine can sweep is reported to its author, but not while no engine is linked."""
         hint = "no linked engine shares this database"
 
         def tell() -> str:
@@ -208,11 +208,11 @@ class ForeignEngineTests(RoleTestCase):
 
 
 class OwnDatabaseTests(RoleTestCase):
-    """Our own engine, with another database than the server's."""
+    """An engine of s2s with another database than the server's."""
 
     @inlineCallbacks
     def test_done(self) -> Iterator[Deferred[Any]]:
-        """An order that our engine ran in its own database is over in the server's too."""
+        """An order that this engine ran in its own database ends in the server's too."""
         name = "engine_database_of_its_own"
         make_database(name, template())
         self.addCleanup(drop_database, name)

@@ -1,4 +1,4 @@
-"""Group commit: every push is answered after its COMMIT, as the protocol says."""
+"""Group commit: every push is answered after its COMMIT, as the protocol requires."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.support.waiting import poll
 
 
 class _Test(CommandHandler):
-    """Takes any payload."""
+    """Accepts any payload."""
 
     cmd_type = "test.run"
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
@@ -55,7 +55,7 @@ def _push(key: str, n: int = 0, **more: Any) -> dict[str, Any]:
 
 
 def _brief(result: Any) -> Any:
-    """Give the ack's (duplicate, cmd_id), or the error's class and cmd_id."""
+    """Return the ack's (duplicate, cmd_id), or the error's class and cmd_id."""
     if isinstance(result, Failure):
         return type(result.value), result.value.details.get("cmd_id")
     return result["duplicate"], result["cmd_id"]
@@ -65,13 +65,13 @@ class InboxTests(DatabaseTestCase):
     """:class:`Inbox` on a real database."""
 
     def setUp(self) -> None:
-        """Make an inbox."""
+        """Create an inbox."""
         super().setUp()
         self.wakes = 0
         self.inbox = self.make_inbox()
 
     def make_inbox(self) -> Inbox:
-        """Make an inbox on a pool of its own."""
+        """Create an inbox on a pool of its own."""
         database = Database(self.url, threads=1)
         database.start()
         self.addCleanup(database.stop)
@@ -82,22 +82,22 @@ class InboxTests(DatabaseTestCase):
         self.wakes += 1
 
     def push_all(self, pushes: list[dict[str, Any]], to: Inbox | None = None) -> Deferred[list[Any]]:
-        """Push them all at once, and give what became of each."""
+        """Push all at once, and return the outcome of each."""
         answers = DeferredList([(to or self.inbox).push(push) for push in pushes], consumeErrors=True)
         return answers.addCallback(lambda results: [_brief(result) for _, result in results])
 
     async def test_a_lone_push(self) -> None:
-        """A push is answered, after its COMMIT, by an ack that the catalogue lets pass."""
+        """A push is answered after its COMMIT by an ack that is valid by the catalogue."""
         ack = await self.inbox.push(_push("k"))
         ((cmd_id, status),) = self.execute("select cmd_id, status from s2s.commands")
         self.assertEqual(ack, {"accepted": True, "duplicate": False, "cmd_id": cmd_id, "status": status})
         BY_NAME[COMMAND_PUSH].reply_schema.check(ack)
-        # Whoever runs it may begin at once, and is told when it is answered.
+        # The executor may begin at once, and is notified after the push is answered.
         self.assertEqual((self.wakes, self.inbox.accepted, self.inbox.batches), (0, 1, 1))
         await poll(lambda: self.wakes == 1, "the call after the COMMIT")
 
     async def test_two_thousand_at_once(self) -> None:
-        """Of 2,000 pushes written at once the first of a key wins: its likes are duplicates, the others conflicts."""
+        """Of 2,000 pushes written at once the first of each key wins: equal ones are duplicates, others conflicts."""
         pushes = [_push(f"k{i % 500}", n=int(i >= 1000 and i % 2)) for i in range(2000)]
         results = await self.push_all(pushes)
         ids = [result[1] for result in results[:500]]
@@ -110,7 +110,7 @@ class InboxTests(DatabaseTestCase):
             self.execute("select idem_key from s2s.commands order by cmd_id"), [(f"k{i}",) for i in range(500)]
         )
         self.assertEqual((self.inbox.accepted, self.inbox.duplicates, self.inbox.conflicts), (500, 1000, 500))
-        # One for the first, which waits for nobody, and two for the rest.
+        # One transaction for the first push, which does not wait, and two for the rest.
         self.assertEqual(self.inbox.batches, 3)
 
     async def test_the_fingerprint(self) -> None:
@@ -127,7 +127,7 @@ class InboxTests(DatabaseTestCase):
         await self.assertFailure(self.inbox.push(_push("k") | notice), IdemConflict)
 
     async def test_a_duplicate_of_what_is_over(self) -> None:
-        """A duplicate is told what became of its first command."""
+        """The ack of a duplicate has the status of the finished first command."""
         first = await self.inbox.push(_push("k"))
         for status in ("done", "dead", "cancelled"):
             self.execute("update s2s.commands set status = %s", status)
@@ -136,7 +136,7 @@ class InboxTests(DatabaseTestCase):
         self.assertEqual(self.wakes, 1)
 
     async def test_a_duplicate_of_a_row_removed_by_hand(self) -> None:
-        """A command whose row is gone is over, and its duplicate is answered as the catalogue promises."""
+        """A command whose row was deleted is over, and its duplicate is answered as the catalogue requires."""
         await self.inbox.push(_push("a"))
         self.execute("delete from s2s.commands")
         again = await self.inbox.push(_push("a"))
@@ -161,7 +161,7 @@ class InboxTests(DatabaseTestCase):
         self.assertEqual(self.execute("select count(*) from s2s.commands"), [(3000,)])
 
     async def test_a_row_at_fault(self) -> None:
-        """Of a group in which the database refuses one row, only that one fails, and with nothing of the reason."""
+        """If the database refuses one row of a group, only that one fails, without the reason in its reply."""
         self.execute(
             "create function refuse() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.idem_key = 'k7' then raise exception 'not this one' using errcode = '23514'; end if;"
@@ -182,7 +182,7 @@ class InboxTests(DatabaseTestCase):
         self.assertEqual(self.inbox.condition, "ok")
 
     async def test_a_deferred_trigger(self) -> None:
-        """A trigger that refuses one row at the COMMIT refuses that one alone, and leaves no traceback."""
+        """A trigger that refuses one row at the COMMIT refuses only that row, without a traceback."""
         self.execute(
             "create function refuse() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.idem_key = 'k7' then raise exception 'not this one' using errcode = '23514'; end if;"
@@ -196,7 +196,7 @@ class InboxTests(DatabaseTestCase):
         self.assertEqual(self.flushLoggedErrors(), [])
 
     async def test_a_key_that_another_session_holds(self) -> None:
-        """A push whose key another session holds is told to come again, and holds up no other, then or later."""
+        """A push whose key another session locks is told to retry, and delays no other push, then or later."""
         database = Database(self.url, threads=1, statement_timeout_s=2.0)
         database.start()
         self.addCleanup(database.stop)
@@ -209,7 +209,7 @@ class InboxTests(DatabaseTestCase):
         self.assertEqual([result[0] for result in results], [False, DbUnavailable, False, False])
         self.assertIn("lock timeout", held.condition)
         self.assertIn("the view pg_locks shows", "".join(str(formatEvent(event)) for event in logs))
-        # One that came while the others waited stays out of the next batch, too.
+        # A push that was queued while the others waited stays out of the next batch, too.
         with mock.patch.object(inbox.commands, "push_batch", wraps=inbox.commands.push_batch) as batches:
             self.patch(inbox, "BATCH_PUSHES", 2)
             held._held.clear()
@@ -219,7 +219,7 @@ class InboxTests(DatabaseTestCase):
         self.assertEqual([result[0] for result in results], [False, *[DbUnavailable] * 3, False, False])
         together = [[push.idem_key for push in call.args[0]] for call in batches.call_args_list]
         self.assertEqual(len([keys for keys in together if "k1" in keys and len(keys) > 1]), 1, together)
-        # The way of many is not taken with this key again, so that none of them waits for the whole timeout.
+        # The statements for batches are not used with this key again, so that no push waits for the whole timeout.
         with mock.patch.object(inbox.commands, "push_batch", wraps=inbox.commands.push_batch) as batches:
             results = await self.push_all([_push(key) for key in ("a", "k1", "k1", "b", "c")], held)
         self.assertEqual([result[0] for result in results], [False, DbUnavailable, DbUnavailable, False, False])
@@ -232,7 +232,7 @@ class InboxTests(DatabaseTestCase):
         self.assertEqual(self.execute("select count(*) from s2s.commands"), [(10,)])
 
     async def test_a_slow_trigger(self) -> None:
-        """A push for which a trigger takes too long is told to come again, and those beside it are accepted."""
+        """A push for which a trigger takes too long is told to retry, and the others are accepted."""
         database = Database(self.url, threads=1, statement_timeout_s=2.0)
         database.start()
         self.addCleanup(database.stop)
@@ -245,7 +245,7 @@ class InboxTests(DatabaseTestCase):
         self.assertEqual([result[0] for result in results], [False, DbUnavailable, False])
 
     async def test_an_exhausted_sequence(self) -> None:
-        """Pushes that find no number for a command may be sent again, and the log names the cure once."""
+        """Pushes that get no number for a command may be sent again, and the log names the cure once."""
         self.execute("alter sequence commands_cmd_id_seq maxvalue 100; select setval('s2s.commands_cmd_id_seq', 100)")
         with capturedLogs() as told:
             results = await self.push_all([_push(f"k{i}") for i in range(20)])
@@ -257,7 +257,7 @@ class InboxTests(DatabaseTestCase):
         self.assertIn("maximum value", self.inbox.condition)
 
     async def test_rows_that_are_taken_away(self) -> None:
-        """A key that a trigger of another hand takes away is refused, and those beside it are accepted."""
+        """A key that a foreign trigger discards is refused, and the others are accepted."""
         self.execute(
             "create function eat() returns trigger language plpgsql set search_path from current as"
             " $$ begin if new.idem_key = 'k1' then return null; end if; return new; end $$;"
@@ -270,7 +270,7 @@ class InboxTests(DatabaseTestCase):
         await self.assertFailure(self.inbox.push(_push("k1")), InternalError)
 
     async def test_commands_that_are_taken_away(self) -> None:
-        """A push whose command a trigger takes away is refused each time, alone and beside others; no key is taken."""
+        """A push whose command a trigger discards is refused each time, alone and in a batch; no key is used up."""
         self.execute(
             "create function eat() returns trigger language plpgsql set search_path from current as"
             " $$ begin if new.idem_key = 'k1' then return null; end if; return new; end $$;"
@@ -309,7 +309,7 @@ class InboxTests(DatabaseTestCase):
         )
 
     async def test_the_database_dies_under_a_batch(self) -> None:
-        """When the connection dies under a batch its waiters are told to come again; the next batch works."""
+        """If the connection breaks during a batch its pushes are told to retry; the next batch is committed."""
         with blocking(self.url, "the lock's holder") as txn:
             txn.execute("lock table s2s.idempotency_keys")
             answers = [self.inbox.push(_push(f"k{i}")) for i in range(3)]
@@ -318,13 +318,13 @@ class InboxTests(DatabaseTestCase):
             self.execute(f"select pg_terminate_backend(pid) {waiting}")
             error = await self.assertFailure(answers[0], DbUnavailable)
         self.assertEqual(error.details["retry_after_ms"], 1000)
-        # The other two were the next batch.
+        # The other two pushes were in the next batch.
         for answer in answers[1:]:
             self.assertFalse((await answer)["duplicate"])
         self.assertFalse((await self.inbox.push(_push("k0")))["duplicate"])
 
     async def test_draining(self) -> None:
-        """Draining answers what waits and refuses what comes."""
+        """Draining answers the waiting pushes and refuses new ones."""
         answers = [self.inbox.push(_push(f"k{i}")) for i in range(5)]
         drained = self.inbox.drain()
         self.failureResultOf(self.inbox.push(_push("late")), ShuttingDown)
@@ -335,7 +335,7 @@ class InboxTests(DatabaseTestCase):
 
 
 class _SlowDatabase:
-    """Holds every batch until it is told what became of it."""
+    """Holds every batch until the test ends it."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[list[Any], Deferred[Any]]] = []
@@ -356,10 +356,10 @@ class _SlowDatabase:
 
 
 class BatchTests(SynchronousTestCase):
-    """How pushes are put together."""
+    """How pushes are combined."""
 
     def setUp(self) -> None:
-        """Make an inbox on a database that takes its time."""
+        """Create an inbox on a slow database."""
         self.database = _SlowDatabase()
         self.counters, self.time = Counters(), task.Clock()
         self.inbox = Inbox(
@@ -370,18 +370,18 @@ class BatchTests(SynchronousTestCase):
         )
 
     def push_all(self, name: str, count: int) -> list[Deferred[Any]]:
-        """Push so many."""
+        """Push this many commands."""
         return [self.inbox.push(_push(f"{name}{i}")) for i in range(count)]
 
     @property
     def sizes(self) -> list[int]:
-        """How many pushes each transaction had."""
+        """Return the number of pushes in each transaction."""
         return [len(pushes) for pushes, _ in self.database.batches]
 
     def test_what_arrives_meanwhile_is_the_next_batch(self) -> None:
-        """A lone push goes at once; those that arrive meanwhile go together, and nobody is answered early.
+        """A lone push is sent at once; pushes that arrive meanwhile form the next batch, and none is answered early.
 
-        They are with the database while what came before is answered.
+        The next batch is sent to the database before the previous pushes are answered.
         """
         answers = self.push_all("k", 10)
         begun: list[int] = []
@@ -397,7 +397,7 @@ class BatchTests(SynchronousTestCase):
             self.successResultOf(answer)
 
     def test_few_that_come_together(self) -> None:
-        """After a batch, fewer than are worth a transaction wait for the end of the reactor's turn, and no longer."""
+        """After a batch, a small batch waits until the end of the reactor iteration, and no longer."""
         for few in (1, inbox.ENOUGH_PUSHES - 1):
             self.setUp()
             self.push_all("k", 3)
@@ -413,7 +413,7 @@ class BatchTests(SynchronousTestCase):
             self.successResultOf(answers[0])
 
     def test_enough_that_come_together(self) -> None:
-        """So many as are worth a transaction wait for no turn, and those that come meanwhile are told apart again."""
+        """Enough pushes start a transaction at once, and pushes that arrive meanwhile are counted separately."""
         self.push_all("k", 3)
         self.database.commit()
         self.database.commit()
@@ -426,7 +426,7 @@ class BatchTests(SynchronousTestCase):
         self.assertEqual(self.sizes, [1, 2, inbox.ENOUGH_PUSHES, inbox.ENOUGH_PUSHES])
 
     def test_few_that_came_while_many_were_committed(self) -> None:
-        """However few, the database has them before the many are answered, which takes its time."""
+        """Even a small batch is sent to the database before a large one is answered, which takes time."""
         _, *many = self.push_all("k", 1 + inbox.ENOUGH_PUSHES)
         self.database.commit()
         self.push_all("few", 1)
@@ -436,7 +436,7 @@ class BatchTests(SynchronousTestCase):
         self.assertEqual(begun, [1, inbox.ENOUGH_PUSHES, 1])
 
     def test_one_by_one(self) -> None:
-        """Where pushes come one by one again, they wait for nothing."""
+        """When pushes arrive one by one again, they do not wait."""
         self.push_all("k", 3)
         self.database.commit()
         self.database.commit()
@@ -463,7 +463,7 @@ class BatchTests(SynchronousTestCase):
         self.assertEqual(self.sizes[3:], [1, 2, 1])
 
     def test_waiting_is_bounded(self) -> None:
-        """Over the bound of waiting pushes or bytes, further ones are overloaded and told when to come again."""
+        """Over the limit of waiting pushes or bytes, further ones are refused as overloaded with a time to retry."""
         for name, bound in (("WAITING_PUSHES", 2), ("WAITING_BYTES", 20)):
             self.setUp()
             with mock.patch.object(inbox, name, bound):
@@ -476,7 +476,7 @@ class BatchTests(SynchronousTestCase):
                 self.assertNoResult(self.inbox.push(_push("later")))
 
     def test_an_unexpected_error(self) -> None:
-        """An error that nobody foresaw is told to all waiters as an incident, logged once, and stops nothing."""
+        """An unexpected error is reported to all waiting pushes as an incident, logged once, and stops nothing."""
         answer = self.inbox.push(_push("k"))
         self.database.batches[0][1].errback(ZeroDivisionError("secret"))
         error = self.failureResultOf(answer, InternalError).value
@@ -487,7 +487,7 @@ class BatchTests(SynchronousTestCase):
         self.successResultOf(answer)
 
     def test_incidents_are_bounded(self) -> None:
-        """Pushes that fail again and again for what nobody foresaw leave a few tracebacks, and then a count."""
+        """Pushes that fail repeatedly with unexpected errors cause a few tracebacks, and then a count."""
         with capturedLogs() as logs:
             for number in range(100):
                 answer = self.inbox.push(_push(f"k{number}"))
@@ -499,7 +499,7 @@ class BatchTests(SynchronousTestCase):
         self.assertEqual(formatEvent(logs[-1]), count)
 
     def test_who_is_told_stumbles(self) -> None:
-        """Where whoever is told of a COMMIT fails, the pushes are answered all the same, and the next ones too."""
+        """If the callback after a COMMIT fails, the pushes are answered nevertheless, and the next ones too."""
         self.inbox = Inbox(self.database, _REGISTRY, lambda: 1 // 0, reactor=self.time)  # type: ignore[arg-type]
         for _ in range(2):
             answer = self.inbox.push(_push("k"))
@@ -508,7 +508,7 @@ class BatchTests(SynchronousTestCase):
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 2)
 
     def test_drained_when_all_are_answered(self) -> None:
-        """Also where the next batch fails before the last one's pushes are answered."""
+        """Draining also ends if the next batch fails before the last one's pushes are answered."""
         answers = [self.inbox.push(_push(f"k{i}")) for i in range(2)]
         drained = self.inbox.drain()
         drained.addCallback(lambda _: [answer.called for answer in answers])
@@ -519,7 +519,7 @@ class BatchTests(SynchronousTestCase):
         self.failureResultOf(answers[1], DbUnavailable)
 
     def test_a_database_that_is_away(self) -> None:
-        """While the database is away every push is answered at once, and none is acked."""
+        """While the database is away every push is answered at once with an error."""
         gone = DatabaseUnavailable("gone")
         with mock.patch.object(self.database, "ask", lambda _, done: done(Failure(gone))):
             for i in range(3):

@@ -1,4 +1,4 @@
-"""Commands that kill the process they run in, and a process that is told to end while one runs."""
+"""Commands that kill their process, and a process that is stopped while a command runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twisted.internet.defer import inlineCallbacks
 from tests.support.roles import RoleTestCase, Server
 from tests.support.waiting import pause, poll
 
-#: A plug-in, as a user writes one: what kills, and what does not. A reaper is to be quick here.
+#: A plug-in of a user, with commands that kill and commands that do not. It also shortens the reaper's interval.
 _PLUGIN = """
 import os, re, signal, time
 from s2s.roles.server import reaper
@@ -61,7 +61,7 @@ class KillerTests(RoleTestCase):
     """A server, started again after each death."""
 
     def setUp(self) -> None:
-        """Make the table of effects, without a constraint that would hide a second one, and the plug-in."""
+        """Create the plug-in and the table of effects, without a constraint that would hide a second effect."""
         super().setUp()
         self.execute("create table public.effects (idem_key text)")
         self.keep_charged()
@@ -70,7 +70,7 @@ class KillerTests(RoleTestCase):
         (plugins / "careless.py").write_text(_PLUGIN)
 
     def insert(self, *keys: str, end: str = "") -> None:
-        """Store commands that are due."""
+        """Insert commands that are due."""
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload)"
             " select 'test.careless', key, jsonb_build_object('end', %s) from unnest(%s) key",
@@ -79,7 +79,7 @@ class KillerTests(RoleTestCase):
         )
 
     def state(self, key: str) -> tuple[str, int]:
-        """Give a command's status and attempts."""
+        """Return a command's status and attempts."""
         ((status, attempts),) = self.execute("select status, attempts from s2s.commands where idem_key = %s", key)
         return status, attempts
 
@@ -89,7 +89,7 @@ class KillerTests(RoleTestCase):
 
     @inlineCallbacks
     def dies_of(self, server: Server, attempts: int, status: str = "ready"):
-        """See it die, start it again, and see the killer charged once for it."""
+        """Wait until the server dies, start it again, and assert that the killer is charged once for the death."""
         yield poll(lambda: not server.is_running, "the death")
         self.assertEqual(self.state("killer"), ("ready", attempts - 1))
         yield server.start()
@@ -99,20 +99,20 @@ class KillerTests(RoleTestCase):
         self.assertTrue(server.is_running)
 
     def careless_server(self) -> Server:
-        """Make a server with the plug-in."""
+        """Create a server with the plug-in."""
         with mock.patch.dict(os.environ, PYTHONPATH=str(self.directory)):
             return self.server("--executor-workers", "2")
 
     @inlineCallbacks
     def goes_dead(self, end: str):
-        """Put a killer among others, let it die thrice, and see what is left."""
+        """Insert a killer among others, let it kill three times, and assert the final state."""
         server = self.careless_server()
         others = [f"other {number}" for number in range(20)]
         self.insert(*others[:10])
         self.insert("killer", end=end)
         self.insert(*others[10:])
         yield server.start()
-        # All were in one batch, and are charged alike.
+        # All commands were in one batch, and are charged alike.
         yield self.dies_of(server, 1)
         self.assertEqual(self.execute("select deaths from s2s.commands where idem_key = 'killer'"), [(1,)])
         self.execute("update s2s.commands set attempts = 9 where idem_key = 'killer'")
@@ -130,21 +130,21 @@ class KillerTests(RoleTestCase):
         yield poll(all_done, "all others are done")
         self.assertEqual(sorted(key for (key,) in self.execute("select * from public.effects")), sorted(others))
         self.assertLessEqual(max(self.state(other)[1] for other in others), 3)
-        # It goes on as if nothing had been.
+        # The server goes on as before.
         self.insert("one more")
         yield poll(lambda: self.state("one more")[0] == "done", "the next command")
 
     def test_exit(self):
-        """One that ends the process alone is charged as a failure: dead after ten, and all others run once."""
+        """A command that ends its process is charged, dead after ten attempts, and all others run once."""
         return self.goes_dead("exit")
 
     def test_kill(self):
-        """So is one by which the process is killed without a last word."""
+        """A command whose process is killed by a signal is charged likewise."""
         return self.goes_dead("kill")
 
     @inlineCallbacks
     def test_a_fork_that_goes_on(self):
-        """A process that a handler forks and does not end never goes on as a copy of the server, on its connections."""
+        """A process that a handler forks and does not end never goes on as a copy of the server on its connections."""
         server = self.careless_server()
         self.insert("before")
         self.insert("exits", end="fork and exit")
@@ -159,7 +159,7 @@ class KillerTests(RoleTestCase):
 
     @inlineCallbacks
     def test_hold_the_interpreter(self):
-        """A handler that holds the interpreter in C costs its process, which says where, and not the next commands."""
+        """A handler that holds the interpreter in C costs its process, which logs where, and not the next commands."""
         server = self.careless_server()
         self.insert("killer", end="hold the interpreter")
         yield server.start()
@@ -172,7 +172,7 @@ class KillerTests(RoleTestCase):
 
     @inlineCallbacks
     def test_compute_and_stand_still(self):
-        """A handler that computes in Python costs no process, and neither does a stop by a supervisor."""
+        """Neither a handler that computes in Python nor a stop by a supervisor ends the process."""
         server = self.careless_server()
         self.insert("busy", end="compute in Python")
         yield server.start()
@@ -186,7 +186,7 @@ class KillerTests(RoleTestCase):
 
     @inlineCallbacks
     def ends_in_time(self, end: str):
-        """Tell a server to end while a command sleeps, and see that nothing came of the command."""
+        """Stop a server while a command sleeps, and assert that the command has no effect."""
         server = self.careless_server()
         yield server.start()
         self.insert("sleeper", end=end)
@@ -198,16 +198,16 @@ class KillerTests(RoleTestCase):
         began = time.monotonic()
         server.terminate()
         yield poll(lambda: not server.is_running, "the end")
-        # The grace, what follows it, and a busy machine.
+        # The grace, the time after it, and a margin for a busy machine.
         self.assertTrue(5 <= time.monotonic() - began < 10)
         server.assert_ended_well()
         self.assertEqual((self.state("sleeper"), self.count("batch_notes")), (("ready", 0), 0))
         self.assertEqual(self.count("effects"), 0)
 
     def test_told_to_end_while_a_command_is_in_sql(self):
-        """Past the grace running SQL is cancelled and rolled back; nobody is charged, and the exit code is 0."""
+        """After the grace running SQL is cancelled and rolled back; no command is charged, and the exit code is 0."""
         return self.ends_in_time("sleep in the database")
 
     def test_told_to_end_while_a_command_is_in_python(self):
-        """A handler that nothing can cancel is left behind; what it did is rolled back, and nobody is charged."""
+        """A handler that cannot be cancelled is abandoned; its work is rolled back, and no command is charged."""
         return self.ends_in_time("sleep in Python")

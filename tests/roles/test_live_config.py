@@ -1,4 +1,4 @@
-"""Settings: the tables hold the rules, whoever writes (docs/protocol.rst, "Configuration")."""
+"""Settings: the tables enforce the rules for every writer (docs/protocol.rst, "Configuration")."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TableTests(DatabaseTestCase):
             return table.change(txn, key, value, "a test")
 
     def snapshot(self) -> Snapshot:
-        """Read all."""
+        """Read the snapshot."""
         with blocking(self.url) as txn:
             return table.read(txn)
 
@@ -41,7 +41,7 @@ class TableTests(DatabaseTestCase):
         self.assertEqual(self.snapshot(), Snapshot(0, {each.key: each.default for each in SETTINGS}))
 
     def test_declared_again(self) -> None:
-        """Declaring the settings again keeps what was set, and brings descriptions up to date."""
+        """Declaring the settings again keeps the set values, and updates descriptions."""
         self.change("relay.window", 3)
         self.execute("update s2s.config set description = 'old' where key = 'relay.window'")
         with blocking(self.url) as txn:
@@ -51,7 +51,7 @@ class TableTests(DatabaseTestCase):
         self.assertEqual(self.snapshot().version, 1)
 
     def test_versions(self) -> None:
-        """Every change is the next version and a line of the history; what changes nothing is neither."""
+        """Every change has the next version and a row in the history; a write of the same value has neither."""
         self.assertEqual(self.change("relay.window", 3), 1)
         self.assertIsNone(self.change("relay.window", 3))
         self.assertEqual(self.change("link.idle_s", 5), 2)
@@ -73,7 +73,7 @@ class TableTests(DatabaseTestCase):
         self.assertEqual(self.snapshot().version, 3)
 
     def test_refused(self) -> None:
-        """A wrong type, a value out of bounds and an unknown key are refused in one line, and nothing has changed."""
+        """A wrong type, a value out of bounds or an unknown key is refused in one line, and nothing changes."""
         for key, value, why in (
             ("relay.window", 0, "relay.window must be from 1 to 1024"),
             ("relay.window", 1025, "relay.window must be from 1 to 1024"),
@@ -91,7 +91,7 @@ class TableTests(DatabaseTestCase):
         self.assertEqual((self.snapshot().version, self.execute("select * from s2s.config_history")), (0, []))
 
     def test_texts_and_booleans(self) -> None:
-        """Settings of users may be texts, whose length is bounded, and booleans."""
+        """Settings of users may be texts of bounded length, and booleans."""
         self.execute("insert into s2s.config (key, value, type, min, max) values ('motd', '\"hi\"', 'string', 1, 5)")
         self.execute("insert into s2s.config (key, value, type) values ('open', 'true', 'boolean')")
         self.assertEqual((self.change("motd", "hello"), self.change("open", False)), (1, 2))
@@ -102,7 +102,7 @@ class TableTests(DatabaseTestCase):
         self.assertEqual((values["motd"], values["open"]), ("hello", False))
 
     def test_no_gaps(self) -> None:
-        """Many who change at once, some of whom roll back, leave versions without a gap, in step with the history."""
+        """Concurrent changes, some rolled back, leave versions without a gap, in step with the history."""
 
         def work(number: int) -> None:
             connection = psycopg2.connect(self.url)
@@ -129,9 +129,9 @@ class TableTests(DatabaseTestCase):
 
 
 class _FakeDatabase:
-    """Answers with what the test says, when it says so.
+    """A database whose reads the test answers.
 
-    :ivar make: makes the answer to the next read.
+    :ivar make: creates the answer to the next read.
     """
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class LiveConfigTests(SynchronousTestCase):
     """:class:`s2s.roles.live_config.LiveConfig` and :class:`s2s.store.refresher.Refresher`."""
 
     def setUp(self) -> None:
-        """Make one of version 1."""
+        """Create settings of version 1."""
         self.database = _FakeDatabase()
         self.time = FakeClock()
         self.config = LiveConfig(self.database, Clock(self.time), Snapshot(1, {"relay.window": 9}))  # type: ignore[arg-type]
@@ -155,13 +155,13 @@ class LiveConfigTests(SynchronousTestCase):
         self.config.watchers.append(lambda config: self.told.append(config.version))
 
     def test_values(self) -> None:
-        """The table's value, else the default of a setting that the table lacks, else a KeyError."""
+        """A value is the table's, else the default of a setting that the table lacks, else a KeyError."""
         self.assertEqual((self.config["relay.window"], self.config.number("relay.window")), (9, 9))
         self.assertEqual(self.config["link.idle_s"], 10)
         self.assertRaises(KeyError, self.config.__getitem__, "no.such")
 
     def test_changes(self) -> None:
-        """What is new is in force for the watchers at once; what is not new is not told."""
+        """The watchers are called for a new snapshot at once, and not for an equal one."""
         done = self.config.read_now()
         self.database.reads[0].callback(Snapshot(2, {"relay.window": 8}))
         self.successResultOf(done)
@@ -172,7 +172,7 @@ class LiveConfigTests(SynchronousTestCase):
         self.assertEqual(self.told, [2])
 
     def test_what_is_told(self) -> None:
-        """A change has a line whose length is bounded, without what a log or a terminal obeys."""
+        """A change has a line of bounded length, without control characters of logs and terminals."""
         with capturedLogs() as logs:
             for version, value in enumerate(("\x1b[2J\n" + "x" * 100_000, 8), 2):
                 done = self.config.read_now()
@@ -183,7 +183,7 @@ class LiveConfigTests(SynchronousTestCase):
         self.assertIn("(was 9)", formatEvent(logs[0]))
 
     def test_one_read_at_a_time(self) -> None:
-        """Who asks during a read gets the next one, which all of them share: what changed meanwhile is in it."""
+        """Requests during a read share the next one, which contains the changes made meanwhile."""
         first = self.config.read_now()
         second, third = self.config.read_now(), self.config.read_now()
         self.assertEqual(len(self.database.reads), 1)
@@ -197,7 +197,7 @@ class LiveConfigTests(SynchronousTestCase):
         self.assertEqual((self.config.version, len(self.database.reads)), (3, 2))
 
     def test_away(self) -> None:
-        """While the database is away what was read last stays; who asked is told, and the poll says nothing."""
+        """While the database is away the last settings stay; a request fails, and the poll logs nothing."""
         done = self.config.read_now()
         self.database.reads[0].errback(DatabaseUnavailable("away"))
         self.failureResultOf(done, DatabaseUnavailable)
@@ -206,11 +206,11 @@ class LiveConfigTests(SynchronousTestCase):
         self.assertEqual((self.config.version, self.flushLoggedErrors()), (1, []))
 
     def test_poll(self) -> None:
-        """It looks by itself now and then, in case a NOTIFY was lost, until it is stopped."""
+        """The settings are polled in case a NOTIFY was lost, until the stop."""
         self.database.make = lambda: fail(DatabaseUnavailable(""))
         self.config.start()
         self.assertEqual(len(self.database.reads), 1)
-        # What has failed is tried again soon.
+        # A failed read is retried soon.
         self.time.advance(RETRY_S)
         self.assertEqual(len(self.database.reads), 2)
         self.database.make = lambda: succeed(Snapshot(1, {"relay.window": 9}))

@@ -1,4 +1,4 @@
-"""Keys in memory: read again when told, when asked and now and then, and kept while the database is away."""
+"""Keys in memory: read again on NOTIFY, on request and periodically, and kept while the database is away."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def _row(key_id: str = "k1", key_b64: str = _B64, since: float = 0.0, until: flo
 
 
 class _Database:
-    """Reads that end when the test says so.
+    """A database whose reads the test ends.
 
-    :ivar reads: those under way.
-    :ivar began: when each began, in the clock's seconds.
-    :ivar ahead_s: how far the database's clock is ahead of ours.
+    :ivar reads: the reads in progress.
+    :ivar began: the time at which each read began, in the clock's seconds.
+    :ivar ahead_s: seconds by which the database's clock is ahead of the process's clock.
     """
 
     ahead_s = 0.0
@@ -47,7 +47,7 @@ class _Database:
 
     @property
     def now(self) -> float:
-        """What the database's clock shows."""
+        """Return the time of the database's clock."""
         return self._time.seconds() + self.ahead_s
 
     def answer(self, *rows: KeyRow) -> None:
@@ -63,14 +63,14 @@ class LiveKeysTests(SynchronousTestCase):
     """:class:`LiveKeys`."""
 
     def setUp(self) -> None:
-        """Make keys that were read once before the start."""
+        """Create keys that were read once before the start."""
         self.time = FakeClock()
         self.time.advance(1000)
         self.database = _Database(self.time)
         self.keys = LiveKeys(self.database, Clock(self.time, self.time.seconds), [_row("k1")])  # type: ignore[arg-type]
 
     def known(self) -> list[str]:
-        """Give the names of the keys in memory."""
+        """Return the names of the keys in memory."""
         return [key_id for key_id in ("k1", "k2", "k3") if key_id in self.keys.keyring]
 
     def start(self) -> None:
@@ -81,7 +81,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.database.began.clear()
 
     def test_before_the_start(self) -> None:
-        """The keys read before the start are in force, and nothing is read."""
+        """The keys read before the start are in force, and the table is not read."""
         self.assertEqual((self.known(), self.database.began), (["k1"], []))
 
     def test_polls(self) -> None:
@@ -95,7 +95,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual(self.database.began, [1000, 1005, 1010, 1015])
 
     def test_a_notify(self) -> None:
-        """A change is read at once, and a storm of changes ten times a second at most."""
+        """A change is read at once, and many changes are read ten times a second at most."""
         self.start()
         self.time.advance(1)
         self.keys.notify()
@@ -111,7 +111,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertGreater(len(self.database.began), 9)
 
     def test_asked(self) -> None:
-        """Asked, the table is read once a second at most, for all who ask."""
+        """On request the table is read once a second at most, for all requests."""
         self.start()
         self.time.advance(1)
         first = self.keys.refresh()
@@ -130,7 +130,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual(self.database.began, [1001, 1002])
 
     def test_asked_while_a_read_is_under_way(self) -> None:
-        """Who asks during a read waits for the next, since the key may have come after that read began."""
+        """A request during a read waits for the next read, since the key may have come after the first one began."""
         self.start()
         self.time.advance(1)
         first = self.keys.refresh()
@@ -145,7 +145,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual(self.known(), ["k2"])
 
     def test_a_change_while_a_read_is_under_way(self) -> None:
-        """A change during a read is read after it, soon, even if someone less urgent asked before."""
+        """A change during a read is read soon after it, even after a less urgent request."""
         self.start()
         self.time.advance(1)
         self.keys.notify()
@@ -159,7 +159,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.successResultOf(waiter)
 
     def test_a_change_brings_a_waiting_read_forward(self) -> None:
-        """A change is not kept waiting by a read that somebody asked for and that may only begin in a second."""
+        """A change brings a requested read forward that would begin only in a second."""
         self.start()
         waiter = self.keys.refresh()
         self.time.advance(0.5)
@@ -170,7 +170,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual(self.database.began, [1000.5])
 
     def test_who_waits_no_more(self) -> None:
-        """One that gave up during the read that it waited for keeps the others from nothing."""
+        """A caller that gave up during the read that it waited for does not affect the others."""
         self.start()
         again = self.keys._refresher.read_now
         first, second = again(1.0), again(1.0)
@@ -184,7 +184,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual(self.known(), ["k2"])
 
     def test_who_waits_no_longer_than_a_deadline(self) -> None:
-        """A deadline of one that asked is no failure of the read, and has no line."""
+        """A deadline of a caller is no failure of the read, and is not logged."""
         self.start()
         for _ in range(3):
             waiter = self.keys.refresh().addTimeout(3, self.time)
@@ -193,7 +193,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual(self.flushLoggedErrors(), [])
 
     def test_the_database_is_away(self) -> None:
-        """While the database is away the keys read last stay, and who asked is told to go on."""
+        """While the database is away the keys read last stay, and waiting callers are released."""
         self.start()
         self.time.advance(1)
         waiter = self.keys.refresh()
@@ -206,7 +206,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual(self.known(), ["k2"])
 
     def test_a_surprise_is_told(self) -> None:
-        """What nobody expects of a read is in the log, once a minute, and the keys and the polls stay."""
+        """An unexpected error of a read is logged once a minute, and the keys and the polls stay."""
         self.start()
         for lines in (1, 0):
             self.time.advance(5)
@@ -224,7 +224,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual(self.known(), ["k2"])
 
     def test_stop(self) -> None:
-        """After the stop nothing is read, no timer is left, and nobody waits for ever."""
+        """After the stop the table is not read, no timer is left, and no caller waits for ever."""
         self.start()
         waiter = self.keys.refresh()
         self.keys.stop()
@@ -233,7 +233,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual((self.database.began, self.time.getDelayedCalls()), ([], []))
 
     def test_stop_during_a_read(self) -> None:
-        """A change that came during the last read leads to none after the stop."""
+        """A change that came during the last read leads to no read after the stop."""
         self.start()
         self.time.advance(1)
         self.keys.notify()
@@ -246,7 +246,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual((self.database.began, self.time.getDelayedCalls()), ([1001], []))
 
     def test_told_after_the_stop(self) -> None:
-        """A NOTIFY that still comes after the stop leads to no read, and who asks then does not wait."""
+        """A NOTIFY after the stop leads to no read, and a later request does not wait."""
         self.start()
         self.keys.stop()
         self.keys.notify()
@@ -255,7 +255,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual((self.database.began, self.time.getDelayedCalls()), ([], []))
 
     def test_rows_that_nobody_can_read(self) -> None:
-        """What goes wrong with rows that were read is in the log as well, and the keys stay."""
+        """An error in the evaluation of the rows is logged as well, and the keys stay."""
         self.start()
         self.time.advance(5)
         self.database.answer(None)  # type: ignore[arg-type]
@@ -263,7 +263,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual(self.known(), ["k1"])
 
     def test_unusable_rows(self) -> None:
-        """A row with a bad secret is told once, by its name and without its secret, and the others are used."""
+        """A row with a bad secret is logged once, by its name and without its secret, and the others are used."""
         lines: list[str] = []
         observer = lambda event: lines.append(event["log_format"].format(**event))  # noqa: E731
         globalLogPublisher.addObserver(observer)
@@ -280,7 +280,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertNotIn("aHVud", "".join(lines))
 
     def test_the_clocks_differ(self) -> None:
-        """What the database dates now() begins or ends here at once, whichever clock is ahead, and the rest on time."""
+        """A key dated now() begins or ends here at once, whichever clock is ahead, and the others on time."""
         for self.database.ahead_s in (120.0, -120.0, 0.0):
             self.keys.notify()
             self.time.advance(1)
@@ -294,7 +294,7 @@ class LiveKeysTests(SynchronousTestCase):
             self.assertEqual(self.verify(), ["k2"])
 
     def test_an_answer_that_comes_late(self) -> None:
-        """What had ended when the rows were read has ended however long they were on their way."""
+        """A key that had ended when the rows were read has ended, however late the rows arrive."""
         self.keys.notify()
         self.time.advance(0)
         table = KeyTable([_row("k1", until=self.database.now), _row("k2", since=self.database.now)], self.database.now)
@@ -303,7 +303,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual(self.verify(), ["k2"])
 
     def test_no_rounding_revives_a_key(self) -> None:
-        """At no reading of either clock does a key that ends now, or ended a moment ago, verify."""
+        """At no reading of either clock does a key verify that ends now, or ended a moment ago."""
         for step in range(2000):
             now, ours = 1_790_000_000 + step * 0.123457, 1_790_000_000 + step * 1.000003
             for row in KeyTable([_row(until=now, since=now), _row(until=now - 1e-6)], now).by_clock(ours):
@@ -311,7 +311,7 @@ class LiveKeysTests(SynchronousTestCase):
                 self.assertLessEqual(row.active_from, ours)
 
     def test_the_watchers_are_told(self) -> None:
-        """With no NOTIFY at all the poll finds that a key has ended, and tells whoever closes its links."""
+        """Without any NOTIFY the poll detects that a key has ended, and notifies the watcher that closes its links."""
         told: list[bool] = []
         self.keys.watchers.append(lambda keyring: told.append(keyring.why_inactive("k1", self.time.seconds()) is None))
         self.start()
@@ -322,7 +322,7 @@ class LiveKeysTests(SynchronousTestCase):
         self.assertEqual(told, [True, False, False])
 
     def verify(self) -> list[str]:
-        """Give the names of the keys that verify now."""
+        """Return the names of the keys that verify now."""
         return [
             key_id for key_id in self.known() if self.keys.keyring.why_inactive(key_id, self.time.seconds()) is None
         ]

@@ -1,4 +1,4 @@
-"""The runner of orders: what an engine makes of them, whatever becomes of their work, the database and the engine."""
+"""The runner of orders: their outcomes under failures of their work, the database and the engine."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ SECTOR = "world.set_sector_status.v1"
 
 
 class _Kind(OrderHandler):
-    """An order that does what a test wants."""
+    """An order that runs a function of the test."""
 
     def __init__(self, rpc: str, work: Work, rests: bool = False) -> None:
         self.rpc, self.rests = rpc, rests  # type: ignore[misc]
         self._work = work
 
     def run(self, txn: Cursor, order: OrderRun) -> Outcome:
-        """Note the step, and do the work."""
+        """Record the step, and call the function."""
         txn.execute(
             "insert into public.effects (order_id, state) values (%s, %s)", (order.order_id, str(dict(order.state)))
         )
@@ -59,7 +59,7 @@ class OrderRunnerTests(DatabaseTestCase):
     """:class:`OrderRunner` on a real database."""
 
     def setUp(self) -> None:
-        """Make a table in which every step is noted that took effect."""
+        """Create a table in which every step that took effect is recorded."""
         super().setUp()
         self.execute("create table public.effects (n serial, order_id text, state text)")
         self.patch(poll_loop, "POLL_S", 0.05)
@@ -79,9 +79,9 @@ class OrderRunnerTests(DatabaseTestCase):
     ) -> OrderRunner:
         """Start a runner, with a pool of its own, that ends with the test.
 
-        :param work: of an order about a sector.
-        :param ticks: of a forced tick.
-        :param kinds: in place of these two.
+        :param work: the work of an order about a sector.
+        :param ticks: the work of a forced tick.
+        :param kinds: handlers in place of these two.
         """
         database, handlers = self.pools("s2s-orders", timeout_s=timeout_s)
         kinds = kinds or {SECTOR: _Kind(SECTOR, work), TICK: _Kind(TICK, ticks, rests=True)}
@@ -99,7 +99,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.execute("insert into s2s.orders (order_id, rpc, params) values (%s, %s, %s::jsonb)", order_id, rpc, text)
 
     def row(self, order_id: str, columns: str = "status, result") -> tuple[Any, ...]:
-        """Give columns of an order's row."""
+        """Return columns of an order's row."""
         return self.execute(f"select {columns} from s2s.orders where order_id = %s", order_id)[0]
 
     def over(self, *order_ids: str) -> Deferred[Any]:
@@ -108,11 +108,11 @@ class OrderRunnerTests(DatabaseTestCase):
         return poll(lambda: not self.execute(query, list(order_ids)), f"{order_ids} are over")
 
     def steps(self) -> list[tuple[str, str]]:
-        """Give id and state of every step that took effect, in their order."""
+        """Return id and state of every step that took effect, in their order."""
         return self.execute("select order_id, state from public.effects order by n")
 
     async def test_a_job_of_another_engine(self) -> None:
-        """An order to run a job is left to an engine that has the job, and refused where none has taken it in time."""
+        """An order to run a job is left to an engine with the job, and refused if none takes it in time."""
 
         class Other(Job):
             job_type, schedule = "test.other", "every:60s"
@@ -148,7 +148,7 @@ class OrderRunnerTests(DatabaseTestCase):
     # --- outcomes ---------------------------------------------------------------------------------------------------
 
     async def test_outcomes(self) -> None:
-        """What an order comes to is in its row; what it did is undone where it is refused, fails or cannot be told."""
+        """The outcome of an order is in its row; its work is undone if it is refused, fails or has a bad result."""
 
         def work(txn: Cursor, order: OrderRun) -> Outcome:
             match order.params["sector_id"]:
@@ -198,16 +198,16 @@ class OrderRunnerTests(DatabaseTestCase):
                     self.assertTrue(result["message"].startswith(message), result)
         self.assertEqual(self.row("o1"), ("done", {"sector": 1}))
         self.assertEqual(self.row("o2")[1]["details"], {"path": "/payload/sector_id"})
-        # A commit is refused, and nothing of it stays.
+        # The commit is refused, and none of the work stays.
         self.assertEqual({order_id for order_id, _ in self.steps()}, {"o1"})
 
     async def test_written_by_hand(self) -> None:
-        """A row of any hand is judged by the schema of its request; one of another release is left alone."""
+        """A row written by hand is checked by the schema of its request; one of another release is left alone."""
         self.give("extra", colour="red")
         self.give("boolean", sector_id=True)
         self.give("float", sector_id=1.5)
         self.execute("insert into s2s.orders (order_id, rpc, params) values ('later', 'world.end.v9', '{}')")
-        # What Python cannot even read.
+        # JSON that Python cannot even read.
         for order_id, text in (("huge", '{"sector_id": 1e400}'), ("deep", '{"a":' * 1100 + "1" + "}" * 1100)):
             self.execute("insert into s2s.orders (order_id, rpc, params) values (%s, %s, %s)", order_id, SECTOR, text)
         self.give("good")
@@ -231,7 +231,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual(self.steps(), [("good", "{}")])
 
     async def test_lines_are_bounded(self) -> None:
-        """However many orders come, a minute has a bounded number of lines, and the rest is told as a count."""
+        """However many orders come, the lines of a minute are bounded, and the others are counted."""
         self.patch(order_runner, "MOST_LINES", 5)
         self.execute(
             "insert into s2s.orders (order_id, rpc, params)"
@@ -240,7 +240,7 @@ class OrderRunnerTests(DatabaseTestCase):
         )
         with capturedLogs() as logs:
             runner = self.start()
-            # The row says so a moment before the runner does.
+            # The row has the status a moment before the runner counts it.
             await poll(lambda: runner.over["done"] == 20, "every order is over")
             await runner.stop()
         lines = [str(formatEvent(event)) for event in logs]
@@ -248,7 +248,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertIn("further orders: 15 done: see s2s order list", lines)
 
     async def test_an_actor_of_any_hand(self) -> None:
-        """An actor that was written into the table, however long, makes a line that a log can bear."""
+        """An actor that was written into the table by hand, however long, makes a harmless line."""
         self.give("o")
         self.execute("update s2s.orders set actor = e'\\x1b[31m' || repeat('x', 2000)")
         with capturedLogs() as logs:
@@ -259,7 +259,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertTrue(line.isprintable())
 
     async def test_a_step_that_fails(self) -> None:
-        """What fails after a step was committed has failed, and is not refused; that step stays."""
+        """An order that fails after a committed step has failed, and is not refused; that step stays."""
 
         def work(_: Cursor, order: OrderRun) -> Outcome:
             if order.state:
@@ -273,7 +273,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual(self.steps(), [("o", "{}")])
 
     async def test_spoiled(self) -> None:
-        """What a database spoils, as a deadlock does, is tried again until it gets on."""
+        """A step that the database makes fail, as by a deadlock, is retried until it succeeds."""
         tries: list[int] = []
 
         def work(txn: Cursor, order: OrderRun) -> Outcome:
@@ -288,7 +288,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual((self.row("heals", "status, attempts"), len(tries)), (("done", 4), 4))
 
     async def test_it_does_not_get_on(self) -> None:
-        """An order under which process after process has died is given up."""
+        """An order during which one process after another has died is given up."""
         self.give("o")
         self.execute("update s2s.orders set attempts = %s", order_runner.MOST_ATTEMPTS)
         self.start(lambda *_: None)
@@ -298,7 +298,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual(self.steps(), [])
 
     async def test_errors_that_cannot_be_told(self) -> None:
-        """Whatever a plug-in raises, the order is over at once, and says as much as can be said."""
+        """Whatever a plug-in raises, the order is over at once, with as much of the error as can be stored."""
 
         class Silent(Exception):
             def __str__(self) -> str:
@@ -326,7 +326,7 @@ class OrderRunnerTests(DatabaseTestCase):
     # --- who runs it ------------------------------------------------------------------------------------------------
 
     async def test_a_row_that_cannot_be_changed(self) -> None:
-        """An order whose row a trigger does not let change is told of by its id, and those behind it run."""
+        """An order whose row a trigger protects is named by its id, and those behind it run."""
         self.execute(
             "create function keep() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.order_id in ('first', 'begun') and (new.order_id = 'first' or new.status <> 'queued')"
@@ -370,7 +370,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertGreater(len(self.execute("select distinct engine from public.runners")), 1)
 
     async def test_one_after_the_other(self) -> None:
-        """One engine does orders in the order in which they were given, forced ticks among them."""
+        """One engine runs orders in the order in which they were given, including forced ticks."""
         for number in range(60):
             self.give(f"{number:02}", TICK if number % 3 else SECTOR)
 
@@ -400,7 +400,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual(self.row("long")[0], "running")
 
     async def test_long_ones_pass_short_ones(self) -> None:
-        """However many short orders come, a long one gets on: here with slices of one step."""
+        """Many short orders do not stop a long one; here a slice has one step."""
         self.patch(order_runner, "SLICE_S", 0.0)
         self.give("long")
         for number in range(200):
@@ -415,12 +415,12 @@ class OrderRunnerTests(DatabaseTestCase):
         await poll(lambda: self.row("long")[0] == "done", "it is done")
         await self.over(*(f"short-{number}" for number in range(200)))
         places = [place for place, (order_id, _) in enumerate(self.steps()) if order_id == "long"]
-        # It has its turn, and the next when all that waited then have had theirs; two lines may overlap.
+        # The long order gets its next turn after all orders that waited then; two workers may overlap.
         self.assertLess(places[0], 5)
         self.assertGreater(places[-1], 150)
 
     async def test_one_that_hangs(self) -> None:
-        """An order whose work hangs does not hold up the others; the stop waits for it."""
+        """A hanging order does not delay the others; the stop waits for it."""
         go_on = threading.Event()
         self.addCleanup(go_on.set)
 
@@ -432,7 +432,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.give("behind", TICK)
         runner = self.start(lambda *_: None, ticks=hang)
         await poll(lambda: self.condition._jobs, "it hangs")
-        # Its lock is lost, as when the database ends the connection of a transaction that does nothing.
+        # Its lock is lost, as when the database ends the connection of an idle transaction.
         self.execute(
             "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-orders handlers'"
             " and state = 'idle in transaction'"
@@ -448,7 +448,7 @@ class OrderRunnerTests(DatabaseTestCase):
         await stopped
 
     async def test_paused(self) -> None:
-        """A paused engine refuses a forced tick, leaves one that runs where it is, and takes other orders."""
+        """A paused engine refuses a forced tick, suspends a running one, and runs other orders."""
         self.give("runs", TICK)
         runner = self.start(lambda *_: None, ticks=_for_ever)
         await poll(lambda: self.row("runs")[0] == "running", "it runs")
@@ -463,13 +463,13 @@ class OrderRunnerTests(DatabaseTestCase):
             self.row("late"), ("refused", {"code": "paused", "message": "the engine is paused: resume it first"})
         )
         self.assertEqual((self.row("other")[0], self.row("runs")[0]), ("done", "running"))
-        # One step may have been under way.
+        # One step may have been in progress.
         self.assertLessEqual(len(self.steps()), len(steps) + 2)
         self.condition.wanted = "running"
         await poll(lambda: len(self.steps()) > len(steps) + 4, "it goes on")
 
     async def test_starting(self) -> None:
-        """Nothing is run until it is known what is wanted of the engine."""
+        """No order runs until the wanted state of the engine is known."""
         self.condition.wanted = None
         self.give("o")
         runner = self.start(lambda *_: None)
@@ -482,7 +482,7 @@ class OrderRunnerTests(DatabaseTestCase):
     # --- over the link ----------------------------------------------------------------------------------------------
 
     async def test_by_link(self) -> None:
-        """With a link the table is left to it for a while; what comes over it is run and answered at once."""
+        """With a link an order in the table is left to the link for a while; an order over the link runs at once."""
         self.has_link = True
         self.give("table")
         runner = self.start(lambda *_: {"ran": 1})
@@ -491,7 +491,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual((order.status, order.result), ("done", {"ran": 1}))
         self.assertEqual(self.row("linked", "actor, way, engine"), ("key:k1", "link", "engine-1"))
         self.assertEqual(self.row("table")[0], "queued")
-        # Of one that is in the table already it is the same order.
+        # An order over the link that is already in the table is the same order.
         order = await runner.take("table", SECTOR, params, "key:k1")
         self.assertEqual((order.status, self.row("table", "way, actor")), ("done", ("link", self.user())))
         self.assertEqual((await runner.take("table", SECTOR, params, "key:k1")).result, {"ran": 1})
@@ -501,7 +501,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual(len(self.steps()), 2)
 
     async def test_none_overtakes_over_the_link(self) -> None:
-        """Orders that come over the link are run as they came, however long it takes to write one down."""
+        """Orders over the link run in the order of their arrival, however long it takes to store one."""
         self.has_link = True
         write = table.give
 
@@ -520,7 +520,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual([order_id for order_id, _ in self.steps()], ids)
 
     async def test_by_link_while_it_runs(self) -> None:
-        """An order of the table that comes over the link while its first step runs holds up no other order."""
+        """An order in the table that also comes over the link during its first step delays no other order."""
         self.patch(order_runner, "ANSWER_S", 0.3)
         begun, go_on = threading.Event(), threading.Event()
         self.addCleanup(go_on.set)
@@ -543,11 +543,11 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual((self.row("table", "way"), self.row("next", "way")), (("table",), ("link",)))
 
     def user(self) -> str:
-        """Give the database's user."""
+        """Return the database's user."""
         return str(self.execute("select session_user")[0][0])
 
     async def test_answered_in_time(self) -> None:
-        """An order that is not over in time is answered with how it is by then, whoever asks, and however often."""
+        """An order that is not over in time is answered with its current state, to every request."""
         self.patch(order_runner, "ANSWER_S", 0.3)
         runner = self.start(_for_ever)
         params = {"sector_id": 1, "status": "neutral"}
@@ -559,7 +559,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual(runner._waiters, {})
 
     async def test_draining(self) -> None:
-        """An engine that drains takes no new order, and tells of those that there are."""
+        """A draining engine takes no new order, and answers requests for known ones."""
         self.give("old")
         runner = self.start(_for_ever)
         await poll(self.steps, "it runs")
@@ -573,7 +573,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual(self.execute("select order_id from s2s.orders"), [("old",)])
 
     async def test_stopped(self) -> None:
-        """A stop ends after the step in hand, and whoever waits for the order is answered."""
+        """A stop ends after the current step, and waiting requests are answered."""
         runner = self.start(_for_ever)
         asked = Deferred.fromCoroutine(runner.take("long", SECTOR, {"sector_id": 1, "status": "neutral"}, "key:k1"))
         await poll(self.steps, "it runs")

@@ -1,4 +1,4 @@
-"""Orders that were given to the database, on their way over a link."""
+"""Orders of the database on their way over a link."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class _Link:
 
 
 class _Database:
-    """A database that says what the test wants."""
+    """A database whose results the test sets."""
 
     def __init__(self) -> None:
         self.queued: list[Order] = []
-        #: What came over the link as the end of an order.
+        #: The ends of orders that came over the link.
         self.ended: list[tuple[Any, ...]] = []
         self.is_away = False
         self.looks = 0
@@ -68,7 +68,7 @@ class CourierTests(SynchronousTestCase):
     """:class:`OrderSender`."""
 
     def setUp(self) -> None:
-        """Start one, with two engines linked."""
+        """Start an order sender, with two engines linked."""
         self.time = FakeClock()
         self.database = _Database()
         self.first, self.second = _Link("first"), _Link("second")
@@ -79,12 +79,12 @@ class CourierTests(SynchronousTestCase):
         self.links.engines = [self.first, self.second]
 
     def give(self, *order_ids: str) -> None:
-        """Have orders in the table."""
+        """Put orders into the table."""
         params = {"sector_id": 1, "status": "neutral"}
         self.database.queued += [Order(each, SECTOR, params, "me", "queued", None, {}, 0, 0) for each in order_ids]
 
     def test_in_turn(self) -> None:
-        """Each order goes to one engine, and the engines take turns; its params go with its id."""
+        """Each order is sent to one engine, and the engines take turns; the params are sent with the id."""
         self.give("a", "b", "c")
         self.courier.wake()
         self.assertEqual((self.first.sent, self.second.sent), (["a", "c"], ["b"]))
@@ -111,9 +111,9 @@ class CourierTests(SynchronousTestCase):
         self.assertIn("longer than a frame", result["message"])
 
     def test_refused_again_and_again(self) -> None:
-        """An order that may succeed later, its engine says without an end, has failed after a number of answers.
+        """An order whose engines always reply that it may succeed later fails after a number of replies.
 
-        One of an engine that is paused waits for the operator who has paused it.
+        An order of a paused engine waits for the operator who has paused it.
         """
         self.give("a")
         self.links.engines = [self.first]
@@ -128,7 +128,7 @@ class CourierTests(SynchronousTestCase):
         self.assertIn("refused 20 times in a row: later", result["message"])
 
     def test_harmless_lines(self) -> None:
-        """A line about an order has no character that a terminal obeys, and an end."""
+        """A line about an order is bounded and has no control character of terminals."""
         self.give("a")
         with capturedLogs() as logs:
             self.courier.wake()
@@ -138,7 +138,7 @@ class CourierTests(SynchronousTestCase):
         self.assertLess(len(line), 1000)
 
     def test_sent_again(self) -> None:
-        """One that is queued still is sent again after a while, not while its answer is awaited, and not before."""
+        """An order that is still queued is sent again after its pause, and not while a reply is awaited."""
         self.give("a")
         self.courier.wake()
         self.time.advance(order_sender.AGAIN_S + 1)
@@ -153,7 +153,7 @@ class CourierTests(SynchronousTestCase):
         self.time.pump([1.0] * int(2 * order_sender.AGAIN_S + 1))
         self.assertEqual(self.courier.sent, 3)
         self.second.calls[1][2].callback({"status": "running"})
-        # By then the pause has grown to its longest.
+        # The pause has grown to its longest by then.
         self.time.pump([1.0] * 600)
         for _, _, answer in self.second.calls[2:]:
             answer.callback({"status": "running"})
@@ -161,7 +161,7 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual(self.courier.sent, 5)
 
     def test_asked_again(self) -> None:
-        """The engine that said that it has an order is the one that is asked after it; without it, another one."""
+        """An order is sent again to the engine that replied that it has it; without that engine, to another one."""
         self.give("a")
         self.courier.wake()
         self.first.calls[0][2].callback({"status": "running"})
@@ -182,7 +182,7 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual((self.courier.sent, self.courier._sent), (1, {}))
 
     def test_nobody_is_linked(self) -> None:
-        """Without an engine it does not even look; a link that is closing is passed over."""
+        """Without an engine the table is not read; a closing link is skipped."""
         links, self.links.engines = self.links.engines, []
         self.give("a")
         self.courier.wake()
@@ -193,7 +193,7 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual((self.first.sent, self.second.sent), ([], ["a"]))
 
     def test_link_lost(self) -> None:
-        """An order whose link was lost is sent over another one at the next look."""
+        """An order whose link was lost is sent over another link at the next poll."""
         self.give("a")
         self.courier.wake()
         self.first.calls[0][2].errback(LinkLost("gone"))
@@ -201,7 +201,7 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual((self.first.sent, self.second.sent), (["a"], ["a"]))
 
     def test_a_link_that_is_lost_again(self) -> None:
-        """An order under which one link ends after the other waits before it is sent again."""
+        """An order during which one link after another ends waits before it is sent again."""
         self.give("a")
         self.courier.wake()
         for link in (self.first, self.second):
@@ -212,7 +212,7 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual(self.courier.sent, 3)
 
     def test_over(self) -> None:
-        """An answer that says how an order ended is written down, with the engine's name and process."""
+        """A reply with the end of an order is stored, with the engine's name and boot_id."""
         self.give("a", "b", "c")
         self.courier.wake()
         self.first.calls[0][2].callback({"status": "done", "result": {"n": 1}})
@@ -227,7 +227,7 @@ class CourierTests(SynchronousTestCase):
         )
 
     def test_refused(self) -> None:
-        """An error about the order itself ends it as refused; one that may pass, or is about the link, does not."""
+        """An error about the order itself ends it as refused; a temporary error or one about the link does not."""
         errors = {
             "a": Refused("not_found", "no such ship", {"retryable": False}),
             "b": TooBigToSend(70_000, 65_536),
@@ -252,7 +252,7 @@ class CourierTests(SynchronousTestCase):
         )
 
     def test_late_answers(self) -> None:
-        """An end that comes too late counts once a sending, from an engine that was asked; the cure is told."""
+        """A late end counts once for each sending, from an engine that was asked; the log has the cure."""
         self.give("a")
         with capturedLogs() as logs:
             self.courier.wake()
@@ -273,7 +273,7 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual(self.database.ended, [("a", "done", {"changed": 1}, "first", "boot of first")])
 
     def test_late_answers_while_the_database_is_away(self) -> None:
-        """A late end that cannot be written down is taken after the next sending."""
+        """A late end that cannot be stored is accepted after the next sending."""
         self.links.engines = [self.first]
         self.give("a")
         self.courier.wake()
@@ -287,7 +287,7 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual([each[:2] for each in self.database.ended], [("a", "done")])
 
     def test_asked_is_bounded(self) -> None:
-        """Of the engines that an order was sent to the last ones are remembered."""
+        """Only the last engines that an order was sent to are remembered."""
         self.links.engines = [_Link(f"e{number}") for number in range(order_sender.MOST_ASKED + 2)]
         self.give("a")
         self.courier.wake()
@@ -297,7 +297,7 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual(len(self.courier._sent["a"].asked), order_sender.MOST_ASKED)
 
     def test_answers_that_cannot_be_read(self) -> None:
-        """Five of them in a row end an order as failed, with the reason; one that can be read begins the count anew."""
+        """Five unreadable replies in a row end an order as failed, with the reason; a readable one resets the count."""
         self.links.engines = [self.first]
         self.give("a")
         bad = BadReply("it was answered by a bad payload: at /payload: result is missing")
@@ -313,7 +313,7 @@ class CourierTests(SynchronousTestCase):
         self.assertIn("result is missing", result["message"])
 
     def test_the_database_goes_before_the_answer(self) -> None:
-        """An end that cannot be written down is asked for again."""
+        """If an end cannot be stored, the order is sent again."""
         self.give("a")
         self.courier.wake()
         self.database.is_away = True
@@ -323,7 +323,7 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual(self.second.sent, ["a"])
 
     def test_the_head_of_the_line(self) -> None:
-        """However many orders stay queued in front of it, a new one is sent at once when there is room."""
+        """A new order is sent at once if there is room, however many queued orders are in front of it."""
         self.patch(order_sender, "MOST", 3)
         self.give(*"abcdefgh")
         self.courier.wake()
@@ -339,14 +339,14 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual((self.first.sent + self.second.sent).count("new"), 1)
 
     def test_remembered(self) -> None:
-        """No more sendings are remembered than the bound."""
+        """No more sendings are remembered than the limit."""
         self.patch(order_sender, "REMEMBERED", 2)
         self.give(*"abcd")
         self.courier.wake()
         self.assertEqual(list(self.courier._sent), ["c", "d"])
 
     def test_bounded_lines(self) -> None:
-        """A minute has one line for an order and a bounded number of lines; the next one tells how many it was."""
+        """A minute has one line for an order and a bounded number of lines; the next minute has the rest as a count."""
         self.give(*(f"o{number}" for number in range(20)))
         with capturedLogs() as logs:
             for _ in range(25):
@@ -357,7 +357,7 @@ class CourierTests(SynchronousTestCase):
                             answer.errback(DeadlinePassed("no answer"))
                 self.time.pump([1.0] * 5)
         told = [each["order_id"] for each in logs if "order_id" in each]
-        # 125 seconds: three such minutes were begun.
+        # 125 seconds include the beginnings of three such minutes.
         self.assertLessEqual(len(told), 3 * order_sender.MOST_TOLD)
         self.assertTrue(len(set(told)) == order_sender.MOST_TOLD, told)
         self.assertTrue([each for each in logs if each.get("count")])
@@ -377,7 +377,7 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual(self.first.sent, ["a", "tick"])
 
     def test_bounded(self) -> None:
-        """No more orders are on their way at once than the bound."""
+        """No more orders await a reply at once than the limit."""
         self.patch(order_sender, "MOST", 3)
         self.give(*"abcde")
         self.courier.wake()
@@ -389,7 +389,7 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual(self.courier.sent, 4)
 
     def test_away(self) -> None:
-        """While the database is away nothing is sent; when it is back the poll finds what waits."""
+        """While the database is away no order is sent; afterwards the poll finds the waiting orders."""
         self.database.is_away = True
         self.give("a")
         self.courier.wake()
@@ -399,7 +399,7 @@ class CourierTests(SynchronousTestCase):
         self.assertEqual(self.courier.sent, 1)
 
     def test_stopped(self) -> None:
-        """Stopped, it sends no more."""
+        """After the stop no order is sent."""
         self.courier.stop()
         self.give("a")
         self.courier.wake()

@@ -1,4 +1,4 @@
-"""Orders, run once whatever happens: by link and by table at once, by engines that are killed."""
+"""Orders run once in every case: by link and by table at once, and by engines that are killed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RACES = 1000
 
 
 class OrderTestCase(RoleTestCase):
-    """Engines, and a server that is ours to play."""
+    """Engines, and a test peer as their server."""
 
     def setUp(self) -> None:
         """Listen."""
@@ -29,7 +29,7 @@ class OrderTestCase(RoleTestCase):
         self.addCleanup(self.listening.close)
 
     def linked(self, engine: Engine) -> Peer:
-        """Accept an engine's connection, prove the link for both sides, and wait until it no longer starts."""
+        """Accept an engine's connection, prove the link for both sides, and wait until the engine no longer starts."""
         peer = self.listening.accept()
         self.addCleanup(peer.close)
         peer.greet()
@@ -39,7 +39,7 @@ class OrderTestCase(RoleTestCase):
         return peer
 
     def give(self, order_id: str, rpc: str, params: Frame) -> None:
-        """Give an order to the table alone."""
+        """Insert an order into the table only."""
         self.execute(
             "insert into s2s.orders (order_id, rpc, params) values (%s, %s, %s::jsonb)",
             order_id,
@@ -48,16 +48,16 @@ class OrderTestCase(RoleTestCase):
         )
 
     def order(self, order_id: str) -> tuple[Any, ...]:
-        """Give what an order's row says: status, result, how far it is."""
+        """Return the status, the result and the progress of an order."""
         return self.execute("select status, result, state from s2s.orders where order_id = %s", order_id)[0]
 
 
 class RaceTests(OrderTestCase):
-    """Link and table."""
+    """Orders that arrive by link and by table."""
 
     @inlineCallbacks
     def test_a_thousand_races(self) -> Iterator[Deferred[Any]]:
-        """Orders that come over the link to one engine, while another finds them in the table, run once each."""
+        """Orders that one engine receives over the link, while another finds them in the table, run once each."""
         self.execute(
             f"insert into s2s_world.sectors select n, 'Sector ' || n, 'neutral' from generate_series(1, {_RACES}) n;"
             "create table public.changes (sector_id bigint, n serial);"
@@ -74,7 +74,7 @@ class RaceTests(OrderTestCase):
             sectors = range(first, first + 50)
             params = [{"sector_id": sector, "status": "fedspace"} for sector in sectors]
             frames = [peer.envelope(SECTOR, {"order_id": f"race-{each['sector_id']}", **each}) for each in params]
-            # Half of them are on the link first, half in the table.
+            # Half of the orders arrive on the link first, the other half in the table.
             if first % 100 == 1:
                 peer.write_all(frames)
             self.execute(
@@ -96,11 +96,11 @@ class RaceTests(OrderTestCase):
             self.execute("select count(*), count(distinct sector_id) from public.changes"), [(_RACES, _RACES)]
         )
         for message_id, answer in answers.items():
-            # A busy machine may need more than the seconds in which an answer must come.
+            # A busy machine may exceed the deadline of the answer.
             if answer.get("code") != "deadline_exceeded":
                 self.assertEqual((answer["order_id"], answer["ok"]), (ids[message_id], True))
                 self.assertIn(answer["status"], ("queued", "running", "done"))
-        # It was a race: both ways have won, and more than now and then.
+        # Each way must have won several times, or there was no race.
         engines = dict(self.execute("select engine, count(*) from s2s.orders group by engine"))
         self.assertEqual(set(engines), {"engine-1", "engine-2"})
         self.assertGreater(min(engines.values()), _RACES // 50)
@@ -111,7 +111,7 @@ class LongOrderTests(OrderTestCase):
     """``admin.player.update_all_ships.v1``."""
 
     def make_ships(self, ships: int) -> None:
-        """Make ships that count their changes, in their fuel."""
+        """Create ships that count their changes in their fuel."""
         self.ships = ships
         self.execute("insert into s2s_world.sectors values (1, 'Sol', 'neutral')")
         self.execute(
@@ -126,18 +126,18 @@ class LongOrderTests(OrderTestCase):
         self.execute("vacuum analyze s2s_world.ships")
 
     def done(self) -> int:
-        """Give how many ships the order has come by."""
+        """Return the number of ships that the order has passed."""
         state = self.order("long")[2]
         return int(state["done"]) if state else 0
 
     def assert_each_once(self, turns: int) -> None:
-        """See that every ship was changed once, and to this."""
+        """Assert that every ship was changed once, to the expected value."""
         found = self.execute("select count(*) from s2s_world.ships where turns = %s and fuel = 1", turns)
         self.assertEqual(found, [(self.ships,)])
 
     @inlineCallbacks
     def test_killed_in_the_middle(self) -> Iterator[Deferred[Any]]:
-        """Killed three times on its way, it goes on where it was: no ship is missed, and none is done twice."""
+        """An order whose engine is killed three times goes on where it was: no ship is missed or changed twice."""
         self.make_ships(1_000_000)
         engine = self.engine(free_port())
         yield engine.start()
@@ -157,7 +157,7 @@ class LongOrderTests(OrderTestCase):
 
     @inlineCallbacks
     def test_health_meanwhile(self) -> Iterator[Deferred[Any]]:
-        """While it runs the link is answered: it is running after two seconds, health is told, short orders pass by."""
+        """During a long order the link is served: it is running after two seconds, and short orders overtake it."""
         self.make_ships(200_000)
         self.execute(
             "create function dawdle() returns trigger language plpgsql set search_path from current as"
@@ -180,7 +180,7 @@ class LongOrderTests(OrderTestCase):
                 short = peer.call(SECTOR, {"order_id": "short", "sector_id": 1, "status": "fedspace"})
                 self.assertEqual((short["status"], self.order("long")[0]), ("done", "running"))
         self.assertGreater(checks, 10)
-        # Its deadline is three seconds.
+        # The deadline of a health check is three seconds.
         self.assertLess(slowest_s, 1.0)
         again = peer.call(SHIPS, {"order_id": "long", "update_field": "turns", "new_value": 5, "reason": "a test"})
         self.assertEqual(
@@ -196,7 +196,7 @@ class LongOrderTests(OrderTestCase):
 
     @inlineCallbacks
     def test_stopped_in_the_middle(self) -> Iterator[Deferred[Any]]:
-        """A shutdown ends after the batch in hand, with exit code 0; the next start goes on."""
+        """A shutdown ends after the current batch, with exit code 0; the next start continues the order."""
         self.make_ships(300_000)
         engine = self.engine(free_port())
         yield engine.start()

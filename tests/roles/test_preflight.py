@@ -1,4 +1,4 @@
-"""What is checked before a role runs."""
+"""The checks before a role runs."""
 
 from __future__ import annotations
 
@@ -44,38 +44,38 @@ class CheckTests(DatabaseTestCase):
         self.assertIn("the table s2s.notices lacks the unique index notices_pkey", str(refused))
 
     def test_no_key_names_the_cure(self) -> None:
-        """Without a key for the role the refusal names the command that makes one."""
+        """Without a key for the role the refusal names the command that creates one."""
         self.add("s", "server")
         refused = self.assertRaises(NoSigningKey, preflight.check, self.url, "engine")
         self.assertIn("s2s keys add --role engine", str(refused))
 
     def test_a_key_just_made_can_sign(self) -> None:
-        """A key is judged by the clock that dated it: the database's."""
+        """A key is checked by the clock that dated it, that of the database."""
         self.add("k", "any")
         self.assertEqual([row.key_id for row in preflight.check(self.url, "engine").rows], ["k"])
 
     def test_unusable_keys_do_not_count(self) -> None:
-        """A key that is too short, not base64, or of the future cannot sign."""
+        """A key that is too short, not base64, or not valid yet cannot sign."""
         self.add("short", "any", "c2hvcnQ=")
         self.add("garbled", "any", "?" * 44)
         self.add("later", "any", when="now() + interval '1 hour'")
         self.assertRaises(NoSigningKey, preflight.check, self.url, "server")
 
     def test_a_key_that_a_wrong_clock_has_dated(self) -> None:
-        """A key that was made while the clock of the database was ahead signs at once, and stays so in the table."""
+        """A key created while the clock of the database was ahead signs at once, and its row does not change."""
         self.add("k", "any")
         self.execute("update s2s.s2s_keys set created_at = now() + '2 hours', active_from = now() + '2 hours'")
         self.assertEqual([row.key_id for row in preflight.check(self.url, "engine").rows], ["k"])
         self.assertEqual(self.execute("select 1 from s2s.s2s_keys where greatest(created_at, active_from) > now()"), [])
 
     def test_no_tables(self) -> None:
-        """A database without tables is refused with the command that makes them."""
+        """A database without tables is refused with the command that creates them."""
         self.execute("drop schema s2s, s2s_world cascade")
         refused = self.assertRaises(SchemaError, preflight.check, self.url, "server")
         self.assertIn("s2s db migrate", str(refused))
 
     def test_no_database(self) -> None:
-        """A database that cannot be reached is one line without the password."""
+        """A database that cannot be reached is refused in one line without the password."""
         self.patch(preflight, "NOBODY_S", 0.0)
         url = "postgresql://u:hunter2@127.0.0.1:1/none"
         refused = self.assertRaises(OperatorError, preflight.check, url, "server")
@@ -83,13 +83,13 @@ class CheckTests(DatabaseTestCase):
         self.assertNotIn("\n", str(refused))
 
     def test_make_ready_twice(self) -> None:
-        """The embedded database gets one key, however often it is made ready."""
+        """The embedded database gets one key, however often it is prepared."""
         self.assertEqual(preflight.make_ready(self.url), ["made a random key: k1"])
         self.assertEqual(preflight.make_ready(self.url), [])
         self.assertNotIn(self.url, repr(preflight.Place(self.url)))
 
     def test_a_database_that_does_not_answer(self) -> None:
-        """A database that lets us in and says nothing is one line after a while, and given up."""
+        """A database that accepts the connection and does not answer has a line, and is given up after a while."""
         self.patch(interruptible, "LATE_S", 0.1)
         self.patch(preflight, "LOOK_S", 0.5)
         self.patch(sys, "__stderr__", None)
@@ -101,10 +101,10 @@ class CheckTests(DatabaseTestCase):
 
 
 class WhenReadyTests(SynchronousTestCase):
-    """:func:`s2s.roles.preflight.when_ready`: the errors that pass."""
+    """:func:`s2s.roles.preflight.when_ready`: temporary errors."""
 
     def setUp(self) -> None:
-        """Keep what is told."""
+        """Collect the lines."""
         self.patch(preflight, "_AGAIN_S", 0.0)
         self.told = os.fdopen(os.memfd_create("stderr"), "w+")
         self.addCleanup(self.told.close)
@@ -112,7 +112,7 @@ class WhenReadyTests(SynchronousTestCase):
         self.looks = 0
 
     def look(self, *errors: Exception) -> str:
-        """Look, and find these errors before the database is there."""
+        """Check, and meet these errors before the database is available."""
         left = list(errors)
 
         def look() -> str:
@@ -124,7 +124,7 @@ class WhenReadyTests(SynchronousTestCase):
         return preflight.when_ready(look)
 
     def test_what_passes(self) -> None:
-        """A PostgreSQL that starts, stops, is full, or does not listen yet is waited for; its reason is told once."""
+        """A PostgreSQL that starts, stops, is full or does not listen yet is awaited; its reason is logged once."""
         full = DatabaseUnavailable("too many clients already", "53300")
         starts = DatabaseUnavailable("FATAL:  the database system is starting up")
         refused, ended = DatabaseUnavailable("Connection refused"), DatabaseUnavailable("terminating", "57P01")
@@ -135,13 +135,13 @@ class WhenReadyTests(SynchronousTestCase):
         self.assertRegex(lines[0], "is starting up.*trying again for up to 60 s")
 
     def test_a_database_that_starts_again(self) -> None:
-        """One that has stopped, and does not listen until it starts, is waited for as long."""
+        """A stopped PostgreSQL that does not listen until it starts is awaited for as long."""
         self.patch(preflight, "NOBODY_S", 1e-9)
         stops, refused = DatabaseUnavailable("the database system is shutting down"), DatabaseUnavailable("refused")
         self.assertEqual(self.look(stops, refused, refused), "ready")
 
     def test_what_does_not(self) -> None:
-        """A wrong password, user or database, and what a statement is refused for, ends the start at once."""
+        """A wrong password, user or database, or a refused statement, ends the start at once."""
         for error in (
             DatabaseUnavailable("password authentication failed", "28000"),
             DatabaseUnavailable("no such database", "3D000"),
@@ -154,7 +154,7 @@ class WhenReadyTests(SynchronousTestCase):
                 self.assertEqual(self.looks, 1)
 
     def test_what_lasts(self) -> None:
-        """The wait has an end, and its reason is the line of the refusal."""
+        """The wait is limited, and its reason is the line of the refusal."""
         self.patch(preflight, "NOBODY_S", 0.1)
         refused = self.assertRaises(OperatorError, self.look, *[DatabaseUnavailable("Connection refused")] * 10**6)
         self.assertIn("Connection refused", str(refused))
@@ -164,7 +164,7 @@ class FullTests(DatabaseTestCase):
     """A user who has no connection left for a moment."""
 
     def setUp(self) -> None:
-        """Make the user."""
+        """Create the user."""
         super().setUp()
         [(name,)] = self.execute("select 'limited_' || current_database()")
         self.user = str(name)
@@ -173,7 +173,7 @@ class FullTests(DatabaseTestCase):
         self.limited = self.url.replace("postgres@", f"{self.user}@", 1)
 
     def test_it_passes(self) -> None:
-        """The start goes on once the user has a connection."""
+        """The start continues when the user has a connection."""
 
         def look() -> str:
             with blocking(self.limited) as txn:
@@ -188,7 +188,7 @@ class FullTests(DatabaseTestCase):
         self.assertEqual(preflight.when_ready(look), self.user)
 
     def test_it_is_ended(self) -> None:
-        """SIGTERM ends a role that waits at its start, at once."""
+        """SIGTERM ends a role at once that waits at its start."""
         process = subprocess.Popen(
             [TWISTD, "-n", "--pidfile=", "s2s-server", "--http", "off"],
             env=environment(**{DATABASE_VARIABLE: self.limited}),

@@ -1,4 +1,4 @@
-"""Pushes to a real server over a real socket: what an engine may rely on (docs/protocol.rst, "Commands")."""
+"""Pushes to a real server over a real socket: the guarantees for engines (docs/protocol.rst, "Commands")."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.waiting import poll
 
 
 class PushTests(SharedServerTestCase):
-    """``s2s.command.push`` from a peer that is not ours."""
+    """``s2s.command.push`` from a test peer."""
 
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
@@ -27,7 +27,7 @@ class PushTests(SharedServerTestCase):
 
     @inlineCallbacks
     def ran(self, count: int) -> Iterator[Deferred[Any]]:
-        """Wait until so many commands are done."""
+        """Wait until this many commands are done."""
         yield poll(lambda: self.statuses().get("done") == count, f"{count} commands are done")
 
     def statuses(self) -> dict[str, int]:
@@ -35,12 +35,12 @@ class PushTests(SharedServerTestCase):
         return dict(self.execute("select status, count(*) from s2s.commands group by status"))
 
     def pushed(self, *payloads: Frame) -> tuple[list[str], bytes]:
-        """Make pushes: their ids, and all their frames in one piece."""
+        """Create pushes; return their ids, and all their frames in one piece."""
         envelopes = [self.peer.envelope(PUSH, payload) for payload in payloads]
         return [str(each["id"]) for each in envelopes], b"".join(framed(sign(each)) for each in envelopes)
 
     def test_accepted(self):
-        """An accepted command is committed when its ack comes, under the number that the ack gives."""
+        """An accepted command is committed when its ack arrives, under the cmd_id in the ack."""
         ack = self.peer.call(PUSH, command("one", notice("Harbour closed"), priority=7))
         found = self.execute("select cmd_id, cmd_type, idem_key, payload, priority from s2s.commands")
         self.assertEqual(found, [(ack["cmd_id"], "notice.publish", "one", notice("Harbour closed"), 7)])
@@ -48,7 +48,7 @@ class PushTests(SharedServerTestCase):
 
     @inlineCallbacks
     def test_duplicate(self):
-        """The same content again is a duplicate with the first number and its present status, whatever its priority."""
+        """The same content again is a duplicate with the first cmd_id and its current status, whatever its priority."""
         first = self.peer.call(PUSH, command("one"))
         yield self.ran(1)
         for again in (command("one"), command("one", priority=1, due_at=4102444800)):
@@ -58,7 +58,7 @@ class PushTests(SharedServerTestCase):
 
     @inlineCallbacks
     def test_conflict(self):
-        """Another content under a used key is a conflict that names the first command, and changes nothing."""
+        """Other content under a used key is a conflict that names the first command, and changes nothing."""
         first = self.peer.call(PUSH, command("one"))
         yield self.ran(1)
         before = self.execute("select * from s2s.commands")
@@ -70,7 +70,7 @@ class PushTests(SharedServerTestCase):
 
     @inlineCallbacks
     def test_refused(self):
-        """What no handler serves or its schema refuses is refused at the push, and does not take the key."""
+        """A command without a handler, or refused by its schema, is refused at the push and uses up no key."""
         huge = 2**53 - 1
         for code, path, payload in (
             ("unknown_command", None, command("one", cmd_type="nobody.serves")),
@@ -96,7 +96,7 @@ class PushTests(SharedServerTestCase):
 
     @inlineCallbacks
     def test_one_write(self):
-        """In one write of 2,000 pushes, of a key that comes twice, with the same or another content, the first wins."""
+        """In one write of 2,000 pushes the first push of a repeated key wins, with the same or other content."""
         payloads = [command(f"key-{number}") for number in range(2000)]
         payloads[700] = payloads[1900] = command("key-3")
         payloads[4] = command("key-1990", notice("the first"))
@@ -122,10 +122,10 @@ class PushTests(SharedServerTestCase):
 
     @inlineCallbacks
     def test_pipelined(self):
-        """A thousand pushes on their way at once are each answered once, in whatever order, and run once."""
+        """A thousand pushes in flight at once are each answered once, in any order, and run once."""
         started = time.monotonic()
         ids, data = self.pushed(*(command(f"key-{number}") for number in range(1000)))
-        # In pieces that fit no frame.
+        # The pieces do not match the frames.
         for start in range(0, len(data), 7919):
             self.peer.write(data[start : start + 7919])
         answers = self.peer.answers(ids)
@@ -165,18 +165,18 @@ class PushTests(SharedServerTestCase):
 
 
 class OrderTests(RoleTestCase):
-    """When commands run. A server without workers fills the table, and one with a worker then runs it."""
+    """The order in which commands run: a server without workers fills the table, then one with a worker runs it."""
 
     @inlineCallbacks
     def test_priority(self):
-        """Of what waits, a lower priority number runs first, then the earlier due_at, then the earlier command."""
+        """A lower priority number runs first, then the earlier due_at, then the earlier command."""
         filler = self.server("--executor-workers", "0")
         yield filler.start()
         peer = filler.connect()
         self.addCleanup(peer.close)
         wanted = [(priority, due, n) for priority in (0, 99, 100, 1000) for due in (5, 6) for n in range(20)]
         mixed = random.Random(7).sample(wanted, len(wanted))
-        mixed.sort(key=lambda each: each[2])  # equal ones in the order in which they must come out
+        mixed.sort(key=lambda each: each[2])  # equal ones in their expected order
         hour_ago = int(time.time()) - 3600
         for priority, due, number in mixed:
             payload = command(f"{priority} {due} {number}", priority=priority, due_at=hour_ago + due)

@@ -1,4 +1,4 @@
-"""Bad input to a real server over real sockets: each is refused as the protocol says, and nothing else happens."""
+"""Bad input to a real server over real sockets: it is refused as the protocol requires, without other effects."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from tests.support.peer import (
 from tests.support.roles import RoleTestCase, Server, SharedServerTestCase
 from tests.support.waiting import poll
 
-#: The reader's clock for the vectors (tests/vectors/README.rst).
+#: The time of the reader's clock for the vectors (tests/vectors/README.rst).
 VECTORS_NOW = 1737990000
-#: Links that are judged side by side: fewer than the silent ones that a server keeps.
+#: The number of links tested side by side: fewer than the silent ones that a server keeps.
 TOGETHER = 50
-#: What a server's memory may grow by under a flood of bad input, in bytes.
+#: Bytes by which a server's memory may grow under a flood of bad input.
 GROWTH = 4 << 20
 _sources = itertools.count(1)
 _WELL_FORMED_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -50,7 +50,7 @@ def vectors(name: str) -> list[dict[str, Any]]:
 
 
 def padded(peer: Peer, size: int, key: str) -> bytes:
-    """Make a whole push of exactly so many bytes; an unknown member of the envelope fills it up."""
+    """Return a push of exactly this size, padded by an unknown member of the envelope."""
     envelope = peer.envelope(PUSH, command(key), pad="")
     body = sign({**envelope, "pad": "x" * (size - len(sign(envelope)))})
     assert len(body) == size
@@ -58,13 +58,13 @@ def padded(peer: Peer, size: int, key: str) -> bytes:
 
 
 class Refusals(RoleTestCase):
-    """What every test of a refusal needs, whosever the server is."""
+    """The helpers of every test of a refusal, for any server."""
 
     before: dict[str, int]
     source = ""
 
     def peer(self, server: Server, **how: Any) -> Peer:
-        """Connect to a server, from an address that no other test has: a peer's lines in the log are bounded."""
+        """Connect to a server from an address of this test's own, since the log lines of an address are bounded."""
         if not self.source:
             self.source = f"127.0.1.{next(_sources)}"
         peer = server.connect(source=self.source, **how)
@@ -72,13 +72,13 @@ class Refusals(RoleTestCase):
         return peer
 
     def rows(self) -> dict[str, int]:
-        """Count the rows of every table, but for the one that shows who is linked."""
+        """Count the rows of every table but the one with the links."""
         names = self.execute("select tablename from pg_tables where schemaname like 's2s%'")
         return {name: self.count(name) for (name,) in names if name != "engine_links"}
 
     @inlineCallbacks
     def unharmed(self, server: Server, refusals: int, strangers: int = 0, **new_rows: int) -> Iterator[Deferred[Any]]:
-        """See that it still serves, that only these rows are new, and that it logged each refusal.
+        """Assert that the server still works, that only these rows are new, and that it logged each refusal.
 
         :param strangers: refusals of links without a valid frame, which share a few lines.
         """
@@ -89,9 +89,9 @@ class Refusals(RoleTestCase):
 
     @inlineCallbacks
     def told(self, server: Server, refusals: int, strangers: int) -> Iterator[Deferred[Any]]:
-        """See that each refusal has a line or is counted in one; of those of strangers a few have a line.
+        """Assert that each refusal has a line or is counted in one; of those of strangers a few have a line.
 
-        A server with more of them than have lines is stopped, which tells what was counted.
+        A server with more refusals of strangers than lines is stopped, which logs the count.
         """
         if refusals > MOST_TOLD:
             server.stop()
@@ -105,13 +105,13 @@ class Refusals(RoleTestCase):
 
     @inlineCallbacks
     def took_effect(self, notices: int) -> Iterator[Deferred[Any]]:
-        """Wait until so many notices are there."""
+        """Wait until this many notices exist."""
         yield poll(lambda: self.count("notices") == notices, f"there are {notices} notices")
 
     def refused(self, peer: Peer, code: str, request: Frame | None = None) -> Frame:
-        """See that the next error has this code, and names the request; without one it has no signature either.
+        """Assert that the next error has this code and names the request; without a request it is unsigned too.
 
-        :returns: its ``details``.
+        :returns: the ``details`` of the error.
         """
         error = peer.refusal()
         self.assertEqual((error["payload"]["code"], error.get("ack_of")), (code, request and request["id"]))
@@ -121,16 +121,16 @@ class Refusals(RoleTestCase):
         return details
 
     def closed(self, peer: Peer) -> None:
-        """See that nothing more comes, and the link ends."""
+        """Assert that no more frames come, and that the link ends."""
         self.assertEqual(peer.rest(), [])
 
 
 class OwnServerTestCase(Refusals):
-    """A test with servers of its own."""
+    """A test with separate servers."""
 
     @inlineCallbacks
     def started(self, *options: str, **how: Any) -> Iterator[Deferred[Any]]:
-        """Start a server, and note what its database holds."""
+        """Start a server, and count the rows of its database."""
         server = self.server(*options, **how)
         yield server.start()
         self.before = self.rows()
@@ -142,16 +142,16 @@ class SharedTestCase(Refusals, SharedServerTestCase):
 
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
-        """Note what its database holds."""
+        """Count the rows of the shared server's database."""
         yield super().setUp()
         self.before = self.rows()
 
 
 class VectorTests(OwnServerTestCase):
-    """``tests/vectors``, to a server whose clock stands where they want it."""
+    """``tests/vectors``, sent to a server with the clock of the vectors."""
 
     def judge(self, server: Server, found: list[dict[str, Any]], texts: dict[tuple[str, Any], str]) -> None:
-        """Send each of some vectors over a link of its own, and see that it is refused as it says."""
+        """Send each vector over a separate link, and assert the refusal that the vector names."""
         for start in range(0, len(found), TOGETHER):
             sent = [(self.peer(server, now=VECTORS_NOW), vector) for vector in found[start : start + TOGETHER]]
             for peer, vector in sent:
@@ -161,7 +161,7 @@ class VectorTests(OwnServerTestCase):
                 peer.close()
 
     def assert_as_said(self, peer: Peer, vector: dict[str, Any], texts: dict[tuple[str, Any], str]) -> None:
-        """See that the answer to one is what it says."""
+        """Assert that the reply to a vector is the one that it names."""
         error = peer.refusal()
         said, details = error["payload"], error["payload"]["details"]
         self.assertEqual(said["code"], vector["code"], vector["name"])
@@ -173,7 +173,7 @@ class VectorTests(OwnServerTestCase):
         is_named = isinstance(sent_id, str) and _WELL_FORMED_ID.fullmatch(sent_id)
         self.assertEqual(error.get("ack_of"), sent_id if is_named else None, vector["name"])
         if not vector["signed"]:
-            # A fixed text: nothing of the frame comes back.
+            # The text is fixed: no part of the frame is returned.
             self.assertEqual(texts.setdefault((said["code"], details.get("rule")), said["message"]), said["message"])
         if vector["closes"]:
             self.assertEqual(peer.rest(), [], vector["name"])
@@ -187,7 +187,7 @@ class VectorTests(OwnServerTestCase):
         found = vectors("refuse")
         texts: dict[tuple[str, Any], str] = {}
         self.judge(server, [vector for vector in found if "key_role" not in vector], texts)
-        # The one key with other rights; a key that the server does not know yet makes it read all of them.
+        # Give the single key another role; a key unknown to the server makes it read all keys.
         self.execute("update s2s.s2s_keys set role = 'server'")
         late = Key("late", K1.key_b64)
         self.add_key(late, "engine")
@@ -202,13 +202,13 @@ class VectorTests(OwnServerTestCase):
 
     @inlineCallbacks
     def test_accept(self):
-        """Of accept.json, what an engine says is taken: requests are answered with a signature, replies not at all."""
+        """Engine frames of accept.json are accepted: requests get a signed reply, replies get none."""
         found = [vector for vector in vectors("accept") if vector["reader"] == "server"]
         for key in {Key(vector["key_id"], vector["key_b64"]) for vector in found} - {K1}:
             self.add_key(key)
         server = yield self.started(at=VECTORS_NOW)
         peer = self.peer(server, now=VECTORS_NOW)
-        # All at once: a server looks once a second for a type of command that it does not know.
+        # Written at once, since a server reads an unknown command type only once a second.
         peer.write(b"".join(framed(bytes.fromhex(vector["frame_hex"])) for vector in found))
         asked = {vector["envelope"]["id"]: vector for vector in found if vector["kind"] == "request"}
         while asked:
@@ -223,7 +223,7 @@ class VectorTests(OwnServerTestCase):
 
     @inlineCallbacks
     def test_lengths(self):
-        """Of lengths.json, what is too long or nothing is refused on four bytes alone, and the limit itself is read."""
+        """Too long or zero lengths of lengths.json are refused after four bytes, and the limit itself is read."""
         found = vectors("lengths")
         servers = {}
         for limit in {vector["frame_size_limit"] for vector in found}:
@@ -242,11 +242,11 @@ class VectorTests(OwnServerTestCase):
 
 
 class BytesTests(SharedTestCase):
-    """Frames that come in odd pieces."""
+    """Frames that arrive in odd pieces."""
 
     @inlineCallbacks
     def test_truncated(self):
-        """A frame that ends in the middle, or a length that does, is nothing: no answer, no row, no line."""
+        """A frame or a length that ends in the middle has no effect: no reply, no row, no line."""
         server = self.shared
         for cut in (1, 3, 4, 5, 100, -1):
             peer = self.peer(server)
@@ -256,7 +256,7 @@ class BytesTests(SharedTestCase):
 
     @inlineCallbacks
     def test_byte_by_byte(self):
-        """One byte at a time a good frame is taken and a bad one refused, as if they had come whole."""
+        """Byte by byte, a good frame is accepted and a bad one refused, as if they had arrived whole."""
         server = self.shared
         good, bad = self.peer(server), self.peer(server)
         for byte in good.frame(PUSH, command("in pieces")):
@@ -271,7 +271,7 @@ class BytesTests(SharedTestCase):
 
     @inlineCallbacks
     def test_limit(self):
-        """A body of exactly the limit is served, one of a byte more is refused before it is read."""
+        """A body of exactly the limit is served, and a longer one is refused before it is read."""
         server, limit = self.shared, 65536
         peer = self.peer(server)
         peer.write(padded(peer, limit, "fits"))
@@ -284,7 +284,7 @@ class BytesTests(SharedTestCase):
 
     @inlineCallbacks
     def test_after_a_bad_one(self):
-        """What comes after a bad frame in the same piece is not acted upon; what came before it is."""
+        """Frames after a bad one in the same piece have no effect; those before it have."""
         server = self.shared
         peer = self.peer(server)
         first, second = (peer.frame(PUSH, command(key)) for key in ("before", "after"))
@@ -297,7 +297,7 @@ class BytesTests(SharedTestCase):
 
 
 class SenderTests(SharedTestCase):
-    """Frames of somebody who may not send them, or not now, or not again."""
+    """Frames whose sender may not send them, or not now, or not again."""
 
     @inlineCallbacks
     def test_reflected(self):
@@ -312,7 +312,7 @@ class SenderTests(SharedTestCase):
 
     @inlineCallbacks
     def test_keys(self):
-        """Keys that are unknown, ended, not begun or wrong get one answer; one of the other role is forbidden."""
+        """Unknown, ended, future or wrong keys get the same reply; a key of the other role is forbidden."""
         secret = base64.b64encode(b"another secret of at least 32 bytes").decode()
         ended, later, server_only = (Key(name, secret) for name in ("ended", "later", "server-only"))
         for key in (ended, later):
@@ -339,7 +339,7 @@ class SenderTests(SharedTestCase):
 
     @inlineCallbacks
     def test_skew(self):
-        """A stale or future ts is told our clock; the third in a row closes the link, a fresh one begins anew."""
+        """The refusal of a stale or future ts has the server's time; the third without a fresh one closes the link."""
         server = self.shared
         peer = self.peer(server)
         for age in (400, -400, 0, 302, -302, 10_000):
@@ -360,7 +360,7 @@ class SenderTests(SharedTestCase):
 
     @inlineCallbacks
     def test_replay(self):
-        """A request that comes again is a replay on the same link and on another; a push that does is a duplicate."""
+        """A repeated request is a replay on the same link and on another; a repeated push is a duplicate."""
         server = self.shared
         first, second = self.peer(server), self.peer(server)
         check, push = first.envelope(CHECK, {}), first.envelope(PUSH, command("twice"))
@@ -392,7 +392,7 @@ class SenderTests(SharedTestCase):
 
     @inlineCallbacks
     def test_unsigned_error(self):
-        """An unsigned error answers nothing, whatever it claims, and gets no answer; a second one closes the link."""
+        """An unsigned error answers no request and gets no reply; a second one closes the link."""
         server = self.shared
         peer = self.peer(server)
         peer.serves.clear()
@@ -402,17 +402,17 @@ class SenderTests(SharedTestCase):
         peer.write(claim)
         self.assertEqual(peer.call(CHECK, {})["role"], "server")
         self.assertEqual(server.lines("engine up"), [])
-        # The true answer still counts.
+        # The true reply still counts.
         peer.reply(challenge, HEALTH_ACK, {"role": "engine", "version": "1", "uptime_s": 1})
         peer.request(SWEEP)
         peer.write(claim)
         self.closed(peer)
-        # The first one came before any valid frame.
+        # The first one arrived before any valid frame.
         yield server.says("an unsigned error says", 1)
         yield self.unharmed(server, 0)
 
     def test_unasked_replies(self):
-        """Replies that nobody asked for, late or ill-formed ones are dropped without a word, and the link goes on."""
+        """Unrequested, late or ill-formed replies are dropped silently, and the link goes on."""
         server = self.shared
         peer = self.peer(server)
         peer.greet()
@@ -429,18 +429,18 @@ class SenderTests(SharedTestCase):
             peer.send(type, {})
         ours = peer.send(CHECK, {})
         self.assertEqual(peer.until(lambda frame: frame["type"] in (ERROR, HEALTH_ACK))["ack_of"], ours)
-        # What would close the link if it were a request closes it in silence.
+        # A frame that would close the link as a request closes it silently.
         peer.send(ACK, {}, ack_of="x", src="server")
         self.assertEqual([frame["type"] for frame in peer.rest() if frame["type"] == ERROR], [])
         self.assertEqual(self.rows(), self.before)
 
 
 class FloodTests(OwnServerTestCase):
-    """Many at once."""
+    """Many connections or frames at once."""
 
     @inlineCallbacks
     def test_silent(self):
-        """A hundred silent connections keep nobody out, and none of them stays."""
+        """A hundred silent connections keep no peer out, and none of them stays."""
         server = yield self.started()
         silent = [self.peer(server) for _ in range(100)]
         for peer in silent:
@@ -455,7 +455,7 @@ class FloodTests(OwnServerTestCase):
 
     @inlineCallbacks
     def test_memory(self):
-        """Hundreds of refused frames, halves of frames and replies to nobody leave the server's memory as it was."""
+        """Hundreds of refused frames, partial frames and unrequested replies do not grow the server's memory."""
         server = yield self.started()
 
         def flood() -> None:

@@ -1,4 +1,4 @@
-"""From the outbox to the server: everything is sent until it is settled, and nothing is lost on the way."""
+"""The relay from the outbox to the server: every row is sent until it is settled, and none is lost."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ _NEW = {"accepted": True, "duplicate": False, "cmd_id": 1, "status": "ready"}
 
 
 class _Link:
-    """A link whose pushes are answered when the test says so.
+    """A link whose pushes the test answers.
 
-    :ivar pushes: every payload, in the order in which it was sent.
+    :ivar pushes: every payload, in the order of sending.
     """
 
     def __init__(self) -> None:
@@ -65,23 +65,23 @@ class _Link:
         return self.waiting[payload["idem_key"]]
 
     def accept(self, *keys: str, **ack: Any) -> None:
-        """Answer these pushes, or all that wait."""
+        """Answer these pushes, or all that wait for a reply."""
         for key in keys or list(self.waiting):
             self.waiting.pop(key).callback({**_NEW, **ack})
 
     def refuse(self, error: Exception, *keys: str) -> None:
-        """Fail these pushes, or all that wait."""
+        """Fail these pushes, or all that wait for a reply."""
         for key in keys or list(self.waiting):
             self.waiting.pop(key).errback(error)
 
     def close(self) -> None:
-        """Take no more, and fail what waits, as a link does long before it is lost."""
+        """Accept no more pushes, and fail the waiting ones, as a link does long before it is lost."""
         self.session.is_open = False
         self.refuse(LinkLost("closing"))
 
     @property
     def keys(self) -> list[str]:
-        """What was sent."""
+        """The keys that were sent."""
         return [push["idem_key"] for push in self.pushes]
 
 
@@ -96,12 +96,12 @@ class RelayTests(DatabaseTestCase):
         self.addCleanup(self.hang_up)
 
     def hang_up(self) -> None:
-        """Leave nothing in flight: a stop waits for it."""
+        """Leave no push in flight, since a stop waits for it."""
         self.relay.linked(None)
         self.link.refuse(LinkLost("the test is over"))
 
     def make_relay(self) -> Relay:
-        """Start a relay on a pool of its own, whose pauses are the shortest."""
+        """Start a relay on a pool of its own, with the shortest pauses."""
         database = Database(self.url, threads=2)
         database.start()
         self.addCleanup(database.stop)
@@ -111,7 +111,7 @@ class RelayTests(DatabaseTestCase):
         return made
 
     def put(self, count: int, text: str = "", since: int = 0) -> list[str]:
-        """Put commands of the keys k0, k1, ... into the outbox."""
+        """Put commands with the keys k0, k1, ... into the outbox."""
         keys = [f"k{at}" for at in range(since, since + count)]
         connection = psycopg2.connect(self.url)
         try:
@@ -122,11 +122,11 @@ class RelayTests(DatabaseTestCase):
         return keys
 
     def left(self) -> list[Any]:
-        """Give what the outbox still holds."""
+        """Return the rows that are left in the outbox."""
         return self.execute("select idem_key, state, error_code from s2s.outbox order by outbox_id")
 
     def until(self, condition: Callable[[], Any], what: str) -> Deferred[Any]:
-        """Wait for a condition, with a relay that need not wait for its poll."""
+        """Wait for a condition, and wake the relay so that it does not wait for its poll."""
 
         def woken() -> Any:
             self.relay.wake()
@@ -135,7 +135,7 @@ class RelayTests(DatabaseTestCase):
         return poll(woken, what)
 
     def sent(self, count: int) -> Deferred[Any]:
-        """Wait until so many pushes are in flight."""
+        """Wait until this many pushes are in flight."""
         return self.until(lambda: len(self.link.waiting) == count, f"{count} pushes in flight")
 
     def empty(self) -> Deferred[Any]:
@@ -143,7 +143,7 @@ class RelayTests(DatabaseTestCase):
         return self.until(lambda: not self.left(), "an empty outbox")
 
     async def test_what_cannot_be_removed(self) -> None:
-        """What was accepted and cannot be removed is not sent again; it is told, and goes once it can be removed."""
+        """An accepted row that cannot be deleted is logged and not sent again; it is deleted once that is possible."""
         self.patch(outbox, "KEPT_S", 0.2)
         self.execute(
             "create function keep() returns trigger language plpgsql set search_path from current as $$ begin"
@@ -157,7 +157,7 @@ class RelayTests(DatabaseTestCase):
             await self.sent(3)
             self.link.accept()
             await self.until(lambda: len(self.left()) == 2, "the removal of the one that can be removed")
-            # They come again, and wait no longer for each other.
+            # The rows become due again meanwhile.
             await deferLater(reactor, 1.0)
             self.relay.wake()
             await deferLater(reactor, 0.2)
@@ -174,7 +174,7 @@ class RelayTests(DatabaseTestCase):
         self.assertEqual(self.relay._undeleted, {})
 
     async def test_what_cannot_be_leased(self) -> None:
-        """Rows that the database does not let be leased are told, and hold up no other."""
+        """Rows that the database refuses to lease are logged, and do not delay others."""
         self.execute(
             "create function keep() returns trigger language plpgsql set search_path from current as $$ begin"
             " return null; end $$;"
@@ -194,7 +194,7 @@ class RelayTests(DatabaseTestCase):
         self.assertIn("(update on s2s.outbox): trigger keep on s2s.outbox", lines[0])
 
     async def test_what_is_refused_by_a_claim(self) -> None:
-        """A row whose lease the database refuses, at once or at the COMMIT, is told, and holds up no other."""
+        """A row whose lease the database refuses, at once or at the COMMIT, is logged and does not delay others."""
         raising = (
             "create function no() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.idem_key = 'k1' then raise exception 'not this one'; end if; return new; end $$;"
@@ -235,7 +235,7 @@ class RelayTests(DatabaseTestCase):
             self.execute(f"{drop}; delete from s2s.outbox")
 
     async def test_what_is_refused_by_a_settlement(self) -> None:
-        """A row whose removal or change is refused is told and not sent again at once, and the others are settled."""
+        """A row whose deletion or change is refused is logged and has a pause, and the others are settled."""
         self.execute(
             "create table public.notes (outbox_id bigint references s2s.outbox (outbox_id));"
             "alter table s2s.outbox add constraint c check (idem_key <> 'k3' or attempts = 0)"
@@ -262,7 +262,7 @@ class RelayTests(DatabaseTestCase):
         self.assertEqual(len(self.relay._undeleted), 1)
 
     async def test_what_is_too_long_to_be_read(self) -> None:
-        """A payload that no frame can carry is set aside unread; the text of one that a frame can carry is longer."""
+        """A payload too long for a frame is set aside unread; one that fits is sent, though its text is longer."""
         self.put(1)
         self.execute(
             "insert into s2s.outbox (cmd_type, idem_key, payload) values"
@@ -280,7 +280,7 @@ class RelayTests(DatabaseTestCase):
         await self.until(lambda: self.left() == [("long", "dead", "toolarge")], "the row that is set aside")
 
     async def test_accepted(self) -> None:
-        """What was accepted, as new or as a duplicate, is deleted and counted."""
+        """An accepted row, new or duplicate, is deleted and counted."""
         keys = self.put(3)
         self.relay.linked(self.link)
         await self.sent(3)
@@ -293,7 +293,7 @@ class RelayTests(DatabaseTestCase):
         )
 
     async def test_what_is_pushed(self) -> None:
-        """A push says what the row says, and leaves out a due_at that the row does not have."""
+        """A push contains the members of the row, and no due_at if the row has none."""
         self.execute(
             "insert into s2s.outbox (cmd_type, idem_key, payload, priority, due_at) values"
             " ('a.b', 'k1', '{\"b\": [1, null], \"a\": \"é\"}', 7, 4102444800), ('c', 'k2', '{}', 100, null)"
@@ -306,7 +306,7 @@ class RelayTests(DatabaseTestCase):
         self.link.accept()
 
     async def test_only_with_a_link(self) -> None:
-        """Without a link nothing is claimed; new rows go out when there is one, and when it is told of them."""
+        """Without a link no row is claimed; new rows are sent when there is a link, and when the relay is woken."""
         self.put(2)
         self.relay.wake()
         await poll(lambda: self.relay.depth == 2, "the outbox counted")
@@ -320,14 +320,14 @@ class RelayTests(DatabaseTestCase):
         await self.empty()
 
     async def test_the_poll_finds_them(self) -> None:
-        """Rows that nobody told of are found within a second or so."""
+        """Rows without a wake are found within a second or so."""
         self.relay.linked(self.link)
         self.put(1)
         await poll(lambda: self.link.waiting, "the row sent", timeout=3.0)
         self.link.accept()
 
     async def test_sent_again(self) -> None:
-        """A retryable refusal, replay, forbidden, a deadline, a lost link, a full line: sent again under its key."""
+        """After a retryable refusal, replay, forbidden, deadline, lost link or full queue a row is sent again."""
         errors = [
             Refused("overloaded", "m", {"retryable": True, "retry_after_ms": 10}),
             Refused("db_unavailable", "m", {}),
@@ -351,7 +351,7 @@ class RelayTests(DatabaseTestCase):
         self.assertEqual((self.relay.retried, self.relay.accepted, self.relay.dead), (len(errors), 1, 0))
 
     async def test_the_peers_pause(self) -> None:
-        """A row rests for as long as the peer wishes, and not for hours."""
+        """A row waits for as long as the peer asks for, but not for hours."""
         self.put(2)
         self.relay.linked(self.link)
         await self.sent(2)
@@ -362,7 +362,7 @@ class RelayTests(DatabaseTestCase):
         self.assertTrue(25 < pauses[0][0] <= 30 and 55 < pauses[1][0] <= 60, pauses)
 
     async def test_set_aside(self) -> None:
-        """Any other refusal sets the row aside as dead with its code and text; the others go on."""
+        """Any other refusal sets the row aside as dead with its code and text; the others are sent."""
         self.put(5)
         self.relay.linked(self.link)
         await self.sent(5)
@@ -389,7 +389,7 @@ class RelayTests(DatabaseTestCase):
         self.assertEqual((self.relay.dead, self.relay.accepted), (4, 1))
 
     async def test_a_row_that_cannot_be_said(self) -> None:
-        """A row of plain SQL that JSON of ours cannot say is set aside, and the rows around it go out."""
+        """A row of plain SQL that canonical JSON cannot express is set aside, and the rows around it are sent."""
         self.put(1)
         self.execute(
             "insert into s2s.outbox (cmd_type, idem_key, payload) values"
@@ -431,7 +431,7 @@ class RelayTests(DatabaseTestCase):
         self.assertEqual(self.relay.accepted, 1200)
 
     async def test_window_in_bytes(self) -> None:
-        """Large rows fly as far as the pace allows, the others follow, and each goes out once."""
+        """Large rows are in flight up to the congestion window, the others follow, and each is sent once."""
         count = 100
         self.put(count, "x" * 60_000)
         self.relay.linked(self.link)
@@ -440,11 +440,11 @@ class RelayTests(DatabaseTestCase):
             await self.until(lambda: self.link.waiting or not self.left(), "more pushes")
             self.link.accept()
         self.assertEqual(len(self.link.pushes), count)
-        # It has grown with every answer, and has its end at 2 MiB.
+        # The window has grown with every reply, up to its limit of 2 MiB.
         self.assertIn(self.link.most, range(15, CongestionWindow.MOST_BYTES // 60_000 + 1))
 
     async def test_window_rows(self) -> None:
-        """The window in rows can be set at any time, and holds from the next claim on."""
+        """The window in rows can be set at any time, and is in force from the next claim on."""
         self.put(600)
         self.relay.window_rows = 3
         self.relay.linked(self.link)
@@ -459,14 +459,14 @@ class RelayTests(DatabaseTestCase):
         await self.sent(1)
 
     def test_half_of_a_links_window(self) -> None:
-        """The relay's window leaves half of the link's to others."""
+        """The relay's window uses at most half of the link's window."""
         self.assertEqual(
             (number("relay.window") * 2, CongestionWindow.MOST_BYTES * 2),
             (Bounds().window_frames, Bounds().window_bytes),
         )
 
     async def test_the_link_is_lost(self) -> None:
-        """What was in flight on a link that is lost goes out again on the next, under the same keys."""
+        """Rows that were in flight on a lost link are sent again over the next link, under the same keys."""
         keys = self.put(600)
         self.relay.linked(self.link)
         await self.sent(number("relay.window"))
@@ -481,7 +481,7 @@ class RelayTests(DatabaseTestCase):
         self.assertEqual(self.relay.retried, number("relay.window"))
 
     async def test_a_link_that_fails_at_once(self) -> None:
-        """A link on which every call fails at once makes no endless loop."""
+        """A link on which every call fails at once causes no endless loop."""
         dead: Any = _Link()
         dead.call = lambda *_: fail(LinkLost("gone"))
         self.put(50)
@@ -494,7 +494,7 @@ class RelayTests(DatabaseTestCase):
         await self.empty()
 
     async def test_a_link_that_is_closing(self) -> None:
-        """As soon as its link is closing it claims no more, and what it has not sent is anybody's, as if never sent."""
+        """While its link is closing the relay claims nothing, and other relays can claim its unsent rows at once."""
         self.put(100, "x" * 10_000)
         self.relay.linked(self.link)
         await self.until(lambda: self.link.waiting, "some in flight")
@@ -509,7 +509,7 @@ class RelayTests(DatabaseTestCase):
         other_link.close()
 
     async def test_flush(self) -> None:
-        """A flush ends when all is sent and settled, but for what rests; until then rows still come and go out."""
+        """A flush ends when every due row is sent and settled; rows that are added meanwhile are sent too."""
         self.put(600)
         self.relay.linked(self.link)
         await self.sent(number("relay.window"))
@@ -523,7 +523,7 @@ class RelayTests(DatabaseTestCase):
         self.assertEqual(self.left(), [("k0", "waiting", "overloaded")])
 
     async def test_stop(self) -> None:
-        """The stop ends when what is in flight is settled, sends no more, and leaves the rest for the next start."""
+        """A stop ends when the rows in flight are settled, sends no more, and leaves the rest for the next start."""
         self.put(number("relay.window") + 100)
         self.relay.linked(self.link)
         await self.sent(number("relay.window"))
@@ -556,11 +556,11 @@ class RelayTests(DatabaseTestCase):
 
 
 class _Database:
-    """A database whose transactions end when the test says so.
+    """A database whose transactions the test ends.
 
-    :ivar under_way: ``(name of the function, Deferred)``.
-    :ivar limits: how many rows each claim has asked for.
-    :ivar settlements: what each transaction that settles tells.
+    :ivar under_way: ``(name of the function, Deferred)`` of each transaction in progress.
+    :ivar limits: the number of rows that each claim has asked for.
+    :ivar settlements: the settlement of each transaction that settles.
     """
 
     def __init__(self) -> None:
@@ -590,10 +590,10 @@ class _Database:
 
 
 class RelayTimingTests(SynchronousTestCase):
-    """:class:`Relay` and its database, moment by moment."""
+    """:class:`Relay` and its database, step by step."""
 
     def setUp(self) -> None:
-        """Start a relay with a link; its first claim is under way."""
+        """Start a relay with a link; its first claim is in progress."""
         self.time = FakeClock()
         self.database = _Database()
         self.relay = Relay(self.database, Clock(self.time), rng=lambda: 0.0)  # type: ignore[arg-type]
@@ -602,15 +602,15 @@ class RelayTimingTests(SynchronousTestCase):
         self.relay.linked(self.link)
 
     def claims(self) -> int:
-        """Give how many claims are under way."""
+        """Return the number of claims in progress."""
         return [name for name, _ in self.database.under_way].count("claim")
 
     def rows(self, *keys: str) -> list[OutboxRow]:
-        """Make rows as a claim gives them."""
+        """Create rows as a claim returns them."""
         return [OutboxRow(at, "a.b", key, {}, 100, None, 0) for at, key in enumerate(keys, 1)]
 
     def test_one_claim_at_a_time(self) -> None:
-        """However often it is woken, polls, or fails to count, only one claim is under way."""
+        """Despite wakes, polls and failed counts, only one claim is in progress at a time."""
         self.assertEqual(self.claims(), 1)
         for _ in range(5):
             self.relay.wake()
@@ -620,13 +620,13 @@ class RelayTimingTests(SynchronousTestCase):
         self.assertEqual(self.claims(), 1)
 
     def test_a_wake_during_a_claim(self) -> None:
-        """A row committed after a claim looked leads to another claim at once, and not at the next poll."""
+        """A row committed after the query of a claim leads to another claim at once, and not at the next poll."""
         self.relay.wake()
         self.database.end("claim", [])
         self.assertEqual(self.claims(), 1)
 
     def test_the_poll_survives_a_slow_claim(self) -> None:
-        """A claim that lasts longer than the poll's pause does not end the polling."""
+        """A claim that lasts longer than the poll interval does not end the polling."""
         self.time.advance(1)
         self.database.end("depth", 3)
         self.time.advance(5)
@@ -641,7 +641,7 @@ class RelayTimingTests(SynchronousTestCase):
                 self.database.end("claim", [])
 
     def test_the_database_is_away(self) -> None:
-        """While the database is away a claim is tried at every poll, and it goes on when it is back."""
+        """While the database is away a claim is tried at every poll, and the relay goes on when it is back."""
         for _ in range(5):
             while self.claims():
                 self.database.end("claim", DatabaseUnavailable("away"))
@@ -651,7 +651,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.assertEqual(self.link.keys, ["k1"])
 
     def test_settled_in_groups(self) -> None:
-        """What is answered while a settlement is under way is settled by the next one, together."""
+        """Rows that are answered during a settlement are settled together by the next one."""
         self.database.end("claim", self.rows("k1", "k2", "k3"))
         self.link.accept("k1")
         self.link.accept("k2")
@@ -663,7 +663,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.assertEqual(self.database.began.count("settle"), 2)
 
     def test_a_settlement_that_fails(self) -> None:
-        """Rows that could not be settled are let go: their lease ends, and they are claimed and sent again."""
+        """Rows that could not be settled are released: their lease ends, and they are claimed and sent again."""
         self.database.end("claim", self.rows("k1"))
         self.link.accept("k1")
         self.database.end("settle", DatabaseUnavailable("away"))
@@ -676,7 +676,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.assertEqual(self.link.keys, ["k1", "k1"])
 
     def test_claimed_without_a_link(self) -> None:
-        """Rows whose claim ends when the link is gone are given back at once."""
+        """Rows whose claim ends after the link is lost are given back at once."""
         self.relay.linked(None)
         self.database.end("claim", self.rows("k1", "k2"))
         self.assertEqual((self.link.keys, self.database.began.count("settle")), ([], 1))
@@ -690,7 +690,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_stop_during_a_claim(self) -> None:
-        """What a last claim brings after the stop is given back and not sent, and then the stop ends."""
+        """Rows that a last claim returns after the stop are given back and not sent, and then the stop ends."""
         stopping = self.relay.stop()
         self.assertNoResult(stopping)
         self.database.end("claim", self.rows("k1"))
@@ -708,13 +708,13 @@ class RelayTimingTests(SynchronousTestCase):
         self.successResultOf(stopping)
 
     def test_stop_during_a_claim_that_fails(self) -> None:
-        """The stop ends if the last claim fails; an engine must not hang because its database is away."""
+        """The stop ends if the last claim fails: an engine must not hang because its database is away."""
         stopping = self.relay.stop()
         self.database.end("claim", DatabaseUnavailable("away"))
         self.successResultOf(stopping)
 
     def test_claims_what_will_soon_be_sent(self) -> None:
-        """It leases hardly more rows than the window takes, once it knows how large they are."""
+        """Once the relay knows the size of rows, it leases hardly more rows than the window takes."""
         large = [OutboxRow(at, "a.b", f"k{at}", {"text": "x" * 60_000}, 100, None, 0) for at in range(4)]
         self.database.end("claim", large)
         self.relay.wake()
@@ -730,7 +730,7 @@ class RelayTimingTests(SynchronousTestCase):
     # --- leases ---------------------------------------------------------------------------------------------------
 
     def pass_s(self, seconds: int) -> None:
-        """Let time pass; the database answers at once, and a claim finds nothing."""
+        """Let time pass; the database answers at once, and a claim finds no row."""
         for _ in range(seconds * 10):
             self.time.advance(0.1)
             for name, answer in (("claim", []), ("depth", 0), ("settle", None)):
@@ -738,7 +738,7 @@ class RelayTimingTests(SynchronousTestCase):
                     self.database.end(name, answer)
 
     def test_leases_are_renewed(self) -> None:
-        """As long as a row flies its lease is renewed before it ends, and no longer."""
+        """As long as a row is in flight its lease is renewed before it ends, and no longer."""
         self.database.end("claim", self.rows("k1", "k2"))
         leased_at, renewals = self.time.seconds(), 0
         for _ in range(15):
@@ -756,7 +756,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.assertEqual(self.database.settlements[settled:], [])
 
     def test_quick_answers_need_no_renewal(self) -> None:
-        """A row that is answered soon costs no renewal, so that a full window at full speed does not either."""
+        """A row that is answered soon needs no renewal, so a full window at full speed needs none."""
         self.database.end("claim", self.rows("k1"))
         self.pass_s(1)
         self.link.accept()
@@ -764,7 +764,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.assertEqual(self.database.settlements, [Settlement(accepted=[1])])
 
     def test_no_lease_after_a_settlement(self) -> None:
-        """A row that was answered while its renewal waited is not leased again, which would undo its pause."""
+        """A row that was answered before its renewal is not leased again, which would undo its pause."""
         self.database.end("claim", self.rows("k1", "k2"))
         self.link.refuse(Refused("overloaded", "m", {"retry_after_ms": 30_000}), "k1")
         self.time.advance(1.1)
@@ -778,7 +778,7 @@ class RelayTimingTests(SynchronousTestCase):
     # --- flush and stop -------------------------------------------------------------------------------------------
 
     def test_flush_without_a_link(self) -> None:
-        """Without a link, or with one that is closing, there is nothing to flush to."""
+        """Without a link, or with a closing one, a flush ends at once."""
         self.database.end("claim", [])
         self.link.close()
         self.successResultOf(self.relay.flush())
@@ -786,7 +786,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.successResultOf(self.relay.flush())
 
     def test_flush_looks_again(self) -> None:
-        """A claim that began before the flush proves nothing, nor does one that found something."""
+        """Neither a claim that began before the flush nor one that found a row ends the flush."""
         flushing = self.relay.flush()
         self.database.end("claim", [])
         self.assertNoResult(flushing)
@@ -799,7 +799,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.successResultOf(flushing)
 
     def test_flush_with_the_database_away(self) -> None:
-        """A claim that failed has not found nothing: the flush goes on with the polls."""
+        """A failed claim does not end a flush, which goes on with the polls."""
         flushing = self.relay.flush()
         self.database.end("claim", DatabaseUnavailable("away"))
         self.assertNoResult(flushing)
@@ -807,7 +807,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.successResultOf(flushing)
 
     def test_the_link_closes_during_a_flush(self) -> None:
-        """A flush ends with its link: what was in flight rests in the outbox."""
+        """A flush ends with its link, and the rows in flight stay in the outbox."""
         self.database.end("claim", self.rows("k1"))
         flushing = self.relay.flush()
         self.database.end("claim", [])
@@ -817,7 +817,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.successResultOf(flushing)
 
     def test_stop_during_a_flush(self) -> None:
-        """A stop while a flush is pending claims no more, and both end with what is in flight."""
+        """A stop during a flush claims no more, and both end with the rows in flight."""
         flushing = self.relay.flush()
         self.database.end("claim", self.rows("k1"))
         stopping = self.relay.stop()
@@ -830,7 +830,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.assertEqual((self.claims(), self.time.getDelayedCalls()), (0, []))
 
     def test_stop_gives_up(self) -> None:
-        """A stop waits a few seconds for answers and no longer; an answer that comes later is dropped."""
+        """A stop waits a few seconds for replies; a later reply is dropped."""
         self.database.end("claim", self.rows("k1"))
         stopping = self.relay.stop(patience_s=3.0)
         self.time.advance(2.9)
@@ -844,7 +844,7 @@ class RelayTimingTests(SynchronousTestCase):
         self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_pauses(self) -> None:
-        """Each attempt of a row that was sent before rests longer, and a peer that asks for 0 ms changes nothing."""
+        """The pause of a row grows with its attempts, also if the peer asks for 0 ms."""
         for error in (LinkLost("gone"), Refused("overloaded", "m", {"retry_after_ms": 0})):
             self.setUp()
             self.relay._rng = lambda: 1.0
@@ -856,7 +856,7 @@ class RelayTimingTests(SynchronousTestCase):
             self.assertEqual(sorted(self.pauses()), [0.2, 1.6, 5.0])
 
     def test_pauses_of_an_internal_error(self) -> None:
-        """A row for which the server fails rests longer after each attempt, up to a minute, and is never dead."""
+        """The pause of a row with internal errors grows up to a minute, and the row never becomes dead."""
         self.relay._rng = lambda: 1.0
         rows = [replace(row, attempts=at) for row, at in zip(self.rows("k1", "k2", "k3"), (0, 6, 100_000), strict=True)]
         self.database.end("claim", rows)
@@ -867,11 +867,11 @@ class RelayTimingTests(SynchronousTestCase):
         self.assertEqual(self.relay.dead, 0)
 
     def pauses(self) -> list[float]:
-        """Return the pauses of what was settled to be sent again."""
+        """Return the pauses of the rows that are settled as to be sent again."""
         return [pause for settlement in self.database.settlements for _, pause, *_ in settlement.retries]
 
     def test_what_is_sent_again_is_told(self) -> None:
-        """A row that is sent again for what is no passing state has a line with the cause; many share one a minute."""
+        """A row sent again for a lasting cause has a line with the cause; many rows share one line a minute."""
         self.database.end("claim", self.rows(*(f"k{number}" for number in range(100))))
         with capturedLogs() as logs:
             self.link.refuse(DeadlinePassed("s2s.command.push was not answered in time"), *list(self.link.waiting)[:50])

@@ -1,4 +1,4 @@
-"""What each role does on a message, against a real database where one is needed."""
+"""The responders of both roles, with a real database where they need one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.postgres import DatabaseTestCase
 
 
 def request(type: str, payload: dict[str, Any]) -> Request:
-    """Make a request as the dispatcher hands it over."""
+    """Create a request as the dispatcher passes it."""
     envelope = Envelope("id", 1737990000, "server", "engine", type, payload)
     return Request(envelope, BY_NAME[type], payload, "k1", 400)
 
@@ -36,7 +36,7 @@ class HealthTests(TestCase):
     """``s2s.health.check``."""
 
     def test_answer(self) -> None:
-        """The answer passes its schema and says who we are, since when, and how we are."""
+        """The reply is valid by its schema and contains identity, uptime and condition."""
         scheduler = task.Clock()
         identity = Identity("engine", "engine-1", "01J93QXK00000000000000000A")
         condition = {"state": "running", "degraded": True, "config_version": 3, "outbox_depth": 7}
@@ -76,7 +76,7 @@ class SweepTests(DatabaseTestCase):
         self.assertEqual(self.woken, 1)
 
     async def test_since_ts_narrows_inclusively(self) -> None:
-        """What was created in the second ``since_ts`` is swept, what came before waits, and no number is too large."""
+        """Broadcasts created in the second ``since_ts`` or later are swept, earlier ones wait; any number is valid."""
         self.execute(
             "insert into s2s.broadcasts (message, created_at) values"
             " ('old', to_timestamp(1000)), ('new', to_timestamp(2000))"
@@ -86,7 +86,7 @@ class SweepTests(DatabaseTestCase):
         self.assertEqual(self.execute("select message from s2s.broadcasts where state = 'pending'"), [("old",)])
 
     async def test_too_big_for_a_frame(self) -> None:
-        """A broadcast that no frame can carry is refused at the sweep and named, and holds nothing else up."""
+        """A broadcast that no frame can carry is refused at the sweep and named, and does not delay others."""
         self.execute("insert into s2s.broadcasts (message) values (%s), ('short')", "ü" * 4000)
         self.assertEqual((await self.sweep(request(SWEEP, {"since_ts": 0})))["queued"], 1)
         [(state, error)] = self.execute("select state, error from s2s.broadcasts where broadcast_id = 1")
@@ -94,7 +94,7 @@ class SweepTests(DatabaseTestCase):
         self.assertIn("--frame-size-limit", error)
 
     async def test_ten_thousand_at_once(self) -> None:
-        """Ten thousand broadcasts are queued in bounded steps, each once, and the answers count them all."""
+        """Ten thousand broadcasts are queued in bounded steps, each once, and the replies count them all."""
         self.execute("insert into s2s.broadcasts (message) select 'm' || i from generate_series(1, 10000) i")
         total = 0
         while queued := (await self.sweep(request(SWEEP, {"since_ts": 0})))["queued"]:
@@ -103,13 +103,13 @@ class SweepTests(DatabaseTestCase):
         self.assertEqual(self.execute("select count(distinct idem_key) from s2s.outbox"), [(10_000,)])
 
     async def test_database_away(self) -> None:
-        """Without a database the sweep is refused as ``db_unavailable`` with a time to come back."""
+        """Without a database the sweep is refused as ``db_unavailable`` with a time to retry."""
         await self.database.stop()
         refused = await self.assertFailure(self.sweep(request(SWEEP, {"since_ts": 0})), DbUnavailable)
         self.assertIn("retry_after_ms", refused.payload()["details"])
 
     async def test_refused(self) -> None:
-        """A broadcast that the database does not let be changed is told, and answered with the incident."""
+        """A broadcast that the database refuses to change is logged, and the reply has the incident."""
         self.execute(
             "insert into s2s.broadcasts (message) values ('m');"
             "alter table s2s.broadcasts add constraint c check (state = 'pending')"
@@ -121,7 +121,7 @@ class SteeringTests(DatabaseTestCase):
     """``s2s.engine.pause`` and orders."""
 
     async def test_refused(self) -> None:
-        """What a constraint refuses is told once, and is answered with the incident."""
+        """A change that a constraint refuses is logged once, and the reply has the incident."""
         database, handlers = self.pools("s2s-refused")
         clock, condition = Clock(reactor), EngineState()
         condition.wanted = "running"
@@ -137,7 +137,7 @@ class SteeringTests(DatabaseTestCase):
 
 
 async def _refused(case: TestCase, ask: Callable[[], Deferred[Any]]) -> None:
-    """Ask twice, and see that both answers have the incident of the one line."""
+    """Send a request twice, and assert that both replies have the incident of the single log line."""
     with capturedLogs() as told:
         answers = [await case.assertFailure(ask(), InternalError) for _ in range(2)]
     [line] = [str(formatEvent(event)) for event in told]

@@ -1,4 +1,4 @@
-"""Starting and stopping either role as its operator does, and what that operator is told when something is wrong."""
+"""Starting and stopping either role as an operator does, and the messages for the operator's mistakes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PASSWORD = "open-sesame"
 
 
 class StartingTests(RoleTestCase):
-    """All the ways to start them; nothing of ours is between the operator's command and twistd."""
+    """All the ways to start a role; s2s adds no wrapper between the operator's command and twistd."""
 
     def setUp(self) -> None:
         """Choose a port."""
@@ -40,7 +40,7 @@ class StartingTests(RoleTestCase):
         }
 
     def twistd(self, *argv: str, **more: str) -> subprocess.Popen[str]:
-        """Start it in the test's directory, its output in one pipe."""
+        """Start a role in the test's directory, with its output in one pipe."""
         process = subprocess.Popen(
             [TWISTD, *argv],
             cwd=self.directory,
@@ -54,19 +54,19 @@ class StartingTests(RoleTestCase):
         return process
 
     def gone(self, process: subprocess.Popen[str]) -> None:
-        """See that a process is gone, whatever the test came to; in order, for the sake of its PostgreSQL."""
+        """Assert that a process is gone, whatever the test did; end it in order because of its PostgreSQL."""
         if process.poll() is None:
             process.terminate()
         process.wait(PATIENCE_S)
 
     def said(self, name: str) -> str:
-        """Give what a file of the directory says by now."""
+        """Return the current content of a file in the directory."""
         path = self.directory / name
         return path.read_text() if path.exists() else ""
 
     @inlineCallbacks
     def says(self, name: str, text: str, processes: list[subprocess.Popen[str]]) -> Iterator[Deferred[Any]]:
-        """Wait until a file says something."""
+        """Wait until a file contains a text."""
 
         def look() -> bool:
             said = self.said(name)
@@ -77,13 +77,13 @@ class StartingTests(RoleTestCase):
         yield poll(look, f"{name} says {text!r}", timeout=PATIENCE_S)
 
     def ends(self, process: subprocess.Popen[str]) -> None:
-        """See that it ends in order on SIGTERM."""
+        """Assert that a process ends in order on SIGTERM."""
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(PATIENCE_S), 0)
 
     @inlineCallbacks
     def test_nothing_given(self):
-        """With no option at all the two, in one directory, make themselves a database and a key, and link."""
+        """Without any option the two roles, in one directory, create a database and a key, and link."""
         server = self.twistd("-n", "s2s-server")
         engine = self.twistd("-n", "s2s-engine")
         yield self.says("out-s2s-server", f"{LINK_UP} {self.engine_name}", [server, engine])
@@ -101,7 +101,7 @@ class StartingTests(RoleTestCase):
         self.assertNotIn("Traceback", self.said("out-s2s-server") + self.said("out-s2s-engine"))
 
     def test_an_error_in_the_start(self):
-        """A role whose start fails ends its process, though threads of it run by then."""
+        """A role whose start fails ends its process, although its threads already run."""
         plugins = self.directory / "s2s" / "plugins"
         plugins.mkdir(parents=True)
         (plugins / "breaks.py").write_text(
@@ -116,7 +116,7 @@ class StartingTests(RoleTestCase):
             self.assertRegex(self.said(f"out-{role}"), "(?m)^twistd: ValueError: odd$")
 
     def test_too_few_threads(self):
-        """A role that the operating system refuses its threads ends with a line that names the limits."""
+        """A role for which the operating system starts no threads ends with a line that names the limits."""
         (self.directory / "sitecustomize.py").write_text(
             "import threading\n"
             "def start(self):\n"
@@ -132,7 +132,7 @@ class StartingTests(RoleTestCase):
 
     @inlineCallbacks
     def test_daemon(self):
-        """Without ``-n`` it goes to the background with files of its own name, serves there, and stops on SIGTERM."""
+        """Without ``-n`` a role runs in the background with files of its own name, and stops on SIGTERM."""
         starting = self.twistd("s2s-server", **{DATABASE_VARIABLE: self.url})
         self.assertEqual(starting.wait(PATIENCE_S), 0, self.said("out-s2s-server"))
         yield self.says("s2s-server.log", "server listens on", [])
@@ -154,7 +154,7 @@ class StartingTests(RoleTestCase):
 
     @inlineCallbacks
     def test_tac(self):
-        """The tac files are the same roles, configured by the environment alone."""
+        """The tac files start the same roles, configured by the environment alone."""
         processes = [
             self.twistd(f"--pidfile={role}.pid", "-ny", str(_TAC / f"{role}.tac"), **{DATABASE_VARIABLE: self.url})
             for role in ("server", "engine")
@@ -165,7 +165,7 @@ class StartingTests(RoleTestCase):
 
     @inlineCallbacks
     def test_told_twice(self):
-        """A role that is told to stop again while it stops goes on stopping in order."""
+        """A role that gets a second stop signal while it stops goes on stopping in order."""
         server = self.twistd("-n", "s2s-server", **{DATABASE_VARIABLE: self.url})
         yield self.says("out-s2s-server", "server listens on", [server])
         peer = connect(self.port)
@@ -181,7 +181,7 @@ class RefusalTests(RoleTestCase):
     """An operator's mistake is one line that names the cure."""
 
     def refused(self, *mistakes: tuple[str, list[str], dict[str, str]]) -> None:
-        """See that twistd ends at once with one line on stderr: what it names, the arguments, the environment."""
+        """Assert that twistd ends at once with one line on stderr: expected text, arguments, environment."""
         known = {DATABASE_VARIABLE: self.url}
         started = [
             subprocess.Popen(
@@ -204,7 +204,7 @@ class RefusalTests(RoleTestCase):
             self.assertRegex(stderr, rf"\A[^\n]*{cure}[^\n]*\n\Z", f"{argv}\n{stdout}")
 
     def test_port_in_use(self):
-        """A port that somebody else has: free it, or choose another --listen."""
+        """A port that is in use is refused: free it, or choose another --listen."""
         with socket.create_server(("127.0.0.1", 0)) as other:
             taken = listen(other.getsockname()[1])
             free = listen(free_port())
@@ -230,11 +230,11 @@ class RefusalTests(RoleTestCase):
         self.assertEqual(started.returncode, 1)
         self.assertIn("cannot listen on", stderr)
         self.assertIn("choose another --listen", Path(self.directory, "s2s-server.log").read_text())
-        # The process that was to stay ends a little after its parent.
+        # The daemon process ends a little after its parent.
         return poll(lambda: not Path(self.directory, "s2s-server.pid").exists(), "no pid file is left")
 
     def test_database(self):
-        """A URL that cannot be read, a server that is not there, a file that is not: --database, and no password."""
+        """An unreadable URL, a missing server or a missing file is refused with --database, and without a password."""
         nowhere = f"postgresql://somebody:{_PASSWORD}@127.0.0.1:{free_port()}/game"
         unreadable = f"postgresql://somebody:{_PASSWORD}@host:port/game"
         self.refused(
@@ -244,7 +244,7 @@ class RefusalTests(RoleTestCase):
         )
 
     def test_schema(self):
-        """A database without our tables names the command that makes them, and gets none by itself."""
+        """A database without tables of s2s is refused with the command that creates them, and stays empty."""
         name = str(self.execute("select current_database()")[0][0])
         empty = f"{name}_empty"
         make_database(empty)
@@ -256,7 +256,7 @@ class RefusalTests(RoleTestCase):
         )
 
     def test_key(self):
-        """Without a key that may sign, the command that makes one is named, be it of the other role or ended."""
+        """Without a key that may sign, such as an ended key, the command that creates one is named."""
         self.execute("update s2s.s2s_keys set role = 'engine'")
         self.refused(("s2s keys add --role server", ["-n", "s2s-server"], {}))
         self.execute("update s2s.s2s_keys set role = 'any', active_to = now()")
@@ -265,7 +265,7 @@ class RefusalTests(RoleTestCase):
         )
 
     def test_options(self):
-        """A value that an option cannot take names the option, and what it takes."""
+        """An invalid value of an option is refused with the option and the valid values."""
         small, tac = {"S2S_FRAME_SIZE_LIMIT": "12"}, str(_TAC / "server.tac")
         self.refused(
             ("--frame-size-limit.*4096.*262144", ["-n", "s2s-server", "--frame-size-limit", "4095"], {}),

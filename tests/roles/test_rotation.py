@@ -1,4 +1,4 @@
-"""Keys that change while links are up: nothing is lost in a rotation, and nothing stays of a revoked key."""
+"""Keys that change while links are up: a rotation loses nothing, and a revoked key loses its links."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from tests.support.roles import RoleTestCase, Server, SharedServerTestCase, envi
 from tests.support.waiting import poll
 
 S2S = str(Path(sys.executable).with_name("s2s"))
-#: Pushes a second, how many may be in flight, and how many there are at least.
+#: Pushes a second, the largest number in flight, and the least number of pushes.
 RATE, WINDOW, LEAST = 5000, 300, 30_000
 #: Seconds between two bursts.
 BEAT_S = 0.01
 _SECRET = base64.b64encode(b"the second secret, of 32 bytes or more").decode()
 _numbers = itertools.count(1)
-#: By when a link has ended whose key was revoked: by a NOTIFY, and by the poll alone, in seconds.
+#: Seconds within which a link ends after its key was revoked: by a NOTIFY, and by the poll alone.
 NOTIFIED_S, POLLED_S = 1.0, 6.5
 
 
 class Pusher:
-    """An engine made of our own parts, which pushes at an even pace. It is told of its link's life.
+    """An engine made of parts of s2s, which pushes at an even pace. It receives the events of its link.
 
     :param url: the database with the keys.
-    :ivar signed_by: the key of each answer, told once for as long as it stays the same.
+    :ivar signed_by: the keys of the answers, without repetitions in a row.
     """
 
     def __init__(self, url: str) -> None:
@@ -76,29 +76,29 @@ class Pusher:
 
     @inlineCallbacks
     def finish(self) -> Iterator[Deferred[Any]]:
-        """Push no more, and wait for the last answers."""
+        """Stop pushing, and wait for the last answers."""
         self._beat.stop()
         yield poll(lambda: self.answered == self.sent, "every push is answered")
 
     @inlineCallbacks
     def forget_the_table(self) -> Iterator[Deferred[Any]]:
-        """Read the keys no more."""
+        """Stop reading the keys."""
         self.keys.stop()
         yield self._listener.stop()
         yield self._database.stop()
 
     def link_made(self, link: Link) -> None:
-        """Remember it."""
+        """Remember the link."""
         self.links.append(link)
 
     def link_proven(self, link: Link) -> None:
-        """Begin."""
+        """Start pushing."""
         self._began = reactor.seconds()
         self._beat.start(BEAT_S)
         self.proven.callback(None)
 
     def link_lost(self, link: Link) -> None:
-        """Remember why."""
+        """Remember the reason."""
         self.lost.append(link.why)
 
     def _push(self) -> None:
@@ -127,14 +127,14 @@ class RotationTests(RoleTestCase):
         yield self.role.start()
         self.pusher = Pusher(self.url)
         self.addCleanup(self.pusher.factory.tell_rest)
-        # In whatever state the test ends: forgetting twice does nothing.
+        # Registered for every outcome of the test; a second call does nothing.
         self.addCleanup(self.pusher.forget_the_table)
         self.addCleanup(lambda: [link.abort("the test is over") for link in self.pusher.links])
         yield self.pusher.start(self.role.port)
 
     @inlineCallbacks
     def s2s(self, *argv: str) -> Iterator[Deferred[Any]]:
-        """Type ``s2s keys`` and so on; gives what it says."""
+        """Run ``s2s keys`` with arguments, and return its output."""
         out, err, code = yield utils.getProcessOutputAndValue(
             S2S, ["keys", *argv], env=environment(**{DATABASE_VARIABLE: self.url})
         )
@@ -142,19 +142,19 @@ class RotationTests(RoleTestCase):
         return (out + err).decode()
 
     def more_pushed(self, count: int) -> Deferred[Any]:
-        """Wait until so many more are pushed."""
+        """Wait until this many more commands are pushed."""
         wanted = self.pusher.sent + count
         return poll(lambda: self.pusher.failed or self.pusher.sent >= wanted, f"{count} more are pushed")
 
     @inlineCallbacks
     def rotate(self, old: str, new: str) -> Iterator[Deferred[Any]]:
-        """Change from one key to another, and wait until the old one has ended."""
+        """Change from one key to another, and wait until the old one has expired."""
         yield self.more_pushed(1000)
         yield self.s2s("add", "--key-id", new, "--role", "any")
         yield self.s2s("activate", new)
         yield self.s2s("retire", old)
         yield self.more_pushed(1000)
-        # Instead of the 60 s.
+        # Shorten the 60 s of the overlap.
         self.execute("update s2s.s2s_keys set active_to = now() + interval '1 s' where key_id = %s", old)
         yield poll(
             lambda: self.execute("select 1 from s2s.s2s_keys where active_to < now() and key_id = %s", old), "its end"
@@ -163,7 +163,7 @@ class RotationTests(RoleTestCase):
 
     @inlineCallbacks
     def test_under_load(self):
-        """Two rotations under 5,000 pushes a second lose nothing, refuse nothing, and leave the one link as it is."""
+        """Two rotations under 5,000 pushes a second lose and refuse nothing, and keep the one link."""
         pusher = self.pusher
         yield self.rotate("k1", "k2")
         yield self.rotate("k2", "k3")
@@ -174,7 +174,7 @@ class RotationTests(RoleTestCase):
         self.assertEqual(self.role.lines(": refused, "), [])
         found = self.execute("select count(*), count(distinct idem_key) from s2s.commands")
         self.assertEqual(found, [(pusher.sent, pusher.sent)])
-        # The server never went back to an older key, and the pusher's own last frames bore the newest, too.
+        # The server never returned to an older key, and the pusher's last frames had the newest key too.
         self.assertEqual(pusher.signed_by, ["k1", "k2", "k3"])
         yield pusher.forget_the_table()
         said = yield self.s2s("revoke", "k3")
@@ -187,7 +187,7 @@ class RevocationTests(SharedServerTestCase):
     """Links of a revoked key."""
 
     def new_key(self) -> Key:
-        """Add a key of a name that the server has never seen: one that it knows as ended it does not look up again."""
+        """Add a key whose name the server has never seen, since it does not look up a key that it knows as expired."""
         key = Key(f"revoked-{next(_numbers)}", _SECRET)
         self.add_key(key)
         return key
@@ -202,7 +202,7 @@ class RevocationTests(SharedServerTestCase):
     def ends(
         self, key: Key, peers: list[Peer], change: Callable[[str], object], within_s: float = NOTIFIED_S
     ) -> Deferred[Any]:
-        """See that links end so soon after their key is changed, and that the server says why."""
+        """Assert that links end within a time after their key is changed, and that the server logs the reason."""
         began = time.monotonic()
         change(key.key_id)
         for peer in peers:
@@ -217,7 +217,7 @@ class RevocationTests(SharedServerTestCase):
             rotation.revoke(txn, key_id)
 
     def end(self, key_id: str) -> None:
-        """Let a key end now, in plain SQL."""
+        """Let a key expire now, in plain SQL."""
         self.execute("update s2s.s2s_keys set active_to = now() where key_id = %s", key_id)
 
     def delete(self, key_id: str) -> None:
@@ -226,7 +226,7 @@ class RevocationTests(SharedServerTestCase):
 
     @inlineCallbacks
     def test_revoked(self):
-        """Within a second a revoked, ended or deleted key's links close, all of them, and those of others stay."""
+        """All links of a revoked, expired or deleted key close within a second, and those of other keys stay."""
         other = self.linked(K1)
         for change in (self.revoke, self.end, self.delete):
             key = self.new_key()
@@ -240,7 +240,7 @@ class RevocationTests(SharedServerTestCase):
 
     @inlineCallbacks
     def test_the_last_key_counts(self):
-        """A peer that signs with another key by then keeps its link; one that went back to the revoked one does not."""
+        """A peer that signs with another key by then keeps its link; one that returned to the revoked key does not."""
         key = self.new_key()
         forth, back = self.linked(key), self.linked(K1)
         forth.key, back.key = K1, key
@@ -251,13 +251,13 @@ class RevocationTests(SharedServerTestCase):
 
     @inlineCallbacks
     def test_deaf(self):
-        """A NOTIFY that is lost with the connection that listens does not keep a revoked key's link up."""
+        """A NOTIFY that is lost with the LISTEN connection does not keep a revoked key's link up."""
         key = self.new_key()
         yield self.ends(key, [self.linked(key)], self.end_unheard, POLLED_S)
         self.assertEqual(len(self.shared.lines("notifications of the database do not arrive")), 1)
 
     def end_unheard(self, key_id: str) -> None:
-        """Let a key end, and the connection that would hear of it just before."""
+        """Let a key expire, and end the LISTEN connection just before."""
         [(count,)] = self.execute(
             "with deaf as (select count(pg_terminate_backend(pid)) from pg_stat_activity"
             " where application_name = 's2s-server listen' and datname = current_database()),"
@@ -269,7 +269,7 @@ class RevocationTests(SharedServerTestCase):
 
     @inlineCallbacks
     def test_never_told(self):
-        """Without any NOTIFY the poll finds within 5 s that a key has ended."""
+        """Without any NOTIFY the poll detects within 5 s that a key has expired."""
         key = self.new_key()
         peer = self.linked(key)
         self.execute("alter table s2s.s2s_keys disable trigger s2s_keys_notify")
@@ -278,11 +278,11 @@ class RevocationTests(SharedServerTestCase):
 
 
 class ClockTests(RoleTestCase):
-    """A server whose clock is not the database's."""
+    """A server whose clock differs from that of the database."""
 
     @inlineCallbacks
     def test_behind_and_ahead(self):
-        """Two minutes behind or ahead, a new key serves both sides at once, and a revoked one none from then on."""
+        """With a clock two minutes behind or ahead, a new key is valid at once, and a revoked one invalid at once."""
         for shift in (-120, 120):
             self.execute("delete from s2s.s2s_keys")
             self.add_key(K1, is_default=True)

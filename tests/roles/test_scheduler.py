@@ -1,4 +1,4 @@
-"""The scheduler: each run once, step by step, whatever becomes of jobs, engines and connections."""
+"""The scheduler: each run once, step by step, despite failures of jobs, engines and connections."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _HOUR = 3600
 
 
 class _Job(Job):
-    """A job that does what a test wants."""
+    """A job that runs a function of the test."""
 
     def __init__(self, job_type: str, work: Work, schedule: str = "every:3600s") -> None:
         self.job_type, self.schedule = job_type, schedule  # type: ignore[misc]
         self._work = work
 
     def run(self, txn: Cursor, run: JobRun) -> Outcome:
-        """Note the run, emit a notice and do the work."""
+        """Record the run, emit a notice and call the function."""
         txn.execute("insert into public.effects (key, state) values (%s, %s)", (run.key, str(dict(run.state))))
         run.emit("notice.publish", f"{run.key} {dict(run.state)}", {"at": run.due_at})
         return self._work(txn, run)
@@ -57,10 +57,10 @@ def _nothing(txn: Cursor, run: JobRun) -> Outcome:
 
 
 class SchedulerTestCase(DatabaseTestCase):
-    """A test with a table of effects, in which every run of a job is noted."""
+    """A test with a table of effects, in which every run of a job is recorded."""
 
     def setUp(self) -> None:
-        """Make the table."""
+        """Create the table."""
         super().setUp()
         self.execute("create table public.effects (n serial, key text, state text)")
         self.patch(poll_loop, "POLL_S", 0.05)
@@ -81,11 +81,11 @@ class SchedulerTestCase(DatabaseTestCase):
         return scheduler
 
     def count_emitted(self) -> None:
-        """Count."""
+        """Count the calls."""
         self.emitted += 1
 
     def due(self, *job_types: str, at: int = _HOUR) -> None:
-        """Have jobs in the table, due long ago."""
+        """Insert jobs that have been due for long."""
         self.execute(
             "insert into s2s.jobs (job_type, schedule, due_at) select t, 'every:3600s', to_timestamp(%s) from"
             " unnest(%s) t",
@@ -98,24 +98,24 @@ class SchedulerTestCase(DatabaseTestCase):
         return f"{job_type}:{self.database_id()}:{due_at}:{runs}"
 
     def emission(self) -> str:
-        """Return the key of what a run emits in its only step."""
+        """Return the key of the command that a run emits in its only step."""
         return f"{self.key()} {{}}:{digest('notice.publish', canonical.dumps({'at': _HOUR}))}"
 
     def row(self, columns: str, job_type: str = "tick") -> tuple[Any, ...]:
-        """Give columns of a job's row."""
+        """Return columns of a job's row."""
         return self.execute(f"select {columns} from s2s.jobs where job_type = %s", job_type)[0]
 
     def reached(self, condition: str, job_type: str = "tick") -> Deferred[Any]:
-        """Wait until a job's row is like this."""
+        """Wait until a job's row fulfils a condition."""
         query = f"select 1 from s2s.jobs where job_type = %s and ({condition})"
         return poll(lambda: self.execute(query, job_type), f"{job_type}: {condition}")
 
     def effects(self) -> list[tuple[str, str]]:
-        """Give key and state of every step that took effect, in their order."""
+        """Return key and state of every step that took effect, in their order."""
         return self.execute("select key, state from public.effects order by n")
 
     def outbox(self) -> list[str]:
-        """Give the keys of what was emitted."""
+        """Return the keys of the emitted commands."""
         return [key for (key,) in self.execute("select idem_key from s2s.outbox order by outbox_id")]
 
     def rush(self, job_type: str = "tick") -> None:
@@ -123,7 +123,7 @@ class SchedulerTestCase(DatabaseTestCase):
         self.execute("update s2s.jobs set retry_at = now(), error = null where job_type = %s", job_type)
 
     def pause_long(self) -> None:
-        """Have nothing tried again by itself, however slow this machine is."""
+        """Let nothing be tried again by itself, however slow this machine is."""
         self.patch(table, "PAUSE", "interval '1 hour'")
 
     def end_connections(self) -> None:
@@ -134,7 +134,7 @@ class SchedulerTestCase(DatabaseTestCase):
         )
 
     def watch_looks(self) -> list[int]:
-        """Give a list that grows with every look for a job that is due."""
+        """Return a list that grows with every query for a due job."""
         looks: list[int] = []
         attempt = table.attempt
 
@@ -147,10 +147,10 @@ class SchedulerTestCase(DatabaseTestCase):
 
 
 class TimeTests(SchedulerTestCase):
-    """When a job runs."""
+    """The times at which a job runs."""
 
     async def test_due(self) -> None:
-        """A job that was never run is due at the next time of its schedule, and not before."""
+        """A job that has never run is due at the next time of its schedule, and not before."""
         seen: list[Any] = []
 
         def look(txn: Cursor, run: JobRun) -> None:
@@ -165,7 +165,7 @@ class TimeTests(SchedulerTestCase):
             self.assertTrue(due_at <= now)
 
     async def test_catching_up(self) -> None:
-        """What was missed is made up for by one run, under its own time; the next is due by the schedule."""
+        """Missed times are made up for by one run with its own due time; the next one follows the schedule."""
         self.due("tick")
         scheduler = self.start(_Job("tick", lambda _, __: {"caught": 1}))
         await self.reached("runs > 0")
@@ -181,7 +181,7 @@ class TimeTests(SchedulerTestCase):
         self.assertTrue(self.row("last_finished_at between now() - interval '1 minute' and now()")[0])
 
     def test_next_time(self) -> None:
-        """A run that ends late in a second does not skip the time that the next second begins."""
+        """A run that ends late in a second does not skip the time at which the next second begins."""
         self.due("tick")
         with blocking(self.url) as txn:
             due = table.attempt(txn, ["tick"])
@@ -192,7 +192,7 @@ class TimeTests(SchedulerTestCase):
             self.assertEqual((asked[0],), txn.fetchone())
 
     async def test_a_time_set_by_hand(self) -> None:
-        """A time between two seconds, which somebody has typed, holds nobody up."""
+        """A due time between two seconds, set by hand, delays nothing."""
         self.due("tick")
         self.execute("update s2s.jobs set due_at = to_timestamp(3600.7)")
         self.start(_Job("tick", _nothing))
@@ -200,7 +200,7 @@ class TimeTests(SchedulerTestCase):
         self.assertEqual(self.effects(), [(self.key(), "{}")])
 
     async def test_a_changed_schedule(self) -> None:
-        """A job that is in the table with another schedule is due by its new one; a run that is begun goes on first."""
+        """A job with another schedule in the table is due by its new one; a run in progress continues first."""
         self.due("begun")
         self.execute(
             "update s2s.jobs set schedule = 'daily@12:00Z', state = '{\"n\": 1}' where job_type = 'begun';"
@@ -215,7 +215,7 @@ class TimeTests(SchedulerTestCase):
             self.assertEqual(self.row(soon, job_type), (True,))
 
     async def test_the_same_schedule(self) -> None:
-        """A job that is in the table as it is declared keeps its time."""
+        """A job that is in the table with its declared schedule keeps its due time."""
         self.execute(
             "insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'every:3600s', '2100-01-01 00:00:07Z')"
         )
@@ -233,7 +233,7 @@ class TimeTests(SchedulerTestCase):
         await self.reached("schedule = 'every:3600s'")
 
     async def test_a_schedule_of_an_engine_that_is_gone(self) -> None:
-        """The schedule of another release is told once while its engine lives, and ours again once that has ended."""
+        """A schedule of another release is logged once while its engine lives, and replaced when it has ended."""
         self.patch(scheduling, "DECLARE_S", 0.1)
         self.start(_Job("tick", _nothing, "every:5s"))
         await self.reached("schedule = 'every:5s'")
@@ -255,7 +255,7 @@ class TimeTests(SchedulerTestCase):
         self.assertEqual(healed, "job tick has the schedule every:5s again")
 
     async def test_two_releases_that_live(self) -> None:
-        """Two living engines that differ never change the schedule in turn: the one that started last keeps its own."""
+        """Two living engines with different schedules do not alternate: that of the engine started last stays."""
         self.patch(scheduling, "DECLARE_S", 0.1)
         self.execute(
             "create table public.flips (schedule text); create function flip() returns trigger language plpgsql set"
@@ -273,7 +273,7 @@ class TimeTests(SchedulerTestCase):
         self.assertEqual(self.execute("select * from public.flips"), [("every:5s",), ("every:86400s",)])
 
     async def test_a_schedule_set_by_hand(self) -> None:
-        """A schedule that somebody writes into the table is told, and is the declared one again soon."""
+        """A schedule that is set by hand in the table is logged, and soon replaced by the declared one."""
         self.patch(scheduling, "DECLARE_S", 0.1)
         self.start(_Job("tick", _nothing))
         await self.reached("true")
@@ -284,7 +284,7 @@ class TimeTests(SchedulerTestCase):
         self.assertIn("set by hand; this engine declares every:3600s: no engine that lives keeps the other one", told)
 
     async def test_a_schedule_of_a_job_that_runs(self) -> None:
-        """A schedule is not set while the job's row is locked, and no look waits for that."""
+        """A schedule is not replaced while the job's row is locked, and no check waits for the lock."""
         self.execute("insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'every:5s', now())")
         database, _ = self.pools("s2s-jobs")
         found = {"tick": table.OtherSchedule("every:5s", is_kept=False)}
@@ -299,7 +299,7 @@ class TimeTests(SchedulerTestCase):
         self.assertEqual(self.row("schedule"), ("every:3600s",))
 
     async def test_what_cannot_be_declared(self) -> None:
-        """A job that cannot be declared, by a lock or a trigger, is named, holds up no other, and is tried again."""
+        """A job that cannot be declared, by a lock or a trigger, is named, delays no other, and is tried again."""
         self.patch(scheduling, "DECLARE_S", 0.1)
         self.patch(table, "DECLARE_LOCK_S", 0.05)
         self.execute(
@@ -329,7 +329,7 @@ class TimeTests(SchedulerTestCase):
         self.assertEqual(sorted(lines[2:]), ["job locked is declared", "job refused is declared"])
 
     async def test_what_nobody_has(self) -> None:
-        """A job of an engine that is gone stays in the table, and holds up no other."""
+        """A job of an engine that is gone stays in the table, and delays no other."""
         self.due("gone")
         self.due("tick", at=2 * _HOUR)
         self.start(_Job("tick", _nothing))
@@ -341,7 +341,7 @@ class FailureTests(SchedulerTestCase):
     """Jobs that fail."""
 
     async def test_a_run_that_raises(self) -> None:
-        """It is undone, shown, and tried again after 2, 4, 8 … 300 s as the same run; success forgets it."""
+        """A failed run is undone, shown, and retried after 2, 4, 8 … 300 s as the same run, until it succeeds."""
         seen: list[tuple[str, int]] = []
 
         def work(txn: Cursor, run: JobRun) -> None:
@@ -364,7 +364,7 @@ class FailureTests(SchedulerTestCase):
                 self.assertEqual(self.row("error, runs"), ("ValueError: not this? one", 0))
                 self.assertEqual((self.effects(), self.outbox()), ([], []))
                 if attempts == 3:
-                    # As after years: the pause has its bound.
+                    # The state after years of failures: the pause is bounded.
                     self.execute("update s2s.jobs set attempts = 5000")
                 ((before,),) = self.execute("select now()")
                 self.rush()
@@ -380,7 +380,7 @@ class FailureTests(SchedulerTestCase):
         self.assertEqual([each["attempts"] for each in told], [1, 2, 3])
 
     async def test_kinds_of_failures(self) -> None:
-        """Whatever a job does that it should not is its own failure, shown and undone; the other jobs go on."""
+        """Every kind of misbehaviour counts as the job's own failure, shown and undone; the other jobs go on."""
 
         def swallow(txn: Cursor, run: JobRun) -> None:
             with contextlib.suppress(psycopg2.Error):
@@ -466,13 +466,13 @@ class FailureTests(SchedulerTestCase):
                 self.assertEqual(self.row("runs, attempts, state", name), (0, 1, None))
                 told = "savepoint" if name.startswith("says") else "never commits"
                 self.assertIn(told, self.row("error", name)[0].lower())
-        # What it has committed itself, in SQL, is there once.
+        # A commit of the job itself in SQL takes effect once.
         committed = sorted(key for key, _ in self.effects())
         expected = [*(self.key(name) for name in works if "says_commit" in name), self.key(due_at=2 * _HOUR)]
         self.assertEqual(committed, sorted(expected))
 
     async def test_a_row_that_cannot_be_changed(self) -> None:
-        """A job whose row a trigger does not let change is told of by its name, has no effect, and the others run."""
+        """A job whose row a trigger protects is named and has no effect, and the others run."""
         self.due("stays", "kept", "tick")
         self.execute(
             "create function keep() returns trigger language plpgsql set search_path from current as $$ begin"
@@ -485,14 +485,14 @@ class FailureTests(SchedulerTestCase):
             await self.reached("runs > 0")
             await poll(lambda: any("job kept" in str(formatEvent(event)) for event in told), "the line about the other")
         lines = [str(formatEvent(event)) for event in told]
-        # Each line of the scheduler may have met it.
+        # Either worker of the scheduler may have met the trigger.
         self.assertIn(len([line for line in lines if "job stays: not this one" in line]), range(1, LINES + 1), lines)
         self.assertEqual(self.row("runs", "stays"), (0,))
         self.assertTrue([line for line in lines if "job kept" in line and KEPT in line], lines)
         self.assertEqual([key for key, _ in self.effects() if not key.startswith("tick")], [])
 
     async def test_a_connection_that_is_lost(self) -> None:
-        """A job with which the connection ends, as with its process, is undone and not begun again at once."""
+        """A job during which the connection ends, as when its process dies, is undone and retried after a pause."""
         calls: list[str] = []
 
         def work(txn: Cursor, run: JobRun) -> None:
@@ -518,7 +518,7 @@ class FailureTests(SchedulerTestCase):
         self.assertEqual((scheduler.failed, other.failed), (0, 0))
 
     async def test_one_that_always_loses_its_connection(self) -> None:
-        """A job under which the database is at fault each time is named and has failed, where that serves others."""
+        """A job that always loses its connection is named and fails, if the database accepts other writes."""
         self.patch(table, "PAUSE", "interval '0.05 seconds'")
 
         def lose(txn: Cursor, run: JobRun) -> None:
@@ -541,7 +541,7 @@ class FailureTests(SchedulerTestCase):
         self.assertEqual(self.effects(), [])
 
     async def test_one_that_loses_its_connection_while_the_database_is_at_fault(self) -> None:
-        """A job is not marked as failed where the database refuses other writes, too."""
+        """A job is not marked as failed if the database refuses other writes, too."""
         self.patch(table, "PAUSE", "interval '0.05 seconds'")
         checks: list[int] = []
 
@@ -556,7 +556,7 @@ class FailureTests(SchedulerTestCase):
         self.assertEqual(self.row("error", "loses"), (None,))
 
     async def test_an_error_made_of_a_lost_connection(self) -> None:
-        """A job that makes an error of its own of the loss of its connection is not blamed for it."""
+        """A job that converts the loss of its connection to an error of its own is not marked as failed."""
 
         def work(txn: Cursor, run: JobRun) -> None:
             self.end_connections()
@@ -576,7 +576,7 @@ class StepTests(SchedulerTestCase):
     """Runs of more than one step."""
 
     def count_to(self, last: int) -> Work:
-        """Give work of so many steps."""
+        """Return a function that runs this many steps."""
 
         def work(txn: Cursor, run: JobRun) -> Outcome:
             at = run.state.get("at", 0) + 1
@@ -585,7 +585,7 @@ class StepTests(SchedulerTestCase):
         return work
 
     async def test_steps(self) -> None:
-        """Each step is a transaction of its own, with the key of the run, and goes on where the one before left off."""
+        """Each step has its own transaction and the key of the run, and continues where the previous one ended."""
         seen: list[int] = []
         count = self.count_to(3)
 
@@ -602,7 +602,7 @@ class StepTests(SchedulerTestCase):
         await poll(lambda: (scheduler.runs, self.emitted) == (1, 3), "the counters")
 
     async def test_a_step_that_fails(self) -> None:
-        """A step that fails is tried again by itself: what was done before it stays."""
+        """A step that fails is retried by itself: the previous steps stay committed."""
         failed: list[int] = []
         count = self.count_to(3)
 
@@ -621,7 +621,7 @@ class StepTests(SchedulerTestCase):
         self.assertEqual([state for _, state in self.effects()], ["{}", "{'at': 1}", "{'at': 2}"])
 
     async def test_long_runs_take_turns(self) -> None:
-        """A run of many steps, where the engine has one worker, holds up no job that becomes due after it."""
+        """With one worker, a run of many steps does not delay a job that becomes due after it."""
         self.patch(scheduling, "LINES", 1)
         self.patch(table, "SLICE_S", 0.0)
         self.due("long", at=_HOUR)
@@ -632,7 +632,7 @@ class StepTests(SchedulerTestCase):
         await poll(lambda: len(self.effects()) > steps + 3, "further steps of the long one")
 
     async def test_another_engine_goes_on(self) -> None:
-        """A run whose engine is gone goes on with the next step, in another engine and with the same key."""
+        """A run whose engine is gone continues with its next step in another engine, with the same key."""
         reached = threading.Event()
         count = self.count_to(3)
 
@@ -653,7 +653,7 @@ class StepTests(SchedulerTestCase):
         self.assertEqual(self.effects(), [(self.key(), state) for state in states])
 
     async def test_shared(self) -> None:
-        """Of three schedulers on one database all do some steps, and every step of every run takes effect once."""
+        """Three schedulers on one database share the steps, and every step of every run takes effect once."""
         done_by: list[set[int]] = [set(), set(), set()]
         names = [f"job.{number}" for number in range(8)]
         count = self.count_to(12)
@@ -675,7 +675,7 @@ class StepTests(SchedulerTestCase):
         self.assertEqual(done_by, [{1}] * 3)
 
     def test_an_attempt_that_is_stale(self) -> None:
-        """Who comes back to an attempt after others have gone on does nothing: not even when the count is the same."""
+        """An outdated attempt does nothing after others have continued the run, even with the same attempt count."""
         self.due("tick")
 
         def attempt() -> table.DueJob:
@@ -706,13 +706,13 @@ class StepTests(SchedulerTestCase):
         self.assertEqual(self.row("attempts, error, retry_at"), (1, None, fresh.retry_at))
 
     async def test_one_look_for_many_steps(self) -> None:
-        """A run of many steps goes on without a look for other jobs, and looks again when its slice is over."""
+        """A run of many steps continues without a query for other jobs until its slice is over."""
 
         def work(_: Cursor, run: JobRun) -> Outcome:
             at = run.state.get("at", 0) + 1
             return Unfinished({"at": at}) if at < 20 else None
 
-        # The other line would look again and again meanwhile.
+        # The other worker would query repeatedly meanwhile.
         self.patch(poll_loop, "POLL_S", 60.0)
         for slice_s, most in ((60.0, 3), (0.0, 22)):
             self.execute("truncate s2s.jobs")
@@ -764,7 +764,7 @@ class StepTests(SchedulerTestCase):
         self.assertLess(max(pages), 10)
 
     async def test_what_is_locked(self) -> None:
-        """A job that somebody else has locked is left alone, without a busy loop, and others run."""
+        """A job locked by another session is skipped, without a busy loop, and others run."""
         self.due("tick")
         holding = psycopg2.connect(self.url)
         self.addCleanup(holding.close)
@@ -775,13 +775,13 @@ class StepTests(SchedulerTestCase):
         await self.reached("runs = 1", "other")
         before = self.transactions()
         await deferLater(reactor, 0.5)
-        # Two lines, ten looks in this time.
+        # Two workers poll ten times each in this time.
         self.assertLess(self.transactions() - before, 60)
         holding.rollback()
         await self.reached("runs = 1")
 
     async def test_one_that_hangs(self) -> None:
-        """A job that hangs takes one line and no more, though its lock is lost meanwhile: the others run."""
+        """A hanging job occupies only one worker, even if its lock is lost meanwhile: the others run."""
         begun, go_on = threading.Event(), threading.Event()
         self.addCleanup(go_on.set)
         self.patch(table, "PAUSE", "interval '0.1 seconds'")
@@ -800,16 +800,16 @@ class StepTests(SchedulerTestCase):
         go_on.set()
 
     def transactions(self) -> int:
-        """Count the transactions that this database has seen."""
+        """Return the number of transactions in this database."""
         self.execute("select pg_stat_clear_snapshot()")
         return int(self.execute("select xact_commit from pg_stat_database where datname = current_database()")[0][0])
 
 
 class ConditionTests(SchedulerTestCase):
-    """Pausing and stopping, and what a job is told."""
+    """Pausing and stopping, and the settings that a job gets."""
 
     async def test_paused(self) -> None:
-        """A pause lets the step under way finish, is on its way meanwhile, and no other step begins until it ends."""
+        """During a pause the current step finishes, the state is ``pausing`` until then, and no other step begins."""
         begun, go_on = threading.Event(), threading.Event()
         self.addCleanup(go_on.set)
 
@@ -829,7 +829,7 @@ class ConditionTests(SchedulerTestCase):
         self.execute("update s2s.jobs set due_at = to_timestamp(3600) where job_type = 'other'")
         go_on.set()
         await poll(lambda: condition.state == "paused", "the pause")
-        # The next step may have been taken already, and is given back.
+        # The next step may have been claimed already, and is given back.
         await self.reached("attempts = 0")
         self.assertEqual(self.row("state, runs"), ({"at": 1}, 0))
         before = self.effects()
@@ -842,14 +842,14 @@ class ConditionTests(SchedulerTestCase):
         await self.reached("runs = 1", "other")
 
     async def test_paused_while_it_looks(self) -> None:
-        """A pause that comes between the attempt and the step is in force: the attempt is taken back."""
+        """A pause between the attempt and the step is in force: the attempt is given back."""
         condition = EngineState()
         attempt, release = table.attempt, table.release
         released: list[Any] = []
 
         def attempt_then_pause(*args: Any) -> Any:
             found = attempt(*args)
-            # Not the look of the other line, which finds nothing: it may end after the pause.
+            # Ignore the query of the other worker, which finds nothing: it may end after the pause.
             if found and not released:
                 condition.wanted = "paused"
             return found
@@ -868,7 +868,7 @@ class ConditionTests(SchedulerTestCase):
         await self.reached("runs = 1")
 
     async def test_stopped(self) -> None:
-        """A stop waits for the step under way, which is committed, and begins no other."""
+        """A stop waits for the current step, which is committed, and begins no other."""
         begun, go_on = threading.Event(), threading.Event()
         self.addCleanup(go_on.set)
 
@@ -887,7 +887,7 @@ class ConditionTests(SchedulerTestCase):
         self.assertEqual(self.row("state, attempts"), ({"at": 1}, 0))
 
     async def test_one_that_hangs(self) -> None:
-        """A job that takes long does not hold up another."""
+        """A slow job does not delay another."""
         go_on = threading.Event()
         self.addCleanup(go_on.set)
         self.due("tick")
@@ -899,7 +899,7 @@ class ConditionTests(SchedulerTestCase):
         await self.reached("runs = 1")
 
     async def test_settings(self) -> None:
-        """Each step sees the settings as they are then, whoever has set them, and the limit of a frame."""
+        """Each step gets the settings of its own time, whoever has set them, and the limit of a frame."""
         seen: list[Any] = []
         key = "job.decay.rate_permille"
 
@@ -917,7 +917,7 @@ class ConditionTests(SchedulerTestCase):
         self.assertEqual(seen, [(10, 65536), (7, 65536)])
 
     async def test_without_jobs(self) -> None:
-        """Where there are no jobs nothing is asked of the database."""
+        """Without jobs the scheduler sends no query to the database."""
         looks = self.watch_looks()
         scheduler = self.start()
         await deferLater(reactor, 0.1)
@@ -948,7 +948,7 @@ class EnginesTests(RoleTestCase):
 
     @inlineCallbacks
     def test_they_share_the_jobs(self) -> Iterator[Deferred[Any]]:
-        """Both run jobs of a plug-in, and each time of each job is run once in sum."""
+        """Both engines run jobs of a plug-in, and each due time of each job is run once in total."""
         plugins = self.directory / "s2s" / "plugins"
         plugins.mkdir(parents=True)
         Path(plugins, "ticks.py").write_text(_PLUGIN)

@@ -1,4 +1,4 @@
-"""The command types that a server accepts: what any server of its database serves or has served."""
+"""The command types that a server accepts: those that any server of its database serves or has served."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.support.waiting import poll
 
 
 def _served(name: str, kind: str = "integer") -> Mapping[str, CommandHandler]:
-    """Make a registry of one type, whose payload has a member ``n`` of some kind."""
+    """Create a registry of one type, whose payload has a member ``n`` of some JSON type."""
 
     class One(CommandHandler):
         cmd_type = name
@@ -59,7 +59,7 @@ class LiveServedTypesTests(DatabaseTestCase):
     """:class:`LiveServedTypes` in the inboxes of several servers."""
 
     def setUp(self) -> None:
-        """Make the pool that they share."""
+        """Create the pool that the servers share."""
         super().setUp()
         self.database = Database(self.url, threads=2)
         self.database.start()
@@ -67,7 +67,7 @@ class LiveServedTypesTests(DatabaseTestCase):
         self.time = task.Clock()
 
     async def server(self, served: Mapping[str, CommandHandler]) -> tuple[LiveServedTypes, Inbox]:
-        """Start a server, as far as it accepts."""
+        """Start a server up to the point at which it accepts pushes."""
         with blocking(self.url) as txn:
             known = command_types.read(txn)
         types = LiveServedTypes(self.database, Clock(self.time), served, known)
@@ -76,18 +76,18 @@ class LiveServedTypesTests(DatabaseTestCase):
         return types, Inbox(self.database, served, types=types)
 
     def logged(self) -> list[LogEvent]:
-        """Give the events that are logged from now on."""
+        """Return a list of the events that are logged from now on."""
         events: list[LogEvent] = []
         globalLogPublisher.addObserver(events.append)
         self.addCleanup(globalLogPublisher.removeObserver, events.append)
         return events
 
     async def accepts(self, inbox: Inbox, cmd_type: str, n: object = 1) -> bool:
-        """Whether a push is accepted, new or known."""
+        """Return whether a push is accepted, as new or as a duplicate."""
         return bool((await inbox.push(_push(cmd_type, n)))["accepted"])
 
     async def test_others_types(self) -> None:
-        """What another server serves is accepted, whichever of the two started first."""
+        """A type that another server serves is accepted, whichever of the two started first."""
         types, first = await self.server(_served("test.a"))
         _, second = await self.server(_served("test.b"))
         self.assertTrue(await self.accepts(second, "test.a"))
@@ -97,7 +97,7 @@ class LiveServedTypesTests(DatabaseTestCase):
         self.assertTrue(await self.accepts(first, "test.b"))
 
     async def test_a_plug_in_that_is_gone(self) -> None:
-        """A type that was served before is accepted and waits, and its payload is judged as before."""
+        """A type that was served before is accepted and waits, and its payload is checked as before."""
         await self.server(_served("test.a"))
         _, inbox = await self.server({})
         self.assertTrue(await self.accepts(inbox, "test.a"))
@@ -106,7 +106,7 @@ class LiveServedTypesTests(DatabaseTestCase):
         self.assertEqual(error.details["path"], "/payload/payload/n")
 
     async def test_known_just_now(self) -> None:
-        """A type that a server has begun to serve a moment ago is accepted, though no NOTIFY has come."""
+        """A type that a server has just begun to serve is accepted, even before the NOTIFY."""
         _, inbox = await self.server({})
         await self.server(_served("test.a"))
         pushing = inbox.push(_push("test.a"))
@@ -115,7 +115,7 @@ class LiveServedTypesTests(DatabaseTestCase):
         self.assertTrue((await pushing)["accepted"])
 
     async def test_nobody_has_served_it(self) -> None:
-        """Any other type is refused, and the refusal names what is accepted."""
+        """Any other type is refused, and the refusal names the accepted types."""
         await self.server(_served("test.b"))
         _, inbox = await self.server(_served("test.a"))
         pushing = inbox.push(_push("no.such"))
@@ -136,7 +136,7 @@ class LiveServedTypesTests(DatabaseTestCase):
         )
 
     async def test_one_verdict(self) -> None:
-        """The schema that was declared last holds on every server, for the type's own handlers too."""
+        """The schema that was declared last is in force on every server, also for types with a local handler."""
         types, first = await self.server(_served("test.a", "integer"))
         _, second = await self.server(_served("test.a", "string"))
         types.notify()
@@ -147,7 +147,7 @@ class LiveServedTypesTests(DatabaseTestCase):
             await self.assertFailure(inbox.push(_push("test.a", 1)), BadPayload)
 
     async def test_a_schema_that_is_none(self) -> None:
-        """A row that was spoilt by hand is told of, and spoils nothing else; one's own type is judged by one's own."""
+        """An unusable row has a line and affects no other type; a server's own type is checked by its own schema."""
         for name, schema in (("test.a", "{"), ("test.bad", '{"type": 7}'), ("test.null", "null")):
             self.execute("insert into s2s.command_types (cmd_type, schema) values (%s, %s)", name, schema)
         logged = self.logged()
@@ -163,13 +163,13 @@ class LiveServedTypesTests(DatabaseTestCase):
         )
         self.assertEqual(sorted(types.schemas), ["test.a"])
         self.assertTrue(await self.accepts(inbox, "test.a"))
-        # Another server may be able to use it: a final refusal would end the engine's row.
+        # Another server may be able to use the schema, and a final refusal would set the engine's row aside.
         for name in ("test.bad", "test.null"):
             error = await self.assertFailure(inbox.push(_push(name)), NotReady)
             self.assertEqual((error.retryable, error.details["retry_after_ms"]), (True, 1000))
 
     async def test_a_schema_that_is_too_long(self) -> None:
-        """A schema that is longer than allowed is neither read whole nor parsed, and the line says why."""
+        """A schema that is longer than allowed is neither read whole nor parsed, and the line has the reason."""
         self.execute("insert into s2s.command_types (cmd_type, schema) values ('test.a', repeat('[', 10000000))")
         with blocking(self.url) as txn:
             self.assertEqual(len(command_types.read(txn)["test.a"]), MAX_SIZE + 1)
@@ -179,7 +179,7 @@ class LiveServedTypesTests(DatabaseTestCase):
         self.assertIn(f"more than {MAX_SIZE} characters", why)
 
     async def test_more_than_are_read(self) -> None:
-        """A type that was served before all those that are read anyway is accepted, and stays so."""
+        """A type that was served before all those that a read returns is accepted, and stays accepted."""
         self.execute(
             """insert into s2s.command_types (cmd_type, schema, served_at) values ('test.old', '{}', '2020-01-01'),"""
             """ ('test.new', '{}', now())"""
@@ -196,7 +196,7 @@ class LiveServedTypesTests(DatabaseTestCase):
         self.assertTrue(await self.accepts(inbox, "test.old"))
 
     async def test_compiled_elsewhere(self) -> None:
-        """Schemas that have changed are compiled off the reactor's thread, before whoever waits for them goes on."""
+        """Changed schemas are compiled outside the reactor's thread, before the waiting pushes continue."""
         _, inbox = await self.server({})
         compiled_in: list[int] = []
         real = served_types._compile
@@ -209,7 +209,7 @@ class LiveServedTypesTests(DatabaseTestCase):
         self.assertNotEqual(compiled_in, [get_ident()])
 
     async def test_a_schema_of_another_server(self) -> None:
-        """A server says once that the schema of its own type in force is another server's, with the cure."""
+        """A server logs once, with the cure, that another server's schema of its own type is in force."""
         types, _ = await self.server(_served("test.a", "integer"))
         logged = self.logged()
         await self.server(_served("test.a", "string"))
@@ -222,7 +222,7 @@ class LiveServedTypesTests(DatabaseTestCase):
         self.assertIn("start this server again", str(told))
 
     async def test_every_character(self) -> None:
-        """A schema may hold what jsonb cannot, such as the character 0 in a pattern."""
+        """A schema may contain characters that jsonb cannot store, such as the character 0 in a pattern."""
         served = _served("test.a")
         served["test.a"].schema["properties"]["n"] = {"type": "string", "pattern": "^[^\0]*$"}
         await self.server(served)
@@ -235,7 +235,7 @@ class AwayTests(SynchronousTestCase):
     """While the database is away."""
 
     def test_unknown_type(self) -> None:
-        """A type that is not known here is not refused for good: it may be served by now."""
+        """A type that is unknown here is not refused for good, since another server may serve it by now."""
 
         class Away(ServedTypes):
             def read_now(self, cmd_type: str) -> Deferred[None]:
@@ -250,10 +250,10 @@ class AwayTests(SynchronousTestCase):
 
 
 class LookUpTests(SynchronousTestCase):
-    """Pushes whose type is looked up."""
+    """Pushes whose type is being looked up."""
 
     def setUp(self) -> None:
-        """Make an inbox whose looks end when the test says so."""
+        """Create an inbox whose lookups the test ends."""
         self.looks: list[Deferred[None]] = []
         looks = self.looks
 
@@ -266,7 +266,7 @@ class LookUpTests(SynchronousTestCase):
         self.inbox = Inbox(None, {}, counters=self.counters, types=Slow({}))  # type: ignore[arg-type]
 
     def test_bounded(self) -> None:
-        """Too many that wait, and too large ones, are refused as overloaded; one always fits."""
+        """Too many or too large waiting pushes are refused as overloaded; a single push always fits."""
         for bound in (("UNKNOWN_PUSHES", 2), ("UNKNOWN_BYTES", 20)):
             self.setUp()
             self.patch(inbox_module, *bound)
@@ -281,7 +281,7 @@ class LookUpTests(SynchronousTestCase):
             self.assertNoResult(self.inbox.push(_push("test.a", "x" * 100)))
 
     def test_draining(self) -> None:
-        """A server that drains refuses no type for good: a row would die of it that another server takes."""
+        """A draining server refuses no type for good: a final refusal would kill a row that another server accepts."""
         pushing = self.inbox.push(_push("test.a"))
         draining = self.inbox.drain()
         self.assertNoResult(draining)
@@ -295,13 +295,13 @@ class RoleServedTests(RoleTestCase):
     """A real server."""
 
     async def test_while_it_stops(self) -> None:
-        """A push of a type that is looked up while the server stops is told so."""
+        """A push whose type is being looked up while the server stops is refused because the server stops."""
         server = self.server()
         await server.start()
         peer = server.connect()
         self.addCleanup(peer.close)
         peer.greet()
-        # The first look begins at once, and the next one a second later, at the earliest. It meets the lock.
+        # The first read begins at once, the next one a second later at the earliest, and waits for the lock.
         self.assertEqual(peer.call(PUSH, command("one", {"n": 1}, cmd_type="test.no"))["code"], "unknown_command")
         holder = psycopg2.connect(self.url)
         self.addCleanup(holder.close)
@@ -311,7 +311,7 @@ class RoleServedTests(RoleTestCase):
         self.assertIn(peer.answer(pushed)["payload"]["code"], ("shutting_down", "db_unavailable"))
 
     async def test_before_it_listens(self) -> None:
-        """What was served before is accepted from the first push on, and the server's own types are in the table."""
+        """Types served before are accepted from the first push on, and the server's own types are in the table."""
         self.execute("""insert into s2s.command_types (cmd_type, schema) values ('test.old', '{"type": "object"}')""")
         server = self.server()
         await server.start()

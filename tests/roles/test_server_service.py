@@ -1,4 +1,4 @@
-"""What a server process says of itself."""
+"""The condition that a server process reports."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tests.support.waiting import pause
 
 
 class LineTests(ApiTestCase):
-    """Lines of the log that strangers cause."""
+    """Log lines that strangers cause."""
 
     @inlineCallbacks
     def test_refused_requests(self) -> Iterator[Deferred[Any]]:
-        """Requests that are refused all the time have fewer and fewer lines, not one a second."""
+        """Requests that are refused all the time cause log lines at growing intervals, not one a second."""
         began = time.monotonic()
         while time.monotonic() - began < 6:
             self.ask("GET", "/v1/no-such")
             yield pause(0.05)
         lines = self.role.lines("HTTP API: ")
         self.assertTrue(lines)
-        # After 1 and 3 s, and one more where this process was held up so long that nothing was to be told.
+        # One line after 1 s and one after 3 s, and one more if this process was delayed for long.
         self.assertLessEqual(len(lines), 3, lines)

@@ -1,4 +1,4 @@
-"""A database that s2s shares with a game: tables of the same names, and a search_path that leads astray."""
+"""A database that s2s shares with a game: tables of the same names, and a misleading search_path."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NAMES = (
     "ships",
     "sectors",
 )
-#: Each takes the place of something that our statements use, wherever it is looked up by a name alone.
+#: Objects that replace those used by statements of s2s, wherever a statement uses a name without its schema.
 _HOSTILE = """
 create schema hostile;
 create function hostile.now() returns timestamptz language sql as $$ select timestamptz '1970-01-01' $$;
@@ -48,10 +48,10 @@ create domain hostile.jsonb as text check (value is null);
 
 
 class SharedDatabaseTests(RoleTestCase):
-    """Both roles, on such a database from the first migration on."""
+    """Both roles on such a database, from the first migration on."""
 
     def setUp(self) -> None:
-        """Make the game's tables in an empty database, lead its sessions astray, and migrate."""
+        """Create the game's tables in an empty database, set the search_path of its sessions, and migrate."""
         super().setUp()
         self.execute("drop schema s2s, s2s_world cascade")
         for name in _NAMES:
@@ -63,7 +63,7 @@ class SharedDatabaseTests(RoleTestCase):
         self.add_key(K1, is_default=True)
 
     def s2s(self, *argv: str) -> str:
-        """Run a command, and return what it says."""
+        """Run a command, and return its output."""
         program = str(Path(sys.executable).with_name("s2s"))
         done = subprocess.run(
             [program, *argv, "--database", self.url],
@@ -78,7 +78,7 @@ class SharedDatabaseTests(RoleTestCase):
 
     @inlineCallbacks
     def test_all_of_it_works(self) -> Iterator[Deferred[Any]]:
-        """A broadcast, a job and an order come through, and the game's tables stay as they were."""
+        """A broadcast, a job and an order are processed, and the game's tables do not change."""
         self.s2s("world", "seed", "--sectors", "20", "--ships", "20")
         server = self.server()
         yield server.start()

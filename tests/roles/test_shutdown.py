@@ -1,4 +1,4 @@
-"""The end of a process (docs/protocol.rst, "s2s.engine.shutdown")."""
+"""The shutdown of a process (docs/protocol.rst, "s2s.engine.shutdown")."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Reactor(FakeClock):
 
 
 class _Timer:
-    """A thread's timer that never comes."""
+    """A timer of a thread that never fires."""
 
     made: list[_Timer]
 
@@ -39,10 +39,10 @@ class _Timer:
         self.made.append(self)
 
     def start(self) -> None:
-        """Wait."""
+        """Record the start."""
 
     def cancel(self) -> None:
-        """Wait no more."""
+        """Record the cancellation."""
         self.is_cancelled = True
 
 
@@ -50,7 +50,7 @@ class LifetimeTests(SynchronousTestCase):
     """:class:`Shutdown`."""
 
     def setUp(self) -> None:
-        """Make one whose threads are ours."""
+        """Create a shutdown with timers of the test."""
         _Timer.made = []
         self.patch(shutdown.threading, "Timer", _Timer)
         self.reactor: Any = _Reactor()
@@ -61,11 +61,11 @@ class LifetimeTests(SynchronousTestCase):
 
     @property
     def cut_at(self) -> list[float]:
-        """When the process would be left."""
+        """Return the seconds after which the process would exit."""
         return [timer.seconds for timer in _Timer.made if not timer.is_cancelled]
 
     def test_grace(self) -> None:
-        """The reactor is stopped at once; what runs is cancelled when the grace is over; soon after comes the cut."""
+        """The reactor is stopped at once; running work is cancelled after the grace; the process exits soon after."""
         self.assertEqual(self.lifetime.end("a test"), 1000 + GRACE_S)
         self.assertEqual((self.reactor.stops, self.cut_at), (1, [GRACE_S + CUT_S]))
         self.reactor.advance(GRACE_S - 0.1)
@@ -74,7 +74,7 @@ class LifetimeTests(SynchronousTestCase):
         self.assertEqual(self.cancelled, [GRACE_S])
 
     def test_the_earliest_holds(self) -> None:
-        """A later deadline changes nothing, and is told the one that holds; an earlier one takes its place."""
+        """A later deadline changes nothing and returns the one in force; an earlier one replaces it."""
         self.assertEqual(self.lifetime.end("first", 600), 1600)
         self.assertEqual(self.lifetime.end("second", 700), 1600)
         self.assertEqual(self.lifetime.end("third", 5), 1005)
@@ -86,7 +86,7 @@ class LifetimeTests(SynchronousTestCase):
         self.assertEqual(self.lifetime.end("too late", 1), 1005 - 705)
 
     def test_steps_of_the_clock(self) -> None:
-        """The wall clock, which somebody may set, decides nothing."""
+        """Changes of the wall clock have no effect."""
         self.lifetime.end("first", 600)
         self.wall += 3600
         self.assertEqual(self.lifetime.end("second", 5), 4605)
@@ -96,14 +96,14 @@ class LifetimeTests(SynchronousTestCase):
         self.assertEqual(self.cut_at, [5 + CUT_S])
 
     def test_ended_in_time(self) -> None:
-        """Once everything has stopped by itself nothing is cancelled any more."""
+        """After everything has stopped by itself nothing is cancelled any more."""
         self.lifetime.end("a test", 5)
         self.lifetime.ended()
         self.reactor.advance(10)
         self.assertEqual(self.cancelled, [])
 
     def test_which_step(self) -> None:
-        """The lines at the end of the grace, and at the cut, name what the stop waits for."""
+        """The lines at the end of the grace and at the exit name the step that the stop waits for."""
         self.patch(shutdown.os, "_exit", lambda _: None)
         self.lifetime.step = "handlers"
         with capturedLogs() as logs:
@@ -114,7 +114,7 @@ class LifetimeTests(SynchronousTestCase):
         self.assertEqual(told, ["the grace is over", "not everything ended in time"])
 
     def test_no_thread(self) -> None:
-        """The process is left in time also where the operating system starts no thread for that."""
+        """The process also exits in time if the operating system starts no thread for that."""
         left: list[int] = []
         self.patch(shutdown.os, "_exit", left.append)
         self.patch(shutdown, "CUT_S", 0.1)
@@ -127,7 +127,7 @@ class LifetimeTests(SynchronousTestCase):
         self.assertEqual(left, [0])
 
     def test_last_words_that_fail(self) -> None:
-        """The process is left with exit code 0 also where the last words cannot be said."""
+        """The process also exits with code 0 if the shutdown transaction fails."""
         left: list[int] = []
         self.patch(shutdown.os, "_exit", left.append)
         self.lifetime.shutdown_transaction = lambda: 1 // 0

@@ -1,4 +1,4 @@
-"""Steering from a shell, the whole way: command line, database, server, link, engine, and back."""
+"""Control requests from a shell, the whole way: command line, database, server, link, engine, and back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
 
     @inlineCallbacks
     def linked(self) -> Iterator[Deferred[Any]]:
-        """Start both, and wait until an operator can see the engine run."""
+        """Start both, and wait until the list of engines shows the engine as running."""
         self.server_role: Server = self.server()
         self.engine_role: Engine = self.engine(self.server_role.port)
         yield self.server_role.start()
@@ -34,7 +34,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
         yield self.seen(state="running")
 
     def seen(self, **wanted: Any) -> Deferred[Any]:
-        """Wait until the list of engines shows exactly one, like this."""
+        """Wait until the list of engines shows exactly one engine with these members."""
 
         def look() -> bool:
             found = self.json("engine", "list")
@@ -48,7 +48,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
         yield self.linked()
         self.assertEqual(self.s2s("engine", "pause", "engine-1", "--reason", "night").output, "engine-1: paused\n")
         yield self.seen(state="paused", wanted="paused", reason="night", degraded=False)
-        # The only engine need not be named.
+        # With one engine, the name may be omitted.
         self.assertEqual(self.json("engine", "resume"), {"engine": "engine-1", "ok": True, "state": "running"})
         self.execute("insert into s2s.broadcasts (message) values ('hello')")
         yield poll(lambda: self.count("notices") == 1, "the notice is there")
@@ -67,12 +67,12 @@ class SteeringTests(RoleTestCase, CliTestCase):
 
     @inlineCallbacks
     def test_without_a_link(self):
-        """What no server can send is refused with the cure, and is never sent later."""
+        """A request that no server can send is refused with the cure, and is never sent later."""
         self.assertIn("no engine is linked", self.s2s("engine", "pause", expected=1).output)
         refused = self.s2s("engine", "pause", "engine-1", expected=1).output
         self.assertEqual(refused, "Error: no server has a link to an engine 'engine-1': see s2s engine list\n")
         self.assertEqual(self.count("steering"), 0)
-        # A server that shows its link and takes nothing, as while another session has locked the audit.
+        # This server shows its link and takes no requests, as while another session has locked the audit.
         self.execute(
             "insert into s2s.engine_links (server_boot_id, key_id, name, address) values ('s', 'k', 'there', 'x')"
         )
@@ -85,7 +85,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
 
     @inlineCallbacks
     def test_configuration(self):
-        """A setting typed in a shell is in force in both roles, which say so; the engine's health has its version."""
+        """A setting set in a shell is in force in both roles, which log it; the engine's health has its version."""
         yield self.linked()
         self.assertEqual(
             self.s2s("config", "set", "server.sweep_interval_s", "3").output,
@@ -114,13 +114,13 @@ class SteeringTests(RoleTestCase, CliTestCase):
         yield self.linked()
         self.engine_role.stop()
         self.s2s("config", "set", "relay.window", "7")
-        # It reads the newest at its start; one that reads none would be told: a peer of ours.
+        # A real engine reads the newest version at its start, so a test peer plays one that does not.
         peer = self.peer(config_version=0)
         self.assertEqual(peer.request("s2s.config.bump")["payload"], {"version": 1})
         self.assertEqual([], [each for each in self.peers(config_version=1) if each == "s2s.config.bump"])
 
     def peer(self, key: Key = K1, **health: Any) -> Peer:
-        """Link an engine of ours."""
+        """Link a test peer as an engine."""
         peer = self.server_role.connect(name="engine-9", key=key)
         self.addCleanup(peer.close)
         said = peer.serves[CHECK]
@@ -130,7 +130,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
         return peer
 
     def peers(self, **health: Any) -> list[str]:
-        """Link an engine of ours, and give what it is asked up to the first sweep."""
+        """Link a test peer as an engine, and return the requests that it receives up to the first sweep."""
         peer = self.peer(**health)
         asked: list[str] = []
         peer.until(lambda frame: asked.append(frame["type"]) or frame["type"] == "s2s.broadcast.sweep")
@@ -155,7 +155,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
 
     @inlineCallbacks
     def test_an_answer_that_is_not_valid(self):
-        """An answer that breaks its schema is an unknown outcome, and who asked is told the path; so is the log."""
+        """An answer that breaks its schema is an unknown outcome; the operator and the log get the path."""
         self.server_role = self.server()
         yield self.server_role.start()
         peer = self.peer(config_version=0)
@@ -177,9 +177,9 @@ class SteeringTests(RoleTestCase, CliTestCase):
 
     @inlineCallbacks
     def test_many_written_by_hand(self):
-        """A bounded number is taken at once, the others follow; one that no frame holds is answered without being read.
+        """A bounded number of requests is taken at once; one that no frame holds is answered without being read.
 
-        The texts of a row reach the log without what a terminal obeys, and cut.
+        The texts of a row are logged shortened and without control characters of terminals.
         """
         self.server_role = self.server()
         yield self.server_role.start()
@@ -207,7 +207,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
 
     @inlineCallbacks
     def test_a_server_that_dies_with_it(self):
-        """A server that took a request and is gone is not waited for; what became of it is unknown, and it says so."""
+        """The command does not wait for a server that took a request and died; it reports an unknown outcome."""
         self.server_role = self.server()
         yield self.server_role.start()
         peer = self.peer(config_version=0)
@@ -222,7 +222,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
 
     @inlineCallbacks
     def test_the_newer_of_two_links(self):
-        """Of two links of one name, as after a rotation with the older one half open, the newer one is asked."""
+        """Of two links with one name, as after a rotation with the older one half open, the newer one is used."""
         self.add_key(other := Key("k2", K1.key_b64))
         self.server_role = self.server()
         yield self.server_role.start()
@@ -235,7 +235,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
         old.close()
 
     def in_thread(self, *argv: str) -> Deferred[Any]:
-        """Run a command line beside us."""
+        """Run a command line in a thread."""
 
         def run() -> tuple[int, str]:
             result = CliRunner(env={"S2S_DATABASE_URL": self.url}).invoke(main, list(argv))
@@ -248,7 +248,7 @@ class TableTests(RoleTestCase):
     """:mod:`s2s.store.tables.control_requests` and :mod:`s2s.store.tables.engines`."""
 
     def test_taken_once(self) -> None:
-        """A request is taken by one server, the one that has the engine; one that has expired, by none."""
+        """A request is taken by one server, the one with the engine's link; an expired request is taken by none."""
         with blocking(self.url) as txn:
             mine = control_requests.ask(txn, "a", "s2s.engine.pause", {"reason": "x"}, "me", 5)
             control_requests.ask(txn, "a", "s2s.engine.resume", {"reason": "x"}, "me", -1)
@@ -256,7 +256,7 @@ class TableTests(RoleTestCase):
         with blocking(self.url) as txn:
             self.assertEqual([each.request_id for each in control_requests.take(txn, "s1", ["a", "c"])], [mine])
             self.assertEqual(control_requests.take(txn, "s2", ["a"]), [])
-            # The one of b waits still. Nobody takes the one that has expired any more, and there is no 0.
+            # The request of b still waits. The expired one is never taken, and the id 0 does not exist.
             self.assertEqual(control_requests.settled(txn, [mine, mine + 1, mine + 2, 0]), {mine + 1, 0})
             found = control_requests.conclude(txn, [mine, mine + 1])
             self.assertEqual(
@@ -270,7 +270,7 @@ class TableTests(RoleTestCase):
         )
 
     def test_bounded_takes(self) -> None:
-        """A look takes a bounded number of requests."""
+        """One query takes a bounded number of requests."""
         with blocking(self.url) as txn:
             asked = [control_requests.ask(txn, "a", "s2s.engine.pause", {"reason": "x"}, "me", 60) for _ in range(3)]
         with blocking(self.url) as txn:
@@ -279,7 +279,7 @@ class TableTests(RoleTestCase):
             self.assertEqual([each.request_id for each in control_requests.take(txn, "s1", ["a"], 2)], asked[2:])
 
     def test_a_trigger_that_returns_the_old_row(self) -> None:
-        """A request that a trigger keeps from being taken is not sent, and who wants an engine paused is told."""
+        """A request that a trigger keeps from being taken is not sent; a wanted state that it keeps out is an error."""
         with blocking(self.url) as txn:
             control_requests.ask(txn, "a", "s2s.engine.pause", {"reason": "x"}, "me", 60)
             engines.want(txn, "a", "running", "", "me")
@@ -294,7 +294,7 @@ class TableTests(RoleTestCase):
             engines.want(txn, "a", "paused", "", "me")
 
     def test_links_shown(self) -> None:
-        """A server's links are those that it wrote last; a server that is gone is forgotten; wanted engines stay."""
+        """A server's links are those that it wrote last; a dead server's links are removed; wanted engines stay."""
         first, second = LinkRow("k1", "a", "b1", "here:1"), LinkRow("k1", "b", None, "here:2")
         with blocking(self.url) as txn:
             engines.show_links(txn, "s1", [first, second])

@@ -32,7 +32,7 @@ _SECTOR = "world.set_sector_status.v1"
 
 
 class _Single(CommandHandler):
-    """Does what the test says."""
+    """Runs a function of the test."""
 
     cmd_type = "test.single"
     schema = {"type": "object"}
@@ -46,7 +46,7 @@ class _Single(CommandHandler):
 
 
 class _Batched(BatchCommandHandler):
-    """Does what the test says, with each command of a batch."""
+    """Runs a function of the test for each command of a batch."""
 
     cmd_type = "test.batched"
     schema = {"type": "object"}
@@ -61,10 +61,10 @@ class _Batched(BatchCommandHandler):
 
 
 class StuckTestCase(DatabaseTestCase):
-    """A test with a gate, at which code waits until the test ends."""
+    """A test with an event, for which code waits until the test ends."""
 
     def setUp(self) -> None:
-        """Be impatient."""
+        """Shorten the time limits."""
         super().setUp()
         self.execute("create table public.effects (cmd_id bigint)")
         self.patch(poll_loop, "POLL_S", 0.05)
@@ -95,7 +95,7 @@ class CommandTestCase(StuckTestCase):
         return running
 
     def insert(self, *keys: str, cmd_type: str = "test.single") -> None:
-        """Store commands that are due."""
+        """Insert commands that are due."""
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload) select %s, key, '{}' from unnest(%s) key",
             cmd_type,
@@ -107,7 +107,7 @@ class CommandTestCase(StuckTestCase):
         return dict(self.execute(f"select idem_key, {name} from s2s.commands"))
 
     def wait_where(self, key: str) -> Callable[[Cursor, Command], object]:
-        """Return work that does not return for one command."""
+        """Return a function that does not return for one command."""
         return lambda _, command: command.idem_key == key and self.gate.wait(60)
 
 
@@ -115,7 +115,7 @@ class CommandTests(CommandTestCase):
     """The executor."""
 
     async def test_a_handler_that_does_not_return(self) -> None:
-        """It is charged by the name of the deadline; its batch and its worker go on without it, and it is told of."""
+        """A stuck command is charged with the deadline's name and logged; its batch and worker go on without it."""
         self.insert("a", "stuck", "b")
         with capturedLogs() as told:
             running = self.start(self.wait_where("stuck"))
@@ -143,7 +143,7 @@ class CommandTests(CommandTestCase):
         await poll(lambda: self.column("status")["stuck"] == "done", "the stuck one, once its locks are free")
 
     async def test_nobody_takes_what_is_stuck(self) -> None:
-        """While its thread lives, neither this process nor another takes the command; then it runs again."""
+        """While the thread of a stuck command lives, no process takes the command; then it runs again."""
         self.patch(claims, "OVERSTAY_S", 0.0)
         begun: list[str] = []
 
@@ -167,12 +167,12 @@ class CommandTests(CommandTestCase):
         self.assertEqual(running.condition, "ok")
 
     def looks(self, running: Executor) -> int:
-        """Return a number that grows with every look of the reaper."""
+        """Return a number that grows with every scan of the reaper."""
         self._looks = getattr(self, "_looks", 0) + (running._reaper._presence is not None)
         return self._looks
 
     async def test_the_process_of_a_stuck_handler_dies(self) -> None:
-        """What was charged when it got stuck is not charged for the death of its process, and is free then."""
+        """A command charged when it got stuck is not charged for the death of its process, and is free afterwards."""
         self.insert("stuck")
         self.execute("update s2s.commands set attempts = 1")
         self.execute("insert into s2s.batch_notes (boot_id, worker, cmd_ids, stuck) values ('dead', 0, '{1}', true)")
@@ -181,7 +181,7 @@ class CommandTests(CommandTestCase):
         self.assertEqual(self.column("attempts"), {"stuck": 1})
 
     async def test_a_batch_that_does_not_return(self) -> None:
-        """Its commands run singly then, by another worker: all but the one at fault are done."""
+        """The commands of a stuck batch run singly afterwards, by another worker: all but the one at fault are done."""
         self.insert("a", "stuck", "b", cmd_type="test.batched")
         running = self.start(self.wait_where("stuck"))
         await poll(lambda: self.column("status") == {"a": "done", "stuck": "ready", "b": "done"}, "the others")
@@ -190,7 +190,7 @@ class CommandTests(CommandTestCase):
         self.assertIn("2 handlers do not return", running.condition)
 
     async def test_a_type_whose_handlers_do_not_return(self) -> None:
-        """After three of a type it takes no more of that type, and goes on with the others; what returns ends that."""
+        """After three stuck handlers of a type no more of that type are taken until one returns; other types go on."""
         self.insert("stuck-1", "stuck-2", "stuck-3", "stuck-4")
         running = self.start(lambda _, command: command.idem_key.startswith("stuck") and self.gate.wait(60))
         await poll(lambda: "no more commands are taken of test.single" in running.condition, "the type is left out")
@@ -202,7 +202,7 @@ class CommandTests(CommandTestCase):
         await poll(lambda: set(self.column("status").values()) == {"done"}, "the rest")
 
     async def test_too_many(self) -> None:
-        """At the bound the executor takes nothing more, and says what to do; what returns lets it go on."""
+        """At the limit of stuck handlers no command is taken, and the condition has the cure, until one returns."""
         self.patch(executor, "MOST_STUCK", 2)
         self.patch(handler_pool, "MOST_STUCK", 2)
         self.insert("stuck-1", "stuck-2")
@@ -214,7 +214,7 @@ class CommandTests(CommandTestCase):
         await poll(lambda: self.column("status")["later"] == "done", "the next command")
 
     async def test_a_handler_that_is_async(self) -> None:
-        """A coroutine, a generator or a Deferred that a handler returns has done nothing: its command is charged."""
+        """If a handler returns a coroutine, a generator or a Deferred, its command is charged."""
         self.keep_charged()
 
         async def coroutine() -> None:
@@ -239,7 +239,7 @@ class CommandTests(CommandTestCase):
         self.assertEqual((self.column("status")["a"], self.column("status")["int"]), ("done", "done"))
 
     async def test_an_exception_with_code(self) -> None:
-        """An exception whose text is code costs its own command alone, whether that code raises or does not return."""
+        """An exception whose text is computed costs only its own command, whether that code raises or hangs."""
         self.keep_charged()
 
         class ExitsError(Exception):
@@ -265,7 +265,7 @@ class CommandTests(CommandTestCase):
         self.assertIn("HandlerStuck", self.column("error")["hangs"])
 
     async def test_a_spoiled_transaction(self) -> None:
-        """A handler that ends the savepoint of its batch is charged, and nobody else in the batch is."""
+        """A handler that ends the savepoint of its batch is charged, and no other command of the batch is."""
 
         def work(txn: Cursor, command: Command) -> None:
             if command.idem_key == "bad":
@@ -280,7 +280,7 @@ class CommandTests(CommandTestCase):
         self.assertIn("unusable", self.column("error")["bad"])
 
     async def test_a_handler_that_commits(self) -> None:
-        """A commit by psycopg2 is refused; one in SQL doubles nothing that was done, and charges nobody else."""
+        """A commit by psycopg2 is refused; one in SQL repeats no work that was done, and charges no other command."""
         self.keep_charged()
 
         def work(txn: Cursor, command: Command) -> None:
@@ -305,7 +305,7 @@ class CommandTests(CommandTestCase):
         self.assertEqual({key: counts[key] for key in "abc"}, {"a": 1, "b": 1, "c": 1})
 
     async def test_a_handler_that_begins_another_transaction(self) -> None:
-        """A handler that rolls back and begins anew loses nothing of the others, whatever savepoint it makes."""
+        """A handler that rolls back and begins anew loses no work of others, whatever savepoint it creates."""
         self.keep_charged()
 
         def work(txn: Cursor, command: Command) -> None:
@@ -323,7 +323,7 @@ class CommandTests(CommandTestCase):
         self.assertEqual({key: count for key, count in effects if key != "bad"}, {"a": 1, "b": 1})
 
     async def test_a_commit_that_hangs(self) -> None:
-        """A deferred trigger that hangs in the COMMIT is cancelled at the deadline, and the commands behind it run."""
+        """A deferred trigger that hangs in the COMMIT is cancelled at the deadline, and the next commands run."""
         self.execute(
             "create function hang() returns trigger language plpgsql set search_path from current as $$ begin"
             " if exists (select from s2s.commands where cmd_id = new.cmd_id and idem_key = 'hangs')"
@@ -339,7 +339,7 @@ class CommandTests(CommandTestCase):
         self.assertEqual(self.column("attempts")["a"], 0)
 
     async def test_the_databases_fault(self) -> None:
-        """Nothing is charged for an error of the whole database, such as a full disk, which passes."""
+        """An error of the whole database that passes, such as a full disk, is not charged."""
         full = [True]
 
         def work(txn: Cursor, command: Command) -> None:
@@ -359,7 +359,7 @@ class CommandTests(CommandTestCase):
         self.assertEqual([(event["state"], event["text"]) for event in lines], [("53100", "no space")])
 
     async def test_a_foreign_server(self) -> None:
-        """A handler is charged for a server to which its statement connects, and our database is not blamed."""
+        """A handler is charged for a foreign server that its statement uses, and the database is not blamed."""
 
         def work(txn: Cursor, command: Command) -> None:
             if command.idem_key == "a":
@@ -375,7 +375,7 @@ class CommandTests(CommandTestCase):
         self.assertEqual([event for event in told if event["log_namespace"].endswith("Availability")], [])
 
     def refuse_writes(self, full: list[bool]) -> list[int]:
-        """Let the probe of the database fail while the disk is full; return a list that grows with each."""
+        """Let the probe of the database fail while the disk is full; return a list that grows with each probe."""
         probed: list[int] = []
         check = executor.probe.check
 
@@ -389,7 +389,7 @@ class CommandTests(CommandTestCase):
         return probed
 
     async def test_a_command_that_blames_the_database(self) -> None:
-        """A command that always comes to such an error, on a database that serves, is charged for it at last."""
+        """A command that always fails with such an error, on a working database, is charged in the end."""
         self.insert("a", "bad", "b")
 
         def work(txn: Cursor, command: Command) -> None:
@@ -415,7 +415,7 @@ class CommandTests(CommandTestCase):
         self.assertEqual(self.column("status"), {"a": "done", "bad": "ready", "b": "done"})
 
     async def test_a_batch_has_an_end(self) -> None:
-        """A batch of slow commands begins no further one after its time; the others are free for the next look."""
+        """A batch of slow commands begins no further one after its time; the others are free for the next poll."""
         self.patch(executor, "BATCH_S", 0.0)
         self.insert("a", "b", "c")
         seen: list[int] = []
@@ -429,10 +429,10 @@ class CommandTests(CommandTestCase):
 
 
 class PreparedTests(CommandTestCase):
-    """The executor on a PostgreSQL that lets transactions be prepared."""
+    """The executor on a PostgreSQL that allows prepared transactions."""
 
     def setUp(self) -> None:
-        """Start it; each statement of the test connects to it."""
+        """Start PostgreSQL; each statement of the test connects to it."""
         super().setUp()
         cluster = Cluster()
         self.addCleanup(cluster.remove)
@@ -446,7 +446,7 @@ class PreparedTests(CommandTestCase):
         self.execute("create table public.effects (cmd_id bigint)")
 
     async def test_a_handler_that_prepares(self) -> None:
-        """PREPARE TRANSACTION is refused and charged, whether at the first call of a transaction or after others."""
+        """PREPARE TRANSACTION is refused and charged, whether in the first call of a transaction or in a later one."""
         self.keep_charged()
 
         def work(txn: Cursor, command: Command) -> None:
@@ -468,7 +468,7 @@ class PreparedTests(CommandTestCase):
 
 
 class _Job(Job):
-    """Does not return."""
+    """A job that does not return."""
 
     schedule = "every:3600s"
 
@@ -496,7 +496,7 @@ class EngineTests(StuckTestCase):
     """Jobs and orders."""
 
     def schedule(self, *kinds: Job) -> Scheduler:
-        """Start a scheduler, as an engine of its own."""
+        """Start a scheduler as a separate engine."""
         condition = EngineState()
         condition.wanted = "running"
         database, handlers = self.pools("s2s-jobs", timeout_s=0.5)
@@ -508,7 +508,7 @@ class EngineTests(StuckTestCase):
         return scheduler
 
     async def test_a_job_that_does_not_return(self) -> None:
-        """It fails, is not begun here again while its thread lives, and runs on another engine after its pause."""
+        """A stuck job fails, is not begun here while its thread lives, and runs on another engine after a pause."""
         self.patch(jobs, "PAUSE", "interval '0.2 seconds'")
         begun: list[str] = []
 
@@ -531,7 +531,7 @@ class EngineTests(StuckTestCase):
         self.assertEqual(begun.count("here"), 1)
 
     async def test_no_attempt_where_all_is_stuck(self) -> None:
-        """An engine in which too many calls are stuck begins no attempt: its orders and jobs are left to others."""
+        """An engine at the limit of stuck calls begins no attempt: its orders and jobs are left to other engines."""
         self.patch(handler_pool, "MOST_STUCK", 0)
         self.execute(
             "insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'every:3600s', to_timestamp(3600))"
@@ -560,7 +560,7 @@ class EngineTests(StuckTestCase):
         self.assertEqual(self.execute("select attempts from s2s.jobs where job_type = 'tick'"), [(0,)])
 
     async def test_an_order_that_does_not_return(self) -> None:
-        """It ends as failed, with the name of the deadline, and the orders behind it run."""
+        """A stuck order fails with the name of the deadline, and the orders behind it run."""
         condition = EngineState()
         condition.wanted = "running"
         database, handlers = self.pools("s2s-orders", timeout_s=0.5)

@@ -1,4 +1,4 @@
-"""A link of real processes under what goes wrong on real machines (docs/protocol.rst, "Timers and bounds")."""
+"""A link of real processes under the failures of real machines (docs/protocol.rst, "Timers and bounds")."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.support.peer import CHECK, Peer
 from tests.support.roles import Engine, RoleTestCase, Server
 from tests.support.waiting import poll
 
-#: The settings that say when a silent peer is given up, and the seconds that they come to.
+#: The settings for giving up a silent peer, and the seconds that result from them.
 QUICK = {"link.idle_s": 1, "link.check_s": 1, "link.misses": 2}
 NOTICED_S = 3
 
 
 class SurvivalTests(RoleTestCase):
-    """A server, an engine, and peers of ours."""
+    """A server, an engine, and test peers."""
 
     def configure(self, **settings: int) -> None:
         """Change settings in plain SQL."""
@@ -33,7 +33,7 @@ class SurvivalTests(RoleTestCase):
 
     @inlineCallbacks
     def linked(self) -> Iterator[Deferred[Any]]:
-        """Start both roles, quick to notice."""
+        """Start both roles with short timers."""
         self.configure(**QUICK)
         self.server_role: Server = self.server()
         self.engine_role: Engine = self.engine(self.server_role.port)
@@ -51,7 +51,7 @@ class SurvivalTests(RoleTestCase):
 
     @inlineCallbacks
     def becomes_a_notice(self, message: str) -> Iterator[Deferred[Any]]:
-        """See that the whole way is open."""
+        """Assert that a broadcast becomes a notice."""
         self.execute("insert into s2s.broadcasts (message) values (%s)", message)
         yield poll(
             lambda: self.execute("select 1 from s2s.notices where message = %s", message),
@@ -61,7 +61,7 @@ class SurvivalTests(RoleTestCase):
 
     @inlineCallbacks
     def test_stopped_engine(self):
-        """An engine that stands still is given up in the time that the settings say, and is back when it goes on."""
+        """A stopped engine is given up in the time that the settings define, and links again when it continues."""
         yield self.linked()
         began = time.monotonic()
         self.engine_role.freeze()
@@ -75,7 +75,7 @@ class SurvivalTests(RoleTestCase):
 
     @inlineCallbacks
     def test_stopped_server(self):
-        """An engine gives a server up that stands still, and finds it again when it goes on."""
+        """An engine gives up a stopped server, and links again when the server continues."""
         yield self.linked()
         self.server_role.freeze()
         yield self.engine_role.says("link down: the peer left 2 health checks unanswered")
@@ -85,7 +85,7 @@ class SurvivalTests(RoleTestCase):
 
     @inlineCallbacks
     def test_half_open(self):
-        """A peer that vanished without a word is given up, though its connection never ends."""
+        """A peer that vanished silently is given up, although its connection never ends."""
         yield self.linked()
         self.peer(name="vanished")
         yield self.server_role.says("engine down: vanished")
@@ -93,7 +93,7 @@ class SurvivalTests(RoleTestCase):
 
     @inlineCallbacks
     def test_a_peer_that_never_reads(self):
-        """One that asks and asks and never reads is cut, and the server's memory stays within the buffer's bound."""
+        """A peer that sends requests and never reads is cut; the server's memory stays within the buffer's limit."""
         yield self.linked()
         before = self.server_role.rss
         peer = self.peer(name="deaf")
@@ -113,7 +113,7 @@ class SurvivalTests(RoleTestCase):
 
     @inlineCallbacks
     def test_a_byte_a_second(self):
-        """A frame that trickles in is given 10 s and no more, while others are served."""
+        """A frame that arrives byte by byte is given 10 s and no more, while other peers are served."""
         self.server_role = self.server()
         yield self.server_role.start()
         peer = self.peer(name="slow")
@@ -125,7 +125,7 @@ class SurvivalTests(RoleTestCase):
             except OSError:
                 break
             yield deferLater(reactor, 0.5)
-            # What the server asks meanwhile cannot be answered: our frame is not whole.
+            # Requests of the server cannot be answered meanwhile, since the test's own frame is not complete.
             if select.select([peer.link], [], [], 0)[0]:
                 peer.link.recv(1 << 16)
             if self.server_role.lines("a frame took too long to come whole"):
@@ -134,12 +134,12 @@ class SurvivalTests(RoleTestCase):
         self.assertLess(time.monotonic() - began, 14)
 
     def reasons(self, name: str) -> str:
-        """Give why a peer's link ended."""
+        """Return the reason why a peer's link ended."""
         return " ".join(self.server_role.lines(f"engine down: {name}"))
 
     @inlineCallbacks
     def test_replaced(self):
-        """A new link of an engine takes the place of its old one, whose requests fail at once."""
+        """A new link of an engine replaces its old one, whose requests fail at once."""
         yield self.linked()
         old = self.peer(name="twin")
         with blocking(self.url) as txn:
@@ -160,7 +160,7 @@ class SurvivalTests(RoleTestCase):
 
     @inlineCallbacks
     def test_lost_listen(self):
-        """The connections that hear NOTIFY are lost, and come back by themselves; nothing else notices."""
+        """Lost LISTEN connections are restored without any other effect."""
         yield self.linked()
         self.execute(
             "select pg_terminate_backend(pid) from pg_stat_activity"
@@ -168,7 +168,7 @@ class SurvivalTests(RoleTestCase):
         )
         for role in (self.server_role, self.engine_role):
             yield role.says("notifications of the database arrive again")
-        # Sweeps come every 10 s, the poll of settings every 30: what is quicker than that was heard.
+        # Sweeps run every 10 s and settings are polled every 30 s, so a faster effect was caused by a NOTIFY.
         began = time.monotonic()
         yield self.becomes_a_notice("heard again")
         self.configure(**{"relay.window": 9})
@@ -178,18 +178,18 @@ class SurvivalTests(RoleTestCase):
 
     @inlineCallbacks
     def test_settings_hold_for_links_that_are(self):
-        """A setting changes links that stand already: a peer that may be silent for long may not be any more."""
+        """A setting changes existing links: a peer that was allowed long silence no longer is."""
         self.server_role = self.server()
         yield self.server_role.start()
         peer = self.peer(name="quiet")
         self.configure(**QUICK)
-        # Until the timer that runs by the old setting has come.
+        # Wait until the timer that was set by the old setting has fired.
         yield poll(lambda: self.server_role.lines("engine down: quiet"), "it is given up", timeout=10 + NOTICED_S + 4)
         peer.close()
 
     @inlineCallbacks
     def test_freshness(self):
-        """A narrower window holds at once, for the refusal and for what it says."""
+        """A narrower window is in force at once, both for the refusal and for its text."""
         self.server_role = self.server()
         yield self.server_role.start()
         peer = self.peer(name="late")

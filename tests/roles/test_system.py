@@ -50,7 +50,7 @@ class TwistdTestCase(RoleTestCase):
         return start_process(self, server, cwd=cwd or self.directory, stdout=stdout, **{DATABASE_VARIABLE: self.url})
 
     def refused(self, *argv: str, cwd: Path | None = None, stdout: Any = subprocess.PIPE) -> str:
-        """See that a start ends with one line and exit code 1, and return the line."""
+        """Assert that a start ends with one line and exit code 1, and return the line."""
         process = self.twistd(*argv, cwd=cwd, stdout=stdout)
         _, said = process.communicate(timeout=PATIENCE_S)
         self.assertEqual(process.returncode, 1, said)
@@ -58,7 +58,7 @@ class TwistdTestCase(RoleTestCase):
         return said
 
     def ends(self, process: subprocess.Popen[str]) -> str:
-        """See that a role ends in order, and return its errors."""
+        """Assert that a role ends in order, and return its errors."""
         process.terminate()
         _, said = process.communicate(timeout=PATIENCE_S)
         self.assertEqual(process.returncode, 0, said)
@@ -76,7 +76,7 @@ class TwistdTestCase(RoleTestCase):
 
 
 class PidFileTests(TwistdTestCase):
-    """Pid files, which name no process after a restart of a container or a crash."""
+    """Pid files that are outdated after a restart of a container or a crash."""
 
     @property
     def file(self) -> Path:
@@ -102,7 +102,7 @@ class PidFileTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_the_foreground_has_none(self) -> Any:
-        """In the foreground no file is written, and one that is left behind by pid 1 does no harm."""
+        """In the foreground no file is written, and a file left behind by pid 1 does no harm."""
         self.file.write_text("1")
         (self.directory / "twistd.pid").write_text("1")
         process = self.twistd("-n", "--logfile=log")
@@ -112,7 +112,7 @@ class PidFileTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_a_stale_file(self) -> Any:
-        """A file of a dead process, whose pid is another program's now, is taken over, and removed at the end."""
+        """A file of a dead process, whose pid another program has now, is taken over, and removed at the end."""
         for left in (str(os.getpid()), "1", "", "\0" * 8):
             self.file.write_text(left)
             daemon = yield self.daemon()
@@ -123,14 +123,14 @@ class PidFileTests(TwistdTestCase):
             (self.directory / "s2s-server.log").unlink()
 
     def test_a_log_that_is_no_file(self) -> None:
-        """A pipe as the log file is refused with the way to log to stdout, also a named one that nobody reads."""
+        """A pipe as the log file is refused with the way to log to stdout, also a named pipe without a reader."""
         fifo = self.directory / "fifo"
         os.mkfifo(fifo)
         for path in ("/dev/stdout", fifo):
             self.assertIn("leave --logfile out", self.refused("-n", f"--logfile={path}"))
 
     def test_a_full_disk(self) -> None:
-        """A disk on which the pid has no place is one line, and no empty file is left."""
+        """A disk without room for the pid causes one line, and no empty file is left."""
         script = ["/bin/sh", "-c", 'ulimit -f 0; exec "$0" -n --pidfile=p.pid s2s-server', TWISTD]
         done = subprocess.run(script, cwd=self.directory, capture_output=True, text=True, check=False)
         self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
@@ -139,7 +139,7 @@ class PidFileTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_a_running_process(self) -> Any:
-        """The file of a process that runs is refused with its pid; after a SIGKILL it is taken over."""
+        """The pid file of a running process is refused with its pid; after a SIGKILL the file is taken over."""
         first = yield self.daemon()
         said = self.refused()
         self.assertIn(f"process {first.pid}, which runs: stop it", said)
@@ -150,7 +150,7 @@ class PidFileTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_named_in_the_foreground(self) -> Any:
-        """A file that is named is written in the foreground too."""
+        """A pid file that is named is written in the foreground too."""
         self.file.write_text("1")
         process = self.twistd("-n", "--logfile=log", f"--pidfile={self.file}")
         yield self.says("log", "server listens on")
@@ -159,7 +159,7 @@ class PidFileTests(TwistdTestCase):
         self.assertFalse(self.file.exists())
 
     def test_refused(self) -> None:
-        """A place that is missing or cannot be written, or a file that is no pid file, is one line with the option."""
+        """A missing or unwritable place, or a file that is no pid file, is refused in one line with the option."""
         precious = self.directory / "precious"
         precious.write_text("not a pid")
         for argv, option in (
@@ -186,7 +186,7 @@ class StreamTests(TwistdTestCase):
     """A role whose output or log cannot be written."""
 
     def test_help(self) -> None:
-        """Help or a version that cannot be written is one line with exit code 1, and so is an unknown option."""
+        """Help or a version that cannot be written causes one line and exit code 1, as does an unknown option."""
         read, write = os.pipe()
         os.close(read)
         with open("/dev/full", "w") as full, open(write, "w") as pipe:
@@ -202,27 +202,27 @@ class StreamTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_a_disk_that_fills_for_a_while(self) -> Any:
-        """A role goes on while its log cannot be written, and then says how many events are lost; each is whole."""
+        """A role goes on while its log cannot be written, then logs the number of lost events; no event is torn."""
         log = yield self.filled("-n", "--logfile=log")
         self.assertEqual([line for line in log.splitlines()[1:] if not re.match("[0-9]{4}-", line)], [])
 
     @inlineCallbacks
     def test_a_stdout_that_fills_for_a_while(self) -> Any:
-        """So does a role that logs to stdout; at most a line is torn, and the next one begins a line of its own."""
+        """A role that logs to stdout goes on likewise; at most one line is torn, and the next one is whole."""
         with (self.directory / "log").open("a") as stdout:
             log = yield self.filled("-n", stdout=stdout)
         self.assertEqual(len([line for line in log.splitlines()[1:] if not re.match("[0-9]{4}-.* \\[", line)]), 1)
 
     @inlineCallbacks
     def filled(self, *argv: str, stdout: Any = subprocess.PIPE) -> Any:
-        """Let the disk be full for a while, and return the whole log."""
+        """Keep the disk full for a while, and return the whole log."""
         process = self.twistd(*argv, stdout=stdout)
         yield self.says("log", "server listens on")
         process.send_signal(signal.SIGHUP)
         yield self.says("log", "SIGHUP: ")
         log = self.directory / "log"
         _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
-        # Of the first event that is lost the disk takes a part.
+        # The disk accepts a part of the first event that is lost.
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (log.stat().st_size + 10, hard))
         for _ in range(3):
             process.send_signal(signal.SIGHUP)
@@ -254,7 +254,7 @@ class StreamTests(TwistdTestCase):
         with open(read), open(write, "wb", buffering=0) as pipe:
             process = self.twistd("-n", stdout=pipe)
             yield poll(lambda: says(b"server listens on"), "it runs", timeout=PATIENCE_S)
-            pipe.write(b"\n")  # the only page that the pipe has
+            pipe.write(b"\n")  # fills the only page of the pipe
             for _ in range(2):
                 process.send_signal(signal.SIGHUP)
                 with self.assertRaises(subprocess.TimeoutExpired):
@@ -267,7 +267,7 @@ class StreamTests(TwistdTestCase):
             self.ends(process)
 
     def test_where_the_log_goes(self) -> None:
-        """A stdout that is full, or has no reader, is refused where the log goes there."""
+        """A full stdout, or one without a reader, is refused if the log goes there."""
         with open("/dev/full", "w") as full:
             self.assertIn("No space left on device: name another --logfile", self.refused("-n", stdout=full))
         read, write = os.pipe()
@@ -276,7 +276,7 @@ class StreamTests(TwistdTestCase):
             self.assertIn("Broken pipe: name another --logfile", self.refused("-n", stdout=pipe))
 
     def test_closed(self) -> None:
-        """A stdout that is closed is refused in one line."""
+        """A closed stdout is refused in one line."""
         script = ["/bin/sh", "-c", 'exec "$0" -n s2s-server >&-', TWISTD]
         done = subprocess.run(script, cwd=self.directory, capture_output=True, text=True, check=False)
         self.assertEqual(done.returncode, 1, done.stderr)
@@ -284,7 +284,7 @@ class StreamTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_the_reader_leaves(self) -> Any:
-        """A role goes on without the reader of its log, and ends in order with exit code 0."""
+        """A role goes on after the reader of its log has left, and ends in order with exit code 0."""
         process = self.twistd("-n")
         assert process.stdout is not None
 
@@ -306,7 +306,7 @@ class DirectoryTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_removed(self) -> Any:
-        """A role that has a database starts although its working directory was removed, as by a deployment."""
+        """A role with a database starts although its working directory was removed, as by a deployment."""
         gone = self.directory / "gone"
         gone.mkdir()
         argv = ["/bin/sh", "-c", 'rmdir "$PWD"; exec "$0" "$@"', TWISTD, "-n", f"--logfile={self.directory}/log"]
@@ -317,11 +317,11 @@ class DirectoryTests(TwistdTestCase):
 
 
 class SignalTests(TwistdTestCase):
-    """Signals beside SIGTERM and SIGINT."""
+    """Signals besides SIGTERM and SIGINT."""
 
     @inlineCallbacks
     def test_hang_up(self) -> Any:
-        """SIGHUP opens a log anew that was moved away, any number of times, and the role goes on."""
+        """SIGHUP reopens a log that was moved away, any number of times, and the role goes on."""
         process = self.twistd("-n", "--logfile=log")
         yield self.says("log", "server listens on")
         for at in range(3):
@@ -333,7 +333,7 @@ class SignalTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_hang_up_without_a_directory(self) -> Any:
-        """SIGHUP after the directory of the log was removed is told on stderr and in the old log; the role goes on."""
+        """SIGHUP after the directory of the log was removed is reported on stderr and in the old log."""
         directory = self.directory / "logs"
         directory.mkdir()
         process = self.twistd("-n", "--logfile=logs/log")
@@ -351,7 +351,7 @@ class SignalTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_signals_of_others(self) -> Any:
-        """SIGUSR1 and SIGUSR2, which programs send that rotate logs, end no role, also where its log is no file."""
+        """SIGUSR1 and SIGUSR2, which programs for log rotation send, end no role, even if its log is no file."""
         for argv in (("-n", "--logfile=log"), ("-n",)):
             with open(self.directory / "stdout", "w") as stdout:
                 process = self.twistd(*argv, stdout=stdout)
@@ -364,9 +364,9 @@ class SignalTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_hang_up_at_any_time(self) -> Any:
-        """SIGHUP and SIGQUIT do no harm while a role starts, nor while it stops."""
+        """SIGHUP and SIGQUIT do no harm while a role starts or stops."""
         process = self.twistd("-n", "--logfile=log")
-        # It handles both from the moment at which it has opened its log on.
+        # The role handles both signals from the moment at which it has opened its log.
         yield poll((self.directory / "log").exists, "it starts", timeout=PATIENCE_S)
         process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGQUIT)
@@ -381,11 +381,11 @@ class SignalTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_stacks(self) -> Any:
-        """SIGQUIT writes the stacks of all threads to the log, as often as it comes, and the role goes on."""
+        """SIGQUIT writes the stacks of all threads to the log, each time, and the role goes on."""
         process = self.twistd("-n", "--logfile=log")
         yield self.says("log", "server listens on")
         times = 0
-        # The threads for the database are started by the first queries.
+        # The first queries start the threads for the database.
         while times < 2 or "PoolThread-" not in (self.directory / "log").read_text():
             times += 1
             process.send_signal(signal.SIGQUIT)
@@ -394,7 +394,7 @@ class SignalTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_stacks_of_a_reactor_that_hangs(self) -> Any:
-        """SIGQUIT shows where a reactor hangs, also in a regular expression, which lets no other thread run."""
+        """SIGQUIT shows where a reactor hangs, even in a regular expression, which lets no other thread run."""
         plugins = self.directory / "s2s" / "plugins"
         plugins.mkdir(parents=True)
         (plugins / "stuck.py").write_text(_STUCK)
@@ -408,7 +408,7 @@ class SignalTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_a_thread_of_a_plug_in(self) -> Any:
-        """A thread that a plug-in started, and never ends, holds the stop of a role up for its grace at most."""
+        """A thread that a plug-in started and never ends delays the stop of a role by its grace at most."""
         plugins = self.directory / "s2s" / "plugins"
         plugins.mkdir(parents=True)
         (plugins / "restless.py").write_text(
@@ -421,7 +421,7 @@ class SignalTests(TwistdTestCase):
         yield deferToThread(server.assert_ended_well)
 
     def test_a_refused_start_with_a_plug_in(self) -> None:
-        """What a plug-in has left behind keeps no role from ending whose start is refused."""
+        """Threads that a plug-in left behind do not keep a role alive whose start is refused."""
         plugins = self.directory / "s2s" / "plugins"
         plugins.mkdir(parents=True)
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -439,10 +439,10 @@ class SignalTests(TwistdTestCase):
 
 
 class CertificateTests(RoleTestCase):
-    """Certificates that are replaced under running roles."""
+    """Certificates that are replaced while roles run."""
 
     def setUp(self) -> None:
-        """Make an authority, and a server with one of its certificates."""
+        """Create an authority, and a server with one of its certificates."""
         super().setUp()
         self.tls = self.directory / "tls"
         make_certificates(self.tls, "a")
@@ -454,17 +454,17 @@ class CertificateTests(RoleTestCase):
 
     @inlineCallbacks
     def shown(self) -> Any:
-        """Return the certificate that the server shows."""
+        """Return the certificate that the server sends."""
         pem = yield deferToThread(ssl.get_server_certificate, ("127.0.0.1", self.port))
         return pem.strip()
 
     def on_disk(self) -> str:
-        """Return the server's certificate as it is on disk."""
+        """Return the server's certificate on disk."""
         return (self.tls / "server.pem").read_text().strip()
 
     @inlineCallbacks
     def served(self, endpoint: str) -> Any:
-        """See how a server takes new certificates, and broken ones."""
+        """Check how a server handles new certificates, and broken ones."""
         server = self.server(endpoint=endpoint, port=self.port)
         yield server.start()
         first = self.on_disk()
@@ -484,14 +484,14 @@ class CertificateTests(RoleTestCase):
 
     @inlineCallbacks
     def test_server(self) -> Any:
-        """On SIGHUP a server shows its new certificate; a broken one leaves the old one in force, with a line."""
+        """On SIGHUP a server uses its new certificate; a broken one leaves the old one in force, with a line."""
         yield self.served(
             f"ssl:{self.port}:interface=127.0.0.1:privateKey={self.tls}/server.key:certKey={self.tls}/server.pem"
         )
 
     @inlineCallbacks
     def test_roots(self) -> Any:
-        """An engine whose connection is refused for its certificates reads them again, and links."""
+        """An engine whose connection is refused because of its certificates reads them again, and links."""
         other = self.directory / "other"
         make_certificates(other, "a")
         server = self.server(endpoint=listen_tls(self.tls, self.port), port=self.port)
