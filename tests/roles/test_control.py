@@ -231,7 +231,7 @@ class ControlTests(RoleTestCase):
         self.assertEqual(self.count("outbox"), 0)
         self.role.assert_ended_well()
 
-    # --- what is not obeyed ---------------------------------------------------------------------------------------
+    # --- requests that are not obeyed -----------------------------------------------------------------------------
 
     def recorded(self, peer: Peer, type: str, payload: Frame) -> bytes:
         """Have a request obeyed, and return its frame."""

@@ -899,7 +899,7 @@ class ConditionTests(SchedulerTestCase):
         await self.reached("runs = 1")
 
     async def test_settings(self) -> None:
-        """Each step gets the settings of its own time, whoever has set them, and the limit of a frame."""
+        """Each step gets the settings of its own time, also those set meanwhile, and the limit of a frame."""
         seen: list[Any] = []
         key = "job.decay.rate_permille"
 
