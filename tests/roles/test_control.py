@@ -1,4 +1,4 @@
-"""A real engine, controlled by a test peer as its server (docs/protocol.rst, "The engine")."""
+"""A real engine, controlled by a test peer as its server (docs/protocol.rst, "States of an engine")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages to players: broadcasts, which become notices (docs/protocol.rst, "The engine")."""
+"""Messages to players: broadcasts, which become notices (docs/protocol.rst, "Outbox and sweep")."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ class RoleProcess:
     :param keep: file descriptors that the role inherits.
     :param say: called with lines about the role.
     :ivar pid: the process that runs, or ran last.
-    :ivar over: the role ended by itself with exit 0, which is final (protocol, "The engine").
+    :ivar over: the role ended by itself with exit 0, which is final (protocol, "States of an engine").
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Send outbox rows to the server (docs/protocol.rst, "The engine").
+"""Send outbox rows to the server (docs/protocol.rst, "Outbox and sweep").
 
 Rows are leased, pushed with a window in flight, and settled in groups: accepted rows are deleted, rows that may succeed
 later are sent again, and the others are set aside as dead. To the server a row that is sent twice is a duplicate, so in

@@ -1,4 +1,4 @@
-"""The state of an engine (docs/protocol.rst, "The engine")."""
+"""The state of an engine (docs/protocol.rst, "States of an engine")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Table ``outbox``: commands to be sent to the server (docs/protocol.rst, "The engine")."""
+"""Table ``outbox``: commands to be sent to the server (docs/protocol.rst, "Outbox and sweep")."""
 
 from __future__ import annotations
 

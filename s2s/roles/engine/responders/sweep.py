@@ -1,4 +1,4 @@
-"""``s2s.broadcast.sweep`` (docs/protocol.rst, "The engine")."""
+"""``s2s.broadcast.sweep`` (docs/protocol.rst, "Outbox and sweep")."""
 
 from __future__ import annotations
 
