@@ -6,10 +6,12 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -28,6 +30,8 @@ from s2s.roles.engine import responders
 
 _PACKAGE = Path(s2s.__file__).parent
 _ROOT = _PACKAGE.parent
+#: Such as: (docs/protocol.rst, "Commands" and "Errors").
+_REFERENCE = re.compile(r'\b(protocol|faults|api|performance)(?:\.rst)?, ((?:"[^"\n]+"(?:, | and )?)+)')
 
 #: The packages from the bottom up, and the sentence that each begins with. A package imports only those before it.
 PACKAGES = {
@@ -297,3 +301,12 @@ class DeclarationTests(SynchronousTestCase):
         """Return the modules of a package."""
         path, name = package.__path__, package.__name__  # type: ignore[attr-defined]
         return [importlib.import_module(f"{name}.{each.name}") for each in pkgutil.iter_modules(path)]
+
+    def test_references_to_pages(self) -> None:
+        """A comment or docstring that names a section of a page of ``docs/`` names one that the page has."""
+        for path in [*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.sql")]:
+            for page, sections in _REFERENCE.findall(path.read_text("utf-8")):
+                lines = (_ROOT / "docs" / f"{page}.rst").read_text("utf-8").split("\n")
+                titles = {above for above, line in pairwise(lines) if line and set(line) <= set("=-~^")}
+                for section in re.findall(r'"([^"]+)"', sections):
+                    self.assertIn(section, titles, path)

@@ -1,4 +1,4 @@
-"""``s2s engine``: control the engines through the server that has the link (docs/protocol.rst, "Control")."""
+"""``s2s engine``: control of engines (docs/protocol.rst, "Proof and control requests")."""
 
 from __future__ import annotations
 

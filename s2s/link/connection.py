@@ -1,4 +1,4 @@
-"""One link on a transport: frames, timers, backpressure, calls (docs/protocol.rst, "Framing" and "The life of a link").
+"""One link on a transport: frames, timers, backpressure, calls (docs/protocol.rst, "The life of a link").
 
 :mod:`s2s.protocol.session` and :mod:`s2s.link.dispatcher` decide which messages are allowed; this module moves the
 bytes.
@@ -168,7 +168,7 @@ class Link(Int32StringReceiver):
     # --- the transport ----------------------------------------------------------------------------------------------
 
     def connectionMade(self) -> None:
-        """Challenge the peer (protocol, "Challenge")."""
+        """Challenge the peer (protocol, "Two challenges")."""
         self._tune()
         self.network = peer_network(self.transport)
         self._write_buffer = WriteBuffer(self.transport, self._counters)

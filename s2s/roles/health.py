@@ -1,4 +1,4 @@
-"""``s2s.health.check`` (docs/protocol.rst, "Challenge")."""
+"""``s2s.health.check`` (docs/protocol.rst, "Two challenges")."""
 
 from __future__ import annotations
 

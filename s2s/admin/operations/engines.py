@@ -1,4 +1,4 @@
-"""Control of the engines, through the server that has the link (docs/protocol.rst, "Control")."""
+"""Control of the engines, through the server that has the link (docs/protocol.rst, "Proof and control requests")."""
 
 from __future__ import annotations
 

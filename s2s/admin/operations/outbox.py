@@ -1,4 +1,4 @@
-"""Operations on the outbox: commands on their way from an engine to the server (docs/protocol.rst, "Outbox and sweep")."""
+"""Operations on the outbox: commands on their way to the server (docs/protocol.rst, "Outbox and sweep")."""
 
 from __future__ import annotations
 

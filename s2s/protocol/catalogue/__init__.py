@@ -34,7 +34,7 @@ class MessageType:
 
     :param sent_by: the roles that may send it.
     :param reply: the type of its reply, beside ``s2s.error``.
-    :param control: whether a receiver obeys it only on a proven link (protocol, "Proof").
+    :param control: whether a receiver obeys it only on a proven link (protocol, "Proof and control requests").
     :param entered: whether the replay cache records it; a push is identified by its ``idem_key`` instead.
     :param windowed: whether it counts against the requester's window.
     """

@@ -1,4 +1,4 @@
-"""Report old snapshots, and commands that wait for a handler, to operators (docs/faults.rst, "Growth")."""
+"""Report old snapshots and commands without a handler to operators (docs/faults.rst, "Growth outside our control")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Table ``broadcasts``: notices from operators (docs/protocol.rst, "Outbox and sweep"). One SQL ``insert`` makes one."""
+"""Table ``broadcasts``: notices from operators (docs/protocol.rst, "Outbox and sweep"). SQL can insert one, too."""
 
 from __future__ import annotations
 

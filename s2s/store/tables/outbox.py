@@ -120,7 +120,7 @@ def check(
     priority: int = 100,
     due_at: int | None = None,
 ) -> str:
-    """Raise if a command could never be sent (docs/protocol.rst, "Framing").
+    """Raise if a command could never be sent (docs/protocol.rst, "Transport and framing").
 
     :param frame_size: the longest frame, in bytes.
     :returns: the payload in its canonical form.
