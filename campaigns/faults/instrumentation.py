@@ -25,7 +25,7 @@ ROOT: Final = Path(__file__).parents[2]
 
 #: Steps at which a process can be made to stand still: module, owner and name of a function, and before or after it.
 STEPS: Final = {
-    "push.write": ("s2s.store.async_connection", "AsyncConnection", "ask", "before"),
+    "push.write": ("s2s.store.async_connection", "AsyncConnection", "query", "before"),
     "push.sent": ("s2s.store.async_connection", "AsyncConnection", "_execute", "after"),
     "push.commit": ("s2s.store.async_connection", "AsyncConnection", "_end", "before"),
     "push.ack": ("s2s.roles.server.inbox", "Inbox", "_answer", "before"),

@@ -10,8 +10,9 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from twisted.internet import defer
 from twisted.internet.defer import Deferred
@@ -95,7 +96,21 @@ class LinkEvents(Protocol):
         """The peer answered our health check; ``link.peer`` holds the members of its answer."""
 
     def link_lost(self, link: Link) -> None:
-        """The link has ended; ``link.why`` holds the reason."""
+        """The link has ended; ``link.close_reason`` holds the reason."""
+
+
+@dataclass
+class CloseReason:
+    """The reason why a link ended.
+
+    :ivar text: the reason, for the log.
+    :ivar backoff_class: the backoff class of the next connect (protocol, "Reconnecting").
+    :ivar is_logged: whether the log needs no further line about the end.
+    """
+
+    text: str
+    backoff_class: Literal["fast", "slow"] = "fast"
+    is_logged: bool = False
 
 
 class Link(Int32StringReceiver):
@@ -104,9 +119,7 @@ class Link(Int32StringReceiver):
     :param events: the callbacks for the link's life.
     :ivar peer: the members of the ``s2s.health.ack`` that proved the link, only those that the schema names; empty
         until then.
-    :ivar is_slow: whether a reconnect must use the slow backoff class (protocol, "Reconnecting").
-    :ivar why: the reason why the link ended, for the log.
-    :ivar has_told: whether the log needs no further line about the link's end.
+    :ivar close_reason: the reason of its end, final once the link has ended.
     :ivar late_ack: called with the link and the payload of an ``s2s.ack`` that no request awaits any more.
     """
 
@@ -127,9 +140,7 @@ class Link(Int32StringReceiver):
         self.session = session
         self.MAX_LENGTH = session.bounds.frame_size
         self.peer: Mapping[str, Any] = {}
-        self.is_slow = False
-        self.why = _LOST
-        self.has_told = False
+        self.close_reason = CloseReason(_LOST)
         self.late_ack: Callable[[Link, Mapping[str, Any]], object] = lambda *_: None
         self._dispatcher = dispatcher
         self._keys = keys
@@ -266,16 +277,16 @@ class Link(Int32StringReceiver):
         """Fail every waiting call; the outcome of the calls that were sent is unknown."""
         if self.session.is_open and not reason.check(ConnectionClosed):
             # TLS refused the peer, or the peer refused us. The next attempt would fail too.
-            self.is_slow = True
-            self.why = f"TLS failed: {harmless(reason.getErrorMessage())}"
-            if "certificate verify failed" in self.why:
+            self.close_reason.backoff_class = "slow"
+            self.close_reason.text = f"TLS failed: {harmless(reason.getErrorMessage())}"
+            if "certificate verify failed" in self.close_reason.text:
                 chain = self.transport.getHandle().get_verified_chain(as_cryptography=True) or []
                 why = why_invalid(chain, datetime.fromtimestamp(self._clock.now(), timezone.utc))
-                self.why += f": {why}" if why else ""
-            elif "wrong version number" in self.why:
-                self.why += f": {_NO_TLS_HERE if self.session.role == 'engine' else _NO_TLS_THERE}"
-        elif self.session.role == "engine" and self.why == _LOST and not self._frames:
-            self.why = f"{_LOST} before a frame came: {_NO_TLS_THERE}"
+                self.close_reason.text += f": {why}" if why else ""
+            elif "wrong version number" in self.close_reason.text:
+                self.close_reason.text += f": {_NO_TLS_HERE if self.session.role == 'engine' else _NO_TLS_THERE}"
+        elif self.session.role == "engine" and self.close_reason.text == _LOST and not self._frames:
+            self.close_reason.text = f"{_LOST} before a frame came: {_NO_TLS_THERE}"
         self.session.move(Event.LOST)
         self._fail_calls()
         self._cancel_timer()
@@ -289,8 +300,9 @@ class Link(Int32StringReceiver):
         if not self.session.move(Event.CLOSE):
             return
         # If the link closes before our challenge is answered, the next attempt would fail too, whatever the cause.
-        self.is_slow |= is_unproven
-        self.why = why
+        if is_unproven:
+            self.close_reason.backoff_class = "slow"
+        self.close_reason.text = why
         self._fail_calls()
         self._cancel_timer()
         self._write_buffer.finish()
@@ -316,7 +328,7 @@ class Link(Int32StringReceiver):
 
     def _fail_calls(self) -> None:
         for call in self.session.calls.fail_all():
-            call.waiter.errback(LinkLost(f"the link ended: {self.why}"))
+            call.waiter.errback(LinkLost(f"the link ended: {self.close_reason.text}"))
 
     # --- inbound frames ---------------------------------------------------------------------------------------------
 
@@ -366,8 +378,8 @@ class Link(Int32StringReceiver):
             return
         if got.payload["code"] in _SLOW_CODES:
             self._counters.errors_in[got.payload["code"]] += 1
-            self.is_slow = True
-            self.why = f"the peer refuses the link: {harmless(got.payload['message'])}"
+            self.close_reason.backoff_class = "slow"
+            self.close_reason.text = f"the peer refuses the link: {harmless(got.payload['message'])}"
 
     def dismiss(self, error: WireError, why: str) -> None:
         """Close the link with an error that answers no request (protocol, "Identity").
@@ -394,7 +406,7 @@ class Link(Int32StringReceiver):
         if refusal.is_answered:
             self._send(ERROR, self._error_body(error), ulid_now(), refusal.ack_of, is_signed=error.signed)
         if error.closes:
-            self.has_told = True
+            self.close_reason.is_logged = True
             if isinstance(error, TsSkew):
                 self._counters.meet("ts_skew")
             self.close(f"we refused a frame with {error.code}")
@@ -421,7 +433,7 @@ class Link(Int32StringReceiver):
         # Anyone on the network path can forge an unsigned error. One such error is logged, counted and makes the next
         # reconnect slow; only several of them close the link.
         self._counters.unsigned_errors += 1
-        self.is_slow = True
+        self.close_reason.backoff_class = "slow"
         said = outcome.payload if ERROR_SCHEMA.is_valid(outcome.payload) else {}
         code = said["code"] if isinstance(said, dict) and said else "?"
         if self.may_tell("unsigned errors", FRAMES):
@@ -444,7 +456,7 @@ class Link(Int32StringReceiver):
         """
         message = BY_NAME[type]
         if not self.session.is_open:
-            return defer.fail(LinkLost(f"the link ended: {self.why}"))
+            return defer.fail(LinkLost(f"the link ended: {self.close_reason.text}"))
         try:
             if not message.request_schema.is_valid(payload):
                 path, text = message.request_schema.explain(payload) or ("/payload", "")
@@ -495,7 +507,7 @@ class Link(Int32StringReceiver):
         except NoSigningKey as error:
             if self.may_tell("no key may sign"):
                 self.log.error("{peer}: {error}", peer=self, error=str(error))
-            self.has_told = True
+            self.close_reason.is_logged = True
             self.close("no key may sign")
             return
         if key is not None:
@@ -531,7 +543,7 @@ class Link(Int32StringReceiver):
             # Unknown codes are counted together, because a peer could send any number of different ones.
             self._counters.errors_in[refusal if refusal in BY_CODE else "other"] += 1
         # A later reply without such a code shows that the cause has gone, and resets the backoff class.
-        self.is_slow = refusal in _SLOW_CODES
+        self.close_reason.backoff_class = "slow" if refusal in _SLOW_CODES else "fast"
         if call.message is CHALLENGE and (not isinstance(outcome, CallError) or refusal == ALSO_PROVES):
             self._proven(reply.envelope.ts, outcome if isinstance(outcome, dict) else {})
         self._send_line()

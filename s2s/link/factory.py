@@ -173,7 +173,7 @@ class ServerLinks:
         closing = [each for each in self._all if not each.session.is_open]
         if len(closing) >= MAX_CLOSING:
             self._counters.meet("links")
-            self._cut(closing[0], closing[0].why)
+            self._cut(closing[0], closing[0].close_reason.text)
         silent = [each for each in self._all if each.session.is_open and not each.session.has_been_heard]
         is_full = len(self._all) - len(closing) >= MAX_LINKS
         if len(silent) >= MAX_SILENT or (silent and is_full):
@@ -201,7 +201,7 @@ class ServerLinks:
         why = f"of {MAX_LINKS} links the key {key_id} has the most: {count}; see which of its processes opens so many"
         if newest.may_tell(why):
             self.log.warn("{link}: closed: {why}", link=newest, why=why)
-        newest.has_told = True
+        newest.close_reason.is_logged = True
         newest.dismiss(Forbidden(why), why)
 
     def link_proven(self, link: Link) -> None:
@@ -250,7 +250,7 @@ class ServerLinks:
         if len(self._replaced) >= MAX_LINKS:
             del self._replaced[next(iter(self._replaced))]
         self._replaced[identity] = (self._clock.mono(), 0) if is_told else (told_at, count + 1)
-        old.has_told |= not is_told
+        old.close_reason.is_logged |= not is_told
         boot_ids = {each.peer.get("boot_id") for each in (old, link)}
         # If neither link has a boot_id, only frames that still arrive on the old link distinguish another process from
         # a restart.
@@ -281,11 +281,11 @@ class ServerLinks:
             if up.link is link:
                 del self._engines[identity]
                 if up.is_told or self._clock.mono() >= up.at + TELL_S:
-                    status_log.warn("engine down: {link}: {why}", link=link, why=link.why)
+                    status_log.warn("engine down: {link}: {why}", link=link, why=link.close_reason.text)
                 self._engine_down()
                 return
-        if not link.has_told and link.may_tell(link.why):
-            self.log.info("{link}: closed: {why}", link=link, why=link.why)
+        if not link.close_reason.is_logged and link.may_tell(link.close_reason.text):
+            self.log.info("{link}: closed: {why}", link=link, why=link.close_reason.text)
 
     def close_all(self, why: str) -> None:
         """Close every link, and log the counts of events that had no line."""

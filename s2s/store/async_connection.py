@@ -85,7 +85,7 @@ class AsyncConnection:
         #: Why all queries are abandoned; empty: they are not.
         self._cancelled = ""
 
-    def ask(self, query: Query, done: Callable[[list[Any] | Failure], object]) -> None:
+    def query(self, query: Query, done: Callable[[list[Any] | Failure], object]) -> None:
         """Run one query. It uses callbacks: coroutines and Deferreds take a large part of a short statement's time.
 
         :param done: called with the rows, or with a failure: :class:`DatabaseUnavailable` when there is no connection
@@ -102,7 +102,7 @@ class AsyncConnection:
     def run(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
         """Run the queries of ``work(*args)`` one after the other.
 
-        :returns: fires with the return value of ``work``, or fails as :meth:`ask` does.
+        :returns: fires with the return value of ``work``, or fails as :meth:`query` does.
         """
         steps: Steps[T] = work(*args)
         outcome: Deferred[T] = Deferred()
@@ -118,7 +118,7 @@ class AsyncConnection:
             except Exception:
                 outcome.errback()
             else:
-                self.ask(query, go_on)
+                self.query(query, go_on)
 
         go_on(None)  # a generator's first send() must be None
         return outcome

@@ -150,7 +150,7 @@ class Database:
 
         The database is asked to cancel running SQL. Code that is between two statements, or that swallows the error,
         continues but cannot commit any more. No failure that this causes can therefore be charged to a handler. A query
-        without a thread (:meth:`ask`) is left to the database, which may still commit it.
+        without a thread (:meth:`query`) is left to the database, which may still commit it.
 
         :returns: fires with whether nothing runs any more, after :data:`CANCEL_S` at the latest, also when the database
             hangs. An interaction that still runs then is in Python code, or waits for a database that does not answer.
@@ -221,7 +221,7 @@ class Database:
             return defer.fail(DatabaseUnavailable(f"overloaded: {self.waiting} interactions wait for a connection"))
         return None
 
-    def ask(self, query: Query, done: Callable[[list[Any] | Failure], object]) -> None:
+    def query(self, query: Query, done: Callable[[list[Any] | Failure], object]) -> None:
         """Run one query on a connection without a thread; the query commits by itself.
 
         Only one query runs at a time: the caller waits for its end.
@@ -231,10 +231,10 @@ class Database:
         if self._refusal:
             done(Failure(DatabaseUnavailable(self._refusal)))
         else:
-            self._line.ask(query, done)
+            self._line.query(query, done)
 
     def run_steps(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
-        """Run the queries of ``work(*args)``, each as :meth:`ask` does.
+        """Run the queries of ``work(*args)``, each as :meth:`query` does.
 
         :returns: fires, and fails, like that of :meth:`run`.
         """

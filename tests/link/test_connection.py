@@ -197,7 +197,7 @@ class LinkTestCase(SynchronousTestCase):
         """Assert that the link is closing and reads no more."""
         self.assertIs(self.link.session.state, State.CLOSING)
         self.assertTrue(self.transport.disconnecting)
-        self.assertIn(why, self.link.why)
+        self.assertIn(why, self.link.close_reason.text)
         served, written = len(self.served), self.transport.value()
         self.say(HEALTH_CHECK)
         self.assertEqual((len(self.served), self.transport.value()), (served, written))
@@ -334,7 +334,7 @@ class FramingTests(LinkTestCase):
         self.assertFalse(self.transport.disconnecting)
         self.time.advance(0.1)
         self.assert_closed("too long")
-        self.assertFalse(self.link.is_slow)
+        self.assertEqual(self.link.close_reason.backoff_class, "fast")
         self.assertEqual(self.counters.met, {"frame": 1})
 
     def test_refusals_are_counted(self) -> None:
@@ -382,8 +382,8 @@ class ProofTests(LinkTestCase):
             link.makeConnection(StringTransport())
             link.dataReceived(some)
             self.time.advance(link.session.timing.proof - 0.1)
-            self.assertTrue(link.why.startswith(told), link.why)
-            self.assertEqual("see whether" in link.why, not some)
+            self.assertTrue(link.close_reason.text.startswith(told), link.close_reason.text)
+            self.assertEqual("see whether" in link.close_reason.text, not some)
 
     def test_another_protocol(self) -> None:
         """First bytes of another protocol are logged with the protocol's name; a frame that is too long is not."""
@@ -423,7 +423,7 @@ class ProofTests(LinkTestCase):
         self.say("s2s.error", payload, ack_of=self.challenge["id"])
         self.assertEqual(self.events.happened, ["made", "proven"])
         self.assertEqual(self.link.peer, {})
-        self.assertFalse(self.link.is_slow)
+        self.assertEqual(self.link.close_reason.backoff_class, "fast")
         self.time.advance(6)
         self.assert_open()
 
@@ -434,7 +434,7 @@ class ProofTests(LinkTestCase):
             payload = {"code": code, "message": "m", "details": {}}
             self.say("s2s.error", payload, ack_of=self.challenge["id"])
             self.assert_closed()
-            self.assertTrue(self.link.is_slow)
+            self.assertEqual(self.link.close_reason.backoff_class, "slow")
             self.assertNotIn("proven", self.events.happened)
 
     def test_answered_by_nonsense(self) -> None:
@@ -443,7 +443,7 @@ class ProofTests(LinkTestCase):
             self.setUp()
             self.say(type, payload, ack_of=self.challenge["id"])
             self.assert_closed()
-            self.assertTrue(self.link.is_slow)
+            self.assertEqual(self.link.close_reason.backoff_class, "slow")
             self.assertNotIn("proven", self.events.happened)
 
     def test_not_answered(self) -> None:
@@ -458,7 +458,7 @@ class ProofTests(LinkTestCase):
             self.assertFalse(self.transport.disconnecting)
             self.time.advance(0.2)
             self.assert_closed()
-            self.assertTrue(self.link.is_slow)
+            self.assertEqual(self.link.close_reason.backoff_class, "slow")
             self.assertEqual(self.counters.met["proof"] + self.counters.met["call"], 1)
 
     def test_an_unsigned_error_answers_nothing(self) -> None:
@@ -466,10 +466,10 @@ class ProofTests(LinkTestCase):
         payload = {"code": "unsupported_type", "message": "m", "details": {}}
         self.say("s2s.error", payload, ack_of=self.challenge["id"], key=None)
         self.assertEqual(self.events.happened, ["made"])
-        self.assertTrue(self.link.is_slow)
+        self.assertEqual(self.link.close_reason.backoff_class, "slow")
         self.prove()
         self.assertEqual(self.events.happened, ["made", "proven"])
-        self.assertFalse(self.link.is_slow)
+        self.assertEqual(self.link.close_reason.backoff_class, "fast")
 
     def test_control_before_the_proof(self) -> None:
         """A sweep is not_ready before the proof and is served on the same link after the proof."""
@@ -545,8 +545,8 @@ class SilenceTests(LinkTestCase):
         self.assertFalse(self.transport.disconnected)
         self.advance(1)
         self.assertTrue(self.transport.disconnected)
-        self.assertIn("3 health checks", self.link.why)
-        self.assertFalse(self.link.is_slow)
+        self.assertIn("3 health checks", self.link.close_reason.text)
+        self.assertEqual(self.link.close_reason.backoff_class, "fast")
         self.assertEqual(self.counters.met, {"call": 3, "silence": 1})
 
     def test_any_frame_ends_silence(self) -> None:
@@ -627,16 +627,16 @@ class CallTests(LinkTestCase):
         error = self.failureResultOf(call, Refused).value
         self.assertEqual((error.code, error.retryable, error.retry_after_ms), ("paused", True, 5))
         self.assert_open()
-        self.assertFalse(self.link.is_slow)
+        self.assertEqual(self.link.close_reason.backoff_class, "fast")
 
     def test_codes_for_a_slow_reconnect(self) -> None:
         """After forbidden and ts_skew a reconnect is slow."""
         for code in ("forbidden", "ts_skew"):
-            self.link.is_slow = False
+            self.link.close_reason.backoff_class = "fast"
             call, message_id = self.push()
             self.say("s2s.error", {"code": code, "message": "m", "details": {}}, ack_of=message_id)
             self.failureResultOf(call, Refused)
-            self.assertTrue(self.link.is_slow)
+            self.assertEqual(self.link.close_reason.backoff_class, "slow")
 
     def test_bad_replies(self) -> None:
         """A reply of the wrong type, or with an invalid payload, fails the call; the link stays open."""
@@ -743,7 +743,7 @@ class CallTests(LinkTestCase):
         said = {"code": "idem_conflict", "message": "m", "details": {}}
         self.say("s2s.error", said, ack_of=message_id, key=None)
         self.assertNoResult(call)
-        self.assertTrue(self.link.is_slow)
+        self.assertEqual(self.link.close_reason.backoff_class, "slow")
         self.assertEqual((self.counters.unsigned_errors, self.written()), (1, []))
         self.deliver(b'{"type":"s2s.error","payload":7}')
         self.assertEqual((self.counters.unsigned_errors, self.written()), (2, []))
@@ -1232,7 +1232,7 @@ class WriteBufferTests(LinkTestCase):
             pushes += 1
             self.assertLess(pushes, 200)
         self.assertGreater(pushes * 300, 15_000)
-        self.assertIn("does not read", self.link.why)
+        self.assertIn("does not read", self.link.close_reason.text)
         self.assertEqual(self.counters.met, {"write_buffer": 1})
         for call in calls:
             self.failureResultOf(call, LinkLost)
@@ -1244,7 +1244,7 @@ class WriteBufferTests(LinkTestCase):
         while not self.transport.disconnected:
             self.say(COMMAND_PUSH, _push())
             self.assertLess(self.counters.waiting_bytes, others + 6000)
-        self.assertIn("does not read", self.link.why)
+        self.assertIn("does not read", self.link.close_reason.text)
         self.assertEqual(self.counters.waiting_bytes, others)
 
     def test_lost_while_it_waits(self) -> None:
@@ -1292,7 +1292,7 @@ class ClosingTests(LinkTestCase):
         self.link.close("first")
         self.link.close("second")
         self.link.abort("third")
-        self.assertEqual(self.link.why, "first")
+        self.assertEqual(self.link.close_reason.text, "first")
         self.assertTrue(self.transport.disconnected)
         self.lose()
         self.link.close("fourth")

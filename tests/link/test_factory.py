@@ -11,6 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import Overloaded, WireError
 from s2s.link import factory
+from s2s.link.connection import CloseReason
 from s2s.link.dispatcher import Dispatcher
 from s2s.link.factory import MAX_CLOSING, MAX_LINKS, MAX_SILENT, LinkFactory, ServerLinks
 from s2s.protocol.limits import Bounds, Counters, Timing
@@ -37,8 +38,7 @@ class _Link:
         self.network = network
         self.session = _Session(key_id)
         self.peer = peer
-        self.why = "the connection was lost"
-        self.has_told = False
+        self.close_reason = CloseReason("the connection was lost")
         self.closed: str | None = None
         self.is_cut = False
         self.dismissed: WireError | None = None
@@ -51,7 +51,7 @@ class _Link:
         """Close the link, once."""
         if self.session.is_open:
             self.session.is_open = False
-            self.closed = self.why = why
+            self.closed = self.close_reason.text = why
 
     def abort(self, why: str) -> None:
         """Close the link and cut its connection."""
@@ -362,9 +362,9 @@ class LinkFactoryTests(SynchronousTestCase):
         keyring = Keyring(Key(key_id, Secret(bytes(32)), "any", *window) for key_id, window in windows.items())
         self.factory.drop_revoked(self.links, keyring)
         self.assertEqual([link.session.is_open for link in made], [True, False, False, False, True])
-        self.assertEqual(made[1].why, "the key gone is not known here")
-        self.assertEqual(made[2].why, "the key ended is no longer valid")
-        self.assertIn("the key later is not active yet, but in ", made[3].why)
+        self.assertEqual(made[1].close_reason.text, "the key gone is not known here")
+        self.assertEqual(made[2].close_reason.text, "the key ended is no longer valid")
+        self.assertIn("the key later is not active yet, but in ", made[3].close_reason.text)
 
     def test_a_hundred_silent_connections(self) -> None:
         """Of 130 silent connections 30 are cut at once and the others after the proof timeout, and none is left."""

@@ -344,7 +344,7 @@ class _SlowDatabase:
         self.batches.append((pushes, Deferred()))
         return self.batches[-1][1]
 
-    def ask(self, query: Query, done: Callable[[Any], object]) -> None:
+    def query(self, query: Query, done: Callable[[Any], object]) -> None:
         outcomes: Deferred[Any] = Deferred()
         self.batches.append(([query], outcomes))
         outcomes.addCallback(lambda made: [(each.cmd_id,) for each in made if each.is_new]).addBoth(done)
@@ -512,7 +512,7 @@ class BatchTests(SynchronousTestCase):
         answers = [self.inbox.push(_push(f"k{i}")) for i in range(2)]
         drained = self.inbox.drain()
         drained.addCallback(lambda _: [answer.called for answer in answers])
-        with mock.patch.object(self.database, "ask", lambda _, done: done(Failure(DatabaseUnavailable("gone")))):
+        with mock.patch.object(self.database, "query", lambda _, done: done(Failure(DatabaseUnavailable("gone")))):
             self.database.commit()
         self.assertEqual(self.successResultOf(drained), [True, True])
         self.successResultOf(answers[0])
@@ -521,7 +521,7 @@ class BatchTests(SynchronousTestCase):
     def test_a_database_that_is_away(self) -> None:
         """While the database is away every push is answered at once with an error."""
         gone = DatabaseUnavailable("gone")
-        with mock.patch.object(self.database, "ask", lambda _, done: done(Failure(gone))):
+        with mock.patch.object(self.database, "query", lambda _, done: done(Failure(gone))):
             for i in range(3):
                 self.failureResultOf(self.inbox.push(_push(f"k{i}")), DbUnavailable)
         alone, *together = (self.inbox.push(_push(f"k{i}")) for i in range(3))

@@ -99,7 +99,7 @@ class Pusher:
 
     def link_lost(self, link: Link) -> None:
         """Remember the reason."""
-        self.lost.append(link.why)
+        self.lost.append(link.close_reason.text)
 
     def _push(self) -> None:
         due = (reactor.seconds() - self._began) * RATE

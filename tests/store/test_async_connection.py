@@ -128,7 +128,7 @@ class LineTests(DatabaseTestCase):
             reactor.callLater(0, told.callback, rows)
             raise ZeroDivisionError
 
-        self.database.ask(Query("select 1", ()), stumble)
+        self.database.query(Query("select 1", ()), stumble)
         self.assertEqual(await told, [(1,)])
         self.assertEqual(await self.database.run_steps(_ask, "select 2"), [(2,)])
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)

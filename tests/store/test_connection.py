@@ -60,7 +60,7 @@ class HangTests(DatabaseTestCase):
         error = await self.assertFailure(database.run(lambda _: None), DatabaseUnavailable)
         self.assertIn("see the name server", str(error))
         asked: Deferred[Any] = Deferred()
-        database.ask(Query("select 1", ()), asked.callback)
+        database.query(Query("select 1", ()), asked.callback)
         self.assertIn("see the name server", str(await self.assertFailure(asked, DatabaseUnavailable)))
         self.assertTrue(self.says("the database is not available"))
         listener = Listener(self.url, {})

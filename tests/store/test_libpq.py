@@ -177,7 +177,7 @@ class PasswordTests(DatabaseTestCase):
             self.addCleanup(database.stop)
             self.assertIsNone(await database.run(lambda txn: txn.execute("select 1")))
             asked: Deferred[Any] = Deferred()
-            database.ask(Query("select current_user::text", ()), asked.callback)
+            database.query(Query("select current_user::text", ()), asked.callback)
             self.assertEqual(await asked, [(user,)])
             listener = Listener(url, {})
             listener.start()

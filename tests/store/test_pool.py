@@ -77,7 +77,7 @@ class TellingTests(DatabaseTestCase):
         self.addCleanup(database.stop)
         self.assertEqual(await database.run(_one, "select %s", given), given)
         asked: Deferred[Any] = Deferred()
-        database.ask(driver.Query("select %s", (given,)), asked.callback)
+        database.query(driver.Query("select %s", (given,)), asked.callback)
         self.assertEqual(await asked, [(given,)])
 
     def test_a_pooler_that_drops_options(self) -> None:

@@ -57,7 +57,7 @@ class SettingTests(UserTestCase):
                 with self.assertRaisesRegex(DatabaseUnavailable, "reset session_replication_role"):
                     await pool.run(probe.check)
                 asked: Deferred[Any] = Deferred()
-                pool.ask(Query("select 1", ()), asked.callback)
+                pool.query(Query("select 1", ()), asked.callback)
                 with self.assertRaisesRegex(DatabaseUnavailable, "reset session_replication_role"):
                     await asked
                 await pool.stop()

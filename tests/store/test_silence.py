@@ -134,5 +134,5 @@ class SilenceTests(DatabaseTestCase):
     async def ask(self, statement: str) -> Any:
         """Ask without a thread."""
         done: Deferred[Any] = Deferred()
-        self.database.ask(Query(statement, ()), done.callback)
+        self.database.query(Query(statement, ()), done.callback)
         return await done

@@ -232,17 +232,17 @@ class Engine(Role):
     def link_lost(self, link: Link) -> None:
         """Set the backoff by the way in which the link ended; outbox rows wait for the next link."""
         self._connected = None
-        if link.is_slow and link is self._link:
+        if link.close_reason.backoff_class == "slow" and link is self._link:
             self._backoff.dismissed(self._clock.mono() - self._proven_at)
-        elif link.is_slow:
+        elif link.close_reason.backoff_class == "slow":
             self._backoff.refused()
         if link is self._link:
             self._link = None
             self._relay.linked(None)
             if self._is_up_told or self._clock.mono() >= self._proven_at + PERIOD_S:
-                status_log.warn("link down: {why}", why=link.why)
-        elif link.may_tell(link.why):
-            self.log.warn("{link}: no link: {why}", link=link, why=link.why)
+                status_log.warn("link down: {why}", why=link.close_reason.text)
+        elif link.may_tell(link.close_reason.text):
+            self.log.warn("{link}: no link: {why}", link=link, why=link.close_reason.text)
 
     def _tell_often(self, untold: Mapping[str, int]) -> None:
         self.log.warn(

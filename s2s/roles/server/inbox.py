@@ -270,7 +270,7 @@ class Inbox:
             return
         self._is_quiet = len(batch) == 1
         if self._is_quiet:
-            self._database.ask(commands.push_one(batch[0].push), lambda rows: self._asked(rows, batch))
+            self._database.query(commands.push_one(batch[0].push), lambda rows: self._asked(rows, batch))
         else:
             self._run(batch)
 
