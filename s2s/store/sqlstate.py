@@ -139,9 +139,12 @@ MEANINGS: Final[dict[str, Meaning]] = {
         passes=True, cure="somebody has cancelled it, as by pg_cancel_backend: the log of the database may say who"
     ),
     "58": Meaning("database", drops=True, passes=True, cure="see the log of the database"),
+    # Code raised it in a statement of a handler, with a SQLSTATE of another database or of its own choice: see code().
+    "raised": _REFUSED,
+    "raised 40": Meaning(passes=True),
     # A session with another server failed within a statement. If our own session ends, the severity is FATAL.
     **dict.fromkeys(
-        ("ERROR 08", "ERROR 57P"),
+        ("ERROR 08", "ERROR 57P", "raised 08", "raised 57P"),
         Meaning(passes=True, cure="see the server to which the statement connects, as by postgres_fdw or dblink"),
     ),
     "XX": Meaning(unavailable=False, cure="see the log of the database"),
@@ -179,6 +182,10 @@ _AT_CONNECT: Final = (
     (re.compile("is not currently accepting connections"), "55000 CheckMyDatabase"),
 )
 
+
+#: The functions of PostgreSQL that raise an error for code: ``raise`` of PL/pgSQL, and errors of other databases, which
+#: postgres_fdw and dblink pass on. Such an error says nothing about our database, whatever its SQLSTATE is.
+_RAISES_FOR_CODE: Final = re.compile("exec_stmt_raise|pgfdw_report_.*|dblink_res_error|PLy_elog_impl")
 
 #: The text of a cancellation. A statement timeout has the same SQLSTATE and the same source function in PostgreSQL.
 _BY_REQUEST: Final = re.compile("due to user request")
@@ -224,6 +231,7 @@ def with_cure(error: BaseException, otherwise: str = "") -> str:
 def code(error: BaseException) -> str:
     """Return the SQLSTATE of an exception; empty: it has none.
 
+    An error that code raises in a statement of a handler has the prefix "raised".
     If one code has several meanings, a suffix tells them apart: the constraint that a statement of s2s violates, the
     function of PostgreSQL that raised the error, or the foreign function in which a statement of s2s fails. For some
     codes, the severity is the prefix. These are the same in every language of the server. A cancellation is told from
@@ -232,6 +240,8 @@ def code(error: BaseException) -> str:
     if not isinstance(error, psycopg2.Error) or not error.pgcode:
         return ""
     is_ours = getattr(error.cursor, "is_ours", False)
+    if not is_ours and _RAISES_FOR_CODE.fullmatch(error.diag.source_function or ""):
+        return f"raised {error.pgcode}"
     # A table of foreign code may have a constraint of the same name.
     constraint = error.diag.constraint_name if is_ours else None
     if is_ours and f"{error.pgcode} in" in MEANINGS and (function := _foreign_function(error.diag.context or "")):

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.admin.http import operation_runner
 from s2s.admin.http.long_polls import LongPolls
-from s2s.admin.http.operation_runner import STEP_S, THREADS, ClientRequest, Line, OperationRunner
+from s2s.admin.http.operation_runner import PAUSE_S, STEP_S, THREADS, ClientRequest, Line, OperationRunner
 from s2s.admin.operations.operation import Left, Operation, OperationRequest, Reply, WaitFor
 from s2s.errors import DatabaseUnavailable, DeadlineExceeded, DeadlinePassed, NotFound, Overloaded
 from s2s.protocol.limits import Counters
@@ -173,6 +173,20 @@ class ConductorTests(SynchronousTestCase):
         while self.database.running:
             self.database.step()
         self.assertEqual([self.successResultOf(each).value for each in performing], [5] * len(performing))
+
+    def test_answers_of_the_reactor(self) -> None:
+        """Answers to observers that need no transaction have a rate; those to operators are made at once."""
+        turns = [Deferred.fromCoroutine(self.conductor.wait_turn("observer", ClientRequest())) for _ in range(4)]
+        self.assertEqual([turn.called for turn in turns], [True, True, False, False])
+        self.successResultOf(Deferred.fromCoroutine(self.conductor.wait_turn("operator", ClientRequest())))
+        self.time.advance(PAUSE_S)
+        self.assertEqual([turn.called for turn in turns], [True] * 4)
+        gone = ClientRequest()
+        leaving = Deferred.fromCoroutine(self.conductor.wait_turn("observer", gone))
+        gone.leave()
+        self.failureResultOf(leaving, CancelledError)
+        self.time.advance(PAUSE_S)
+        self.successResultOf(Deferred.fromCoroutine(self.conductor.wait_turn("observer", ClientRequest())))
 
     def test_what_has_begun_is_not_refused(self) -> None:
         """However long the line is, a request that has taken a step gets its next one."""

@@ -124,6 +124,7 @@ class ServerTests(RoleTestCase):
         for each in connections:
             each.close()
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, limits)
+        yield server.says("could not be accepted")
         [line] = server.lines("could not be accepted")
         self.assertIn(f"no file descriptor is left (limit {most}): raise the limit, LimitNOFILE=", line)
         self.assertNotIn("EMFILE", server.log)

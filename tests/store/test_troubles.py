@@ -14,6 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import DatabaseError, DatabaseUnavailable
 from s2s.store import sqlstate
+from s2s.store.cursor import plain
 from s2s.store.monitors import probe
 from s2s.store.pool import blocking
 from s2s.store.troubles import MOST_STATES, MOST_TEXTS, TELL_S, Troubles
@@ -112,6 +113,23 @@ class CancelledTests(DatabaseTestCase):
             with self.assertRaises(DatabaseError) as caught, blocking(self.url) as txn:
                 txn.execute(statement)
             self.assertIn(cure, sqlstate.with_cure(caught.exception))
+
+
+class RaisedTests(DatabaseTestCase):
+    """Errors that code raises, such as those of another database."""
+
+    def test_whose_error(self) -> None:
+        """In a statement of a handler they say nothing about our database; in one of ours they count as they are."""
+        raising = "do $$ begin raise exception 'could not extend file' using errcode = '{}'; end $$"
+        for state in ("53100", "58030", "XX001", "53300", "28P01", "3D000"):
+            for is_ours in (False, True):
+                with self.subTest(state=state, is_ours=is_ours), blocking(self.url) as txn:
+                    error = self.assertRaises(
+                        psycopg2.Error, (txn if is_ours else plain(txn)).execute, raising.format(state)
+                    )
+                    txn.connection.rollback()
+                    meant = sqlstate.of(error)
+                    self.assertEqual((meant.fault == "database", bool(meant.cure)), (is_ours, is_ours))
 
 
 class ForeignFunctionTests(DatabaseTestCase):

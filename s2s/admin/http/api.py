@@ -151,14 +151,27 @@ class Api(Resource):
         self._check_host(request)
         caller = await self._sign_in.caller(_header(request, b"authorization"), _address(request))
         if plain is not None:
+            await self._conductor.wait_turn(caller.access, visit)
             if method != "GET":
                 raise wrong_method(method, allowed(["GET"]))
             if query:
                 raise BadPayload("this path takes no query", path="/query")
             return Reply(await plain.give(True))
-        operation, where = self._routes.find(method, path)
-        ask = self._ask(request, operation, caller, where, query)
-        reply = await self._conductor.perform(operation, ask, visit)
+        try:
+            operation, where = self._routes.find(method, path)
+        except S2SError:
+            await self._conductor.wait_turn(caller.access, visit)
+            raise
+        if operation.is_write:
+            # An observer is refused, after its body is parsed.
+            await self._conductor.wait_turn(caller.access, visit)
+        try:
+            ask = self._ask(request, operation, caller, where, query)
+            reply = await self._conductor.perform(operation, ask, visit)
+        except BadPayload:
+            # Most are refused before any transaction.
+            await self._conductor.wait_turn(caller.access, visit)
+            raise
         if operation.is_write:
             self.counts["writes"] += 1
         return reply

@@ -24,6 +24,7 @@ from s2s.admin.operations.operation import (
 from s2s.errors import DeadlineExceeded, DeadlinePassed, Overloaded, S2SError
 from s2s.protocol.limits import Counters
 from s2s.runtime.clock import Clock
+from s2s.store.access import Access
 from s2s.store.driver import Cursor
 from s2s.store.pool import Database
 from s2s.store.tables import audit
@@ -40,6 +41,9 @@ MOST_IN_LINE: Final = 1000
 #: Seconds that a step may take, including its time in the queue. Without this limit, a request would get no answer
 #: while the database hangs.
 STEP_S: Final = 10.0
+#: Answers to observers that need no transaction, such as refusals, are made in the reactor, where steering waits
+#: meanwhile: two at once, each followed by a pause of this many seconds, so 200 in a second.
+PAUSE_S: Final = 0.01
 
 _NOT_BEGUN: Final = "the request waited too long for the database, and was not begun"
 
@@ -89,6 +93,7 @@ class OperationRunner:
         self._waiting = waiting
         self._counters = counters
         self._places = {line: DeferredSemaphore(threads) for line, threads in THREADS.items()}
+        self._turns = DeferredSemaphore(THREADS["observers"])
 
     async def perform(self, operation: Operation[R], ask: OperationRequest, visit: ClientRequest) -> Reply[R]:
         """Run the steps of an operation, each in a transaction with the caller as its actor for the audit.
@@ -119,6 +124,21 @@ class OperationRunner:
             except Exception as error:
                 failed = error
         return step
+
+    async def wait_turn(self, access: Access, visit: ClientRequest) -> None:
+        """Wait until an answer may be made in the reactor; only observers wait.
+
+        :raises Overloaded: too many wait.
+        :raises CancelledError: the client has disconnected.
+        """
+        if access != "observer":
+            return
+        self._check_line(self._turns)
+        scheduler = self._clock.scheduler
+        turn = self._turns.acquire()
+        late = Overloaded("too many requests of observers wait", retry_after_ms=1000)
+        await visit.wait(turn.addTimeout(STEP_S, scheduler, lambda *_: self._late(late)))
+        scheduler.callLater(PAUSE_S, self._turns.release)
 
     async def _tidy_up(self, steps: Steps[Any], places: DeferredSemaphore, actor: str) -> None:
         """Throw :class:`Left` into the steps, and run the clean-up step that they may then yield."""

@@ -169,6 +169,8 @@ class RoleProcess:
         self._say = say
         self._tail = LogTail(log)
         self._lines: deque[str] = deque(maxlen=200)
+        #: The end of the output that was removed from the file.
+        self._end_of_output = b""
         self._output = tempfile.TemporaryFile(dir=state_dir, buffering=0)  # noqa: SIM115 - lives as long as we do
         # Append, so that the role writes at the end even after the file was truncated.
         fcntl.fcntl(self._output, fcntl.F_SETFL, fcntl.fcntl(self._output, fcntl.F_GETFL) | os.O_APPEND)
@@ -178,6 +180,7 @@ class RoleProcess:
 
     def start(self) -> None:
         """Start the role in a session of its own, so that a Ctrl-C only reaches us, and we stop the roles in order."""
+        self._end_of_output = b""
         self._output.truncate(0)
         self._lines.clear()
         self._started = time.monotonic()
@@ -216,6 +219,8 @@ class RoleProcess:
         code = self._process.poll()
         if code is None:
             if os.fstat(self._output.fileno()).st_size > _OUTPUT_BYTES:
+                # The role may have written its reason already, and end now.
+                self._end_of_output = self._read_end()
                 self._output.truncate(0)
             return
         self._forget()
@@ -246,11 +251,15 @@ class RoleProcess:
         self._process.stdin.close()
         self._process = None
 
+    def _read_end(self) -> bytes:
+        self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - _REASON_BYTES))
+        return self._output.read()
+
     def _reason(self, code: int) -> str:
         """Return the line that states why the role ended: from its output, else from its log."""
         list(self.status_log())
-        self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - _REASON_BYTES))
-        said = [line.strip() for line in self._output.read().decode(errors="replace").splitlines() if line.strip()]
+        output = self._end_of_output + self._read_end()
+        said = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
         logged = [match[1] for line in self._lines if (match := _REASON.match(line))]
         return (said or logged or [f"the {self.name} ended with exit {code}; its log says more"])[-1]
 
