@@ -19,7 +19,7 @@ from s2s.protocol.limits import Bounds, Counters
 from s2s.roles.live_config import LiveConfig
 from s2s.roles.live_keys import LiveKeys
 from s2s.roles.shutdown import Shutdown, refuse
-from s2s.runtime import streams
+from s2s.runtime import forks, streams
 from s2s.runtime.clock import Clock
 from s2s.runtime.status_log import CounterSummary
 from s2s.runtime.watchdog import Watchdog
@@ -102,6 +102,10 @@ class Role(service.Service, ABC):
         """Start all components. A mistake of the operator ends the process before any of them runs."""
         self._lifetime.watch()
         streams.bound_lines()
+        # After twistd itself has forked.
+        forks.watch()
+        reactor = self._database.reactor
+        forks.keep_from_children(lambda: [each.fileno() for each in (*reactor.getReaders(), *reactor.getWriters())])
         self._open()
         try:
             self._start()

@@ -14,6 +14,7 @@ import stat
 from contextlib import suppress
 
 from s2s.errors import OperatorError
+from s2s.runtime.forks import keep_from_children
 
 #: Bytes of the file that are read. A pid has at most 7 digits on Linux.
 _MOST_BYTES = 64
@@ -31,6 +32,8 @@ class PidFile:
             self._descriptor = self._take()
         except OSError as error:
             raise self._unusable(error) from None
+        # The lock lasts until every process that has the descriptor ends.
+        keep_from_children(lambda: [self._descriptor])
         # A fork also removes the file when it exits normally.
         atexit.register(self._remove)
         # Also write before the fork: a full disk is then reported on the terminal, and the space for the pid is

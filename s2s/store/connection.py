@@ -7,7 +7,7 @@ import random
 import select
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Final
 from weakref import WeakSet
@@ -18,6 +18,7 @@ from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, QuotedString, co
 
 from s2s.errors import StatementRefused
 from s2s.runtime import own_threads
+from s2s.runtime.forks import keep_from_children
 from s2s.store.cursor import StoreCursor, read_json
 
 #: Seconds that connecting may take: longer than libpq needs for several addresses of a host.
@@ -31,6 +32,18 @@ _RANDOM: Final = random.SystemRandom()
 #: Our statements name our tables with their schema, so that they use no table, function or operator of another schema.
 #: PostgreSQL searches the schema of temporary tables first unless it is named, also for types.
 SET_PATH: Final = "set search_path = pg_catalog, pg_temp; "
+
+
+_made: WeakSet[PlanningConnection] = WeakSet()
+
+
+def _descriptors() -> Iterator[int]:
+    for conn in list(_made):
+        with suppress(psycopg2.Error):
+            yield conn.fileno()
+
+
+keep_from_children(_descriptors)
 
 
 class PlanningConnection(connection):
@@ -56,6 +69,7 @@ class PlanningConnection(connection):
             # The traceback references this object, and libpq keeps the socket of a refused connection open.
             self.close()
             raise
+        _made.add(self)
         self.plans: set[Any] = set()
         self._restore = ""
         self.session: tuple[int, str] | None = None

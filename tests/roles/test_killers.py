@@ -15,7 +15,7 @@ from tests.support.waiting import pause, poll
 
 #: A plug-in of a user, with commands that kill and commands that do not. It also shortens the reaper's interval.
 _PLUGIN = """
-import os, re, signal, time
+import multiprocessing, os, re, signal, time
 from s2s.roles.server import reaper
 from s2s.runtime import watchdog
 from s2s.handlers.commands import CommandHandler
@@ -44,6 +44,8 @@ class Careless(CommandHandler):
                 if child == 0:
                     raise SystemExit(0) if end == "fork and exit" else ValueError("in the child")
                 os.waitpid(child, 0)
+            case "leave a child":
+                multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,)).start()
             case "hold the interpreter":
                 re.match("(a+)+$", "a" * 64 + "!")
             case "compute in Python":
@@ -102,6 +104,27 @@ class KillerTests(RoleTestCase):
         """Create a server with the plug-in."""
         with mock.patch.dict(os.environ, PYTHONPATH=str(self.directory)):
             return self.server("--executor-workers", "2")
+
+    @inlineCallbacks
+    def test_a_child_that_is_left(self):
+        """A child that a handler leaves holds neither port nor pid file nor session of a killed server, and obeys."""
+        server = self.careless_server()
+        yield server.start()
+        self.insert("parent", end="leave a child")
+        yield poll(lambda: self.state("parent")[0] == "done", "the child is there")
+        [child] = [each for each in psutil.Process(server.pid).children() if each.status() != psutil.STATUS_ZOMBIE]
+        self.addCleanup(child.kill)
+        sockets = [each.fd for each in child.net_connections("all") if each.laddr]
+        self.assertEqual(sockets, [])
+        server.kill()
+        theirs = "select count(*) from pg_stat_activity where application_name like 's2s-server%'"
+        yield poll(
+            lambda: self.execute(f"{theirs} and datname = current_database()") == [(0,)], "its sessions have ended"
+        )
+        yield server.start()
+        self.assertTrue(child.is_running())
+        child.terminate()
+        yield poll(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the child has ended")
 
     @inlineCallbacks
     def goes_dead(self, end: str):
