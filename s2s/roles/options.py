@@ -148,6 +148,9 @@ class RoleOptions(usage.Options):
         """Read the values, and prepare the process for twistd."""
         if wrong := streams.not_utf8():
             refuse(f"an option or a variable is not UTF-8: {wrong}: write it in UTF-8")
+        for name, given in self.items():
+            # A secret or a file of variables may end with a line break.
+            self[name] = given.strip() if isinstance(given, str) else given
         for name, coerce in {**_COERCIONS, **self.coercions}.items():
             try:
                 self[name] = coerce(self[name])

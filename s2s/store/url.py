@@ -47,6 +47,8 @@ def read(url: str) -> dict[str, str]:
     :raises OperatorError: with one line that quotes no part of a password, which libpq's own message may do.
     """
     text = _content(url) if url.startswith("@") else url.strip()
+    if text[:1] in ("'", '"'):
+        raise OperatorError("the database URL stands in quotes, which are a part of it: leave them out")
     is_uri = re.match(r"postgres(?:ql)?://", text) is not None
     is_cut = is_uri and _is_cut(text.partition("://")[2])
     try:

@@ -33,7 +33,7 @@ class StartingTests(RoleTestCase):
         self.port = free_port()
         self.engine_name = f"engine-{self.port}"
         self.endpoints = {
-            "S2S_LISTEN": listen(self.port),
+            "S2S_LISTEN": f"{listen(self.port)}\n",
             "S2S_HTTP": listen(free_port()),
             "S2S_CONNECT": f"tcp:host=127.0.0.1:port={self.port}",
             "S2S_NAME": self.engine_name,

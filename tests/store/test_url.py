@@ -80,6 +80,17 @@ class ReadingTests(SynchronousTestCase):
                 self.assertNotIn(_SECRET.lower(), line)
 
 
+class QuoteTests(SynchronousTestCase):
+    """Quotes that a file of variables keeps."""
+
+    def test_they_are_named(self) -> None:
+        """A URL in quotes is refused with the quotes as the reason, and without a part of it."""
+        for quote in ("'", '"'):
+            refused = str(self.assertRaises(OperatorError, url.read, f"{quote}postgresql://u:hunter2@h/d{quote}"))
+            self.assertIn("stands in quotes", refused)
+            self.assertNotIn("hunter2", refused)
+
+
 class LocatingTests(SynchronousTestCase):
     """What an operator names as the database."""
 
