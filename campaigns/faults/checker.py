@@ -153,7 +153,7 @@ def _pushes(pushes: Sequence[Operation], facts: Facts) -> Iterator[str]:
                 yield f"push {key} is {command.status}"
         if found and halves[key] != Counter((1, 2) if found[0].status == "done" else ()):
             yield f"push {key} is {found[0].status} and took effect by halves {dict(halves[key])}"
-        # The first push of a key sets the due time, and any try may be the first. An operator's retry ignores it.
+        # The first push of a key to arrive sets the due time: it may be any try. An operator's retry ignores it.
         due_at = min((each.asked.get("due_at") or 0 for each in tries), default=0)
         if key in first and first[key] < due_at and not {command.cmd_id for command in found} & hurried:
             yield f"push {key} took effect at {first[key]}, and was due at {due_at}"

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Final
 from s2s.handlers.commands import Command, CommandHandler
 from s2s.store.driver import Cursor
 
-#: Seconds that a handler may take in a campaign, and seconds that the hanging handler takes: longer than the former
-#: plus the 5 s in which its SQL is cancelled, so that its thread is stuck for a while.
+#: A handler's time limit in a campaign, and the hanging handler's sleep, in seconds: longer than the limit plus the 5 s
+#: of cancelling its SQL, so that its thread is stuck for a while.
 TIMEOUT_S: Final = 4
 HANGS_S: Final = 11.0
 #: Statements by which the dirty handler changes its session.

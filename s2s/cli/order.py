@@ -43,7 +43,7 @@ _LOOK_S: Final = 0.25
 
 @click.group()
 def order() -> None:
-    """Give the engines orders, each run exactly once: over the link, or without one from the table."""
+    """Give engines orders, each run exactly once: over the link or, without one, from the table."""
 
 
 # --- giving ----------------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ T = TypeVar("T")
 #: Seconds for which a start waits until the database lets it in: a PostgreSQL that starts, or has all its connections
 #: taken, says so itself.
 PASSES_S: Final = 60.0
-#: Seconds for which it waits, without a word, where nobody answers: a wrong URL is told soon, and systemd, which gives
-#: up after 5 starts in 10 s, does not.
+#: Seconds of silent waiting if nobody answers: a wrong URL is reported soon, but 5 starts take over 10 s, so that
+#: systemd does not give up.
 NOBODY_S: Final = 5.0
 #: Seconds that one look may take: more than the timeout of a statement, which says more.
 LOOK_S: Final = 90.0

@@ -21,7 +21,7 @@ from s2s.errors import OperatorError
 from s2s.runtime import log_file, own_threads, stacks, streams
 from s2s.runtime.clock import cancel
 
-#: The environment variable that a parent sets which starts a role with a pipe as stdin. The role stops when the pipe is
+#: A parent that starts a role with a pipe as stdin sets this environment variable. The role stops when the pipe is
 #: closed, also if SIGKILL ended the parent.
 STOP_WITH_STDIN: Final = "S2S_STOP_WITH_STDIN"
 
@@ -159,7 +159,7 @@ class Shutdown:
             self._hang_up()
 
     def end(self, why: str, grace_s: float = GRACE_S) -> float:
-        """Stop the process in order; of several calls the earliest deadline holds.
+        """Begin an orderly stop; of all calls' deadlines the earliest applies.
 
         :param grace_s: seconds for the work in progress.
         :returns: the end of the grace in Unix seconds.

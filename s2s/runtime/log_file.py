@@ -83,7 +83,7 @@ class _CountedFile(_Counted, LogFile):
 
     synchronized = ["write"]  # together with rotate(), which is synchronized already
     write = _Counted.write
-    #: Whether the path leads to the file. It does not in another root directory, or for a user who may not search it.
+    #: Whether the path leads to the file. False after a chroot, or if the user may not search its directories.
     _is_in_reach = True
 
     def check_place(self) -> None:

@@ -23,8 +23,8 @@ from twisted.internet.task import LoopingCall
 from s2s.runtime import log_file, streams
 
 #: Seconds of CPU time without an iteration of the reactor, after which the process is ended. A peer closes its link
-#: after about 20 s of silence, and calls in C that take a second or two are common. C threads that do not hold the
-#: interpreter use time on every core, so the limit gives the reactor at least 3 s.
+#: after about 20 s of silence, and calls in C that take a second or two are common. C threads without the interpreter
+#: add CPU time on every core; 3 s for each core leave the reactor 3 s.
 HELD_S: Final = max(15.0, 3.0 * (os.cpu_count() or 1))
 #: Seconds between two restarts of the timer.
 _BEAT_S: Final = 1.0
@@ -81,7 +81,7 @@ class Watchdog:
 def _without_wait(descriptor: int) -> int:
     """Return a descriptor of the same file that never waits for a reader: a wait would keep the signal from ending us.
 
-    :raises OSError: there is none.
+    :raises OSError: none is free.
     """
     if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
         # Open the pipe again: O_NONBLOCK on the open descriptor would also apply to other processes.

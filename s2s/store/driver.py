@@ -141,7 +141,7 @@ Steps = Generator[Query, list[Any], T]
 
 
 def drive(txn: Cursor, steps: Steps[T]) -> T:
-    """Run the queries of some work in a transaction. Blocks."""
+    """Run the queries of ``steps`` in a transaction. Blocks."""
     rows: Any = None  # a generator's first send() must be None
     while True:
         try:

@@ -117,7 +117,7 @@ class Task:
     def check(self) -> None:
         """Raise if the transaction was abandoned.
 
-        :raises DatabaseUnavailable: it was.
+        :raises DatabaseUnavailable: it was abandoned.
         """
         if self.is_abandoned:
             raise DatabaseUnavailable("the call was stuck, and its transaction was abandoned")

@@ -41,7 +41,7 @@ class Caller:
 
 
 class SignIn:
-    """Holds the tokens in memory. While the database is away, the tokens read last stay valid."""
+    """Holds the tokens in memory. While the database is away, the last-read tokens stay valid."""
 
     def __init__(self, database: Database, clock: Clock, counters: Counters) -> None:
         self._clock = clock

@@ -81,7 +81,7 @@ class DatabaseProcess:
             self._spawn()
 
     def stop(self) -> None:
-        """Stop the server; a guardian that has just died, or is not ready again, has left it running."""
+        """Stop the server. It outlives a dead guardian, so first wait until a new guardian is ready."""
         with suppress(OperatorError):
             self.poll()
             until = time.monotonic() + _DATABASE_ENDS_S

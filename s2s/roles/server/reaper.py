@@ -55,8 +55,8 @@ class Reaper:
         self._refusals = 0
         self._looking = LoopingCall(self._look)
         self._looking.clock = clock
-        #: The claims whose process seems to be dead, and the second since when. This process held its presence lock
-        #: all that time, since :attr:`_presence`.
+        #: The claims whose process seems to be dead, and the second since when. This process has held its presence lock
+        #: since :attr:`_presence`, before that.
         self._forsaken: dict[Claim, float] = {}
         self._presence: datetime | None = None
 

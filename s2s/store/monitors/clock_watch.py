@@ -57,7 +57,7 @@ class ClockWatch:
         self._looking = LoopingCall(self._look)
         self._looking.clock = clock.scheduler
         self._stopped: Deferred[Any] = succeed(None)
-        #: The database's clock minus our monotonic clock, in seconds, while it was right.
+        #: Baseline of the database's clock minus our monotonic clock, in seconds.
         self._base: float | None = None
         #: The size of its leap from there, in seconds, and the time of the leap.
         self._leap_s = 0.0

@@ -185,7 +185,7 @@ def keep_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -
 
 
 def release_all(txn: Cursor, boot_id: str) -> None:
-    """Delete every note of a process that shuts down in order, so that its unfinished commands are not charged."""
+    """Delete all notes of a process in an orderly shutdown, so that its unfinished commands are not charged."""
     txn.execute("delete from s2s.batch_notes where boot_id = %s", (boot_id,))
     still_there(txn, "delete", "s2s.batch_notes", "boot_id", [boot_id])
 
