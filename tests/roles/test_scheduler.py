@@ -24,6 +24,7 @@ from s2s.roles.engine.scheduler import LINES, Scheduler
 from s2s.roles.engine.state import EngineState
 from s2s.runtime.clock import Clock
 from s2s.store import poll_loop
+from s2s.store.cursor import own
 from s2s.store.driver import Cursor
 from s2s.store.kept_rows import KEPT
 from s2s.store.pool import blocking
@@ -525,7 +526,7 @@ class FailureTests(SchedulerTestCase):
             txn.execute("select pg_terminate_backend(pg_backend_pid())")
 
         def damaged(txn: Cursor, run: JobRun) -> None:
-            txn.execute("do $$ begin raise exception 'invalid page in block 0' using errcode = 'XX001'; end $$")
+            own(txn).execute("do $$ begin raise exception 'invalid page in block 0' using errcode = 'XX001'; end $$")
 
         for name, work, why in (("loses", lose, "connection"), ("damaged", damaged, "invalid page")):
             self.due(name)
@@ -547,7 +548,7 @@ class FailureTests(SchedulerTestCase):
 
         def refuse(txn: Cursor) -> None:
             checks.append(1)
-            txn.execute("do $$ begin raise exception 'no space' using errcode = '53100'; end $$")
+            own(txn).execute("do $$ begin raise exception 'no space' using errcode = '53100'; end $$")
 
         self.patch(scheduling.probe, "check", refuse)
         self.due("loses")

@@ -22,6 +22,7 @@ from s2s.roles.server import executor, reaper
 from s2s.roles.server.executor import Executor
 from s2s.runtime.clock import Clock
 from s2s.store import driver, handler_pool, poll_loop
+from s2s.store.cursor import own
 from s2s.store.driver import Cursor
 from s2s.store.tables import claims, commands, jobs
 from tests.support.cluster import Cluster
@@ -344,7 +345,7 @@ class CommandTests(CommandTestCase):
 
         def work(txn: Cursor, command: Command) -> None:
             if full[0]:
-                txn.execute("do $$ begin raise exception 'no space' using errcode = 'disk_full'; end $$")
+                own(txn).execute("do $$ begin raise exception 'no space' using errcode = 'disk_full'; end $$")
 
         check = self.refuse_writes(full)
         self.insert("a", "b")
@@ -382,7 +383,7 @@ class CommandTests(CommandTestCase):
         def probe(txn: Cursor) -> None:
             probed.append(1)
             if full[0]:
-                txn.execute("do $$ begin raise exception 'no space' using errcode = 'disk_full'; end $$")
+                own(txn).execute("do $$ begin raise exception 'no space' using errcode = 'disk_full'; end $$")
             check(txn)
 
         self.patch(executor.probe, "check", probe)
@@ -394,7 +395,7 @@ class CommandTests(CommandTestCase):
 
         def work(txn: Cursor, command: Command) -> None:
             if command.idem_key == "bad":
-                txn.execute("do $$ begin raise exception 'io' using errcode = 'io_error'; end $$")
+                own(txn).execute("do $$ begin raise exception 'io' using errcode = 'io_error'; end $$")
 
         self.start(work)
         await poll(lambda: self.column("status") == {"a": "done", "bad": "dead", "b": "done"}, "its death")
