@@ -1,4 +1,4 @@
-"""The line: short statements without a thread, our own errors, and a database that goes, comes back or hangs."""
+"""The asynchronous connection: short statements without a thread, our own errors, and outages of the database."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _ask(statement: str, *params: Any) -> Steps[Any]:
 
 
 class LineTests(DatabaseTestCase):
-    """:class:`line.AsyncConnection`, as a :class:`Database` has it."""
+    """:class:`s2s.store.async_connection.AsyncConnection`, as a :class:`Database` uses it."""
 
     def setUp(self) -> None:
         """Start a database with a table."""
@@ -52,11 +52,11 @@ class LineTests(DatabaseTestCase):
         return database
 
     def backends(self) -> list[Any]:
-        """Give the connections that there are."""
+        """Return the pids of the open connections."""
         return self.execute("select pid from pg_stat_activity where application_name = 's2s line'")
 
     async def test_each_statement_by_itself(self) -> None:
-        """What was asked is committed when its rows are there, whatever comes after."""
+        """Each statement is committed by the time its rows arrive, even if the caller fails afterwards."""
 
         def work() -> Steps[None]:
             yield Query("insert into public.t values (%s)", (1,))
@@ -67,7 +67,7 @@ class LineTests(DatabaseTestCase):
         self.assertEqual(await self.database.run_steps(_ask, "select a from public.t"), [(1,)])
 
     async def test_planned_once(self) -> None:
-        """A statement is planned once on each connection, the line's or a blocking one, and on a new one again."""
+        """A statement is planned once on each connection, asynchronous or blocking, and again on a new one."""
         planned = "select count(*) from pg_prepared_statements where name = 'adds'"
         for n in (1, 2):
             self.assertEqual(await self.database.run_steps(_add, 0, n), n)
@@ -80,7 +80,7 @@ class LineTests(DatabaseTestCase):
         self.assertEqual(self.execute("select a from public.t order by a"), [(n,) for n in range(1, 6)])
 
     async def test_refusals(self) -> None:
-        """What the database refuses is told by its constraint, without the row's data, and costs no connection."""
+        """An error of a refused statement names the constraint, holds no row data, and the connection stays open."""
         before = await self.database.run_steps(_ask, "select pg_backend_pid()")
         for work, constraint in (
             ((_add, -7, 0), "t_a_check"),
@@ -93,7 +93,7 @@ class LineTests(DatabaseTestCase):
         self.assertEqual(await self.database.run_steps(_ask, "select pg_backend_pid()"), before)
 
     async def test_what_cannot_be_written(self) -> None:
-        """Parameters that psycopg2 cannot write fail as they are, and cost neither the connection nor the next one."""
+        """Parameters that psycopg2 cannot encode raise an error, and the same connection runs the next statement."""
         before = await self.database.run_steps(_ask, "select pg_backend_pid()")
         with mock.patch.object(async_connection, "BEYOND_S", -7.7):
             await self.assertFailure(self.database.run_steps(_ask, "select %s", "\0"), ValueError)
@@ -102,14 +102,14 @@ class LineTests(DatabaseTestCase):
         self.assertEqual(await self.database.run_steps(_ask, "select pg_backend_pid()"), before)
 
     async def test_unforeseen(self) -> None:
-        """What fails between two statements in a way that nobody foresaw fails the work, and the next one is done."""
+        """An unexpected error between two statements fails the work, and the next work succeeds."""
         planned = driver.Prepared("planned", "select $1", "integer")
 
         def work() -> Steps[Any]:
             rows = yield Query(planned, (1,))
             return rows
 
-        # Before it is planned, and after that.
+        # ``prepare`` fails before the statement is planned, ``call`` fails after that.
         for attribute in ("prepare", "call"):
             with mock.patch.object(planned, attribute):
                 delattr(planned, attribute)
@@ -120,11 +120,11 @@ class LineTests(DatabaseTestCase):
         await poll(lambda: len(self.backends()) == 1, "the connections before it end")
 
     async def test_who_stumbles_over_an_answer(self) -> None:
-        """An error of who was told an answer is logged, and the next one is served."""
+        """An exception in a query's callback is logged, and the next query is served."""
         told: Deferred[Any] = Deferred()
 
         def stumble(rows: Any) -> None:
-            # Later: a quick answer to the next query would come before this error is logged.
+            # Fire later: a quick answer to the next query would come before this error is logged.
             reactor.callLater(0, told.callback, rows)
             raise ZeroDivisionError
 
@@ -134,7 +134,7 @@ class LineTests(DatabaseTestCase):
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
     async def test_lost_while_planning(self) -> None:
-        """A connection that ends while it plans is unavailable, and what it had to plan is planned on the next one."""
+        """A connection lost while planning a statement raises DatabaseUnavailable; the next one plans it again."""
         slow = driver.Prepared("slow", "select $1", "integer")
         slow.prepare = "select pg_sleep(60); " + slow.prepare
 
@@ -150,7 +150,7 @@ class LineTests(DatabaseTestCase):
         self.assertEqual(await self.database.run_steps(work), [(1,)])
 
     async def test_two_events_at_once(self) -> None:
-        """An event of a descriptor that is gone is nothing."""
+        """A read or write event on a descriptor that is already closed has no effect."""
         await self.database.run_steps(_ask, "select 1")
         its = self.database._line
         its._drop()
@@ -160,19 +160,19 @@ class LineTests(DatabaseTestCase):
         self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
 
     async def test_more_than_the_socket_takes(self) -> None:
-        """Statements and rows may be longer than any buffer."""
+        """A statement and a row of 8 MiB each pass through the socket buffers intact."""
         text = "x" * (8 << 20)
         [(length, back)] = await self.database.run_steps(_ask, "select length(%s), %s", text, text)
         self.assertEqual((length, back), (len(text), text))
 
     async def test_settings(self) -> None:
-        """Its sessions are set as those of the pool."""
+        """A session of the asynchronous connection has the same settings as a session of the pool."""
         asked = "select current_setting('synchronous_commit'), current_setting('timezone'), current_setting(%s)"
         [row] = await self.database.run_steps(_ask, asked, "statement_timeout")
         self.assertEqual(row, ("on", "UTC", "8s"))
 
     async def test_lost_when_idle(self) -> None:
-        """A connection that ended while nobody used it costs nobody anything."""
+        """A connection lost while idle is replaced, and the next statement succeeds."""
         await self.database.run_steps(_ask, "select 1")
         for _ in range(3):
             self.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s line'")
@@ -180,7 +180,7 @@ class LineTests(DatabaseTestCase):
             self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
 
     async def test_lost_under_way(self) -> None:
-        """A connection that ends under a statement is unavailable, and the next statement has a new one."""
+        """A connection lost during a statement raises DatabaseUnavailable, and the next statement opens a new one."""
         asked = self.database.run_steps(_ask, "select pg_sleep(60)")
         await poll(self.backends, "it asks")
         self.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s line'")
@@ -188,14 +188,14 @@ class LineTests(DatabaseTestCase):
         self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
 
     async def test_statement_timeout(self) -> None:
-        """The database cancels what takes too long."""
+        """The database cancels a statement that exceeds its timeout, and the connection does not count as away."""
         database = self.start(statement_timeout_s=0.2)
         await self.assertFailure(database.run_steps(_ask, "select pg_sleep(60)"), DatabaseUnavailable)
         self.assertFalse(database.is_away)
         self.assertEqual(await database.run_steps(_ask, "select 1"), [(1,)])
 
     async def test_stop_finishes_what_runs(self) -> None:
-        """What is under way when it stops comes to its end, and then no connection is left."""
+        """stop() lets the running statement finish, then closes the connection and accepts no further statements."""
         asked = self.database.run_steps(_ask, "select pg_sleep(0.3), 1")
         _, [(_, one)] = await gatherResults([self.database.stop(), asked])
         self.assertEqual(one, 1)
@@ -203,7 +203,7 @@ class LineTests(DatabaseTestCase):
         await self.assertFailure(self.database.run_steps(_ask, "select 1"), DatabaseUnavailable)
 
     async def test_cancel_while_connecting(self) -> None:
-        """A connection that comes when the grace is over is closed, and what waited for it has failed."""
+        """cancel() fails a statement that waits for a connect, and closes the connection when the connect returns."""
         go_on, opening = threading.Event(), threading.Event()
 
         def slowly(*args: Any) -> Any:
@@ -223,7 +223,7 @@ class LineTests(DatabaseTestCase):
         self.assertFalse(self.database.is_away)
 
     async def test_ended_as_soon_as_it_is_made(self) -> None:
-        """A connection that ends at once fails what waits for it; it is not made again and again."""
+        """A connection that ends immediately fails the waiting statement and is not retried for it."""
         made: list[driver.Connection] = []
 
         def ended(*args: Any) -> Any:
@@ -239,7 +239,7 @@ class LineTests(DatabaseTestCase):
         self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
 
     async def test_cancel_waits_for_no_connection(self) -> None:
-        """What waits for a connection when the grace is over fails at once, and was not sent."""
+        """cancel() fails a statement that waits for a connection immediately, and the statement is never sent."""
         may_connect = threading.Event()
         self.addCleanup(may_connect.set)
 
@@ -259,7 +259,7 @@ class LineTests(DatabaseTestCase):
         self.assertEqual(self.execute("select a from public.t"), [])
 
     async def test_cancel(self) -> None:
-        """When the grace is over what is under way is given up at once, and nothing more is taken."""
+        """cancel() fails the running statement immediately, and no further statement is accepted."""
         asked = self.database.run_steps(_ask, "select pg_sleep(60)")
         await poll(self.backends, "it asks")
         self.assertTrue(await self.database.cancel())
@@ -268,10 +268,10 @@ class LineTests(DatabaseTestCase):
 
 
 class OutageTests(DatabaseTestCase):
-    """A database of its own, which goes, hangs and comes back."""
+    """The asynchronous connection to a cluster of its own, which stops, freezes and restarts."""
 
     def setUp(self) -> None:
-        """Start it, and a line to it."""
+        """Start the cluster and a pool that connects to it."""
         self._session = None
         self.cluster = Cluster()
         self.addCleanup(self.cluster.remove)
@@ -284,7 +284,7 @@ class OutageTests(DatabaseTestCase):
         self.addCleanup(globalLogPublisher.removeObserver, self.events.append)
 
     def told(self) -> list[str]:
-        """Give what the log says of the database."""
+        """Return the log lines about the availability of the database."""
         return [
             async_connection
             for async_connection in map(formatEvent, self.events)
@@ -292,7 +292,7 @@ class OutageTests(DatabaseTestCase):
         ]
 
     async def test_gone_and_back(self) -> None:
-        """An outage is told once, everything in it is unavailable, and afterwards it is told once that it is over."""
+        """An outage is logged once, each statement in it raises DatabaseUnavailable, and its end is logged once."""
         self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
         self.cluster.stop()
         for _ in range(3):
@@ -304,14 +304,14 @@ class OutageTests(DatabaseTestCase):
         self.assertEqual(len(self.told()), 2)
 
     async def test_it_hangs(self) -> None:
-        """A database that stands still is given up in bounded time, whether connected already or not."""
+        """A statement on a frozen database fails in bounded time, both on an open connection and while connecting."""
         self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
         self.cluster.freeze()
         try:
             with (
                 mock.patch.object(async_connection, "BEYOND_S", 0.5),
                 mock.patch.object(async_connection, "CONNECT_S", 0.5),
-                # No descriptor is left, and none is needed.
+                # No file descriptor is free, and none is needed.
                 mock.patch.object(os, "dup", side_effect=OSError("too many open files")),
             ):
                 for said in ("does not answer", "no answer within 0.5 s"):
@@ -323,7 +323,7 @@ class OutageTests(DatabaseTestCase):
         self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
 
     async def test_a_commit_that_hangs(self) -> None:
-        """While COMMITs wait for a standby that is away, no more than the stated number of sessions is ever opened."""
+        """While COMMITs wait for an absent standby, the number of open sessions never exceeds MOST_GIVEN_UP."""
         with blocking(self.cluster.url) as txn:
             txn.execute("create table public.made (n integer)")
         self.configure("'nobody'")
@@ -342,17 +342,17 @@ class OutageTests(DatabaseTestCase):
         self.assertEqual(await self.asked(), [(1,)])
 
     def asked(self) -> Deferred[Any]:
-        """Ask something."""
+        """Run a short query."""
         return self.database.run_steps(_ask, "select 1")
 
     def sessions(self) -> list[Any]:
-        """Return the sessions that wait for the standby."""
+        """Return the sessions whose COMMIT waits for the standby."""
         with blocking(self.cluster.url, "look") as txn:
             txn.execute("select pid from pg_stat_activity where application_name = 's2s' and wait_event = 'SyncRep'")
             return txn.fetchall()
 
     def configure(self, names: str) -> None:
-        """Name the standbys that a COMMIT waits for."""
+        """Set the names of the standbys that a COMMIT waits for."""
         conn = psycopg2.connect(self.cluster.url)
         conn.autocommit = True
         with closing(conn), conn.cursor() as txn:

@@ -1,4 +1,4 @@
-"""The audit: who did what, by whatever means, and what came of it (docs/protocol.rst, "Audit")."""
+"""The audit: the actor, the action and the result of each change, by any path (docs/protocol.rst, "Audit")."""
 
 from __future__ import annotations
 
@@ -39,37 +39,37 @@ Told = tuple[str, str, str, dict[str, Any], dict[str, Any] | None]
 
 
 class AuditTestCase(DatabaseTestCase):
-    """A test that reads the audit, of what Alice does."""
+    """Base class of tests that read audit entries; the command line runs as Alice."""
 
     def setUp(self) -> None:
-        """Type as Alice."""
+        """Set the user of the command line to Alice."""
         super().setUp()
         self.patch(getpass, "getuser", lambda: "alice")
         self._seen = 0
 
     def entries(self, **only: str) -> list[Told]:
-        """Give the entries, the oldest first."""
+        """Return the entries, oldest first."""
         with blocking(self.url) as txn:
             found = audit.LISTED.read(txn, 10_000, None, **only)
         return [(each.actor, each.action, each.subject, each.params, each.result) for each in reversed(found)]
 
     def new(self) -> list[Told]:
-        """Give the entries since the last call."""
+        """Return the entries since the last call."""
         found = self.entries()
         before, self._seen = self._seen, len(found)
         return found[before:]
 
     @property
     def user(self) -> str:
-        """The database's own user."""
+        """Return the session user of the database connection."""
         return str(self.execute("select session_user::text")[0][0])
 
 
 class AppendOnlyTests(AuditTestCase):
-    """The table itself."""
+    """The audit table itself."""
 
     def test_nothing_is_changed_or_removed(self) -> None:
-        """Update, delete, truncate and upsert are refused with the reason, also where triggers are switched off."""
+        """UPDATE, DELETE, TRUNCATE and upsert are refused with the reason, even when ordinary triggers are disabled."""
         with blocking(self.url) as txn:
             audit.write(txn, "a.test", "x", {"n": 1}, None, "cli:me")
         before = self.execute("select * from s2s.audit")
@@ -90,7 +90,7 @@ class AppendOnlyTests(AuditTestCase):
         self.assertEqual(self.execute("select * from s2s.audit"), before)
 
     def test_rolled_back(self) -> None:
-        """What was not done is not in it."""
+        """A change that is rolled back leaves no entry."""
         with psycopg2.connect(self.url) as conn, conn.cursor() as txn:
             audit.sign(txn, "cli:me")
             txn.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k9', %s, 'any')", (_SECRET,))
@@ -104,7 +104,7 @@ class AppendOnlyTests(AuditTestCase):
         self.assertEqual(self.entries(), [])
 
     async def test_a_signature_ends_with_its_transaction(self) -> None:
-        """On a pool's connection the next transaction is the database user's, whoever signed the one before."""
+        """On a pooled connection, a transaction without a signature is audited under the session user."""
         database = Database(self.url, threads=1)
         database.start()
         self.addCleanup(database.stop)
@@ -116,7 +116,7 @@ class AppendOnlyTests(AuditTestCase):
         )
 
     def test_a_signature_of_a_session(self) -> None:
-        """A command line's holds for each of its transactions, and comes back after one that signed by itself."""
+        """A session signature holds for each transaction of a command line, except one that signs for itself."""
         with blocking(self.url) as txn:
             audit.sign(txn, "cli:me", "a.b", for_session=True)
             driver.commit(txn.connection)
@@ -137,10 +137,10 @@ def _run(*argv: str) -> None:
 
 
 class ChangesTests(AuditTestCase, CliTestCase):
-    """Settings, keys, orders and what is wanted of engines: the tables' own triggers."""
+    """The triggers of the tables of settings, keys, orders and desired engine states."""
 
     def test_settings(self) -> None:
-        """A change names its author, its version and what was before; a repeat and a refused one leave nothing."""
+        """An entry of a change has the actor, version and old value; a repeated or refused change leaves no entry."""
         for value, expected in (("30", 0), ("30", 0), ("many", 1), ("-1", 1)):
             self.s2s("config", "set", "--", "server.sweep_interval_s", value, expected=expected)
         self.execute("update s2s.config set value = '40' where key = 'server.sweep_interval_s'")
@@ -155,7 +155,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
         )
 
     def test_settings_by_sql(self) -> None:
-        """A setting that comes, goes or gets other bounds is told with what it was; a release's own are not."""
+        """A setting added, removed or redefined by SQL is audited with the old values; a release's settings are not."""
         self.assertEqual(self.new(), [])
         self.execute("insert into s2s.config (key, value, type, max) values ('my.own', '5', 'integer', 9)")
         self.execute("update s2s.config set max = 99 where key = 'my.own'")
@@ -180,7 +180,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
         self.assertIn((self.user, "config.version", "7", {}, {"was": {"version": 7}}), told)
 
     def test_truncated(self) -> None:
-        """A TRUNCATE of tokens or engines is told row by row, without a token's hash."""
+        """A TRUNCATE of tokens or engines leaves one entry per row, without the hash of a token."""
         self.execute("insert into s2s.engines (name, wanted, reason) values ('a', 'paused', 'night')")
         with blocking(self.url) as txn:
             tokens.add(txn, "mine", "admin")
@@ -195,7 +195,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
         self.assertEqual((engine[4]["was"]["wanted"], engine[4]["was"]["reason"]), ("paused", "night"))
 
     def test_added_columns(self) -> None:
-        """A column that a DBA has made of a secret is in no entry of keys and tokens, whose own columns are."""
+        """Entries of keys and tokens hold our own columns only, never a column that a DBA derived from a secret."""
         added = "add column copy text generated always as (encode({}, 'hex')) stored"
         for table, secret in (("s2s_keys", "decode(key_b64, 'base64')"), ("api_tokens", "token_sha256")):
             self.execute(f"alter table s2s.{table} {added.format(secret)}")
@@ -222,7 +222,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
         self.assertEqual(set((told[9][4] or {})["was"]), {"role", "note", "created_at", "created_by", "expires_at"})
 
     def test_from_any_search_path(self) -> None:
-        """Neither a temporary table called audit nor another search_path silences the audit, or gets in the way."""
+        """The triggers write to our own audit table under any search_path, even if a temporary table is named audit."""
         self.execute("create schema other")
         self.execute("create function other.actor() returns text language sql as $$ select 'nobody' $$")
         for number, path in enumerate(("public", "''", "pg_temp, public", "other", "other, public")):
@@ -245,7 +245,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
             self.assertEqual([each[0] for each in told], [self.user] * 3)
 
     def test_every_function_has_its_search_path(self) -> None:
-        """No function of ours resolves a name by the session's search_path, and temporary tables come last."""
+        """Each function of ours sets its own search_path, in which temporary tables come last."""
         functions = self.execute("select proname, proconfig from pg_proc where pronamespace = 's2s'::regnamespace")
         self.assertGreater(len(functions), 10)
         for name, settings in functions:
@@ -253,7 +253,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
                 self.assertIn("search_path=pg_catalog, pg_temp", settings or [])
 
     def test_restored(self) -> None:
-        """pg_restore --data-only brings rows into a migrated database, and each is in its audit."""
+        """pg_restore --data-only works on a migrated database, and each restored row has an audit entry."""
         with blocking(self.url) as txn:
             tokens.add(txn, "mine", "admin")
         self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k1', %s, 'any')", _SECRET)
@@ -263,7 +263,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
         dump, other = self.mktemp(), f"{self.id().rpartition('.')[2]}_{os.getpid()}"
         make_database(other, template())
         self.addCleanup(drop_database, other)
-        # These have rows in a migrated database.
+        # A migrated database already has rows in these tables.
         tables = ("migrations", "config", "config_version", "audit", "database")
         there = [f"--exclude-table=s2s.{table}" for table in tables]
         ((programs,),) = self.execute("select setting from pg_config where name = 'BINDIR'")
@@ -275,7 +275,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
         self.assertEqual(told, {("tokens.add", "mine"), ("keys.add", "k1"), ("engine.wanted", "a"), ("a.b", "o")})
 
     def test_keys_by_command_line(self) -> None:
-        """Each row that a step of a rotation changes is an entry of that step; a refused step leaves none."""
+        """Each row that a rotation step changes has an entry of that step; a refused step leaves no entry."""
         add = ("keys", "add", "--role", "any", "--secret-file", self.file(_SECRET.encode()), "--key-id")
         self.s2s(*add, "k1", "--note", "the first")
         (actor, action, subject, params, result), default = self.new()
@@ -307,7 +307,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
         self.assert_no_secret()
 
     def test_keys_by_sql(self) -> None:
-        """Whatever is done to a row is told with the database's user, a change of the secret without it."""
+        """A change of a key row by SQL is audited under the session user, and a changed secret without its value."""
         self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k1', %s, 'any')", _SECRET)
         self.execute("update s2s.s2s_keys set key_b64 = %s", _OTHER_SECRET)
         self.execute("update s2s.s2s_keys set key_id = 'k2', note = 'mine'")
@@ -337,13 +337,13 @@ class ChangesTests(AuditTestCase, CliTestCase):
         self.assert_no_secret()
 
     def assert_no_secret(self) -> None:
-        """See that no column has six characters of a secret in a row."""
+        """Assert that the audit holds no six consecutive characters of a secret."""
         ((told,),) = self.execute("select string_agg(audit::text, ' ') from s2s.audit")
         for secret in (_SECRET, _OTHER_SECRET):
             self.assertEqual([at for at in range(len(secret) - 5) if secret[at : at + 6] in told], [])
 
     def test_orders(self) -> None:
-        """An order has an entry when it is given and one when it is over, and none for the steps in between."""
+        """An order has one entry when it is placed and one when it ends, and none for the steps in between."""
         self.execute(
             "insert into s2s.orders (order_id, rpc, params, actor) values"
             " ('o1', 'admin.config.set.v1', '{\"key\": \"a\"}', 'cli:bob'), ('o2', 'a.b', '{}', default)"
@@ -370,7 +370,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
         )
 
     def test_orders_by_sql(self) -> None:
-        """An order that is changed by hand, opened again or removed is told with what it was; its steps are not."""
+        """Editing, reopening or removing an order by SQL is audited with the old values; an order's progress is not."""
         self.execute("insert into s2s.orders (order_id, rpc, params) values ('o1', 'a.b', '{}'), ('o2', 'a.b', '{}')")
         self.new()
         self.execute(
@@ -396,7 +396,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
             self.assertEqual(each[4]["was"]["rpc"], "a.b")
 
     def test_a_history_by_sql(self) -> None:
-        """What is changed or removed of the history of settings is told with what it was."""
+        """Changing or removing a row of the settings history by SQL is audited with the old values."""
         for value in (1, 2, 3):
             self.execute("update s2s.config set value = to_jsonb(%s) where key = 'relay.window'", value)
         self.new()
@@ -419,7 +419,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
         self.assertEqual(sorted(each[4]["was"]["version"] for each in deleted if each[4]), [1, 2, 3])
 
     def test_engines_by_sql(self) -> None:
-        """A pause by hand is told with the database's user; what is no change of it is not told."""
+        """A change of an engine's desired state by SQL is audited under the session user; any other update is not."""
         self.execute("insert into s2s.engines (name, wanted, reason) values ('a', 'paused', 'night')")
         self.execute("update s2s.engines set changed_at = now()")
         self.execute("update s2s.engines set wanted = 'running', reason = 'day'")
@@ -434,7 +434,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
         )
 
     def test_asked_of_engines(self) -> None:
-        """A request is told once a server has taken it, and with its answer; a look and a withdrawn one are not."""
+        """A control request is audited when taken and when answered; a status check or a withdrawn request is not."""
         pause = ("s2s.engine.pause", {"reason": "x"}, "cli:alice", 5.0)
         with blocking(self.url) as txn:
             taken, withdrawn = control_requests.ask(txn, "a", *pause), control_requests.ask(txn, "b", *pause)
@@ -447,7 +447,7 @@ class ChangesTests(AuditTestCase, CliTestCase):
                 control_requests.answer(
                     txn, each.request_id, False, {"code": "not_ready", "message": "no", "details": {}}
                 )
-            # Nobody answers it: the server may have died with it.
+            # No answer is stored yet, as when the server died after it took the request.
             silent = control_requests.ask(txn, "a", *pause)
             control_requests.take(txn, "s1", ["a"])
         self.assertEqual(
@@ -465,10 +465,10 @@ class ChangesTests(AuditTestCase, CliTestCase):
 
 
 class DeadLettersTests(AuditTestCase, CliTestCase):
-    """What operators do to commands and outbox rows."""
+    """Operators' actions on commands and outbox rows."""
 
     def insert(self, status: str = "dead", count: int = 1, cmd_type: str = "test.run") -> int:
-        """Store commands, and give the first one's id."""
+        """Store commands, and return the id of the first one."""
         return int(
             self.execute(
                 "with made as (insert into s2s.commands (cmd_type, idem_key, payload, status) select %s,"
@@ -482,11 +482,11 @@ class DeadLettersTests(AuditTestCase, CliTestCase):
         )
 
     def told(self, action: str, params: dict[str, Any], **result: Any) -> Told:
-        """Give the entry of an action."""
+        """Return the expected entry of an action."""
         return "cli:alice", action, "", params, result
 
     def test_by_ids(self) -> None:
-        """An entry has the ids that were asked for, what was done and what stood in the way of the others."""
+        """An entry has the requested ids, the changed ids, and the reason for each id that was left."""
         dead, done, ready = self.insert(), self.insert("done"), self.insert("ready")
         ids = [ready, 99, dead, done]
         self.s2s("commands", "retry", *map(str, ids), str(dead), expected=1)
@@ -498,7 +498,7 @@ class DeadLettersTests(AuditTestCase, CliTestCase):
             self.assertEqual(self.new(), [told])
 
     def test_an_attempt(self) -> None:
-        """Whoever names rows of which none can be done leaves an entry too; a mistake before that leaves none."""
+        """An action that changes no row leaves an entry; a usage error before it leaves none."""
         self.s2s("commands", "discard", "99", expected=1)
         told = self.told("commands.discard", {"ids": [99]}, done={}, left={"missing": [99]})
         self.assertEqual(self.new(), [told])
@@ -507,7 +507,7 @@ class DeadLettersTests(AuditTestCase, CliTestCase):
         self.assertEqual(self.new(), [])
 
     def test_all_dead(self) -> None:
-        """Each transaction that changed rows has an entry with the rows; where there were none there is none."""
+        """An action on all dead rows leaves one entry per transaction that changed rows, with those rows."""
         self.patch(actions, "STEP_ROWS", 2)
         first = self.insert(count=3)
         other = self.insert(cmd_type="test.other")
@@ -526,7 +526,7 @@ class DeadLettersTests(AuditTestCase, CliTestCase):
         self.assertEqual(self.new(), [self.told("commands.discard", asked, done={"discarded": [other]})])
 
     def test_outbox(self) -> None:
-        """Rows of the outbox likewise; of one that was in hand the entry says so."""
+        """An outbox action leaves the same kind of entry, which marks a cancelled row that the relay had claimed."""
         with blocking(self.url) as txn:
             rows = [outbox.put(txn, "test.run", key, {}) for key in "abc"]
         with blocking(self.url) as txn:
@@ -571,7 +571,7 @@ class ListTests(AuditTestCase, CliTestCase):
             audit.write(txn, "admin.player.update_all_ships.v1", order, params, None, "cli:alice")
 
     def test_filters(self) -> None:
-        """The newest come first, so many at most, and of one actor, action or subject where asked."""
+        """Entries come newest first, limited in number, and filtered by actor, action or subject."""
 
         def listed(*argv: str) -> list[int]:
             return [entry["audit_id"] for entry in self.json("audit", *argv)]
@@ -586,7 +586,7 @@ class ListTests(AuditTestCase, CliTestCase):
         self.assertEqual(listed("--before", "3"), [2, 1])
 
     def test_json(self) -> None:
-        """JSON has all of an entry."""
+        """The JSON output has every field of an entry."""
         *_, first = self.json("audit")
         self.assertRegex(first.pop("at"), r"^\d{4}-\d\d-\d\dT[\d:.]+\+00:00$")
         self.assertEqual(
@@ -602,7 +602,7 @@ class ListTests(AuditTestCase, CliTestCase):
         )
 
     def test_table(self) -> None:
-        """A hundred columns are enough, a long list is cut, and nothing is written that a terminal would obey."""
+        """The table fits into 100 columns, shortens long lists, and escapes control characters."""
         shown = self.s2s("audit", env={"COLUMNS": "100"}).output
         self.assertEqual([line for line in shown.splitlines() if len(line) > 100], [])
         self.assertNotIn("\x1b[31m", shown)
@@ -621,7 +621,7 @@ class ListTests(AuditTestCase, CliTestCase):
 
 
 class _Slow:
-    """A database whose transactions end when the test says so."""
+    """A database whose writes end when the test fires their Deferreds."""
 
     def __init__(self) -> None:
         self.running: list[tuple[Deferred[None], Any]] = []
@@ -629,7 +629,7 @@ class _Slow:
         self.troubles = SimpleNamespace(note=lambda state, text: self.noted.append((state, text)))
 
     def run(self, _: Any, entries: Any) -> Deferred[None]:
-        """Note what is to be written."""
+        """Record the entries to be written."""
         self.running.append((Deferred(), entries))
         return self.running[-1][0]
 
@@ -638,16 +638,16 @@ class LedgerTests(SynchronousTestCase):
     """:class:`AuditLog`."""
 
     def setUp(self) -> None:
-        """Make one whose database is slow."""
+        """Make an audit log on a slow database."""
         self.database, self.counters = _Slow(), Counters()
         self.ledger = AuditLog(self.database, self.counters, "engine-1")  # type: ignore[arg-type]
 
     def refuse(self, error: WireError, type: str = _CONFIG_SET, **payload: Any) -> None:
-        """Have a request refused."""
+        """Report a refused request to the audit log."""
         self.ledger.refused(Envelope("i", 0, "server", "engine", type, payload), "k1", error)
 
     def test_a_flood(self) -> None:
-        """One write is under way, a bounded number waits for the next, and the rest is counted."""
+        """One write runs at a time, a bounded number of entries waits for the next one, and the others are counted."""
         for number in range(MAX_WAITING + 11):
             self.refuse(BadPayload("no"), order_id=f"o{number}")
         self.assertEqual(self.counters.met, {"audit": 10})
@@ -664,7 +664,7 @@ class LedgerTests(SynchronousTestCase):
         self.assertEqual(len(self.database.running), 3)
 
     def test_what_the_database_refuses(self) -> None:
-        """Entries that the database refuses are counted, and told by the lines that are bounded for all refusals."""
+        """Entries that the database refuses are counted, and each refusal is noted in the rate-limited log."""
         for _ in range(10):
             self.refuse(BadPayload("no"), order_id="o1")
             self.database.running[-1][0].errback(StatementRefused("not here", state="P0001"))
@@ -672,7 +672,7 @@ class LedgerTests(SynchronousTestCase):
         self.assertEqual(self.database.noted, [("P0001", "not here")] * 10)
 
     def test_what_is_told(self) -> None:
-        """An order that its schema or its sender's role forbids is told; what may be sent again is not, nor others."""
+        """Refused orders are audited, but not requests of other types nor refusals that the sender may retry."""
         for error, type in (
             (NotReady("later"), _CONFIG_SET),
             (BadPayload("no"), SHUTDOWN),
@@ -687,7 +687,7 @@ class LedgerTests(SynchronousTestCase):
         self.assertEqual(entries, [(ORDERS[0], "o1", {"order_id": "o1"}, result, "key:k1")])
 
     def test_a_long_payload(self) -> None:
-        """Of a payload so much is kept, cut between two characters; an id that is none is no subject."""
+        """A long payload is cut at a character boundary within KEPT_BYTES, and an invalid order id is not a subject."""
         for order_id in (7, None, "", "a b", "o" * 65, ["o1"]):
             self.refuse(BadPayload("no"), order_id=order_id, text="é" * 5000)
         self.database.running[0][0].callback(None)
@@ -699,10 +699,10 @@ class LedgerTests(SynchronousTestCase):
 
 
 class AwayTests(AuditTestCase):
-    """Without a database."""
+    """The audit log while the database is away."""
 
     async def test_a_shutdown(self) -> None:
-        """It is answered at once, and that its entry is missing is counted."""
+        """A shutdown request is answered immediately, and its missing entry is counted."""
         database, counters, condition = Database(self.url), Counters(), EngineState()
         ledger = AuditLog(database, counters, "engine-1")
         shutdown = Shutdown(lambda *_: 7.5, condition, ledger.answered)
@@ -720,11 +720,11 @@ class AwayTests(AuditTestCase):
 
 
 class SteeringTests(AuditTestCase, RoleTestCase, CliTestCase):
-    """A real engine, told by a real server or by a peer of ours."""
+    """A real engine, controlled by a real server or by a test peer."""
 
     @inlineCallbacks
     def test_by_command_line(self):
-        """The operator, the engine's answer, and the key that the engine was told by."""
+        """A control command is audited with its operator, the engine's answer, and the key that signed the request."""
         server = self.server()
         engine = self.engine(server.port)
         yield server.start()
@@ -753,7 +753,7 @@ class SteeringTests(AuditTestCase, RoleTestCase, CliTestCase):
         asked, *ended = self.new()
         params = {"reason": "night", **grace}
         self.assertEqual(asked, ("cli:alice", SHUTDOWN, "engine-1", params, None))
-        # Two processes write these two: either may come first.
+        # Two processes write these two entries, in either order.
         self.assertEqual({told[0] for told in ended}, {"cli:alice", "key:k1"})
         for _, action, subject, told, result in ended:
             self.assertEqual((action, subject, told), (SHUTDOWN, "engine-1", params))
@@ -761,7 +761,7 @@ class SteeringTests(AuditTestCase, RoleTestCase, CliTestCase):
 
     @inlineCallbacks
     def linked(self, key: Key | None = None) -> Iterator[Deferred[Any]]:
-        """Be the server of an engine that runs."""
+        """Act as the server of a running engine."""
         listening = ListeningPeer()
         self.addCleanup(listening.close)
         self.role = self.engine(listening.port)
@@ -775,14 +775,14 @@ class SteeringTests(AuditTestCase, RoleTestCase, CliTestCase):
 
     @inlineCallbacks
     def test_by_any_server(self):
-        """A server that is none of ours is named by the key that it signs with; a repeat of a pause changes nothing."""
+        """A foreign server is audited by the key that it signs with, and a repeated pause leaves no second entry."""
         self.add_key(other := Key("k2", _SECRET))
         self.new()
         yield self.linked(other)
         why = {"reason": "a test"}
         for type in ("s2s.engine.pause", "s2s.engine.pause", "s2s.engine.resume"):
             self.peer.call(type, why)
-        # Without any time left: the entry is written all the same.
+        # The grace is 0 ms, and the entry must still be written.
         ack = self.peer.call(SHUTDOWN, {**why, "grace_ms": 0})
         self.peer.rest()
         yield poll(lambda: not self.role.is_running, "it has ended")
@@ -798,7 +798,7 @@ class SteeringTests(AuditTestCase, RoleTestCase, CliTestCase):
 
     @inlineCallbacks
     def test_orders_refused_at_the_door(self):
-        """An order of a bad payload, or by who may not give one, is no row: it is an entry with the code."""
+        """An order with a bad payload or a forbidden sender leaves an audit entry with the error code, but no row."""
         yield self.linked()
         for payload in (
             {"order_id": "o1", "key": "relay.window", "value": None},

@@ -1,4 +1,4 @@
-"""What operators are told of: a snapshot that keeps dead rows, and commands that wait for a handler."""
+"""Warnings of the backlog watch: a snapshot that keeps dead rows, and commands that wait for a handler."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.waiting import poll
 
 
 class _Told:
-    """What is logged while a test runs."""
+    """Captures the log lines of a test."""
 
     def __init__(self, test: Any) -> None:
         self._events: list[LogEvent] = []
@@ -31,7 +31,7 @@ class _Told:
         test.addCleanup(globalLogPublisher.removeObserver, self._events.append)
 
     def lines(self) -> list[str]:
-        """Give the lines of the watch since the last call."""
+        """Return the log lines of the watch since the last call."""
         told = [
             formatEvent(event)
             for event in self._events
@@ -42,7 +42,7 @@ class _Told:
 
 
 class JudgeTests(SynchronousTestCase):
-    """What is told of which holders, by a clock of the test's own."""
+    """The warnings about snapshot holders, on a fake clock."""
 
     def setUp(self) -> None:
         """Make a watch."""
@@ -51,18 +51,18 @@ class JudgeTests(SynchronousTestCase):
         self.told = _Told(self)
 
     def judge(self, *holders: Holder, dead: int = DEAD_ROWS) -> list[str]:
-        """Give what is told of some holders."""
+        """Return the lines that are logged for these holders."""
         self.watch._judge(holders, dead)
         return self.told.lines()
 
     def test_a_type_of_another_hand(self) -> None:
-        """The line about a type is bounded, and holds nothing that a log or a terminal obeys."""
+        """The line about a command type of foreign origin is bounded and holds no control characters."""
         self.watch._tell_type("\x1b[2J\n" + "x" * 100_000)
         [line] = self.told.lines()
         self.assertTrue(line.isprintable() and len(line) < 500, line[:600])
 
     def test_one_line(self) -> None:
-        """An old snapshot is told of once, again after an hour, and when it is gone, with its holder and the cure."""
+        """An old snapshot is logged with its holder and the cure: once, again after an hour, and when it is gone."""
         old = Holder("session", "42", "bob", "pg_dump", OLD_S + 1, "7")
         [line] = self.judge(old)
         for word in ("301 s", "100000 dead rows", "pid 42", "'bob'", "'pg_dump'", "pg_terminate_backend(42)"):
@@ -76,13 +76,13 @@ class JudgeTests(SynchronousTestCase):
         self.assertEqual((self.judge(), self.watch.oldest_snapshot_s), ([], 0.0))
 
     def test_harmless(self) -> None:
-        """A young snapshot is not told of, nor an old one that keeps few rows; the number can be read all the same."""
+        """A young snapshot, or an old one with few dead rows, is not logged; its age and the row count are readable."""
         self.assertEqual(self.judge(Holder("session", "1", "bob", "", OLD_S - 1, "7")), [])
         self.assertEqual(self.judge(Holder("session", "1", "bob", "", OLD_S + 1, "7"), dead=DEAD_ROWS - 1), [])
         self.assertEqual((self.watch.oldest_snapshot_s, self.watch.dead_rows), (OLD_S + 1, DEAD_ROWS - 1))
 
     def test_an_age_that_is_hidden(self) -> None:
-        """Where the database hides an age, as from a weak role, or there is none, what stays is recognised."""
+        """A holder with a hidden or missing age is recognised by its transaction id, and logged after OLD_S."""
         for holder in (Holder("session", "1", "bob", "", None, "7"), Holder("slot", "standby", None, None, None, "7")):
             self.assertEqual(self.judge(holder), [])
             self.time.advance(OLD_S)
@@ -91,7 +91,7 @@ class JudgeTests(SynchronousTestCase):
             self.assertIn("is gone", self.judge(moved)[0])
 
     def test_other_kinds(self) -> None:
-        """A slot and a prepared transaction are named with their own cures, and nothing in a name breaks the line."""
+        """A replication slot and a prepared transaction are logged with their own cures, each in one bounded line."""
         [slot] = self.judge(Holder("slot", "standby", None, None, OLD_S, "7"))
         self.assertIn("replication slot 'standby'", slot)
         self.assertIn("pg_drop_replication_slot", slot)
@@ -106,7 +106,7 @@ class WatchTests(DatabaseTestCase):
     """:class:`Watch` on a real database."""
 
     def setUp(self) -> None:
-        """Make a watch, which is started by nobody."""
+        """Make a watch without starting it."""
         super().setUp()
         self.database = Database(self.url, threads=1)
         self.database.start()
@@ -116,14 +116,14 @@ class WatchTests(DatabaseTestCase):
         self.told = _Told(self)
 
     def hold(self, url: str = "") -> int:
-        """Hold a snapshot until the test ends, and give its pid."""
+        """Hold a snapshot until the test ends, and return the session's pid."""
         holder = psycopg2.connect(url or self.url, application_name="pg_dump")
         self.addCleanup(holder.close)
         holder.cursor().execute("set transaction isolation level repeatable read; select 'open sesame'")
         return int(holder.info.backend_pid)
 
     async def test_a_session(self) -> None:
-        """A session with a snapshot is told of by its pid, user and application_name, and never by its query."""
+        """A session with a snapshot is logged by its pid, user and application_name, and never by its query."""
         pid = self.hold()
         self.patch(backlog_watch, "OLD_S", 0.0)
         self.patch(backlog_watch, "DEAD_ROWS", 0)
@@ -134,7 +134,7 @@ class WatchTests(DatabaseTestCase):
         self.assertNotIn("sesame", line)
 
     def test_holders(self) -> None:
-        """Neither an idle session nor one that looks itself holds anything; a transaction that wrote does."""
+        """A writing transaction is a holder; an idle session and the session of the watch are not."""
         idle = psycopg2.connect(self.url)
         self.addCleanup(idle.close)
         writer = psycopg2.connect(self.url)
@@ -145,7 +145,7 @@ class WatchTests(DatabaseTestCase):
         self.assertEqual([holder.name for holder in found], [str(writer.info.backend_pid)])
 
     async def test_a_standby(self) -> None:
-        """A query on a standby, which holds a snapshot by hot_standby_feedback, is told of as such, with its cure."""
+        """A standby query that holds a snapshot through hot_standby_feedback is described as such, with its cure."""
         standby = psycopg2.connect(
             self.url, connection_factory=PhysicalReplicationConnection, application_name="walreceiver"
         )
@@ -167,7 +167,7 @@ class WatchTests(DatabaseTestCase):
         self.assertEqual(holder.cure, "end the query there, or set hot_standby_feedback = off there")
 
     def test_a_weak_role(self) -> None:
-        """A role that may not see others' transactions sees that they hold something, and who."""
+        """A role without access to other transactions sees a holder's pid, user and application_name, but no age."""
         self.execute("drop role if exists s2s_weak")
         self.execute("create role s2s_weak login")
         self.addCleanup(self.execute, "drop role s2s_weak")
@@ -178,7 +178,7 @@ class WatchTests(DatabaseTestCase):
         self.assertIsNone(holder.age_s)
 
     async def test_waiting_types(self) -> None:
-        """Each type that has waited for a minute without a handler here is told of once."""
+        """Each command type that has waited for a minute without a handler here is logged once."""
         insert = (
             "insert into s2s.commands (cmd_type, idem_key, payload, due_at)"
             " select %s, %s || n, '{}', now() - %s * interval '1 s' from generate_series(1, 3) n"
@@ -201,7 +201,7 @@ class WatchTests(DatabaseTestCase):
         self.assertEqual(sorted("test.b" in line for line in lines), [False, True])
 
     async def test_many_waiting_types(self) -> None:
-        """No more than so many types are ever told of."""
+        """At most _MOST_TYPES command types are ever logged."""
         self.patch(backlog_watch, "_MOST_TYPES", 2)
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload, due_at)"
@@ -214,7 +214,7 @@ class WatchTests(DatabaseTestCase):
         self.assertEqual(len(self.told.lines()), 2)
 
     async def test_what_may_not_be_read(self) -> None:
-        """A look that the database refuses is one line, once."""
+        """A query that the database refuses is logged once."""
         self.patch(snapshots, "_UNSERVED", "select 1 / 0")
         self.watch._lookback = Lookback(self.time.seconds)
         for _ in range(2):
