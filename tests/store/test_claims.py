@@ -1,4 +1,4 @@
-"""What one of many takes for itself: attempts of jobs and orders, and batches of commands."""
+"""Concurrent claims: attempts of jobs and orders, and batches of commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
 
 _GATE = 77
-#: Whoever says so waits at the gate in the middle of the statement: after its snapshot, before it looks.
+#: A session named "late" waits for the lock in the middle of its statement: after its snapshot, before it searches.
 _TRIGGER = """
 create function wait_at_gate() returns trigger language plpgsql set search_path from current as $$ begin
     if current_setting('application_name') = 'late' then perform pg_advisory_xact_lock_shared({gate}); end if;
@@ -30,10 +30,10 @@ create trigger a_gate before update on {table} for each statement execute functi
 
 
 class AttemptTests(DatabaseTestCase):
-    """Two look for something to do at the same time."""
+    """Two sessions search for work at the same time."""
 
     async def check(self, table: str, attempt: Callable[[Cursor], Any], hold: Callable[[Cursor, Any], bool]) -> None:
-        """One of them counts an attempt, and can make it while the other still looks."""
+        """Assert that one session counts an attempt, and can hold its work while the other session still searches."""
         self.execute(_TRIGGER.format(table=table, gate=_GATE))
         gate = psycopg2.connect(self.url)
         self.addCleanup(gate.close)
@@ -61,7 +61,7 @@ class AttemptTests(DatabaseTestCase):
         gate.rollback()
         await poll(lambda: "late" in found, "what the late one has found")
         if not quick.called:
-            # It takes its turn.
+            # The quick session waits until the late one ends.
             may_end.set()
             await late
             await quick
@@ -73,12 +73,12 @@ class AttemptTests(DatabaseTestCase):
         await quick
 
     async def test_a_job(self) -> None:
-        """A job's."""
+        """Of two concurrent searches for a job, one finds the job and can hold it."""
         self.execute("insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'every:60s', to_timestamp(0))")
         await self.check("jobs", lambda txn: jobs.attempt(txn, ["tick"]), jobs.hold)
 
     async def test_an_order(self) -> None:
-        """An order's."""
+        """Of two concurrent searches for an order, one finds the order and can hold it."""
         rpc = ForceTick.rpc
         with blocking(self.url, "give") as txn:
             orders.give(txn, "o", rpc, {"job_type": "tick"}, "somebody", by_link=True)
@@ -86,10 +86,10 @@ class AttemptTests(DatabaseTestCase):
 
 
 class FrozenTests(DatabaseTestCase):
-    """One is frozen while it looks for something to do: it keeps nobody else from it for longer than is borne."""
+    """A session that freezes during its search for work blocks other sessions for FROZEN_S at most."""
 
     def check(self, attempt: Callable[[Cursor], Any]) -> None:
-        """Another finds what the frozen one had found."""
+        """Assert that another session finds the work that the frozen session had found."""
         self.patch(driver, "FROZEN_S", 0.2)
         frozen = psycopg2.connect(self.url)
         self.addCleanup(frozen.close)
@@ -99,18 +99,18 @@ class FrozenTests(DatabaseTestCase):
         self.assertRaises(psycopg2.OperationalError, frozen.commit)
 
     def test_a_job(self) -> None:
-        """A job."""
+        """A job that a frozen session found is found by another session."""
         self.execute("insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'every:60s', to_timestamp(0))")
         self.check(lambda txn: jobs.attempt(txn, ["tick"]))
 
     def test_an_order(self) -> None:
-        """An order."""
+        """An order that a frozen session found is found by another session."""
         with blocking(self.url, "give") as txn:
             orders.give(txn, "o", ForceTick.rpc, {"job_type": "tick"}, "somebody", by_link=True)
         self.check(lambda txn: orders.attempt(txn, [ForceTick.rpc], [], [], 0.0))
 
     async def test_a_claim_that_was_lost(self) -> None:
-        """A claim whose COMMIT comes late, while the same worker already claims anew, is replaced by the new one."""
+        """A claim of a worker replaces the worker's earlier claim whose COMMIT arrives late."""
         for key in "ab":
             self.execute(
                 "insert into s2s.commands (cmd_type, idem_key, payload) values ('notice.publish', %s, '{}')", key
@@ -134,6 +134,6 @@ class FrozenTests(DatabaseTestCase):
         self.assertEqual(self.execute("select cmd_ids from s2s.batch_notes"), [([second],)])
 
     def test_a_batch_of_commands(self) -> None:
-        """A batch of commands."""
+        """A batch of commands that a frozen session claimed is claimed by another session."""
         self.execute("insert into s2s.commands (cmd_type, idem_key, payload) values ('notice.publish', 'a', '{}')")
         self.check(lambda txn: claims.claim(txn, "boot", 0, 10))

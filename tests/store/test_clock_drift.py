@@ -1,4 +1,4 @@
-"""The database's clock is wrong for a while: told, and mended."""
+"""A database clock that is wrong for a while: the warnings, and the repair of the rows."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ _NOW = 1_800_000_000.0
 class _Database:
     """A database whose clock the test sets.
 
-    :ivar ahead_s: how far its clock is ahead.
-    :ivar wait_s: seconds of the fake clock that a look takes before the clock is read.
+    :ivar ahead_s: seconds by which its clock is ahead.
+    :ivar wait_s: seconds of the fake clock that pass before, and again after, a check reads the database's clock.
     """
 
     def __init__(self, time: FakeClock) -> None:
@@ -58,7 +58,7 @@ class _Database:
         self.refused: dict[str, DatabaseError] = {}
         self.troubles = Troubles(time)
         self.steps: list[Any] = []
-        #: For each look, whether it was to take the clock for one that is behind.
+        #: For each check, whether it took the database's clock to be behind.
         self.behind: list[bool] = []
 
     def run(self, function: Any, *args: Any) -> Deferred[Any]:
@@ -75,25 +75,25 @@ class _Database:
 
 
 class WatchTests(SynchronousTestCase):
-    """:class:`ClockWatch`: what it tells, and when it trusts."""
+    """The log lines of :class:`ClockWatch`, and when it trusts the database's clock."""
 
     def setUp(self) -> None:
-        """Make one that has looked once."""
+        """Make a watch on a fake clock and a fake database."""
         self.time = FakeClock()
         self.database = _Database(self.time)
         self.wall_off_s = 0.0
         self.places: list[Any] = []
-        #: How many rows each step pulls back.
+        #: The number of rows that each step pulls back.
         self.found: list[int] = []
         clock = Clock(self.time, lambda: _NOW + self.time.seconds() + self.wall_off_s)
         self.watch = ClockWatch(self.database, clock, {}, {"commands": self.step})  # type: ignore[arg-type]
 
     def step(self, place: Any) -> tuple[int, Any]:
-        """Look through what the test says."""
+        """Return the next row count and place that the test has set."""
         return self.found.pop(0) if self.found else 0, self.places.pop(0) if self.places else None
 
     def looks(self, count: int = 1) -> list[str]:
-        """Let some looks go by, and return what was told."""
+        """Run some checks, and return the log lines."""
         with capturedLogs() as logs:
             if not self.watch._looking.running:
                 self.watch.start()
@@ -104,7 +104,7 @@ class WatchTests(SynchronousTestCase):
         return [each["text"] if "text" in each else each["log_format"] for each in logs]
 
     def test_right(self) -> None:
-        """A clock that is right is trusted after the first look, and nothing is told, however slow the looks are."""
+        """A correct clock is trusted after the first check, and nothing is logged, even if the checks are slow."""
         self.assertFalse(self.watch.is_trusted)
         self.assertEqual(self.looks(3), [])
         self.database.wait_s = 400.0
@@ -112,7 +112,7 @@ class WatchTests(SynchronousTestCase):
         self.assertTrue(self.watch.is_trusted)
 
     def test_a_leap(self) -> None:
-        """A leap is told once, and once that it is over; meanwhile the clock is not trusted."""
+        """A leap is logged once, and its end is logged once; in between the clock is not trusted."""
         self.looks()
         for ahead_s, way in ((7200.0, "7200 s ahead"), (-7200.0, "7200 s back"), (400 * 86400.0, "34560000 s ahead")):
             with self.subTest(way=way):
@@ -126,7 +126,7 @@ class WatchTests(SynchronousTestCase):
                 self.looks(20)
 
     def test_behind(self) -> None:
-        """A look takes the clock for one that is behind only while it is, and not where the database is slow."""
+        """A check takes the clock to be behind only while it is, even if the database is slow."""
         for wait_s in (0.0, 400.0):
             self.database.wait_s = wait_s
             for ahead_s in (0.0, -7200.0, 0.0, 7200.0, 0.0):
@@ -135,7 +135,7 @@ class WatchTests(SynchronousTestCase):
                 self.assertEqual(self.database.behind[-1], ahead_s < 0, (wait_s, ahead_s))
 
     def test_behind_from_the_start(self) -> None:
-        """So does the first look of a process, by this machine's clock."""
+        """The first check of a process recognises a clock that is behind by comparing it with this machine's clock."""
         self.database.ahead_s = -7200.0
         self.looks(3)
         self.database.ahead_s = 0.0
@@ -143,7 +143,7 @@ class WatchTests(SynchronousTestCase):
         self.assertEqual((self.database.behind[:3], self.database.behind[-1]), ([True] * 3, False))
 
     def test_both_clocks_leap(self) -> None:
-        """So is a leap that this machine's clock shares, as with a database on the same machine."""
+        """A leap that this machine's clock shares, as with a database on the same machine, is logged as well."""
         self.looks()
         self.wall_off_s = self.database.ahead_s = 7200.0
         (told,) = self.looks(3)
@@ -151,7 +151,7 @@ class WatchTests(SynchronousTestCase):
         self.assertFalse(self.watch.is_trusted)
 
     def test_both_clocks_are_set_right(self) -> None:
-        """A leap back that both clocks share is told as one that may have set them right, and may be one behind."""
+        """A shared leap back is logged as a possible correction, and the clock is taken to be behind for an hour."""
         for off_s in (0.0, 90.0):
             with self.subTest(off_s=off_s):
                 self.setUp()
@@ -167,7 +167,7 @@ class WatchTests(SynchronousTestCase):
                 self.assertTrue(self.watch.is_trusted)
 
     def test_set_right(self) -> None:
-        """A clock that stays where it leapt to is trusted again after an hour."""
+        """A clock that stays at its new time is trusted again after ADOPT_S (an hour)."""
         self.looks()
         self.wall_off_s = self.database.ahead_s = 7200.0
         told = self.looks(int(ADOPT_S / LOOK_S) + 3)
@@ -176,7 +176,7 @@ class WatchTests(SynchronousTestCase):
         self.assertTrue(self.watch.is_trusted)
 
     def test_wrong_from_the_start(self) -> None:
-        """A clock that was ahead when we started is told by this machine's, and is right as soon as both agree."""
+        """A clock that is ahead at the start is detected by this machine's clock, and is trusted once both agree."""
         self.database.ahead_s = 7200.0
         (told,) = self.looks(3)
         self.assertIn("is 7200 s ahead of this machine's", told)
@@ -186,7 +186,7 @@ class WatchTests(SynchronousTestCase):
         self.assertTrue(self.watch.is_trusted)
 
     def test_suspended(self) -> None:
-        """A machine that was suspended for hours, whose monotonic clock stood still, is no leap."""
+        """A suspension of the machine for hours, during which the monotonic clock stands still, is not a leap."""
         self.looks()
         self.patch(clock_watch, "suspended_s", lambda: 7200.0 + suspended_s())
         self.wall_off_s = self.database.ahead_s = 7200.0
@@ -194,7 +194,7 @@ class WatchTests(SynchronousTestCase):
         self.assertTrue(self.watch.is_trusted)
 
     def test_slow_drift(self) -> None:
-        """A clock that runs a little faster than ours, for days, is never a leap."""
+        """A clock that drifts by 0.25 s per check is never taken for a leap."""
         self.looks()
         for _ in range(200):
             self.database.ahead_s += 0.25
@@ -202,23 +202,23 @@ class WatchTests(SynchronousTestCase):
         self.assertTrue(self.watch.is_trusted)
 
     def test_bounded_lines(self) -> None:
-        """A clock that leaps at every look has a bounded number of lines a minute."""
+        """A clock that leaps at every check causes a bounded number of log lines per minute."""
         self.looks()
         told = []
         for _ in range(120):
             self.database.ahead_s = 7200.0 - self.database.ahead_s
             told += self.looks()
-        # Ten minutes, and the one that was begun.
+        # Ten full minutes, and the minute that has begun.
         self.assertLessEqual(len(told), 11 * clock_watch.MOST_TOLD)
         self.assertGreaterEqual(len(told), 10)
 
     def test_what_was_pulled_back(self) -> None:
-        """What was pulled back is told in one line, and a look that had too much goes on at once."""
+        """Rows pulled back are logged in one line, and a check that reached its row limit continues immediately."""
         self.database.healed = [{"jobs": 2, "orders": clock_drift.STEP_ROWS}, {"orders": 3}]
         self.assertEqual(self.looks(), ["times further ahead than can be were pulled back: 2 jobs, 1003 orders"])
 
     def test_cycles(self) -> None:
-        """A table that one step sees is looked through each time; a larger one after a leap, and every ten minutes."""
+        """A table of one step is scanned at each check; a larger one after a leap, and every ten minutes."""
         self.looks(3)
         self.assertEqual(len(self.database.steps), 3)
         self.places = ["a", "b"]
@@ -235,7 +235,7 @@ class WatchTests(SynchronousTestCase):
         self.assertEqual(len(self.database.steps), 10)
 
     def test_a_cycle_that_pulled_back(self) -> None:
-        """A large table in which something was pulled back is looked through again at the next look."""
+        """A large table in which a row was pulled back is scanned again at the next check."""
         self.places, self.found = ["a"], [1000, 3]
         self.looks()
         self.assertEqual(len(self.database.steps), 2)
@@ -246,7 +246,7 @@ class WatchTests(SynchronousTestCase):
         self.assertEqual(len(self.database.steps), 5)
 
     def test_away(self) -> None:
-        """While the database is away that is told once, its clock is not trusted, and the looks go on."""
+        """While the database is away, one line is logged, its clock is not trusted, and the checks continue."""
         self.looks()
         self.assertTrue(self.watch.is_trusted)
         self.database.is_away = True
@@ -259,7 +259,7 @@ class WatchTests(SynchronousTestCase):
         self.assertEqual(len(self.looks(2)), 1)
 
     def test_what_is_refused(self) -> None:
-        """Rows that the database does not let be changed are told once a minute, and the clock is judged still."""
+        """Rows that the database refuses to change are logged once a minute, and the clock is still checked."""
         self.looks()
         self.addCleanup(self.database.troubles.stop)
         self.database.refused = {"orders": StatementRefused("a trigger", state="P0001")}
@@ -274,7 +274,7 @@ class WatchTests(SynchronousTestCase):
         self.assertFalse(self.watch.is_trusted)
 
     def test_a_step_that_is_refused(self) -> None:
-        """A table whose rows the database does not let be changed keeps no other table from its look."""
+        """A table whose rows the database refuses to change does not keep the other tables from being scanned."""
         self.addCleanup(self.database.troubles.stop)
 
         def refuse(_: Any) -> Any:
@@ -287,10 +287,10 @@ class WatchTests(SynchronousTestCase):
 
 
 class RuleTests(DatabaseTestCase):
-    """:mod:`s2s.store.tables.clock_drift`, on rows as a clock that was ahead leaves them."""
+    """:mod:`s2s.store.tables.clock_drift`, on rows that were written while the clock was ahead."""
 
     def heal(self) -> dict[str, int]:
-        """Pull back what both roles pull back, and return what was."""
+        """Pull back rows by the rules of both roles, and return the row counts."""
         with blocking(self.url) as txn:
             healed = clock_drift.look(txn, ENGINE_RULES)[1] | clock_drift.look(txn, SERVER_RULES)[1]
             for name, step in clock_drift.SERVER_STEPS.items():
@@ -300,12 +300,12 @@ class RuleTests(DatabaseTestCase):
         return healed
 
     def value(self, query: str) -> Any:
-        """Return the only value of a query."""
+        """Return the single value of a query."""
         [(value,)] = self.execute(query)
         return value
 
     def test_nothing(self) -> None:
-        """What is as it should be is not touched: jobs to come, pauses, leases and commands wanted later."""
+        """Valid future times are left unchanged: those of jobs, pauses, leases, keys, tokens and delayed commands."""
         with blocking(self.url) as txn:
             schedules = {"a": "every:10s", "b": "every:86400s", "c": "daily@00:00Z"}
             jobs.declare(txn, "boot-1", schedules, lambda schedule, ts: parse_schedule(schedule).next_after(ts))
@@ -331,7 +331,7 @@ class RuleTests(DatabaseTestCase):
         self.assertEqual(self.heal(), {})
 
     def test_jobs(self) -> None:
-        """A job is due within one period of its schedule, at a time of it, and its next attempt within five minutes."""
+        """A job is due at a time of its schedule within one period, and its next attempt within five minutes."""
         for ahead in ("2 hours", "400 days"):
             for job_type, schedule in (("often", "every:10s"), ("seldom", "every:3600s"), ("daily", "daily@03:00Z")):
                 with self.subTest(ahead=ahead, schedule=schedule):
@@ -349,7 +349,7 @@ class RuleTests(DatabaseTestCase):
                         "select extract(epoch from due_at)::bigint, extract(epoch from now())::bigint from s2s.jobs"
                     )
                     period = parse_schedule(schedule)
-                    # By less than a period and the slack nothing need be done.
+                    # A time ahead by less than a period plus the slack is left unchanged.
                     self.assertLessEqual(healed, now + period.every_s + clock_drift.SLACK_S)
                     self.assertEqual(healed % period.every_s, period.offset_s)
         self.execute("update s2s.jobs set due_at = now(), attempts = 1, retry_at = now() + interval '2 hours'")
@@ -357,7 +357,7 @@ class RuleTests(DatabaseTestCase):
         self.assertTrue(self.value("select retry_at <= now() from s2s.jobs"))
 
     def test_a_row_that_is_refused(self) -> None:
-        """A row that a trigger or a constraint does not let be changed is named, and other tables are healed."""
+        """A table whose trigger refuses the change is reported with the SQLSTATE, and other tables are repaired."""
         self.execute(
             "insert into s2s.orders (order_id, rpc, params, stepped_at) values ('o', 't', '{}', now() + '1 day')"
         )
@@ -378,12 +378,12 @@ class RuleTests(DatabaseTestCase):
                 )
                 with blocking(self.url) as txn:
                     refused = clock_drift.look(txn, ENGINE_RULES)[2]
-                # The function of the trigger follows the SQLSTATE.
+                # The state may have the trigger's function after the SQLSTATE.
                 self.assertEqual(getattr(refused["orders"], "state", "").partition(" ")[0], state)
         self.assertEqual(self.execute("select 1 from s2s.outbox where send_at > now()"), [])
 
     def test_jobs_by_hand(self) -> None:
-        """A job whose schedule no engine would write keeps no other job from being due."""
+        """A job with a schedule that no engine would write does not keep another job from being repaired."""
         self.execute(
             "insert into s2s.jobs (job_type, schedule, due_at, retry_at) values"
             " ('long', 'every:99999999999s', now() + interval '2 hours', now() + interval '2 hours'),"
@@ -399,7 +399,7 @@ class RuleTests(DatabaseTestCase):
         )
 
     def test_a_run_that_is_begun(self) -> None:
-        """A run that was begun while the clock was ahead goes on at once, under its key."""
+        """A run that began while the clock was ahead continues immediately, with its due time unchanged."""
         self.execute(
             "insert into s2s.jobs (job_type, schedule, due_at, state, attempts) values"
             " ('begun', 'every:10s', now() + interval '2 hours', '{\"at\": 1}', 0),"
@@ -412,7 +412,7 @@ class RuleTests(DatabaseTestCase):
         self.assertEqual([(each.due_at,) for each in found if each], due)
 
     def test_orders(self) -> None:
-        """Orders that were given or attempted while the clock was ahead are next, in their order."""
+        """Orders that were placed or attempted while the clock was ahead are due immediately, in their order."""
         for ahead in (3, 1, 2):
             self.execute(
                 "insert into s2s.orders (order_id, rpc, params, created_at, stepped_at, attempts, retry_at)"
@@ -429,7 +429,7 @@ class RuleTests(DatabaseTestCase):
             self.assertEqual([row[0] for row in txn], ["o1", "o2", "o3"])
 
     def test_outbox(self) -> None:
-        """A row of the outbox waits for a minute at most."""
+        """A waiting outbox row whose time is more than a minute ahead becomes due; a dead row is left unchanged."""
         with blocking(self.url) as txn:
             for key in "abc":
                 outbox.put(txn, "test.run", key, {})
@@ -440,7 +440,7 @@ class RuleTests(DatabaseTestCase):
             self.assertEqual(sorted(row.idem_key for row in outbox.Claims().claim(txn, 9, 1.0)), ["a", "c"])
 
     def test_commands(self) -> None:
-        """A command that was accepted, charged or retried while the clock was ahead is due; one wanted later is not."""
+        """A command accepted, charged or retried while the clock was ahead becomes due; a delayed command does not."""
         at = int(self.value("select extract(epoch from now())::bigint"))
         pushes = [Push("t", "plain", bytes(32), "{}"), Push("t", "wanted later", bytes(32), "{}", 7, at + 7200)]
         pushes += [Push("t", key, bytes(32), "{}", 900) for key in ("charged", "retried")]
@@ -462,7 +462,7 @@ class RuleTests(DatabaseTestCase):
         self.assertEqual(self.heal(), {})
 
     def test_where_looks_start(self) -> None:
-        """What was pulled back is found by processes whose last look was made by the clock that was ahead."""
+        """Rows that were pulled back are found by processes that made their last scan while the clock was ahead."""
         with blocking(self.url) as txn:
             driver.drive(txn, commands.push_batch([Push("t", "k", bytes(32), "{}")]))
             outbox.put(txn, "test.run", "k", {})
@@ -471,7 +471,7 @@ class RuleTests(DatabaseTestCase):
         )
         self.execute("update s2s.outbox set send_at = send_at + interval '2 hours'")
         ahead = float(self.value("select extract(epoch from now() + interval '2 hours')::float8"))
-        # By a clock that stands still no look back is due.
+        # On a clock that stands still no look back is due.
         looks, claims = ready.Ready(now=lambda: 0.0), outbox.Claims(lambda: 0.0)
         for each in (looks, claims):
             with each._lookback.measured():
@@ -480,12 +480,12 @@ class RuleTests(DatabaseTestCase):
         looks._starts, claims._start = {100: (ahead, 1)}, (ahead, 1)
         self.assertEqual(self.heal(), {"commands": 1, "rows of the outbox": 1})
         with blocking(self.url) as txn:
-            # It is due by the transaction's clock, less the slack of a look.
+            # The command is due by the transaction's clock, less the slack of a scan.
             self.assertEqual(len(looks.candidates(txn, 9)), 1)
             self.assertEqual(len(claims.claim(txn, 9, 1.0)), 1)
 
     def test_many_commands(self) -> None:
-        """Beside any number of commands that users want later each step looks at a bounded number of rows."""
+        """Each step reads a bounded number of rows, even among many delayed commands."""
         self.patch(clock_drift, "STEP_ROWS", 100)
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload, priority, due_at)"
@@ -502,12 +502,12 @@ class RuleTests(DatabaseTestCase):
             with blocking(self.url) as txn:
                 count, place = clock_drift.heal_commands(txn, place)
             healed, steps = healed + count, steps + 1
-        # 550 rows of three priorities.
+        # 550 delayed rows of three priorities, in steps of 100 rows.
         self.assertEqual((healed, steps), (50, 6))
         self.assertEqual(self.value("select count(*) from s2s.commands where due_at <= now()"), 550)
 
     def test_keys(self) -> None:
-        """A key that was made, retired or revoked while the clock was ahead begins and ends when it should have."""
+        """A key that was added, retired or revoked while the clock was ahead gets its correct start and end."""
         add = "insert into s2s.s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')"
         for key_id in ("made", "retired", "revoked", "successor"):
             self.execute(add, key_id, "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=")
@@ -536,7 +536,7 @@ class RuleTests(DatabaseTestCase):
         )
 
     def test_tokens(self) -> None:
-        """A token lives as many days as were asked for; a time that was written out stays."""
+        """A token expires after the requested number of days; an explicit expiry time is left unchanged."""
         with blocking(self.url) as txn:
             tokens.add(txn, "days", "observer", "", 7)
             tokens.add(txn, "for-ever", "observer")
@@ -556,12 +556,12 @@ class RuleTests(DatabaseTestCase):
         )
 
     def look_behind(self) -> dict[str, int]:
-        """Look as both roles do by a clock that may be behind, and return what was pulled back."""
+        """Run the rules of both roles with a clock that may be behind, and return the row counts."""
         with blocking(self.url) as txn:
             return clock_drift.look(txn, {**ENGINE_RULES, **SERVER_RULES}, lambda _: True)[1]
 
     def test_while_the_clock_is_behind(self) -> None:
-        """To a clock that is behind every time is far ahead: what is right stays, and what is to be done is done."""
+        """While the clock is behind, a token's expiry and a daily job's due time stay; an outbox row becomes due."""
         with blocking(self.url) as txn:
             tokens.add(txn, "days", "observer", "", 7)
             jobs.declare(
@@ -578,7 +578,7 @@ class RuleTests(DatabaseTestCase):
         self.assertEqual(self.execute("select expires_at, due_at from s2s.api_tokens, jobs"), right)
 
     def test_jobs_while_the_clock_may_be_behind(self) -> None:
-        """A job of ``every:Ns`` is due within N seconds by whatever clock, and its next attempt within its pause."""
+        """While the clock is behind, a job of ``every:Ns`` is due within N seconds, and a retry within its pause."""
         self.execute(
             "insert into s2s.jobs (job_type, schedule, due_at, attempts, retry_at) values"
             " ('often', 'every:10s', now() + interval '2 hours', 0, null),"
@@ -590,10 +590,13 @@ class RuleTests(DatabaseTestCase):
         )
 
     def test_keys_while_the_clock_may_be_behind(self) -> None:
-        """A key that was made is active, one that was closed ends, what a user planned stays, and so it is later."""
+        """While the clock is behind, an added key is active, a closed one ends, and a planned one is unchanged.
+
+        The states stay the same when the clock is right again.
+        """
         add = "insert into s2s.s2s_keys (key_id, key_b64, role, created_at, active_from, active_to, closed_at) values"
         at = "now() + interval"
-        # By a clock that is right, 'b' was made before 'a', and so 'a' signs.
+        # By a correct clock, 'b' was added before 'a', and so 'a' signs.
         self.execute(
             f"{add} ('b', 'x', 'any', {at} '100 minutes', {at} '100 minutes', null, null),"
             f" ('a', 'x', 'any', {at} '110 minutes', {at} '110 minutes', null, null),"
@@ -615,7 +618,7 @@ class RuleTests(DatabaseTestCase):
         self.assertEqual(self.look_behind(), {})
 
     def test_requests_while_the_clock_may_be_behind(self) -> None:
-        """A control request whose sender was told that nobody took it is not taken later, by whatever clock."""
+        """A control request that expired for its sender is not taken later, even if the clock is behind."""
         self.execute(
             "insert into s2s.steering (engine, type, payload, expires_at) values ('e', 't', '{}', now() + '2 hours')"
         )
@@ -623,7 +626,7 @@ class RuleTests(DatabaseTestCase):
         self.assertEqual(self.execute("select 1 from s2s.steering where expires_at > now()"), [])
 
     def test_of_servers(self) -> None:
-        """A control request is over, the links of a server that is gone go, and a note is charged in its time."""
+        """Future times of control requests, engine links and batch notes are pulled back."""
         self.execute(
             "insert into s2s.steering (engine, type, payload, expires_at) values ('e', 't', '{}', now() + '2 hours')"
         )
@@ -641,7 +644,7 @@ class RuleTests(DatabaseTestCase):
         self.assertEqual(self.execute("select 1 from s2s.batch_notes where noted_at > now()"), [])
 
     def test_notices(self) -> None:
-        """A notice that was published while the clock was ahead lives as long as it was meant to."""
+        """A notice that was published while the clock was ahead expires after its intended lifetime."""
         self.execute(
             "insert into s2s.notices (cmd_id, scope, message, severity, created_at, expires_at)"
             " select i, 'global', 'x', 'info', t, t + interval '1 hour' from generate_series(1, 3) i,"
@@ -654,10 +657,10 @@ class RuleTests(DatabaseTestCase):
 
 
 class RetentionTests(DatabaseTestCase):
-    """What is removed while the clock is wrong, and afterwards."""
+    """The rows that retention removes while the clock is wrong, and afterwards."""
 
     def insert(self, key: str, created: str, finished: str) -> None:
-        """Store a command that is done; the times are intervals from now."""
+        """Store a finished command; the times are intervals from now."""
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload, status, created_at, finished_at)"
             " values ('t', %s, '{}', 'done', now() + %s::interval, now() + %s::interval)",
@@ -667,7 +670,7 @@ class RetentionTests(DatabaseTestCase):
         )
 
     def sweep(self) -> list[str]:
-        """Pass once, and return the keys of the commands that are left."""
+        """Run one retention pass, and return the keys of the remaining commands."""
         with blocking(self.url) as txn:
             retention.advance(txn)
             after: int | None = 0
@@ -678,8 +681,8 @@ class RetentionTests(DatabaseTestCase):
         return [key for (key,) in self.execute("select idem_key from s2s.commands order by cmd_id")]
 
     def test_a_clock_that_is_ahead(self) -> None:
-        """A clock that is ahead by 400 days removes nothing that has to stay: neither rows, nor keys, nor requests."""
-        # The clock is ours, and the rows are so much older for it.
+        """A clock that is ahead by 400 days causes no removal of commands, idempotency keys or control requests."""
+        # The test cannot set the clock, so the stored retention time and the rows are 400 days older instead.
         self.execute("update s2s.database set retention_at = now() - interval '400 days'")
         self.insert("yesterday", "-401 days", "-401 days")
         self.execute(
@@ -696,14 +699,14 @@ class RetentionTests(DatabaseTestCase):
         self.assertEqual(self.execute(counts), [(1, 1)])
 
     def test_right_again(self) -> None:
-        """The time that age is judged by is never ahead of the clock for longer than one pass."""
+        """The reference time of retention is never ahead of the clock for longer than one pass."""
         self.execute("update s2s.database set retention_at = now() + interval '400 days'")
         self.insert("young", "-1 day", "-1 day")
         self.insert("old", "-8 days", "-8 days")
         self.assertEqual(self.sweep(), ["young"])
 
     def test_made_by_a_clock_that_was_not_set(self) -> None:
-        """A database that was made in 1970 removes what is old at once; what ended in 1970 is kept from now on."""
+        """A database made with a clock of 1970 removes old rows immediately, and keeps rows dated 1970 from now on."""
         self.execute("update s2s.database set retention_at = to_timestamp(60)")
         self.insert("old", "-8 days", "-8 days")
         self.insert("young", "-1 day", "-1 day")
@@ -714,7 +717,7 @@ class RetentionTests(DatabaseTestCase):
         self.assertEqual(self.sweep(), [])
 
     def test_rows_to_come(self) -> None:
-        """Rows that were written while the clock was ahead hide no older ones, and are removed in their time."""
+        """Rows written while the clock was ahead hide no older rows, and are removed after their retention period."""
         self.patch(retention, "STEP_ROWS", 2)
         for number in range(3):
             self.insert(f"ahead{number}", "400 days", "400 days")
@@ -725,7 +728,7 @@ class RetentionTests(DatabaseTestCase):
         self.assertEqual(self.sweep(), [])
 
     def test_requests_to_come(self) -> None:
-        """Control requests of that time hide no older ones either."""
+        """A control request written while the clock was ahead gets a time that is not in the future."""
         self.execute(
             "insert into s2s.steering (engine, type, payload, created_at, expires_at)"
             " values ('e', 't', '{}', now() + interval '400 days', now())"
@@ -735,11 +738,11 @@ class RetentionTests(DatabaseTestCase):
 
 
 class RolesTests(RoleTestCase):
-    """Both roles, while the database's clock is ahead for a moment and afterwards."""
+    """Both roles, during and after a short time in which the database's clock is ahead."""
 
     @inlineCallbacks
     def test_ahead_for_a_moment(self) -> Iterator[Deferred[Any]]:
-        """What was accepted, emitted, planned and ordered meanwhile is done soon afterwards, and both logs tell it."""
+        """Work accepted or planned while the clock was ahead is done soon after, and both logs report the repair."""
         server = self.server()
         engine = self.engine(server.port, "--name", "engine-1")
         self.execute("insert into s2s_world.sectors (sector_id, name) values (1, 'a')")

@@ -22,7 +22,7 @@ def _push(key: str, content: int = 0, **more: Any) -> Push:
 
 @st.composite
 def _pushes(draw: st.DrawFn) -> Push:
-    """Draw a push of few keys and contents, so that there are duplicates and conflicts."""
+    """Draw a push from few keys and contents, so that duplicates and conflicts occur."""
     return Push(
         draw(st.sampled_from(["test.run", "test.other"])),
         draw(st.sampled_from(["a", "b", "B", "c'\\"])),
@@ -42,7 +42,7 @@ class PushTests(DatabaseTestCase):
             return driver.drive(txn, commands.push_batch(pushes))
 
     def push_alone(self, push: Push) -> list[Outcome]:
-        """Push one command as the inbox does one that is alone."""
+        """Push one command in the way in which the inbox pushes a lone command."""
 
         def work() -> Steps[list[Outcome]]:
             outcome = commands.pushed_one((yield commands.push_one(push)))
@@ -54,7 +54,7 @@ class PushTests(DatabaseTestCase):
             return driver.drive(txn, work())
 
     def test_order_of_arrival(self) -> None:
-        """The cmd_ids follow the order of arrival, whatever the order of the keys."""
+        """The cmd_ids follow the order of arrival, not the order of the keys."""
         outcomes = self.push(_push("c"), _push("a"), _push("b"))
         self.assertTrue(all(outcome.is_new for outcome in outcomes))
         self.assertEqual(
@@ -63,7 +63,7 @@ class PushTests(DatabaseTestCase):
         )
 
     def test_what_is_stored(self) -> None:
-        """Priority, due_at and payload are stored as pushed; without a due_at it is due at once."""
+        """Priority, due_at and payload are stored as pushed; a push without a due_at is due immediately."""
         self.push(_push("a", priority=7, due_at=4102444800), _push("b"))
         rows = self.execute(
             "select priority, extract(epoch from due_at)::bigint, payload, status, due_at <= now()"
@@ -73,7 +73,7 @@ class PushTests(DatabaseTestCase):
         self.assertEqual((rows[1][0], rows[1][4]), (100, True))
 
     def test_a_duplicate_has_the_live_status(self) -> None:
-        """A duplicate is told its first command's id and what has become of it, also when its row is swept away."""
+        """A duplicate returns the first command's id and current status, even after the command's row is removed."""
         (first,) = self.push(_push("a"))
         self.execute("update s2s.commands set status = 'done'")
         self.assertEqual(self.push(_push("a")), [Outcome(first.cmd_id, "done")])
@@ -85,12 +85,12 @@ class PushTests(DatabaseTestCase):
     @settings(max_examples=40)
     @given(st.lists(_pushes(), min_size=1, max_size=8))
     def test_one_by_one(self, pushes: list[Push]) -> None:
-        """One push alone goes by a statement of its own: it makes of each what the statement for many makes of all."""
+        """Pushing commands one by one, with the statement for a lone push, has the same result as pushing one batch."""
         made = []
         for way in (lambda: self.push(*pushes), lambda: [each for push in pushes for each in self.push_alone(push)]):
             self.execute("truncate s2s.commands, s2s.idempotency_keys restart identity")
             outcomes = way()
-            # A number of a push that was no new one is lost.
+            # A duplicate push uses up a number of the sequence, so compare places instead of ids.
             places = {cmd_id: place for place, cmd_id in enumerate(dict.fromkeys(each.cmd_id for each in outcomes))}
             rows = self.execute(
                 "select c.cmd_id, cmd_type, idem_key, payload, priority, c.status, fingerprint::text,"
@@ -102,7 +102,7 @@ class PushTests(DatabaseTestCase):
         self.assertEqual(*made)
 
     def test_a_refused_row_alone(self) -> None:
-        """Row by row, only what the database refuses is refused; numbers and winners follow the order of arrival."""
+        """Pushed row by row, only the refused row fails; ids and winners of duplicates follow the order of arrival."""
         self.execute("alter table s2s.commands add check (idem_key <> 'bad')")
         with blocking(self.url) as txn:
             outcomes = commands.push_singly(txn, [_push("z"), _push("bad"), _push("a"), _push("z", 1), _push("a")])
@@ -115,7 +115,7 @@ class PushTests(DatabaseTestCase):
 
 
 class ClaimTests(DatabaseTestCase):
-    """Candidates, notes and charges."""
+    """Candidates, batch notes and charges."""
 
     def setUp(self) -> None:
         """Open a transaction on a connection of its own."""
@@ -130,7 +130,7 @@ class ClaimTests(DatabaseTestCase):
         return txn
 
     def insert(self, *rows: tuple[str, int, str, int]) -> None:
-        """Store commands: key, priority, a due_at of SQL, attempts."""
+        """Store commands with the key, priority, SQL expression of due_at, and attempts of each."""
         for key, priority, due_at, attempts in rows:
             self.execute(
                 "insert into s2s.commands (cmd_type, idem_key, payload, priority, due_at, attempts)"
@@ -141,7 +141,7 @@ class ClaimTests(DatabaseTestCase):
             )
 
     def keys(self, cmd_ids: list[int]) -> list[str]:
-        """Give the keys of commands."""
+        """Return the keys of commands."""
         known = dict(self.execute("select cmd_id, idem_key from s2s.commands"))
         return [known[cmd_id] for cmd_id in cmd_ids]
 
@@ -152,7 +152,7 @@ class ClaimTests(DatabaseTestCase):
         return self.keys(cmd_ids)
 
     def test_run_order(self) -> None:
-        """Lower priority numbers first, then the earlier due_at, then the lower cmd_id; what is not due waits."""
+        """Commands run by lower priority number, then earlier due_at, then lower cmd_id; a future command waits."""
         past = "now() - interval '1 hour'"
         self.insert(
             ("late", 5, "now()", 0),
@@ -170,7 +170,7 @@ class ClaimTests(DatabaseTestCase):
         self.assertEqual(self.claim(limit=2), ["first", "early"])
 
     def test_what_failed_runs_alone(self) -> None:
-        """A batch ends before a command that failed before, and that one is a batch of its own."""
+        """A batch ends before a command that failed earlier, and that command forms a batch of its own."""
         past = "now() - interval '1 hour'"
         self.insert(("a", 1, past, 0), ("b", 2, past, 0), ("failed", 3, past, 1), ("c", 4, past, 0))
         self.assertEqual(self.claim(0), ["a", "b"])
@@ -179,7 +179,7 @@ class ClaimTests(DatabaseTestCase):
         self.assertEqual(self.claim(3), [])
 
     def test_a_worker_has_one_note(self) -> None:
-        """A worker that claims again gives its old batch back, and a claim that finds nothing leaves no note."""
+        """A new claim of a worker replaces its old batch, and a claim that finds no command leaves no note."""
         self.insert(("a", 1, "now()", 0))
         self.assertEqual(self.claim(0), ["a"])
         self.assertEqual(self.claim(0), ["a"])
@@ -188,7 +188,7 @@ class ClaimTests(DatabaseTestCase):
         self.assertEqual(self.execute("select * from s2s.batch_notes"), [])
 
     def test_a_million_in_the_future_cost_nothing(self) -> None:
-        """Future work under lower priority numbers is stepped over in the index, not read."""
+        """A claim skips future commands of lower priority numbers in the index without reading them."""
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload, priority, due_at)"
             " select 'test.run', 'f' || i, '{}', i % 10, now() + interval '1 day' from generate_series(1, 100000) i"
@@ -202,7 +202,7 @@ class ClaimTests(DatabaseTestCase):
         self.assertGreater(ready.next_due_s(self.txn) or 0, 3600)
 
     def test_what_has_run_is_stepped_over_once(self) -> None:
-        """What ran since the last vacuum costs a claim one way through it."""
+        """A claim passes once, and not more often, over the commands that were done since the last vacuum."""
         self.execute("alter table s2s.commands set (autovacuum_enabled = off)")
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload) select 'test.run', 'r' || i, '{}'"
@@ -212,13 +212,13 @@ class ClaimTests(DatabaseTestCase):
         self.execute("update s2s.commands set status = 'done'")
         self.insert(("now", 100, "now()", 0))
         look = "select priority from s2s.commands where status = 'ready' order by priority, due_at limit 1"
-        self.pages(look)  # whoever comes first sees to each row, and notes that it is over
+        self.pages(look)  # the first reader visits each dead row, and marks its index entry as dead
         once = self.pages(look)
         self.assertGreater(once, 100)
         self.assertLess(self.look(), 1.2 * once)
 
     def look(self) -> int:
-        """Count the pages that the look of a claim reads."""
+        """Count the pages that the search of a claim reads."""
         with self.txn.connection.cursor(cursor_factory=RecordingCursor) as recording:
             Ready().candidates(recording, 256)
             pages = recording.pages()
@@ -226,12 +226,12 @@ class ClaimTests(DatabaseTestCase):
         return pages
 
     def pages(self, query: str) -> int:
-        """Count the pages that a statement looks at."""
+        """Count the pages that a statement reads."""
         plan = self.execute("explain (analyze, buffers, format json) " + query)[0][0][0]["Plan"]
         return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
     def test_take_skips_what_is_locked_or_over(self) -> None:
-        """Of a batch only what still waits and is not locked by another is taken, in run order."""
+        """take() returns the commands of a batch that are still ready and not locked elsewhere, in run order."""
         self.insert(*((key, priority, "now()", 0) for key, priority in (("a", 3), ("b", 2), ("c", 1), ("d", 0))))
         ids = {key: cmd_id for cmd_id, key in self.execute("select cmd_id, idem_key from s2s.commands")}
         other = self.begin()
@@ -240,7 +240,7 @@ class ClaimTests(DatabaseTestCase):
         self.assertEqual([command.idem_key for command in commands.take(self.txn, list(ids.values()))], ["d", "a"])
 
     def test_charges_end_in_death(self) -> None:
-        """Each charge adds an attempt, a reason and a pause of at most 2^n seconds; the tenth is the last."""
+        """Each charge adds an attempt, an error and a pause of at most min(2^n, 300) s; the tenth is the last."""
         self.insert(("a", 1, "now()", 0))
         ((cmd_id,),) = self.execute("select cmd_id from s2s.commands")
         for attempt in range(1, 11):
@@ -257,7 +257,7 @@ class ClaimTests(DatabaseTestCase):
         self.assertEqual(commands.charge(self.txn, [(cmd_id, "again")]), 0)
 
     def test_deaths_count_otherwise(self) -> None:
-        """Of charges for the death of a process the fiftieth is the last, after short pauses; ten failures are ten."""
+        """A command is dead after 50 deaths of its process, with pauses of at most 10 s, or after ten failures."""
         self.insert(("a", 1, "now()", 0), ("b", 1, "now()", 0))
         a, b = (cmd_id for (cmd_id,) in self.execute("select cmd_id from s2s.commands order by cmd_id"))
         for attempt in range(1, 51):
