@@ -1,4 +1,4 @@
-"""Connecting in a process that runs, where the look-up of a name does not return: :mod:`s2s.store.connection`."""
+"""Connecting in a running process when a name lookup does not return: :mod:`s2s.store.connection`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.support.waiting import poll
 
 
 class HangTests(DatabaseTestCase):
-    """libpq waits for a name server, without a bound of its own."""
+    """libpq waits for a name server without a timeout of its own."""
 
     def setUp(self) -> None:
-        """Have each connect wait, and keep what is logged."""
+        """Make each connect wait, and record the log."""
         super().setUp()
         self.logged: list[LogEvent] = []
         globalLogPublisher.addObserver(self.logged.append)
@@ -44,16 +44,19 @@ class HangTests(DatabaseTestCase):
         self.addCleanup(self.answers.set)
 
     def bound(self, seconds: float) -> None:
-        """Set how long a connect may take."""
+        """Set the timeout of a connect, in seconds."""
         for module in (connection, async_connection, listen):
             self.patch(module, "CONNECT_S", seconds)
 
     def says(self, sentence: str) -> bool:
-        """Whether the log has a line that names the name server."""
+        """Return whether the log has this sentence, followed by the reason that no connection was made in time."""
         return any(f"{sentence}: no connection within" in formatEvent(each) for each in self.logged)
 
     async def test_it_is_bounded_and_told(self) -> None:
-        """Each connect of a pool, without a thread and of a listener fails with a line, and works when names are."""
+        """A hanging connect of a pool, an asynchronous connection or a listener fails in bounded time with a log line.
+
+        Once the name server answers, the pool and the listener connect.
+        """
         database = Database(self.url, "s2s hangs", threads=1)
         database.start()
         self.addCleanup(database.stop)
@@ -71,11 +74,11 @@ class HangTests(DatabaseTestCase):
         self.answers.set()
         await poll(lambda: listener.is_connected, "the listener")
         await database.run(lambda _: None)
-        # Those that came too late are nobody's.
+        # The connections that arrive after their timeout are closed.
         await poll(lambda: len(self.made) >= 3 and all(each.closed for each in self.made), "they are closed")
 
     async def test_how_many(self) -> None:
-        """A bounded number of connects hangs at once; the next one is refused at once."""
+        """A connect beyond the maximum number of hanging connects fails immediately."""
         self.patch(connection, "_connecting", threading.Semaphore(0))
         error = self.assertRaises(psycopg2.OperationalError, connection.connect, {})
         self.assertIn("connects do not end: see the name server", str(error))

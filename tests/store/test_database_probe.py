@@ -1,4 +1,4 @@
-"""Whether the database answers: :mod:`s2s.store.monitors.database_probe`."""
+"""The readiness probe of the database: :mod:`s2s.store.monitors.database_probe`."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from s2s.store.monitors.database_probe import ANSWER_S, HOLDS_S, DatabaseProbe
 
 
 class _Database:
-    """A pool that answers when the test says so."""
+    """A pool whose queries end when the test fires their Deferreds."""
 
     def __init__(self) -> None:
         self.asked: list[Deferred[Any]] = []
 
     def run(self, _: object) -> Deferred[None]:
-        """Take a question."""
+        """Record a query."""
         self.asked.append(Deferred())
         return self.asked[-1]
 
 
 class PulseTests(SynchronousTestCase):
-    """With a clock and a pool of the test's."""
+    """:class:`DatabaseProbe`, with a fake clock and a fake pool."""
 
     def setUp(self) -> None:
-        """Make it."""
+        """Make a probe."""
         self.time = FakeTime()
         self.database = _Database()
         database: Any = self.database
         self.pulse = DatabaseProbe(database, Clock(self.time))
 
     def test_one_question(self) -> None:
-        """However many ask, the database is asked once, and all are told; the answer holds for a second."""
+        """Concurrent checks share one query and its result, which stays valid for HOLDS_S (a second)."""
         waiters = [self.pulse.check() for _ in range(3)]
         [asked] = self.database.asked
         asked.callback(None)
@@ -49,7 +49,7 @@ class PulseTests(SynchronousTestCase):
         self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_one_that_hangs(self) -> None:
-        """A database that hangs does not answer in time, is not asked again meanwhile, and may come back."""
+        """A check of a hanging database fails after ANSWER_S without a second query; a late answer ends the outage."""
         waiters = []
         for _ in range(5):
             waiters.append(self.pulse.check())
@@ -61,7 +61,7 @@ class PulseTests(SynchronousTestCase):
         self.assertEqual(self.successResultOf(last), "ok")
 
     def test_an_error_of_ours(self) -> None:
-        """An error that is not the database's is named by its kind alone: its text may hold anything."""
+        """An unexpected error is reported by its type alone, because its text may contain anything."""
         asked = self.pulse.check()
         self.database.asked[0].errback(KeyError("secret"))
         self.assertEqual(self.successResultOf(asked), "KeyError")

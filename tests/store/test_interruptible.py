@@ -1,4 +1,4 @@
-"""A database that does not answer, to the main thread: :mod:`s2s.store.interruptible`."""
+"""A database that does not answer the main thread: :mod:`s2s.store.interruptible`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PatienceTests(SynchronousTestCase):
     """Connecting, and the first statements of a session."""
 
     def setUp(self) -> None:
-        """Shorten the waits, and keep what is told."""
+        """Shorten the timeouts, and capture stderr."""
         self.patch(interruptible, "LATE_S", 0.1)
         self.patch(pool, "READY_S", 0.5)
         self.told = os.fdopen(os.memfd_create("stderr"), "w+")
@@ -27,14 +27,14 @@ class PatienceTests(SynchronousTestCase):
         self.patch(sys, "__stderr__", self.told)
 
     def refused(self, url: str) -> str:
-        """Have a transaction refused, and return the lines that were told before."""
+        """Return the lines on stderr before a transaction fails."""
         error = self.assertRaises(DatabaseUnavailable, blocking(url).__enter__)
         self.assertEqual(str(error), "no answer of the database at 127.0.0.1 within 0.5 s")
         self.told.seek(0)
         return self.told.read()
 
     def test_no_handshake(self) -> None:
-        """A host that takes a connection and says nothing is told once, without the password, and given up."""
+        """A host that accepts a connection but never answers is logged once, without the password, then fails."""
         database = SilentDatabase(is_letting_in=False)
         self.addCleanup(database.close)
         told = self.refused(database.url)
@@ -42,14 +42,14 @@ class PatienceTests(SynchronousTestCase):
         self.assertNotIn("hunter2", told)
 
     def test_no_first_answer(self) -> None:
-        """So is a session that gets no answer to its first statement, as behind a pooler without a free one."""
+        """A session without an answer to its first statement, as behind a full pooler, is logged once, then fails."""
         database = SilentDatabase(is_letting_in=True)
         self.addCleanup(database.close)
         told = self.refused(database.url)
         self.assertRegex(told, r"\Awaiting for the database at 127\.0\.0\.1: its session gets no answer: .*\n\Z")
 
     def test_a_name_server_that_does_not_answer(self) -> None:
-        """So is the look-up of a name, which libpq does not bound."""
+        """A name lookup that does not return, and that libpq does not bound, is logged once, then fails."""
         hangs = threading.Event()
         self.addCleanup(hangs.set)
         self.patch(psycopg2, "connect", lambda **_: hangs.wait())
@@ -58,10 +58,10 @@ class PatienceTests(SynchronousTestCase):
 
 
 class PlaceTests(SynchronousTestCase):
-    """What the line calls the database."""
+    """The name of the database in the log line."""
 
     def test_places(self) -> None:
-        """It is its host, its service or its socket, and nothing that a terminal obeys."""
+        """The database is named by its host, service or socket, without control characters."""
         for parameters, place in (
             ({"host": "db.example", "password": "hunter2"}, "db.example"),
             ({"hostaddr": "192.0.2.1"}, "192.0.2.1"),
