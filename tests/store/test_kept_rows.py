@@ -1,4 +1,4 @@
-"""Triggers of a database's owner that return null: a row that was to be written is not, and no error says so."""
+"""Foreign triggers that return null: the row is not written, and PostgreSQL raises no error."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from tests.support.waiting import poll
 
 
 class KeptRowsTests(DatabaseTestCase):
-    """Each statement that writes a row notices that the row is not there."""
+    """Each statement that writes a row detects that a trigger kept the row from being written."""
 
     def setUp(self) -> None:
-        """Make the function of the triggers."""
+        """Make the function that the triggers call."""
         super().setUp()
         self.execute(
             "create function keep() returns trigger language plpgsql set search_path from current as $$ begin"
@@ -52,7 +52,7 @@ class KeptRowsTests(DatabaseTestCase):
         )
 
     def refused(self, table: str, work: Callable[[Cursor], Any], when: str = "insert") -> None:
-        """See that work fails where a table keeps its rows from being written."""
+        """Assert that work fails if a trigger keeps the rows of a table from being written."""
         self.execute(f"create trigger keep before {when} on {table} for each row execute function keep()")
 
         def attempt() -> Any:
@@ -65,7 +65,7 @@ class KeptRowsTests(DatabaseTestCase):
             self.execute(f"drop trigger keep on {table}")
 
     def test_each(self) -> None:
-        """A row that is emitted, given, published, asked for, noted or set is told of where a trigger keeps it."""
+        """A write to any of our tables raises an error if a trigger keeps its row from being written."""
         self.execute("insert into s2s.commands (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
         self.execute("insert into s2s.broadcasts (message) values ('hello')")
         with blocking(self.url) as txn:
@@ -127,7 +127,7 @@ class KeptRowsTests(DatabaseTestCase):
         self.refused("config", lambda txn: config.change(txn, "executor.batch_size", 7, "cli:x"), "update")
 
     def test_a_broadcast(self) -> None:
-        """A broadcast that cannot be changed holds up no other, and is told of where it is the last."""
+        """A broadcast that cannot be changed does not delay the others; a sweep of such broadcasts alone fails."""
         for message in ("first", "kept", "refused", "deferred", "last"):
             self.execute("insert into s2s.broadcasts (message) values (%s)", message)
         self.execute(
@@ -151,7 +151,7 @@ class KeptRowsTests(DatabaseTestCase):
             self.assertRaises(StatementRefused, broadcasts.sweep, txn, 0, 10, 65536)
 
     def test_a_part_is_kept(self) -> None:
-        """An action does what it can, and says of each other row that it is kept."""
+        """An action changes the rows that it can, and reports each other row as kept."""
         self.execute(
             "insert into s2s.outbox (cmd_type, idem_key, payload, state) values ('a.b', 'x', '{}', 'dead'),"
             " ('a.b', 'kept', '{}', 'dead');"
@@ -165,7 +165,7 @@ class KeptRowsTests(DatabaseTestCase):
         self.assertEqual(self.execute("select outbox_id from s2s.outbox"), [(kept,)])
 
     def test_the_old_row(self) -> None:
-        """A row that a trigger leaves as it was, by returning it, counts as kept."""
+        """A row that a trigger leaves unchanged by returning the old row counts as kept."""
         self.execute(
             "create function old() returns trigger language plpgsql set search_path from current as $$ begin"
             " return old; end $$;"
@@ -206,7 +206,7 @@ class KeptRowsTests(DatabaseTestCase):
         refused(lambda txn: jobs.attempt(txn, ["tick"]))
 
     def test_retention(self) -> None:
-        """A sweep that removes nothing tells of it, says so in its counts, and goes on."""
+        """A retention step whose rows are kept raises an error at its end, and reports 0 removed rows."""
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload, status, created_at, finished_at) select"
             " 'a.b', n, '{}',"
@@ -232,11 +232,11 @@ class KeptRowsTests(DatabaseTestCase):
                 with contextlib.suppress(StatementRefused), blocking(self.url) as txn:
                     self.assertEqual(work(txn)[0], 0)
                 self.execute(f"drop trigger keep on {table}")
-        # A key that is to expire with its command.
+        # The sweep of commands sets the expiry of their idempotency keys.
         self.refused("idempotency_keys", works["commands"], "update")
 
     def test_the_cause(self) -> None:
-        """The error names the table, the verb and what keeps the row, with the statement that removes it."""
+        """The error names the table, the operation and the trigger, with the statement that removes the trigger."""
         self.execute('create trigger "Keep it" before insert on s2s.outbox for each row execute function keep()')
         with blocking(self.url) as txn:
             refused = self.assertRaises(StatementRefused, outbox.put, txn, "a.b", "k", {})
@@ -246,7 +246,7 @@ class KeptRowsTests(DatabaseTestCase):
         self.assertIn('drop trigger "Keep it" on s2s.outbox: a trigger has to return', sqlstate.with_cure(refused))
 
     async def test_the_pool(self) -> None:
-        """The pool logs that rows are kept, once, and knows it until it is over; work that goes on is committed."""
+        """The pool logs kept rows once for each table, remembers them, and commits work that continues."""
         database, handlers = self.pools("s2s-kept")
         self.execute(
             "insert into s2s.outbox (cmd_type, idem_key, payload) values ('a.b', 'x', '{}');"
@@ -267,7 +267,7 @@ class KeptRowsTests(DatabaseTestCase):
         self.assertIn("delete on s2s.outbox", database.kept)
 
     async def test_a_rule(self) -> None:
-        """A rule that breaks a statement of ours is named with its table, and the database counts as available."""
+        """A rule that breaks our statement is logged once with its table, and the database counts as available."""
         database, _ = self.pools("s2s-kept")
         self.execute(
             "create table public.spied (n int); create rule spy as on insert to s2s.commands do also insert into"
@@ -286,7 +286,7 @@ class KeptRowsTests(DatabaseTestCase):
         self.assertFalse(database.is_away)
 
     def test_the_probe(self) -> None:
-        """The probe behind ``/readyz`` notices each of the rows that it writes."""
+        """The probe of ``/readyz`` detects kept rows for each of its writes."""
         for table, whens in {
             "idempotency_keys": ("insert",),
             "commands": ("insert", "update"),

@@ -19,22 +19,22 @@ from tests.support.postgres import DatabaseTestCase
 
 
 class KeyTestCase(DatabaseTestCase):
-    """Changes the table as operators do."""
+    """Base class of tests that change keys as operators do."""
 
     def add(self, *key_ids: str, role: str = "any") -> None:
-        """Add keys, each in a transaction of its own."""
+        """Add keys, each in its own transaction."""
         for key_id in key_ids:
             with blocking(self.url) as txn:
                 keys.add(txn, key_id, signing.random_secret(), role)
 
     def step(self, step: Any, key_id: str) -> rotation.Change:
-        """Take one step."""
+        """Take one step of a rotation."""
         with blocking(self.url) as txn:
             change: rotation.Change = step(txn, key_id)
         return change
 
     def refused(self, step: Any, key_id: str) -> str:
-        """See that a step is refused and changes nothing, even where the transaction goes on: why."""
+        """Assert that a step is refused and that its transaction changes nothing; return the error text."""
         before = self.rows()
         with blocking(self.url) as txn:
             error = self.assertRaises(OperatorError, step, txn, key_id)
@@ -42,16 +42,16 @@ class KeyTestCase(DatabaseTestCase):
         return str(error)
 
     def rows(self) -> list[Any]:
-        """Give the table."""
+        """Return the rows of the table."""
         return self.execute("select * from s2s.s2s_keys order by key_id")
 
     def signers(self) -> dict[Any, str]:
-        """Say which key signs for each role."""
+        """Return the signing key of each role."""
         with blocking(self.url) as txn:
             return keys.read(txn).signers()
 
     def status(self) -> dict[str, str]:
-        """Say what each key does."""
+        """Return the status of each key."""
         with blocking(self.url) as txn:
             return {row.key_id: row.status for row in keys.list_public(txn)}
 
@@ -60,7 +60,7 @@ class KeyTests(KeyTestCase):
     """Adding and reading keys."""
 
     def test_added_keys_are_read(self) -> None:
-        """A key that was added is read back whole, times as Unix seconds, and its repr shows no secret."""
+        """An added key is read back with all fields, times as Unix seconds, and its repr does not show the secret."""
         secret = signing.random_secret()
         with blocking(self.url) as txn:
             keys.add(txn, "k-1", secret, "engine", "for the test")
@@ -71,19 +71,19 @@ class KeyTests(KeyTestCase):
         self.assertNotIn(secret, repr(table))
 
     def test_the_clock_is_the_databases(self) -> None:
-        """The time that comes with the rows is not before anything that they date with now()."""
+        """The time that is returned with the rows is not earlier than any time that now() has set in them."""
         self.add("a", "b")
         for statement in ("active_from = now()", "active_to = now()", "active_to = clock_timestamp()"):
             with blocking(self.url) as txn:
-                txn.execute("select now()")  # our transaction began before theirs
+                txn.execute("select now()")  # this transaction began before theirs
                 self.execute(f"update s2s.s2s_keys set {statement}")
                 table = keys.read(txn)
             for row in table.rows:
                 self.assertLessEqual(row.active_to or row.active_from, table.now)
-        self.assertLess(abs(table.now - time.time()), 5)  # both are this machine's
+        self.assertLess(abs(table.now - time.time()), 5)  # both clocks are this machine's
 
     def test_no_end_in_words(self) -> None:
-        """An end that was written as infinity is none, and a beginning long ago is one."""
+        """An end of infinity is read as no end, and an end or start of -infinity as a time in the past."""
         self.add("k")
         self.execute("update s2s.s2s_keys set active_to = 'infinity', active_from = '-infinity'")
         with blocking(self.url) as txn:
@@ -98,7 +98,7 @@ class KeyTests(KeyTestCase):
         self.assertIn("it ended at", self.refused(rotation.activate, "k"))
 
     def test_the_public_list_has_no_secret(self) -> None:
-        """What is listed for people does not hold the secret anywhere."""
+        """The public list of keys does not contain the secret."""
         secret = signing.random_secret()
         with blocking(self.url) as txn:
             keys.add(txn, "k-1", secret, "any", "a note")
@@ -107,21 +107,21 @@ class KeyTests(KeyTestCase):
         self.assertNotIn(secret, str(vars(row)))
 
     def test_a_key_that_is_only_added_does_not_sign(self) -> None:
-        """The first key of a role is its default, so that one added later does not sign before it is told to."""
+        """The first key of a role becomes its default, so that a later key does not sign before its activation."""
         with blocking(self.url) as txn:
             for key_id, role in (("a", "any"), ("b", "engine"), ("c", "any"), ("d", "server")):
                 keys.add(txn, key_id, signing.random_secret(), role)
             self.assertEqual([row.key_id for row in keys.read(txn).rows if row.is_default_tx], ["a"])
 
     def test_each_role_has_a_first_key(self) -> None:
-        """Keys of two roles are each the default of its own."""
+        """The first key of each role is the default of that role."""
         with blocking(self.url) as txn:
             for key_id, role in (("a", "server"), ("b", "engine"), ("c", "engine")):
                 keys.add(txn, key_id, signing.random_secret(), role)
             self.assertEqual([row.key_id for row in keys.read(txn).rows if row.is_default_tx], ["a", "b"])
 
     def test_an_added_key_does_not_sign_after_a_revocation_either(self) -> None:
-        """When the default is gone, the key that signs in its place goes on when another one is added."""
+        """After the default is revoked, its successor keeps signing when another key is added."""
         self.add("a", "b")
         self.step(rotation.revoke, "a")
         self.assertEqual(self.execute("select key_id from s2s.s2s_keys where is_default_tx"), [("b",)])
@@ -131,7 +131,7 @@ class KeyTests(KeyTestCase):
         self.assertEqual(self.signers(), {"engine": "b", "server": "b"})
 
     def test_an_added_key_does_not_sign_where_each_role_has_another(self) -> None:
-        """Keys that sign without being defaults stay the signers of their roles, each its own."""
+        """Keys that sign without being defaults keep signing for their roles when another key is added."""
         self.add("a", role="any")
         self.add("b", role="server")
         self.execute("update s2s.s2s_keys set is_default_tx = false")
@@ -140,12 +140,12 @@ class KeyTests(KeyTestCase):
         self.assertEqual(self.signers(), {"engine": "a", "server": "b"})
 
     async def test_first_keys_at_once(self) -> None:
-        """Of first keys that are added at once, one is the default."""
+        """Of several first keys that are added at the same time, exactly one is the default."""
         await gatherResults([deferToThread(self.add, f"k{number}") for number in range(4)])
         self.assertEqual(self.execute("select count(*) from s2s.s2s_keys where is_default_tx"), [(1,)])
 
     def test_a_name_is_taken_once(self) -> None:
-        """A second key of the same name is refused in one line without a secret, and the first one stays."""
+        """A second key of the same name is refused with an error that has no secret, and the first key is unchanged."""
         first, second = signing.random_secret(), signing.random_secret()
         with blocking(self.url) as txn:
             keys.add(txn, "k-1", first, "any")
@@ -154,7 +154,7 @@ class KeyTests(KeyTestCase):
         self.assertNotIn(second, str(error))
 
     def test_one_default_for_each_role(self) -> None:
-        """Two defaults of one role cannot be stored; one for each role can."""
+        """A second default of the same role is refused; each role can have one default."""
         add = "insert into s2s.s2s_keys (key_id, key_b64, role, is_default_tx) values (%s, 'x', %s, true)"
         with blocking(self.url) as txn:
             for role in ("engine", "server", "any"):
@@ -164,7 +164,7 @@ class KeyTests(KeyTestCase):
         self.assertEqual(caught.exception.constraint, "s2s_keys_default_tx")
 
     async def test_the_first_random_key_is_made_once(self) -> None:
-        """Of several processes that make the first key at once, one does; it is random and usable by either role."""
+        """Of several processes that make the first key at once, one succeeds; the key is random and of role any."""
         database = Database(self.url, threads=4)
         database.start()
         self.addCleanup(database.stop)
@@ -179,7 +179,7 @@ class RotationTests(KeyTestCase):
     """The steps of a rotation."""
 
     def test_a_rotation(self) -> None:
-        """Added, a key verifies; activated, it signs; the old one, retired, verifies for 60 s more."""
+        """An added key verifies, an activated key signs, and a retired key verifies for 60 s more."""
         self.add("a", "b")
         self.assertEqual(self.status(), {"a": "signs for both", "b": "verifies"})
         change = self.step(rotation.activate, "b")
@@ -194,7 +194,7 @@ class RotationTests(KeyTestCase):
         self.assertTrue(50 < left_s <= 60, left_s)
 
     def test_activate_goes_before_the_defaults_of_one_role(self) -> None:
-        """A key of role any that is activated signs for both, whatever was the default of one, and not the reverse."""
+        """An activated key of role any signs for both roles, and an activated key of one role for that role only."""
         self.add("e", role="engine")
         self.add("s", role="server")
         self.add("a", "b")
@@ -204,14 +204,14 @@ class RotationTests(KeyTestCase):
         self.assertEqual(self.execute("select key_id from s2s.s2s_keys where is_default_tx"), [("b",)])
 
     def test_activate_a_key_of_the_future(self) -> None:
-        """A key that was to begin later begins now."""
+        """Activating a key with a future start makes it start now."""
         self.add("a", "b")
         self.execute("update s2s.s2s_keys set active_from = now() + interval '1 day' where key_id = 'b'")
         self.assertEqual(self.status()["b"], "not yet")
         self.assertEqual(self.step(rotation.activate, "b").signers, {"engine": "b", "server": "b"})
 
     def test_activate_what_cannot_sign(self) -> None:
-        """A key that has ended, is about to, is not usable or does not exist is refused in one line that says why."""
+        """Activating a key that has ended, ends soon, is unusable or does not exist is refused with the reason."""
         self.add("a", "b")
         for active_to, why in (("now()", "it ended at 20"), ("now() + interval '1 hour'", "it ends at 20")):
             self.execute(f"update s2s.s2s_keys set active_to = {active_to} where key_id = 'b'")
@@ -227,21 +227,21 @@ class RotationTests(KeyTestCase):
             self.assertIn("s2s keys list", said)
 
     def test_retire_needs_a_successor(self) -> None:
-        """The key that would still sign, or after which none could, is not retired; the text names what to type."""
+        """A key that signs, or has no successor, is not retired, and the error names the command to run first."""
         self.add("a")
         said = self.refused(rotation.retire, "a")
         self.assertIn("s2s keys add --role engine", said)
         self.assertIn("s2s keys activate", said)
         self.add("b")
         self.step(rotation.activate, "b")
-        # As the newest it would sign without being the default, too.
+        # As the newest key it would sign even without being the default.
         self.execute("update s2s.s2s_keys set is_default_tx = false, active_from = now() where key_id = 'b'")
         self.assertIn("s2s keys activate a", self.refused(rotation.retire, "b"))
         self.step(rotation.activate, "a")
         self.assertEqual(self.step(rotation.retire, "b").signers, {"engine": "a", "server": "a"})
 
     def test_retire_looks_ahead(self) -> None:
-        """A successor that ends before the key does, is not usable, or is of one role only, is none."""
+        """A key that ends earlier, is unusable or serves only one role is no successor of a key to be retired."""
         self.add("a", "b")
         self.step(rotation.activate, "b")
         for change in (
@@ -253,7 +253,7 @@ class RotationTests(KeyTestCase):
             self.assertIn("no other key would sign for", self.refused(rotation.retire, "a"))
 
     def test_retire_shortens_only(self) -> None:
-        """An end that is nearer than 60 s stays, one that is further off does not."""
+        """Retiring a key keeps an end within 60 s, and shortens a later one to 60 s."""
         self.add("a", "b", "c")
         for key_id, end_s in (("b", 10), ("c", 3600)):
             self.execute(
@@ -266,7 +266,7 @@ class RotationTests(KeyTestCase):
         self.assertTrue(5 < found[0][0] <= 10 and 50 < found[1][0] <= 60, found)
 
     def test_revoke(self) -> None:
-        """A revoked key has ended by the time that its row is seen, also one of the future or without a good secret."""
+        """A revoked key has ended once its row is visible, even with a future start or an unusable secret."""
         self.add("a", "b", "c", "d")
         self.execute("update s2s.s2s_keys set active_from = now() + interval '1 day' where key_id = 'c'")
         self.execute("update s2s.s2s_keys set key_b64 = 'x' where key_id = 'd'")
@@ -277,7 +277,7 @@ class RotationTests(KeyTestCase):
         self.assertEqual(self.execute("select key_id from s2s.s2s_keys where is_default_tx"), [("b",)])
 
     def test_revoke_the_last(self) -> None:
-        """The last key that signs is revoked all the same, with a warning that names the cure for its roles."""
+        """The last key that signs can be revoked, with a warning that names the remedy for its roles."""
         self.add("s", role="server")
         self.add("e", role="engine")
         change = self.step(rotation.revoke, "e")
@@ -286,7 +286,7 @@ class RotationTests(KeyTestCase):
         self.assertNotIn("server", change.warning or "")
 
     def test_steps_twice(self) -> None:
-        """A step that was taken says so the second time and changes nothing."""
+        """A repeated step reports that it was already taken, and changes nothing."""
         self.add("a", "b")
         for step, key_id, word in (
             (rotation.activate, "b", "already"),
@@ -301,7 +301,7 @@ class RotationTests(KeyTestCase):
         self.assertIn("ended already", self.step(rotation.retire, "a").text)
 
     async def test_operators_at_once(self) -> None:
-        """Whatever several operators do at once, one key signs and one is the default."""
+        """After concurrent steps of several operators, each role has a signing key, and one key is the default."""
         self.add("a", "b", "c")
         for _ in range(5):
             self.execute("update s2s.s2s_keys set active_to = null, is_default_tx = false")
@@ -315,7 +315,7 @@ class RotationTests(KeyTestCase):
             self.assertEqual(len([row for row in table.rows if row.is_default_tx]), 1)
 
     def attempt(self, step: Any, key_id: str) -> None:
-        """Take a step, or be refused, in a thread."""
+        """Take a step, or expect a one-line refusal; runs in a thread."""
         try:
             self.step(step, key_id)
         except OperatorError as error:
@@ -326,7 +326,7 @@ class MakeKeyringTests(SynchronousTestCase):
     """:func:`s2s.store.tables.keys.make_keyring`."""
 
     def test_rows(self) -> None:
-        """Every column of a good row is in its key, and a bad row is left out with its reason."""
+        """A valid row becomes a key with every column, and an invalid row is left out with its reason."""
         key_b64 = base64.b64encode(b"never-shown-never-shown-never-shown").decode()
         rows = [KeyRow("k1", key_b64, "engine", 5.0, 9.0, True), KeyRow("k2", "short", "any", 0.0, None, False)]
         keyring, complaints = keys.make_keyring(rows)

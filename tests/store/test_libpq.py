@@ -1,4 +1,4 @@
-"""libpq's variables hold as they were at the start: :mod:`s2s.store.libpq`."""
+"""Connections use libpq's environment variables as they were at the start: :mod:`s2s.store.libpq`."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from s2s.store.pool import Database, blocking
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
 
-#: The variable of each parameter, by libpq itself.
+#: The environment variable of each connection parameter, according to libpq.
 _VARIABLES = {each.keyword.decode(): each.envvar.decode() for each in pq.Conninfo.get_defaults() if each.envvar}
-#: Parameters that every connection of ours has in any case, and one that cannot be overridden.
+#: Parameters that each connection of ours sets anyway, and one that cannot be overridden.
 _OTHERS = {"connect_timeout", "client_encoding", "application_name", "service"}
 
 
 class _ToSocket(ProxyServer):
-    """A TCP connection that leads to the UNIX socket whose path is the factory's host."""
+    """A TCP connection that is forwarded to a UNIX socket; the factory's host is the socket's path."""
 
     reactor = SimpleNamespace(connectTCP=lambda host, _, client: reactor.connectUNIX(host, client))  # type: ignore[attr-defined]
 
@@ -46,18 +46,18 @@ class EnvironmentTests(SynchronousTestCase):
     """:class:`s2s.store.libpq.Environment`."""
 
     def test_every_variable(self) -> None:
-        """Each variable that libpq has is the one of its parameter, and is known here."""
+        """Each environment variable of libpq sets its parameter, and our list of parameters is complete."""
         for name, variable in _VARIABLES.items():
             if name not in _OTHERS and name in libpq._KNOWN:
                 self.assertEqual(Environment({variable: "x"}).parameters({})[name], "x")
         self.assertEqual(_VARIABLES.keys() - _OTHERS, libpq._DEFAULTS.keys())
 
     def test_the_url_comes_first(self) -> None:
-        """A parameter of the URL goes before its variable."""
+        """A parameter in the URL overrides its environment variable."""
         self.assertEqual(parameters("dbname=game sslmode=require")["sslmode"], "require")
 
     def test_defaults_that_depend(self) -> None:
-        """The system's own authorities are used with full verification, unless something else is said."""
+        """sslrootcert=system implies sslmode=verify-full, unless another mode is set."""
         for variables, given, expected in (
             ({}, {}, "prefer"),
             ({}, {"sslrootcert": "system"}, "verify-full"),
@@ -71,21 +71,21 @@ class EnvironmentTests(SynchronousTestCase):
                 self.assertEqual(Environment(variables).parameters(given)["sslmode"], expected)
 
     def test_a_service(self) -> None:
-        """A service that is named at the start or in the URL decides everything."""
+        """If a service is named at the start or in the URL, the environment adds no other parameter."""
         self.assertEqual(Environment({"PGSERVICE": "x", "PGHOST": "h"}).parameters({}), {})
         self.assertEqual(Environment({"PGHOST": "h"}).parameters({"service": "x"}), {})
 
     def test_libpq_18(self) -> None:
-        """A newer libpq than the installed one of psycopg2 accepts every default."""
+        """A libpq newer than the one of psycopg2 accepts each of our defaults."""
         given = " ".join(f"{name}='{value}'" for name, value in {**libpq._DEFAULTS, "host": "/nowhere"}.items())
         self.assertIn(b"No such file", pq.PGconn.connect(given.encode()).error_message)
 
 
 class ConnectingTests(DatabaseTestCase):
-    """Connections with all parameters passed."""
+    """Connections to which all parameters are passed explicitly."""
 
     def compare(self, url: str) -> None:
-        """See that ours is the connection that libpq makes of a URL by itself, apart from what we mean to change."""
+        """Assert that our connection has the parameters that libpq sets for a URL, except those that we change."""
         rest = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
         with mock.patch.dict(os.environ, rest, clear=True), mock.patch.object(libpq, "AT_START", Environment({})):
             given = parameters(url)
@@ -97,15 +97,15 @@ class ConnectingTests(DatabaseTestCase):
         self.assertEqual(passed, by_itself)
 
     def said(self, conn: Any, but: set[str]) -> dict[str, str]:
-        """Return the parameters that are said of a connection and are not empty."""
+        """Return the non-empty parameters of a connection, without the excluded ones."""
         return {name: value for name, value in conn.info.dsn_parameters.items() if value and name not in but}
 
     def test_by_socket(self) -> None:
-        """Without a variable, our parameters are the same as libpq's own over a UNIX socket."""
+        """Without environment variables, our parameters equal libpq's own over a UNIX socket."""
         self.compare(self.url)
 
     async def test_by_tcp(self) -> None:
-        """Without a variable, our parameters are the same as libpq's own over TCP."""
+        """Without environment variables, our parameters equal libpq's own over TCP."""
         place = parse_dsn(self.url)
         factory = ProxyFactory(f"{place['host']}/.s.PGSQL.{place.get('port', 5432)}", 0)
         factory.protocol = _ToSocket
@@ -115,7 +115,7 @@ class ConnectingTests(DatabaseTestCase):
         await deferToThread(self.compare, address)
 
     def test_a_home_that_is_not_utf8(self) -> None:
-        """A home directory whose name is not UTF-8 keeps nobody from connecting, and its password file is read."""
+        """A home directory with a name that is not UTF-8 does not prevent a connect, and its password file is read."""
         home = Path(self.mktemp()).resolve() / "caf\udce9"
         home.mkdir(parents=True)
         (home / ".pgpass").write_text("")
@@ -130,11 +130,11 @@ class ConnectingTests(DatabaseTestCase):
             check=False,
         )
         self.assertEqual(done.stdout, "connected\n", done.stderr)
-        # libpq's own complaint about a file that others may read.
+        # libpq's own warning about a password file that other users may read.
         self.assertIn(str(home / ".pgpass"), done.stderr)
 
     def test_a_change_later(self) -> None:
-        """A variable that a plug-in sets after the start, whichever it is, reaches no connection of ours."""
+        """A variable of libpq that a plug-in sets after the start affects no connection of ours."""
         for name, variable in _VARIABLES.items():
             if name != "service":
                 with self.subTest(variable=variable), mock.patch.dict(os.environ, {variable: "nonsense"}):
@@ -142,10 +142,10 @@ class ConnectingTests(DatabaseTestCase):
 
 
 class PasswordTests(DatabaseTestCase):
-    """A database that asks for a password, by each of its methods."""
+    """A database that requires a password, with each of its methods."""
 
     def setUp(self) -> None:
-        """Make a user for each method, and have the database ask for its password."""
+        """Make a user for each method, and make the database require the user's password."""
         super().setUp()
         [(path,)] = self.execute("show hba_file")
         before = Path(path).read_text()
@@ -162,11 +162,11 @@ class PasswordTests(DatabaseTestCase):
         self.execute("select pg_reload_conf()")
 
     def url_of(self, user: str, password: str = "") -> str:
-        """Return the URL of the test's database for a user."""
+        """Return the URL of the test's database for this user."""
         return self.url.replace("postgres@", f"{user}{password}@", 1)
 
     async def test_each_kind_of_connection(self) -> None:
-        """A password in the URL opens each kind of connection."""
+        """Each kind of connection authenticates with a password in the URL."""
         for user in ("s2s_scr", "s2s_md5", "s2s_pas"):
             url = self.url_of(user, ":open%20sesame")
             with blocking(url) as txn:
@@ -185,7 +185,7 @@ class PasswordTests(DatabaseTestCase):
             await poll(partial(getattr, listener, "is_connected"), "the listener")
 
     def test_a_password_file(self) -> None:
-        """A password file is read, by its variable and by the parameter; a wrong password is told as one."""
+        """A password file is read from its variable or its parameter; a wrong password raises an error that says so."""
         path = Path(self.mktemp())
         path.write_text("*:*:*:s2s_scr:open sesame\n")
         path.chmod(0o600)

@@ -1,4 +1,4 @@
-"""The listener: it hears, heals, and holds the lock that says that this process lives."""
+"""The LISTEN connection: its notifications, its reconnects, and the presence lock of this process."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def _go_deaf(listener: Listener) -> None:
 
 
 class ListenerTests(DatabaseTestCase):
-    """:class:`Listener` on a real server."""
+    """:class:`Listener` on a real database server."""
 
     def setUp(self) -> None:
-        """Nothing was heard yet."""
+        """Start with no recorded callbacks."""
         super().setUp()
         self.heard: list[str] = []
 
     def start(self, *channels: str, **options: Any) -> Listener:
-        """Start a listener that ends with the test."""
+        """Start a listener that stops with the test."""
         callbacks = {channel: lambda channel=channel: self.heard.append(channel) for channel in channels}
         listener = Listener(self.url, callbacks, **options)
         listener.start()
@@ -40,11 +40,11 @@ class ListenerTests(DatabaseTestCase):
         return listener
 
     def end_connection(self) -> None:
-        """Let the database end the listener's connection."""
+        """Make the database end the listener's connection."""
         self.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = %s", _NAME)
 
     async def test_hears(self) -> None:
-        """Every callback is called once after the connect, and again when its channel is notified, and no other."""
+        """Each callback runs once after the connect, and again only when its own channel is notified."""
         self.start("a", "b")
         await poll(lambda: sorted(self.heard) == ["a", "b"], "the calls after the connect")
         self.execute("notify b")
@@ -52,7 +52,7 @@ class ListenerTests(DatabaseTestCase):
         self.assertEqual(self.heard[2], "b")
 
     async def test_the_triggers_speak(self) -> None:
-        """Plain SQL on keys, broadcasts and outbox notifies their channels."""
+        """SQL changes of keys, broadcasts and outbox rows notify their channels."""
         self.start("s2s_keys", "s2s_broadcasts", "s2s_outbox")
         await poll(lambda: len(self.heard) == 3, "the calls after the connect")
         for statement, channel in (
@@ -69,7 +69,7 @@ class ListenerTests(DatabaseTestCase):
             self.assertEqual(self.heard, [channel], statement)
 
     async def test_no_descriptor(self) -> None:
-        """Where no descriptor is left for its connection it closes that one, and goes on trying."""
+        """If no file descriptor is free, the listener closes the new connection and keeps trying."""
         left = [OSError("too many open files")] * 2
 
         def dup(fileno: int, true: Any = os.dup) -> Any:
@@ -88,7 +88,7 @@ class ListenerTests(DatabaseTestCase):
         return self.execute("select pid from pg_stat_activity where application_name = %s", _NAME)
 
     async def test_heals(self) -> None:
-        """After its connection was ended it connects anew, calls every callback, takes its lock again, and hears."""
+        """After its connection was ended, the listener reconnects, runs each callback, and takes its lock again."""
         listener = self.start("a", presence="boot-1")
         await poll(lambda: listener.is_present, "the presence lock")
         self.heard.clear()
@@ -99,7 +99,7 @@ class ListenerTests(DatabaseTestCase):
         await poll(lambda: self.heard == ["a", "a"], "the notification")
 
     async def test_goes_on_trying(self) -> None:
-        """A database that is not there is tried again until it is."""
+        """A failed connect is retried until it succeeds."""
         real = listen._open
         tries: list[int] = []
 
@@ -115,7 +115,7 @@ class ListenerTests(DatabaseTestCase):
         self.assertEqual(len(tries), 3)
 
     async def test_presence(self) -> None:
-        """While the listener lives nobody else gets its presence lock; after its stop everybody does."""
+        """The presence lock is held until the listener stops, and is free afterwards."""
         listener = self.start("a", presence="boot-1")
         await poll(lambda: listener.is_present, "the presence lock")
         ask = "select pg_try_advisory_lock(%s)"
@@ -125,7 +125,7 @@ class ListenerTests(DatabaseTestCase):
         await poll(lambda: self.execute(ask, presence_key("boot-1")) == [(True,)], "the lock to be free")
 
     async def test_presence_held_by_our_own_dead_connection(self) -> None:
-        """A presence lock that is still held elsewhere is asked for again until it is ours."""
+        """A presence lock that another session still holds is requested again until it is free."""
         self.patch(listen, "AGAIN_S", 0.05)
         self.execute("select pg_advisory_lock(%s)", presence_key("boot-1"))
         listener = self.start("a", presence="boot-1")
@@ -135,24 +135,24 @@ class ListenerTests(DatabaseTestCase):
         await poll(lambda: listener.is_present, "the presence lock")
 
     def test_it_is_back_in_time(self) -> None:
-        """A lost connection is noticed, and made anew, before a process without its lock passes for dead."""
+        """A lost connection is detected and replaced before a process without its lock counts as dead."""
         self.assertLess(listen.HEARTBEAT_S + listen.ANSWER_S + listen._FIRST_PAUSE_S, reaper.SURE_S)
         self.assertLess(listen._LONGEST_PAUSE_S + listen.AGAIN_S, reaper.SURE_S)
 
     async def test_silence_is_noticed(self) -> None:
-        """A connection that does not answer the heartbeat is dropped, and another one made."""
+        """A connection that does not answer the heartbeat is closed and replaced."""
         self.patch(listen, "HEARTBEAT_S", 0.05)
         self.patch(listen, "ANSWER_S", 0.1)
         listener = self.start("a")
         await poll(lambda: self.heard == ["a"], "the connect")
         first = listener._conn
-        # The database answers, but nothing reaches us: what a cut cable looks like.
+        # The database answers, but the listener receives nothing, as with a cut cable.
         with mock.patch.object(Listener, "doRead", _go_deaf):
             await poll(lambda: listener._conn is not first, "the drop")
         await poll(lambda: self.heard == ["a", "a"], "the reconnect")
 
     async def test_a_failing_callback_hurts_nobody(self) -> None:
-        """A callback that raises is logged, and the others are called."""
+        """A callback that raises an error is logged, and the other callbacks run."""
 
         def fails() -> None:
             raise KeyError("mine")
@@ -164,7 +164,7 @@ class ListenerTests(DatabaseTestCase):
         self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)
 
     async def test_stop_while_connecting(self) -> None:
-        """A stop before the connect is through waits for it and leaves no connection behind."""
+        """A stop during a connect waits for the connect, and leaves no connection open."""
         listener = Listener(self.url, {"a": lambda: self.heard.append("a")})
         listener.start()
         stopped = listener.stop()

@@ -1,4 +1,4 @@
-"""Lists: whatever people ask by, a step reads a bounded number of rows, and all pages together are the whole list."""
+"""A step of a list reads a bounded number of rows for any filter, and all pages together are the complete list."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from s2s.store.pool import blocking, step
 from s2s.store.tables import lists as module
 from tests.support.postgres import DatabaseTestCase, Session, rows_read
 
-#: Rows of a stretch in these tests, and of a page.
+#: Rows of a stretch, and rows of a page, in these tests.
 _STRETCH, _PAGE = 200, 20
 
 
 class _List(NamedTuple):
-    """A list and what it may be asked by: values that nearly all rows have, that few have, and that none has."""
+    """A list operation and its filters, with values that most rows, few rows or no rows have."""
 
     operation: Operation[Any]
     table: str
@@ -92,29 +92,29 @@ _LISTS = (
 
 
 def _asked(which: _List) -> Iterator[dict[str, str]]:
-    """Give every combination of the filters of a list."""
+    """Yield every combination of the filters of a list."""
     for values in itertools.product(*[(None, *values) for values in which.filters.values()]):
         yield {name: value for name, value in zip(which.filters, values, strict=True) if value is not None}
 
 
 class ListTests(DatabaseTestCase):
-    """Every list that may be long, filled with rows of which few are asked for."""
+    """Every list that may be long, filled so that some filters match few rows."""
 
     def setUp(self) -> None:
-        """Let a stretch be short."""
+        """Shorten a stretch to _STRETCH rows."""
         super().setUp()
         self.patch(module, "STRETCH_ROWS", _STRETCH)
         self.most_read = 0
 
     def fill(self, which: _List) -> None:
-        """Fill its table, and nothing else."""
+        """Fill the table of a list, with triggers disabled."""
         with Session(self.url) as session:
             session.run("set session_replication_role = replica")
             session.run(which.fill)
             session.run(f"analyze {which.table}")
 
     def page(self, txn: Any, which: _List, **query: Any) -> Any:
-        """Ask for a page, and note how many rows each of its steps reads."""
+        """Return a page, and record the most rows that a step reads."""
 
         def counted(take: Callable[[Any], Any], txn: Any) -> Any:
             before = rows_read(txn, which.table)
@@ -129,7 +129,7 @@ class ListTests(DatabaseTestCase):
         return take.value
 
     def test_what_a_step_reads(self) -> None:
-        """By whatever filters, matched or not, a step reads a stretch at most, and the pages are the whole list."""
+        """With any filters, a step reads a bounded number of rows, and the pages together are the complete list."""
         for which in _LISTS:
             self.fill(which)
             for filters in _asked(which):
@@ -153,7 +153,7 @@ class ListTests(DatabaseTestCase):
                     self.assertEqual(found, [key for (key,) in wanted])
 
     def test_a_request_has_an_end(self) -> None:
-        """A request for what nothing matches looks through so many stretches, and says where to go on."""
+        """A request that matches no row stops after MOST_STRETCHES stretches, and returns a cursor to continue from."""
         [which] = [each for each in _LISTS if each.table == "commands"]
         self.fill(which)
         self.patch(pages, "MOST_STRETCHES", 3)
@@ -163,7 +163,7 @@ class ListTests(DatabaseTestCase):
         self.assertEqual((page.items, page.next_cursor), ([], str(first - 3 * _STRETCH + 1)))
 
     def test_a_list_that_takes_too_long(self) -> None:
-        """A statement of a list is stopped in time, and it is said what to do about it; the connection goes on."""
+        """A slow statement of a list is stopped, the error asks to narrow the list, and the connection stays usable."""
         self.patch(module, "LIMIT_S", 0.05)
         for which in _LISTS:
             with self.subTest(table=which.table), blocking(self.url) as txn, Session(self.url) as other:
@@ -175,7 +175,7 @@ class ListTests(DatabaseTestCase):
                 self.page(txn, which)
 
     def test_a_list_behind_a_lock(self) -> None:
-        """A list that waits for a lock is stopped as well, and its error says that another session has locked it."""
+        """A list that waits for a lock is stopped, and the error says that another session has locked the table."""
         for which in _LISTS:
             with self.subTest(table=which.table), blocking(self.url) as txn, Session(self.url) as other:
                 other.run(f"begin; lock table {which.table} in access exclusive mode")
@@ -186,7 +186,7 @@ class ListTests(DatabaseTestCase):
                 self.page(txn, which)
 
     def unread(self, txn: Any, which: _List) -> None:
-        """Ask for a page without looking at what was read."""
+        """Request a page without counting the rows that are read."""
         steps = perform(which.operation, OperationRequest("me", "observer"))
         take: Any = advance(steps, None, None)
         step(txn, take)
@@ -196,7 +196,7 @@ class PlaceTests(SynchronousTestCase):
     """Which operations are lists."""
 
     def test_all_lists_are_known(self) -> None:
-        """Every operation that reads more than single rows has the places of lists, and no other has."""
+        """Exactly the operations named ``list_*`` or ``count_*`` are marked as lists."""
         for operation in OPERATIONS:
             reads_much = operation.name.startswith(("list_", "count_"))
             self.assertEqual(operation.is_list, reads_much, operation.name)
