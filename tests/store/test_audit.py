@@ -672,7 +672,7 @@ class LedgerTests(SynchronousTestCase):
         self.assertEqual(self.database.noted, [("P0001", "not here")] * 10)
 
     def test_what_is_told(self) -> None:
-        """Refused orders are audited, but not requests of other types nor refusals that the sender may retry."""
+        """An order refused by its schema or its sender's role is audited; other requests and other errors are not."""
         for error, type in (
             (NotReady("later"), _CONFIG_SET),
             (BadPayload("no"), SHUTDOWN),

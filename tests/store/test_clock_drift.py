@@ -471,7 +471,7 @@ class RuleTests(DatabaseTestCase):
         )
         self.execute("update s2s.outbox set send_at = send_at + interval '2 hours'")
         ahead = float(self.value("select extract(epoch from now() + interval '2 hours')::float8"))
-        # On a clock that stands still no look back is due.
+        # On a clock that stands still, no search of older rows (Lookback) is due.
         looks, claims = ready.Ready(now=lambda: 0.0), outbox.Claims(lambda: 0.0)
         for each in (looks, claims):
             with each._lookback.measured():
