@@ -1,4 +1,4 @@
-"""Migrations: what they make, two at once, and what they refuse."""
+"""Migrations: their results, concurrent runs, and the databases that they refuse."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EmptyDatabaseTests(TestCase):
     """A database without any table."""
 
     def setUp(self) -> None:
-        """Make one."""
+        """Make the database."""
         cluster_url()
         name = f"empty_{next(_numbers)}"
         make_database(name)
@@ -37,7 +37,7 @@ class EmptyDatabaseTests(TestCase):
         self.url = database_url(name)
 
     def test_an_older_release(self) -> None:
-        """A database that an older release has used gets the later files, and keeps all that is in it."""
+        """A database that an older release has used receives the later migrations and keeps its data."""
         with mock.patch.object(migrations, "available", return_value=migrations.available()[:1]):
             self.assertEqual(_migrate(self.url), ["s2s/0001_initial"])
         with blocking(self.url) as txn:
@@ -49,7 +49,7 @@ class EmptyDatabaseTests(TestCase):
             self.assertEqual(engines.wanted(txn, "e"), ("paused", "night"))
 
     def test_empty_is_refused_with_the_cure(self) -> None:
-        """A database without our tables is refused in one line that names the command."""
+        """A database without our tables is refused with one line that names the command to run."""
         with blocking(self.url) as txn:
             error = self.assertRaises(SchemaError, migrations.check, txn)
             self.assertEqual([row.applied_at for row in migrations.status(txn)], [None] * len(migrations.available()))
@@ -57,7 +57,7 @@ class EmptyDatabaseTests(TestCase):
         self.assertNotIn("\n", str(error))
 
     def test_migrates_once(self) -> None:
-        """Every file runs once; a second run finds nothing to do, and the check passes."""
+        """Each migration runs once; a second run has nothing to do, and the check passes."""
         self.assertEqual(_migrate(self.url), [str(migration) for migration in migrations.available()])
         self.assertEqual(_migrate(self.url), [])
         with blocking(self.url) as txn:
@@ -65,12 +65,12 @@ class EmptyDatabaseTests(TestCase):
             self.assertTrue(all(row.applied_at for row in migrations.status(txn)))
 
     async def test_two_at_once(self) -> None:
-        """Two processes that migrate at once do not hurt each other: each file is run by one of them."""
+        """Four concurrent runs do not disturb each other: exactly one of them applies each migration."""
         runs = await gatherResults([deferToThread(_migrate, self.url) for _ in range(4)])
         self.assertEqual(sorted(itertools.chain(*runs)), [str(migration) for migration in migrations.available()])
 
     def test_a_failing_file_leaves_nothing(self) -> None:
-        """Where a file fails, no file of the release is applied, and the error names the file and the reason."""
+        """If a migration fails, none of the release is applied, and the error names the file and the reason."""
         broken = Migration("s2s", 9998, "9998_broken", "create table s2s.half (a int); select 1 / 0")
         with mock.patch.object(migrations, "available", lambda: (*self.ours, broken)):
             error = str(self.assertRaises(MigrationFailed, _migrate, self.url))
@@ -84,7 +84,7 @@ class EmptyDatabaseTests(TestCase):
     ours = migrations.available()
 
     def test_wrong_encoding(self) -> None:
-        """A database that does not keep text as UTF-8 is refused with the cure."""
+        """A database whose encoding is not UTF-8 is refused with an error that names UTF8."""
         admin = psycopg2.connect(cluster_url())
         self.addCleanup(admin.close)
         admin.autocommit = True
@@ -98,7 +98,7 @@ class NewerDatabaseTests(DatabaseTestCase):
     """A database that a newer release has migrated."""
 
     def test_newer_is_refused(self) -> None:
-        """Neither the check nor a migration touches a database that is newer than this release."""
+        """The check and a migration refuse a database that is newer than this release."""
         self.execute("insert into s2s.migrations (schema, version, name) values ('s2s', 9999, '9999_later')")
         with blocking(self.url) as txn:
             self.assertIn("9999_later", str(self.assertRaises(SchemaError, migrations.check, txn)))
@@ -106,7 +106,7 @@ class NewerDatabaseTests(DatabaseTestCase):
         self.assertRaises(SchemaError, _migrate, self.url)
 
     def test_older_is_refused(self) -> None:
-        """A database that lacks one of this release's files is refused by its name."""
+        """A database that lacks one of this release's migrations is refused with the name of that migration."""
         later = Migration("s2s", 9998, "9998_later", "select 1")
         ours = migrations.available()
         with mock.patch.object(migrations, "available", lambda: (*ours, later)), blocking(self.url) as txn:

@@ -1,4 +1,4 @@
-"""A queue of notifications that is full: :mod:`s2s.store.monitors.notify_queue`,
+"""A full NOTIFY queue of PostgreSQL: :mod:`s2s.store.monitors.notify_queue`,
 :mod:`s2s.store.monitors.queue_watch`.
 """
 
@@ -27,10 +27,10 @@ from tests.support.cluster import Cluster
 
 
 class JudgeTests(SynchronousTestCase):
-    """What is told of which queue."""
+    """The log lines for each fill level of the queue."""
 
     def test_lines(self) -> None:
-        """It is told when it is half full and when it is full, again after an hour, and when it has room."""
+        """The watch logs that the queue is half full, full, still full after an hour, and has room again."""
         time = task.Clock()
         watch = QueueWatch(None, Clock(time))  # type: ignore[arg-type]
         told: list[int] = []
@@ -51,7 +51,7 @@ class JudgeTests(SynchronousTestCase):
         self.assertEqual(told, [0, 1, 0, 1, 0, 1, 1, 0])
 
     def test_a_session_that_is_not_seen(self) -> None:
-        """Where no session is seen the line says where to look."""
+        """If the session that blocks the queue is not visible, the line names the view to query as a superuser."""
         self.assertIn("90% full", str(Queue(0.9)))
         self.assertIn("see pg_stat_activity as a superuser", str(Queue(0.9)))
 
@@ -61,10 +61,10 @@ def _emit(txn: Cursor) -> None:
 
 
 class FullTests(TestCase):
-    """A real one, as small as it can be."""
+    """A real NOTIFY queue, of the smallest size that PostgreSQL allows."""
 
     def setUp(self) -> None:
-        """Fill it, beside a session that listens in a transaction."""
+        """Fill the queue while a session that listens has an open transaction."""
         cluster = Cluster()
         self.addCleanup(cluster.remove)
         self._execute(cluster.url, "alter system set max_notify_queue_pages = 64")
@@ -96,7 +96,7 @@ class FullTests(TestCase):
             connection.close()
 
     async def test_full_and_free_again(self) -> None:
-        """While it is full the database is at fault and not ready, with the session named; then a look frees it."""
+        """A full queue is a database fault that names the blocking session; after that session, a look frees it."""
         with capturedLogs() as told:
             error = await self.assertFailure(self.database.run(_emit), DatabaseUnavailable)
         self.assertEqual(sqlstate.meaning(error.state).fault, "database")

@@ -1,4 +1,4 @@
-"""Table ``orders``: giving, finding, attempting, holding and ending them."""
+"""Table ``orders``: insert, find, attempt, lock and end orders."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ PARAMS = {"sector_id": 1, "status": "fedspace"}
 
 
 class OrdersTestCase(DatabaseTestCase):
-    """Each call in a transaction of its own."""
+    """Runs each call in a transaction of its own."""
 
     def run_(self, function: Any, *args: Any, **more: Any) -> Any:
-        """Do one thing, and commit it."""
+        """Call a function in a transaction, and commit."""
         with blocking(self.url) as txn:
             return function(txn, *args, **more)
 
     def give(
         self, order_id: str, rpc: str = SECTOR, params: Any = PARAMS, idem_key: str | None = None, **more: Any
     ) -> Any:
-        """Give an order, and see that it is the one that comes back."""
+        """Insert an order, and return it and whether it is new."""
         return self.run_(table.give, order_id, rpc, params, "me", idem_key, **more)
 
     def conflict(self, *args: Any, **more: Any) -> str:
-        """See that an order cannot be given, and give the id of the one in its way."""
+        """Check that an insert is refused, and return the id of the order that it conflicts with."""
         error = self.assertRaises(IdemConflict, self.give, *args, **more)
         return str(error.details["order_id"])
 
     def rows(self, columns: str = "order_id") -> list[Any]:
-        """Give what the table holds, in the order of the ids."""
+        """Return the rows of the table, sorted by id."""
         return self.execute(f"select {columns} from s2s.orders order by order_id")
 
 
@@ -51,7 +51,7 @@ class GiveTests(OrdersTestCase):
     """:func:`table.give` and :func:`table.queued`."""
 
     def test_once(self) -> None:
-        """A new order is queued and open, whoever gave it is named, and the audit has it in the same transaction."""
+        """A new order is queued and open, has its actor, and gets an audit entry in the same transaction."""
         order, is_new = self.give("a", idem_key="k")
         self.assertEqual((order.order_id, order.rpc, order.params, order.actor), ("a", SECTOR, PARAMS, "me"))
         self.assertEqual((order.status, order.is_open, order.state, order.attempts), ("queued", True, {}, 0))
@@ -60,7 +60,7 @@ class GiveTests(OrdersTestCase):
         self.assertEqual(audit, [("me", SECTOR, "a", PARAMS, None)])
 
     def test_by_link(self) -> None:
-        """Of an order that came over a link the row says so, also where it was in the table first."""
+        """The row of an order that came over a link records that, also if the order was in the table before."""
         self.give("a", by_link=True)
         self.give("b")
         self.assertEqual(self.rows("way"), [("link",), (None,)])
@@ -68,7 +68,7 @@ class GiveTests(OrdersTestCase):
         self.assertEqual(self.rows("way"), [("link",), ("link",)])
 
     def test_by_link_while_it_runs(self) -> None:
-        """An order whose row a running step holds comes over a link without a wait."""
+        """An order that comes over a link does not wait for a running step that has locked its row."""
         self.give("a")
         with blocking(self.url) as step:
             step.execute("select from s2s.orders for update")
@@ -77,7 +77,7 @@ class GiveTests(OrdersTestCase):
         self.assertEqual((is_new, self.rows("way")), (False, [(None,)]))
 
     def test_given_back(self) -> None:
-        """An order that is set back by hand begins anew, wherever it was."""
+        """An order whose status is set back to queued by hand starts again with an empty state."""
         self.give("a")
         self.execute("update s2s.orders set status = 'running', state = '{\"done\": 5}'")
         self.assertEqual(self.run_(table.find, "a").state, {"done": 5})
@@ -85,11 +85,11 @@ class GiveTests(OrdersTestCase):
         self.assertEqual(self.run_(table.find, "a").state, {})
 
     def test_twice(self) -> None:
-        """Given again with the same content it is the same order, whatever became of it, and nothing is written."""
+        """The same content again returns the same order, whatever its status is, and writes nothing."""
         first, _ = self.give("a", idem_key="k")
         self.assertEqual(self.give("a"), (first, False))
         self.assertEqual(self.give("a", idem_key="k"), (first, False))
-        # In another order of its members it is the same.
+        # The order of the members does not matter.
         self.assertEqual(self.give("a", params=dict(reversed(PARAMS.items()))), (first, False))
         self.run_(table.finish, first, "refused", {"code": "not_found"}, "engine-1")
         again, is_new = self.give("a")
@@ -98,13 +98,13 @@ class GiveTests(OrdersTestCase):
         self.assertEqual(self.execute("select count(*) from s2s.audit where result is null"), [(1,)])
 
     def test_a_key_again(self) -> None:
-        """An ``idem_key`` stands for its order, whatever id comes with it."""
+        """An ``idem_key`` identifies its order, whatever id comes with the key."""
         first, _ = self.give("a", idem_key="k")
         self.assertEqual(self.give("b", idem_key="k"), (first, False))
         self.assertEqual(self.rows(), [("a",)])
 
     def test_conflicts(self) -> None:
-        """Other params, another RPC, or an id and a key of two orders are refused, and nothing changes."""
+        """Other params, another RPC, or the id of one order with the key of another are refused and change nothing."""
         self.give("a", idem_key="k")
         self.give("b")
         before = self.rows("*")
@@ -115,7 +115,7 @@ class GiveTests(OrdersTestCase):
         self.assertEqual(self.rows("*"), before)
 
     def test_a_boolean_is_no_integer(self) -> None:
-        """True is not 1, false is not 0, and "1" is neither."""
+        """Params with true and 1, false and 0, or 1 and "1" are different content."""
         self.give("a", CONFIG, {"key": "relay.window", "value": 1})
         self.give("b", CONFIG, {"key": "relay.window", "value": False})
         for order_id, value in (("a", True), ("a", "1"), ("b", 0)):
@@ -123,13 +123,13 @@ class GiveTests(OrdersTestCase):
         self.assertFalse(self.give("a", CONFIG, {"key": "relay.window", "value": 1})[1])
 
     def test_a_row_that_nobody_could_send(self) -> None:
-        """A row of another hand, with what canonical JSON cannot say, is like no order that comes."""
+        """A row of another program whose params have no canonical JSON form equals no order."""
         self.execute("insert into s2s.orders (order_id, rpc, params) values ('a', %s, '{\"value\": 1.5}')", CONFIG)
         self.assertEqual(self.conflict("a", CONFIG, {"value": 1}), "a")
 
     @inlineCallbacks
     def test_two_at_once(self) -> Iterator[Deferred[Any]]:
-        """Of two that give it at once the later one waits, and finds the first one's, or gives it if that is undone."""
+        """Of two inserts at once, the later one waits, and returns the first order, or its own after a rollback."""
         for order_id, later_id, key, is_undone, is_same in (
             ("a", "a", None, False, True),
             ("b", "b", None, True, True),
@@ -157,14 +157,14 @@ class GiveTests(OrdersTestCase):
         self.assertEqual(self.rows(), [("a",), ("b",), ("c",), ("f",), ("g",)])
 
     def is_waiting(self) -> bool:
-        """Whether somebody waits for another's row."""
+        """Whether a session waits for a lock."""
         waiting = self.execute(
             "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
         )
         return waiting == [(1,)]
 
     def test_queued(self) -> None:
-        """What nobody has begun is given the oldest first, so many at most, of the RPCs asked for."""
+        """Queued orders of the given RPCs are returned in pages of a limited size, the longest waiting first."""
         for order_id, rpc in (
             ("c", SECTOR),
             ("b", SHIPS),
@@ -181,7 +181,7 @@ class GiveTests(OrdersTestCase):
         self.assertEqual([order.order_id for order in self.run_(table.queued, [SECTOR], 1)[0]], ["c"])
 
     def test_queued_within_bytes(self) -> None:
-        """A page ends before its params take too many bytes, and params that no frame holds are not read."""
+        """A page ends before its params exceed the byte limit, and params longer than a frame are not read."""
         self.patch(table, "PAGE_BYTES", 250_000)
         for order_id in "abcd":
             self.give(order_id)
@@ -204,7 +204,7 @@ class GiveTests(OrdersTestCase):
 
 
 class AttemptTests(OrdersTestCase):
-    """:func:`table.attempt`: whose step is next."""
+    """:func:`table.attempt`: which order takes the next step."""
 
     def attempt(
         self, rpcs: Any = ORDERS, resting: Any = (), in_hand: Any = (), patience_s: float = 0.0
@@ -214,21 +214,21 @@ class AttemptTests(OrdersTestCase):
         return found
 
     def attempted(self, *args: Any, **more: Any) -> str | None:
-        """Attempt a step, and give its order's id."""
+        """Attempt a step, and return the id of its order."""
         order = self.attempt(*args, **more)
         return None if order is None else order.order_id
 
     def go_on(self, order_id: str, state: Any = None) -> None:
-        """End a step that has more to do."""
+        """End a step of an order that has further steps."""
         order = self.run_(table.find, order_id)
         self.run_(table.go_on, order, order.place, state or {"done": 1}, "engine-1", False)
 
     def due(self) -> None:
-        """Let every pause be over."""
+        """End every pause."""
         self.execute("update s2s.orders set retry_at = now() where retry_at is not null")
 
     def test_in_turns(self) -> None:
-        """Whoever waits longest for a step: neither does a long one hold up short ones, nor they the long one."""
+        """The order that has waited longest takes the next step, so long and short orders do not block each other."""
         for order_id in "cab":
             self.give(order_id)
         self.assertEqual(self.attempted(), "c")
@@ -239,11 +239,11 @@ class AttemptTests(OrdersTestCase):
         self.assertEqual([self.attempted(), self.attempted()], ["b", "c"])
         self.go_on("c")
         self.go_on("b")
-        # The longest wait since its last step, or since it was given.
+        # The wait counts from the last step, or from the insert.
         self.assertEqual([self.attempted() for _ in range(5)], ["a", "d", "b", "c", None])
 
     def test_counted(self) -> None:
-        """An attempt is in the row before anything is done, and keeps others from it for a pause that doubles."""
+        """An attempt is counted before its step runs, and excludes the order for a pause that doubles up to 300 s."""
         self.give("a")
         pauses = []
         for attempts in (1, 2, 3):
@@ -260,7 +260,7 @@ class AttemptTests(OrdersTestCase):
         self.assertEqual(pause, 300)
 
     def test_patience(self) -> None:
-        """A young order is left to the link for so long, unless it came over it, or was attempted or begun before."""
+        """A new order is left to the link for patience_s, unless it came over a link, was attempted, or runs."""
         for order_id in ("expected", "young", "old", "tried", "begun"):
             self.give(order_id)
         self.execute("update s2s.orders set created_at = now() - interval '4 seconds' where order_id = 'old'")
@@ -273,7 +273,7 @@ class AttemptTests(OrdersTestCase):
         self.assertEqual(self.attempted(), "young")
 
     def test_in_hand(self) -> None:
-        """What the caller is at is not attempted by him again, though its pause is over; another may."""
+        """An order that the caller is running is not attempted again after its pause, except by another caller."""
         self.give("a")
         self.assertEqual(self.attempted(), "a")
         self.due()
@@ -281,7 +281,7 @@ class AttemptTests(OrdersTestCase):
         self.assertEqual(self.attempted(), "a")
 
     def test_resting(self) -> None:
-        """Of an RPC that rests what is queued is attempted, so that it can be refused, and what runs is left alone."""
+        """Of a resting RPC, a queued order is attempted, so that it can be refused, and a running order is skipped."""
         self.give("running", TICK)
         self.go_on("running")
         self.give("queued", TICK)
@@ -290,7 +290,7 @@ class AttemptTests(OrdersTestCase):
         self.assertEqual(self.attempted(), "running")
 
     def test_whose_it_is(self) -> None:
-        """What is over, of another release, or locked by whoever runs it is passed over."""
+        """An order that is over, of an unknown RPC, or locked by another session is skipped."""
         for order_id, rpc in (
             ("over", SECTOR),
             ("foreign", "of.another.v1"),
@@ -316,12 +316,12 @@ class StepTests(OrdersTestCase):
         return order
 
     def go_on_with(self, order: Order, state: Any, engine: str, is_next_ours: bool) -> Order:
-        """End a step that has more to do."""
+        """End a step of an order that has further steps."""
         after: Order = self.run_(table.go_on, order, order.place, state, engine, is_next_ours)
         return after
 
     def test_hold(self) -> None:
-        """Who attempted it last holds it; neither who did before, nor a second one, nor anybody once it is over."""
+        """Only the latest attempt can lock the order, only once, and not after its step or after the order is over."""
         self.give("a")
         first, second = self.attempt(), self.attempt()
         self.assertFalse(self.run_(table.hold, first))
@@ -330,7 +330,7 @@ class StepTests(OrdersTestCase):
             assert place is not None
             self.assertFalse(self.run_(table.hold, second))
             table.go_on(txn, second, place, {"done": 1, "total": 2}, "engine-1", False)
-        # Its step is done; the next attempt counts from one again.
+        # The step is done, so the next attempt is number one again.
         self.assertFalse(self.run_(table.hold, second))
         third = self.attempt()
         self.assertEqual((third.attempts, third.status, third.state), (1, "running", {"done": 1, "total": 2}))
@@ -339,11 +339,11 @@ class StepTests(OrdersTestCase):
         self.assertFalse(self.run_(table.hold, third))
 
     def answered(self, order_id: str = "a", boot_id: str | None = "stranger") -> Any:
-        """Take a foreign engine's word that an order is done."""
+        """Process the answer of a foreign engine that an order is done."""
         return self.run_(table.answered, order_id, "done", {"n": 1}, "foreign", boot_id)
 
     def test_answered(self) -> None:
-        """A foreign engine's word ends an order that nobody here is at, once, and leaves every other one alone."""
+        """The answer of a foreign engine ends an order once, if no engine of this database is running the order."""
         for order_id in "abcde":
             self.give(order_id)
         self.assertEqual(self.answered().status, "done")
@@ -351,7 +351,7 @@ class StepTests(OrdersTestCase):
         self.assertEqual(self.rows("engine, way, result")[0], ("foreign", "link", {"n": 1}))
         self.execute("update s2s.orders set attempts = 1, retry_at = now() + interval '1 minute' where order_id = 'b'")
         self.assertIsNone(self.answered("b"))
-        # Whoever attempted it is gone.
+        # The pause of that attempt is over.
         self.execute("update s2s.orders set retry_at = now() - interval '1 second' where order_id = 'b'")
         self.assertEqual(self.answered("b").status, "done")
         self.execute("update s2s.orders set status = 'running' where order_id = 'c'")
@@ -362,7 +362,7 @@ class StepTests(OrdersTestCase):
         self.assertIsNone(self.answered("of nobody"))
 
     def test_answered_by_an_engine_of_this_database(self) -> None:
-        """The word of an engine that shares the database changes nothing: its row says more."""
+        """The answer of an engine that shares the database changes nothing, because that engine writes the row."""
         self.give("a")
         with blocking(self.url) as txn:
             txn.execute("select pg_advisory_lock(%s)", (claims.presence_key("ours"),))
@@ -371,7 +371,7 @@ class StepTests(OrdersTestCase):
         self.assertEqual(self.answered(boot_id=None).status, "done")
 
     def test_overtaken(self) -> None:
-        """An attempt that others have got past holds nothing, though the step that is next has as many attempts."""
+        """An attempt whose step another engine has done meanwhile locks nothing, even with equal attempt counts."""
         self.give("a")
         self.go_on_with(self.attempt(), {"done": 1}, "engine-1", False)
         slow = self.attempt()
@@ -382,7 +382,7 @@ class StepTests(OrdersTestCase):
         self.assertTrue(self.run_(table.hold, fast))
 
     def test_the_next_is_ours(self) -> None:
-        """Who goes on at once has the attempt of the next step, which nobody else gets, and can give it back."""
+        """An engine that continues at once owns the attempt of the next step, and can release it."""
         self.give("a")
         first = self.attempt()
         next_ = self.run_(table.go_on, first, first.place, {"done": 1}, "engine-1", True)
@@ -395,7 +395,7 @@ class StepTests(OrdersTestCase):
         self.assertFalse(self.run_(table.hold, next_))
 
     def test_a_row_that_has_moved(self) -> None:
-        """A row that was changed since its place was read is found by its key."""
+        """A row that was updated after its ``ctid`` was read is found by its key."""
         self.give("a")
         order = self.attempt()
         self.execute("update s2s.orders set actor = 'other'")
@@ -403,7 +403,7 @@ class StepTests(OrdersTestCase):
         self.assertEqual(self.go_on_with(order, {"done": 1}, "engine-1", True).actor, "other")
 
     def test_a_trigger_that_returns_the_old_row(self) -> None:
-        """A row that a trigger leaves as it was is told as kept, at an attempt, a step and the end."""
+        """A row that a trigger keeps unchanged is reported as refused, at an attempt, a step and the end."""
         self.give("a")
         self.give("b")
         order = self.attempt()
@@ -421,7 +421,7 @@ class StepTests(OrdersTestCase):
             self.assertIn("trigger old on s2s.orders", str(refused))
 
     def test_undone(self) -> None:
-        """A step that is rolled back leaves the row as the attempt made it."""
+        """A step that is rolled back leaves the row as the attempt wrote it."""
         self.give("a")
         order = self.attempt()
         before = self.rows("*")
@@ -432,7 +432,7 @@ class StepTests(OrdersTestCase):
         self.assertEqual(self.rows("*"), before)
 
     def test_a_life(self) -> None:
-        """Begun, gone on and done: its row and the audit say who ran it, how it came, when, and what it came to."""
+        """The row and the audit of a finished order hold the engine, the way, the times and the result."""
         self.give("a", SHIPS, {"new_value": 1})
         self.go_on_with(self.attempt(), {"done": 1, "total": 2}, "engine-1", False)
         begun = self.run_(table.show, "a")
@@ -449,7 +449,7 @@ class StepTests(OrdersTestCase):
         self.assertEqual(audit, [("a", None), ("a", told)])
 
     def test_shown(self) -> None:
-        """People see one by its id, and the newest of a status or an RPC first, so many at most."""
+        """Operators can show one order by its id, and list the newest ones by status or RPC, up to a limit."""
         for order_id, rpc in (("c", SECTOR), ("b", SHIPS), ("a", SECTOR)):
             self.give(order_id, rpc)
         self.run_(table.finish, self.run_(table.find, "c"), "refused", None, "engine-1")

@@ -1,4 +1,4 @@
-"""Tables ``outbox`` and ``broadcasts``: from an operator's word to a command on its way."""
+"""Tables ``outbox`` and ``broadcasts``: from an operator's message to a leased command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FAR = 2**53 - 1
 
 class _StoreTestCase(DatabaseTestCase):
     def setUp(self) -> None:
-        """Start two pools, as two processes have them."""
+        """Start two pools, as two processes would."""
         super().setUp()
         self.databases = [Database(self.url, threads=2) for _ in range(2)]
         for database in self.databases:
@@ -37,7 +37,7 @@ class OutboxTests(_StoreTestCase):
     """:mod:`s2s.store.tables.outbox`."""
 
     async def put(self, *keys: str) -> None:
-        """Emit commands."""
+        """Insert commands."""
         for key in keys:
             await self.run_work(outbox.put, "test.run", key, {"n": 1})
 
@@ -46,7 +46,7 @@ class OutboxTests(_StoreTestCase):
         return await self.run_work(outbox.Claims().claim, limit, 60.0, exclude_ids)
 
     async def test_a_row_becomes_a_push(self) -> None:
-        """What is put comes out as a payload that the catalogue lets pass, with and without a due_at."""
+        """A row becomes a push that the schema of the catalogue accepts, with and without a due_at."""
         with blocking(self.url) as txn:
             outbox.put(txn, "test.run", "k-1", {"n": 1}, priority=3, due_at=4102444800)
             outbox.put(txn, "test.run", "k-2", {})
@@ -60,7 +60,7 @@ class OutboxTests(_StoreTestCase):
             BY_NAME[COMMAND_PUSH].request_schema.check(push)
 
     async def test_only_what_can_be_pushed_is_kept(self) -> None:
-        """What the push's schema or canonical JSON refuses is refused when it is put."""
+        """A command that the schema of a push or canonical JSON refuses is refused at the insert."""
         await self.assertFailure(self.run_work(outbox.put, "test.run", "k", {"n": 1.5}), CanonicalError)
         for cmd_type, key in (
             ("Bad", "k"),
@@ -74,7 +74,7 @@ class OutboxTests(_StoreTestCase):
         await self.run_work(outbox.put, "a" + "_.9" * 21, "~ " * 100, {})
 
     async def test_too_big_to_send(self) -> None:
-        """A command whose frame would be too long is refused with size and limit, to the byte; a batch as a whole."""
+        """A command whose frame is a byte too long is refused with size and limit; a batch is refused as a whole."""
         put = partial(outbox.put, frame_size=4096)
         overhead = outbox.frame_size_of(outbox.OutboxRow(0, "a.b", 'k"', {"text": ""}, 7, 4102444800, 0).push())
         room = 4096 - overhead
@@ -87,13 +87,13 @@ class OutboxTests(_StoreTestCase):
             batch = [("small", {}), ("big", {"text": "x" * frame_size})]
             put_batch = partial(outbox.put_batch, frame_size=frame_size)
             await self.assertFailure(self.run_work(put_batch, "a.b", batch), TooBigToSend)
-        # Limits are 65536 where nothing is said.
+        # The default limit is 65536 bytes.
         await self.assertFailure(self.run_work(outbox.put, "a.b", "k", {"text": "x" * 65_536}), TooBigToSend)
         await self.run_work(outbox.put_batch, "a.b", [("k", {"text": "x" * 64_000})])
         self.assertEqual(self.execute("select idem_key from s2s.outbox order by 1"), [("k",), ('k"',)])
 
     async def test_leases(self) -> None:
-        """A leased row is nobody else's until the lease ends, and not its holder's while it is in flight."""
+        """A leased row is not leased again until its lease ends, and not to its holder while it is in flight."""
         await self.put("a", "b")
         rows = await self.claim()
         self.assertEqual([row.idem_key for row in rows], ["a", "b"])
@@ -102,7 +102,7 @@ class OutboxTests(_StoreTestCase):
         self.assertEqual([row.idem_key for row in await self.claim(rows[0].outbox_id)], ["b"])
 
     def test_a_burst(self) -> None:
-        """A claim reads what it leases and little more, also where the statistics know nothing of what waits."""
+        """A claim reads little more than the rows that it leases, also if the statistics lack the waiting rows."""
         self.execute(
             "insert into s2s.outbox (cmd_type, idem_key, payload) select 'test.run', 'b' || i, '{}'"
             " from generate_series(1, 20000) i"
@@ -112,7 +112,7 @@ class OutboxTests(_StoreTestCase):
             self.assertLess(rows_read(txn, "outbox"), 1500)
 
     def test_dead_front(self) -> None:
-        """With a snapshot held, a claim reads what waits and not what was sent before."""
+        """While a snapshot is held, a claim reads the waiting rows and not the rows that were sent before."""
         self.patch(lookback, "CHEAP_S", -1.0)
         claims = outbox.Claims(lambda: 0.0)
         with blocking(self.url) as holder:
@@ -132,7 +132,7 @@ class OutboxTests(_StoreTestCase):
                 self.assertEqual(claims.depth(txn), 1)
 
     def pages(self, claims: outbox.Claims) -> int:
-        """Count the pages that a claim reads; it is undone."""
+        """Count the pages that a claim reads, and roll the claim back."""
         with blocking(self.url) as txn:
             claims.claim(txn, 200, 5.0)
             statement = txn.query.rpartition(b" = off; ")[2]
@@ -143,7 +143,7 @@ class OutboxTests(_StoreTestCase):
         return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
     def test_below_the_start(self) -> None:
-        """A row that appears below where claims start is leased: one of a late commit, one that is due in the past."""
+        """A row that appears below the start point of claims, by a late commit or a past send_at, is leased."""
         self.patch(lookback, "CHEAP_S", -1.0)
         now = [0.0]
         claims = outbox.Claims(lambda: now[0])
@@ -172,7 +172,7 @@ class OutboxTests(_StoreTestCase):
         self.assertEqual(sorted([*claim(), *claim(), *claim()]), ["0", "1", "2", "3", "4", "now"])
 
     def test_idle(self) -> None:
-        """Where looks are cheap, a claim that finds nothing has looked at everything: an engine that stops is empty."""
+        """If scans are cheap, a claim that finds nothing has scanned all rows, so an engine that stops is empty."""
         self.patch(lookback, "CHEAP_S", float("inf"))
         claims = outbox.Claims(lambda: 0.0)
         for key, age in (("a", 0), ("b", 3600)):
@@ -186,7 +186,7 @@ class OutboxTests(_StoreTestCase):
                 self.assertEqual([row.idem_key for row in claims.claim(txn, 10, 60.0)], [key])
 
     async def test_renewed_and_given_back(self) -> None:
-        """A lease can be lengthened, and ended; neither counts as an attempt, and what was set aside stays so."""
+        """Renewing or releasing a lease counts no attempt, and leaves a dead row dead."""
         await self.put("kept", "returned", "cancelled")
         kept, returned, cancelled = [row.outbox_id for row in await self.claim()]
         self.execute("update s2s.outbox set state = 'dead' where outbox_id = %s", cancelled)
@@ -200,7 +200,7 @@ class OutboxTests(_StoreTestCase):
         self.assertLessEqual(lease_s, 0)
 
     async def test_settling(self) -> None:
-        """Rows are deleted, sent again later, or set aside with the reason; the depth counts what waits."""
+        """Rows are deleted, retried later, or set dead with the reason; the depth counts the waiting rows."""
         await self.put("done", "again", "dead")
         done, again, dead = await self.claim()
         await self.run_work(outbox.delete, [done.outbox_id])
@@ -215,12 +215,12 @@ class OutboxTests(_StoreTestCase):
         )
 
     async def test_nothing_to_settle(self) -> None:
-        """Settling no row at all is no error."""
+        """Settling an empty list of rows is no error."""
         for settle in (outbox.delete, outbox.retry, outbox.kill):
             await self.run_work(settle, [])
 
     async def test_two_engines_share(self) -> None:
-        """Two engines that claim at once never get the same row, and together get every one."""
+        """Engines that claim at once never lease the same row, and together lease every row."""
         with blocking(self.url) as txn:
             outbox.put_batch(txn, "test.run", [(f"k-{n}", {}) for n in range(400)])
         claims = await gatherResults(
@@ -236,7 +236,7 @@ class FrameSizeTests(SynchronousTestCase):
     """:func:`outbox.frame_size_of` and :func:`outbox.check`."""
 
     def test_no_frame_is_longer(self) -> None:
-        """No key and no id makes a frame longer than was said, and the longest are hardly shorter."""
+        """No frame is longer than the computed size, and the longest frame is less than 120 bytes shorter."""
         for row in (
             OutboxRow(0, "x" * 64, '"\\' * 100, {"text": "é" * 500}, 1000, 4102444800, 0),
             OutboxRow(0, "x", "k", {}, 0, None, 0),
@@ -247,11 +247,11 @@ class FrameSizeTests(SynchronousTestCase):
                 key=Key("k" * 64, Secret(bytes(32)), "any", 0.0),
             )  # fmt: skip
             said = outbox.frame_size_of(row.push())
-            self.assertEqual(said, envelope.size(COMMAND_PUSH, body))  # what a link judges by
+            self.assertEqual(said, envelope.size(COMMAND_PUSH, body))  # the size that a link checks
             self.assertIn(said - len(frame), range(120))
 
     def test_depth(self) -> None:
-        """What lies too deep in its frame is refused here, since the peer would close the link over it, and again."""
+        """A payload that is too deep for its frame is refused, since the peer would close the link each time."""
 
         def nested(depth: int) -> dict[str, Any]:
             return {"in": nested(depth - 1)} if depth > 1 else {}
@@ -261,7 +261,7 @@ class FrameSizeTests(SynchronousTestCase):
             outbox.check("a.b", "k", nested(canonical.MAX_DEPTH - 1))
 
     def test_what_cannot_be_said(self) -> None:
-        """A payload without a canonical form is told by its place in the payload."""
+        """The error for a payload without a canonical form has the place in the payload."""
         error = self.assertRaises(CanonicalError, outbox.check, "a.b", "k", {"n": 1.5})
         self.assertIn("at /n:", str(error))
 
@@ -274,7 +274,7 @@ class BroadcastTests(_StoreTestCase):
         return await self.run_work(broadcasts.sweep, since_ts, limit, frame_size)
 
     async def test_plain_sql_is_enough(self) -> None:
-        """A message typed in plain SQL is swept into a valid notice to everyone, once."""
+        """A message inserted with plain SQL is swept once, into a valid notice to all players."""
         self.execute("insert into s2s.broadcasts (message) values ('x')")
         self.assertEqual(await self.sweep(), 1)
         self.assertEqual(await self.sweep(), 0)
@@ -300,7 +300,7 @@ class BroadcastTests(_StoreTestCase):
         self.assertEqual(await self.sweep(), 2)
 
     async def test_nothing_invalid_is_stored(self) -> None:
-        """The table refuses exactly what the schema of notice.publish refuses."""
+        """The table refuses exactly the rows that the schema of notice.publish refuses."""
         schema = Schema(NoticePublish.schema)
         base: dict[str, Any] = {"scope": "global", "message": "x", "severity": "info"}
         changes: list[dict[str, Any]] = [
@@ -336,7 +336,7 @@ class BroadcastTests(_StoreTestCase):
             schema.check(payload)
 
     async def test_since_is_inclusive(self) -> None:
-        """since_ts leaves what is older pending, takes what was created in that very second, and may be any integer."""
+        """A sweep takes broadcasts from second since_ts on and leaves older ones; since_ts may be any integer."""
         self.execute(
             "insert into s2s.broadcasts (message, created_at) values"
             " ('old', to_timestamp(999.999)), ('then', to_timestamp(1000)), ('new', to_timestamp(1001))"
@@ -346,7 +346,7 @@ class BroadcastTests(_StoreTestCase):
         self.assertEqual(self.execute("select message from s2s.broadcasts where state = 'pending'"), [("old",)])
 
     async def test_what_does_not_fit_is_refused(self) -> None:
-        """A broadcast too big to send is set aside with the reason, and takes nobody else's place in the limit."""
+        """A broadcast too big to send is refused with the reason, and does not count towards the limit."""
         for message in ("é" * 4000, "a", "é" * 4000, "b", "c"):
             self.execute("insert into s2s.broadcasts (message) values (%s)", message)
         self.assertEqual(await self.sweep(limit=2, frame_size=4096), 2)
@@ -359,7 +359,7 @@ class BroadcastTests(_StoreTestCase):
         )
 
     async def test_sweeps_overlap(self) -> None:
-        """Sweeps of two engines at once queue every broadcast exactly once."""
+        """Concurrent sweeps of two engines queue every broadcast exactly once."""
         self.execute("insert into s2s.broadcasts (message) select 'm' || n from generate_series(1, 1000) n")
         sweeps = [database.run(broadcasts.sweep, 0, 300, 65536) for _ in range(4) for database in self.databases]
         self.assertEqual(sum(await gatherResults(sweeps)) + await self.sweep(limit=1000), 1000)
@@ -372,7 +372,7 @@ class NoticeTests(_StoreTestCase):
     """:mod:`s2s.store.tables.notices`."""
 
     async def test_every_valid_notice_is_stored(self) -> None:
-        """The widest values that the schema lets pass are stored; a life too long for PostgreSQL is cut."""
+        """The largest values that the schema accepts are stored; a ttl_s too long for PostgreSQL is cut."""
         payloads = [
             {"scope": "sector", "sector_id": _FAR, "message": "m" * 4000, "severity": "warn", "ttl_s": _FAR},
             {"scope": "global", "message": "m", "severity": "info", "ttl_s": 60},
@@ -388,7 +388,7 @@ class NoticeTests(_StoreTestCase):
         self.assertEqual((newest.cmd_id, newest.message, newest.expires_at), (3, "m", None))
 
     async def test_one_notice_for_a_command(self) -> None:
-        """A second notice of the same command is refused by name."""
+        """A second notice of the same command is refused with the name of the constraint."""
         payload = {"scope": "global", "message": "m", "severity": "info"}
         await self.run_work(notices.insert_batch, [(1, payload)])
         error = await self.assertFailure(self.run_work(notices.insert_batch, [(1, payload)]), StatementRefused)

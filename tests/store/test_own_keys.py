@@ -1,4 +1,4 @@
-"""Keys of our own making: two databases never make the same one."""
+"""The ``idem_key`` values that s2s makes: two databases never make the same one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.support.waiting import poll
 
 
 class IdTests(DatabaseTestCase):
-    """Table ``s2s_database``."""
+    """Table ``s2s.database``."""
 
     def test_made_once(self) -> None:
-        """The id is made by the migration and stays; without its row another one is made, and kept."""
+        """The migration makes the id, which does not change; if its row is missing, a new id is made and kept."""
         with blocking(self.url) as txn:
             self.assertEqual([database_id(txn), database_id(txn)], [self.database_id()] * 2)
         old = self.database_id()
@@ -32,7 +32,7 @@ class IdTests(DatabaseTestCase):
         self.assertEqual(self.database_id(), made)
 
     def test_a_copy(self) -> None:
-        """The documented statement gives a copied database an id of its own."""
+        """The documented statement assigns a new id to a copied database."""
         documented = "update s2s.database set database_id = default"
         page = Path(__file__).parents[2] / "docs" / "protocol.rst"
         self.assertTrue(documented in page.read_text("utf-8"), "it is not documented")
@@ -42,15 +42,15 @@ class IdTests(DatabaseTestCase):
 
 
 class TwoDatabasesTests(RoleTestCase):
-    """Two engines with a database of their own each push to one server."""
+    """Two engines, each with its own database, push to one server."""
 
     def rebuilt(self, name: str) -> Session:
-        """Make the database of another engine, with serial numbers that begin anew."""
+        """Make the database of another engine, whose serial numbers start at 1."""
         make_database(name, template())
         self.addCleanup(drop_database, name)
         session = Session(database_url(name))
         self.addCleanup(session.close)
-        # The tests copy one template, and a copy keeps the id.
+        # The databases of the tests are copies of one template, and a copy keeps the id.
         session.run("update s2s.database set database_id = default")
         session.run(
             "insert into s2s.s2s_keys (key_id, key_b64, role, active_from) values (%s, %s, 'any', to_timestamp(0))", *K1
@@ -59,7 +59,7 @@ class TwoDatabasesTests(RoleTestCase):
 
     @inlineCallbacks
     def test_broadcasts_and_jobs(self) -> Iterator[Deferred[Any]]:
-        """Broadcasts of the same number, and jobs due at the same second, are all published and none goes dead."""
+        """Broadcasts with equal numbers and jobs due at the same second are all published, and no row is dead."""
         sessions = [self.rebuilt(f"{self.id().rpartition('.')[2]}_{number}") for number in (1, 2)]
         for at, session in enumerate(sessions):
             session.run("insert into s2s.broadcasts (message) select 'cast ' || %s || ' ' || generate_series(1, 5)", at)
@@ -90,7 +90,7 @@ class TwoDatabasesTests(RoleTestCase):
 
     @inlineCallbacks
     def test_a_restored_database(self) -> Iterator[Deferred[Any]]:
-        """After a restore from a dump, new content under a number that was used is published, and old content once."""
+        """After a restore, new content under a reused number is published, and old content is published once."""
         name = self.id().rpartition(".")[2]
         session = self.rebuilt(name)
         session.run(
@@ -110,7 +110,7 @@ class TwoDatabasesTests(RoleTestCase):
         yield engine.start()
         yield poll(lambda: self.count("notices") == 5, "all are published")
         engine.stop()
-        # The dump was made when two broadcasts were there, one of them swept, and before the job ran.
+        # Restore a dump that was made with two broadcasts, one of them swept, and before the job ran.
         session.run(
             "delete from s2s.broadcasts where broadcast_id > 2;"
             "update s2s.broadcasts set state = 'pending', queued_at = null where broadcast_id = 2;"
@@ -129,7 +129,7 @@ class TwoDatabasesTests(RoleTestCase):
 
     @inlineCallbacks
     def test_old_keys(self) -> Iterator[Deferred[Any]]:
-        """What was queued under a key of the old form is sent under it, and is known under it."""
+        """An outbox row with a key of the old format is sent and stored under that key."""
         with blocking(self.url) as txn:
             notice = {"scope": "global", "message": "old", "severity": "info"}
             outbox.put(txn, "notice.publish", "broadcast:1", notice)

@@ -1,4 +1,4 @@
-"""Taking turns at a table."""
+"""The poll loop."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class TurnsTests(SynchronousTestCase):
     """:class:`PollLoop`."""
 
     def setUp(self) -> None:
-        """Make two lines, whose turns give what the test says."""
+        """Make a loop of two workers whose polls return the value that the test sets."""
         self.time = FakeClock()
         self.taken: list[int] = []
         self.gives: Any = None
         self.turns = PollLoop("a line", self.turn, self.time, 2)
 
     async def turn(self, line: int) -> float | None:
-        """Take a turn."""
+        """Poll once."""
         self.taken.append(line)
         if isinstance(self.gives, Exception):
             raise self.gives
@@ -33,7 +33,7 @@ class TurnsTests(SynchronousTestCase):
         return self.gives  # type: ignore[no-any-return]
 
     def test_sleep(self) -> None:
-        """Each line looks at once, then after what its turn has said, and after a poll's time at the latest."""
+        """Each worker polls at once, then after the time that its poll returned, :data:`POLL_S` at the latest."""
         self.gives = 0.25
         self.turns.start()
         self.assertEqual(self.taken, [0, 1])
@@ -47,7 +47,7 @@ class TurnsTests(SynchronousTestCase):
         self.assertEqual(self.taken, [0, 1] * 5)
 
     def test_trouble(self) -> None:
-        """Why turns fail is told as soon as every one has failed for long, until one does not."""
+        """Once every poll has failed for :data:`FAILING_S`, the loop reports the reason until a poll succeeds."""
         self.gives = DatabaseUnavailable("gone")
         self.turns.start()
         for _ in range(int(FAILING_S)):
@@ -59,7 +59,7 @@ class TurnsTests(SynchronousTestCase):
         self.assertEqual(self.turns.trouble, "")
 
     def test_wake(self) -> None:
-        """A wake lets one line look, or all of them; one that comes during a turn is not lost."""
+        """A wake-up makes one worker poll, or all of them; a wake-up during a poll is not lost."""
         self.turns.start()
         self.turns.wake()
         self.assertEqual(self.taken, [0, 1, 0])
@@ -74,7 +74,7 @@ class TurnsTests(SynchronousTestCase):
         self.assertGreater(len(self.taken), before)
 
     def test_errors(self) -> None:
-        """What a turn raises ends no line; of a database that is away nothing is said, of the rest once a turn."""
+        """An exception ends no worker; an unavailable database is not logged, other errors once for each poll."""
         self.gives = DatabaseUnavailable("gone")
         self.turns.start()
         self.time.advance(POLL_S)
@@ -87,7 +87,7 @@ class TurnsTests(SynchronousTestCase):
         self.assertEqual(len(self.taken), 8)
 
     def test_stop(self) -> None:
-        """A stop waits for the turns under way, wakes whoever sleeps, and lets no other turn begin."""
+        """A stop waits for the running polls, wakes the sleeping workers, and lets no further poll begin."""
         self.turns.start()
         self.gives = Deferred()
         self.turns.wake()

@@ -1,4 +1,4 @@
-"""The pool: one transaction for each call, our own errors, and a database that goes and comes back."""
+"""The pool: one transaction for each call, s2s errors, and a database that fails and recovers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TellingTests(DatabaseTestCase):
     """:func:`s2s.store.driver.translate_error`."""
 
     def test_libpqs_own(self) -> None:
-        """An error that is not the server's is one of the connection, though psycopg2 may not know it yet."""
+        """An error of libpq means a lost connection, even if psycopg2 has not marked the connection as closed."""
         connection = psycopg2.connect(self.url)
         self.addCleanup(connection.close)
         for error in (
@@ -58,14 +58,14 @@ class TellingTests(DatabaseTestCase):
         )
 
     def test_the_line_that_says_most(self) -> None:
-        """Of a host with several addresses, the one at which PostgreSQL answered tells why there is no connection."""
+        """For a host with several addresses, the error of the address at which PostgreSQL answers is reported."""
         text = 'connection to "::1" failed: refused\nconnection to "127.0.0.1" failed: FATAL:  role "u" does not exist'
         told = driver.translate_error(psycopg2.OperationalError(text))
         self.assertIn('role "u" does not exist', str(told))
         self.assertEqual(told.state, "28000")
 
     async def test_a_backslash_in_a_parameter(self) -> None:
-        """A parameter arrives as it is where the default of a user has backslashes escape in literals."""
+        """A parameter arrives unchanged if a user's default makes backslashes escape characters in literals."""
         given = "a\\n\\' or 1=1; --"
         options = quote("-c standard_conforming_strings=off -c search_path=public")
         url = f"{self.url}{'&' if '?' in self.url else '?'}options={options}"
@@ -81,14 +81,14 @@ class TellingTests(DatabaseTestCase):
         self.assertEqual(await asked, [(given,)])
 
     def test_a_pooler_that_drops_options(self) -> None:
-        """A connection whose literals would be misread is refused with the statement that mends it."""
+        """A connection that would misread our literals is refused with the statement that fixes it."""
         connection = psycopg2.connect(self.url, options="-c standard_conforming_strings=off")
         self.addCleanup(connection.close)
         with self.assertRaisesRegex(psycopg2.OperationalError, "alter role"):
             prepare(connection, 1.0, 1.0)
 
     def test_no_connections_are_allowed(self) -> None:
-        """A database that takes no connections is told with the statement that mends it."""
+        """The error for a database that allows no connections names the statement that allows them."""
         name = parse_dsn(self.url)["dbname"]
         with Session(cluster_url()) as session:
             session.run(f"alter database {name} allow_connections false")
@@ -96,7 +96,7 @@ class TellingTests(DatabaseTestCase):
         self.assertIn("alter database NAME allow_connections true", with_cure(error))
 
     def test_what_is_lost(self) -> None:
-        """A transaction is lost with its connection, and when somebody in it has ended it."""
+        """A transaction is lost with its connection, and after a COMMIT inside it."""
         connection = psycopg2.connect(self.url)
         self.addCleanup(connection.close)
         txn = connection.cursor()
@@ -113,15 +113,15 @@ class TellingTests(DatabaseTestCase):
 
 
 class UrlTests(SynchronousTestCase):
-    """Reading a database URL."""
+    """How a database URL is read."""
 
     def test_url_wins(self) -> None:
-        """What the URL says stands above what we would say, and the rest is filled in."""
+        """Parameters in the URL override our parameters, which are used otherwise."""
         given = driver.parameters("postgresql://u@h/d?connect_timeout=2", application_name="ours")
         self.assertEqual((given["connect_timeout"], given["application_name"]), ("2", "ours"))
 
     def test_unreadable_urls_show_no_password(self) -> None:
-        """A URL that cannot be read, or that a password cuts in the wrong place, is refused without quoting it."""
+        """A URL that is invalid, or that its password splits wrongly, is refused without quoting the password."""
         for url in (
             f"postgresql://u:{_PASSWORD}@h:1/d?no_such=1",
             f"postgresql://u:{_PASSWORD}@{_PASSWORD}@h/d",
@@ -135,7 +135,7 @@ class UrlTests(SynchronousTestCase):
                 self.assertNotIn("\n", str(error))
 
     def test_repr_shows_no_password(self) -> None:
-        """The object that holds the URL shows no password."""
+        """The repr of the object that holds the URL contains no password."""
         self.assertNotIn(_PASSWORD, repr(Database(f"postgresql://u:{_PASSWORD}@h/d")))
 
 
@@ -149,7 +149,7 @@ class DatabaseTests(DatabaseTestCase):
         self.database = self.start_database(threads=2)
 
     def start_database(self, url: str = "", **options: Any) -> Database:
-        """Start a pool that ends with the test."""
+        """Start a pool, and stop it when the test ends."""
         database = Database(url or self.url, **options)
         database.start()
         self.addCleanup(database.stop)
@@ -160,12 +160,12 @@ class DatabaseTests(DatabaseTestCase):
         self.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s'")
 
     async def test_commits(self) -> None:
-        """What returns is committed before the Deferred fires."""
+        """The transaction of a call that returns is committed before the Deferred fires."""
         await self.database.run(_one, "insert into public.t values (1)")
         self.assertEqual(self.execute("select a from public.t"), [(1,)])
 
     async def test_rolls_back(self) -> None:
-        """What raises is rolled back and comes through as it is."""
+        """The transaction of a call that raises is rolled back, and its exception is passed on unchanged."""
 
         def work(txn: driver.Cursor) -> None:
             txn.execute("insert into public.t values (1)")
@@ -175,7 +175,7 @@ class DatabaseTests(DatabaseTestCase):
         self.assertEqual(self.execute("select a from public.t"), [])
 
     async def test_refusals_name_the_constraint_and_no_data(self) -> None:
-        """A violated constraint is named; the row is not quoted."""
+        """The error names the violated constraint and does not quote the row."""
         await self.database.run(_one, "insert into public.t values (4711)")
         twice = await self.assertFailure(
             self.database.run(_one, "insert into public.t values (4711)"), StatementRefused
@@ -189,7 +189,7 @@ class DatabaseTests(DatabaseTestCase):
         self.assertNotIn("4711", str(wrong))
 
     async def test_a_swallowed_error_is_no_commit(self) -> None:
-        """Work that swallows a statement's error does not pass for committed."""
+        """A call that swallows the error of a statement fails, since its transaction is not committed."""
 
         def work(txn: driver.Cursor) -> None:
             txn.execute("insert into public.t values (1)")
@@ -201,20 +201,20 @@ class DatabaseTests(DatabaseTestCase):
         await self.assertFailure(self.database.run(work), StatementRefused)
 
     async def test_session_settings(self) -> None:
-        """A connection has its time limits, its name, and a COMMIT that waits for the disk."""
+        """A connection has its time limits, its application_name, and a COMMIT that waits for the disk."""
         names = ("statement_timeout", "idle_in_transaction_session_timeout", "synchronous_commit", "timezone")
         values = [await self.database.run(_one, f"select current_setting('{name}')") for name in names]
         self.assertEqual(values, ["8s", "1min", "on", "UTC"])
         self.assertEqual(await self.database.run(_one, "show application_name"), "s2s")
 
     async def test_statement_timeout(self) -> None:
-        """A statement over its time is cancelled and reported as unavailable; the connection lives on."""
+        """A statement over its timeout is cancelled and reported as unavailable; the connection stays usable."""
         database = self.start_database(threads=1, statement_timeout_s=0.05)
         await self.assertFailure(database.run(_one, "select pg_sleep(5)"), DatabaseUnavailable)
         self.assertEqual(await database.run(_one, "select 1"), 1)
 
     async def test_refused_connections(self) -> None:
-        """A connection that is refused, or cannot be prepared, leaves no descriptor open, whenever Python collects."""
+        """A refused or unprepared connection leaves no descriptor open, even without garbage collection."""
         gc.disable()
         self.addCleanup(gc.enable)
         refused = self.start_database(self.url.replace("/test_", "/no_such_", 1), threads=1)
@@ -227,14 +227,14 @@ class DatabaseTests(DatabaseTestCase):
         self.assertLessEqual(len(os.listdir("/proc/self/fd")), open_before + 4)
 
     async def test_lost_idle_connections_cost_nobody_anything(self) -> None:
-        """After the database has ended our idle connections, the next calls connect anew without a failure."""
+        """After the database has closed idle connections, the next calls reconnect without a failure."""
         await gatherResults([self.database.run(_one, "select pg_sleep(0.05)") for _ in range(2)])
         self.kill_connections()
         await poll(lambda: self.execute("select 1 from pg_stat_activity where application_name = 's2s'") == [])
         self.assertEqual(await gatherResults([self.database.run(_one, "select 7") for _ in range(4)]), [7] * 4)
 
     async def test_lost_under_way(self) -> None:
-        """A connection that ends under a statement is a DatabaseUnavailable with no traceback; the next call works."""
+        """A connection lost during a statement raises DatabaseUnavailable without a traceback; the next call works."""
 
         def work(txn: driver.Cursor) -> None:
             txn.execute("insert into public.t values (1)")
@@ -246,7 +246,7 @@ class DatabaseTests(DatabaseTestCase):
         self.assertEqual(self.flushLoggedErrors(), [])
 
     async def test_lost_before_the_commit(self) -> None:
-        """Of a COMMIT that finds no connection, or loses it, the outcome is unknown."""
+        """A COMMIT on a lost connection, or one that loses it, raises CommitLost: its outcome is unknown."""
 
         def work(txn: driver.Cursor) -> None:
             txn.execute("insert into public.t values (1)")
@@ -267,7 +267,7 @@ class DatabaseTests(DatabaseTestCase):
             self.assertRaises(CommitLost, pool.step, txn, die)
 
     async def test_refused_by_the_commit(self) -> None:
-        """What the COMMIT itself refuses is refused, and was not done."""
+        """A transaction that the COMMIT itself refuses raises StatementRefused."""
 
         def work(txn: driver.Cursor) -> None:
             txn.execute(
@@ -278,7 +278,7 @@ class DatabaseTests(DatabaseTestCase):
         await self.assertFailure(self.database.run(work), StatementRefused)
 
     async def test_an_outage_is_told_once(self) -> None:
-        """However many calls fail, the log has one line when the database goes and one when it is back."""
+        """However many calls fail, the log has one line at the start of an outage and one at its end."""
         said: list[str] = []
 
         def hear(event: LogEvent) -> None:
@@ -301,13 +301,13 @@ class DatabaseTests(DatabaseTestCase):
         self.assertEqual(said[1:], ["the database is available again"])
 
     async def test_a_wrong_password_is_not_told(self) -> None:
-        """A failure to connect says why without the password."""
+        """The error of a failed connect does not contain the password."""
         url = f"postgresql://nobody:{_PASSWORD}@127.0.0.1:1/d"
         error = await self.assertFailure(self.start_database(url).run(_one, "select 1"), DatabaseUnavailable)
         self.assertNotIn(_PASSWORD, str(error))
 
     async def test_bounded(self) -> None:
-        """Over the bound of waiting calls, further ones are refused at once; the counters tell."""
+        """Calls beyond the limit of waiting calls are refused at once and counted."""
         counters = Counters()
         database = self.start_database(threads=1, max_waiting=2, counters=counters)
         gate = threading.Event()
@@ -321,7 +321,7 @@ class DatabaseTests(DatabaseTestCase):
         self.assertEqual((database.running, database.waiting), (0, 0))
 
     async def test_stop_finishes_what_runs(self) -> None:
-        """Stopping waits for what is under way, closes every connection, and refuses what comes after."""
+        """A stop waits for running and queued calls, closes every connection, and refuses later calls."""
         database = self.start_database(threads=2, application_name="stopped")
         calls = [database.run(_one, "select pg_sleep(0.1)") for _ in range(4)]
         stopped = database.stop()
@@ -331,7 +331,7 @@ class DatabaseTests(DatabaseTestCase):
         await poll(lambda: self.execute(count) == [(0,)])
 
     async def test_cancel(self) -> None:
-        """Cancelling ends what runs, refuses what waits and what comes, and tells no outage."""
+        """A cancel ends running calls, refuses waiting and later calls, and reports no outage."""
         database = self.start_database(threads=1, application_name="cancelled")
         calls = [database.run(_one, "select pg_sleep(60)"), database.run(_one, "insert into public.t values (1)")]
         await poll(lambda: self.execute("select 1 from pg_stat_activity where wait_event = 'PgSleep'"), "the statement")
@@ -346,12 +346,12 @@ class DatabaseTests(DatabaseTestCase):
         self.assertEqual(self.execute("select * from public.t"), [])
 
     async def test_cancel_with_nothing_under_way(self) -> None:
-        """Cancelling what does nothing, or was never started, is done at once."""
+        """A cancel finishes at once if the pool is idle or was never started."""
         self.assertTrue(self.successResultOf(self.start_database().cancel()))
         self.assertTrue(self.successResultOf(Database(self.url).cancel()))
 
     async def test_nothing_is_committed_after_cancel(self) -> None:
-        """Work that no statement can fail any more is rolled back too; the cancelling does not wait for it for ever."""
+        """A cancelled call that runs no further statement is rolled back; the cancel waits for it a bounded time."""
         self.patch(pool, "CANCEL_S", 0.1)
         gate, inside = threading.Event(), threading.Event()
         self.addCleanup(gate.set)
@@ -371,7 +371,7 @@ class DatabaseTests(DatabaseTestCase):
         self.assertEqual(self.execute("select * from public.t"), [])
 
     async def test_run_last(self) -> None:
-        """The last words get through after the cancelling, and fail in bounded time."""
+        """A shutdown transaction works after a cancel, and fails within a bounded time."""
         await self.database.cancel()
         await self.database.run_at_shutdown(_one, "insert into public.t values (1)")
         self.assertEqual(self.execute("select a from public.t"), [(1,)])
@@ -382,7 +382,7 @@ class DatabaseTests(DatabaseTestCase):
         await self.assertFailure(self.database.run_at_shutdown(lambda txn: gate.wait(10)), DatabaseUnavailable)
 
     async def test_what_the_work_makes_of_a_lost_connection(self) -> None:
-        """Work that turns the loss of its connection into an error of its own has lost it all the same."""
+        """A call that replaces the error of its lost connection by another error raises DatabaseUnavailable."""
 
         def work(txn: driver.Cursor) -> None:
             self.kill_connections()
@@ -394,7 +394,7 @@ class DatabaseTests(DatabaseTestCase):
         await self.assertFailure(self.database.run(work), DatabaseUnavailable)
 
     def test_nothing_before_start(self) -> None:
-        """Nothing is connected and no thread runs before the start; a call then is refused."""
+        """Before the start the pool has no connection and no thread, and a call is refused."""
         before = threading.active_count()
         self.failureResultOf(Database(self.url).run(_one, "select 1"), DatabaseUnavailable)
         self.assertEqual(threading.active_count(), before)
@@ -404,7 +404,7 @@ class BlockingTests(DatabaseTestCase):
     """:func:`blocking`."""
 
     def test_commits_and_rolls_back(self) -> None:
-        """It commits what ends well, rolls back what raises, and reports in our errors."""
+        """The transaction is committed at the end, rolled back on an exception, and raises our errors."""
         with blocking(self.url) as txn:
             txn.execute("create table public.t (a int unique)")
             txn.execute("insert into public.t values (1)")
@@ -415,13 +415,13 @@ class BlockingTests(DatabaseTestCase):
         self.assertEqual(self.execute("select a from public.t"), [(1,)])
 
     def test_no_connection(self) -> None:
-        """A database that is not there is unavailable, in one line."""
+        """A database that cannot be reached raises DatabaseUnavailable with a one-line message."""
         with self.assertRaises(DatabaseUnavailable) as caught, blocking("postgresql://u@127.0.0.1:1/d"):
             pass
         self.assertNotIn("\n", str(caught.exception))
 
     def test_timeouts(self) -> None:
-        """Its time limits hold, whatever the URL says."""
+        """Explicit time limits override the connect_timeout of the URL, which applies otherwise."""
         seen: list[Any] = []
         real = psycopg2.connect
 

@@ -1,4 +1,4 @@
-"""The privileges of the database's user, and what is said of those that it lacks."""
+"""The privileges of the database user, and the errors about missing ones."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.support.postgres import DatabaseTestCase
 
 
 class UserTestCase(DatabaseTestCase):
-    """A user that owns nothing."""
+    """A user that owns no table."""
 
     def setUp(self) -> None:
-        """Make it, with every privilege that is needed."""
+        """Make the user, with every privilege that is needed."""
         super().setUp()
         self.user = self.url.partition("?")[0].rpartition("/")[2] + "_user"
         self.execute(f"create role {self.user} login")
@@ -44,7 +44,7 @@ class SettingTests(UserTestCase):
     """Defaults that only a superuser may change for a session."""
 
     async def test_each_source(self) -> None:
-        """A default of the user or the database is named with the statement that resets it, by each connection."""
+        """Each connection reports such a default of the user or the database with the statement that resets it."""
         database = self.url.partition("?")[0].rpartition("/")[2]
         url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
         for of in (f"role {self.user}", f"database {database}", f"role {self.user} in database {database}"):
@@ -68,21 +68,21 @@ class PrivilegeTests(UserTestCase):
     """:mod:`s2s.store.privileges`."""
 
     def test_what_is_granted_suffices(self) -> None:
-        """With the statements that it lists a user lacks nothing, and the database takes its writes."""
+        """A user with the listed grants lacks no privilege, and the writes of the probe succeed."""
         with self.as_user() as txn:
             self.assertEqual(privileges.missing(txn), [])
             privileges.check(txn)
             probe.check(txn)
 
     def test_a_sequence(self) -> None:
-        """A privilege that is missing on a sequence is named, with the statement that grants it."""
+        """A missing privilege on a sequence is reported with the statement that grants it."""
         self.execute(f"revoke all on sequence s2s.commands_cmd_id_seq from {self.user}")
         with self.as_user() as txn:
             error = self.assertRaises(OperatorError, privileges.check, txn)
         self.assertIn(f"grant usage on sequence s2s.commands_cmd_id_seq to {self.user};", str(error))
 
     def test_tables(self) -> None:
-        """Privileges of one table share a statement; of many tables the first few are shown, and the rest counted."""
+        """The privileges on one table share a statement; of many tables the first are shown, the rest counted."""
         self.execute(f"revoke insert, update on s2s.commands from {self.user}")
         with self.as_user() as txn:
             self.assertEqual(privileges.missing(txn), [f"grant insert, update on table s2s.commands to {self.user};"])
@@ -92,7 +92,7 @@ class PrivilegeTests(UserTestCase):
         self.assertRegex(str(error), "and [0-9]+ more, which s2s db status lists$")
 
     def test_the_probe(self) -> None:
-        """The probe of the database fails without any privilege that a push or a worker needs."""
+        """The database probe fails without any one of the privileges that a push or a worker needs."""
         for privilege, table in (
             ("insert", "commands"), ("update", "commands"), ("insert", "idempotency_keys"), ("select", "batch_notes"),
             ("insert", "batch_notes"), ("update", "batch_notes"), ("delete", "batch_notes"),
@@ -103,7 +103,7 @@ class PrivilegeTests(UserTestCase):
             self.execute(f"grant {privilege} on {table} to {self.user}")
 
     def test_the_command_line(self) -> None:
-        """``s2s db status`` lists them all, and exits with 1."""
+        """``s2s db status`` lists every missing privilege, and exits with 1."""
         self.execute(f"revoke delete on s2s.outbox from {self.user}")
         url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
         told = CliRunner().invoke(main, ["db", "status", "--database", url])
@@ -115,14 +115,14 @@ class RowSecurityTests(UserTestCase):
     """Row level security, which hides rows without an error."""
 
     def status(self) -> str:
-        """See that ``s2s db status`` exits with 1, and return what it says."""
+        """Check that ``s2s db status`` exits with 1, and return its stderr."""
         url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
         told = CliRunner().invoke(main, ["db", "status", "--database", url])
         self.assertEqual(told.exit_code, 1)
         return told.stderr
 
     def test_it_is_named(self) -> None:
-        """A role's start and ``s2s db status`` name each table of which it hides rows, and both cures."""
+        """The preflight and ``s2s db status`` name each table with hidden rows, and both fixes."""
         tables = ("s2s.commands", "s2s.s2s_keys", "s2s.migrations")
         for table in tables:
             self.execute(f"alter table {table} enable row level security")
@@ -135,7 +135,7 @@ class RowSecurityTests(UserTestCase):
             self.assertIn(f"alter table {table} disable row level security;", said)
 
     def test_a_policy_that_hides_nothing(self) -> None:
-        """A table whose policy lets all rows through is not named, unless another policy restricts it."""
+        """A table whose policy shows all rows is not reported, unless another policy restricts it."""
         self.execute("alter table s2s.commands enable row level security")
         self.execute("create policy everything on s2s.commands using (true)")
         with self.as_user() as txn:
@@ -145,7 +145,7 @@ class RowSecurityTests(UserTestCase):
             self.assertEqual(len(privileges.hidden(txn)), 1)
 
     def test_of_the_owner(self) -> None:
-        """Neither the owner of the tables nor a user that bypasses it is told."""
+        """Nothing is reported to the owner of the tables, or to a user that bypasses row level security."""
         self.execute("alter table s2s.commands enable row level security")
         with blocking(self.url) as txn:
             self.assertEqual(privileges.hidden(txn), [])
@@ -155,10 +155,10 @@ class RowSecurityTests(UserTestCase):
 
 
 class MigrateTests(UserTestCase):
-    """``s2s db migrate`` by a user that may not."""
+    """``s2s db migrate`` by a user without the privileges."""
 
     def both(self) -> str:
-        """See that ``s2s db migrate`` and ``s2s db status`` refuse in the same words, and return the line."""
+        """Check that ``s2s db migrate`` and ``s2s db status`` fail with the same line, and return the line."""
         url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
         migrate, status = (CliRunner().invoke(main, ["db", verb, "--database", url]) for verb in ("migrate", "status"))
         self.assertEqual((migrate.exit_code, status.exit_code), (1, 1))
@@ -167,12 +167,12 @@ class MigrateTests(UserTestCase):
         return line
 
     def migrate(self) -> None:
-        """See that the migration goes through."""
+        """Check that the migration succeeds."""
         url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
         self.assertEqual(CliRunner().invoke(main, ["db", "migrate", "--database", url]).exit_code, 0)
 
     def test_without_create(self) -> None:
-        """Without CREATE on the database both name the grant, with which the migration goes through."""
+        """Without CREATE on the database both commands name the grant, after which the migration succeeds."""
         self.execute("drop schema s2s, s2s_world cascade")
         line = self.both()
         self.assertRegex(line, f"grant create on database [a-z0-9_]+ to {self.user};")
@@ -180,7 +180,7 @@ class MigrateTests(UserTestCase):
         self.migrate()
 
     def test_schemas_of_a_dba(self) -> None:
-        """Schemas that a DBA has made are used without CREATE on the database, and a missing grant on one is named."""
+        """Schemas that a DBA made are used without CREATE on the database; a missing grant on one is reported."""
         self.execute("drop schema s2s, s2s_world cascade; create schema s2s")
         self.execute(f"create schema s2s_world authorization {self.user}")
         line = self.both()
@@ -189,13 +189,13 @@ class MigrateTests(UserTestCase):
         self.migrate()
 
     def test_tables_of_another(self) -> None:
-        """Where the tables belong to another, both name the owner."""
+        """If another user owns the tables, both commands name the owner."""
         self.execute(f"grant create on schema s2s, s2s_world to {self.user}")
         self.execute("delete from s2s.migrations where schema = 's2s_world'")
         self.assertIn("run s2s db migrate as postgres", self.both())
 
     def test_up_to_date(self) -> None:
-        """Where there is nothing to do it needs no privilege to create."""
+        """If there is nothing to migrate, no privilege to create is needed."""
         with self.as_user() as txn:
             self.assertEqual(privileges.to_migrate(txn), [])
             self.assertEqual(migrations.migrate(txn.connection), [])
@@ -205,7 +205,7 @@ class ConnectionLimitTests(UserTestCase):
     """:mod:`s2s.store.connection_limits`."""
 
     def check(self, sessions: int) -> str:
-        """Check as the user, and return why it is refused."""
+        """Check the limits as the user, and return the error."""
         try:
             with self.as_user() as txn:
                 connection_limits.check(txn, sessions)
@@ -214,7 +214,7 @@ class ConnectionLimitTests(UserTestCase):
         return ""
 
     def test_of_the_user(self) -> None:
-        """The connection limit of the database user is told with the statement that raises it."""
+        """The connection limit of the user is reported with the statement that raises it."""
         self.execute(f"alter role {self.user} connection limit 6")
         self.assertEqual(self.check(6), "")
         refused = self.check(7)
@@ -222,7 +222,7 @@ class ConnectionLimitTests(UserTestCase):
         self.assertIn(f"alter role {self.user} connection limit N", refused)
 
     def test_of_the_database(self) -> None:
-        """The connection limit of the database is told, except to a superuser, whom it does not bind."""
+        """The connection limit of the database is reported, except to a superuser, who may exceed it."""
         database = self.url.partition("?")[0].rpartition("/")[2]
         self.execute(f"alter database {database} connection limit 5")
         self.assertIn(f"alter database {database} connection limit N", self.check(7))
@@ -230,7 +230,7 @@ class ConnectionLimitTests(UserTestCase):
             connection_limits.check(txn, 7)
 
     def test_of_the_server(self) -> None:
-        """The sessions that PostgreSQL reserves for superusers do not count."""
+        """The connections that PostgreSQL reserves for superusers do not count as available to another user."""
         [(most,)] = self.execute("select current_setting('max_connections')::int")
         self.assertEqual(self.check(most - 20), "")
         self.assertIn("alter system set max_connections = N", self.check(most))

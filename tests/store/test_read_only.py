@@ -1,4 +1,4 @@
-"""A database that is read-only for a while: no session that began then stays so (:mod:`s2s.store.sqlstate`)."""
+"""A database that is read-only for a while: sessions begun in that time remain so (:mod:`s2s.store.sqlstate`)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def _steps() -> Steps[Any]:
 
 
 class ReadOnlyTests(DatabaseTestCase):
-    """Both ways to the database: with a thread and without one."""
+    """Calls with a thread and queries without one."""
 
     def setUp(self) -> None:
-        """Make a table, and let sessions be read-only from their start."""
+        """Make a table, and make new sessions read-only."""
         super().setUp()
         self.execute("create table public.made (n integer)")
         self.name = self.url.partition("?")[0].rpartition("/")[2]
@@ -37,11 +37,11 @@ class ReadOnlyTests(DatabaseTestCase):
         self.addCleanup(self.database.stop)
 
     def set(self, value: str) -> None:
-        """Let sessions that begin from now on be read-only, or not."""
+        """Set whether new sessions are read-only."""
         self.execute(f"alter database {self.name} set default_transaction_read_only = {value}")
 
     async def test_it_heals(self) -> None:
-        """A write is refused as unavailable and told once; with the end of the read-only time the next one succeeds."""
+        """A refused write is unavailable and logged once; after the read-only time, the next write succeeds."""
         with capturedLogs() as told:
             for _ in range(3):
                 error = await self.assertFailure(self.database.run(_write), DatabaseUnavailable)
@@ -54,7 +54,7 @@ class ReadOnlyTests(DatabaseTestCase):
         self.assertEqual(self.execute("select count(*) from public.made"), [(2,)])
 
     async def test_it_is_not_ready(self) -> None:
-        """The probe of the database and the inbox say why, and are well again afterwards."""
+        """The probe and the inbox report the reason, and report ok after the read-only time."""
         clock = Clock(pool_reactor := self.database.reactor)
         pulse, inbox = DatabaseProbe(self.database, clock), Inbox(self.database, {}, reactor=pool_reactor)
         self.assertIn("read-only transaction", await pulse.check())

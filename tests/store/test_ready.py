@@ -1,4 +1,4 @@
-"""Which commands run next: nothing that has run is read again, and nothing below the point of a look is lost."""
+"""Which commands run next: finished ones are not read again, and none below a start point is lost."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class LookbackTests(SynchronousTestCase):
     """:class:`s2s.store.tables.lookback.Lookback`."""
 
     def setUp(self) -> None:
-        """Make one with a clock of our own."""
+        """Make a lookback with a simulated clock."""
         self.now = 0.0
         self.lookback = Lookback(lambda: self.now)
 
     def costs(self, *seconds: float) -> None:
-        """Measure looks."""
+        """Measure look-backs of these costs, in seconds."""
         for cost in seconds:
             with self.lookback.measured():
                 self.now += cost
 
     def test_share_of_the_time(self) -> None:
-        """A look that cost c seconds is followed by the next after 20 c seconds, and meanwhile there is none."""
+        """After a look-back of c seconds the next one is due 20 c seconds later, and none is due meanwhile."""
         self.assertTrue(self.lookback.is_due)
         self.costs(0.0, 0.005, 0.02, 0.08, 0.3, 1.2)
         with self.lookback.measured():
@@ -46,7 +46,7 @@ class LookbackTests(SynchronousTestCase):
         self.assertFalse(self.lookback.is_cheap)
 
     def test_cheap(self) -> None:
-        """One that costs nothing is followed by the next after a quarter of a second."""
+        """After a look-back that costs nothing the next one is due a quarter of a second later."""
         with self.lookback.measured():
             pass
         self.assertTrue(self.lookback.is_cheap)
@@ -55,7 +55,7 @@ class LookbackTests(SynchronousTestCase):
         self.assertTrue(self.lookback.is_due)
 
     def test_one_that_fails(self) -> None:
-        """One that fails is tried again in its time."""
+        """A look-back that fails is repeated on schedule."""
         self.costs(0.0, 0.005, 0.02, 0.08, 0.3)
         with self.assertRaises(ZeroDivisionError), self.lookback.measured():
             self.now += 1.0
@@ -65,7 +65,7 @@ class LookbackTests(SynchronousTestCase):
         self.assertTrue(self.lookback.is_due)
 
     def test_a_database_that_stands_still(self) -> None:
-        """One that takes 20 s, of which the last one says nothing, as in an outage, is followed by the next soon."""
+        """After one look-back of 20 s, as in an outage, the next one is due soon, since the cost is capped."""
         self.costs(0.001, 20.0)
         self.assertFalse(self.lookback.is_due)
         self.now += LEAST_S
@@ -76,7 +76,7 @@ class ReadyTests(DatabaseTestCase):
     """:class:`s2s.store.tables.ready.Ready`, through :func:`s2s.store.tables.claims.claim`."""
 
     def setUp(self) -> None:
-        """Make a process that serves one type; its looks back come when the test says, and are never cheap."""
+        """Make a process that serves one type, whose look-backs the test starts and which are never cheap."""
         super().setUp()
         self.patch(lookback, "CHEAP_S", -1.0)
         self.now = 0.0
@@ -85,7 +85,7 @@ class ReadyTests(DatabaseTestCase):
         self.batches = 0
 
     def process(self) -> Ready:
-        """Make what a process that just started knows."""
+        """Return the state of a process that has just started."""
         return Ready(["test.run"], lambda: self.now)
 
     def begin(self) -> Cursor:
@@ -100,7 +100,7 @@ class ReadyTests(DatabaseTestCase):
         self.begin().execute("set transaction isolation level repeatable read; select 1")
 
     def insert(self, *rows: _ROW, execute: Any = None) -> None:
-        """Store commands: key, priority, due in so many seconds, type."""
+        """Insert commands: key, priority, seconds until due, type."""
         for key, priority, due_in, cmd_type in rows:
             statement = (
                 "insert into s2s.commands (cmd_type, idem_key, payload, priority, due_at)"
@@ -113,7 +113,7 @@ class ReadyTests(DatabaseTestCase):
                 execute(statement, params)
 
     def fill(self, count: int, cmd_type: str = "test.run") -> None:
-        """Store many commands that have been due for a while."""
+        """Insert many commands that have been due for a minute."""
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload, due_at)"
             " select %s, %s || n, '{}', now() - interval '1 minute' from generate_series(1, %s) n",
@@ -123,7 +123,7 @@ class ReadyTests(DatabaseTestCase):
         )
 
     def run_batch(self, limit: int = 10) -> list[str]:
-        """Claim, finish, and tell the keys in their order."""
+        """Claim and finish a batch, and return its keys in order."""
         self.batches += 1
         cmd_ids = claims.claim(self.txn, "boot", 0, limit, ready=self.ready)
         self.txn.connection.commit()
@@ -134,14 +134,14 @@ class ReadyTests(DatabaseTestCase):
         return [known[cmd_id] for cmd_id in cmd_ids]
 
     def run_all(self) -> list[str]:
-        """Run batches until nothing is found."""
+        """Run batches until a claim finds no command."""
         ran = []
         while batch := self.run_batch(256):
             ran += batch
         return ran
 
     def pages(self) -> int:
-        """Count the pages that the look of a claim reads."""
+        """Count the pages that the scan of a claim reads."""
         with blocking(self.url) as txn:
             txn.execute("set local enable_seqscan = off")
             with txn.connection.cursor(cursor_factory=RecordingCursor) as recording:
@@ -149,7 +149,7 @@ class ReadyTests(DatabaseTestCase):
                 return recording.pages()
 
     def test_dead_front(self) -> None:
-        """With a snapshot held, a claim reads what waits and not what has run."""
+        """While a snapshot is held, a claim reads the waiting commands and not the finished ones."""
         self.hold_snapshot()
         self.fill(20_000)
         self.assertEqual(len(self.run_all()), 20_000)
@@ -160,7 +160,7 @@ class ReadyTests(DatabaseTestCase):
         self.assertEqual(self.run_batch(), ["next"])
 
     def test_dead_notes(self) -> None:
-        """With a snapshot held, neither a claim nor a batch reads the notes of the batches before."""
+        """While a snapshot is held, neither a claim nor a batch reads the notes of earlier batches."""
         self.hold_snapshot()
         self.insert(("a", 100, 0, "test.run"))
         self.assertEqual(self.run_batch(), ["a"])
@@ -183,7 +183,7 @@ class ReadyTests(DatabaseTestCase):
         self.assertLess(self.pages(), 100)
 
     def test_unserved_front(self) -> None:
-        """Commands of a type that is not served here cost one look, and wait as they are for one who serves it."""
+        """Commands of an unserved type cost one scan, and stay unchanged for a process that serves the type."""
         self.fill(20_000, "test.other")
         before = self.execute("select min(due_at), max(due_at), sum(attempts) from s2s.commands")
         self.insert(("mine", 100, 0, "test.run"))
@@ -197,20 +197,20 @@ class ReadyTests(DatabaseTestCase):
         self.assertEqual(len(self.run_batch(256)), 256)
 
     def test_only_unserved(self) -> None:
-        """Where nothing but such commands waits, they are passed as well."""
+        """If only commands of unserved types wait, scans step past them too."""
         self.fill(20_000, "test.other")
         self.assertEqual(self.run_batch(), [])
         self.assertLess(self.pages(), 100)
 
     def test_served_anew(self) -> None:
-        """Commands of a type that is served again, as when its handlers come back, are found at once."""
+        """Commands of a type that the process begins to serve are found by the next claim."""
         self.fill(20, "test.other")
         self.assertEqual(self.run_batch(), [])
         self.ready.serve(["test.run", "test.other"])
         self.assertEqual(len(self.run_batch(256)), 20)
 
     def test_many_at_one_moment(self) -> None:
-        """Commands that are due at one moment, as after a bulk load, are passed one by one."""
+        """The start point also moves past commands with the same due_at, as after a bulk load."""
         self.hold_snapshot()
         self.fill(20_000)
         self.assertEqual(self.execute("select count(distinct due_at) from s2s.commands"), [(1,)])
@@ -222,7 +222,7 @@ class ReadyTests(DatabaseTestCase):
         self.assertGreater(self.pages(), pages + 200)
 
     def test_a_late_commit(self) -> None:
-        """A command whose transaction commits after later ones have run is found: at once, or by the next look back."""
+        """A late commit is found at once if its due_at is within the slack, otherwise after the next look-back."""
         for age, is_at_once in ((SLACK_S / 4, True), (60.0, False)):
             late = self.begin()
             self.insert((f"late {age}", 100, -age, "test.run"), execute=late.execute)
@@ -235,7 +235,7 @@ class ReadyTests(DatabaseTestCase):
             self.assertEqual(self.run_batch(), [f"late {age}"])
 
     def test_bytes_of_a_batch(self) -> None:
-        """A batch ends before its payloads take too many bytes, also where they are compressed; one always fits."""
+        """A batch ends before its uncompressed payloads exceed the byte limit, but has at least one command."""
         self.patch(ready, "MOST_BYTES", 1_000_000)
         self.insert(*((f"k{n}", 100, 0, "test.run") for n in range(5)))
         self.execute(
@@ -247,7 +247,7 @@ class ReadyTests(DatabaseTestCase):
         self.assertEqual([self.run_batch() for _ in range(4)], [["k0", "k1"], ["k2"], ["k3"], ["k4"]])
 
     def test_due_never(self) -> None:
-        """A command that an operator has made due at the end of time waits, and hides no other one."""
+        """A command that is due at infinity waits, and does not hide other commands."""
         self.insert(("never", 100, 0, "test.run"), ("soon", 100, 3600, "test.run"), ("only", 50, 0, "test.run"))
         self.execute("update s2s.commands set due_at = 'infinity' where idem_key in ('never', 'only')")
         self.assertEqual(self.run_batch(), [])
@@ -257,7 +257,7 @@ class ReadyTests(DatabaseTestCase):
         self.assertGreater(self.ready.next_due_s(self.txn) or 0, 3600)
 
     def test_two_workers(self) -> None:
-        """A look goes on with what was known below its points when it began, whatever another worker finds then."""
+        """A claim uses the look-back result that was known when it began, whatever another worker finds meanwhile."""
         self.insert(("a", 100, 0, "test.run"))
         self.assertEqual(self.run_batch(), ["a"])
         self.insert(("b", 100, 0, "test.run"), ("c", 100, 0, "test.run"), ("past", 100, -3600, "test.run"))
@@ -274,7 +274,7 @@ class ReadyTests(DatabaseTestCase):
         self.assertEqual(self.run_batch(), ["past"])
 
     def test_due_in_the_past(self) -> None:
-        """A command that is made due before others that have run goes before all others, after the next look back."""
+        """A command with a due_at before those of finished commands runs first, after the next look-back."""
         self.insert(("a", 100, 0, "test.run"))
         self.assertEqual(self.run_batch(), ["a"])
         self.insert(("now", 100, 0, "test.run"), ("past", 100, -3600, "test.run"), ("low", 900, -7200, "test.run"))
@@ -282,7 +282,7 @@ class ReadyTests(DatabaseTestCase):
         self.assertEqual(self.run_batch(), ["past", "now", "low"])
 
     def test_run_again(self) -> None:
-        """A command that is retried by hand, or made ready by hand with its old place, is found."""
+        """A finished command that is set ready by hand, with a new or its old due_at, is found."""
         self.insert(("a", 100, -60, "test.run"), ("b", 100, -30, "test.run"), ("c", 100, 0, "test.run"))
         self.assertEqual(self.run_batch(), ["a", "b", "c"])
         self.execute("update s2s.commands set status = 'ready', due_at = now() where idem_key = 'b'")
@@ -292,7 +292,7 @@ class ReadyTests(DatabaseTestCase):
         self.assertEqual(self.run_batch(), ["a"])
 
     def test_a_batch_given_back(self) -> None:
-        """What another process had noted and gives back is found where our own looks have passed it."""
+        """A command that another process releases is found, even below our start point."""
         self.insert(("theirs", 100, -60, "test.run"))
         other = self.begin()
         self.assertEqual(len(claims.claim(other, "other", 0, 10, ready=self.process())), 1)
@@ -305,7 +305,7 @@ class ReadyTests(DatabaseTestCase):
         self.assertEqual(self.run_batch(), ["theirs"])
 
     def test_new_priorities(self) -> None:
-        """A priority that was empty is found: at once where all has run, a new one by the next look for such."""
+        """A command of a known, empty priority is found at once, one of a new priority by the next search."""
         self.insert(("a", 100, 0, "test.run"))
         self.assertEqual(self.run_batch(), ["a"])
         self.insert(("100", 100, 0, "test.run"), ("7", 7, -60, "test.run"), ("500", 500, -60, "test.run"))
@@ -318,7 +318,7 @@ class ReadyTests(DatabaseTestCase):
         self.assertEqual(self.run_batch(), ["-1", "9"])
 
     def test_dead_priorities(self) -> None:
-        """With a snapshot held, a claim does not read a priority in which all had run before this process started."""
+        """While a snapshot is held, a claim reads no priority whose commands finished before the process started."""
         self.hold_snapshot()
         self.fill(20_000)
         self.assertEqual(len(self.run_all()), 20_000)
@@ -333,7 +333,7 @@ class ReadyTests(DatabaseTestCase):
         self.assertEqual(self.run_batch(), ["again"])
 
     def test_empty_priorities_take_no_room(self) -> None:
-        """Priorities whose commands are not due yet leave a small batch whole."""
+        """Priorities whose commands are not due yet do not shorten a small batch."""
         for priority in range(10):
             self.insert((f"later {priority}", priority, 3600, "test.run"))
         self.insert(("a", 100, 0, "test.run"), ("b", 100, 0, "test.run"), ("c", 100, 0, "test.run"))
@@ -341,7 +341,7 @@ class ReadyTests(DatabaseTestCase):
         self.assertGreater(self.ready.next_due_s(self.txn) or 0, 3500)
 
     def test_more_behind_than_a_batch(self) -> None:
-        """Where more than a batch has appeared below the point, looks start at the beginning again, in order."""
+        """If more than a batch appears below the start point, scans begin at the start of the index, in order."""
         self.insert(("a", 100, 0, "test.run"))
         self.assertEqual(self.run_batch(), ["a"])
         for number in range(25):
@@ -351,7 +351,7 @@ class ReadyTests(DatabaseTestCase):
         self.assertEqual(ran, [f"{number:02}" for number in range(25)])
 
     def test_more_priorities_than_are_remembered(self) -> None:
-        """Priorities without number, which only SQL can make, are run all the same."""
+        """Commands run even if there are more priorities than start points, which only SQL can cause."""
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload, priority)"
             " select 'test.run', n::text, '{}', n from generate_series(1, 3000) n"
@@ -361,7 +361,7 @@ class ReadyTests(DatabaseTestCase):
     @settings(max_examples=25)
     @given(st.data())
     def test_nothing_is_lost(self, data: st.DataObject) -> None:
-        """Whatever comes in whatever order, late, in the past or under a new priority, all that is served runs once."""
+        """Whatever the order of inserts and commits, past due times and priorities, each served command runs once."""
         self.execute("delete from s2s.commands")
         self.ready = self.process()
         late: list[Cursor] = []
@@ -403,10 +403,10 @@ class ReadyTests(DatabaseTestCase):
 
 
 class CheapTests(DatabaseTestCase):
-    """Where a look from the beginning costs nothing."""
+    """Scans from the beginning of the index that cost nothing."""
 
     def test_idle(self) -> None:
-        """A look that finds nothing is followed at once by one from the beginning: nothing waits for a look back."""
+        """A scan that finds nothing is followed at once by one from the beginning, so no command waits."""
         self.patch(lookback, "CHEAP_S", float("inf"))
         ready = Ready(None, lambda: 0.0)
         insert = (

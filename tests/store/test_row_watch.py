@@ -23,10 +23,10 @@ _ALL = [table for tables in TABLES.values() for table in tables]
 
 
 class RowWatchTests(DatabaseTestCase):
-    """With a forgotten session that holds locks."""
+    """A forgotten session that holds locks."""
 
     def setUp(self) -> None:
-        """Make rows that are due, one of each table twice."""
+        """Insert two due rows into each table."""
         super().setUp()
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload, due_at)"
@@ -42,19 +42,19 @@ class RowWatchTests(DatabaseTestCase):
         )
 
     def hold(self, statement: str, application_name: str = "a forgotten psql") -> Any:
-        """Open a session that has locked rows."""
+        """Run a statement that locks rows in a session of its own, and return the open session."""
         holder = psycopg2.connect(self.url, application_name=application_name)
         self.addCleanup(holder.close)
         holder.cursor().execute(statement)
         return holder
 
     def look(self, waiting_s: float = 0.0) -> list[str]:
-        """Look at all tables."""
+        """Check all tables, and return the findings."""
         with blocking(self.url) as txn:
             return [str(held) for held in held_rows.look(txn, _ALL, waiting_s, 0.0).values()]
 
     def test_each_table(self) -> None:
-        """Locked rows of each table are counted, with the session that holds them and the way to end it."""
+        """Locked rows of each table are counted, with the session that holds the locks and how to end it."""
         self.assertEqual(self.look(), [])
         for table in _ALL:
             with self.subTest(table=table):
@@ -67,7 +67,7 @@ class RowWatchTests(DatabaseTestCase):
                 self.assertEqual(self.look(), [])
 
     def test_what_is_no_matter(self) -> None:
-        """A short transaction, a session of ours, and one that has changed other rows are not told of."""
+        """A short transaction, a session of s2s, and a session that has changed other rows are not reported."""
         self.hold("select * from s2s.commands for update")
         self.assertEqual(self.look(60.0), [])
         self.execute(
@@ -78,7 +78,7 @@ class RowWatchTests(DatabaseTestCase):
         self.assertEqual(self.look(), [])
 
     async def test_a_handler_of_ours(self) -> None:
-        """A session of ours whose transaction lasts is named too, but not for the row of the job that it runs."""
+        """An s2s session with a long transaction is reported too, but not for the row of the job that it runs."""
         holder = self.hold("lock table s2s.broadcasts; select * from s2s.commands for update", "s2s-server handlers")
         self.hold("select * from s2s.jobs for update", "s2s-engine handlers")
         waiting = psycopg2.connect(self.url, application_name="s2s-engine", async_=True)
@@ -97,7 +97,7 @@ class RowWatchTests(DatabaseTestCase):
             self.assertIn(f"pid {holder.info.backend_pid} holds them (s2s-server handlers, ", line)
 
     async def test_what_sessions_wait_for(self) -> None:
-        """A look reports a session of ours that waits for a lock of another program, but no wait for a lock of ours."""
+        """An s2s session that waits for a lock of another program is reported, one that waits for s2s is not."""
         ours = psycopg2.connect(self.url, application_name="s2s-server", async_=True)
         self.addCleanup(ours.close)
         wait_select(ours)
@@ -114,7 +114,7 @@ class RowWatchTests(DatabaseTestCase):
         self.assertIn("a forgotten psql", lines[0])
 
     async def test_one_line(self) -> None:
-        """The watch tells once of rows that two looks find locked, keeps it for ``/readyz``, and tells of the end."""
+        """The watch logs locked rows once, after two looks, keeps them for ``/readyz``, and logs their end."""
         self.patch(held_rows.look, "__defaults__", (0.0, 0.0))
         database, _ = self.pools("s2s-rows")
         watch = RowWatch(database, Clock(reactor), TABLES["server"])
