@@ -1,4 +1,4 @@
-"""Removing what is old: in bounded steps, beside pushes, workers and others who remove."""
+"""Retention: bounded steps that remove old rows beside pushes, workers and other processes that remove rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _KEEP = Keep(days=7, dead_days=90, key_days=30)
 
 
 def _pages(plan: dict[str, Any], index: str) -> int:
-    """Count the pages that the scan of an index reads in a plan."""
+    """Count the pages that an index scan in a plan reads."""
     if plan.get("Index Name") == index:
         return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
     return sum(_pages(part, index) for part in plan.get("Plans", []))
@@ -39,7 +39,7 @@ def _pages(plan: dict[str, Any], index: str) -> int:
 
 class _RetentionTestCase(DatabaseTestCase):
     def setUp(self) -> None:
-        """Let the time of the retention be that of the database, which is a copy of an older one."""
+        """Set the retention time to now, since the database is a copy of an older one."""
         super().setUp()
         self.execute("update s2s.database set retention_at = now()")
 
@@ -47,7 +47,7 @@ class _RetentionTestCase(DatabaseTestCase):
         """Store a command with its key.
 
         :param days: its age.
-        :param ended: days since it ended; as old as it is by default.
+        :param ended: days since it ended; its age by default.
         :returns: its cmd_id.
         """
         [(cmd_id,)] = self.execute(
@@ -65,9 +65,9 @@ class _RetentionTestCase(DatabaseTestCase):
         return int(cmd_id)
 
     def insert_key(self, key: str, expires: str = "- interval '1 hour'") -> None:
-        """Store a key whose command is gone.
+        """Store a key whose command has been removed.
 
-        :param expires: when from now, in SQL.
+        :param expires: the offset from now, in SQL.
         """
         self.execute(
             "insert into s2s.idempotency_keys (idem_key, cmd_id, fingerprint, status, expires_at)"
@@ -76,24 +76,24 @@ class _RetentionTestCase(DatabaseTestCase):
         )
 
     def step(self, after: int = 0, keep: Keep = _KEEP) -> tuple[int, int | None]:
-        """Take one step through the commands."""
+        """Run one step of the sweep of commands."""
         with blocking(self.url) as txn:
             retention.advance(txn)
             return retention.sweep_commands(txn, after, keep)
 
     def begin(self) -> Cursor:
-        """Open a transaction on a connection of its own; it is rolled back with the test."""
+        """Open a transaction on a connection of its own, which is closed when the test ends."""
         connection = psycopg2.connect(self.url)
         self.addCleanup(connection.close)
         return connection.cursor()
 
     def push(self, key: str) -> Outcome:
-        """Push the command of a key."""
+        """Push a command with a key."""
         with blocking(self.url) as txn:
             return driver.drive(txn, commands.push_batch([Push("test.run", key, bytes(32), "{}")]))[0]
 
     def left(self) -> list[str]:
-        """Give the keys of the commands that are left."""
+        """Return the keys of the commands that remain."""
         return [key for (key,) in self.execute("select idem_key from s2s.commands order by cmd_id")]
 
 
@@ -101,7 +101,7 @@ class StepTests(_RetentionTestCase):
     """:mod:`s2s.store.tables.retention`."""
 
     def test_what_is_over(self) -> None:
-        """What ended so long ago is removed, the dead after their own time; what waits never is."""
+        """Commands that ended long ago are removed, dead ones after their own period, and ready ones never."""
         for key, status, days, ended in (
             ("done", "done", 8, 8),
             ("cancelled", "cancelled", 8, 8),
@@ -125,7 +125,7 @@ class StepTests(_RetentionTestCase):
         )
 
     def test_bounded_steps(self) -> None:
-        """A step looks at a bounded number of rows and says where the next begins; a page of young rows is the end."""
+        """A step reads a bounded number of rows and returns where the next begins; a page of young rows is the end."""
         self.patch(retention, "STEP_ROWS", 3)
         ids = [self.insert(f"old{n}") for n in range(3)]
         stray = [self.insert("young stray", days=0), self.insert("waits", "ready"), self.insert("old3")]
@@ -137,14 +137,14 @@ class StepTests(_RetentionTestCase):
         self.assertEqual(self.left(), ["young stray", "waits", *(f"young{n}" for n in range(5))])
 
     def test_nothing_is_kept(self) -> None:
-        """With zero days what is over goes at the next pass, and what waits stays."""
+        """With zero days a pass removes every finished command, and ready commands stay."""
         for status in ("done", "dead", "cancelled", "ready"):
             self.insert(status, status, 0)
         self.assertEqual(self.step(keep=Keep(0, 0, 1)), (3, None))
         self.assertEqual(self.left(), ["ready"])
 
     def test_a_step_costs_its_rows(self) -> None:
-        """Beside a hundred thousand commands a step reads its own rows only."""
+        """In a table of a hundred thousand commands a step reads only its own rows."""
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload, status, finished_at)"
             " select 'test.run', 'f' || i, '{}', 'done', now() from generate_series(1, 100000) i"
@@ -158,7 +158,7 @@ class StepTests(_RetentionTestCase):
         self.assertLessEqual(fetched, 2 * retention.STEP_ROWS)
 
     def test_removed_beside_others(self) -> None:
-        """What another transaction has locked is left alone, and nobody waits: not for a worker, nor for a sweep."""
+        """A step skips rows that a worker or another sweep has locked, and does not wait."""
         self.insert("theirs")
         self.insert("mine")
         other = self.begin()
@@ -170,7 +170,7 @@ class StepTests(_RetentionTestCase):
         self.assertEqual(self.left(), [])
 
     def test_what_is_retried_meanwhile(self) -> None:
-        """A dead command that an operator retries while it is swept is run, not removed."""
+        """A dead command that an operator retries during a sweep becomes ready and is not removed."""
         cmd_id = self.insert("dead", "dead", 91)
         operator = self.begin()
         actions.act(operator, commands_admin.RETRY, [cmd_id])
@@ -180,7 +180,7 @@ class StepTests(_RetentionTestCase):
         self.assertEqual(self.execute("select status from s2s.commands"), [("ready",)])
 
     def test_dead_keys(self) -> None:
-        """With a snapshot held, a step does not read what the steps before it have removed."""
+        """While a snapshot is held, a step does not read the rows that earlier steps have removed."""
         with blocking(self.url) as holder:
             holder.execute("set transaction isolation level repeatable read; select 1")
             self.execute(
@@ -210,7 +210,7 @@ class StepTests(_RetentionTestCase):
         self.assertLess(read[1], read[0] / 3)
 
     def test_expired_keys(self) -> None:
-        """Expired keys are removed, a bounded number in a step; the others and those of living commands stay."""
+        """A step removes a bounded number of expired keys; other keys and those of existing commands stay."""
         self.patch(retention, "STEP_ROWS", 2)
         self.insert("alive", "ready")
         for key in "abc":
@@ -221,7 +221,7 @@ class StepTests(_RetentionTestCase):
         self.assertEqual(self.execute("select idem_key from s2s.idempotency_keys order by 1"), [("alive",), ("later",)])
 
     def test_old_steering(self) -> None:
-        """Control requests older than a week are removed, a bounded number in a step."""
+        """A step removes a bounded number of control requests older than a week."""
         self.patch(retention, "STEP_ROWS", 2)
         self.execute(
             "insert into s2s.steering (engine, type, payload, created_at, expires_at)"
@@ -233,7 +233,7 @@ class StepTests(_RetentionTestCase):
         self.assertEqual(self.execute("select count(*) from s2s.steering"), [(2,)])
 
     def test_health_checks(self) -> None:
-        """Health checks whose client has gone are removed after minutes, also behind other requests."""
+        """Health checks of absent clients are removed after 10 minutes, also behind other requests."""
         self.patch(retention, "STEP_ROWS", 2)
         self.execute(
             "insert into s2s.steering (engine, type, payload, created_at, expires_at)"
@@ -251,7 +251,7 @@ class StepTests(_RetentionTestCase):
         self.assertEqual(left, 1)
 
     def test_rows_that_stay(self) -> None:
-        """A row that another table refers to, or that a trigger keeps, stays alone; a whole step of them too."""
+        """Only rows that a foreign key or a trigger protects stay, even if they fill a whole step."""
         self.patch(retention, "STEP_ROWS", 2)
         held = [self.insert(f"held{n}") for n in range(2)]
         self.insert("free")
@@ -291,7 +291,7 @@ class StepTests(_RetentionTestCase):
         self.assertEqual(self.execute("select engine from s2s.steering"), [("kept",), ("kept",)])
 
     def test_what_is_set(self) -> None:
-        """How long things are kept is read from the settings, and is their default where there is none."""
+        """The retention periods are the settings, or the defaults if there is no setting."""
         with blocking(self.url) as txn:
             txn.execute("delete from s2s.config")
             self.assertEqual(retention.keep(txn), _KEEP)
@@ -300,10 +300,10 @@ class StepTests(_RetentionTestCase):
 
 
 class RaceTests(_RetentionTestCase):
-    """A push of a key, at the moment when it or its command is swept."""
+    """A push of a key while the key or its command is swept."""
 
     async def push_behind(self, key: str, end: Callable[[], None]) -> Outcome:
-        """Push while another transaction holds the key, and end that one once the push waits for it."""
+        """Push while another transaction holds the key, and call ``end`` once the push waits for that transaction."""
         pushing = deferToThread(self.push, key)
         waiting = "select 1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
         await poll(lambda: self.execute(waiting) or pushing.called, "the push waits for the sweep")
@@ -312,7 +312,7 @@ class RaceTests(_RetentionTestCase):
         return await pushing
 
     async def test_the_key_is_being_swept(self) -> None:
-        """A push that meets its expired key while it is removed makes a new command."""
+        """A push that meets its expired key during the removal makes a new command."""
         self.insert_key("k")
         sweep = self.begin()
         self.assertEqual(retention.sweep_keys(sweep), (1, None))
@@ -326,14 +326,14 @@ class RaceTests(_RetentionTestCase):
         )
 
     async def test_the_sweep_is_rolled_back(self) -> None:
-        """Where the removal does not come about, the push is a duplicate of what was."""
+        """If the removal is rolled back, the push is a duplicate of the earlier command."""
         self.insert_key("k")
         sweep = self.begin()
         self.assertEqual(retention.sweep_keys(sweep), (1, None))
         self.assertEqual(await self.push_behind("k", sweep.connection.rollback), Outcome(7, "done"))
 
     def test_the_key_was_swept_in_between(self) -> None:
-        """A push whose key is swept after its insert found it and before it is read makes a new command."""
+        """A push whose key is swept between the failed insert and the read of the key makes a new command."""
         self.insert_key("k")
         self.insert_key("other", "+ interval '1 hour'")
         real = idempotency.firsts
@@ -352,7 +352,7 @@ class RaceTests(_RetentionTestCase):
         self.assertEqual(self.execute("select cmd_id, idem_key from s2s.commands"), [(first.cmd_id, "k")])
 
     async def test_the_command_is_being_swept(self) -> None:
-        """A push that meets its key while the command's row is removed is told how the command ended."""
+        """A push that meets its key during the removal of the command gets the command's final status."""
         cmd_id = self.insert("k", "cancelled")
         sweep = self.begin()
         self.assertEqual(retention.sweep_commands(sweep, 0, _KEEP), (1, None))
@@ -361,7 +361,7 @@ class RaceTests(_RetentionTestCase):
 
 
 class _Test(CommandHandler):
-    """Takes any payload."""
+    """Accepts any payload."""
 
     cmd_type = "test.run"
     schema = {"type": "object"}
@@ -374,7 +374,7 @@ class TaskTests(_RetentionTestCase):
     """:class:`Retention` on a real database."""
 
     def setUp(self) -> None:
-        """Start a pool and make the task."""
+        """Start a pool and make the retention task."""
         super().setUp()
         self.database = Database(self.url, threads=1)
         self.database.start()
@@ -385,12 +385,12 @@ class TaskTests(_RetentionTestCase):
         self.addCleanup(self.retention.stop)
 
     async def pass_once(self, after_s: float) -> None:
-        """Let so many seconds go by, and the pass that is due then come to its end."""
+        """Advance the clock by these seconds, and wait until the pass that is due then has ended."""
         self.scheduler.advance(after_s)
         await poll(self.scheduler.getDelayedCalls, "the next pass is planned")
 
     async def test_a_clock_in_doubt(self) -> None:
-        """While the database's clock is in doubt nothing is removed, and one line says so."""
+        """While the database's clock is in doubt, no row is removed, and one log line reports that."""
         is_trusted = False
         doubtful = Retention(self.database, Clock(self.scheduler), lambda: self.keep, lambda: is_trusted)
         self.addCleanup(doubtful.stop)
@@ -407,7 +407,7 @@ class TaskTests(_RetentionTestCase):
         self.assertEqual(told, ["nothing old is removed while the database's clock is in doubt"])
 
     async def test_far_behind(self) -> None:
-        """After an outage, or a leap, the time that age is judged by catches up, and one line says so."""
+        """After an outage or a clock jump the retention time catches up, and one log line reports the lag."""
         self.execute("update s2s.database set retention_at = now() - interval '1 day'")
         with capturedLogs() as logs:
             self.retention.start()
@@ -419,7 +419,7 @@ class TaskTests(_RetentionTestCase):
         self.assertEqual(behind, 22)
 
     async def test_a_doubt_that_lasts(self) -> None:
-        """Each doubt has a line of its own when it begins, also behind another one, and a line a day while it lasts."""
+        """Each doubt is logged when it begins, also after another one, and once a day while it lasts."""
         is_trusted = False
         doubtful = Retention(self.database, Clock(self.scheduler), lambda: self.keep, lambda: is_trusted)
         self.addCleanup(doubtful.stop)
@@ -435,7 +435,7 @@ class TaskTests(_RetentionTestCase):
         self.assertEqual(told, ["nothing old is removed while t", *["what is old is removed as of 3"] * 2])
 
     async def test_passes(self) -> None:
-        """The first pass comes after a minute, the next ones every ten; they remove all that is old, and count it."""
+        """The first pass runs after a minute, later ones every ten minutes; each removes and counts all old rows."""
         self.patch(retention, "STEP_ROWS", 2)
         self.retention.start()
         self.scheduler.advance(FIRST_S - 1)
@@ -454,7 +454,7 @@ class TaskTests(_RetentionTestCase):
         self.assertEqual(len([event for event in logged if "removed" in (event["log_format"] or "")]), 2)
 
     async def test_a_swept_command_is_a_duplicate(self) -> None:
-        """A push of a command that was swept is answered with its cmd_id and last status, and conflicts as before."""
+        """A push of a swept command is answered with its cmd_id and last status, and conflicts as before."""
         inbox = Inbox(self.database, registry([_Test()]))
         push = {"cmd_type": "test.run", "idem_key": "k", "payload": {"n": 1}}
         first = await inbox.push(push)
@@ -473,7 +473,7 @@ class TaskTests(_RetentionTestCase):
         self.assertGreater(anew["cmd_id"], first["cmd_id"])
 
     async def test_the_settings_are_asked_each_time(self) -> None:
-        """A change of the days holds from the next pass on."""
+        """Changed retention periods apply from the next pass on."""
         self.insert("k", days=3)
         self.retention.start()
         await self.pass_once(FIRST_S)
@@ -483,7 +483,7 @@ class TaskTests(_RetentionTestCase):
         self.assertEqual(self.left(), [])
 
     async def test_two_servers_at_once(self) -> None:
-        """Two servers that remove at the same time remove everything once between them."""
+        """Two servers that run passes at the same time remove each row once."""
         self.patch(retention, "STEP_ROWS", 10)
         for number in range(60):
             self.insert(f"k{number}")
@@ -499,7 +499,7 @@ class TaskTests(_RetentionTestCase):
         self.assertEqual((self.left(), self.retention.commands + other.commands), ([], 60))
 
     async def test_the_database_is_away(self) -> None:
-        """Without a database a pass ends with one line at most, and the next one does what is left."""
+        """Without a database a pass logs one line and ends, and the next pass removes the remaining rows."""
         self.insert("k")
         await self.database.stop()
         self.retention.start()
@@ -511,7 +511,7 @@ class TaskTests(_RetentionTestCase):
         self.assertEqual(self.left(), [])
 
     async def test_a_pass_that_fails(self) -> None:
-        """A pass that fails for a reason of ours is told with its traceback, and the next one is planned."""
+        """A pass that fails through our own error is logged with its traceback, and the next pass is scheduled."""
         self.keep = Keep("no number", 90, 30)  # type: ignore[arg-type]
         self.retention.start()
         await self.pass_once(FIRST_S)
@@ -522,7 +522,7 @@ class TaskTests(_RetentionTestCase):
         self.assertEqual(self.left(), [])
 
     async def test_sweeps_fail_alone(self) -> None:
-        """A sweep that fails stops no other one, and has one line without a traceback."""
+        """A sweep that fails stops no other sweep, and is logged in one line without a traceback."""
         self.insert("k")
         self.insert_key("expired")
         self.execute("alter table s2s.commands rename column finished_at to over_at")
@@ -535,7 +535,7 @@ class TaskTests(_RetentionTestCase):
         self.assertIn("finished_at", told[0])
 
     async def test_rows_that_stay(self) -> None:
-        """The log names the constraint because of which old rows stay, and has no traceback."""
+        """The log names the constraint that keeps old rows, without a traceback."""
         self.insert("held")
         self.insert("free")
         self.execute(
@@ -551,7 +551,7 @@ class TaskTests(_RetentionTestCase):
         self.assertEqual(len(told), 1, told)
 
     async def test_stop(self) -> None:
-        """Stopped in a step, it finishes that one and begins no other; stopped before, it never begins."""
+        """A stop during a step finishes that step and begins no other; a stop before the first pass prevents it."""
         self.patch(retention, "STEP_ROWS", 1)
         for key in "ab":
             self.insert(key)

@@ -1,4 +1,4 @@
-"""A database that a restore has left without some of its triggers, indexes or rows: :mod:`s2s.store.shape`."""
+"""A database that a partial restore left without some triggers, indexes or rows: :mod:`s2s.store.shape`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tests.support.postgres import DatabaseTestCase
 
 
 class ShapeTests(DatabaseTestCase):
-    """What is missing, and what is said of it."""
+    """The missing parts, and the lines that report them."""
 
     def wrong(self) -> list[str]:
-        """Return the lines."""
+        """Return the lines that report missing parts."""
         with blocking(self.url) as txn:
             return list(shape.wrong(txn))
 
     def test_all_is_there(self) -> None:
-        """A database as the migrations make it lacks nothing, and all that they make is looked for."""
+        """A migrated database lacks nothing, and every object that the migrations make is checked."""
         self.assertEqual(self.wrong(), [])
         made = shape._made(migrations.available())
         found = self.execute(
@@ -50,7 +50,7 @@ class ShapeTests(DatabaseTestCase):
         self.assertEqual({(name,) for name in made.functions}, set(found))
 
     def test_what_an_owner_changes(self) -> None:
-        """A table, column or function that is changed or gone is named, and the statement of the line mends it."""
+        """A changed or missing table, column or function is named, and the line's statement repairs it."""
         self.execute("create table public.child () inherits (s2s.commands)")
         self.execute(
             "alter table s2s.commands set unlogged; alter table s2s.outbox drop column attempts;"
@@ -77,7 +77,7 @@ class ShapeTests(DatabaseTestCase):
         self.assertEqual(self.wrong(), [])
 
     def test_what_an_owner_removes(self) -> None:
-        """A table or a function that is gone is named, and so is a view in the place of a table."""
+        """A missing table or function is named, and a view in place of a table is named too."""
         self.execute(
             "drop table s2s.notices; drop function s2s.action(text) cascade;"
             "alter table s2s.broadcasts rename to elsewhere; create view s2s.broadcasts as select * from s2s.elsewhere"
@@ -89,14 +89,14 @@ class ShapeTests(DatabaseTestCase):
         self.assertIn("s2s.broadcasts is no ordinary table", lines)
 
     def test_before_a_migration(self) -> None:
-        """Of a migration that is not applied yet nothing is missed."""
+        """Objects of a migration that is not applied yet are not reported as missing."""
         self.execute("drop schema s2s_world cascade; delete from s2s.migrations where schema = 's2s_world'")
         self.assertEqual(self.wrong(), [])
         self.execute("drop schema s2s cascade")
         self.assertEqual(self.wrong(), [])
 
     def test_disabled_triggers(self) -> None:
-        """Disabled triggers are named with the statement that enables them, and no setting changes meanwhile."""
+        """Disabled triggers are named with the statement that enables them, and settings cannot change meanwhile."""
         self.execute(
             "alter table s2s.config disable trigger user; alter table s2s.audit enable always trigger audit_keep"
         )
@@ -111,7 +111,7 @@ class ShapeTests(DatabaseTestCase):
         self.assertEqual(self.wrong(), [])
 
     def test_a_part_is_missing(self) -> None:
-        """A trigger or an index that is missing is named, and a role does not start."""
+        """A missing trigger or unique index is named, and a role does not start."""
         self.execute(
             "alter table s2s.idempotency_keys drop constraint idempotency_keys_pkey; drop trigger"
             " orders_given on s2s.orders"
@@ -126,7 +126,7 @@ class ShapeTests(DatabaseTestCase):
             check(self.url, "server")
 
     def test_the_version(self) -> None:
-        """Without its row the version is that of the history, and a migration makes the row anew."""
+        """If its row is missing, the version comes from the history, and a migration restores the row."""
         with blocking(self.url) as txn:
             config.change(txn, "executor.batch_size", 7, "a test")
             version = config.change(txn, "executor.batch_size", 8, "a test")
@@ -146,7 +146,7 @@ class StatusTests(CliTestCase):
     """``s2s db status``."""
 
     def test_it_names_them(self) -> None:
-        """It lists each, and exits with 1."""
+        """The command lists each problem, and exits with 1."""
         self.execute("alter table s2s.orders disable trigger orders_given")
         result = self.s2s("db", "status", expected=1)
         self.assertIn("triggers of the table s2s.orders are disabled (orders_given)", result.output + result.stderr)

@@ -1,4 +1,4 @@
-"""Connections to the database on which no answer comes, though they look alive: :mod:`s2s.store.silence`."""
+"""Connections to the database that look alive but get no answer: :mod:`s2s.store.silence`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.postgres import DatabaseTestCase
 from tests.support.proxy import Proxy
 from tests.support.waiting import pause, poll
 
-#: The session of the pool that sleeps in a statement.
+#: SQL that returns the pid of the pool's session that sleeps in a statement.
 _ACTIVE = "select pid from pg_stat_activity where application_name = 'behind' and wait_event = 'PgSleep'"
 
 
@@ -34,7 +34,7 @@ class SilenceTests(DatabaseTestCase):
     """A pool behind a proxy that forgets connections."""
 
     async def setUp(self) -> None:
-        """Put the proxy between."""
+        """Start a pool that connects through the proxy."""
         super().setUp()
         self.patch(silence, "SILENT_S", 0.6)
         self.patch(silence, "LOOK_S", 0.1)
@@ -56,7 +56,7 @@ class SilenceTests(DatabaseTestCase):
         return int(row[0])
 
     async def test_a_statement(self) -> None:
-        """A statement that no answer comes to fails, its session ends with its locks, and the next one works."""
+        """A statement without an answer fails, its session ends with its locks, and the next statement works."""
         await gatherResults([self.database.run(_one, "select pg_sleep(0.05)") for _ in range(2)])
         self.assertEqual(self.sessions(), 2)
         self.proxy.hole()
@@ -71,7 +71,7 @@ class SilenceTests(DatabaseTestCase):
         self.assertEqual(self.database.counters.met["database_answer"], 2)
 
     async def test_without_activities(self) -> None:
-        """So it is where the database does not track what its sessions do; a statement that runs is left alone."""
+        """With ``track_activities`` off, an unanswered statement fails too, and a running one is left alone."""
         self.patch(silence, "_AGAIN_S", 0.1)
         self.patch(silence, "HUNG_S", 1000.0)
         self.execute(f"alter database {urlsplit(self.url).path[1:]} set track_activities = off")
@@ -86,7 +86,7 @@ class SilenceTests(DatabaseTestCase):
         await poll(lambda: self.sessions() == 0, "the sessions to end")
 
     async def test_a_statement_without_a_thread(self) -> None:
-        """A connection that was given up for want of an answer ends, so that there is always room for the next one."""
+        """A connection abandoned for lack of an answer is ended, so the next connection can always be opened."""
         self.patch(async_connection, "BEYOND_S", 0.1)
         self.database._line._statement_timeout_s = 0.1
         for _ in range(async_connection.MOST_GIVEN_UP + 2):
@@ -97,7 +97,7 @@ class SilenceTests(DatabaseTestCase):
             await poll(lambda: not self.database._line.given_up, "the end of the connection")
 
     async def test_what_works_on(self) -> None:
-        """A statement that the database works on is left alone, however long it takes, and so is a transaction."""
+        """A statement or a transaction that the database works on is left alone, however long it takes."""
         self.assertEqual(await self.database.run(_one, "select 1 from pg_sleep(1.5)"), 1)
 
         def in_steps(txn: Cursor) -> list[Any]:
@@ -108,7 +108,7 @@ class SilenceTests(DatabaseTestCase):
         self.assertEqual([event for event in self.told if event["log_namespace"].endswith("Silence")], [])
 
     async def test_an_answer_under_way(self) -> None:
-        """A session whose statement has just ended is left alone for a while: its answer may be under way."""
+        """A session whose statement has just ended is left alone for a while, since its answer may be in transit."""
         began = time.monotonic()
         answer = self.database.run(_one, "select 1 from pg_sleep(0.8)")
         await poll(lambda: self.execute(_ACTIVE), "the statement")
@@ -118,7 +118,7 @@ class SilenceTests(DatabaseTestCase):
         self.assertGreaterEqual(time.monotonic() - began, 0.8 + silence.SILENT_S)
 
     async def test_a_backend_that_hangs(self) -> None:
-        """A backend that stands still in a statement past its timeout is given up, up to a bound of them."""
+        """The connection of a backend that hangs past its statement timeout is closed, up to a maximum number."""
         self.patch(silence, "HUNG_S", -7.5)
         self.patch(silence, "MOST_HUNG", 1)
         hanging = self.database.run(_one, "select 1 from pg_sleep(0.3)")
@@ -128,11 +128,11 @@ class SilenceTests(DatabaseTestCase):
         with self.assertRaises(DatabaseUnavailable):
             await hanging
         await poll(lambda: any(f"see process {pid} of" in formatEvent(event) for event in self.told), "the line")
-        # The bound: what else is slow is waited for.
+        # At the maximum, another slow statement is waited for.
         self.assertEqual(await self.database.run(_one, "select 1 from pg_sleep(1.5)"), 1)
 
     async def ask(self, statement: str) -> Any:
-        """Ask without a thread."""
+        """Query without a thread."""
         done: Deferred[Any] = Deferred()
         self.database.query(Query(statement, ()), done.callback)
         return await done

@@ -1,4 +1,4 @@
-"""Tokens: what one is, its table, and ``s2s tokens``."""
+"""Tokens: their format, their table, and ``s2s tokens``."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class TokenTests(SynchronousTestCase):
     """:mod:`s2s.store.access`."""
 
     def test_a_name_and_a_secret(self) -> None:
-        """A token has its name in it, is new each time, and is what a header may hold."""
+        """A token contains its name, is new each time, and has only characters that a header may hold."""
         first, second = make("a.b-c_9"), make("a.b-c_9")
         self.assertNotEqual(first, second)
         self.assertRegex(first, r"^s2s_a\.b-c_9~[A-Za-z0-9_-]{43}$")
         self.assertEqual(name_of(first), "a.b-c_9")
 
     def test_no_token(self) -> None:
-        """What is no token has no name."""
+        """A text that is not a token has no name."""
         token = make("a")
         for text in ("", "a", token + "x", token[:-1], token.replace("~", "!"), "S" + token[1:], token + "\n"):
             self.assertIsNone(name_of(text), text)
 
     def test_comparison(self) -> None:
-        """A token is the one of its hash and of no other; where nothing is kept it is none."""
+        """A token matches its own hash only, and matches nothing if no hash is stored."""
         token = make("a")
         self.assertTrue(is_of(token, digest(token)))
         self.assertFalse(is_of(make("a"), digest(token)))
@@ -40,7 +40,7 @@ class TokenTests(SynchronousTestCase):
         self.assertFalse(is_of("\u00e9", digest(token)))
 
     def test_access(self) -> None:
-        """Each role may do what those before it may."""
+        """Each role includes the access of the roles before it."""
         allowed = [[allows(has, wants) for wants in ACCESS] for has in ACCESS]
         self.assertEqual(allowed, [[True, False, False], [True, True, False], [True, True, True]])
 
@@ -49,7 +49,7 @@ class TableTests(CliTestCase):
     """:mod:`s2s.store.tables.tokens` and the command line on top of it."""
 
     def test_only_a_hash_is_kept(self) -> None:
-        """Nothing in the database, and nothing that is printed later, has the token in it."""
+        """Neither the database nor any later output contains the token."""
         token = self.s2s("tokens", "add", "alice", "--role", "operator", "--note", "on call").stdout.strip()
         self.assertEqual(name_of(token), "alice")
         [row] = self.execute("select api_tokens::text from s2s.api_tokens")
@@ -68,7 +68,7 @@ class TableTests(CliTestCase):
         )
 
     def test_without_a_name(self) -> None:
-        """Without a name it gets one, which is told beside it; a program finds both in the JSON."""
+        """A token added without a name gets one, which stderr shows; the JSON has both name and token."""
         result = self.s2s("tokens", "add", "--role", "observer")
         name = name_of(result.stdout.strip())
         self.assertEqual(result.stderr, f"the token {name} is shown this once:\n")
@@ -77,7 +77,7 @@ class TableTests(CliTestCase):
         self.assertEqual({row["name"] for row in self.json("tokens", "list")}, {name, told["name"]})
 
     def test_audit(self) -> None:
-        """Making, changing by hand and revoking are told, with who did it and never the hash."""
+        """Adding, changing by hand and revoking a token are audited with the actor and without the hash."""
         self.s2s("tokens", "add", "alice", "--role", "admin")
         self.execute("update s2s.api_tokens set role = 'observer'")
         self.s2s("tokens", "revoke", "alice")
@@ -90,7 +90,7 @@ class TableTests(CliTestCase):
         self.assertNotIn("cli:", told[1][0])
 
     def test_a_file(self) -> None:
-        """It is written to a file that only its owner can read, never over another one, and then not printed."""
+        """The token is written to a new file that only its owner can read, and is then not printed."""
         path = Path(self.mktemp())
         said = self.s2s("tokens", "add", "alice", "--role", "admin", "--to", str(path)).output
         self.assertEqual(said, f"the token alice is in {path}\n")
@@ -101,7 +101,7 @@ class TableTests(CliTestCase):
         self.assertEqual([row["name"] for row in self.json("tokens", "list")], ["alice"])
 
     def test_a_file_of_no_token(self) -> None:
-        """Where the token cannot be written, or cannot be kept, no file stays that is in the way of the next try."""
+        """If the token cannot be written or stored, no file remains that would block the next attempt."""
         path = Path(self.mktemp())
         add = ("tokens", "add", "alice", "--role", "admin", "--to", str(path))
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -126,7 +126,7 @@ class TableTests(CliTestCase):
         self.s2s(*add)
 
     def test_expiry(self) -> None:
-        """One that has expired is shown as such, and is valid no more."""
+        """An expired token is listed as expired, and is not valid any more."""
         self.s2s("tokens", "add", "alice", "--role", "observer", "--days", "2")
         with blocking(self.url) as txn:
             [row] = tokens.read(txn)
@@ -137,7 +137,7 @@ class TableTests(CliTestCase):
         self.assertTrue(self.json("tokens", "list")[0]["is_expired"])
 
     def test_mistakes(self) -> None:
-        """A name that cannot be, is taken or is not there is one line with the cure."""
+        """An invalid, taken or unknown name is reported in one line with the fix."""
         self.s2s("tokens", "add", "alice", "--role", "observer")
         for argv, cure in (
             (("add", "alice", "--role", "admin"), "s2s tokens revoke alice"),

@@ -1,4 +1,4 @@
-"""Errors of the database, and what an operator reads of them: :mod:`s2s.store.troubles`, :mod:`s2s.store.sqlstate`."""
+"""Database errors, and their log lines for operators: :mod:`s2s.store.troubles`, :mod:`s2s.store.sqlstate`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tests.support.postgres import DatabaseTestCase
 
 
 class TroublesTests(SynchronousTestCase):
-    """With the clock of the test."""
+    """:class:`s2s.store.troubles.Troubles` with a simulated clock."""
 
     def setUp(self) -> None:
-        """Make it."""
+        """Make the object under test."""
         self.time = Clock()
         self.troubles = Troubles(self.time)
 
@@ -39,19 +39,19 @@ class TroublesTests(SynchronousTestCase):
         return [event["log_format"].format(**event) for event in told]
 
     def test_first(self) -> None:
-        """The first error is told at once, in the server's words, with the SQLSTATE and a cure."""
+        """The first error is logged at once, with the server's message, the SQLSTATE and a fix."""
         [line] = self.lines(0, "53100")
         self.assertIn("no space (SQLSTATE 53100): free some space", line)
 
     def test_many(self) -> None:
-        """However often it comes, it takes a line a minute; each SQLSTATE has its own."""
+        """A repeated error is logged once a minute, each SQLSTATE in its own line."""
         self.assertEqual(len(self.lines(TELL_S - 1, *["53100"] * 1000, *["25006"] * 10)), 2)
         told = self.lines(1)
         self.assertEqual(len(told), 2)
         self.assertIn("(SQLSTATE 53100) came 999 times", told[0])
 
     def test_incident(self) -> None:
-        """The log names an error by an id, which stays the same while the error lasts."""
+        """The log gives an error an incident id, which does not change while the error lasts."""
         with capturedLogs() as told:
             ids = {self.troubles.note("P0001", "no") for _ in range(100)}
         [incident] = ids
@@ -59,14 +59,14 @@ class TroublesTests(SynchronousTestCase):
         self.assertNotEqual(self.troubles.note("P0001", "another"), incident)
 
     def test_over(self) -> None:
-        """A minute without it is told, and ends it; then it is new."""
+        """An error that does not recur for a minute is logged as over, and is then new."""
         self.lines(0, "53100")
         self.assertIn("not come again", self.lines(TELL_S)[0])
         self.assertEqual(self.time.getDelayedCalls(), [])
         self.assertIn("no space", self.lines(0, "53100")[0])
 
     def test_texts(self) -> None:
-        """Two texts of one SQLSTATE have a line each: an operator needs both."""
+        """Two texts of one SQLSTATE have a line each, because an operator needs both."""
         with capturedLogs() as told:
             for table in ("commands", "notices", "commands"):
                 self.troubles.note("42501", f"permission denied for table {table}")
@@ -77,7 +77,7 @@ class TroublesTests(SynchronousTestCase):
         self.assertEqual(len(self.lines(TELL_S)), 2)
 
     def test_many_texts(self) -> None:
-        """Beyond the bound all texts of a SQLSTATE share a line, and nothing is kept of them two minutes later."""
+        """Beyond the limit all texts of a SQLSTATE share a line, and two minutes later none of them is kept."""
         with capturedLogs() as told:
             for number in range(MOST_TEXTS * 3):
                 self.troubles.note("53100", f"could not extend file {number}")
@@ -89,23 +89,23 @@ class TroublesTests(SynchronousTestCase):
         self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_bound(self) -> None:
-        """Beyond the bound all SQLSTATEs share a line."""
+        """Beyond the limit all SQLSTATEs share a line."""
         states = [f"X{number:04}" for number in range(MOST_STATES + 10)]
         self.assertEqual(len(self.lines(0, *states)), MOST_STATES + 1)
         self.assertEqual(self.troubles.counts["other"], 10)
 
     def test_stop(self) -> None:
-        """It leaves no timer behind."""
+        """A stop leaves no timer behind."""
         self.lines(0, "53100", "25006")
         self.troubles.stop()
         self.assertEqual(self.time.getDelayedCalls(), [])
 
 
 class CancelledTests(DatabaseTestCase):
-    """Statements that end before they are done."""
+    """Statements that end before they finish."""
 
     def test_who_has_cancelled(self) -> None:
-        """A cancellation by somebody is told from a statement timeout, each with its cure."""
+        """The errors of a cancellation by a user and of a statement timeout each have their own fix."""
         for statement, cure in (
             ("select pg_cancel_backend(pg_backend_pid()), pg_sleep(5)", "somebody has cancelled it"),
             ("set local statement_timeout = 50; select pg_sleep(5)", "it took too long"),
@@ -116,10 +116,10 @@ class CancelledTests(DatabaseTestCase):
 
 
 class RaisedTests(DatabaseTestCase):
-    """Errors that code raises, such as those of another database."""
+    """Errors that code in the database raises, such as those of another database."""
 
     def test_whose_error(self) -> None:
-        """In a statement of a handler they say nothing about our database; in one of ours they count as they are."""
+        """In a handler's statement such an error says nothing about our database; in an s2s statement it does."""
         raising = "do $$ begin raise exception 'could not extend file' using errcode = '{}'; end $$"
         for state in ("53100", "58030", "XX001", "53300", "28P01", "3D000"):
             for is_ours in (False, True):
@@ -133,10 +133,10 @@ class RaisedTests(DatabaseTestCase):
 
 
 class ForeignFunctionTests(DatabaseTestCase):
-    """Triggers of another hand that fail within statements of ours."""
+    """Triggers of other programs that fail within statements of s2s."""
 
     async def test_it_is_named(self) -> None:
-        """The cure names the innermost function of another hand that lacks a table, a function or a privilege."""
+        """The fix names the innermost foreign function that lacks a schema, table, column, function or privilege."""
         self.execute(
             "create table public.log (n int); create table public.gone (n int); create role reader_of_nothing;"
             'create function public."in SQL"() returns int language sql as $$ select n from public.gone $$;'
@@ -167,7 +167,7 @@ class ForeignFunctionTests(DatabaseTestCase):
                 self.assertIn(f"(SQLSTATE {state} in {function}): mend the function {function}, which", line)
 
     async def test_one_of_ours(self) -> None:
-        """A function of ours that lacks a table is told as a statement of ours is."""
+        """An error within a function of s2s is reported like an error of a statement of s2s."""
         self.execute("alter table s2s.config_version rename to another")
         with self.assertRaises(DatabaseError) as caught, blocking(self.url) as txn:
             txn.execute("update s2s.config set value = '30' where key = 'server.sweep_interval_s'")
@@ -183,7 +183,7 @@ class ConnectTests(DatabaseTestCase):
     """Connections that the database refuses."""
 
     def test_each_cure(self) -> None:
-        """A user who may not connect, or not log in, is told the statement that lets him."""
+        """The error for a user that may not log in or connect names the statement that permits it."""
         database = self.url.partition("?")[0].rpartition("/")[2]
         user = f"{database}_user"
         self.execute(f"create role {user} nologin; revoke connect on database {database} from public")
@@ -198,10 +198,10 @@ class ConnectTests(DatabaseTestCase):
 
 
 class CommandLineTests(CliTestCase):
-    """A statement of a command that the database refuses."""
+    """A command whose statement the database refuses."""
 
     def test_no_false_cure(self) -> None:
-        """A refusal without a cure gets none: the URL of the database is right."""
+        """A refusal without a fix does not blame the URL of the database."""
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload, status) values ('a.b', 'k', '{}', 'dead');"
             "create table public.mine as select cmd_id from s2s.commands;"
@@ -217,7 +217,7 @@ class MeaningTests(SynchronousTestCase):
     """The table of SQLSTATEs."""
 
     def test_longest_prefix(self) -> None:
-        """The longest prefix decides, and every code that PostgreSQL has is decided."""
+        """The longest prefix decides, and every SQLSTATE of PostgreSQL has a meaning."""
         self.assertEqual(sqlstate.meaning("53100").fault, "database")
         self.assertEqual(sqlstate.meaning("53200").fault, "statement")
         self.assertTrue(sqlstate.meaning("57P01").drops)
@@ -226,12 +226,12 @@ class MeaningTests(SynchronousTestCase):
             self.assertIsNotNone(sqlstate.meaning(code))
 
     def test_data(self) -> None:
-        """An error of the data alone is answered for its own row, and says nothing to an operator."""
+        """An error of the data alone does not make the database unavailable, and has no fix for an operator."""
         for code in ("22P02", "23505", "23503", "P0001", ""):
             self.assertEqual((sqlstate.meaning(code).unavailable, sqlstate.meaning(code).cure), (False, ""), code)
 
     def test_at_connect(self) -> None:
-        """An error at the connect is known by its text, since libpq tells no SQLSTATE."""
+        """An error at connect is classified by its text, since libpq reports no SQLSTATE."""
         for text, state in (
             ('connection to server failed: FATAL:  too many connections for role "game"', "53300"),
             ('FATAL:  too many connections for database "game"', "53300"),
@@ -251,7 +251,7 @@ class MeaningTests(SynchronousTestCase):
             self.assertEqual(sqlstate.at_connect(text), state, text)
 
     def test_shared_memory(self) -> None:
-        """A statement whose workers find no shared memory is at fault itself, and no disk is full."""
+        """If parallel workers lack shared memory, the statement is at fault, and not a full disk."""
 
         class Refused(psycopg2.Error):
             pgcode = "53100"
@@ -267,7 +267,7 @@ class MeaningTests(SynchronousTestCase):
         self.assertIn("--shm-size", found.cure)
 
     def test_the_document(self) -> None:
-        """Every row of the table stands in the page of faults."""
+        """The page of faults contains every row of the table."""
         page = Path(__file__).parents[2].joinpath("docs", "faults.rst").read_text("utf-8")
         missing = [prefix for prefix in sqlstate.MEANINGS if prefix and f"``{prefix}``" not in page]
         self.assertEqual(missing, [])

@@ -1,4 +1,4 @@
-"""How a database URL is read, refused and read again."""
+"""How a database URL is read, refused and reread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ReadingTests(SynchronousTestCase):
     """:func:`s2s.store.url.read`."""
 
     def refused(self, text: str) -> str:
-        """See that a URL is refused in one line without the password, and return the line."""
+        """Check that a URL is refused in one line without the password, and return the line."""
         line = str(self.assertRaises(OperatorError, url.read, text))
         self.assertNotIn(_SECRET, line)
         self.assertNotIn("\n", line)
@@ -48,22 +48,22 @@ class ReadingTests(SynchronousTestCase):
                 self.assertEqual(url.read(text)[name], value)
 
     def test_a_service(self) -> None:
-        """A service of libpq may say the password and the options; without one, ours of the start hold."""
+        """A libpq service may set the password and the options; without one, PGOPTIONS of the process applies."""
         self.assertNotIn("password", parameters("service=prod dbname=game"))
         self.assertEqual(parameters("dbname=game")["options"], os.environ.get("PGOPTIONS", ""))
         self.assertEqual(parameters("dbname=game password=x")["password"], "x")
 
     def test_space_around(self) -> None:
-        """A newline at the end, as a secret's file or variable often has one, is no part of the URL."""
+        """White space around the URL, such as the newline at the end of a secret's file, is ignored."""
         self.assertEqual(url.read(" postgresql://u@h/d\r\n")["dbname"], "d")
 
     def test_an_unknown_parameter_is_named(self) -> None:
-        """A parameter that libpq does not know is named, in both notations."""
+        """The error names a parameter that libpq does not know, in both notations."""
         for text in (f"postgresql://u:{_SECRET}@h/d?sslmoed=require", f"host=h password={_SECRET} sslmoed=require"):
             self.assertIn("'sslmoed'", self.refused(text))
 
     def test_a_part_of_a_password_is_not_named(self) -> None:
-        """A password with unescaped characters is told how to escape them, and no piece of it is shown."""
+        """The error for unescaped characters in a password shows how to escape them, and no part of it."""
         for text in (
             f"postgresql://u:12/x?{_SECRET.lower()}=1@h/d",
             f"postgresql://u:12/{_SECRET}@h/d",
@@ -81,10 +81,10 @@ class ReadingTests(SynchronousTestCase):
 
 
 class QuoteTests(SynchronousTestCase):
-    """Quotes that a file of variables keeps."""
+    """Quotes that a file of environment variables keeps around a URL."""
 
     def test_they_are_named(self) -> None:
-        """A URL in quotes is refused with the quotes as the reason, and without a part of it."""
+        """A URL in quotes is refused with the quotes as the reason, and no part of the URL is shown."""
         for quote in ("'", '"'):
             refused = str(self.assertRaises(OperatorError, url.read, f"{quote}postgresql://u:hunter2@h/d{quote}"))
             self.assertIn("stands in quotes", refused)
@@ -92,10 +92,10 @@ class QuoteTests(SynchronousTestCase):
 
 
 class LocatingTests(SynchronousTestCase):
-    """What an operator names as the database."""
+    """The values with which an operator names the database."""
 
     def refused(self, given: str | None) -> str:
-        """See that it is refused in one line, and that no embedded database is begun for it."""
+        """Check that a value is refused in one line and no embedded database is made, and return the line."""
         directory = Path(self.mktemp())
         line = str(self.assertRaises(OperatorError, preflight.find_database, given, directory))
         self.assertNotIn("\n", line)
@@ -103,14 +103,14 @@ class LocatingTests(SynchronousTestCase):
         return line
 
     def test_empty(self) -> None:
-        """An option or a variable that is empty, or blank, is a mistake and not the wish for an embedded database."""
+        """An empty or blank option or variable is an error, and does not select an embedded database."""
         for blank in ("", " \n"):
             self.assertIn("--database is empty", self.refused(blank))
             self.patch(os, "environ", {**os.environ, preflight.DATABASE_VARIABLE: blank})
             self.assertIn(f"{preflight.DATABASE_VARIABLE} is empty", self.refused(None))
 
     def test_files(self) -> None:
-        """A file that is missing, empty, too long, no text, no file or of a wrong URL is a line with its name."""
+        """A missing, empty, too long, binary or unsuitable file, or one with a bad URL, is named in a one-line error."""
         path = Path(self.mktemp())
         at = f"@{path}"
         self.assertIn(f"{path}: No such file", self.refused(at))
@@ -128,7 +128,7 @@ class LocatingTests(SynchronousTestCase):
         self.assertIn("is too long", self.refused("@/dev/zero"))
 
     def test_a_pipe_is_read_once(self) -> None:
-        """A URL that comes through a pipe is kept, since a pipe can be read only once."""
+        """A URL that was read from a pipe is kept, since a pipe can be read only once."""
         read, write = os.pipe()
         self.addCleanup(os.close, read)
         os.write(write, b"postgresql://u@h/d\n")
@@ -137,7 +137,7 @@ class LocatingTests(SynchronousTestCase):
         self.assertEqual(place.url, "postgresql://u@h/d")
 
     def test_a_pipe_in_parts(self) -> None:
-        """A writer of a named pipe may come later, and may pause."""
+        """The writer of a named pipe may open it late, and may pause."""
         path = Path(self.mktemp())
         os.mkfifo(path)
         script = ["/bin/sh", "-c", '{ sleep 0.2; printf postgresql:; sleep 0.2; printf //u@h/d; } > "$0"', str(path)]
@@ -145,7 +145,7 @@ class LocatingTests(SynchronousTestCase):
             self.assertEqual(preflight.find_database(f"@{path}", Path()).url, "postgresql://u@h/d")
 
     def test_a_pipe_that_nobody_writes_to(self) -> None:
-        """A pipe through which nothing comes is refused after a while, with a writer and without one."""
+        """A pipe without input is refused after a timeout, with a writer and without one."""
         self.patch(files, "SILENT_S", 0.1)
         path = Path(self.mktemp())
         os.mkfifo(path)
@@ -156,17 +156,17 @@ class LocatingTests(SynchronousTestCase):
         self.assertIn("nothing came through it", self.refused(f"@/dev/fd/{read}"))
 
     def test_a_relative_file(self) -> None:
-        """A file is remembered by its absolute path: a daemon changes its directory."""
+        """The path of a file is stored as an absolute path, because a daemon changes its directory."""
         path = Path(self.mktemp())
         path.write_text("postgresql://u@h/d")
         self.assertEqual(preflight.find_database(f"@{path}", Path()).url, f"@{path.absolute()}")
 
 
 class ReadAgainTests(DatabaseTestCase):
-    """A file whose URL is changed while a role runs, such as one with a rotated password."""
+    """A file whose URL changes while a role runs, such as after a password rotation."""
 
     def setUp(self) -> None:
-        """Make a role of the database, and a file that does not name it yet."""
+        """Make a database user, and a file whose URL does not name that user yet."""
         super().setUp()
         self.execute("drop role if exists rotated")
         self.execute("create role rotated login superuser")
@@ -179,17 +179,17 @@ class ReadAgainTests(DatabaseTestCase):
         self.addCleanup(globalLogPublisher.removeObserver, self.hear)
 
     def hear(self, event: LogEvent) -> None:
-        """Keep what is said of the file."""
+        """Keep the complaints about the file."""
         if "complaint" in event:
             self.lines.append(event["complaint"])
 
     def rotate(self) -> None:
-        """Name the new role in the file, and end the connections of the old one."""
+        """Write a URL with the new user to the file, and end all connections."""
         self.file.write_text(self.url.replace("postgres@", "rotated@"))
         self.hang_up()
 
     def hang_up(self) -> None:
-        """End all connections but ours."""
+        """End all connections except the one of the test."""
         self.execute(
             "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
             " where datname = current_database() and pid <> pg_backend_pid()"
@@ -197,7 +197,7 @@ class ReadAgainTests(DatabaseTestCase):
 
     @inlineCallbacks
     def test_pool(self) -> Any:
-        """A pool's next connection, with a thread or without, is made with what the file says then."""
+        """The pool's next connection, with a thread or without, uses the current content of the file."""
         database = Database(self.at, threads=1)
         database.start()
         self.addCleanup(database.stop)
@@ -219,7 +219,7 @@ class ReadAgainTests(DatabaseTestCase):
 
     @inlineCallbacks
     def test_broken_file(self) -> Any:
-        """A file that is broken keeps the URL in force that was read before, and is told once."""
+        """If the file becomes invalid, the previous URL stays in use, and one line is logged."""
         database = Database(self.at, threads=1)
         database.start()
         self.addCleanup(database.stop)
@@ -232,7 +232,7 @@ class ReadAgainTests(DatabaseTestCase):
 
     @inlineCallbacks
     def test_listener(self) -> Any:
-        """The connection that hears notifications is made anew by the file too."""
+        """The LISTEN connection also reconnects with the current content of the file."""
         listener = Listener(self.at, {"x": lambda: None}, application_name="ears")
         listener.start()
         self.addCleanup(listener.stop)
@@ -246,7 +246,7 @@ class ReadAgainTests(DatabaseTestCase):
         yield poll(lambda: is_heard_by("rotated"), "it listens as the new role")
 
     def test_blocking(self) -> None:
-        """A command line reads the file as well."""
+        """A command of the command line reads the file as well."""
         with blocking(self.at) as txn:
             txn.execute("select 1")
         self.assertRaises(OperatorError, blocking("@/no/such").__enter__)

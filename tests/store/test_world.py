@@ -1,4 +1,4 @@
-"""The world: what its tables refuse, how it is seeded, and the ships batch by batch."""
+"""The world: the constraints of its tables, its seeding, and updates of ships in batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
 
 MOST_ID = 2**53 - 1
-#: A row of each table.
+#: A valid row of each table.
 ROWS: dict[str, dict[str, Any]] = {
     "sectors": {"sector_id": 1, "name": "Sol", "status": "fedspace"},
     "ports": {
@@ -41,7 +41,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "ships": {"ship_id": 1, "player_id": 1, "sector_id": 1, "turns": 1, "fuel": 1, "shields": 1, "hold_capacity": 1},
 }
 
-#: What each table takes, at the bounds, and what it does not, just past them.
+#: Rows at the bounds, which each table accepts, and rows just past the bounds, which it refuses.
 TAKEN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("sectors", {"sector_id": 2, "status": "neutral"}),
     ("sectors", {"sector_id": MOST_ID, "status": "port_closed", "name": "x" * 200}),
@@ -84,21 +84,21 @@ REFUSED: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 class TableTests(DatabaseTestCase):
-    """The checks of ``sectors``, ``ports`` and ``ships``."""
+    """The constraints of ``sectors``, ``ports`` and ``ships``."""
 
     def setUp(self) -> None:
-        """Make a sector."""
+        """Insert a sector."""
         super().setUp()
         self.insert("sectors", {})
 
     def insert(self, table: str, changed: dict[str, Any]) -> None:
-        """Insert a row that differs from the usual one."""
+        """Insert the row of :data:`ROWS` with some columns changed."""
         row = {**ROWS[table], **changed}
         marks = ", ".join(["%s"] * len(row))
         self.execute(f"insert into {table} ({', '.join(row)}) values ({marks})", *row.values())
 
     def test_bounds(self) -> None:
-        """A row at a bound is taken; one past it is refused by a check or a foreign key."""
+        """A row at a bound is accepted; one past it is refused by a check or a foreign key."""
         for table, changed in TAKEN:
             with self.subTest(table=table, changed=changed):
                 self.insert(table, changed)
@@ -109,7 +109,7 @@ class TableTests(DatabaseTestCase):
                 self.assertRaises(psycopg2.IntegrityError, self.insert, table, changed)
 
     def test_fields_of_ships(self) -> None:
-        """What ``SHIP_FIELDS`` says of a field is what the table's check takes, at both ends."""
+        """The bounds of a field in ``SHIP_FIELDS`` are those of the table's check, at both ends."""
         for at, (field, most) in enumerate(world.SHIP_FIELDS.items()):
             with self.subTest(field=field):
                 for id, value in enumerate((0, most), start=1):
@@ -118,7 +118,7 @@ class TableTests(DatabaseTestCase):
                     self.assertRaises(psycopg2.IntegrityError, self.insert, "ships", {"ship_id": 99, field: value})
 
     def test_a_sector_in_use(self) -> None:
-        """A sector with a port or a ship in it cannot be removed."""
+        """A sector with a port or a ship in it cannot be deleted."""
         for table in ("ports", "ships"):
             self.insert(table, {})
             self.assertRaises(psycopg2.IntegrityError, self.execute, "delete from s2s_world.sectors")
@@ -130,7 +130,7 @@ class StoreTests(DatabaseTestCase):
     """:mod:`s2s.store.tables.world`."""
 
     def test_batches(self) -> None:
-        """Batch after batch, each ship that there was at the start is changed, once, and no other."""
+        """The batches change each ship that existed at the start once, and no other ship."""
         self.execute("insert into s2s_world.sectors values (1, 'Sol', 'neutral')")
         ids = st.sets(st.integers(1, 60) | st.integers(1, MOST_ID - 1), max_size=40)
 
@@ -157,12 +157,12 @@ class StoreTests(DatabaseTestCase):
             check()
 
     def test_an_unknown_field(self) -> None:
-        """No other column can be set."""
+        """A column that is not in ``SHIP_FIELDS`` cannot be set."""
         with blocking(self.url) as txn:
             self.assertRaises(KeyError, world.update_ships, txn, "player_id", 1, 0, 1)
 
     def test_sector_status(self) -> None:
-        """A status is changed in one sector alone, and the one that it had is given back."""
+        """The status of only one sector is changed, and its previous status is returned."""
         self.execute("insert into s2s_world.sectors values (1, 'Sol', 'fedspace'), (2, 'Rim', 'neutral')")
         with blocking(self.url) as txn:
             self.assertEqual(world.set_sector_status(txn, 2, "port_closed"), "neutral")
@@ -175,7 +175,7 @@ class StoreTests(DatabaseTestCase):
 class SeedTests(DatabaseTestCase):
     """:func:`s2s.store.tables.seed.make_world`."""
 
-    #: Of the tables of 300 sectors and 3000 ships, seed 7.
+    #: The digests of the tables for 300 sectors, 3000 ships and seed 7.
     DIGESTS = ["f5090fdcc4d6cbd0", "3bd007b435b60dcd", "526fe817a35250ad"]
 
     def make(self, sectors: int, ships: int, seed: int = 1, **options: Any) -> bool:
@@ -184,7 +184,7 @@ class SeedTests(DatabaseTestCase):
             return make_world(txn, sectors, ships, seed, **options)
 
     def digests(self) -> list[str]:
-        """Digest what each table holds."""
+        """Return the digest of each table's rows."""
         with blocking(self.url) as txn, interruptible.copying():
             found = []
             for table in ROWS:
@@ -194,7 +194,7 @@ class SeedTests(DatabaseTestCase):
             return found
 
     def test_deterministic(self) -> None:
-        """Sizes and seed make one world, byte for byte, in this release as in that, however many rows a COPY has."""
+        """The same sizes and seed make the same bytes in every release, however many rows a COPY has."""
         self.assertTrue(self.make(300, 3000, 7))
         self.assertEqual(self.digests(), self.DIGESTS)
         self.patch(seed, "CHUNK_ROWS", 271)
@@ -205,7 +205,7 @@ class SeedTests(DatabaseTestCase):
             self.assertNotEqual(one, other)
 
     def test_a_living_world(self) -> None:
-        """Each sector has a port, which is away from its base, and decay finds ships with little and much to lose."""
+        """Each sector has a port away from its base, and decay finds ships with little and with much to lose."""
         self.make(1000, 4000)
         with blocking(self.url) as txn:
             counts = world.count(txn)
@@ -232,11 +232,11 @@ class SeedTests(DatabaseTestCase):
         ):
             with self.subTest(statement=statement):
                 self.assertEqual(self.execute(statement), [expected])
-        # Analysed: the planner knows how many there are.
+        # The table is analysed, so the planner knows its size.
         self.assertEqual(self.execute("select reltuples from pg_class where relname = 'ships'"), [(4000,)])
 
     def test_any_seed(self) -> None:
-        """Whatever the sizes and the seed, the tables take what is made."""
+        """The tables accept the world of any sizes and seed."""
 
         @settings(max_examples=20)
         @given(st.integers(1, 40), st.integers(0, 40), st.integers())
@@ -251,7 +251,7 @@ class SeedTests(DatabaseTestCase):
             check()
 
     def test_only_where_there_is_none(self) -> None:
-        """A world that is there stays as it is, unless it is to be replaced."""
+        """An existing world is kept, unless it is to be replaced."""
         self.make(20, 30)
         before = self.digests()
         self.assertFalse(self.make(10, 10, 2))
@@ -260,7 +260,7 @@ class SeedTests(DatabaseTestCase):
         self.assertEqual([self.execute(f"select count(*) from {table}") for table in ROWS], [[(10,)]] * 3)
 
     def test_whole_or_not(self) -> None:
-        """Progress is told chunk by chunk; ended in between, the world that was there is still there."""
+        """Progress is reported for each chunk; an interrupt in between keeps the previous world."""
         self.make(20, 30)
         before = self.digests()
         self.patch(seed, "CHUNK_ROWS", 100)
@@ -277,7 +277,7 @@ class SeedTests(DatabaseTestCase):
 
     @inlineCallbacks
     def test_two_at_once(self) -> Iterator[Deferred[Any]]:
-        """Of two that make a world at once, the second waits for the first, and leaves its world alone."""
+        """Of two processes that make a world at once, the second waits, and keeps the world of the first."""
         with blocking(self.url) as txn:
             self.assertTrue(make_world(txn, 20, 30, 1))
             second = deferToThread(self.make, 20, 30, 2)
@@ -290,7 +290,7 @@ class SeedTests(DatabaseTestCase):
 
     @inlineCallbacks
     def test_replaced_while_others_work(self) -> Iterator[Deferred[Any]]:
-        """A replacement waits for the tables in short tries, between which others write, and names the holder."""
+        """A replacement waits for its table locks in short tries, so that others can write, and names the holder."""
         self.patch(lock_wait, "PAUSE_S", 0.3)
         self.make(20, 30)
         holder = psycopg2.connect(self.url)
@@ -318,7 +318,7 @@ class CommandTests(CliTestCase):
     """``s2s world``."""
 
     def test_seed(self) -> None:
-        """A world is made and told in one line; another one only by ``--replace``; both are in the audit."""
+        """A seeding prints one line, replaces a world only with ``--replace``, and is audited."""
         said = self.s2s("world", "seed", "--sectors", "30", "--ships", "50")
         self.assertRegex(said.stdout, r"^made 30 sectors, as many ports and 50 ships of seed 1 in [0-9.]+ s\n$")
         self.assertEqual(said.stderr, "")
@@ -337,14 +337,14 @@ class CommandTests(CliTestCase):
         )
 
     def test_sizes(self) -> None:
-        """A size out of bounds is a usage error that names them, and nothing is made."""
+        """A size out of bounds is a usage error that names the option, and no world is made."""
         for sectors, ships in (("0", "1"), ("-1", "1"), ("10000001", "1"), ("1", "-1"), ("1", "10000001"), ("x", "1")):
             said = self.s2s("world", "seed", "--sectors", sectors, "--ships", ships, expected=2)
             self.assertIn("Error: Invalid value for '--s", said.stderr)
         self.assertEqual(self.json("world", "show")["sectors"], 0)
 
     def test_progress(self) -> None:
-        """On a terminal a bar on stderr shows how many rows are in, and stdout stays what programs read."""
+        """On a terminal, stderr shows a progress bar of the rows, and stdout holds only the JSON."""
         self.patch(seed, "CHUNK_ROWS", 10)
         argv = ("world", "seed", "--sectors", "30", "--ships", "50", "--json")
         said = self.s2s(*argv, env={"FORCE_COLOR": "1", "TERM": "xterm"})
@@ -352,7 +352,7 @@ class CommandTests(CliTestCase):
         self.assertEqual(json.loads(said.stdout)["ships"], 50)
 
     def test_show(self) -> None:
-        """The counts are shown, also of no world at all."""
+        """The counts are shown, also if there is no world."""
         self.assertEqual(set(self.json("world", "show").values()), {0})
         self.execute(
             "insert into s2s_world.sectors values (1, 'a', 'fedspace'), (2, 'b', 'neutral'), (3, 'c', 'port_closed')"
