@@ -96,7 +96,7 @@ class FullTests(TestCase):
             connection.close()
 
     async def test_full_and_free_again(self) -> None:
-        """A full queue is a database fault that names the blocking session; after that session, a look frees it."""
+        """A full queue is a database fault that names the session to end; once it has ended, a look frees the queue."""
         with capturedLogs() as told:
             error = await self.assertFailure(self.database.run(_emit), DatabaseUnavailable)
         self.assertEqual(sqlstate.meaning(error.state).fault, "database")

@@ -172,7 +172,7 @@ class OutboxTests(_StoreTestCase):
         self.assertEqual(sorted([*claim(), *claim(), *claim()]), ["0", "1", "2", "3", "4", "now"])
 
     def test_idle(self) -> None:
-        """If scans are cheap, a claim that finds nothing has scanned all rows, so an engine that stops is empty."""
+        """If scans are cheap, a claim that returns no row has scanned all rows, so an engine that stops misses none."""
         self.patch(lookback, "CHEAP_S", float("inf"))
         claims = outbox.Claims(lambda: 0.0)
         for key, age in (("a", 0), ("b", 3600)):

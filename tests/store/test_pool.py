@@ -267,7 +267,7 @@ class DatabaseTests(DatabaseTestCase):
             self.assertRaises(CommitLost, pool.step, txn, die)
 
     async def test_refused_by_the_commit(self) -> None:
-        """A transaction that the COMMIT itself refuses raises StatementRefused."""
+        """A transaction that the COMMIT itself refuses raises StatementRefused and is not committed."""
 
         def work(txn: driver.Cursor) -> None:
             txn.execute(
@@ -404,7 +404,7 @@ class BlockingTests(DatabaseTestCase):
     """:func:`blocking`."""
 
     def test_commits_and_rolls_back(self) -> None:
-        """The transaction is committed at the end, rolled back on an exception, and raises our errors."""
+        """The transaction is committed at the end or rolled back on an exception; errors are raised as s2s errors."""
         with blocking(self.url) as txn:
             txn.execute("create table public.t (a int unique)")
             txn.execute("insert into public.t values (1)")

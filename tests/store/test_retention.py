@@ -333,7 +333,7 @@ class RaceTests(_RetentionTestCase):
         self.assertEqual(await self.push_behind("k", sweep.connection.rollback), Outcome(7, "done"))
 
     def test_the_key_was_swept_in_between(self) -> None:
-        """A push whose key is swept between the failed insert and the read of the key makes a new command."""
+        """A push whose key is swept after the insert found it and before the key is read makes a new command."""
         self.insert_key("k")
         self.insert_key("other", "+ interval '1 hour'")
         real = idempotency.firsts

@@ -97,7 +97,7 @@ class RowWatchTests(DatabaseTestCase):
             self.assertIn(f"pid {holder.info.backend_pid} holds them (s2s-server handlers, ", line)
 
     async def test_what_sessions_wait_for(self) -> None:
-        """An s2s session that waits for a lock of another program is reported, one that waits for s2s is not."""
+        """A look reports an s2s session that waits for a lock of another program, but not for a lock of s2s."""
         ours = psycopg2.connect(self.url, application_name="s2s-server", async_=True)
         self.addCleanup(ours.close)
         wait_select(ours)

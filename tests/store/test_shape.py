@@ -126,7 +126,7 @@ class ShapeTests(DatabaseTestCase):
             check(self.url, "server")
 
     def test_the_version(self) -> None:
-        """If its row is missing, the version comes from the history, and a migration restores the row."""
+        """Without the row of ``config_version`` the version is that of the history, and a migration adds the row."""
         with blocking(self.url) as txn:
             config.change(txn, "executor.batch_size", 7, "a test")
             version = config.change(txn, "executor.batch_size", 8, "a test")

@@ -63,7 +63,7 @@ class ReadingTests(SynchronousTestCase):
             self.assertIn("'sslmoed'", self.refused(text))
 
     def test_a_part_of_a_password_is_not_named(self) -> None:
-        """The error for unescaped characters in a password shows how to escape them, and no part of it."""
+        """The error for unescaped characters in a password shows how to escape them and no part of the password."""
         for text in (
             f"postgresql://u:12/x?{_SECRET.lower()}=1@h/d",
             f"postgresql://u:12/{_SECRET}@h/d",
@@ -110,7 +110,7 @@ class LocatingTests(SynchronousTestCase):
             self.assertIn(f"{preflight.DATABASE_VARIABLE} is empty", self.refused(None))
 
     def test_files(self) -> None:
-        """A missing, empty, too long, binary or unsuitable file, or one with a bad URL, is named in a one-line error."""
+        """A missing, empty, too long, binary or unsuitable file, or one with a bad URL, is named in one line."""
         path = Path(self.mktemp())
         at = f"@{path}"
         self.assertIn(f"{path}: No such file", self.refused(at))
