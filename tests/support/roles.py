@@ -35,11 +35,18 @@ twistd.run()
 """
 
 
+_found: set[int] = set()
+
+
 def free_port() -> int:
-    """Return a port on which no process listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Find a free port, and never the same one twice: the first caller may not listen yet."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _found:
+            _found.add(port)
+            return port
 
 
 def listen(port: int) -> str:
