@@ -1,4 +1,4 @@
-"""The client: in memory against the real resource, and against servers of all kinds."""
+"""The admin client: in memory against the real resource, and over sockets against other servers."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ TOKEN = make("x")
 
 
 class _Inline:
-    """A pool whose work is done at once, on one connection of the test's own database."""
+    """A pool that runs work synchronously, on one connection to the test's database."""
 
     def __init__(self, txn: Any) -> None:
         self._txn = txn
 
     def run(self, work: Callable[..., Any], *args: Any) -> Deferred[Any]:
-        """Do it."""
+        """Run the work and return its result."""
         return succeed(pool.step(self._txn, lambda txn: work(txn, *args)))
 
 
@@ -50,7 +50,7 @@ class InMemoryTests(DatabaseTestCase):
     """The real API on the real tables, without a socket."""
 
     def setUp(self) -> None:
-        """Make both ends."""
+        """Create the API and a client of it."""
         super().setUp()
         blocking = pool.blocking(self.url)
         txn = blocking.__enter__()
@@ -69,23 +69,23 @@ class InMemoryTests(DatabaseTestCase):
         self.client = AdminClient("http://localhost", token, http=self.stub)
 
     def call(self, calling: Deferred[Any]) -> Any:
-        """Let a call come to its end."""
+        """Return the result of a call."""
         self.pass_time()
         return self.successResultOf(calling)
 
     def pass_time(self) -> None:
-        """Let what is sent arrive, what waits for a moment wait, and what is answered arrive."""
+        """Deliver the request, advance the clock by one second, and deliver the response."""
         self.stub.flush()
         self.time.advance(1)
         self.stub.flush()
 
     def refused(self, calling: Deferred[Any]) -> Refused:
-        """Let a call be refused."""
+        """Return the error with which the server refuses a call."""
         self.pass_time()
         return self.failureResultOf(calling, Refused).value
 
     def test_typed(self) -> None:
-        """Rows come as the classes that the tables have, times as times."""
+        """Rows are decoded to the classes of the tables, and times to datetime objects."""
         self.execute(
             "insert into s2s.commands (cmd_id, cmd_type, idem_key, payload) values (5, 'a.b', 'k', '{\"n\": 1}')"
         )
@@ -97,7 +97,7 @@ class InMemoryTests(DatabaseTestCase):
         self.assertIsNone(page.next_cursor)
 
     def test_pages(self) -> None:
-        """A list is walked to its end, page by page, each row once; a filter goes along."""
+        """``walk`` returns each row of a list once, page by page, and sends the filter with every page."""
         self.execute(
             "insert into s2s.commands (cmd_id, cmd_type, idem_key, payload)"
             " select n, case when n % 2 = 0 then 'a.b' else 'c.d' end, n::text, '{}' from generate_series(1, 25) n"
@@ -117,7 +117,7 @@ class InMemoryTests(DatabaseTestCase):
         self.assertLess(keys.items[-1].key, more.items[0].key)
 
     def test_refused(self) -> None:
-        """What the server refuses comes with its code, its words and its details."""
+        """A refusal carries the server's code, message and details."""
         error = self.refused(self.client.set_config("relay.window", 0))
         self.assertEqual((error.code, error.message), ("bad_payload", "relay.window must be from 1 to 1024"))
         self.assertEqual((error.details["path"], error.details["status"], error.retryable), ("/body/value", 422, False))
@@ -130,7 +130,7 @@ class InMemoryTests(DatabaseTestCase):
         self.assertEqual(self.refused(stranger.list_keys()).code, "auth_bad")
 
     def test_names(self) -> None:
-        """A name goes whole, whatever is in it."""
+        """A name in a path is escaped, so that every character reaches the server."""
         for name in ("a/b", "a b", "\u00e9", "a?b#c", "%2F", "..a", "'; drop table engines; --"):
             self.execute("insert into s2s.engines (name, wanted) values (%s, 'paused')", name)
             shown = self.call(self.client.show_engine(name))
@@ -138,7 +138,7 @@ class InMemoryTests(DatabaseTestCase):
             self.assertEqual(self.refused(self.client.pause_engine(name, reason="x")).code, "not_ready")
 
     def test_every_operation(self) -> None:
-        """There is a method for each operation, which takes each of its members."""
+        """Every operation has a client method, whose parameters are the members of the operation."""
         for operation in OPERATIONS:
             if operation.takes_key:
                 continue
@@ -151,7 +151,7 @@ class InMemoryTests(DatabaseTestCase):
 
 
 class _Canned(Resource):
-    """Answers everything alike."""
+    """A resource that returns the same response to every request."""
 
     isLeaf = True
 
@@ -161,7 +161,7 @@ class _Canned(Resource):
         self.seen: list[Any] = []
 
     def render(self, request: Any) -> bytes:
-        """Answer."""
+        """Return the response."""
         status, body, headers = self._answer
         self.seen.append(request.uri)
         request.setResponseCode(status)
@@ -171,30 +171,30 @@ class _Canned(Resource):
 
 
 class _Mute(Protocol):
-    """Takes a request and closes, or does nothing at all."""
+    """A server that closes the connection at the first bytes, or never responds."""
 
     closes = True
 
     def dataReceived(self, data: bytes) -> None:
-        """Close."""
+        """Close the connection, if set to do so."""
         if self.closes:
             self.transport.loseConnection()
 
 
 class _Endless(Protocol):
-    """Answers, and does not come to the end."""
+    """A server that starts a response and never finishes it."""
 
     def dataReceived(self, data: bytes) -> None:
-        """Say a part."""
+        """Send a part of a response."""
         self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n" + b" " * 1001)
 
 
 class NetworkTests(DatabaseTestCase):
-    """Against sockets that are no server of ours."""
+    """The client against servers that are not servers of s2s."""
 
     @inlineCallbacks
     def listening(self, factory: Any, scheme: str = "http") -> Iterator[Deferred[Any]]:
-        """Listen, and give a client."""
+        """Listen with a factory, and return a client of that port."""
         port = yield TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1").listen(factory)
         self.addCleanup(port.stopListening)
         client = AdminClient(f"{scheme}://127.0.0.1:{port.getHost().port}", TOKEN)
@@ -203,7 +203,7 @@ class NetworkTests(DatabaseTestCase):
 
     @inlineCallbacks
     def fails(self, factory: Any, kind: type[CallError], told: str) -> Iterator[Deferred[Any]]:
-        """See that a call fails."""
+        """Assert that a call fails with an error of a kind and text, and that the token is not shown."""
         client = yield self.listening(factory)
         error = yield self.assertFailure(client.list_keys(), kind)
         self.assertRegex(str(error), told)
@@ -211,7 +211,7 @@ class NetworkTests(DatabaseTestCase):
 
     @inlineCallbacks
     def test_nobody(self) -> Iterator[Deferred[Any]]:
-        """Where nobody listens nothing was sent, and that is said."""
+        """A refused connection or an unknown host raises ``Unreachable``: no request was sent."""
         client = AdminClient(f"http://127.0.0.1:{free_port()}", TOKEN)
         error = yield self.assertFailure(client.list_keys(), Unreachable)
         self.assertRegex(str(error), r"^http://127.0.0.1:\d+ does not answer: .*refused")
@@ -220,7 +220,7 @@ class NetworkTests(DatabaseTestCase):
 
     @inlineCallbacks
     def test_lost(self) -> Iterator[Deferred[Any]]:
-        """Where the answer is lost, or does not come in time, the outcome is unknown."""
+        """If the response is lost or late, the outcome is unknown."""
         port = r" \(is this the port of the server's --http\?\): "
         yield self.fails(Factory.forProtocol(_Mute), UnknownOutcome, f"^the answer of .* was lost: .*{port}ask again$")
         client = yield self.listening(Factory.forProtocol(_Mute))
@@ -237,7 +237,7 @@ class NetworkTests(DatabaseTestCase):
 
     @inlineCallbacks
     def test_cancelled(self) -> Iterator[Deferred[Any]]:
-        """Whoever gives up while an answer comes is not told of a lost one."""
+        """A call that is cancelled during the response fails with ``CancelledError``."""
         client = yield self.listening(Factory.forProtocol(_Endless))
         calling = client.list_keys()
         yield deferLater(reactor, 0.3)
@@ -246,7 +246,7 @@ class NetworkTests(DatabaseTestCase):
 
     @inlineCallbacks
     def test_no_server_of_ours(self) -> Iterator[Deferred[Any]]:
-        """What is no answer of ours is said to be none: a page, a list of something else, an answer without an end."""
+        """A response that no server of s2s sends is reported: HTML, JSON of another shape, or an endless body."""
         for status, body in (
             (200, b"<html>welcome</html>"),
             (200, b'{"items": [{"key_id": 5}], "next_cursor": null}'),
@@ -258,7 +258,7 @@ class NetworkTests(DatabaseTestCase):
             (200, b"[" * 100_000),
         ):
             yield self.fails(Site(_Canned(status, body, {})), BadReply, "does not answer as a server of s2s")
-        # Behind a gateway the server may have done what was asked.
+        # Behind a gateway the server may have executed the request.
         for status, error in ((502, UnknownOutcome), (504, UnknownOutcome), (200, UnknownOutcome), (413, BadReply)):
             client = yield self.listening(Site(_Canned(status, b"<html>", {})))
             told = yield self.assertFailure(client.set_config("x", 1), error)
@@ -268,7 +268,7 @@ class NetworkTests(DatabaseTestCase):
 
     @inlineCallbacks
     def test_redirects(self) -> Iterator[Deferred[Any]]:
-        """A token is not taken to where a redirect leads."""
+        """The client does not follow redirects, so the token is not sent to another server."""
         elsewhere = _Canned(200, b'{"items": [], "next_cursor": null}', {})
         port = yield TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1").listen(Site(elsewhere))
         self.addCleanup(port.stopListening)
@@ -279,11 +279,11 @@ class NetworkTests(DatabaseTestCase):
 
 
 class Ipv6Tests(TestCase):
-    """Where an address is no name."""
+    """A server whose host is an IPv6 address."""
 
     @inlineCallbacks
     def test_an_address(self) -> Iterator[Deferred[Any]]:
-        """A server is reached by its IPv6 address."""
+        """The client connects to an IPv6 address."""
         canned = _Canned(200, b'{"items": [], "next_cursor": null}', {})
         port = yield TCP6ServerEndpoint(reactor, 0, interface="::1").listen(Site(canned))
         self.addCleanup(port.stopListening)
@@ -294,10 +294,10 @@ class Ipv6Tests(TestCase):
 
 
 class MistakeTests(SynchronousTestCase):
-    """What the caller gets wrong."""
+    """Mistakes of the caller."""
 
     def test_urls_and_tokens(self) -> None:
-        """A URL or a token that cannot be one is refused at once, in a line that holds no token."""
+        """An invalid URL or token is refused at once, in one line without the token."""
         for url in (
             "", "localhost:8321", "ftp://x", "http://", "http://u:geheim@x", "http://u:geheim@x:port", "http://x?y=1",
             "http://x#y", "http://[::1", "http://[::geheim]", "http://x:abc", "http://x:0", "http://x:99999", "http://x:-1",
@@ -310,7 +310,7 @@ class MistakeTests(SynchronousTestCase):
             self.assertEqual(str(error), "the token cannot be used: it is one word, as s2s tokens add wrote it")
 
     def test_a_path_before_ours(self) -> None:
-        """A server behind a path is reached there."""
+        """The path of the URL is a prefix of every request's path."""
         canned = _Canned(200, b'{"items": [], "next_cursor": null}', {})
         stub = StubTreq(canned)
         client = AdminClient("http://x/s2s/", TOKEN, http=stub)

@@ -1,4 +1,4 @@
-"""The wrapper around every operation, on a real server: hosts, methods, bodies, keys, orders and readiness."""
+"""HTTP handling common to every operation, on a real server: hosts, methods, bodies, keys, orders and readiness."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ SECTOR = "/v1/orders/world.set_sector_status.v1"
 
 
 class WrapperTests(ApiTestCase):
-    """What holds for every request."""
+    """Checks that apply to every request."""
 
     def test_hosts(self) -> None:
-        """Only our own names are answered to, so that a page elsewhere that has its name lead to us gets nothing."""
+        """Only localhost, IP addresses and configured names are accepted as Host, which prevents DNS rebinding."""
         for host in (
             "localhost",
             "LOCALHOST:8321",
@@ -62,8 +62,8 @@ class WrapperTests(ApiTestCase):
 
     @inlineCallbacks
     def test_checks_of_a_load_balancer(self) -> Iterator[Deferred[Any]]:
-        """Health and readiness answer OPTIONS, HTTP/1.0 without Host, and any query or token; nothing else does."""
-        # A server that has just begun to listen may wait for its presence lock still.
+        """/healthz and /readyz accept OPTIONS, HTTP/1.0 without Host, any query and any token; other paths do not."""
+        # A server that has just begun to listen may still wait for its presence lock.
         yield poll(lambda: ask(self.api, "GET", "/readyz").status == 200, "the server is ready")
         port = int(self.api.rpartition(":")[2])
         for path, status in (
@@ -81,7 +81,7 @@ class WrapperTests(ApiTestCase):
 
     @inlineCallbacks
     def test_more_hosts(self) -> Iterator[Deferred[Any]]:
-        """Further names are those of --http-hosts."""
+        """--http-hosts adds host names."""
         api, server = self.make_server("--http-hosts", "s2s.example, Other.Example")
         yield server.start()
         for host, status in (("s2s.example:8321", 200), ("other.example", 200), ("third.example", 421)):
@@ -89,7 +89,7 @@ class WrapperTests(ApiTestCase):
             self.assertEqual(answer.status, status)
 
     def test_headers(self) -> None:
-        """Every answer says what it is, is kept by nobody, lets no other page in, and does not tell what we run on."""
+        """Every response is typed, forbids caching and cross-origin use, and hides the server software."""
         for answer in (self.ask("GET", "/v1/config"), self.ask("GET", "/nothing"), ask(self.api, "GET", "/healthz")):
             self.assertEqual(answer.headers["cache-control"], "no-store")
             self.assertEqual(answer.headers["x-content-type-options"], "nosniff")
@@ -100,7 +100,7 @@ class WrapperTests(ApiTestCase):
         self.assertEqual((preflight.status, "access-control-allow-origin" in preflight.headers), (405, False))
 
     def test_headers_that_are_wrong(self) -> None:
-        """A header that is no text is none of ours; one that stands twice could be read in two ways, and is refused."""
+        """A header that is not ASCII is invalid; one that is sent twice is ambiguous and refused."""
         self.refused(401, "auth_bad", "GET", "/v1/config", headers={"Authorization": "Bearer \u00e9"})
         self.refused(421, "forbidden", "GET", "/v1/config", headers={"Host": "\u00e9"})
         connection = http.client.HTTPConnection("127.0.0.1", int(self.api.rpartition(":")[2]))
@@ -120,7 +120,7 @@ class WrapperTests(ApiTestCase):
             self.assertEqual((answer.status, json.loads(answer.read())["code"]), (400, "bad_envelope"), name)
 
     def test_paths_and_methods(self) -> None:
-        """What there is not is not found; what there is says which methods it takes."""
+        """An unknown path is not found; a wrong method is refused with the methods that the path allows."""
         for path in (
             "/", "/v1", "/v1/", "/v1/engines/", "/v1//engines", "/v2/engines", "/v1/orders/a.b", "/v1/engines/%FF",
             "/v1/commands/0", "/v1/commands/x", "/v1/commands/1.0", "/v1/commands/%00",
@@ -146,7 +146,7 @@ class WrapperTests(ApiTestCase):
         self.assertEqual(int(head.headers["content-length"]), len(self.ask("GET", "/v1/config").raw))
 
     def test_queries(self) -> None:
-        """A query's member that is unknown, wrong, twice there or cannot be read is named."""
+        """An unknown, invalid, repeated or undecodable query parameter is named."""
         for query, path in (
             ("limit=0", "/query/limit"),
             ("limit=501", "/query/limit"),
@@ -175,13 +175,13 @@ class WrapperTests(ApiTestCase):
         )
 
     def test_where_it_is_wrong(self) -> None:
-        """What is said to be wrong stands where it is said to stand."""
+        """An error names a member only if that member is wrong."""
         self.assertNotIn("path", self.refused(404, "not_found", "PUT", "/v1/config/nope", {"value": 1}).body)
         many = "&".join(f"a{n}=1" for n in range(40))
         self.assertIn("more than 32", self.refused(422, "bad_payload", "GET", f"/v1/orders?{many}").body["detail"])
 
     def test_bodies(self) -> None:
-        """A body is one strict JSON object of the right kind; what is wrong with it is named, and nothing is done."""
+        """A body is one strict JSON object that fits the schema; an error in it is named, and no order is inserted."""
         for raw, rule in (
             (b"{", "syntax"),
             (b"[]", "not_object"),
@@ -217,7 +217,7 @@ class WrapperTests(ApiTestCase):
         self.assertEqual(self.count("orders"), 0)
 
     def test_long_bodies(self) -> None:
-        """Each kind of operation takes a body of its longest length, and refuses one byte more by the length alone."""
+        """A body may have the operation's maximum length; one byte more is refused for its length."""
         for method, path, longest in (
             ("POST", "/v1/engines/x/health", 16_384),
             ("POST", "/v1/engines/x/pause", 16_384),
@@ -236,14 +236,14 @@ class WrapperTests(ApiTestCase):
             self.assertNotEqual(self.ask(method, path, raw=b"[" * longest).status, 413)
 
     def test_as_much_as_may_be_said(self) -> None:
-        """The longest text of a broadcast, in its longest spelling, and as many ids as may be are within the bounds."""
+        """The longest broadcast in its longest encoding, and the largest number of ids, fit into the maximum body."""
         told = {"scope": "global", "severity": "info", "message": "\N{PARTY POPPER}" * 4000}
         self.assertEqual(self.ask("POST", "/v1/broadcasts", told).status, 201)
         ids = {"ids": [2**53 - 1 - number for number in range(1000)]}
         self.assertEqual(self.ask("POST", "/v1/commands/retry", ids).status, 200)
 
     def test_refused_orders_are_told(self) -> None:
-        """An order that its schema refuses leaves an entry of the audit with who gave it, and no row."""
+        """An order that its schema refuses inserts an audit entry with its actor, and no order."""
         self.ask("POST", SECTOR, {"sector_id": 0, "status": "neutral"})
         self.ask("POST", SECTOR, {"sector_id": 1, "status": "x" * 5000})
         told = self.execute(
@@ -255,7 +255,7 @@ class WrapperTests(ApiTestCase):
         self.assertEqual(list(told[1][2]), ["cut"])
 
     def test_rows_in_the_way(self) -> None:
-        """A row that is in another state than the action is for, or is not there, is said to be so."""
+        """A row that does not exist, is locked, or has another status than the action requires is reported."""
         self.execute(
             "insert into s2s.commands (cmd_id, cmd_type, idem_key, payload, status, finished_at)"
             " values (1, 'a.b', '1', '{}', 'done', now()), (2, 'a.b', '2', '{}', 'dead', now())"
@@ -279,7 +279,7 @@ class WrapperTests(ApiTestCase):
             self.refused(422, "bad_payload", "POST", "/v1/commands/retry", {"ids": ids})
 
     def test_long_rows(self) -> None:
-        """A page of long rows ends early, and goes on where it ended: nothing is left out, and nothing comes twice."""
+        """A page of long rows ends early; the next pages return the remaining rows, without gaps or repetitions."""
         self.execute(
             "insert into s2s.outbox (cmd_type, idem_key, payload) select 'a.b', n::text,"
             " jsonb_build_object('text', repeat('x', 100000)) from generate_series(1, 50) n"
@@ -295,7 +295,7 @@ class WrapperTests(ApiTestCase):
         self.assertEqual(pages, 3)
 
     def test_cursors(self) -> None:
-        """Every list is cut, and goes on, whatever it is a list of."""
+        """Every list is paged by limit and cursor."""
         for table, columns, values in (
             ("engines", "name, wanted", "'e' || n, 'paused'"),
             ("orders", "order_id, rpc, params, created_at", "'o' || n, 'x', '{}', '2026-01-01'"),
@@ -330,7 +330,7 @@ class WrapperTests(ApiTestCase):
             self.assertEqual(found, whole["items"], operation)
 
     def test_json_of_another_hand(self) -> None:
-        """A row that holds JSON which Python cannot read is shown all the same, and so are those beside it."""
+        """Undecodable JSON in a row is replaced by a placeholder, and the other rows are returned too."""
         self.execute(
             "insert into s2s.commands (cmd_id, cmd_type, idem_key, payload)"
             " values (1, 'a', '1', '{\"n\": 1e400}'), (2, 'a', '2', '{}')"
@@ -341,7 +341,7 @@ class WrapperTests(ApiTestCase):
         self.assertEqual([row["payload"] for row in rows], [{}, unreadable])
 
     def test_times_of_another_hand(self) -> None:
-        """A time outside Python's years is shown as its first or last moment, and the rows beside it are shown too."""
+        """A time outside Python's range is returned as the range's first or last time, beside the other rows."""
         self.execute(
             "insert into s2s.commands (cmd_id, cmd_type, idem_key, payload, due_at) values (1, 'a', '1',"
             " '{}', 'infinity'),"
@@ -352,7 +352,7 @@ class WrapperTests(ApiTestCase):
 
     @inlineCallbacks
     def test_the_end(self) -> Iterator[Deferred[Any]]:
-        """A server that stops answers whoever waits with what there is, and ends in time."""
+        """A server that stops answers waiting requests with the current state, and ends in time."""
         asking = [deferToThread(self.ask, "POST", f"{TICK}?wait=50", {"job_type": "decay"}) for _ in range(5)]
         yield poll(lambda: self.count("orders") == 5, "all wait")
         self.role.terminate()
@@ -362,11 +362,11 @@ class WrapperTests(ApiTestCase):
 
 
 class OrderTests(ApiTestCase, WorldTestCase):
-    """Giving orders over HTTP."""
+    """Orders over HTTP."""
 
     @inlineCallbacks
     def test_the_statuses(self) -> Iterator[Deferred[Any]]:
-        """202 while it is not over, 201 when it is new and over, 200 when it was given before; 409 for another body."""
+        """The status is 202 before the order's end, 201 if new and over, 200 if known and over, 409 for a conflict."""
         key = {"Idempotency-Key": "a key"}
         body = {"sector_id": 3, "status": "fedspace"}
         first = self.ask("POST", SECTOR, body, headers=key)
@@ -393,7 +393,7 @@ class OrderTests(ApiTestCase, WorldTestCase):
         self.assertEqual(self.count("orders"), 3)
 
     def test_keys(self) -> None:
-        """A key that cannot be one, or stands where none is taken, is refused."""
+        """An invalid idempotency key, or a key for an operation that takes none, is refused."""
         for key in ("", "x" * 201, "\u00e9"):
             answer = self.refused(422, "bad_payload", "POST", TICK, {"job_type": "a"}, headers={"Idempotency-Key": key})
             self.assertEqual(answer.body["path"], "/header/Idempotency-Key")
@@ -402,7 +402,7 @@ class OrderTests(ApiTestCase, WorldTestCase):
 
     @inlineCallbacks
     def test_at_a_server_without_a_link(self) -> Iterator[Deferred[Any]]:
-        """An order given at a server that has no link goes over the link that another server has, at once."""
+        """An order given at a server without a link goes over the link of another server, at once."""
         api, other = self.make_server()
         yield other.start()
         engine = self.engine(self.role.port)
@@ -419,14 +419,14 @@ class OrderTests(ApiTestCase, WorldTestCase):
 
     @inlineCallbacks
     def test_without_any_link(self) -> Iterator[Deferred[Any]]:
-        """With no link at all the engine finds it in the table, and who waits is told."""
+        """Without any link the engine finds the order in the table, and the waiting request gets its result."""
         yield self.engine(free_port()).start()
         answer = yield deferToThread(self.ask, "POST", f"{SECTOR}?wait=30", {"sector_id": 3, "status": "neutral"})
         self.assertEqual((answer.status, answer.body["status"], answer.body["way"]), (201, "done", "table"))
 
     @inlineCallbacks
     def test_what_an_engine_refuses(self) -> Iterator[Deferred[Any]]:
-        """An engine that is not there, does not answer or has no link is a problem of its own each."""
+        """An engine that is unknown, does not answer or has no link is refused with a different problem for each."""
         engine = self.engine(self.role.port)
         yield engine.start()
         yield poll(lambda: self.ask("GET", "/v1/engines/engine-1").body.get("state") == "running", "it runs")
@@ -445,16 +445,16 @@ class OrderTests(ApiTestCase, WorldTestCase):
 
 
 class BoundTests(ApiTestCase):
-    """What a client may not do to the server's memory."""
+    """Bounds of the memory that a client can occupy in the server."""
 
-    #: More than what the kernel keeps on both sides of a connection, and far less than what would be answered.
+    #: MiB that are sent: more than the kernel's buffers of a connection hold, and less than the responses would need.
     _SENT_MIB = 12
 
     def test_answers_that_nobody_reads(self) -> None:
-        """Requests whose answers are not read are not taken; what was taken is answered when they are."""
+        """While a client does not read responses its requests are not read; the accepted ones are answered later."""
         parts = urlsplit(self.api)
         before = self.role.rss
-        # With a token, without which each request would wait for its turn.
+        # The requests have a token; without one each request would wait for its turn.
         signed = b"GET /%s HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n\r\n"
         requests = [signed % (path, self.tokens["observer"].encode()) for path in (b"healthz", b"openapi.json")]
         for request in requests:
@@ -473,7 +473,7 @@ class BoundTests(ApiTestCase):
 
     @inlineCallbacks
     def test_a_question_that_nobody_waits_for(self) -> Iterator[Deferred[Any]]:
-        """Whoever hangs up while engines are asked for their health leaves no row behind."""
+        """A client that disconnects during the health checks of engines leaves no row of a control request."""
         self.execute(
             "insert into s2s.engine_links (server_boot_id, key_id, name, address) values ('b', 'k1', 'e1', 'here')"
         )
@@ -489,7 +489,7 @@ class BoundTests(ApiTestCase):
 
     @inlineCallbacks
     def test_over_tls(self) -> Iterator[Deferred[Any]]:
-        """Neither is over TLS what comes behind a request that waits, though the answers before it are not read."""
+        """Over TLS too, bytes behind a waiting request are not read while the earlier responses are unread."""
         port, server, root = self.make_tls_server()
         yield server.start()
         order_id = self.ask("POST", TICK, {"job_type": "decay"}).body["order_id"]
@@ -509,10 +509,10 @@ class BoundTests(ApiTestCase):
 
 
 class ReadinessTests(ApiTestCase):
-    """Whether a server serves."""
+    """The readiness of a server."""
 
     def setUp(self) -> Any:
-        """Make a PostgreSQL that can be away."""
+        """Create a PostgreSQL that the test can stop."""
         self.cluster = Cluster()
         self.addCleanup(self.cluster.remove)
         self.cluster.migrate()
@@ -520,7 +520,7 @@ class ReadinessTests(ApiTestCase):
 
     @inlineCallbacks
     def test_rows_that_are_kept(self) -> Iterator[Deferred[Any]]:
-        """A rule and a trigger that keep rows of ours are named, and the server goes on."""
+        """A rule and a trigger that suppress changes of rows are named, and the server stays ready."""
         with blocking(self.cluster.url) as txn:
             token = tokens.add(txn, "a", "admin")
             txn.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')", K1)
@@ -543,7 +543,7 @@ class ReadinessTests(ApiTestCase):
 
     @inlineCallbacks
     def test_the_database_is_away(self) -> Iterator[Deferred[Any]]:
-        """While the database hangs or is away the process lives and is not ready, and requests are to be sent again."""
+        """While the database hangs or is stopped, the server lives, is not ready, and answers with retryable errors."""
         with blocking(self.cluster.url) as txn:
             token = tokens.add(txn, "a", "admin")
             txn.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values (%s, %s, 'any')", K1)
@@ -556,7 +556,7 @@ class ReadinessTests(ApiTestCase):
         self.cluster.freeze()
         self.addCleanup(self.cluster.thaw)
         hanging = deferToThread(ask, api, "GET", "/v1/config", token)
-        # An answer holds for a second.
+        # A readiness result is cached for one second.
         yield poll(lambda: ask(api, "GET", "/readyz", token).status == 503, "it is not ready")
         answer = ask(api, "GET", "/readyz", token)
         self.assertEqual((answer.status, answer.body["database"]), (503, "no answer within 2 s"))
@@ -587,7 +587,7 @@ class ReadinessTests(ApiTestCase):
 
     @inlineCallbacks
     def test_the_executor(self) -> Iterator[Deferred[Any]]:
-        """A server whose executor may not claim is not ready, and says why."""
+        """A server whose executor may not claim commands is not ready, and reports the reason."""
         yield poll(lambda: self.ask("GET", "/readyz").body.get("executor") == "ok", "it is ready")
         lose = (
             "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-server listen'"
@@ -606,13 +606,13 @@ class ReadinessTests(ApiTestCase):
 
 
 class WaitingTests(ApiTestCase):
-    """As many as may wait."""
+    """The largest number of waiting requests."""
 
     @inlineCallbacks
     def test_the_most(self) -> Iterator[Deferred[Any]]:
-        """Those who wait hold up nobody, and all end when the order does; one more is refused."""
+        """Waiting requests delay no other request and end with the order; one above the limit is refused."""
         order_id = self.ask("POST", TICK, {"job_type": "decay"}).body["order_id"]
-        # Each crowd finds room in the line for a connection, beside the others' requests.
+        # Each group of clients fits into the line for a connection, together with other requests.
         path, part = f"/v1/orders/{order_id}?wait=60", MOST_IN_LINE // 2
         before = self.role.rss
         crowds = []
@@ -620,7 +620,7 @@ class WaitingTests(ApiTestCase):
             crowds.append(crowd := ConcurrentClients(self.api, self.tokens["admin"], path, part))
             self.addCleanup(crowd.close)
             crowd.send()
-            # It stands behind them in the line.
+            # This request stands behind the group in the line.
             yield poll(lambda: self.ask("GET", f"/v1/orders/{order_id}").status == 200, "the line is short again")
         peer = self.role.connect()
         self.addCleanup(peer.close)
@@ -635,7 +635,7 @@ class WaitingTests(ApiTestCase):
         shortly = f"/v1/orders/{order_id}?wait=1"
         yield poll(lambda: self.ask("GET", shortly).status == 503, "all of them wait")
         self.assertEqual(self.refused(503, "overloaded", "GET", path).body["retryable"], True)
-        # It is given, and so must not look as if it could be given again.
+        # The order is stored, so the response must not suggest to send it again.
         given = self.ask("POST", TICK + "?wait=5", {"job_type": "decay"})
         self.assertEqual((given.status, given.body["status"]), (202, "queued"))
 

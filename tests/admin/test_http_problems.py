@@ -1,4 +1,4 @@
-"""What is refused, as problem details: :mod:`s2s.admin.http.problems`."""
+"""Errors as problem details: :mod:`s2s.admin.http.problems`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from s2s.errors import (
 
 
 class ProblemTests(SynchronousTestCase):
-    """One exception, one answer."""
+    """Each exception becomes one response."""
 
     def test_codes(self) -> None:
-        """Each of the link's codes is a problem with its status, its own words and the link's own advice."""
+        """Each error code of the link has a problem with its HTTP status, the error's text and its ``retryable``."""
         self.assertEqual(set(STATUS), set(BY_CODE))
         for code, kind in BY_CODE.items():
             error = BadJson("syntax", "no") if kind is BadJson else kind("no")
@@ -40,7 +40,7 @@ class ProblemTests(SynchronousTestCase):
         self.assertEqual(CONTENT_TYPE, "application/problem+json")
 
     def test_details(self) -> None:
-        """Details are members of their own, a pause is a header too, and none takes the place of what a problem is."""
+        """Details are members of the problem and never replace a standard member; a pause is also a header."""
         said = problem(
             BadPayload("no", path="/body/x", status=1, type="x", title="x", code="x", detail="x", instance="x")
         )
@@ -52,7 +52,7 @@ class ProblemTests(SynchronousTestCase):
         self.assertIs(problem(already), already)
 
     def test_of_an_engine(self) -> None:
-        """What an engine answers keeps its code, advice and details; what it should not answer is a bad gateway."""
+        """An error of an engine keeps its code and details; one that an engine should not send becomes a 502."""
         said = problem(Refused("paused", "x", {"retryable": False, "engine": "e1", "retry_after_ms": 10, "message": 5}))
         self.assertEqual((said.status, said.body["code"], said.body["engine"]), (409, "paused", "e1"))
         self.assertEqual((said.body["retryable"], said.headers["Retry-After"]), (False, "1"))
@@ -69,7 +69,7 @@ class ProblemTests(SynchronousTestCase):
             self.assertTrue(said.body["detail"].isprintable())
 
     def test_the_database(self) -> None:
-        """A database that is away is to be tried again; a lost answer is one whose outcome is unknown."""
+        """An unavailable database is a 503 to retry; a lost link is a 504 with an unknown outcome."""
         said = problem(DatabaseUnavailable("the password is hunter2"))
         self.assertEqual((said.status, said.body["code"], said.headers["Retry-After"]), (503, "db_unavailable", "1"))
         self.assertNotIn("hunter2", str(said.body))
@@ -77,7 +77,7 @@ class ProblemTests(SynchronousTestCase):
         self.assertEqual((said.status, said.body["code"], said.body["retryable"]), (504, "deadline_exceeded", True))
 
     def test_surprises(self) -> None:
-        """What nobody expected says nothing but the number under which our log has it."""
+        """An unexpected error reveals only the incident number, under which it is logged."""
         for error in (ValueError("hunter2"), StatementRefused("hunter2"), KeyError("hunter2")):
             said = problem(error)
             self.assertEqual(
@@ -85,4 +85,4 @@ class ProblemTests(SynchronousTestCase):
             )
             self.assertNotIn("hunter2", str(said.body))
             self.assertRegex(said.body["incident"], "^[0-9a-f]{16}$")
-        self.assertEqual(len(self.flushLoggedErrors()), 2)  # the database's refusal has no traceback
+        self.assertEqual(len(self.flushLoggedErrors()), 2)  # the refused statement is logged without a traceback

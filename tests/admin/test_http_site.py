@@ -1,4 +1,4 @@
-"""HTTP's outer bounds, byte by byte and without a socket: :mod:`s2s.admin.http.site`."""
+"""Bounds of the HTTP server, byte by byte and without a socket: :mod:`s2s.admin.http.site`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from s2s.protocol.limits import Counters
 from s2s.runtime.budget import BURST_S, Budget
 from s2s.runtime.clock import Clock
 
-#: Of what requests are made.
+#: Pieces of the generated requests.
 _PIECES = [
     b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\n", b"Host: x\r\n", b"Content-Length: 3\r\n", b"\r\n", b"abc",
     b"Transfer-Encoding: chunked\r\n", b"3\r\nabc\r\n", b"0\r\n\r\n", b"Connection: close\r\n",
@@ -32,7 +32,7 @@ _GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class _Echo(Resource):
-    """Says how long each body was, at once or when it is told to."""
+    """A resource that responds with the length of the body, at once or when the test decides."""
 
     isLeaf = True
 
@@ -43,7 +43,7 @@ class _Echo(Resource):
         self.holds = False
 
     def render(self, request: Any) -> None:
-        """Answer."""
+        """Respond, or keep the request."""
         self.seen.append((request.uri, request.getHeader(b"host")))
         if self.holds:
             self.held.append(request)
@@ -53,12 +53,12 @@ class _Echo(Resource):
 
 
 class _Transport(StringTransport):
-    """A transport that reports its end only when it has come, as a socket does."""
+    """A transport that reports the end of the connection later, as a socket does."""
 
     lost: Any
 
     def abortConnection(self) -> None:
-        """Be cut."""
+        """Close, and report it in the next iteration."""
         self.disconnecting = True
         self.time.callLater(0, self.lost)
 
@@ -68,21 +68,21 @@ class _Transport(StringTransport):
 
 
 class SiteTestCase(SynchronousTestCase):
-    """A site with a clock of its own."""
+    """A site with a fake clock."""
 
     def setUp(self) -> None:
-        """Make it."""
+        """Create the site."""
         self.time = FakeTime()
         self.counters = Counters()
         self.echo = _Echo()
         self.site = make_site(self.echo, Clock(self.time), self.counters)
 
     def trust_all(self) -> None:
-        """Let no request wait for its turn as one without a valid token."""
+        """Let no request without a valid token wait for its turn."""
         self.site.budgets = dict.fromkeys(RATES, Budget((10**6, 10**6), self.site.clock))
 
     def connect(self) -> tuple[Any, _Transport]:
-        """Make a connection."""
+        """Connect."""
         channel = self.site.buildProtocol(_ADDRESS)
         transport = _Transport(self.time)
 
@@ -97,7 +97,7 @@ class SiteTestCase(SynchronousTestCase):
         return channel, transport
 
     def problem(self, transport: StringTransport) -> tuple[int, str]:
-        """Give status and code of the one answer that came."""
+        """Return status and code of the only response, which must be a problem."""
         head, _, body = transport.value().partition(b"\r\n\r\n")
         self.assertEqual(transport.value().count(b"HTTP/1.1 "), 1, transport.value())
         self.assertIn(b"Content-Type: application/problem+json", head)
@@ -111,7 +111,7 @@ class BodyTests(SiteTestCase):
     """The length of a body."""
 
     def test_the_limit_itself(self) -> None:
-        """A body may be as long as the limit, declared or in chunks, in pieces and with the next behind it."""
+        """A body may have the maximum length: declared or chunked, in pieces, and followed by another request."""
         body = b"x" * BODY_BYTES
         chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:1000], body[1000:])) + b"0\r\n\r\n"
         for request in (
@@ -127,7 +127,7 @@ class BodyTests(SiteTestCase):
             self.assertEqual(transport.value().count(str(BODY_BYTES).encode()), 2)
 
     def test_one_byte_more(self) -> None:
-        """One byte more is refused by what it declares, before it comes, or when it comes; what follows is dropped."""
+        """One byte more is refused when it is declared or when it arrives, and the following bytes are dropped."""
         more = BODY_BYTES + 1
         for request in (
             b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % more,
@@ -146,7 +146,7 @@ class BodyTests(SiteTestCase):
         self.assertEqual(self.counters.met["http_body"], 3)
 
     def test_by_its_target(self) -> None:
-        """How long a body may be is asked by method and path, without the query, also where a whole URL is given."""
+        """The limit of a body depends on method and path, without query or host."""
         self.site.body_bytes = lambda method, path: 4 if (method, path) == (b"POST", b"/a") else 2
         for target, length, answer in ((b"/a?b=c", 4, 200), (b"http://y/a", 4, 200), (b"/a", 5, 413), (b"/b", 3, 413)):
             for head, body in (
@@ -159,7 +159,7 @@ class BodyTests(SiteTestCase):
                 self.assertIn(b"HTTP/1.1 %d " % answer, transport.value())
 
     def test_tiny_chunks(self) -> None:
-        """A body of too many chunks is refused, and those that came with the last one are not looked at."""
+        """A body of too many chunks is refused, and the chunks behind the limit are not parsed."""
         seen: list[bytes] = []
         handle = module._Request.handleContentChunk
 
@@ -178,10 +178,10 @@ class BodyTests(SiteTestCase):
 
 
 class HeadTests(SiteTestCase):
-    """Heads of many lines, which cost a stranger nothing."""
+    """Heads of many lines."""
 
     def setUp(self) -> None:
-        """Count the lines that are taken, and the bytes that each one is taken from."""
+        """Record the buffer's length at each parsed line."""
         super().setUp()
         self.costs: list[int] = []
         received = module._Channel.lineReceived
@@ -193,7 +193,7 @@ class HeadTests(SiteTestCase):
         self.patch(module._Channel, "lineReceived", watch)
 
     def answer(self, *pieces: bytes) -> bytes:
-        """Return the answer to what comes in some pieces."""
+        """Return the response to a request in pieces."""
         channel, transport = self.connect()
         for piece in pieces:
             channel.dataReceived(piece)
@@ -202,7 +202,7 @@ class HeadTests(SiteTestCase):
         return transport.value()
 
     def test_as_many_as_may_be(self) -> None:
-        """A head of just as many lines is taken, request after request, in one piece as well as in several."""
+        """A head with the maximum number of lines is accepted, in one piece, in several, and repeatedly."""
         head = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * (MOST_LINES - 3) + b"\r\n"
         self.assertEqual(self.answer(head).count(b" 200 OK"), 1)
         self.assertEqual(self.answer(head[:100], head[100:]).count(b" 200 OK"), 1)
@@ -213,7 +213,7 @@ class HeadTests(SiteTestCase):
         self.assertEqual(transport.value().count(b" 200 OK"), 2)
 
     def test_too_many(self) -> None:
-        """Of more lines, folded or empty ones among them, no further one is looked at, and the request is refused."""
+        """A head with more lines, including folded or empty ones, is refused, and the further lines are not parsed."""
         get = b"GET / HTTP/1.1\r\nHost: x\r\n"
         for head in (get + b"A: b\r\n" * 2000, get + b"A: b\r\n" + b" \r\n" * 20_000, b"\r\n" * 32_000):
             self.costs.clear()
@@ -221,7 +221,7 @@ class HeadTests(SiteTestCase):
             self.assertLessEqual(len(self.costs), MOST_LINES + 1)
 
     def test_behind_a_request(self) -> None:
-        """Lines behind a request count as the head of the next one."""
+        """Lines behind a request count for the head of the next one."""
         channel, transport = self.connect()
         channel.dataReceived(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + b"\r\n" * 30_000)
         for _ in range(3):
@@ -230,17 +230,17 @@ class HeadTests(SiteTestCase):
         self.assertLessEqual(len(self.costs), MOST_LINES)
 
     def test_a_trailer(self) -> None:
-        """Headers behind a chunked body have a bound of bytes."""
+        """The trailer of a chunked body has a limit of bytes."""
         head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
         self.assertIn(b" 200 OK", self.answer(head, b"A: b\r\n\r\n"))
         self.assertIn(b" 400 Bad Request", self.answer(head + b"A: b\r\n" * 2000 + b"\r\n"))
 
 
 class RequestTests(SiteTestCase):
-    """What is no request, and what does not come."""
+    """Invalid and incomplete requests."""
 
     def test_no_request(self) -> None:
-        """What is no HTTP is refused once, as problem details, and the connection is closed."""
+        """Bytes that are not HTTP are refused once, with problem details, and the connection is closed."""
         for request in (
             b"nonsense\r\n\r\n",
             b"GET / HTTP/1.1\r\nHost x\r\n\r\n",
@@ -261,18 +261,18 @@ class RequestTests(SiteTestCase):
     @settings(max_examples=300)
     @given(st.lists(st.one_of(st.binary(max_size=40), st.sampled_from(_PIECES)), max_size=12))
     def test_anything(self, pieces: list[bytes]) -> None:
-        """Whatever comes, nothing is raised, and no timer is left when the connection is gone."""
+        """No input raises an exception, and no timer is left after the connection."""
         self.setUp()
         channel, transport = self.connect()
         for piece in pieces:
-            if transport.connected:  # nothing comes once it is closed
+            if transport.connected:  # a closed transport delivers nothing
                 channel.dataReceived(piece)
         transport.lost()
         self.time.advance(0)
         self.assertEqual([call for call in self.time.getDelayedCalls() if call.active()], [])
 
     def test_slowly(self) -> None:
-        """A request that is not whole in time is cut, however busily it comes, and behind another one too."""
+        """A request that is not complete in time is cut off, though bytes arrive; so is one behind another."""
         for first in (b"", _GET):
             channel, transport = self.connect()
             channel.dataReceived(first)
@@ -288,7 +288,7 @@ class RequestTests(SiteTestCase):
         self.assertEqual(self.counters.met["http_arrive"], 2)
 
     def test_pipelined(self) -> None:
-        """A part of the next request that came with the one before has its time from when that is answered."""
+        """The time limit of a pipelined partial request begins when the previous request is answered."""
         self.echo.holds = True
         channel, transport = self.connect()
         channel.dataReceived(_GET + b"GET / HT")
@@ -301,7 +301,7 @@ class RequestTests(SiteTestCase):
         self.assertFalse(transport.connected)
 
     def test_targets(self) -> None:
-        """A target may be a whole URL, whose host is the one that counts; ``*`` goes where all others go."""
+        """A target may be a whole URL, whose host replaces the header; ``*`` is passed to the resource."""
         channel, _ = self.connect()
         for target in (b"http://y:1/a?b=c", b"HTTPS://y", b"http://y?b", b"*", b"/http://y/"):
             channel.dataReceived(b"OPTIONS " + target + b" HTTP/1.1\r\nHost: x\r\nHost: z\r\n\r\n")
@@ -312,7 +312,7 @@ class RequestTests(SiteTestCase):
         )
 
     def test_silence(self) -> None:
-        """A connection on which nothing comes is closed after a while; one whose request is under way is not."""
+        """An idle connection is closed after ``IDLE_S``; one with a request in progress is not."""
         idle = self.connect()[1]
         self.echo.holds = True
         channel, busy = self.connect()
@@ -322,10 +322,10 @@ class RequestTests(SiteTestCase):
 
 
 class TlsTests(SiteTestCase):
-    """A client that speaks TLS to a port without it."""
+    """A client that speaks TLS to a port without TLS."""
 
     def test_it_is_refused(self) -> None:
-        """It is answered at once, in clear, and the connection ends."""
+        """The client gets a plain-text problem at once, and the connection ends."""
         channel, transport = self.connect()
         channel.dataReceived(b"\x16\x03\x01\x02\x00\x01\x00")
         self.assertEqual(self.problem(transport), (400, "bad_envelope"))
@@ -335,10 +335,10 @@ class TlsTests(SiteTestCase):
 
 
 class AnswerTests(SiteTestCase):
-    """Answers that nobody reads."""
+    """Responses that the client does not read."""
 
     def test_not_read(self) -> None:
-        """While what was said is not sent, the next request is not answered, nor is more read than a little."""
+        """While a response is unsent the next request is not answered, and only a little more is read."""
         self.trust_all()
         self.echo.holds = True
         channel, transport = self.connect()
@@ -365,7 +365,7 @@ class AnswerTests(SiteTestCase):
         self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_too_much_is_not_read(self) -> None:
-        """Of too many bytes that are not read, the answer goes that has waited longest; what is read counts no more."""
+        """Over the limit of unread bytes the oldest unread response is cut off; responses that were read are free."""
         self.trust_all()
         self.echo.holds = True
         whole = 2 << 20
@@ -391,7 +391,7 @@ class AnswerTests(SiteTestCase):
         self.assertEqual((self.site._unread, self.site._unread_bytes), ({}, 0))
 
     def test_in_turns(self) -> None:
-        """Of many requests that come in one piece one is answered, then it is others' turn."""
+        """Pipelined requests are answered one at a time, so that other connections take turns."""
         self.trust_all()
         channel, other = self.connect()[0], self.connect()[0]
         channel.dataReceived(_GET * 300)
@@ -401,7 +401,7 @@ class AnswerTests(SiteTestCase):
         self.assertEqual(len(self.echo.seen), 301)
 
     def test_not_read_for_too_long(self) -> None:
-        """Whoever does not read is cut off after a while: before a next request, and before the end."""
+        """A client that does not read for ``TAKE_S`` is cut off, before its next request and before the close."""
         for request in (_GET * 2, _GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")):
             channel, transport = self.connect()
             transport.loseConnection = lambda: None  # type: ignore[method-assign]
@@ -414,7 +414,7 @@ class AnswerTests(SiteTestCase):
         self.assertEqual(self.counters.met["http_take"], 2)
 
     def test_not_read_once_refused(self) -> None:
-        """A refusal that is not read, or whose reader does not go, ends after a while, and makes room before that."""
+        """A refused connection that the client keeps open ends after twice ``LINGER_S``, or at once to make room."""
         self.patch(module, "MOST_CONNECTIONS", 1)
         for is_pressed in (False, True):
             channel, transport = self.connect()
@@ -429,7 +429,7 @@ class AnswerTests(SiteTestCase):
             self.assertFalse(transport.connected)
 
     def test_gone_while_it_is_held(self) -> None:
-        """Whoever goes while an answer waits to be read leaves no timer."""
+        """A client that disconnects while a response is unread leaves no timer."""
         channel, transport = self.connect()
         transport.producer.pauseProducing()
         channel.dataReceived(_GET * 2)
@@ -438,7 +438,7 @@ class AnswerTests(SiteTestCase):
         self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_full_late(self) -> None:
-        """Where the transport says that it is full only when the next request has begun, little more is read."""
+        """If the transport is full only after the next request has begun, only a little more is read."""
         self.echo.holds = True
         channel, transport = self.connect()
         channel.dataReceived(_GET)
@@ -448,7 +448,7 @@ class AnswerTests(SiteTestCase):
         self.assertEqual(transport.producerState, "paused")
 
     def test_its_own_body_is_not_behind_it(self) -> None:
-        """A long body does not stop the reading: the end of its connection is to be noticed while it is answered."""
+        """A long body does not pause reading, so that a disconnect is noticed while the request is handled."""
         self.echo.holds = True
         channel, transport = self.connect()
         channel.dataReceived(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 40000\r\n\r\n" + b"x" * 40_000)
@@ -457,10 +457,10 @@ class AnswerTests(SiteTestCase):
 
 
 class ConnectionTests(SiteTestCase):
-    """How many there may be."""
+    """The number of connections."""
 
     def test_too_many(self) -> None:
-        """Of too many the one that has been idle longest goes, at once: others that come meanwhile cost others."""
+        """Over the limit the connection idle for longest is closed at once; each further connection closes another."""
         self.patch(module, "MOST_CONNECTIONS", 3)
         self.echo.holds = True
         (first, busy), (_, second), (_, third) = self.connect(), self.connect(), self.connect()
@@ -472,14 +472,14 @@ class ConnectionTests(SiteTestCase):
         )
         for held in self.echo.held:
             held.finish()
-        # It was given its second request meanwhile, and is not idle.
+        # The busy connection has received its second request meanwhile, and is not idle.
         self.connect()
         self.time.advance(0)
         self.assertEqual([each.connected for each in (busy, fourth, fifth)], [True, False, True])
         self.assertEqual(self.counters.met["http_connections"], 3)
 
     def test_too_many_that_are_not_idle(self) -> None:
-        """Where none is idle the one goes whose request has been arriving longest; else the newest is not taken."""
+        """If none is idle, the connection whose request arrives for longest is closed; else the newest is refused."""
         self.patch(module, "MOST_CONNECTIONS", 2)
         self.echo.holds = True
         (slow, _), (slower, _) = made = self.connect(), self.connect()
@@ -498,7 +498,7 @@ class ConnectionTests(SiteTestCase):
         self.assertTrue(at.disconnecting)
 
     def test_bodies(self) -> None:
-        """Of too many bytes of bodies those go that have been arriving longest; what has arrived is safe."""
+        """Over the limit of body bytes, the body that has been arriving longest is cut off; complete bodies stay."""
         self.patch(module, "BODIES_BYTES", 300)
         self.echo.holds = True
         head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
@@ -521,7 +521,7 @@ class ConnectionTests(SiteTestCase):
         self.assertEqual(self.counters.met["http_bodies"], 1)
 
     def test_bodies_behind_an_answer(self) -> None:
-        """A body that begins behind a request that is answered at once counts, and has its time, like any other."""
+        """A body behind a request that is answered at once has the same limits of bytes and time as any other."""
         self.patch(module, "BODIES_BYTES", 100)
         head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
         channel, transport = self.connect()
@@ -534,7 +534,7 @@ class ConnectionTests(SiteTestCase):
         self.assertEqual(self.counters.met["http_arrive"], 1)
 
     def test_close(self) -> None:
-        """All are closed at the end, and none is counted any more; there may be none."""
+        """``close`` closes all connections and leaves no timer, and also works without connections."""
         transports = [self.connect()[1] for _ in range(3)]
         self.successResultOf(self.site.close())
         self.assertEqual([each.connected for each in transports], [False] * 3)
@@ -542,7 +542,7 @@ class ConnectionTests(SiteTestCase):
         self.successResultOf(self.site.close())
 
     def test_close_of_what_is_not_sent_yet(self) -> None:
-        """What was said is sent before the end; whoever does not read is cut off after a while."""
+        """Unsent responses are sent before the close; a client that does not read is cut off after ``LINGER_S``."""
         transports = [self.connect()[1] for _ in range(2)]
         for transport in transports:
             transport.loseConnection = lambda: None  # type: ignore[method-assign]
@@ -560,17 +560,17 @@ class StrangerTests(SiteTestCase):
     """Requests without a valid token wait for their turn."""
 
     def setUp(self) -> None:
-        """Know one token."""
+        """Accept one token."""
         super().setUp()
         self.site.knows = "Bearer right".__eq__
 
     def ask(self, connections: list[Any], authorization: bytes = b"Bearer wrong") -> None:
-        """Send one request on each of some connections."""
+        """Send one request on each connection."""
         for channel in connections:
             channel.dataReceived(b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: %s\r\n\r\n" % authorization)
 
     def test_the_rate_holds(self) -> None:
-        """However many connections ask again and again, burst and rate bound the requests that are read."""
+        """With any number of connections, the burst and the rate bound the requests that are read."""
         pairs = [self.connect() for _ in range(400)]
         for _ in range(100):
             waiting = [channel for channel, _ in pairs if not channel._is_answering and not channel._is_in_line]
@@ -582,7 +582,7 @@ class StrangerTests(SiteTestCase):
         self.assertGreater(self.counters.met["http_strangers"], 100)
 
     def test_all_are_answered(self) -> None:
-        """A request that waited is answered in its turn, with what came behind it."""
+        """A request that waited is answered in its turn, and so are the requests behind it."""
         channel, transport = self.connect()
         for _ in range(3 * RATES["later"][0]):
             self.ask([channel])
@@ -592,7 +592,7 @@ class StrangerTests(SiteTestCase):
         self.assertEqual(transport.value().count(b"200 OK"), 9 * RATES["later"][0])
 
     def test_a_valid_token_does_not_wait(self) -> None:
-        """A request with a valid token is read at once, from the same address and on a new connection."""
+        """A request with a valid token is read at once, also on a new connection from the same address."""
         self.ask([self.connect()[0] for _ in range(400)])
         channel, transport = self.connect()
         for number in range(1, 100):
@@ -601,7 +601,7 @@ class StrangerTests(SiteTestCase):
             self.assertEqual(transport.value().count(b"200 OK"), number)
 
     def test_a_probe_does_not_wait(self) -> None:
-        """A look at the health has its turn apart from all other requests of its address."""
+        """Health checks have a rate of their own, apart from other requests."""
         self.ask([self.connect()[0] for _ in range(400)])
         for start in (b"GET /healthz", b"HEAD /healthz", b"GET /readyz?x", b"OPTIONS /readyz"):
             channel, transport = self.connect()
@@ -609,7 +609,7 @@ class StrangerTests(SiteTestCase):
             self.assertIn(b"200 OK", transport.value())
 
     def test_those_in_line_go_first(self) -> None:
-        """Where there are too many connections, one that waits for its turn is cut off, and none that is idle."""
+        """Over the limit of connections one that waits for its turn is cut off, and no idle one."""
         self.patch(module, "MOST_CONNECTIONS", 200)
         _, idle = self.connect()
         pairs = [self.connect() for _ in range(199)]
@@ -620,7 +620,7 @@ class StrangerTests(SiteTestCase):
         self.assertEqual(sum(not transport.connected for _, transport in pairs), 1)
 
     def test_a_newcomer_does_not_wait_for_repeaters(self) -> None:
-        """The first request of a connection has its turn apart from those that ask again and again."""
+        """The first request of a connection has a rate of its own, apart from later requests."""
         channels = [self.connect()[0] for _ in range(50)]
         for _ in range(10):
             self.ask([channel for channel in channels if not channel._is_answering and not channel._is_in_line])
@@ -630,7 +630,7 @@ class StrangerTests(SiteTestCase):
         self.assertIn(b"200 OK", transport.value())
 
     def test_who_has_left(self) -> None:
-        """A connection that is closed while it waits is not read, and leaves nothing behind."""
+        """A connection that is closed while its request waits is not read, and leaves no timer."""
         pairs = [self.connect() for _ in range(400)]
         self.ask([channel for channel, _ in pairs])
         self.time.advance(0)

@@ -1,4 +1,4 @@
-"""Waiting for what the database says: :mod:`s2s.admin.http.long_polls`."""
+"""Batched long polls: :mod:`s2s.admin.http.long_polls`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from s2s.runtime.clock import Clock
 
 
 class _Database:
-    """A pool that asks the test."""
+    """A pool whose queries the test answers."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, Sequence[Any], Deferred[Any]]] = []
 
     def run(self, look: Callable[..., Any], ids: Sequence[Any]) -> Deferred[Any]:
-        """Note what is looked for."""
+        """Record the query."""
         answer: Deferred[Any] = Deferred()
         self.asked.append((look, sorted(ids), answer))
         return answer
@@ -41,10 +41,10 @@ def _engines(_: object, ids: Sequence[Any]) -> Sequence[Any]:
 
 
 class WaitingTests(SynchronousTestCase):
-    """With a database and a clock of the test's."""
+    """Long polls with a fake database and a fake clock."""
 
     def setUp(self) -> None:
-        """Make it."""
+        """Create the long polls."""
         self.time = FakeTime()
         self.database = _Database()
         self.counters = Counters()
@@ -53,17 +53,17 @@ class WaitingTests(SynchronousTestCase):
         self.waiting.start()
 
     def wait(self, look: Any, *ids: Any, seconds: float = 30, line: Line = "steering") -> Deferred[None]:
-        """Wait."""
+        """Start a wait."""
         return self.waiting.wait(WaitFor(look, ids, seconds), line)
 
     def looked(self, over: Sequence[Any] = ()) -> tuple[Any, Sequence[Any]]:
-        """Answer the next look."""
+        """Answer the oldest query."""
         look, ids, answer = self.database.asked.pop(0)
         answer.callback(set(over))
         return look, ids
 
     def test_one_look_for_all(self) -> None:
-        """Those who wait for the same kind of thing have one look, and each ends when all of its own is over."""
+        """Waits of one kind share a query, and each ends when all of its ids are over."""
         one, two = self.wait(_orders, 1), self.wait(_orders, 2)
         self.looked()
         self.assertEqual(self.looked([1]), (_orders, [1, 2]))
@@ -84,7 +84,7 @@ class WaitingTests(SynchronousTestCase):
         self.assertEqual(self.database.asked, [])
 
     def test_woken(self) -> None:
-        """It looks when it is woken, and once a second all the same; a lost database ends nothing."""
+        """A query is sent at each wake-up and once a second; an unavailable database ends no wait."""
         waiter = self.wait(_orders, 1)
         self.looked()
         self.waiting.wake()
@@ -98,7 +98,7 @@ class WaitingTests(SynchronousTestCase):
         self.successResultOf(waiter)
 
     def test_time(self) -> None:
-        """A wait ends when its time is over, and is looked for no more."""
+        """A wait ends at its timeout, and its ids are no longer queried."""
         waiter = self.wait(_orders, 1, seconds=2)
         self.looked()
         self.time.advance(1)
@@ -110,7 +110,7 @@ class WaitingTests(SynchronousTestCase):
         self.assertEqual(self.database.asked, [])
 
     def test_cancelled(self) -> None:
-        """Whoever asked is gone: its wait is too."""
+        """A cancelled wait is removed."""
         waiter = self.wait(_orders, 1)
         waiter.cancel()
         self.failureResultOf(waiter, CancelledError)
@@ -119,7 +119,7 @@ class WaitingTests(SynchronousTestCase):
         self.assertEqual([call for call in self.time.getDelayedCalls() if call.getTime() > 2], [])
 
     def test_the_bound(self) -> None:
-        """Only so many may wait; one more is told to come again."""
+        """The number of waits is limited; a further one is told to retry."""
         self.patch(long_polls, "MOST", 2)
         self.wait(_orders, 1)
         second = self.wait(_orders, 2)
@@ -131,7 +131,7 @@ class WaitingTests(SynchronousTestCase):
         self.assertNoResult(self.wait(_orders, 3))
 
     def test_a_bound_for_each_line(self) -> None:
-        """As many observers as may wait refuse a further one of them, and no request that steers."""
+        """The limit of waits applies to each line: waits of observers refuse no request of another line."""
         self.patch(long_polls, "MOST", 2)
         observers = [self.wait(_orders, number, line="observers") for number in range(2)]
         self.assertRaises(Overloaded, self.wait, _orders, 3, line="observers")
@@ -143,11 +143,11 @@ class WaitingTests(SynchronousTestCase):
         self.assertNoResult(self.wait(_orders, 3, line="observers"))
 
     def test_a_connection_for_others(self) -> None:
-        """Of the connections of a site observers that wait or stand in line leave many to others."""
+        """Waiting and queued observers leave at least 400 of the site's connections to other requests."""
         self.assertGreaterEqual(MOST_CONNECTIONS - long_polls.MOST - MOST_IN_LINE, 400)
 
     def test_the_end(self) -> None:
-        """When it stops nobody waits any more, and whoever comes then does not begin to."""
+        """A stop ends all waits, and a later wait ends at once."""
         waiter = self.wait(_orders, 1)
         stopping = self.waiting.stop()
         self.successResultOf(waiter)

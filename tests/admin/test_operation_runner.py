@@ -1,4 +1,4 @@
-"""Taking the steps of an operation beside other work: :mod:`s2s.admin.http.operation_runner`."""
+"""Running the steps of operations concurrently: :mod:`s2s.admin.http.operation_runner`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEERING = THREADS["steering"]
 
 
 class _Database:
-    """A pool whose work is done when the test says so."""
+    """A pool that runs work when the test decides."""
 
     def __init__(self, time: FakeTime) -> None:
         self.time = time
@@ -32,7 +32,7 @@ class _Database:
         self.refusal: Exception | None = None
 
     def run(self, work: Callable[..., Any], *args: Any) -> Deferred[Any]:
-        """Take work, or refuse it at once."""
+        """Queue the work, or fail at once."""
         if self.refusal is not None:
             return fail(self.refusal)
         done: Deferred[Any] = Deferred()
@@ -40,7 +40,7 @@ class _Database:
         return done
 
     def step(self) -> None:
-        """Do the oldest piece."""
+        """Run the oldest queued work."""
         work, done = self.running.pop(0)
         try:
             result = work()
@@ -52,10 +52,10 @@ class _Database:
 
 
 class ConductorTests(SynchronousTestCase):
-    """With a pool and waits of the test's."""
+    """The runner with a fake pool and fake waits."""
 
     def setUp(self) -> None:
-        """Make it."""
+        """Create the runner."""
         self.time = FakeTime()
         self.database = _Database(self.time)
         self.waits: list[Deferred[None]] = []
@@ -83,7 +83,7 @@ class ConductorTests(SynchronousTestCase):
         access: Access = "operator",
         is_list: bool = False,
     ) -> Deferred[Any]:
-        """Begin an operation."""
+        """Start an operation."""
         operation: Operation[Any] = Operation(
             "x", "GET", "/x", "observer", "x", {"type": "object"}, begin, is_list=is_list
         )
@@ -91,7 +91,7 @@ class ConductorTests(SynchronousTestCase):
         return Deferred.fromCoroutine(performing)
 
     def test_steps(self) -> None:
-        """Each step is a piece of work of its own, signed by whoever asks; what it gives is what the next one sees."""
+        """Each step runs separately with the caller as audit actor, and its result is passed to the operation."""
 
         def begin(_: OperationRequest) -> Any:
             first = yield lambda txn: (txn, 1)
@@ -107,7 +107,7 @@ class ConductorTests(SynchronousTestCase):
         self.assertEqual(self.signed, ["token:me", "token:me"])
 
     def test_failures(self) -> None:
-        """A step that fails does so where it was asked for; what is not made good there fails the request."""
+        """The exception of a step is raised in the operation; an uncaught one fails the request."""
 
         def begin(_: OperationRequest) -> Any:
             try:
@@ -129,7 +129,7 @@ class ConductorTests(SynchronousTestCase):
         self.failureResultOf(performing, DatabaseUnavailable)
 
     def test_a_few_at_once(self) -> None:
-        """Only so many steps are at the database at once; waiting takes no place; the line has an end."""
+        """The number of concurrent steps is limited; a wait occupies no place; the queue has a maximum length."""
         self.patch(operation_runner, "MOST_IN_LINE", 2)
 
         def begin(_: OperationRequest) -> Any:
@@ -151,7 +151,7 @@ class ConductorTests(SynchronousTestCase):
             self.successResultOf(each)
 
     def test_the_three_lines(self) -> None:
-        """Observers, whatever they ask for, and the lists of operators never make an operator's other requests wait."""
+        """No request of an observer and no list of an operator delays an operator's other requests."""
         self.patch(operation_runner, "MOST_IN_LINE", 2)
 
         def begin(_: OperationRequest) -> Any:
@@ -175,7 +175,7 @@ class ConductorTests(SynchronousTestCase):
         self.assertEqual([self.successResultOf(each).value for each in performing], [5] * len(performing))
 
     def test_answers_of_the_reactor(self) -> None:
-        """Answers to observers that need no transaction have a rate; those to operators are made at once."""
+        """Responses to observers that need no transaction have a limited rate; those to operators are not delayed."""
         turns = [Deferred.fromCoroutine(self.conductor.wait_turn("observer", ClientRequest())) for _ in range(4)]
         self.assertEqual([turn.called for turn in turns], [True, True, False, False])
         self.successResultOf(Deferred.fromCoroutine(self.conductor.wait_turn("operator", ClientRequest())))
@@ -189,7 +189,7 @@ class ConductorTests(SynchronousTestCase):
         self.successResultOf(Deferred.fromCoroutine(self.conductor.wait_turn("observer", ClientRequest())))
 
     def test_what_has_begun_is_not_refused(self) -> None:
-        """However long the line is, a request that has taken a step gets its next one."""
+        """A request that has run a step gets its next one, however long the queue is."""
         self.patch(operation_runner, "MOST_IN_LINE", 1)
 
         def begin(_: OperationRequest) -> Any:
@@ -210,7 +210,7 @@ class ConductorTests(SynchronousTestCase):
         self.assertEqual([self.successResultOf(each).value for each in performing], [5] * len(performing))
 
     def test_whose_wait_it_is(self) -> None:
-        """A wait is counted among those of the line in which its request stands."""
+        """A wait counts for the line of its request."""
 
         def begin(_: OperationRequest) -> Any:
             yield WaitFor(lambda _, ids: ids, (1,), 5)
@@ -221,7 +221,7 @@ class ConductorTests(SynchronousTestCase):
         self.assertEqual(self.waiting_in, ["observers", "lists", "steering"])
 
     def test_a_database_that_hangs(self) -> None:
-        """A step that takes too long is told of: one that was begun as unknown, one in line as never to be begun."""
+        """A step that takes too long fails: a running one with an unknown outcome, a queued one as never begun."""
         taken = []
 
         def begin(ask: OperationRequest) -> Any:
@@ -245,7 +245,7 @@ class ConductorTests(SynchronousTestCase):
         self.assertEqual(self.time.getDelayedCalls(), [])
 
     def test_a_thousand_that_fail_at_once(self) -> None:
-        """Where the pool takes nothing, all in line are told, each for itself, and every place is free again."""
+        """If the pool refuses work, each queued request fails with its own error, and every place is free again."""
 
         def begin(_: OperationRequest) -> Any:
             return Reply((yield lambda txn: 5))
@@ -266,7 +266,7 @@ class ConductorTests(SynchronousTestCase):
         self.successResultOf(after)
 
     def test_gone(self) -> None:
-        """When whoever asked is gone nothing is waited for, and nothing more is done; a step under way is finished."""
+        """If the client is gone its waits end and no further step runs; a running step is finished."""
         done = []
 
         def begin(_: OperationRequest) -> Any:
@@ -291,7 +291,7 @@ class ConductorTests(SynchronousTestCase):
         self.assertEqual(self.database.running, [])
 
     def test_tidying_up(self) -> None:
-        """What the steps leave to be done when nobody waits any more is done, once, and nothing after it."""
+        """One cleanup step after the client has left is run, and no step after it."""
         done = []
 
         def begin(_: OperationRequest) -> Any:
@@ -312,7 +312,7 @@ class ConductorTests(SynchronousTestCase):
         self.assertEqual((done, self.database.running), (["asked", "taken back"], []))
 
     def test_gone_from_the_line(self) -> None:
-        """Whoever leaves while a step stands in line takes it along, and holds no place."""
+        """A client that leaves while its step is queued removes the step, and occupies no place."""
         visits = [ClientRequest() for _ in range(STEERING + 2)]
 
         def begin(_: OperationRequest) -> Any:

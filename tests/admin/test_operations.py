@@ -1,4 +1,4 @@
-"""What an operation is: its checks, its steps and its pages: :mod:`s2s.admin.operations.operation` and its pages."""
+"""Operations: their checks, steps and pages: :mod:`s2s.admin.operations.operation` and its pages."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ def _operation(begin: Callable[[OperationRequest], Any], **more: Any) -> Operati
 
 
 class PerformTests(SynchronousTestCase):
-    """Taking steps."""
+    """Running the steps of an operation."""
 
     def steps(self, operation: Operation[Any], **ask: Any) -> Any:
-        """Begin."""
+        """Start an operation."""
         said: dict[str, Any] = {"path_params": {"id": 1}, "body": {"n": 1}, "access": "operator", **ask}
         return perform(operation, OperationRequest("me", **said))
 
     def test_defaults(self) -> None:
-        """What is not said in the query is what its schema says; what is said stays."""
+        """Absent query parameters get the defaults of the schema; given ones stay."""
         seen = []
 
         def begin(ask: OperationRequest) -> Any:
@@ -85,7 +85,7 @@ class PerformTests(SynchronousTestCase):
         self.assertEqual(seen, [{"wait": 2}, {"wait": 1, "word": "a"}])
 
     def test_refused(self) -> None:
-        """A path, a role, a query or a body that may not be is refused before the first step; in this order."""
+        """An invalid path, role, query or body is refused before the first step, in this order."""
 
         def begin(ask: OperationRequest) -> Any:
             raise AssertionError("it has begun")
@@ -103,7 +103,7 @@ class PerformTests(SynchronousTestCase):
             self.assertEqual(refused.details.get("path"), at)
 
     def test_told(self) -> None:
-        """An operation that tells of refusals does so in a step of its own, and is refused then all the same."""
+        """An operation that records refusals does so in a step of its own, and is refused afterwards."""
         told: list[Any] = []
 
         def tell(txn: Any, ask: OperationRequest, error: WireError) -> None:
@@ -120,7 +120,7 @@ class PerformTests(SynchronousTestCase):
         self.assertEqual(told, [])
 
     def test_an_engine_without_a_name(self) -> None:
-        """Steering an engine that has no name is refused by a line that names the cure."""
+        """A control request for an engine without a name is refused in one line with the cure."""
         for operation in (engines.HEALTH, engines.PAUSE_ENGINE, engines.RESUME_ENGINE, engines.SWEEP_ENGINE):
             body = {"since_ts": 0} if operation is engines.SWEEP_ENGINE else {"reason": "x"}
             body = {} if operation is engines.HEALTH else body
@@ -130,16 +130,16 @@ class PerformTests(SynchronousTestCase):
 
 
 class OnceTests(SynchronousTestCase):
-    """What must not be done twice, when it is not known whether it was done."""
+    """Steps that are not idempotent and may have taken effect."""
 
     def begin(self, operation: Operation[Any], body: Any, **ask: Any) -> Any:
-        """Begin, and give the steps with the first one taken."""
+        """Start an operation, and return the steps with the first one taken."""
         steps = perform(operation, OperationRequest("me", "admin", body=body, **ask))
         next(steps)
         return steps
 
     def test_unknown(self) -> None:
-        """Without a key it is told not to be asked for again, and an order by its id; with one it may be."""
+        """Without a key a lost outcome is not retryable, and names the id of an order; with a key it is retryable."""
         tick, broadcast = orders.GIVE["admin.engine.force_tick.v1"], notices.BROADCAST
         for lost, said in ((CommitLost("x"), DbUnavailable), (DeadlinePassed("x"), DeadlineExceeded)):
             for operation, body in (
@@ -154,7 +154,7 @@ class OnceTests(SynchronousTestCase):
             error = self.assertRaises(type(lost), self.begin(tick, {"job_type": "decay"}, idem_key="k").throw, lost)
 
     def test_not_begun(self) -> None:
-        """What certainly was not done may be asked for again."""
+        """A step that certainly had no effect may be retried."""
         for lost in (DatabaseUnavailable("x"), DeadlineExceeded(), Overloaded()):
             steps = self.begin(
                 notices.BROADCAST, {"scope": "global", "message": "Hello", "severity": "info", "ttl_s": 60}
@@ -162,7 +162,7 @@ class OnceTests(SynchronousTestCase):
             self.assertIs(self.assertRaises(type(lost), steps.throw, lost), lost)
 
     def test_given(self) -> None:
-        """An order that is given is answered as such, whatever comes of waiting for it."""
+        """An order that is stored is returned as queued, whatever error the wait for it has."""
         now = datetime.now(timezone.utc)
         row = orders.Order(
             "1", "x", {}, "me", None, "queued", None, None, 0, None, None, now, None, None, progress=None
@@ -177,7 +177,7 @@ class OnceTests(SynchronousTestCase):
                 self.assertEqual((reply.status, reply.value, reply.location), (202, row, "/v1/orders/1"))
 
     def test_asked(self) -> None:
-        """An engine that was asked may have obeyed, whatever comes of waiting for its answer."""
+        """A control request that was sent has an unknown outcome, whatever error the wait for its answer has."""
         for lost in (Overloaded(), DeadlinePassed("x"), DatabaseUnavailable("x"), StatementRefused("x")):
             steps = self.begin(engines.PAUSE_ENGINE, {"reason": "x"}, path_params={"name": "e"})
             steps.send(None)
@@ -187,7 +187,7 @@ class OnceTests(SynchronousTestCase):
 
 
 class PageTests(SynchronousTestCase):
-    """Reading lists."""
+    """Paging of lists."""
 
     @given(
         sizes=st.lists(st.integers(0, 40), max_size=40),
@@ -196,7 +196,7 @@ class PageTests(SynchronousTestCase):
         chunk=st.integers(1, 9),
     )
     def test_model(self, sizes: list[int], limit: int, most: int, chunk: int) -> None:
-        """Pages taken together are the list, none is too long, or too large by more than a row, and the last ends."""
+        """All pages make up the list; none exceeds the limit of rows, or that of bytes by more than a row."""
         rows = [{"id": at, "text": "x" * size} for at, size in enumerate(sizes, 1)]
         self.patch(pages, "PAGE_BYTES", most)
         self.patch(pages, "_CHUNK_ROWS", chunk)
@@ -219,7 +219,7 @@ class PageTests(SynchronousTestCase):
         self.assertEqual(found, rows)
 
     def test_long_rows_are_read_a_few_at_once(self) -> None:
-        """Of long rows little more is read than the page has, and short ones take few statements."""
+        """Long rows are read a few at a time, little beyond the page; short rows take few statements."""
         for size, most, statements in ((100_000, 30, 6), (10, 501, 12)):
             asked: list[int] = []
 
@@ -233,7 +233,7 @@ class PageTests(SynchronousTestCase):
             self.assertEqual(len(one.items), min(500, -(-pages.PAGE_BYTES // size)))
 
     def test_json_is_made_in_the_steps(self) -> None:
-        """The JSON of each row is made once, in a step, and what is left for the reply is to put it together."""
+        """The JSON of each row is encoded once, in a step; the reply only joins the parts."""
         rows = [{"id": at, "text": "x"} for at in range(30, 0, -1)]
         encoded: list[Any] = []
 
@@ -270,7 +270,7 @@ class PageTests(SynchronousTestCase):
 
     @given(st.lists(st.text(max_size=3), unique=True), st.integers(1, 5))
     def test_short_lists(self, names: list[str], limit: int) -> None:
-        """A list that is read as a whole is cut by its keys, whatever is in them."""
+        """A list that is read as a whole is paged by its keys, whatever characters they contain."""
         found: list[str] = []
         cursor = None
         while True:
@@ -283,10 +283,10 @@ class PageTests(SynchronousTestCase):
 
 
 class JsonTests(SynchronousTestCase):
-    """Replies as JSON."""
+    """Rows as JSON."""
 
     def test_round_trip(self) -> None:
-        """A row is the same when it has been written and read."""
+        """A row stays equal when it is encoded and decoded."""
         at = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=timezone.utc)
         row = CommandRow(5, "a.b", "k", {"n": [1.5, None, "\u00e9"]}, 100, at, "ready", 0, 0, None, at, None)
         self.assertEqual(decode(json.loads(encode(row)), commands.SHOW), row)
@@ -295,7 +295,7 @@ class JsonTests(SynchronousTestCase):
         self.assertRaises(ValueError, decode, {"cmd_id": 5}, commands.SHOW)
 
     def test_what_cannot_be_read(self) -> None:
-        """JSON that Python cannot read is an object that says so; what is no JSON at all is nobody's to write."""
+        """JSON that Python cannot read is encoded as a placeholder; an object of an unknown type is an error."""
         self.assertEqual(encode({"a": Unreadable()}), b'{"a":{"unreadable":"(JSON that cannot be read)"}}')
         said = b'{"a":{"unreadable":"(JSON that cannot be read: it is nested deeper than 32 levels)"}}'
         self.assertEqual(encode({"a": read_json("[" * 4000 + "]" * 4000)}), said)
@@ -303,10 +303,10 @@ class JsonTests(SynchronousTestCase):
 
 
 class DeclarationTests(SynchronousTestCase):
-    """What is declared."""
+    """The declarations of operations."""
 
     def test_all_are_listed(self) -> None:
-        """Every operation that a module of s2s.admin.operations makes is in OPERATIONS, under a name of its own."""
+        """Every operation of a module of s2s.admin.operations is in OPERATIONS, with a unique name."""
         made = set()
         for path in Path(operations.__file__).parent.glob("*.py"):
             module = importlib.import_module(f"s2s.admin.operations.{path.stem}")
@@ -320,7 +320,7 @@ class DeclarationTests(SynchronousTestCase):
         self.assertEqual(made - set(listed), set())
 
     def test_orders(self) -> None:
-        """There is one that gives each order of the catalogue, with the order's own schema but for its id."""
+        """Each order of the catalogue has an operation, with the order's schema except for its id."""
         given_ = {operation.path: operation for operation in OPERATIONS if operation.takes_key}
         self.assertEqual(set(given_), {f"/v1/orders/{rpc}" for rpc in ORDERS})
         for operation in given_.values():
@@ -328,7 +328,7 @@ class DeclarationTests(SynchronousTestCase):
             self.assertFalse(operation.body["additionalProperties"])
 
     def test_observers(self) -> None:
-        """Whatever is not a GET, but for a question, is not an observer's; whatever is, is."""
+        """Observers may use every GET and the health check of an engine, and no other operation."""
         for operation in OPERATIONS:
             self.assertIn(operation.access, ACCESS)
             reads = operation.method == "GET" or operation.name == "health_engine"

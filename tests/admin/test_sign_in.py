@@ -1,4 +1,4 @@
-"""Who may come in, and how often one may try: :mod:`s2s.admin.http.sign_in`."""
+"""Authentication and its rate limit: :mod:`s2s.admin.http.sign_in`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.waiting import poll
 
 
 class _Database:
-    """A pool that gives the rows of a test."""
+    """A pool that returns the rows of the test."""
 
     def __init__(self) -> None:
         self.rows: list[TokenRow] = []
@@ -30,7 +30,7 @@ class _Database:
         self.is_away = False
 
     def run(self, *_: object) -> Deferred[list[TokenRow]]:
-        """Read."""
+        """Return the rows."""
         self.reads += 1
         if self.is_away:
             failed: Deferred[list[TokenRow]] = Deferred()
@@ -40,10 +40,10 @@ class _Database:
 
 
 class SignInTests(SynchronousTestCase):
-    """Without a network, a database or a clock."""
+    """Without a network, a database or a real clock."""
 
     def setUp(self) -> None:
-        """Make one with two tokens."""
+        """Create the sign-in with two tokens."""
         self.time = FakeTime()
         self.time.advance(1000)
         self.database = _Database()
@@ -59,25 +59,25 @@ class SignInTests(SynchronousTestCase):
         self.addCleanup(self.sign_in.stop)
 
     def try_(self, authorization: str | None, address: str = "here") -> Any:
-        """Sign in: who it is, or why not."""
+        """Sign in, and return the caller or the error."""
         trying = self.trying(authorization, address)
         self.time.advance(sign_in.UNKNOWN_GAP_S)
         return self.successResultOf(trying)
 
     def trying(self, authorization: str | None, address: str = "here") -> Deferred[Any]:
-        """Begin to sign in."""
+        """Start to sign in."""
         trying: Deferred[Any] = Deferred.fromCoroutine(self.sign_in.caller(authorization, address))
         return trying.addErrback(lambda failure: failure.value)
 
     def test_who(self) -> None:
-        """A token says who comes, and what is allowed; the scheme's case does not matter."""
+        """A token determines actor and access; the scheme is case-insensitive."""
         for scheme in ("Bearer", "bearer", "BEARER"):
             caller = self.try_(f"{scheme} {self.token}")
             self.assertEqual((caller.actor, caller.access), ("token:alice", "admin"))
         self.assertEqual(self.database.reads, 1)
 
     def test_refused(self) -> None:
-        """No token, another scheme, and a token that is wrong in any part are refused, and it is not said in which."""
+        """A missing token, another scheme and a wrong token are refused; the error does not reveal the wrong part."""
         self.assertIsInstance(self.try_(None), AuthRequired)
         wrong = [f"Basic {self.token}", "Bearer", "Bearer x", f"Bearer {make('alice')}", f"Bearer {make('nobody')}"]
         told = {(type(error), str(error)) for error in map(self.try_, wrong)}
@@ -85,17 +85,17 @@ class SignInTests(SynchronousTestCase):
         self.assertIs(next(iter(told))[0], AuthBad)
 
     def test_expiry(self) -> None:
-        """A token that ends is refused from then on, read again or not."""
+        """An expired token is refused from its expiry on, even if the table is not read again."""
         self.assertEqual(self.try_(f"Bearer {self.short}").actor, "token:bob")
         self.database.rows.pop()
         self.sign_in.stop()
-        self.time.advance(58.9)  # and the second that the try before took
+        self.time.advance(58.9)  # one second has passed during the previous attempt
         self.assertEqual(self.try_(f"Bearer {self.short}").actor, "token:bob")
         self.time.advance(0.2)
         self.assertIsInstance(self.try_(f"Bearer {self.short}"), AuthBad)
 
     def test_new_and_gone(self) -> None:
-        """A token that was just made is known at once; one that was revoked is not, after the NOTIFY or a poll."""
+        """A new token is accepted at once; a revoked one is refused after the NOTIFY or the next poll."""
         new = make("carol")
         self.database.rows.append(TokenRow("carol", "operator", digest(new), None))
         self.assertEqual(self.try_(f"Bearer {new}").access, "operator")
@@ -108,7 +108,7 @@ class SignInTests(SynchronousTestCase):
         self.assertIsInstance(self.try_(f"Bearer {self.token}"), AuthBad)
 
     def test_strangers_do_not_read(self) -> None:
-        """Tokens that are not known let the table be read once a second for all of them, and what is no token not."""
+        """Unknown tokens cause at most one read of the table a second; malformed ones cause none."""
         before = self.database.reads
         self.try_("Bearer x")
         self.assertEqual(self.database.reads, before)
@@ -128,7 +128,7 @@ class SignInTests(SynchronousTestCase):
         self.assertEqual(self.successResultOf(known).actor, "token:carol")
 
     def test_the_database_is_away(self) -> None:
-        """While it is away those that are known come in, and of the others it is said that they cannot be asked for."""
+        """While the database is away known tokens are accepted, and unknown ones fail with ``DbUnavailable``."""
         self.database.is_away = True
         self.time.advance(POLL_S)
         self.assertEqual(self.try_(f"Bearer {self.token}").actor, "token:alice")
@@ -136,7 +136,7 @@ class SignInTests(SynchronousTestCase):
         self.flushLoggedErrors()
 
     def test_the_database_hangs(self) -> None:
-        """A token that is not known is not looked for for ever, nor counted as wrong, and nothing is kept of it."""
+        """The look-up of an unknown token has a timeout, is not counted as a failure, and leaves no waiter."""
         self.time.advance(sign_in.UNKNOWN_GAP_S)
         self.database.run = lambda *_: Deferred()  # type: ignore[method-assign]
         trying = [self.trying(f"Bearer {make('new')}") for _ in range(FAILURES - 1)]
@@ -145,11 +145,11 @@ class SignInTests(SynchronousTestCase):
             self.assertNoResult(each)
         self.time.advance(0.1)
         self.assertEqual({type(self.successResultOf(each)) for each in trying}, {DbUnavailable})
-        # The poll's own.
+        # The one waiter of the poll may be left.
         self.assertLessEqual(len(self.sign_in._refresher._waiters), 1)
 
     def test_the_limit(self) -> None:
-        """After so many failures an address has to wait, others have not, and a token that is right comes in."""
+        """After ``FAILURES`` failures an address has to wait; other addresses and valid tokens are accepted."""
         self.patch(sign_in, "UNKNOWN_GAP_S", 0.0)
         for _ in range(FAILURES):
             self.assertIsInstance(self.try_("Bearer x"), AuthBad)
@@ -173,7 +173,7 @@ class SignInTests(SynchronousTestCase):
             self.assertIsInstance(self.try_("Bearer x"), AuthBad)
 
     def test_the_limit_at_once(self) -> None:
-        """Who tries many at once has no more of them; what turns out to be right, or cannot be judged, is none."""
+        """The limit holds for concurrent attempts; valid tokens and unfinished look-ups do not count."""
         trying = [self.trying(f"Bearer {make('x')}") for _ in range(FAILURES + 9)]
         self.time.advance(sign_in.UNKNOWN_GAP_S)
         told = [type(self.successResultOf(each)) for each in trying]
@@ -192,7 +192,7 @@ class SignInTests(SynchronousTestCase):
         self.flushLoggedErrors()
 
     def test_its_memory(self) -> None:
-        """Only so many addresses are remembered; the oldest is forgotten."""
+        """The number of remembered addresses is limited; the oldest is forgotten."""
         self.patch(sign_in, "MOST_ADDRESSES", 3)
         for _ in range(FAILURES):
             self.try_("Bearer x", "a")
@@ -206,7 +206,7 @@ class RealTests(ApiTestCase):
 
     @inlineCallbacks
     def test_at_once(self) -> Iterator[Deferred[Any]]:
-        """A token that is revoked, or changed by plain SQL, is so at once, on a connection that stands too."""
+        """A token that is revoked, or changed in plain SQL, changes at once, on open connections too."""
         self.assertEqual(self.ask("GET", "/v1/config").status, 200)
         self.assertEqual(self.ask("PUT", "/v1/config/relay.window", {"value": 9}, role="operator").status, 403)
         self.execute("update s2s.api_tokens set role = 'admin' where role = 'operator'")
@@ -217,7 +217,7 @@ class RealTests(ApiTestCase):
         yield poll(lambda: self.ask("GET", "/v1/config").status == 401, "it is not let in")
 
     def test_only_health_is_open(self) -> None:
-        """Without a token nothing but /healthz and /readyz answers, whether it is there or not."""
+        """Without a token every path except /healthz and /readyz answers 401, whether it exists or not."""
         self.assertEqual(ask(self.api, "GET", "/healthz").body, {"status": "ok"})
         for path in (
             "/",
@@ -235,7 +235,7 @@ class RealTests(ApiTestCase):
         self.assertEqual(ask(self.api, "POST", "/healthz").status, 405)
 
     def test_the_limit(self) -> None:
-        """Guessing is answered with 429 and a time to wait; who has a token is not held up by it."""
+        """Repeated wrong tokens get 429 with a time to wait; a valid token is not delayed."""
         statuses = [ask(self.api, "GET", "/v1/config", "guessed").status for _ in range(FAILURES + 20)]
         self.assertEqual(statuses[:FAILURES], [401] * FAILURES)
         self.assertGreater(statuses[FAILURES:].count(429), 10)

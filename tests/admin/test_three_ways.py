@@ -1,4 +1,4 @@
-"""Everything that can be done over HTTP, done by the command line, by the client and by a bare request."""
+"""Every operation by the command line, by the client and by a bare HTTP request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.cli.test_order import GIVEN, WorldTestCase
 from tests.support.http import ApiTestCase
 from tests.support.waiting import poll
 
-#: What may be done at a command line, but not over HTTP: it is the database's, or this machine's.
+#: Commands that do not work over HTTP, because they need the database itself or this machine.
 NOT_OVER_HTTP = {
     "up", "certs make", "plugins list", "db migrate", "db status", "db fix-sequences", "world seed", "keys add",
     "keys activate", "keys retire", "keys revoke", "tokens add", "tokens list", "tokens revoke",
@@ -30,13 +30,13 @@ NOT_OVER_HTTP = {
 
 @dataclass(frozen=True)
 class Deed:
-    """One thing, said in three ways.
+    """One operation in three forms.
 
-    :param line: what is typed, beginning with the command's name.
-    :param call: what is called.
-    :param request: method, path and body.
-    :param before: SQL that lets it be done once more.
-    :param check: SQL, and what it gives when it was done.
+    :param line: the command line, beginning with the command's name.
+    :param call: the call of the client.
+    :param request: method, path and body of the bare request.
+    :param before: SQL that restores the state before the deed.
+    :param check: SQL, and its result after the deed.
     """
 
     line: tuple[str, ...]
@@ -61,7 +61,7 @@ def _commands(group: click.Group, *before: str) -> Iterator[str]:
 
 COMMANDS = sorted(_commands(main), key=len, reverse=True)
 
-#: Lists and single rows: each way gives the same.
+#: Lists and single rows: each way returns the same.
 READS = (
     Deed(("engine", "list"), lambda c: c.list_engines(), ("GET", "/v1/engines")),
     Deed(("order", "list"), lambda c: c.list_orders(), ("GET", "/v1/orders")),
@@ -147,7 +147,7 @@ _DEAD_ROWS = (
 _WAITING_ROWS = f"{_DEAD_ROWS}; update s2s.outbox set state = 'waiting', send_at = now() + interval '1 hour'"
 _ROWS_NOW = "select array_agg(outbox_id || state order by outbox_id) from s2s.outbox"
 
-#: Changes of rows: of each way the same comes.
+#: Changes of rows: each way has the same result.
 WRITES = (
     Deed(
         ("commands", "retry", "1", "2"),
@@ -241,7 +241,7 @@ WRITES = (
         ("select value from s2s.config where key = 'relay.window'", 7),
     ),
 )
-#: What the command line does in another way, and single settings and rows.
+#: Operations that the command line does in another way, and single settings and rows.
 CLIENT_ONLY = (
     Deed(
         (),
@@ -295,23 +295,23 @@ class ThreeWaysTestCase(ApiTestCase, WorldTestCase):
 
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
-        """Make the client."""
+        """Create the client."""
         yield super().setUp()
         self.client = AdminClient(self.api, self.tokens["admin"])
         self.addCleanup(self.client.close)
 
     def bare(self, deed: Deed) -> Any:
-        """Do it by a bare request."""
+        """Perform a deed by a bare request."""
         answer = self.ask(*deed.request)
         self.assertIn(answer.status, (200, 201), (deed.request, answer.raw))
         return answer.body
 
     def called(self, deed: Deed) -> Deferred[Any]:
-        """Do it by the client, and give what it came to as it was on the wire."""
+        """Perform a deed by the client, and return its reply as on the wire."""
         return deed.call(self.client).addCallback(lambda reply: json.loads(encode(reply)))
 
     def typed(self, *deeds: Deed) -> list[Any]:
-        """Do them by the command line, and give what they wrote as JSON."""
+        """Perform deeds by the command line, and return their JSON output."""
         told = self.shell(*((*deed.line, "--json") for deed in deeds))
         for deed, (code, _, stderr) in zip(deeds, told, strict=True):
             self.assertEqual((code, stderr), (0, ""), deed.line)
@@ -319,11 +319,11 @@ class ThreeWaysTestCase(ApiTestCase, WorldTestCase):
 
 
 class RowTests(ThreeWaysTestCase):
-    """Looking at rows and changing them, with no engine there."""
+    """Reading and changing rows, without an engine."""
 
     @inlineCallbacks
     def test_reads(self) -> Iterator[Deferred[Any]]:
-        """Each way gives the same rows, filtered and cut alike."""
+        """Each way returns the same rows, with the same filters and pages."""
         self.execute(f"{_DEAD_COMMANDS}; {_DEAD_ROWS}")
         self.execute(
             "insert into s2s.orders (order_id, rpc, params, created_at) select 'o' || n, 'admin.engine.force_tick.v1',"
@@ -349,7 +349,7 @@ class RowTests(ThreeWaysTestCase):
 
     @inlineCallbacks
     def test_writes(self) -> Iterator[Deferred[Any]]:
-        """Each way does the same, and is in the audit with who did it."""
+        """Each way has the same effect, and an audit entry with the actor."""
         for deed in WRITES:
             self.execute(deed.before)
             yield deferToThread(self.typed, deed)
@@ -358,12 +358,12 @@ class RowTests(ThreeWaysTestCase):
 
     @inlineCallbacks
     def test_what_the_shell_has_no_word_for(self) -> Iterator[Deferred[Any]]:
-        """Single rows and settings, and the catalogue, are the client's and a bare request's."""
+        """Single rows, single settings and the catalogue are available to the client and to bare requests only."""
         yield self.without_the_shell(CLIENT_ONLY)
 
     @inlineCallbacks
     def without_the_shell(self, deeds: Sequence[Deed]) -> Iterator[Deferred[Any]]:
-        """Do deeds by the two other ways, and compare what they say."""
+        """Perform deeds by the client and by bare requests, and compare the replies."""
         for deed in deeds:
             self.execute(deed.before)
             body = self.bare(deed)
@@ -377,7 +377,7 @@ class RowTests(ThreeWaysTestCase):
             self.assertEqual(called, body)
 
     def assert_done(self, deed: Deed) -> None:
-        """See that it was done, and by whom."""
+        """Assert the effect of a deed and its actor in the audit."""
         say, wanted = deed.check
         if wanted is None and say == "select":
             return
@@ -387,7 +387,7 @@ class RowTests(ThreeWaysTestCase):
 
 
 class EngineTests(ThreeWaysTestCase):
-    """Steering a real engine, and giving it orders."""
+    """Control requests and orders for a real engine."""
 
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
@@ -399,14 +399,14 @@ class EngineTests(ThreeWaysTestCase):
 
     @inlineCallbacks
     def linked(self) -> Iterator[Deferred[Any]]:
-        """Wait until it can be steered."""
+        """Wait until the engine is running or paused."""
         yield poll(
             lambda: self.ask("GET", "/v1/engines/engine-1").body.get("state") in ("running", "paused"), "it is up"
         )
 
     @inlineCallbacks
     def test_steering(self) -> Iterator[Deferred[Any]]:
-        """Health, pause, resume, sweep and shutdown come to the engine's own answer by each way."""
+        """Health, pause, resume, sweep and shutdown return the engine's answer by each way."""
         why = {"reason": "a test"}
         steps: tuple[tuple[str, Mapping[str, Any], Callable[[AdminClient], Deferred[Any]], str, Any], ...] = (
             ("health", {}, lambda c: c.health_engine("engine-1"), "role", "engine"),
@@ -447,7 +447,7 @@ class EngineTests(ThreeWaysTestCase):
 
     @inlineCallbacks
     def test_orders(self) -> Iterator[Deferred[Any]]:
-        """Each order is given and followed to its end by each way, and its row says who gave it."""
+        """Each way can give each order and follow it to its end, and the order's row has the actor."""
         told = yield deferToThread(self.shell, *[["order", *argv, "--json"] for argv, *_ in GIVEN])
         for (_, rpc, params, result, *_), (code, stdout, stderr) in zip(GIVEN, told, strict=True):
             self.assertEqual((code, stderr), (0, ""))
@@ -462,17 +462,17 @@ class EngineTests(ThreeWaysTestCase):
             self.assert_order(json.loads(encode(order)), rpc, params, result)
 
     def assert_order(self, row: Mapping[str, Any], rpc: str, params: Any, result: Mapping[str, Any]) -> None:
-        """See that an order was given and done; what it comes to depends on what was done before."""
+        """Assert that an order is done by the link; the values of its result depend on earlier orders."""
         self.assertEqual((row["rpc"], row["params"], row["status"]), (rpc, params, "done"), row)
         self.assertEqual(row["result"].keys(), result.keys())
         self.assertEqual((row["actor"], row["way"], row["engine"]), ("token:an-admin", "link", "engine-1"))
 
 
 class WholenessTests(SynchronousTestCase):
-    """What these tests do, taken together."""
+    """The coverage of these tests."""
 
     def test_whole(self) -> None:
-        """Every command that can go over HTTP, and every operation, is in one of these tests."""
+        """Every command that works over HTTP, and every operation, is covered by these tests."""
         over_http = set(COMMANDS) - NOT_OVER_HTTP
         done = {deed.command for deed in (*READS, *WRITES)}
         steered = {f"engine {verb}" for verb in ("health", "pause", "resume", "sweep", "shutdown")}
@@ -488,11 +488,11 @@ class WholenessTests(SynchronousTestCase):
 
 
 class ObserverTests(ThreeWaysTestCase):
-    """A token that may only look."""
+    """A token of the role observer."""
 
     @inlineCallbacks
     def test_it_reads_all(self) -> Iterator[Deferred[Any]]:
-        """It reads whatever can be read, by each way."""
+        """An observer can read every resource, by each way."""
         self.execute(f"{_DEAD_COMMANDS}; {_DEAD_ROWS}")
         self.execute(
             "insert into s2s.orders (order_id, rpc, params) select 'o' || n, 'x', '{}' from generate_series(1, 3) n"
@@ -514,7 +514,7 @@ class ObserverTests(ThreeWaysTestCase):
 
     @inlineCallbacks
     def test_it_changes_nothing(self) -> Iterator[Deferred[Any]]:
-        """Whatever would change anything is refused, by each way, and leaves nothing but an entry for an order."""
+        """Every write is refused, by each way, and leaves no trace but an audit entry for each order."""
         self.execute(f"{_DEAD_COMMANDS}; {_DEAD_ROWS}")
         before = self.everything()
         where = {"cmd_id": "2", "outbox_id": "2", "name": "e1", "key": "relay.window"}
@@ -543,13 +543,13 @@ class ObserverTests(ThreeWaysTestCase):
         self.assertEqual(sorted(audit), sorted((rpc, "token:an-observer", "forbidden") for rpc in orders))
 
     def everything(self) -> dict[str, list[Any]]:
-        """Give all rows but those of the audit."""
+        """Return all rows except those of the audit and of the links."""
         tables = self.execute("select table_name from information_schema.tables where table_schema like 's2s%'")
         names = sorted({name for (name,) in tables} - {"audit", "engine_links"})
         return {name: self.execute(f"select t::text from {name} t order by 1") for name in names}
 
     def test_an_operator(self) -> None:
-        """An operator steers and looks after rows, and sets neither settings nor every ship."""
+        """An operator may steer engines and change rows, but neither settings nor every ship."""
         self.execute(_DEAD_COMMANDS)
         self.assertEqual(self.ask("POST", "/v1/commands/1/retry", role="operator").status, 200)
         tick = self.ask("POST", "/v1/orders/admin.engine.force_tick.v1", {"job_type": "decay"}, role="operator")
@@ -561,7 +561,7 @@ class ObserverTests(ThreeWaysTestCase):
 
 
 def _times(value: Any) -> Any:
-    """Let times be written in one way."""
+    """Normalize times to one notation, and drop the uptime."""
     if isinstance(value, dict):
         return {name: _times(each) for name, each in value.items() if name != "uptime_s"}
     if isinstance(value, list):
