@@ -1,4 +1,4 @@
-"""Which way the command line goes, and what it says when a way is shut: :mod:`s2s.cli.backend`."""
+"""The backend that the command line uses, and the errors if it cannot be reached: :mod:`s2s.cli.backend`."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _MODULE = importlib.import_module("s2s.cli.backend")
 
 
 class WayTests(SynchronousTestCase):
-    """What is typed goes before the environment, and that before what is found."""
+    """Options take precedence over the environment, and the environment over a running ``s2s up``."""
 
     def setUp(self) -> None:
-        """Let each way say that it was taken."""
+        """Replace each backend by one that records its choice."""
         self.state_dir = Path(self.mktemp())
         self.state_dir.mkdir()
         self.lock = (self.state_dir / "up.lock").open("ab")
@@ -48,13 +48,13 @@ class WayTests(SynchronousTestCase):
             yield f"database {database} {state_dir.name}"
 
         class Http:
-            """A door that does not open."""
+            """An HTTP backend that does not connect."""
 
             def __init__(self, api: Any) -> None:
                 self.way = f"http {api.url} {api.token_file}"
 
             def close(self) -> None:
-                """Nothing is open."""
+                """Do nothing."""
 
             def __str__(self) -> str:
                 return self.way
@@ -64,7 +64,7 @@ class WayTests(SynchronousTestCase):
         self.patch(_MODULE, "DatabaseBackend", lambda way: way)
 
     def way(self, *argv: str, expected: int = 0, **variables: str) -> str:
-        """Go, and say which way that was."""
+        """Run a command, and return the backend that it got."""
 
         @click.command()
         @with_backend
@@ -77,13 +77,13 @@ class WayTests(SynchronousTestCase):
         return result.output.strip()
 
     def running(self, **more: Any) -> None:
-        """Let an ``s2s up`` run in the state directory."""
+        """Simulate a running ``s2s up`` in the state directory."""
         fcntl.flock(self.lock, fcntl.LOCK_EX)
         found = {"http": "http://up", "token_file": "up.token", "server_pid": os.getpid(), **more}
         (self.state_dir / "up.json").write_text(json.dumps(found))
 
     def test_the_order(self) -> None:
-        """A URL or a database that is typed; then the environment's URL, then its database; then what runs here."""
+        """The order is: an option, the environment's URL, its database, a running ``s2s up``, the state directory."""
         name = self.state_dir.name
         url, token = {"S2S_URL": "http://env", "S2S_TOKEN_FILE": "env.token"}, ("--token-file", "typed.token")
         database = {"S2S_DATABASE_URL": "postgresql://env"}
@@ -99,7 +99,7 @@ class WayTests(SynchronousTestCase):
         self.assertEqual(self.way(), f"database None {name}")
 
     def test_what_a_killed_one_left(self) -> None:
-        """The file of an ``s2s up`` that does not run, or that says something else, is nothing that is found."""
+        """The file of an ``s2s up`` that does not run, or a malformed file, is ignored."""
         gone = Path("/proc/sys/kernel/pid_max").read_text()
         for left in ({"server_pid": int(gone) + 1}, {"server_pid": "x"}, {"token_file": 5}):
             self.running(**left)
@@ -108,7 +108,7 @@ class WayTests(SynchronousTestCase):
         self.assertIn("database", self.way())
 
     def test_a_pid_that_is_somebody_elses(self) -> None:
-        """The file of a killed one leads nowhere, though the pid in it is another process's by now."""
+        """The file of a killed ``s2s up`` is ignored, even if another process has its pid now."""
         self.running()
         fcntl.flock(self.lock, fcntl.LOCK_UN)
         self.assertIn("database", self.way())
@@ -117,7 +117,7 @@ class WayTests(SynchronousTestCase):
         self.assertIn("database", self.way())
 
     def test_two_ways(self) -> None:
-        """Both typed, or a URL without a token, is one line that says what to name."""
+        """Two backends, or a URL without a token, are refused in one line that names the options."""
         said = self.way("--url", "http://x", "--database", "postgresql://x", expected=1)
         self.assertEqual(said, "Error: --url and --database name two ways: name one of them")
         for variables, argv in (({"S2S_URL": "http://x"}, ()), ({}, ("--url", "http://x"))):
@@ -129,7 +129,7 @@ class TokenTests(SynchronousTestCase):
     """A token that is replaced while a command follows an order."""
 
     def test_it_is_read_again(self) -> None:
-        """A refused token is read again from its file, once for each that is new."""
+        """After a refusal the token file is read again, and a new token is tried once."""
         tried: list[str] = []
 
         class Client:
@@ -158,7 +158,7 @@ class TokenTests(SynchronousTestCase):
         self.assertEqual(tried, ["old", "old", "good"])
 
     def test_a_pipe(self) -> None:
-        """A pipe that nobody writes to is a line after a while."""
+        """A pipe that nobody writes to is refused after a timeout."""
         self.patch(files, "SILENT_S", 0.1)
         pipe = Path(self.mktemp())
         os.mkfifo(pipe)
@@ -167,16 +167,16 @@ class TokenTests(SynchronousTestCase):
 
 
 class ShutTests(ApiTestCase):
-    """A way that is shut is one line with the cure, and exit code 1."""
+    """A backend that cannot be reached causes one line with the cure, and exit code 1."""
 
     def one_line(self, url: str, token_file: str, **more: str) -> str:
-        """Go, and give the line."""
+        """Run ``s2s config list``, and return its error line."""
         [(code, stdout, stderr)] = shell([["config", "list"]], S2S_URL=url, S2S_TOKEN_FILE=token_file, **more)
         self.assertEqual((code, stdout, stderr.count("\n")), (1, "", 1), stderr)
         return stderr
 
     def test_mistakes(self) -> None:
-        """No server, no URL, no token, and a token that is not valid."""
+        """A missing server, an invalid URL, a missing or binary token file and a wrong token are reported."""
         nobody = f"http://127.0.0.1:{free_port()}"
         said = self.one_line(nobody, self.token_file())
         self.assertRegex(
@@ -194,14 +194,14 @@ class ShutTests(ApiTestCase):
         self.assertIn("it is no text", self.one_line(self.api, str(wrong)))
 
     def test_cursors(self) -> None:
-        """Where a list cannot go on is said of the option."""
+        """An error of the cursor names the option ``--before``."""
         for before in ("nope", "bad id!"):
             [(code, _, stderr)] = self.shell(["order", "list", "--before", before])
             self.assertEqual((code, stderr), (1, f"Error: --before {before}: take it from a list that is newer\n"))
 
     @inlineCallbacks
     def test_a_token_that_ends(self) -> Iterator[Deferred[Any]]:
-        """A token that is revoked while an order is followed leaves it where it is, too."""
+        """If the token is revoked while an order is followed, the command names the order and exits with 3."""
         following = deferToThread(self.shell, ["order", "force-tick", "decay", "--wait", "30"])
         yield poll(lambda: self.count("orders"), "it is given")
         self.execute("delete from s2s.api_tokens")
@@ -211,7 +211,7 @@ class ShutTests(ApiTestCase):
 
     @inlineCallbacks
     def test_an_order_whose_answer_is_lost(self) -> Iterator[Deferred[Any]]:
-        """A server that dies while an order is followed leaves it where it is, and the command says where to look."""
+        """If the server dies while an order is followed, the command names the order and exits with 3."""
         following = deferToThread(
             self.shell, ["order", "force-tick", "decay", "--wait", "30"], ["order", "force-tick", "decay"]
         )
@@ -220,7 +220,7 @@ class ShutTests(ApiTestCase):
         [(code, stdout, stderr), (after, _, unreachable)] = yield following
         [(order_id,)] = self.execute("select order_id from s2s.orders")
         self.assertEqual((code, stdout), (3, ""))
-        # On a busy machine it dies before it has said that it has the order.
+        # On a busy machine the server may die before it has confirmed the order.
         followed = f"the server was lost: .*: look later with: s2s order show {order_id}"
         self.assertRegex(stderr, f"^({followed}|.*the answer of http.* was lost: .*)\n$")
         self.assertEqual(after, 1)
@@ -228,11 +228,11 @@ class ShutTests(ApiTestCase):
 
 
 class FrozenTests(ApiTestCase):
-    """A server that stands still."""
+    """A server process that is stopped by a signal."""
 
     @inlineCallbacks
     def test_ctrl_c(self) -> Iterator[Deferred[Any]]:
-        """A command says what it waits for, and Ctrl-C ends it at once, also while it follows an order."""
+        """A waiting command reports its wait, and Ctrl-C ends it at once, also while it follows an order."""
 
         def start(*argv: str) -> subprocess.Popen[str]:
             way = {"S2S_URL": self.api, "S2S_TOKEN_FILE": self.token_file()}
@@ -251,17 +251,17 @@ class FrozenTests(ApiTestCase):
             self.assertEqual(process.returncode, code)
 
     def test_the_clock(self) -> None:
-        """A step of the wall clock changes no wait of a command."""
+        """The command line measures waits with the monotonic clock."""
         look = "import time; from s2s.cli import backend; print(backend._running_reactor().seconds is time.monotonic)"
         done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
         self.assertEqual(done.stdout, "True\n")
 
 
 class DeadlineTests(SynchronousTestCase):
-    """The answer of an engine that shuts down."""
+    """The reply of an engine that shuts down."""
 
     def test_deadlines(self) -> None:
-        """A deadline that is a time of day is shown as one, any other as the number that it is."""
+        """A deadline is shown as a time of day, or as a number if it is out of range."""
         told = importlib.import_module("s2s.cli.engine")._told
         for deadline_ms, shown in ((1_700_000_000_000, "22:13:20 UTC"), (2**53 - 1, f"{2**53 - 1} ms of Unix time")):
             said = told({"state": "draining", "deadline_ms": deadline_ms})
@@ -269,11 +269,11 @@ class DeadlineTests(SynchronousTestCase):
 
 
 class TlsTests(ApiTestCase):
-    """Over TLS."""
+    """The API over TLS."""
 
     @inlineCallbacks
     def test_a_private_authority(self) -> Iterator[Deferred[Any]]:
-        """The API is served over TLS; a client that trusts the authority of s2s certs comes in, another does not."""
+        """A client that trusts the authority of ``s2s certs`` connects over TLS, and another client is refused."""
         port, server, root = self.make_tls_server()
         yield server.start()
         way = {"S2S_URL": f"https://localhost:{port}", "S2S_TOKEN_FILE": self.token_file()}

@@ -1,4 +1,4 @@
-"""What ``s2s up`` keeps alive, tried on small scripts in twistd's place."""
+"""The child processes of ``s2s up``, with small scripts instead of twistd."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from s2s.errors import OperatorError
 from s2s.store.pool import blocking
 from tests.support.waiting import poll
 
-#: Every script may use these.
+#: The beginning of every script: imports, and a function that writes to the log.
 _PRELUDE = """#!{python}
 import os, signal, sys, time
 log = open([word for word in sys.argv if word.startswith("--logfile=")][0].partition("=")[2], "a", buffering=1)
@@ -29,7 +29,7 @@ class DatabaseProcessTests(TestCase):
     """:class:`s2s.cli.up.children.DatabaseProcess`."""
 
     def test_one_that_cannot_start(self):
-        """A database that cannot start is refused once, and is neither called dead nor started again by the end."""
+        """A database that cannot start is refused once; ``stop`` neither reports it as dead nor starts it again."""
         state_dir = Path(self.mktemp())
         (state_dir / "postgres").mkdir(parents=True)
         (state_dir / "postgres" / "PG_VERSION").write_text("9\n")
@@ -41,7 +41,7 @@ class DatabaseProcessTests(TestCase):
         self.assertEqual(said, [])
 
     def database(self) -> children.DatabaseProcess:
-        """Make one in a state directory of its own."""
+        """Create a process in a new state directory."""
         self.state_dir = Path(self.mktemp()).resolve()
         self.state_dir.mkdir()
         self.said: list[str] = []
@@ -51,7 +51,7 @@ class DatabaseProcessTests(TestCase):
         return database
 
     def test_a_start_that_waits(self):
-        """A start that waits says what for, and ends when it is told to; its guardian ends as well."""
+        """A waiting start reports the cause of the wait, and can be interrupted; its guardian process ends too."""
         database = self.database()
 
         def check() -> None:
@@ -67,7 +67,7 @@ class DatabaseProcessTests(TestCase):
         self.assertEqual(guard.returncode, 1)
 
     def test_a_second_start(self):
-        """A guardian that died is started again without a wait; the server that it left ends with the next one."""
+        """A dead guardian is started again without blocking; the server that it left ends with the next guardian."""
         database = self.database()
         url = database.start()
         with (self.state_dir / "postgres.start.lock").open("ab") as other:
@@ -104,7 +104,7 @@ class RoleProcessTests(TestCase):
         return role
 
     def refused(self, role: children.RoleProcess):
-        """Wait for the error with which a role's first start ends."""
+        """Wait for the error of a role's first start."""
 
         def look() -> str | None:
             try:
@@ -116,12 +116,12 @@ class RoleProcessTests(TestCase):
         return poll(look, "the role is refused")
 
     def status_log(self, role: children.RoleProcess, wanted: str):
-        """Wait for a piece of news."""
+        """Wait for a status line."""
         return poll(lambda: wanted in [what for _, what in role.status_log()], f"the news {wanted!r}")
 
     @inlineCallbacks
     def test_news(self):
-        """Lines of the news are told with their time of day, and no others."""
+        """Status lines are returned with their time of day; other log lines are ignored."""
         role = self.role(
             'write("s2s.link#info", "noise"); write("s2s.runtime.status_log#info", "engine up: e"); sys.stdin.read()'
         )
@@ -130,7 +130,7 @@ class RoleProcessTests(TestCase):
 
     @inlineCallbacks
     def test_environment(self):
-        """It is given its variables, and the one that ties it to its stdin."""
+        """A role gets its environment variables, and the one that lets it stop with its stdin."""
         role = self.role(
             'write("s2s.runtime.status_log#info", os.environ["S2S_X"] + os.environ["S2S_STOP_WITH_STDIN"])'
         )
@@ -138,7 +138,7 @@ class RoleProcessTests(TestCase):
 
     @inlineCallbacks
     def test_killed_is_started_again(self):
-        """A role that dies unasked is started again, with another pid, and both are said."""
+        """A role that dies is started again with another pid, and both events are reported."""
         role = self.role('write("s2s.runtime.status_log#info", str(os.getpid())); sys.stdin.read()')
         first = role.pid
         yield self.status_log(role, str(first))
@@ -149,14 +149,14 @@ class RoleProcessTests(TestCase):
 
     @inlineCallbacks
     def test_exit_0_is_final(self):
-        """A role that ends with exit 0 is not started again."""
+        """A role that ends with exit code 0 is not started again."""
         role = self.role("")
         yield poll(lambda: role.poll(first=False) or role.over, "the role is over")
         self.assertIn("final", self.said[0])
 
     @inlineCallbacks
     def test_failed_role_waits_longer_each_time(self):
-        """A role that fails when it is started again waits twice as long, and its reason is said."""
+        """The delay doubles when a role fails again, and the reason is reported."""
         role = self.role('sys.exit("no luck")')
         yield poll(lambda: role.poll(first=False) or len(self.said) == 3, "the second death")
         self.assertEqual(self.said[0], "died unasked (exit 1: no luck), starts again in 0.5 s")
@@ -164,25 +164,25 @@ class RoleProcessTests(TestCase):
 
     @inlineCallbacks
     def test_first_start_refused(self):
-        """An error at the first start is the line that the role said last."""
+        """The error of a failed first start is the last line of the role's stderr."""
         role = self.role('print("a warning", file=sys.stderr); sys.exit("port 1 is in use: name another")')
         self.assertEqual((yield self.refused(role)), "port 1 is in use: name another")
 
     @inlineCallbacks
     def test_reason_in_the_log(self):
-        """A role that says nothing to the terminal is believed by its log."""
+        """The reason of a role without output is the critical line of its log."""
         role = self.role('write("-#info", "up"); write("-#critical", "cannot"); write("-#info", "down"); sys.exit(1)')
         self.assertEqual((yield self.refused(role)), "cannot")
 
     @inlineCallbacks
     def test_no_reason(self):
-        """A role that says nothing at all is pointed at."""
+        """A role without output and log lines has its exit code as reason, with a reference to the log."""
         role = self.role("sys.exit(3)")
         self.assertEqual((yield self.refused(role)), "the server ended with exit 3; its log says more")
 
     @inlineCallbacks
     def test_much_output(self):
-        """What a role prints takes a bounded place, and the end of it is read all the same."""
+        """The file of a role's output is bounded, and its last line is still read."""
         self.patch(children, "_OUTPUT_BYTES", 1000)
         role = self.role(
             'print("x" * 5000, flush=True); write("s2s.runtime.status_log#info", "printed"); sys.stdin.readline(); '
@@ -197,7 +197,7 @@ class RoleProcessTests(TestCase):
 
     @inlineCallbacks
     def test_hanging_role_is_killed(self):
-        """A role that does not end when it is told to is killed, and this is said."""
+        """A role that does not stop in time is killed, and this is reported."""
         self.patch(children, "_ENDS_S", 0.1)
         role = self.role(
             "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
@@ -209,6 +209,6 @@ class RoleProcessTests(TestCase):
         self.assertRaises(ProcessLookupError, os.kill, role.pid, 0)
 
     def test_program_missing(self) -> None:
-        """Without twistd the line names the cure."""
+        """A missing twistd is reported with the cure."""
         self.patch(sys, "executable", os.path.abspath("nowhere/python"))
         self.assertIn("pip install", str(self.assertRaises(OperatorError, children.twistd)))

@@ -1,4 +1,4 @@
-"""The console script, in this process and against a real database."""
+"""The command line, in this process and against a real database."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CliTestCase(DatabaseTestCase):
     """Runs ``s2s`` on the test's database."""
 
     def s2s(self, *argv: str, expected: int = 0, env: dict[str, str | None] | None = None) -> Result:
-        """Run one command line and see its exit code."""
+        """Run one command line and assert its exit code."""
         clean: dict[str, str | None] = {"S2S_DATABASE_URL": self.url, "COLUMNS": "200", **(env or {})}
         result = CliRunner(env=clean).invoke(main, list(argv))
         self.assertEqual(result.exit_code, expected, result.output)
@@ -32,11 +32,11 @@ class CliTestCase(DatabaseTestCase):
         return result
 
     def json(self, *argv: str) -> Any:
-        """Run one command line with ``--json`` and parse what it says."""
+        """Run one command line with ``--json`` and parse its output."""
         return json.loads(self.s2s(*argv, "--json").output)
 
     def file(self, content: bytes) -> str:
-        """Make a file."""
+        """Create a file."""
         path = Path(self.mktemp())
         path.write_bytes(content)
         return str(path)
@@ -46,7 +46,7 @@ class KeysTests(CliTestCase):
     """``s2s keys``."""
 
     def test_add_makes_a_random_key_and_hides_it(self) -> None:
-        """A key made at random has 32 bytes in the table, and no output shows it."""
+        """A random key has 32 bytes in the table, and no output shows it."""
         said = self.s2s("keys", "add", "--key-id", "k9", "--role", "engine").output
         [(role, key_b64)] = self.execute("select role, key_b64 from s2s.s2s_keys where key_id = 'k9'")
         self.assertEqual(role, "engine")
@@ -54,19 +54,19 @@ class KeysTests(CliTestCase):
         self.assertNotIn(key_b64, said + self.s2s("keys", "list").output + self.s2s("keys", "list", "--json").output)
 
     def test_show_secret(self) -> None:
-        """Asked to, it prints the secret that is in the table."""
+        """``--show-secret`` prints the secret that is in the table."""
         told = self.json("keys", "add", "--key-id", "k9", "--role", "any", "--show-secret")
         [(key_b64,)] = self.execute("select key_b64 from s2s.s2s_keys where key_id = 'k9'")
         self.assertEqual(told, {"key_id": "k9", "role": "any", "key_b64": key_b64})
 
     def test_secret_file(self) -> None:
-        """A secret comes from a file in base64, line ends and all."""
+        """A secret can be read from a base64 file that ends with a line break."""
         secret = base64.b64encode(b"s" * 40)
         self.s2s("keys", "add", "--key-id", "k9", "--role", "server", "--secret-file", self.file(secret + b"\n"))
         self.assertEqual(self.execute("select key_b64 from s2s.s2s_keys where key_id='k9'"), [(secret.decode(),)])
 
     def test_bad_secrets(self) -> None:
-        """A short, malformed or missing secret is one line that quotes nothing of it."""
+        """A short, malformed or missing secret is refused in one line without any part of it."""
         short = base64.b64encode(b"abcdefgh12345678")
         for content, why in ((short, "at least 32"), (b"*not base64*", "not base64"), (b"\xff\xfe", "not base64")):
             result = self.s2s(
@@ -84,13 +84,13 @@ class KeysTests(CliTestCase):
         self.assertEqual(self.execute("select count(*) from s2s.s2s_keys"), [(0,)])
 
     def test_a_name_twice_or_malformed(self) -> None:
-        """A key id that is taken, or cannot be one, is refused in one line."""
+        """A key id that exists or is malformed is refused in one line."""
         self.s2s("keys", "add", "--key-id", "k9", "--role", "any")
         self.assertIn("already", self.s2s("keys", "add", "--key-id", "k9", "--role", "any", expected=1).output)
         self.assertIn("cannot be used", self.s2s("keys", "add", "--key-id", "a b", "--role", "any", expected=1).output)
 
     def test_a_rotation(self) -> None:
-        """Add, activate and retire say what they did, the list what each key does, and none of them a secret."""
+        """Add, activate, retire and list report the state of each key, and never a secret."""
         said = [self.s2s("keys", "add", "--key-id", key_id, "--role", "any").output for key_id in ("k1", "k2")]
         said += [self.s2s("keys", *step).output for step in (("activate", "k2"), ("retire", "k1"), ("list",))]
         self.assertIn("k2 signs for engine and server from now on", said[2])
@@ -106,7 +106,7 @@ class KeysTests(CliTestCase):
             self.assertNotIn(key_b64, "".join(said) + str(told))
 
     def test_revoke_warns(self) -> None:
-        """The last key is revoked with one line on stderr that names the cure, and stdout stays what programs read."""
+        """Revoking the last key prints one warning with the cure on stderr; stdout stays valid JSON."""
         self.s2s("keys", "add", "--key-id", "k1", "--role", "any")
         result = self.s2s("keys", "revoke", "k1", "--json")
         self.assertTrue(json.loads(result.stdout)["is_changed"])
@@ -114,7 +114,7 @@ class KeysTests(CliTestCase):
         self.assertEqual(self.json("keys", "list")[0]["status"], "ended")
 
     def test_steps_that_are_refused(self) -> None:
-        """What cannot be is one line that names what to type instead."""
+        """An impossible step is refused in one line with the command to use instead."""
         self.s2s("keys", "add", "--key-id", "k1", "--role", "any")
         for argv, cure in (
             (("retire", "k1"), "s2s keys add --role"),
@@ -145,7 +145,7 @@ class BroadcastTests(CliTestCase):
         )
 
     def test_refusals(self) -> None:
-        """What notice.publish would refuse is refused when it is typed, and nothing is stored."""
+        """A broadcast that notice.publish would refuse is refused on the command line, and not stored."""
         for argv, why in (
             (("",), "message"),
             (("x" * 4001,), "message"),
@@ -162,13 +162,13 @@ class ListTests(CliTestCase):
     """``s2s commands list`` and ``s2s notices list``."""
 
     def test_nothing_yet(self) -> None:
-        """Empty tables are said to be empty, and are an empty list in JSON."""
+        """An empty table is reported as empty, and is an empty list in JSON."""
         for group in ("commands", "notices", "keys"):
             self.assertIn("there are no", self.s2s(group, "list").output)
             self.assertEqual(self.json(group, "list"), [])
 
     def test_rows(self) -> None:
-        """Rows come newest first, limited and filtered, with nothing that a terminal would obey."""
+        """Rows are listed newest first, with limit and filter, and without control characters for the terminal."""
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload, status) values"
             " ('notice.publish', 'one', '{}', 'done'), ('notice.publish', 'two', '{}', 'ready')"
@@ -187,10 +187,10 @@ class ListTests(CliTestCase):
 
 
 class DbTests(CliTestCase):
-    """``s2s db``, and where the database is looked for."""
+    """``s2s db``, and the choice of the database."""
 
     def test_migrate_and_status(self) -> None:
-        """A database without tables is told of with the cure, migrated once, and then up to date."""
+        """A database without tables is reported with the cure, is migrated once, and is up to date then."""
         self.execute("drop schema s2s, s2s_world cascade")
         self.assertIn("s2s db migrate", self.s2s("notices", "list", expected=1).output)
         self.s2s("db", "status", expected=1)
@@ -199,7 +199,7 @@ class DbTests(CliTestCase):
         self.assertTrue(all(row["applied_at"] for row in self.json("db", "status")))
 
     def test_the_option_goes_before_the_environment(self) -> None:
-        """``--database`` is used even where the environment names another, and may name a file."""
+        """``--database`` takes precedence over the environment, and may name a file."""
         elsewhere = {"S2S_DATABASE_URL": "postgresql://nobody:hunter2@127.0.0.1:1/none"}
         self.s2s("notices", "list", "--database", self.url, env=elsewhere)
         self.s2s("notices", "list", "--database", "@" + self.file(self.url.encode() + b"\n"), env=elsewhere)
@@ -208,12 +208,12 @@ class DbTests(CliTestCase):
         self.assertEqual(refused.output.count("\n"), 1)
 
     def test_a_missing_file(self) -> None:
-        """A file that does not exist is one line."""
+        """A missing file is reported in one line."""
         result = self.s2s("notices", "list", "--database", "@no-such-file", expected=1)
         self.assertIn("no-such-file", result.output)
 
     def test_help_names_every_command(self) -> None:
-        """Every command is in the help, and every one has help of its own."""
+        """The help lists every command, and every command has its own help."""
         for name in ("up", "broadcast", "notices", "commands", "keys", "db"):
             self.assertIn(name, self.s2s("--help").output)
             self.assertIn("Usage", self.s2s(name, "--help").output)
@@ -223,7 +223,7 @@ class ActorTests(SynchronousTestCase):
     """:func:`s2s.cli.common.actor`."""
 
     def test_another_encoding(self) -> None:
-        """A user name that is not UTF-8 is written with escapes, so that the database accepts it."""
+        """A user name that is not UTF-8 is escaped, so that the database accepts it."""
         self.patch(getpass, "getuser", lambda: "j\udcf6rg")
         self.assertEqual(actor(), "cli:j\\udcf6rg")
 
@@ -232,7 +232,7 @@ class StateDirTests(CliTestCase):
     """The embedded PostgreSQL, when no database is named."""
 
     def test_it_is_found_in_the_state_directory(self) -> None:
-        """Without a URL the state directory's PostgreSQL is started, used, and stopped by the last one out."""
+        """Without a URL the command starts the PostgreSQL of the state directory, uses it and stops it."""
         state_dir = os.path.abspath(self.mktemp())
         env: dict[str, str | None] = {"S2S_DATABASE_URL": None}
         self.s2s("db", "migrate", "--state-dir", state_dir, env=env)

@@ -13,16 +13,16 @@ class TailTests(SynchronousTestCase):
     """:class:`s2s.cli.up.log_tail.LogTail`."""
 
     def setUp(self) -> None:
-        """Name a file that does not exist yet."""
+        """Choose a path without a file."""
         self.path = Path(self.mktemp())
 
     def write(self, text: str) -> None:
-        """Append to the file that has the name now."""
+        """Append to the file at the path."""
         with self.path.open("a") as file:
             file.write(text)
 
     def test_only_what_comes(self) -> None:
-        """What the file held before is not told, what comes is, once."""
+        """Lines from before the start are skipped, and later lines are returned once."""
         self.write("old\n")
         tail = LogTail(self.path)
         self.addCleanup(tail.close)
@@ -32,7 +32,7 @@ class TailTests(SynchronousTestCase):
         self.assertEqual(tail.lines(), [])
 
     def test_file_that_is_not_there_yet(self) -> None:
-        """A file that is made later is told from its beginning."""
+        """A file that is created later is read from its beginning."""
         tail = LogTail(self.path)
         self.addCleanup(tail.close)
         self.assertEqual(tail.lines(), [])
@@ -40,7 +40,7 @@ class TailTests(SynchronousTestCase):
         self.assertEqual(tail.lines(), ["one"])
 
     def test_half_a_line(self) -> None:
-        """A line is told when it is whole, a character cut in two included."""
+        """A line is returned when it is complete, even if a character was split."""
         tail = LogTail(self.path)
         self.addCleanup(tail.close)
         with self.path.open("ab", buffering=0) as file:
@@ -50,7 +50,7 @@ class TailTests(SynchronousTestCase):
             self.assertEqual(tail.lines(), ["ü!"])
 
     def test_rotation(self) -> None:
-        """Nothing is lost when the file is moved away and a new one begins, not even what came in between."""
+        """When the file is renamed and a new one begins, no line is lost, not even those written in between."""
         self.write("old\n")
         tail = LogTail(self.path)
         self.addCleanup(tail.close)
@@ -61,7 +61,7 @@ class TailTests(SynchronousTestCase):
         self.assertEqual(tail.lines(), ["first"])
 
     def test_rotation_between_two_looks(self) -> None:
-        """The rest of the old file and the beginning of the new one come in one look."""
+        """The rest of the old file and the lines of the new one are returned by one call."""
         self.write("old\n")
         tail = LogTail(self.path)
         self.addCleanup(tail.close)

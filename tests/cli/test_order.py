@@ -1,4 +1,4 @@
-"""Orders typed in a shell: to the database, to an engine by either way, and back."""
+"""Orders from the command line to the database, and to an engine over the link or the table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SECTOR, SHIPS = "world.set_sector_status.v1", "admin.player.update_all_ships.v1"
 PAUSE = "s2s.engine.pause"
 WHY = ("--reason", "a test")
 
-#: Each order: what is typed, its RPC and params, what it comes to, and what the world says then.
+#: Each order: command line, RPC, params, result, an SQL expression of its effect, and the value of the expression.
 GIVEN: tuple[tuple[tuple[str, ...], str, Frame, Any, str, Any], ...] = (
     (
         ("force-tick", "decay"),
@@ -68,10 +68,10 @@ GIVEN: tuple[tuple[tuple[str, ...], str, Frame, Any, str, Any], ...] = (
         0,
     ),
 )
-#: What of the rows changes when each is run once.
+#: The number of row changes by table when each order runs once.
 CHANGES = {"config": 1, "sectors": 1, "ships": 4 + 6}
 
-#: Orders that an engine refuses: what is typed, the code, and why.
+#: Orders that an engine refuses: command line, code and message.
 REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("force-tick", "no.such"), "not_found", "this engine has no job 'no.such': see s2s jobs list"),
     (("config-set", "no.such", "1"), "not_found", "there is no setting 'no.such': see s2s config list"),
@@ -85,7 +85,7 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("update-all-ships", "turns", "1000001", *WHY), "bad_payload", "turns must be from 0 to 1000000"),
     (("update-all-ships", "shields", "1000000001", *WHY), "bad_payload", "shields must be from 0 to 1000000000"),
 )
-#: Orders that their schema refuses, and at which member.
+#: Orders that their schema refuses, and the member at fault.
 AT_THE_DOOR: tuple[tuple[tuple[str, ...], str], ...] = (
     (("force-tick", "No Such"), "job_type"),
     (("config-set", "", "1"), "key"),
@@ -99,7 +99,7 @@ AT_THE_DOOR: tuple[tuple[tuple[str, ...], str], ...] = (
     (("update-all-ships", "turns", "1.5", *WHY), "new_value"),
     (("update-all-ships", "turns", "1", "--reason", ""), "reason"),
 )
-#: The same as they come over the link.
+#: The same orders as messages over the link.
 RAW_REFUSED: tuple[tuple[str, Frame, str], ...] = (
     (TICK, {"job_type": "no.such"}, "not_found"),
     (CONFIG, {"key": "no.such", "value": 1}, "not_found"),
@@ -127,7 +127,7 @@ class WorldTestCase(RoleTestCase):
     """A small world, in which no job is due."""
 
     def setUp(self) -> None:
-        """Make it."""
+        """Create the world."""
         super().setUp()
         self.execute(
             "insert into s2s_world.sectors values (1, 'Sol', 'fedspace'), (2, 'Rim', 'neutral'), (3, 'Dock', 'neutral')"
@@ -142,7 +142,7 @@ class WorldTestCase(RoleTestCase):
                 kind.job_type,
                 kind.schedule,
             )
-        # The watch of the clock would pull back, within a minute, what is due later than its schedule allows.
+        # The scheduler's clock check would reduce, within a minute, a due time beyond the job's schedule.
         self.execute(
             "create function stay() returns trigger language plpgsql set search_path from current as"
             " 'begin new.due_at := greatest(new.due_at, old.due_at); return new; end';"
@@ -150,12 +150,12 @@ class WorldTestCase(RoleTestCase):
         )
 
     def world(self) -> dict[str, list[Any]]:
-        """Give all that an order may change."""
+        """Return all rows that an order may change."""
         tables = ("sectors", "ports", "ships", "config", "config_version", "config_history", "jobs", "outbox")
         return {name: self.execute(f"select * from {name} order by 1") for name in tables}
 
     def count_changes(self) -> None:
-        """Count from now on how often a row is changed."""
+        """Count row changes from now on."""
         self.execute(
             "create table public.changes (what text);"
             "create function note() returns trigger language plpgsql set search_path from current as"
@@ -165,7 +165,7 @@ class WorldTestCase(RoleTestCase):
             self.execute(f"create trigger note after update on {name} for each row execute function note()")
 
     def assert_done(self, *ways: str) -> None:
-        """See that the four orders were run once each, by these ways."""
+        """Assert that each of the four orders ran once, and came by one of these ways."""
         for (_, rpc, params, result, say, wanted), row in zip(GIVEN, self.json("order", "list")[::-1], strict=True):
             self.assertEqual((row["rpc"], row["params"], row["status"]), (rpc, params, "done"))
             self.assertEqual(row["result"], result)
@@ -186,7 +186,7 @@ class ShellTests(WorldTestCase, CliTestCase):
 
     @inlineCallbacks
     def test_over_the_link(self) -> Iterator[Deferred[Any]]:
-        """Each of the four goes over the link, is done when the command ends, and is told in one line."""
+        """Each of the four orders goes over the link, is done when the command ends, and is reported in one line."""
         yield self.linked()
         self.count_changes()
         for argv, *_ in GIVEN:
@@ -195,7 +195,7 @@ class ShellTests(WorldTestCase, CliTestCase):
 
     @inlineCallbacks
     def linked(self) -> Iterator[Deferred[Any]]:
-        """Start a server and an engine, and wait until the link stands."""
+        """Start a server and an engine, and wait for the link."""
         server = self.server()
         self.role = self.engine(server.port)
         yield server.start()
@@ -205,13 +205,13 @@ class ShellTests(WorldTestCase, CliTestCase):
 
     @inlineCallbacks
     def test_from_the_table(self) -> Iterator[Deferred[Any]]:
-        """Without a link the engine finds each of the four in the table, and what may not run it refuses."""
+        """Without a link the engine finds each order in the table, and refuses those that their schema refuses."""
         self.count_changes()
         yield self.engine(free_port()).start()
         told = [self.json("order", *argv) for argv, *_ in GIVEN]
         self.assertEqual([(row["status"], row["way"]) for row in told], [("done", "table")] * 4)
         self.assert_done("table")
-        # What another hand has written there is judged like any other.
+        # Rows that were written by hand are validated like any other.
         before = self.world()
         for rpc, params, _ in RAW_AT_THE_DOOR:
             self.execute("insert into s2s.orders (rpc, params) values (%s, %s::jsonb)", rpc, json.dumps(params))
@@ -221,7 +221,7 @@ class ShellTests(WorldTestCase, CliTestCase):
 
     @inlineCallbacks
     def test_killed_in_between(self) -> Iterator[Deferred[Any]]:
-        """Given while the engine stands still, which is then killed, each is done once when it is there again."""
+        """Orders given while the engine hangs, which is then killed, run once each after its restart."""
         yield self.linked()
         self.count_changes()
         before = self.world()
@@ -234,7 +234,7 @@ class ShellTests(WorldTestCase, CliTestCase):
         self.role.kill()
         self.assertEqual(self.world(), before)
         yield self.role.start()
-        # The same again with its key is the same order, which is followed to its end.
+        # The same command with the same key follows the existing order to its end.
         self.assertEqual(
             [self.json("order", *argv, *key)["order_id"] for key, (argv, *_) in zip(keys, GIVEN, strict=True)],
             ids,
@@ -247,7 +247,7 @@ class ShellTests(WorldTestCase, CliTestCase):
 
     @inlineCallbacks
     def test_refused(self) -> Iterator[Deferred[Any]]:
-        """What is refused leaves the world as it was, is told in one line, and is in the audit with its code."""
+        """A refused order changes nothing, is reported in one line, and is in the audit with its code."""
         yield self.linked()
         before = self.world()
         for argv, code, why in REFUSED:
@@ -256,12 +256,12 @@ class ShellTests(WorldTestCase, CliTestCase):
         self.assert_refused(("force-tick", "decay"), "paused", "the engine is paused: resume it first")
         self.assertEqual(self.world(), before)
         self.assertEqual(len(self.json("order", "list", "--status", "refused")), len(REFUSED) + 1)
-        # All others are run by a paused engine too.
+        # A paused engine runs all other orders.
         for argv, *_ in GIVEN[1:]:
             self.s2s("order", *argv)
 
     def assert_refused(self, argv: tuple[str, ...], code: str, why: str) -> None:
-        """See that an engine refuses an order, and that its row, the audit and the command line say why."""
+        """Assert that an engine refuses an order, and that its row, the audit and the command line have the reason."""
         result = self.s2s("order", *argv, "--json", expected=1)
         row = json.loads(result.stdout)
         self.assertEqual(result.stderr, f"Error: order {row['order_id']} is refused, {code}: {why}\n")
@@ -275,11 +275,11 @@ class ShellTests(WorldTestCase, CliTestCase):
 
 
 class RawTests(WorldTestCase):
-    """The same as a server that is not ours sends them."""
+    """The same orders from a server that is not ours."""
 
     @inlineCallbacks
     def setUp(self) -> Iterator[Deferred[Any]]:
-        """Start an engine, and be its server."""
+        """Start an engine, and act as its server."""
         super().setUp()
         listening = ListeningPeer()
         self.addCleanup(listening.close)
@@ -291,12 +291,12 @@ class RawTests(WorldTestCase):
         yield poll(lambda: self.peer.call(CHECK, {})["state"] == "running", "it runs")
 
     def answer(self, order_id: str, rpc: str, params: Frame) -> tuple[str, Frame]:
-        """Give the type and the payload of what an order is answered."""
+        """Send an order, and return the type and payload of its answer."""
         frame = self.peer.answer(self.peer.send(rpc, {"order_id": order_id, **params}))
         return frame["type"], frame["payload"]
 
     def test_refused(self) -> None:
-        """An engine's refusal is the order's end, with its code; a schema's is an error, and there is no order."""
+        """An engine's refusal ends the order with a code; a schema's refusal is an error without an order."""
         before = self.world()
         for at, (rpc, params, code) in enumerate(RAW_REFUSED):
             self.assert_refused(f"raw-{at}", rpc, params, code)
@@ -311,17 +311,17 @@ class RawTests(WorldTestCase):
         self.assertEqual(self.count("orders"), len(RAW_REFUSED) + 1)
 
     def assert_refused(self, order_id: str, rpc: str, params: Frame, code: str) -> None:
-        """See that an order is refused, and that the audit says so."""
+        """Assert that an order is refused, and that the audit has the refusal."""
         type, said = self.answer(order_id, rpc, params)
         self.assertEqual((type, said["ok"], said["order_id"], said["status"]), ("s2s.ack", False, order_id, "refused"))
         self.assertEqual(said["result"]["code"], code)
         audit = self.execute("select actor, action, result ->> 'status' from s2s.audit where subject = %s", order_id)
         self.assertEqual(audit, [("key:k1", rpc, None), ("key:k1", rpc, "refused")])
-        # Asked again it is answered again, and not run again.
+        # A repeated request gets the same answer, and the order does not run again.
         self.assertEqual(self.answer(order_id, rpc, params), (type, said))
 
     def test_the_same_again(self) -> None:
-        """An order that comes again is answered again; with other content it is a conflict, and changes nothing."""
+        """A repeated order gets the same answer; with other content it is a conflict that changes nothing."""
         one = {"key": "relay.window", "value": 1}
         done = self.answer("a", CONFIG, one)
         self.assertEqual((done[0], done[1]["ok"], done[1]["status"]), ("s2s.ack", True, "done"))
@@ -329,7 +329,7 @@ class RawTests(WorldTestCase):
         before = self.world()
         self.assertEqual(self.answer("a", CONFIG, one), done)
         for rpc, params in (
-            (CONFIG, {**one, "value": True}),  # to Python it is 1
+            (CONFIG, {**one, "value": True}),  # equal to 1 in Python
             (CONFIG, {**one, "value": 2}),
             (SECTOR, {"sector_id": 3, "status": "fedspace"}),
         ):
@@ -340,9 +340,9 @@ class RawTests(WorldTestCase):
 
 
 class _Shell:
-    """A clock for the command line, on which something happens while it sleeps.
+    """A fake ``time`` module for the command line, which runs a step at each sleep.
 
-    :param steps: what happens, one at each look.
+    :param steps: functions, one for each sleep.
     """
 
     def __init__(self, *steps: Callable[[], object]) -> None:
@@ -350,23 +350,23 @@ class _Shell:
         self._now = 0.0
 
     def monotonic(self) -> float:
-        """Give the time."""
+        """Return the time."""
         return self._now
 
     def sleep(self, _: float) -> None:
-        """Let a second go by."""
+        """Advance the clock by a second, and run the next step."""
         self._now += 1
         if self._steps:
             self._steps.pop(0)()
 
 
 class FollowTests(CliTestCase):
-    """Giving, following and looking at orders, with the engine played by SQL."""
+    """Giving, following and listing orders, with SQL in place of the engine."""
 
     SECTOR = ("order", "set-sector-status", "3", "neutral")
 
     def follow(self, *steps: str | None, argv: tuple[str, ...] = SECTOR, expected: int) -> Any:
-        """Give an order, and do something to its row at each look."""
+        """Give an order, and change its row at each sleep of the command."""
 
         def step(set_to: str | None) -> Callable[[], object]:
             return lambda: set_to and self.execute(f"update s2s.orders set {set_to}")
@@ -377,7 +377,7 @@ class FollowTests(CliTestCase):
         return self.s2s(*argv, expected=expected)
 
     def test_at_the_door(self) -> None:
-        """What the schema refuses is one line and an entry of the audit, and no order."""
+        """An order that its schema refuses causes one line and an audit entry, and no order."""
         for argv, member in AT_THE_DOOR:
             result = self.s2s("order", *argv, expected=1)
             self.assertRegex(result.stderr, rf"^Error: refused, bad_payload: at /{member}: must satisfy .+\n$")
@@ -393,7 +393,7 @@ class FollowTests(CliTestCase):
             self.assertIn(f"at /body/{member}: ", result["result"]["message"])
 
     def test_values(self) -> None:
-        """A value is read as its setting wants it, and else as what it looks like."""
+        """A value is parsed as the type of its setting, or else as a boolean, an integer or a string."""
         self.execute("insert into s2s.config (key, value, type) values ('a.text', '\"x\"', 'string')")
         for key, text, value in (
             ("a.text", "12", "12"),
@@ -414,7 +414,7 @@ class FollowTests(CliTestCase):
             self.assertEqual((said, type(said)), (value, type(value)), kind)
 
     def test_every_order_has_its_command(self) -> None:
-        """Each of the catalogue's orders can be typed, and its help says what the exit codes mean."""
+        """Each order of the catalogue has a command, whose help explains the exit codes."""
         order = main.commands["order"]
         told = [self.s2s("order", name, "--help").output for name in order.commands]  # type: ignore[attr-defined]
         for rpc in ORDERS:
@@ -422,7 +422,7 @@ class FollowTests(CliTestCase):
             self.assertIn("3: it is not over", " ".join(page.split()))
 
     def test_nobody_takes_it(self) -> None:
-        """When nothing moves for so long the command ends, says how far it is, and the order stays."""
+        """Without progress within ``--wait`` the command reports the order's state and ends; the order stays."""
         result = self.follow(argv=(*self.SECTOR, "--wait", "5"), expected=3)
         self.assertRegex(result.stderr, r"^order (\w+) is queued, begun by no engine yet: see s2s order show \1\n$")
         result = self.follow(
@@ -435,14 +435,14 @@ class FollowTests(CliTestCase):
         self.assertEqual(self.execute("select count(*) from s2s.orders where status = 'running'"), [(2,)])
 
     def test_as_long_as_it_moves(self) -> None:
-        """It waits on while an order gets on, however long that takes in all."""
+        """The command waits as long as the order makes progress, without a limit on the total."""
         steps = [f"status = 'running', state = '{{\"done\": {at}}}'" for at in range(20)]
         argv = (*self.SECTOR, "--wait", "2")
         self.follow(None, *steps, None, "status = 'done'", argv=argv, expected=0)
         self.follow(None, *steps, None, None, "status = 'done'", argv=argv, expected=3)
 
     def test_the_end(self) -> None:
-        """Done is told on stdout; a failure in one line on stderr, whatever its text has in it."""
+        """Success is reported on stdout, and failure in one escaped line on stderr."""
         done = self.follow('status = \'done\', result = \'{"ships": 6, "sector": "\\u001b[2J"}\'', expected=0)
         self.assertRegex(done.stdout, r'^order \w+ is done: ships 6, sector "\\u001b\[2J"\n$')
         self.assertEqual(done.stderr, "")
@@ -455,14 +455,14 @@ class FollowTests(CliTestCase):
         self.assertRegex(nothing.stdout, r"^order \w+ is done: there is nothing to tell\n$")
 
     def test_the_database_goes_away(self) -> None:
-        """Where the database is lost while it waits the outcome is unknown, and it says where to look."""
+        """If the database is lost during the wait the outcome is unknown, and the command names the order."""
         lose = "status = status where pg_terminate_backend((select pid from pg_stat_activity where datname ="
         result = self.follow(f"{lose} current_database() and application_name = 's2s cli'))", expected=3)
         [(order_id,)] = self.execute("select order_id from s2s.orders")
         self.assertRegex(result.stderr, rf"^the database was lost: .+: look later with: s2s order show {order_id}\n$")
 
     def test_looking(self) -> None:
-        """Orders are shown with how far they are, and listed by status and RPC, the newest first."""
+        """Orders are shown with their progress, and listed newest first by status and RPC."""
         self.assertEqual(self.s2s("order", "list").output, "there are no orders\n")
         self.follow(argv=(*self.SECTOR, "--wait", "0", "--idem-key", "k"), expected=3)
         argv = ("order", "update-all-ships", "fuel", "1", *WHY, "--wait", "0")
@@ -482,7 +482,7 @@ class FollowTests(CliTestCase):
         self.assertEqual(said, "Error: there is no order 'nobody': see s2s order list\n")
 
     def test_mistyped(self) -> None:
-        """A key that cannot be one and an option that there is not are told, and nothing is given."""
+        """An invalid key and an unknown option are refused, and no order is stored."""
         for key in ("", "\u00e9", "x" * 201):
             result = self.s2s(*self.SECTOR, "--idem-key", key, expected=1)
             self.assertRegex(result.stderr, r"^Error: --idem-key: must satisfy .+\n$")
@@ -490,7 +490,7 @@ class FollowTests(CliTestCase):
         self.assertEqual(self.execute("select count(*) from s2s.orders"), [(0,)])
 
     def test_on_a_terminal(self) -> None:
-        """On a terminal a bar is live while it runs; Ctrl-C leaves the order alone, and it can be followed again."""
+        """On a terminal a progress bar is shown; Ctrl-C leaves the order running, and it can be followed again."""
         argv = ("order", "update-all-ships", "fuel", "1", *WHY, "--idem-key", "k")
         self.execute("create table public.seen (n int)")
         with _Terminal(self.url, *argv) as terminal:
@@ -509,15 +509,15 @@ class FollowTests(CliTestCase):
 
 
 class InterruptTests(SynchronousTestCase):
-    """Ctrl-C while something is followed."""
+    """Ctrl-C while an order is followed."""
 
     def setUp(self) -> None:
-        """Let it mean what it means in a program of its own."""
+        """Install Python's default handler of SIGINT."""
         super().setUp()
         self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
 
     def test_where_an_exception_is_lost(self) -> None:
-        """It is noted wherever it comes, also in a destructor; a second one ends the program."""
+        """Ctrl-C is recorded even in a destructor, which loses exceptions; a second one ends the program."""
 
         class Unlucky:
             def __del__(self) -> None:
@@ -532,7 +532,7 @@ class InterruptTests(SynchronousTestCase):
         self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
 
     def test_where_it_means_something_else(self) -> None:
-        """Whoever ignores it, as a shell's job in the background does, goes on ignoring it; so does another thread."""
+        """Ctrl-C stays ignored in a process that ignores it, such as a background job, and outside the main thread."""
 
         def note() -> bool:
             with interrupt_noted() as is_interrupted:
@@ -547,15 +547,15 @@ class InterruptTests(SynchronousTestCase):
 
 
 class _Terminal:
-    """``s2s`` as a process of its own, whose stderr is a terminal.
+    """A process of ``s2s`` whose stderr is a terminal.
 
-    :ivar shown: what the terminal was sent.
+    :ivar shown: the output to the terminal.
     """
 
     def __init__(self, url: str, *argv: str) -> None:
         self._ours, theirs = pty.openpty()
         os.set_blocking(self._ours, False)
-        # Tests that run in the background ignore Ctrl-C, and what they start would inherit that.
+        # Tests in the background ignore SIGINT, and the child process would inherit that.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             [str(Path(sys.executable).with_name("s2s")), *argv],
@@ -577,7 +577,7 @@ class _Terminal:
         os.close(self._ours)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Look until it is so."""
+        """Wait for a condition."""
         deadline = time.monotonic() + 20
         while not condition():
             assert time.monotonic() < deadline, f"it never comes: {self.shown!r}"
@@ -585,12 +585,12 @@ class _Terminal:
             time.sleep(0.02)
 
     def end(self) -> tuple[int, str]:
-        """Wait for its end, and give the exit code and what it wrote to stdout."""
+        """Wait for the end, and return the exit code and the content of stdout."""
         self.until(lambda: self.process.poll() is not None)
         self._read()
         assert self.process.stdout is not None
         return self.process.returncode, self.process.stdout.read()
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError):  # nothing now; or, at its end, nothing any more
+        with contextlib.suppress(OSError):  # no output yet, or the end of the process
             self.shown += os.read(self._ours, 1 << 16).decode()

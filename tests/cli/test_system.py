@@ -34,44 +34,44 @@ _S2S = str(Path(sys.executable).with_name("s2s"))
 
 
 class EmptyTests(CliTestCase):
-    """Options and variables that are there but empty: a deployment that failed to fill them in."""
+    """Options and variables that are set to an empty text, as by a deployment without a value."""
 
     def refused(self, source: str, *argv: str, **variables: str) -> None:
-        """See that a command is refused in one line that names the source."""
+        """Assert that a command is refused in one line that names the source of the empty value."""
         said = self.s2s(*argv, expected=1, env=dict(variables)).output
         self.assertEqual(said.count("\n"), 1)
         self.assertIn(f"{source} is empty", said)
 
     def test_options(self) -> None:
-        """An empty option is not taken for an absent one."""
+        """An empty option is refused, and not treated as absent."""
         for option in ("--database", "--url", "--token-file", "--state-dir"):
             self.refused(option, "keys", "list", option, "")
 
     def test_variables(self) -> None:
-        """Nor is an empty variable, of which the embedded database would be the consequence."""
+        """An empty variable is refused, because the command would otherwise use the embedded database."""
         for variable in ("S2S_DATABASE_URL", "S2S_URL", "S2S_TOKEN_FILE", "S2S_STATE_DIR"):
             self.refused(variable, "keys", "list", **{variable: ""})
         self.refused("S2S_DATABASE_URL", "db", "status", S2S_DATABASE_URL=" ")
 
     def test_what_is_typed_goes_first(self) -> None:
-        """A variable that is not needed may be empty."""
+        """A variable that an option overrides may be empty."""
         self.s2s("keys", "list", "--database", self.url, env={"S2S_DATABASE_URL": ""})
 
 
 class ProcessTestCase(TestCase):
-    """Runs ``s2s`` as a process of its own.
+    """Runs ``s2s`` in a process of its own.
 
-    :ivar url: the database that it is told of.
+    :ivar url: the database of the commands.
     """
 
     url = ""
 
     def start(self, *argv: str, stdout: Any = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
-        """Start one command line on the test's database."""
+        """Start one command on the test's database."""
         return start_process(self, [_S2S, *argv], stdout=stdout, **{DATABASE_VARIABLE: self.url, **variables})
 
     def ended(self, process: subprocess.Popen[str], code: int) -> tuple[str, str]:
-        """See how a process ends, without a traceback, and return its output and its errors."""
+        """Assert the exit code of a process and the absence of a traceback, and return its stdout and stderr."""
         output, errors = process.communicate(timeout=PATIENCE_S)
         self.assertEqual(process.returncode, code, errors)
         self.assertNotIn("Traceback", errors)
@@ -80,36 +80,36 @@ class ProcessTestCase(TestCase):
 
 
 class DatabaseProcessTestCase(ProcessTestCase, DatabaseTestCase):
-    """Runs ``s2s`` on a database of the test's."""
+    """Runs ``s2s`` on the test's database."""
 
     def lock(self, statement: str) -> int:
-        """Leave a transaction open that has done a statement, and return its backend's pid."""
+        """Leave a transaction open after a statement, and return the pid of its session."""
         conn = psycopg2.connect(self.url, application_name="a forgotten psql")
         self.addCleanup(conn.close)
         conn.cursor().execute(statement)
-        # A test that asks for what it has locked itself would wait for ever.
+        # A test that waits for its own lock would never end.
         self.execute("set lock_timeout = '20s'")
         return int(conn.info.backend_pid)
 
     def backends(self, of: str = "s2s cli", state: str = "true") -> int:
-        """Count the backends of a program."""
+        """Count the sessions of a program."""
         theirs = "datname = current_database() and application_name = %s"
         [(count,)] = self.execute(f"select count(*) from pg_stat_activity where {theirs} and {state}", of)
         return int(count)
 
 
 def _is_caught(status: Path, number: int) -> bool:
-    """Whether a process handles a signal, by its file in ``/proc``."""
+    """Return whether a process handles a signal, by its file in ``/proc``."""
     [mask] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("SigCgt:")]
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 class LostTests(DatabaseProcessTestCase):
-    """Commands that wait for the database, and are ended meanwhile."""
+    """Commands that end while they wait for the database."""
 
     @inlineCallbacks
     def test_behind_a_lock(self) -> Any:
-        """Ctrl-C ends a command that waits for a lock at once; neither it nor a kill leaves a backend queued."""
+        """Ctrl-C ends a command that waits for a lock at once; after any signal its session ends."""
         self.lock("lock table s2s.migrations")
         for number, code in ((signal.SIGINT, 1), (signal.SIGTERM, -15), (signal.SIGKILL, -9)):
             process = self.start("keys", "list")
@@ -119,7 +119,7 @@ class LostTests(DatabaseProcessTestCase):
             yield poll(lambda: self.backends() == 0, "its backend is gone")
 
     def test_as_process_1(self) -> None:
-        """SIGTERM is handled, since process 1 of a container does not get it otherwise."""
+        """SIGTERM has a handler, because the kernel ignores it for process 1 of a container without one."""
         self.lock("lock table s2s.migrations")
         process = self.start("keys", "list")
         status = Path(f"/proc/{process.pid}/status")
@@ -131,7 +131,7 @@ class LostTests(DatabaseProcessTestCase):
         self.ended(process, -15)
 
     def test_a_host_that_does_not_answer(self) -> None:
-        """Ctrl-C ends a command that waits for the first answer of a host."""
+        """Ctrl-C ends a command whose host accepts the connection and does not answer."""
         with socket.create_server(("127.0.0.1", 0)) as silent:
             silent.settimeout(PATIENCE_S)
             url = f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/d?connect_timeout=600"
@@ -143,11 +143,11 @@ class LostTests(DatabaseProcessTestCase):
 
 
 class MigrateTests(DatabaseProcessTestCase):
-    """``s2s db migrate`` behind somebody else's transaction."""
+    """``s2s db migrate`` during a transaction of another session."""
 
     @inlineCallbacks
     def test_others_get_through(self) -> Any:
-        """While it waits for an open transaction, which it names, rows are emitted; it goes on when that is over."""
+        """While a migration waits for an open transaction, which it names, other sessions can insert rows."""
         holder = psycopg2.connect(self.url, application_name="a forgotten psql")
         self.addCleanup(holder.close)
         holder.cursor().execute("select from s2s.outbox")
@@ -175,7 +175,7 @@ class MigrateTests(DatabaseProcessTestCase):
         self.assertEqual([line for line in said if not line.startswith("waiting for locks: ")], [])
 
     def test_in_vain(self) -> None:
-        """Where the lock does not come free in time it ends with a line that names the session, and the cure."""
+        """If the lock is not free in time the command ends, and its last line names the session that holds it."""
         pid = self.lock("lock table s2s.migrations")
         output, errors = self.ended(self.start("db", "migrate", "--wait", "4"), 1)
         self.assertEqual(output, "")
@@ -183,7 +183,7 @@ class MigrateTests(DatabaseProcessTestCase):
 
     @inlineCallbacks
     def test_ctrl_c(self) -> Any:
-        """Ctrl-C ends it at once, also while it waits for another migration, and SIGKILL leaves no backend."""
+        """Ctrl-C ends a migration that waits for another one at once, and SIGKILL leaves no session."""
         self.lock(f"select pg_advisory_xact_lock({migrations._LOCK})")
         for number, code in ((signal.SIGINT, 1), (signal.SIGKILL, -9)):
             process = self.start("db", "migrate")
@@ -194,11 +194,11 @@ class MigrateTests(DatabaseProcessTestCase):
 
 
 class LateTests(DatabaseProcessTestCase):
-    """What is said while the database does not answer."""
+    """Messages of a command while the database does not answer."""
 
     @inlineCallbacks
     def test_behind_a_lock(self) -> Any:
-        """A command that waits long for a lock names the session that holds it, once, and goes on when it is free."""
+        """A command that waits for a lock names the session that holds it, once, and continues afterwards."""
         holder = psycopg2.connect(self.url, application_name="a forgotten psql")
         self.addCleanup(holder.close)
         holder.cursor().execute("update s2s.s2s_keys set note = ''; lock table s2s.s2s_keys in share mode")
@@ -212,7 +212,7 @@ class LateTests(DatabaseProcessTestCase):
 
     @inlineCallbacks
     def test_a_list_behind_a_lock(self) -> Any:
-        """A list that waits for a lock names the session that holds it as well, and is whole when it is free."""
+        """A list that waits for a lock names the session that holds it, and is complete when the lock is free."""
         holder = psycopg2.connect(self.url, application_name="a forgotten psql")
         self.addCleanup(holder.close)
         for argv, table in (
@@ -235,7 +235,7 @@ class LateTests(DatabaseProcessTestCase):
 
     @inlineCallbacks
     def test_at_work(self) -> Any:
-        """A command whose statement is at work for long names its wait event, and Ctrl-C ends it at once."""
+        """A command whose statement takes long names its wait event, and Ctrl-C ends it at once."""
         self.execute(
             "create function slow() returns trigger language plpgsql set search_path from current as"
             " $$ begin perform pg_sleep(50); return new; end $$;"
@@ -252,10 +252,10 @@ class LateTests(DatabaseProcessTestCase):
 
 
 class StandbyTests(ProcessTestCase):
-    """COMMITs that wait for a standby that is not there."""
+    """COMMITs that wait for a synchronous standby that does not exist."""
 
     def setUp(self) -> None:
-        """Start a PostgreSQL of the test's, since the setting is one for all databases."""
+        """Start a separate PostgreSQL, because the setting applies to a whole cluster."""
         self.cluster = Cluster()
         self.addCleanup(self.cluster.remove)
         self.cluster.migrate()
@@ -263,7 +263,7 @@ class StandbyTests(ProcessTestCase):
         self.standby("nobody")
 
     def standby(self, name: str) -> None:
-        """Name the standby that has to confirm."""
+        """Set the name of the synchronous standby."""
         conn = psycopg2.connect(self.url)
         conn.autocommit = True
         try:
@@ -274,7 +274,7 @@ class StandbyTests(ProcessTestCase):
 
     @inlineCallbacks
     def late(self, key_id: str) -> Any:
-        """Add a key, and return the process and its first line."""
+        """Add a key, and return the process and the first line of its stderr."""
         process = self.start("keys", "add", "--key-id", key_id, "--role", "any")
         assert process.stderr is not None
         line = yield deferToThread(process.stderr.readline)
@@ -282,7 +282,7 @@ class StandbyTests(ProcessTestCase):
 
     @inlineCallbacks
     def test_no_standby(self) -> Any:
-        """The wait of a COMMIT is named, and so are those of whoever holds a lock or is queued for it; all end well."""
+        """Commands report a COMMIT that waits for a standby, a lock that it holds, and a queue for the lock."""
         first, saying = yield self.late("k1")
         self.assertIn("waits until a synchronous standby confirms its COMMIT: see synchronous_standby_names", saying)
         second, saying = yield self.late("k2")
@@ -298,7 +298,7 @@ class StandbyTests(ProcessTestCase):
 
     @inlineCallbacks
     def test_a_frozen_database(self) -> Any:
-        """A command says that the database answers no session, and Ctrl-C ends the wait."""
+        """A command reports that the database answers no session, and Ctrl-C ends the wait."""
         conn = psycopg2.connect(self.url)
         self.addCleanup(conn.close)
         conn.autocommit = True
@@ -320,10 +320,10 @@ class StandbyTests(ProcessTestCase):
 
 
 class SequenceTests(CliTestCase):
-    """Rows that were restored without the sequences of their ids."""
+    """Rows that were restored without the sequences of their ids, and other faults of sequences."""
 
     def test_restored_rows(self) -> None:
-        """``db status`` and a role's start name each sequence and the cure, which lets new rows in again."""
+        """``db status`` and the start of a role name each sequence that is behind; ``fix-sequences`` repairs it."""
         self.execute("insert into s2s.broadcasts (broadcast_id, message) values (7, 'old')")
         self.execute("select setval(pg_get_serial_sequence('s2s.outbox', 'outbox_id'), 5)")
         self.execute(
@@ -347,7 +347,7 @@ class SequenceTests(CliTestCase):
         self.assertEqual(key, 10)
 
     def test_restored_while_roles_run(self) -> None:
-        """Each collision of an id that a sequence gives has a meaning of its own, with the same cure."""
+        """A collision of any sequence's id in a statement of s2s has an error with the cure ``fix-sequences``."""
         self.execute("insert into s2s.commands (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
         with blocking(self.url) as txn:
             txn.execute(sequences._OWNED, (list(migrations.tables()),))
@@ -371,17 +371,17 @@ class SequenceTests(CliTestCase):
                 self.execute(f"delete from {table}" if table != "audit" else "select 1")
                 self.execute(statement)
                 error = self.assertRaises(psycopg2.Error, self.execute, statement)
-                self.assertEqual(sqlstate.of(error).cure, "")  # of a statement of another hand
+                self.assertEqual(sqlstate.of(error).cure, "")  # the error of a statement that is not ours
                 said = self.assertRaises(DatabaseUnavailable, self.by_ours, statement)
                 self.assertEqual(sqlstate.meaning(said.state).cure, "run: s2s db fix-sequences", said)
 
     def by_ours(self, statement: str) -> None:
-        """Run a statement as one of our own."""
+        """Run a statement as s2s does."""
         with blocking(self.url) as txn:
             txn.execute(statement)
 
     def test_exhausted(self) -> None:
-        """``db status`` names each sequence that is at its bound or nearly so; a role's start refuses one at it."""
+        """``db status`` names each sequence near or at its bound; a role does not start with one at its bound."""
         self.execute("select setval('s2s.commands_cmd_id_seq', 995); alter sequence commands_cmd_id_seq maxvalue 1000")
         self.execute("select setval('s2s.outbox_outbox_id_seq', 9); alter sequence outbox_outbox_id_seq maxvalue 9")
         self.execute("select setval('s2s.notices_notice_id_seq', 9223372036854775807)")
@@ -400,7 +400,7 @@ class SequenceTests(CliTestCase):
         self.s2s("db", "status")
 
     def test_an_id_that_no_answer_can_carry(self) -> None:
-        """A row whose id is above 2^53 - 1 is named with its cure, moves no sequence, and lets a role start."""
+        """An id above 2^53 - 1 is reported with its cure, does not advance the sequence, and prevents no start."""
         self.execute(
             "insert into s2s.commands (cmd_id, cmd_type, idem_key, payload) values"
             " (9223372036854775807, 'a.b', 'k', '{}'), (3, 'a.b', 'l', '{}')"
@@ -422,7 +422,7 @@ class SequenceTests(CliTestCase):
         self.assertEqual(self.execute("select cmd_id from s2s.commands order by 1"), [(3,), (4,)])
 
     def test_a_locked_table(self) -> None:
-        """A start and ``db status`` leave out a table that another session has locked, with a line."""
+        """A start and ``db status`` skip a table that another session has locked, and report this in a line."""
         self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k', repeat('A', 43) || '=', 'any')")
         self.execute("insert into s2s.broadcasts (broadcast_id, message) values (7, 'old')")
         holder = psycopg2.connect(self.url)
@@ -437,7 +437,7 @@ class SequenceTests(CliTestCase):
 
     @inlineCallbacks
     def test_fixed_while_others_work(self) -> Any:
-        """A sequence waits for its table in short tries, between which others write; those before it are set."""
+        """The repair of a sequence waits for its table in short attempts, between which other sessions can write."""
         self.execute("insert into s2s.broadcasts (broadcast_id, message) values (7, 'old')")
         self.execute(
             "insert into s2s.steering (request_id, engine, type, payload, expires_at)"
@@ -469,11 +469,11 @@ class SequenceTests(CliTestCase):
         self.assertEqual(fixed, ["s2s.broadcasts", "s2s.steering"])
 
     def test_while_others_work(self) -> None:
-        """Rows that others insert during the check make no sequence stand behind."""
+        """Rows that are inserted during the check cause no false report."""
         session = self.execute
 
         class Busy:
-            """A cursor beside which a row is inserted before and after each statement."""
+            """A cursor that inserts a row on another session before and after each statement."""
 
             def __init__(self, txn: Any) -> None:
                 self._txn = txn
@@ -491,7 +491,7 @@ class SequenceTests(CliTestCase):
             self.assertEqual(list(sequences.wrong(busy)), [])
 
     def test_every_identity_is_watched(self) -> None:
-        """Every identity column of the schema is checked, and a table that is not ours is not."""
+        """Every identity column of the schema is checked, and tables of other schemas are not."""
         self.execute("create table public.theirs (id bigint generated by default as identity)")
         self.execute("insert into public.theirs values (7)")
         columns = self.execute(
@@ -507,19 +507,19 @@ class SequenceTests(CliTestCase):
 
 
 class StreamTests(ProcessTestCase):
-    """Output that cannot be written."""
+    """Output that cannot be written, and other faults of a process's environment."""
 
-    #: Help, a table, JSON, and the text of a command's own help.
+    #: Commands that print a help page, a table, JSON, and a subcommand's help page.
     commands = (("--help",), ("plugins", "list"), ("plugins", "list", "--json"), ("keys", "add", "--help"))
 
     def assert_told(self, process: subprocess.Popen[str], why: str) -> None:
-        """See that a command ends with one line and exit code 1."""
+        """Assert that a command ends with one line and exit code 1."""
         _, said = self.ended(process, 1)
         self.assertEqual(said.count("\n"), 1, said)
         self.assertIn(why, said)
 
     def test_a_full_disk(self) -> None:
-        """A disk that is full is told."""
+        """A full disk is reported."""
         for argv in self.commands:
             with open("/dev/full", "w") as full:
                 self.assert_told(
@@ -530,7 +530,7 @@ class StreamTests(ProcessTestCase):
             self.assert_told(completing, "the output cannot be written, No space left on device")
 
     def test_a_closed_pipe(self) -> None:
-        """A reader that is gone is told."""
+        """A closed pipe is reported."""
         for argv in self.commands:
             read, write = os.pipe()
             os.close(read)
@@ -538,7 +538,7 @@ class StreamTests(ProcessTestCase):
                 self.assert_told(self.start(*argv, stdout=pipe), "the output cannot be written, Broken pipe")
 
     def test_closed_streams(self) -> None:
-        """A closed stdout is told before anything is done; a closed stderr or stdin harms nothing."""
+        """A closed stdout is reported before the command starts; a closed stderr or stdin has no effect."""
         for redirection, code in ((">&-", 1), ("2>&-", 0), ("<&-", 0)):
             script = ["/bin/sh", "-c", f'exec "$0" plugins list {redirection}', _S2S]
             done = subprocess.run(script, env=environment(), capture_output=True, text=True, check=False)
@@ -547,13 +547,13 @@ class StreamTests(ProcessTestCase):
             self.assertEqual("notice.publish" in done.stdout, not code)
 
     def test_nobody_hears_the_error(self) -> None:
-        """An error that cannot be written either leaves the exit code."""
+        """If the error cannot be written either, the exit code still shows a failure."""
         with open("/dev/full", "w") as full:
             done = subprocess.run([_S2S, "no-such-command"], env=environment(), stderr=full, check=False)
         self.assertIn(done.returncode, (1, 2))
 
     def test_a_directory_that_was_removed(self) -> None:
-        """A working directory that is gone is told with its cure."""
+        """A removed working directory is reported with the cure."""
         directory = Path(self.mktemp())
         directory.mkdir()
         script = ["/bin/sh", "-c", 'rmdir "$PWD"; exec "$0" keys list', _S2S]
@@ -562,7 +562,7 @@ class StreamTests(ProcessTestCase):
         self.assertIn("working directory was removed: change to another one", done.stderr)
 
     def test_another_encoding(self) -> None:
-        """An argument, a variable or a directory that is not UTF-8 is named in one line."""
+        """An argument, variable or directory that is not UTF-8 is named in one line, without a secret."""
         directory = os.fsencode(self.mktemp()) + b"\xe9"
         os.mkdir(directory)
         for argv, variables, said in (
@@ -581,7 +581,7 @@ class StreamTests(ProcessTestCase):
             self.assertNotIn(b"secret", done.stderr)
 
     def test_what_a_plug_in_leaves_behind(self) -> None:
-        """What a plug-in starts and never ends, or has registered for the end, keeps no command from ending."""
+        """Threads, processes and exit handlers that a plug-in leaves do not prevent a command from ending."""
         plugins = Path(self.mktemp(), "s2s", "plugins")
         plugins.mkdir(parents=True)
         for text in (
@@ -595,7 +595,7 @@ class StreamTests(ProcessTestCase):
             self.assertIn("notice.publish", output)
 
     def test_a_plug_in_that_prints(self) -> None:
-        """What a plug-in prints while it is imported goes to stderr, so that the output is what programs expect."""
+        """The output of a plug-in during its import goes to stderr, so that stdout stays valid JSON."""
         plugins = Path(self.mktemp(), "s2s", "plugins")
         plugins.mkdir(parents=True)
         (plugins / "chatty.py").write_text("print('hello')\n")
@@ -606,10 +606,10 @@ class StreamTests(ProcessTestCase):
 
 
 class TerminalTests(DatabaseProcessTestCase):
-    """A terminal that is not UTF-8."""
+    """A terminal whose encoding is not UTF-8."""
 
     def test_characters_it_lacks(self) -> None:
-        """Text that the terminal cannot show is escaped in tables, and everything else is shown."""
+        """Characters that the terminal cannot show are escaped, and all other text is shown."""
         add = ("keys", "add", "--role", "any", "--key-id")
         self.ended(self.start(*add, "k", "--note", "Jürgen →"), 0)
         for variables in (

@@ -52,31 +52,31 @@ sys.exit(code)
 
 
 def new_state_dir() -> Path:
-    """Make a state directory that goes with trial's own."""
+    """Create a state directory in the directory of trial."""
     return Path(tempfile.mkdtemp(dir=os.curdir)).resolve()
 
 
 @cache
 def shared_state_dir() -> Path:
-    """Make one for all tests: making a database takes most of a second."""
+    """Create one state directory for all tests, because a new database takes most of a second."""
     return new_state_dir()
 
 
 def free_port() -> int:
-    """Find a port that nobody listens on."""
+    """Return a port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def processes(state_dir: Path) -> list[list[str]]:
-    """List the command lines that name a directory."""
+    """Return the command lines of all processes that contain the directory."""
     found = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
     return [argv for argv in found if any(str(state_dir) in word for word in argv)]
 
 
 class Run:
-    """One ``s2s up``."""
+    """One process of ``s2s up``."""
 
     def __init__(self, state_dir: Path, listen: str, seconds: str = "", http: str = "") -> None:
         self.json = state_dir / "up.json"
@@ -98,16 +98,16 @@ class Run:
 
     @property
     def output(self) -> str:
-        """Everything that it has said."""
+        """The whole output of the process."""
         self._output.seek(0)
         return self._output.read()
 
     def found(self) -> dict[str, Any]:
-        """Give what ``up.json`` says, nothing while it is not there."""
+        """Return the content of ``up.json``, or an empty dictionary without the file."""
         return json.loads(self.json.read_text()) if self.json.exists() else {}
 
     def linked(self, **other_than: int) -> Deferred[Any]:
-        """Wait for an ``up.json`` whose members have other values than these."""
+        """Wait for an ``up.json`` whose members differ from these values."""
 
         def look() -> bool:
             found = self.found()
@@ -120,7 +120,7 @@ class Run:
         return self._unless_ended(lambda: self.output.count(text) >= times, f"it says {text!r}")
 
     def ended(self) -> Deferred[Any]:
-        """Wait for its end."""
+        """Wait for the end of the process."""
         return poll(lambda: self.process.poll() is not None, "s2s up ends")
 
     def _unless_ended(self, look: Any, what: str) -> Deferred[Any]:
@@ -132,7 +132,7 @@ class Run:
         return poll(checked, what)
 
     def kill(self) -> None:
-        """See that it is gone after the test."""
+        """Kill the process, and close its output."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -143,23 +143,23 @@ class UpTests(TestCase):
     """:func:`s2s.cli.up.supervisor.run`."""
 
     def setUp(self) -> None:
-        """Choose a port."""
+        """Choose a state directory and a port."""
         self.state_dir = shared_state_dir()
         self.listen = f"tcp:{free_port()}:interface=127.0.0.1"
 
     def up(self, *, listen: str = "", seconds: str = "") -> Run:
-        """Start one."""
+        """Start an ``s2s up``."""
         run = Run(self.state_dir, listen or self.listen, seconds)
         self.addCleanup(run.kill)
         return run
 
     def nothing_left(self) -> Deferred[Any]:
-        """Wait until no process knows the state directory."""
+        """Wait until no process uses the state directory."""
         return poll(lambda: not processes(self.state_dir), "nothing is left running")
 
     @inlineCallbacks
     def test_whole_way(self):
-        """A run for a time sends a broadcast, sees its notice, ends by itself with exit 0, and leaves nothing."""
+        """A run with a time limit sends a broadcast, gets its notice, ends with exit code 0, and leaves no process."""
         run = self.up(seconds="3")
         yield run.ended()
         self.assertEqual(run.process.returncode, 0, run.output)
@@ -171,7 +171,7 @@ class UpTests(TestCase):
 
     @inlineCallbacks
     def test_a_living_world(self):
-        """Jobs tick, notices appear, and an order typed in another shell is seen to happen."""
+        """Jobs run, notices appear, and an order from another shell is done and reported."""
         self.state_dir = new_state_dir()
         run = self.up()
         yield run.linked()
@@ -181,7 +181,7 @@ class UpTests(TestCase):
         order = ["order", "set-sector-status", "5", "port_closed", "--state-dir", str(self.state_dir)]
         typed = yield deferToThread(CliRunner(env={"S2S_DATABASE_URL": None}).invoke, main, order)
         self.assertEqual(typed.exit_code, 0, typed.output)
-        # By way of the HTTP API, which the state directory names.
+        # The command uses the HTTP API that ``up.json`` names.
         yield run.says("world.set_sector_status.v1 by 'token:s2s-up'")
         with blocking(url) as txn:
             txn.execute("select status from s2s_world.sectors where sector_id = 5")
@@ -189,7 +189,7 @@ class UpTests(TestCase):
 
     @inlineCallbacks
     def test_the_api(self):
-        """It names its HTTP API and a file with an admin's token, which nobody else can read and which ends with it."""
+        """``up.json`` names the HTTP API and a private file with an admin's token, which is valid until the end."""
         self.state_dir = new_state_dir()
         tokens, before = [], {}
         for _ in range(2):
@@ -204,7 +204,7 @@ class UpTests(TestCase):
             )
             self.assertEqual(answer.status, 200)
             if len(tokens) == 1:
-                # One that is killed leaves its token behind; the next one ends it.
+                # A killed ``s2s up`` leaves its token; the next one revokes it.
                 before = {"server_pid": run.found()["server_pid"]}
                 run.process.kill()
                 run.process.wait()
@@ -219,7 +219,7 @@ class UpTests(TestCase):
 
     @inlineCallbacks
     def test_deaths(self):
-        """A killed role is replaced and its pid rewritten; a killed ``up`` hinders no next one, and its world stays."""
+        """A killed role is replaced and its pid updated; after a killed ``s2s up`` the next one keeps the world."""
         self.state_dir = new_state_dir()
         first = self.up()
         yield first.linked()
@@ -251,7 +251,7 @@ class UpTests(TestCase):
 
     @inlineCallbacks
     def test_shut_down_for_good(self):
-        """An engine that an operator has shut down is not started again; the server is, when it is killed."""
+        """An engine that was shut down by an operator is not started again; a killed server is."""
         run = self.up()
         yield run.linked()
         before = run.found()
@@ -269,7 +269,7 @@ class UpTests(TestCase):
 
     @inlineCallbacks
     def test_port_in_use(self):
-        """A port that somebody else has is one line and a failure, and nothing is left running."""
+        """A port in use causes one line and exit code 1, and no process is left."""
         with socket.create_server(("127.0.0.1", 0)) as other:
             run = self.up(listen=f"tcp:{other.getsockname()[1]}:interface=127.0.0.1")
             yield run.ended()
@@ -280,7 +280,7 @@ class UpTests(TestCase):
 
     @inlineCallbacks
     def test_a_full_disk(self):
-        """Where its lines cannot be written everything stops in order, and it ends with one line and exit code 1."""
+        """If the output cannot be written all processes stop, and the command ends with one line and exit code 1."""
         with open("/dev/full", "w") as full:
             supervisor = subprocess.Popen(
                 [str(Path(sys.executable).with_name("s2s")), "up", "--state-dir", str(self.state_dir)],
@@ -295,7 +295,7 @@ class UpTests(TestCase):
 
     @inlineCallbacks
     def test_told_to_end_before_the_start(self):
-        """A signal ends it at once while it waits for a lock of the database, which it names, and nothing is left."""
+        """During the start a signal ends a wait for a database lock, whose holder is named; no process is left."""
         self.state_dir = new_state_dir()
         held = yield deferToThread(lease.join, self.state_dir)
         self.addCleanup(held.leave)
@@ -311,7 +311,7 @@ class UpTests(TestCase):
             yield run.says("waiting for locks: pid")
             run.process.send_signal(signal.SIGTERM)
             yield poll(lambda: waiters() == 0, "it waits no more")
-        # Its guardian waits for us.
+        # The guardian process of PostgreSQL waits for this lease.
         held.leave()
         yield run.ended()
         self.assertEqual(run.process.returncode, 1)
@@ -319,7 +319,7 @@ class UpTests(TestCase):
         yield self.nothing_left()
 
     def test_a_file_system_without_locks(self):
-        """An error of the operating system without a file is told as it is, in one line that names --state-dir."""
+        """An operating system error without a file name is reported in one line that names --state-dir."""
         for errno_, where in ((errno.ENOLCK, "fcntl.flock"), (errno.ENOSPC, "s2s.cli.up.supervisor._exclusive")):
             with mock.patch(where, side_effect=OSError(errno_, os.strerror(errno_))):
                 refused = self.assertRaises(
@@ -329,7 +329,7 @@ class UpTests(TestCase):
 
     @inlineCallbacks
     def test_state_directory_in_use(self):
-        """A state directory that another ``up`` holds is one line and a failure."""
+        """A state directory in use by another ``s2s up`` causes one line and exit code 1."""
         with (self.state_dir / "up.lock").open("ab") as other:
             fcntl.flock(other, fcntl.LOCK_EX)
             run = self.up()
@@ -342,7 +342,7 @@ class EndpointTests(SynchronousTestCase):
     """:func:`s2s.cli.up.supervisor.connect_endpoint`."""
 
     def test_reaches(self) -> None:
-        """The engine's endpoint reaches the server's, on this machine where the server listens everywhere."""
+        """The endpoint of the engine fits that of the server, with the local host for all interfaces."""
         for listen, connect in {
             "tcp:4321:interface=127.0.0.1": "tcp:host=127.0.0.1:port=4321",
             "tcp:4321": "tcp:host=127.0.0.1:port=4321",
@@ -355,12 +355,12 @@ class EndpointTests(SynchronousTestCase):
             self.assertEqual(supervisor.connect_endpoint(listen), connect)
 
     def test_refuses(self) -> None:
-        """What names no place that an engine can be sent to is refused in one line."""
+        """A listen endpoint without a usable address is refused in one line."""
         for listen in ("tcp:0", "tcp:", "tcp:http", "tcp:65536", "ssl:4321", "unix:", ""):
             self.assertNotIn("\n", str(self.assertRaises(OperatorError, supervisor.connect_endpoint, listen)))
 
     def test_the_url(self) -> None:
-        """So does the URL the API's; only a TCP port has one."""
+        """The URL of the API fits its listen endpoint, which must be a TCP port."""
         for http, url in {
             "tcp:8321": "http://127.0.0.1:8321",
             "tcp:port=8321:interface=localhost": "http://localhost:8321",
