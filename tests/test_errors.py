@@ -1,4 +1,4 @@
-"""The tree of errors: every code with the protocol's rule, and what a peer's word is worth."""
+"""The tree of errors: the codes with the rules of the protocol, and errors received from a peer."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def _make(cls: type[WireError], **details: Any) -> WireError:
 
 
 class WireErrorTests(SynchronousTestCase):
-    """What we say to a peer."""
+    """Errors that are sent to a peer."""
 
     def test_the_table(self) -> None:
-        """Every code of the protocol is there once, retryable, closing and signed as its table says."""
+        """Every code of the protocol has one class, with the table's ``retryable``, ``closes`` and ``signed``."""
         made = {code: _make(cls) for code, cls in BY_CODE.items()}
         self.assertEqual({code: (e.retryable, e.closes, e.signed) for code, e in made.items()}, _TABLE)
         for code, cls in BY_CODE.items():
             self.assertEqual(cls.code, code)
 
     def test_payloads(self) -> None:
-        """Every error makes a payload that its schema takes and canonical JSON can say, retryable included."""
+        """The payload of every error satisfies its schema, is canonical JSON, and contains ``retryable``."""
         for cls in BY_CODE.values():
             payload = _make(cls).payload()
             ERROR_SCHEMA.check(payload)
@@ -55,29 +55,29 @@ class WireErrorTests(SynchronousTestCase):
             self.assertEqual(payload["message"], "a text")
 
     def test_details(self) -> None:
-        """Details given to an error go out beside retryable."""
+        """Details of an error are sent beside ``retryable``."""
         error = errors.Overloaded("full", limit=7, retry_after_ms=20)
         self.assertEqual(error.payload()["details"], {"retryable": True, "limit": 7, "retry_after_ms": 20})
 
     def test_fixed_texts(self) -> None:
-        """What fails before its MAC holds has a text of its own that no caller need give."""
+        """An error that is sent before the MAC is verified has a default message."""
         for cls in Unsigned.__subclasses__():
             if cls is not BadJson:
                 self.assertTrue(cls().message)
         self.assertTrue(InternalError(incident="x").message)
 
     def test_one_instance_can_close(self) -> None:
-        """That one refusal closes the link says nothing of the next."""
+        """Setting ``closes`` of one error does not affect the next one."""
         third = errors.TsSkew()
         third.closes = True
         self.assertFalse(errors.TsSkew().closes)
 
 
 class RefusedTests(SynchronousTestCase):
-    """What a peer said to us."""
+    """Errors that are received from a peer."""
 
     def test_retryable(self) -> None:
-        """The peer's word decides; without one the code's rule, and an unknown code is final."""
+        """The peer's ``retryable`` decides, else the rule of the code; an unknown code is not retryable."""
         for code, details, expected in (
             ("overloaded", {}, True),
             ("overloaded", {"retryable": False}, False),
@@ -90,7 +90,7 @@ class RefusedTests(SynchronousTestCase):
             self.assertIs(Refused(code, "", details).retryable, expected)
 
     def test_retry_after(self) -> None:
-        """Only an integer that is not negative is a pause."""
+        """Only a non-negative integer is accepted as a pause."""
         pauses = [
             Refused("paused", "", {"retry_after_ms": said}).retry_after_ms for said in (0, 250, -1, True, "5", 1.5)
         ]
@@ -98,7 +98,7 @@ class RefusedTests(SynchronousTestCase):
         self.assertIsNone(Refused("paused", "", {}).retry_after_ms)
 
     def test_text(self) -> None:
-        """It names the code and what the peer said."""
+        """The text has the code and the peer's message, escaped and shortened."""
         self.assertEqual(str(Refused("paused", "come back", {})), "paused: come back")
         self.assertEqual(str(Refused("paused", "\x1b[2J\n", {})), r"paused: '\x1b[2J\n'")
         self.assertLess(len(str(Refused("paused", "x" * 5000, {}))), 250)
@@ -122,7 +122,7 @@ class TreeTests(SynchronousTestCase):
         self.assertEqual(names - words, set())
 
     def test_too_big(self) -> None:
-        """A frame too big to send says how big, how much is allowed, and what to do."""
+        """The error of a frame that is too big has its size, the limit and the cure."""
         error = TooBigToSend(70000, 65536)
         self.assertEqual((error.size, error.limit), (70000, 65536))
         self.assertIn("--frame-size-limit", str(error))

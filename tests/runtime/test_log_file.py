@@ -1,4 +1,4 @@
-"""The log files of twistd: bounded, and opened anew by their paths."""
+"""The log files of twistd: bounded in size and number, and reopened by their paths."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TAC = Path(__file__).parents[2] / "tac"
 
 
 class LogFileTests(SynchronousTestCase):
-    """:mod:`s2s.runtime.log_file`, with an observer as twistd makes it."""
+    """:mod:`s2s.runtime.log_file`, with an observer like that of twistd."""
 
     def setUp(self) -> None:
         """Log to a file, as twistd does."""
@@ -49,11 +49,11 @@ class LogFileTests(SynchronousTestCase):
         self.patch(sys, "__stderr__", self.told)
 
     def names(self) -> list[str]:
-        """List the directory."""
+        """Return the names of the files in the directory."""
         return sorted(path.name for path in self.directory.iterdir())
 
     def test_bound(self) -> None:
-        """However much is logged, only so many files of so many bytes are kept."""
+        """The log keeps a limited number of files of a limited size."""
         log_file.bound(1000, 2)
         for _ in range(100):
             self.log.info("x" * 100)
@@ -61,7 +61,7 @@ class LogFileTests(SynchronousTestCase):
         self.assertTrue(all(path.stat().st_size < 1200 for path in self.directory.iterdir()))
 
     def test_files_of_an_unbounded_past(self) -> None:
-        """Rotated files that an earlier version kept are removed as soon as the log is rotated."""
+        """Surplus rotated files of an earlier configuration are removed at the next rotation."""
         for number in range(1, 31):
             (self.directory / f"role.log.{number}").write_text("old")
         log_file.bound(1000, 2)
@@ -70,7 +70,7 @@ class LogFileTests(SynchronousTestCase):
         self.assertEqual(self.names(), ["role.log", "role.log.1", "role.log.2"])
 
     def test_reopen_moved(self) -> None:
-        """Where another program has moved the file away, what is logged next stands in a new one."""
+        """After another program has renamed the file, ``reopen`` creates a new one."""
         log_file.bound(1000, 2)
         self.log.info("before")
         self.path.rename(self.directory / "moved")
@@ -82,7 +82,7 @@ class LogFileTests(SynchronousTestCase):
         self.assertNotIn("between", self.path.read_text())
 
     def test_cut_short(self) -> None:
-        """A file that another program has cut short goes on at its new end, without a gap."""
+        """After another program has truncated the file, events are written at its new end, without a gap."""
         log_file.bound(1000, 2)
         self.log.info("before")
         os.truncate(self.path, 0)
@@ -92,7 +92,7 @@ class LogFileTests(SynchronousTestCase):
         self.assertNotIn("\0", text)
 
     def test_reopen_in_place(self) -> None:
-        """A file that was not moved goes on, with its bound."""
+        """``reopen`` of a file that was not renamed continues it, with its limit of size."""
         log_file.bound(1000, 2)
         self.log.info("before")
         log_file.reopen()
@@ -105,7 +105,7 @@ class LogFileTests(SynchronousTestCase):
         self.assertEqual(self.names(), ["role.log", "role.log.1"])
 
     def test_reopen_fails(self) -> None:
-        """Where no file can be opened anew, the old one is written to, and says why; so does stderr."""
+        """If the path cannot be opened, the old file stays in use, and the reason is in it and on stderr."""
         file = self.path.open()
         self.addCleanup(file.close)
         self.path.unlink()
@@ -120,7 +120,7 @@ class LogFileTests(SynchronousTestCase):
         self.path.rmdir()
 
     def test_rotation_fails(self) -> None:
-        """A file that cannot be rotated is written to all the same."""
+        """A file that cannot be rotated stays in use."""
         log_file.bound(100, 2)
         for broken in ("os.rename", "os.access"):
             with self.subTest(broken=broken), mock.patch(broken, side_effect=PermissionError):
@@ -129,7 +129,7 @@ class LogFileTests(SynchronousTestCase):
                 self.assertIn(broken, self.path.read_text())
 
     def test_removed(self) -> None:
-        """A file that was removed or moved away is written to up to its bound, then its path is opened anew."""
+        """A file that was removed or renamed is written up to its limit, and then the path is opened again."""
         log_file.bound(1000, 2)
         for leave in (self.path.unlink, partial(self.path.rename, self.directory / "moved")):
             self.log.info("before")
@@ -142,7 +142,7 @@ class LogFileTests(SynchronousTestCase):
             self.assertNotIn("before", self.path.read_text())
 
     def test_directory_removed(self) -> None:
-        """Where the directory was renamed as well, events beyond the size are lost, and are counted once it is back."""
+        """If the directory was renamed too, events over the limit are lost, and counted when the directory is back."""
         log_file.bound(1000, 2)
         self.log.info("before")
         away = self.directory.with_name("away")
@@ -155,14 +155,14 @@ class LogFileTests(SynchronousTestCase):
         self.assertRegex(self.path.read_text(), "events lost before this line: 1[0-9]: .*No such file.*\n.*after")
 
     def test_characters_that_are_none(self) -> None:
-        """An event that is no UTF-8, as a name of a file may be, is escaped and not lost."""
+        """An event with a surrogate, as in a file name that is not UTF-8, is escaped and not lost."""
         log_file.bound(1000, 2)
-        # By hand: the log of trial bears no such event.
+        # Write to the file directly, because trial's log cannot encode this event.
         self.file.write("a name \udcff of a file\n")
         self.assertIn("a name \\udcff of a file", self.path.read_text())
 
     def test_a_directory_of_another_user(self) -> None:
-        """A file that cannot be rotated is told of at the start, and is written to all the same."""
+        """A file that cannot be rotated is reported at the start, and stays in use."""
         with mock.patch("os.access", lambda path, _: str(path) != str(self.directory)):
             log_file.bound(100, 2)
             for number in range(10):
@@ -172,7 +172,7 @@ class LogFileTests(SynchronousTestCase):
         self.assertEqual(text.count("event "), 10)
 
     def test_another_root_directory(self) -> None:
-        """So is one whose path leads nowhere, as after a chroot."""
+        """A file whose path does not exist, as after a chroot, is reported at the start, and stays in use."""
         away = self.directory.with_name(f"{self.directory.name}.away")
         self.directory.rename(away)
         log_file.bound(100, 2)
@@ -184,9 +184,9 @@ class LogFileTests(SynchronousTestCase):
         away.rename(self.directory)
 
     def test_the_limit_of_the_process(self) -> None:
-        """A file is rotated before it comes to the size that the process may write."""
+        """A file is rotated before it reaches the process's limit of file size."""
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        # Before the reports of trial come to it.
+        # The real limit would also apply to the logs of trial.
         with mock.patch("resource.getrlimit", lambda _: (2000, before[1])):
             log_file.bound(10_000_000, 2)
         for _ in range(100):
@@ -195,7 +195,7 @@ class LogFileTests(SynchronousTestCase):
         self.assertTrue(all(path.stat().st_size < 1300 for path in self.directory.iterdir()))
 
     def test_reopen_as_a_pipe(self) -> None:
-        """A pipe in the place of the file is not opened, which would wait for its reader."""
+        """``reopen`` does not open a named pipe, because that would block until it has a reader."""
         log_file.bound(1000, 2)
         self.path.unlink()
         os.mkfifo(self.path)
@@ -204,7 +204,7 @@ class LogFileTests(SynchronousTestCase):
 
 
 class PipeTests(SynchronousTestCase):
-    """A log and a stderr that are a pipe, which holds one page."""
+    """A log and a stderr that are a pipe with a capacity of one page."""
 
     def setUp(self) -> None:
         """Log to a pipe."""
@@ -217,11 +217,11 @@ class PipeTests(SynchronousTestCase):
         self.log = log_file._CountedStream(self.pipe)
 
     def logged(self) -> str:
-        """Read what the pipe holds."""
+        """Return the content of the pipe."""
         return os.read(self.read, select.PIPE_BUF).decode()
 
     def test_nobody_reads(self) -> None:
-        """Events that nobody reads are lost after one short wait, and the next one that is read tells how many."""
+        """Events for a pipe that nobody reads are lost after one short wait; the next written event has their number."""
         self.log.write("0 first\n")
         began = time.monotonic()
         for number in range(1, 101):
@@ -236,14 +236,14 @@ class PipeTests(SynchronousTestCase):
         self.assertEqual(self.logged(), f"{told}\n101 read\n")
 
     def test_torn(self) -> None:
-        """An event of which the pipe took the beginning counts as lost, and the next one begins a line of its own."""
+        """A partially written event counts as lost, and the next event begins a new line."""
         self.log.write(f"1 {'x' * 5000}\n")
         self.logged()
         self.log.write("2 read\n")
         self.assertRegex(self.logged(), r"\A\n2 .* events lost before this line: 1: .*\n2 read\n\Z")
 
     def test_slow_reader(self) -> None:
-        """An event waits for a reader that is slow, and is whole."""
+        """An event waits for a slow reader, and is written completely."""
         self.log.write("1 first\n")
         read = []
         reader = threading.Timer(0.02, lambda: read.extend(self.logged() for _ in range(3)))
@@ -254,7 +254,7 @@ class PipeTests(SynchronousTestCase):
         self.assertEqual("".join(read), f"1 first\n{event}")
 
     def test_stderr(self) -> None:
-        """A line for a stderr that nobody reads is lost, and whoever says it goes on."""
+        """A line for a stderr that nobody reads is lost, and the writer continues."""
         self.patch(sys, "__stderr__", self.pipe)
         for _ in range(3):
             streams.say("a line")
@@ -265,7 +265,7 @@ class PostgresLogTests(SynchronousTestCase):
     """:func:`s2s.store.embedded.postmaster.trim_log`."""
 
     def setUp(self) -> None:
-        """Make a log that a process appends to."""
+        """Create a log to which a process appends."""
         self.directory = Path(tempfile.mkdtemp(dir=os.curdir)).resolve()
         self.log = self.directory / "postgres.log"
         self.writer = self.log.open("ab", buffering=0)
@@ -273,17 +273,17 @@ class PostgresLogTests(SynchronousTestCase):
         self.patch(postmaster, "LOG_BYTES", 100)
 
     def trim(self) -> None:
-        """Trim it."""
+        """Trim the log."""
         postmaster.trim_log(self.directory / "postgres")
 
     def test_short(self) -> None:
-        """A short log is left as it is."""
+        """A log below the limit is not changed."""
         self.writer.write(b"x" * 100)
         self.trim()
         self.assertEqual([path.name for path in self.directory.iterdir()], ["postgres.log"])
 
     def test_long(self) -> None:
-        """What a long one holds is moved to the one old file, and the process goes on at its new beginning."""
+        """The content of a long log moves to the one old file, and the process continues at the log's beginning."""
         for text in (b"a", b"b"):
             self.writer.write(text * 101)
             self.trim()
@@ -292,7 +292,7 @@ class PostgresLogTests(SynchronousTestCase):
         self.assertEqual(self.log.with_name("postgres.log.1").read_bytes(), b"b" * 101)
 
     def test_two_at_once(self) -> None:
-        """While one process moves it, another leaves it alone, so that nothing is overwritten."""
+        """While one process trims the log, another one does nothing, so that no content is overwritten."""
         self.writer.write(b"x" * 101)
 
         def copy(source: Path, to: Path) -> None:
@@ -304,21 +304,21 @@ class PostgresLogTests(SynchronousTestCase):
         self.assertEqual(self.log.with_name("postgres.log.1").read_bytes(), b"x" * 101)
 
     def test_no_log(self) -> None:
-        """Where there is none nothing happens."""
+        """A missing log is ignored."""
         self.log.unlink()
         self.trim()
         self.assertEqual(list(self.directory.iterdir()), [])
 
 
 class RoleLogTests(RoleTestCase):
-    """The bounds as an operator sets them, with real processes."""
+    """The limits as an operator sets them, with real processes."""
 
-    #: The smallest size; the filling of one file is a test's, so that a line more rotates it.
+    #: Bytes of the limit: its minimum. The test fills one file to it, so that the next line rotates the file.
     _BYTES = 100_000
 
     @inlineCallbacks
     def rotates(self, *argv: str, log: str, **variables: str) -> Iterator[Deferred[Any]]:
-        """See that a server with a full log and a pile of old ones keeps one old file."""
+        """Assert that a server with a full log and five old ones keeps one old file."""
         path = self.directory / log
         path.write_text("x" * self._BYTES)
         for number in range(1, 6):
@@ -335,18 +335,18 @@ class RoleLogTests(RoleTestCase):
         self.addCleanup(process.wait, PATIENCE_S)
         self.addCleanup(process.terminate)
         yield poll(lambda: "server listens on" in path.read_text(), "it runs", timeout=PATIENCE_S)
-        # A line more, which is the one that rotates.
+        # The stop logs another line, which rotates the file.
         process.terminate()
         process.wait(PATIENCE_S)
         kept = sorted(file.name for file in self.directory.glob(f"{log}*"))
         self.assertEqual(kept, [log, f"{log}.1"])
 
     def test_options(self) -> Deferred[Any]:
-        """The options of the role bound the file of twistd's ``--logfile``."""
+        """The options of the role limit the file of twistd's ``--logfile``."""
         return self.rotates("--logfile=s.log", "s2s-server", "--log-bytes=100000", "--log-files=1", log="s.log")
 
     def test_tac(self) -> Deferred[Any]:
-        """Under a tac file the environment does."""
+        """In a tac file the environment variables set the limits."""
         return self.rotates(
             "--logfile=t.log", f"--python={_TAC / 'server.tac'}", log="t.log", S2S_LOG_BYTES="100000", S2S_LOG_FILES="1"
         )

@@ -1,4 +1,4 @@
-"""Cycles that hold much memory in few objects: :mod:`s2s.runtime.memory`."""
+"""Garbage collection of reference cycles that hold much memory in few objects: :mod:`s2s.runtime.memory`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.waiting import poll
 
 
 class _Large:
-    """A cycle that holds some megabytes."""
+    """A reference cycle that holds some megabytes."""
 
     def __init__(self, size: int) -> None:
         self.body = bytearray(b"x" * size)
@@ -29,13 +29,13 @@ class MemoryTests(SynchronousTestCase):
     """:class:`Memory`."""
 
     def setUp(self) -> None:
-        """Let Python look for cycles by itself never."""
+        """Disable Python's automatic garbage collection."""
         gc.collect()
         gc.disable()
         self.addCleanup(gc.enable)
 
     def test_growth(self) -> None:
-        """Cycles are collected when the process has grown by the bound, of whatever generation, and not before."""
+        """Cycles of any generation are collected when the process has grown by ``GROWTH``, and not before."""
         for generation in (0, 2):
             with self.subTest(generation=generation):
                 watched = Memory()
@@ -52,7 +52,7 @@ class MemoryTests(SynchronousTestCase):
                 gc.collect()
 
     def test_what_is_in_use(self) -> None:
-        """Memory that is in use is looked at once, and not again at each check."""
+        """Growth by memory that is in use causes one collection, and not one at each check."""
         watched, kept = Memory(), bytearray(b"x" * (2 * GROWTH))
         watched.check()
         looks: list[Any] = []
@@ -61,7 +61,7 @@ class MemoryTests(SynchronousTestCase):
         self.assertEqual((looks, len(kept)), ([], 2 * GROWTH))
 
     def test_without_proc(self) -> None:
-        """Where the operating system does not say how large the process is, nothing is done."""
+        """Without ``/proc`` the check does nothing."""
         self.patch(memory, "_STATM", memory._STATM.with_name("nowhere"))
         Memory().check()
 
@@ -78,10 +78,10 @@ class _Keeps(CommandHandler):
 
 
 class HandlerTests(DatabaseTestCase):
-    """Handlers that leave such cycles."""
+    """Handlers that leave large cycles."""
 
     async def test_they_are_collected(self) -> None:
-        """Commands that fail with large cycles do not add up to more than the bound and one of them."""
+        """Of 64 failed commands that leave 8 MiB each, fewer than 32 are in memory at the end."""
         self.execute(
             "insert into s2s.commands (cmd_type, idem_key, payload)"
             " select 'test.keeps', i, '{}' from generate_series(1, 64) i"

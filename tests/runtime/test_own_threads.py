@@ -1,4 +1,4 @@
-"""Threads of our own, which nothing that a plug-in does takes away."""
+"""Threads of s2s, which a plug-in cannot use up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.waiting import poll
 
 
 def _fill_the_reactors(test: TestCase) -> None:
-    """Have every thread of the reactor wait until the test ends."""
+    """Block every thread of the reactor's pool until the test ends."""
     end = threading.Event()
     test.addCleanup(end.set)
     for _ in range(reactor.getThreadPool().max):
@@ -29,10 +29,10 @@ def _fill_the_reactors(test: TestCase) -> None:
 
 
 class OwnThreadsTests(DatabaseTestCase):
-    """:mod:`s2s.runtime.own_threads`, while a plug-in has all threads of the reactor."""
+    """:mod:`s2s.runtime.own_threads`, while a plug-in occupies all threads of the reactor."""
 
     async def test_the_database(self) -> None:
-        """Statements without a thread, the listener and the last words connect all the same."""
+        """Statements without a thread, the listener and the shutdown transaction still connect."""
 
         def one() -> Steps[list[tuple[int]]]:
             return (yield Query("select 1", ()))
@@ -49,7 +49,7 @@ class OwnThreadsTests(DatabaseTestCase):
         await poll(lambda: listener.is_connected, "the listener")
 
     async def test_host_names(self) -> None:
-        """A link to a host that is named is connected all the same."""
+        """A link to a host name still connects."""
         self.addCleanup(reactor.installNameResolver, reactor.nameResolver)
         own_threads.resolve_names(reactor)
         connected: Deferred[None] = Deferred()
@@ -64,10 +64,10 @@ class OwnThreadsTests(DatabaseTestCase):
 
 
 class RefusedTests(TestCase):
-    """An operating system that starts no further thread."""
+    """An operating system that refuses further threads."""
 
     def setUp(self) -> None:
-        """Let two threads start."""
+        """Let only two threads start."""
         start, started = threading.Thread.start, []
 
         def limited(thread: threading.Thread) -> None:
@@ -79,14 +79,14 @@ class RefusedTests(TestCase):
         self.patch(threading.Thread, "start", limited)
 
     def test_at_the_start(self) -> None:
-        """The number that is needed is named, with the cure, and no thread is left."""
+        """The error has the required number of threads and the cure, and no thread is left."""
         before = threading.active_count()
         with self.assertRaisesRegex(OperatorError, "needs 9 threads, and the operating system starts 2: .*TasksMax"):
             own_threads.check(5)
         self.assertEqual(threading.active_count(), before)
 
     async def test_later(self) -> None:
-        """A call that finds no thread fails, those that have one go on, and the pool can be stopped."""
+        """A call without a thread fails, running calls continue, and the pool can be stopped."""
         pool = ThreadPool(0, 3, "test")
         pool.threadFactory = own_threads.Thread
         pool.start()

@@ -1,4 +1,4 @@
-"""What a parent leaves of its signals: :mod:`s2s.runtime.signals`, and whatever starts a process of its own."""
+"""Signal settings inherited from a parent: :mod:`s2s.runtime.signals`, and every entry point of a process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from s2s.runtime import signals
 from tests.support.roles import PATIENCE_S, TWISTD, environment
 
 _ROOT = Path(__file__).parents[2]
-#: A parent that ignores SIGCHLD and blocks every signal that can be.
+#: A parent that ignores SIGCHLD and blocks every signal that can be blocked.
 _PARENT = """
 import os, signal, sys
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
 os.execv(sys.argv[1], sys.argv[1:])
 """
-#: Is imported at the end of each entry, and says what of the signals is left.
+#: A module that writes the signal settings of a process to a file at its end.
 _TELL = """
 import atexit, os, signal
 def tell():
@@ -37,7 +37,7 @@ atexit.register(tell)
 
 
 class ResetTests(SynchronousTestCase):
-    """Each kind of process, started by a parent that leaves it deaf."""
+    """Each kind of process, started by a parent that blocks all signals."""
 
     def left(self, *argv: str) -> str:
         """Start a program, and return the number of blocked signals and whether SIGCHLD is ignored at its end."""
@@ -58,13 +58,13 @@ class ResetTests(SynchronousTestCase):
         return told.read_text().strip()
 
     def test_the_parent(self) -> None:
-        """Without the cure it is left."""
+        """A process without the reset inherits the parent's settings."""
         blocked, is_ignored = self.left(sys.executable, "-c", "").split()
         self.assertGreater(int(blocked), 50)
         self.assertEqual(is_ignored, "True")
 
     def test_programs(self) -> None:
-        """The command line, the guardian of the database and both roles hear all signals and see how children end."""
+        """The command line, the guardian of the database and both roles unblock all signals and reset SIGCHLD."""
         for argv in (
             [str(Path(sys.executable).with_name("s2s")), "--version"],
             [sys.executable, "-m", "s2s.store.embedded.lease", "--guard", "/dev/null/x"],
@@ -77,11 +77,11 @@ class ResetTests(SynchronousTestCase):
                 self.assertEqual(self.left(*argv), "0 False")
 
     def test_a_handler(self) -> None:
-        """A handler of SIGCHLD that is set already stays."""
+        """An existing handler of SIGCHLD stays."""
         self.addCleanup(signal.signal, signal.SIGCHLD, signal.getsignal(signal.SIGCHLD))
 
         def handler(*_: object) -> None:
-            """Take it."""
+            """Do nothing."""
 
         signal.signal(signal.SIGCHLD, handler)
         signals.reset()

@@ -1,4 +1,4 @@
-"""Lines for people."""
+"""Status lines for operators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DigestTests(TestCase):
     """:class:`s2s.runtime.status_log.CounterSummary`."""
 
     def setUp(self) -> None:
-        """Collect the lines."""
+        """Collect the log events."""
         self.events: list[Any] = []
         globalLogPublisher.addObserver(self.events.append)
         self.addCleanup(globalLogPublisher.removeObserver, self.events.append)
@@ -26,11 +26,11 @@ class DigestTests(TestCase):
         self.digest.start()
 
     def lines(self) -> list[str]:
-        """Give the lines of interest."""
+        """Return the status lines."""
         return [formatEvent(event) for event in self.events if event["log_namespace"] == "s2s.runtime.status_log"]
 
     def test_tells_what_has_grown_once_a_second(self) -> None:
-        """Any number of commands makes one line a second, and none makes none."""
+        """Any number of commands causes one line a second, and no command causes none."""
         self.counters["run"] += 1000
         self.scheduler.advance(0.9)
         self.assertEqual(self.lines(), [])
@@ -39,7 +39,7 @@ class DigestTests(TestCase):
         self.digest.stop()
 
     def test_stop_tells_the_rest(self) -> None:
-        """What was counted last is not lost at the stop."""
+        """A stop reports the last counts."""
         self.counters["dead"] += 1
         self.digest.stop()
         self.assertEqual(self.lines(), ["commands: 1 dead"])
@@ -47,7 +47,7 @@ class DigestTests(TestCase):
         self.assertEqual(len(self.lines()), 1)
 
     def test_what_never_ends_is_told_less_and_less(self) -> None:
-        """The pause after a line doubles up to its bound while there is more to tell, and nothing is left out."""
+        """While counts grow the pause between lines doubles up to its limit, and every event is counted."""
         self.digest.stop()
         digest = CounterSummary("bounds met", lambda: self.counters, Clock(self.scheduler), longest_s=60)
         digest.start()

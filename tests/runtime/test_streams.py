@@ -15,10 +15,10 @@ from s2s.runtime.streams import LONGEST_LINE
 
 
 class LineTests(SynchronousTestCase):
-    """What is printed in a process whose streams are Twisted's log."""
+    """The output of ``print`` in a process whose streams are Twisted's log."""
 
     def setUp(self) -> None:
-        """Stand in for stdout and stderr as Twisted does."""
+        """Replace stdout and stderr as Twisted does."""
         self.events: list[LogEvent] = []
         log = Logger("printed", observer=self.events.append)
         for name, level in (("stdout", LogLevel.info), ("stderr", LogLevel.error)):
@@ -30,7 +30,7 @@ class LineTests(SynchronousTestCase):
         return [event["log_io"] for event in self.events]
 
     def test_lines(self) -> None:
-        """Lines are logged as they were printed, in however many pieces, at the level of their stream."""
+        """A line is logged as a whole, even if it was printed in pieces, at the level of its stream."""
         print("a", "b")
         print("c", end="")
         print("d\n\ne", file=sys.stderr)
@@ -39,7 +39,7 @@ class LineTests(SynchronousTestCase):
         self.assertEqual({event["log_level"] for event in self.events[1:4]}, {LogLevel.error})
 
     def test_no_end(self) -> None:
-        """Output that never ends its line is logged in lines of a bounded length, and none of it is lost."""
+        """Output without line ends is logged in lines of a limited length, without loss."""
         for _ in range(3 * LONGEST_LINE):
             print(".", end="")
         print("x" * 5 * LONGEST_LINE, end="")
@@ -48,7 +48,7 @@ class LineTests(SynchronousTestCase):
         self.assertEqual(self.lines()[-1], "x" * LONGEST_LINE)
 
     def test_another_stream(self) -> None:
-        """A stream that is not Twisted's log is left as it is."""
+        """A stream that is not Twisted's log is not changed."""
         self.patch(sys, "stdout", sys.__stdout__)
         streams.bound_lines()
         self.assertIs(sys.stdout, sys.__stdout__)
@@ -58,7 +58,7 @@ class OfferTests(SynchronousTestCase):
     """:func:`s2s.runtime.streams.offer`."""
 
     def test_a_reader_that_stands_still(self) -> None:
-        """A line for a full pipe is left out, and one for a pipe with room is written."""
+        """A line for a full pipe is dropped, and one for a pipe with room is written."""
         reader, writer = os.pipe()
         self.addCleanup(os.close, reader)
         with os.fdopen(writer, "w") as stdout:
@@ -74,10 +74,10 @@ class OfferTests(SynchronousTestCase):
 
 
 class EncodingTests(SynchronousTestCase):
-    """Arguments and variables in another encoding than UTF-8."""
+    """Arguments and variables that are not UTF-8."""
 
     def test_found(self) -> None:
-        """The first one is returned as ASCII, of a variable the name alone."""
+        """The first wrong value is returned: an argument in escaped form, and a variable by its name only."""
         for argv, variables, wrong in (
             (["caf\u00e9"], {"S2S_A": "\u00e9"}, ""),
             (["x", "caf\udce9"], {}, "caf\\udce9"),

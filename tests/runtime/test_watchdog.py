@@ -1,4 +1,4 @@
-"""The watchdog of CPU time; tests/roles/test_killers.py has it in a real process."""
+"""The watchdog of CPU time; tests/roles/test_killers.py tests it in a real process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from s2s.runtime import log_file, watchdog
 from s2s.runtime.watchdog import Watchdog
 from tests.support.waiting import PATIENCE_S
 
-#: A process with the watchdog, and more frames than a page holds, that computes without an end.
+#: A process with the watchdog that computes endlessly, with a stack trace longer than a page.
 _COMPUTE = """
 from twisted.internet.task import Clock
 from s2s.runtime import watchdog
@@ -33,10 +33,10 @@ deep(90)
 
 
 class WatchdogTests(SynchronousTestCase):
-    """With the clock of the test, and the timer of this process."""
+    """The watchdog with a fake clock, and the timer of this process."""
 
     def setUp(self) -> None:
-        """Start it."""
+        """Start the watchdog."""
         self.time = Clock()
         self.patch(watchdog, "HELD_S", 1000.0)
         self.watchdog = Watchdog(self.time)
@@ -48,13 +48,13 @@ class WatchdogTests(SynchronousTestCase):
         return signal.getitimer(signal.ITIMER_PROF)[0]
 
     def test_each_second(self) -> None:
-        """Each second of a reactor that turns sets the timer again."""
+        """A reactor that iterates resets the timer each second."""
         signal.setitimer(signal.ITIMER_PROF, 500.0)
         self.time.advance(1.0)
         self.assertGreater(self.left_s(), 900.0)
 
     def test_without_a_log(self) -> None:
-        """A log that cannot be had, as while it is rotated or without descriptors, ends no process that answers."""
+        """An error of the log, as during a rotation or without free descriptors, does not stop the watchdog."""
         for error in (OSError("too many open files"), ValueError("closed file"), AttributeError("no file")):
 
             def fail(error: Exception = error) -> int:
@@ -68,30 +68,30 @@ class WatchdogTests(SynchronousTestCase):
         self.assertEqual(len(self.time.getDelayedCalls()), 1)
 
     def test_stop(self) -> None:
-        """A watchdog that was stopped ends nothing, and leaves nothing behind."""
+        """A stopped watchdog leaves no timer and no signal handler."""
         self.watchdog.stop()
         self.assertEqual(self.left_s(), 0.0)
         self.assertEqual(self.time.getDelayedCalls(), [])
         self.assertEqual(signal.getsignal(watchdog.SIGNAL), signal.SIG_DFL)
 
     def test_meaning(self) -> None:
-        """The signal of the watchdog is told with its reason; every other signal is told by its name."""
+        """The watchdog's signal is described with its reason, and every other signal by its name."""
         self.assertIn("without an answer", watchdog.meaning(watchdog.SIGNAL))
         self.assertEqual(watchdog.meaning(signal.SIGKILL), "SIGKILL")
 
 
 class FullTests(SynchronousTestCase):
-    """A process whose stderr, a pipe or a socket, nobody reads."""
+    """A process whose stderr is a pipe or a socket that nobody reads."""
 
     def ends(self, stderr: int) -> None:
-        """See that a process that computes is ended."""
+        """Assert that the watchdog ends a computing process."""
         process = subprocess.Popen([sys.executable, "-c", _COMPUTE], stderr=stderr, stdout=subprocess.DEVNULL)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         self.assertEqual(process.wait(PATIENCE_S), -watchdog.SIGNAL)
 
     def test_a_full_pipe(self) -> None:
-        """It ends, though its stacks find no room: where the pipe is full, and where it takes a part of them."""
+        """The process ends although its stack traces do not fit into the pipe, or only in part."""
         for taken in (0, select.PIPE_BUF):
             with self.subTest(taken=taken):
                 read, write = os.pipe()
@@ -102,7 +102,7 @@ class FullTests(SynchronousTestCase):
                 self.ends(write)
 
     def test_a_full_socket(self) -> None:
-        """So it does where they have no room in a socket."""
+        """The process ends although its stack traces do not fit into the socket."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
             ours.setblocking(False)
@@ -113,7 +113,7 @@ class FullTests(SynchronousTestCase):
             self.ends(ours.fileno())
 
     def test_a_pipe_with_room(self) -> None:
-        """The stacks are in a pipe that is read."""
+        """The stack traces are written to a pipe that is read."""
         done = subprocess.run([sys.executable, "-c", _COMPUTE], capture_output=True, text=True, check=False)
         self.assertEqual(done.returncode, -watchdog.SIGNAL)
         self.assertIn("most recent call first", done.stderr)
