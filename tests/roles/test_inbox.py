@@ -196,7 +196,7 @@ class InboxTests(DatabaseTestCase):
         self.assertEqual(self.flushLoggedErrors(), [])
 
     async def test_a_key_that_another_session_holds(self) -> None:
-        """A push whose key another session locks is told to retry, and delays no other push, then or later."""
+        """A push whose key another session locks gets a retryable error, and delays no other push, then or later."""
         database = Database(self.url, threads=1, statement_timeout_s=2.0)
         database.start()
         self.addCleanup(database.stop)
@@ -232,7 +232,7 @@ class InboxTests(DatabaseTestCase):
         self.assertEqual(self.execute("select count(*) from s2s.commands"), [(10,)])
 
     async def test_a_slow_trigger(self) -> None:
-        """A push for which a trigger takes too long is told to retry, and the others are accepted."""
+        """A push for which a trigger takes too long gets a retryable error, and the others are accepted."""
         database = Database(self.url, threads=1, statement_timeout_s=2.0)
         database.start()
         self.addCleanup(database.stop)
@@ -245,7 +245,7 @@ class InboxTests(DatabaseTestCase):
         self.assertEqual([result[0] for result in results], [False, DbUnavailable, False])
 
     async def test_an_exhausted_sequence(self) -> None:
-        """Pushes that get no number for a command may be sent again, and the log names the cure once."""
+        """If the sequence of command ids is exhausted pushes get a retryable error, and the log names the cure once."""
         self.execute("alter sequence commands_cmd_id_seq maxvalue 100; select setval('s2s.commands_cmd_id_seq', 100)")
         with capturedLogs() as told:
             results = await self.push_all([_push(f"k{i}") for i in range(20)])
@@ -257,7 +257,7 @@ class InboxTests(DatabaseTestCase):
         self.assertIn("maximum value", self.inbox.condition)
 
     async def test_rows_that_are_taken_away(self) -> None:
-        """A key that a foreign trigger discards is refused, and the others are accepted."""
+        """A push whose key a trigger discards is refused, and the others are accepted."""
         self.execute(
             "create function eat() returns trigger language plpgsql set search_path from current as"
             " $$ begin if new.idem_key = 'k1' then return null; end if; return new; end $$;"
@@ -309,7 +309,7 @@ class InboxTests(DatabaseTestCase):
         )
 
     async def test_the_database_dies_under_a_batch(self) -> None:
-        """If the connection breaks during a batch its pushes are told to retry; the next batch is committed."""
+        """If the connection breaks during a batch its pushes get a retryable error; the next batch is committed."""
         with blocking(self.url, "the lock's holder") as txn:
             txn.execute("lock table s2s.idempotency_keys")
             answers = [self.inbox.push(_push(f"k{i}")) for i in range(3)]
@@ -426,7 +426,7 @@ class BatchTests(SynchronousTestCase):
         self.assertEqual(self.sizes, [1, 2, inbox.ENOUGH_PUSHES, inbox.ENOUGH_PUSHES])
 
     def test_few_that_came_while_many_were_committed(self) -> None:
-        """Even a small batch is sent to the database before a large one is answered, which takes time."""
+        """A small batch is sent to the database before the replies to a large one, because the replies take time."""
         _, *many = self.push_all("k", 1 + inbox.ENOUGH_PUSHES)
         self.database.commit()
         self.push_all("few", 1)

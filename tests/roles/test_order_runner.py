@@ -77,7 +77,7 @@ class OrderRunnerTests(DatabaseTestCase):
         name: str = "engine-1",
         timeout_s: float = 60.0,
     ) -> OrderRunner:
-        """Start a runner, with a pool of its own, that ends with the test.
+        """Start a runner, with its own pool, that stops at the end of the test.
 
         :param work: the work of an order about a sector.
         :param ticks: the work of a forced tick.
@@ -93,7 +93,7 @@ class OrderRunnerTests(DatabaseTestCase):
         return runner
 
     def give(self, order_id: str, rpc: str = SECTOR, **params: Any) -> None:
-        """Put an order into the table."""
+        """Insert an order into the table."""
         valid = {SECTOR: {"sector_id": 1, "status": "neutral"}, TICK: {"job_type": "decay"}}[rpc]
         text = json.dumps({**valid, **params})
         self.execute("insert into s2s.orders (order_id, rpc, params) values (%s, %s, %s::jsonb)", order_id, rpc, text)
@@ -148,7 +148,7 @@ class OrderRunnerTests(DatabaseTestCase):
     # --- outcomes ---------------------------------------------------------------------------------------------------
 
     async def test_outcomes(self) -> None:
-        """The outcome of an order is in its row; its work is undone if it is refused, fails or has a bad result."""
+        """The outcome of an order is in its row; a refusal, a failure or an invalid result rolls its work back."""
 
         def work(txn: Cursor, order: OrderRun) -> Outcome:
             match order.params["sector_id"]:
@@ -231,7 +231,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual(self.steps(), [("good", "{}")])
 
     async def test_lines_are_bounded(self) -> None:
-        """However many orders come, the lines of a minute are bounded, and the others are counted."""
+        """The number of log lines a minute is limited, and further orders are counted."""
         self.patch(order_runner, "MOST_LINES", 5)
         self.execute(
             "insert into s2s.orders (order_id, rpc, params)"
@@ -248,7 +248,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertIn("further orders: 15 done: see s2s order list", lines)
 
     async def test_an_actor_of_any_hand(self) -> None:
-        """An actor that was written into the table by hand, however long, makes a harmless line."""
+        """A long actor with control characters, written by hand, is logged in one bounded, printable line."""
         self.give("o")
         self.execute("update s2s.orders set actor = e'\\x1b[31m' || repeat('x', 2000)")
         with capturedLogs() as logs:
@@ -273,7 +273,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual(self.steps(), [("o", "{}")])
 
     async def test_spoiled(self) -> None:
-        """A step that the database makes fail, as by a deadlock, is retried until it succeeds."""
+        """A step that fails for a reason of the database, such as a statement timeout, is retried until it succeeds."""
         tries: list[int] = []
 
         def work(txn: Cursor, order: OrderRun) -> Outcome:
@@ -288,7 +288,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual((self.row("heals", "status, attempts"), len(tries)), (("done", 4), 4))
 
     async def test_it_does_not_get_on(self) -> None:
-        """An order during which one process after another has died is given up."""
+        """An order fails after ``MOST_ATTEMPTS`` attempts, as when each process that ran it has died."""
         self.give("o")
         self.execute("update s2s.orders set attempts = %s", order_runner.MOST_ATTEMPTS)
         self.start(lambda *_: None)
@@ -298,7 +298,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual(self.steps(), [])
 
     async def test_errors_that_cannot_be_told(self) -> None:
-        """Whatever a plug-in raises, the order is over at once, with as much of the error as can be stored."""
+        """An error of a plug-in that cannot be stored completely ends the order at once, and is stored in part."""
 
         class Silent(Exception):
             def __str__(self) -> str:
@@ -323,10 +323,10 @@ class OrderRunnerTests(DatabaseTestCase):
         self.assertEqual(self.row("o3"), ("refused", {"code": "not_found", "message": "odd"}))
         self.assertEqual(self.row("o4"), ("refused", {"code": "not_found", "message": "long"}))
 
-    # --- who runs it ------------------------------------------------------------------------------------------------
+    # --- distribution over workers and engines ----------------------------------------------------------------------
 
     async def test_a_row_that_cannot_be_changed(self) -> None:
-        """An order whose row a trigger protects is named by its id, and those behind it run."""
+        """An order whose row a trigger protects is named by its id, and later orders run."""
         self.execute(
             "create function keep() returns trigger language plpgsql set search_path from current as $$ begin"
             " if new.order_id in ('first', 'begun') and (new.order_id = 'first' or new.status <> 'queued')"

@@ -1,4 +1,4 @@
-"""Orders run once in every case: by link and by table at once, and by engines that are killed."""
+"""Every order runs once, even if it is given by link and by table at once, or its engine is killed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class OrderTestCase(RoleTestCase):
     """Engines, and a test peer as their server."""
 
     def setUp(self) -> None:
-        """Listen."""
+        """Listen for the engine's connection."""
         super().setUp()
         self.listening = ListeningPeer()
         self.addCleanup(self.listening.close)
@@ -39,7 +39,7 @@ class OrderTestCase(RoleTestCase):
         return peer
 
     def give(self, order_id: str, rpc: str, params: Frame) -> None:
-        """Insert an order into the table only."""
+        """Insert an order into the table, without sending it over the link."""
         self.execute(
             "insert into s2s.orders (order_id, rpc, params) values (%s, %s, %s::jsonb)",
             order_id,
@@ -137,7 +137,7 @@ class LongOrderTests(OrderTestCase):
 
     @inlineCallbacks
     def test_killed_in_the_middle(self) -> Iterator[Deferred[Any]]:
-        """An order whose engine is killed three times goes on where it was: no ship is missed or changed twice."""
+        """An order whose engine is killed three times continues where it was: no ship is missed or changed twice."""
         self.make_ships(1_000_000)
         engine = self.engine(free_port())
         yield engine.start()
@@ -157,7 +157,7 @@ class LongOrderTests(OrderTestCase):
 
     @inlineCallbacks
     def test_health_meanwhile(self) -> Iterator[Deferred[Any]]:
-        """During a long order the link is served: it is running after two seconds, and short orders overtake it."""
+        """During a long order, which is answered as running, the engine answers health checks and runs short orders."""
         self.make_ships(200_000)
         self.execute(
             "create function dawdle() returns trigger language plpgsql set search_path from current as"

@@ -35,7 +35,7 @@ class CheckTests(DatabaseTestCase):
         )
 
     def test_a_table_without_its_key(self) -> None:
-        """A missing primary key is named before a sequence, whose largest id is found by it."""
+        """A missing primary key is reported before a sequence, because the check of a sequence uses that key."""
         self.execute(
             "alter table s2s.notices drop constraint notices_pkey;"
             " insert into s2s.commands (cmd_id, cmd_type, idem_key, payload) values (9, 'a.b', 'k', '{}')"
@@ -50,7 +50,7 @@ class CheckTests(DatabaseTestCase):
         self.assertIn("s2s keys add --role engine", str(refused))
 
     def test_a_key_just_made_can_sign(self) -> None:
-        """A key is checked by the clock that dated it, that of the database."""
+        """The validity of a key is checked by the clock of the database, which set its times."""
         self.add("k", "any")
         self.assertEqual([row.key_id for row in preflight.check(self.url, "engine").rows], ["k"])
 
@@ -83,13 +83,13 @@ class CheckTests(DatabaseTestCase):
         self.assertNotIn("\n", str(refused))
 
     def test_make_ready_twice(self) -> None:
-        """The embedded database gets one key, however often it is prepared."""
+        """The embedded database gets one key, even if it is prepared repeatedly."""
         self.assertEqual(preflight.make_ready(self.url), ["made a random key: k1"])
         self.assertEqual(preflight.make_ready(self.url), [])
         self.assertNotIn(self.url, repr(preflight.Place(self.url)))
 
     def test_a_database_that_does_not_answer(self) -> None:
-        """A database that accepts the connection and does not answer has a line, and is given up after a while."""
+        """A database that accepts the connection and does not answer is reported, and refused after a timeout."""
         self.patch(interruptible, "LATE_S", 0.1)
         self.patch(preflight, "LOOK_S", 0.5)
         self.patch(sys, "__stderr__", None)
@@ -112,7 +112,7 @@ class WhenReadyTests(SynchronousTestCase):
         self.looks = 0
 
     def look(self, *errors: Exception) -> str:
-        """Check, and meet these errors before the database is available."""
+        """Run ``when_ready`` with a check that raises these errors before it succeeds."""
         left = list(errors)
 
         def look() -> str:
@@ -135,7 +135,7 @@ class WhenReadyTests(SynchronousTestCase):
         self.assertRegex(lines[0], "is starting up.*trying again for up to 60 s")
 
     def test_a_database_that_starts_again(self) -> None:
-        """A stopped PostgreSQL that does not listen until it starts is awaited for as long."""
+        """A PostgreSQL that was shutting down may refuse connections for longer than ``NOBODY_S``."""
         self.patch(preflight, "NOBODY_S", 1e-9)
         stops, refused = DatabaseUnavailable("the database system is shutting down"), DatabaseUnavailable("refused")
         self.assertEqual(self.look(stops, refused, refused), "ready")
@@ -154,14 +154,14 @@ class WhenReadyTests(SynchronousTestCase):
                 self.assertEqual(self.looks, 1)
 
     def test_what_lasts(self) -> None:
-        """The wait is limited, and its reason is the line of the refusal."""
+        """The wait is limited, and the error has its reason."""
         self.patch(preflight, "NOBODY_S", 0.1)
         refused = self.assertRaises(OperatorError, self.look, *[DatabaseUnavailable("Connection refused")] * 10**6)
         self.assertIn("Connection refused", str(refused))
 
 
 class FullTests(DatabaseTestCase):
-    """A user who has no connection left for a moment."""
+    """A database user whose connection limit is reached."""
 
     def setUp(self) -> None:
         """Create the user."""
@@ -188,7 +188,7 @@ class FullTests(DatabaseTestCase):
         self.assertEqual(preflight.when_ready(look), self.user)
 
     def test_it_is_ended(self) -> None:
-        """SIGTERM ends a role at once that waits at its start."""
+        """SIGTERM at once ends a role that waits at its start."""
         process = subprocess.Popen(
             [TWISTD, "-n", "--pidfile=", "s2s-server", "--http", "off"],
             env=environment(**{DATABASE_VARIABLE: self.limited}),

@@ -240,7 +240,7 @@ class RevocationTests(SharedServerTestCase):
 
     @inlineCallbacks
     def test_the_last_key_counts(self):
-        """A peer that signs with another key by then keeps its link; one that returned to the revoked key does not."""
+        """A peer that signs with another key now keeps its link; one that returned to the revoked key does not."""
         key = self.new_key()
         forth, back = self.linked(key), self.linked(K1)
         forth.key, back.key = K1, key

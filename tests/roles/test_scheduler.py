@@ -70,7 +70,7 @@ class SchedulerTestCase(DatabaseTestCase):
     def start(
         self, *jobs: Job, condition: EngineState | None = None, timeout_s: float = 60.0, boot_id: str = "boot-1"
     ) -> Scheduler:
-        """Start a scheduler, with a pool of its own, that ends with the test."""
+        """Start a scheduler, with its own pool, that stops at the end of the test."""
         condition = condition or EngineState()
         condition.wanted = condition.wanted or "running"
         database, handlers = self.pools("s2s-jobs", timeout_s=timeout_s)
@@ -120,11 +120,11 @@ class SchedulerTestCase(DatabaseTestCase):
         return [key for (key,) in self.execute("select idem_key from s2s.outbox order by outbox_id")]
 
     def rush(self, job_type: str = "tick") -> None:
-        """Let a job be tried again now."""
+        """Make the retry of a job due now."""
         self.execute("update s2s.jobs set retry_at = now(), error = null where job_type = %s", job_type)
 
     def pause_long(self) -> None:
-        """Let nothing be tried again by itself, however slow this machine is."""
+        """Prevent automatic retries, even on a slow machine."""
         self.patch(table, "PAUSE", "interval '1 hour'")
 
     def end_connections(self) -> None:
@@ -166,7 +166,7 @@ class TimeTests(SchedulerTestCase):
             self.assertTrue(due_at <= now)
 
     async def test_catching_up(self) -> None:
-        """Missed times are made up for by one run with its own due time; the next one follows the schedule."""
+        """One run replaces all missed ones, and has its own due time; the next one follows the schedule."""
         self.due("tick")
         scheduler = self.start(_Job("tick", lambda _, __: {"caught": 1}))
         await self.reached("runs > 0")
@@ -342,7 +342,7 @@ class FailureTests(SchedulerTestCase):
     """Jobs that fail."""
 
     async def test_a_run_that_raises(self) -> None:
-        """A failed run is undone, shown, and retried after 2, 4, 8 … 300 s as the same run, until it succeeds."""
+        """A failed run is rolled back, recorded, and retried with its key after 2, 4, 8 … 300 s until it succeeds."""
         seen: list[tuple[str, int]] = []
 
         def work(txn: Cursor, run: JobRun) -> None:
@@ -381,7 +381,7 @@ class FailureTests(SchedulerTestCase):
         self.assertEqual([each["attempts"] for each in told], [1, 2, 3])
 
     async def test_kinds_of_failures(self) -> None:
-        """Every kind of misbehaviour counts as the job's own failure, shown and undone; the other jobs go on."""
+        """Every kind of misbehaviour is recorded as the job's failure and rolled back; the other jobs continue."""
 
         def swallow(txn: Cursor, run: JobRun) -> None:
             with contextlib.suppress(psycopg2.Error):
@@ -436,7 +436,7 @@ class FailureTests(SchedulerTestCase):
         self.assertEqual(self.flushLoggedErrors(), [])
 
     async def test_a_job_that_ends_its_transaction(self) -> None:
-        """A job that commits or rolls back by itself has failed, which is shown; nothing else is committed with it."""
+        """A job that commits or rolls back by itself fails, with an error in its row; no other change is committed."""
         works: dict[str, Work] = {
             "commits": lambda txn, _: txn.connection.commit(),
             "says_commit": lambda txn, _: txn.execute("commit"),
@@ -493,7 +493,7 @@ class FailureTests(SchedulerTestCase):
         self.assertEqual([key for key, _ in self.effects() if not key.startswith("tick")], [])
 
     async def test_a_connection_that_is_lost(self) -> None:
-        """A job during which the connection ends, as when its process dies, is undone and retried after a pause."""
+        """A job whose connection ends, as when its process dies, is rolled back and retried after a pause."""
         calls: list[str] = []
 
         def work(txn: Cursor, run: JobRun) -> None:
@@ -577,7 +577,7 @@ class StepTests(SchedulerTestCase):
     """Runs of more than one step."""
 
     def count_to(self, last: int) -> Work:
-        """Return a function that runs this many steps."""
+        """Return the work of a job with this many steps."""
 
         def work(txn: Cursor, run: JobRun) -> Outcome:
             at = run.state.get("at", 0) + 1
@@ -843,7 +843,7 @@ class ConditionTests(SchedulerTestCase):
         await self.reached("runs = 1", "other")
 
     async def test_paused_while_it_looks(self) -> None:
-        """A pause between the attempt and the step is in force: the attempt is given back."""
+        """A pause between the attempt and the step takes effect: the attempt is given back."""
         condition = EngineState()
         attempt, release = table.attempt, table.release
         released: list[Any] = []
@@ -900,7 +900,7 @@ class ConditionTests(SchedulerTestCase):
         await self.reached("runs = 1")
 
     async def test_settings(self) -> None:
-        """Each step gets the settings of its own time, also those set meanwhile, and the limit of a frame."""
+        """Each step gets the settings at its start, including those set during the run, and the frame size limit."""
         seen: list[Any] = []
         key = "job.decay.rate_permille"
 

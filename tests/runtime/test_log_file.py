@@ -221,7 +221,7 @@ class PipeTests(SynchronousTestCase):
         return os.read(self.read, select.PIPE_BUF).decode()
 
     def test_nobody_reads(self) -> None:
-        """Events for a pipe that nobody reads are lost after one short wait; the next written event has their number."""
+        """Events for a pipe that nobody reads are lost after one short wait; their number precedes the next event."""
         self.log.write("0 first\n")
         began = time.monotonic()
         for number in range(1, 101):
