@@ -162,7 +162,7 @@ class OnceTests(SynchronousTestCase):
             self.assertIs(self.assertRaises(type(lost), steps.throw, lost), lost)
 
     def test_given(self) -> None:
-        """An order that is stored is returned as queued, whatever error the wait for it has."""
+        """An order that is stored is returned with status 202, whatever error the wait for it has."""
         now = datetime.now(timezone.utc)
         row = orders.Order(
             "1", "x", {}, "me", None, "queued", None, None, 0, None, None, now, None, None, progress=None

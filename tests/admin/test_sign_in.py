@@ -173,7 +173,7 @@ class SignInTests(SynchronousTestCase):
             self.assertIsInstance(self.try_("Bearer x"), AuthBad)
 
     def test_the_limit_at_once(self) -> None:
-        """The limit holds for concurrent attempts; valid tokens and unfinished look-ups do not count."""
+        """The limit holds for concurrent attempts; valid tokens and failed look-ups do not count."""
         trying = [self.trying(f"Bearer {make('x')}") for _ in range(FAILURES + 9)]
         self.time.advance(sign_in.UNKNOWN_GAP_S)
         told = [type(self.successResultOf(each)) for each in trying]

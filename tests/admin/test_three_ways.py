@@ -358,7 +358,7 @@ class RowTests(ThreeWaysTestCase):
 
     @inlineCallbacks
     def test_what_the_shell_has_no_word_for(self) -> Iterator[Deferred[Any]]:
-        """Single rows, single settings and the catalogue are available to the client and to bare requests only."""
+        """Operations that no command calls have the same effect by the client and by a bare request."""
         yield self.without_the_shell(CLIENT_ONLY)
 
     @inlineCallbacks

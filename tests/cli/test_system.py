@@ -282,7 +282,7 @@ class StandbyTests(ProcessTestCase):
 
     @inlineCallbacks
     def test_no_standby(self) -> Any:
-        """Commands report a COMMIT that waits for a standby, a lock that it holds, and a queue for the lock."""
+        """Commands report a COMMIT that waits for a standby, its lock, and the queue for the lock; all end well."""
         first, saying = yield self.late("k1")
         self.assertIn("waits until a synchronous standby confirms its COMMIT: see synchronous_standby_names", saying)
         second, saying = yield self.late("k2")

@@ -62,7 +62,7 @@ class CheckTests(DatabaseTestCase):
         self.assertRaises(NoSigningKey, preflight.check, self.url, "server")
 
     def test_a_key_that_a_wrong_clock_has_dated(self) -> None:
-        """A key created while the clock of the database was ahead signs at once, and its row does not change."""
+        """A key created while the clock of the database was ahead signs at once, and its times are corrected."""
         self.add("k", "any")
         self.execute("update s2s.s2s_keys set created_at = now() + '2 hours', active_from = now() + '2 hours'")
         self.assertEqual([row.key_id for row in preflight.check(self.url, "engine").rows], ["k"])

@@ -61,7 +61,7 @@ class LogFileTests(SynchronousTestCase):
         self.assertTrue(all(path.stat().st_size < 1200 for path in self.directory.iterdir()))
 
     def test_files_of_an_unbounded_past(self) -> None:
-        """Surplus rotated files of an earlier configuration are removed at the next rotation."""
+        """Surplus rotated files from the time before the limit are removed at the next rotation."""
         for number in range(1, 31):
             (self.directory / f"role.log.{number}").write_text("old")
         log_file.bound(1000, 2)
