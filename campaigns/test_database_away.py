@@ -69,7 +69,7 @@ class AwayTests(TestCase):
 
     def count(self, what: str) -> int:
         """Return the number of rows of a table, or of the part that a WHERE clause selects."""
-        return int(self.execute(f"select count(*) from {what}")[0][0])
+        return int(self.execute(f"select count(*) from s2s.{what}")[0][0])
 
     @inlineCallbacks
     def test_away(self):
