@@ -208,9 +208,14 @@ def sweep_keys(txn: Cursor, since: str = "-infinity") -> tuple[int, str | None]:
 
 def _remove_keys(txn: Cursor, idem_keys: Sequence[str]) -> int:
     txn.execute("delete from s2s.idempotency_keys where idem_key = any(%s)", (list(idem_keys),))
+    return _removed(txn, "s2s.idempotency_keys", len(idem_keys))
+
+
+def _removed(txn: Cursor, table: str, expected: int) -> int:
+    """Return how many rows the last statement removed, and note for the operator if fewer than expected."""
     removed = txn.rowcount
-    if removed < len(idem_keys):
-        note(txn, "delete", "s2s.idempotency_keys")
+    if removed < expected:
+        note(txn, "delete", table)
     return removed
 
 
@@ -249,7 +254,4 @@ def _redate_requests(txn: Cursor, request_ids: Sequence[int]) -> int:
 
 def _remove_requests(txn: Cursor, request_ids: Sequence[int]) -> int:
     txn.execute("delete from s2s.steering where request_id = any(%s::bigint[])", (list(request_ids),))
-    removed = txn.rowcount
-    if removed < len(request_ids):
-        note(txn, "delete", "s2s.steering")
-    return removed
+    return _removed(txn, "s2s.steering", len(request_ids))
