@@ -66,8 +66,8 @@ class LinkFactory(Factory):
         self.counters.meet("replay_cache")
         if self.peer_lines.may_tell(f"the key {key_id}", FRAMES, "the replay cache has no room"):
             self.log.warn(
-                "requests signed by the key {key_id} are refused: it has sent so many that the replay cache has no room"
-                " for more of it: see which process sends them, or s2s keys revoke",
+                "requests signed by the key {key_id} are refused: the replay cache has no room for more of them:"
+                " see which process sends them, or s2s keys revoke",
                 key_id=key_id,
             )
 

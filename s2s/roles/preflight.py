@@ -29,7 +29,7 @@ T = TypeVar("T")
 #: Seconds for which a start waits until the database lets it in: a PostgreSQL that starts, or has all its connections
 #: taken, says so itself.
 PASSES_S: Final = 60.0
-#: Seconds of silent waiting if nobody answers: a wrong URL is reported soon, but 5 starts take over 10 s, so that
+#: Seconds of silent waiting if no server answers: a wrong URL is reported soon, but 5 starts take over 10 s, so that
 #: systemd does not give up.
 NOBODY_S: Final = 5.0
 #: Seconds that one look may take: more than the timeout of a statement, which says more.
@@ -68,7 +68,7 @@ def find_database(given: str | None, state_dir: Path) -> Place:
 
 
 def make_ready(url: str) -> list[str]:
-    """Migrate, and make the first key; for the embedded database only, which nobody else prepares.
+    """Migrate, and make the first key; for the embedded database only, which no operator prepares.
 
     :returns: what was done, a sentence each.
     """

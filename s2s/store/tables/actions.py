@@ -1,4 +1,4 @@
-"""Actions of operators on rows of a table. An action applies only to rows in certain states that nobody has locked.
+"""Actions of operators on rows of a table. An action applies only to unlocked rows in certain states.
 
 Rows are locked before they are changed, and rows that another transaction has locked are skipped. So an action never
 waits for a worker, a relay or a push, and cannot deadlock with them.
