@@ -95,8 +95,7 @@ class AsyncConnection:
         assert self._done is None, "one thing after the other"
         self._done = done
         if self._conn is not None and self._ears.poll(0):
-            # Input on an idle connection can only mean that the connection ends.
-            self._drop()
+            self._drop()  # as doRead() does, which the reactor has not called yet
         self._send(query)
 
     def run(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
@@ -332,8 +331,15 @@ class AsyncConnection:
     # --- called by the reactor -----------------------------------------------------------------------------------
 
     def doRead(self) -> None:
-        """Read the database's answer; on an idle connection, input can only mean that the connection ends."""
-        self._advance()
+        """Read the database's answer; on an idle connection, input can only mean that the connection ends.
+
+        PostgreSQL sends the reason first and closes the socket later, so the reason alone ends the connection: a
+        statement sent between the two would fail.
+        """
+        if self._done is None:
+            self._drop()
+        else:
+            self._advance()
 
     def doWrite(self) -> None:
         """Write the rest of a statement."""

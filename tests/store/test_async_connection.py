@@ -9,8 +9,10 @@ from typing import Any
 from unittest import mock
 
 import psycopg2
+from psycopg2.extensions import parse_dsn
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.endpoints import UNIXClientEndpoint
 from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 
 from s2s.errors import DatabaseUnavailable, StatementRefused
@@ -18,6 +20,7 @@ from s2s.protocol.limits import Counters
 from s2s.store import async_connection, driver
 from s2s.store.driver import Query, Steps
 from s2s.store.pool import Database, blocking
+from tests.support import proxy
 from tests.support.cluster import Cluster
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
@@ -178,6 +181,19 @@ class LineTests(DatabaseTestCase):
             self.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s line'")
             await poll(lambda: not self.backends(), "the connection ends")
             self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
+
+    async def test_ended_but_not_closed(self) -> None:
+        """A connection that PostgreSQL has ended, and whose socket it has not closed yet, gets no further statement."""
+        place = parse_dsn(self.url)
+        through = proxy.Proxy(0, UNIXClientEndpoint(reactor, f"{place['host']}/.s.PGSQL.{place['port']}"))
+        await through.start()
+        self.addCleanup(through.stop)
+        database = self.start(f"postgresql://{place['user']}@127.0.0.1:{through.port}/{place['dbname']}")
+        await database.run_steps(_ask, "select 1")
+        with mock.patch.object(proxy._End, "connectionLost"):
+            self.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s line'")
+            await poll(lambda: database._line._conn is None, "the database's last message is read")
+            self.assertEqual(await database.run_steps(_ask, "select 1"), [(1,)])
 
     async def test_lost_under_way(self) -> None:
         """A connection lost during a statement raises DatabaseUnavailable, and the next statement opens a new one."""
