@@ -253,6 +253,18 @@ def savepoint(txn: Cursor, before: str = "", after: str = "") -> Iterator[None]:
         raise
 
 
+def check_constraints(txn: Cursor) -> None:
+    """Check the deferred constraints now, and fire the deferred triggers, as the COMMIT will do once more.
+
+    SET CONSTRAINTS cannot restore the mode of each constraint, so a rollback to a savepoint restores them. Each check
+    covers all changes of the transaction so far.
+    """
+    name = f"{_SAVEPOINT}_constraints"
+    txn.execute(
+        f"savepoint {name}; set constraints all immediate; rollback to savepoint {name}; release savepoint {name}"
+    )
+
+
 @contextmanager
 def refusable(txn: Cursor) -> Iterator[None]:
     """Undo the changes made inside if the body raises, and convert a refusal of the database into our error.

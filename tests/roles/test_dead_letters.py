@@ -112,7 +112,8 @@ class CommandsTests(_CliTestCase):
             [("ready", 0, None, True)] * 2,
         )
         with blocking(self.url) as txn:
-            self.assertEqual(Ready().candidates(txn, 10), [(dead, 0), (cancelled, 0)])
+            found = Ready().candidates(txn, 10)
+            self.assertEqual([(each.cmd_id, each.attempts) for each in found], [(dead, 0), (cancelled, 0)])
 
     def test_each_id_has_its_answer(self) -> None:
         """An id that does not exist or is in another state has a line with the cure; the others are processed."""
@@ -156,7 +157,7 @@ class CommandsTests(_CliTestCase):
         self.assertEqual(self.execute("select status, finished_at is null from s2s.commands"), [("cancelled", False)])
         with blocking(self.url) as txn:
             self.assertEqual(commands.take(txn, [cmd_id]), [])
-            self.assertEqual(commands.charge(txn, [(cmd_id, "ProcessDied")]), 0)
+            self.assertEqual(commands.charge(txn, [commands.Charge(cmd_id, "ProcessDied")]), 0)
             self.assertEqual(claims.claim(txn, "boot", 0, 10), [])
         self.assertEqual(self.statuses(), ["cancelled"])
 

@@ -22,6 +22,7 @@ from s2s.store import poll_loop, pool
 from s2s.store.driver import Cursor
 from s2s.store.kept_rows import KEPT
 from s2s.store.tables import claims
+from s2s.store.tables.commands import Charge
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import pause, poll
 
@@ -337,7 +338,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.execute("select attempts, finished_at is not null from s2s.commands"), [(10, True)])
 
     async def test_what_fails_at_the_commit(self) -> None:
-        """The commands of a batch whose COMMIT is refused run alone, and only the one at fault is charged."""
+        """The commands of a batch whose COMMIT is refused run again, and only the one at fault is charged."""
         self.insert("a", "b")
         self.insert("twice", "again", do="late")
         self.execute("insert into public.checked_late select cmd_id from s2s.commands where idem_key = 'twice'")
@@ -349,8 +350,37 @@ class ExecutorTests(DatabaseTestCase):
             dict(self.execute("select idem_key, attempts from s2s.commands")), {"a": 0, "b": 0, "again": 0, "twice": 10}
         )
 
+    async def test_many_that_fail(self) -> None:
+        """Commands that fail, also by a deferred constraint, are tried again in few transactions."""
+        for do in ("raise", "late"):
+            self.insert(*(f"{do} {n}" for n in range(100)), do=do)
+        self.execute("insert into public.checked_late select cmd_id from s2s.commands where idem_key like 'late%%'")
+        batches: list[int] = []
+
+        def run(txn: Cursor, worker: int, cmd_ids: Sequence[int]) -> executor.Report:
+            batches.append(len(cmd_ids))
+            return original(txn, worker, cmd_ids)
+
+        running = self.start()
+        original, running._run = running._run, run  # type: ignore[method-assign]
+        await poll(lambda: min(self.attempts().values()) > 0, "each has failed once")
+        batches.clear()
+        self.execute("update s2s.commands set due_at = '-infinity' where status = 'ready'")
+        await poll(lambda: min(self.attempts().values()) > 1, "each has failed twice")
+        self.assertLess(len(batches), 10, batches)
+        self.insert("innocent")
+        self.execute("update s2s.commands set due_at = '-infinity' where status = 'ready'")
+        await self.until("done", "innocent")
+        self.assertEqual(self.execute("select bool_or(runs_alone) from s2s.commands"), [(None,)])
+
+    async def test_a_commit_that_is_refused_again(self) -> None:
+        """The commands of a batch run alone if its COMMIT is refused although each passed the check of constraints."""
+        self.patch(executor, "check_constraints", lambda txn: None)
+        await self.test_what_fails_at_the_commit()
+        self.assertEqual(self.execute("select idem_key from s2s.commands where runs_alone is not null"), [("twice",)])
+
     async def test_what_a_neighbour_leaves_behind(self) -> None:
-        """A command that fails after others of its batch runs alone before it is charged."""
+        """A command that fails after others of its batch runs again before it is charged."""
         self.execute(
             "create table public.parents (id int primary key);"
             "create table public.children (parent int references parents deferrable initially deferred)"
@@ -741,7 +771,7 @@ class ExecutorTests(DatabaseTestCase):
         self.assertEqual(self.execute("select * from s2s.batch_notes"), [])
         self.note("boot-1", "c")
         report = await self.database.run(executor._charge, "boot-1", 0, list(ids.values()), "late")
-        self.assertEqual(report.failed, [(ids["c"], "late")])
+        self.assertEqual(report.failed, [Charge(ids["c"], "late")])
         report = await self.handlers.run(running._run, 0, list(ids.values()))
         self.assertEqual(report, executor.Report())
         self.assertEqual(self.attempts(), {"a": 0, "b": 0, "c": 1})

@@ -446,7 +446,7 @@ class RuleTests(DatabaseTestCase):
         pushes += [Push("t", key, bytes(32), "{}", 900) for key in ("charged", "retried")]
         with blocking(self.url) as txn:
             ids = [each.cmd_id for each in driver.drive(txn, commands.push_batch(pushes))]
-            commands.charge(txn, [(ids[2], "error")])
+            commands.charge(txn, [commands.Charge(ids[2], "error")])
         self.execute("update s2s.commands set status = 'dead' where cmd_id = %s", ids[3])
         with blocking(self.url) as txn:
             actions.act(txn, commands_admin.RETRY, [ids[3]])

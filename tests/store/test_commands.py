@@ -11,7 +11,7 @@ from s2s.store import driver
 from s2s.store.driver import Cursor, Steps
 from s2s.store.pool import blocking
 from s2s.store.tables import claims, commands
-from s2s.store.tables.commands import Outcome, Push
+from s2s.store.tables.commands import Charge, Outcome, Push
 from s2s.store.tables.ready import Ready
 from tests.support.postgres import DatabaseTestCase, RecordingCursor
 
@@ -169,14 +169,18 @@ class ClaimTests(DatabaseTestCase):
         self.assertEqual(self.claim(), ["first", "early", "early2", "late", "last"])
         self.assertEqual(self.claim(limit=2), ["first", "early"])
 
-    def test_what_failed_runs_alone(self) -> None:
-        """A batch ends before a command that failed earlier, and that command forms a batch of its own."""
+    def test_batches_of_one_sort(self) -> None:
+        """Commands that failed before are in batches of their own, and one that runs alone is a batch by itself."""
         past = "now() - interval '1 hour'"
-        self.insert(("a", 1, past, 0), ("b", 2, past, 0), ("failed", 3, past, 1), ("c", 4, past, 0))
+        keys = ("a", 0), ("failed", 1), ("b", 0), ("killer", 1), ("failed too", 3)
+        self.insert(*((key, 1, past, attempts) for key, attempts in keys), ("later", 2, past, 0), ("last", 2, past, 1))
+        self.execute("update s2s.commands set runs_alone = true where idem_key = 'killer'")
         self.assertEqual(self.claim(0), ["a", "b"])
-        self.assertEqual(self.claim(1), ["failed"])
-        self.assertEqual(self.claim(2), ["c"])
-        self.assertEqual(self.claim(3), [])
+        self.assertEqual(self.claim(1), ["failed", "failed too"])
+        self.assertEqual(self.claim(2), ["killer"])
+        self.assertEqual(self.claim(3), ["later"])
+        self.assertEqual(self.claim(4), ["last"])
+        self.assertEqual(self.claim(5), [])
 
     def test_a_worker_has_one_note(self) -> None:
         """A new claim of a worker replaces its old batch, and a claim that finds no command leaves no note."""
@@ -244,7 +248,7 @@ class ClaimTests(DatabaseTestCase):
         self.insert(("a", 1, "now()", 0))
         ((cmd_id,),) = self.execute("select cmd_id from s2s.commands")
         for attempt in range(1, 11):
-            self.assertEqual(commands.charge(self.txn, [(cmd_id, f"E: {attempt}")]), int(attempt == 10))
+            self.assertEqual(commands.charge(self.txn, [Charge(cmd_id, f"E: {attempt}")]), int(attempt == 10))
             self.txn.connection.commit()
             ((attempts, error, status, pause, finished),) = self.execute(
                 "select attempts, error, status, extract(epoch from due_at - now())::float8, finished_at from"
@@ -254,7 +258,7 @@ class ClaimTests(DatabaseTestCase):
             self.assertEqual(status, "dead" if attempt == 10 else "ready")
             self.assertEqual(finished is None, attempt < 10)
             self.assertLessEqual(pause, min(2**attempt, 300))
-        self.assertEqual(commands.charge(self.txn, [(cmd_id, "again")]), 0)
+        self.assertEqual(commands.charge(self.txn, [Charge(cmd_id, "again")]), 0)
 
     def test_deaths_count_otherwise(self) -> None:
         """A command is dead after 50 deaths of its process, with pauses of at most 10 s, or after ten failures."""
@@ -262,7 +266,7 @@ class ClaimTests(DatabaseTestCase):
         a, b = (cmd_id for (cmd_id,) in self.execute("select cmd_id from s2s.commands order by cmd_id"))
         for attempt in range(1, 51):
             died = {a, b} if attempt <= 30 else {a}
-            dead = commands.charge(self.txn, [(a, "died"), (b, "died or failed")], died)
+            dead = commands.charge(self.txn, [Charge(cmd_id, "died or failed", cmd_id in died) for cmd_id in (a, b)])
             self.txn.connection.commit()
             self.assertEqual(dead, {40: 1, 50: 1}.get(attempt, 0), attempt)
             pauses = "select max(extract(epoch from due_at - now()))::float8 from s2s.commands where cmd_id = any(%s)"

@@ -416,5 +416,5 @@ class CheapTests(DatabaseTestCase):
         for key, due_at in (("a", 1_000_000), ("b", 5)):
             self.execute(insert, key, due_at)
             with blocking(self.url) as txn:
-                [(cmd_id, _)] = ready.candidates(txn, 10)
-                commands.finish(txn, [cmd_id])
+                [found] = ready.candidates(txn, 10)
+                commands.finish(txn, [found.cmd_id])

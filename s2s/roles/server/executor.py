@@ -2,7 +2,7 @@
 
 Every handler exception counts as a failed attempt, including SQL errors: a deadlock, a timeout or a full disk may well
 be the command's fault, and a pause and nine further attempts follow. A command that fails after other commands of its
-batch ran in the same transaction first runs alone, uncharged, since the other commands may have caused the failure. If
+batch ran in the same transaction first runs again, uncharged, since the other commands may have caused the failure. If
 the database is at fault, the charge cannot be written either. A lost connection is not charged before the third loss
 of a command (:data:`LOSSES`), and a failure because the process stops is never charged. If a process dies, another
 process charges its commands; :mod:`s2s.store.tables.claims` describes how a dead process is told from a living one.
@@ -29,7 +29,7 @@ from s2s.roles.server.reaper import Reaper
 from s2s.runtime.line_quota import MOST_TOLD, LineQuota
 from s2s.store import sqlstate
 from s2s.store.cursor import Unreadable, check_readable
-from s2s.store.driver import Cursor, is_broken, is_in_transaction, is_read_only
+from s2s.store.driver import Cursor, check_constraints, is_broken, is_in_transaction, is_read_only
 from s2s.store.handler_pool import MOST_STUCK, HandlerPool, call
 from s2s.store.monitors import probe
 from s2s.store.poll_loop import LeftOut, PollLoop
@@ -41,9 +41,9 @@ from s2s.store.tables.ready import Ready
 ABSENT_S: Final = 0.25
 #: A command is charged for a lost connection from the third loss on, if it ran alone at that loss.
 LOSSES: Final = 3
-#: The numbers of commands remembered because their connection was lost, and because they are to run alone.
+#: The numbers of commands remembered because their connection was lost, and because they run apart from others.
 _MOST_SUSPECTS: Final = 10_000
-_MOST_LONE: Final = 10_000
+_MOST_APART: Final = 10_000
 #: Seconds after which a batch begins no further command. The remaining commands go to the next worker that polls, so
 #: that the locks and the snapshot of one transaction do not last for a whole batch of slow handlers.
 BATCH_S: Final = 5.0
@@ -59,10 +59,11 @@ class Report:
     """The outcome of one batch."""
 
     done: list[int] = field(default_factory=list)
-    failed: list[tuple[int, str]] = field(default_factory=list)
-    #: Commands to run alone next, uncharged: they failed after others had run in the transaction, or the database
-    #: refused to change them.
+    failed: list[commands.Charge] = field(default_factory=list)
+    #: Commands to run again uncharged, with others that failed: they failed after others had run in the transaction.
     doubtful: list[int] = field(default_factory=list)
+    #: Commands to run alone next, uncharged: the database refused to change them.
+    lone: list[int] = field(default_factory=list)
     dead: int = 0
     #: The id of the transaction.
     xid: int = 0
@@ -70,7 +71,7 @@ class Report:
     pause_s: float | None = 0.0
 
 
-class _Suspects(Container[int]):
+class _Lone(Container[int]):
     """The commands that run alone: those in ``lone``, and those whose connection was lost at least twice.
 
     :param losses: the number of lost connections by command.
@@ -152,9 +153,12 @@ class Executor:
         self._reaper = Reaper(database, boot_id, self._charged, clock, lambda: self._ready.first_note)
         #: The number of lost connections of each command since its last outcome.
         self._losses: Counter[int] = Counter()
-        #: Commands that run alone before they are charged: those of batches that were rolled back, and those in
-        #: :attr:`Report.doubtful`.
+        #: Commands that run alone before they are charged: those in :attr:`Report.lone`, and those of batches that were
+        #: rolled back although each command's constraints had been checked.
         self._lone: set[int] = set()
+        #: Commands that run with others that failed: those in :attr:`Report.doubtful`, and those of batches that were
+        #: rolled back.
+        self._doubtful: set[int] = set()
         self._left_out = LeftOut("command", self._turns, clock.seconds)
         self._lines = LineQuota(clock, self._tell_failures, MOST_TOLD)
         self.ran = self.failed = self.dead = 0
@@ -244,8 +248,9 @@ class Executor:
         worker = self._numbers[line]
         size = self.batch_size
         self._ready.leave_out(map(int, self._left_out.keys()))
-        suspects = _Suspects(self._lone, self._losses)
-        cmd_ids, due_in_s = await self._database.run(_claim, self._boot_id, worker, size, suspects, self._ready)
+        lone = _Lone(self._lone, self._losses)
+        params = self._boot_id, worker, size, lone, self._doubtful, self._ready
+        cmd_ids, due_in_s = await self._database.run(_claim, *params)
         if not cmd_ids:
             return None if due_in_s is None else max(due_in_s, 0.0)
         if len(cmd_ids) == size:
@@ -277,15 +282,16 @@ class Executor:
             report = await self._charge_alone(worker, cmd_ids, one_line(error))
         except Exception as error:
             # The transaction failed, for example by a constraint that is checked at the COMMIT. The commands of a batch
-            # run alone next, uncharged, so that only the command at fault is charged.
+            # run once more, uncharged, so that only the command at fault is charged: first with a check of the
+            # constraints after each of them, then each alone.
             if len(cmd_ids) > 1:
                 if self._lines.may_tell(one_line(error)):
                     self.log.warn(
-                        "a batch of {size} commands was rolled back, and each runs alone: {why}",
+                        "a batch of {size} commands was rolled back and runs again: {why}",
                         size=len(cmd_ids),
                         why=one_line(error),
                     )
-                self._run_alone(cmd_ids)
+                _remember(self._lone if self._doubtful.issuperset(cmd_ids) else self._doubtful, cmd_ids)
                 return 0.0
             # The traceback of a timeout or a refusal adds nothing to the text of the charge.
             if not isinstance(error, (HandlerTimeout, StatementRefused)) and self._lines.may_tell(one_line(error)):
@@ -312,24 +318,20 @@ class Executor:
             done = await self._database.run(_charge_spoiled, self._boot_id, worker, cmd_ids, spoiled)
         except StatementRefused as refused:
             done = self._leave_out(spoiled.report.done, refused)
-        return Report(done.done, doubtful=report.doubtful + done.doubtful, pause_s=report.pause_s)
+        return Report(done.done, lone=report.lone + done.lone, pause_s=report.pause_s)
 
     def _leave_out(self, cmd_ids: Sequence[int], refused: StatementRefused) -> Report:
         """Leave out for a while commands that the database refuses to change; they run alone afterwards."""
         pauses = [self._left_out.add(str(cmd_id), refused) for cmd_id in cmd_ids]
-        return Report(doubtful=list(cmd_ids), pause_s=None if None in pauses else 0.0)
-
-    def _run_alone(self, cmd_ids: Iterable[int]) -> None:
-        if len(self._lone) > _MOST_LONE:
-            self._lone.clear()
-        self._lone.update(cmd_ids)
+        return Report(lone=list(cmd_ids), pause_s=None if None in pauses else 0.0)
 
     def _finish(self, cmd_ids: Iterable[int], report: Report) -> None:
-        """Forget the losses of a batch, update the commands that are to run alone, and count the outcome."""
+        """Forget the losses of a batch, update the commands that run apart from others, and count the outcome."""
         for cmd_id in cmd_ids:
             self._losses.pop(cmd_id, None)
-        self._lone.difference_update(cmd_ids)
-        self._run_alone(report.doubtful)
+        for apart, added in ((self._lone, report.lone), (self._doubtful, report.doubtful)):
+            apart.difference_update(cmd_ids)
+            _remember(apart, added)
         self._count(report)
 
     async def _keep_stuck(self, worker: int, stuck: HandlerStuck, batch: Iterable[int]) -> None:
@@ -386,9 +388,9 @@ class Executor:
         self.ran += len(report.done)
         self.failed += len(report.failed)
         self.dead += report.dead
-        for cmd_id, error in report.failed:
-            if self._lines.may_tell(error):
-                self.log.warn("command {cmd_id} failed: {error}", cmd_id=cmd_id, error=error)
+        for charge in report.failed:
+            if self._lines.may_tell(charge.error):
+                self.log.warn("command {cmd_id} failed: {error}", cmd_id=charge.cmd_id, error=charge.error)
 
     def _tell_failures(self, untold: Mapping[str, int]) -> None:
         for error, count in untold.items():
@@ -415,11 +417,14 @@ class Executor:
     def _run_group(self, txn: Cursor, kind: CommandHandler, batch: list[Command], report: Report, until: float) -> None:
         # Catch BaseException: in this thread only a handler can raise SystemExit.
         is_whole = kind.batched and len(batch) > 1 and not _is_late(report, until)
+        is_checked = any(command.attempts or command.cmd_id in self._doubtful for command in batch)
         if is_whole and not any(isinstance(command.payload, Unreadable) for command in batch):
             try:
                 with self._handlers.foreign(txn, f"{kind.cmd_type}, {len(batch)} commands", batch) as cursor:
                     # Pass a copy, since the handler may change the list.
                     _check_nothing(call(kind.run_batch, cursor, list(batch)))
+                    if is_checked:
+                        check_constraints(txn)
             except BaseException as error:
                 self._check_usable(txn, batch, error, report)
                 # Read the commands again, since the handler may have changed the payloads.
@@ -434,12 +439,15 @@ class Executor:
                 check_readable(command.payload, "payload")
                 with self._handlers.foreign(txn, f"{kind.cmd_type}, command {command.cmd_id}", [command]) as cursor:
                     _check_nothing(call(kind.run, cursor, command))
+                    if is_checked:
+                        check_constraints(txn)
             except BaseException as error:
                 self._check_usable(txn, [command], error, report)
                 if report.done and not isinstance(error, HandlerTimeout):
                     report.doubtful.append(command.cmd_id)
                 else:
-                    report.failed.append((command.cmd_id, _why(error)))
+                    is_late = isinstance(error, HandlerTimeout)
+                    report.failed.append(commands.Charge(command.cmd_id, _why(error), runs_alone=is_late))
             else:
                 report.done.append(command.cmd_id)
 
@@ -457,6 +465,12 @@ class Executor:
         is_its_own = sqlstate.code(error) == "25006" and not is_read_only(txn)
         if sqlstate.of(error).fault != "statement" and not is_its_own:
             raise error
+
+
+def _remember(numbers: set[int], more: Collection[int]) -> None:
+    if len(numbers) > _MOST_APART:
+        numbers.clear()
+    numbers.update(more)
 
 
 def _why(error: BaseException) -> str:
@@ -486,9 +500,15 @@ def _is_late(report: Report, until: float) -> bool:
 
 
 def _claim(
-    txn: Cursor, boot_id: str, worker: int, limit: int, suspects: Container[int], ready: Ready
+    txn: Cursor,
+    boot_id: str,
+    worker: int,
+    limit: int,
+    lone: Container[int],
+    doubtful: Container[int],
+    ready: Ready,
 ) -> tuple[list[int], float | None]:
-    cmd_ids = claims.claim(txn, boot_id, worker, limit, suspects, ready)
+    cmd_ids = claims.claim(txn, boot_id, worker, limit, lone, doubtful, ready)
     return cmd_ids, None if cmd_ids else ready.next_due_s(txn)
 
 
@@ -511,7 +531,7 @@ def _charge(
 ) -> Report:
     """Charge the commands of a batch that are in ``guilty``, by default all, and release its claim."""
     in_hand = [command.cmd_id for command in _in_hand(txn, boot_id, worker, cmd_ids)[0]]
-    failed = [(cmd_id, error) for cmd_id in in_hand if guilty is None or cmd_id in guilty]
+    failed = [commands.Charge(cmd_id, error) for cmd_id in in_hand if guilty is None or cmd_id in guilty]
     dead = commands.charge(txn, failed) if failed else 0
     claims.release(txn, boot_id, worker)
     return Report(failed=failed, dead=dead)
@@ -535,7 +555,7 @@ def _charge_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]
 
     :param is_kept: keep their claim until the thread returns.
     """
-    failed = [(cmd_id, error) for cmd_id in cmd_ids]
+    failed = [commands.Charge(cmd_id, error) for cmd_id in cmd_ids]
     dead = commands.charge(txn, failed)
     if not is_kept:
         claims.release(txn, boot_id, worker)

@@ -21,6 +21,7 @@ in a hurry could not delete it (:func:`release_all`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Sequence, Set
 from datetime import datetime
 from typing import Final, NamedTuple
@@ -30,7 +31,8 @@ from s2s.store.driver import Cursor, advisory_lock, array_literal, lock_key, ref
 from s2s.store.kept_rows import check_written, refusal, still_there
 from s2s.store.kept_rows import note as note_kept
 from s2s.store.tables import commands
-from s2s.store.tables.ready import Ready
+from s2s.store.tables.commands import Charge
+from s2s.store.tables.ready import Candidate, Ready
 
 _CLAIMING: Final = lock_key("claiming")
 _REAPING: Final = lock_key("reaping")
@@ -99,14 +101,14 @@ def claim(
     boot_id: str,
     worker: int,
     limit: int,
-    suspects: Container[int] = (),
+    lone: Container[int] = (),
+    doubtful: Container[int] = (),
     ready: Ready | None = None,
 ) -> list[int]:
     """Choose the next batch of a worker and note it. Commit the transaction before the batch runs.
 
-    A command that failed before runs alone, so that another failure affects no other command.
-
-    :param suspects: further commands that are to run alone.
+    :param lone: commands that run alone, besides those with ``runs_alone``.
+    :param doubtful: commands to treat as if they had failed before.
     :param ready: the commands that this process may run next; all commands by default.
     :returns: the cmd_ids in run order, none of them in another note.
     """
@@ -123,8 +125,7 @@ def claim(
     # One claim at a time, so that the batches are disjoint.
     advisory_lock(txn, _CLAIMING)
     found = ready.candidates(txn, limit)
-    alone = (place for place, (cmd_id, attempts) in enumerate(found) if attempts or cmd_id in suspects)
-    cmd_ids = [cmd_id for cmd_id, _ in found[: max(1, next(alone, len(found)))]]
+    cmd_ids = batch_of(found, lone, doubtful)
     if cmd_ids:
         txn.execute(
             # A claim whose connection was lost may have been committed since the delete above.
@@ -135,6 +136,39 @@ def claim(
         check_written(txn, "insert", "s2s.batch_notes")
         ((note_id,),) = txn.fetchall()
         ready.noted(worker, note_id)
+    return cmd_ids
+
+
+def batch_of(found: Sequence[Candidate], lone: Container[int] = (), doubtful: Container[int] = ()) -> list[int]:
+    """Choose the batch that begins with the first of the candidates.
+
+    A batch contains one command that runs alone, or commands that failed before, or commands that did not. A command
+    that is likely to fail again thus fails after few that succeed, and a failure after a success costs another run
+    (:mod:`s2s.roles.server.executor`). A batch steps over a command of another sort, but not to a lower priority.
+
+    :param found: the candidates in run order.
+    :param lone: see :func:`claim`.
+    :param doubtful: see :func:`claim`.
+    :returns: the cmd_ids in run order.
+    """
+
+    def sort(each: Candidate) -> str:
+        if each.runs_alone or each.cmd_id in lone:
+            return "alone"
+        return "again" if each.attempts or each.cmd_id in doubtful else "new"
+
+    first = next(iter(found), None)
+    if first is None or sort(first) == "alone":
+        return [each.cmd_id for each in found[:1]]
+    cmd_ids = []
+    last_priority: float = math.inf
+    for each in found:
+        if each.priority > last_priority:
+            break
+        if sort(each) == sort(first):
+            cmd_ids.append(each.cmd_id)
+        else:
+            last_priority = min(last_priority, each.priority)
     return cmd_ids
 
 
@@ -240,9 +274,8 @@ def _charge(txn: Cursor, note: Claim, why: str) -> tuple[int, int]:
     try:
         with refusable(txn):
             cmd_ids = _reap(txn, note)
-            return len(cmd_ids), commands.charge(
-                txn, [(cmd_id, why) for cmd_id in cmd_ids], cmd_ids if why == _DIED else ()
-            )
+            charges = [Charge(cmd_id, why, is_death=why == _DIED) for cmd_id in cmd_ids]
+            return len(cmd_ids), commands.charge(txn, charges)
     except StatementRefused:
         # The worker that claims the unchangeable command later leaves it out.
         txn.execute("delete from s2s.batch_notes where (boot_id, worker, noted_at) = %s", (note,))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -261,23 +261,36 @@ def finish(txn: Cursor, cmd_ids: Sequence[int]) -> None:
         _check_changed(txn, cmd_ids)
 
 
-def charge(txn: Cursor, failures: Sequence[tuple[int, str]], deaths: Container[int] = ()) -> int:
+class Charge(NamedTuple):
+    """A failed attempt of a command.
+
+    :param is_death: the process died.
+    :param runs_alone: the command runs alone from now on, since its attempt has ended the attempts of others, or would
+        have. ``False``: a rollback to a savepoint has undone the attempt.
+    """
+
+    cmd_id: int
+    error: str
+    is_death: bool = False
+    runs_alone: bool = True
+
+
+def charge(txn: Cursor, charges: Collection[Charge]) -> int:
     """Count a failed attempt of ready commands: each one becomes due after a pause, or dead.
 
-    :param failures: ``(cmd_id, error)``.
-    :param deaths: the ids of the commands whose process died.
     :returns: how many of the commands are dead now.
     :raises StatementRefused: a trigger kept a row unchanged.
     """
     txn.execute(
         "update s2s.commands c set attempts = f.attempts, deaths = f.deaths, error = f.error,"
+        " runs_alone = nullif(c.runs_alone is true or f.alone, false),"
         " status = case when f.is_last then 'dead' else 'ready' end, finished_at = case when f.is_last then now() end,"
         " due_at = clock_timestamp() + random() * interval '1 second' * least(power(2, least(f.attempts, 60)),"
         " case when f.died then %(death_pause)s else %(longest)s end)"
-        " from (select cmd_id, failed.error, died, o.attempts, o.deaths,"
+        " from (select cmd_id, failed.error, died, alone, o.attempts, o.deaths,"
         "  o.attempts >= %(charges)s or o.attempts - o.deaths >= %(attempts)s as is_last"
-        "  from s2s.commands join unnest(%(ids)s::bigint[], %(errors)s::text[], %(died)s::boolean[])"
-        "  as failed (cmd_id, error, died) using (cmd_id),"
+        "  from s2s.commands join unnest(%(ids)s::bigint[], %(errors)s::text[], %(died)s::boolean[],"
+        "  %(alone)s::boolean[]) as failed (cmd_id, error, died, alone) using (cmd_id),"
         # A row that was written by hand may have the largest possible numbers.
         "  lateral (select least(attempts, 1000000) + 1, least(deaths, 1000000) + died::integer) o (attempts, deaths)"
         " ) f"
@@ -289,13 +302,14 @@ def charge(txn: Cursor, failures: Sequence[tuple[int, str]], deaths: Container[i
             "charges": MAX_CHARGES,
             "longest": MAX_BACKOFF_S,
             "death_pause": MAX_DEATH_BACKOFF_S,
-            "ids": [cmd_id for cmd_id, _ in failures],
-            "errors": [error for _, error in failures],
-            "died": [cmd_id in deaths for cmd_id, _ in failures],
+            "ids": [each.cmd_id for each in charges],
+            "errors": [each.error for each in charges],
+            "died": [each.is_death for each in charges],
+            "alone": [each.runs_alone for each in charges],
         },
     )
     charged = {cmd_id: status for cmd_id, status, is_changed in txn.fetchall() if is_changed}
-    if missing := [cmd_id for cmd_id, _ in failures if cmd_id not in charged]:
+    if missing := [each.cmd_id for each in charges if each.cmd_id not in charged]:
         _check_changed(txn, missing)
     return list(charged.values()).count("dead")
 

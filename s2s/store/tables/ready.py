@@ -11,7 +11,7 @@ import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from s2s.store.driver import Cursor, array_literal
 from s2s.store.tables.fitting import jsonb_size
@@ -73,12 +73,12 @@ _CANDIDATES: Final = f"""
 {_STARTS}
 select p.priority,
     case when c.place > 1 and not %(is_timed)s then null else extract(epoch from coalesce(c.due_at, now()))::float8 end,
-    c.cmd_id, c.attempts, c.size,
+    c.cmd_id, c.attempts, c.runs_alone, c.size,
     case when c.place > 1 then null else (select min(note_id) from s2s.batch_notes where note_id >= %(first_note)s) end
 from starts p
 left join lateral (
     select row_number() over () as place, locked.* from (
-        select due_at, cmd_id, attempts, {_SIZE} as size from s2s.commands
+        select due_at, cmd_id, attempts, runs_alone is true as runs_alone, {_SIZE} as size from s2s.commands
         where status = 'ready' and priority = p.priority and due_at <= now()
             and (commands.due_at, commands.cmd_id) >= (p.due_at, p.cmd_id) and {_OURS}
         order by commands.due_at, cmd_id limit %(limit)s
@@ -99,7 +99,7 @@ cross join lateral (
 limit %(limit)s
 """  # noqa: S608
 _STILL_BEHIND: Final = f"""
-select priority, extract(epoch from due_at)::float8, cmd_id, attempts, {_SIZE} from s2s.commands
+select priority, extract(epoch from due_at)::float8, cmd_id, attempts, runs_alone is true, {_SIZE} from s2s.commands
 where cmd_id = any(%(behind)s::bigint[]) and status = 'ready' and due_at <= now() and {_OURS}
 for update skip locked
 """  # noqa: S608
@@ -114,15 +114,28 @@ cross join lateral (
 """  # noqa: S608
 
 
-def _within_bytes(found: list[tuple[int, int]], sizes: Mapping[int, int]) -> list[tuple[int, int]]:
+class Candidate(NamedTuple):
+    """A command that may run next.
+
+    :param due_at: Unix seconds, if it was needed to sort the command in.
+    :param runs_alone: see :class:`s2s.store.tables.commands.Charge`.
+    """
+
+    priority: int
+    due_at: float | None
+    cmd_id: int
+    attempts: int
+    runs_alone: bool
+
+
+def _within_bytes(found: list[Candidate], sizes: Mapping[int, int]) -> list[Candidate]:
     """Return the leading commands whose payloads fit into :data:`MOST_BYTES`, and at least one.
 
-    :param found: ``(cmd_id, attempts)``.
     :param sizes: the payload bytes of the commands that count, by ``cmd_id``.
     """
     total = 0
-    for place, (cmd_id, _) in enumerate(found if sizes else ()):
-        total += sizes.get(cmd_id, 0)
+    for place, each in enumerate(found if sizes else ()):
+        total += sizes.get(each.cmd_id, 0)
         if total > MOST_BYTES and place:
             return found[:place]
     return found
@@ -180,12 +193,12 @@ class Ready:
             # The limit is reached, so enough commands lie below the start points: scan from the beginning.
             self._is_whole = len(self._lookback.behind) >= limit
 
-    def candidates(self, txn: Cursor, limit: int) -> list[tuple[int, int]]:
+    def candidates(self, txn: Cursor, limit: int) -> list[Candidate]:
         """Find and lock the commands to run next that are neither noted nor locked.
 
         Only one caller may run at a time.
 
-        :returns: ``(cmd_id, attempts)`` in run order.
+        :returns: in run order.
         """
         is_whole, self._is_whole = self._is_whole, False
         sizes: dict[int, int] = {}
@@ -200,14 +213,14 @@ class Ready:
         if behind:
             txn.execute(_STILL_BEHIND, {**self._params(limit), "behind": array_literal(behind)})
             for *row, size in txn.fetchall():
-                rows.append(tuple(row))
+                rows.append(each := Candidate(*row))
                 if size is not None:
-                    sizes[row[2]] = size
+                    sizes[each.cmd_id] = size
             rows = sorted(set(rows))
         if not rows and self._lookback.is_cheap:
             self._is_whole = True
             return [] if is_whole else self.candidates(txn, limit)
-        return _within_bytes([(cmd_id, attempts) for _, _, cmd_id, attempts in rows[:limit]], sizes)
+        return _within_bytes(rows[:limit], sizes)
 
     def noted(self, worker: int, note_id: int) -> None:
         """Remember the note of a batch that was made of the candidates just found."""
@@ -231,26 +244,24 @@ class Ready:
         self._starts = {**dict(starts), **{priority: (due_at, _FIRST_ID) for priority, due_at in txn}}
         self._is_whole |= len(self._starts) > _MOST_PRIORITIES
 
-    def _scan(
-        self, txn: Cursor, limit: int, is_timed: bool, sizes: dict[int, int]
-    ) -> list[tuple[int, float | None, int, int]]:
+    def _scan(self, txn: Cursor, limit: int, is_timed: bool, sizes: dict[int, int]) -> list[Candidate]:
         """Scan from the start points on, and move them.
 
         :param is_timed: return each ``due_at``, so that other commands can be sorted in.
         :param sizes: receives the bytes of each payload that counts, by ``cmd_id``.
-        :returns: priority, ``due_at`` (if not timed: only in the first row of each priority), ``cmd_id`` and attempts.
+        :returns: in run order; if not timed, only the first of each priority has its ``due_at``.
         """
         txn.execute(_CANDIDATES, {**self._params(limit), "is_timed": is_timed})
         rows = txn.fetchall()
         starts = dict(self._starts)
         place = None
         found = []
-        for priority, due_at, cmd_id, attempts, size, _ in rows:
+        for priority, due_at, cmd_id, attempts, runs_alone, size, _ in rows:
             if priority != place:
                 place = priority
                 starts[priority] = (due_at, _FIRST_ID if cmd_id is None else cmd_id)
             if cmd_id is not None:
-                found.append((priority, due_at, cmd_id, attempts))
+                found.append(Candidate(priority, due_at, cmd_id, attempts, runs_alone))
                 if size is not None:
                     sizes[cmd_id] = size
         self._starts = starts

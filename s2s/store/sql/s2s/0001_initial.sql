@@ -57,6 +57,9 @@ create table s2s.commands (
     -- Attempts that ended because the process died. They have a bound of their own, so that a command does not become
     -- dead because another one of its batch killed the process: docs/protocol.rst, "Commands", states both bounds.
     deaths integer not null default 0,
+    -- True: never in a batch with other commands, because an attempt of this one has ended the attempts of others: its
+    -- process died, its transaction could not be committed, or it took too long. Null costs a push nothing.
+    runs_alone boolean,
     error text,
     created_at timestamptz not null default now(),
     finished_at timestamptz
