@@ -26,6 +26,7 @@ from psycopg2 import sql
 from benchmarks.contestants import _link
 from benchmarks.load import Load, Place, Result
 from benchmarks.plan import OURS, THEIRS, Cell, Contestant
+from s2s.handlers.discovery import installed
 from s2s.store import migrations
 from s2s.store.embedded import postmaster
 
@@ -81,7 +82,8 @@ class Stand:
         url = self.url.replace("/postgres?", f"/{name}?", 1)
         if OURS in schemas:
             with closing(psycopg2.connect(url)) as connection:
-                migrations.migrate(connection)
+                found = installed()
+                migrations.migrate(connection, list(found.migrations.values()), found.settings.values())
             secret = base64.b64encode(_link.SECRET).decode()
             self.execute(
                 "insert into s2s.s2s_keys (key_id, key_b64, role, is_default_tx, active_from)"

@@ -14,9 +14,9 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThread
 
-from s2s.admin.operations import OPERATIONS
 from tests.cli.test_order import WorldTestCase
 from tests.support.http import ApiTestCase
+from tests.support.installed import OPERATIONS
 from tests.support.roles import environment
 from tests.support.waiting import poll
 

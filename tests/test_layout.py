@@ -17,21 +17,21 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 import s2s
-from s2s import cli
+from s2s import cli, world
 from s2s.admin.http.problems import STATUS
-from s2s.admin.operations import OPERATIONS
 from s2s.errors import BY_CODE
-from s2s.handlers import commands, jobs, orders
+from s2s.handlers import commands, orders
 from s2s.handlers.commands import CommandHandler
 from s2s.handlers.jobs import Job
 from s2s.handlers.orders import OrderHandler
-from s2s.protocol.catalogue import MESSAGES, ORDERS, REPLY_ONLY
+from s2s.protocol.catalogue import MESSAGES, REPLY_ONLY
 from s2s.roles.engine import responders
+from tests.support.installed import CATALOGUE, OPERATIONS
 
 _PACKAGE = Path(s2s.__file__).parent
 _ROOT = _PACKAGE.parent
 #: Such as: (docs/protocol.rst, "Commands" and "Errors").
-_REFERENCE = re.compile(r'\b(protocol|faults|api|performance)(?:\.rst)?, ((?:"[^"\n]+"(?:, | and )?)+)')
+_REFERENCE = re.compile(r'\b(protocol|faults|api|performance|plugins)(?:\.rst)?, ((?:"[^"\n]+"(?:, | and )?)+)')
 
 #: The packages from the bottom up, and the sentence that each begins with. A package imports only those before it.
 PACKAGES = {
@@ -44,6 +44,10 @@ PACKAGES = {
     "handlers": "What runs in a transaction: command handlers, jobs, orders, and how plug-ins are found.",
     "admin": "The operators' operations, declared once, and served over HTTP.",
     "roles": "The two processes.",
+    "world": (
+        "The bundled example game: sectors, ports, ships; its jobs and orders, written against the public plug-in API"
+        " only."
+    ),
     "cli": "The ``s2s`` command.",
 }
 #: Most nodes and most levels of the import graph of the top level.
@@ -227,11 +231,10 @@ class DeclarationTests(SynchronousTestCase):
     """A message, command, job, order, responder or console command needs a file and a line that registers it."""
 
     def test_schemas_of_messages(self) -> None:
-        """Every message has two schema files, orders share the reply's; and every schema file has a message."""
+        """Every message of s2s has two schema files, orders share a reply's; and every schema file has a message."""
         files = {path.name for path in (_PACKAGE / "protocol" / "catalogue" / "schemas").iterdir()}
-        requests = {f"{message.name}.request.json" for message in MESSAGES}
-        replies = {f"{message.name}.reply.json" for message in MESSAGES if not message.is_order} | {"order.reply.json"}
-        self.assertEqual(files, requests | replies | {"s2s.error.json", "envelope.json"})
+        ours = {f"{message.name}.{way}.json" for message in MESSAGES for way in ("request", "reply")}
+        self.assertEqual(files, ours | {"order.reply.json", "s2s.error.json", "envelope.json"})
 
     def test_commands(self) -> None:
         """Every command type of :mod:`s2s.handlers.commands` is in BUILTIN, and has a schema file in that package."""
@@ -239,15 +242,31 @@ class DeclarationTests(SynchronousTestCase):
         files = {path.name for path in (_PACKAGE / "handlers" / "commands" / "schemas").iterdir()}
         self.assertEqual(files, {f"{kind.cmd_type}.json" for kind in commands.BUILTIN})
 
-    def test_jobs(self) -> None:
-        """Every job that a module of s2s.handlers.jobs declares is in BUILTIN."""
-        self.assertEqual(self.declared(jobs, Job), {type(kind) for kind in jobs.BUILTIN})
-
     def test_orders(self) -> None:
-        """Every order of :mod:`s2s.handlers.orders` is built in, and the message types of orders are the same."""
-        kinds = orders.builtin({}, 65536)
-        self.assertEqual(self.declared(orders, OrderHandler), {type(kind) for kind in kinds.values()})
-        self.assertEqual(set(kinds), set(ORDERS))
+        """Every order handler of :mod:`s2s.handlers.orders` is in BUILTIN."""
+        self.assertEqual(self.declared(orders, OrderHandler), {type(kind) for kind in orders.BUILTIN})
+
+    def test_the_world(self) -> None:
+        """The bundled world declares each of its jobs and orders, and uses only the public names of s2s."""
+        declared = {type(value) for value in vars(world).values()}
+        self.assertEqual(self.declared(world, Job) - declared, set())
+        self.assertEqual(self.declared(world, OrderHandler) - declared, set())
+        used = {
+            name
+            for module, path in _FILES.items()
+            if _is_in(module, "world")
+            for name, _ in _imports(path)
+            if name.partition(".")[0] == "s2s" and not name.startswith("s2s.world")
+        }
+        self.assertEqual(used - {f"s2s.{name}" for name in s2s.__all__}, set())
+
+    def test_public_names(self) -> None:
+        """Each public name can be imported, and type checkers see the same names."""
+        for name in s2s.__all__:
+            self.assertIsNotNone(getattr(s2s, name))
+        checked = {name.rpartition(".")[2] for name, _ in _imports(_FILES[""])}
+        self.assertEqual(set(s2s.__all__) - checked, {"__version__"})
+        self.assertRaises(AttributeError, getattr, s2s, "nothing")
 
     def test_responders(self) -> None:
         """The engine's service imports every module of :mod:`s2s.roles.engine.responders`."""
@@ -262,6 +281,7 @@ class DeclarationTests(SynchronousTestCase):
             "actions",
             "backend",
             "common",
+            "world_seed",
         }
         self.assertEqual(files, set(cli.main.commands))
 
@@ -282,7 +302,7 @@ class DeclarationTests(SynchronousTestCase):
     def test_the_protocol_page_is_complete(self) -> None:
         """docs/protocol.rst has every message type and every error code."""
         page = (_ROOT / "docs" / "protocol.rst").read_text("utf-8")
-        words = {*(message.name for message in MESSAGES), *REPLY_ONLY, *BY_CODE}
+        words = {*(message.name for message in CATALOGUE.values()), *REPLY_ONLY, *BY_CODE}
         self.assertEqual([word for word in sorted(words) if f"``{word}``" not in page], [])
 
     def declared(self, package: object, base: type) -> set[type]:

@@ -44,7 +44,7 @@ STEPS: Final = {
     "relay.settled": ("s2s.roles.engine.relay", "Relay", "_settled", "before"),
     "order.attempt": ("s2s.store.tables.orders", "", "attempt", "after"),
     "order.hold": ("s2s.store.tables.orders", "", "hold", "after"),
-    "order.effect": ("s2s.store.tables.world", "", "set_sector_status", "after"),
+    "order.effect": ("s2s.world.tables", "", "set_sector_status", "after"),
     "order.finish": ("s2s.store.tables.orders", "", "finish", "after"),
     "order.told": ("s2s.roles.engine.order_runner", "OrderRunner", "_tell", "before"),
     "migrate.file": ("s2s.store.migrations", "", "_refuse_newer", "after"),
@@ -217,7 +217,8 @@ def _outbox_elsewhere() -> None:
 
 def _no_order_lock() -> None:
     """Let every engine that has read an order run it, and delay the orders of every other sector."""
-    from s2s.store.tables import orders, world
+    from s2s.store.tables import orders
+    from s2s.world import tables as world
 
     orders.hold = lambda *_: True
     set_status = world.set_sector_status

@@ -22,8 +22,9 @@ from campaigns.faults.checker import CMD_TYPE, Command, Facts, Order
 from campaigns.faults.history import History
 from campaigns.faults.operator_workload import OperatorWorkload
 from campaigns.faults.pusher import Pusher
+from s2s.cli.world_seed import make_world
 from s2s.store.pool import blocking
-from s2s.store.tables import seed, tokens
+from s2s.store.tables import tokens
 from tests.support.cluster import Cluster
 from tests.support.flood import StrangersFlood
 from tests.support.peer import K1, Key, Peer, connect
@@ -128,7 +129,7 @@ class TestBed:
             for key, value in SETTINGS.items():
                 txn.execute("update s2s.config set value = to_jsonb(%s) where key = %s", (value, key))
             self.token = tokens.add(txn, "faults", "admin")
-            seed.make_world(txn, SECTORS, 500, seed_)
+            make_world(txn, SECTORS, 500, seed_)
             txn.execute(mark_handler.TABLE)
             txn.execute(_CHANGES)
             txn.execute("create role faults_role")

@@ -19,7 +19,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
-from s2s.admin.operations import catalogue, commands, config, engines, lists, notices, orders, outbox
+from s2s.admin.operations import catalogue, commands, config, engines, lists, notices, orders, outbox, reports
 from s2s.admin.operations.config import Setting
 from s2s.admin.operations.engines import Engine
 from s2s.admin.operations.notices import Broadcast
@@ -27,6 +27,8 @@ from s2s.admin.operations.orders import Order
 from s2s.admin.operations.pages import Page
 from s2s.admin.operations.rows import BulkOutcome, RowOutcomes
 from s2s.admin.transport import Transport
+from s2s.handlers.discovery import Found
+from s2s.handlers.report import Report
 from s2s.protocol.settings import Value
 from s2s.store.tables.actions import RowOutcome
 from s2s.store.tables.audit import Entry
@@ -36,7 +38,6 @@ from s2s.store.tables.jobs import JobRow
 from s2s.store.tables.keys import PublicKeyRow
 from s2s.store.tables.notices import NoticeRow
 from s2s.store.tables.outbox_admin import OutboxEntry
-from s2s.store.tables.world import Counts
 
 
 class AdminClient(Transport):
@@ -80,11 +81,11 @@ class AdminClient(Transport):
     ) -> Deferred[Order]:
         """Give an order.
 
-        :param rpc: one of :data:`s2s.protocol.catalogue.ORDERS`.
+        :param rpc: the RPC of an order that the server has installed.
         :param idem_key: the same key is the same order: with a key, an order can be repeated if its outcome is unknown.
         :param wait_s: seconds to wait for its end, 60 at most.
         """
-        return self.call(orders.GIVE[rpc], query={"wait": wait_s}, body=params, idem_key=idem_key)
+        return self.call(orders.giving(rpc), query={"wait": wait_s}, body=params, idem_key=idem_key)
 
     def show_order(self, order_id: str, *, wait_s: float = 0) -> Deferred[Order]:
         """Show one order, once it is over or ``wait_s`` have passed."""
@@ -269,10 +270,10 @@ class AdminClient(Transport):
         """List the jobs."""
         return self.call(lists.JOBS, query={"limit": limit, "cursor": cursor})
 
-    def count_world(self) -> Deferred[Counts]:
-        """Count the sectors, ports and ships of the world."""
-        return self.call(lists.WORLD)
+    def show_report(self, report: Report) -> Deferred[Any]:
+        """Read the report of a plug-in."""
+        return self.call(reports.operation(report))
 
     def show_catalogue(self) -> Deferred[dict[str, Any]]:
         """Show all schemas."""
-        return self.call(catalogue.SHOW)
+        return self.call(catalogue.operation(Found()))

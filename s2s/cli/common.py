@@ -63,6 +63,9 @@ state_dir_option = click.option(
     callback=not_empty,
     help="Where the embedded PostgreSQL lives, when no database is named.",
 )
+world_option = click.option(
+    "--no-world", is_flag=True, envvar="S2S_NO_WORLD", help="Leave out the bundled world of sectors, ports and ships."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs.")
 limit_option = click.option(
     "--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="The newest so many."

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import click
 
-from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction
+from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction, world_option
+from s2s.handlers.discovery import Found, installed
 from s2s.store import kept_rows, migrations, privileges, sequences, shape
 from s2s.store.driver import Cursor
 from s2s.store.lock_wait import PATIENCE_S
+from s2s.store.migrations import Migrations
 from s2s.store.monitors import guard_watch, notify_queue
 
 
@@ -30,51 +32,67 @@ def db() -> None:
     show_default=True,
     help="How long to try again where other sessions hold the locks.",
 )
+@world_option
 @database_options
 @one_line_errors
-def migrate(wait_s: float, database: str | None, state_dir: Path) -> None:
-    """Bring the tables up to this release. Running it twice, or twice at once, does no harm."""
-    with transaction(database, state_dir, is_checked=False) as txn, privileges.explained(txn):
-        done = migrations.migrate(txn.connection, partial(click.echo, err=True), wait_s)
+def migrate(wait_s: float, no_world: bool, database: str | None, state_dir: Path) -> None:
+    """Bring the tables of s2s and of the plug-ins up to date. Running it twice, or twice at once, does no harm.
+
+    A plug-in that is left out has a line, and its tables are not touched.
+    """
+    found = _plugins(no_world)
+    plugins, tell = list(found.migrations.values()), partial(click.echo, err=True)
+    with transaction(database, state_dir, is_checked=False) as txn, privileges.explained(txn, plugins):
+        done = migrations.migrate(txn.connection, plugins, found.settings.values(), tell=tell, patience_s=wait_s)
     for name in done:
         click.echo(f"migrated: {name}")
     if not done:
         click.echo("the database is up to date")
 
 
+def _plugins(no_world: bool) -> Found:
+    """Return the installed plug-ins, and tell which ones are left out."""
+    found = installed(not no_world)
+    for complaint in found.complaints:
+        click.echo(complaint, err=True)
+    return found
+
+
 @db.command()
+@world_option
 @database_options
 @json_option
 @one_line_errors
-def status(database: str | None, state_dir: Path, as_json: bool) -> None:
+def status(no_world: bool, database: str | None, state_dir: Path, as_json: bool) -> None:
     """List the migrations, and what stands in the way of a role or a migration; exit 1 if anything does."""
     is_whole = True
+    plugins = list(_plugins(no_world).migrations.values())
     with transaction(database, state_dir, is_checked=False) as txn:
-        for line in _wrong(txn):
+        for line in _wrong(txn, plugins):
             click.echo(line, err=True)
             is_whole = False
         for guard in kept_rows.foreign(txn, migrations.tables()) if migrations.is_visible(txn) else ():
             click.echo(f"s2s has not made the {guard}; to remove it: {guard.cure}", err=True)
-        found = migrations.status(txn)
+        found = migrations.status(txn, plugins)
     show(found, ("schema", "version", "name", "applied_at"), as_json, "this release has no migrations")
     if not is_whole or any(each.applied_at is None for each in found):
         raise SystemExit(1)
 
 
-def _wrong(txn: Cursor) -> Iterator[str]:
+def _wrong(txn: Cursor, plugins: Sequence[Migrations]) -> Iterator[str]:
     """Return a line with its fix for each problem; problems whose fix needs the fewest privileges come first."""
-    for grant in privileges.missing(txn):
+    for grant in privileges.missing(txn, plugins):
         yield f"a privilege is missing, run as the owner of the tables: {grant}"
     yield from privileges.hidden(txn)
     if migrations.is_visible(txn):
         yield from (line for line, _ in sequences.wrong(txn))
-        yield from shape.wrong(txn)
+        yield from shape.wrong(txn, plugins)
         _, kept = guard_watch.look(txn)
         yield from kept
     queue = notify_queue.look(txn)
     if queue.usage >= notify_queue.HIGH:
         yield str(queue)
-    yield from privileges.to_migrate(txn)
+    yield from privileges.to_migrate(txn, plugins)
 
 
 @db.command(name="fix-sequences")

@@ -15,7 +15,7 @@ import click
 
 from s2s.admin.operations import config, orders
 from s2s.admin.operations.operation import IDEM_KEY
-from s2s.admin.operations.orders import KINDS, Order
+from s2s.admin.operations.orders import Order
 from s2s.cli.backend import Backend, HttpBackend, rows, with_backend
 from s2s.cli.common import ALL, interrupt_noted, json_option, limit_option, progress_bar, show, show_one, words
 from s2s.errors import (
@@ -29,10 +29,11 @@ from s2s.errors import (
     UnknownOutcome,
     harmless,
 )
-from s2s.handlers.orders import OrderHandler
+from s2s.handlers.discovery import installed
+from s2s.handlers.orders import OrderHandler, command_name
 from s2s.handlers.orders.config_set import ConfigSet
-from s2s.protocol.catalogue import BY_NAME, ORDERS
 from s2s.protocol.settings import Value, read_as
+from s2s.roles.options import is_set, variable
 from s2s.store.tables.orders import OPEN
 
 #: The exit code if an order is not over, or if that is unknown.
@@ -41,7 +42,26 @@ NOT_OVER: Final = 3
 _LOOK_S: Final = 0.25
 
 
-@click.group()
+class _Orders(click.Group):
+    """The commands of this module, and one for each installed order handler; these load the plug-ins."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return sorted({*super().list_commands(context), *_names()})
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Return a command by its name."""
+        handler = None if name in self.commands else _names().get(name)
+        return super().get_command(context, name) if handler is None else _command(handler)
+
+
+def _names() -> dict[str, OrderHandler]:
+    """Return the installed order handlers by their names on the command line."""
+    found = installed(not is_set(variable("no-world")))
+    return {command_name(handler): handler for handler in found.orders.values()}
+
+
+@click.group(cls=_Orders)
 def order() -> None:
     """Give engines orders, each run exactly once: over the link or, without one, from the table."""
 
@@ -49,20 +69,17 @@ def order() -> None:
 # --- giving ----------------------------------------------------------------------------------------------------------
 
 
-#: The command-line name of each order, which is the name of its module.
-_NAMES: Final = {rpc: type(kind).__module__.rpartition(".")[2].replace("_", "-") for rpc, kind in KINDS.items()}
 #: Members of a request that are options on the command line.
 _OPTIONS: Final = ("reason",)
 
 
-def _command(kind: OrderHandler) -> None:
-    """Add the command that gives one kind of order: its arguments are the members of the request, in their order.
+def _command(handler: OrderHandler) -> click.Command:
+    """Return the command that gives one kind of order: its arguments are the required params, in their order.
 
-    The schema of the request validates the arguments and describes the command.
+    The schema of the params validates the arguments and describes the command.
     """
-    rpc, document = kind.rpc, BY_NAME[kind.rpc].request_schema.document
-    rules = {member: rule.get("type", "string") for member, rule in document["properties"].items()}
-    members = [member for member in rules if member != "order_id"]
+    rpc, document = handler.rpc, handler.schema
+    rules = {member: rule.get("type", "string") for member, rule in document.get("properties", {}).items()}
 
     def command(backend: Backend, idem_key: str | None, wait_s: float, as_json: bool, **typed: str) -> None:
         if math.isnan(wait_s):
@@ -73,26 +90,29 @@ def _command(kind: OrderHandler) -> None:
         # Raise on text that is not valid Unicode: the audit could not record it either.
         "".join(typed.values()).encode()
         types = {**rules, **_kinds(backend, rpc, typed)}
-        params = {member: _read(types[member], text) for member, text in typed.items()}
-        row = _give(backend, rpc, params, idem_key)
+        params = {member: _read(types[member], text) for member, text in typed.items() if text is not None}
+        row = _give(backend, handler, params, idem_key)
         _end(_follow(backend, row, wait_s), as_json)
 
     opened = with_backend(command)
-    for member in reversed(members):
-        rule = document["properties"][member]
-        if member in _OPTIONS:
-            opened = click.option(f"--{member}", required=True, help=rule["description"])(opened)
+    required = document.get("required", ())
+    for member in reversed(rules):
+        if member in _OPTIONS or member not in required:
+            said = document["properties"][member].get("description", "")
+            option = click.option(f"--{member.replace('_', '-')}", member, required=member in required, help=said)
+            opened = option(opened)
         else:
             opened = click.argument(member, metavar=member.upper())(opened)
     for option in (_wait, _idem_key):
         opened = option(opened)
-    order.command(
-        name=_NAMES[rpc],
-        help=f"{document['description']} ({rpc})\n\n\b\n" + "\n".join(_rule(document, member) for member in members),
+    made: click.Command = click.command(
+        name=command_name(handler),
+        help=f"{document['description']} ({rpc})\n\n\b\n" + "\n".join(_rule(document, member) for member in rules),
         epilog="Exit code 0: it is done; 1: it was refused, or failed; 3: it is not over yet.",
         # A negative number is not an option.
         context_settings={"ignore_unknown_options": True},
     )(json_option(opened))
+    return made
 
 
 def _rule(document: Mapping[str, Any], member: str) -> str:
@@ -100,13 +120,13 @@ def _rule(document: Mapping[str, Any], member: str) -> str:
     rule = document["properties"][member]
     allowed = rule.get("enum") or [f"{rule[bound]}" for bound in ("minimum", "maximum") if bound in rule]
     joined = (" | " if "enum" in rule else " to ").join(allowed)
-    return f"{member.upper()}: {rule['description']}{f' {joined}' if allowed else ''}"
+    return f"{member.upper()}: {rule.get('description', '')}{f' {joined}' if allowed else ''}"
 
 
-def _give(backend: Backend, rpc: str, params: Mapping[str, Value], idem_key: str | None) -> Order:
+def _give(backend: Backend, handler: OrderHandler, params: Mapping[str, Value], idem_key: str | None) -> Order:
     """Give an order, or return the order that was given with this key before."""
     try:
-        return backend.call(orders.GIVE[rpc], body=params, idem_key=idem_key)
+        return backend.call(orders.operation(handler), body=params, idem_key=idem_key)
     except Refused as error:
         order_id = error.details.get("order_id")
         if error.code == IdemConflict.code:
@@ -152,8 +172,6 @@ _wait = click.option(
     show_default=True,
     help="Follow it until nothing has moved for so long; 0: give it, and do not wait.",
 )
-for _kind in KINDS.values():
-    _command(_kind)
 
 
 # --- following -------------------------------------------------------------------------------------------------------
@@ -221,7 +239,7 @@ def show_(backend: Backend, order_id: str, as_json: bool) -> None:
 
 @order.command(name="list")
 @click.option("--status", type=click.Choice(("queued", "running", "done", "refused", "failed")), help="Only these.")
-@click.option("--rpc", type=click.Choice(ORDERS), help="Only these.")
+@click.option("--rpc", metavar="RPC", help="Only these.")
 @click.option("--before", metavar="ORDER_ID", help="Only older ones: the last of the page before.")
 @limit_option
 @with_backend
@@ -246,5 +264,5 @@ class _Line:
 def _line(row: Order) -> _Line:
     result = row.result if isinstance(row.result, dict) else {}
     came = result.get("message") or words(result)[1:-1] or row.progress
-    told = f"{_NAMES.get(row.rpc, row.rpc)} {words(row.params)} by {row.actor}{f' -> {came}' if came else ''}"
+    told = f"{row.rpc} {words(row.params)} by {row.actor}{f' -> {came}' if came else ''}"
     return _Line(row.order_id, row.created_at, row.status, told)

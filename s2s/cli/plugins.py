@@ -1,44 +1,55 @@
-"""``s2s plugins``: the command types and jobs that are installed."""
+"""``s2s plugins``: the plug-ins that are installed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import click
 
-from s2s.cli.common import json_option, show
-from s2s.handlers import commands, jobs
-from s2s.handlers.discovery import discover
+from s2s.cli.common import json_option, show, world_option
+from s2s.handlers.discovery import KINDS, WORLD, discover
+from s2s.handlers.jobs import Job
 
 
 @dataclass(frozen=True)
 class _Row:
+    """One plug-in.
+
+    :param source: the module of its class, or the module that declares it; ``s2s`` for the built-in ones.
+    :param replaces: the package whose plug-in of this name it replaces.
+    """
+
     kind: str
     name: str
     source: str
-    schedule: str | None = None
+    replaces: str | None
+    schedule: str | None
 
 
 @click.group()
 def plugins() -> None:
-    """Look at the command types and jobs that are installed."""
+    """Look at the command types, jobs, orders, reports, settings and migrations that are installed."""
 
 
 @plugins.command(name="list")
+@world_option
 @json_option
-def list_(as_json: bool) -> None:
-    """List command types and jobs, and what is wrong with those that are left out."""
-    found = discover()
+def list_(no_world: bool, as_json: bool) -> None:
+    """List the plug-ins, and what is wrong with those that are left out."""
+    found = discover(not no_world)
     rows = [
-        *(_Row("command", name, _source(kind, commands.BUILTIN)) for name, kind in found.commands.items()),
-        *(_Row("job", name, _source(kind, jobs.BUILTIN), kind.schedule) for name, kind in found.jobs.items()),
+        _Row(
+            kind.noun,
+            name,
+            found.sources.get((member, name), "s2s"),
+            WORLD if (member, name) in found.replaced else None,
+            value.schedule if isinstance(value, Job) else None,
+        )
+        for member, kind in KINDS.items()
+        for name, value in getattr(found, member).items()
+        # s2s config list shows the settings of s2s itself.
+        if member != "settings" or (member, name) in found.sources
     ]
-    show(rows, ("kind", "name", "source", "schedule"), as_json, "there are none")
+    show(rows, ("kind", "name", "source", "replaces", "schedule"), as_json, "there are none")
     for complaint in found.complaints:
         click.echo(complaint, err=True)
-
-
-def _source(kind: object, builtin: tuple[Any, ...]) -> str:
-    """Return the module that defines a plug-in; for the bundled ones, the name of the package."""
-    return "s2s" if any(kind is one for one in builtin) else type(kind).__module__

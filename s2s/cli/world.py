@@ -10,11 +10,12 @@ from typing import Final
 
 import click
 
-from s2s.admin.operations import lists
+from s2s.admin.operations import reports
 from s2s.cli.backend import Backend, with_backend
 from s2s.cli.common import database_options, json_option, one_line_errors, progress_bar, show_one, transaction
+from s2s.cli.world_seed import make_world
 from s2s.errors import OperatorError
-from s2s.store.tables.seed import make_world
+from s2s.world.tables import COUNTS
 
 #: Rows of a table. So many ships take a minute or two, and gigabytes.
 _MOST: Final = 10_000_000
@@ -56,7 +57,7 @@ def seed(
 @json_option
 def show(backend: Backend, as_json: bool) -> None:
     """Count the sectors by their status, the ports and the ships."""
-    found = backend.call(lists.WORLD)
+    found = backend.call(reports.operation(COUNTS))
     show_one(found, as_json)
     if not (found.sectors or as_json):
         click.echo("there is no world: make one with: s2s world seed --sectors N --ships M", err=True)

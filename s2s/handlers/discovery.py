@@ -1,4 +1,4 @@
-"""Find command handlers and jobs: the built-in ones, and those of other distributions in :mod:`s2s.plugins`.
+"""Find plug-ins: the built-in ones, those of other distributions in :mod:`s2s.plugins`, and those of the bundled world.
 
 The modules are found as Twisted's ``getPlugins`` finds them, but without that function: it writes a cache file beside
 every plug-in, and reports a broken plug-in by a traceback.
@@ -10,9 +10,9 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,11 +22,21 @@ from zope.interface.verify import verifyObject
 
 from s2s import plugins
 from s2s.errors import OperatorError
-from s2s.handlers import commands, jobs
+from s2s.handlers import commands, jobs, orders, report
 from s2s.handlers.commands import CommandHandler, ICommandHandler
 from s2s.handlers.import_timer import TooLong, bounded
 from s2s.handlers.jobs import IJob, Job
+from s2s.handlers.orders import IOrderHandler, OrderHandler
+from s2s.handlers.report import Report
+from s2s.protocol.catalogue import Catalogue, with_orders
 from s2s.protocol.catalogue.schema import Schema
+from s2s.protocol.names import by_name
+from s2s.protocol.settings import SETTINGS, Setting, Value, check_setting
+from s2s.store import migrations
+from s2s.store.migrations import Migrations
+
+#: The module of the bundled world, which is loaded last: a plug-in replaces the member of the same kind and name.
+WORLD: Final = "s2s.world"
 
 #: The numbers of characters kept of a long complaint: of its beginning, which names the plug-in, and of its end, which
 #: names the cure.
@@ -35,34 +45,94 @@ _TAIL: Final = 95
 
 
 @dataclass(frozen=True)
-class Found:
-    """The command handlers and jobs that were found.
+class _Kind:
+    """One kind of plug-in.
 
-    :param commands: the command handlers by type name, the built-in ones first.
-    :param jobs: the jobs by name, the built-in ones first.
-    :param complaints: a line for each plug-in that is left out, with its name, the error and the cure.
+    :param noun: the noun for one of them.
+    :param key: the attribute that holds its name.
+    :param type: the interface that it provides, or its class.
+    :param registry: returns some of them by name; raises :class:`OperatorError` for one that cannot be used.
+    :param builtin: those of s2s itself, whose names no plug-in can take.
     """
 
-    commands: Mapping[str, CommandHandler]
-    jobs: Mapping[str, Job]
-    complaints: Sequence[str]
+    noun: str
+    key: str
+    type: Any
+    registry: Callable[[Iterable[Any]], dict[str, Any]]
+    builtin: Sequence[Any] = ()
+
+    def has(self, value: Any) -> bool:
+        """Return whether a value is a plug-in of this kind.
+
+        :raises zope.interface.Invalid: the value violates the interface.
+        """
+        if isinstance(self.type, type):
+            return isinstance(value, self.type)
+        return bool(self.type.providedBy(value) and verifyObject(IPlugin, value) and verifyObject(self.type, value))
 
 
-def discover(
-    command_types: Iterable[CommandHandler] = commands.BUILTIN, job_types: Iterable[Job] = jobs.BUILTIN
-) -> Found:
+#: By the member of :class:`Found`.
+KINDS: Final = {
+    "commands": _Kind("command", "cmd_type", ICommandHandler, commands.registry, commands.BUILTIN),
+    "jobs": _Kind("job", "job_type", IJob, jobs.registry),
+    "orders": _Kind("order", "rpc", IOrderHandler, orders.registry, orders.BUILTIN),
+    "reports": _Kind("report", "name", Report, report.registry),
+    "settings": _Kind("setting", "key", Setting, lambda all: by_name(all, "setting", "key", check_setting), SETTINGS),
+    "migrations": _Kind(
+        "migrations",
+        "schema",
+        Migrations,
+        lambda all: by_name(all, "migrations", "schema", migrations.check_declaration),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The plug-ins that were found, each kind by name, the built-in ones first.
+
+    :param complaints: a line for each plug-in that is left out, with its name, the error and the cure.
+    :param replaced: the plug-ins of the bundled world that another plug-in replaces, each as the name of the mapping
+        here and its own name.
+    :param sources: the module of each plug-in that is not built in: that of its class or, for a plain declaration, the
+        one that declares it.
+    """
+
+    commands: Mapping[str, CommandHandler] = field(default_factory=dict)
+    jobs: Mapping[str, Job] = field(default_factory=dict)
+    orders: Mapping[str, OrderHandler] = field(default_factory=dict)
+    reports: Mapping[str, Report] = field(default_factory=dict)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    migrations: Mapping[str, Migrations] = field(default_factory=dict)
+    complaints: Sequence[str] = ()
+    replaced: frozenset[tuple[str, str]] = frozenset()
+    sources: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The message types of a peer with these order handlers."""
+        return with_orders(map(orders.message_type, self.orders.values()))
+
+    @property
+    def defaults(self) -> dict[str, Value]:
+        """The default of each setting."""
+        return {key: setting.default for key, setting in self.settings.items()}
+
+
+def discover(world: bool = True) -> Found:
     """Load every plug-in, in the order of the module names. A broken plug-in does not stop the others.
 
-    :param command_types: the built-in command handlers, whose names no plug-in can take.
-    :param job_types: the built-in jobs, likewise.
+    :param world: load the bundled world, after all others.
     """
-    found_commands, found_jobs = commands.registry(command_types), jobs.registry(job_types)
+    found = {member: kind.registry(kind.builtin) for member, kind in KINDS.items()}
+    replaced: set[tuple[str, str]] = set()
+    sources: dict[tuple[str, str], str] = {}
     complaints: list[str] = []
     names: list[str] = []
     with _left_out(f"directory of {plugins.__name__}", complaints):  # the directory may be unreadable
         names.extend(module.name for module in getModule(plugins.__name__).iterModules())
         complaints.extend(_line(f"plug-in {path} is left out: {why}") for path, why in _passed_over())
-    for name in sorted(names):
+    for name in [*sorted(names), *([WORLD] if world else ())]:
         # The output of a plug-in goes to stderr, since it is no part of a command's output. Code of the plug-in also
         # runs for the text of its exception, for properties of its members, such as a schema, and for the test whether
         # a member is a plug-in.
@@ -75,18 +145,25 @@ def discover(
             module = importlib.import_module(name)
             for attribute, value in list(vars(module).items()):
                 with _left_out(f"{name}.{attribute}", complaints):
-                    if _is_new(value, ICommandHandler, found_commands):
+                    for member, kind in KINDS.items():
+                        known = found[member]
+                        # Identity instead of "in", which would call the plug-in's own comparison.
+                        if not kind.has(value) or any(value is each for each in known.values()):
+                            continue
+                        its = member, getattr(value, kind.key)
+                        if name == WORLD and its[1] in known:
+                            replaced.add(its)
+                            continue
                         _check(value)
-                        found_commands = commands.registry([*found_commands.values(), value])
-                    if _is_new(value, IJob, found_jobs):
-                        found_jobs = jobs.registry([*found_jobs.values(), value])
-    return Found(found_commands, found_jobs, complaints)
+                        found[member] = kind.registry([*known.values(), value])
+                        sources[its] = name if isinstance(kind.type, type) else type(value).__module__
+    return Found(**found, complaints=complaints, replaced=frozenset(replaced), sources=sources)
 
 
 @functools.cache
-def installed() -> Found:
+def installed(world: bool = True) -> Found:
     """Return the result of :func:`discover`. Only the first call in this process loads the plug-ins."""
-    return discover()
+    return discover(world)
 
 
 def _passed_over() -> Iterator[tuple[Path, str]]:
@@ -102,24 +179,14 @@ def _passed_over() -> Iterator[tuple[Path, str]]:
             yield directory, "it has an __init__.py: remove that file"
 
 
-def _is_new(value: Any, interface: Any, known: Mapping[str, Any]) -> bool:
-    """Return whether a value is a plug-in of this kind that was not found under another name.
-
-    :raises zope.interface.Invalid: the value is a plug-in that violates the interface.
-    """
-    # Identity instead of "in", which would call the plug-in's own comparison.
-    if not interface.providedBy(value) or any(value is one for one in known.values()):
-        return False
-    return bool(verifyObject(IPlugin, value) and verifyObject(interface, value))
-
-
-def _check(kind: CommandHandler) -> None:
+def _check(value: Any) -> None:
     """Refuse a schema of anything but objects, which no push can satisfy, and an async handler, which never runs."""
-    schema = kind.schema
-    if not isinstance(schema, Mapping) or schema.get("type") != "object":
-        raise OperatorError('its schema is not one of an object: write a JSON Schema with "type": "object"')
-    Schema(schema)
-    for method in (kind.run, kind.run_batch):
+    if ICommandHandler.providedBy(value):
+        schema = value.schema
+        if not isinstance(schema, Mapping) or schema.get("type") != "object":
+            raise OperatorError('its schema is not one of an object: write a JSON Schema with "type": "object"')
+        Schema(schema)
+    for method in filter(None, (getattr(value, name, None) for name in ("run", "run_batch"))):
         if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
             raise OperatorError(
                 f"its {method.__name__}() is async or a generator, and runs in a thread: write a plain one"

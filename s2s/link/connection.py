@@ -50,7 +50,7 @@ from s2s.link.read_pause import ReadPause
 from s2s.link.strangers import Strangers
 from s2s.link.write_buffer import WriteBuffer
 from s2s.protocol import canonical, envelope
-from s2s.protocol.catalogue import ACK, BY_NAME, ERROR, ERROR_SCHEMA, HEALTH_CHECK
+from s2s.protocol.catalogue import ACK, ERROR, ERROR_SCHEMA, HEALTH_CHECK
 from s2s.protocol.envelope import Envelope
 from s2s.protocol.limits import Counters
 from s2s.protocol.session import ALSO_PROVES, CHALLENGE, Event, Session, State
@@ -454,7 +454,7 @@ class Link(Int32StringReceiver):
             (``Refused``, ``BadReply``, ``UnknownOutcome``) or, if nothing was written, with a
             :class:`~s2s.errors.LocalError`.
         """
-        message = BY_NAME[type]
+        message = self.session.catalogue[type]
         if not self.session.is_open:
             return defer.fail(LinkLost(f"the link ended: {self.close_reason.text}"))
         try:

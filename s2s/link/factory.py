@@ -16,6 +16,7 @@ from s2s.link.connection import Link, LinkEvents
 from s2s.link.dispatcher import Dispatcher, KeySource
 from s2s.link.peer_lines import FRAMES, PeerLines
 from s2s.link.strangers import Strangers
+from s2s.protocol.catalogue import BY_NAME, Catalogue
 from s2s.protocol.limits import Bounds, Counters, Timing
 from s2s.protocol.replay import ReplayCache
 from s2s.protocol.session import Session
@@ -43,6 +44,7 @@ class LinkFactory(Factory):
     """The factory of the links of one process, which share its replay cache and counters.
 
     :param role: our role.
+    :param catalogue: the message types that we know.
     """
 
     role: Role
@@ -53,6 +55,7 @@ class LinkFactory(Factory):
     bounds: Bounds = field(default_factory=Bounds)
     timing: Timing = field(default_factory=Timing)
     counters: Counters = field(default_factory=Counters)
+    catalogue: Catalogue = field(default_factory=lambda: BY_NAME)
 
     noisy = False
     log = Logger()
@@ -96,7 +99,7 @@ class LinkFactory(Factory):
 
     def buildProtocol(self, addr: IAddress | None) -> Link:
         """Return a link for one connection."""
-        session = Session(self.role, self.replay, self.timing, self.bounds, self.clock.mono())
+        session = Session(self.role, self.replay, self.timing, self.bounds, self.clock.mono(), self.catalogue)
         link = Link(
             session,
             self.dispatcher,

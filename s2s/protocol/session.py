@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from s2s.errors import Forbidden, NotReady, Replay, TsSkew, UnsupportedType
-from s2s.protocol.catalogue import BY_NAME, ERROR, HEALTH_CHECK, REPLY_ONLY, MessageType
+from s2s.protocol.catalogue import BY_NAME, ERROR, HEALTH_CHECK, REPLY_ONLY, Catalogue, MessageType
 from s2s.protocol.envelope import Envelope, other
 from s2s.protocol.limits import Bounds, Timing
 from s2s.protocol.replay import ReplayCache
@@ -75,10 +75,20 @@ class Session:
     :param role: our role.
     :param replay: the replay cache of the process.
     :param mono: monotonic seconds when the connection was made.
+    :param catalogue: the message types that we know.
     """
 
-    def __init__(self, role: Role, replay: ReplayCache, timing: Timing, bounds: Bounds, mono: float) -> None:
+    def __init__(
+        self,
+        role: Role,
+        replay: ReplayCache,
+        timing: Timing,
+        bounds: Bounds,
+        mono: float,
+        catalogue: Catalogue = BY_NAME,
+    ) -> None:
         self.role = role
+        self.catalogue = catalogue
         self.peer_role = other(role)
         self.timing = timing
         self.bounds = bounds
@@ -171,7 +181,7 @@ class Session:
         :raises WireError: the first check that fails.
         """
         self._check_fresh(envelope.ts, now, mono)
-        message = BY_NAME.get(envelope.type)
+        message = self.catalogue.get(envelope.type)
         if message is None or message.entered:
             self._replay.enter(key.key_id, envelope.id, mono)
         if message is None or message.name not in served:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from s2s.errors import OperatorError
+
 Value = str | int | bool
 
 
@@ -17,6 +19,7 @@ Value = str | int | bool
 class Setting:
     """One setting.
 
+    :param key: a lower-case letter, then up to 63 of a-z, 0-9, _ and ``.``
     :param least: the minimum value of an integer, or the minimum length of a string.
     :param most: the maximum of the same.
     """
@@ -53,11 +56,22 @@ SETTINGS: Final = (
     Setting("link.idle_s", 10, "seconds of silence after which the peer is asked for its health", 1, 30),
     Setting("link.check_s", 3, "seconds until a health check counts as missed", 1, 30),
     Setting("link.misses", 3, "missed health checks in a row after which a link is cut", 1, 10),
-    Setting("job.port_refresh.rate_permille", 100, "share of the way to its base that a port goes in a run", 0, 1000),
-    Setting("job.decay.rate_permille", 10, "share of its shields that a ship loses in a run", 0, 1000),
 )
 
 BY_KEY: Final = {setting.key: setting for setting in SETTINGS}
+
+
+def check_setting(setting: Setting) -> None:
+    """Refuse a declaration whose default is no value of the setting.
+
+    :raises OperatorError: the type of the default is another, or the default is beyond a bound.
+    """
+    default = setting.default
+    if type(default) not in (str, int, bool):
+        raise OperatorError(f"its default is a {type(default).__name__}: write a string, an integer or a boolean")
+    size = 0 if type(default) is bool else default if type(default) is int else len(str(default))
+    if not (setting.least or size) <= size <= (size if setting.most is None else setting.most):
+        raise OperatorError(f"its default is not from {setting.least} to {setting.most}")
 
 
 def read_as(kind: str, text: str) -> Value | None:

@@ -13,6 +13,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from s2s.errors import BY_CODE, one_line
+from s2s.handlers.discovery import Found
 from s2s.link.factory import LinkFactory
 from s2s.protocol.identity import Identity
 from s2s.protocol.limits import Bounds, Counters
@@ -48,6 +49,7 @@ class RoleDeps:
     :param handlers: the connections on which foreign code runs.
     :param live_keys: the keys, read before the start.
     :param live_config: the configuration, read before the start.
+    :param plugins: the installed plug-ins.
     """
 
     identity: Identity
@@ -60,6 +62,7 @@ class RoleDeps:
     live_keys: LiveKeys
     live_config: LiveConfig
     lifetime: Shutdown
+    plugins: Found
 
 
 class Role(service.Service, ABC):

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
 from twisted.python import usage
 from ulid_transform import ulid_now
 
 from s2s import __version__
 from s2s.errors import OperatorError
+from s2s.handlers.discovery import installed
 from s2s.protocol.identity import Identity
 from s2s.protocol.limits import Bounds, Counters
 from s2s.protocol.signing import Role
@@ -50,10 +52,17 @@ _TWISTD_PIDFILE: Final = "twistd.pid"
 _OWN_SESSIONS: Final = 3
 HANDLER_TIMEOUTS: Final = (1, 3600)
 
+_log = Logger()
+
 
 def variable(option: str) -> str:
     """Name the environment variable that stands for an option."""
     return "S2S_" + option.upper().replace("-", "_")
+
+
+def is_set(name: str) -> bool:
+    """Return whether the environment variable of a flag sets it."""
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "no")
 
 
 def between(least: int, most: int) -> Callable[[str], int]:
@@ -118,6 +127,7 @@ class RoleOptions(usage.Options):
         parameter("log-bytes", 10_000_000, "size at which the file of --logfile is rotated, in bytes, 100000 to 10^10"),
         parameter("log-files", 10, "rotated log files that are kept, 1 to 1000"),
     ]
+    optFlags = [["no-world", None, "leave out the bundled world: its tables, jobs, orders, settings and report"]]
     coercions: Mapping[str, Callable[[str], object]] = {}
     pid_file: PidFile | None = None
 
@@ -151,6 +161,7 @@ class RoleOptions(usage.Options):
         for name, given in self.items():
             # A secret or a file of variables may end with a line break.
             self[name] = given.strip() if isinstance(given, str) else given
+        self["no-world"] = bool(self["no-world"]) or is_set(variable("no-world"))
         for name, coerce in {**_COERCIONS, **self.coercions}.items():
             try:
                 self[name] = coerce(self[name])
@@ -248,9 +259,12 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handle
     # twistd opens the log after the service is made.
     reactor.callWhenRunning(log_file.bound, options["log-bytes"], options["log-files"])
     own_threads.check(threads + max(handlers, 1))
+    plugins = installed(not options["no-world"])
+    for complaint in plugins.complaints:
+        _log.error("{complaint}", complaint=complaint)
     endpoints = [_endpoint(options, reactor, *each) for each in options.endpoints]
     sessions = threads + handlers + _OWN_SESSIONS
-    place, found, done = preflight.prepare(options["database"], options["state-dir"], role, sessions)
+    place, found, done = preflight.prepare(options["database"], options["state-dir"], role, plugins, sessions)
     for sentence in done:
         with suppress(OSError):
             streams.offer(f"{options.process_name}: {sentence}")
@@ -283,6 +297,7 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handle
         LiveKeys(database, clock, found.rows),
         LiveConfig(database, clock, found.snapshot),
         lifetime,
+        plugins,
     )
     return basis, endpoints
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from s2s.errors import DatabaseError, DatabaseUnavailable, NoSigningKey, OperatorError
+from s2s.handlers.discovery import Found
 from s2s.protocol.signing import Role
 from s2s.runtime import streams
 from s2s.store import connection_limits, migrations, privileges, sequences, shape, sqlstate
 from s2s.store.driver import Cursor
 from s2s.store.embedded import lease
+from s2s.store.migrations import Migrations
 from s2s.store.pool import blocking
 from s2s.store.tables import clock_drift, config, keys
 from s2s.store.tables.config import Snapshot
@@ -67,13 +69,14 @@ def find_database(given: str | None, state_dir: Path) -> Place:
     return Place(locate(url, source))
 
 
-def make_ready(url: str) -> list[str]:
+def make_ready(url: str, plugins: Found) -> list[str]:
     """Migrate, and make the first key; for the embedded database only, which no operator prepares.
 
     :returns: what was done, a sentence each.
     """
     with blocking(url) as txn:
-        done = [f"migrated the database: {name}" for name in migrations.migrate(txn.connection)]
+        ran = migrations.migrate(txn.connection, list(plugins.migrations.values()), plugins.settings.values())
+        done = [f"migrated the database: {name}" for name in ran]
         key_id = keys.add_first_random(txn)
     return done if key_id is None else [*done, f"made a random key: {key_id}"]
 
@@ -84,7 +87,7 @@ def unusable(error: DatabaseError) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class Ready:
     """What a role needs of the database before it starts.
 
     :param rows: the keys, their windows told by our clock.
@@ -94,13 +97,14 @@ class Found:
     snapshot: Snapshot
 
 
-def check(url: str, role: Role, sessions: int = 1) -> Found:
+def check(url: str, role: Role, plugins: Found, sessions: int = 1) -> Ready:
     """See that the schema is ours, that new rows get new ids and that a key may sign, by the clock that dated the keys.
 
+    :param plugins: the installed plug-ins, whose tables are checked too.
     :param sessions: of the database, which the role has when all of its work is under way.
     :raises OperatorError: one line that names the cure.
     """
-    return when_ready(lambda: _check(url, role, sessions))
+    return when_ready(lambda: _check(url, role, list(plugins.migrations.values()), sessions))
 
 
 def when_ready(look: Callable[[], T]) -> T:
@@ -134,14 +138,14 @@ def _patience_s(error: DatabaseError) -> float:
     return 0.0 if error.state else NOBODY_S
 
 
-def _check(url: str, role: Role, sessions: int) -> Found:
+def _check(url: str, role: Role, plugins: Sequence[Migrations], sessions: int) -> Ready:
     with blocking(url, within_s=LOOK_S) as txn:
         # First: without a privilege the schema seems to be another.
-        privileges.check(txn)
-        migrations.check(txn)
+        privileges.check(txn, plugins)
+        migrations.check(txn, plugins)
         connection_limits.check(txn, sessions)
         # First: the look at a sequence reads the largest id, which needs the index.
-        shape.check(txn)
+        shape.check(txn, plugins)
         sequences.check(txn)
         snapshot = config.read(txn)
         try:
@@ -150,7 +154,7 @@ def _check(url: str, role: Role, sessions: int) -> Found:
             # A clock that was ahead may have dated them. A role that runs pulls such dates back, too.
             txn.execute(clock_drift.KEYS)
             rows = _keys(txn, role)
-    return Found(rows, snapshot)
+    return Ready(rows, snapshot)
 
 
 def _keys(txn: Cursor, role: Role) -> list[KeyRow]:
@@ -165,10 +169,12 @@ def _keys(txn: Cursor, role: Role) -> list[KeyRow]:
     return rows
 
 
-def prepare(given: str | None, state_dir: Path, role: Role, sessions: int = 1) -> tuple[Place, Found, list[str]]:
+def prepare(
+    given: str | None, state_dir: Path, role: Role, plugins: Found, sessions: int = 1
+) -> tuple[Place, Ready, list[str]]:
     """Find the database, make it ready if it is the embedded one, and check it.
 
-    :param sessions: see :func:`check`.
+    :param plugins: see :func:`check`, also for ``sessions``.
     :returns: the place, what was found there, and what was done, a sentence each.
     :raises OperatorError: one line that names the cure.
     """
@@ -176,8 +182,11 @@ def prepare(given: str | None, state_dir: Path, role: Role, sessions: int = 1) -
     try:
         done = []
         if place.is_embedded:
-            done = [f"no database is named: using the embedded PostgreSQL under {state_dir}", *make_ready(place.url)]
-        return place, check(place.url, role, sessions), done
+            done = [
+                f"no database is named: using the embedded PostgreSQL under {state_dir}",
+                *make_ready(place.url, plugins),
+            ]
+        return place, check(place.url, role, plugins, sessions), done
     except BaseException:
         place.leave()
         raise

@@ -1,13 +1,14 @@
 """Migrations are numbered SQL files. All pending ones run in one transaction, under an advisory lock.
 
-A migration is a file ``sql/SCHEMA/NNNN_name.sql``; it never changes once released. It qualifies its tables with their
-schema, which is created first. If two processes migrate at once, the second one waits and then finds nothing to do.
+A migration is a file ``sql/NNNN_name.sql`` of a package; it never changes once released. The migrations of s2s qualify
+their tables with the schema ``s2s``; those of a plug-in run with the plug-in's own schema as the search path. All
+schemas are created first. If two processes migrate at once, the second one waits and then finds nothing to do.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -18,7 +19,8 @@ import psycopg2
 from psycopg2 import sql
 from psycopg2.errors import DeadlockDetected, LockNotAvailable
 
-from s2s.errors import SchemaError, StatementRefused
+from s2s.errors import OperatorError, SchemaError, StatementRefused
+from s2s.protocol.settings import Setting
 from s2s.store import sqlstate
 from s2s.store.driver import Connection, Cursor, lock_key, translate_error
 from s2s.store.kept_rows import check_written
@@ -29,8 +31,50 @@ _LOCK: Final = lock_key("migrations")
 
 _TABLE: Final = re.compile(r"^create table (?:if not exists )?([\w.]+)", re.MULTILINE)
 _MIGRATE: Final = "run: s2s db migrate"
-#: The migrations of these schemas run in this order.
-SCHEMAS: Final = ("s2s", "s2s_world")
+#: The search paths of a migration: names of a plug-in need no schema.
+_OWN_PATH: Final = "set local search_path = pg_catalog, pg_temp"
+_PLUGIN_PATH: Final = "set local search_path = {}, pg_temp"
+#: A schema of a plug-in.
+_SCHEMA: Final = re.compile(r"(?!pg_|s2s$|public$|information_schema$)[a-z][a-z0-9_]{0,62}")
+_FILE: Final = re.compile(r"([0-9]{4})_[a-z0-9_]+\.sql")
+
+
+@dataclass(frozen=True)
+class Migrations:
+    """The migrations of a package, which belong to one schema of the database.
+
+    :param schema: the name of the schema, which no other package uses.
+    :param package: the package that contains the directory.
+    :param directory: the directory of the files ``NNNN_name.sql``, whose numbers begin with 0001.
+    """
+
+    schema: str
+    package: str
+    directory: str = "sql"
+
+    def read(self) -> tuple[Migration, ...]:
+        """Return the migrations, in order.
+
+        :raises OperatorError: the schema or a file has a wrong name, or there is no file.
+        """
+        return _read(self)
+
+
+#: The migrations of s2s itself.
+OWN: Final = Migrations("s2s", "s2s.store")
+
+
+def check_declaration(declared: Migrations) -> None:
+    """Refuse a declaration of a plug-in that cannot be used.
+
+    :raises OperatorError: the schema or a file has a wrong name, or there is no file.
+    """
+    if not _SCHEMA.fullmatch(declared.schema):
+        raise OperatorError(
+            f"its schema is {declared.schema!r}: write a name as [a-z][a-z0-9_]{{0,62}}, other than s2s, public and"
+            " those of PostgreSQL"
+        )
+    declared.read()
 
 
 @dataclass(frozen=True)
@@ -69,29 +113,49 @@ class MigrationFailed(SchemaError):
 
 
 @cache
-def available() -> tuple[Migration, ...]:
-    """Return the migrations of the package, in order."""
-    directory = resources.files("s2s.store").joinpath("sql")
+def _read(declared: Migrations) -> tuple[Migration, ...]:
+    directory = resources.files(declared.package).joinpath(declared.directory)
+    files = directory.iterdir() if directory.is_dir() else ()
+    names = sorted(file.name for file in files if file.name.endswith(".sql"))
+    for number, name in enumerate(names, 1):
+        match = _FILE.fullmatch(name)
+        if match is None or int(match[1]) != number:
+            raise OperatorError(f"the file {name} in {directory} has no place: its name should be {number:04}_NAME.sql")
+    if not names:
+        raise OperatorError(f"there is no file NNNN_NAME.sql in {directory}: add one, and to the package data too")
     return tuple(
-        Migration(schema, int(file.name[:4]), file.name[:-4], file.read_text("utf-8"))
-        for schema in SCHEMAS
-        for file in sorted(directory.joinpath(schema).iterdir(), key=lambda file: file.name)
-        if file.name.endswith(".sql")
+        Migration(declared.schema, number, name[:-4], directory.joinpath(name).read_text("utf-8"))
+        for number, name in enumerate(names, 1)
     )
 
 
-@cache
-def tables() -> frozenset[str]:
+def available(plugins: Iterable[Migrations] = ()) -> tuple[Migration, ...]:
+    """Return the migrations of s2s and of plug-ins, in the order in which they run."""
+    return tuple(migration for declared in (OWN, *plugins) for migration in declared.read())
+
+
+def tables(plugins: Iterable[Migrations] = ()) -> frozenset[str]:
     """Return the names of the tables that the migrations create, with their schemas."""
-    return frozenset(name for migration in available() for name in _TABLE.findall(migration.sql))
+    return frozenset(
+        name if "." in name else f"{migration.schema}.{name}"
+        for migration in available(plugins)
+        for name in _TABLE.findall(migration.sql)
+    )
 
 
 def migrate(
-    conn: Connection, tell: Callable[[str], object] = lambda line: None, patience_s: float = PATIENCE_S
+    conn: Connection,
+    plugins: Sequence[Migrations] = (),
+    settings: Iterable[Setting] = (),
+    *,
+    tell: Callable[[str], object] = lambda line: None,
+    patience_s: float = PATIENCE_S,
 ) -> list[str]:
     """Run all pending migrations, or none, and declare the settings of this release.
 
     :param conn: an open connection, not in autocommit; the migrations are committed.
+    :param plugins: the migrations of the installed plug-ins.
+    :param settings: the settings of the installed plug-ins.
     :param tell: see :class:`~s2s.store.lock_wait.LockWait`, also for ``patience_s``.
     :returns: the migrations that ran.
     :raises SchemaError: the database is newer than this release, or its encoding is not UTF-8.
@@ -100,19 +164,19 @@ def migrate(
     """
     locks = LockWait(conn, tell, patience_s)
     with locks.watched():
-        return locks.run(_run)
+        return locks.run(lambda txn: _run(txn, plugins, settings))
 
 
-def _run(txn: Cursor) -> list[str]:
+def _run(txn: Cursor, plugins: Sequence[Migrations], settings: Iterable[Setting]) -> list[str]:
     # Held until the COMMIT, so that a process that waits for it sees the migrations of the other one.
     txn.execute("select pg_advisory_xact_lock(%s)", (_LOCK,))
     _check_encoding(txn)
-    _refuse_newer(txn)
+    _refuse_newer(txn, plugins)
     applied = _applied(txn)
-    missing = [migration for migration in available() if (migration.schema, migration.version) not in applied]
+    missing = [each for each in available(plugins) if (each.schema, each.version) not in applied]
     if missing:
-        for schema in SCHEMAS:
-            _make_schema(txn, schema)
+        for declared in (OWN, *plugins):
+            _make_schema(txn, declared.schema)
         # Skipped if the table exists: "if not exists" needs the privilege to create, too.
         if not applied:
             txn.execute(
@@ -121,7 +185,7 @@ def _run(txn: Cursor) -> list[str]:
             )
     for migration in missing:
         _apply(txn, migration)
-    config.declare(txn)
+    config.declare(txn, settings)
     return [str(migration) for migration in missing]
 
 
@@ -134,7 +198,10 @@ def _make_schema(txn: Cursor, schema: str) -> None:
 
 def _apply(txn: Cursor, migration: Migration) -> None:
     try:
+        if migration.schema != OWN.schema:
+            txn.execute(sql.SQL(_PLUGIN_PATH).format(sql.Identifier(migration.schema)))
         txn.execute(migration.sql)
+        txn.execute(_OWN_PATH)
     except psycopg2.Error as error:
         refused = translate_error(error, txn.connection)
         # The caller tries again after a lock conflict, and a lost connection is not a fault of the file.
@@ -150,36 +217,36 @@ def _apply(txn: Cursor, migration: Migration) -> None:
     check_written(txn, "insert", "s2s.migrations")
 
 
-def status(txn: Cursor) -> list[Applied]:
-    """Return every migration of this release and of the database, in order."""
+def status(txn: Cursor, plugins: Iterable[Migrations] = ()) -> list[Applied]:
+    """Return every migration of this release, of plug-ins and of the database, in order."""
     applied = _applied(txn)
     ours = [
         applied.pop((each.schema, each.version), Applied(each.schema, each.version, each.name, None))
-        for each in available()
+        for each in available(plugins)
     ]
     return ours + [applied[key] for key in sorted(applied)]
 
 
-def check(txn: Cursor) -> None:
-    """Refuse a database whose migrations are not those of this release.
+def check(txn: Cursor, plugins: Sequence[Migrations] = ()) -> None:
+    """Refuse a database whose migrations are not those of this release and of plug-ins.
 
     :raises SchemaError: the database is older or newer, or its encoding is not UTF-8; the text names the cure.
     """
     _check_encoding(txn)
-    _refuse_newer(txn)
+    _refuse_newer(txn, plugins)
     applied = _applied(txn)
-    missing = [str(each) for each in available() if (each.schema, each.version) not in applied]
-    if len(missing) == len(available()):
+    missing = [str(each) for each in available(plugins) if (each.schema, each.version) not in applied]
+    if not applied:
         raise SchemaError(f"the database has no tables of s2s yet: {_MIGRATE}")
     if missing:
         raise SchemaError(f"the database lacks {', '.join(missing)}: {_MIGRATE}")
 
 
 def is_visible(txn: Cursor) -> bool:
-    """Return whether this user has USAGE on the existing schemas of s2s; without it, names in them do not resolve."""
+    """Return whether this user has USAGE on the schema of s2s, if it exists; without it, names in it do not resolve."""
     txn.execute(
-        "select coalesce(bool_and(has_schema_privilege(oid, 'usage')), true) from pg_namespace where nspname = any(%s)",
-        (list(SCHEMAS),),
+        "select coalesce(bool_and(has_schema_privilege(oid, 'usage')), true) from pg_namespace where nspname = %s",
+        (OWN.schema,),
     )
     return txn.fetchone() == (True,)
 
@@ -194,12 +261,13 @@ def _applied(txn: Cursor) -> dict[tuple[str, int], Applied]:
     return {(row[0], row[1]): Applied(*row) for row in txn}
 
 
-def _refuse_newer(txn: Cursor) -> None:
-    known = {each.schema: each for each in available()}
+def _refuse_newer(txn: Cursor, plugins: Iterable[Migrations]) -> None:
+    known = {each.schema: each for each in available(plugins)}
     for each in _applied(txn).values():
         if each.schema in known and each.version > known[each.schema].version:
             raise SchemaError(
-                f"the database has {each} and this release knows up to {known[each.schema]}: install a newer s2s"
+                f"the database has {each} and this release knows up to {known[each.schema]}: install a newer"
+                f" {'s2s' if each.schema == OWN.schema else 'release of its plug-in'}"
             )
 
 

@@ -12,6 +12,7 @@ import psycopg2
 from s2s.errors import OperatorError
 from s2s.store import migrations
 from s2s.store.driver import Cursor, is_broken
+from s2s.store.migrations import Migrations
 
 _ALL: Final = ("select", "insert", "update", "delete")
 #: Tables that need fewer privileges. The audit is append-only, and only a migration writes s2s.migrations.
@@ -79,9 +80,10 @@ where not pg_has_role(c.relowner, 'usage')
 """  # noqa: S608 - of constants
 
 
-def missing(txn: Cursor) -> list[str]:
+def missing(txn: Cursor, plugins: Sequence[Migrations] = ()) -> list[str]:
     """Return the statements that grant missing privileges to the user of this connection; empty: none is missing."""
-    needed = [(name, each) for name in sorted(migrations.tables() | _FEWER.keys()) for each in _FEWER.get(name, _ALL)]
+    names = sorted(migrations.tables(plugins) | _FEWER.keys())
+    needed = [(name, each) for name in names for each in _FEWER.get(name, _ALL)]
     txn.execute(_MISSING, ([name for name, _ in needed], [each for _, each in needed]))
     lacking: dict[tuple[str, str], list[str]] = defaultdict(list)
     for kind, name, privilege in txn:
@@ -103,30 +105,30 @@ def hidden(txn: Cursor) -> list[str]:
     ]
 
 
-def to_migrate(txn: Cursor) -> list[str]:
+def to_migrate(txn: Cursor, plugins: Sequence[Migrations] = ()) -> list[str]:
     """Return a line for each reason why the user of this connection cannot run the pending migrations."""
-    if all(each.applied_at for each in migrations.status(txn)):
+    if all(each.applied_at for each in migrations.status(txn, plugins)):
         return []
-    schemas = list(migrations.SCHEMAS)
+    schemas = [declared.schema for declared in (migrations.OWN, *plugins)]
     txn.execute(_TO_MIGRATE, (schemas, schemas))
     lines = [
         "a privilege to migrate is missing, run as the owner of the database:"
         f" grant {', '.join(privileges)} on {kind} {name} to {user};"
         for kind, name, privileges, user in txn
     ]
-    txn.execute(_OWNER, (sorted(migrations.tables() | _FEWER.keys()),))
+    txn.execute(_OWNER, (sorted(migrations.tables(plugins) | _FEWER.keys()),))
     ((user, owner),) = txn.fetchall()
     if owner is not None:
         lines.append(f"{user} may not change the tables of {owner}: run s2s db migrate as {owner}")
     return lines
 
 
-def check(txn: Cursor) -> None:
+def check(txn: Cursor, plugins: Sequence[Migrations] = ()) -> None:
     """Refuse a database if its user lacks a privilege, or if row level security hides rows from that user.
 
     :raises OperatorError: with the statements that fix it.
     """
-    grants = missing(txn)
+    grants = missing(txn, plugins)
     if grants:
         shown = " ".join(grants[:_SHOWN])
         raise OperatorError(
@@ -136,7 +138,7 @@ def check(txn: Cursor) -> None:
 
 
 @contextmanager
-def explained(txn: Cursor) -> Iterator[None]:
+def explained(txn: Cursor, plugins: Sequence[Migrations] = ()) -> Iterator[None]:
     """If a migration fails, check whether its user lacks privileges.
 
     :raises OperatorError: the user lacks privileges; with the statements that fix it.
@@ -146,7 +148,7 @@ def explained(txn: Cursor) -> Iterator[None]:
     except (psycopg2.Error, migrations.MigrationFailed):
         if not is_broken(txn.connection):
             txn.connection.rollback()
-            _refuse(hidden(txn) or to_migrate(txn))
+            _refuse(hidden(txn) or to_migrate(txn, plugins))
         raise
 
 

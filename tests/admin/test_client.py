@@ -21,14 +21,16 @@ from twisted.web.server import Site
 from s2s.admin import transport
 from s2s.admin.client import AdminClient
 from s2s.admin.http.service import Web
-from s2s.admin.operations import OPERATIONS, config
+from s2s.admin.operations import all_operations, config
 from s2s.errors import BadReply, CallError, OperatorError, Refused, UnknownOutcome, Unreachable
+from s2s.handlers.discovery import Found
 from s2s.protocol.limits import Counters
 from s2s.runtime.clock import Clock
 from s2s.store import pool
 from s2s.store.access import make
 from s2s.store.tables import tokens
 from s2s.store.tables.commands_admin import CommandRow
+from tests.support.installed import FOUND
 from tests.support.postgres import DatabaseTestCase
 from tests.support.roles import free_port
 
@@ -62,7 +64,7 @@ class InMemoryTests(DatabaseTestCase):
             return {"database": "ok", "pushes": "ok", "executor": "ok"}
 
         self.time = FakeTime()
-        web = Web(database, Clock(self.time), Counters(), ready)
+        web = Web(database, Clock(self.time), Counters(), ready, plugins=FOUND)
         web.start()
         self.addCleanup(lambda: Deferred.fromCoroutine(web.stop()))
         self.stub = StubTreq(web.site.resource)
@@ -138,10 +140,8 @@ class InMemoryTests(DatabaseTestCase):
             self.assertEqual(self.refused(self.client.pause_engine(name, reason="x")).code, "not_ready")
 
     def test_every_operation(self) -> None:
-        """Every operation has a client method, whose parameters are the members of the operation."""
-        for operation in OPERATIONS:
-            if operation.takes_key:
-                continue
+        """Every operation except those of plug-ins has a client method, whose parameters are its members."""
+        for operation in all_operations(Found()):
             members = {*operation.path_params, *operation.query, *operation.body_schema.document.get("properties", {})}
             taken = {
                 name.removesuffix("_s") for name in inspect.signature(getattr(AdminClient, operation.name)).parameters

@@ -16,13 +16,13 @@ from twisted.internet.threads import deferToThread
 
 from s2s.admin.http.long_polls import MOST
 from s2s.admin.http.operation_runner import MOST_IN_LINE
-from s2s.admin.operations import OPERATIONS
 from s2s.store.pool import blocking
 from s2s.store.tables import tokens
 from tests.cli.test_order import WorldTestCase
 from tests.support.cluster import Cluster
 from tests.support.concurrent_clients import ConcurrentClients
 from tests.support.http import ApiTestCase, ask
+from tests.support.installed import OPERATIONS
 from tests.support.peer import K1, PUSH, command
 from tests.support.roles import free_port
 from tests.support.waiting import poll

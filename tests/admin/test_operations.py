@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.admin import operations
-from s2s.admin.operations import OPERATIONS, commands, engines, notices, orders, pages
+from s2s.admin.operations import commands, engines, notices, orders, pages
 from s2s.admin.operations.operation import (
     Operation,
     OperationRequest,
@@ -44,13 +44,15 @@ from s2s.errors import (
     UnknownOutcome,
     WireError,
 )
-from s2s.protocol.catalogue import ORDERS
 from s2s.store.access import ACCESS
 from s2s.store.cursor import Unreadable, read_json
 from s2s.store.tables.commands_admin import CommandRow
 from s2s.store.tables.engines import EngineRow
+from tests.support.installed import FOUND, OPERATIONS, ORDERS
 
 _TXN: Any = object()
+
+_TICK = orders.operation(FOUND.orders["admin.engine.force_tick.v1"])
 
 
 def _operation(begin: Callable[[OperationRequest], Any], **more: Any) -> Operation[Any]:
@@ -140,7 +142,7 @@ class OnceTests(SynchronousTestCase):
 
     def test_unknown(self) -> None:
         """Without a key a lost outcome is not retryable, and names the id of an order; with a key it is retryable."""
-        tick, broadcast = orders.GIVE["admin.engine.force_tick.v1"], notices.BROADCAST
+        tick, broadcast = _TICK, notices.BROADCAST
         for lost, said in ((CommitLost("x"), DbUnavailable), (DeadlinePassed("x"), DeadlineExceeded)):
             for operation, body in (
                 (tick, {"job_type": "decay"}),
@@ -169,7 +171,11 @@ class OnceTests(SynchronousTestCase):
         )
         for lost in (Overloaded(), DeadlinePassed("x"), DatabaseUnavailable("x"), StatementRefused("x")):
             for later in (False, True):
-                steps = self.begin(orders.GIVE["admin.engine.force_tick.v1"], {"job_type": "decay"}, query={"wait": 5})
+                steps = self.begin(
+                    _TICK,
+                    {"job_type": "decay"},
+                    query={"wait": 5},
+                )
                 self.assertIsInstance(steps.send((row, True)), WaitFor)
                 if later:
                     steps.send(None)

@@ -16,14 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import click
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.cli import main
 from s2s.cli.common import interrupt_noted
-from s2s.handlers.jobs import BUILTIN
-from s2s.protocol.catalogue import ORDERS
 from tests.cli.test_cli import CliTestCase
+from tests.support.installed import FOUND, ORDERS
 from tests.support.peer import CHECK, ERROR, Frame, ListeningPeer, Peer
 from tests.support.roles import RoleTestCase, environment, free_port
 from tests.support.waiting import poll
@@ -136,7 +136,7 @@ class WorldTestCase(RoleTestCase):
         self.execute(
             "insert into s2s_world.ships select n, n, 1 + n % 3, 10, 20, 1000, 40 from generate_series(1, 6) n"
         )
-        for kind in BUILTIN:
+        for kind in FOUND.jobs.values():
             self.execute(
                 "insert into s2s.jobs (job_type, schedule, due_at) values (%s, %s, now() + interval '1 day')",
                 kind.job_type,
@@ -415,8 +415,8 @@ class FollowTests(CliTestCase):
 
     def test_every_order_has_its_command(self) -> None:
         """Each order of the catalogue has a command, whose help explains the exit codes."""
-        order = main.commands["order"]
-        told = [self.s2s("order", name, "--help").output for name in order.commands]  # type: ignore[attr-defined]
+        order: Any = main.commands["order"]
+        told = [self.s2s("order", name, "--help").output for name in order.list_commands(click.Context(order))]
         for rpc in ORDERS:
             [page] = [page for page in told if f"({rpc})" in " ".join(page.split())]
             self.assertIn("3: it is not over", " ".join(page.split()))

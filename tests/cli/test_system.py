@@ -26,6 +26,7 @@ from s2s.store.pool import blocking
 from s2s.store.tables import lists
 from tests.cli.test_cli import CliTestCase
 from tests.support.cluster import Cluster
+from tests.support.installed import FOUND
 from tests.support.postgres import DatabaseTestCase
 from tests.support.roles import PATIENCE_S, environment, start_process
 from tests.support.waiting import poll
@@ -153,12 +154,12 @@ class MigrateTests(DatabaseProcessTestCase):
         holder.cursor().execute("select from s2s.outbox")
         later = migrations.Migration("s2s", 2, "0002_later", "alter table s2s.outbox add column later integer")
         ours = migrations.available()
-        self.patch(migrations, "available", lambda: (*ours, later))
+        self.patch(migrations, "available", lambda plugins=(): (*ours, later))
         said: list[str] = []
 
         def migrate() -> list[str]:
             with blocking(self.url, "s2s cli") as txn:
-                return migrations.migrate(txn.connection, said.append)
+                return migrations.migrate(txn.connection, tell=said.append)
 
         migrated = deferToThread(migrate)
         yield poll(lambda: self.backends(state="wait_event_type = 'Lock'") == 1, "it waits for the lock")
@@ -330,7 +331,7 @@ class SequenceTests(CliTestCase):
             "insert into s2s.outbox (outbox_id, cmd_type, idem_key, payload)"
             " select id, 'a.b', id, '{}' from generate_series(1, 9) id"
         )
-        refused = str(self.assertRaises(SchemaError, preflight.check, self.url, "server"))
+        refused = str(self.assertRaises(SchemaError, preflight.check, self.url, "server", FOUND))
         self.assertIn("broadcasts.broadcast_id stands at 0 and the largest id is 7", refused)
         self.assertIn("run: s2s db fix-sequences", refused)
         self.assertNotIn("\n", refused)
@@ -387,7 +388,7 @@ class SequenceTests(CliTestCase):
         self.execute("select setval('s2s.notices_notice_id_seq', 9223372036854775807)")
         self.execute("select setval('s2s.broadcasts_broadcast_id_seq', 900);")
         self.execute("alter sequence broadcasts_broadcast_id_seq maxvalue 1000")
-        refused = str(self.assertRaises(SchemaError, preflight.check, self.url, "server"))
+        refused = str(self.assertRaises(SchemaError, preflight.check, self.url, "server", FOUND))
         self.assertIn("is exhausted", refused)
         self.assertNotIn("\n", refused)
         said = self.s2s("db", "status", expected=1).output
@@ -406,11 +407,11 @@ class SequenceTests(CliTestCase):
             " (9223372036854775807, 'a.b', 'k', '{}'), (3, 'a.b', 'l', '{}')"
         )
         self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k', repeat('A', 43) || '=', 'any')")
-        refused = str(self.assertRaises(SchemaError, preflight.check, self.url, "server"))
+        refused = str(self.assertRaises(SchemaError, preflight.check, self.url, "server", FOUND))
         self.assertIn("commands.cmd_id stands at 0 and the largest id is 3", refused)
         self.assertIn("set to 3: ", self.s2s("db", "fix-sequences").output)
         with capturedLogs() as told:
-            preflight.check(self.url, "server")
+            preflight.check(self.url, "server", FOUND)
         [line] = [str(formatEvent(event)) for event in told]
         self.assertIn("the id of a row of s2s.commands is 9223372036854775807, and above 9007199254740991", line)
         self.execute("select setval('s2s.commands_cmd_id_seq', 9223372036854775807)")
@@ -429,7 +430,7 @@ class SequenceTests(CliTestCase):
         self.addCleanup(holder.close)
         holder.cursor().execute("lock table s2s.audit, s2s.broadcasts, s2s.outbox")
         with capturedLogs() as told:
-            preflight.check(self.url, "server")
+            preflight.check(self.url, "server", FOUND)
         lines = [str(formatEvent(event)) for event in told]
         self.assertEqual(len(lines), 3, lines)
         self.assertIn("the sequence of s2s.audit.audit_id is not checked, since another session has locked", lines[0])

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from textwrap import dedent, indent
+from textwrap import dedent
 from typing import Any
 from unittest import mock
 
@@ -24,18 +20,22 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s import plugins
 from s2s.cli.plugins import plugins as console_command
-from s2s.handlers import commands, discovery, import_timer, jobs
+from s2s.handlers import commands, discovery, import_timer, orders
 from s2s.handlers.discovery import Found, discover
-from s2s.protocol.catalogue.schema import Schema
-from s2s.store.pool import blocking
+from s2s.handlers.orders import command_name
+from s2s.protocol.settings import SETTINGS
+from s2s.store import migrations
+from tests.support.installed import FOUND
 from tests.support.peer import PUSH, command
-from tests.support.roles import RoleTestCase, environment
+from tests.support.roles import RoleTestCase
 from tests.support.waiting import poll
 
 _EXAMPLE = Path(__file__).parents[2] / "examples" / "harbour"
 _PREAMBLE = """
 from s2s.handlers.commands import BUILTIN, BatchCommandHandler, CommandHandler, ICommandHandler
 from s2s.handlers.jobs import Job
+from s2s import Migrations, OrderHandler, Report, Setting
+from dataclasses import dataclass
 
 class Ring(CommandHandler):
     cmd_type = "bell.ring"
@@ -46,7 +46,25 @@ class Toll(Job):
     job_type = "bell.toll"
     schedule = "daily@12:00Z"
     def run(self, txn, run): pass
+
+class Mend(OrderHandler):
+    rpc = "bell.mend.v1"
+    schema = {"description": "Mends the bell.", "type": "object"}
+    def run(self, txn, order): pass
+
+@dataclass
+class Count:
+    n: int
 """
+_EVERY = (
+    _PREAMBLE
+    + """
+mend = Mend()
+tone = Setting("bell.tone", 440, "the frequency", 1, 9999)
+bells = Report("bell", "Count the bells", Count, "select count(*) from bells.bells")
+migrations = Migrations("bells", "bell_tables")
+"""
+)
 _SOUND = _PREAMBLE + "ring, toll = Ring(), Toll()\n"
 
 #: Modules with one broken plug-in each, and the expected text of its line.
@@ -101,6 +119,24 @@ _BROKEN = {
     "bad_job": ("class Toll(Toll):\n    job_type = '9'\ntoll = Toll()", "write it as [a-z][a-z0-9_.]{0,63}"),
     "job_twice": ("toll, again = Toll(), Toll()", "give it a name of its own"),
     "hourly": ("class Toll(Toll):\n    schedule = 'hourly'\ntoll = Toll()", "or daily@HH:MMZ in UTC"),
+    "order_of_ours": ("class Mend(Mend):\n    rpc = 'admin.config.set.v1'\nmend = Mend()", "give it a name of its own"),
+    "order_s2s": ("class Mend(Mend):\n    rpc = 's2s.bell.mend'\nmend = Mend()", "its rpc begins with s2s."),
+    "order_access": ("class Mend(Mend):\n    access = 'root'\nmend = Mend()", "observer, operator, admin"),
+    "order_schema": ("class Mend(Mend):\n    schema = {'type': 'object'}\nmend = Mend()", 'and a "description"'),
+    "order_id": (
+        "class Mend(Mend):\n    schema = {**Mend.schema, 'properties': {'order_id': {}}}\nmend = Mend()",
+        "its schema has a member order_id",
+    ),
+    "order_job": ("class Mend(Mend):\n    runs_job = 'job'\nmend = Mend()", "name a required member of its schema"),
+    "order_async": ("class Mend(Mend):\n    async def run(self, txn, order): pass\nmend = Mend()", "write a plain one"),
+    "setting_of_ours": ("tone = Setting('link.window', 5, '')", "give it a name of its own"),
+    "setting_default": ("tone = Setting('bell.tone', 5, '', 6, 9)", "its default is not from 6 to 9"),
+    "setting_type": ("tone = Setting('bell.tone', 1.5, '')", "write a string, an integer or a boolean"),
+    "report_path": ("bells = Report('bell', 'Count', Count, 'select 1', at='/bell')", "write /v1/ and words"),
+    "report_row": ("bells = Report('bell', 'Count', int, 'select 1')", "its row is no dataclass"),
+    "migrations_schema": ("migrations = Migrations('public', 's2s')", "other than s2s, public and those of PostgreSQL"),
+    "migrations_none": ("migrations = Migrations('bells', 's2s')", "there is no file NNNN_NAME.sql in"),
+    "migrations_name": ("migrations = Migrations('bells', 's2s.protocol.catalogue', 'nowhere')", "add one"),
     "ghost": (
         "class Ghost:\n    def __getattribute__(self, name): raise RuntimeError('no ' + name)\nghost = Ghost()",
         "ghost.ghost is left out: RuntimeError: no",
@@ -127,7 +163,7 @@ class DiscoveryTestCase(SynchronousTestCase):
 
     def found(self, found: Found) -> tuple[list[str], list[str]]:
         """Return the names that were found besides the built-in ones."""
-        ours = (*commands.BUILTIN, *jobs.BUILTIN)
+        ours = (*commands.BUILTIN, *FOUND.jobs.values())
         return (
             [name for name, kind in found.commands.items() if kind not in ours],
             [name for name, kind in found.jobs.items() if kind not in ours],
@@ -208,10 +244,20 @@ class DiscoveryTests(DiscoveryTestCase):
     """:func:`discover`."""
 
     def test_nothing(self) -> None:
-        """Without plug-ins only the built-in types are found."""
-        found = discover()
+        """Without plug-ins only the built-in types are found, and those of the bundled world unless it is left out."""
+        found = discover(world=False)
         self.assertEqual(list(found.commands.values()), list(commands.BUILTIN))
-        self.assertEqual((list(found.jobs.values()), found.complaints), (list(jobs.BUILTIN), []))
+        self.assertEqual(list(found.orders.values()), list(orders.BUILTIN))
+        self.assertEqual(list(found.settings.values()), list(SETTINGS))
+        self.assertEqual((found.jobs, found.reports, found.migrations, found.complaints), ({}, {}, {}, []))
+        found = discover()
+        self.assertEqual(set(found.jobs), {"decay", "port_refresh"})
+        self.assertEqual(
+            found.orders.keys() - {each.rpc for each in orders.BUILTIN},
+            {"world.set_sector_status.v1", "admin.player.update_all_ships.v1"},
+        )
+        self.assertEqual((set(found.reports), set(found.migrations)), ({"world"}, {"s2s_world"}))
+        self.assertEqual((found.complaints, found.replaced), ([], frozenset()))
 
     def test_sound(self) -> None:
         """Instances are found, the built-in ones first, then by module name; classes and other objects are ignored."""
@@ -221,6 +267,45 @@ class DiscoveryTests(DiscoveryTestCase):
         self.assertEqual(found.complaints, [])
         names = [*(kind.cmd_type for kind in commands.BUILTIN), "bell.ring", "a.first"]
         self.assertEqual((list(found.commands), self.found(found)[1]), (names, ["bell.toll"]))
+
+    def test_every_kind(self) -> None:
+        """Orders, settings, reports and migrations are found as command handlers and jobs are."""
+        package = self.directory.parent.parent / "bell_tables" / "sql"
+        package.mkdir(parents=True)
+        (package.parent / "__init__.py").touch()
+        (package / "0001_initial.sql").write_text("create table bells (n integer)")
+        self.patch(sys, "path", [*sys.path, str(package.parent.parent)])
+        self.write("bell", _EVERY)
+        found = discover(world=False)
+        self.assertEqual(found.complaints, [])
+        self.assertEqual(found.catalogue["bell.mend.v1"].request_schema.defaults, {})
+        self.assertEqual((found.defaults["bell.tone"], found.reports["bell"].path), (440, "/v1/reports/bell"))
+        self.assertEqual(migrations.tables(found.migrations.values()) - migrations.tables(), {"bells.bells"})
+        self.assertEqual([command_name(each) for each in found.orders.values()][-1], "bell-mend")
+        self.assertEqual(found.sources["settings", "bell.tone"], "s2s.plugins.bell")
+
+    def test_the_world_is_replaced(self) -> None:
+        """A plug-in takes the name of a job, order, setting or report of the bundled world, whose other parts stay."""
+        self.write(
+            "bell",
+            _EVERY.replace("bell.mend.v1", "world.set_sector_status.v1")
+            .replace("bell.tone", "job.decay.rate_permille")
+            .replace('Report("bell"', 'Report("world"')
+            .replace('Migrations("bells", "bell_tables")', "None")
+            + "class Decay(Toll):\n    job_type = 'decay'\ndecay = Decay()\n",
+        )
+        found = discover()
+        self.assertEqual(found.complaints, [])
+        names = {
+            ("jobs", "decay"),
+            ("orders", "world.set_sector_status.v1"),
+            ("settings", "job.decay.rate_permille"),
+            ("reports", "world"),
+        }
+        self.assertEqual(found.replaced, names)
+        self.assertEqual({found.sources[each] for each in names}, {"s2s.plugins.bell"})
+        self.assertIn("port_refresh", found.jobs)
+        self.assertIn("s2s_world", found.migrations)
 
     def test_one_of_both_kinds(self) -> None:
         """An object may be a command handler and a job at once."""
@@ -318,28 +403,28 @@ class ConsoleTests(DiscoveryTestCase):
         result = CliRunner(env={"COLUMNS": "200"}).invoke(console_command, ["list"])
         self.assertEqual(result.exit_code, 0, result.output)
         lines = [line.split() for line in result.stdout.splitlines()]
-        self.assertIn(["command", "notice.publish", "s2s", "-"], lines)
-        self.assertIn(["command", "bell.ring", "s2s.plugins.bell", "-"], lines)
-        self.assertIn(["job", "bell.toll", "s2s.plugins.bell", "daily@12:00Z"], lines)
+        self.assertIn(["command", "notice.publish", "s2s", "-", "-"], lines)
+        self.assertIn(["command", "bell.ring", "s2s.plugins.bell", "-", "-"], lines)
+        self.assertIn(["job", "bell.toll", "s2s.plugins.bell", "-", "daily@12:00Z"], lines)
+        self.assertIn(["order", "world.set_sector_status.v1", "s2s.world.set_sector_status", "-", "-"], lines)
         self.assertRegex(result.stderr, r"\Aplug-in s2s\.plugins\.broken is left out: ZeroDivisionError.*\n\Z")
 
     def test_json(self) -> None:
         """With ``--json`` the command writes the same data as JSON."""
         self.write("bell", _SOUND)
         rows = json.loads(CliRunner().invoke(console_command, ["list", "--json"]).stdout)
-        ring = {"kind": "command", "name": "bell.ring", "source": "s2s.plugins.bell", "schedule": None}
-        self.assertIn(ring, rows)
+        ring = {"kind": "command", "name": "bell.ring", "source": "s2s.plugins.bell"}
+        self.assertIn({**ring, "replaces": None, "schedule": None}, rows)
 
-
-class ReadmeTests(SynchronousTestCase):
-    """The README's section on plug-ins."""
-
-    def test_it_shows_the_example_in_full(self) -> None:
-        """The README shows exactly the example that the other tests install."""
-        readme = (_EXAMPLE.parent.parent / "README.rst").read_text("utf-8")
-        for path in ("harbour/__init__.py", "s2s/plugins/harbour_plugins.py", "setup.cfg", "pyproject.toml"):
-            with self.subTest(path=path):
-                self.assertTrue(indent((_EXAMPLE / path).read_text("utf-8"), "    ") in readme, path)
+    def test_a_replacement(self) -> None:
+        """The list shows what a plug-in replaces in the bundled world; ``--no-world`` lists nothing of the world."""
+        self.write("bell", _PREAMBLE + "class Decay(Toll):\n    job_type = 'decay'\ndecay = Decay()\n")
+        rows = json.loads(CliRunner().invoke(console_command, ["list", "--json"]).stdout)
+        [row] = [row for row in rows if row["name"] == "decay"]
+        self.assertEqual((row["source"], row["replaces"]), ("s2s.plugins.bell", "s2s.world"))
+        rows = json.loads(CliRunner().invoke(console_command, ["list", "--json", "--no-world"]).stdout)
+        self.assertEqual([row for row in rows if row["source"].startswith("s2s.world") or row["replaces"]], [])
+        self.assertEqual({row["name"] for row in rows if row["kind"] == "job"}, {"decay"})
 
 
 class PoisonTests(RoleTestCase):
@@ -368,108 +453,3 @@ class PoisonTests(RoleTestCase):
         server.terminate()
         yield poll(lambda: not server.is_running, "the server ends")
         server.assert_ended_well()
-
-
-@cache
-def _installed() -> str:
-    """Install the example with pip, once for all tests, and return the directory."""
-    directory = tempfile.mkdtemp(prefix="s2s-harbour-")
-    atexit.register(shutil.rmtree, directory)
-    # Install from a copy, since the build writes files beside the sources.
-    sources = shutil.copytree(
-        _EXAMPLE, Path(directory, "sources"), ignore=shutil.ignore_patterns("build", "*.egg-info")
-    )
-    target = str(Path(directory, "target"))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps"]
-    done = subprocess.run(
-        [*pip, "--no-build-isolation", "--target", target, str(sources)],
-        check=False,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    return target
-
-
-class ExampleTests(RoleTestCase):
-    """``examples/harbour``, installed beside a broken plug-in."""
-
-    def setUp(self) -> None:
-        """Let the started processes find both plug-ins."""
-        super().setUp()
-        broken = self.directory / "s2s" / "plugins" / "broken.py"
-        broken.parent.mkdir(parents=True)
-        broken.write_text("raise RuntimeError('two\\nlines')")
-        path = os.pathsep.join((_installed(), str(self.directory), os.environ.get("PYTHONPATH", "")))
-        found = mock.patch.dict(os.environ, PYTHONPATH=path.rstrip(os.pathsep))
-        found.start()
-        self.addCleanup(found.stop)
-
-    @inlineCallbacks
-    def test_its_command(self) -> Iterator[Deferred[Any]]:
-        """The server checks, accepts and runs the example's command, and logs one line about the broken plug-in."""
-        server = self.server()
-        yield server.start()
-        peer = server.connect()
-        self.addCleanup(peer.close)
-        peer.greet()
-        refused = peer.call(PUSH, command("sunk", {"ship_id": 7}, cmd_type="harbour.dock"))
-        self.assertEqual((refused["code"], refused["details"]["path"]), ("bad_payload", "/payload/payload/berth"))
-        acks = [
-            peer.call(PUSH, command(f"dock {berth}", {"ship_id": 7, "berth": berth}, cmd_type="harbour.dock"))
-            for berth in (1, 99)
-        ]
-        yield poll(
-            lambda: self.execute("select array_agg(distinct status) from s2s.commands") == [(["done"],)],
-            "both are done",
-        )
-        docked = self.execute("select cmd_id, ship_id, berth from harbour_berths order by cmd_id")
-        self.assertEqual(docked, [(acks[0]["cmd_id"], 7, 1), (acks[1]["cmd_id"], 7, 99)])
-        [line] = server.lines("plug-in")
-        self.assertIn("plug-in s2s.plugins.broken is left out: RuntimeError: two lines: mend it", line)
-
-    def test_its_job(self) -> None:
-        """The example's job emits one notice for each of its due times, which the server's schema accepts."""
-        with mock.patch.object(sys, "path", [_installed(), *sys.path]):
-            tide = importlib.import_module("harbour").Tide()
-        self.addCleanup(sys.modules.pop, "harbour")
-        with blocking(self.url) as txn:
-            for due_at in (60, 120):
-                tide.run(txn, jobs.JobRun(txn, f"harbour.tide:{due_at}", due_at, {}, 65536))
-        emitted = self.execute("select cmd_type, idem_key, payload from s2s.outbox order by outbox_id")
-        self.assertEqual([row[1].rpartition(":")[0] for row in emitted], ["harbour.tide:60", "harbour.tide:120"])
-        for cmd_type, _, payload in emitted:
-            Schema(commands.registry(commands.BUILTIN)[cmd_type].schema).check(payload)
-
-    @inlineCallbacks
-    def test_its_job_is_scheduled(self) -> Iterator[Deferred[Any]]:
-        """An engine that finds the example's job runs it when it is due, and a server publishes the notice."""
-        server = self.server()
-        engine = self.engine(server.port)
-        yield server.start()
-        yield engine.start()
-        yield poll(lambda: self.count("jobs where job_type = 'harbour.tide'") == 1, "the job is in the table")
-        self.execute("update s2s.jobs set due_at = to_timestamp(60) where job_type = 'harbour.tide'")
-        # Wait for this run's own key, since the clock may meanwhile reach the next minute and its notice.
-        key = f"harbour.tide:{self.database_id()}:60:%"
-        notice = f"select message from s2s.notices join s2s.commands using (cmd_id) where idem_key like '{key}'"
-        yield poll(lambda: self.execute(notice) == [("The tide comes in",)], "the notice")
-        self.assertEqual(self.execute("select schedule from s2s.jobs where job_type ~ '^harbour'"), [("every:60s",)])
-
-    def test_list(self) -> None:
-        """``s2s plugins list`` shows the example's command and job, and the broken plug-in's complaint on stderr."""
-        s2s = str(Path(sys.executable).with_name("s2s"))
-        done = subprocess.run(
-            [s2s, "plugins", "list", "--json"], env=environment(), capture_output=True, text=True, check=True
-        )
-        rows = [row for row in json.loads(done.stdout) if row["source"] == "harbour"]
-        self.assertEqual(
-            rows,
-            [
-                {"kind": "command", "name": "harbour.dock", "source": "harbour", "schedule": None},
-                {"kind": "job", "name": "harbour.tide", "source": "harbour", "schedule": "every:60s"},
-            ],
-        )
-        self.assertRegex(done.stderr, r"\Aplug-in s2s\.plugins\.broken is left out: [^\n]*\n\Z")

@@ -12,12 +12,13 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from s2s.errors import CanonicalError, OperatorError
-from s2s.handlers.jobs import BUILTIN, IJob, Job, JobRun, Schedule, parse_schedule, registry
+from s2s.handlers.jobs import IJob, Job, JobRun, Schedule, parse_schedule, registry
 from s2s.protocol import canonical
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
-from s2s.store.tables import config, outbox
+from s2s.store.tables import outbox
 from s2s.store.tables.own_keys import digest
+from tests.support.installed import FOUND
 from tests.support.postgres import DatabaseTestCase
 
 _SECONDS = st.integers(-(2**40), 2**40)
@@ -85,14 +86,14 @@ class RegistryTests(SynchronousTestCase):
 
     def test_it_provides_the_interfaces(self) -> None:
         """Instances of the base class provide the interfaces of a plug-in and of a job."""
-        for kind in (_Tick(), *BUILTIN):
+        for kind in (_Tick(), *FOUND.jobs.values()):
             verifyObject(IJob, kind)
             verifyObject(IPlugin, kind)
 
     def test_by_name(self) -> None:
         """Jobs are found by their names."""
         tick = _Tick()
-        self.assertEqual(registry([*BUILTIN, tick])["test.tick"], tick)
+        self.assertEqual(registry([*FOUND.jobs.values(), tick])["test.tick"], tick)
 
     def test_refusals(self) -> None:
         """An ill-formed or repeated name, or an ill-formed schedule, is refused with the name of the class."""
@@ -133,15 +134,8 @@ class JobRunTests(DatabaseTestCase):
         self.assertEqual(self.execute("select count(*) from s2s.outbox"), [(0,)])
 
     def test_setting(self) -> None:
-        """A job reads the configuration by key, and an unknown key is the job's error."""
+        """A job reads a setting by its key, and an unknown key is the job's error."""
         with blocking(self.url, "test") as txn:
             run = JobRun(txn, "test.tick:60", 60, {"job.decay.rate_permille": 11}, 65536)
         self.assertEqual(run.setting("job.decay.rate_permille"), 11)
         self.assertRaises(KeyError, run.setting, "job.decay.rate")
-
-    def test_a_setting_without_its_row(self) -> None:
-        """A built-in setting whose row was removed from the table has its default."""
-        self.execute("delete from s2s.config where key = 'job.decay.rate_permille'")
-        with blocking(self.url, "test") as txn:
-            run = JobRun(txn, "test.tick:60", 60, config.read(txn).values, 65536)
-        self.assertEqual(run.setting("job.decay.rate_permille"), 10)

@@ -36,7 +36,7 @@ from s2s.link.dispatcher import Dispatcher, Request
 from s2s.link.peer_lines import PeerLines
 from s2s.link.strangers import Strangers
 from s2s.protocol import canonical, envelope
-from s2s.protocol.catalogue import BY_NAME, COMMAND_PUSH, HEALTH_ACK, HEALTH_CHECK, SWEEP
+from s2s.protocol.catalogue import COMMAND_PUSH, HEALTH_ACK, HEALTH_CHECK, SWEEP
 from s2s.protocol.limits import Bounds, Counters, Timing
 from s2s.protocol.replay import ReplayCache
 from s2s.protocol.session import Session, State
@@ -45,6 +45,7 @@ from s2s.runtime.clock import Clock
 from s2s.runtime.line_quota import PERIOD_S, TOLD
 from s2s.store.refresher import Refresher
 from tests.support.descriptor import Descriptor
+from tests.support.installed import CATALOGUE
 
 _NOW = 1_737_990_000
 _SECRET = b"not-to-be-seen-0123456789abcdefg"
@@ -138,9 +139,9 @@ class LinkTestCase(SynchronousTestCase):
         """Make a link that serves every type that its role may receive."""
         clock = Clock(self.time, lambda: _NOW + self.time.seconds())
         responders = {
-            message.name: self.serve for message in BY_NAME.values() if envelope.other(role) in message.sent_by
+            message.name: self.serve for message in CATALOGUE.values() if envelope.other(role) in message.sent_by
         } | {HEALTH_CHECK: lambda request: {**_HEALTH, "role": role}}
-        session = Session(role, ReplayCache(0.0), Timing(), self.bounds, self.time.seconds())
+        session = Session(role, ReplayCache(0.0), Timing(), self.bounds, self.time.seconds(), CATALOGUE)
         dispatcher = Dispatcher(self.keys, responders, clock)
         strangers = Strangers(clock, self.counters)
         lines = PeerLines(clock)

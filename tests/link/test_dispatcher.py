@@ -14,7 +14,6 @@ from twisted.trial.unittest import SynchronousTestCase
 from s2s.errors import WireError
 from s2s.link.dispatcher import Dispatcher, Refusal, Reply, Request, UnknownKey, UnsignedError
 from s2s.protocol import canonical, envelope
-from s2s.protocol.catalogue import BY_NAME
 from s2s.protocol.limits import Bounds, Timing
 from s2s.protocol.replay import ReplayCache
 from s2s.protocol.session import Session
@@ -22,6 +21,7 @@ from s2s.protocol.signing import Key, Keyring, Secret
 from s2s.protocol.window import Call
 from s2s.runtime.clock import Clock
 from tests.support import hostile
+from tests.support.installed import CATALOGUE
 
 _NOW = 1_737_990_000
 _KEY = Key("k1", Secret(bytes(range(32))), "any", 0.0)
@@ -71,7 +71,7 @@ class DispatcherTests(SynchronousTestCase):
         """Make a link of a server that serves health checks and pushes."""
         self.time = FakeClock()
         self.keys = _Keys()
-        self.session = Session("server", ReplayCache(0.0), Timing(), Bounds(), 0.0)
+        self.session = Session("server", ReplayCache(0.0), Timing(), Bounds(), 0.0, CATALOGUE)
         responders: dict[str, Any] = dict.fromkeys(("s2s.health.check", "s2s.command.push"))
         self.dispatcher = Dispatcher(self.keys, responders, Clock(self.time, lambda: _NOW + self.time.seconds()))
 
@@ -92,7 +92,7 @@ class DispatcherTests(SynchronousTestCase):
         self.assertIsInstance(outcome, Request)
         self.assertEqual(outcome.payload, {**_PUSH, "priority": 100})
         self.assertEqual((outcome.key_id, outcome.size), ("k1", len(frame)))
-        self.assertIs(outcome.message, BY_NAME["s2s.command.push"])
+        self.assertIs(outcome.message, CATALOGUE["s2s.command.push"])
         self.assertEqual((outcome.envelope.id, outcome.envelope.payload), ("i1", _PUSH))
 
     def test_defaults_do_not_overrule(self) -> None:
@@ -280,7 +280,7 @@ class DispatcherTests(SynchronousTestCase):
 
     def test_replies(self) -> None:
         """A reply finds its call once, whatever its ts; a reply that no call awaits is returned without a call."""
-        call = Call(BY_NAME["s2s.broadcast.sweep"], b"{}", 10, 3.0, None)
+        call = Call(CATALOGUE["s2s.broadcast.sweep"], b"{}", 10, 3.0, None)
         self.session.calls.sent(call, "m1")
         reply = _members(id="r1", type="s2s.ack", ack_of="m1", ts=0, payload={"any": "thing"})
         first, second = self.receive(reply), self.receive(reply)
@@ -299,7 +299,7 @@ class DispatcherTests(SynchronousTestCase):
 
     def test_wrong_replies_are_not_answered(self) -> None:
         """A refused reply is not answered, and ends no call."""
-        call = Call(BY_NAME["s2s.broadcast.sweep"], b"{}", 10, 3.0, None)
+        call = Call(CATALOGUE["s2s.broadcast.sweep"], b"{}", 10, 3.0, None)
         self.session.calls.sent(call, "m1")
         for change, code in (
             ({"v": 2}, "unsupported_version"),
@@ -316,7 +316,7 @@ class DispatcherTests(SynchronousTestCase):
 
     def test_unsigned_errors(self) -> None:
         """An s2s.error without auth is an UnsignedError, ends no call, and does not count as heard."""
-        call = Call(BY_NAME["s2s.broadcast.sweep"], b"{}", 10, 3.0, None)
+        call = Call(CATALOGUE["s2s.broadcast.sweep"], b"{}", 10, 3.0, None)
         self.session.calls.sent(call, "m1")
         payload = {"code": "auth_bad", "message": "m", "details": {}}
         outcome = self.receive(canonical.dumps(_members(type="s2s.error", ack_of="m1", payload=payload)))

@@ -21,8 +21,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from s2s.errors import BadPayload, OperatorError
 from s2s.handlers.commands import BUILTIN
 from s2s.protocol import canonical
-from s2s.protocol.catalogue import BY_NAME, ERROR_SCHEMA, MESSAGES, REPLY_ONLY
+from s2s.protocol.catalogue import ERROR_SCHEMA, REPLY_ONLY
 from s2s.protocol.catalogue.schema import Schema, load
+from tests.support.installed import CATALOGUE
 
 _FILES = sorted(each.name for each in (resources.files("s2s.protocol.catalogue") / "schemas").iterdir())
 _SCHEMAS = {name.removesuffix(".json"): load(name.removesuffix(".json")) for name in _FILES}
@@ -183,18 +184,18 @@ class SchemaTests(SynchronousTestCase):
 
     def test_requests_are_strict_and_replies_tolerant(self) -> None:
         """A request with an unknown member is refused by the member's name; a reply may have further members."""
-        for message in MESSAGES:
+        for message in CATALOGUE.values():
             with self.subTest(message=message.name):
                 self.assertIs(message.request_schema.document["additionalProperties"], False)
                 self.assertNotIn("additionalProperties", message.reply_schema.document)
-        path, _ = BY_NAME["s2s.health.check"].request_schema.explain({"more/of~it": 1}) or ("", "")
+        path, _ = CATALOGUE["s2s.health.check"].request_schema.explain({"more/of~it": 1}) or ("", "")
         self.assertEqual(path, "/payload/more~1of~0it")
 
     def test_defaults_are_valid(self) -> None:
         """Every default of a schema is valid by that schema."""
-        push = BY_NAME["s2s.command.push"].request_schema
+        push = CATALOGUE["s2s.command.push"].request_schema
         self.assertEqual(push.defaults, {"priority": 100})
-        self.assertEqual(BY_NAME["s2s.engine.shutdown"].request_schema.defaults, {"grace_ms": 5000})
+        self.assertEqual(CATALOGUE["s2s.engine.shutdown"].request_schema.defaults, {"grace_ms": 5000})
         for schema in _SCHEMAS.values():
             for name, value in schema.defaults.items():
                 rule = Draft202012Validator(schema.document["properties"][name])
@@ -563,7 +564,10 @@ class CatalogueTests(SynchronousTestCase):
 
     def test_the_table(self) -> None:
         """Directions, replies, proof, replay cache and window are those of the protocol's catalogue."""
-        told = {each.name: (each.sent_by, each.reply, each.control, each.entered, each.windowed) for each in MESSAGES}
+        told = {
+            each.name: (each.sent_by, each.reply, each.control, each.entered, each.windowed)
+            for each in CATALOGUE.values()
+        }
         control = (("server",), "s2s.ack", True, True, True)
         expected = dict.fromkeys(_LIMITS, control)
         expected["s2s.health.check"] = (("engine", "server"), "s2s.health.ack", False, True, False)
@@ -574,7 +578,7 @@ class CatalogueTests(SynchronousTestCase):
     def test_limits(self) -> None:
         """Every bound of the catalogue is enforced exactly, and a refusal names the member."""
         for name, (good, also, wrong) in _LIMITS.items():
-            schema = BY_NAME[name].request_schema
+            schema = CATALOGUE[name].request_schema
             schema.check(good)
             for member, values in also.items():
                 for value in values:
@@ -592,11 +596,11 @@ class CatalogueTests(SynchronousTestCase):
     def test_refusals_quote_nothing(self) -> None:
         """The sentence about a refused member contains nothing of its value."""
         error = self.assertRaises(
-            BadPayload, BY_NAME["s2s.command.push"].request_schema.check, {**_PUSH, "idem_key": "§geheim"}
+            BadPayload, CATALOGUE["s2s.command.push"].request_schema.check, {**_PUSH, "idem_key": "§geheim"}
         )
         self.assertNotIn("geheim", error.message)
 
     def test_nothing_is_quoted_in_full(self) -> None:
         """A long name of an unknown member is truncated."""
-        error = self.assertRaises(BadPayload, BY_NAME["s2s.health.check"].request_schema.check, {"x" * 50000: 1})
+        error = self.assertRaises(BadPayload, CATALOGUE["s2s.health.check"].request_schema.check, {"x" * 50000: 1})
         self.assertLess(len(canonical.dumps(error.payload())), 400)

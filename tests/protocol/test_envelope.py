@@ -14,9 +14,10 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import AuthBad, AuthRequired, BadEnvelope, UnsupportedVersion
 from s2s.protocol import canonical, envelope
-from s2s.protocol.catalogue import MESSAGES, REPLY_ONLY
+from s2s.protocol.catalogue import REPLY_ONLY
 from s2s.protocol.envelope import Envelope
 from s2s.protocol.signing import Key, Sealed, Secret
+from tests.support.installed import CATALOGUE
 
 _MANY = settings(max_examples=200)
 _SECRET = bytes(range(32))
@@ -32,7 +33,7 @@ _values = st.recursive(
     max_leaves=8,
 )
 _payloads = st.dictionaries(_text | st.sampled_from(["auth", "sig", "ack_of"]), _values, max_size=4)
-_types = st.sampled_from([*(message.name for message in MESSAGES), *sorted(REPLY_ONLY)])
+_types = st.sampled_from([*(message.name for message in CATALOGUE.values()), *sorted(REPLY_ONLY)])
 _ways = st.sampled_from([("engine", "server"), ("server", "engine")])
 
 

@@ -16,13 +16,14 @@ from s2s.errors import BY_CODE, BadJson, WireError
 from s2s.handlers.commands import BUILTIN, registry
 from s2s.link.dispatcher import Dispatcher, Refusal, Reply, Request, UnknownKey
 from s2s.protocol import canonical, envelope
-from s2s.protocol.catalogue import BY_NAME, ERROR, ERROR_SCHEMA, MESSAGES, REPLY_ONLY
+from s2s.protocol.catalogue import ERROR, ERROR_SCHEMA, REPLY_ONLY
 from s2s.protocol.limits import Bounds, Timing
 from s2s.protocol.replay import ReplayCache
 from s2s.protocol.session import Session
 from s2s.protocol.signing import Key, Keyring, decode_secret
 from s2s.roles.server.inbox import Inbox
 from s2s.runtime.clock import Clock
+from tests.support.installed import CATALOGUE
 
 _HERE = Path(__file__).parents[1] / "vectors"
 _NOW = 1737990000
@@ -49,9 +50,9 @@ def _judge(vector: dict[str, Any], replay: ReplayCache) -> Any:
     """Return the dispatcher's outcome for a vector's frame, on a new and proven link of its reader."""
     clock = Clock(FakeClock(), lambda: float(_NOW))
     role = vector["reader"]
-    served = {message.name: None for message in MESSAGES if envelope.other(role) in message.sent_by}
+    served = {message.name: None for message in CATALOGUE.values() if envelope.other(role) in message.sent_by}
     dispatcher = Dispatcher(_Keys(vector), served, clock)  # type: ignore[arg-type]
-    session = Session(role, replay, Timing(), Bounds(frame_size=262144), 0.0)
+    session = Session(role, replay, Timing(), Bounds(frame_size=262144), 0.0, CATALOGUE)
     session.prove(0)
     frame = bytes.fromhex(vector["frame_hex"])
     outcome = dispatcher.receive(frame, session)
@@ -76,9 +77,9 @@ class AcceptTests(SynchronousTestCase):
     def test_replies_are_as_promised(self) -> None:
         """Every reply to a request of the file is one that the catalogue defines for it, or an error."""
         envelopes = [vector["envelope"] for vector in _read("accept.json")]
-        asked = {each["id"]: BY_NAME[each["type"]] for each in envelopes if each["type"] in BY_NAME}
+        asked = {each["id"]: CATALOGUE[each["type"]] for each in envelopes if each["type"] in CATALOGUE}
         replies = [each for each in envelopes if each.get("ack_of") in asked]
-        self.assertEqual({asked[each["ack_of"]].name for each in replies}, set(BY_NAME))
+        self.assertEqual({asked[each["ack_of"]].name for each in replies}, set(CATALOGUE))
         for reply in replies:
             with self.subTest(reply["id"]):
                 message = asked[reply["ack_of"]]
@@ -122,7 +123,7 @@ class AcceptTests(SynchronousTestCase):
     def test_every_message_is_there(self) -> None:
         """There is a vector of every request of the catalogue and of every reply-only type."""
         types = {vector["envelope"]["type"] for vector in _read("accept.json")}
-        self.assertEqual((set(BY_NAME) | REPLY_ONLY) - types, set())
+        self.assertEqual((set(CATALOGUE) | REPLY_ONLY) - types, set())
 
 
 class RefuseTests(SynchronousTestCase):

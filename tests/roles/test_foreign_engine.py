@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from s2s.cli import main
-from s2s.protocol.catalogue import ORDERS
+from tests.support.installed import ORDERS
 from tests.support.peer import ACK, K1, Frame
 from tests.support.postgres import Session, database_url, drop_database, make_database, template
 from tests.support.roles import Engine, RoleTestCase, Server

@@ -13,13 +13,14 @@ from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import DatabaseUnavailable, OperatorError
-from s2s.protocol.settings import BY_KEY, SETTINGS
+from s2s.protocol.settings import BY_KEY
 from s2s.roles.live_config import LiveConfig
 from s2s.runtime.clock import Clock
 from s2s.store.pool import blocking
 from s2s.store.refresher import POLL_S, RETRY_S
 from s2s.store.tables import config as table
 from s2s.store.tables.config import Snapshot
+from tests.support.installed import FOUND
 from tests.support.postgres import DatabaseTestCase
 
 
@@ -38,7 +39,7 @@ class TableTests(DatabaseTestCase):
 
     def test_declared(self) -> None:
         """A migrated database has every setting of this release with its default, at version 0."""
-        self.assertEqual(self.snapshot(), Snapshot(0, {each.key: each.default for each in SETTINGS}))
+        self.assertEqual(self.snapshot(), Snapshot(0, {each.key: each.default for each in FOUND.settings.values()}))
 
     def test_declared_again(self) -> None:
         """Declaring the settings again keeps the set values, and updates descriptions."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from twisted.internet import reactor
@@ -14,10 +15,10 @@ from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs, formatEvent
 
 from s2s.errors import IdemConflict, NotFound, ShuttingDown
-from s2s.handlers import orders
+from s2s.handlers.discovery import Found, discover
 from s2s.handlers.jobs import Job, JobRun, Outcome, Unfinished
-from s2s.handlers.jobs.job import MOST_TOLD
 from s2s.handlers.orders import OrderHandler, OrderRun
+from s2s.handlers.run import MOST_TOLD
 from s2s.roles.engine import order_runner
 from s2s.roles.engine.order_runner import OrderRunner
 from s2s.roles.engine.state import EngineState
@@ -27,6 +28,7 @@ from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
 from s2s.store.tables import audit
 from s2s.store.tables import orders as table
+from tests.support.installed import FOUND
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import pause, poll
 
@@ -41,6 +43,7 @@ class _Kind(OrderHandler):
 
     def __init__(self, rpc: str, work: Work, rests: bool = False) -> None:
         self.rpc, self.rests = rpc, rests  # type: ignore[misc]
+        self.schema = FOUND.orders[rpc].schema  # type: ignore[misc]
         self._work = work
 
     def run(self, txn: Cursor, order: OrderRun) -> Outcome:
@@ -73,7 +76,7 @@ class OrderRunnerTests(DatabaseTestCase):
         work: Work = lambda *_: None,
         *,
         ticks: Work = lambda *_: None,
-        kinds: Mapping[str, OrderHandler] | None = None,
+        plugins: Found | None = None,
         name: str = "engine-1",
         timeout_s: float = 60.0,
     ) -> OrderRunner:
@@ -81,12 +84,19 @@ class OrderRunnerTests(DatabaseTestCase):
 
         :param work: the work of an order about a sector.
         :param ticks: the work of a forced tick.
-        :param kinds: handlers in place of these two.
+        :param plugins: plug-ins in place of these two handlers.
         """
         database, handlers = self.pools("s2s-orders", timeout_s=timeout_s)
-        kinds = kinds or {SECTOR: _Kind(SECTOR, work), TICK: _Kind(TICK, ticks, rests=True)}
         runner = OrderRunner(
-            database, handlers, Clock(reactor), kinds, name, self.condition, lambda: self.has_link, lambda: None
+            database,
+            handlers,
+            Clock(reactor),
+            plugins or Found(orders={SECTOR: _Kind(SECTOR, work), TICK: _Kind(TICK, ticks, rests=True)}),
+            name,
+            self.condition,
+            lambda: self.has_link,
+            lambda: None,
+            65536,
         )
         runner.start()
         self.addCleanup(runner.stop)
@@ -124,10 +134,10 @@ class OrderRunnerTests(DatabaseTestCase):
             "insert into s2s.jobs (job_type, schedule, due_at) values ('test.other', 'every:60s', '2100-01-01')"
         )
         self.give("o1", TICK, job_type="test.other")
-        self.start(kinds=orders.builtin({}, 65536), name="without")
+        self.start(plugins=discover(world=False), name="without")
         await pause(0.3)
         self.assertEqual(self.row("o1", "status, attempts"), ("queued", 0))
-        self.start(kinds=orders.builtin({"test.other": Other()}, 65536), name="with")
+        self.start(plugins=replace(discover(world=False), jobs={"test.other": Other()}), name="with")
         await self.over("o1")
         self.assertEqual(self.row("o1", "status, result, engine"), ("done", {"ran": "test.other"}, "with"))
 
@@ -137,7 +147,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.execute(
             "insert into s2s.jobs (job_type, schedule, due_at) values ('test.other', 'every:60s', '2100-01-01')"
         )
-        self.start(kinds=orders.builtin({}, 65536))
+        self.start(plugins=discover(world=False))
         self.give("o1", TICK, job_type="test.other")
         self.give("o2", TICK, job_type="test.never")
         await self.over("o1", "o2")

@@ -19,6 +19,7 @@ from s2s.store.cursor import Unreadable
 from s2s.store.poll_loop import POLL_S
 from s2s.store.tables import orders
 from s2s.store.tables.orders import Order
+from tests.support.installed import ORDERS
 
 SECTOR = "world.set_sector_status.v1"
 
@@ -73,7 +74,7 @@ class CourierTests(SynchronousTestCase):
         self.database = _Database()
         self.first, self.second = _Link("first"), _Link("second")
         self.links = SimpleNamespace(engines=[])
-        self.courier = OrderSender(self.database, self.links, Clock(self.time))  # type: ignore[arg-type]
+        self.courier = OrderSender(self.database, self.links, Clock(self.time), ORDERS)  # type: ignore[arg-type]
         self.courier.start()
         self.addCleanup(self.courier.stop)
         self.links.engines = [self.first, self.second]

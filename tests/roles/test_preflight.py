@@ -16,6 +16,7 @@ from s2s.roles import preflight
 from s2s.roles.preflight import DATABASE_VARIABLE
 from s2s.store import interruptible
 from s2s.store.pool import blocking
+from tests.support.installed import FOUND
 from tests.support.postgres import DatabaseTestCase
 from tests.support.roles import TWISTD, environment
 from tests.support.silent import SilentDatabase
@@ -40,52 +41,52 @@ class CheckTests(DatabaseTestCase):
             "alter table s2s.notices drop constraint notices_pkey;"
             " insert into s2s.commands (cmd_id, cmd_type, idem_key, payload) values (9, 'a.b', 'k', '{}')"
         )
-        refused = self.assertRaises(SchemaError, preflight.check, self.url, "server")
+        refused = self.assertRaises(SchemaError, preflight.check, self.url, "server", FOUND)
         self.assertIn("the table s2s.notices lacks the unique index notices_pkey", str(refused))
 
     def test_no_key_names_the_cure(self) -> None:
         """Without a key for the role the refusal names the command that creates one."""
         self.add("s", "server")
-        refused = self.assertRaises(NoSigningKey, preflight.check, self.url, "engine")
+        refused = self.assertRaises(NoSigningKey, preflight.check, self.url, "engine", FOUND)
         self.assertIn("s2s keys add --role engine", str(refused))
 
     def test_a_key_just_made_can_sign(self) -> None:
         """The validity of a key is checked by the clock of the database, which set its times."""
         self.add("k", "any")
-        self.assertEqual([row.key_id for row in preflight.check(self.url, "engine").rows], ["k"])
+        self.assertEqual([row.key_id for row in preflight.check(self.url, "engine", FOUND).rows], ["k"])
 
     def test_unusable_keys_do_not_count(self) -> None:
         """A key that is too short, not base64, or not valid yet cannot sign."""
         self.add("short", "any", "c2hvcnQ=")
         self.add("garbled", "any", "?" * 44)
         self.add("later", "any", when="now() + interval '1 hour'")
-        self.assertRaises(NoSigningKey, preflight.check, self.url, "server")
+        self.assertRaises(NoSigningKey, preflight.check, self.url, "server", FOUND)
 
     def test_a_key_that_a_wrong_clock_has_dated(self) -> None:
         """A key created while the clock of the database was ahead signs at once, and its times are corrected."""
         self.add("k", "any")
         self.execute("update s2s.s2s_keys set created_at = now() + '2 hours', active_from = now() + '2 hours'")
-        self.assertEqual([row.key_id for row in preflight.check(self.url, "engine").rows], ["k"])
+        self.assertEqual([row.key_id for row in preflight.check(self.url, "engine", FOUND).rows], ["k"])
         self.assertEqual(self.execute("select 1 from s2s.s2s_keys where greatest(created_at, active_from) > now()"), [])
 
     def test_no_tables(self) -> None:
         """A database without tables is refused with the command that creates them."""
         self.execute("drop schema s2s, s2s_world cascade")
-        refused = self.assertRaises(SchemaError, preflight.check, self.url, "server")
+        refused = self.assertRaises(SchemaError, preflight.check, self.url, "server", FOUND)
         self.assertIn("s2s db migrate", str(refused))
 
     def test_no_database(self) -> None:
         """A database that cannot be reached is refused in one line without the password."""
         self.patch(preflight, "NOBODY_S", 0.0)
         url = "postgresql://u:hunter2@127.0.0.1:1/none"
-        refused = self.assertRaises(OperatorError, preflight.check, url, "server")
+        refused = self.assertRaises(OperatorError, preflight.check, url, "server", FOUND)
         self.assertNotIn("hunter2", str(refused))
         self.assertNotIn("\n", str(refused))
 
     def test_make_ready_twice(self) -> None:
         """The embedded database gets one key, even if it is prepared repeatedly."""
-        self.assertEqual(preflight.make_ready(self.url), ["made a random key: k1"])
-        self.assertEqual(preflight.make_ready(self.url), [])
+        self.assertEqual(preflight.make_ready(self.url, FOUND), ["made a random key: k1"])
+        self.assertEqual(preflight.make_ready(self.url, FOUND), [])
         self.assertNotIn(self.url, repr(preflight.Place(self.url)))
 
     def test_a_database_that_does_not_answer(self) -> None:
@@ -96,7 +97,7 @@ class CheckTests(DatabaseTestCase):
         self.patch(preflight, "NOBODY_S", 0.0)
         database = SilentDatabase(is_letting_in=True)
         self.addCleanup(database.close)
-        refused = self.assertRaises(OperatorError, preflight.check, database.url, "server")
+        refused = self.assertRaises(OperatorError, preflight.check, database.url, "server", FOUND)
         self.assertIn("no answer of the database at 127.0.0.1 within 0.5 s", str(refused))
 
 

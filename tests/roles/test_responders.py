@@ -11,8 +11,9 @@ from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import TestCase
 
 from s2s.errors import DbUnavailable, InternalError
+from s2s.handlers.discovery import Found
 from s2s.link.dispatcher import Request
-from s2s.protocol.catalogue import BY_NAME, HEALTH_CHECK, PAUSE, SWEEP
+from s2s.protocol.catalogue import HEALTH_CHECK, PAUSE, SWEEP
 from s2s.protocol.envelope import Envelope
 from s2s.roles.engine.desired_state import DesiredState
 from s2s.roles.engine.order_runner import OrderRunner
@@ -23,13 +24,14 @@ from s2s.roles.engine.state import EngineState
 from s2s.roles.health import Health, Identity
 from s2s.runtime.clock import Clock
 from s2s.store.pool import Database
+from tests.support.installed import CATALOGUE
 from tests.support.postgres import DatabaseTestCase
 
 
 def request(type: str, payload: dict[str, Any]) -> Request:
     """Create a request as the dispatcher passes it."""
     envelope = Envelope("id", 1737990000, "server", "engine", type, payload)
-    return Request(envelope, BY_NAME[type], payload, "k1", 400)
+    return Request(envelope, CATALOGUE[type], payload, "k1", 400)
 
 
 class HealthTests(TestCase):
@@ -43,7 +45,7 @@ class HealthTests(TestCase):
         health = Health(identity, 65536, Clock(scheduler), lambda: condition)
         scheduler.advance(12.7)
         answer = health(request(HEALTH_CHECK, {}))
-        self.assertIsNone(BY_NAME[HEALTH_CHECK].reply_schema.explain(answer))
+        self.assertIsNone(CATALOGUE[HEALTH_CHECK].reply_schema.explain(answer))
         self.assertEqual((answer["role"], answer["name"], answer["uptime_s"]), ("engine", "engine-1", 12))
         self.assertEqual((answer["frame_size_limit"], answer["outbox_depth"]), (65536, 7))
 
@@ -70,7 +72,7 @@ class SweepTests(DatabaseTestCase):
         first = await self.sweep(request(SWEEP, {"since_ts": 0}))
         again = await self.sweep(request(SWEEP, {"since_ts": 0}))
         self.assertEqual((first, again["queued"]), ({"ok": True, "since_ts": 0, "queued": 2}, 0))
-        self.assertIsNone(BY_NAME[SWEEP].reply_schema.explain(first))
+        self.assertIsNone(CATALOGUE[SWEEP].reply_schema.explain(first))
         keys = self.execute("select idem_key from s2s.outbox order by outbox_id")
         self.assertEqual([key for (key,) in keys], self.broadcast_keys())
         self.assertEqual(self.woken, 1)
@@ -131,7 +133,9 @@ class SteeringTests(DatabaseTestCase):
         )
         pause = Pause(DesiredState(database, clock, "engine-1", condition), "paused", condition)
         await _refused(self, lambda: pause(request(PAUSE, {"reason": "x"})))
-        order = Order(OrderRunner(database, handlers, clock, {}, "engine-1", condition, lambda: True, lambda: None))
+        order = Order(
+            OrderRunner(database, handlers, clock, Found(), "engine-1", condition, lambda: True, lambda: None, 65536)
+        )
         payload = {"order_id": "01J93QXK00000000000000000A", "sector_id": 1, "status": "neutral"}
         await _refused(self, lambda: order(request("world.set_sector_status.v1", payload)))
 

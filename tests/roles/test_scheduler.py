@@ -17,7 +17,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import capturedLogs, formatEvent
 
 from s2s.handlers.jobs import Job, JobRun, Outcome, Unfinished, registry
-from s2s.handlers.jobs.job import MOST_TOLD
+from s2s.handlers.run import MOST_TOLD
 from s2s.protocol import canonical
 from s2s.roles.engine import scheduler as scheduling
 from s2s.roles.engine.scheduler import LINES, Scheduler
@@ -75,7 +75,7 @@ class SchedulerTestCase(DatabaseTestCase):
         condition.wanted = condition.wanted or "running"
         database, handlers = self.pools("s2s-jobs", timeout_s=timeout_s)
         scheduler = Scheduler(
-            boot_id, database, handlers, Clock(reactor), registry(jobs), condition, 65536, self.count_emitted
+            boot_id, database, handlers, Clock(reactor), registry(jobs), condition, 65536, self.count_emitted, {}
         )
         scheduler.start()
         self.addCleanup(scheduler.stop)
@@ -291,7 +291,7 @@ class TimeTests(SchedulerTestCase):
         found = {"tick": table.OtherSchedule("every:5s", is_kept=False)}
         ours = _Job("tick", _nothing)
         scheduler = Scheduler(
-            "boot-1", database, mock.Mock(), Clock(reactor), registry([ours]), EngineState(), 65536, lambda: None
+            "boot-1", database, mock.Mock(), Clock(reactor), registry([ours]), EngineState(), 65536, lambda: None, {}
         )
         with blocking(self.url) as txn:
             table.hold_still(txn, "tick")

@@ -12,6 +12,7 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.logger import capturedLogs
 
 from s2s.handlers.commands import BatchCommandHandler, Command, CommandHandler, registry
+from s2s.handlers.discovery import Found
 from s2s.handlers.jobs import Job, JobRun, Outcome
 from s2s.handlers.jobs import registry as job_registry
 from s2s.handlers.orders import OrderHandler, OrderRun
@@ -26,6 +27,7 @@ from s2s.store.cursor import own
 from s2s.store.driver import Cursor
 from s2s.store.tables import claims, commands, jobs
 from tests.support.cluster import Cluster
+from tests.support.installed import FOUND
 from tests.support.postgres import DatabaseTestCase, Session
 from tests.support.waiting import poll
 
@@ -133,9 +135,11 @@ class CommandTests(CommandTestCase):
 
     async def test_a_session_that_does_not_end(self) -> None:
         """While the database cannot end the session of a stuck handler, which keeps its locks, the worker goes on."""
-        self.insert("stuck")
         running = self.start(self.wait_where("stuck"))
         self.patch(running._handlers, "end", lambda _: succeed(None))
+        # No timeout of the database ends the session, however slow the machine is.
+        self.patch(running._handlers, "_timeouts", (600.0, 600.0))
+        self.insert("stuck")
         await poll(lambda: running._handlers.stuck, "it is stuck")
         self.insert("later")
         await poll(lambda: self.column("status")["later"] == "done", "the next command")
@@ -484,6 +488,7 @@ class _Job(Job):
 
 class _Order(OrderHandler):
     rpc = _SECTOR
+    schema = FOUND.orders[_SECTOR].schema
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._work = work
@@ -502,7 +507,7 @@ class EngineTests(StuckTestCase):
         condition.wanted = "running"
         database, handlers = self.pools("s2s-jobs", timeout_s=0.5)
         scheduler = Scheduler(
-            "boot-1", database, handlers, Clock(reactor), job_registry(kinds), condition, 65536, lambda: None
+            "boot-1", database, handlers, Clock(reactor), job_registry(kinds), condition, 65536, lambda: None, {}
         )
         scheduler.start()
         self.addCleanup(scheduler.stop)
@@ -540,9 +545,17 @@ class EngineTests(StuckTestCase):
         condition = EngineState()
         condition.wanted = "running"
         database, handlers = self.pools("s2s-orders", timeout_s=0.5)
-        kinds = {_SECTOR: _Order(lambda: None)}
+        plugins = Found(orders={_SECTOR: _Order(lambda: None)})
         runner = OrderRunner(
-            database, handlers, Clock(reactor), kinds, "engine-1", condition, lambda: False, lambda: None
+            database,
+            handlers,
+            Clock(reactor),
+            plugins,
+            "engine-1",
+            condition,
+            lambda: False,
+            lambda: None,
+            9999,
         )
         self.execute("insert into s2s.orders (order_id, rpc, params) values ('o', %s, '{}')", _SECTOR)
         self.assertIsNone(await runner._poll_once(0))
@@ -556,6 +569,7 @@ class EngineTests(StuckTestCase):
             condition,
             65536,
             lambda: None,
+            {},
         )
         self.assertIsNone(await scheduler._poll_once(0))
         self.assertEqual(self.execute("select attempts from s2s.jobs where job_type = 'tick'"), [(0,)])
@@ -566,9 +580,17 @@ class EngineTests(StuckTestCase):
         condition.wanted = "running"
         database, handlers = self.pools("s2s-orders", timeout_s=0.5)
         waits = iter((True, False))
-        kinds = {_SECTOR: _Order(lambda: next(waits) and self.gate.wait(60))}
+        plugins = Found(orders={_SECTOR: _Order(lambda: next(waits) and self.gate.wait(60))})
         runner = OrderRunner(
-            database, handlers, Clock(reactor), kinds, "engine-1", condition, lambda: False, lambda: None
+            database,
+            handlers,
+            Clock(reactor),
+            plugins,
+            "engine-1",
+            condition,
+            lambda: False,
+            lambda: None,
+            9999,
         )
         runner.start()
         self.addCleanup(runner.stop)

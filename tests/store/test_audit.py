@@ -15,7 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import BadPayload, Forbidden, NotReady, StatementRefused, WireError
 from s2s.link.dispatcher import Request
-from s2s.protocol.catalogue import BY_NAME, ORDERS, SHUTDOWN
+from s2s.protocol.catalogue import SHUTDOWN
 from s2s.protocol.envelope import Envelope
 from s2s.protocol.limits import Counters
 from s2s.roles.engine.audit_log import MAX_WAITING, AuditLog
@@ -25,6 +25,7 @@ from s2s.store import driver
 from s2s.store.pool import Database, blocking
 from s2s.store.tables import actions, audit, commands_admin, config, control_requests, engines, outbox, tokens
 from tests.cli.test_cli import CliTestCase
+from tests.support.installed import CATALOGUE, ORDERS
 from tests.support.peer import CHECK, Key, ListeningPeer, Peer
 from tests.support.postgres import DatabaseTestCase, database_url, drop_database, make_database, template
 from tests.support.roles import RoleTestCase
@@ -640,7 +641,7 @@ class LedgerTests(SynchronousTestCase):
     def setUp(self) -> None:
         """Make an audit log on a slow database."""
         self.database, self.counters = _Slow(), Counters()
-        self.ledger = AuditLog(self.database, self.counters, "engine-1")  # type: ignore[arg-type]
+        self.ledger = AuditLog(self.database, self.counters, "engine-1", ORDERS)  # type: ignore[arg-type]
 
     def refuse(self, error: WireError, type: str = _CONFIG_SET, **payload: Any) -> None:
         """Report a refused request to the audit log."""
@@ -704,10 +705,12 @@ class AwayTests(AuditTestCase):
     async def test_a_shutdown(self) -> None:
         """A shutdown request is answered immediately, and its missing entry is counted."""
         database, counters, condition = Database(self.url), Counters(), EngineState()
-        ledger = AuditLog(database, counters, "engine-1")
+        ledger = AuditLog(database, counters, "engine-1", ORDERS)
         shutdown = Shutdown(lambda *_: 7.5, condition, ledger.answered)
         payload = {"grace_ms": 1, "reason": "x"}
-        request = Request(Envelope("i", 1, "server", "engine", SHUTDOWN, payload), BY_NAME[SHUTDOWN], payload, "k1", 9)
+        request = Request(
+            Envelope("i", 1, "server", "engine", SHUTDOWN, payload), CATALOGUE[SHUTDOWN], payload, "k1", 9
+        )
         answer = {"ok": True, "state": "draining", "deadline_ms": 7500}
         self.assertEqual(shutdown(request), answer)
         await ledger.wait_idle()

@@ -82,7 +82,7 @@ class AttemptTests(DatabaseTestCase):
         rpc = ForceTick.rpc
         with blocking(self.url, "give") as txn:
             orders.give(txn, "o", rpc, {"job_type": "tick"}, "somebody", by_link=True)
-        await self.check("orders", lambda txn: orders.attempt(txn, [rpc], [], [], 0.0), orders.hold)
+        await self.check("orders", lambda txn: orders.attempt(txn, [rpc], [], [], 0.0, {}), orders.hold)
 
 
 class FrozenTests(DatabaseTestCase):
@@ -107,7 +107,7 @@ class FrozenTests(DatabaseTestCase):
         """An order that a frozen session found is found by another session."""
         with blocking(self.url, "give") as txn:
             orders.give(txn, "o", ForceTick.rpc, {"job_type": "tick"}, "somebody", by_link=True)
-        self.check(lambda txn: orders.attempt(txn, [ForceTick.rpc], [], [], 0.0))
+        self.check(lambda txn: orders.attempt(txn, [ForceTick.rpc], [], [], 0.0, {}))
 
     async def test_a_claim_that_was_lost(self) -> None:
         """A claim of a worker replaces the worker's earlier claim whose COMMIT arrives late."""

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from s2s.admin.operations import OPERATIONS, commands, config, lists, notices, orders, outbox, pages
+from s2s.admin.operations import commands, config, lists, notices, orders, outbox, pages
 from s2s.admin.operations.operation import Operation, OperationRequest, Reply, advance, perform
 from s2s.errors import DeadlineExceeded
 from s2s.store.lock_wait import Locked
 from s2s.store.pool import blocking, step
 from s2s.store.tables import lists as module
+from tests.support.installed import OPERATIONS
 from tests.support.postgres import DatabaseTestCase, Session, rows_read
 
 #: Rows of a stretch, and rows of a page, in these tests.
@@ -196,7 +197,7 @@ class PlaceTests(SynchronousTestCase):
     """Which operations are lists."""
 
     def test_all_lists_are_known(self) -> None:
-        """Exactly the operations named ``list_*`` or ``count_*`` are marked as lists."""
+        """Exactly the operations named ``list_*`` or ``report_*`` are marked as lists."""
         for operation in OPERATIONS:
-            reads_much = operation.name.startswith(("list_", "count_"))
+            reads_much = operation.name.startswith(("list_", "report_"))
             self.assertEqual(operation.is_list, reads_much, operation.name)

@@ -15,14 +15,17 @@ from s2s.store import migrations
 from s2s.store.migrations import Migration, MigrationFailed
 from s2s.store.pool import blocking
 from s2s.store.tables import config, engines
-from tests.support.postgres import DatabaseTestCase, cluster_url, database_url, drop_database, make_database
+from tests.support.installed import MIGRATIONS
+from tests.support.postgres import DatabaseTestCase, cluster_url, database_url, drop_database, make_database, migrate
 
 _numbers = itertools.count(1)
+
+_ALL = migrations.available(MIGRATIONS)
 
 
 def _migrate(url: str) -> list[str]:
     with blocking(url) as txn:
-        return migrations.migrate(txn.connection)
+        return migrate(txn.connection)
 
 
 class EmptyDatabaseTests(TestCase):
@@ -38,12 +41,12 @@ class EmptyDatabaseTests(TestCase):
 
     def test_an_older_release(self) -> None:
         """A database that an older release has used receives the later migrations and keeps its data."""
-        with mock.patch.object(migrations, "available", return_value=migrations.available()[:1]):
+        with mock.patch.object(migrations, "available", return_value=_ALL[:1]):
             self.assertEqual(_migrate(self.url), ["s2s/0001_initial"])
         with blocking(self.url) as txn:
             txn.execute("insert into s2s.engines (name, wanted, reason) values ('e', 'paused', 'night')")
             txn.execute("update s2s.config set value = '7' where key = 'relay.window'")
-        self.assertEqual(_migrate(self.url), [str(each) for each in migrations.available()[1:]])
+        self.assertEqual(_migrate(self.url), [str(each) for each in _ALL[1:]])
         with blocking(self.url) as txn:
             self.assertEqual(config.read(txn).values["relay.window"], 7)
             self.assertEqual(engines.wanted(txn, "e"), ("paused", "night"))
@@ -58,30 +61,28 @@ class EmptyDatabaseTests(TestCase):
 
     def test_migrates_once(self) -> None:
         """Each migration runs once; a second run has nothing to do, and the check passes."""
-        self.assertEqual(_migrate(self.url), [str(migration) for migration in migrations.available()])
+        self.assertEqual(_migrate(self.url), [str(migration) for migration in _ALL])
         self.assertEqual(_migrate(self.url), [])
         with blocking(self.url) as txn:
-            migrations.check(txn)
-            self.assertTrue(all(row.applied_at for row in migrations.status(txn)))
+            migrations.check(txn, MIGRATIONS)
+            self.assertTrue(all(row.applied_at for row in migrations.status(txn, MIGRATIONS)))
 
     async def test_two_at_once(self) -> None:
         """Four concurrent runs do not disturb each other: exactly one of them applies each migration."""
         runs = await gatherResults([deferToThread(_migrate, self.url) for _ in range(4)])
-        self.assertEqual(sorted(itertools.chain(*runs)), [str(migration) for migration in migrations.available()])
+        self.assertEqual(sorted(itertools.chain(*runs)), [str(migration) for migration in _ALL])
 
     def test_a_failing_file_leaves_nothing(self) -> None:
         """If a migration fails, none of the release is applied, and the error names the file and the reason."""
         broken = Migration("s2s", 9998, "9998_broken", "create table s2s.half (a int); select 1 / 0")
-        with mock.patch.object(migrations, "available", lambda: (*self.ours, broken)):
+        with mock.patch.object(migrations, "available", lambda plugins=(): (*_ALL, broken)):
             error = str(self.assertRaises(MigrationFailed, _migrate, self.url))
         self.assertIn("the migration s2s/9998_broken failed, and none of this release was applied: division", error)
         with blocking(self.url) as txn:
             self.assertFalse(any(each.applied_at for each in migrations.status(txn)))
             txn.execute("select to_regnamespace('s2s'), to_regnamespace('s2s_world')")
             self.assertEqual(txn.fetchone(), (None, None))
-        self.assertEqual(_migrate(self.url), [str(migration) for migration in self.ours])
-
-    ours = migrations.available()
+        self.assertEqual(_migrate(self.url), [str(migration) for migration in _ALL])
 
     def test_wrong_encoding(self) -> None:
         """A database whose encoding is not UTF-8 is refused with an error that names UTF8."""
@@ -102,12 +103,12 @@ class NewerDatabaseTests(DatabaseTestCase):
         self.execute("insert into s2s.migrations (schema, version, name) values ('s2s', 9999, '9999_later')")
         with blocking(self.url) as txn:
             self.assertIn("9999_later", str(self.assertRaises(SchemaError, migrations.check, txn)))
-            self.assertEqual(migrations.status(txn)[-1].version, 9999)
+            self.assertEqual(migrations.status(txn, MIGRATIONS)[-1].version, 9999)
         self.assertRaises(SchemaError, _migrate, self.url)
 
     def test_older_is_refused(self) -> None:
         """A database that lacks one of this release's migrations is refused with the name of that migration."""
         later = Migration("s2s", 9998, "9998_later", "select 1")
         ours = migrations.available()
-        with mock.patch.object(migrations, "available", lambda: (*ours, later)), blocking(self.url) as txn:
+        with mock.patch.object(migrations, "available", lambda plugins=(): (*ours, later)), blocking(self.url) as txn:
             self.assertIn("lacks s2s/9998_later", str(self.assertRaises(SchemaError, migrations.check, txn)))

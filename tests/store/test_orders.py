@@ -10,11 +10,11 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.threads import deferToThread
 
 from s2s.errors import IdemConflict, RowRefused
-from s2s.protocol.catalogue import ORDERS
 from s2s.store.pool import blocking
 from s2s.store.tables import claims
 from s2s.store.tables import orders as table
 from s2s.store.tables.orders import Order
+from tests.support.installed import ORDERS
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
 
@@ -210,7 +210,7 @@ class AttemptTests(OrdersTestCase):
         self, rpcs: Any = ORDERS, resting: Any = (), in_hand: Any = (), patience_s: float = 0.0
     ) -> Order | None:
         """Attempt a step."""
-        found: Order | None = self.run_(table.attempt, rpcs, resting, in_hand, patience_s)
+        found: Order | None = self.run_(table.attempt, rpcs, resting, in_hand, patience_s, {})
         return found
 
     def attempted(self, *args: Any, **more: Any) -> str | None:
@@ -312,7 +312,7 @@ class StepTests(OrdersTestCase):
     def attempt(self) -> Order:
         """Attempt a step of the only order, whatever the pause."""
         self.execute("update s2s.orders set retry_at = null")
-        order: Order = self.run_(table.attempt, ORDERS, (), (), 0.0)
+        order: Order = self.run_(table.attempt, ORDERS, (), (), 0.0, {})
         return order
 
     def go_on_with(self, order: Order, state: Any, engine: str, is_next_ours: bool) -> Order:
@@ -387,7 +387,7 @@ class StepTests(OrdersTestCase):
         first = self.attempt()
         next_ = self.run_(table.go_on, first, first.place, {"done": 1}, "engine-1", True)
         self.assertEqual((next_.attempts, next_.state, next_.status), (1, {"done": 1}, "running"))
-        self.assertIsNone(self.run_(table.attempt, ORDERS, (), (), 0.0))
+        self.assertIsNone(self.run_(table.attempt, ORDERS, (), (), 0.0, {}))
         self.assertFalse(self.run_(table.hold, first))
         self.assertTrue(self.run_(table.hold, next_))
         self.run_(table.release, next_)
@@ -412,7 +412,7 @@ class StepTests(OrdersTestCase):
             "create trigger old before update on s2s.orders for each row execute function old()"
         )
         for work in (
-            lambda txn: table.attempt(txn, ORDERS, (), (), 0.0),
+            lambda txn: table.attempt(txn, ORDERS, (), (), 0.0, {}),
             lambda txn: table.go_on(txn, order, order.place, {"done": 1}, "engine-1", False),
             lambda txn: table.go_on(txn, order, order.place, {"done": 1}, "engine-1", True),
             lambda txn: table.finish(txn, order, "done", None, "engine-1"),

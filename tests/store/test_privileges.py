@@ -13,12 +13,13 @@ from twisted.internet.defer import Deferred
 from s2s.cli import main
 from s2s.errors import DatabaseError, DatabaseUnavailable, OperatorError
 from s2s.roles import preflight
-from s2s.store import connection_limits, migrations, privileges
+from s2s.store import connection_limits, privileges
 from s2s.store.driver import Cursor, Query
 from s2s.store.monitors import probe
 from s2s.store.pool import Database, blocking
 from s2s.store.sqlstate import with_cure
-from tests.support.postgres import DatabaseTestCase
+from tests.support.installed import FOUND, MIGRATIONS
+from tests.support.postgres import DatabaseTestCase, migrate
 
 
 class UserTestCase(DatabaseTestCase):
@@ -31,7 +32,7 @@ class UserTestCase(DatabaseTestCase):
         self.execute(f"create role {self.user} login")
         self.addCleanup(self.execute, f"drop owned by {self.user}; drop role {self.user}")
         with self.as_user() as txn:
-            self.execute(" ".join(privileges.missing(txn)))
+            self.execute(" ".join(privileges.missing(txn, MIGRATIONS)))
 
     @contextmanager
     def as_user(self) -> Iterator[Cursor]:
@@ -70,25 +71,27 @@ class PrivilegeTests(UserTestCase):
     def test_what_is_granted_suffices(self) -> None:
         """A user with the listed grants lacks no privilege, and the writes of the probe succeed."""
         with self.as_user() as txn:
-            self.assertEqual(privileges.missing(txn), [])
-            privileges.check(txn)
+            self.assertEqual(privileges.missing(txn, MIGRATIONS), [])
+            privileges.check(txn, MIGRATIONS)
             probe.check(txn)
 
     def test_a_sequence(self) -> None:
         """A missing privilege on a sequence is reported with the statement that grants it."""
         self.execute(f"revoke all on sequence s2s.commands_cmd_id_seq from {self.user}")
         with self.as_user() as txn:
-            error = self.assertRaises(OperatorError, privileges.check, txn)
+            error = self.assertRaises(OperatorError, privileges.check, txn, MIGRATIONS)
         self.assertIn(f"grant usage on sequence s2s.commands_cmd_id_seq to {self.user};", str(error))
 
     def test_tables(self) -> None:
         """The privileges on one table share a statement; of many tables the first are shown, the rest counted."""
         self.execute(f"revoke insert, update on s2s.commands from {self.user}")
         with self.as_user() as txn:
-            self.assertEqual(privileges.missing(txn), [f"grant insert, update on table s2s.commands to {self.user};"])
+            self.assertEqual(
+                privileges.missing(txn, MIGRATIONS), [f"grant insert, update on table s2s.commands to {self.user};"]
+            )
         self.execute(f"revoke all on all tables in schema s2s, s2s_world from {self.user}")
         with self.as_user() as txn:
-            error = self.assertRaises(OperatorError, privileges.check, txn)
+            error = self.assertRaises(OperatorError, privileges.check, txn, MIGRATIONS)
         self.assertRegex(str(error), "and [0-9]+ more, which s2s db status lists$")
 
     def test_the_probe(self) -> None:
@@ -127,7 +130,7 @@ class RowSecurityTests(UserTestCase):
         for table in tables:
             self.execute(f"alter table {table} enable row level security")
         url = re.sub("//[^@/]*@", f"//{self.user}@", self.url)
-        refused = str(self.assertRaises(OperatorError, preflight.check, url, "server"))
+        refused = str(self.assertRaises(OperatorError, preflight.check, url, "server", FOUND))
         self.assertIn(f"hides rows of the table s2s.commands from {self.user}: run as its owner: alter table", refused)
         self.assertIn(f"alter role {self.user} bypassrls; and 2 more, which s2s db status lists", refused)
         said = self.status()
@@ -139,7 +142,7 @@ class RowSecurityTests(UserTestCase):
         self.execute("alter table s2s.commands enable row level security")
         self.execute("create policy everything on s2s.commands using (true)")
         with self.as_user() as txn:
-            privileges.check(txn)
+            privileges.check(txn, MIGRATIONS)
         self.execute("create policy nothing on s2s.commands as restrictive using (false)")
         with self.as_user() as txn:
             self.assertEqual(len(privileges.hidden(txn)), 1)
@@ -151,7 +154,7 @@ class RowSecurityTests(UserTestCase):
             self.assertEqual(privileges.hidden(txn), [])
         self.execute(f"alter role {self.user} bypassrls")
         with self.as_user() as txn:
-            privileges.check(txn)
+            privileges.check(txn, MIGRATIONS)
 
 
 class MigrateTests(UserTestCase):
@@ -197,8 +200,8 @@ class MigrateTests(UserTestCase):
     def test_up_to_date(self) -> None:
         """If there is nothing to migrate, no privilege to create is needed."""
         with self.as_user() as txn:
-            self.assertEqual(privileges.to_migrate(txn), [])
-            self.assertEqual(migrations.migrate(txn.connection), [])
+            self.assertEqual(privileges.to_migrate(txn, MIGRATIONS), [])
+            self.assertEqual(migrate(txn.connection), [])
 
 
 class ConnectionLimitTests(UserTestCase):

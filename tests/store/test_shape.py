@@ -8,7 +8,8 @@ from s2s.store import migrations, shape
 from s2s.store.pool import blocking
 from s2s.store.tables import config
 from tests.cli.test_cli import CliTestCase
-from tests.support.postgres import DatabaseTestCase
+from tests.support.installed import FOUND, MIGRATIONS
+from tests.support.postgres import DatabaseTestCase, migrate
 
 
 class ShapeTests(DatabaseTestCase):
@@ -17,7 +18,7 @@ class ShapeTests(DatabaseTestCase):
     def wrong(self) -> list[str]:
         """Return the lines that report missing parts."""
         with blocking(self.url) as txn:
-            return list(shape.wrong(txn))
+            return list(shape.wrong(txn, MIGRATIONS))
 
     def test_all_is_there(self) -> None:
         """A migrated database lacks nothing, and every object that the migrations make is checked."""
@@ -31,22 +32,19 @@ class ShapeTests(DatabaseTestCase):
         found = self.execute(
             "select x.relname::text, n.nspname || '.' || c.relname from pg_index join pg_class x on x.oid = indexrelid"
             " join pg_class c on c.oid = indrelid join pg_namespace n on n.oid = c.relnamespace"
-            " where indisunique and n.nspname in ('s2s', 's2s_world') and c.relname <> 'migrations' order by 1, 2"
+            " where indisunique and n.nspname = 's2s' and c.relname <> 'migrations' order by 1, 2"
         )
         self.assertEqual(sorted(made.indexes), found)
         found = self.execute(
             "select c.oid::regclass::text, attname::text from pg_attribute a join pg_class c on c.oid = attrelid"
             " where attnum > 0 and relkind = 'r' and relname <> 'migrations'"
-            " and relnamespace in ('s2s'::regnamespace, 's2s_world'::regnamespace)"
+            " and relnamespace = 's2s'::regnamespace"
         )
         self.assertEqual({(table.rpartition(".")[2], name) for table, name in made.columns}, set(found))
         self.assertEqual({table for table, _ in made.columns}, set(made.tables))
         self.assertEqual(set(made.tables), migrations.tables())
         self.execute("set search_path = pg_catalog")
-        found = self.execute(
-            "select oid::regprocedure::text from pg_proc where pronamespace in ('s2s'::regnamespace,"
-            " 's2s_world'::regnamespace)"
-        )
+        found = self.execute("select oid::regprocedure::text from pg_proc where pronamespace = 's2s'::regnamespace")
         self.assertEqual({(name,) for name in made.functions}, set(found))
 
     def test_what_an_owner_changes(self) -> None:
@@ -85,7 +83,7 @@ class ShapeTests(DatabaseTestCase):
         lines = "\n".join(self.wrong())
         self.assertIn("the table s2s.notices is missing, as after a restore in part", lines)
         self.assertIn("the function s2s.action(text) is missing: run as the owner of the tables the statement", lines)
-        self.assertIn("in the file s2s/store/sql/s2s/0001_initial.sql", lines)
+        self.assertIn("in the file s2s/store/sql/0001_initial.sql", lines)
         self.assertIn("s2s.broadcasts is no ordinary table", lines)
 
     def test_before_a_migration(self) -> None:
@@ -123,7 +121,7 @@ class ShapeTests(DatabaseTestCase):
         )
         self.execute("insert into s2s.s2s_keys (key_id, key_b64, role) values ('k', repeat('A', 43) || '=', 'any')")
         with self.assertRaisesRegex(OperatorError, "lacks the trigger orders_given"):
-            check(self.url, "server")
+            check(self.url, "server", FOUND)
 
     def test_the_version(self) -> None:
         """Without the row of ``config_version`` the version is that of the history, and a migration adds the row."""
@@ -137,7 +135,7 @@ class ShapeTests(DatabaseTestCase):
         )
         with blocking(self.url) as txn:
             self.assertEqual(config.read(txn).version, version)
-            migrations.migrate(txn.connection)
+            migrate(txn.connection)
             self.assertEqual(config.change(txn, "executor.batch_size", 9, "a test"), version + 1)
         self.assertEqual(self.wrong(), [])
 

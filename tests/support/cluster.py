@@ -10,9 +10,8 @@ from pathlib import Path
 import psutil
 import psycopg2
 
-from s2s.store import migrations
 from s2s.store.embedded import postmaster
-from tests.support.postgres import memory_directory
+from tests.support.postgres import memory_directory, migrate
 
 
 class Cluster:
@@ -34,7 +33,7 @@ class Cluster:
     def migrate(self) -> None:
         """Make the tables."""
         connection = psycopg2.connect(self.url)
-        migrations.migrate(connection)
+        migrate(connection)
         connection.close()
 
     def stop(self) -> None:

@@ -15,6 +15,7 @@ import psycopg2
 from psycopg2 import sql
 from twisted.trial.unittest import TestCase
 
+from s2s.handlers.discovery import installed
 from s2s.store import migrations
 from s2s.store.handler_pool import HandlerPool
 from s2s.store.pool import Database
@@ -75,6 +76,12 @@ def cluster_url() -> str:
     return url
 
 
+def migrate(connection: Any) -> list[str]:
+    """Run the migrations of s2s and of the bundled world, and return those that ran."""
+    found = installed()
+    return migrations.migrate(connection, list(found.migrations.values()), found.settings.values())
+
+
 @cache
 def template() -> str:
     """Make the migrated database from which the tests' databases are copied.
@@ -84,7 +91,7 @@ def template() -> str:
     make_database(_TEMPLATE)
     connection = psycopg2.connect(database_url(_TEMPLATE))
     try:
-        migrations.migrate(connection)
+        migrate(connection)
         connection.commit()
     finally:
         connection.close()

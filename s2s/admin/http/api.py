@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
@@ -25,7 +25,6 @@ from s2s.admin.http.operation_runner import ClientRequest, OperationRunner
 from s2s.admin.http.problems import problem
 from s2s.admin.http.routes import Routes, allowed, read_query, wrong_method
 from s2s.admin.http.sign_in import Caller, SignIn
-from s2s.admin.operations import OPERATIONS
 from s2s.admin.operations.operation import BODY_BYTES, IDEM_KEY, Operation, OperationRequest, Reply, encode
 from s2s.errors import BadEnvelope, BadPayload, S2SError, ShuttingDown
 from s2s.protocol import canonical
@@ -55,6 +54,7 @@ class Plain:
 class Api(Resource):
     """Answers every request.
 
+    :param operations: the operations that the server offers.
     :param plain: the paths that are no operations.
     :param hosts: further host names that clients may use for this server.
     :ivar counts: the number of requests by outcome.
@@ -64,12 +64,17 @@ class Api(Resource):
     isLeaf = True
 
     def __init__(
-        self, conductor: OperationRunner, sign_in: SignIn, plain: Collection[Plain], hosts: Collection[str] = ()
+        self,
+        conductor: OperationRunner,
+        sign_in: SignIn,
+        operations: Iterable[Operation[Any]],
+        plain: Collection[Plain],
+        hosts: Collection[str] = (),
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._conductor = conductor
         self._sign_in = sign_in
-        self._routes = Routes(OPERATIONS)
+        self._routes = Routes(operations)
         self._plain = {each.path.encode(): each for each in plain}
         self._hosts = LOCAL | {host.lower() for host in hosts}
         self._under_way: set[ClientRequest] = set()

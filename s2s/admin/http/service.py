@@ -12,9 +12,10 @@ from s2s.admin.http.operation_runner import THREADS, OperationRunner
 from s2s.admin.http.problems import Problem
 from s2s.admin.http.sign_in import SignIn
 from s2s.admin.http.site import make_site
-from s2s.admin.operations import OPERATIONS
+from s2s.admin.operations import all_operations
 from s2s.admin.operations.operation import members
 from s2s.errors import NotReady
+from s2s.handlers.discovery import Found
 from s2s.protocol.limits import Counters
 from s2s.runtime.clock import Clock
 from s2s.store.pool import Database
@@ -33,6 +34,7 @@ class Web:
 
     :param readiness: returns the readiness text of each part of the server that must work, see :data:`WELL`.
     :param hosts: further host names that clients may use for this server.
+    :param plugins: the plug-ins, whose orders and reports the API serves.
     :ivar site: the factory of its connections.
     :ivar on_notify: the function to call when a channel of the database is notified, by channel.
     :ivar counts: the number of requests by outcome.
@@ -45,6 +47,7 @@ class Web:
         counters: Counters,
         readiness: Callable[[], Awaitable[Mapping[str, str]]],
         hosts: Collection[str] = (),
+        plugins: Found = Found(),  # noqa: B008 - it is immutable
     ) -> None:
         self._readiness = readiness
         self._waiting = LongPolls(database, clock, counters)
@@ -54,8 +57,10 @@ class Web:
             Plain("readyz", "/readyz", "Whether the database and the executor serve", _READINESS, self._readyz, True),
             Plain("openapi", "/openapi.json", "This document", {"type": "object"}, self._openapi),
         )
-        self._document = document(OPERATIONS, plain)
-        self._api = Api(OperationRunner(database, clock, self._waiting, counters), self._sign_in, plain, hosts)
+        served = all_operations(plugins)
+        self._document = document(served, plain)
+        runner = OperationRunner(database, clock, self._waiting, counters)
+        self._api = Api(runner, self._sign_in, served, plain, hosts)
         self.counts = self._api.counts
         self.site = make_site(self._api, clock, counters, self._sign_in.knows, self._api.body_bytes)
         self.on_notify = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import partial
 from typing import Any, Final
 
-from s2s.admin.operations.operation import Operation, members, once
+from s2s.admin.operations.operation import Operation, OperationRequest, members, once
 from s2s.errors import BY_CODE
-from s2s.handlers.discovery import installed
-from s2s.protocol.catalogue import ERROR_SCHEMA, MESSAGES
+from s2s.handlers.discovery import Found
+from s2s.protocol.catalogue import ERROR_SCHEMA
+from s2s.store.driver import Cursor
 
 _OBJECT: Final = {"type": "object"}
 _TEXT: Final = {"type": "string"}
@@ -41,8 +42,7 @@ _DOCUMENT: Final = members(
 )
 
 
-@cache
-def _catalogue() -> dict[str, Any]:
+def _catalogue(found: Found) -> dict[str, Any]:
     return {
         "messages": {
             message.name: {
@@ -52,22 +52,26 @@ def _catalogue() -> dict[str, Any]:
                 "request": message.request_schema.document,
                 "reply": message.reply_schema.document,
             }
-            for message in MESSAGES
+            for message in found.catalogue.values()
         },
-        "commands": {cmd_type: dict(kind.schema) for cmd_type, kind in installed().commands.items()},
+        "commands": {cmd_type: dict(kind.schema) for cmd_type, kind in found.commands.items()},
         "errors": {code: {"retryable": error.retryable, "closes": error.closes} for code, error in BY_CODE.items()},
         "error": ERROR_SCHEMA.document,
     }
 
 
-SHOW: Final[Operation[dict[str, Any]]] = Operation(
-    "show_catalogue",
-    "GET",
-    "/v1/catalogue",
-    "observer",
-    "Show the message types, the command types that this server runs, and the errors, with all schemas",
-    _DOCUMENT,
-    once(lambda *_: _catalogue()),
-)
+def _show(document: dict[str, Any], txn: Cursor, _: OperationRequest) -> dict[str, Any]:
+    return document
 
-OPERATIONS: Final[tuple[Operation[Any], ...]] = (SHOW,)
+
+def operation(found: Found) -> Operation[dict[str, Any]]:
+    """Return the operation that shows the catalogue of a server with these plug-ins."""
+    return Operation(
+        "show_catalogue",
+        "GET",
+        "/v1/catalogue",
+        "observer",
+        "Show the message types, the command types that this server runs, and the errors, with all schemas",
+        _DOCUMENT,
+        once(partial(_show, _catalogue(found))),
+    )

@@ -9,14 +9,13 @@ from s2s.admin.operations.operation import MOST_BODY_BYTES, Operation, Operation
 from s2s.admin.operations.pages import KEY, Page, in_stretches, keyed, listing
 from s2s.errors import NotFound
 from s2s.handlers.orders.config_set import ConfigSet, set_value
-from s2s.protocol.catalogue import BY_NAME
 from s2s.protocol.settings import Value
 from s2s.store.driver import Cursor
 from s2s.store.tables import config
 from s2s.store.tables.config import Change, ConfigRow
 
 #: The schemas of the members of the order that sets a setting, which are used here too.
-_MEMBERS: Final = BY_NAME[ConfigSet.rpc].request_schema.document["properties"]
+_MEMBERS: Final = ConfigSet.schema["properties"]
 _WHERE: Final = {"key": _MEMBERS["key"]}
 
 

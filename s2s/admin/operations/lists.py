@@ -1,16 +1,15 @@
-"""Read-only operations on keys, the audit, jobs and the world."""
+"""Read-only operations on keys, the audit and jobs."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from s2s.admin.operations.operation import Operation, once
+from s2s.admin.operations.operation import Operation
 from s2s.admin.operations.pages import KEY, Page, in_stretches, keyed, listing
-from s2s.store.tables import audit, jobs, keys, world
+from s2s.store.tables import audit, jobs, keys
 from s2s.store.tables.audit import Entry
 from s2s.store.tables.jobs import JobRow
 from s2s.store.tables.keys import PublicKeyRow
-from s2s.store.tables.world import Counts
 
 _TEXT: Final = {"type": "string", "maxLength": 300}
 
@@ -42,15 +41,4 @@ JOBS: Final[Operation[Page[JobRow]]] = listing(
     keyed(jobs.list_jobs, lambda row: row.job_type),
     cursor=KEY,
 )
-WORLD: Final = Operation(
-    "count_world",
-    "GET",
-    "/v1/world",
-    "observer",
-    "Count the sectors by their status, the ports and the ships",
-    Counts,
-    once(lambda txn, _: world.count(txn)),
-    is_list=True,
-)
-
-OPERATIONS: Final[tuple[Operation[Any], ...]] = (KEYS, AUDIT, JOBS, WORLD)
+OPERATIONS: Final[tuple[Operation[Any], ...]] = (KEYS, AUDIT, JOBS)

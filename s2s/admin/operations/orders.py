@@ -25,8 +25,9 @@ from s2s.admin.operations.operation import (
 )
 from s2s.admin.operations.pages import Page, listing, paged
 from s2s.errors import BadPayload, IdemConflict, NotFound, S2SError, WireError
-from s2s.handlers.orders import builtin
-from s2s.protocol.catalogue import BY_NAME, ORDERS
+from s2s.handlers.orders import OrderHandler
+from s2s.handlers.orders.config_set import ConfigSet
+from s2s.store.access import Access
 from s2s.store.driver import Cursor
 from s2s.store.tables import audit, orders
 from s2s.store.tables.orders import OrderRow
@@ -41,8 +42,6 @@ _WAIT: Final[Rule] = {
     "default": 0,
     "description": "Seconds to wait for the end of the order.",
 }
-#: The handlers of the orders; each declares the role that a caller needs.
-KINDS: Final = builtin({}, 0)
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def _find(order_id: str, txn: Cursor) -> Order:
 
 
 #: Maximum bodies in bytes, by RPC. The text of a setting has no limit of its own.
-_BODY_BYTES: Final = {"admin.config.set.v1": MOST_BODY_BYTES}
+_BODY_BYTES: Final = {ConfigSet.rpc: MOST_BODY_BYTES}
 
 
 def _refused(rpc: str, txn: Cursor, ask: OperationRequest, error: WireError) -> None:
@@ -125,23 +124,24 @@ def _refused(rpc: str, txn: Cursor, ask: OperationRequest, error: WireError) -> 
     audit.write(txn, rpc, "", audit.cut(body, encode(body)), result)
 
 
-def _operation(rpc: str) -> Operation[Order]:
-    document = BY_NAME[rpc].request_schema.document
+def giving(
+    rpc: str, params: Mapping[str, Any] | None = None, access: Access = "observer", summary: str = "Give an order"
+) -> Operation[Order]:
+    """Return the operation that gives an order.
+
+    :param params: the JSON Schema of the params; ``None``: the caller, a client, leaves their check to the server.
+    :param access: the lowest role that may give it.
+    """
     return Operation(
         "give_" + rpc.replace(".", "_"),
         "POST",
         f"/v1/orders/{rpc}",
-        KINDS[rpc].access,
-        document["description"].rstrip("."),
+        access,
+        summary,
         Order,
         partial(_give, rpc),
         query={"wait": _WAIT},
-        body={
-            **{name: said for name, said in document.items() if name not in ("$id", "description")},
-            "title": f"Params of {rpc}",
-            "properties": {name: rule for name, rule in document["properties"].items() if name != "order_id"},
-            "required": [name for name in document["required"] if name != "order_id"],
-        },
+        body={**(params or {"type": "object"}), "title": f"Params of {rpc}"},
         body_bytes=_BODY_BYTES.get(rpc, BODY_BYTES),
         refusals=(BadPayload, IdemConflict),
         statuses={
@@ -154,8 +154,12 @@ def _operation(rpc: str) -> Operation[Order]:
     )
 
 
-#: The operation that gives each order, by its RPC.
-GIVE: Final = {rpc: _operation(rpc) for rpc in ORDERS}
+def operation(handler: OrderHandler) -> Operation[Order]:
+    """Return the operation that gives an order to the engines that have this handler."""
+    params = {name: said for name, said in handler.schema.items() if name != "description"}
+    return giving(handler.rpc, params, handler.access, handler.schema["description"].rstrip("."))
+
+
 LIST: Final[Operation[Page[Order]]] = listing(
     "list_orders",
     "/v1/orders",
@@ -164,7 +168,7 @@ LIST: Final[Operation[Page[Order]]] = listing(
     paged(_list, lambda row: row.order_id),
     filters={
         "status": {"enum": ["queued", "running", "done", "refused", "failed"]},
-        "rpc": {"enum": list(ORDERS)},
+        "rpc": {"type": "string", "maxLength": 64, "description": "Only orders of this RPC."},
     },
     cursor={**ORDER_ID, "description": "The next_cursor of the page before."},
     refusals=(NotFound,),
@@ -182,4 +186,4 @@ SHOW: Final = Operation(
     refusals=(NotFound,),
 )
 
-OPERATIONS: Final[tuple[Operation[Any], ...]] = (*GIVE.values(), LIST, SHOW)
+OPERATIONS: Final[tuple[Operation[Any], ...]] = (LIST, SHOW)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from s2s.cli.common import one_line_errors, state_dir_option
+from s2s.cli.common import one_line_errors, state_dir_option, world_option
 from s2s.cli.up import supervisor
 from s2s.roles.options import HTTP, LISTEN
 
@@ -22,7 +22,8 @@ from s2s.roles.options import HTTP, LISTEN
     metavar="SECONDS",
     help="Type a broadcast, end after so long, and exit 0 only if it came the whole way.",
 )
+@world_option
 @one_line_errors
-def up(state_dir: Path, listen: str, http: str, for_seconds: float | None) -> None:
+def up(state_dir: Path, listen: str, http: str, for_seconds: float | None, no_world: bool) -> None:
     """Run everything here: PostgreSQL, a server and an engine, linked; until Ctrl-C."""
-    raise SystemExit(supervisor.run(state_dir, listen, http, for_seconds, click.echo))
+    raise SystemExit(supervisor.run(state_dir, listen, http, for_seconds, click.echo, not no_world))

@@ -22,14 +22,15 @@ from typing import IO
 
 from s2s.cli.up.children import DatabaseProcess, RoleProcess
 from s2s.cli.up.notice_watcher import NoticeWatcher, Say, SmokeBroadcast
+from s2s.cli.world_seed import make_world
 from s2s.errors import DatabaseError, OperatorError
+from s2s.handlers.discovery import installed
 from s2s.runtime import files
 from s2s.runtime.status_log import LINK_UP
 from s2s.store import lock_wait, migrations, pool
 from s2s.store.driver import commit
 from s2s.store.embedded import lease
 from s2s.store.tables import keys, tokens
-from s2s.store.tables.seed import make_world
 
 ENGINE_NAME = "engine-1"
 #: The world that is created if there is none: the number of sectors and of ships, and its seed.
@@ -47,7 +48,14 @@ _LOOKED_AT_S = 1.0
 _REVOKE_S = 5.0
 
 
-def run(state_dir: Path, listen: str, http: str, for_seconds: float | None, echo: Callable[[str], None]) -> int:
+def run(
+    state_dir: Path,
+    listen: str,
+    http: str,
+    for_seconds: float | None,
+    echo: Callable[[str], None],
+    has_world: bool = True,
+) -> int:
     """Run everything until SIGINT, SIGTERM or SIGHUP, or for a time. Blocks; call it in the main thread.
 
     :param state_dir: the directory of the database, the logs and ``up.json``; it is created.
@@ -56,13 +64,14 @@ def run(state_dir: Path, listen: str, http: str, for_seconds: float | None, echo
     :param for_seconds: end this many seconds after the link is up and a broadcast was sent through it; ``None``: do not
         end.
     :param echo: called with every line for operators.
+    :param has_world: run with the bundled world.
     :returns: the exit code: 0, or 1 if the broadcast did not become a notice.
     :raises OperatorError: something is missing, in use or wrong; no process is left running.
     :raises OSError: a line could not be written; no process is left running.
     """
     lost: list[OSError] = []
     try:
-        return _run(state_dir, listen, http, for_seconds, echo, lost)
+        return _run(state_dir, listen, http, for_seconds, echo, has_world, lost)
     except KeyboardInterrupt:
         raise OperatorError("interrupted before everything has started") from None
     except OSError as error:
@@ -80,6 +89,7 @@ def _run(
     http: str,
     for_seconds: float | None,
     echo: Callable[[str], None],
+    has_world: bool,
     lost: list[OSError],
 ) -> int:
     """Run as :func:`run` does.
@@ -109,7 +119,7 @@ def _run(
         share = lease.share(state_dir)
         stack.callback(os.close, share)
         with bell.interrupting():
-            token = _prepare(url, partial(say, "database"))
+            token = _prepare(url, has_world, partial(say, "database"))
         token_file = state_dir / "up.token"
         stack.callback(_withdraw_token, url, token_file)
         _replace(token_file, token + "\n", 0o600)
@@ -122,7 +132,7 @@ def _run(
         for name, options in argv.items():
             role = RoleProcess(
                 name,
-                [*options, "--state-dir", str(state_dir)],
+                [*options, "--state-dir", str(state_dir), *([] if has_world else ["--no-world"])],
                 state_dir=state_dir,
                 environment={"S2S_DATABASE_URL": url},
                 keep=(lock, share),
@@ -145,7 +155,7 @@ def _run(
             if linked:
                 now = {**found, **{f"{role.name}_pid": role.pid for role in roles}}
                 if written is None:
-                    _tell_where(found, state_dir, say)
+                    _tell_where(found, state_dir, has_world, say)
                 if written != now:
                     _replace(_json_file(state_dir), json.dumps(now, indent=2) + "\n")
                     written = now
@@ -306,16 +316,19 @@ def _take(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:
     return True
 
 
-def _prepare(url: str, say: Callable[[str], None]) -> str:
+def _prepare(url: str, has_world: bool, say: Callable[[str], None]) -> str:
     """Create the tables, the first key and a world, unless they exist.
 
+    :param has_world: whether the bundled world is wanted.
     :returns: a token for this run.
     """
     with pool.blocking(url, "s2s up") as txn, lock_wait.late_told(txn.connection, say):
-        for name in migrations.migrate(txn.connection, say):
+        found = installed(has_world)
+        plugins = list(found.migrations.values())
+        for name in migrations.migrate(txn.connection, plugins, found.settings.values(), tell=say):
             say(f"migrated: {name}")
         key_id = keys.add_first_random(txn)
-        is_made = make_world(txn, *WORLD)
+        is_made = has_world and make_world(txn, *WORLD)
         tokens.revoke(txn, TOKEN)  # the token of a run that was killed
         token = tokens.add(txn, TOKEN, "admin", "of the s2s up that runs")
         # Commit inside the block, which reports what the COMMIT waits for.
@@ -378,10 +391,11 @@ def _replace(path: Path, text: str, mode: int = 0o666) -> None:
     fresh.replace(path)
 
 
-def _tell_where(found: dict[str, str], state_dir: Path, say: Say) -> None:
+def _tell_where(found: dict[str, str], state_dir: Path, has_world: bool, say: Say) -> None:
     say("up", f"linked at {found['link']}; Ctrl-C stops everything in order")
     say("up", f"database: {found['database']}")
     say("up", f"HTTP API: {found['http']}, with the token in {found['token_file']}")
     say("up", f"logs: {state_dir / 'server.log'} and {state_dir / 'engine.log'}")
     say("up", f'try: s2s broadcast "Hello" --state-dir {state_dir}')
-    say("up", f" or: s2s order set-sector-status 5 port_closed --state-dir {state_dir}")
+    order = "set-sector-status 5 port_closed" if has_world else "config-set relay.window 256"
+    say("up", f" or: s2s order {order} --state-dir {state_dir}")

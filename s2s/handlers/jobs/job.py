@@ -6,18 +6,16 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final
 
 from twisted.plugin import IPlugin
 from zope.interface import Attribute, Interface, implementer
 
 from s2s.errors import OperatorError
-from s2s.protocol import canonical
+from s2s.handlers.run import Outcome, Run
 from s2s.protocol.names import by_name
-from s2s.protocol.settings import Value, value
+from s2s.protocol.settings import Value
 from s2s.store.driver import Cursor
-from s2s.store.tables import outbox
-from s2s.store.tables.own_keys import digest
 
 _EVERY: Final = re.compile(r"every:([1-9][0-9]{0,4})s")
 _DAILY: Final = re.compile(r"daily@([01][0-9]|2[0-3]):([0-5][0-9])Z")
@@ -62,51 +60,10 @@ def parse_schedule(text: str) -> Schedule:
 
 
 @dataclass(frozen=True)
-class Unfinished:
-    """The return value of a step if the run is not over: the step is committed, and the next one has a new transaction.
-
-    :param state: where the next step goes on, at most :data:`MOST_TOLD` bytes of JSON; stored in the transaction of the
-        step.
-    """
-
-    state: Mapping[str, Any]
-
-
-#: The longest state or result in bytes of canonical JSON: it fits into the shortest frame.
-MOST_TOLD: Final = 2048
-#: The nesting depth of a result in the envelope of a reply.
-RESULT_DEPTH: Final = 3
-#: The return value of a step: :class:`Unfinished`, the result of the run as JSON, or ``None`` for a run without result.
-Outcome = Unfinished | Mapping[str, Any] | None
-
-
-def validate_outcome(outcome: Any) -> Outcome:
-    """Refuse a return value of a step that cannot be stored, sent over the link and shown.
-
-    :raises CanonicalError: the value contains something that canonical JSON cannot express, such as a float.
-    :raises TypeError: the value is no outcome.
-    :raises ValueError: the value is longer than :data:`MOST_TOLD`.
-    """
-    told = outcome.state if isinstance(outcome, Unfinished) else outcome
-    if outcome is None:
-        return None
-    if not isinstance(told, Mapping):
-        raise TypeError(f"a step gives back None, a mapping or Unfinished of one, and no {type(told).__name__}")
-    if len(canonical.dumps(told, RESULT_DEPTH)) > MOST_TOLD:
-        raise ValueError(f"what a step gives back has {MOST_TOLD} bytes of JSON at most")
-    return cast("Outcome", outcome)
-
-
-@dataclass(frozen=True)
-class JobRun:
+class JobRun(Run):
     """One run of a job, or one step of the run, as passed to the job.
 
-    :param txn: the transaction of the step.
-    :param key: a unique key of this run, for ``idem_key``. A run that is rolled back and retried keeps its key.
     :param due_at: the time at which the run was due, in Unix seconds. A run that is retried keeps it.
-    :param settings: the values of the configuration by key, as this transaction sees them.
-    :param frame_size: the longest frame that the engine sends, in bytes.
-    :param state: the state that the previous step returned; empty for the first step.
     """
 
     txn: Cursor = field(repr=False)
@@ -115,36 +72,6 @@ class JobRun:
     settings: Mapping[str, Value] = field(repr=False)
     frame_size: int
     state: Mapping[str, Any] = field(default_factory=dict)
-
-    def setting(self, key: str) -> Value:
-        """Return a value of the configuration, or its default if its row was removed.
-
-        :raises KeyError: there is no such key.
-        """
-        return value(self.settings, key)
-
-    def emit(
-        self,
-        cmd_type: str,
-        idem_key: str,
-        payload: Mapping[str, Any],
-        *,
-        priority: int = 100,
-        due_at: int | None = None,
-    ) -> None:
-        """Emit a command, which is sent to the server if and only if this step is committed.
-
-        :param idem_key: must be the same for the same intention, as :attr:`key` and texts made of it are. A digest of
-            the content is appended to one that contains :attr:`key`: in a database that was restored from a dump, the
-            run happens again under the same key, and its command may have other content.
-        :param priority: 0 to 1000, lower first.
-        :param due_at: the time in Unix seconds before which the server does not run the command.
-        :raises CanonicalError: the payload contains something that canonical JSON cannot express.
-        :raises TooBigToSend: the frame of the command would be longer than the engine sends.
-        """
-        if self.key in idem_key:
-            idem_key += ":" + digest(cmd_type, canonical.dumps(payload))
-        outbox.put(self.txn, cmd_type, idem_key, payload, priority=priority, due_at=due_at, frame_size=self.frame_size)
 
 
 class IJob(Interface):  # type: ignore[misc]

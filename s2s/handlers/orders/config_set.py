@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from s2s.errors import BadPayload, NotFound, OperatorError
-from s2s.handlers.jobs import Outcome
 from s2s.handlers.orders.handler import OrderHandler, OrderRun
+from s2s.handlers.run import Outcome
+from s2s.protocol.canonical import MAX_INTEGER
 from s2s.protocol.settings import Value
 from s2s.store.access import Access
 from s2s.store.cursor import own
@@ -18,7 +20,23 @@ class ConfigSet(OrderHandler):
     """Sets a value. Every process is notified of it at once."""
 
     rpc: ClassVar[str] = "admin.config.set.v1"
+    command: ClassVar[str] = "config-set"
     access: ClassVar[Access] = "admin"
+    schema: ClassVar[Mapping[str, Any]] = {
+        "description": "Sets one key of the game configuration.",
+        "type": "object",
+        "properties": {
+            "key": {"description": "Which setting.", "type": "string", "minLength": 1, "maxLength": 200},
+            "value": {
+                "description": "The new value, of the setting's own type.",
+                "type": ["string", "integer", "boolean"],
+                "minimum": -MAX_INTEGER,
+                "maximum": MAX_INTEGER,
+            },
+        },
+        "required": ["key", "value"],
+        "additionalProperties": False,
+    }
 
     def run(self, txn: Cursor, order: OrderRun) -> Outcome:
         """Set the value, and return the version that is in force and whether this order made it."""

@@ -206,12 +206,6 @@ def load(stem: str) -> Schema:
     return Schema(json.loads(_FILES.joinpath(f"{stem}.json").read_text("utf-8")))
 
 
-def requests() -> list[str]:
-    """Return the name of every type whose request has a schema file."""
-    suffix = ".request.json"
-    return sorted(file.name.removesuffix(suffix) for file in _FILES.iterdir() if file.name.endswith(suffix))
-
-
 def _compile(rules: Mapping[str, Any]) -> jsonschema_rs.Draft202012Validator:
     return jsonschema_rs.Draft202012Validator(dict(rules), pattern_options=_PATTERNS, offline=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, succeed
@@ -11,7 +11,6 @@ from twisted.logger import Logger
 from s2s.errors import BadPayload, DatabaseUnavailable, Forbidden, StatementRefused, WireError
 from s2s.link.dispatcher import Request
 from s2s.protocol import canonical
-from s2s.protocol.catalogue import ORDERS
 from s2s.protocol.envelope import ID, Envelope
 from s2s.protocol.limits import Counters
 from s2s.store.driver import Cursor
@@ -31,11 +30,13 @@ class AuditLog:
     Entries that cannot be written, because too many come at once or the database fails, are counted.
 
     :param name: the name of the engine, which is the subject of control requests.
+    :param rpcs: the RPCs of the orders that the engine serves.
     """
 
     log = Logger()
 
-    def __init__(self, database: Database, counters: Counters, name: str) -> None:
+    def __init__(self, database: Database, counters: Counters, name: str, rpcs: Collection[str]) -> None:
+        self._rpcs = rpcs
         self._database = database
         self._counters = counters
         self._name = name
@@ -49,7 +50,7 @@ class AuditLog:
 
     def refused(self, request: Envelope, key_id: str, error: WireError) -> None:
         """Record an order that was refused by its schema or by its sender's role, and so has no row in ``orders``."""
-        if request.type not in ORDERS or not isinstance(error, (BadPayload, Forbidden)):
+        if request.type not in self._rpcs or not isinstance(error, (BadPayload, Forbidden)):
             return
         payload = request.payload
         order_id = payload.get("order_id")

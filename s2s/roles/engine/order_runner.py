@@ -24,10 +24,10 @@ from s2s.errors import (
     one_line,
     storable,
 )
-from s2s.handlers.jobs import Unfinished, validate_outcome
-from s2s.handlers.orders import ForceTick, OrderHandler, OrderRun
+from s2s.handlers.discovery import Found
+from s2s.handlers.orders import OrderRun
+from s2s.handlers.run import Unfinished, validate_outcome
 from s2s.protocol import canonical
-from s2s.protocol.catalogue import BY_NAME
 from s2s.roles.engine.state import EngineState
 from s2s.runtime.clock import Clock, cancel
 from s2s.runtime.line_quota import LineQuota
@@ -38,9 +38,10 @@ from s2s.store.driver import Cursor
 from s2s.store.handler_pool import HandlerPool, call
 from s2s.store.poll_loop import LeftOut, PollLoop
 from s2s.store.pool import Database
-from s2s.store.tables import orders
+from s2s.store.tables import config, orders
 from s2s.store.tables.jobs import SLICE_S
 from s2s.store.tables.orders import Order
+from s2s.store.tables.own_keys import database_id, own_key
 
 #: Seconds for which an order in the table is left to arrive over the link, if there is a link.
 PATIENCE_S: Final = 3.0
@@ -69,10 +70,11 @@ class OrderRunner:
     """Runs orders step by step, those that have waited longest first.
 
     :param handlers: the connections on which orders run.
-    :param kinds: the order handlers by RPC.
+    :param plugins: the order handlers, and the jobs and settings that they use.
     :param name: the name of the engine.
     :param has_link: returns whether there is a proven link, over which orders may come.
     :param emitted: called when there may be new rows in the outbox.
+    :param frame_size: the longest frame that the engine sends, in bytes.
 
     :ivar over: the number of orders that ended here, by their status.
     """
@@ -84,17 +86,23 @@ class OrderRunner:
         database: Database,
         handlers: HandlerPool,
         clock: Clock,
-        kinds: Mapping[str, OrderHandler],
+        plugins: Found,
         name: str,
         condition: EngineState,
         has_link: Callable[[], bool],
         emitted: Callable[[], object],
+        frame_size: int,
     ) -> None:
         self._database = database
         self._handlers = handlers
         self._clock = clock
-        self._kinds = kinds
-        self._jobs = next((list(kind.jobs) for kind in kinds.values() if isinstance(kind, ForceTick)), None)
+        self._kinds = plugins.orders
+        self._jobs = plugins.jobs
+        self._defaults = plugins.defaults
+        self._catalogue = plugins.catalogue
+        self._frame_size = frame_size
+        #: The member of the params that names a job, by RPC.
+        self._job_members = {rpc: kind.runs_job for rpc, kind in plugins.orders.items() if kind.runs_job}
         self._name = name
         self._condition = condition
         self._has_link = has_link
@@ -177,7 +185,9 @@ class OrderRunner:
         patience_s = PATIENCE_S if self._has_link() else 0.0
         others = [*self._in_hand, *self._left_out.keys()]
         try:
-            order = await self._database.run(orders.attempt, rpcs, resting, others, patience_s, self._jobs)
+            order = await self._database.run(
+                orders.attempt, rpcs, resting, others, patience_s, self._job_members, list(self._jobs)
+            )
         except RowRefused as refused:
             return self._left_out.add(refused.key, refused)
         if order is None:
@@ -271,11 +281,24 @@ class OrderRunner:
         place = orders.hold(txn, order)
         if place is None:
             return None
-        run = OrderRun(order.order_id, order.params, order.actor, order.created_at, order.state)
+        settings = {**self._defaults, **config.read(txn).values}
+        key = own_key(database_id(txn), "order", order.order_id)
         try:
             self._check(order, is_paused)
             # foreign() raises if a job has ended the transaction or has swallowed the error of a statement.
             with self._handlers.foreign(txn, f"order {order.order_id}, {order.rpc}") as cursor:
+                run = OrderRun(
+                    cursor,
+                    key,
+                    order.order_id,
+                    order.params,
+                    order.actor,
+                    order.created_at,
+                    settings,
+                    self._frame_size,
+                    self._jobs,
+                    order.state,
+                )
                 outcome = validate_outcome(call(self._kinds[order.rpc].run, cursor, run))
         # Catch BaseException: in this thread only a job can raise SystemExit. The pool converts the error of a lost
         # connection or a stopping process.
@@ -309,7 +332,7 @@ class OrderRunner:
             canonical.dumps(order.params)
         except CanonicalError as error:
             raise BadPayload(str(error)) from None
-        BY_NAME[order.rpc].request_schema.check({**order.params, "order_id": order.order_id})
+        self._catalogue[order.rpc].request_schema.check({**order.params, "order_id": order.order_id})
         if is_paused:
             raise Paused("the engine is paused: resume it first")
         if order.attempts > MOST_ATTEMPTS:

@@ -11,6 +11,7 @@ from twisted.logger import Logger
 
 from s2s.errors import DatabaseUnavailable, HandlerStuck, NoThread, RowRefused, StatementRefused, harmless, one_line
 from s2s.handlers.jobs import Job, JobRun, Unfinished, parse_schedule, validate_outcome
+from s2s.protocol.settings import Value
 from s2s.roles.engine.state import EngineState
 from s2s.runtime.clock import Clock
 from s2s.runtime.status_log import status_log
@@ -59,6 +60,7 @@ class Scheduler:
     :param jobs: the jobs by name.
     :param frame_size: the longest frame that the engine sends, in bytes.
     :param emitted: called when there may be new rows in the outbox.
+    :param defaults: the default of each installed setting by key.
 
     :ivar runs: runs finished.
     :ivar failed: steps that failed.
@@ -76,6 +78,7 @@ class Scheduler:
         condition: EngineState,
         frame_size: int,
         emitted: Callable[[], object],
+        defaults: Mapping[str, Value],
     ) -> None:
         self._boot_id = boot_id
         self._database = database
@@ -85,6 +88,7 @@ class Scheduler:
         self._condition = condition
         self._frame_size = frame_size
         self._emitted = emitted
+        self._defaults = defaults
         self._clock = clock
         self._declare_at: float | None = None
         #: Only one worker declares at a time, so that no difference is logged twice.
@@ -288,7 +292,7 @@ class Scheduler:
         place = jobs.hold(txn, due)
         if place is None:
             return None
-        settings = config.read(txn).values
+        settings = {**self._defaults, **config.read(txn).values}
         key = own_key(database_id(txn), due.job_type, due.due_at, due.runs)
         try:
             check_readable(due.state, "JSON of its state")

@@ -12,13 +12,11 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from s2s.handlers.jobs import Job
-from s2s.handlers.orders import builtin
 from s2s.link.backoff import Backoff
 from s2s.link.connection import Link
 from s2s.link.dispatcher import Dispatcher, Responder
 from s2s.link.factory import LinkFactory
-from s2s.protocol.catalogue import BUMP, HEALTH_CHECK, ORDERS, PAUSE, RESUME, SHUTDOWN, SWEEP
+from s2s.protocol.catalogue import BUMP, HEALTH_CHECK, PAUSE, RESUME, SHUTDOWN, SWEEP
 from s2s.roles.base import Role, RoleDeps
 from s2s.roles.engine.audit_log import AuditLog
 from s2s.roles.engine.desired_state import DesiredState
@@ -98,17 +96,10 @@ class Engine(Role):
 
     :param connect: the endpoint of the server.
     :param described: the endpoint as the operator wrote it.
-    :param jobs: the jobs by name.
     """
 
-    def __init__(
-        self,
-        basis: RoleDeps,
-        connect: IStreamClientEndpoint,
-        described: str,
-        relay: Relay,
-        jobs: Mapping[str, Job],
-    ) -> None:
+    def __init__(self, basis: RoleDeps, connect: IStreamClientEndpoint, described: str, relay: Relay) -> None:
+        plugins = basis.plugins
         clock, database = basis.clock, basis.database
         self._born = clock.mono()
         self._described = described
@@ -123,21 +114,30 @@ class Engine(Role):
         self._is_up_told = False
         self._condition = EngineState()
         self._wanted = DesiredState(database, clock, basis.identity.name, self._condition)
-        self._ledger = AuditLog(database, basis.counters, basis.identity.name)
+        self._ledger = AuditLog(database, basis.counters, basis.identity.name, plugins.orders)
         self._clock_watch = ClockWatch(database, clock, ENGINE_RULES)
         frame_size = basis.bounds.frame_size
         self._scheduler = Scheduler(
-            basis.identity.boot_id, database, basis.handlers, clock, jobs, self._condition, frame_size, relay.wake
+            basis.identity.boot_id,
+            database,
+            basis.handlers,
+            clock,
+            plugins.jobs,
+            self._condition,
+            frame_size,
+            relay.wake,
+            plugins.defaults,
         )
         self._orders = OrderRunner(
             database,
             basis.handlers,
             clock,
-            builtin(jobs, frame_size),
+            plugins,
             basis.identity.name,
             self._condition,
             lambda: self._link is not None,
             relay.wake,
+            frame_size,
         )
         on_notify = {
             outbox.CHANNEL: relay.wake,
@@ -153,11 +153,18 @@ class Engine(Role):
             PAUSE: guard(self._condition.check_started, Pause(self._wanted, "paused", self._condition)),
             RESUME: guard(self._condition.check_started, Pause(self._wanted, "running", self._condition)),
             SHUTDOWN: Shutdown(basis.lifetime.end, self._condition, self._ledger.answered),
-            **dict.fromkeys(ORDERS, order),
+            **dict.fromkeys(plugins.orders, order),
         }
         dispatcher = Dispatcher(basis.live_keys, responders, clock, self._ledger.refused)
         self.factory = LinkFactory(
-            "engine", dispatcher, basis.live_keys, clock, self, basis.bounds, counters=basis.counters
+            "engine",
+            dispatcher,
+            basis.live_keys,
+            clock,
+            self,
+            basis.bounds,
+            counters=basis.counters,
+            catalogue=plugins.catalogue,
         )
         basis.live_keys.watchers.append(
             lambda keyring: self.factory.drop_revoked([self._connected] if self._connected else [], keyring)

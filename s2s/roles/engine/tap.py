@@ -6,9 +6,6 @@ import re
 import socket
 from typing import Any
 
-from twisted.logger import Logger
-
-from s2s.handlers.discovery import installed
 from s2s.roles.endpoints import client_endpoint
 from s2s.roles.engine import order_runner, scheduler
 from s2s.roles.engine.relay import Relay
@@ -17,8 +14,6 @@ from s2s.roles.options import CONNECT, RoleOptions, make_basis, or_refuse, param
 
 #: Database connections besides those of jobs and orders: for relay, sweep, keys and configuration, audit, and polling.
 _THREADS = 5
-
-_log = Logger()
 
 
 def _name(text: str) -> str:
@@ -46,7 +41,4 @@ def makeService(options: Options) -> Any:
 
 def _make(options: Options) -> Any:
     basis, [endpoint] = make_basis(options, "engine", options["name"], _THREADS, scheduler.LINES + order_runner.LINES)
-    found = installed()
-    for complaint in found.complaints:
-        _log.error("{complaint}", complaint=complaint)
-    return Engine(basis, endpoint, options["connect"], Relay(basis.database, basis.clock), found.jobs)
+    return Engine(basis, endpoint, options["connect"], Relay(basis.database, basis.clock))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -27,7 +27,7 @@ from s2s.errors import (
 )
 from s2s.link.connection import Link
 from s2s.link.factory import ServerLinks
-from s2s.protocol.catalogue import BY_NAME, ORDERS
+from s2s.protocol.catalogue import ORDER_REPLY
 from s2s.roles.engine.relay import final_code
 from s2s.runtime.clock import Clock
 from s2s.runtime.status_log import status_log
@@ -60,8 +60,6 @@ REMEMBERED: Final = 10_000
 #: In each period of TELL_S seconds, at most one line is logged for an order, and at most MOST_TOLD for all orders.
 TELL_S: Final = 60.0
 MOST_TOLD: Final = 10
-#: The schema of a reply, which all orders share.
-_REPLY: Final = BY_NAME[ORDERS[0]].reply_schema
 
 
 @dataclass
@@ -93,15 +91,17 @@ class OrderSender:
     its own status, and the final status is written to the row. Each query reads the page after the previous one, so
     that orders that stay queued do not delay others.
 
+    :param rpcs: the RPCs of the orders that this server sends.
     :ivar sent: orders sent.
     """
 
     log = Logger()
 
-    def __init__(self, database: Database, links: ServerLinks, clock: Clock) -> None:
+    def __init__(self, database: Database, links: ServerLinks, clock: Clock, rpcs: Collection[str]) -> None:
         self._database = database
         self._links = links
         self._clock = clock
+        self._rpcs = list(rpcs)
         #: The last sending of each order, the oldest first.
         self._sent: dict[str, _Sending] = {}
         self._flying: set[str] = set()
@@ -135,7 +135,7 @@ class OrderSender:
         if not links:
             return None
         frame_size = max(link.session.max_frame for link in links)
-        queued, end = await self._database.run(orders.queued, ORDERS, MOST, self._after, frame_size)
+        queued, end = await self._database.run(orders.queued, self._rpcs, MOST, self._after, frame_size)
         if self._turns.is_stopping:
             return None
         for order in queued:
@@ -248,7 +248,7 @@ class OrderSender:
 
     def _late(self, link: Link, payload: Mapping[str, Any]) -> None:
         """Let a late reply end an order if the order was sent to that engine, at most once for each sending."""
-        if not _REPLY.is_valid(payload) or payload["status"] in orders.OPEN:
+        if not ORDER_REPLY.is_valid(payload) or payload["status"] in orders.OPEN:
             return
         last = self._sent.get(payload["order_id"])
         if last is not None and _identity(link) in last.asked:

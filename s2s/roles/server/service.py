@@ -76,7 +76,7 @@ class Server(Role):
         self._is_draining = False
         self.links = ServerLinks(basis.counters, clock, self._engine_up, self._links_changed)
         self._steerer = ControlSender(basis.database, self.links, basis.identity.boot_id, clock)
-        self._courier = OrderSender(basis.database, self.links, clock)
+        self._courier = OrderSender(basis.database, self.links, clock, basis.plugins.orders)
         on_notify = {
             broadcasts.CHANNEL: self._sweep,
             control_requests.CHANNEL: self._steerer.wake,
@@ -85,7 +85,7 @@ class Server(Role):
         }
         self._web: Web | None = None
         if http is not None:
-            self._web = Web(basis.database, clock, basis.counters, self._readiness, hosts)
+            self._web = Web(basis.database, clock, basis.counters, self._readiness, hosts, basis.plugins)
             on_notify.update(self._web.on_notify)
         super().__init__(basis, on_notify)
         executor.is_present = lambda: self._listener.is_present
@@ -95,7 +95,14 @@ class Server(Role):
         }
         dispatcher = Dispatcher(basis.live_keys, responders, clock)
         self.factory = LinkFactory(
-            "server", dispatcher, basis.live_keys, clock, self.links, basis.bounds, counters=basis.counters
+            "server",
+            dispatcher,
+            basis.live_keys,
+            clock,
+            self.links,
+            basis.bounds,
+            counters=basis.counters,
+            catalogue=basis.plugins.catalogue,
         )
         basis.live_keys.watchers.append(lambda keyring: self.factory.drop_revoked(self.links, keyring))
         # An engine queues a limited number of broadcasts for each request: the sweep is repeated while it queues any.

@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from twisted.logger import Logger
-
 from s2s.admin.http.service import POOL_THREADS
 from s2s.errors import DatabaseError
 from s2s.handlers.commands import CommandHandler
-from s2s.handlers.discovery import installed
 from s2s.roles import descriptors
 from s2s.roles.endpoints import server_endpoint
 from s2s.roles.options import HTTP, LISTEN, RoleOptions, between, make_basis, or_refuse, parameter
@@ -29,8 +26,6 @@ from s2s.store.tables import command_types
 _THREADS = 4 + POOL_THREADS
 #: The option value that disables an endpoint.
 _OFF = "off"
-
-_log = Logger()
 
 
 def _unless_off(reactor: Any, description: str) -> Any:
@@ -71,19 +66,17 @@ def _make(options: Options) -> Any:
     workers = options["executor-workers"]
     basis, [listen, http] = make_basis(options, "server", "server", _THREADS, workers)
     descriptors.watch(basis.clock.scheduler)
-    found = installed()
-    for complaint in found.complaints:
-        _log.error("{complaint}", complaint=complaint)
+    served = basis.plugins.commands
     executor = Executor(
         basis.database,
         basis.handlers,
-        found.commands,
+        served,
         basis.identity.boot_id,
         workers=workers,
         clock=basis.clock.scheduler,
     )
-    types = LiveServedTypes(basis.database, basis.clock, found.commands, _declare(basis.url, found.commands))
-    inbox = Inbox(basis.database, found.commands, executor.wake, basis.counters, types=types)
+    types = LiveServedTypes(basis.database, basis.clock, served, _declare(basis.url, served))
+    inbox = Inbox(basis.database, served, executor.wake, basis.counters, types=types)
     return Server(
         basis,
         ListenSpec(listen, options["listen"], "listen"),

@@ -28,9 +28,8 @@ CHANNEL: Final = "s2s_orders"
 OVER_CHANNEL: Final = "s2s_orders_over"
 #: The status of an order that is not over.
 OPEN: Final = ("queued", "running")
-#: The order that runs a job, and the seconds for which an engine without that job leaves the order to an engine that
-#: has the job: longer than an engine's interval between looks at the table, shorter than an operator waits.
-FORCE_TICK: Final = "admin.engine.force_tick.v1"
+#: Seconds for which an engine leaves an order to run a job that it lacks to an engine that has the job: longer than an
+#: engine's interval between looks at the table, shorter than an operator waits.
 LEFT_S: Final = 20.0
 _ATTEMPTING: Final = lock_key("attempting an order")
 
@@ -268,7 +267,8 @@ def attempt(
     resting: Iterable[str],
     in_hand: Iterable[str],
     patience_s: float,
-    jobs: Sequence[str] | None = None,
+    job_members: Mapping[str, str],
+    jobs: Sequence[str] = (),
 ) -> Order | None:
     """Count an attempt of the open order that has waited longest for a step.
 
@@ -276,8 +276,9 @@ def attempt(
     :param resting: the RPCs among these whose running orders are skipped.
     :param in_hand: the ``order_id`` of each order that the caller is running.
     :param patience_s: seconds for which an order that has not come over a link is left for a link to deliver.
-    :param jobs: the caller's jobs; ``None``: it has every job. An order to run another job is left for :data:`LEFT_S`
-        to an engine that has the job, if any engine has ever declared it.
+    :param job_members: the member of the params that names a job, by the RPC of each order that runs one.
+    :param jobs: the caller's jobs. An order to run another job is left for :data:`LEFT_S` to an engine that has the
+        job, if any engine has ever declared it.
     :raises RowRefused: the database refuses the change of that row.
     """
     # One engine looks at a time, as with jobs.
@@ -289,18 +290,20 @@ def attempt(
         " and (retry_at is null or retry_at <= now())"
         " and (status = 'running' or attempts > 0 or way = 'link'"
         " or created_at <= now() - %(patience_s)s * interval '1 second')"
-        " and not (rpc = %(tick)s and params ->> 'job_type' <> all(%(jobs)s)"
-        "  and stepped_at > now() - %(left_s)s * interval '1 second'"
-        "  and exists (select from s2s.jobs where job_type = params ->> 'job_type'))"
+        " and not exists (select from s2s.jobs j"
+        "  join unnest(%(running)s::text[], %(members)s::text[]) as r (rpc, member)"
+        "  on r.rpc = orders.rpc and j.job_type = params ->> r.member"
+        "  where j.job_type <> all(%(jobs)s) and stepped_at > now() - %(left_s)s * interval '1 second')"
         " order by stepped_at limit 1 for update skip locked",
         {
             "rpcs": list(rpcs),
             "resting": list(resting),
             "in_hand": list(in_hand),
             "patience_s": patience_s,
-            "jobs": list(jobs or ()),
-            "tick": FORCE_TICK,
-            "left_s": 0.0 if jobs is None else LEFT_S,
+            "jobs": list(jobs),
+            "running": list(job_members),
+            "members": list(job_members.values()),
+            "left_s": LEFT_S,
         },
     )
     row = txn.fetchone()

@@ -1,6 +1,17 @@
-"""The plug-ins that s2s finds: one instance of each class."""
+"""The plug-ins that s2s finds: instances, one a name."""
 
-from harbour import Dock, Tide
+from harbour import Close, Dock, Docked, Tide
 
+from s2s import Migrations, Report, Setting
+
+migrations = Migrations("harbour", "harbour")
+berths = Setting("harbour.berths", 40, "ships that may stay at the turn of the tide", 0, 1000)
 dock = Dock()
 tide = Tide()
+close = Close()
+docked = Report(
+    "harbour.docked",
+    "Show the state of the harbour and count its ships",
+    Docked,
+    "select state, (select count(*) from harbour.docked) from harbour.state",
+)

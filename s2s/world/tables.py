@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from s2s.store.driver import Cursor
-from s2s.store.kept_rows import check_written
+from s2s import Cursor, Report
 
+#: The schema of the tables, in PostgreSQL.
+SCHEMA: Final = "s2s_world"
+#: The largest number of JSON, and of each id.
+MAX_ID: Final = 2**53 - 1
+STATUSES: Final = ("fedspace", "neutral", "port_closed")
 #: The fields that ``update_all_ships`` may set, and their maximum values; the minimum is 0. The table checks them too.
 SHIP_FIELDS: Final = {"turns": 1_000_000, "fuel": 10**9, "shields": 10**9, "hold_capacity": 10**9}
 
@@ -25,18 +29,20 @@ class Counts:
     ships_without_shields: int
 
 
-def count(txn: Cursor) -> Counts:
-    """Count the rows of the world, in one snapshot."""
-    # Ships first, the same order in which every writer locks the tables, to avoid deadlocks.
-    txn.execute(
-        "select sectors, fedspace, neutral, closed, ports, ships, bare from"
-        " (select count(*) as ships, count(*) filter (where shields = 0) as bare from s2s_world.ships) v,"
-        " (select count(*) as ports from s2s_world.ports) p,"
-        " (select count(*) as sectors, count(*) filter (where status = 'fedspace') as fedspace,"
-        " count(*) filter (where status = 'neutral') as neutral,"
-        " count(*) filter (where status = 'port_closed') as closed from s2s_world.sectors) s"
-    )
-    return Counts(*(txn.fetchone() or ()))
+#: The rows of the world, in one snapshot. Ships first, the same order in which every writer locks the tables, to avoid
+#: deadlocks.
+COUNTS: Final = Report(
+    "world",
+    "Count the sectors by their status, the ports and the ships",
+    Counts,
+    "select sectors, fedspace, neutral, closed, ports, ships, bare from"
+    " (select count(*) as ships, count(*) filter (where shields = 0) as bare from s2s_world.ships) v,"
+    " (select count(*) as ports from s2s_world.ports) p,"
+    " (select count(*) as sectors, count(*) filter (where status = 'fedspace') as fedspace,"
+    " count(*) filter (where status = 'neutral') as neutral,"
+    " count(*) filter (where status = 'port_closed') as closed from s2s_world.sectors) s",
+    at="/v1/world",
+)
 
 
 def is_empty(txn: Cursor) -> bool:
@@ -49,13 +55,15 @@ def set_sector_status(txn: Cursor, sector_id: int, status: str) -> str | None:
     """Set the status of a sector.
 
     :returns: its previous status; ``None``: there is no such sector.
+    :raises RuntimeError: a trigger or rule of the table keeps the row unchanged.
     """
     txn.execute("select status from s2s_world.sectors where sector_id = %s for no key update", (sector_id,))
     found = txn.fetchone()
     if found is None:
         return None
-    txn.execute("update s2s_world.sectors set status = %s where sector_id = %s", (status, sector_id))
-    check_written(txn, "update", "s2s_world.sectors")
+    txn.execute("update s2s_world.sectors set status = %s where sector_id = %s returning status", (status, sector_id))
+    if txn.fetchall() != [(status,)]:
+        raise RuntimeError("the row of the sector stays unchanged: see the triggers and rules of s2s_world.sectors")
     return str(found[0])
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Final
 
-from s2s.handlers.jobs.job import Job, JobRun, Outcome, Unfinished
-from s2s.store.cursor import own
-from s2s.store.driver import Cursor
+from s2s import Cursor, Job, JobRun, Outcome, Unfinished
 
 #: The largest number of rows that one transaction reads: another session waits for a row no longer than that takes.
 BATCH_ROWS: Final = 20_000
@@ -44,10 +42,9 @@ class DriftJob(Job):
 
     def run(self, txn: Cursor, run: JobRun) -> Outcome:
         """Run the next batch. After the last batch, emit a notice if any rows have reached their goals."""
-        txn = own(txn)
         changed, arrived = self.counts
         state = run.state or {"rate": run.setting(self.rate), "after": 0, changed: 0, arrived: 0}
-        txn.execute(self._statement(), {**state, "statuses": list(self.statuses), "batch_rows": self._batch_rows})
+        txn.execute(self._statement(), {**state, "batch_rows": self._batch_rows})
         rows, last, *counted = txn.fetchone() or ()
         done = {name: state[name] + count for name, count in zip(self.counts, counted, strict=True)}
         if rows == self._batch_rows:
@@ -62,6 +59,7 @@ class DriftJob(Job):
         """Return the statement of a batch. Every name in it is a constant of the class."""
         row_id = self.row_id
         drifts = ", ".join(f"{value} = {_drift(value, goal)}" for value, goal in self.goals.items())
+        statuses = ", ".join(f"'{status}'" for status in self.statuses)
         is_away = f"({', '.join(self.goals)}) <> ({', '.join(self.goals.values())})"
         # The UPDATE itself reads the values, so that it uses the current values of a row that another transaction has
         # just changed.
@@ -70,7 +68,7 @@ class DriftJob(Job):
             f" order by {row_id} limit %(batch_rows)s),"
             f" changed as (update {self.table} r set {drifts} from s2s_world.sectors s where r.{row_id} > %(after)s"
             f" and r.{row_id} <= (select max(id) from batch) and s.sector_id = r.sector_id"
-            f" and s.status = any(%(statuses)s) and %(rate)s > 0 and {is_away} returning {is_away} as is_away)"
+            f" and s.status in ({statuses}) and %(rate)s > 0 and {is_away} returning {is_away} as is_away)"
             " select (select count(*) from batch), (select max(id) from batch), count(*),"
             " count(*) filter (where not is_away) from changed"
         )

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from itertools import islice
 from random import Random
 from typing import Final
 
-from s2s.store import interruptible
-from s2s.store.driver import Cursor, commit, lock_key
-from s2s.store.kept_rows import check_written
-from s2s.store.lock_wait import PATIENCE_S, LockWait
-from s2s.store.tables import audit, world
-
-#: The advisory lock that a transaction holds while it makes a world, so that only one world is made.
-LOCK: Final = lock_key("world")
+#: Removes a world. Sectors last, in the same order as the jobs and the checks of foreign keys, so there is no deadlock.
+REMOVE: Final = "truncate s2s_world.ships, s2s_world.ports, s2s_world.sectors"
+#: To run after the rows are written, so that queries are planned for them.
+ANALYZE: Final = "analyze s2s_world.sectors, s2s_world.ports, s2s_world.ships"
 #: Rows of one COPY. Bounds the memory of this process, the memory that PostgreSQL needs for the checks of foreign keys,
 #: and the time of a statement.
 CHUNK_ROWS: Final = 20_000
@@ -37,43 +32,13 @@ _SHIPS_OF_A_PLAYER: Final = 4
 _Draw = Callable[[int], int]
 
 
-def make_world(
-    txn: Cursor,
-    sectors: int,
-    ships: int,
-    seed: int,
-    *,
-    replace: bool = False,
-    progress: Callable[[int], object] = lambda rows: None,
-    tell: Callable[[str], object] = lambda line: None,
-) -> bool:
-    """Make a world if there is none: sectors numbered from 1, one port in each, and ships numbered from 1.
+def copies(sectors: int, ships: int, seed: int) -> Iterator[tuple[str, str, int]]:
+    """Yield the rows of a world: sectors numbered from 1, one port in each, and ships numbered from 1.
 
-    The same sizes and seed make the same rows, byte for byte. If two sessions call it at once, only one makes a world.
+    The same sizes and seed yield the same rows, byte for byte.
 
-    :param replace: remove the existing world first. This commits the earlier changes of the transaction, and then the
-        new world.
-    :param progress: called with the number of rows just written, of ``2 * sectors + ships`` in all.
-    :param tell: called for sessions that hold locks needed by ``replace``: see :class:`~s2s.store.lock_wait.LockWait`.
-    :returns: ``False``: a world exists already, and nothing was done.
-    :raises OperatorError: other sessions held the locks for ``replace`` for too long.
+    :returns: statements of COPY from stdin, each with its input and the number of its rows.
     """
-    if not replace:
-        return _make(txn, sectors, ships, seed, replace, progress)
-    # A try that gets no lock is rolled back: the actor set for the audit has to survive that.
-    commit(txn.connection)
-    locks = LockWait(txn.connection, tell, PATIENCE_S)
-    with locks.watched():
-        return locks.run(lambda txn: _make(txn, sectors, ships, seed, replace, progress))
-
-
-def _make(txn: Cursor, sectors: int, ships: int, seed: int, replace: bool, progress: Callable[[int], object]) -> bool:
-    txn.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
-    if replace:
-        # Lock sectors last, in the same order as the jobs and the checks of foreign keys, so there is no deadlock.
-        txn.execute("truncate s2s_world.ships, s2s_world.ports, s2s_world.sectors")
-    elif not world.is_empty(txn):
-        return False
     for statement, rows in (
         ("copy s2s_world.sectors (sector_id, name, status) from stdin", _sectors(_draw(seed, "sectors"), sectors)),
         (
@@ -86,15 +51,8 @@ def _make(txn: Cursor, sectors: int, ships: int, seed: int, replace: bool, progr
             _ships(_draw(seed, "ships"), ships, sectors),
         ),
     ):
-        while chunk := "".join(islice(rows, CHUNK_ROWS)):
-            with interruptible.copying():
-                txn.copy_expert(statement, io.StringIO(chunk))
-            check_written(txn, "insert", statement.split()[1], chunk.count("\n"))
-            progress(txn.rowcount)
-    txn.execute("analyze s2s_world.sectors, s2s_world.ports, s2s_world.ships")
-    made = {"sectors": sectors, "ports": sectors, "ships": ships, "seed": seed, "replace": replace}
-    audit.write(txn, "world.seed", "world", made)
-    return True
+        while chunk := list(islice(rows, CHUNK_ROWS)):
+            yield statement, "".join(chunk), len(chunk)
 
 
 def _draw(seed: int, table: str) -> _Draw:

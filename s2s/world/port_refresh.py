@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from s2s.handlers.jobs.drift import DriftJob
+from s2s.world.drift import DriftJob
 
 
 class PortRefresh(DriftJob):

@@ -17,13 +17,13 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.handlers.commands.notice_publish import NoticePublish
 from s2s.handlers.jobs import JobRun, Unfinished
-from s2s.handlers.jobs.decay import Decay
-from s2s.handlers.jobs.drift import BATCH_ROWS, DriftJob
-from s2s.handlers.jobs.port_refresh import PortRefresh
 from s2s.protocol.catalogue.schema import Schema
 from s2s.store.connection import prepare
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
+from s2s.world.decay import Decay
+from s2s.world.drift import BATCH_ROWS, DriftJob
+from s2s.world.port_refresh import PortRefresh
 from tests.cli.test_cli import CliTestCase
 from tests.support.postgres import DatabaseTestCase
 from tests.support.roles import RoleTestCase, free_port

@@ -1,0 +1,1 @@
+"""Tests of :mod:`s2s.world`."""
