@@ -15,6 +15,7 @@ from s2s.store.driver import Cursor
 from s2s.store.lock_wait import PATIENCE_S
 from s2s.store.migrations import Migrations
 from s2s.store.monitors import guard_watch, notify_queue
+from s2s.store.tables import own_keys
 
 
 @click.group()
@@ -74,6 +75,9 @@ def status(no_world: bool, database: str | None, state_dir: Path, as_json: bool)
         for guard in kept_rows.foreign(txn, migrations.tables()) if migrations.is_visible(txn) else ():
             click.echo(f"s2s has not made the {guard}; to remove it: {guard.cure}", err=True)
         found = migrations.status(txn, plugins)
+        # The line is no fault: a role starts. With a fault above, the tables that the line needs may be missing.
+        if is_whole and all(each.applied_at for each in found) and (line := own_keys.copied(txn)):
+            click.echo(line, err=True)
     show(found, ("schema", "version", "name", "applied_at"), as_json, "this release has no migrations")
     if not is_whole or any(each.applied_at is None for each in found):
         raise SystemExit(1)
@@ -107,3 +111,24 @@ def fix_sequences(database: str | None, state_dir: Path) -> None:
             is_fixed = True
     if not is_fixed:
         click.echo("no sequence stands behind its rows")
+
+
+@db.command(name="fix-id")
+@click.option("--new", "choice", flag_value="new", help="Make a new id: the original still exists.")
+@click.option("--keep", "choice", flag_value="keep", help="Keep the id: the original no longer exists, or was moved.")
+@database_options
+@one_line_errors
+def fix_id(choice: str | None, database: str | None, state_dir: Path) -> None:
+    """Give a copy of a database an id of its own, or keep its id after a restore or a move.
+
+    The id is part of the keys of commands. Two databases with one id must not push to one server.
+    """
+    if choice is None:
+        raise click.UsageError("name one of --new and --keep")
+    with transaction(database, state_dir, "db.fix_id") as txn:
+        if choice == "new":
+            old, new = own_keys.renew(txn)
+            told = f"the id of the database is {new}; keys made before keep the old id {old}"
+        else:
+            told = f"the id of the database stays {own_keys.keep(txn)}"
+    click.echo(told)

@@ -13,12 +13,13 @@ from s2s.errors import DatabaseError, DatabaseUnavailable, NoSigningKey, Operato
 from s2s.handlers.discovery import Found
 from s2s.protocol.signing import Role
 from s2s.runtime import streams
+from s2s.runtime.status_log import status_log
 from s2s.store import connection_limits, migrations, privileges, sequences, shape, sqlstate
 from s2s.store.driver import Cursor
 from s2s.store.embedded import lease
 from s2s.store.migrations import Migrations
 from s2s.store.pool import blocking
-from s2s.store.tables import clock_drift, config, keys
+from s2s.store.tables import clock_drift, config, keys, own_keys
 from s2s.store.tables.config import Snapshot
 from s2s.store.tables.keys import KeyRow, make_keyring
 from s2s.store.url import locate
@@ -147,6 +148,9 @@ def _check(url: str, role: Role, plugins: Sequence[Migrations], sessions: int) -
         # First: the look at a sequence reads the largest id, which needs the index.
         shape.check(txn, plugins)
         sequences.check(txn)
+        if line := own_keys.copied(txn):
+            # s2s up shows it, too.
+            status_log.warn("{line}", line=line)
         snapshot = config.read(txn)
         try:
             rows = _keys(txn, role)

@@ -26,8 +26,8 @@ from tests.support.waiting import poll
 
 #: Commands that do not work over HTTP, because they need the database itself or this machine.
 NOT_OVER_HTTP = {
-    "up", "certs make", "plugins list", "db migrate", "db status", "db fix-sequences", "world seed", "keys add",
-    "keys activate", "keys retire", "keys revoke", "tokens add", "tokens list", "tokens revoke",
+    "up", "certs make", "plugins list", "db migrate", "db status", "db fix-sequences", "db fix-id", "world seed",
+    "keys add", "keys activate", "keys retire", "keys revoke", "tokens add", "tokens list", "tokens revoke",
 }  # fmt: skip
 
 

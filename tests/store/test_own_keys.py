@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.logger import capturedLogs, formatEvent
 
+from s2s.cli.common import actor
+from s2s.roles import preflight
+from s2s.store import migrations
 from s2s.store.pool import blocking
-from s2s.store.tables import outbox
-from s2s.store.tables.own_keys import database_id
+from s2s.store.tables import broadcasts, outbox
+from s2s.store.tables.own_keys import copied, database_id, renew
+from tests.cli.test_cli import CliTestCase
 from tests.support.peer import K1
 from tests.support.postgres import DatabaseTestCase, Session, database_url, drop_database, make_database, template
 from tests.support.roles import Engine, RoleTestCase
@@ -31,14 +36,147 @@ class IdTests(DatabaseTestCase):
         self.assertNotEqual(made, old)
         self.assertEqual(self.database_id(), made)
 
-    def test_a_copy(self) -> None:
-        """The documented statement assigns a new id to a copied database."""
-        documented = "update s2s.database set database_id = default"
-        page = Path(__file__).parents[2] / "docs" / "protocol.rst"
-        self.assertTrue(documented in page.read_text("utf-8"), "it is not documented")
+
+class CopyTests(CliTestCase):
+    """Copies of a database, which have the id of their original."""
+
+    LINE = "this database is a copy of another one, or was restored or moved: its id "
+
+    def setUp(self) -> None:
+        """Let the database of the test know its place, as one that was migrated does."""
+        super().setUp()
+        self.execute(
+            "update s2s.database set made_in = default;"
+            " insert into s2s.s2s_keys (key_id, key_b64, role) values ('k', repeat('A', 43) || '=', 'any');"
+            " insert into s2s.broadcasts (message) values ('before the copy')"
+        )
+
+    def copy(self) -> None:
+        """Copy the database of the test, and use the copy from now on."""
+        assert self._session is not None
+        self._session.close()
+        self._session = None
+        name = f"{self.id().rpartition('.')[2]}_{os.getpid()}"
+        make_database(name, self.url.partition("?")[0].rpartition("/")[2])
+        self.addCleanup(drop_database, name)
+        self.url = database_url(name)
+
+    def told(self) -> list[str]:
+        """Return the lines that a start of a role logs, and assert that ``db status`` shows the same."""
+        with capturedLogs() as events:
+            preflight.check(self.url, "engine")
+        lines = [str(formatEvent(event)) for event in events]
+        self.assertEqual(self.s2s("db", "status").stderr.splitlines(), lines)
+        return lines
+
+    def entry(self) -> list[tuple[Any, ...]]:
+        """Return the actor, subject, params and result of the audit entries of ``fix-id``."""
+        return self.execute("select actor, subject, params, result from s2s.audit where action = 'db.fix_id'")
+
+    def test_a_new_id(self) -> None:
+        """A role and ``db status`` report a copy in one line, until ``fix-id --new``; older keys keep the old id."""
+        self.assertEqual(self.told(), [])
+        old, [(place,)] = self.database_id(), self.execute("select made_in from s2s.database")
+        self.copy()
+        [line] = self.told()
+        self.assertTrue(line.startswith(f"{self.LINE}{old} "), line)
+        self.assertIn("s2s db fix-id --new", line)
+        self.assertIn("s2s db fix-id --keep", line)
+        with blocking(self.url) as txn:
+            broadcasts.sweep(txn, 0, 10, 65536)
+        said = self.s2s("db", "fix-id", "--new").output
+        new = self.database_id()
+        self.assertNotEqual(new, old)
+        self.assertEqual(said, f"the id of the database is {new}; keys made before keep the old id {old}\n")
+        self.assertEqual(self.told(), [])
+        [(now,)] = self.execute("select made_in from s2s.database")
+        self.assertNotEqual(now, place)
+        self.assertEqual(
+            self.entry(),
+            [(actor(), new, {"database_id": new, "made_in": now}, {"was": {"database_id": old, "made_in": place}})],
+        )
+        self.execute("insert into s2s.broadcasts (message) values ('after it')")
+        with blocking(self.url) as txn:
+            broadcasts.sweep(txn, 0, 10, 65536)
+        keys = self.execute("select idem_key from s2s.outbox order by outbox_id")
+        self.assertEqual([key.split(":")[1] for (key,) in keys], [old, new])
+
+    def test_the_old_id(self) -> None:
+        """After ``fix-id --keep`` the copy has the id of its original, and is not reported any more."""
         old = self.database_id()
-        self.execute(documented)
-        self.assertNotEqual(self.database_id(), old)
+        self.copy()
+        self.assertEqual(len(self.told()), 1)
+        self.assertEqual(self.s2s("db", "fix-id", "--keep").output, f"the id of the database stays {old}\n")
+        self.assertEqual(self.told(), [])
+        self.assertEqual(self.database_id(), old)
+        [(by, subject, params, _)] = self.entry()
+        self.assertEqual((by, subject, list(params)), (actor(), old, ["made_in"]))
+
+    def test_a_choice(self) -> None:
+        """``fix-id`` without a choice is wrong usage, and changes nothing."""
+        old = self.database_id()
+        self.assertIn("name one of --new and --keep", self.s2s("db", "fix-id", expected=2).output)
+        self.assertEqual((self.database_id(), self.entry()), (old, []))
+
+    def test_kept_rows(self) -> None:
+        """``fix-id`` fails if a trigger keeps the row as it is."""
+        self.copy()
+        self.execute(
+            "create function public.old() returns trigger language plpgsql as 'begin return old; end';"
+            "create trigger old before update on s2s.database for each row execute function public.old()"
+        )
+        for choice in ("--new", "--keep"):
+            with self.subTest(choice):
+                self.assertIn("drop trigger old on s2s.database", self.s2s("db", "fix-id", choice, expected=1).output)
+
+    def test_a_forbidden_function(self) -> None:
+        """Where PostgreSQL does not tell its identifier to the user, no copy is reported and a new id is made."""
+        self.execute("update s2s.database set made_in = '1/1'")
+        name = f"{self.id().rpartition('.')[2]}_{os.getpid()}"
+        self.execute(
+            f"create role {name}; revoke execute on function pg_control_system() from public;"
+            f"grant usage on schema s2s to {name};"
+            f"grant select, insert, update on all tables in schema s2s to {name}"
+        )
+        self.addCleanup(self.execute, f"drop owned by {name}; drop role {name}")
+        with blocking(self.url) as txn:
+            txn.execute(f"set role {name}")
+            self.assertEqual(copied(txn), "")
+            old, new = renew(txn)
+            self.assertNotEqual(old, new)
+            txn.execute("select made_in from s2s.database")
+            self.assertEqual(txn.fetchone(), (None,))
+
+    def test_a_migration(self) -> None:
+        """A database that was just migrated knows its place, and is not reported."""
+        name = f"{self.id().rpartition('.')[2]}_{os.getpid()}"
+        make_database(name)
+        self.addCleanup(drop_database, name)
+        with blocking(database_url(name)) as txn:
+            migrations.migrate(txn.connection)
+            txn.execute("select made_in = s2s.place() from s2s.database")
+            self.assertEqual(txn.fetchone(), (True,))
+            self.assertEqual(copied(txn), "")
+
+    def test_by_sql(self) -> None:
+        """A change and a removal of the id by plain SQL, and a TRUNCATE, are audited; a pass of retention is not."""
+        self.execute("update s2s.database set retention_at = now()")
+        self.execute("update s2s.database set database_id = 'mine'")
+        self.execute("delete from s2s.database")
+        self.execute("insert into s2s.database (database_id) values ('other')")
+        self.execute("truncate s2s.database")
+        found = self.execute(
+            "select action, subject from s2s.audit where action like 'database.%' order by audit_id offset 1"
+        )
+        self.assertEqual(
+            found,
+            [
+                ("database.change", "mine"),
+                ("database.delete", "mine"),
+                ("database.add", "other"),
+                ("database.delete", "other"),
+            ],
+        )
 
 
 class TwoDatabasesTests(RoleTestCase):
@@ -51,7 +189,8 @@ class TwoDatabasesTests(RoleTestCase):
         session = Session(database_url(name))
         self.addCleanup(session.close)
         # The databases of the tests are copies of one template, and a copy keeps the id.
-        session.run("update s2s.database set database_id = default")
+        with blocking(database_url(name)) as txn:
+            renew(txn)
         session.run(
             "insert into s2s.s2s_keys (key_id, key_b64, role, active_from) values (%s, %s, 'any', to_timestamp(0))", *K1
         )

@@ -356,11 +356,26 @@ create trigger api_tokens_notify after insert or update or delete or truncate on
 
 -- The database ---------------------------------------------------------------------------------------------------
 
+-- The place of this database: the identifier of its PostgreSQL and its oid. A copy by pg_dump or by CREATE DATABASE has
+-- another place; a copy of the whole data directory, such as a standby, has the same. Null: PostgreSQL does not say.
+create function s2s.place() returns text language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+    -- The function is in a statement of its own, because PostgreSQL checks its privilege when the statement starts.
+    if has_function_privilege('pg_control_system()', 'execute') then
+        return (select system_identifier || '/' || oid
+            from pg_control_system(), pg_database where datname = current_database());
+    end if;
+    return null;
+end
+$$;
+
 create table s2s.database (
     only_row boolean primary key default true check (only_row),
     -- Part of every idem_key that s2s makes itself, so that two databases never make the same one.
     database_id text not null default left(replace(gen_random_uuid()::text, '-', ''), 16)
         check (database_id ~ '^[A-Za-z0-9_-]{1,32}$'),
+    -- The place where the id was made, or kept by s2s db fix-id. It differs from s2s.place() in a copy. Null: unknown.
+    made_in text default s2s.place(),
     -- The time against which retention computes ages. It follows now(), by a bounded step in each pass.
     retention_at timestamptz not null default now()
 );
@@ -433,6 +448,12 @@ create trigger s2s_keys_audit_change after update on s2s.s2s_keys for each row
     when (old.* is distinct from new.*)
     execute function s2s.audit_row('', 'keys.change', '', 'key_id',
         '{key_id,role,active_from,active_to,closed_at,is_default_tx,note,created_at,created_by}', '{key_b64}');
+create trigger database_audit after insert or delete on s2s.database for each row
+    execute function s2s.audit_row('database.add', '', 'database.delete', 'database_id', '{database_id,made_in}', '{}');
+-- Retention updates the row at each pass.
+create trigger database_audit_change after update on s2s.database for each row
+    when (to_jsonb(old) - 'retention_at' is distinct from to_jsonb(new) - 'retention_at')
+    execute function s2s.audit_row('', 'database.change', '', 'database_id', '{database_id,made_in}', '{}');
 -- config_history records changes of values. These triggers record added and deleted settings, and changed bounds.
 create trigger config_audit after insert or delete on s2s.config for each row
     -- Not for the settings that a release declares at each migration.
@@ -476,6 +497,8 @@ create trigger s2s_keys_audit_truncate before truncate on s2s.s2s_keys
 create trigger api_tokens_audit_truncate before truncate on s2s.api_tokens
     for each statement execute function s2s.audit_truncate('tokens.revoke', 'name',
         '{role,note,created_at,created_by,expires_at}');
+create trigger database_audit_truncate before truncate on s2s.database
+    for each statement execute function s2s.audit_truncate('database.delete', 'database_id', '{made_in}');
 create trigger engines_audit_truncate before truncate on s2s.engines
     for each statement execute function s2s.audit_truncate('engine.wanted', 'name', '{wanted,reason,changed_at}');
 create trigger config_audit_truncate before truncate on s2s.config
