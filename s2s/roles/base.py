@@ -116,6 +116,7 @@ class Role(service.Service, ABC):
             # The threads that already run would keep an idle process alive.
             self.log.failure("the role cannot start")
             refuse(one_line(error))
+        streams.leave_terminal()
         super().startService()  # type: ignore[no-untyped-call]
 
     def _start(self) -> None:

@@ -180,6 +180,8 @@ class RoleOptions(usage.Options):
         closed = streams.prepare()
         atexit.register(streams.abandon, sys.stdout)
         is_daemon = not (twistd["nodaemon"] or twistd["debug"])
+        if is_daemon:
+            streams.keep_terminal()
         if twistd["pidfile"] == _TWISTD_PIDFILE and not any(each.startswith("--pidfile") for each in sys.argv):
             # In the foreground a supervisor knows the pid.
             twistd["pidfile"] = f"{self.process_name}.pid" if is_daemon else ""

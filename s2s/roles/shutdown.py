@@ -229,10 +229,12 @@ def refuse(why: str) -> NoReturn:
     The line goes to the log, for a daemon, and to the terminal: Twisted redirects stderr to the log.
 
     :raises SystemExit: in the foreground, so that no traceback follows.
-    :raises OperatorError: in a daemon, since Twisted reports only exceptions to the waiting parent.
+    :raises OperatorError: in a daemon, since Twisted reports only exceptions to the waiting parent. The parent prints
+        the first 100 bytes of the exception after our line, so the exception refers to the line.
     """
     _log.error("{why}", why=why)
     streams.say(f"{os.path.basename(sys.argv[0])}: {why}")
+    is_told = streams.leave_terminal()
     # Exit after the grace: Python would wait for threads and atexit functions that a plug-in has left behind.
     leaving = threading.Timer(GRACE_S, os._exit, (1,))
     leaving.daemon = True
@@ -240,5 +242,5 @@ def refuse(why: str) -> NoReturn:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, GRACE_S)
     if os.path.samestat(os.fstat(2), os.stat(os.devnull)):
-        raise OperatorError(why)
+        raise OperatorError("the line above states the reason" if is_told else why)
     raise SystemExit(1)

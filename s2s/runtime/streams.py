@@ -17,6 +17,8 @@ _NAMES: Final = ("stdin", "stdout", "stderr")
 ROOM_S: Final = 0.1
 #: Seconds that a wait at the start lasts before it is reported.
 LATE_S: Final = 5.0
+#: The terminal of a daemon that has not started yet: twistd replaces descriptor 2 by /dev/null before the start.
+_terminal: Final[list[int]] = []
 #: The most characters of a logged line: output without line breaks would otherwise accumulate in memory.
 LONGEST_LINE: Final = 16_384
 
@@ -106,13 +108,33 @@ def offer(text: str) -> None:
         print(text, flush=True)
 
 
+def keep_terminal() -> None:
+    """Let :func:`say` reach the present stderr also after the process has become a daemon."""
+    with suppress(OSError):  # stderr is closed
+        _terminal.append(os.dup(2))
+
+
+def leave_terminal() -> bool:
+    """Close the stderr that :func:`keep_terminal` has kept: a pipe would stay open as long as the daemon runs.
+
+    :returns: whether there was one.
+    """
+    was_kept = bool(_terminal)
+    while _terminal:
+        os.close(_terminal.pop())
+    return was_kept
+
+
 def say(line: str) -> None:
     """Write a line to the original stderr, even if Twisted has replaced ``sys.stderr``.
 
     If there is no stderr, or it has no reader, the line is lost.
     """
     with suppress(OSError, ValueError):
-        if sys.__stderr__ is not None and has_room(sys.__stderr__.fileno(), ROOM_S):
+        if _terminal:
+            if has_room(_terminal[0], ROOM_S):
+                os.write(_terminal[0], f"{line}\n".encode("utf-8", "backslashreplace"))
+        elif sys.__stderr__ is not None and has_room(sys.__stderr__.fileno(), ROOM_S):
             print(line, file=sys.__stderr__, flush=True)
 
 

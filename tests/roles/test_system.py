@@ -122,6 +122,25 @@ class PidFileTests(TwistdTestCase):
             psutil.wait_procs([daemon], PATIENCE_S)
             (self.directory / "s2s-server.log").unlink()
 
+    def test_a_taken_port(self) -> None:
+        """A daemon whose start is refused writes the whole line to the terminal, before the cut one of twistd."""
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            where = listen(taken.getsockname()[1])
+            argv = [TWISTD, "s2s-server", "--listen", where, "--http", "off"]
+            process = start_process(self, argv, cwd=self.directory, **{DATABASE_VARIABLE: self.url})
+            _, said = process.communicate(timeout=PATIENCE_S)
+        self.assertEqual(process.returncode, 1)
+        line, *more = said.splitlines()
+        self.assertTrue(line.startswith(f"twistd: cannot listen on {where}: "), said)
+        self.assertTrue(line.endswith("Address already in use: free it or choose another --listen"), said)
+        self.assertEqual(
+            more,
+            [
+                "An error has occurred: b's2s.errors.OperatorError: the line above states the reason'",
+                "Please look at log file for more information.",
+            ],
+        )
+
     def test_a_log_that_is_no_file(self) -> None:
         """A pipe as the log file is refused with the way to log to stdout, also a named pipe without a reader."""
         fifo = self.directory / "fifo"
