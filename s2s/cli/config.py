@@ -54,6 +54,8 @@ def set_(backend: Backend, key: str, value: str, as_json: bool) -> None:
         click.echo(f"{key} is {value}, version {found.version}")
     else:
         click.echo(f"{key} is {value} already")
+    if found.hint:
+        click.echo(found.hint, err=True)
 
 
 @group.command()

@@ -10,6 +10,8 @@ from click.testing import CliRunner
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from s2s.cli import main
+from s2s.store.pool import blocking
+from s2s.store.tables import engines
 from tests.support.installed import ORDERS
 from tests.support.peer import ACK, K1, Frame
 from tests.support.postgres import Session, database_url, drop_database, make_database, template
@@ -205,6 +207,31 @@ class ForeignEngineTests(RoleTestCase):
         yield engine.start()
         yield poll(lambda: len(self.execute("select 1 from s2s.engine_links")) == 2, "ours is shown, too")
         self.assertEqual(tell(), "")
+
+    @inlineCallbacks
+    def test_a_setting(self) -> Iterator[Deferred[Any]]:
+        """A setting names the linked engines that it does not reach; a setting of servers alone names none."""
+
+        def tell(key: str) -> str:
+            told = CliRunner(env={"S2S_DATABASE_URL": self.url}).invoke(main, ["config", "set", key, "99"])
+            self.assertEqual(told.exit_code, 0, told.output)
+            return str(told.stderr)
+
+        engine = Engine(self.directory, self.url, self.server_role.port)
+        self.addCleanup(engine.stop)
+        yield engine.start()
+        yield poll(lambda: self.execute("select 1 from s2s.engine_links"), "it is shown as linked")
+        self.assertEqual(tell("relay.window"), "")
+        self.stranger(_says("done"))
+        yield poll(lambda: len(self.execute("select 1 from s2s.engine_links")) == 2, "both are shown")
+        hint = (
+            "the setting does not reach linked engines that do not share this database: stranger:"
+            " set it where the engine's own database is"
+        )
+        self.assertEqual(tell("relay.window"), f"{hint}\n")
+        self.assertEqual(tell("commands.keep_days"), "")
+        with blocking(self.url) as txn:
+            self.assertEqual(engines.strangers(txn), ["stranger"])
 
 
 class OwnDatabaseTests(RoleTestCase):

@@ -7,11 +7,11 @@ from typing import Any, Final
 
 from s2s.admin.operations.operation import MOST_BODY_BYTES, Operation, OperationRequest, members, once
 from s2s.admin.operations.pages import KEY, Page, in_stretches, keyed, listing
-from s2s.errors import NotFound
+from s2s.errors import NotFound, harmless
 from s2s.handlers.orders.config_set import ConfigSet, set_value
 from s2s.protocol.settings import Value
 from s2s.store.driver import Cursor
-from s2s.store.tables import config
+from s2s.store.tables import config, engines
 from s2s.store.tables.config import Change, ConfigRow
 
 #: The schemas of the members of the order that sets a setting, which are used here too.
@@ -25,12 +25,20 @@ class Setting:
 
     :param version: the current version of the configuration.
     :param changed: ``False``: the setting had this value already.
+    :param hint: the linked engines that the value does not reach, because they do not share this database.
     """
 
     key: str
     value: Value
     version: int
     changed: bool
+    hint: str | None = None
+
+
+#: The number of engines that a hint names.
+_NAMED: Final = 10
+#: The prefixes of the settings that only servers use.
+_OF_SERVERS: Final = ("server.", "executor.", "commands.")
 
 
 def _show(txn: Cursor, ask: OperationRequest) -> ConfigRow:
@@ -43,7 +51,21 @@ def _show(txn: Cursor, ask: OperationRequest) -> ConfigRow:
 
 def _set(txn: Cursor, ask: OperationRequest) -> Setting:
     _show(txn, ask)  # raises NotFound, because the key is part of the path and not of the body
-    return Setting(**set_value(txn, ask.path_params["key"], ask.body["value"], ask.actor, "/body"))
+    key = ask.path_params["key"]
+    return Setting(**set_value(txn, key, ask.body["value"], ask.actor, "/body"), hint=_unreached(txn, key))
+
+
+def _unreached(txn: Cursor, key: str) -> str | None:
+    if key.startswith(_OF_SERVERS):
+        return None
+    names = list(map(harmless, engines.strangers(txn)))
+    if not names:
+        return None
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (
+        f"the setting does not reach linked engines that do not share this database: {', '.join(names[:_NAMED])}{more}:"
+        " set it where the engine's own database is"
+    )
 
 
 LIST: Final[Operation[Page[ConfigRow]]] = listing(

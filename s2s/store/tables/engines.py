@@ -105,9 +105,21 @@ def linked(txn: Cursor, names: Sequence[str]) -> set[str]:
 
 def are_strangers(txn: Cursor) -> bool:
     """Whether engines are linked and none of them shares this database."""
-    txn.execute(f"select engine_boot_id from s2s.engine_links where seen_at >= now() - {_STALE}")  # noqa: S608 - a constant
-    boot_ids = [boot_id for (boot_id,) in txn]
-    return bool(boot_ids) and not claims.present(txn, {boot_id for boot_id in boot_ids if boot_id})
+    shares = [is_shared for _, is_shared in _shares(txn)]
+    return bool(shares) and not any(shares)
+
+
+def strangers(txn: Cursor) -> list[str]:
+    """Return the names of the linked engines that do not share this database."""
+    return sorted({name for name, is_shared in _shares(txn) if not is_shared})
+
+
+def _shares(txn: Cursor) -> list[tuple[str, bool]]:
+    """Return the name of each link's engine, and whether the engine shares this database."""
+    txn.execute(f"select name, engine_boot_id from s2s.engine_links where seen_at >= now() - {_STALE}")  # noqa: S608 - a constant
+    links = txn.fetchall()
+    present = claims.present(txn, {boot_id for _, boot_id in links if boot_id})
+    return [(name, boot_id in present) for name, boot_id in links]
 
 
 def list_engines(txn: Cursor) -> list[EngineRow]:
