@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from click.testing import CliRunner
 from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.threads import deferToThread
 
 from s2s.cli import main
 from s2s.store.pool import blocking
@@ -263,3 +265,35 @@ class OwnDatabaseTests(RoleTestCase):
         yield poll(lambda: self.execute(query) == [("refused", "engine-1"), ("done", "engine-1")], "both are over")
         with Session(database_url(name)) as session:
             self.assertEqual(session.run("select status from s2s_world.sectors"), [("fedspace",)])
+
+    @inlineCallbacks
+    def test_paused(self) -> Iterator[Deferred[Any]]:
+        """``engine list`` shows the state of such an engine, and no desired state: its own database has it."""
+        name = "engine_paused_in_its_own_database"
+        make_database(name, template())
+        self.addCleanup(drop_database, name)
+        with Session(database_url(name)) as session:
+            add = (
+                "insert into s2s.s2s_keys (key_id, key_b64, role, active_from) values (%s, %s, 'any', to_timestamp(0))"
+            )
+            session.run(add, *K1)
+        server = self.server()
+        yield server.start()
+        for url, engine_name in ((database_url(name), "away"), (self.url, "ours")):
+            engine = Engine(self.directory, url, server.port, name=engine_name)
+            self.addCleanup(engine.stop)
+            yield engine.start()
+        yield poll(lambda: len(self.execute("select 1 from s2s.engine_links")) == 2, "both are shown as linked")
+
+        def run(*argv: str) -> Any:
+            done = CliRunner(env={"S2S_DATABASE_URL": self.url}).invoke(main, ["engine", *argv, "--json"])
+            self.assertEqual(done.exit_code, 0, done.output)
+            return json.loads(done.stdout)
+
+        for engine_name in ("away", "ours"):
+            yield deferToThread(run, "pause", engine_name)
+        rows = yield deferToThread(run, "list")
+        found = {row["name"]: (row["state"], row["wanted"], row["reason"]) for row in rows}
+        self.assertEqual(
+            found, {"away": ("paused", None, ""), "ours": ("paused", "paused", "asked for at a command line")}
+        )

@@ -14,6 +14,7 @@ from s2s.cli import main
 from s2s.errors import StatementRefused
 from s2s.store.pool import blocking
 from s2s.store.tables import control_requests, engines
+from s2s.store.tables.claims import presence_key
 from s2s.store.tables.engines import LinkRow
 from tests.cli.test_cli import CliTestCase
 from tests.support.peer import CHECK, K1, Key, Peer
@@ -293,6 +294,18 @@ class TableTests(RoleTestCase):
         with self.assertRaisesRegex(StatementRefused, "trigger old on s2s.engines"), blocking(self.url) as txn:
             engines.want(txn, "a", "paused", "", "me")
 
+    def test_the_desired_state_of_a_stranger(self) -> None:
+        """The desired state of a linked engine is unknown unless the engine shares this database, by its lock."""
+        with blocking(self.url) as txn:
+            links = [LinkRow("k1", name, f"boot-{name}", "here:1") for name in ("ours", "stranger")]
+            engines.show_links(txn, "s1", links)
+            for name in ("ours", "stranger", "away"):
+                engines.want(txn, name, "paused", "night", "key:k1")
+        self.execute("select pg_advisory_lock(%s)", presence_key("boot-ours"))
+        with blocking(self.url) as txn:
+            found = {row.name: (row.wanted, row.reason) for row in engines.list_engines(txn)}
+        self.assertEqual(found, {"ours": ("paused", "night"), "stranger": (None, ""), "away": ("paused", "night")})
+
     def test_links_shown(self) -> None:
         """A server's links are those that it wrote last; a dead server's links are removed; wanted engines stay."""
         first, second = LinkRow("k1", "a", "b1", "here:1"), LinkRow("k1", "b", None, "here:2")
@@ -306,9 +319,9 @@ class TableTests(RoleTestCase):
             self.assertEqual(
                 found,
                 {
-                    "a": ("running", "", "here:1"),
-                    "b": ("running", "", "here:2"),
-                    "c": ("running", "", "there:3"),
+                    "a": (None, "", "here:1"),
+                    "b": (None, "", "here:2"),
+                    "c": (None, "", "there:3"),
                     "d": ("paused", "night", None),
                 },
             )

@@ -43,13 +43,14 @@ class Engine:
     """An engine and its health as it reports it; without a link most members are unknown.
 
     :param state: the state that the engine reports, or ``no link``, ``no answer`` or ``invalid answer``.
-    :param wanted: the desired state, ``running`` or ``paused``; ``reason`` is its reason.
+    :param wanted: the desired state, ``running`` or ``paused``; ``reason`` is its reason. ``None``: the engine does not
+        share this database, and its desired state is in its own.
     :param stuck: the jobs and orders whose thread does not return.
     """
 
     name: str
     state: str
-    wanted: str
+    wanted: str | None
     degraded: bool | None
     config_version: int | None
     outbox_depth: int | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
@@ -32,10 +32,14 @@ class LinkRow:
 
 @dataclass(frozen=True)
 class EngineRow:
-    """An engine as operators see it; without a link the last four are ``None``."""
+    """An engine as operators see it; without a link the last four are ``None``.
+
+    :param wanted: the desired state; ``None``: the engine is linked and does not share this database, so its desired
+        state is in its own database.
+    """
 
     name: str
-    wanted: str
+    wanted: str | None
     reason: str
     key_id: str | None
     boot_id: str | None
@@ -130,4 +134,8 @@ def list_engines(txn: Cursor) -> list[EngineRow]:
         f" {_STALE}) l"
         " using (name) order by name, l.key_id"
     )
-    return [EngineRow(*row) for row in txn]
+    rows = [EngineRow(*row) for row in txn.fetchall()]
+    present = claims.present(txn, {row.boot_id for row in rows if row.boot_id})
+    return [
+        row if row.key_id is None or row.boot_id in present else replace(row, wanted=None, reason="") for row in rows
+    ]
