@@ -119,12 +119,14 @@ class Shutdown:
                 if signal.getsignal(number) == signal.SIG_DFL:
                     signal.signal(number, lambda *_: None)
             stacks.write_on_sigquit()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
         self.on_start()
         take_signals()
-        # Registered before other calls: until this call SIGTERM has the handler that Twisted sets when the reactor
-        # starts.
-        self._reactor.callWhenRunning(take_signals)
+        # The reactor sets handlers of its own in the phase "during" of its start, by the first trigger. A signal that
+        # arrives at that moment waits for our handlers. No thread starts meanwhile, which would inherit the mask.
+        self._reactor.addSystemEventTrigger("before", "startup", signal.pthread_sigmask, signal.SIG_BLOCK, _SIGNALS)
+        self._reactor.addSystemEventTrigger("during", "startup", take_signals)
         if _early:
             self._reactor.callWhenRunning(self._hang_up)
         # At its end Python restores the default action of the signals, which kills, unless the signals are ignored.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,23 @@ from twisted.trial.unittest import SynchronousTestCase
 from s2s.roles import shutdown
 from s2s.roles.shutdown import CUT_S, GRACE_S, Shutdown
 from tests.support.waiting import PATIENCE_S
+
+#: A process to which a signal comes just after the reactor has set its own handlers.
+_AT_THE_START = """
+import os, signal, sys
+from twisted.internet import reactor
+from s2s.roles.shutdown import Shutdown
+
+class Told(Shutdown):
+    def end(self, why):
+        print(why)
+        super().end(why)
+
+reactor.addSystemEventTrigger("during", "startup", os.kill, os.getpid(), int(sys.argv[1]))
+Told(reactor).watch()
+reactor.run()
+print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
 
 
 class _Reactor(FakeClock):
@@ -133,3 +152,20 @@ class LifetimeTests(SynchronousTestCase):
         self.lifetime.shutdown_transaction = lambda: 1 // 0
         self.lifetime._cut()
         self.assertEqual(left, [0])
+
+
+class StartTests(SynchronousTestCase):
+    """Signals that arrive while the reactor starts."""
+
+    def test_a_signal_at_the_start(self) -> None:
+        """A signal at the moment when the reactor has its own handlers causes our shutdown: Twisted's would kill."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number.name):
+                done = subprocess.run(
+                    [sys.executable, "-c", _AT_THE_START, str(int(number))],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=PATIENCE_S,
+                )
+                self.assertEqual((done.returncode, done.stdout), (0, f"{number.name}\nset()\n"), done.stderr)
