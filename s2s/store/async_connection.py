@@ -5,7 +5,6 @@ A thread of the pool costs two thread switches, which take longer than a short s
 
 from __future__ import annotations
 
-import os
 import select
 import time
 from collections.abc import Callable
@@ -15,16 +14,16 @@ from typing import Any, Final, TypeVar
 import psycopg2
 from psycopg2.extensions import POLL_OK, POLL_WRITE
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IReadDescriptor, IReadWriteDescriptor
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from s2s.errors import DatabaseUnavailable
 from s2s.runtime import own_threads
 from s2s.runtime.clock import cancel
+from s2s.runtime.waiters import Waiters
 from s2s.store import driver, sqlstate
 from s2s.store.connection import PlanningConnection, open_async
+from s2s.store.connection_socket import ConnectionSocket
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Prepared, Query, Steps
 
@@ -39,7 +38,6 @@ CONNECT_S: Final = 5.0
 BEYOND_S: Final = 2.0
 
 
-@implementer(IReadWriteDescriptor)
 class AsyncConnection:
     """One connection, opened at its first use and again after it broke. Each statement commits by itself.
 
@@ -71,16 +69,15 @@ class AsyncConnection:
         self._note = note
         self._conn: PlanningConnection | None = None
         self._cursor: Any = None
-        self._fileno = -1
+        self._socket: ConnectionSocket
         self._ears = select.poll()
-        self._is_writing = False
         #: The callback of the running query.
         self._done: Callable[[Any], object] | None = None
         #: The callback for the rows of the statement that was sent.
         self._asks: Callable[[list[Any]], None] | None = None
         self._timer: Any = None
         self._deadline = 0.0
-        self._until_idle: list[Deferred[None]] = []
+        self._until_idle: Waiters[None] = Waiters()
         self._given_up: set[_GivenUp] = set()
         #: Why all queries are abandoned; empty: they are not.
         self._cancelled = ""
@@ -95,7 +92,7 @@ class AsyncConnection:
         assert self._done is None, "one thing after the other"
         self._done = done
         if self._conn is not None and self._ears.poll(0):
-            self._drop()  # as doRead() does, which the reactor has not called yet
+            self._drop()  # as _ready() does, which the reactor has not called yet
         self._send(query)
 
     def run(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
@@ -147,11 +144,7 @@ class AsyncConnection:
         return self._idle()
 
     def _idle(self) -> Deferred[None]:
-        if self._done is None:
-            return succeed(None)
-        waiter: Deferred[None] = Deferred()
-        self._until_idle.append(waiter)
-        return waiter
+        return succeed(None) if self._done is None else self._until_idle.wait()
 
     @property
     def given_up(self) -> list[PlanningConnection]:
@@ -204,9 +197,7 @@ class AsyncConnection:
         except Exception:
             self.log.failure("who asked the database stumbled over its answer")
         if self._done is None and self._until_idle:
-            waiting, self._until_idle = self._until_idle, []
-            for waiter in waiting:
-                waiter.callback(None)
+            self._until_idle.fire(None)
 
     def _connect(self) -> Deferred[None]:
         # The lookup of a host name blocks, so connect off the reactor thread.
@@ -218,18 +209,12 @@ class AsyncConnection:
             conn.close()
             raise DatabaseUnavailable(self._cancelled)
         try:
-            cursor = conn.cursor(cursor_factory=StoreCursor)
-            # Use a copy of the descriptor: libpq closes its own when the connection breaks, while the reactor uses it.
-            fileno = os.dup(conn.fileno())
+            self._cursor = conn.cursor(cursor_factory=StoreCursor)
+            self._socket = ConnectionSocket(conn, self._reactor, self._ready, self._lost)
         except BaseException:
             conn.close()
             raise
-        self._conn, self._cursor, self._fileno, self._ears = conn, cursor, fileno, driver.pending_input(fileno)
-        try:
-            self._reactor.addReader(self)
-        except BaseException:
-            self._drop()
-            raise
+        self._conn, self._ears = conn, driver.pending_input(self._socket.fileno())
 
     def _execute(self, statement: str, params: tuple[Any, ...], asks: Callable[[list[Any]], None]) -> None:
         self._asks = asks
@@ -255,9 +240,7 @@ class AsyncConnection:
         except psycopg2.Error:
             self._failed()
             return
-        if self._is_writing != (state == POLL_WRITE):
-            self._is_writing = not self._is_writing
-            (self._reactor.addWriter if self._is_writing else self._reactor.removeWriter)(self)
+        self._socket.want_write(state == POLL_WRITE)
         asks = self._asks
         if state != POLL_OK or asks is None:
             return
@@ -301,37 +284,31 @@ class AsyncConnection:
 
     def _give_up(self) -> None:
         """Leave the connection alone until its statement has ended."""
-        conn, fileno = self._detach()
+        conn = self._detach()
         if conn is not None:
-            _GivenUp(conn, fileno, self._reactor, self._given_up).start()
+            _GivenUp(conn, self._socket, self._given_up)
 
     def _lost(self, why: str) -> None:
         self._drop()
         self._answer(Failure(DatabaseUnavailable(why)))
 
     def _drop(self) -> None:
-        conn, fileno = self._detach()
+        conn = self._detach()
         if conn is not None:
-            os.close(fileno)
+            self._socket.close()
             conn.close()
 
-    def _detach(self) -> tuple[PlanningConnection | None, int]:
-        """Detach from the connection and the reactor's descriptor of it, and return both."""
+    def _detach(self) -> PlanningConnection | None:
+        """Leave the connection, and return it."""
         cancel(self._timer)
         self._timer = None
-        conn, fileno = self._conn, self._fileno
-        if conn is not None:
-            self._reactor.removeReader(self)
-            self._reactor.removeWriter(self)
-            self._conn = self._cursor = None
-            self._fileno = -1
-            self._is_writing = False
-        return conn, fileno
+        conn, self._conn, self._cursor = self._conn, None, None
+        return conn
 
     # --- called by the reactor -----------------------------------------------------------------------------------
 
-    def doRead(self) -> None:
-        """Read the database's answer; on an idle connection, input can only mean that the connection ends.
+    def _ready(self) -> None:
+        """Continue the exchange; on an idle connection, input can only mean that the connection ends.
 
         PostgreSQL sends the reason first and closes the socket later, so the reason alone ends the connection: a
         statement sent between the two would fail.
@@ -341,69 +318,36 @@ class AsyncConnection:
         else:
             self._advance()
 
-    def doWrite(self) -> None:
-        """Write the rest of a statement."""
-        self._advance()
 
-    def fileno(self) -> int:
-        """The reactor's own descriptor of the connection's socket."""
-        return self._fileno
-
-    def connectionLost(self, reason: Failure) -> None:
-        """The reactor found the descriptor closed."""
-        self._lost(reason.getErrorMessage())
-
-    def logPrefix(self) -> str:
-        """Return the name of this object in the reactor's own messages."""
-        return "AsyncConnection"
-
-
-@implementer(IReadDescriptor)
 class _GivenUp:
     """A connection with an abandoned statement, until the statement ends.
 
-    :param fileno: the reactor's own descriptor of its socket, which is closed at the end.
-    :param others: the set of the connections that have not ended; this one belongs to it from its start to its end.
+    :param others: the set of the connections that have not ended; this one belongs to it until its end.
     """
 
-    def __init__(self, conn: PlanningConnection, fileno: int, reactor: Any, others: set[_GivenUp]) -> None:
+    def __init__(self, conn: PlanningConnection, socket: ConnectionSocket, others: set[_GivenUp]) -> None:
         self.connection = conn
-        self._fileno = fileno
-        self._reactor = reactor
+        self._socket = socket
         self._others = others
-
-    def start(self) -> None:
-        """Wait for the end of the statement."""
-        self._others.add(self)
-        self.connection.asked_at = time.monotonic()
-        self._reactor.addReader(self)
+        others.add(self)
+        conn.asked_at = time.monotonic()
+        socket.want_write(False)
+        socket.hand_over(self._ready, lambda _: self.end())
 
     def end(self) -> None:
         """Close the connection."""
         self._others.discard(self)
-        self._reactor.removeReader(self)
-        os.close(self._fileno)
-        self._fileno = -1
+        self._socket.close()
         self.connection.close()
 
-    def doRead(self) -> None:
+    def _ready(self) -> None:
         """Read the database's output until the statement or the connection has ended."""
+        if self not in self._others:
+            return
         with suppress(psycopg2.Error):
             if self.connection.poll() != POLL_OK:
                 return
         self.end()
-
-    def connectionLost(self, reason: Failure) -> None:
-        """The reactor found the descriptor closed."""
-        self.end()
-
-    def fileno(self) -> int:
-        """The reactor's own descriptor of the connection's socket."""
-        return self._fileno
-
-    def logPrefix(self) -> str:
-        """Return the name of this object in the reactor's own messages."""
-        return "AsyncConnection, given up"
 
 
 def _told(failure: Failure) -> Failure:

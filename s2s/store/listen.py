@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import psycopg2
 from psycopg2.extensions import POLL_OK
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IReadDescriptor
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from s2s.errors import DatabaseUnavailable
 from s2s.runtime import own_threads
@@ -20,6 +17,7 @@ from s2s.runtime.clock import cancel
 from s2s.store import driver
 from s2s.store.availability import Availability
 from s2s.store.connection import open_async
+from s2s.store.connection_socket import ConnectionSocket
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection
 from s2s.store.tables.claims import presence_key
@@ -39,7 +37,6 @@ _LONGEST_PAUSE_S: Final = 5.0
 _SETTINGS: Final = "set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3"
 
 
-@implementer(IReadDescriptor)
 class Listener:
     """Call a function whenever its channel is notified.
 
@@ -72,7 +69,7 @@ class Listener:
         self._presence = presence
         self._conn: Connection | None = None
         self._cursor: Any = None
-        self._fileno = -1
+        self._socket: ConnectionSocket
         self._connecting: Deferred[None] = succeed(None)
         self._is_stopped = True
         self._availability = Availability(
@@ -118,14 +115,14 @@ class Listener:
             conn.close()
             return
         try:
-            # Use a copy of the descriptor: libpq closes its own when the connection breaks, while the reactor uses it.
-            self._fileno = os.dup(conn.fileno())
+            self._socket = ConnectionSocket(
+                conn, self._reactor, self._ready, lambda why: self._lost(DatabaseUnavailable(why))
+            )
         except OSError:
             conn.close()
             raise
         self._conn = conn
         self._pause_s = _FIRST_PAUSE_S
-        self._reactor.addReader(self)
         self._availability.note(None)
         self._beat()
         self._call(self._callbacks)
@@ -148,8 +145,7 @@ class Listener:
         cancel(self._timer)
         self._timer = None
         if self._conn is not None:
-            self._reactor.removeReader(self)
-            os.close(self._fileno)
+            self._socket.close()
             self._conn.close()
             self._conn = self._cursor = None
             self.is_present = False
@@ -180,9 +176,10 @@ class Listener:
         is_complete = self.is_present or self._presence is None
         self._timer = self._reactor.callLater(HEARTBEAT_S if is_complete else AGAIN_S, self._beat)
 
-    def doRead(self) -> None:
+    def _ready(self) -> None:
         """Read the database's messages."""
-        assert self._conn is not None
+        if self._conn is None:
+            return  # the reactor had two events
         try:
             state = self._conn.poll()
             if state == POLL_OK and self._cursor is not None:
@@ -200,18 +197,6 @@ class Listener:
                 self._callbacks[channel]()
             except Exception:
                 self.log.failure("the callback of {channel} failed", channel=channel)
-
-    def fileno(self) -> int:
-        """The reactor's own descriptor of the connection's socket."""
-        return self._fileno
-
-    def connectionLost(self, reason: Failure) -> None:
-        """The reactor found the descriptor closed."""
-        self._lost(DatabaseUnavailable(reason.getErrorMessage()))
-
-    def logPrefix(self) -> str:
-        """Return the name of this object in the reactor's own messages."""
-        return "Listener"
 
 
 def _open(parameters: Callable[[], dict[str, Any]], channels: list[str]) -> Connection:

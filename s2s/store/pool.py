@@ -18,6 +18,7 @@ from twisted.python.failure import Failure
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, S2SError
 from s2s.protocol.limits import Counters
 from s2s.runtime import own_threads
+from s2s.runtime.waiters import Waiters
 from s2s.store import driver, interruptible, kept_rows, migrations, sqlstate
 from s2s.store.async_connection import AsyncConnection
 from s2s.store.availability import Availability
@@ -86,7 +87,7 @@ class Database:
         self._line: AsyncConnection
         self._refusal = _NOT_RUNNING
         self._unfinished = 0
-        self._until_idle: list[Deferred[None]] = []
+        self._until_idle: Waiters[None] = Waiters()
         #: Connections that are being prepared and that adbapi does not know yet.
         self._opening: set[Connection] = set()
         self._silence = Silence(
@@ -245,18 +246,12 @@ class Database:
     def _leave(self, outcome: T) -> T:
         self._unfinished -= 1
         if not self._unfinished:
-            waiting, self._until_idle = self._until_idle, []
-            for waiter in waiting:
-                waiter.callback(None)
+            self._until_idle.fire(None)
         return outcome
 
     def _idle(self) -> Deferred[None]:
         """Wait until no interaction runs or waits."""
-        if not self._unfinished:
-            return defer.succeed(None)
-        waiter: Deferred[None] = Deferred()
-        self._until_idle.append(waiter)
-        return waiter
+        return self._until_idle.wait() if self._unfinished else defer.succeed(None)
 
     def _connections(self) -> list[Any]:
         """Return the connections on which a statement of ours may wait for its answer."""

@@ -12,6 +12,7 @@ from twisted.python.failure import Failure
 
 from s2s.errors import DatabaseError
 from s2s.runtime.clock import Clock, Timer, cancel
+from s2s.runtime.waiters import Waiters
 from s2s.store.pool import Database
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ class Refresher(Generic[T]):
         self._is_stopped = False
         #: The shortest ``gap_s`` requested during the current read; ``None``: none was requested.
         self._gap_wanted: float | None = None
-        self._waiters: list[Deferred[None]] = []
+        self._waiters: Waiters[None] = Waiters()
 
     def start(self) -> Deferred[None]:
         """Read now, and at intervals from now on.
@@ -73,7 +74,7 @@ class Refresher(Generic[T]):
         if self._poll.running:
             self._poll.stop()
         cancel(self._timer)
-        self._fire()
+        self._waiters.fire(None)
 
     def notify(self, gap_s: float = 0.0) -> None:
         """Read the value soon, because it may have changed; see :meth:`read_now`."""
@@ -93,14 +94,13 @@ class Refresher(Generic[T]):
         :returns: fires after a read that began after this call, or fails with its :class:`DatabaseError`; fires at once
             if the refresher is stopped.
         """
-        waiter: Deferred[None] = Deferred(self._forget)
-        self._waiters.append(waiter)
+        waiter = self._waiters.wait()
         self._read_after(gap_s)
         return waiter
 
     def _read_after(self, gap_s: float) -> None:
         if self._is_stopped:
-            self._fire()
+            self._waiters.fire(None)
             return
         if self._is_reading:
             # The current read does not contain a change made after it began.
@@ -118,33 +118,17 @@ class Refresher(Generic[T]):
         cancel(self._timer)
         self._is_reading = True
         self._began_at = self._clock.mono()
-        waiters, self._waiters = self._waiters, []
         reading = self._database.run(self._read, *self._args)
-        reading.addCallback(self._on_value).addBoth(self._done, waiters)
+        reading.addCallback(self._on_value).addBoth(self._done, self._waiters.take())
 
-    def _done(self, outcome: object, waiters: list[Deferred[None]]) -> None:
+    def _done(self, outcome: object, waiters: Waiters[None]) -> None:
         self._is_reading = False
         gap_s, self._gap_wanted = self._gap_wanted, None
         if isinstance(outcome, Failure) and self._poll.running:
             gap_s = RETRY_S if gap_s is None else gap_s
         if gap_s is not None:
             self._read_after(gap_s)
-        for waiter in waiters:
-            if waiter.called:  # cancelled
-                continue
-            if isinstance(outcome, Failure):
-                waiter.errback(outcome)
-            else:
-                waiter.callback(None)
-
-    def _forget(self, waiter: Deferred[None]) -> None:
-        if waiter in self._waiters:
-            self._waiters.remove(waiter)
-
-    def _fire(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            waiter.callback(None)
+        waiters.fire(outcome if isinstance(outcome, Failure) else None)
 
     def _kept(self, failure: Failure) -> None:
         # The pool has reported that the database is unavailable. A cancelled wait, as after a deadline, needs no line.

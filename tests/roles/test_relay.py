@@ -171,7 +171,7 @@ class RelayTests(DatabaseTestCase):
         self.execute("drop trigger keep on s2s.outbox")
         await self.empty()
         self.assertEqual((self.link.keys, self.relay.accepted, self.relay.duplicates), (keys, 3, 0))
-        self.assertEqual(self.relay._undeleted, {})
+        await self.until(lambda: self.relay._undeleted == {}, "the relay knows that they are removed")
 
     async def test_what_cannot_be_leased(self) -> None:
         """Rows that the database refuses to lease are logged, and do not delay others."""

@@ -157,9 +157,9 @@ class LineTests(DatabaseTestCase):
         await self.database.run_steps(_ask, "select 1")
         its = self.database._line
         its._drop()
-        its.doRead()
-        its.doWrite()
-        self.assertEqual(its.fileno(), -1)
+        its._socket.doRead()
+        its._socket.doWrite()
+        self.assertEqual(its._socket.fileno(), -1)
         self.assertEqual(await self.database.run_steps(_ask, "select 1"), [(1,)])
 
     async def test_more_than_the_socket_takes(self) -> None:

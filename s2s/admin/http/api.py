@@ -28,6 +28,7 @@ from s2s.admin.http.sign_in import Caller, SignIn
 from s2s.admin.operations.operation import BODY_BYTES, IDEM_KEY, Operation, OperationRequest, Reply, encode
 from s2s.errors import BadEnvelope, BadPayload, S2SError, ShuttingDown
 from s2s.protocol import canonical
+from s2s.runtime.waiters import Waiters
 
 #: Host names that are always accepted. IP addresses are accepted too, because DNS rebinding needs a name.
 LOCAL: Final = frozenset({"localhost"})
@@ -78,7 +79,7 @@ class Api(Resource):
         self._plain = {each.path.encode(): each for each in plain}
         self._hosts = LOCAL | {host.lower() for host in hosts}
         self._under_way: set[ClientRequest] = set()
-        self._idle: list[Deferred[None]] = []
+        self._until_idle: Waiters[None] = Waiters()
         self.is_stopping = False
         self.counts: Counter[str] = Counter()
 
@@ -88,10 +89,9 @@ class Api(Resource):
         :returns: fires when every request under way is answered.
         """
         self.is_stopping = True
-        waiter: Deferred[None] = Deferred()
-        self._idle.append(waiter)
+        idle = self._until_idle.wait()
         self._tell_idle()
-        return waiter
+        return idle
 
     def render(self, request: Request) -> int:
         """Start to answer a request."""
@@ -109,9 +109,7 @@ class Api(Resource):
 
     def _tell_idle(self) -> None:
         if not self._under_way:
-            idle, self._idle = self._idle, []
-            for waiter in idle:
-                waiter.callback(None)
+            self._until_idle.fire(None)
 
     def body_bytes(self, method: bytes, path: bytes) -> int:
         """Return the maximum length of the body of a request; a request for no operation is refused in any case.

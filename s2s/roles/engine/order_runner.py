@@ -32,6 +32,7 @@ from s2s.roles.engine.state import EngineState
 from s2s.runtime.clock import Clock, cancel
 from s2s.runtime.line_quota import LineQuota
 from s2s.runtime.status_log import status_log
+from s2s.runtime.waiters import Waiters
 from s2s.store import sqlstate
 from s2s.store.cursor import check_readable
 from s2s.store.driver import Cursor
@@ -114,7 +115,7 @@ class OrderRunner:
         #: The orders with a step in progress here, and the time of its start.
         self._in_hand: dict[str, float] = {}
         #: The Deferreds that wait for the end of each order that came over the link.
-        self._waiters: defaultdict[str, list[Deferred[None]]] = defaultdict(list)
+        self._waiters: defaultdict[str, Waiters[None]] = defaultdict(Waiters)
         self._lines = LineQuota(clock.scheduler, self._tell_rest, MOST_LINES)
         self.over = dict.fromkeys(("done", "refused", "failed"), 0)
 
@@ -158,8 +159,7 @@ class OrderRunner:
             raise InternalError(incident=self._database.troubles.note(refused.state, str(refused))) from None
         if not order.is_open or self._turns.is_stopping:
             return order
-        waiter: Deferred[None] = Deferred()
-        self._waiters[order_id].append(waiter)
+        waiter = self._waiters[order_id].wait()
         timer = self._clock.scheduler.callLater(ANSWER_S, self._settle, order_id)
         self.wake()
         await waiter
@@ -167,8 +167,8 @@ class OrderRunner:
         return await self._database.run(orders.find, order_id)
 
     def _settle(self, order_id: str) -> None:
-        for waiter in self._waiters.pop(order_id, ()):
-            waiter.callback(None)
+        if order_id in self._waiters:
+            self._waiters.pop(order_id).fire(None)
 
     async def _poll_once(self, line: int) -> float | None:
         """Do the steps of one order for :data:`s2s.store.tables.jobs.SLICE_S`, and at least one step.

@@ -40,6 +40,7 @@ from s2s.protocol.settings import number
 from s2s.roles.engine.congestion_window import CongestionWindow
 from s2s.runtime.clock import Clock, Timer, cancel
 from s2s.runtime.line_quota import MOST_TOLD, LineQuota
+from s2s.runtime.waiters import Waiters
 from s2s.store.pool import Database
 from s2s.store.tables import outbox
 from s2s.store.tables.outbox import OutboxRow, Settlement
@@ -94,7 +95,7 @@ class Relay:
         self._is_singly = False
         self._timer: Timer | None = None
         self._depth_at = float("-inf")
-        self._at_rest: list[Deferred[None]] = []
+        self._at_rest: Waiters[None] = Waiters()
         self._ready: deque[tuple[OutboxRow, dict[str, Any], int]] = deque()
         #: The time since when each row is leased.
         self._held: dict[int, float] = {}
@@ -122,8 +123,7 @@ class Relay:
 
         :returns: fires when a claim has found no row, and no row is in flight or unsettled; or without a link.
         """
-        flushed: Deferred[None] = Deferred()
-        self._at_rest.append(flushed)
+        flushed = self._at_rest.wait()
         self.wake()
         self._settle()
         return flushed
@@ -140,8 +140,7 @@ class Relay:
         cancel(self._timer)
         self._timer = self._clock.scheduler.callLater(patience_s, self._give_up)
         self._give_back()
-        stopped: Deferred[None] = Deferred()
-        self._at_rest.append(stopped)
+        stopped = self._at_rest.wait()
         self._settle()
         return stopped
 
@@ -389,9 +388,7 @@ class Relay:
         if self._is_stopping:
             cancel(self._timer)
         if self._is_stopping or self._open_link() is None or (self._is_dry and not self._more):
-            waiters, self._at_rest = self._at_rest, []
-            for waiter in waiters:
-                waiter.callback(None)
+            self._at_rest.fire(None)
 
 
 def final_code(error: BaseException | None) -> str | None:

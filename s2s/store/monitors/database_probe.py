@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.python.failure import Failure
 
 from s2s.errors import DatabaseError
 from s2s.runtime.clock import Clock
+from s2s.runtime.waiters import Waiters
 from s2s.store.monitors import probe
 from s2s.store.pool import Database
 
@@ -25,18 +26,15 @@ class DatabaseProbe:
         self._database = database
         self._clock = clock
         self._is_asking = False
-        self._waiters: list[Deferred[str]] = []
+        self._waiters: Waiters[str] = Waiters()
         self._answer = ""
         self._answered_at = float("-inf")
 
     def check(self) -> Deferred[str]:
         """Return ``ok``, or the reason why the database accepts no writes, within :data:`ANSWER_S`."""
-        # A cancelled waiter is removed.
-        waiter: Deferred[str] = Deferred(self._waiters.remove)
         if self._clock.mono() < self._answered_at + HOLDS_S:
-            waiter.callback(self._answer)
-            return waiter
-        self._waiters.append(waiter)
+            return succeed(self._answer)
+        waiter = self._waiters.wait()
         if not self._is_asking:
             self._is_asking = True
             self._database.run(probe.check).addBoth(self._answered)
@@ -47,10 +45,7 @@ class DatabaseProbe:
         self._is_asking = False
         self._answer = _reason(outcome.value) if isinstance(outcome, Failure) else "ok"
         self._answered_at = self._clock.mono()
-        waiters = self._waiters[:]
-        self._waiters.clear()
-        for waiter in waiters:
-            waiter.callback(self._answer)
+        self._waiters.fire(self._answer)
 
 
 def _reason(error: BaseException | None) -> str:
