@@ -73,7 +73,7 @@ _GUARDED = {
         "protocol.session",
         "protocol.signing",
         "protocol.window",
-        "link.dispatcher",
+        "protocol.received",
         "store.driver",
         "store.tables.commands",
         "store.tables.idempotency",
@@ -205,7 +205,7 @@ class ImportTests(SynchronousTestCase):
 
     def test_json_has_one_reader(self) -> None:
         """The modules that handle the wire read and write JSON only through ``canonical``."""
-        meet = ("protocol", "link", "roles.engine.relay", "roles.server.inbox", "roles.server.push")
+        meet = ("protocol", "link", "roles.engine.relay", "roles.server.inbox")
         for module, path in _FILES.items():
             if any(_is_in(module, each) for each in meet) and module not in (
                 "protocol.canonical",

@@ -1,7 +1,6 @@
 """One link on a transport: frames, timers, backpressure, calls (docs/protocol.rst, "The life of a link").
 
-:mod:`s2s.protocol.session` and :mod:`s2s.link.dispatcher` decide which messages are allowed; this module moves the
-bytes.
+:mod:`s2s.protocol.session` decides which messages are allowed; this module moves the bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from s2s.errors import (
     harmless,
 )
 from s2s.link.certificate_dates import why_invalid
-from s2s.link.dispatcher import Dispatcher, KeySource, Refusal, Reply, Request, UnknownKey, UnsignedError
+from s2s.link.dispatcher import Dispatcher, KeySource
 from s2s.link.inbound import InboundRequests
 from s2s.link.peer_lines import ANSWERS, ENDS, FRAMES, PeerLines
 from s2s.link.read_pause import ReadPause
@@ -53,6 +52,7 @@ from s2s.protocol import canonical, envelope
 from s2s.protocol.catalogue import ACK, ERROR, ERROR_SCHEMA, HEALTH_CHECK
 from s2s.protocol.envelope import Envelope
 from s2s.protocol.limits import Counters
+from s2s.protocol.received import Refusal, Reply, Request, UnknownKey, UnsignedError
 from s2s.protocol.session import ALSO_PROVES, CHALLENGE, Event, Session, State
 from s2s.protocol.window import Call
 from s2s.runtime.budget import peer_network
@@ -161,20 +161,11 @@ class Link(Int32StringReceiver):
         self._frames = 0
         #: A chunk is being processed, and more of its frames may follow.
         self._is_in_chunk = False
-        self._read_pause = ReadPause(self, session, clock)
+        self.read_pause = ReadPause(self, session, clock)
         self._timer: Timer | None = None
         #: The time for which the timer is set, in monotonic seconds.
         self._alarm = float("inf")
-        self._answers = InboundRequests(
-            session,
-            dispatcher.responders,
-            clock,
-            counters,
-            self._read_pause,
-            self._send_reply,
-            self._refuse,
-            lambda cause: self.may_tell(cause, FRAMES),
-        )
+        self._answers = InboundRequests(session, dispatcher, clock, counters, self)
 
     # --- the transport ----------------------------------------------------------------------------------------------
 
@@ -229,13 +220,13 @@ class Link(Int32StringReceiver):
             self.network = peer_network(self.transport)
         if not self._strangers.may_take(self.network, before, data, lambda: self.session.is_open, self._have_turn):
             self._waits += 1
-            self._read_pause.pause("stranger")
+            self.read_pause.pause("stranger")
 
     def _have_turn(self) -> None:
         # TLS may deliver one read in several chunks, and each of them may wait.
         self._waits -= 1
         if not self._waits:
-            self._read_pause.resume("stranger")
+            self.read_pause.resume("stranger")
 
     def may_tell(self, why: str, what: str = ENDS) -> bool:
         """Whether the log may have a line for an event of this link. A peer has few lines, counted on all of its links.
@@ -254,7 +245,7 @@ class Link(Int32StringReceiver):
     def lengthLimitExceeded(self, length: int) -> None:
         """Refuse a frame by its length prefix, before its body is buffered."""
         self._counters.meet("frame_size")
-        self._refuse(Refusal(TooLarge(limit=self.MAX_LENGTH)), self._what_it_speaks(length.to_bytes(4, "big")))
+        self.refuse(Refusal(TooLarge(limit=self.MAX_LENGTH)), self._what_it_speaks(length.to_bytes(4, "big")))
 
     def _what_it_speaks(self, first: bytes) -> str:
         # A length prefix that begins with 0 may be that of an s2s frame which only exceeds our limit.
@@ -347,9 +338,9 @@ class Link(Int32StringReceiver):
             case Reply():
                 self._settle(outcome)
             case Refusal():
-                self._refuse(outcome)
+                self.refuse(outcome)
             case UnknownKey():
-                self._read_pause.pause("keys")
+                self.read_pause.pause("keys")
                 # The timeout cancels this Deferred and not the read itself: a cancelled read would be logged as a
                 # failure.
                 reading: Deferred[None] = Deferred()
@@ -362,7 +353,7 @@ class Link(Int32StringReceiver):
     def _retry_frame(self, frame: bytes, unknown: UnknownKey) -> None:
         if self.session.is_open:
             self._handle_frame(frame, unknown)
-            self._read_pause.resume("keys")
+            self.read_pause.resume("keys")
 
     def _on_unexpected_error(self, failure: Failure) -> None:
         if self.may_tell("a frame could not be judged", FRAMES):
@@ -391,7 +382,7 @@ class Link(Int32StringReceiver):
             self._send(ERROR, self._error_body(error), ulid_now())
             self.close(why)
 
-    def _refuse(self, refusal: Refusal, more: str = "") -> None:
+    def refuse(self, refusal: Refusal, more: str = "") -> None:
         """Refuse a frame.
 
         :param more: further text for the log line.
@@ -529,7 +520,8 @@ class Link(Int32StringReceiver):
             self._counters.meet("write_buffer")
             self.abort("the peer does not read")
 
-    def _send_reply(self, type: str, body: bytes, ack_of: str) -> None:
+    def send_reply(self, type: str, body: bytes, ack_of: str) -> None:
+        """Send a reply to the request with this ``id``; see :class:`~s2s.link.inbound.LinkOutput`."""
         # If no other request waits for our answer, flush now, because the peer may be idle. The answers to the frames
         # of one chunk are sent together at the end of the chunk.
         is_urgent = not (self.session.pending or self._is_in_chunk)

@@ -1,8 +1,7 @@
-"""One link without I/O: its states, its checks of requests, its deadlines (docs/protocol.rst, "The life of a link").
+"""One link without I/O: its states, its checks of frames, its deadlines (docs/protocol.rst, "The life of a link").
 
-:mod:`s2s.link.connection` handles bytes and timers, :mod:`s2s.link.dispatcher` verifies signatures; both call this
-module. Two clocks are passed in: ``now`` is Unix seconds, only for freshness; ``mono`` is monotonic seconds, for all
-durations.
+:meth:`Session.receive` takes one frame and returns its outcome, on which :mod:`s2s.link.connection` acts. Two clocks
+are passed in: ``now`` is Unix seconds, only for freshness; ``mono`` is monotonic seconds, for all durations.
 """
 
 from __future__ import annotations
@@ -14,12 +13,14 @@ from typing import Any, Final
 
 import msgspec
 
-from s2s.errors import Forbidden, NotReady, Replay, TsSkew, UnsupportedType
+from s2s.errors import AuthBad, Forbidden, NotReady, Replay, TsSkew, Unsigned, UnsupportedType, WireError
+from s2s.protocol import canonical, envelope
 from s2s.protocol.catalogue import BY_NAME, ERROR, HEALTH_CHECK, REPLY_ONLY, Catalogue, MessageType
 from s2s.protocol.envelope import Envelope, other
 from s2s.protocol.limits import Bounds, Timing
+from s2s.protocol.received import Received, Refusal, Reply, Request, UnknownKey, UnsignedError
 from s2s.protocol.replay import ReplayCache
-from s2s.protocol.signing import Key, Role
+from s2s.protocol.signing import Key, Keyring, Role
 from s2s.protocol.window import Window
 
 
@@ -155,6 +156,57 @@ class Session:
 
     # --- inbound frames ---------------------------------------------------------------------------------------------
 
+    def receive(
+        self,
+        frame: bytes,
+        keyring: Keyring,
+        served: Collection[str],
+        now: float,
+        mono: float,
+        unknown: UnknownKey | None = None,
+    ) -> Received:
+        """Verify and classify one frame, in the protocol's order of checks.
+
+        The checks are, in this order: JSON, key, MAC; direction, ``ts``, replay, type and proof; the payload's schema.
+
+        :param frame: the frame's body.
+        :param served: the types that this process answers.
+        :param unknown: the outcome for this frame before the keys were read again, if they were.
+        """
+        if unknown is not None and keyring.verify(unknown.sealed, now) is None:
+            return Refusal(AuthBad(), key_id=unknown.sealed.key_id)
+        # A canonical frame is parsed only after its MAC is verified. The MAC of any other frame covers its canonical
+        # form, so that frame is parsed first.
+        key = read = None
+        plain = envelope.unseal_plainly(frame)
+        if plain is not None:
+            key = keyring.verify(plain, now)
+            if key is not None:
+                read = plain.read()
+        if key is None or read is None:
+            opened = _open_exactly(frame, keyring, now)
+            if not isinstance(opened, tuple):
+                return opened
+            key, members = opened
+            self.heard(key.key_id, mono)
+            try:
+                read = envelope.read(members)
+            except WireError as error:
+                is_answered = not is_reply(members.get("type"), "ack_of" in members)
+                return Refusal(error, envelope.well_formed_id(members), is_answered)
+        else:
+            self.heard(key.key_id, mono)
+        is_answered = not is_reply(read.type, read.ack_of is not None)
+        try:
+            self.check_way(read, key)
+            if not is_answered:
+                return Reply(read, self.calls.settle(read.ack_of))
+            message = self.admit(read, key, served, now, mono)
+            message.request_schema.check(read.payload)
+        except WireError as error:
+            return Refusal(error, read.id, is_answered, request=read if is_answered else None)
+        return Request(read, message, {**message.request_schema.defaults, **read.payload}, key.key_id, len(frame))
+
     def heard(self, key_id: str, mono: float) -> None:
         """Record that a frame with a valid MAC arrived."""
         self._heard = self._quiet_since = mono
@@ -162,34 +214,34 @@ class Session:
         self.is_checking = False
         self.peer_key_id = key_id
 
-    def check_way(self, envelope: Envelope, key: Key) -> None:
+    def check_way(self, got: Envelope, key: Key) -> None:
         """Check that ``src`` is the peer's role, ``dst`` is ours, and the key may sign for ``src``.
 
         :raises Forbidden: ``src``, ``dst`` or the key's role is wrong; this prevents reflection attacks.
         """
-        if envelope.src != self.peer_role:
+        if got.src != self.peer_role:
             raise Forbidden(f"on this link src must be {self.peer_role}", path="/src")
-        if envelope.dst != self.role:
+        if got.dst != self.role:
             raise Forbidden(f"on this link dst must be {self.role}", path="/dst")
-        if not key.may_sign_for(envelope.src):
+        if not key.may_sign_for(got.src):
             raise Forbidden("the key may not sign for this src", path="/auth/key_id")
 
-    def admit(self, envelope: Envelope, key: Key, served: Collection[str], now: float, mono: float) -> MessageType:
+    def admit(self, got: Envelope, key: Key, served: Collection[str], now: float, mono: float) -> MessageType:
         """Check a request up to its payload, in the protocol's order: ts, replay, type and direction, proof.
 
         :param served: the types that this process answers.
         :raises WireError: the first check that fails.
         """
-        self._check_fresh(envelope.ts, now, mono)
-        message = self.catalogue.get(envelope.type)
+        self._check_fresh(got.ts, now, mono)
+        message = self.catalogue.get(got.type)
         if message is None or message.entered:
-            self._replay.enter(key.key_id, envelope.id, mono)
+            self._replay.enter(key.key_id, got.id, mono)
         if message is None or message.name not in served:
             raise UnsupportedType(f"the {self.role} does not serve this type", path="/type", supported=sorted(served))
         if message.control:
             if self._proof_ts is None:
                 raise NotReady("our health check on this link is not answered yet", retry_after_ms=100)
-            if envelope.ts < self._proof_ts:
+            if got.ts < self._proof_ts:
                 raise Replay("the request is older than the proof of this link", path="/ts")
         return message
 
@@ -305,6 +357,27 @@ class Session:
         if self._pending:
             times.append(next(iter(self._pending)).deadline)
         return min(times)
+
+
+def _open_exactly(
+    frame: bytes, keyring: Keyring, now: float
+) -> tuple[Key, dict[str, Any]] | Refusal | UnsignedError | UnknownKey:
+    """Return the key that verifies a frame's canonical form, and the frame's members, or the outcome of a refusal."""
+    try:
+        members, written = canonical.parse_and_write(frame)
+        if is_unsigned_error(members):
+            return UnsignedError(members.get("payload"))
+        sealed = envelope.unseal_exactly(members, written)
+        key = keyring.verify(sealed, now)
+        if key is not None:
+            return key, members
+        if not keyring.has_begun(sealed.key_id, now):
+            return UnknownKey(sealed)
+        return Refusal(AuthBad(), key_id=sealed.key_id)
+    except Unsigned as error:
+        # The traceback refers to the parsed frame, which only the cyclic garbage collector would free.
+        error.__traceback__ = error.__context__ = None
+        return Refusal(error)
 
 
 def is_reply(type: object, has_ack_of: bool) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from s2s import __version__
-from s2s.link.dispatcher import Request
 from s2s.protocol.identity import Identity
+from s2s.protocol.received import Request
 from s2s.runtime.clock import Clock
 
 

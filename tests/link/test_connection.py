@@ -32,12 +32,13 @@ from s2s.errors import (
     TooBigToSend,
 )
 from s2s.link.connection import Link
-from s2s.link.dispatcher import Dispatcher, Request
+from s2s.link.dispatcher import Dispatcher
 from s2s.link.peer_lines import PeerLines
 from s2s.link.strangers import Strangers
 from s2s.protocol import canonical, envelope
 from s2s.protocol.catalogue import COMMAND_PUSH, HEALTH_ACK, HEALTH_CHECK, SWEEP
 from s2s.protocol.limits import Bounds, Counters, Timing
+from s2s.protocol.received import Request
 from s2s.protocol.replay import ReplayCache
 from s2s.protocol.session import Session, State
 from s2s.protocol.signing import Key, Keyring, Role, Secret

@@ -12,9 +12,10 @@ from twisted.internet.task import Clock as FakeClock
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import WireError
-from s2s.link.dispatcher import Dispatcher, Refusal, Reply, Request, UnknownKey, UnsignedError
+from s2s.link.dispatcher import Dispatcher
 from s2s.protocol import canonical, envelope
 from s2s.protocol.limits import Bounds, Timing
+from s2s.protocol.received import Refusal, Reply, Request, UnknownKey, UnsignedError
 from s2s.protocol.replay import ReplayCache
 from s2s.protocol.session import Session
 from s2s.protocol.signing import Key, Keyring, Secret

@@ -14,10 +14,11 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import BY_CODE, BadJson, WireError
 from s2s.handlers.commands import BUILTIN, registry
-from s2s.link.dispatcher import Dispatcher, Refusal, Reply, Request, UnknownKey
+from s2s.link.dispatcher import Dispatcher
 from s2s.protocol import canonical, envelope
 from s2s.protocol.catalogue import ERROR, ERROR_SCHEMA, REPLY_ONLY
 from s2s.protocol.limits import Bounds, Timing
+from s2s.protocol.received import Refusal, Reply, Request, UnknownKey
 from s2s.protocol.replay import ReplayCache
 from s2s.protocol.session import Session
 from s2s.protocol.signing import Key, Keyring, decode_secret

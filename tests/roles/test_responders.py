@@ -12,9 +12,9 @@ from twisted.trial.unittest import TestCase
 
 from s2s.errors import DbUnavailable, InternalError
 from s2s.handlers.discovery import Found
-from s2s.link.dispatcher import Request
 from s2s.protocol.catalogue import HEALTH_CHECK, PAUSE, SWEEP
 from s2s.protocol.envelope import Envelope
+from s2s.protocol.received import Request
 from s2s.roles.engine.desired_state import DesiredState
 from s2s.roles.engine.order_runner import OrderRunner
 from s2s.roles.engine.responders.order import Order

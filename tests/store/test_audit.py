@@ -14,10 +14,10 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import BadPayload, Forbidden, NotReady, StatementRefused, WireError
-from s2s.link.dispatcher import Request
 from s2s.protocol.catalogue import SHUTDOWN
 from s2s.protocol.envelope import Envelope
 from s2s.protocol.limits import Counters
+from s2s.protocol.received import Request
 from s2s.roles.engine.audit_log import MAX_WAITING, AuditLog
 from s2s.roles.engine.responders.shutdown import Shutdown
 from s2s.roles.engine.state import EngineState

@@ -9,10 +9,10 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 
 from s2s.errors import BadPayload, DatabaseUnavailable, Forbidden, StatementRefused, WireError
-from s2s.link.dispatcher import Request
 from s2s.protocol import canonical
 from s2s.protocol.envelope import ID, Envelope
 from s2s.protocol.limits import Counters
+from s2s.protocol.received import Request
 from s2s.store.driver import Cursor
 from s2s.store.pool import Database
 from s2s.store.tables import audit

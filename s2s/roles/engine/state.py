@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from s2s.errors import NotReady, ShuttingDown
-from s2s.link.dispatcher import Request, Responder
+from s2s.link.dispatcher import Responder
+from s2s.protocol.received import Request
 
 
 class EngineState:

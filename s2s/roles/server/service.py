@@ -22,7 +22,6 @@ from s2s.roles.server.control_sender import ControlSender
 from s2s.roles.server.executor import Executor
 from s2s.roles.server.inbox import Inbox
 from s2s.roles.server.order_sender import OrderSender
-from s2s.roles.server.push import Push
 from s2s.roles.server.retention import Retention
 from s2s.roles.server.served_types import LiveServedTypes
 from s2s.roles.shutdown import refuse
@@ -91,7 +90,7 @@ class Server(Role):
         executor.is_present = lambda: self._listener.is_present
         responders: dict[str, Responder] = {
             HEALTH_CHECK: Health(basis.identity, basis.bounds.frame_size, clock, self._condition),
-            COMMAND_PUSH: Push(inbox),
+            COMMAND_PUSH: lambda request: inbox.push(request.payload),
         }
         dispatcher = Dispatcher(basis.live_keys, responders, clock)
         self.factory = LinkFactory(

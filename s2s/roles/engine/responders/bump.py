@@ -7,7 +7,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 
 from s2s.errors import DatabaseUnavailable, DbUnavailable, StaleVersion
-from s2s.link.dispatcher import Request
+from s2s.protocol.received import Request
 from s2s.roles.live_config import LiveConfig
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from s2s.link.dispatcher import Request
+from s2s.protocol.received import Request
 from s2s.roles.engine.state import EngineState
 
 

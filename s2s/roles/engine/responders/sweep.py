@@ -8,7 +8,7 @@ from typing import Any, Final
 from twisted.internet.defer import Deferred
 
 from s2s.errors import DatabaseUnavailable, DbUnavailable, InternalError, StatementRefused
-from s2s.link.dispatcher import Request
+from s2s.protocol.received import Request
 from s2s.runtime.clock import Clock
 from s2s.runtime.status_log import status_log
 from s2s.store.pool import Database
