@@ -84,7 +84,7 @@ class ExampleTests(RoleTestCase):
         found = mock.patch.dict(os.environ, PYTHONPATH=path.rstrip(os.pathsep))
         found.start()
         self.addCleanup(found.stop)
-        migrated = self.s2s("db", "migrate")
+        migrated = self.run_s2s("db", "migrate")
         self.assertEqual(migrated.returncode, 0, migrated.stderr)
 
     @inlineCallbacks
@@ -140,18 +140,6 @@ class ExampleTests(RoleTestCase):
         yield poll(lambda: self.execute(notice) == [("The tide turns, and 0 ships leave",)], "the notice")
         self.assertEqual(self.execute("select schedule from s2s.jobs where job_type ~ '^harbour'"), [("every:60s",)])
 
-    def s2s(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        """Run the console script beside the example, on the test's database."""
-        program = str(Path(sys.executable).with_name("s2s"))
-        return subprocess.run(
-            [program, *argv],
-            env=environment(S2S_DATABASE_URL=self.url),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-
     @inlineCallbacks
     def test_its_order(self) -> Iterator[Deferred[Any]]:
         """The example's order, setting and report work over link, HTTP and command line, and the order is audited."""
@@ -161,13 +149,13 @@ class ExampleTests(RoleTestCase):
         yield server.start()
         yield engine.start()
         yield engine.says("link up")
-        closed = self.s2s("order", "harbour-close", "closed", "--reason", "storm")
+        closed = self.run_s2s("order", "harbour-close", "closed", "--reason", "storm")
         self.assertEqual((closed.returncode, closed.stderr), (0, ""), closed.stdout)
         self.assertIn('is done: state "closed"', closed.stdout)
-        again = self.s2s("order", "harbour-close", "closed", "--reason", "storm")
+        again = self.run_s2s("order", "harbour-close", "closed", "--reason", "storm")
         self.assertIn("bad_payload: the harbour is closed already", again.stderr)
         self.assertIn(
-            "Closes or opens the harbour. (harbour.close.v1)", self.s2s("order", "harbour-close", "-h").stdout
+            "Closes or opens the harbour. (harbour.close.v1)", self.run_s2s("order", "harbour-close", "-h").stdout
         )
         self.assertEqual(
             self.execute("select way, status from s2s.orders order by created_at"),
@@ -175,7 +163,7 @@ class ExampleTests(RoleTestCase):
         )
         audited = "select params ->> 'reason' from s2s.audit where action = 'harbour.close.v1'"
         self.assertEqual(self.execute(f"{audited} limit 1"), [("storm",)])
-        token = json.loads(self.s2s("tokens", "add", "alice", "--role", "operator", "--json").stdout)["token"]
+        token = json.loads(self.run_s2s("tokens", "add", "alice", "--role", "operator", "--json").stdout)["token"]
         api = AdminClient(f"http://127.0.0.1:{port}", token)
         self.addCleanup(api.close)
         order = yield api.give_order("harbour.close.v1", {"state": "open", "reason": "calm"}, wait_s=30)
@@ -189,8 +177,8 @@ class ExampleTests(RoleTestCase):
         self.addCleanup(sys.modules.pop, "harbour")
         found = yield api.show_report(Report("harbour.docked", "", row, ""))
         self.assertEqual(found, row("open", 0))
-        self.assertEqual(self.s2s("config", "set", "harbour.berths", "0").returncode, 0)
-        self.assertIn("must be", self.s2s("config", "set", "harbour.berths", "1001").stderr)
+        self.assertEqual(self.run_s2s("config", "set", "harbour.berths", "0").returncode, 0)
+        self.assertIn("must be", self.run_s2s("config", "set", "harbour.berths", "1001").stderr)
 
     def test_its_migration(self) -> None:
         """``s2s db migrate`` makes the example's tables; a role that lacks them is refused with that command."""
@@ -206,15 +194,15 @@ class ExampleTests(RoleTestCase):
         )
         self.assertEqual(server.returncode, 1)
         self.assertIn("the database lacks harbour/0001_initial: run: s2s db migrate", server.stderr)
-        self.assertEqual(self.s2s("db", "status").returncode, 1)
-        self.assertIn("migrated: harbour/0001_initial\n", self.s2s("db", "migrate").stdout)
-        self.assertEqual(self.s2s("db", "status").returncode, 0)
+        self.assertEqual(self.run_s2s("db", "status").returncode, 1)
+        self.assertIn("migrated: harbour/0001_initial\n", self.run_s2s("db", "migrate").stdout)
+        self.assertEqual(self.run_s2s("db", "status").returncode, 0)
         self.execute("drop table harbour.docked")
-        self.assertIn("the table harbour.docked is missing", self.s2s("db", "status").stderr)
+        self.assertIn("the table harbour.docked is missing", self.run_s2s("db", "status").stderr)
 
     def test_list(self) -> None:
         """``s2s plugins list`` shows all that the example brings, and the broken plug-in's complaint on stderr."""
-        done = self.s2s("plugins", "list", "--json")
+        done = self.run_s2s("plugins", "list", "--json")
         rows = [tuple(row[name] for name in ("kind", "name", "source")) for row in json.loads(done.stdout)]
         self.assertEqual(
             [row for row in rows if "harbour" in row[2]],

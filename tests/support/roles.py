@@ -316,6 +316,17 @@ class RoleTestCase(DatabaseTestCase):
         self.addCleanup(engine.stop)
         return engine
 
+    def run_s2s(self, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run the console script on the test's database. Blocks."""
+        return subprocess.run(
+            [str(Path(sys.executable).with_name("s2s")), *argv],
+            env=environment(**{DATABASE_VARIABLE: self.url, **variables}),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
     def count(self, table: str) -> int:
         """Count the rows of a table."""
         return int(self.execute(f"select count(*) from {table}")[0][0])

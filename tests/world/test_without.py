@@ -29,18 +29,6 @@ class WithoutWorldTests(ApiTestCase):
         self.api, self.role = self.make_server("--no-world")
         yield self.role.start()
 
-    def s2s(self, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run the console script on the test's database."""
-        program = str(Path(sys.executable).with_name("s2s"))
-        return subprocess.run(
-            [program, *argv],
-            env=environment(S2S_DATABASE_URL=self.url, **variables),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-
     @inlineCallbacks
     def test_the_roles(self) -> Iterator[Deferred[Any]]:
         """A linked server and engine have no job, no order, no setting and no report of the world."""
@@ -62,18 +50,18 @@ class WithoutWorldTests(ApiTestCase):
 
     def test_the_console_script(self) -> None:
         """``s2s db migrate`` makes the tables of the world unless it is left out, by the option or the variable."""
-        done = self.s2s("db", "migrate", "--no-world")
+        done = self.run_s2s("db", "migrate", "--no-world")
         self.assertEqual((done.returncode, done.stdout), (0, "the database is up to date\n"), done.stderr)
-        self.assertEqual(self.s2s("db", "status", "--no-world").returncode, 0)
-        self.assertEqual(self.s2s("db", "status", S2S_NO_WORLD="1").returncode, 0)
-        self.assertEqual(self.s2s("db", "status").returncode, 1)
-        commands = self.s2s("order", "--help", S2S_NO_WORLD="1").stdout
+        self.assertEqual(self.run_s2s("db", "status", "--no-world").returncode, 0)
+        self.assertEqual(self.run_s2s("db", "status", S2S_NO_WORLD="1").returncode, 0)
+        self.assertEqual(self.run_s2s("db", "status").returncode, 1)
+        commands = self.run_s2s("order", "--help", S2S_NO_WORLD="1").stdout
         self.assertIn("config-set", commands)
         self.assertNotIn("set-sector-status", commands)
         self.assertEqual(self.execute("select to_regnamespace('s2s_world')"), [(None,)])
-        done = self.s2s("db", "migrate")
+        done = self.run_s2s("db", "migrate")
         self.assertEqual(done.stdout, "migrated: s2s_world/0001_initial\n", done.stderr)
-        self.assertEqual(self.s2s("db", "status").returncode, 0)
+        self.assertEqual(self.run_s2s("db", "status").returncode, 0)
         self.assertEqual(self.execute("select count(*) from s2s.config where key like 'job.%%'"), [(2,)])
 
     def test_a_role_that_wants_it(self) -> None:
