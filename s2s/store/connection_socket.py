@@ -1,16 +1,46 @@
-"""The socket of a database connection that the reactor watches."""
+"""The socket of a database connection, which the reactor watches or another thread shuts down."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psycopg2
 from twisted.internet.interfaces import IReadWriteDescriptor
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from s2s.store.driver import Connection
+
+
+def shut_down(conn: Connection) -> None:
+    """Shut the socket of a connection down, so that a thread that waits for an answer on it fails.
+
+    Closing the connection itself would wait for that thread.
+    """
+    # The descriptor may be closed, also by foreign code.
+    with suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(conn.fileno())) as handle:
+        handle.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def shut_down_after(conn: Connection, seconds: float) -> Iterator[None]:
+    """Shut a connection down if the body takes longer than this.
+
+    No timeout of the database and no keepalive ends the wait for an answer that a proxy on the way has dropped.
+    """
+    timer = threading.Timer(seconds, shut_down, (conn,))
+    timer.daemon = True
+    with suppress(RuntimeError):  # the operating system refuses the thread: wait without a bound
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @implementer(IReadWriteDescriptor)

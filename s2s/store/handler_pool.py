@@ -13,7 +13,6 @@ it.
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from s2s.runtime import own_threads
 from s2s.runtime.clock import Timer, cancel
 from s2s.runtime.memory import Memory
 from s2s.store.connection import PlanningConnection
+from s2s.store.connection_socket import shut_down
 from s2s.store.cursor import StoreCursor, plain
 from s2s.store.driver import Connection, Cursor, is_broken, is_in_transaction, savepoint
 from s2s.store.pool import Database
@@ -299,12 +299,7 @@ class HandlerPool(Database):
             if task.entered_at is None:
                 return
             self._signal(task, "pg_terminate_backend")
-            # Foreign code may have closed the descriptor.
-            with (
-                suppress(OSError, psycopg2.Error),
-                socket.socket(fileno=os.dup(cast(Any, task.connection).fileno())) as handle,
-            ):
-                handle.shutdown(socket.SHUT_RDWR)
+            shut_down(cast("Connection", task.connection))
 
     # --- in the thread of a task -------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Final, TypeVar, cast
 
 import psycopg2
@@ -23,6 +23,7 @@ from s2s.store import driver, interruptible, kept_rows, migrations, sqlstate
 from s2s.store.async_connection import AsyncConnection
 from s2s.store.availability import Availability
 from s2s.store.connection import PlanningConnection, prepare
+from s2s.store.connection_socket import shut_down_after
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection, Cursor, Query, Steps
 from s2s.store.silence import Silence
@@ -38,6 +39,8 @@ CANCEL_S: Final = 1.0
 _CANCEL_AGAIN_S: Final = 0.1
 #: Seconds that a shutdown transaction may take to connect, and for each of its statements.
 LAST_S: Final = 1.0
+#: The statements of such a transaction, with those that prepare its connection, and its COMMIT.
+_LAST_STATEMENTS: Final = 4
 #: Seconds that the main thread waits until a session is ready for its first statement.
 READY_S: Final = 60.0
 _NOT_RUNNING: Final = "the database pool is not running"
@@ -278,7 +281,9 @@ class Database:
 
     def shutdown_transaction(self) -> AbstractContextManager[Cursor]:
         """Return one blocking transaction of bounded time, on its own connection; not for the reactor thread."""
-        return blocking(self.url, "s2s last", statement_timeout_s=LAST_S, connect_timeout_s=LAST_S)
+        return blocking(
+            self.url, "s2s last", statement_timeout_s=LAST_S, connect_timeout_s=LAST_S, cut_s=_LAST_STATEMENTS * LAST_S
+        )
 
     # --- in a thread of the pool ---------------------------------------------------------------------------------
 
@@ -424,6 +429,7 @@ def blocking(
     statement_timeout_s: float = 60.0,
     connect_timeout_s: float | None = None,
     within_s: float | None = None,
+    cut_s: float | None = None,
 ) -> Iterator[Cursor]:
     """Open one transaction on a connection of its own, for a command line or a check before the reactor runs.
 
@@ -432,6 +438,7 @@ def blocking(
         ``None``: the URL's value, or our default.
     :param within_s: seconds that everything may take in the main thread; ``None``: only the time until the session is
         ready is bounded, by :data:`READY_S`. After a while a line on stderr states what the process waits for.
+    :param cut_s: seconds after which the connection is shut down in any thread; ``None``: it is not.
     :raises OperatorError: the URL cannot be read.
     :raises DatabaseUnavailable: there is no connection, or it broke.
     :raises StatementRefused: the database refused a statement.
@@ -443,7 +450,8 @@ def blocking(
             parameters["connect_timeout"] = max(1, round(connect_timeout_s))
         patience = interruptible.Patience(parameters, READY_S if within_s is None else within_s)
         conn = interruptible.connect(parameters, patience)
-        with interruptible.waits(conn, patience):
+        bound = nullcontext() if cut_s is None else shut_down_after(conn, cut_s)
+        with interruptible.waits(conn, patience), bound:
             prepare(conn, statement_timeout_s, statement_timeout_s)
             if within_s is None:
                 patience.end()

@@ -9,20 +9,18 @@ closed.
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
-import psycopg2
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from s2s.errors import S2SError
 from s2s.runtime import own_threads
 from s2s.store.connection import PlanningConnection
+from s2s.store.connection_socket import shut_down
 from s2s.store.driver import Cursor
 
 #: Seconds without an answer after which the database is queried about the session: more than the statement timeout of
@@ -123,8 +121,7 @@ class Silence:
         why = _SILENT if conn.session is None else self._why(conn, conn.session, since)
         if not why or conn.asked_at != since:
             return ""
-        with suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(conn.fileno())) as handle:
-            handle.shutdown(socket.SHUT_RDWR)
+        shut_down(conn)
         return why
 
     def _why(self, conn: PlanningConnection, session: tuple[int, str], since: float) -> str:

@@ -16,6 +16,7 @@ from s2s.store.pool import blocking
 from s2s.store.tables import broadcasts, outbox
 from s2s.store.tables.own_keys import copied, database_id, renew
 from tests.cli.test_cli import CliTestCase
+from tests.support.installed import FOUND
 from tests.support.peer import K1
 from tests.support.postgres import DatabaseTestCase, Session, database_url, drop_database, make_database, template
 from tests.support.roles import Engine, RoleTestCase
@@ -64,7 +65,7 @@ class CopyTests(CliTestCase):
     def told(self) -> list[str]:
         """Return the lines that a start of a role logs, and assert that ``db status`` shows the same."""
         with capturedLogs() as events:
-            preflight.check(self.url, "engine")
+            preflight.check(self.url, "engine", FOUND)
         lines = [str(formatEvent(event)) for event in events]
         self.assertEqual(self.s2s("db", "status").stderr.splitlines(), lines)
         return lines

@@ -11,10 +11,11 @@ from urllib.parse import parse_qs, urlsplit
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList, gatherResults
 from twisted.internet.endpoints import UNIXClientEndpoint
+from twisted.internet.threads import blockingCallFromThread, deferToThread
 from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 
 from s2s.errors import DatabaseUnavailable
-from s2s.store import async_connection, silence
+from s2s.store import async_connection, pool, silence
 from s2s.store.driver import Cursor, Query
 from s2s.store.pool import Database
 from tests.support.postgres import DatabaseTestCase
@@ -69,6 +70,17 @@ class SilenceTests(DatabaseTestCase):
         lines = [event for event in self.told if event["log_namespace"] == "s2s.store.silence.Silence"]
         self.assertEqual(len(lines), 2)
         self.assertEqual(self.database.counters.met["database_answer"], 2)
+
+    async def test_a_look_that_is_not_answered(self) -> None:
+        """A transaction of bounded time ends although a proxy drops its answers, so a look at a session ends too."""
+        self.patch(pool, "LAST_S", 0.2)
+
+        def look() -> None:
+            with self.database.shutdown_transaction() as txn:
+                blockingCallFromThread(reactor, self.proxy.hole)
+                txn.execute("select 1")
+
+        await self.assertFailure(deferToThread(look), DatabaseUnavailable)
 
     async def test_without_activities(self) -> None:
         """With ``track_activities`` off, an unanswered statement fails too, and a running one is left alone."""
