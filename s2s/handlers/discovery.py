@@ -108,7 +108,7 @@ class Found:
     replaced: frozenset[tuple[str, str]] = frozenset()
     sources: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def catalogue(self) -> Catalogue:
         """The message types of a peer with these order handlers."""
         return with_orders(map(orders.message_type, self.orders.values()))

@@ -8,7 +8,7 @@ schemas are created first. If two processes migrate at once, the second one wait
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -20,7 +20,7 @@ from psycopg2 import sql
 from psycopg2.errors import DeadlockDetected, LockNotAvailable
 
 from s2s.errors import OperatorError, SchemaError, StatementRefused
-from s2s.protocol.settings import Setting
+from s2s.protocol.settings import SETTINGS, Setting
 from s2s.store import sqlstate
 from s2s.store.driver import Connection, Cursor, lock_key, translate_error
 from s2s.store.kept_rows import check_written
@@ -146,7 +146,7 @@ def tables(plugins: Iterable[Migrations] = ()) -> frozenset[str]:
 def migrate(
     conn: Connection,
     plugins: Sequence[Migrations] = (),
-    settings: Iterable[Setting] = (),
+    settings: Collection[Setting] = SETTINGS,
     *,
     tell: Callable[[str], object] = lambda line: None,
     patience_s: float = PATIENCE_S,
@@ -155,7 +155,7 @@ def migrate(
 
     :param conn: an open connection, not in autocommit; the migrations are committed.
     :param plugins: the migrations of the installed plug-ins.
-    :param settings: the settings of the installed plug-ins.
+    :param settings: the settings of s2s and of the installed plug-ins.
     :param tell: see :class:`~s2s.store.lock_wait.LockWait`, also for ``patience_s``.
     :returns: the migrations that ran.
     :raises SchemaError: the database is newer than this release, or its encoding is not UTF-8.
@@ -167,7 +167,7 @@ def migrate(
         return locks.run(lambda txn: _run(txn, plugins, settings))
 
 
-def _run(txn: Cursor, plugins: Sequence[Migrations], settings: Iterable[Setting]) -> list[str]:
+def _run(txn: Cursor, plugins: Sequence[Migrations], settings: Collection[Setting]) -> list[str]:
     # Held until the COMMIT, so that a process that waits for it sees the migrations of the other one.
     txn.execute("select pg_advisory_xact_lock(%s)", (_LOCK,))
     _check_encoding(txn)

@@ -13,7 +13,7 @@ from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import DatabaseUnavailable, OperatorError
-from s2s.protocol.settings import BY_KEY
+from s2s.protocol.settings import BY_KEY, SETTINGS
 from s2s.roles.live_config import LiveConfig
 from s2s.runtime.clock import Clock
 from s2s.store.pool import blocking
@@ -46,7 +46,7 @@ class TableTests(DatabaseTestCase):
         self.change("relay.window", 3)
         self.execute("update s2s.config set description = 'old' where key = 'relay.window'")
         with blocking(self.url) as txn:
-            table.declare(txn)
+            table.declare(txn, SETTINGS)
         ((value, description),) = self.execute("select value, description from s2s.config where key = 'relay.window'")
         self.assertEqual((value, description), (3, BY_KEY["relay.window"].description))
         self.assertEqual(self.snapshot().version, 1)

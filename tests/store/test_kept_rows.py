@@ -9,6 +9,7 @@ from typing import Any
 from twisted.logger import capturedLogs, formatEvent
 
 from s2s.errors import DatabaseUnavailable, OperatorError, StatementRefused
+from s2s.protocol.settings import SETTINGS
 from s2s.store import sqlstate
 from s2s.store.driver import Cursor
 from s2s.store.kept_rows import KEPT
@@ -69,7 +70,7 @@ class KeptRowsTests(DatabaseTestCase):
         self.execute("insert into s2s.commands (cmd_type, idem_key, payload) values ('a.b', 'k', '{}')")
         self.execute("insert into s2s.broadcasts (message) values ('hello')")
         with blocking(self.url) as txn:
-            config.declare(txn)
+            config.declare(txn, SETTINGS)
         works: dict[str, list[Callable[[Cursor], Any]]] = {
             "outbox": [
                 lambda txn: outbox.put(txn, "a.b", "k", {}),
@@ -122,7 +123,7 @@ class KeptRowsTests(DatabaseTestCase):
         self.execute("truncate s2s.database; delete from s2s.config where key = 'commands.keep_days'")
         self.refused("database", database_id)
         self.refused("database", retention.advance)
-        self.refused("config", config.declare)
+        self.refused("config", lambda txn: config.declare(txn, SETTINGS))
         self.refused("broadcasts", lambda txn: broadcasts.sweep(txn, 0, 10, 65536), "update")
         self.refused("config", lambda txn: config.change(txn, "executor.batch_size", 7, "cli:x"), "update")
 

@@ -5,7 +5,7 @@ The triggers of the tables check types and bounds, count the version and write t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -13,7 +13,7 @@ from typing import Final
 from psycopg2.extras import Json
 
 from s2s.errors import OperatorError, SchemaError, StatementRefused
-from s2s.protocol.settings import SETTINGS, Setting, Value
+from s2s.protocol.settings import Setting, Value
 from s2s.store import driver
 from s2s.store.driver import Cursor
 from s2s.store.kept_rows import check_written, note
@@ -62,13 +62,12 @@ class Change:
 _VERSION: Final = "select coalesce(max(version), 0) from s2s.config_history"
 
 
-def declare(txn: Cursor, plugins: Iterable[Setting] = ()) -> None:
-    """Insert the settings of this release and of plug-ins; values that exist already stay.
+def declare(txn: Cursor, settings: Collection[Setting]) -> None:
+    """Insert settings; values that exist already stay.
 
     The row of ``config_version`` is created again if a partial restore or a TRUNCATE has removed it.
     """
     txn.execute("select set_config('s2s.action', 'config.declare', true)")
-    settings = (*SETTINGS, *plugins)
     for setting in settings:
         txn.execute(
             "insert into s2s.config (key, value, type, min, max, description) values (%s, %s, %s, %s, %s, %s)"
