@@ -15,6 +15,8 @@ from s2s.cli.backend import Backend, with_backend
 from s2s.cli.common import database_options, json_option, one_line_errors, progress_bar, show_one, transaction
 from s2s.cli.world_seed import make_world
 from s2s.errors import OperatorError
+from s2s.store import migrations
+from s2s.world import migrations as world_migrations
 from s2s.world.tables import COUNTS
 
 #: Rows of a table. So many ships take a minute or two, and gigabytes.
@@ -40,6 +42,7 @@ def seed(
     """Make a world: the same sizes and seed make the same one. All of it is made, or nothing."""
     made = {"sectors": sectors, "ports": sectors, "ships": ships, "seed": seed}
     with transaction(database, state_dir) as txn, progress_bar() as bar:
+        migrations.check(txn, [world_migrations])
         began = time.monotonic()
         progress = partial(bar.advance, bar.add_task("rows", total=2 * sectors + ships))
         tell = partial(click.echo, err=True)

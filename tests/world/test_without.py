@@ -59,6 +59,11 @@ class WithoutWorldTests(ApiTestCase):
         self.assertIn("config-set", commands)
         self.assertNotIn("set-sector-status", commands)
         self.assertEqual(self.execute("select to_regnamespace('s2s_world')"), [(None,)])
+        seeded = self.run_s2s("world", "seed", "--sectors", "3", "--ships", "5")
+        for asked in (self.run_s2s("world", "show"), seeded):
+            self.assertEqual((asked.returncode, asked.stderr.count("\n")), (1, 1))
+            self.assertIn("lacks", asked.stderr)
+            self.assertIn("run: s2s db migrate", asked.stderr)
         done = self.run_s2s("db", "migrate")
         self.assertEqual(done.stdout, "migrated: s2s_world/0001_initial\n", done.stderr)
         self.assertEqual(self.run_s2s("db", "status").returncode, 0)
