@@ -7,6 +7,7 @@ import getpass
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from rich.text import Text
 
 from s2s.errors import DatabaseError, S2SError
 from s2s.roles import preflight
+from s2s.roles.options import is_set, variable
 from s2s.store import lock_wait, migrations
 from s2s.store.cursor import Unreadable
 from s2s.store.driver import Cursor, commit
@@ -64,7 +66,10 @@ state_dir_option = click.option(
     help="Where the embedded PostgreSQL lives, when no database is named.",
 )
 world_option = click.option(
-    "--no-world", is_flag=True, envvar="S2S_NO_WORLD", help="Leave out the bundled world of sectors, ports and ships."
+    "--no-world",
+    is_flag=True,
+    help="Leave out the bundled world of sectors, ports and ships; else S2S_NO_WORLD.",
+    callback=lambda *given: given[-1] or is_set(variable("no-world")),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs.")
 limit_option = click.option(
@@ -140,8 +145,16 @@ def transaction(
         place.leave()
 
 
+#: The columns of a table that is written to a file or a pipe, so that no value is broken for a terminal that is absent.
+_WIDE: Final = 1000
+
+
 class _Output(Console):
-    """The output of tables, which tells a broken pipe as any other output does."""
+    """The output of tables, which reports a broken pipe as any other output does."""
+
+    def __init__(self) -> None:
+        is_wide = "COLUMNS" not in os.environ and not sys.stdout.isatty()
+        super().__init__(width=_WIDE if is_wide else None)
 
     def on_broken_pipe(self) -> None:
         """Leave the error to the program."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Final
 
 import click
@@ -11,7 +12,7 @@ from s2s.admin.operations import config
 from s2s.cli.backend import Backend, rows, with_backend
 from s2s.cli.common import ALL, before_option, json_option, limit_option, show
 from s2s.errors import NotFound, OperatorError, Refused
-from s2s.protocol.settings import read_as
+from s2s.protocol.settings import Value, read_as
 
 _WANTED: Final = {"boolean": "true or false", "integer": "a whole number"}
 
@@ -27,7 +28,13 @@ def group() -> None:
 def list_(backend: Backend, as_json: bool) -> None:
     """List the settings with their bounds."""
     found = rows(backend, config.LIST, ALL)
-    show(found, ("key", "value", "min", "max", "version", "description"), as_json, "there are no settings")
+    lines = found if as_json else [replace(row, value=_text(row.value)) for row in found]
+    show(lines, ("key", "value", "min", "max", "version", "description"), as_json, "there are no settings")
+
+
+def _text(value: Value) -> str:
+    """Write a value as ``s2s config set`` takes it."""
+    return value or "(empty)" if isinstance(value, str) else json.dumps(value)
 
 
 @group.command(name="set")
@@ -51,9 +58,9 @@ def set_(backend: Backend, key: str, value: str, as_json: bool) -> None:
         told = {"key": key, "value": wanted, "version": found.version, "changed": found.changed}
         click.echo(json.dumps(told))
     elif found.changed:
-        click.echo(f"{key} is {value}, version {found.version}")
+        click.echo(f"{key} is {_text(wanted)}, version {found.version}")
     else:
-        click.echo(f"{key} is {value} already")
+        click.echo(f"{key} is {_text(wanted)} already")
     if found.hint:
         click.echo(found.hint, err=True)
 

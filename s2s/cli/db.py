@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from s2s.cli.common import database_options, json_option, one_line_errors, show, transaction, world_option
+from s2s.errors import SchemaError
 from s2s.handlers.discovery import Found, installed
 from s2s.store import kept_rows, migrations, privileges, sequences, shape
 from s2s.store.driver import Cursor
@@ -39,7 +40,7 @@ def db() -> None:
 def migrate(wait_s: float, no_world: bool, database: str | None, state_dir: Path) -> None:
     """Bring the tables of s2s and of the plug-ins up to date. Running it twice, or twice at once, does no harm.
 
-    A plug-in that is left out has a line, and its tables are not touched.
+    A plug-in that is left out has a line, its tables are not touched, and the exit code is 1.
     """
     found = _plugins(no_world)
     plugins, tell = list(found.migrations.values()), partial(click.echo, err=True)
@@ -49,6 +50,8 @@ def migrate(wait_s: float, no_world: bool, database: str | None, state_dir: Path
         click.echo(f"migrated: {name}")
     if not done:
         click.echo("the database is up to date")
+    if found.complaints:
+        raise SystemExit(1)
 
 
 def _plugins(no_world: bool) -> Found:
@@ -90,13 +93,19 @@ def _wrong(txn: Cursor, plugins: Sequence[Migrations]) -> Iterator[str]:
     yield from privileges.hidden(txn)
     if migrations.is_visible(txn):
         yield from (line for line, _ in sequences.wrong(txn))
-        yield from shape.wrong(txn, plugins)
+        yield from shape.wrong(txn)
         _, kept = guard_watch.look(txn)
         yield from kept
     queue = notify_queue.look(txn)
     if queue.usage >= notify_queue.HIGH:
         yield str(queue)
-    yield from privileges.to_migrate(txn, plugins)
+    not_allowed = privileges.to_migrate(txn, plugins)
+    yield from not_allowed
+    if not not_allowed:
+        try:
+            migrations.check(txn, plugins)
+        except SchemaError as error:
+            yield str(error)
 
 
 @db.command(name="fix-sequences")

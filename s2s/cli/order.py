@@ -69,7 +69,9 @@ def order() -> None:
 # --- giving ----------------------------------------------------------------------------------------------------------
 
 
-#: Members of a request that are options on the command line.
+#: Stands before the name of each param of an order, whose name may be that of another option of the command.
+_PARAM: Final = "param_"
+#: Params of orders that are options on the command line.
 _OPTIONS: Final = ("reason",)
 
 
@@ -81,16 +83,17 @@ def _command(handler: OrderHandler) -> click.Command:
     rpc, document = handler.rpc, handler.schema
     rules = {member: rule.get("type", "string") for member, rule in document.get("properties", {}).items()}
 
-    def command(backend: Backend, idem_key: str | None, wait_s: float, as_json: bool, **typed: str) -> None:
+    def command(backend: Backend, idem_key: str | None, wait_s: float, as_json: bool, **options: str) -> None:
         if math.isnan(wait_s):
             raise OperatorError("--wait nan: write a number of seconds")
         wrong = None if idem_key is None else IDEM_KEY.explain(idem_key, "--idem-key")
         if wrong is not None:
             raise OperatorError(f"{wrong[0]}: {wrong[1]}")
+        typed = {name.removeprefix(_PARAM): text for name, text in options.items() if text is not None}
         # Raise on text that is not valid Unicode: the audit could not record it either.
         "".join(typed.values()).encode()
         types = {**rules, **_kinds(backend, rpc, typed)}
-        params = {member: _read(types[member], text) for member, text in typed.items() if text is not None}
+        params = {member: _read(types[member], text) for member, text in typed.items()}
         row = _give(backend, handler, params, idem_key)
         _end(_follow(backend, row, wait_s), as_json)
 
@@ -99,10 +102,10 @@ def _command(handler: OrderHandler) -> click.Command:
     for member in reversed(rules):
         if member in _OPTIONS or member not in required:
             said = document["properties"][member].get("description", "")
-            option = click.option(f"--{member.replace('_', '-')}", member, required=member in required, help=said)
-            opened = option(opened)
+            name = f"--{member.replace('_', '-')}"
+            opened = click.option(name, _PARAM + member, required=member in required, help=said)(opened)
         else:
-            opened = click.argument(member, metavar=member.upper())(opened)
+            opened = click.argument(_PARAM + member, metavar=member.upper())(opened)
     for option in (_wait, _idem_key):
         opened = option(opened)
     made: click.Command = click.command(
@@ -118,9 +121,10 @@ def _command(handler: OrderHandler) -> click.Command:
 def _rule(document: Mapping[str, Any], member: str) -> str:
     """Describe the allowed values of a request member, from its schema."""
     rule = document["properties"][member]
-    allowed = rule.get("enum") or [f"{rule[bound]}" for bound in ("minimum", "maximum") if bound in rule]
-    joined = (" | " if "enum" in rule else " to ").join(allowed)
-    return f"{member.upper()}: {rule.get('description', '')}{f' {joined}' if allowed else ''}"
+    choices = rule.get("enum") or (["true", "false"] if rule.get("type") == "boolean" else [])
+    bounds = [f"{rule[bound]}" for bound in ("minimum", "maximum") if bound in rule]
+    allowed = " | ".join(choices) or " to ".join(bounds)
+    return f"{member.upper()}: {rule.get('description', '')}{f' {allowed}' if allowed else ''}"
 
 
 def _give(backend: Backend, handler: OrderHandler, params: Mapping[str, Value], idem_key: str | None) -> Order:
@@ -170,7 +174,7 @@ _wait = click.option(
     type=click.FloatRange(0),
     default=30,
     show_default=True,
-    help="Follow it until nothing has moved for so long; 0: give it, and do not wait.",
+    help="Wait until the order is over, or makes no progress for SECONDS. 0: do not wait.",
 )
 
 

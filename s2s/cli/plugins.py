@@ -35,7 +35,7 @@ def plugins() -> None:
 @world_option
 @json_option
 def list_(no_world: bool, as_json: bool) -> None:
-    """List the plug-ins, and what is wrong with those that are left out."""
+    """List the plug-ins, and what is wrong with those that are left out; exit 1 if there is one."""
     found = discover(not no_world)
     rows = [
         _Row(
@@ -53,3 +53,5 @@ def list_(no_world: bool, as_json: bool) -> None:
     show(rows, ("kind", "name", "source", "replaces", "schedule"), as_json, "there are none")
     for complaint in found.complaints:
         click.echo(complaint, err=True)
+    if found.complaints:
+        raise SystemExit(1)

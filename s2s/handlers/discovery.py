@@ -145,6 +145,7 @@ def discover(world: bool = True) -> Found:
             module = importlib.import_module(name)
             for attribute, value in list(vars(module).items()):
                 with _left_out(f"{name}.{attribute}", complaints):
+                    _refuse_class(attribute, value)
                     for member, kind in KINDS.items():
                         known = found[member]
                         # Identity instead of "in", which would call the plug-in's own comparison.
@@ -179,6 +180,13 @@ def _passed_over() -> Iterator[tuple[Path, str]]:
             yield directory, "it has an __init__.py: remove that file"
 
 
+def _refuse_class(attribute: str, value: Any) -> None:
+    """Refuse a class that is assigned to a name other than its own: its instance was meant."""
+    bases = (CommandHandler, Job, OrderHandler)
+    if isinstance(value, type) and issubclass(value, bases) and attribute != value.__name__:
+        raise OperatorError(f"it is the class {value.__name__} and no instance of it: write {value.__name__}()")
+
+
 def _check(value: Any) -> None:
     """Refuse a schema of anything but objects, which no push can satisfy, and an async handler, which never runs."""
     if ICommandHandler.providedBy(value):
@@ -189,7 +197,7 @@ def _check(value: Any) -> None:
     for method in filter(None, (getattr(value, name, None) for name in ("run", "run_batch"))):
         if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
             raise OperatorError(
-                f"its {method.__name__}() is async or a generator, and runs in a thread: write a plain one"
+                f"its {method.__name__}() is async or a generator, and runs in a thread: write a plain def"
             )
 
 

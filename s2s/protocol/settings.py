@@ -69,9 +69,12 @@ def check_setting(setting: Setting) -> None:
     default = setting.default
     if type(default) not in (str, int, bool):
         raise OperatorError(f"its default is a {type(default).__name__}: write a string, an integer or a boolean")
+    if type(default) is bool and (setting.least, setting.most) != (None, None):
+        raise OperatorError("it is a boolean and has bounds: leave them out")
     size = 0 if type(default) is bool else default if type(default) is int else len(str(default))
     if not (setting.least or size) <= size <= (size if setting.most is None else setting.most):
-        raise OperatorError(f"its default is not from {setting.least} to {setting.most}")
+        of = "the length of its default" if type(default) is str else "its default"
+        raise OperatorError(f"{of} is not from {setting.least} to {setting.most}")
 
 
 def read_as(kind: str, text: str) -> Value | None:

@@ -51,6 +51,11 @@ _TWISTD_PIDFILE: Final = "twistd.pid"
 #: Sessions of a role beside those of its two pools: for short statements, for notifications, and to cancel by.
 _OWN_SESSIONS: Final = 3
 HANDLER_TIMEOUTS: Final = (1, 3600)
+#: The values of an environment variable for a flag.
+_FLAGS: Final = {
+    **dict.fromkeys(("1", "true", "yes", "on"), True),
+    **dict.fromkeys(("0", "false", "no", "off"), False),
+}
 
 _log = Logger()
 
@@ -61,8 +66,16 @@ def variable(option: str) -> str:
 
 
 def is_set(name: str) -> bool:
-    """Return whether the environment variable of a flag sets it."""
-    return os.environ.get(name, "").lower() not in ("", "0", "false", "no")
+    """Return whether the environment variable of a flag sets it.
+
+    :raises OperatorError: its value is neither of the two.
+    """
+    value = os.environ.get(name)
+    if value is None:
+        return False
+    if value.strip().lower() not in _FLAGS:
+        raise OperatorError(f"{name} is {value!r}: write 1 or 0, or leave it out")
+    return _FLAGS[value.strip().lower()]
 
 
 def between(least: int, most: int) -> Callable[[str], int]:
@@ -161,7 +174,7 @@ class RoleOptions(usage.Options):
         for name, given in self.items():
             # A secret or a file of variables may end with a line break.
             self[name] = given.strip() if isinstance(given, str) else given
-        self["no-world"] = bool(self["no-world"]) or is_set(variable("no-world"))
+        self["no-world"] = bool(self["no-world"]) or or_refuse(lambda: is_set(variable("no-world")))
         for name, coerce in {**_COERCIONS, **self.coercions}.items():
             try:
                 self[name] = coerce(self[name])

@@ -146,7 +146,7 @@ def _check(url: str, role: Role, plugins: Sequence[Migrations], sessions: int) -
         migrations.check(txn, plugins)
         connection_limits.check(txn, sessions)
         # First: the look at a sequence reads the largest id, which needs the index.
-        shape.check(txn, plugins)
+        shape.check(txn)
         sequences.check(txn)
         if line := own_keys.copied(txn):
             # s2s up shows it, too.

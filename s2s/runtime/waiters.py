@@ -17,9 +17,9 @@ class Waiters(Generic[T]):
     def __init__(self, waiting: Iterable[Deferred[T]] = ()) -> None:
         self._waiting = list(waiting)
 
-    def __bool__(self) -> bool:
-        """Whether a caller waits."""
-        return bool(self._waiting)
+    def __len__(self) -> int:
+        """The number of callers that wait."""
+        return len(self._waiting)
 
     def wait(self) -> Deferred[T]:
         """Return a Deferred that the next :meth:`fire` fires."""

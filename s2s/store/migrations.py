@@ -18,8 +18,9 @@ from typing import Final
 import psycopg2
 from psycopg2 import sql
 from psycopg2.errors import DeadlockDetected, LockNotAvailable
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
-from s2s.errors import OperatorError, SchemaError, StatementRefused
+from s2s.errors import OperatorError, SchemaError, StatementRefused, one_line
 from s2s.protocol.settings import SETTINGS, Setting
 from s2s.store import sqlstate
 from s2s.store.driver import Connection, Cursor, lock_key, translate_error
@@ -106,6 +107,12 @@ class Applied:
 
     def __str__(self) -> str:
         return f"{self.schema}/{self.name}"
+
+
+_ENDS: Final = (
+    "it ends the transaction of all migrations, as by COMMIT: its changes before that stay, and it counts as not"
+    " applied: undo them by hand, and remove the statement from the file"
+)
 
 
 class MigrationFailed(SchemaError):
@@ -198,11 +205,16 @@ def _make_schema(txn: Cursor, schema: str) -> None:
 
 def _apply(txn: Cursor, migration: Migration) -> None:
     try:
+        before = _transaction(txn)
         if migration.schema != OWN.schema:
             txn.execute(sql.SQL(_PLUGIN_PATH).format(sql.Identifier(migration.schema)))
         txn.execute(migration.sql)
         txn.execute(_OWN_PATH)
+        if _transaction(txn) != before:
+            raise MigrationFailed(f"the migration {migration} {_ENDS}")
     except psycopg2.Error as error:
+        if txn.connection.info.transaction_status == TRANSACTION_STATUS_IDLE:
+            raise MigrationFailed(f"the migration {migration} failed ({one_line(error)}), and {_ENDS}") from error
         refused = translate_error(error, txn.connection)
         # The caller tries again after a lock conflict, and a lost connection is not a fault of the file.
         if isinstance(error, LockNotAvailable | DeadlockDetected) or not isinstance(refused, StatementRefused):
@@ -215,6 +227,12 @@ def _apply(txn: Cursor, migration: Migration) -> None:
         (migration.schema, migration.version, migration.name),
     )
     check_written(txn, "insert", "s2s.migrations")
+
+
+def _transaction(txn: Cursor) -> int:
+    txn.execute("select txid_current()")
+    ((xid,),) = txn.fetchall()
+    return int(xid)
 
 
 def status(txn: Cursor, plugins: Iterable[Migrations] = ()) -> list[Applied]:

@@ -8,14 +8,14 @@ entry, duplicates are accepted, and a crash empties an unlogged table.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from typing import Final, NamedTuple
 
 from s2s.errors import SchemaError
 from s2s.store import migrations
 from s2s.store.driver import Cursor
-from s2s.store.migrations import Migration, Migrations
+from s2s.store.migrations import Migration
 
 _TRIGGER: Final = re.compile(r"^create trigger (\w+)\s[^;]*?\son ([\w.]+)", re.MULTILINE)
 _UNIQUE: Final = re.compile(r"^create unique index (\w+) on ([\w.]+)", re.MULTILINE)
@@ -107,17 +107,13 @@ def _made(applied: tuple[Migration, ...]) -> _Made:
     return made
 
 
-def wrong(txn: Cursor, plugins: Sequence[Migrations] = ()) -> Iterator[str]:
-    """Return a line for each missing or changed object, with its cure; no lines before the first migration.
-
-    Plug-ins may change their tables, but a table that a migration of theirs has made must exist.
-    """
+def wrong(txn: Cursor) -> Iterator[str]:
+    """Return a line for each missing or changed object of s2s, with its cure; no lines before the first migration."""
     applied = {(each.schema, each.version) for each in migrations.status(txn) if each.applied_at}
     made = _made(tuple(each for each in migrations.available() if (each.schema, each.version) in applied))
     if not made.tables:
         return
     yield from _wrong_tables(txn, made)
-    yield from _missing_tables(txn, [each for each in plugins if (each.schema, 1) in applied])
     yield from _wrong_functions(txn, made)
     yield from _wrong_triggers(txn, made)
     txn.execute(_INDEXES, ([name for name, _ in made.indexes], [table for _, table in made.indexes]))
@@ -164,13 +160,6 @@ def _wrong_tables(txn: Cursor, made: _Made) -> Iterator[str]:
             )
 
 
-def _missing_tables(txn: Cursor, plugins: Iterable[Migrations]) -> Iterator[str]:
-    names = sorted(migrations.tables(plugins) - migrations.tables())
-    txn.execute("select name from unnest(%s::text[]) as n (name) where to_regclass(name) is null order by 1", (names,))
-    for (table,) in txn.fetchall():
-        yield f"the table {table} is missing, {_IN_PART}"
-
-
 def _wrong_functions(txn: Cursor, made: _Made) -> Iterator[str]:
     txn.execute(_FUNCTIONS, (list(made.functions), _PATH.replace(" = ", "=")))
     for name, is_there in txn.fetchall():
@@ -200,10 +189,10 @@ def _wrong_triggers(txn: Cursor, made: _Made) -> Iterator[str]:
             yield f"the table {table} lacks the trigger {name}, {_IN_PART}"
 
 
-def check(txn: Cursor, plugins: Sequence[Migrations] = ()) -> None:
+def check(txn: Cursor) -> None:
     """Refuse a database with a missing or changed object.
 
     :raises SchemaError: with the first line of :func:`wrong`.
     """
-    for line in wrong(txn, plugins):
+    for line in wrong(txn):
         raise SchemaError(line)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 from twisted.internet.defer import Deferred, inlineCallbacks
@@ -22,6 +22,10 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.cli import main
 from s2s.cli.common import interrupt_noted
+from s2s.handlers.discovery import Found
+from s2s.handlers.orders import OrderHandler, OrderRun
+from s2s.handlers.run import Outcome
+from s2s.store.driver import Cursor
 from tests.cli.test_cli import CliTestCase
 from tests.support.installed import FOUND, ORDERS
 from tests.support.peer import CHECK, ERROR, Frame, ListeningPeer, Peer
@@ -413,10 +417,36 @@ class FollowTests(CliTestCase):
             )
             self.assertEqual((said, type(said)), (value, type(value)), kind)
 
+    def test_optional_params(self) -> None:
+        """An optional param is an option that may be left out, and a param may have the name of another option."""
+
+        class Ring(OrderHandler):
+            rpc = "bell.ring.v1"
+            schema: ClassVar = {
+                "description": "Rings.",
+                "type": "object",
+                "properties": {
+                    "url": {"type": "string"},
+                    "is_loud": {"type": "boolean", "description": "Loud."},
+                    "how_often": {"type": "integer"},
+                },
+                "required": ["url", "is_loud"],
+            }
+
+            def run(self, txn: Cursor, order: OrderRun) -> Outcome:
+                return None
+
+        self.patch(importlib.import_module("s2s.cli.order"), "installed", lambda _: Found(orders={Ring.rpc: Ring()}))
+        self.assertIn("IS_LOUD: Loud. true | false", self.s2s("order", "bell-ring", "--help").output)
+        self.s2s("order", "bell-ring", "x", "true", "--wait", "0", expected=3)
+        self.s2s("order", "bell-ring", "x", "false", "--how-often", "3", "--wait", "0", expected=3)
+        given = self.execute("select params from s2s.orders order by created_at")
+        self.assertEqual(given, [({"url": "x", "is_loud": True},), ({"url": "x", "is_loud": False, "how_often": 3},)])
+
     def test_every_order_has_its_command(self) -> None:
         """Each order of the catalogue has a command, whose help explains the exit codes."""
-        order: Any = main.commands["order"]
-        told = [self.s2s("order", name, "--help").output for name in order.list_commands(click.Context(order))]
+        group: Any = main.commands["order"]
+        told = [self.s2s("order", name, "--help").output for name in group.list_commands(click.Context(group))]
         for rpc in ORDERS:
             [page] = [page for page in told if f"({rpc})" in " ".join(page.split())]
             self.assertIn("3: it is not over", " ".join(page.split()))

@@ -128,12 +128,24 @@ _BROKEN = {
         "its schema has a member order_id",
     ),
     "order_job": ("class Mend(Mend):\n    runs_job = 'job'\nmend = Mend()", "name a required member of its schema"),
-    "order_async": ("class Mend(Mend):\n    async def run(self, txn, order): pass\nmend = Mend()", "write a plain one"),
+    "order_async": ("class Mend(Mend):\n    async def run(self, txn, order): pass\nmend = Mend()", "write a plain def"),
     "setting_of_ours": ("tone = Setting('link.window', 5, '')", "give it a name of its own"),
     "setting_default": ("tone = Setting('bell.tone', 5, '', 6, 9)", "its default is not from 6 to 9"),
     "setting_type": ("tone = Setting('bell.tone', 1.5, '')", "write a string, an integer or a boolean"),
     "report_path": ("bells = Report('bell', 'Count', Count, 'select 1', at='/bell')", "write /v1/ and words"),
     "report_row": ("bells = Report('bell', 'Count', int, 'select 1')", "its row is no dataclass"),
+    "a_class": ("ring = Ring", "it is the class Ring and no instance of it: write Ring()"),
+    "order_command": ("class Mend(Mend):\n    command = 'list'\nmend = Mend()", "which is one of s2s order"),
+    "order_same_command": (
+        "class Again(Mend):\n    rpc = 'bell.mend.v2'\nmend, again = Mend(), Again()",
+        "has the command 'bell-mend' of bell.mend.v1",
+    ),
+    "order_option": (
+        "class Mend(Mend):\n    schema = {**Mend.schema, 'properties': {'wait': {}}}\nmend = Mend()",
+        "its optional param 'wait' is an option of s2s order",
+    ),
+    "setting_bounds": ("tone = Setting('bell.tone', True, '', 0)", "it is a boolean and has bounds"),
+    "setting_length": ("tone = Setting('bell.tone', 'abc', '', 0, 2)", "the length of its default is not from 0 to 2"),
     "migrations_schema": ("migrations = Migrations('public', 's2s')", "other than s2s, public and those of PostgreSQL"),
     "migrations_none": ("migrations = Migrations('bells', 's2s')", "there is no file NNNN_NAME.sql in"),
     "migrations_name": ("migrations = Migrations('bells', 's2s.protocol.catalogue', 'nowhere')", "add one"),
@@ -397,11 +409,11 @@ class ConsoleTests(DiscoveryTestCase):
     """``s2s plugins list``."""
 
     def test_list(self) -> None:
-        """The command lists commands and jobs with their sources and schedules, and complaints on stderr."""
+        """The command lists plug-ins with their sources, and exits 1 with a line for each that is left out."""
         self.write("bell", _SOUND)
         self.write("broken", "1 / 0")
         result = CliRunner(env={"COLUMNS": "200"}).invoke(console_command, ["list"])
-        self.assertEqual(result.exit_code, 0, result.output)
+        self.assertEqual(result.exit_code, 1, result.output)
         lines = [line.split() for line in result.stdout.splitlines()]
         self.assertIn(["command", "notice.publish", "s2s", "-", "-"], lines)
         self.assertIn(["command", "bell.ring", "s2s.plugins.bell", "-", "-"], lines)

@@ -133,6 +133,7 @@ class InboxTests(DatabaseTestCase):
             self.execute("update s2s.commands set status = %s", status)
             ack = await self.inbox.push(_push("k"))
             self.assertEqual(ack, {**first, "duplicate": True, "status": status})
+        await poll(lambda: self.wakes, "the wake-up")
         self.assertEqual(self.wakes, 1)
 
     async def test_a_duplicate_of_a_row_removed_by_hand(self) -> None:

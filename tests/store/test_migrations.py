@@ -84,6 +84,16 @@ class EmptyDatabaseTests(TestCase):
             self.assertEqual(txn.fetchone(), (None, None))
         self.assertEqual(_migrate(self.url), [str(migration) for migration in _ALL])
 
+    def test_a_file_that_commits(self) -> None:
+        """A migration that ends the transaction of all migrations fails, with the file and what to do about it."""
+        for text in ("create table s2s.half (a int); commit; select 1 / 0", "create table s2s.other (a int); commit"):
+            broken = Migration("s2s", 9998, "9998_commits", text)
+            with mock.patch.object(migrations, "available", lambda plugins=(), broken=broken: (*_ALL, broken)):
+                error = str(self.assertRaises(MigrationFailed, _migrate, self.url))
+            self.assertIn("the migration s2s/9998_commits", error)
+            self.assertIn("it ends the transaction of all migrations, as by COMMIT", error)
+        self.assertEqual(_migrate(self.url), [])
+
     def test_wrong_encoding(self) -> None:
         """A database whose encoding is not UTF-8 is refused with an error that names UTF8."""
         admin = psycopg2.connect(cluster_url())

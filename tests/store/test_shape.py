@@ -8,7 +8,7 @@ from s2s.store import migrations, shape
 from s2s.store.pool import blocking
 from s2s.store.tables import config
 from tests.cli.test_cli import CliTestCase
-from tests.support.installed import FOUND, MIGRATIONS
+from tests.support.installed import FOUND
 from tests.support.postgres import DatabaseTestCase, migrate
 
 
@@ -18,7 +18,7 @@ class ShapeTests(DatabaseTestCase):
     def wrong(self) -> list[str]:
         """Return the lines that report missing parts."""
         with blocking(self.url) as txn:
-            return list(shape.wrong(txn, MIGRATIONS))
+            return list(shape.wrong(txn))
 
     def test_all_is_there(self) -> None:
         """A migrated database lacks nothing, and every object that the migrations make is checked."""

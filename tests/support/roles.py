@@ -249,7 +249,8 @@ class Server(Role):
     ) -> None:
         self.port = port or free_port()
         argv = ["s2s-server", "--listen", endpoint or listen(self.port), "--http", http, *options]
-        super().__init__(argv, directory / f"server-{self.port}.log", url, "server listens on", at)
+        ready = "server listens on" if http == "off" else "HTTP API listens on"  # the last line of the two
+        super().__init__(argv, directory / f"server-{self.port}.log", url, ready, at)
 
     def connect(self, **how: Any) -> Peer:
         """Connect a peer, as an engine."""

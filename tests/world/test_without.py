@@ -53,7 +53,10 @@ class WithoutWorldTests(ApiTestCase):
         done = self.run_s2s("db", "migrate", "--no-world")
         self.assertEqual((done.returncode, done.stdout), (0, "the database is up to date\n"), done.stderr)
         self.assertEqual(self.run_s2s("db", "status", "--no-world").returncode, 0)
-        self.assertEqual(self.run_s2s("db", "status", S2S_NO_WORLD="1").returncode, 0)
+        self.assertEqual(self.run_s2s("db", "status", S2S_NO_WORLD="on").returncode, 0)
+        for argv in (("db", "status"), ("order", "--help")):
+            refused = self.run_s2s(*argv, S2S_NO_WORLD="maybe")
+            self.assertIn("S2S_NO_WORLD is 'maybe': write 1 or 0, or leave it out", refused.stderr)
         self.assertEqual(self.run_s2s("db", "status").returncode, 1)
         commands = self.run_s2s("order", "--help", S2S_NO_WORLD="1").stdout
         self.assertIn("config-set", commands)

@@ -20,6 +20,9 @@ from s2s.protocol.settings import Value
 from s2s.store.access import ACCESS, Access
 from s2s.store.driver import Cursor
 
+#: The commands and the options of ``s2s order`` itself, which no order and no optional param may be called.
+COMMANDS: Final = frozenset({"show", "list"})
+OPTIONS: Final = frozenset({"database", "help", "idem-key", "json", "state-dir", "token-file", "url", "wait"})
 #: The version at the end of an RPC name.
 _VERSION: Final = re.compile(r"\.v[0-9]+$")
 
@@ -95,9 +98,18 @@ def command_name(handler: OrderHandler) -> str:
 def registry(handlers: Iterable[OrderHandler]) -> dict[str, OrderHandler]:
     """Return the order handlers by RPC.
 
-    :raises OperatorError: an RPC is ill-formed or occurs twice, or a schema cannot describe a command and a request.
+    :raises OperatorError: an RPC or a command is ill-formed or occurs twice, or a schema cannot describe a command and
+        a request.
     """
-    return by_name(handlers, "order", "rpc", _check)
+    found = by_name(handlers, "order", "rpc", _check)
+    commands: dict[str, str] = {}
+    for rpc, handler in found.items():
+        other = commands.setdefault(command_name(handler), rpc)
+        if other != rpc:
+            raise OperatorError(
+                f"the order {rpc} has the command {command_name(handler)!r} of {other}: set its attribute command"
+            )
+    return found
 
 
 def _check(handler: OrderHandler) -> None:
@@ -114,4 +126,10 @@ def _check(handler: OrderHandler) -> None:
         raise OperatorError("its schema has a member order_id, which each order has by itself: rename it")
     if handler.runs_job and handler.runs_job not in schema.get("required", ()):
         raise OperatorError(f"its runs_job is {handler.runs_job!r}: name a required member of its schema")
+    if command_name(handler) in COMMANDS:
+        raise OperatorError(f"its command is {command_name(handler)!r}, which is one of s2s order: set its command")
+    required = schema.get("required", ())
+    for name in schema.get("properties", {}):
+        if name not in required and name.replace("_", "-") in OPTIONS:
+            raise OperatorError(f"its optional param {name!r} is an option of s2s order: rename it, or require it")
     message_type(handler)
