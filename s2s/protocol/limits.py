@@ -69,6 +69,8 @@ MET: Final = {
     "links": "links closed because there are too many",
     "silent_links": "silent connections closed to make room for newer ones",
     "strangers": "times that a link without a valid frame had to wait until its bytes were taken",
+    "handshakes": "TLS connections that had to wait until their handshake began",
+    "handshakes_closed": "TLS connections closed unanswered because too many waited for their handshake",
     "inbox": "pushes refused because too many wait to be committed",
     "audit": "entries of the audit that were not written: too many at once, or no database",
     "http_connections": "HTTP connections refused or closed to make room, because there are too many",

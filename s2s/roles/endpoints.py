@@ -28,11 +28,15 @@ from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStrea
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 from twisted.protocols.haproxy._wrapper import HAProxyProtocolWrapper, HAProxyWrappingFactory
+from twisted.protocols.tls import TLSMemoryBIOFactory
 from zope.interface import implementer
 
 from s2s.errors import one_line
 from s2s.link.certificate_dates import why_invalid
+from s2s.protocol.limits import Counters
+from s2s.roles.handshakes import HandshakeGate
 from s2s.runtime import files, own_threads
+from s2s.runtime.clock import Clock
 from s2s.runtime.line_quota import LineQuota
 
 T = TypeVar("T")
@@ -195,9 +199,12 @@ class _TLSEndpoint(_Reading):
 
     def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
         """Listen."""
-        listening: Deferred[IListeningPort] = execute(
-            self._reactor.listenSSL, self._port, factory, **{**self._options, "contextFactory": self}
-        )
+        contexts: Any = self  # Twisted also takes an object with the method getContext alone
+        tls = TLSMemoryBIOFactory(contexts, False, factory, self._reactor)
+        counters = getattr(factory, "counters", None) or Counters()
+        gate = HandshakeGate(tls, self._described, Clock(self._reactor), counters)
+        options = {name: value for name, value in self._options.items() if name != "contextFactory"}
+        listening: Deferred[IListeningPort] = execute(self._reactor.listenTCP, self._port, gate, **options)
         return listening
 
     def getContext(self) -> Any:
@@ -274,6 +281,7 @@ class _ProxiedFactory(HAProxyWrappingFactory):
 
     def __init__(self, reactor: Any, factory: Any) -> None:
         super().__init__(factory)  # type: ignore[no-untyped-call]
+        self.counters = getattr(factory, "counters", None)
         self._lines = LineQuota(reactor, lambda untold: self._say(f"{sum(untold.values())} more connections"), most=1)
 
     def tell(self, peer: Any) -> None:

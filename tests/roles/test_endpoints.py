@@ -17,7 +17,7 @@ from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.internet.protocol import Factory, Protocol
-from twisted.internet.testing import MemoryReactor, MemoryReactorClock, StringTransport
+from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.logger import capturedLogs, formatEvent
 from twisted.protocols import portforward
 from twisted.trial.unittest import SynchronousTestCase, TestCase
@@ -71,7 +71,7 @@ class ReadingTests(SynchronousTestCase):
 
     def refused(self, description: str, *why: str) -> None:
         """Assert that an endpoint is refused in one line."""
-        error = self.assertRaises(ValueError, server_endpoint, MemoryReactor(), description)
+        error = self.assertRaises(ValueError, server_endpoint, MemoryReactorClock(), description)
         self.assertNotIn("\n", str(error))
         for part in why:
             self.assertIn(part, str(error))
@@ -87,22 +87,22 @@ class ReadingTests(SynchronousTestCase):
 
     def test_what_is_twisteds_own(self) -> None:
         """A string without additions of s2s returns Twisted's own endpoint."""
-        self.assertIsInstance(server_endpoint(MemoryReactor(), "tcp:4321:interface=127.0.0.1"), TCP4ServerEndpoint)
+        self.assertIsInstance(server_endpoint(MemoryReactorClock(), "tcp:4321:interface=127.0.0.1"), TCP4ServerEndpoint)
         plain = f"ssl:4321:privateKey={self.directory}/server.key:certKey={self.directory}/server.pem"
-        memory = MemoryReactor()
+        memory = MemoryReactorClock()
         server_endpoint(memory, plain).listen(Factory())
-        self.assertEqual([port for port, *_ in memory.sslServers], [4321])
-        self.assertRaises(ValueError, server_endpoint, MemoryReactor(), "nonsense:1")
-        self.assertRaises(ValueError, server_endpoint, MemoryReactor(), "")
+        self.assertEqual([port for port, *_ in memory.tcpServers], [4321])
+        self.assertRaises(ValueError, server_endpoint, MemoryReactorClock(), "nonsense:1")
+        self.assertRaises(ValueError, server_endpoint, MemoryReactorClock(), "")
 
     def test_arguments(self) -> None:
         """Port, interface and backlog reach the reactor, by name or in Twisted's order."""
-        memory = MemoryReactor()
+        memory = MemoryReactorClock()
         server_endpoint(memory, self.tls(interface="127.0.0.1", backlog="7")).listen(Factory())
         key, certificate = f"{self.directory}/server.key", f"{self.directory}/server.pem"
         alone = f"ssl:4322:{key}:{certificate}:trustRoots={self.directory}/roots/ca.pem"
         server_endpoint(memory, alone).listen(Factory())
-        heard = [(port, backlog, interface) for port, _, _, backlog, interface in memory.sslServers]
+        heard = [(port, backlog, interface) for port, _, backlog, interface in memory.tcpServers]
         self.assertEqual(heard, [(4321, 7, "127.0.0.1"), (4322, 1024, "")])
 
     def test_the_backlog(self) -> None:
@@ -118,7 +118,7 @@ class ReadingTests(SynchronousTestCase):
             "haproxy:tcp:1": 1024,
         }
         for described, backlog in named.items():
-            memory = MemoryReactor()
+            memory = MemoryReactorClock()
             server_endpoint(memory, described).listen(Factory())
             self.assertEqual([each for _, _, each, _ in memory.tcpServers], [backlog], described)
         key, certificate = f"{self.directory}/server.key", f"{self.directory}/server.pem"
@@ -127,16 +127,17 @@ class ReadingTests(SynchronousTestCase):
             f"ssl:1:{key}:{certificate}:sslmethod=TLSv1_2_METHOD:interface=": 1024,
             f"ssl:1:privateKey={key}:certKey={certificate}:backlog=7": 7,
         }.items():
-            memory = MemoryReactor()
+            memory = MemoryReactorClock()
             server_endpoint(memory, described).listen(Factory())
-            self.assertEqual([each for _, _, _, each, _ in memory.sslServers], [backlog], described)
+            self.assertEqual([each for _, _, each, _ in memory.tcpServers], [backlog], described)
 
     def test_behind_a_proxy(self) -> None:
         """Behind ``haproxy:`` certificates are required and read again, as without it."""
-        memory = MemoryReactor()
+        memory = MemoryReactorClock()
         endpoint = server_endpoint(memory, f"haproxy:{self.tls()}")
         endpoint.listen(Factory())
-        [(port, _, contexts, _, _)] = memory.sslServers
+        [(port, *_)] = memory.tcpServers
+        contexts = endpoint._behind
         before = contexts.getContext()
         self.assertEqual((port, contexts.getContext() is before), (4321, True))
         endpoint.reread()
@@ -149,7 +150,7 @@ class ReadingTests(SynchronousTestCase):
             for since_days, is_valid in ((5, False), (-5, False), (0, True)):
                 self.directory = Path(self.mktemp())
                 make_certificates(self.directory, since_days=since_days)
-                endpoint = server_endpoint(MemoryReactor(), self.tls())
+                endpoint = server_endpoint(MemoryReactorClock(), self.tls())
                 endpoint.reread()
                 told = [formatEvent(event) for event in captured]
                 self.assertEqual(len(told), 0 if is_valid else 2)
@@ -191,7 +192,7 @@ class ReadingTests(SynchronousTestCase):
         self.directory.rename(odd)
         quoted = str(odd).replace("\\", "\\\\").replace(":", "\\:").replace("=", "\\=")
         self.directory = Path(quoted)
-        server_endpoint(MemoryReactor(), self.tls())
+        server_endpoint(MemoryReactorClock(), self.tls())
         self.refused("unix:there\\", "backslash")
 
     def test_one_file_for_all(self) -> None:
@@ -199,7 +200,7 @@ class ReadingTests(SynchronousTestCase):
         whole = self.directory / "whole.pem"
         names = ("server.key", "server.pem", "engine-a.pem", "roots/ca.pem")
         whole.write_text("".join((self.directory / name).read_text() for name in names))
-        server_endpoint(MemoryReactor(), f"ssl:4321:privateKey={whole}:extraCertChain={whole}:trustRoots={whole}")
+        server_endpoint(MemoryReactorClock(), f"ssl:4321:privateKey={whole}:extraCertChain={whole}:trustRoots={whole}")
 
     def test_files(self) -> None:
         """A file that is missing or has wrong content is named."""

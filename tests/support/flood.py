@@ -160,9 +160,15 @@ class StrangersFlood(threading.Thread):
         """Stop sending."""
         self._is_over.set()
 
+    def _frames(self) -> list[bytes]:
+        return [framed(frame) for frame in hostile.dearest(65536)]
+
+    def _leave(self, link: socket.socket) -> None:
+        link.close()
+
     def run(self) -> None:
         """Send the frames that are due, and read no answer."""
-        shapes = itertools.cycle([framed(frame) for frame in hostile.dearest(65536)])
+        shapes = itertools.cycle(self._frames())
         links: deque[socket.socket] = deque()
         tried = 0
         began = time.monotonic()
@@ -178,6 +184,25 @@ class StrangersFlood(threading.Thread):
                     links[-1].connect(("127.0.0.1", self._port))
                     self.sent += links[-1].send(frame) == len(frame)
                 while len(links) > self.MOST_OPEN:
-                    links.popleft().close()
+                    self._leave(links.popleft())
         for link in links:
-            link.close()
+            self._leave(link)
+
+
+class HelloFlood(StrangersFlood):
+    """A client that begins a TLS handshake on each of its connections, and never goes on.
+
+    :ivar answered: number of connections on which the server went on with the handshake.
+    """
+
+    MOST_OPEN = 300
+    answered = 0
+
+    def _frames(self) -> list[bytes]:
+        return [hostile.client_hello()]
+
+    def _leave(self, link: socket.socket) -> None:
+        link.setblocking(False)
+        with contextlib.suppress(OSError):  # nothing came, or the connection was closed
+            self.answered += bool(link.recv(1))
+        link.close()

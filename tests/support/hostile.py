@@ -1,9 +1,11 @@
-"""Frames that a client without a key may send: as large as the limit, and as expensive to check as possible."""
+"""Data that a client without a key may send: as large as the limit, and as expensive to check as possible."""
 
 from __future__ import annotations
 
+import ssl
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -93,3 +95,12 @@ def steps(act: Callable[[Any], object], frame: bytes) -> int:
     finally:
         sys.settrace(before)
     return lines
+
+
+def client_hello() -> bytes:
+    """Return the first message of a TLS handshake, which is all that a client needs for its server's signature."""
+    context = ssl.create_default_context()
+    sent = ssl.MemoryBIO()
+    with suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), sent, server_hostname="localhost").do_handshake()
+    return sent.read()
