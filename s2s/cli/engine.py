@@ -36,6 +36,7 @@ def list_(backend: Backend, as_json: bool) -> None:
         "stuck",
         "uptime_s",
         "version",
+        "key_id",
         "address",
     )
     found = rows(backend, engines.LIST, ALL)
@@ -51,7 +52,7 @@ def _command(name: str, operation: Operation[dict[str, Any]], help_text: str, *o
             ack = backend.call(operation, path_params={"name": target}, body=payload)
         except Refused as error:
             raise OperatorError(_refusal(error)) from None
-        click.echo(json.dumps(ack, indent=2) if as_json else f"{target}: {_told(ack)}")
+        click.echo(json.dumps(ack, indent=2) if as_json else f"{target}: {_told(ack)}{_of_several(ack)}")
 
     opened = with_backend(command)
     for option in (*options, click.argument("engine_name", metavar="[NAME]", required=False)):
@@ -104,6 +105,13 @@ def _refusal(error: Refused) -> str:
     if error.code == BadPayload.code:
         return said.removeprefix("at /body/")
     return f"{said}: see s2s engine list"
+
+
+def _of_several(ack: Mapping[str, Any]) -> str:
+    keys = ack.get("keys")
+    if not keys:
+        return ""
+    return f" ({len(keys)} engines have this name, under the keys {', '.join(map(harmless, keys))})"
 
 
 def _told(ack: Mapping[str, Any]) -> str:

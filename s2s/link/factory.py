@@ -152,6 +152,8 @@ class ServerLinks:
         #: The quota of lines for each engine that came up, the most recent engine last, and the quota for all engines.
         self._lines: dict[_Identity, LineQuota] = {}
         self._all_lines = LineQuota(clock.scheduler, self._tell_many, MOST_ENGINES_TOLD)
+        #: The quota of lines about names that stand under several keys.
+        self._twin_lines = LineQuota(clock.scheduler, self._tell_twins)
         #: By engine: the time of the last line about a replaced link, and the number of links replaced since. The
         #: engine whose link was replaced most recently is last.
         self._replaced: dict[_Identity, tuple[float, int]] = {}
@@ -216,7 +218,33 @@ class ServerLinks:
         self._engines[identity] = _Up(link, self._clock.mono(), is_told)
         if is_told:
             status_log.info("{line} {link} (key {key_id})", line=LINK_UP, link=link, key_id=link.session.peer_key_id)
+        self._check_name(link)
         self._engine_up(link)
+
+    def _check_name(self, link: Link) -> None:
+        """Log an engine with the name of another process that is up under another key."""
+        key_id, name = _identity(link)
+        boot_id = link.peer.get("boot_id")
+        others = [
+            (key, up.link)
+            for (key, other_name), up in self._engines.items()
+            if other_name == name and key != key_id and (boot_id is None or up.link.peer.get("boot_id") != boot_id)
+        ]
+        if name and others and self._twin_lines.may_tell(harmless(name)):
+            self.log.warn(
+                "{link}: has the key {key_id} and the name of an engine that is up with the key {other}: if both run,"
+                " each request to this name, such as pause or shutdown, goes to both: give each a --name of its own",
+                link=link,
+                key_id=harmless(str(key_id)),
+                other=harmless(str(others[-1][0])),
+            )
+
+    def _tell_twins(self, untold: Mapping[str, int]) -> None:
+        self.log.warn(
+            "engines with the name of another engine that is up under another key: {told}: give each a --name of its"
+            " own",
+            told=", ".join(f"{count} as {name}" for name, count in untold.items()),
+        )
 
     def _may_tell(self, identity: _Identity) -> bool:
         """Whether the log may have a line that an engine came up; an engine has a few such lines a minute."""
@@ -292,7 +320,7 @@ class ServerLinks:
 
     def close_all(self, why: str) -> None:
         """Close every link, and log the counts of events that had no line."""
-        for lines in (*self._lines.values(), self._all_lines):
+        for lines in (*self._lines.values(), self._all_lines, self._twin_lines):
             lines.stop()
         for link in list(self._all):
             link.close(why)

@@ -124,6 +124,22 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual((new.closed, new.dismissed), ("the same engine has a newer link", None))
         self.assertEqual(self.links.engines, [again])
 
+    def test_one_name_under_two_keys(self) -> None:
+        """An engine with the name of another process under another key has a line, and many have one a minute."""
+        lines = self.lines()
+        for key_id, name, boot_id in (
+            ("k1", "e1", "a"), ("k2", "e2", "b"), ("k1", None, "a"), ("k2", None, "b"), ("k3", "e1", "a"),
+        ):  # fmt: skip
+            self.links.link_proven(self.made(key_id, name=name, boot_id=boot_id))
+        self.assertEqual([line for line in lines if "same name" in line or "the name of" in line], [])
+        for key_id in ("k4", "k5", "k6", "k7", "k8"):
+            self.links.link_proven(self.made(key_id, name="e1", boot_id=key_id))
+        told = [line for line in lines if "the name of an engine that is up with the key" in line]
+        self.assertEqual(len(told), TOLD)
+        self.assertIn("has the key k4 and the name of an engine that is up with the key k3", told[0])
+        self.time.advance(PERIOD_S)
+        self.assertIn("up under another key: 2 as e1: give each a --name of its own", lines[-1])
+
     def test_processes_without_a_boot_id(self) -> None:
         """Without a boot_id a link with recent frames is another process's, and a silent one is the same process's."""
         for peer, who in (({}, "without a name"), ({"name": "e1"}, "as e1")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from s2s.store.tables import control_requests, engines
 from s2s.store.tables.claims import presence_key
 from s2s.store.tables.engines import LinkRow
 from tests.cli.test_cli import CliTestCase
-from tests.support.peer import CHECK, K1, Key, Peer
+from tests.support.peer import CHECK, K1, SWEEP, Key, Peer
 from tests.support.roles import Engine, RoleTestCase, Server
 from tests.support.waiting import poll
 
@@ -59,7 +60,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
         yield poll(lambda: not self.engine_role.is_running, "the engine has ended")
         self.engine_role.assert_ended_well()
         yield self.seen_none()
-        told = self.server_role.lines("s2s.engine.pause to 'engine-1' by 'cli:")
+        told = self.server_role.lines("s2s.engine.pause to 'engine-1' (key k1) by 'cli:")
         self.assertEqual(len(told), 1)
 
     def seen_none(self) -> Deferred[Any]:
@@ -168,7 +169,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
         told = f"engine-9 gave an answer that is not valid, the outcome is unknown: {why}"
         self.assertIn(told, " ".join(output.split()))
         self.assertEqual(len(self.server_role.lines(f"its answer is not valid: {why}")), 1)
-        self.assertEqual(len(self.server_role.lines("s2s.engine.pause to 'engine-9' by ")), 1)
+        self.assertEqual(len(self.server_role.lines("s2s.engine.pause to 'engine-9' (key k1) by ")), 1)
         peer.serves[CHECK] = lambda _: {"role": "engine"}
         listing = self.in_thread("engine", "list", "--json")
         peer.until(lambda frame: frame["type"] == CHECK)
@@ -223,17 +224,57 @@ class SteeringTests(RoleTestCase, CliTestCase):
 
     @inlineCallbacks
     def test_the_newer_of_two_links(self):
-        """Of two links with one name, as after a rotation with the older one half open, the newer one is used."""
+        """Of two links of one process, as after a rotation with the older one half open, the newer one is used."""
         self.add_key(other := Key("k2", K1.key_b64))
         self.server_role = self.server()
         yield self.server_role.start()
-        old = self.peer(config_version=0)
-        new = self.peer(key=other, config_version=0)
+        old = self.peer(config_version=0, boot_id="b1")
+        new = self.peer(key=other, config_version=0, boot_id="b1")
         asking = self.in_thread("engine", "pause", "engine-9")
         new.reply(new.request("s2s.engine.pause"), "s2s.ack", {"ok": True, "state": "paused"})
         result = yield asking
         self.assertEqual(result, (0, "engine-9: paused\n"))
+        self.assertEqual(self.server_role.lines("each request to this name"), [])
         old.close()
+
+    @inlineCallbacks
+    def test_one_name_under_two_keys(self):
+        """A request to a name reaches each engine of it, the list shows the health of each, and a line names the cure.
+
+        The answer names the keys, and an engine that has not done it.
+        """
+        self.add_key(other := Key("k2", K1.key_b64))
+        self.server_role = self.server()
+        yield self.server_role.start()
+        twins = [
+            self.peer(key=key, config_version=0, boot_id=f"boot-{key.key_id}", outbox_depth=depth)
+            for depth, key in enumerate((K1, other))
+        ]
+        [told] = self.server_role.lines("each request to this name, such as pause or shutdown, goes to both")
+        self.assertIn("has the key k2 and the name of an engine that is up with the key k1", told)
+        listing = self.in_thread("engine", "list", "--json")
+        for twin in twins:
+            twin.until(lambda frame: frame["type"] == CHECK)
+        code, output = yield listing
+        rows = [(row["name"], row["key_id"], row["outbox_depth"]) for row in json.loads(output)]
+        self.assertEqual((code, rows), (0, [("engine-9", "k1", 0), ("engine-9", "k2", 1)]))
+        asking = self.in_thread("engine", "sweep", "engine-9")
+        for queued, twin in enumerate(twins, 2):
+            twin.serves.pop(SWEEP)
+            asked = twin.request(SWEEP)
+            twin.reply(asked, "s2s.ack", {"ok": True, "since_ts": asked["payload"]["since_ts"], "queued": queued})
+        result = yield asking
+        both = " (2 engines have this name, under the keys k1, k2)"
+        self.assertEqual(result, (0, f"engine-9: 5 broadcasts queued{both}\n"))
+        asking = self.in_thread("engine", "pause", "engine-9")
+        twins[0].reply(twins[0].request("s2s.engine.pause"), "s2s.ack", {"ok": True, "state": "paused"})
+        twins[1].refuse(twins[1].request("s2s.engine.pause"), "db_unavailable", retryable=True)
+        code, output = yield asking
+        self.assertEqual(code, 1)
+        self.assertIn(
+            "the name engine-9 stands for 2 engines, and not all have done it: key k1: done; key k2: db_unavailable:",
+            " ".join(output.split()),
+        )
 
     def in_thread(self, *argv: str) -> Deferred[Any]:
         """Run a command line in a thread."""
@@ -255,8 +296,10 @@ class TableTests(RoleTestCase):
             control_requests.ask(txn, "a", "s2s.engine.resume", {"reason": "x"}, "me", -1)
             control_requests.ask(txn, "b", "s2s.engine.pause", {"reason": "x"}, "me", 5)
         with blocking(self.url) as txn:
-            self.assertEqual([each.request_id for each in control_requests.take(txn, "s1", ["a", "c"])], [mine])
-            self.assertEqual(control_requests.take(txn, "s2", ["a"]), [])
+            self.assertEqual(
+                [each.request_id for each in control_requests.take(txn, "s1", [("a", "k1"), ("c", "k1")])], [mine]
+            )
+            self.assertEqual(control_requests.take(txn, "s2", [("a", "k1")]), [])
             # The request of b still waits. The expired one is never taken, and the id 0 does not exist.
             self.assertEqual(control_requests.settled(txn, [mine, mine + 1, mine + 2, 0]), {mine + 1, 0})
             found = control_requests.conclude(txn, [mine, mine + 1])
@@ -275,9 +318,11 @@ class TableTests(RoleTestCase):
         with blocking(self.url) as txn:
             asked = [control_requests.ask(txn, "a", "s2s.engine.pause", {"reason": "x"}, "me", 60) for _ in range(3)]
         with blocking(self.url) as txn:
-            taken = [each.request_id for each in control_requests.take(txn, "s1", ["a"], 2)]
+            taken = [each.request_id for each in control_requests.take(txn, "s1", [("a", "k1")], 2)]
             self.assertEqual(taken, asked[:2])
-            self.assertEqual([each.request_id for each in control_requests.take(txn, "s1", ["a"], 2)], asked[2:])
+            self.assertEqual(
+                [each.request_id for each in control_requests.take(txn, "s1", [("a", "k1")], 2)], asked[2:]
+            )
 
     def test_a_trigger_that_returns_the_old_row(self) -> None:
         """A request that a trigger keeps from being taken is not sent; a wanted state that it keeps out is an error."""
@@ -290,7 +335,7 @@ class TableTests(RoleTestCase):
             "create trigger old before update on s2s.engines for each row execute function old()"
         )
         with self.assertRaisesRegex(StatementRefused, "trigger old on s2s.steering"), blocking(self.url) as txn:
-            self.assertEqual(control_requests.take(txn, "s1", ["a"]), [])
+            self.assertEqual(control_requests.take(txn, "s1", [("a", "k1")]), [])
         with self.assertRaisesRegex(StatementRefused, "trigger old on s2s.engines"), blocking(self.url) as txn:
             engines.want(txn, "a", "paused", "", "me")
 

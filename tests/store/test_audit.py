@@ -444,13 +444,13 @@ class ChangesTests(AuditTestCase, CliTestCase):
         self.assertEqual(self.new(), [])
         asked = ("cli:alice", "s2s.engine.pause", "a", {"reason": "x"})
         with blocking(self.url) as txn:
-            for each in control_requests.take(txn, "s1", ["a"]):
+            for each in control_requests.take(txn, "s1", [("a", "k1")]):
                 control_requests.answer(
                     txn, each.request_id, False, {"code": "not_ready", "message": "no", "details": {}}
                 )
             # No answer is stored yet, as when the server died after it took the request.
             silent = control_requests.ask(txn, "a", *pause)
-            control_requests.take(txn, "s1", ["a"])
+            control_requests.take(txn, "s1", [("a", "k1")])
         self.assertEqual(
             self.new(),
             [

@@ -113,7 +113,7 @@ class KeptRowsTests(DatabaseTestCase):
         self.refused("engine_links", lambda txn: engines.show_links(txn, "boot-1", links))
         self.refused("jobs", lambda txn: jobs.declare(txn, "boot-1", {"tick": "every:5s"}, lambda _, now: now))
         self.refused("command_types", lambda txn: command_types.declare(txn, {"a.b": "{}"}))
-        self.refused("steering", lambda txn: control_requests.take(txn, "boot-1", ["engine-1"]), "update")
+        self.refused("steering", lambda txn: control_requests.take(txn, "boot-1", [("engine-1", "k1")]), "update")
         self.refused("steering", lambda txn: control_requests.answer(txn, request_id, True, {}), "update")
         self.refused("steering", lambda txn: control_requests.conclude(txn, [request_id]), "delete")
         self.refused("orders", lambda txn: orders.answered(txn, "given", "done", None, "engine-1", None), "update")

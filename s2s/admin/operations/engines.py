@@ -34,6 +34,15 @@ from s2s.store.tables.engines import EngineRow
 
 NAME: Final[Rule] = {"type": "string", "minLength": 1, "maxLength": 200, "description": "The name of the engine."}
 
+_KEYS: Final[Rule] = {
+    "type": "array",
+    "items": {"type": "string"},
+    "description": "The keys of all engines of this name, each of which has done it; absent if there is only one.",
+}
+
+#: The name and the key of an engine's link.
+_Link = tuple[str, str]
+
 #: Seconds within which a server writes the row of a new link.
 SHOWN_S: Final = 0.3
 
@@ -80,23 +89,40 @@ def _key(row: EngineRow) -> str:
 
 
 def _show(ask: OperationRequest) -> Steps[Engine]:
-    row = yield lambda txn: _find(txn, ask.path_params["name"])
-    [found] = yield from _with_health(ask, [row])
-    return Reply(found)
+    found: list[EngineRow] = yield lambda txn: _find(txn, ask.path_params["name"])
+    # Of several, the one whose link is the newest.
+    row = max(found, key=_since)
+    [engine] = yield from _with_health(ask, [row])
+    return Reply(engine)
 
 
-def _find(txn: Cursor, name: str) -> EngineRow:
-    """Return the engine of this name; of several, the one to which a request would be sent."""
+def _find(txn: Cursor, name: str) -> list[EngineRow]:
+    """Return the engines of this name: several if the name stands under several keys."""
     found = [row for row in engines.list_engines(txn) if row.name == name]
     if not found:
         raise NotFound(_UNLINKED.format(name=harmless(name)))
-    return max(found, key=lambda row: row.linked_at.timestamp() if row.linked_at else 0.0)
+    return found
+
+
+def _since(row: EngineRow) -> float:
+    return row.linked_at.timestamp() if row.linked_at else 0.0
+
+
+def _links(rows: Sequence[EngineRow]) -> list[_Link]:
+    """Return the links over which requests to these engines go: one for each process.
+
+    The older one of two links of one process, as after a rotation of its key, may be dead without having been detected.
+    """
+    newest: dict[tuple[str, str | None, str | None], _Link] = {}
+    for row in sorted(rows, key=_since):
+        if row.key_id is not None:
+            newest[row.name, row.boot_id, None if row.boot_id else row.key_id] = (row.name, row.key_id)
+    return sorted(set(newest.values()))
 
 
 def _with_health(ask: OperationRequest, rows: Sequence[EngineRow]) -> Part[list[Engine]]:
-    names = sorted({row.name for row in rows if row.key_id})
-    answers = yield from _answers(ask, HEALTH_CHECK, {}, names)
-    return [_engine(row, answers.get(row.name)) for row in rows]
+    answers = yield from _answers(ask, _links(rows))
+    return [_engine(row, answers.get((row.name, str(row.key_id)))) for row in rows]
 
 
 def _engine(row: EngineRow, answer: Answer | None) -> Engine:
@@ -130,18 +156,17 @@ def _is_invalid(answer: Answer) -> bool:
     return answer.is_ok is None and (answer.answer or {}).get("code") == BadReply.code
 
 
-def _answers(
-    ask: OperationRequest, type: str, payload: Mapping[str, Any], names: Sequence[str]
-) -> Part[dict[str, Answer]]:
-    """Send a request to engines by their names, and wait for the answers.
+def _answers(ask: OperationRequest, links: Sequence[_Link]) -> Part[dict[_Link, Answer]]:
+    """Send a health check over each link, and wait for the answers.
 
     A request that no server takes in time is never sent. If the client disconnects or may not wait, the requests that
     no server has taken are deleted at once.
     """
-    if not names:
+    if not links:
         return {}
-    asked: dict[str, int] = yield lambda txn: {
-        name: control_requests.ask(txn, name, type, payload, ask.actor) for name in names
+    asked: dict[_Link, int] = yield lambda txn: {
+        (name, key_id): control_requests.ask(txn, name, HEALTH_CHECK, {}, ask.actor, key_id=key_id)
+        for name, key_id in links
     }
     try:
         return (yield from _came(asked))
@@ -150,10 +175,10 @@ def _answers(
         raise
 
 
-def _came(asked: Mapping[str, int]) -> Part[dict[str, Answer]]:
+def _came(asked: Mapping[_Link, int]) -> Part[dict[_Link, Answer]]:
     """Wait for the answers to control requests.
 
-    :param asked: the id of each request, by the engine's name.
+    :param asked: the id of each request, by its link.
     """
     ids = tuple(asked.values())
     yield WaitFor(control_requests.settled, ids, control_requests.TAKE_S + control_requests.ANSWER_S)
@@ -163,34 +188,64 @@ def _came(asked: Mapping[str, int]) -> Part[dict[str, Answer]]:
         # A server took the request at the last moment, or has died.
         yield WaitFor(control_requests.settled, late, control_requests.ANSWER_S)
         found.update((yield lambda txn: control_requests.conclude(txn, late)))
-    return {name: found[request_id] for name, request_id in asked.items()}
+    return {link: found[request_id] for link, request_id in asked.items()}
 
 
 def _steer(type: str, ask: OperationRequest) -> Steps[dict[str, Any]]:
-    """Send one request to an engine, and reply with its answer."""
+    """Send a request to each engine of a name, and reply with the answer."""
     name = ask.path_params["name"]
     if not name:
         raise NotFound(_NAMELESS)
     # A server writes the row of a new link with a short delay.
     yield WaitFor(engines.linked, (name,), SHOWN_S)
-    row: EngineRow = yield lambda txn: _find(txn, name)
-    if row.key_id is None:
+    rows: list[EngineRow] = yield lambda txn: _find(txn, name)
+    links = _links(rows)
+    if not links:
         raise NotReady(_UNLINKED.format(name=harmless(name)))
-    request_id: int = yield lambda txn: control_requests.ask(txn, name, type, ask.body, ask.actor)
+    asked: dict[_Link, int] = yield lambda txn: {
+        (name, key_id): control_requests.ask(txn, name, type, ask.body, ask.actor, key_id=key_id) for _, key_id in links
+    }
     try:
-        answer = (yield from _came({name: request_id}))[name]
+        answers = yield from _came(asked)
     except S2SError as error:
         raise UnknownOutcome(f"the request was sent, but waiting for its answer failed: {error}") from None
+    return Reply(_together(name, {key_id: _outcome(name, answer) for (_, key_id), answer in answers.items()}))
+
+
+def _outcome(name: str, answer: Answer) -> Mapping[str, Any] | S2SError:
+    """Return the answer of one engine, or the error that stands for it."""
     said = answer.answer or {}
     if answer.is_ok:
-        return Reply({"engine": name, **said})
+        return said
     if not answer.is_taken:
-        raise NotReady(_UNTAKEN.format(name=harmless(name)))
+        return NotReady(_UNTAKEN.format(name=harmless(name)))
     if answer.is_ok is False:
-        raise Refused(said["code"], said["message"], {**said["details"], "engine": name})
+        return Refused(said["code"], said["message"], {**said["details"], "engine": name})
     why = harmless(str(said.get("message", "the server that took the request did not report")))
     did = "gave an answer that is not valid" if _is_invalid(answer) else "did not answer"
-    raise UnknownOutcome(f"{harmless(name)} {did}, the outcome is unknown: {why}")
+    return UnknownOutcome(f"{harmless(name)} {did}, the outcome is unknown: {why}")
+
+
+def _together(name: str, outcomes: Mapping[str, Mapping[str, Any] | S2SError]) -> dict[str, Any]:
+    """Return the reply for all engines of a name.
+
+    :param outcomes: by the key of each engine.
+    :raises S2SError: not all of them have done what was requested.
+    """
+    errors = {key_id: outcome for key_id, outcome in outcomes.items() if isinstance(outcome, S2SError)}
+    if len(outcomes) == 1:
+        for error in errors.values():
+            raise error
+    elif errors:
+        each = "; ".join(f"key {harmless(key_id)}: {errors.get(key_id, 'done')}" for key_id in outcomes)
+        raise UnknownOutcome(
+            f"the name {harmless(name)} stands for {len(outcomes)} engines, and not all have done it: {each}"
+        )
+    said = [outcome for outcome in outcomes.values() if not isinstance(outcome, S2SError)]
+    together: dict[str, Any] = {"engine": name, **said[0]}
+    if "queued" in together:
+        together["queued"] = sum(each["queued"] for each in said)
+    return together if len(said) == 1 else {**together, "keys": list(outcomes)}
 
 
 _UNLINKED: Final = "no server has a link to an engine '{name}'"
@@ -214,7 +269,7 @@ def _operation(verb: str, type: str, access: Access, summary: str) -> Operation[
             **reply,
             "$id": f"urn:s2s:schema:{verb}_engine.reply",
             "title": f"The answer of the engine to {type}",
-            "properties": {"engine": NAME, **reply["properties"]},
+            "properties": {"engine": NAME, "keys": _KEYS, **reply["properties"]},
             "required": ["engine", *reply["required"]],
         },
         partial(_steer, type),

@@ -34,6 +34,8 @@ class ControlSender:
         self._links = links
         self._boot_id = boot_id
         self._is_showing = self._is_changed = False
+        #: The links by name and key, as they are or will soon be in the table.
+        self._shown: dict[tuple[str, str], Link] = {}
         #: The number of requests that were taken and are not answered yet.
         self._flying = 0
         self._turns = PollLoop("steering", self._poll_once, clock.scheduler)
@@ -58,13 +60,18 @@ class ControlSender:
 
     def links_changed(self) -> None:
         """Write the links again: they have changed, or the refresh is due."""
+        # Remove a link first, so that the newest one is last.
+        self._shown = {}
+        for link in self._links.engines:
+            place = _name(link), str(link.session.peer_key_id)
+            self._shown.pop(place, None)
+            self._shown[place] = link
         if self._is_showing:
             self._is_changed = True
             return
         self._is_showing, self._is_changed = True, False
-        links = self._links.engines
-        rows = {(str(link.session.peer_key_id), _name(link)): _row(link) for link in links}
-        showing = self._database.run(engines.show_links, self._boot_id, list(rows.values()))
+        rows = [_row(key_id, link) for (_, key_id), link in self._shown.items()]
+        showing = self._database.run(engines.show_links, self._boot_id, rows)
         showing.addErrback(self._unless_away).addBoth(self._showed)
 
     def _showed(self, _: object) -> None:
@@ -74,13 +81,11 @@ class ControlSender:
 
     async def _poll_once(self, _: int) -> float | None:
         """Take requests from the table and start sending them."""
-        links = self._links.engines
         room = control_requests.MOST - self._flying
-        if not links or not room:
+        if not self._shown or not room:
             return None
-        frame_size = max(link.session.max_frame for link in links)
-        names = sorted({_name(link) for link in links})
-        taken = await self._database.run(control_requests.take, self._boot_id, names, room, frame_size)
+        frame_size = max(link.session.max_frame for link in self._shown.values())
+        taken = await self._database.run(control_requests.take, self._boot_id, tuple(self._shown), room, frame_size)
         for each in taken:
             self._flying += 1
             Deferred.fromCoroutine(self._steer(each)).addErrback(self._unless_away).addBoth(self._landed)
@@ -95,8 +100,14 @@ class ControlSender:
         is_ok: bool | None = None
         how = "no answer"
         payload: Mapping[str, Any]
-        # Of two links with the same name, use the newer one: the older one may be dead without having been detected.
-        link = next((link for link in reversed(self._links.engines) if _name(link) == asked.engine), None)
+        link = next(
+            (
+                link
+                for (name, key_id), link in reversed(self._shown.items())
+                if name == asked.engine and asked.key_id in (key_id, None)
+            ),
+            None,
+        )
         try:
             if link is None:
                 payload = {"message": "the link was lost before the request was sent"}
@@ -118,9 +129,10 @@ class ControlSender:
         await self._database.run(control_requests.answer, asked.request_id, is_ok, payload)
         if asked.type not in _UNTOLD:
             status_log.info(
-                "{type} to {engine!r} by {actor!r}: {how}",
+                "{type} to {engine!r}{key} by {actor!r}: {how}",
                 type=harmless(asked.type),
                 engine=harmless(asked.engine),
+                key=f" (key {harmless(asked.key_id)})" if asked.key_id else "",
                 actor=harmless(asked.actor),
                 how=how,
             )
@@ -140,8 +152,6 @@ def _name(link: Link) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _row(link: Link) -> LinkRow:
+def _row(key_id: str, link: Link) -> LinkRow:
     boot_id = link.peer.get("boot_id")
-    return LinkRow(
-        str(link.session.peer_key_id), _name(link), boot_id if isinstance(boot_id, str) else None, link.address
-    )
+    return LinkRow(key_id, _name(link), boot_id if isinstance(boot_id, str) else None, link.address)

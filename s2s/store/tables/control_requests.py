@@ -6,7 +6,7 @@ did not happen, so it must not happen later.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -36,12 +36,14 @@ class Steering:
     """A control request to send.
 
     :param engine: the engine's name.
+    :param key_id: the key of the engine's link; ``None``: the newest link of the name, whatever its key.
     :param type: a request type of the catalogue.
     :param payload: ``None``: it is longer than any frame.
     """
 
     request_id: int
     engine: str
+    key_id: str | None
     type: str
     payload: dict[str, Any] | None
     actor: str
@@ -69,39 +71,61 @@ class Answer:
         return self.taken_by is not None
 
 
-def ask(txn: Cursor, engine: str, type: str, payload: Mapping[str, Any], actor: str, patience_s: float = TAKE_S) -> int:
+def ask(
+    txn: Cursor,
+    engine: str,
+    type: str,
+    payload: Mapping[str, Any],
+    actor: str,
+    patience_s: float = TAKE_S,
+    key_id: str | None = None,
+) -> int:
     """Store a request for the server that has the link to the engine.
 
     :param patience_s: seconds after which no server takes the request any more.
+    :param key_id: the key of that link; ``None``: the newest link of the name, whatever its key.
     :returns: its ``request_id``.
     """
     txn.execute(
-        "insert into s2s.steering (engine, type, payload, actor, expires_at)"
-        " values (%s, %s, %s, %s, now() + %s * interval '1 second') returning request_id",
-        (engine, type, Json(dict(payload)), actor, patience_s),
+        "insert into s2s.steering (engine, key_id, type, payload, actor, expires_at)"
+        " values (%s, %s, %s, %s, %s, now() + %s * interval '1 second') returning request_id",
+        (engine, key_id, type, Json(dict(payload)), actor, patience_s),
     )
     check_written(txn, "insert", "s2s.steering")
     return int((txn.fetchone() or ())[0])
 
 
 def take(
-    txn: Cursor, server_boot_id: str, engines: Sequence[str], limit: int = MOST, frame_size: int = Bounds.frame_size
+    txn: Cursor,
+    server_boot_id: str,
+    links: Collection[tuple[str, str]],
+    limit: int = MOST,
+    frame_size: int = Bounds.frame_size,
 ) -> list[Steering]:
-    """Take the open requests to the given engines, in order.
+    """Take the open requests to the engines of the given links, in order.
 
+    :param links: the name and the key of each link.
     :param limit: the most requests to take.
     :param frame_size: bytes of the longest frame.
     """
     txn.execute(
         "with asked as (select request_id from s2s.steering"  # noqa: S608 - constants
-        " where taken_by is null and expires_at > now() and engine = any(%(engines)s) order by request_id"
+        " where taken_by is null and expires_at > now() and exists (select from"
+        " unnest(%(names)s::text[], %(keys)s::text[]) as l (name, key_id)"
+        " where l.name = engine and l.key_id = coalesce(steering.key_id, l.key_id)) order by request_id"
         " limit %(limit)s for update skip locked), taken as (update s2s.steering set taken_by = %(boot_id)s"
         " where request_id in (select request_id from asked)"
-        f" returning request_id, engine, type, {fitting('payload')} as payload, actor, taken_by)"
-        " select asked.request_id, engine, type, payload, actor from asked left join taken"
+        f" returning request_id, engine, key_id, type, {fitting('payload')} as payload, actor, taken_by)"
+        " select asked.request_id, engine, key_id, type, payload, actor from asked left join taken"
         " on taken.request_id = asked.request_id and taken_by is not null"
         " order by request_id",
-        {"engines": list(engines), "boot_id": server_boot_id, "limit": limit, "longest": frame_size},
+        {
+            "names": [name for name, _ in links],
+            "keys": [key_id for _, key_id in links],
+            "boot_id": server_boot_id,
+            "limit": limit,
+            "longest": frame_size,
+        },
     )
     rows = txn.fetchall()
     if any(engine is None for _, engine, *_ in rows):
