@@ -197,11 +197,10 @@ def _running_reactor() -> Any:
 
 
 def _read_token(path: Path) -> str:
-    try:
-        return files.read(path).decode("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise OperatorError(f"the token file {path} cannot be read, {why}: see --token-file") from None
+    token = files.read_line(path, "the token file", ": see --token-file")
+    if not (token and token.isascii() and token.isprintable()):
+        raise OperatorError(f"the token file has no token: {path}: see --token-file")
+    return token
 
 
 def rows(

@@ -66,15 +66,14 @@ def add(
 
 
 def _read_secret(path: Path) -> str:
+    # Programs such as openssl break long base64 texts into lines.
+    lines = files.read_text(path, "the secret file").split()
+    secret = "".join(lines)
     try:
-        secret = "".join(files.read(path).decode("ascii").split())
         decode_secret(secret)
-    except OSError as error:
-        raise OperatorError(f"the secret file cannot be read: {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise OperatorError(f"the secret file {path} is not base64 text") from None
     except ValueError as error:
-        raise OperatorError(f"the secret file {path} cannot be used: {error}") from None
+        many = f" (its {len(lines)} lines count as one secret)" if len(lines) > 1 else ""
+        raise OperatorError(f"the secret file {path} cannot be used: {error}{many}") from None
     return secret
 
 

@@ -5,12 +5,15 @@ Also detect that a process has used up its file descriptors.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import resource
 import select
 from pathlib import Path
 from typing import Final
+
+from s2s.errors import OperatorError
 
 #: The most bytes of such a file: a secret or a URL has hundreds. The limit ends the read of a file such as /dev/zero.
 MOST_BYTES: Final = 65_536
@@ -38,6 +41,37 @@ def read(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
                 return content
             content += part or b""
     raise OSError(errno.EFBIG, "it is too long")
+
+
+def read_text(path: Path, what: str, cure: str = "") -> str:
+    """Return the text of a small file, without the white space around it.
+
+    The text is UTF-8, or UTF-16 with its byte order mark, since editors on Windows write either.
+
+    :param what: the name of the file in the error.
+    :param cure: the end of the error.
+    :raises OperatorError: the file cannot be read, or contains no such text; the error quotes nothing of it.
+    """
+    try:
+        content = read(path)
+        is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig").strip()
+        if "\0" not in text:
+            return text
+        why = "it is binary, and no text"
+    except OSError as error:
+        why = error.strerror or str(error)
+    except ValueError:  # bytes that are no text, or a path with a NUL
+        why = "it is not UTF-8 text"
+    raise OperatorError(f"{what} cannot be read: {path}: {why}{cure}")
+
+
+def read_line(path: Path, what: str, cure: str = "") -> str:
+    """Return the text of a small file that has one line; see :func:`read_text`."""
+    text = read_text(path, what, cure)
+    if len(text.splitlines()) > 1:
+        raise OperatorError(f"{what} cannot be used: {path}: it has more than one line{cure}")
+    return text
 
 
 def is_here() -> bool:

@@ -50,6 +50,9 @@ def read(url: str) -> dict[str, str]:
     if text[:1] in ("'", '"'):
         raise OperatorError("the database URL stands in quotes, which are a part of it: leave them out")
     is_uri = re.match(r"postgres(?:ql)?://", text) is not None
+    if is_uri and len(text.splitlines()) > 1:
+        place = f" in the file {url[1:]}" if url.startswith("@") else ""
+        raise OperatorError(f"the database URL{place} has more than one line: write one URL alone")
     is_cut = is_uri and _is_cut(text.partition("://")[2])
     try:
         given = parse_dsn(text)
@@ -87,11 +90,9 @@ def _content(given: str) -> str:
     try:
         if path.is_dir() or stat.S_ISBLK(path.stat().st_mode):
             raise OperatorError(f"the file of the database URL is no file: {path}: name one behind the @")
-        text = files.read(path).decode("utf-8-sig").strip()
-    except OSError as error:
-        raise OperatorError(f"the file of the database URL cannot be read: {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, ValueError):
-        raise OperatorError(f"the file of the database URL cannot be read: {path}: it is not UTF-8 text") from None
+    except (OSError, ValueError):
+        pass  # the read tells the reason
+    text = files.read_text(path, "the file of the database URL")
     if not text:
         raise OperatorError(f"the file of the database URL is empty: {path}: write one URL into it")
     if text.startswith("@"):

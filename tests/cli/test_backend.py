@@ -163,7 +163,7 @@ class TokenTests(SynchronousTestCase):
         pipe = Path(self.mktemp())
         os.mkfifo(pipe)
         refused = self.assertRaises(OperatorError, _MODULE._read_token, pipe)
-        self.assertIn(f"{pipe} cannot be read, nothing came through it", str(refused))
+        self.assertIn(f"cannot be read: {pipe}: nothing came through it", str(refused))
 
 
 class ShutTests(ApiTestCase):
@@ -184,14 +184,29 @@ class ShutTests(ApiTestCase):
         )
         self.assertIn("write http://HOST:PORT", self.one_line("here", self.token_file()))
         missing = str(self.directory / "missing")
-        self.assertIn(f"the token file {missing} cannot be read, No such file", self.one_line(self.api, missing))
+        self.assertIn(f"the token file cannot be read: {missing}: No such file", self.one_line(self.api, missing))
         wrong = self.directory / "wrong.token"
         wrong.write_text(make("an-admin"))
         said = self.one_line(self.api, str(wrong))
         self.assertRegex(said, "^Error: the token is not valid: .*: see --token-file and S2S_TOKEN_FILE\n$")
         self.assertNotIn("~", said)
-        wrong.write_bytes(b"\xff")
-        self.assertIn("it is no text", self.one_line(self.api, str(wrong)))
+        for content, why in (
+            (b"\xff", "it is not UTF-8 text: see --token-file"),
+            (b"s2s_one\ns2s_two\n", "it has more than one line: see --token-file"),
+            (b"\n", "the token file has no token"),
+            ("t\u00f6ken".encode(), "the token file has no token"),
+        ):
+            wrong.write_bytes(content)
+            self.assertIn(why, self.one_line(self.api, str(wrong)))
+
+    def test_a_token_of_windows(self) -> None:
+        """A token file that an editor on Windows has written, with a byte order mark or in UTF-16, is read."""
+        given = Path(self.token_file()).read_text().strip()
+        file = self.directory / "windows.token"
+        for content in (b"\xef\xbb\xbf" + given.encode() + b"\r\n", f"{given}\r\n".encode("utf-16")):
+            file.write_bytes(content)
+            [(code, _, stderr)] = shell([["config", "list"]], S2S_URL=self.api, S2S_TOKEN_FILE=str(file))
+            self.assertEqual((code, stderr), (0, ""))
 
     def test_cursors(self) -> None:
         """An error of the cursor names the option ``--before``."""

@@ -65,10 +65,27 @@ class KeysTests(CliTestCase):
         self.s2s("keys", "add", "--key-id", "k9", "--role", "server", "--secret-file", self.file(secret + b"\n"))
         self.assertEqual(self.execute("select key_b64 from s2s.s2s_keys where key_id='k9'"), [(secret.decode(),)])
 
+    def test_secret_file_of_windows(self) -> None:
+        """A secret file that an editor on Windows has written, or that openssl has broken into lines, is read."""
+        secret = base64.b64encode(b"s" * 64).decode()
+        for content in (
+            f"\ufeff{secret}\r\n".encode(),
+            secret.encode("utf-16"),
+            f"{secret[:64]}\n{secret[64:]}".encode(),
+        ):
+            self.s2s("keys", "add", "--key-id", "k9", "--role", "server", "--secret-file", self.file(content))
+            self.assertEqual(self.execute("delete from s2s.s2s_keys returning key_b64"), [(secret,)])
+
     def test_bad_secrets(self) -> None:
         """A short, malformed or missing secret is refused in one line without any part of it."""
         short = base64.b64encode(b"abcdefgh12345678")
-        for content, why in ((short, "at least 32"), (b"*not base64*", "not base64"), (b"\xff\xfe", "not base64")):
+        padded = base64.b64encode(b"s" * 40)
+        for content, why in (
+            (short, "at least 32"),
+            (b"*not base64*", "not base64"),
+            (b"\xff", "not UTF-8 text"),
+            (padded + b"\n" + padded, "not base64 (its 2 lines count as one secret)"),
+        ):
             result = self.s2s(
                 "keys", "add", "--key-id", "k9", "--role", "any", "--secret-file", self.file(content), expected=1
             )

@@ -117,7 +117,9 @@ class LocatingTests(SynchronousTestCase):
         for content, why in (
             (b" \n", "is empty"),
             (b"x" * 70_000, "is too long"),
-            (b"\xff\xfe", "not UTF-8"),
+            (b"\xff", "not UTF-8"),
+            ("postgresql://u@h/d".encode("utf-16-le"), "is binary"),
+            (b"postgresql://u@h/d\nsecond\n", f"in the file {path.absolute()} has more than one line"),
             (b"@other", "names another file"),
             (b"nonsense", "cannot be read"),
         ):
@@ -126,6 +128,18 @@ class LocatingTests(SynchronousTestCase):
         for nothing in ("@", f"@{path.parent.absolute()}"):
             self.assertIn("name one behind the @", self.refused(nothing))
         self.assertIn("is too long", self.refused("@/dev/zero"))
+
+    def test_files_of_windows(self) -> None:
+        """A file that an editor on Windows has written, with a byte order mark or in UTF-16, is read."""
+        path = Path(self.mktemp())
+        for content in (b"\xef\xbb\xbfpostgresql://u@h/d\r\n", "postgresql://u@h/d\r\n".encode("utf-16")):
+            path.write_bytes(content)
+            self.assertEqual(url.read(f"@{path}")["dbname"], "d")
+
+    def test_more_than_one_line(self) -> None:
+        """A URL of two lines is refused without a quote of it; a connection string may have many."""
+        self.assertIn("the database URL has more than one line", self.refused("postgresql://u:hunter2@h/d\nmore"))
+        self.assertEqual(url.read("host=h\r\ndbname=d"), {"host": "h", "dbname": "d"})
 
     def test_a_pipe_is_read_once(self) -> None:
         """A URL that was read from a pipe is kept, since a pipe can be read only once."""
