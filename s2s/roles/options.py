@@ -6,6 +6,7 @@ import atexit
 import os
 import pwd
 import signal
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,10 +17,11 @@ from typing import Any, Final, NoReturn, TypeVar
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python import usage
+from twisted.python.reflect import namedAny
 from ulid_transform import ulid_now
 
 from s2s import __version__
-from s2s.errors import OperatorError
+from s2s.errors import OperatorError, harmless, one_line
 from s2s.handlers.discovery import installed
 from s2s.protocol.identity import Identity
 from s2s.protocol.limits import Bounds, Counters
@@ -50,6 +52,9 @@ TRIM_S: Final = 60.0
 _TWISTD_PIDFILE: Final = "twistd.pid"
 #: Sessions of a role beside those of its two pools: for short statements, for notifications, and to cancel by.
 _OWN_SESSIONS: Final = 3
+#: The socket of syslog on Linux, and the maximum seconds of a connect to it.
+_SYSLOG: Final = "/dev/log"
+_SYSLOG_S: Final = 2.0
 HANDLER_TIMEOUTS: Final = (1, 3600)
 #: The values of an environment variable for a flag.
 _FLAGS: Final = {
@@ -183,6 +188,8 @@ class RoleOptions(usage.Options):
         twistd = getattr(self, "parent", None)
         if twistd is not None:
             or_refuse(lambda: self._prepare_process(twistd))
+        elif "--syslog" in sys.argv:  # a tac file does not see twistd's options
+            or_refuse(_check_syslog)
 
     def _prepare_process(self, twistd: Any) -> None:
         """Keep the files of the two roles apart, and see that twistd can write its own: it would end with a traceback.
@@ -202,8 +209,10 @@ class RoleOptions(usage.Options):
             twistd["logfile"] = f"{self.process_name}.log"
         _check_places(twistd)
         starting = f"{self.process_name}: starting"
-        if twistd["syslog"] or twistd["logger"]:
-            pass
+        if twistd["logger"]:
+            _check_logger(twistd["logger"])
+        elif twistd["syslog"]:
+            _check_syslog()
         elif twistd["logfile"] in ("", None, "-"):
             if "stdout" in closed and not is_daemon:
                 raise OperatorError("stdout is closed and the log goes there: open it, or name a --logfile")
@@ -217,6 +226,37 @@ class RoleOptions(usage.Options):
         if twistd["pidfile"]:
             self.pid_file = PidFile(twistd["pidfile"])
             twistd["pidfile"] = ""
+
+
+def _check_logger(name: str) -> None:
+    """See that the factory of ``--logger`` is there, since twistd would report its error below a page of help.
+
+    :raises OperatorError: it is not.
+    """
+    try:
+        is_factory, why = callable(namedAny(name)), "it cannot be called"
+    except Exception as error:  # the import runs code of others
+        is_factory, why = False, one_line(error)
+    if not is_factory:
+        raise OperatorError(f"--logger {harmless(name)} cannot be used: {why}: name a factory of log observers")
+
+
+def _check_syslog() -> None:
+    """See that a syslog daemon listens, since without one the C library drops each line and reports no error.
+
+    :raises OperatorError: none listens.
+    """
+    if sys.platform != "linux":  # other systems have other paths
+        return None
+    why = ""
+    for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+        with socket.socket(socket.AF_UNIX, kind) as probe:
+            probe.settimeout(_SYSLOG_S)
+            try:
+                return probe.connect(_SYSLOG)
+            except OSError as error:
+                why = why or error.strerror or str(error)
+    raise OperatorError(f"no syslog daemon listens on {_SYSLOG}: {why}: start one, or leave out --syslog")
 
 
 def _check_places(twistd: Any) -> None:

@@ -12,7 +12,10 @@ from typing import Any
 
 import psutil
 from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.trial.unittest import SkipTest
 
+from s2s.errors import OperatorError
+from s2s.roles import options
 from s2s.roles.preflight import DATABASE_VARIABLE
 from s2s.runtime.status_log import LINK_UP
 from tests.support.peer import PUSH, command, connect
@@ -263,6 +266,37 @@ class RefusalTests(RoleTestCase):
         self.refused(
             ("s2s keys add --role server", ["s2s-server"], {}), ("s2s keys add --role engine", ["-n", "s2s-engine"], {})
         )
+
+    def test_a_logger_that_is_not_there(self):
+        """A ``--logger`` that cannot be imported or called is refused in one line, in the background as well."""
+        wrong = "cannot be used: .*: name a factory"
+        self.refused(
+            (f"--logger no.such.logger {wrong}", ["-n", "--logger", "no.such.logger", "s2s-server"], {}),
+            (f"--logger os.sep {wrong}", ["-n", "--logger", "os.sep", "s2s-engine"], {}),
+        )
+
+    def test_a_syslog_that_is_not_there(self):
+        """A role whose lines ``--syslog`` would lose is refused with the cure, if this machine has no syslog."""
+        if Path("/dev/log").exists():
+            raise SkipTest("this machine has a syslog")
+        told = "no syslog daemon listens on /dev/log: No such file or directory: start one, or leave out --syslog"
+        self.refused(
+            (told, ["-n", "--syslog", "s2s-server"], {}),
+            (told, ["-n", "--syslog", "s2s-engine"], {}),
+            (told, ["-n", "--syslog", "-y", str(_TAC / "server.tac")], {}),
+        )
+
+    def test_syslog_sockets(self):
+        """A syslog that listens on a socket of either kind is taken, and a socket that nobody reads is refused."""
+        for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+            path = str(self.directory / f"log-{kind}")
+            self.patch(options, "_SYSLOG", path)
+            with socket.socket(socket.AF_UNIX, kind) as daemon:
+                daemon.bind(path)
+                if kind == socket.SOCK_STREAM:
+                    daemon.listen()
+                options._check_syslog()
+            self.assertIn("refused", str(self.assertRaises(OperatorError, options._check_syslog)))
 
     def test_options(self):
         """An invalid value of an option is refused with the option and the valid values."""
