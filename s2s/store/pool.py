@@ -98,6 +98,7 @@ class Database:
             self.shutdown_transaction,
             statement_timeout_s,
             lambda: self.counters.meet("database_answer"),
+            self._is_silent,
             self.reactor,
         )
         self.troubles = Troubles(reactor)
@@ -255,6 +256,9 @@ class Database:
     def _idle(self) -> Deferred[None]:
         """Wait until no interaction runs or waits."""
         return self._until_idle.wait() if self._unfinished else defer.succeed(None)
+
+    def _is_silent(self, error: BaseException) -> None:
+        self.availability.note(error)
 
     def _connections(self) -> list[Any]:
         """Return the connections on which a statement of ours may wait for its answer."""

@@ -17,7 +17,7 @@ from typing import Any, Final
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from s2s.errors import S2SError
+from s2s.errors import DatabaseUnavailable, S2SError
 from s2s.runtime import own_threads
 from s2s.store.connection import PlanningConnection
 from s2s.store.connection_socket import shut_down
@@ -55,6 +55,7 @@ class Silence:
     :param another: opens a connection for one short transaction; called in a thread.
     :param statement_timeout_s: seconds after which the database cancels a statement on the checked connections.
     :param tell: called for each connection that is closed.
+    :param tell_away: called with the error if the database answers on no other connection either.
     :param reactor: an ``IReactorTime`` and ``IReactorThreads``.
     """
 
@@ -66,6 +67,7 @@ class Silence:
         another: Callable[[], AbstractContextManager[Cursor]],
         statement_timeout_s: float,
         tell: Callable[[], object],
+        tell_away: Callable[[BaseException], object],
         reactor: Any,
     ) -> None:
         self._connections = connections
@@ -74,6 +76,7 @@ class Silence:
         #: The sessions whose backends hang.
         self._hung: set[tuple[int, str]] = set()
         self._tell = tell
+        self._tell_away = tell_away
         self._reactor = reactor
         self._checking: set[PlanningConnection] = set()
         self._loop = LoopingCall(self._look)
@@ -95,7 +98,7 @@ class Silence:
             if since is not None and now - since > SILENT_S and conn not in self._checking:
                 self._checking.add(conn)
                 ended = own_threads.run(self._reactor, self._end_if_silent, conn, since)
-                ended.addCallbacks(self._ended, self._failed).addBoth(self._checked, conn)
+                ended.addCallbacks(self._ended, self._failed, errbackArgs=(conn, since)).addBoth(self._checked, conn)
 
     def _checked(self, _: object, conn: PlanningConnection) -> None:
         self._checking.discard(conn)
@@ -105,9 +108,13 @@ class Silence:
             self._tell()
             self.log.warn("a connection to the database was closed, on which no answer came: {why}", why=why)
 
-    def _failed(self, failure: Any) -> None:
-        # The pool reports a database that is unavailable.
-        if not failure.check(S2SError):
+    def _failed(self, failure: Any, conn: PlanningConnection, since: float) -> None:
+        error = failure.value
+        if isinstance(error, DatabaseUnavailable) and not error.state and conn.asked_at == since:
+            # A pool whose statements all wait for their answers does not report it.
+            told = f"no answer for {SILENT_S:g} s, and none on a new connection: {error}"
+            self._tell_away(DatabaseUnavailable(told))
+        elif not failure.check(S2SError):
             self.log.failure("a connection without an answer could not be looked at", failure)
 
     # --- in a thread -------------------------------------------------------------------------------------------------

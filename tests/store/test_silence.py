@@ -82,6 +82,21 @@ class SilenceTests(DatabaseTestCase):
 
         await self.assertFailure(deferToThread(look), DatabaseUnavailable)
 
+    async def test_a_database_that_hangs(self) -> None:
+        """A database that answers neither a statement nor a new connection has one line, and one when it is back."""
+        await gatherResults([self.database.run(_one, "select pg_sleep(0.05)") for _ in range(2)])
+        self.proxy.stall()
+        self.addCleanup(self.proxy.go_on)
+        asked = [self.database.run(_one, "select 1") for _ in range(2)]
+        await poll(lambda: self.database.is_away, "the look")
+        await pause(5 * silence.LOOK_S)
+        self.proxy.go_on()
+        self.assertEqual(await gatherResults(asked), [1, 1])
+        await poll(lambda: not self.database.is_away, "its end")
+        away, back = [formatEvent(event) for event in self.told if event["log_namespace"].endswith("Availability")]
+        self.assertIn("the database is not available: no answer for 0.6 s, and none on a new connection: ", away)
+        self.assertEqual(back, "the database is available again")
+
     async def test_without_activities(self) -> None:
         """With ``track_activities`` off, an unanswered statement fails too, and a running one is left alone."""
         self.patch(silence, "_AGAIN_S", 0.1)
