@@ -69,6 +69,7 @@ class WrapperTests(ApiTestCase):
         for path, status in (
             (b"/healthz", b"200"), (b"/healthz?x", b"200"), (b"/healthz?a=1&a=1&%FF", b"200"), (b"/readyz", b"200"),
             (b"/readyz?x=1", b"200"), (b"/openapi.json", b"421"), (b"/v1/config", b"421"),
+            (b"/healthz/", b"404"), (b"//healthz", b"404"), (b"/readyz//?x", b"404"), (b"/v1/config/", b"421"),
         ):  # fmt: skip
             for method in (b"GET", b"OPTIONS"):
                 with socket.create_connection(("127.0.0.1", port)) as raw, self.subTest(method=method, path=path):

@@ -26,7 +26,7 @@ from s2s.admin.http.problems import problem
 from s2s.admin.http.routes import Routes, allowed, read_query, wrong_method
 from s2s.admin.http.sign_in import Caller, SignIn
 from s2s.admin.operations.operation import BODY_BYTES, IDEM_KEY, Operation, OperationRequest, Reply, encode
-from s2s.errors import BadEnvelope, BadPayload, S2SError, ShuttingDown
+from s2s.errors import BadEnvelope, BadPayload, NotFound, S2SError, ShuttingDown
 from s2s.protocol import canonical
 from s2s.runtime.waiters import Waiters
 
@@ -151,6 +151,10 @@ class Api(Resource):
                 raise wrong_method(method, allowed(["GET", "OPTIONS"]))
             sent = request.requestHeaders.getRawHeaders(b"authorization") or []
             return Reply(await plain.give(any(self._sign_in.knows(each.decode("latin-1")) for each in sent)))
+        near = self._plain.get(b"/" + path.strip(b"/"))
+        if plain is None and near is not None and near.is_open:
+            # The cure for the Host or the token would not help a load balancer.
+            raise NotFound("a path with another slash is another path: use /healthz or /readyz")
         self._check_host(request)
         caller = await self._sign_in.caller(_header(request, b"authorization"), _address(request))
         if plain is not None:
