@@ -250,7 +250,9 @@ class SteeringTests(RoleTestCase, CliTestCase):
             self.peer(key=key, config_version=0, boot_id=f"boot-{key.key_id}", outbox_depth=depth)
             for depth, key in enumerate((K1, other))
         ]
-        [told] = self.server_role.lines("each request to this name, such as pause or shutdown, goes to both")
+        text = "each request to this name, such as pause or shutdown, goes to both"
+        yield self.server_role.says(text)
+        [told] = self.server_role.lines(text)
         self.assertIn("has the key k2 and the name of an engine that is up with the key k1", told)
         listing = self.in_thread("engine", "list", "--json")
         for twin in twins:
