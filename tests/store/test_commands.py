@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s2s.errors import StatementRefused
 from s2s.store import driver
 from s2s.store.driver import Cursor, Steps
 from s2s.store.pool import blocking
@@ -259,6 +260,22 @@ class ClaimTests(DatabaseTestCase):
             self.assertEqual(finished is None, attempt < 10)
             self.assertLessEqual(pause, min(2**attempt, 300))
         self.assertEqual(commands.charge(self.txn, [Charge(cmd_id, "again")]), 0)
+
+    def test_a_clock_that_is_set_back(self) -> None:
+        """A charge is written although the clock is set back meanwhile, and one that a trigger drops is refused."""
+        self.insert(("a", 0, "now()", 0), ("b", 0, "now()", 0))
+        [(a,), (b,)] = self.execute("select cmd_id from s2s.commands order by idem_key")
+        self.txn.execute(
+            "create function back() returns trigger language plpgsql as $$ begin"
+            " if old.idem_key = 'a' then new.due_at := new.due_at - interval '1 hour'; return new; end if;"
+            " return old; end $$;"
+            "create trigger back before update on s2s.commands for each row execute function back()"
+        )
+        self.assertEqual(commands.charge(self.txn, [Charge(a, "E")]), 0)
+        self.txn.execute("select attempts, error, due_at < now() from s2s.commands where cmd_id = %s", (a,))
+        self.assertEqual(self.txn.fetchall(), [(1, "E", True)])
+        with self.assertRaises(StatementRefused):
+            commands.charge(self.txn, [Charge(b, "E")])
 
     def test_deaths_count_otherwise(self) -> None:
         """A command is dead after 50 deaths of its process, with pauses of at most 10 s, or after ten failures."""
