@@ -11,18 +11,22 @@ from importlib import resources
 from random import Random
 from time import thread_time
 from typing import Any
+from unittest import mock
 
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
+from referencing import Registry
+from referencing.jsonschema import DRAFT202012
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import BadPayload, OperatorError
 from s2s.handlers.commands import BUILTIN
 from s2s.protocol import canonical
 from s2s.protocol.catalogue import ERROR_SCHEMA, REPLY_ONLY
-from s2s.protocol.catalogue.schema import Schema, load
+from s2s.protocol.catalogue import vet as vet_module
+from s2s.protocol.catalogue.schema import Schema, _compile, load
 from tests.support.installed import CATALOGUE
 
 _FILES = sorted(each.name for each in (resources.files("s2s.protocol.catalogue") / "schemas").iterdir())
@@ -307,6 +311,127 @@ class ApartTests(SynchronousTestCase):
         self.assertIn("breaks its schema", error.message)
 
 
+_NAMES = [f"{number:x}" for number in range(6000)]
+_OBJECT = dict.fromkeys(_NAMES, 1)
+_SOME = dict.fromkeys(_NAMES[:900], 1)
+_ONES = [1] * 32_000
+_LONGEST = [2**53 - 1] * 3_700
+
+
+def _refuses(part: dict[str, Any]) -> dict[str, Any]:
+    return {"items": {"not": part}}
+
+
+#: By keyword, parts of a schema and for each the payload of 64 KiB with which it takes longest. All are valid.
+_PAYLOADS: dict[str, list[tuple[dict[str, Any], Any]]] = {
+    "multipleOf": [
+        ({"items": {"multipleOf": 7}}, [-7] * 21_000),
+        (_refuses({"multipleOf": 10**19}), _LONGEST),
+        *((_refuses({"multipleOf": number}), _ONES) for number in (1e18, 1e300, 1.5, 0.3, 3.1e-9, 3.1e-18, 3.1e-20)),
+        *((_refuses({"multipleOf": number}), _LONGEST) for number in (1.3, 0.3, 3.1e-18, 3.1e-20)),
+    ],
+    **{
+        word: [
+            (_refuses({word: sign * number}), payload)
+            for number in (2**53, 2**63 - 1, 10**19, 10**30, 1e30, 1e308, 2**53 + 0.5, 2**52 + 0.5)
+            for payload in (_ONES, [-1] * 21_000)
+        ]
+        + [({"items": {word: 0.5}} if sign > 0 else _refuses({word: 0.5}), payload) for payload in (_ONES, _LONGEST)]
+        for word, sign in (("minimum", 1), ("exclusiveMinimum", 1), ("maximum", -1), ("exclusiveMaximum", -1))
+    },
+    "const": [
+        *((_refuses({"const": number}), _ONES) for number in (2, 10**19, 10**30, 10**300, 0.5, 1e300, 1e-19)),
+        *((_refuses({"const": number}), _LONGEST) for number in (2, 10**19, 10**30, 10**300, 0.5, 1e300, 1e-19)),
+        ({"const": "a" * 60_000}, "a" * 60_000),
+        ({"not": {"const": "a" * 59_999 + "b"}}, "a" * 60_000),
+        ({"const": dict.fromkeys(_NAMES, "")}, dict.fromkeys(_NAMES, "")),
+        ({"const": {"a" * 60_000: 1}}, {"a" * 60_000: 1}),
+        ({"const": ["a"] * 15_000}, ["a"] * 15_000),
+        ({"const": [{}] * 20_000}, [{}] * 20_000),
+        ({"items": {"const": {"a": "", "b": ""}}}, [{"a": "", "b": ""}] * 4_000),
+    ],
+    "enum": [
+        (_refuses({"enum": [0.5, 2]}), _ONES),
+        (_refuses({"enum": [10**30, 5]}), _LONGEST),
+        (_refuses({"enum": [2.0, "x"]}), _ONES),
+        (_refuses({"enum": [2, "x"]}), _ONES),
+        (_refuses({"enum": [2, 3]}), _ONES),
+        ({"enum": ["a" * 64_000, *map(str, range(100))]}, "a" * 64_000),
+        (_refuses({"enum": [{"a": 1, "b": 2}, {"c": 5}]}), [{"a": 1, "b": 1}] * 4_000),
+    ],
+    "required": [
+        ({"required": _NAMES}, _OBJECT),
+        ({"items": {"required": _NAMES[:200]}}, [dict.fromkeys(_NAMES[:200], 1)] * 45),
+        (_refuses({"required": ["a"]}), [{}] * 21_000),
+    ],
+    "dependentRequired": [
+        ({"dependentRequired": {"0": _NAMES}}, _OBJECT),
+        ({"dependentRequired": dict.fromkeys(_NAMES[:150], _NAMES[:40])}, _OBJECT),
+        ({"items": {"dependentRequired": {"0": _NAMES[:50]}}}, [dict.fromkeys(_NAMES[:50], 1)] * 180),
+    ],
+    "dependentSchemas": [({"dependentSchemas": {name: {"required": ["0"]} for name in _NAMES[:1000]}}, _OBJECT)],
+    "properties": [
+        ({"properties": {name: {} for name in _NAMES}}, _OBJECT),
+        ({"properties": {f"x{name}": {} for name in _NAMES[:4000]}}, _OBJECT),
+        ({"items": {"properties": {f"x{name}": {} for name in _NAMES[:1000]}}}, [{}] * 21_000),
+    ],
+    "patternProperties": [
+        ({"patternProperties": {"^[0-9a-f]*$": {}}, "propertyNames": {"pattern": "[0-9a-f]$"}}, _OBJECT),
+        ({"items": {"patternProperties": {"b$": {}}}}, [{"": 1}] * 9_000),
+    ],
+    "additionalProperties": [({"additionalProperties": {"type": "integer"}}, _OBJECT)],
+    "propertyNames": [({"propertyNames": {"maxLength": 9}}, _OBJECT), ({"propertyNames": {"enum": _NAMES}}, _OBJECT)],
+    "minProperties": [(_refuses({"minProperties": 2}), [{}] * 21_000)],
+    "maxProperties": [({"items": {"maxProperties": 2}}, [{}] * 21_000)],
+    "minItems": [(_refuses({"minItems": 2}), [[]] * 21_000)],
+    "maxItems": [({"items": {"maxItems": 2}}, [[]] * 21_000)],
+    "items": [({"items": {"type": "integer"}}, _ONES)],
+    "prefixItems": [({"prefixItems": [{"type": "integer"}] * 3_000, "items": {"type": "integer"}}, _ONES)],
+    "contains": [
+        ({"contains": {"minimum": 1}, "minContains": 32_000}, _ONES),
+        ({"contains": {"minimum": 1}, "maxContains": 32_000}, _ONES),
+        ({"contains": {"const": 2}, "minContains": 0}, _ONES),
+    ],
+    "uniqueItems": [
+        ({"uniqueItems": True}, list(range(11_000))),
+        ({"items": {"uniqueItems": True}}, [list(range(14))] * 2_000),
+        ({"items": {"uniqueItems": True}}, [[{"a": number} for number in range(14)]] * 500),
+        ({"uniqueItems": True}, [[1] * 2_000 + [number] for number in range(15)]),
+        ({"uniqueItems": True}, [[number] for number in range(8_000)]),
+        ({"uniqueItems": True}, ["a" * 4_000 + str(number) for number in range(15)]),
+    ],
+    "minLength": [({"allOf": [{"minLength": number} for number in range(50)]}, "é" * 32_000)],
+    "maxLength": [({"allOf": [{"maxLength": 70_000 + number} for number in range(50)]}, "é" * 32_000)],
+    "pattern": [
+        ({"pattern": r"^[\p{L}\s]+$"}, "é" * 32_000),
+        ({"items": {"pattern": "[ab]$"}}, ["a"] * 16_000),
+        ({"items": {"pattern": "^a*$"}}, [""] * 21_000),
+    ],
+    "format": [
+        ({"allOf": [{"format": name}] * 50}, "a" * 65_000)
+        for name in ("date-time", "email", "idn-hostname", "ipv6", "uri", "regex", "uri-template", "duration")
+    ],
+    "type": [({"items": {"type": ["string", "null", "integer"]}}, _ONES)],
+    "anyOf": [({"items": {"anyOf": [*[{"type": "null"}] * 20, {}]}}, _ONES)],
+    "oneOf": [({"items": {"oneOf": [{"type": "integer"}, *[{"type": "null"}] * 20]}}, _ONES)],
+    "allOf": [({"items": {"allOf": [{"type": "integer"}] * 20}}, _ONES)],
+    "not": [({"items": {"not": {"type": "null"}}}, _ONES)],
+    "if": [({"items": {"if": {"type": "integer"}, "then": {"minimum": 0}, "else": False}}, _ONES)],
+    "$ref": [({"$id": "x", "$defs": {"t": {"items": {"$ref": "#/$defs/t"}}}, "$ref": "#/$defs/t"}, [[]] * 21_000)],
+    "unevaluatedItems": [
+        ({"allOf": [{"contains": {"type": "integer"}}], "unevaluatedItems": False}, _ONES),
+        ({"prefixItems": [{}] * 100, "unevaluatedItems": {"type": "integer"}}, _ONES),
+    ],
+    "unevaluatedProperties": [
+        ({"anyOf": [{"properties": {n: {} for n in _NAMES[:900]}}], "unevaluatedProperties": {"type": "null"}}, _SOME),
+        ({"anyOf": [{"required": _NAMES[:900]}], "unevaluatedProperties": {"type": "integer"}}, _OBJECT),
+        ({"if": {"required": _NAMES[:900]}, "unevaluatedProperties": {"type": "integer"}}, _OBJECT),
+    ],
+}  # fmt: skip
+#: Keywords that only lead to a part, which counts by itself.
+_WITHOUT_OWN_WORK = {"$dynamicRef"}
+
+
 class VetTests(SynchronousTestCase):
     """Schemas that would cost too much, or that would make the validator fetch a document."""
 
@@ -412,6 +537,15 @@ class VetTests(SynchronousTestCase):
                 {"properties": {f"p{n}": {"$ref": "#/$defs/t"} for n in range(1000)}, "$defs": _MILLION},
                 "fewer alternatives",
             ),
+            (
+                {"type": "array", "items": {"not": {"anyOf": [{"multipleOf": (n + 22) * 1e-19} for n in range(100)]}}},
+                "#/items/not: .*maxItems",
+            ),
+            ({"items": {"anyOf": [{"minimum": n + 0.5} for n in range(9)]}}, "#/items: .*maxItems"),
+            (_doubled(13, {"required": _NAMES}), "fewer alternatives"),
+            (_doubled(13, {"dependentRequired": {"0": _NAMES}}), "fewer alternatives"),
+            (_doubled(15, {"const": "x" * 60_000}), "fewer alternatives"),
+            (_doubled(13, {"const": dict.fromkeys(_NAMES[:3000], "")}), "fewer alternatives"),
             ({"$ref": "#"}, "from a member or item"),
             ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}}, "from a member or item"),
             ({"const": "x" * 70_000}, "make it smaller"),
@@ -462,6 +596,28 @@ class VetTests(SynchronousTestCase):
                 # The documented bound is 0.1 s, on a machine of usual speed.
                 self.assertLess(thread_time() - start, 0.25)
 
+    def test_each_keyword_is_weighed(self) -> None:
+        """No keyword takes much longer for a step than a comparison of two numbers does on the same machine."""
+        self.assertEqual(set(Draft202012Validator.VALIDATORS) - _PAYLOADS.keys(), _WITHOUT_OWN_WORK)
+        reference = _ns_a_step({"items": {"not": {"anyOf": [{"const": 0}] * 10}}}, [1] * 32_000)
+        for word, cases in _PAYLOADS.items():
+            for part, payload in cases:
+                with self.subTest(word, part=str(part)[:80]):
+                    # Up to twice the reference was measured. Without its weight, a case takes 5 times and more.
+                    self.assertLess(_ns_a_step(part, payload), 4 * reference)
+
+    def test_extreme_numbers(self) -> None:
+        """A schema with a number that takes long to compare is refused in a line that names the number."""
+        for word in ("multipleOf", "minimum", "exclusiveMaximum", "const"):
+            for number in (1e-300, 5e-324, 10**309):
+                with self.subTest(word, number=number):
+                    told = str(self.assertRaises(OperatorError, Schema, {"items": {word: number}}))
+                    self.assertRegex(told, r"\A[^\n]* has the number (1e-300|5e-324|1000)[^\n]*use no fraction[^\n]*\Z")
+        for document in ({"enum": ["x", {"a": [1e-300]}]}, {"const": {"a": -1e-300}}, {"minimum": -(10**309)}):
+            self.assertRaises(OperatorError, Schema, document)
+        self.assertIn("as JSON", str(self.assertRaises(OperatorError, Schema, {"minimum": 10**5000})))
+        Schema({"items": {"minimum": -1.7976931348623157e308, "maximum": 2**64, "multipleOf": 0.01}})
+
     def test_an_explanation_has_an_end(self) -> None:
         """An explanation whose steps each take long ends within a bounded time and names the path that it reached."""
         looks = [{"contains": {"const": n}, "minContains": 0} for n in range(8)]
@@ -500,11 +656,37 @@ def _as_often_as_may_be(part: dict[str, Any]) -> Schema:
     raise AssertionError("it is not taken once")
 
 
+def _doubled(levels: int, part: dict[str, Any]) -> dict[str, Any]:
+    parts = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n - 1}"}] * 2} for n in range(1, levels)}
+    return {"$ref": f"#/$defs/d{levels - 1}", "$defs": {"d0": part, **parts}}
+
+
 def _unevaluated(levels: int) -> dict[str, Any]:
     document: dict[str, Any] = {}
     for _ in range(levels):
         document = {"allOf": [document], "unevaluatedProperties": {"type": "integer"}}
     return document
+
+
+def _ns_a_step(part: dict[str, Any], payload: Any) -> float:
+    """Return the CPU time of a validation for each step of the estimate: the least of several runs."""
+    # Enough copies of a cheap part that the call itself, of some microseconds, does not count.
+    copies = max(1, min(1000, 200_000 // _steps(part)))
+    document = {"allOf": [{"$ref": "#/$defs/part"}] * copies, "$defs": {"part": part}}
+    validate = _compile(document).is_valid
+    assert validate(payload), "the validator would stop early"
+    times = []
+    for _ in range(3):
+        start = thread_time()
+        validate(payload)
+        times.append(thread_time() - start)
+    return min(times) / _steps(document) * 1e9
+
+
+def _steps(document: dict[str, Any]) -> int:
+    resolver = Registry().resolver_with_root(DRAFT202012.create_resource(document))
+    with mock.patch.object(vet_module, "MAX_WORK", 10**15):
+        return vet_module._Work(resolver)._count(document, resolver, 1)
 
 
 _PUSH = {"cmd_type": "a.b", "idem_key": "k", "payload": {}}

@@ -8,6 +8,7 @@ reference or alternative that leads to it. The bound holds for the most expensiv
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -31,13 +32,33 @@ _CHARACTERS: Final = 65_536
 #: Maximum steps for one payload: 300 for each of its values. They take less than 100 ms (9 ns a step) with the worst
 #: schemas and payloads that a random search found, and 5 ms with most.
 MAX_WORK: Final = 300 * _VALUES
-#: Steps to compare two numbers, which takes 150 to 220 ns.
+#: Steps to compare a value with one number of the schema (``const``, ``enum``): a number of 64 bits, and any other
+#: number. A payload contains only integers, of at most 53 bits.
 _NUMBER: Final = 20
-#: Steps per value to find duplicates (``uniqueItems``).
-_UNIQUE: Final = 10
+_OTHER_NUMBER: Final = 100
+#: Steps to compare a value with a bound (``minimum`` and so on): an integer of 64 bits, another integer, a fraction.
+_BOUND: Final = 5
+_LARGE_BOUND: Final = 30
+_FRACTION: Final = 40
+#: Steps to divide a value by a fraction (``multipleOf``).
+_DIVISION: Final = 200
+#: A long integer needs up to this many times the steps of a short one, of which a payload can hold more.
+_LONG: Final = 10
+#: The smallest fraction. jsonschema-rs computes with exact fractions: one of 1e-300 takes 10 times as long.
+_LEAST: Final = 1e-20
+#: The largest integer, which is also the largest of a double. To compare an integer with more digits takes longer.
+_MOST: Final = int(sys.float_info.max)
+#: Steps to look up one name in an object, and to compare one member of two objects.
+_LOOKUP: Final = 2
+_MEMBER_COMPARED: Final = 12
+#: Characters that are compared or hashed in one step.
+_CHARACTERS_A_STEP: Final = 100
+#: Steps per value to find duplicates (``uniqueItems``). Up to 15 items are compared pair by pair.
+_UNIQUE: Final = 35
 #: Minimum bytes of a member of an object, not counting its name.
 _MEMBER: Final = 5
 
+_BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _IN_PLACE: Final = ("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas")
 _OF_ITEMS: Final = ("items", "contains", "unevaluatedItems")
 _OF_MEMBERS: Final = ("patternProperties", "additionalProperties", "propertyNames", "unevaluatedProperties")
@@ -56,6 +77,8 @@ def vet(document: Mapping[str, Any]) -> dict[str, Any]:
         text = json.dumps(document)
     except RecursionError:
         raise deep from None
+    except ValueError as error:  # above all an integer of more than 4300 digits
+        raise OperatorError(f"its schema cannot be written as JSON: {error}") from None
     if len(text) > MAX_SIZE:
         raise OperatorError(f"its schema has {len(text)} characters, and {MAX_SIZE} are allowed: make it smaller")
     if _depth(document) > MAX_DEPTH:
@@ -207,10 +230,18 @@ class _Work:
     def _own(self, schema: Mapping[str, Any], values: int) -> int:
         dependents = len(schema.get("dependentRequired", ())) + len(schema.get("dependentSchemas", ()))
         work = values * (1 + len(schema) + 2 * dependents)
+        # An object has at most the names of the payload; the first name is counted with its keyword.
+        for word in ("required", "properties"):
+            work += _LOOKUP * min(values * max(0, len(schema.get(word, ())) - 1), _VALUES)
+        for names in schema.get("dependentRequired", {}).values():
+            work += _LOOKUP * min(values * len(names), _VALUES)
+        work += sum(_bound(word, schema[word], values) for word in _BOUNDS if word in schema)
         options = schema.get("enum", ())
-        if len(options) == 1 or {type(each) for each in options} not in ({str}, {int}):
+        if len(options) > 1 and ({*map(type, options)} == {str} or all(_is_of_64_bits(each) for each in options)):
             # An enum of only strings or only integers, with several options, is a hash lookup. The options of any other
             # enum are compared one by one.
+            work += _CHARACTERS // _CHARACTERS_A_STEP
+        else:
             work += sum(_comparison(each, values) for each in options)
         if "const" in schema:
             work += _comparison(schema["const"], values)
@@ -260,15 +291,52 @@ def _bounded(schema: Mapping[str, Any], word: str, values: int, most: int) -> in
     return min(most, values * int(schema.get(word, most)))
 
 
+def _bound(word: str, number: float, values: int) -> int:
+    """Return the steps to compare a number of values with a bound, or to divide them by it."""
+    _check_size(number)
+    if number % 1:
+        return min(values * _LONG, _VALUES) * (_DIVISION if word == "multipleOf" else _FRACTION)
+    return values * (_BOUND if _is_of_64_bits(number) else _LARGE_BOUND)
+
+
 def _comparison(value: Any, values: int) -> int:
     """Return the steps to compare a number of values with one value of the schema."""
-    return min(values * _weight(value), _VALUES * _NUMBER)
+    weight, is_other = _weight(value)
+    # Each value of the payload is compared with one value of the schema at most.
+    return min(values * weight, _VALUES * (_OTHER_NUMBER if is_other else _NUMBER))
 
 
-def _weight(value: Any) -> int:
-    if isinstance(value, (dict, list)):
-        return 1 + sum(map(_weight, value.values() if isinstance(value, dict) else value))
-    return _NUMBER if type(value) in (int, float) else 1
+def _weight(value: Any) -> tuple[int, bool]:
+    """Return the steps to compare a value, and whether it contains a number that is not of 64 bits."""
+    if isinstance(value, dict):
+        members = [_weight(each) for each in value.values()]
+        weight = sum(_MEMBER_COMPARED + len(name) // _CHARACTERS_A_STEP for name in value)
+    elif isinstance(value, list):
+        members, weight = [_weight(each) for each in value], 0
+    elif isinstance(value, str):
+        return 1 + len(value) // _CHARACTERS_A_STEP, False
+    elif isinstance(value, bool) or value is None:
+        return 1, False
+    else:
+        _check_size(value)
+        return (_NUMBER, False) if _is_of_64_bits(value) else (_LONG * _OTHER_NUMBER, True)
+    return 1 + weight + sum(each for each, _ in members), any(is_other for _, is_other in members)
+
+
+def _is_of_64_bits(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**64
+
+
+def _check_size(number: float) -> None:
+    """Refuse a number with which a comparison takes long.
+
+    :raises OperatorError: it is a fraction that is too small, or an integer with too many digits.
+    """
+    if 0 < abs(number) < _LEAST or abs(number) > _MOST:
+        raise OperatorError(
+            f"its schema has the number {str(number)[:40]}: payloads have only integers of 53 bits, so use no fraction "
+            f"below {_LEAST:g} and no number above {_MOST:.1e}"
+        )
 
 
 def _inner(schema: Mapping[str, Any], words: tuple[str, ...], resolver: _Resolver) -> Iterator[tuple[Any, _Resolver]]:
