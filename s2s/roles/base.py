@@ -85,6 +85,7 @@ class Role(service.Service, ABC):
         self._config = basis.live_config
         self._lifetime = basis.lifetime
         self._lifetime.on_grace_expired = self._past_grace
+        self._lifetime.in_hand = lambda: self._handlers.in_hand
         self._config.watchers.append(lambda _: self._configure())
         self._listener = Listener(
             basis.url,
@@ -95,7 +96,7 @@ class Role(service.Service, ABC):
         self._rows = RowWatch(self._database, self._clock, TABLES[self._identity.role])
         self._guards = GuardWatch(self._database, self._clock)
         self._watches = [QueueWatch(self._database, self._clock), self._rows, self._guards]
-        self._watchdog = Watchdog(self._clock.scheduler)
+        self._watchdog = Watchdog(self._clock.scheduler, lambda: self._lifetime.is_asked)
         self._digests = [
             CounterSummary("bounds met", lambda: self._counters.met, self._clock, longest_s=_TOLD_S),
             CounterSummary("refused", self._passing, self._clock, longest_s=_TOLD_S),

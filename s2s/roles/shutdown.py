@@ -71,6 +71,8 @@ class Shutdown:
     :ivar on_start: called when a service starts, after the fork.
     :ivar rereads: called in a thread on SIGHUP, one after another; each logs its own errors.
     :ivar on_grace_expired: called in the reactor's thread when the grace is over.
+    :ivar in_hand: returns the names of the calls of foreign code that run now, for log lines; empty: none runs.
+    :ivar is_asked: a signal has asked for a stop, which has not begun yet.
     :ivar step: the step that the stop waits for now, for log lines.
     :ivar shutdown_transaction: called in another thread just before the process exits without having finished; it may
         block for a second.
@@ -90,6 +92,8 @@ class Shutdown:
         self.rereads: list[Callable[[], object]] = []
         self.on_grace_expired: Callable[[], object] = lambda: None
         self.shutdown_transaction: Callable[[], object] = lambda: None
+        self.in_hand: Callable[[], str] = lambda: ""
+        self.is_asked = False
         self.step = "the stop to begin"
 
     def watch(self) -> None:
@@ -102,6 +106,7 @@ class Shutdown:
         """
 
         def on_signal(number: int, _frame: object) -> None:
+            self.is_asked = self._deadline is None
             self._reactor.callFromThread(self.end, signal.Signals(number).name)
 
         def on_hang_up(*_: object) -> None:
@@ -127,12 +132,18 @@ class Shutdown:
         # arrives at that moment waits for our handlers. No thread starts meanwhile, which would inherit the mask.
         self._reactor.addSystemEventTrigger("before", "startup", signal.pthread_sigmask, signal.SIG_BLOCK, _SIGNALS)
         self._reactor.addSystemEventTrigger("during", "startup", take_signals)
+        # Code of a plug-in may stop the reactor. Nothing but our deadlines ends a process in which a thread still runs.
+        self._reactor.addSystemEventTrigger("before", "shutdown", self._reactor_stops)
         if _early:
             self._reactor.callWhenRunning(self._hang_up)
         # At its end Python restores the default action of the signals, which kills, unless the signals are ignored.
         atexit.register(_ignore_signals)
         if os.environ.get(STOP_WITH_STDIN):
             self._reactor.callWhenRunning(self._reactor.addReader, _Parent(self._reactor, self.end))
+
+    def _reactor_stops(self) -> None:
+        if self._deadline is None:
+            self.end("other code has stopped the reactor")
 
     def _hang_up(self) -> None:
         """Read files again that may have changed. Stop if the terminal is gone, which sends SIGHUP as well."""
@@ -171,7 +182,16 @@ class Shutdown:
         if self._deadline is not None and self._deadline <= deadline:
             return self._told(self._deadline)
         if self._deadline is None:
-            _log.info("stopping within {grace:g} s: {why}", grace=grace_s, why=why)
+            in_hand = self.in_hand()
+            _log.info(
+                "stopping within {grace:g} s: {why}{more}",
+                grace=grace_s,
+                why=why,
+                more=f"; in hand: {in_hand}" if in_hand else "",
+            )
+            # Set first, because a reactor that runs no iteration now calls our trigger at once.
+            self._deadline = deadline
+            self.is_asked = False
             with suppress(ReactorNotRunning):  # stopped by other code
                 self._reactor.stop()
         else:

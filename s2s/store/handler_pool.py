@@ -71,6 +71,10 @@ def call(function: Callable[..., T], *args: Any) -> T:
     return Context().run(function, *args)
 
 
+#: The most running calls that a line names.
+_MOST_NAMED: Final = 8
+
+
 class _Local(threading.local):
     """The current task of each thread."""
 
@@ -199,6 +203,13 @@ class HandlerPool(Database):
     def is_full(self) -> bool:
         """Whether the limit of stuck calls is reached, so that no further call may begin."""
         return len(self.stuck) >= MOST_STUCK
+
+    @property
+    def in_hand(self) -> str:
+        """The names of the calls that run now, :data:`_MOST_NAMED` at most; empty: none runs."""
+        names = [task.name[:200] for task in (*self._tasks, *self.stuck) if task.entered_at is not None]
+        more = [f"and {len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
+        return "; ".join(names[:_MOST_NAMED] + more)
 
     def _returned(self, outcome: Any, task: Task) -> None:
         if task.is_abandoned:

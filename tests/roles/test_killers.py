@@ -15,13 +15,21 @@ from tests.support.waiting import pause, poll
 
 #: A plug-in of a user, with commands that kill and commands that do not. It also shortens the reaper's interval.
 _PLUGIN = """
-import multiprocessing, os, re, signal, time
+import multiprocessing, os, re, signal, socket, time
+from twisted.internet import reactor
 from s2s.roles.server import reaper
 from s2s.runtime import watchdog
 from s2s.handlers.commands import CommandHandler
 
 reaper.REAP_S, reaper.SURE_S = 0.1, 0.5
 watchdog.HELD_S, watchdog._BEAT_S = 1.5, 0.2
+
+
+ours, theirs = socket.socketpair()
+
+
+def wait_for_a_byte():
+    ours.recv(1)
 
 
 class Careless(CommandHandler):
@@ -46,6 +54,13 @@ class Careless(CommandHandler):
                 os.waitpid(child, 0)
             case "leave a child":
                 multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,)).start()
+            case "block the reactor" | "block the reactor for long" as end:
+                watchdog.BLOCKED_S, watchdog.ASKED_S = 0.6, 1.2
+                watchdog.ENDED_S = 1.2 if end == "block the reactor" else 600
+                reactor.callFromThread(wait_for_a_byte)
+                time.sleep(600)
+            case "watch closely":
+                watchdog.ENDED_S = 4
             case "hold the interpreter":
                 re.match("(a+)+$", "a" * 64 + "!")
             case "compute in Python":
@@ -192,6 +207,46 @@ class KillerTests(RoleTestCase):
         self.assertRegex(server.whole_log, r'File ".*careless\.py", line \d+ in run\b')
         self.insert("other")
         yield poll(lambda: self.state("other")[0] == "done", "the next command")
+
+    @inlineCallbacks
+    def test_block_the_reactor(self):
+        """A call that blocks the reactor without using the CPU costs its process, which logs where, and is charged."""
+        server = self.careless_server()
+        self.insert("killer", end="block the reactor")
+        yield server.start()
+        yield poll(lambda: not server.is_running, "the death")
+        self.assertEqual(server.exit_code, -signal.SIGPROF)
+        self.assertRegex(
+            server.whole_log, r'has not run for [0-9.]+ s(.*\n)+.*careless\.py", line \d+, in wait_for_a_byte'
+        )
+        yield self.dies_of(server, 1)
+
+    @inlineCallbacks
+    def test_told_to_end_while_the_reactor_is_blocked(self):
+        """SIGTERM also ends a process whose reactor is blocked, soon after the grace."""
+        server = self.careless_server()
+        self.insert("killer", end="block the reactor for long")
+        yield server.start()
+        yield poll(lambda: "the reactor has not run" in server.whole_log, "the line")
+        server.terminate()
+        yield poll(lambda: not server.is_running, "the death")
+        self.assertEqual(server.exit_code, -signal.SIGPROF)
+        self.execute("update s2s.commands set status = 'dead'")
+        yield server.start()
+
+    @inlineCallbacks
+    def test_stand_still_for_long(self):
+        """A process that was stopped for longer than its reactor may be blocked goes on."""
+        server = self.careless_server()
+        yield server.start()
+        self.insert("watcher", end="watch closely")
+        yield poll(lambda: self.state("watcher")[0] == "done", "the short bound")
+        server.freeze()
+        yield pause(5)
+        server.thaw()
+        self.insert("other")
+        yield poll(lambda: self.state("other")[0] == "done", "the next command")
+        self.assertTrue(server.is_running)
 
     @inlineCallbacks
     def test_compute_and_stand_still(self):

@@ -35,6 +35,23 @@ reactor.run()
 print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 """
 
+#: A process whose reactor other code stops, with a handler in hand.
+_STOPPED = """
+from twisted.internet import reactor
+from s2s.roles.shutdown import Shutdown
+from twisted.logger import globalLogPublisher, formatEvent
+
+globalLogPublisher.addObserver(lambda event: print(formatEvent(event)) if "grace" in event else None)
+lifetime = Shutdown(reactor)
+lifetime.in_hand = lambda: "test.run, command 1"
+lifetime.watch()
+reactor.callWhenRunning(reactor.stop)
+reactor.addSystemEventTrigger("before", "shutdown", lambda: print(lifetime.end("again") > 0))
+reactor.run()
+lifetime.ended()
+lifetime._cutting.cancel()
+"""
+
 
 class _Reactor(FakeClock):
     """A reactor that can be stopped once."""
@@ -152,6 +169,18 @@ class LifetimeTests(SynchronousTestCase):
         self.lifetime.shutdown_transaction = lambda: 1 // 0
         self.lifetime._cut()
         self.assertEqual(left, [0])
+
+
+class ReactorTests(SynchronousTestCase):
+    """A reactor that other code stops."""
+
+    def test_other_code_stops_the_reactor(self) -> None:
+        """The process takes the same way as after a signal, and its line names the calls in hand."""
+        done = subprocess.run(
+            [sys.executable, "-c", _STOPPED], capture_output=True, text=True, check=False, timeout=PATIENCE_S
+        )
+        line = "stopping within 5 s: other code has stopped the reactor; in hand: test.run, command 1"
+        self.assertEqual((done.returncode, done.stdout), (0, f"{line}\nTrue\n"), done.stderr)
 
 
 class StartTests(SynchronousTestCase):

@@ -10,6 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from typing import Any, cast
 
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
@@ -73,6 +76,30 @@ class WatchdogTests(SynchronousTestCase):
         self.assertEqual(self.left_s(), 0.0)
         self.assertEqual(self.time.getDelayedCalls(), [])
         self.assertEqual(signal.getsignal(watchdog.SIGNAL), signal.SIG_DFL)
+
+    def test_a_debugger(self) -> None:
+        """A thread that a debugger of Python traces does not count as blocked."""
+
+        def tracer(*_: Any) -> Any:
+            return tracer
+
+        for trace in (None, tracer):
+            begun, done = threading.Event(), threading.Event()
+
+            def wait(begun: threading.Event = begun, done: threading.Event = done) -> None:
+                begun.set()
+                done.wait(PATIENCE_S)
+
+            def work(trace: Any = trace, wait: Callable[[], None] = wait) -> None:
+                sys.settrace(trace)
+                wait()
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            begun.wait(PATIENCE_S)
+            self.assertEqual(watchdog._is_debugged(cast("int", thread.ident)), trace is not None)
+            done.set()
+            thread.join()
 
     def test_meaning(self) -> None:
         """The watchdog's signal is described with its reason, and every other signal by its name."""

@@ -17,12 +17,13 @@ from psycopg2.extras import DictCursor, Json
 from twisted.internet import reactor
 from twisted.internet.defer import gatherResults
 from twisted.internet.threads import deferToThread
+from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, StatementRefused
 from s2s.store import handler_pool
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Cursor
-from s2s.store.handler_pool import HandlerPool
+from s2s.store.handler_pool import HandlerPool, Task
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import poll
 
@@ -411,6 +412,21 @@ class CleanTests(DatabaseTestCase):
         found = await other.run(_ask, "select %s::text[], '2026-11-28 12:00Z'::timestamptz::text", (["a", None],))
         self.assertEqual(found, [(["a", None], "2026-11-28 12:00:00+00")])
         self.assertEqual(await other.run(_ask, "show transaction_read_only"), [("on",)])
+
+
+class NameTests(SynchronousTestCase):
+    """The names of the calls in hand."""
+
+    def test_a_bound(self) -> None:
+        """A line names eight running calls, each with 200 characters, and counts the others."""
+        pool = HandlerPool(mock.MagicMock(url="postgresql://localhost/none"), "s2s-test", threads=20)
+        for number in range(10):
+            task = Task()
+            task.enter(f"{number}" * 300, None)
+            pool._tasks.add(task)
+        pool._tasks.add(Task())
+        *names, more = pool.in_hand.split("; ")
+        self.assertEqual(([len(name) for name in names], more), ([200] * 8, "and 2 more"))
 
 
 class DeadlineTests(DatabaseTestCase):
