@@ -261,6 +261,50 @@ class ClaimTests(DatabaseTestCase):
             self.assertLessEqual(pause, min(2**attempt, 300))
         self.assertEqual(commands.charge(self.txn, [Charge(cmd_id, "again")]), 0)
 
+    def test_stops(self) -> None:
+        """A command is charged from the fourth stop on that interrupts it alone, and no other command of a batch is."""
+        self.insert(("a", 0, "now()", 0), ("b", 0, "now()", 0))
+
+        def stop() -> list[tuple[Any, ...]]:
+            claims.release_all(self.txn, "boot")
+            self.txn.connection.commit()
+            self.assertEqual(self.execute("select count(*) from s2s.batch_notes"), [(0,)])
+            return self.execute(
+                "select stops, attempts, runs_alone, due_at > now() from s2s.commands order by idem_key"
+            )
+
+        for times in (1, 2, 3):
+            self.assertEqual(self.claim(), ["a", "b"])
+            self.assertEqual(stop(), [(times, 0, True if times == 3 else None, False)] * 2)
+        self.assertEqual(self.claim(), ["a"])
+        self.assertEqual(stop(), [(4, 1, True, True), (3, 0, True, False)])
+        self.execute("update s2s.commands set due_at = '2020-01-01', attempts = 9 where idem_key = 'a'")
+        self.assertEqual(self.claim(), ["a"])
+        stop()
+        [(status, error)] = self.execute("select status, error from s2s.commands where idem_key = 'a'")
+        self.assertEqual(status, "dead")
+        self.assertIn("5 times the process was stopped", error)
+
+    def test_a_stop_while_a_command_is_locked(self) -> None:
+        """A command that its stopped process still holds is counted later, once, by the reaper of another process."""
+        self.insert(("a", 0, "now()", 0))
+        self.assertEqual(self.claim(), ["a"])
+        holder = self.begin()
+        holder.execute("select from s2s.commands for update")
+        claims.release_all(self.txn, "boot")
+        self.txn.connection.commit()
+        for _ in range(2):
+            self.assertEqual(claims.reap(self.txn, "other", None, set()).charged, 0)
+            self.txn.connection.commit()
+            self.assertEqual(self.execute("select stops from s2s.commands"), [(None,)])
+            self.assertEqual(self.claim(boot_id="other"), [])
+        holder.connection.rollback()
+        for _ in range(2):
+            claims.reap(self.txn, "other", None, set())
+            self.txn.connection.commit()
+            self.assertEqual(self.execute("select stops, attempts from s2s.commands"), [(1, 0)])
+        self.assertEqual(self.claim(boot_id="other"), ["a"])
+
     def test_a_clock_that_is_set_back(self) -> None:
         """A charge is written although the clock is set back meanwhile, and one that a trigger drops is refused."""
         self.insert(("a", 0, "now()", 0), ("b", 0, "now()", 0))

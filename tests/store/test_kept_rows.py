@@ -118,7 +118,7 @@ class KeptRowsTests(DatabaseTestCase):
         self.refused("steering", lambda txn: control_requests.conclude(txn, [request_id]), "delete")
         self.refused("orders", lambda txn: orders.answered(txn, "given", "done", None, "engine-1", None), "update")
         self.refused("batch_notes", lambda txn: claims.release(txn, "boot-2", 0), "delete")
-        self.refused("batch_notes", lambda txn: claims.release_all(txn, "boot-2"), "delete")
+        self.refused("batch_notes", lambda txn: claims.release_all(txn, "boot-2"), "update")
         self.refused("batch_notes", lambda txn: claims.keep_stuck(txn, "boot-2", 0, [1]), "update")
         self.execute("truncate s2s.database; delete from s2s.config where key = 'commands.keep_days'")
         self.refused("database", database_id)

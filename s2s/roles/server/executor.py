@@ -4,8 +4,9 @@ Every handler exception counts as a failed attempt, including SQL errors: a dead
 be the command's fault, and a pause and nine further attempts follow. A command that fails after other commands of its
 batch ran in the same transaction first runs again, uncharged, since the other commands may have caused the failure. If
 the database is at fault, the charge cannot be written either. A lost connection is not charged before the third loss
-of a command (:data:`LOSSES`), and a failure because the process stops is never charged. If a process dies, another
-process charges its commands; :mod:`s2s.store.tables.claims` describes how a dead process is told from a living one.
+of a command (:data:`LOSSES`), and a failure because the process stops is not charged before the fourth stop
+(:data:`s2s.store.tables.commands.MOST_STOPS`). If a process dies, another process charges its commands;
+:mod:`s2s.store.tables.claims` describes how a dead process is told from a living one.
 """
 
 from __future__ import annotations

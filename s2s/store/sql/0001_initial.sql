@@ -60,6 +60,8 @@ create table s2s.commands (
     -- True: never in a batch with other commands, because an attempt of this one has ended the attempts of others: its
     -- process died, its transaction could not be committed, or it took too long. Null costs a push nothing.
     runs_alone boolean,
+    -- The number of orderly stops of a process that interrupted the command. Null, which is 0, costs a push nothing.
+    stops integer,
     error text,
     created_at timestamptz not null default now(),
     finished_at timestamptz
@@ -99,7 +101,9 @@ create table s2s.batch_notes (
     noted_at timestamptz not null default now(),
     -- The handler of the batch does not return. Its process is alive and has charged its commands. No other process may
     -- claim them while the note exists, and the end of the process charges no further attempt.
-    stuck boolean not null default false
+    stuck boolean not null default false,
+    -- The process was stopped while the batch ran. Its commands are free as soon as the stop is counted.
+    stopped boolean not null default false
 );
 
 create table s2s.notices (

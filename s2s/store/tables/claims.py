@@ -16,7 +16,12 @@ exclude the reaper and the worker from each other. A running batch holds these l
 that still waits for a thread locks its commands when it begins, then reads its note again (:func:`claimed`), and does
 not run the commands that were removed from the note. A claim whose COMMIT had an unknown outcome is never run: the next
 claim of the worker deletes its note. The note itself is not locked while the batch runs; otherwise a process that stops
-in a hurry could not delete it (:func:`release_all`).
+in a hurry could not release it (:func:`release_all`).
+
+**What does an orderly stop leave behind?** The commands that it interrupts are free at once, and each counts the stop,
+so that a command that stops its process is found out. The shutdown cannot write to a command that a handler of the
+process still has locked. The note of such a command stays, marked as ``stopped``, and the next scan of any reaper
+counts the stop.
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ _DIED: Final = "ProcessDied: the process ended while this command's batch ran"
 #: were charged at an earlier scan.
 _DIED_ALONE: Final = "ProcessDied: the process ended while this command ran alone"
 _STUCK: Final = "Stuck: the process did not finish this command's batch in time"
+_STOPPED: Final = "the process was stopped"
 _OF_WORKER: Final = "boot_id = %s and worker = %s and (%s = 0 or note_id = %s)"
 #: Seconds that a note may exist without locked commands: longer than the database lets any transaction idle.
 OVERSTAY_S: Final = 90.0
@@ -219,9 +225,16 @@ def keep_stuck(txn: Cursor, boot_id: str, worker: int, cmd_ids: Sequence[int]) -
 
 
 def release_all(txn: Cursor, boot_id: str) -> None:
-    """Delete all notes of a process in an orderly shutdown, so that its unfinished commands are not charged."""
-    txn.execute("delete from s2s.batch_notes where boot_id = %s", (boot_id,))
-    still_there(txn, "delete", "s2s.batch_notes", "boot_id", [boot_id])
+    """Release all notes of a process in an orderly shutdown, so that its unfinished commands do not count as dead.
+
+    The stop is counted for each of these commands (:func:`commands.count_stops`). A command that a session still holds
+    stays in its note, and a reaper counts it later.
+    """
+    # The commands of a stuck note were charged when their handler did not return.
+    txn.execute("delete from s2s.batch_notes where boot_id = %s and stuck", (boot_id,))
+    txn.execute("update s2s.batch_notes set stopped = true where boot_id = %s", (boot_id,))
+    still_there(txn, "update", "s2s.batch_notes", "boot_id", [boot_id], "not stopped")
+    _count_stops(txn, 0)
 
 
 def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim], first_note: int = 0) -> Scan:
@@ -236,10 +249,11 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim],
     :param sure: the notes that were seen with a free lock long enough ago.
     :param first_note: see :class:`s2s.store.tables.ready.Ready`; dead notes with a lower id are not read.
     """
+    charged, dead_now = _count_stops(txn, first_note)
     # Read the notes before the locks: a process takes its lock before it notes a batch.
     txn.execute(
         "set local enable_seqscan = off; select boot_id, worker, noted_at, stuck, cardinality(cmd_ids) = 1,"
-        " noted_at < now() - %s * interval '1 second' from s2s.batch_notes where note_id >= %s",
+        " noted_at < now() - %s * interval '1 second' from s2s.batch_notes where note_id >= %s and not stopped",
         (OVERSTAY_S, first_note),
     )
     rows = [(Claim(*row[:3]), *row[3:]) for row in txn]
@@ -249,7 +263,7 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim],
     held = _held(txn)
     now = held.get(presence_key(boot_id))
     if now is None:
-        return Scan(None)
+        return Scan(None, frozenset(), charged, dead_now)
     orphaned = {note for note in notes if note.boot_id != boot_id and presence_key(note.boot_id) not in held}
     dead = {note: _DIED_ALONE if note in single_notes else _DIED for note in orphaned & sure}
     # Only if the database was up all the time: after a restart, a note is as old as the outage was long.
@@ -257,23 +271,43 @@ def reap(txn: Cursor, boot_id: str, presence: datetime | None, sure: Set[Claim],
     stuck = dict.fromkeys(overdue if overdue and _is_older(txn, now) else (), _STUCK)
     guilty = {**stuck, **dead}
     if now != presence or not guilty or not _is_alone(txn):
-        return Scan(now, orphaned)
+        return Scan(now, orphaned, charged, dead_now)
     for note in stuck_notes & guilty.keys():
         # The commands of a stuck note were charged when their handler did not return.
         txn.execute("delete from s2s.batch_notes where (boot_id, worker, noted_at) = %s", (note,))
         del guilty[note]
-    counts = [_charge(txn, note, why) for note, why in guilty.items()]
+    counts = [(charged, dead_now), *(_charge(txn, note, why) for note, why in guilty.items())]
     return Scan(now, orphaned, sum(charged for charged, _ in counts), sum(dead for _, dead in counts))
 
 
-def _charge(txn: Cursor, note: Claim, why: str) -> tuple[int, int]:
+def _count_stops(txn: Cursor, first_note: int) -> tuple[int, int]:
+    """Free the commands of stopped processes, and count the stop for each.
+
+    :returns: how many commands were charged, and how many of them are dead now.
+    """
+    txn.execute(
+        "set local enable_seqscan = off; select boot_id, worker, noted_at, cardinality(cmd_ids) = 1"
+        " from s2s.batch_notes where note_id >= %s and stopped",
+        (first_note,),
+    )
+    notes = {Claim(*row[:3]): row[3] for row in txn}
+    if not notes or not _is_alone(txn):
+        return 0, 0
+    counts = [_charge(txn, note, _STOPPED, is_single) for note, is_single in notes.items()]
+    return sum(charged for charged, _ in counts), sum(dead for _, dead in counts)
+
+
+def _charge(txn: Cursor, note: Claim, why: str, is_single: bool = False) -> tuple[int, int]:
     """Charge the commands of a note; if the database refuses that, free them uncharged.
 
+    :param why: the error of the commands; :data:`_STOPPED`: count a stop instead.
     :returns: how many commands were charged, and how many of them are dead now.
     """
     try:
         with refusable(txn):
             cmd_ids = _reap(txn, note)
+            if why == _STOPPED:
+                return commands.count_stops(txn, cmd_ids, is_single)
             charges = [Charge(cmd_id, why, is_death=why == _DIED) for cmd_id in cmd_ids]
             return len(cmd_ids), commands.charge(txn, charges)
     except StatementRefused:

@@ -20,6 +20,9 @@ MAX_ATTEMPTS: Final = 10
 #: Failed attempts, with deaths of the process, after which a command is dead. It is higher than MAX_ATTEMPTS because
 #: most commands that are charged for a death did not cause it.
 MAX_CHARGES: Final = 50
+#: Orderly stops that interrupt a command uncharged. A restart of several servers, one after another, may stop each
+#: server in turn that has taken a long command. From the last of these stops on, the command runs alone.
+MOST_STOPS: Final = 3
 #: The longest pause between two attempts, in seconds: after a failure, and after the death of the process.
 MAX_BACKOFF_S: Final = 300
 MAX_DEATH_BACKOFF_S: Final = 10
@@ -312,6 +315,34 @@ def charge(txn: Cursor, charges: Collection[Charge]) -> int:
     if missing := [each.cmd_id for each in charges if each.cmd_id not in charged]:
         _check_changed(txn, missing)
     return list(charged.values()).count("dead")
+
+
+def count_stops(txn: Cursor, cmd_ids: Collection[int], ran_alone: bool) -> tuple[int, int]:
+    """Count an orderly stop that interrupted ready commands. Charge a command that was interrupted too often.
+
+    :param ran_alone: the command was alone in its batch; otherwise none is charged.
+    :returns: how many commands were charged, and how many of them are dead now.
+    :raises StatementRefused: a trigger kept a row unchanged.
+    """
+    txn.execute(
+        "update s2s.commands c set stops = f.stops,"
+        " runs_alone = nullif(c.runs_alone is true or f.stops >= %s, false)"
+        " from (select cmd_id, stops as before, least(coalesce(stops, 0), 1000000) + 1 as stops from s2s.commands"
+        "  where cmd_id = any(%s::bigint[])) f"
+        " where c.cmd_id = f.cmd_id and c.status = 'ready'"
+        # A trigger may also return the old row, which counts as written.
+        " returning case when c.stops is distinct from f.before then c.cmd_id end, c.stops",
+        (MOST_STOPS, array_literal(cmd_ids)),
+    )
+    stops = dict(txn.fetchall())
+    if missing := [cmd_id for cmd_id in cmd_ids if cmd_id not in stops]:
+        _check_changed(txn, missing)
+    charges = [
+        Charge(cmd_id, f"ProcessStopped: {times} times the process was stopped while this command ran, now alone")
+        for cmd_id, times in stops.items()
+        if ran_alone and times > MOST_STOPS
+    ]
+    return len(charges), charge(txn, charges) if charges else 0
 
 
 def _check_changed(txn: Cursor, cmd_ids: Sequence[int]) -> None:

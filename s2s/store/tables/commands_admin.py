@@ -39,8 +39,8 @@ RETRY: Final = Action(
     "cmd_id",
     "status",
     ("dead", "cancelled"),
-    "update s2s.commands set status = 'ready', attempts = 0, deaths = 0, runs_alone = null, due_at = now(),"
-    " due_is_ours = true, finished_at = null"
+    "update s2s.commands set status = 'ready', attempts = 0, deaths = 0, runs_alone = null, stops = null,"
+    " due_at = now(), due_is_ours = true, finished_at = null"
     " where cmd_id = any(%(ids)s::bigint[]) returning cmd_id, 'retried'",
 )
 #: Never run the command. A command that a worker has claimed but not locked yet is not run any more.
