@@ -7,7 +7,8 @@ never committed.
 
 Foreign code may leave any state on a session: a role, settings, temporary tables, advisory locks, cursors. After each
 call the pool restores the transaction's role and settings. After each transaction it cleans the connection or closes
-it.
+it. It closes each connection on which a statement of foreign code has failed: no query finds the state that an
+extension or a procedural language keeps for a session, and that state may be the cause.
 """
 
 from __future__ import annotations
@@ -359,7 +360,7 @@ class HandlerPool(Database):
         :raises HandlerTimeout: the call took too long.
         """
         task, conn = cast("Task", self._local.task), cast("PlanningConnection", txn.connection)
-        with self._without_plans(txn), savepoint(txn, "" if task.name else _NEVER_PREPARED, _OWN_PATH):
+        with self._forgotten(txn), savepoint(txn, "" if task.name else _NEVER_PREPARED, _OWN_PATH):
             task.enter(name, subject)
             conn.is_foreign = True
             cursor = plain(txn)
@@ -368,6 +369,7 @@ class HandlerPool(Database):
                 yield cursor
             except BaseException as error:
                 describe(error)
+                conn.is_suspect |= isinstance(error, psycopg2.Error)
                 if task.is_late:
                     raise self._too_late() from None
                 raise
@@ -389,14 +391,14 @@ class HandlerPool(Database):
             txn.execute(f"set transaction read write; {conn.restore()}")
 
     @contextmanager
-    def _without_plans(self, txn: Cursor) -> Iterator[None]:
-        """Remove the prepared statements of a call that fails: rolling back its savepoint keeps them."""
+    def _forgotten(self, txn: Cursor) -> Iterator[None]:
+        """Remove the state of a call that fails and that the rollback of its savepoint keeps."""
         try:
             yield
         except BaseException:
             if is_in_transaction(txn):
                 with suppress(psycopg2.Error):
-                    txn.execute("deallocate all")
+                    txn.execute(cast("PlanningConnection", txn.connection).forget())
             raise
 
     def _too_late(self) -> HandlerTimeout:
@@ -407,6 +409,7 @@ class HandlerPool(Database):
         with conn.cursor(cursor_factory=StoreCursor) as txn:
             # From the first LISTEN of a session on, each UNLISTEN takes effect.
             txn.execute("listen s2s; unlisten s2s")
+            cast("PlanningConnection", conn).look_for_state(txn)
         conn.commit()
         cast("PlanningConnection", conn).owner = threading.get_ident()
 

@@ -13,18 +13,21 @@ from unittest import mock
 
 import psycopg2
 import psycopg2.extensions
+from psycopg2.extensions import parse_dsn
 from psycopg2.extras import DictCursor, Json
 from twisted.internet import reactor
 from twisted.internet.defer import gatherResults
 from twisted.internet.threads import deferToThread
-from twisted.trial.unittest import SynchronousTestCase
+from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, StatementRefused
-from s2s.store import handler_pool
+from s2s.store import connection, handler_pool
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Cursor
 from s2s.store.handler_pool import HandlerPool, Task
-from tests.support.postgres import DatabaseTestCase
+from s2s.store.pool import Database
+from tests.support import contrib
+from tests.support.postgres import DatabaseTestCase, Session
 from tests.support.waiting import poll
 
 #: Each state that foreign code may leave on a session by SQL: the statement, and a query that is true if it is gone.
@@ -64,6 +67,10 @@ _LEFT = {
     "cursor": (
         "declare mine cursor with hold for select 1",
         "select not exists (select from pg_cursors where name = 'mine')",
+    ),
+    "replication slot": (
+        "select pg_create_physical_replication_slot('mine', true, true)",
+        "select not exists (select from pg_replication_slots where slot_name = 'mine')",
     ),
 }
 
@@ -171,6 +178,35 @@ class CleanTests(DatabaseTestCase):
             return 2
 
         self.assertEqual(await self.handlers.run(work), 2)
+
+    async def test_a_replication_origin(self) -> None:
+        """The replication origin of a call is gone before the next call and the COMMIT, also after a failure."""
+        self.execute("select pg_replication_origin_create('mine')")
+        self.addCleanup(self.execute, "select pg_replication_origin_drop('mine')")
+
+        def work(txn: Cursor, error: type[Exception] | None) -> list[Any]:
+            for _ in range(2):
+                with contextlib.suppress(ValueError), self.handlers.foreign(txn, "test") as cursor:
+                    cursor.execute("select pg_replication_origin_session_setup('mine')")
+                    if error is not None:
+                        raise error
+            return _ask(txn, "select pg_replication_origin_session_is_setup()")
+
+        for error in (None, ValueError):
+            self.assertEqual(await self.handlers.run(work, error), [(False,)])
+
+        def end(cursor: Cursor) -> None:
+            cursor.execute("select pg_replication_origin_session_setup('mine')")
+            cursor.execute("commit")
+
+        await self.assertFailure(self.call(end), Exception)
+        self.assertEqual(await self.handlers.run(_ask, "select pg_replication_origin_session_is_setup()"), [(False,)])
+
+    async def test_sql_that_failed(self) -> None:
+        """The session of a call whose statement failed is replaced: an extension may keep state in it."""
+        [(pid,)] = await self.handlers.run(_ask, "select pg_backend_pid()")
+        await self.assertFailure(self.call(_sql("select 1 / 0")), StatementRefused)
+        self.assertNotEqual(await self.handlers.run(_ask, "select pg_backend_pid()"), [(pid,)])
 
     async def test_a_temporary_table_in_the_way(self) -> None:
         """Our statements after a call do not read a temporary table that has the name of one of our tables."""
@@ -429,6 +465,50 @@ class NameTests(SynchronousTestCase):
         self.assertEqual(([len(name) for name in names], more), ([200] * 8, "and 2 more"))
 
 
+class ExtensionTests(TestCase):
+    """The connections that dblink keeps for a session."""
+
+    async def test_dblink(self) -> None:
+        """A connection of dblink, with a name or without one, is closed before the next call and after a failure.
+
+        The extension may be created while the session exists.
+        """
+        url = contrib.start(self, "dblink")
+        session = Session(url)
+        self.addCleanup(session.close)
+        database = Database(url, "s2s-dblink", threads=1)
+        database.start()
+        self.addCleanup(database.stop)
+        handlers = HandlerPool(database, "s2s-dblink handlers", threads=1)
+        handlers.start()
+        self.addCleanup(handlers.stop)
+        await handlers.run(_ask, "select 1")
+        self.patch(connection, "_STATE_S", 0.0)
+        session.run('create schema "Odd one"; create extension dblink with schema "Odd one"')
+        await handlers.run(_ask, "select 1")
+
+        def work(txn: Cursor, error: Exception | None, calls: int) -> None:
+            for _ in range(calls):
+                with contextlib.suppress(ValueError), handlers.foreign(txn, "test") as cursor:
+                    cursor.execute('set search_path = "Odd one"')
+                    with contextlib.suppress(psycopg2.Error):
+                        cursor.execute("savepoint mine; select dblink_disconnect()")
+                        self.fail("a connection without a name is left")
+                    cursor.execute("rollback to savepoint mine")
+                    for arguments in ("'peer', %s", "%s"):
+                        cursor.execute(
+                            f"select dblink_connect({arguments})", ("application_name=peer " + _keywords(url),)
+                        )
+                    if error is not None:
+                        raise error
+
+        for calls in (1, 2):
+            for error in (None, ValueError()):
+                await handlers.run(work, error, calls)
+        peers = "select count(*) from pg_stat_activity where application_name = 'peer'"
+        await poll(lambda: session.run(peers) == [(0,)], "the end of the sessions of dblink")
+
+
 class DeadlineTests(DatabaseTestCase):
     """Foreign code that exceeds its deadline."""
 
@@ -623,6 +703,10 @@ class DeadlineTests(DatabaseTestCase):
         self.assertNotIn(threading.main_thread(), thread)
         await deferToThread(lambda: None)
         self.assertIs(self.handlers.reactor, reactor)
+
+
+def _keywords(url: str) -> str:
+    return " ".join(f"{name}={value}" for name, value in parse_dsn(url).items())
 
 
 def _ask(txn: Cursor, query: str, params: tuple[Any, ...] = ()) -> list[Any]:
