@@ -33,6 +33,10 @@ CUT_S: Final = 1.5
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 #: Signals that programs for log rotation send, and that would end the process by default.
 _HARMLESS: Final = (signal.SIGUSR1, signal.SIGUSR2)
+#: Signals of timers and devices, as of ``signal.alarm`` in a handler, that would end the process without a line.
+_STRAY: Final = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGIO)
+#: Seconds between two lines about such signals.
+_STRAY_S: Final = 60.0
 #: Not empty if SIGHUP came before the role started.
 _early: Final[list[int]] = []
 _log = Logger(namespace="s2s.roles.shutdown")
@@ -87,6 +91,7 @@ class Shutdown:
         #: Whether the files are being read again, and whether one more read is to follow.
         self._is_rereading = self._is_asked_again = False
         self._is_hung_up = False
+        self._stray_at = float("-inf")
         self._has_terminal = os.isatty(0)
         self.on_start: Callable[[], object] = lambda: None
         self.rereads: list[Callable[[], object]] = []
@@ -99,7 +104,8 @@ class Shutdown:
     def watch(self) -> None:
         """Let SIGTERM and SIGINT, and the end of stdin by :data:`STOP_WITH_STDIN`, cause a shutdown with exit code 0.
 
-        SIGHUP reads files again, and SIGQUIT writes the stacks of all threads to the log.
+        SIGHUP reads files again, and SIGQUIT writes the stacks of all threads to the log. A stray signal of a timer
+        has a line, and no other effect.
 
         With Twisted's own handler, which is set when the reactor starts, the process would die of the signal once
         everything is stopped. Call this method when a service starts: after the fork, whose parent must stay killable.
@@ -115,6 +121,13 @@ class Shutdown:
                 self._is_hung_up = True
                 self._reactor.callFromThread(self._hang_up)
 
+        def on_stray(number: int, _frame: object) -> None:
+            # A timer may send thousands a second.
+            now = time.monotonic()
+            if now >= self._stray_at + _STRAY_S:
+                self._stray_at = now
+                self._reactor.callFromThread(_tell_stray, signal.Signals(number).name)
+
         def take_signals() -> None:
             for number in _SIGNALS:
                 signal.signal(number, on_signal)
@@ -123,6 +136,9 @@ class Shutdown:
                 # Keep an existing handler: twistd rotates its log file on SIGUSR1, if it has one.
                 if signal.getsignal(number) == signal.SIG_DFL:
                     signal.signal(number, lambda *_: None)
+            for number in _STRAY:
+                if signal.getsignal(number) == signal.SIG_DFL:
+                    signal.signal(number, on_stray)
             stacks.write_on_sigquit()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
@@ -232,6 +248,14 @@ class Shutdown:
             self.shutdown_transaction()
         except Exception as error:
             _log.error("the end could not be written down: {error!r}", error=error)
+
+
+def _tell_stray(name: str) -> None:
+    _log.warn(
+        "{name} came and has no effect: a handler that calls signal.alarm or signal.setitimer causes it, or another"
+        " process; use --handler-timeout for a time limit",
+        name=name,
+    )
 
 
 def wait_for_start() -> None:

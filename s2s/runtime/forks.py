@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 _sources: list[Callable[[], Iterable[int]]] = []
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2),
+    *(signal.SIGALRM, signal.SIGVTALRM, signal.SIGIO),
+)
 
 
 def keep_from_children(descriptors: Callable[[], Iterable[int]]) -> None:

@@ -16,6 +16,7 @@ from twisted.internet.defer import Deferred, fail
 from twisted.python.threadpool import ThreadPool
 
 from s2s.errors import THREAD_CURE, NoThread, OperatorError
+from s2s.runtime import hooks
 
 T = TypeVar("T")
 
@@ -70,12 +71,20 @@ def check(count: int) -> None:
     """Check that this process may start more threads.
 
     :param count: threads in addition to those of :func:`run`.
-    :raises OperatorError: the operating system refuses them.
+    :raises OperatorError: the operating system refuses them, or a hook of all threads ends them.
     """
-    release, made = threading.Event(), list[threading.Thread]()
+    release, made, ran = threading.Event(), list[threading.Thread](), list[int]()
+
+    def wait() -> None:
+        ran.append(1)
+        release.wait()
+
     needed = count + LEAST
-    while len(made) < needed and try_start(thread := threading.Thread(target=release.wait, daemon=True)):
-        made.append(thread)
+    try:
+        while len(made) < needed and try_start(thread := threading.Thread(target=wait, daemon=True)):
+            made.append(thread)
+    except RuntimeError as error:  # threading.excepthook is None
+        raise OperatorError(f"no thread can be made ({error}): {hooks.CURE}") from None
     release.set()
     for thread in made:
         thread.join()
@@ -83,6 +92,8 @@ def check(count: int) -> None:
         raise OperatorError(
             f"this process needs {needed} threads, and the operating system starts {len(made)}: {THREAD_CURE}"
         )
+    if len(ran) < needed:
+        raise OperatorError(f"a thread has ended before its work: {hooks.CURE}")
 
 
 def resolve_names(reactor: Any) -> None:

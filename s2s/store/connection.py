@@ -17,7 +17,7 @@ import psycopg2.extras
 from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, QuotedString, connection, cursor
 
 from s2s.errors import StatementRefused
-from s2s.runtime import own_threads
+from s2s.runtime import hooks, own_threads
 from s2s.runtime.forks import keep_from_children
 from s2s.store.cursor import StoreCursor, read_json
 
@@ -27,6 +27,7 @@ CONNECT_S: Final = 30.0
 #: it answers.
 MOST_CONNECTING: Final = 64
 _BEYOND_S: Final = 1.0
+_ENDED: Final = f"the thread that connects has ended before its work: {hooks.CURE}"
 _connecting: Final = threading.Semaphore(MOST_CONNECTING)
 _RANDOM: Final = random.SystemRandom()
 #: Our statements name our tables with their schema, so that they use no table, function or operator of another schema.
@@ -315,7 +316,14 @@ def _in_time(
     :param join: waits for the thread; if it raises, a connection that opens later is closed.
     """
     came: list[PlanningConnection | BaseException] = []
+    places = [1]
     lock, is_over = threading.Lock(), False
+
+    def leave() -> None:
+        # A hook of foreign code may end the thread before it comes here, so the caller leaves as well.
+        with suppress(IndexError):
+            places.pop()
+            _connecting.release()
 
     def in_thread() -> None:
         outcome: PlanningConnection | BaseException
@@ -324,7 +332,7 @@ def _in_time(
         except BaseException as error:
             outcome = error
         finally:
-            _connecting.release()
+            leave()
         with lock:
             came.append(outcome)
             if is_over:
@@ -337,9 +345,13 @@ def _in_time(
 
     if not _connecting.acquire(blocking=False):
         raise psycopg2.OperationalError(f"{MOST_CONNECTING} connects do not end: see the name server of this machine")
-    thread = threading.Thread(target=in_thread, daemon=True)
+    try:
+        thread = threading.Thread(target=in_thread, daemon=True)
+    except RuntimeError:  # threading.excepthook is None
+        leave()
+        raise psycopg2.OperationalError(_ENDED) from None
     if not own_threads.try_start(thread):
-        _connecting.release()
+        leave()
         return opening()
     try:
         join(thread)
@@ -348,6 +360,9 @@ def _in_time(
             is_over = True
             close()
         raise
+    if not came:
+        leave()
+        raise psycopg2.OperationalError(_ENDED)
     [outcome] = came
     if isinstance(outcome, BaseException):
         raise outcome

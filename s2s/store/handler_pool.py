@@ -14,6 +14,7 @@ extension or a procedural language keeps for a session, and that state may be th
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from twisted.python.failure import Failure
 from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, S2SError, describe
 from s2s.runtime import own_threads
 from s2s.runtime.clock import Timer, cancel
+from s2s.runtime.hooks import SharedHooks
 from s2s.runtime.memory import Memory
 from s2s.store.connection import PlanningConnection
 from s2s.store.connection_socket import shut_down
@@ -68,8 +70,20 @@ MOST_STUCK: Final = 8
 
 
 def call(function: Callable[..., T], *args: Any) -> T:
-    """Call foreign code in a context of its own, so that its changes, such as a decimal precision, end with it."""
-    return Context().run(function, *args)
+    """Call foreign code in a context of its own, so that its changes, such as a decimal precision, end with it.
+
+    The trace and profile functions of the thread end with it as well.
+    """
+    trace, profile = sys.gettrace(), sys.getprofile()
+    try:
+        return Context().run(function, *args)
+    finally:
+        # Any call of a Python function would run a trace function of foreign code first. A profile function also runs
+        # before a function of C, and ends if it raises.
+        try:
+            sys.setprofile(profile)
+        finally:
+            sys.settrace(trace)
 
 
 #: The most running calls that a line names.
@@ -175,6 +189,7 @@ class HandlerPool(Database):
         self._tasks: set[Task] = set()
         self._local = _Local()
         self._memory = Memory()
+        self._hooks = SharedHooks()
         self._watching: Timer | None = None
         #: When the last check was, in monotonic seconds and in seconds of the process's CPU time.
         self._watched_at = (0.0, 0.0)
@@ -381,6 +396,7 @@ class HandlerPool(Database):
                 conn.is_foreign = False
                 # A process-wide wait callback, such as gevent's, would also apply to our own statements.
                 set_wait_callback(None)
+                self._hooks.restore()
                 conn.close_foreign_cursors()
                 if took_s > _LARGE_S:
                     self._memory.check()

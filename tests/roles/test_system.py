@@ -370,15 +370,16 @@ class SignalTests(TwistdTestCase):
 
     @inlineCallbacks
     def test_signals_of_others(self) -> Any:
-        """SIGUSR1 and SIGUSR2, which programs for log rotation send, end no role, even if its log is no file."""
+        """SIGUSR1, SIGUSR2 and the signals of timers end no role, even if its log is no file."""
         for argv in (("-n", "--logfile=log"), ("-n",)):
             with open(self.directory / "stdout", "w") as stdout:
                 process = self.twistd(*argv, stdout=stdout)
             yield self.says("log" if len(argv) > 1 else "stdout", "server listens on")
-            for number in (signal.SIGUSR1, signal.SIGUSR2):
+            for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGVTALRM, signal.SIGIO, signal.SIGALRM):
                 process.send_signal(number)
                 with self.assertRaises(subprocess.TimeoutExpired):
                     process.wait(0.3)
+            yield self.says("log" if len(argv) > 1 else "stdout", "SIGVTALRM came and has no effect: a handler that")
             self.ends(process)
 
     @inlineCallbacks

@@ -13,6 +13,7 @@ from twisted.trial.unittest import TestCase
 
 from s2s.errors import NoThread, OperatorError
 from s2s.runtime import own_threads
+from s2s.runtime.hooks import SharedHooks
 from s2s.store.driver import Query, Steps
 from s2s.store.listen import Listener
 from s2s.store.pool import Database
@@ -61,6 +62,25 @@ class OwnThreadsTests(DatabaseTestCase):
         connecting.addCallback(lambda protocol: protocol.transport.abortConnection())
         connecting.chainDeferred(connected)
         await connected.addTimeout(10, reactor)
+
+
+class HookTests(TestCase):
+    """A hook of all threads that ends each of them before its work."""
+
+    def test_at_the_start(self) -> None:
+        """The error has the cure, and no thread is left."""
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("a hook")
+
+        self.addCleanup(SharedHooks().restore)
+        threading.excepthook = lambda _: None
+        before = threading.active_count()
+        threading.settrace(fail)
+        self.assertRaisesRegex(OperatorError, "ended before its work: a plug-in has set a hook", own_threads.check, 5)
+        self.patch(threading, "excepthook", None)
+        self.assertRaisesRegex(OperatorError, "no thread can be made .*a plug-in has set a hook", own_threads.check, 5)
+        self.assertEqual(threading.active_count(), before)
 
 
 class RefusedTests(TestCase):

@@ -10,6 +10,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 
 from s2s.errors import DatabaseUnavailable
+from s2s.runtime.hooks import SharedHooks
 from s2s.store import async_connection, connection, listen
 from s2s.store.driver import Query
 from s2s.store.listen import Listener
@@ -82,3 +83,38 @@ class HangTests(DatabaseTestCase):
         self.patch(connection, "_connecting", threading.Semaphore(0))
         error = self.assertRaises(psycopg2.OperationalError, connection.connect, {})
         self.assertIn("connects do not end: see the name server", str(error))
+
+
+class HookTests(DatabaseTestCase):
+    """A hook of all threads that ends each of them before its work."""
+
+    async def test_it_is_told(self) -> None:
+        """A connect fails with the cure and gives its place back, and the next one succeeds without the hook."""
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("a hook")
+
+        self.addCleanup(SharedHooks().restore)
+        threading.excepthook = lambda _: None
+        places = threading.Semaphore(2)
+        self.patch(connection, "_connecting", places)
+        database = Database(self.url, "s2s hooks", threads=1)
+        database.start()
+        self.addCleanup(database.stop)
+        await database.run(lambda _: None)
+        for module, name, value in (
+            (threading, "_trace_hook", fail),
+            (threading, "_profile_hook", fail),
+            (threading, "excepthook", None),
+        ):
+            before = getattr(module, name)
+            self.execute(
+                "select pg_terminate_backend(pid, 10000) from pg_stat_activity where application_name = 's2s hooks'"
+            )
+            for _ in range(3):
+                setattr(module, name, value)
+                failed = database.run(lambda _: None)
+                error = await self.assertFailure(failed, DatabaseUnavailable)
+                setattr(module, name, before)
+                self.assertIn("the thread that connects has ended before its work: a plug-in", str(error))
+            await database.run(lambda _: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import decimal
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from s2s.errors import DatabaseUnavailable, HandlerStuck, HandlerTimeout, StatementRefused
+from s2s.runtime.hooks import SharedHooks
 from s2s.store import connection, handler_pool
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Cursor
@@ -431,6 +433,41 @@ class CleanTests(DatabaseTestCase):
 
         self.addCleanup(psycopg2.extensions.set_wait_callback, None)
         await self.call(lambda _: psycopg2.extensions.set_wait_callback(wait))
+        self.assertEqual(await self.handlers.run(_ask, "select 1"), [(1,)])
+
+    async def test_hooks_of_the_process(self) -> None:
+        """Hooks and settings that a call leaves in the interpreter affect no thread after the call."""
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("a hook of a handler")
+
+        def read() -> list[Any]:
+            return [
+                *(threading.gettrace(), threading.getprofile(), threading.excepthook),
+                *(sys.excepthook, sys.unraisablehook, sys.getrecursionlimit(), sys.getswitchinterval()),
+            ]
+
+        def leave_all(_: Cursor) -> None:
+            threading.excepthook, sys.excepthook, sys.unraisablehook = (None, fail, fail)  # type: ignore[assignment]
+            sys.setrecursionlimit(500)
+            sys.setswitchinterval(1.0)
+            threading.settrace(fail)
+            threading.setprofile(fail)
+            sys.settrace(fail)
+
+        before = read()
+        hooks = SharedHooks()
+        self.addCleanup(hooks.restore)
+        [(pid,)] = await self.handlers.run(_ask, "select pg_backend_pid()")
+        for leave in (leave_all, lambda _: sys.setprofile(fail)):
+            # A profile function also fails the call that sets it.
+            with contextlib.suppress(RuntimeError):
+                await self.call(lambda txn, leave=leave: handler_pool.call(leave, txn))
+            self.assertEqual(read(), before)
+            self.assertEqual(
+                await self.handlers.run(lambda _: (sys.gettrace(), sys.getprofile())), (sys.gettrace(), None)
+            )
+        self.execute("select pg_terminate_backend(%s, 10000)", pid)
         self.assertEqual(await self.handlers.run(_ask, "select 1"), [(1,)])
 
     async def test_odd_defaults(self) -> None:
