@@ -75,7 +75,8 @@ def status(no_world: bool, database: str | None, state_dir: Path, as_json: bool)
         for line in _wrong(txn, plugins):
             click.echo(line, err=True)
             is_whole = False
-        for guard in kept_rows.foreign(txn, migrations.tables()) if migrations.is_visible(txn) else ():
+        is_visible = migrations.is_visible(txn)
+        for guard in [*kept_rows.foreign(txn, migrations.tables()), *shape.foreign(txn)] if is_visible else ():
             click.echo(f"s2s has not made the {guard}; to remove it: {guard.cure}", err=True)
         found = migrations.status(txn, plugins)
         # The line is no fault: a role starts. With a fault above, the tables that the line needs may be missing.

@@ -54,9 +54,9 @@ order by 1, 2, 3
 
 @dataclass(frozen=True)
 class Guard:
-    """A foreign trigger, rule or policy that runs when rows of a table are written.
+    """A foreign trigger, rule, policy, constraint or unique index, for which rows of a table are written or not.
 
-    :param kind: ``trigger``, ``rule`` or ``policy``.
+    :param kind: ``trigger``, ``rule``, ``policy``, ``constraint`` or ``index``.
     :param name: the name, quoted for SQL.
     :param verbs: the statements on which it runs.
     :param function: the function of a trigger.
@@ -64,7 +64,7 @@ class Guard:
     """
 
     table: str
-    kind: Literal["trigger", "rule", "policy"]
+    kind: Literal["trigger", "rule", "policy", "constraint", "index"]
     name: str
     verbs: frozenset[str]
     function: str = ""
@@ -81,7 +81,16 @@ class Guard:
         """The statement that removes it."""
         if self.kind == "policy":
             return f"alter table {self.table} disable row level security"
-        return f"drop {self.kind} {self.name} on {self.table}"
+        if self.kind == "constraint":
+            return f"alter table {self.table} drop constraint {self.name}"
+        return f"drop index {self.name}" if self.kind == "index" else f"drop {self.kind} {self.name} on {self.table}"
+
+    @property
+    def effect(self) -> str:
+        """Its effect on the work of s2s."""
+        if self.kind in ("constraint", "index"):
+            return "where it refuses a row, what was to be written fails"
+        return "where it keeps a row from being written, work is done again or not at all"
 
 
 def guards(txn: cursor, tables: Iterable[str]) -> list[Guard]:

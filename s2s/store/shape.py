@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 from s2s.errors import SchemaError
 from s2s.store import migrations
 from s2s.store.driver import Cursor
+from s2s.store.kept_rows import Guard
 from s2s.store.migrations import Migration
 
 _TRIGGER: Final = re.compile(r"^create trigger (\w+)\s[^;]*?\son ([\w.]+)", re.MULTILINE)
@@ -26,6 +27,9 @@ _COMMENT: Final = re.compile(r"(,?) *--.*$|,$", re.MULTILINE)
 _FUNCTION: Final = re.compile(r"^create function ([\w.]+)\((.*?)\) returns", re.MULTILINE)
 #: The setting of each function of s2s: the objects that it uses must not depend on the session that calls it.
 _PATH: Final = "search_path = pg_catalog, pg_temp"
+_CONSTRAINT: Final = re.compile(r"^ {4}constraint (\w+)", re.MULTILINE)
+_DEFAULT: Final = re.compile(r"(?<!by )default (.+?)(?= check \(|$)")
+_IDENTITY: Final = re.compile(r"generated (?:always|by default) as identity")
 _UNIQUE_COLUMN: Final = re.compile(r"^ +(\w+) [^-\n]*\bunique\b", re.MULTILINE)
 _IN_PART: Final = "as after a restore in part: restore the whole dump into an empty database"
 
@@ -44,6 +48,30 @@ join pg_catalog.pg_class c on c.oid = to_regclass(n.relation)
 left join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attname = n.name and not a.attisdropped
 where a.atttypid is distinct from to_regtype(n.type)
 order by 1, 2
+"""
+#: The columns, whether each must have a value, and whether it has one if a statement names none.
+_VALUES: Final = """
+select n.name, a.attname, quote_ident(a.attname), a.attnotnull or t.typnotnull,
+    a.atthasdef or a.attidentity <> '' or t.typdefault is not null
+from unnest(%s::text[]) as n (name)
+join pg_catalog.pg_attribute a on a.attrelid = to_regclass(n.name)
+join pg_catalog.pg_type t on t.oid = a.atttypid
+where a.attnum > 0 and not a.attisdropped
+order by 1, a.attnum
+"""
+#: Constraints and unique indexes that s2s has not made. Triggers that are constraints are found as triggers.
+_FOREIGN: Final = """
+with ours as (select * from unnest(%s::text[], %s::text[]) as n (relation, name)),
+relation as (select distinct relation as name, to_regclass(relation) as oid from ours)
+select r.name, 'constraint', quote_ident(k.conname)
+from relation r join pg_catalog.pg_constraint k on k.conrelid = r.oid
+where k.contype in ('c', 'f', 'p', 'u', 'x') and (r.name, k.conname) not in (select relation, name from ours)
+union all
+select r.name, 'index', x.oid::regclass::text
+from relation r join pg_catalog.pg_index i on i.indrelid = r.oid join pg_catalog.pg_class x on x.oid = i.indexrelid
+where i.indisunique and (r.name, x.relname) not in (select relation, name from ours)
+    and not exists (select from pg_catalog.pg_constraint k where k.conindid = i.indexrelid and k.conrelid = r.oid)
+order by 1, 2, 3
 """
 _FUNCTIONS: Final = """
 select n.name, p.oid is not null
@@ -78,6 +106,7 @@ class _Made(NamedTuple):
     :ivar functions: the migration of each function, by its name with the types of its arguments.
     :ivar triggers: each trigger with its table.
     :ivar indexes: each unique index with its table.
+    :ivar constraints: each other constraint with its table.
     """
 
     tables: list[str]
@@ -85,12 +114,13 @@ class _Made(NamedTuple):
     functions: dict[str, str]
     triggers: list[tuple[str, str]]
     indexes: list[tuple[str, str]]
+    constraints: list[tuple[str, str]]
 
 
 @cache
 def _made(applied: tuple[Migration, ...]) -> _Made:
     """Return the objects that some migrations create."""
-    made = _Made([], {}, {}, [], [])
+    made = _Made([], {}, {}, [], [], [])
     for migration in applied:
         made.triggers.extend(_TRIGGER.findall(migration.sql))
         made.indexes.extend(_UNIQUE.findall(migration.sql))
@@ -99,9 +129,13 @@ def _made(applied: tuple[Migration, ...]) -> _Made:
             made.functions[f"{name}({types})"] = migration.name
         for table, body in _TABLE.findall(migration.sql):
             made.tables.append(table)
-            for column, kind, rest in _COLUMN.findall(body):
-                made.columns[table, column] = (kind, " ".join(f"{column} {kind}{_COMMENT.sub('', rest)}".split()))
             name = table.partition(".")[2]
+            for column, kind, rest in _COLUMN.findall(body):
+                definition = " ".join(f"{column} {kind}{_COMMENT.sub('', rest)}".split())
+                made.columns[table, column] = (kind, definition)
+                if " check (" in definition:
+                    made.constraints.append((f"{name}_{column}_check", table))
+            made.constraints.extend((constraint, table) for constraint in _CONSTRAINT.findall(body))
             made.indexes.append((f"{name}_pkey", table))
             made.indexes.extend((f"{name}_{column}_key", table) for column in _UNIQUE_COLUMN.findall(body))
     return made
@@ -114,6 +148,7 @@ def wrong(txn: Cursor) -> Iterator[str]:
     if not made.tables:
         return
     yield from _wrong_tables(txn, made)
+    yield from _wrong_values(txn, made)
     yield from _wrong_functions(txn, made)
     yield from _wrong_triggers(txn, made)
     txn.execute(_INDEXES, ([name for name, _ in made.indexes], [table for _, table in made.indexes]))
@@ -158,6 +193,35 @@ def _wrong_tables(txn: Cursor, made: _Made) -> Iterator[str]:
                 f"the column {name} of the table {table} has the type {found}: run as the owner of the table:"
                 f" alter table {table} alter column {name} type {kind} using {name}::{kind}"
             )
+
+
+def _wrong_values(txn: Cursor, made: _Made) -> Iterator[str]:
+    """Return a line for each column for which a row that s2s writes has no value."""
+    txn.execute(_VALUES, (made.tables,))
+    for table, name, quoted, is_required, has_value in txn.fetchall():
+        _, definition = made.columns.get((table, name), ("", ""))
+        alter = f"run as the owner of the table: alter table {table} alter column {quoted}"
+        default, identity = _DEFAULT.search(definition), _IDENTITY.search(definition)
+        if not definition and is_required and not has_value:
+            yield (
+                f"the column {name} of the table {table}, which s2s has not made, needs a value, and s2s writes none:"
+                f" {alter} drop not null"
+            )
+        elif definition and is_required and not ("not null" in definition or "primary key" in definition):
+            yield f"the column {name} of the table {table} takes no null, and s2s writes nulls: {alter} drop not null"
+        elif not has_value and identity:
+            yield f"the column {name} of the table {table} has lost its numbers: {alter} add {identity[0]}"
+        elif not has_value and default:
+            yield f"the column {name} of the table {table} has lost its default: {alter} set default {default[1]}"
+
+
+def foreign(txn: Cursor) -> list[Guard]:
+    """Return the constraints and unique indexes on tables of s2s that s2s has not made."""
+    made = _made(migrations.available())
+    ours = [*made.indexes, *made.constraints]
+    txn.execute(_FOREIGN, ([table for _, table in ours], [name for name, _ in ours]))
+    verbs = frozenset(("insert", "update"))
+    return [Guard(table, kind, name, verbs, keeps=False) for table, kind, name in txn.fetchall()]
 
 
 def _wrong_functions(txn: Cursor, made: _Made) -> Iterator[str]:

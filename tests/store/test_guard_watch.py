@@ -29,7 +29,7 @@ class GuardWatchTests(DatabaseTestCase):
             return guard_watch.look(txn)[1]
 
     async def test_one_line(self) -> None:
-        """A trigger and a rule are each logged once when they appear, and once when they disappear."""
+        """A trigger, a rule and a constraint are each logged when they appear, and when they disappear."""
         self.execute(_KEEP)
         database, _ = self.pools("s2s-guards")
         watch = GuardWatch(database, Clock(reactor))
@@ -38,18 +38,24 @@ class GuardWatchTests(DatabaseTestCase):
             self.assertEqual((told, watch.kept), ([], ""))
             self.execute(
                 "create trigger stop before delete on s2s.outbox for each row execute function keep();"
-                "create rule quiet as on update to s2s.orders do instead nothing"
+                "create rule quiet as on update to s2s.orders do instead nothing;"
+                "alter table s2s.commands add constraint small check (priority < 50)"
             )
             for _ in range(2):
                 await watch.look()
             kept = watch.kept
-            self.execute("drop trigger stop on s2s.outbox; drop rule quiet on s2s.orders")
+            self.execute(
+                "drop trigger stop on s2s.outbox; drop rule quiet on s2s.orders;"
+                "alter table s2s.commands drop constraint small"
+            )
             await watch.look()
         self.assertEqual(watch.kept, "")
         self.assertIn("(delete on s2s.outbox)", kept)
         self.assertIn("drop rule quiet on s2s.orders", kept)
         lines = [str(formatEvent(event)) for event in told]
-        self.assertEqual(len(lines), 4, lines)
+        self.assertEqual(len(lines), 6, lines)
+        self.assertIn("the constraint small on s2s.commands (insert or update): where it refuses a row", lines[2])
+        self.assertIn("alter table s2s.commands drop constraint small", lines[2])
         self.assertIn("the rule quiet on s2s.orders (update): where it keeps a row", lines[0])
         self.assertIn("the trigger stop on s2s.outbox (delete, function public.keep()): where", lines[1])
         self.assertIn("drop trigger stop on s2s.outbox", lines[1])

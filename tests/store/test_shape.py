@@ -5,6 +5,7 @@ from __future__ import annotations
 from s2s.errors import OperatorError, SchemaError
 from s2s.roles.preflight import check
 from s2s.store import migrations, shape
+from s2s.store.kept_rows import Guard
 from s2s.store.pool import blocking
 from s2s.store.tables import config
 from tests.cli.test_cli import CliTestCase
@@ -20,9 +21,14 @@ class ShapeTests(DatabaseTestCase):
         with blocking(self.url) as txn:
             return list(shape.wrong(txn))
 
+    def foreign(self) -> list[Guard]:
+        """Return the constraints and unique indexes that s2s has not made."""
+        with blocking(self.url) as txn:
+            return shape.foreign(txn)
+
     def test_all_is_there(self) -> None:
         """A migrated database lacks nothing, and every object that the migrations make is checked."""
-        self.assertEqual(self.wrong(), [])
+        self.assertEqual((self.wrong(), self.foreign()), ([], []))
         made = shape._made(migrations.available())
         found = self.execute(
             "select tgname::text, 's2s.' || tgrelid::regclass::text from pg_trigger where not tgisinternal"
@@ -73,6 +79,55 @@ class ShapeTests(DatabaseTestCase):
             self.assertTrue(line.startswith(start), line)
             self.execute(line.rpartition(": ")[2])
         self.assertEqual(self.wrong(), [])
+
+    def test_values_that_are_not_written(self) -> None:
+        """A column for which s2s writes no value refuses a start, and the line's statement repairs it."""
+        self.execute(
+            "create domain public.needed as text not null;"
+            "alter table s2s.commands add \"Owner's\" text not null, add fine text not null default '',"
+            " add number bigint generated always as identity, add twice integer not null generated always as"
+            " (attempts * 2) stored, add empty text, alter column error set not null,"
+            " alter column attempts drop default, alter column cmd_id drop identity;"
+            "alter table s2s.database alter column database_id drop default"
+        )
+        lines = self.wrong()
+        for line, start in zip(
+            lines,
+            (
+                "the column cmd_id of the table s2s.commands has lost its numbers: run",
+                "the column attempts of the table s2s.commands has lost its default: run",
+                "the column error of the table s2s.commands takes no null, and s2s writes nulls: run",
+                "the column Owner's of the table s2s.commands, which s2s has not made, needs a value",
+                "the column database_id of the table s2s.database has lost its default: run",
+            ),
+            strict=True,
+        ):
+            self.assertTrue(line.startswith(start), line)
+            self.execute(line.partition("run as the owner of the table: ")[2])
+        self.assertEqual(self.wrong(), [])
+
+    def test_constraints_of_others(self) -> None:
+        """Each constraint and unique index that s2s has not made is named, and the line's statement removes it."""
+        self.execute(
+            "create table public.mine (id bigint primary key);"
+            'alter table s2s.commands add constraint "Small" check (priority < 50), add unique (payload),'
+            " add foreign key (cmd_id) references public.mine, add exclude (priority with =);"
+            "create unique index once on s2s.outbox (due_at); create index slow on s2s.outbox (due_at)"
+        )
+        found = self.foreign()
+        self.assertEqual(
+            [(each.table, each.kind, each.name) for each in found],
+            [
+                ("s2s.commands", "constraint", '"Small"'),
+                ("s2s.commands", "constraint", "commands_cmd_id_fkey"),
+                ("s2s.commands", "constraint", "commands_payload_key"),
+                ("s2s.commands", "constraint", "commands_priority_excl"),
+                ("s2s.outbox", "index", "s2s.once"),
+            ],
+        )
+        for each in found:
+            self.execute(each.cure)
+        self.assertEqual((self.foreign(), self.wrong()), ([], []))
 
     def test_what_an_owner_removes(self) -> None:
         """A missing table or function is named, and a view in place of a table is named too."""
@@ -146,5 +201,8 @@ class StatusTests(CliTestCase):
     def test_it_names_them(self) -> None:
         """The command lists each problem, and exits with 1."""
         self.execute("alter table s2s.orders disable trigger orders_given")
+        self.execute("alter table s2s.commands add constraint small check (priority < 50), add mine text not null")
         result = self.s2s("db", "status", expected=1)
+        self.assertIn("alter table s2s.commands drop constraint small", result.output + result.stderr)
+        self.assertIn("alter table s2s.commands alter column mine drop not null", result.output + result.stderr)
         self.assertIn("triggers of the table s2s.orders are disabled (orders_given)", result.output + result.stderr)

@@ -1,4 +1,4 @@
-"""Report foreign triggers and rules that may keep rows of s2s from being written."""
+"""Report foreign triggers, rules and constraints that may keep rows of s2s from being written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import psycopg2
 
 from s2s.errors import StatementRefused
 from s2s.runtime.clock import Clock
-from s2s.store import kept_rows, migrations
+from s2s.store import kept_rows, migrations, shape
 from s2s.store.driver import Cursor, is_broken
 from s2s.store.kept_rows import Guard, check_written
 from s2s.store.lock_wait import trial
@@ -36,12 +36,12 @@ _TRIALS: Final = {
 
 
 class GuardWatch(Periodic):
-    """Logs each foreign trigger, rule or policy once when it appears, and once when it is gone.
+    """Logs each foreign trigger, rule, policy, constraint or unique index when it appears, and when it is gone.
 
     :ivar kept: the triggers, rules and policies that keep rows from being written; empty: there are none.
     """
 
-    what = "triggers and rules of others"
+    what = "triggers, rules and constraints of others"
 
     def __init__(self, database: Database, clock: Clock) -> None:
         super().__init__(database, clock)
@@ -58,9 +58,9 @@ class GuardWatch(Periodic):
         for guard in found:
             if guard not in self._told:
                 self.log.warn(
-                    "s2s has not made the {guard}: where it keeps a row from being written, work is done again or not"
-                    " at all; to remove it: {cure}",
+                    "s2s has not made the {guard}: {effect}; to remove it: {cure}",
                     guard=str(guard),
+                    effect=guard.effect,
                     cure=guard.cure,
                 )
         for guard in self._told.difference(found):
@@ -87,7 +87,7 @@ def look(txn: Cursor) -> tuple[list[Guard], list[str]]:
             # Neither a lock nor a foreign constraint shows that a row is kept.
             if is_broken(txn.connection):
                 raise
-    return found, kept
+    return [*found, *shape.foreign(txn)], kept
 
 
 def _try(txn: Cursor, table: str) -> None:
