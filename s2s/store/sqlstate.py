@@ -139,7 +139,8 @@ MEANINGS: Final[dict[str, Meaning]] = {
         passes=True, cure="somebody has cancelled it, as by pg_cancel_backend: the log of the database may say who"
     ),
     "58": Meaning("database", drops=True, passes=True, cure="see the log of the database"),
-    # Code raised it in a statement of a handler, with a SQLSTATE of another database or of its own choice: see code().
+    # Code raised it in a statement of a handler, or a foreign trigger in a statement of s2s, with a SQLSTATE of another
+    # database or of its own choice: see code().
     "raised": _REFUSED,
     "raised 40": Meaning(passes=True),
     # A session with another server failed within a statement. If our own session ends, the severity is FATAL.
@@ -208,7 +209,10 @@ def meaning(state: str) -> Meaning:
     """Return the meaning of a SQLSTATE."""
     found = next(MEANINGS[state[:length]] for length in range(_LONGEST_CODE, -1, -1) if state[:length] in MEANINGS)
     _, _, function = state.partition(" in ")
-    return found._replace(cure=found.cure.format(function=function)) if function else found
+    if not function:
+        return found
+    cure = found.cure if found.cure == _FOREIGN_FUNCTION else "; ".join(filter(None, (found.cure, _FOREIGN_FUNCTION)))
+    return found._replace(cure=cure.format(function=function))
 
 
 def at_connect(text: str) -> str:
@@ -231,28 +235,29 @@ def with_cure(error: BaseException, otherwise: str = "") -> str:
 def code(error: BaseException) -> str:
     """Return the SQLSTATE of an exception; empty: it has none.
 
-    An error that code raises in a statement of a handler has the prefix "raised".
-    If one code has several meanings, a suffix tells them apart: the constraint that a statement of s2s violates, the
-    function of PostgreSQL that raised the error, or the foreign function in which a statement of s2s fails. For some
-    codes, the severity is the prefix. These are the same in every language of the server. A cancellation is told from
-    a timeout by its English text.
+    An error that code raises in a statement of a handler has the prefix "raised", and so has one that a foreign
+    function raises in a statement of s2s. If one code has several meanings, a suffix tells them apart: the constraint
+    that a statement of s2s violates, the function of PostgreSQL that raised the error, or the foreign function in which
+    a statement of s2s fails. For some codes, the severity is the prefix. These are the same in every language of the
+    server. A cancellation is told from a timeout by its English text.
     """
     if not isinstance(error, psycopg2.Error) or not error.pgcode:
         return ""
     is_ours = getattr(error.cursor, "is_ours", False)
-    if not is_ours and _RAISES_FOR_CODE.fullmatch(error.diag.source_function or ""):
-        return f"raised {error.pgcode}"
+    function = _foreign_function(error.diag.context or "") if is_ours else ""
+    if _RAISES_FOR_CODE.fullmatch(error.diag.source_function or "") and (function or not is_ours):
+        return f"raised {error.pgcode} in {function}" if function else f"raised {error.pgcode}"
     # A table of foreign code may have a constraint of the same name.
     constraint = error.diag.constraint_name if is_ours else None
-    if is_ours and f"{error.pgcode} in" in MEANINGS and (function := _foreign_function(error.diag.context or "")):
-        return f"{error.pgcode} in {function}"
     if error.pgcode == "57014" and _BY_REQUEST.search(str(error.diag.message_primary)):
         return "57014 user request"
     severe = f"{error.diag.severity_nonlocalized} {error.pgcode}"
     if meaning(severe) is not _REFUSED:
         return severe
     told = (f"{error.pgcode} {name}" for name in (constraint, error.diag.source_function))
-    return next((each for each in told if each in MEANINGS), error.pgcode)
+    is_named = function and (f"{error.pgcode} in" in MEANINGS or meaning(error.pgcode) is _REFUSED)
+    otherwise = f"{error.pgcode} in {function}" if is_named else error.pgcode
+    return next((each for each in told if each in MEANINGS), otherwise)
 
 
 def _foreign_function(context: str) -> str:

@@ -209,13 +209,13 @@ class RelayTests(DatabaseTestCase):
                 f"{raising} create constraint trigger no after update on s2s.outbox deferrable initially deferred"
                 " for each row execute function no()",
                 "drop trigger no on s2s.outbox; drop function no()",
-                "not this one (SQLSTATE P0001)",
+                "not this one: mend the function no(), which s2s has not made",
             ),
             (
                 raising.replace("one'", "one' using errcode = 'XX001'")
                 + " create trigger no before update on s2s.outbox for each row execute function no()",
                 "drop trigger no on s2s.outbox",
-                "not this one: restore the damaged table from a backup (SQLSTATE XX001)",
+                "not this one: mend the function no(), which s2s has not made",
             ),
         ):
             self.put(4)

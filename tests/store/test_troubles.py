@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psycopg2
 from psycopg2 import errorcodes
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
@@ -15,6 +17,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from s2s.errors import DatabaseError, DatabaseUnavailable
 from s2s.store import sqlstate
 from s2s.store.cursor import plain
+from s2s.store.driver import Query
 from s2s.store.monitors import probe
 from s2s.store.pool import blocking
 from s2s.store.troubles import MOST_STATES, MOST_TEXTS, TELL_S, Troubles
@@ -165,6 +168,40 @@ class ForeignFunctionTests(DatabaseTestCase):
                     await database.run(probe.check)
                 [line] = [str(formatEvent(event)) for event in lines if "refuses statements" in event["log_format"]]
                 self.assertIn(f"(SQLSTATE {state} in {function}): mend the function {function}, which", line)
+
+    async def test_what_it_raises(self) -> None:
+        """A SQLSTATE that a foreign trigger raises refuses its row and keeps the session; the fix names it."""
+        self.execute(
+            "create function public.told() returns trigger language plpgsql as $$ begin"
+            " if tg_argv[0] = '22012' then perform 1 / 0; end if;"
+            " raise exception 'the remote refuses' using errcode = tg_argv[0]; end $$"
+        )
+        database, _ = self.pools("s2s-test", threads=1)
+        insert = "insert into s2s.outbox (cmd_type, idem_key, payload) values ('a', 'b', '{}')"
+        sessions = "select pid from pg_stat_activity where application_name = 's2s-test' order by 1"
+        for state in ("25006", "53100", "57P01", "XX001", "P0001", "22012"):
+            self.execute("drop trigger if exists told on s2s.outbox")
+            asked: Deferred[Any] = Deferred()
+            database.query(Query("select 1", ()), asked.callback)
+            await asked
+            await database.run(lambda txn: txn.execute("select 1"))
+            before = self.execute(sessions)
+            self.execute(
+                f"create trigger told before insert on s2s.outbox for each row execute function public.told('{state}')"
+            )
+            asked = Deferred()
+            with self.subTest(state=state), capturedLogs() as lines:
+                database.query(Query(insert, ()), asked.callback)
+                failures = [await self.assertFailure(asked, DatabaseError)]
+                failures.append(await self.assertFailure(database.run(lambda txn: txn.execute(insert)), DatabaseError))
+                for failed in failures:
+                    prefix = "" if state == "22012" else "raised "
+                    self.assertEqual(failed.state, f"{prefix}{state} in public.told()")
+                    self.assertIn("mend the function public.told(), which s2s has not made", sqlstate.with_cure(failed))
+                    meant = sqlstate.meaning(failed.state)
+                    self.assertEqual((meant.fault, meant.drops), ("statement", False))
+                self.assertEqual([each for each in lines if "not available" in str(formatEvent(each))], [])
+                self.assertEqual(self.execute(sessions), before)
 
     async def test_one_of_ours(self) -> None:
         """An error within a function of s2s is reported like an error of a statement of s2s."""
