@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 import select
 import threading
 import time
@@ -384,6 +385,60 @@ def _with_plain_literals(parameters: Mapping[str, Any], conn: connection) -> dic
     return {**parameters, "options": f"{options} -c standard_conforming_strings=on"}
 
 
+#: The SQLSTATEs with which a default of the user or database ends the first statements, before those of
+#: :func:`baseline` are in force.
+_ENDED_BY_DEFAULT: Final = ("25P03", "25P04", "55P03", "57014", "57P05")
+_LOST: Final = re.compile("FATAL|server closed the connection")
+#: Those defaults, by the first version of PostgreSQL that has them.
+_TIMEOUTS: Final = {
+    "statement_timeout": 0,
+    "lock_timeout": 0,
+    "idle_in_transaction_session_timeout": 0,
+    "idle_session_timeout": 140_000,
+    "transaction_timeout": 170_000,
+}
+
+
+def open_prepared(
+    parameters: Mapping[str, Any],
+    open_: Callable[[Mapping[str, Any]], PlanningConnection],
+    prepare: Callable[[PlanningConnection], object],
+) -> PlanningConnection:
+    """Open and prepare a connection, a second time without timeouts if a default timeout ends the first statements.
+
+    The timeouts are not passed at once: a pooler may refuse options.
+
+    :param open_: opens a connection.
+    :param prepare: runs the first statements.
+    """
+    conn = open_(parameters)
+    options, version = conn.info.options, conn.server_version
+    try:
+        prepare(conn)
+    except BaseException as error:
+        conn.close()
+        if not _is_by_default(error):
+            raise
+        off = " ".join(f"-c {name}=0" for name, since in _TIMEOUTS.items() if version >= since)
+        try:
+            conn = open_({**parameters, "options": f"{options} {off}"})
+        except psycopg2.Error:
+            raise error from None
+        try:
+            prepare(conn)
+        except BaseException:
+            conn.close()
+            raise
+    return conn
+
+
+def _is_by_default(error: BaseException) -> bool:
+    """Whether a default timeout may have ended a statement or the session: libpq may report that without a SQLSTATE."""
+    if not isinstance(error, psycopg2.Error):
+        return False
+    return error.pgcode in _ENDED_BY_DEFAULT if error.pgcode else bool(_LOST.search(str(error)))
+
+
 def prepare(conn: connection, statement_timeout_s: float, idle_timeout_s: float) -> None:
     """Set up the session of a new connection, as every transaction requires.
 
@@ -427,10 +482,13 @@ _SETTINGS: Final = {
     "DateStyle": "ISO, MDY",
     "default_transaction_deferrable": "off",
     "default_transaction_isolation": "read committed",
+    # An error would end the session, and libpq would report the end without the reason.
+    "exit_on_error": "off",
     "extra_float_digits": "1",
     "idle_session_timeout": "0",
     "IntervalStyle": "postgres",
     "lock_timeout": "0",
+    "quote_all_identifiers": "off",
     "session_replication_role": "origin",
     "standard_conforming_strings": "on",
     "synchronous_commit": "on",
@@ -513,14 +571,21 @@ def _open_async(
     parameters: Callable[[], Mapping[str, Any]], within_s: float, statement_timeout_s: float, statement: str
 ) -> PlanningConnection:
     deadline = time.monotonic() + within_s
-    given = parameters()
-    conn: PlanningConnection = psycopg2.connect(**given, async_=True)
-    try:
-        _settle(conn, deadline, within_s)
-        if _misreads_literals(conn):
-            conn = psycopg2.connect(**_with_plain_literals(given, conn), async_=True)
+
+    def open_(given: Mapping[str, Any]) -> PlanningConnection:
+        conn: PlanningConnection = psycopg2.connect(**given, async_=True)
+        try:
             _settle(conn, deadline, within_s)
-            _check_literals(conn)
+            if _misreads_literals(conn):
+                conn = psycopg2.connect(**_with_plain_literals(given, conn), async_=True)
+                _settle(conn, deadline, within_s)
+                _check_literals(conn)
+        except BaseException:
+            conn.close()
+            raise
+        return conn
+
+    def prepare(conn: PlanningConnection) -> None:
         for text in (statement, baseline(statement_timeout_s), _SESSION):
             if text:
                 cursor = conn.cursor(cursor_factory=StoreCursor)  # keep a reference: the connection keeps none
@@ -533,10 +598,8 @@ def _open_async(
                     _refuse_settings(cursor.fetchall())
                     raise
         [conn.session] = cursor.fetchall()
-    except BaseException:
-        conn.close()
-        raise
-    return conn
+
+    return open_prepared(parameters(), open_, prepare)
 
 
 def _settle(conn: connection, deadline: float, within_s: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import select
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar, cast
 
@@ -23,7 +23,7 @@ from twisted.logger import Logger
 from s2s.errors import CommitLost, DatabaseError, DatabaseUnavailable, OperatorError, StatementRefused, storable
 from s2s.runtime import files
 from s2s.store import libpq, sqlstate
-from s2s.store.connection import PlanningConnection, connect
+from s2s.store.connection import PlanningConnection, connect, open_prepared
 from s2s.store.url import read
 
 T = TypeVar("T")
@@ -88,9 +88,9 @@ class Parameters:
         self._complaint = complaint
         return self._last
 
-    def connect(self) -> Connection:
-        """Connect. Blocks."""
-        return connect(self.read())
+    def connect(self, prepare: Callable[[PlanningConnection], object]) -> Connection:
+        """Connect, and run the first statements. Blocks."""
+        return open_prepared(self.read(), connect, prepare)
 
 
 class Prepared:

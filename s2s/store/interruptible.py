@@ -20,6 +20,7 @@ from psycopg2.extensions import POLL_OK, POLL_READ, POLL_WRITE, get_wait_callbac
 
 from s2s.errors import harmless
 from s2s.runtime import streams
+from s2s.store.connection import PlanningConnection
 from s2s.store.connection import connect as open_connection
 from s2s.store.driver import Connection
 
@@ -80,7 +81,7 @@ class Patience:
         self._is_over = True
 
 
-def connect(parameters: Mapping[str, Any], patience: Patience) -> Connection:
+def connect(parameters: Mapping[str, Any], patience: Patience) -> PlanningConnection:
     """Connect; the main thread handles signals meanwhile.
 
     :raises psycopg2.OperationalError: there is no connection, or the time limit of the main thread is over.

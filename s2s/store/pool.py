@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any, Final, TypeVar, cast
 
 import psycopg2
@@ -22,7 +22,7 @@ from s2s.runtime.waiters import Waiters
 from s2s.store import driver, interruptible, kept_rows, migrations, sqlstate
 from s2s.store.async_connection import AsyncConnection
 from s2s.store.availability import Availability
-from s2s.store.connection import PlanningConnection, prepare
+from s2s.store.connection import PlanningConnection, open_prepared, prepare
 from s2s.store.connection_socket import shut_down_after
 from s2s.store.cursor import StoreCursor
 from s2s.store.driver import Connection, Cursor, Query, Steps
@@ -131,7 +131,7 @@ class Database:
             "psycopg2",
             cp_min=self._threads,
             cp_max=self._threads,
-            cp_openfun=self._prepare,
+            prepare=self._prepare,
             cp_reactor=self.reactor,
         )
         pool.threadpool.threadFactory = own_threads.Thread
@@ -295,9 +295,6 @@ class Database:
         self._opening.add(conn)
         try:
             prepare(conn, *self._timeouts)
-        except BaseException:
-            conn.close()
-            raise
         finally:
             self._opening.discard(conn)
 
@@ -447,22 +444,27 @@ def blocking(
     :raises DatabaseUnavailable: there is no connection, or it broke.
     :raises StatementRefused: the database refused a statement.
     """
-    conn: Connection | None = None
+    conn: PlanningConnection | None = None
     try:
         parameters = driver.parameters(url, application_name=application_name)
         if connect_timeout_s is not None:
             parameters["connect_timeout"] = max(1, round(connect_timeout_s))
         patience = interruptible.Patience(parameters, READY_S if within_s is None else within_s)
-        conn = interruptible.connect(parameters, patience)
-        bound = nullcontext() if cut_s is None else shut_down_after(conn, cut_s)
-        with interruptible.waits(conn, patience), bound:
-            prepare(conn, statement_timeout_s, statement_timeout_s)
+        with ExitStack() as stack:
+
+            def ready(opened: PlanningConnection) -> None:
+                if cut_s is not None:
+                    stack.enter_context(shut_down_after(opened, cut_s))
+                stack.enter_context(interruptible.waits(opened, patience))
+                prepare(opened, statement_timeout_s, statement_timeout_s)
+
+            conn = open_prepared(parameters, lambda each: interruptible.connect(each, patience), ready)
             if within_s is None:
                 patience.end()
             with conn.cursor(cursor_factory=StoreCursor) as txn:
                 yield txn
             driver.commit(conn)
-            for kept in cast("PlanningConnection", conn).kept:
+            for kept in conn.kept:
                 # Report it to the caller, although the rest is done.
                 raise kept
     except psycopg2.Error as error:

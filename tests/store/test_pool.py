@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from typing import Any
 from urllib.parse import quote
 
@@ -16,7 +17,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.errors import CommitLost, DatabaseUnavailable, OperatorError, StatementRefused
 from s2s.protocol.limits import Counters
-from s2s.store import driver, pool
+from s2s.store import connection, driver, pool
 from s2s.store.connection import prepare
 from s2s.store.pool import Database, blocking
 from s2s.store.sqlstate import with_cure
@@ -80,12 +81,46 @@ class TellingTests(DatabaseTestCase):
         database.query(driver.Query("select %s", (given,)), asked.callback)
         self.assertEqual(await asked, [(given,)])
 
+    async def test_timeouts_of_the_owner(self) -> None:
+        """Default timeouts of a millisecond do not end our first statements, however long these take."""
+        name = parse_dsn(self.url)["dbname"]
+        slow = connection.baseline
+
+        def misreads(conn: Any) -> bool:
+            time.sleep(0.05)
+            return False
+
+        self.patch(connection, "_misreads_literals", misreads)
+        self.patch(connection, "baseline", lambda *args: f"select pg_catalog.pg_sleep(0.05); {slow(*args)}")
+        known = self.execute("select name from pg_settings where name = any(%s)", list(connection._TIMEOUTS))
+        for (setting,) in known:
+            self.execute(f"alter database {name} set {setting} = 1")
+            with self.subTest(setting=setting):
+                with blocking(self.url) as txn:
+                    self.assertEqual(_one(txn, f"show {setting}") == "0", setting in connection._SETTINGS)
+                database, handlers = self.pools(f"s2s {setting}", threads=1)
+                for each in (database, handlers):
+                    self.assertEqual(await each.run(_one, "select 1"), 1)
+                asked: Deferred[Any] = Deferred()
+                database.query(driver.Query("select 1", ()), asked.callback)
+                self.assertEqual(await asked, [(1,)])
+                await handlers.stop()
+                await database.stop()
+            self.execute(f"alter database {name} reset {setting}")
+
+    def test_identifiers_in_quotes(self) -> None:
+        """The names of our tables in catalogs are read without quotes, whatever the owner's default is."""
+        name = parse_dsn(self.url)["dbname"]
+        self.execute(f"alter database {name} set quote_all_identifiers = on")
+        with blocking(self.url) as txn:
+            self.assertEqual(_one(txn, "select 's2s.outbox'::regclass::text"), "s2s.outbox")
+
     def test_a_pooler_that_drops_options(self) -> None:
         """A connection that would misread our literals is refused with the statement that fixes it."""
-        connection = psycopg2.connect(self.url, options="-c standard_conforming_strings=off")
-        self.addCleanup(connection.close)
+        conn = psycopg2.connect(self.url, options="-c standard_conforming_strings=off")
+        self.addCleanup(conn.close)
         with self.assertRaisesRegex(psycopg2.OperationalError, "alter role"):
-            prepare(connection, 1.0, 1.0)
+            prepare(conn, 1.0, 1.0)
 
     def test_no_connections_are_allowed(self) -> None:
         """The error for a database that allows no connections names the statement that allows them."""

@@ -53,6 +53,14 @@ class ReadOnlyTests(DatabaseTestCase):
         await self.database.run_steps(_steps)
         self.assertEqual(self.execute("select count(*) from public.made"), [(2,)])
 
+    async def test_errors_that_end_the_session(self) -> None:
+        """With ``exit_on_error`` the refusal has its SQLSTATE as well, and so its fix."""
+        self.execute(f"alter database {self.name} set exit_on_error = on")
+        error = await self.assertFailure(self.database.run(_write), DatabaseUnavailable)
+        self.assertEqual(error.state, "25006")
+        error = await self.assertFailure(self.database.run_steps(_steps), DatabaseUnavailable)
+        self.assertEqual(error.state, "25006")
+
     async def test_it_is_not_ready(self) -> None:
         """The probe and the inbox report the reason, and report ok after the read-only time."""
         clock = Clock(pool_reactor := self.database.reactor)
