@@ -59,6 +59,20 @@ join pg_catalog.pg_type t on t.oid = a.atttypid
 where a.attnum > 0 and not a.attisdropped
 order by 1, a.attnum
 """
+#: Tables whose rows cannot be changed, because a publication has to identify them and cannot, with the publications.
+_PUBLISHED: Final = """
+select n.name, string_agg(quote_ident(p.pubname), ', ' order by p.pubname)
+from unnest(%s::text[]) as n (name)
+join pg_catalog.pg_class c on c.oid = to_regclass(n.name)
+join pg_catalog.pg_namespace s on s.oid = c.relnamespace
+join pg_catalog.pg_publication_tables t on t.schemaname = s.nspname and t.tablename = c.relname
+join pg_catalog.pg_publication p on p.pubname = t.pubname
+where (p.pubupdate or p.pubdelete) and c.relreplident <> 'f' and not exists (
+    select from pg_catalog.pg_index i where i.indrelid = c.oid and i.indisvalid
+    and case c.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident end
+)
+group by n.name order by 1
+"""
 #: Constraints and unique indexes that s2s has not made. Triggers that are constraints are found as triggers.
 _FOREIGN: Final = """
 with ours as (select * from unnest(%s::text[], %s::text[]) as n (relation, name)),
@@ -149,6 +163,7 @@ def wrong(txn: Cursor) -> Iterator[str]:
         return
     yield from _wrong_tables(txn, made)
     yield from _wrong_values(txn, made)
+    yield from _unidentified(txn, made)
     yield from _wrong_functions(txn, made)
     yield from _wrong_triggers(txn, made)
     txn.execute(_INDEXES, ([name for name, _ in made.indexes], [table for _, table in made.indexes]))
@@ -213,6 +228,15 @@ def _wrong_values(txn: Cursor, made: _Made) -> Iterator[str]:
             yield f"the column {name} of the table {table} has lost its numbers: {alter} add {identity[0]}"
         elif not has_value and default:
             yield f"the column {name} of the table {table} has lost its default: {alter} set default {default[1]}"
+
+
+def _unidentified(txn: Cursor, made: _Made) -> Iterator[str]:
+    txn.execute(_PUBLISHED, (made.tables,))
+    for table, publications in txn.fetchall():
+        yield (
+            f"no row of the table {table} can be changed, because the publication {publications} finds no replica"
+            f" identity: run as the owner of the table: alter table {table} replica identity default"
+        )
 
 
 def foreign(txn: Cursor) -> list[Guard]:

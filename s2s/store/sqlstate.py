@@ -131,6 +131,14 @@ MEANINGS: Final[dict[str, Meaning]] = {
         passes=True,
         cure="run in another database: alter database NAME allow_connections true",
     ),
+    # A publication of the database's owner: no row of the table can be changed.
+    **dict.fromkeys(
+        ("42P10 CheckCmdReplicaIdentity", "55000 CheckCmdReplicaIdentity"),
+        Meaning(
+            cure="run as the owner of the table: alter table NAME replica identity default, or take the table out of"
+            " its publication; s2s db status names both"
+        ),
+    ),
     "55P03": Meaning(passes=True, cure=_LOCKED),
     "57": Meaning("connection", drops=True, passes=True),
     "57014": Meaning(passes=True, cure=_WAITED),

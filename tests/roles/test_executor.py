@@ -430,6 +430,21 @@ class ExecutorTests(DatabaseTestCase):
         await self.until("done", "kept", "old", "refused")
         await self.until("dead", "kept-2", "largest")
 
+    async def test_a_publication_without_an_identity(self) -> None:
+        """If a publication keeps all rows from being changed, one line has the cure, and no command is charged."""
+        self.execute("alter table s2s.commands replica identity nothing; create publication everything for all tables")
+        self.insert(*"abcd")
+        with capturedLogs() as told:
+            running = self.start()
+            counts = self.database.troubles.counts
+            await poll(lambda: sum(counts.values()) > 8, "some attempts")
+        lines = [str(formatEvent(event)) for event in told]
+        [line] = [each for each in lines if "replica identity" in each]
+        self.assertIn("alter table NAME replica identity default, or take the table out of its publication", line)
+        self.assertEqual((self.attempts(), running.failed), (dict.fromkeys("abcd", 0), 0))
+        self.execute("alter table s2s.commands replica identity default")
+        await self.until("done", *"abcd")
+
     async def test_too_many_rows_that_cannot_be_changed(self) -> None:
         """If the limit of left-out commands is reached, the next one is tried once in a pause, and not in a loop."""
         self.patch(poll_loop, "MOST_LEFT_OUT", 1)

@@ -106,6 +106,20 @@ class ShapeTests(DatabaseTestCase):
             self.execute(line.partition("run as the owner of the table: ")[2])
         self.assertEqual(self.wrong(), [])
 
+    def test_publications(self) -> None:
+        """A published table without a replica identity is named, and the line's statement repairs it."""
+        self.execute(
+            "create table public.other (id bigint primary key); alter table public.other replica identity nothing;"
+            "alter table s2s.commands replica identity nothing; alter table s2s.outbox replica identity full;"
+            "create publication only_new for all tables with (publish = 'insert')"
+        )
+        self.assertEqual(self.wrong(), [])
+        self.execute('create publication "All" for all tables')
+        [line] = self.wrong()
+        self.assertIn('of the table s2s.commands can be changed, because the publication "All" finds no replica', line)
+        self.execute(line.rpartition(": ")[2])
+        self.assertEqual(self.wrong(), [])
+
     def test_constraints_of_others(self) -> None:
         """Each constraint and unique index that s2s has not made is named, and the line's statement removes it."""
         self.execute(
