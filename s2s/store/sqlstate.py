@@ -93,6 +93,8 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "42501 setting": Meaning("database", drops=True, passes=True, cure="as a superuser"),
     # A table, a column or a function of s2s is missing.
     **dict.fromkeys(("42P01", "42703", "42883"), Meaning(cure=_MISSING)),
+    # The unique index of an ON CONFLICT is missing.
+    "42P10": Meaning(cure="run: s2s db status, which names a missing unique index"),
     # The same errors inside a foreign function, such as that of a foreign trigger on a table of s2s: see code().
     **dict.fromkeys(("3F000 in", "42501 in", "42P01 in", "42703 in", "42883 in"), Meaning(cure=_FOREIGN_FUNCTION)),
     "53": Meaning(passes=True, cure="see the memory and the limits of the database"),

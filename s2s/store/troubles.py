@@ -51,7 +51,7 @@ class Troubles:
         :param text: the server's message without the data.
         :returns: the id of the incident in the log.
         """
-        cure = sqlstate.meaning(state).cure or "see the log of the database"
+        cure = sqlstate.meaning(state).cure or "run: s2s db status; see the log of the database"
         if state not in self.counts and len(self.counts) >= MOST_STATES:
             state = _OTHER
         self.counts[state] = self.counts.get(state, 0) + 1

@@ -182,6 +182,28 @@ class InboxTests(DatabaseTestCase):
         await self.inbox.push(_push("k100"))
         self.assertEqual(self.inbox.condition, "ok")
 
+    async def test_a_table_that_its_owner_changes(self) -> None:
+        """If a unique index or a value is missing, the line names ``s2s db status``, and the repair helps."""
+        for change, repair, error in (
+            (
+                "alter table s2s.idempotency_keys drop constraint idempotency_keys_pkey",
+                "alter table s2s.idempotency_keys add primary key (idem_key)",
+                DbUnavailable,
+            ),
+            (
+                "alter table s2s.commands add mine text not null",
+                "alter table s2s.commands drop column mine",
+                InternalError,
+            ),
+        ):
+            self.execute(change)
+            with self.subTest(change=change), capturedLogs() as told:
+                await self.assertFailure(self.inbox.push(_push("k1")), error)
+                [line] = [line for each in told if "incident" in (line := str(formatEvent(each)))]
+                self.assertIn("run: s2s db status", line)
+            self.execute(repair)
+        await self.inbox.push(_push("k1"))
+
     async def test_a_deferred_trigger(self) -> None:
         """A trigger that refuses one row at the COMMIT refuses only that row, without a traceback."""
         self.execute(
