@@ -110,7 +110,7 @@ class LevelTests(SynchronousTestCase):
             self.assertTrue(replace(beginning, **leak).is_above(beginning))
 
 
-class JudgeTests(SynchronousTestCase):
+class CheckerTests(SynchronousTestCase):
     """The check of a history against the facts."""
 
     def wrong(self, did: list[Any], said: str, **facts: Any) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 from twisted.internet.defer import Deferred
 
 from s2s.admin.operations import catalogue, commands, config, engines, lists, notices, orders, outbox, reports
-from s2s.admin.operations.config import Setting
+from s2s.admin.operations.config import SettingChange
 from s2s.admin.operations.engines import Engine
 from s2s.admin.operations.notices import Broadcast
-from s2s.admin.operations.orders import Order
+from s2s.admin.operations.orders import OrderView
 from s2s.admin.operations.pages import Page
 from s2s.admin.operations.rows import BulkOutcome, RowOutcomes
 from s2s.admin.transport import Transport
@@ -78,7 +78,7 @@ class AdminClient(Transport):
 
     def give_order(
         self, rpc: str, params: Mapping[str, Any], *, idem_key: str | None = None, wait_s: float = 0
-    ) -> Deferred[Order]:
+    ) -> Deferred[OrderView]:
         """Give an order.
 
         :param rpc: the RPC of an order that the server has installed.
@@ -87,7 +87,7 @@ class AdminClient(Transport):
         """
         return self.call(orders.giving(rpc), query={"wait": wait_s}, body=params, idem_key=idem_key)
 
-    def show_order(self, order_id: str, *, wait_s: float = 0) -> Deferred[Order]:
+    def show_order(self, order_id: str, *, wait_s: float = 0) -> Deferred[OrderView]:
         """Show one order, once it is over or ``wait_s`` have passed."""
         return self.call(orders.SHOW, path_params={"order_id": order_id}, query={"wait": wait_s})
 
@@ -98,7 +98,7 @@ class AdminClient(Transport):
         rpc: str | None = None,
         limit: int | None = None,
         cursor: str | None = None,
-    ) -> Deferred[Page[Order]]:
+    ) -> Deferred[Page[OrderView]]:
         """List orders, the newest first."""
         return self.call(orders.LIST, query={"status": status, "rpc": rpc, "limit": limit, "cursor": cursor})
 
@@ -239,7 +239,7 @@ class AdminClient(Transport):
         """Show one setting."""
         return self.call(config.SHOW, path_params={"key": key})
 
-    def set_config(self, key: str, value: Value) -> Deferred[Setting]:
+    def set_config(self, key: str, value: Value) -> Deferred[SettingChange]:
         """Set a setting to a value."""
         return self.call(config.SET, path_params={"key": key}, body={"value": value})
 

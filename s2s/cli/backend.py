@@ -23,9 +23,9 @@ from twisted.internet.threads import blockingCallFromThread
 from s2s.admin.client import AdminClient
 from s2s.admin.operations.operation import (
     Operation,
+    OperationReply,
     OperationRequest,
-    Reply,
-    Steps,
+    OperationSteps,
     WaitFor,
     advance,
     drop_none,
@@ -96,14 +96,14 @@ class DatabaseBackend(Backend):
         except WireError as error:
             raise Refused(error.code, error.message, error.payload()["details"]) from None
 
-    def _take(self, steps: Steps[R], locks: LockWait | None) -> Reply[R]:
+    def _take(self, steps: OperationSteps[R], locks: LockWait | None) -> OperationReply[R]:
         """Run the steps of an operation.
 
         :param locks: bounds each wait of a list for a lock, and retries it; ``None``: the operation is no list.
         """
         came: Any = None
         failed: Exception | None = None
-        while not isinstance(step := advance(steps, came, failed), Reply):
+        while not isinstance(step := advance(steps, came, failed), OperationReply):
             came = failed = None
             try:
                 if isinstance(step, WaitFor):

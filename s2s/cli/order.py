@@ -15,7 +15,7 @@ import click
 
 from s2s.admin.operations import config, orders
 from s2s.admin.operations.operation import IDEM_KEY
-from s2s.admin.operations.orders import Order
+from s2s.admin.operations.orders import OrderView
 from s2s.cli.backend import Backend, HttpBackend, rows, with_backend
 from s2s.cli.common import ALL, interrupt_noted, json_option, limit_option, progress_bar, show, show_one, words
 from s2s.errors import (
@@ -127,7 +127,7 @@ def _rule(document: Mapping[str, Any], member: str) -> str:
     return f"{member.upper()}: {rule.get('description', '')}{f' {allowed}' if allowed else ''}"
 
 
-def _give(backend: Backend, handler: OrderHandler, params: Mapping[str, Value], idem_key: str | None) -> Order:
+def _give(backend: Backend, handler: OrderHandler, params: Mapping[str, Value], idem_key: str | None) -> OrderView:
     """Give an order, or return the order that was given with this key before."""
     try:
         return backend.call(orders.operation(handler), body=params, idem_key=idem_key)
@@ -181,7 +181,7 @@ _wait = click.option(
 # --- following -------------------------------------------------------------------------------------------------------
 
 
-def _follow(backend: Backend, row: Order, wait_s: float) -> Order:
+def _follow(backend: Backend, row: OrderView, wait_s: float) -> OrderView:
     """Read an order until it is over, for ``wait_s`` seconds without progress, or until Ctrl-C, which ends the wait."""
     # A call over HTTP loses no exception, and may wait long for a server that does not respond.
     noted: AbstractContextManager[Callable[[], bool]] = interrupt_noted()
@@ -206,7 +206,7 @@ def _follow(backend: Backend, row: Order, wait_s: float) -> Order:
     return row
 
 
-def _end(row: Order, as_json: bool) -> None:
+def _end(row: OrderView, as_json: bool) -> None:
     """Print the outcome of an order, and exit with the matching exit code."""
     result = row.result if isinstance(row.result, dict) else {}
     if as_json:
@@ -265,7 +265,7 @@ class _Line:
     told: str
 
 
-def _line(row: Order) -> _Line:
+def _line(row: OrderView) -> _Line:
     result = row.result if isinstance(row.result, dict) else {}
     came = result.get("message") or words(result)[1:-1] or row.progress
     told = f"{row.rpc} {words(row.params)} by {row.actor}{f' -> {came}' if came else ''}"

@@ -61,7 +61,7 @@ class RoleDeps:
     handlers: HandlerPool
     live_keys: LiveKeys
     live_config: LiveConfig
-    lifetime: Shutdown
+    shutdown: Shutdown
     plugins: Found
 
 
@@ -75,20 +75,20 @@ class Role(service.Service, ABC):
     log = Logger()
     factory: LinkFactory
 
-    def __init__(self, basis: RoleDeps, on_notify: Mapping[str, Callable[[], object]]) -> None:
-        self._identity = basis.identity
-        self._clock = basis.clock
-        self._counters = basis.counters
-        self._database = basis.database
-        self._handlers = basis.handlers
-        self._keys = basis.live_keys
-        self._config = basis.live_config
-        self._lifetime = basis.lifetime
-        self._lifetime.on_grace_expired = self._past_grace
-        self._lifetime.in_hand = lambda: self._handlers.in_hand
+    def __init__(self, deps: RoleDeps, on_notify: Mapping[str, Callable[[], object]]) -> None:
+        self._identity = deps.identity
+        self._clock = deps.clock
+        self._counters = deps.counters
+        self._database = deps.database
+        self._handlers = deps.handlers
+        self._keys = deps.live_keys
+        self._config = deps.live_config
+        self._shutdown = deps.shutdown
+        self._shutdown.on_grace_expired = self._past_grace
+        self._shutdown.in_hand = lambda: self._handlers.in_hand
         self._config.watchers.append(lambda _: self._configure())
         self._listener = Listener(
-            basis.url,
+            deps.url,
             {keys.CHANNEL: self._keys.notify, config.CHANNEL: self._config.notify, **on_notify},
             presence=self._identity.boot_id,
             application_name=f"s2s-{self._identity.role} listen",
@@ -96,15 +96,15 @@ class Role(service.Service, ABC):
         self._rows = RowWatch(self._database, self._clock, TABLES[self._identity.role])
         self._guards = GuardWatch(self._database, self._clock)
         self._watches = [QueueWatch(self._database, self._clock), self._rows, self._guards]
-        self._watchdog = Watchdog(self._clock.scheduler, lambda: self._lifetime.is_asked)
-        self._digests = [
+        self._watchdog = Watchdog(self._clock.scheduler, lambda: self._shutdown.is_asked)
+        self._summaries = [
             CounterSummary("bounds met", lambda: self._counters.met, self._clock, longest_s=_TOLD_S),
             CounterSummary("refused", self._passing, self._clock, longest_s=_TOLD_S),
         ]
 
     def startService(self) -> None:
         """Start all components. A mistake of the operator ends the process before any of them runs."""
-        self._lifetime.watch()
+        self._shutdown.watch()
         streams.bound_lines()
         # After twistd itself has forked.
         forks.watch()
@@ -130,7 +130,7 @@ class Role(service.Service, ABC):
         for watch in self._watches:
             watch.start()
         self._begin()
-        for digest in self._digests:
+        for digest in self._summaries:
             digest.start()
         tune_gc()
         self._watchdog.start()
@@ -141,25 +141,25 @@ class Role(service.Service, ABC):
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
-        self._lifetime.step = "the work in hand and its links"
+        self._shutdown.step = "the work in hand and its links"
         await self._drain()
         self.factory.tell_rest()
-        for digest in self._digests:
+        for digest in self._summaries:
             digest.stop()
         self._keys.stop()
         self._config.stop()
-        self._lifetime.step = "the connection of notifications"
+        self._shutdown.step = "the connection of notifications"
         await self._listener.stop()
-        self._lifetime.step = "looks at the database"
+        self._shutdown.step = "looks at the database"
         for watch in self._watches:
             await watch.stop()
-        self._lifetime.step = "handlers, jobs and orders, and their connections"
+        self._shutdown.step = "handlers, jobs and orders, and their connections"
         await self._handlers.stop()
-        self._lifetime.step = "our own statements, and their connections"
+        self._shutdown.step = "our own statements, and their connections"
         await self._database.stop()
-        self._lifetime.step = "threads"
+        self._shutdown.step = "threads"
         self._watchdog.stop()
-        self._lifetime.ended()
+        self._shutdown.ended()
 
     def _open(self) -> None:
         """Do the part of the start that may be refused, before any thread exists that would keep the process alive."""

@@ -300,7 +300,7 @@ def _write(what: str, option: str, write: Callable[[], object]) -> None:
         raise OperatorError(f"{what} cannot be written: {error.strerror}: name another --{option}") from None
 
 
-def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handlers: int) -> tuple[RoleDeps, list[Any]]:
+def make_deps(options: RoleOptions, role: Role, name: str, threads: int, handlers: int) -> tuple[RoleDeps, list[Any]]:
     """Make what a role of either kind stands on, and the endpoints where it listens or connects.
 
     :param threads: connections for our own statements.
@@ -331,12 +331,12 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handle
     clock = Clock(reactor)
     counters = Counters()
     database = Database(place.url, options.process_name, threads=threads, counters=counters)
-    lifetime = Shutdown(reactor)
+    shutdown = Shutdown(reactor)
     if options.pid_file is not None:
-        lifetime.on_start = partial(or_refuse, options.pid_file.write)
+        shutdown.on_start = partial(or_refuse, options.pid_file.write)
     rereads = (each.reread for each in (database, *endpoints) if hasattr(each, "reread"))
-    lifetime.rereads.extend(rereads)
-    basis = RoleDeps(
+    shutdown.rereads.extend(rereads)
+    deps = RoleDeps(
         Identity(role, name, ulid_now()),
         place.url,
         clock,
@@ -351,10 +351,10 @@ def make_basis(options: RoleOptions, role: Role, name: str, threads: int, handle
         ),
         LiveKeys(database, clock, found.rows),
         LiveConfig(database, clock, found.snapshot),
-        lifetime,
+        shutdown,
         plugins,
     )
-    return basis, endpoints
+    return deps, endpoints
 
 
 def _endpoint(options: RoleOptions, reactor: object, name: str, read: Callable[[Any, str], Any], example: str) -> Any:

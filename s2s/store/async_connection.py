@@ -70,7 +70,7 @@ class AsyncConnection:
         self._conn: PlanningConnection | None = None
         self._cursor: Any = None
         self._socket: ConnectionSocket
-        self._ears = select.poll()
+        self._pending_input = select.poll()
         #: The callback of the running query.
         self._done: Callable[[Any], object] | None = None
         #: The callback for the rows of the statement that was sent.
@@ -91,7 +91,7 @@ class AsyncConnection:
         """
         assert self._done is None, "one thing after the other"
         self._done = done
-        if self._conn is not None and self._ears.poll(0):
+        if self._conn is not None and self._pending_input.poll(0):
             self._drop()  # as _ready() does, which the reactor has not called yet
         self._send(query)
 
@@ -214,7 +214,7 @@ class AsyncConnection:
         except BaseException:
             conn.close()
             raise
-        self._conn, self._ears = conn, driver.pending_input(self._socket.fileno())
+        self._conn, self._pending_input = conn, driver.pending_input(self._socket.fileno())
 
     def _execute(self, statement: str, params: tuple[Any, ...], asks: Callable[[list[Any]], None]) -> None:
         self._asks = asks

@@ -31,7 +31,7 @@ class LeftOut:
 
     def __init__(self, what: str, turns: PollLoop, mono: Callable[[], float]) -> None:
         self._what = what
-        self._turns = turns
+        self._loop = turns
         self._mono = mono
         self._until: dict[str, float] = {}
 
@@ -40,7 +40,7 @@ class LeftOut:
 
         :returns: seconds to sleep, see :class:`PollLoop`.
         """
-        self._turns.tell_refused(f"{self._what} {key}: {refused}")
+        self._loop.tell_refused(f"{self._what} {key}: {refused}")
         if len(self.keys()) >= MOST_LEFT_OUT:
             return None
         self._until[key] = self._mono() + LEFT_OUT_S

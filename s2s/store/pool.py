@@ -87,7 +87,7 @@ class Database:
         self._parameters = driver.Parameters(url, application_name=application_name)
         self._timeouts = (statement_timeout_s, idle_timeout_s)
         self._pool: Any = None
-        self._line: AsyncConnection
+        self._async_connection: AsyncConnection
         self._refusal = _NOT_RUNNING
         self._unfinished = 0
         self._until_idle: Waiters[None] = Waiters()
@@ -115,7 +115,7 @@ class Database:
         # adbapi connects through this object, which reads an @FILE again.
         self._pool.dbapi = self._parameters
         self._pool.start()
-        self._line = AsyncConnection(
+        self._async_connection = AsyncConnection(
             self._parameters.read,
             self._timeouts[0],
             self.reactor,
@@ -147,7 +147,7 @@ class Database:
         :returns: fires when no thread and no connection is left. New interactions are refused meanwhile.
         """
         self._refusal = self._refusal or _NOT_RUNNING
-        line = self._line.stop() if self._pool is not None else None
+        line = self._async_connection.stop() if self._pool is not None else None
         return self._idle().addCallback(lambda _: line).addCallback(lambda _: self._close())
 
     def cancel(self) -> Deferred[bool]:
@@ -166,7 +166,7 @@ class Database:
             # A daemon, so that neither a database that hangs nor the end of the process waits for it.
             own_threads.try_start(threading.Thread(target=self._cancel, args=(self._pool,), daemon=True))
             if self._pool is not None:
-                self._line.cancel(_CANCELLED)
+                self._async_connection.cancel(_CANCELLED)
         ended: Deferred[bool] = self._idle().addCallback(lambda _: True)
         return ended.addTimeout(CANCEL_S, self.reactor, lambda _, __: False)
 
@@ -236,7 +236,7 @@ class Database:
         if self._refusal:
             done(Failure(DatabaseUnavailable(self._refusal)))
         else:
-            self._line.query(query, done)
+            self._async_connection.query(query, done)
 
     def run_steps(self, work: Callable[..., Steps[T]], *args: Any) -> Deferred[T]:
         """Run the queries of ``work(*args)``, each as :meth:`query` does.
@@ -245,7 +245,7 @@ class Database:
         """
         if self._refusal:
             return defer.fail(DatabaseUnavailable(self._refusal))
-        return self._line.run(work, *args)
+        return self._async_connection.run(work, *args)
 
     def _leave(self, outcome: T) -> T:
         self._unfinished -= 1
@@ -262,7 +262,7 @@ class Database:
 
     def _connections(self) -> list[Any]:
         """Return the connections on which a statement of ours may wait for its answer."""
-        return [*self._opening, *self._pool.connections.values(), *self._line.given_up]
+        return [*self._opening, *self._pool.connections.values(), *self._async_connection.given_up]
 
     def _close(self) -> None:
         self._silence.stop()

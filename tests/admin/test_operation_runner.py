@@ -12,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from s2s.admin.http import operation_runner
 from s2s.admin.http.long_polls import LongPolls
 from s2s.admin.http.operation_runner import PAUSE_S, STEP_S, THREADS, ClientRequest, Line, OperationRunner
-from s2s.admin.operations.operation import Left, Operation, OperationRequest, Reply, WaitFor
+from s2s.admin.operations.operation import Left, Operation, OperationReply, OperationRequest, WaitFor
 from s2s.errors import DatabaseUnavailable, DeadlineExceeded, DeadlinePassed, NotFound, Overloaded
 from s2s.protocol.limits import Counters
 from s2s.runtime.clock import Clock
@@ -51,7 +51,7 @@ class _Database:
         self.time.advance(0)
 
 
-class ConductorTests(SynchronousTestCase):
+class OperationRunnerTests(SynchronousTestCase):
     """The runner with a fake pool and fake waits."""
 
     def setUp(self) -> None:
@@ -73,7 +73,7 @@ class ConductorTests(SynchronousTestCase):
 
         self.patch(LongPolls, "wait", wait)
         waiting: Any = LongPolls.__new__(LongPolls)
-        self.conductor = OperationRunner(database, Clock(self.time), waiting, self.counters)
+        self.runner = OperationRunner(database, Clock(self.time), waiting, self.counters)
 
     def perform(
         self,
@@ -87,7 +87,7 @@ class ConductorTests(SynchronousTestCase):
         operation: Operation[Any] = Operation(
             "x", "GET", "/x", "observer", "x", {"type": "object"}, begin, is_list=is_list
         )
-        performing = self.conductor.perform(operation, OperationRequest("token:me", access), visit or ClientRequest())
+        performing = self.runner.perform(operation, OperationRequest("token:me", access), visit or ClientRequest())
         return Deferred.fromCoroutine(performing)
 
     def test_steps(self) -> None:
@@ -96,7 +96,7 @@ class ConductorTests(SynchronousTestCase):
         def begin(_: OperationRequest) -> Any:
             first = yield lambda txn: (txn, 1)
             second = yield lambda txn: (txn, first[1] + 1)
-            return Reply([first, second], 201)
+            return OperationReply([first, second], 201)
 
         performing = self.perform(begin)
         self.database.step()
@@ -135,7 +135,7 @@ class ConductorTests(SynchronousTestCase):
         def begin(_: OperationRequest) -> Any:
             yield lambda txn: None
             yield WaitFor(lambda _, ids: ids, (1,), 5)
-            return Reply({})
+            return OperationReply({})
 
         performing = [self.perform(begin) for _ in range(STEERING + 2)]
         self.assertEqual(len(self.database.running), STEERING)
@@ -155,7 +155,7 @@ class ConductorTests(SynchronousTestCase):
         self.patch(operation_runner, "MOST_IN_LINE", 2)
 
         def begin(_: OperationRequest) -> Any:
-            return Reply((yield lambda txn: 5))
+            return OperationReply((yield lambda txn: 5))
 
         lines: list[tuple[Line, dict[str, Any]]] = [
             ("observers", {"access": "observer"}),
@@ -176,17 +176,17 @@ class ConductorTests(SynchronousTestCase):
 
     def test_answers_of_the_reactor(self) -> None:
         """Responses to observers that need no transaction have a limited rate; those to operators are not delayed."""
-        turns = [Deferred.fromCoroutine(self.conductor.wait_turn("observer", ClientRequest())) for _ in range(4)]
+        turns = [Deferred.fromCoroutine(self.runner.wait_turn("observer", ClientRequest())) for _ in range(4)]
         self.assertEqual([turn.called for turn in turns], [True, True, False, False])
-        self.successResultOf(Deferred.fromCoroutine(self.conductor.wait_turn("operator", ClientRequest())))
+        self.successResultOf(Deferred.fromCoroutine(self.runner.wait_turn("operator", ClientRequest())))
         self.time.advance(PAUSE_S)
         self.assertEqual([turn.called for turn in turns], [True] * 4)
         gone = ClientRequest()
-        leaving = Deferred.fromCoroutine(self.conductor.wait_turn("observer", gone))
+        leaving = Deferred.fromCoroutine(self.runner.wait_turn("observer", gone))
         gone.leave()
         self.failureResultOf(leaving, CancelledError)
         self.time.advance(PAUSE_S)
-        self.successResultOf(Deferred.fromCoroutine(self.conductor.wait_turn("observer", ClientRequest())))
+        self.successResultOf(Deferred.fromCoroutine(self.runner.wait_turn("observer", ClientRequest())))
 
     def test_what_has_begun_is_not_refused(self) -> None:
         """A request that has run a step gets its next one, however long the queue is."""
@@ -195,7 +195,7 @@ class ConductorTests(SynchronousTestCase):
         def begin(_: OperationRequest) -> Any:
             yield lambda txn: None
             yield WaitFor(lambda _, ids: ids, (1,), 5)
-            return Reply((yield lambda txn: 5))
+            return OperationReply((yield lambda txn: 5))
 
         performing = []
         for _ in range(STEERING + 5):
@@ -214,7 +214,7 @@ class ConductorTests(SynchronousTestCase):
 
         def begin(_: OperationRequest) -> Any:
             yield WaitFor(lambda _, ids: ids, (1,), 5)
-            return Reply(None)
+            return OperationReply(None)
 
         for access, is_list in (("observer", True), ("operator", True), ("operator", False)):
             self.perform(begin, access=access, is_list=is_list)
@@ -225,7 +225,7 @@ class ConductorTests(SynchronousTestCase):
         taken = []
 
         def begin(ask: OperationRequest) -> Any:
-            return Reply((yield lambda txn: taken.append(5) or 5))
+            return OperationReply((yield lambda txn: taken.append(5) or 5))
 
         hanging = [self.perform(begin) for _ in range(STEERING + 1)]
         self.time.advance(STEP_S - 0.1)
@@ -248,7 +248,7 @@ class ConductorTests(SynchronousTestCase):
         """If the pool refuses work, each queued request fails with its own error, and every place is free again."""
 
         def begin(_: OperationRequest) -> Any:
-            return Reply((yield lambda txn: 5))
+            return OperationReply((yield lambda txn: 5))
 
         performing = [self.perform(begin) for _ in range(1000)]
         self.database.refusal = DatabaseUnavailable("away")
@@ -316,7 +316,7 @@ class ConductorTests(SynchronousTestCase):
         visits = [ClientRequest() for _ in range(STEERING + 2)]
 
         def begin(_: OperationRequest) -> Any:
-            return Reply((yield lambda txn: 5))
+            return OperationReply((yield lambda txn: 5))
 
         performing = [self.perform(begin, visit) for visit in visits]
         visits[STEERING].leave()

@@ -20,8 +20,8 @@ from s2s.admin import operations
 from s2s.admin.operations import commands, engines, notices, orders, pages
 from s2s.admin.operations.operation import (
     Operation,
+    OperationReply,
     OperationRequest,
-    Reply,
     WaitFor,
     advance,
     decode,
@@ -80,7 +80,7 @@ class PerformTests(SynchronousTestCase):
         def begin(ask: OperationRequest) -> Any:
             seen.append(dict(ask.query))
             yield lambda _: None
-            return Reply({})
+            return OperationReply({})
 
         for query in ({}, {"wait": 1, "word": "a"}):
             next(self.steps(_operation(begin), query=query))
@@ -166,7 +166,7 @@ class OnceTests(SynchronousTestCase):
     def test_given(self) -> None:
         """An order that is stored is returned with status 202, whatever error the wait for it has."""
         now = datetime.now(timezone.utc)
-        row = orders.Order(
+        row = orders.OrderView(
             "1", "x", {}, "me", None, "queued", None, None, 0, None, None, now, None, None, progress=None
         )
         for lost in (Overloaded(), DeadlinePassed("x"), DatabaseUnavailable("x"), StatementRefused("x")):
@@ -187,7 +187,7 @@ class OnceTests(SynchronousTestCase):
         for lost in (Overloaded(), DeadlinePassed("x"), DatabaseUnavailable("x"), StatementRefused("x")):
             steps = self.begin(engines.PAUSE_ENGINE, {"reason": "x"}, path_params={"name": "e"})
             steps.send(None)
-            steps.send(EngineRow("e", "running", "", "k1", None, None, None))
+            steps.send([EngineRow("e", "running", "", "k1", None, None, None)])
             self.assertIsInstance(steps.send(1), WaitFor)
             self.assertRaises(UnknownOutcome, steps.throw, lost)
 
@@ -266,7 +266,7 @@ class PageTests(SynchronousTestCase):
         listed: Any = _Listed()
         steps = pages.in_stretches(listed)(OperationRequest("me", "observer", query={"limit": 25}))
         came: Any = None
-        while not isinstance(step := advance(steps, came, None), Reply):
+        while not isinstance(step := advance(steps, came, None), OperationReply):
             assert callable(step)
             before = len(encoded)
             came = step(_TXN)

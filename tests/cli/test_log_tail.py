@@ -9,7 +9,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from s2s.cli.up.log_tail import LogTail
 
 
-class TailTests(SynchronousTestCase):
+class LogTailTests(SynchronousTestCase):
     """:class:`s2s.cli.up.log_tail.LogTail`."""
 
     def setUp(self) -> None:

@@ -32,7 +32,7 @@ class _Link:
         return self.calls[-1]
 
 
-class ErrandTests(SynchronousTestCase):
+class SmokeBroadcastTests(SynchronousTestCase):
     """:class:`CoalescedRequest`."""
 
     def setUp(self) -> None:

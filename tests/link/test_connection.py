@@ -1067,7 +1067,7 @@ class ResponderTests(LinkTestCase):
         self.assertEqual(len(transport.sends), 1)
 
 
-class HeldTests(LinkTestCase):
+class PendingRequestTests(LinkTestCase):
     """Backpressure: pending requests pause reading, and no frame is lost or served twice."""
 
     def setUp(self) -> None:

@@ -20,15 +20,15 @@ class StopTests(SynchronousTestCase):
     def test_each_step_has_a_name(self) -> None:
         """While a stop waits for a part of the role, its lifetime names that part."""
         parts: dict[str, Deferred[None]] = {name: Deferred() for name in ("listener", "watch", "handlers", "database")}
-        lifetime = Shutdown(mock.Mock())
-        role: Any = mock.Mock(_lifetime=lifetime, _digests=[], _drain=lambda: succeed(None))
+        shutdown = Shutdown(mock.Mock())
+        role: Any = mock.Mock(_shutdown=shutdown, _summaries=[], _drain=lambda: succeed(None))
         role._listener.stop, role._handlers.stop = (lambda: parts["listener"]), (lambda: parts["handlers"])
         role._database.stop = lambda: parts["database"]
         role._watches = [mock.Mock(stop=lambda: parts["watch"])]
         stopping = Deferred.fromCoroutine(Role._stop(role))
         steps = []
         for waited in parts.values():
-            steps.append(lifetime.step)
+            steps.append(shutdown.step)
             waited.callback(None)
         self.successResultOf(stopping)
         self.assertEqual(

@@ -9,7 +9,7 @@ from s2s.roles.engine.congestion_window import CongestionWindow
 from s2s.roles.engine.relay import PUSH_S
 
 
-class PaceTests(SynchronousTestCase):
+class CongestionWindowTests(SynchronousTestCase):
     """:class:`CongestionWindow`, against links of a steady rate."""
 
     def run_link(self, pace: CongestionWindow, rate: int, size: int, seconds: float) -> tuple[float, float]:

@@ -224,7 +224,7 @@ class ExecutorTests(DatabaseTestCase):
         """A sleeping worker polls at once when it is woken."""
         self.patch(poll_loop, "POLL_S", 60.0)
         running = self.start()
-        await poll(lambda: running._turns._asleep, "the worker to sleep")
+        await poll(lambda: running._loop._asleep, "the worker to sleep")
         self.insert("a")
         running.wake()
         await self.until("done", "a")
@@ -707,7 +707,7 @@ class ExecutorTests(DatabaseTestCase):
             "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s-run handlers'"
         )
         running = self.start()
-        await poll(lambda: running._turns._asleep, "the failure")
+        await poll(lambda: running._loop._asleep, "the failure")
         self.assertEqual(len(self.execute("select * from s2s.batch_notes")), 1)
         await running.stop()
         self.assertEqual(self.execute("select * from s2s.batch_notes"), [])

@@ -65,7 +65,7 @@ class _Database:
         return succeed((page, ("then", begin + limit) if len(page) == limit else None))
 
 
-class CourierTests(SynchronousTestCase):
+class OrderSenderTests(SynchronousTestCase):
     """:class:`OrderSender`."""
 
     def setUp(self) -> None:

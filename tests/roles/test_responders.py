@@ -17,7 +17,7 @@ from s2s.protocol.envelope import Envelope
 from s2s.protocol.received import Request
 from s2s.roles.engine.desired_state import DesiredState
 from s2s.roles.engine.order_runner import OrderRunner
-from s2s.roles.engine.responders.order import Order
+from s2s.roles.engine.responders.order import RunOrder
 from s2s.roles.engine.responders.pause import Pause
 from s2s.roles.engine.responders.sweep import Sweep
 from s2s.roles.engine.state import EngineState
@@ -133,7 +133,7 @@ class SteeringTests(DatabaseTestCase):
         )
         pause = Pause(DesiredState(database, clock, "engine-1", condition), "paused", condition)
         await _refused(self, lambda: pause(request(PAUSE, {"reason": "x"})))
-        order = Order(
+        order = RunOrder(
             OrderRunner(database, handlers, clock, Found(), "engine-1", condition, lambda: True, lambda: None, 65536)
         )
         payload = {"order_id": "01J93QXK00000000000000000A", "sector_id": 1, "status": "neutral"}

@@ -12,7 +12,7 @@ from tests.support.http import ApiTestCase
 from tests.support.waiting import pause
 
 
-class LineTests(ApiTestCase):
+class AsyncConnectionTests(ApiTestCase):
     """Log lines that strangers cause."""
 
     @inlineCallbacks

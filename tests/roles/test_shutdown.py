@@ -82,7 +82,7 @@ class _Timer:
         self.is_cancelled = True
 
 
-class LifetimeTests(SynchronousTestCase):
+class ShutdownTests(SynchronousTestCase):
     """:class:`Shutdown`."""
 
     def setUp(self) -> None:
@@ -91,9 +91,9 @@ class LifetimeTests(SynchronousTestCase):
         self.patch(shutdown.threading, "Timer", _Timer)
         self.reactor: Any = _Reactor()
         self.wall = 1000.0
-        self.lifetime = Shutdown(self.reactor, lambda: self.wall)
+        self.shutdown = Shutdown(self.reactor, lambda: self.wall)
         self.cancelled: list[float] = []
-        self.lifetime.on_grace_expired = lambda: self.cancelled.append(self.reactor.seconds())
+        self.shutdown.on_grace_expired = lambda: self.cancelled.append(self.reactor.seconds())
 
     @property
     def cut_at(self) -> list[float]:
@@ -102,7 +102,7 @@ class LifetimeTests(SynchronousTestCase):
 
     def test_grace(self) -> None:
         """The reactor is stopped at once; running work is cancelled after the grace; the process exits soon after."""
-        self.assertEqual(self.lifetime.end("a test"), 1000 + GRACE_S)
+        self.assertEqual(self.shutdown.end("a test"), 1000 + GRACE_S)
         self.assertEqual((self.reactor.stops, self.cut_at), (1, [GRACE_S + CUT_S]))
         self.reactor.advance(GRACE_S - 0.1)
         self.assertEqual(self.cancelled, [])
@@ -111,41 +111,41 @@ class LifetimeTests(SynchronousTestCase):
 
     def test_the_earliest_holds(self) -> None:
         """A later deadline changes nothing and returns the one in force; an earlier one replaces it."""
-        self.assertEqual(self.lifetime.end("first", 600), 1600)
-        self.assertEqual(self.lifetime.end("second", 700), 1600)
-        self.assertEqual(self.lifetime.end("third", 5), 1005)
+        self.assertEqual(self.shutdown.end("first", 600), 1600)
+        self.assertEqual(self.shutdown.end("second", 700), 1600)
+        self.assertEqual(self.shutdown.end("third", 5), 1005)
         self.assertEqual(self.cut_at, [5 + CUT_S])
         self.reactor.advance(5)
         self.assertEqual(self.cancelled, [5])
         self.reactor.advance(700)
         self.assertEqual(self.cancelled, [5])
-        self.assertEqual(self.lifetime.end("too late", 1), 1005 - 705)
+        self.assertEqual(self.shutdown.end("too late", 1), 1005 - 705)
 
     def test_steps_of_the_clock(self) -> None:
         """Changes of the wall clock have no effect."""
-        self.lifetime.end("first", 600)
+        self.shutdown.end("first", 600)
         self.wall += 3600
-        self.assertEqual(self.lifetime.end("second", 5), 4605)
+        self.assertEqual(self.shutdown.end("second", 5), 4605)
         self.assertEqual(self.cut_at, [5 + CUT_S])
         self.wall -= 7200
-        self.lifetime.end("third", 600)
+        self.shutdown.end("third", 600)
         self.assertEqual(self.cut_at, [5 + CUT_S])
 
     def test_ended_in_time(self) -> None:
         """After everything has stopped by itself nothing is cancelled any more."""
-        self.lifetime.end("a test", 5)
-        self.lifetime.ended()
+        self.shutdown.end("a test", 5)
+        self.shutdown.ended()
         self.reactor.advance(10)
         self.assertEqual(self.cancelled, [])
 
     def test_which_step(self) -> None:
         """The lines at the end of the grace and at the exit name the step that the stop waits for."""
         self.patch(shutdown.os, "_exit", lambda _: None)
-        self.lifetime.step = "handlers"
+        self.shutdown.step = "handlers"
         with capturedLogs() as logs:
-            self.lifetime.end("a test", 5)
+            self.shutdown.end("a test", 5)
             self.reactor.advance(5)
-            self.lifetime._cut()
+            self.shutdown._cut()
         told = [formatEvent(each).partition(":")[0] for each in logs if "waits for handlers" in formatEvent(each)]
         self.assertEqual(told, ["the grace is over", "not everything ended in time"])
 
@@ -156,7 +156,7 @@ class LifetimeTests(SynchronousTestCase):
         self.patch(shutdown, "CUT_S", 0.1)
         self.patch(shutdown.own_threads, "try_start", lambda _: False)
         self.addCleanup(signal.signal, signal.SIGALRM, signal.getsignal(signal.SIGALRM))
-        self.lifetime.end("a test", 0.0)
+        self.shutdown.end("a test", 0.0)
         deadline = time.monotonic() + PATIENCE_S
         while not left and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -166,8 +166,8 @@ class LifetimeTests(SynchronousTestCase):
         """The process also exits with code 0 if the shutdown transaction fails."""
         left: list[int] = []
         self.patch(shutdown.os, "_exit", left.append)
-        self.lifetime.shutdown_transaction = lambda: 1 // 0
-        self.lifetime._cut()
+        self.shutdown.shutdown_transaction = lambda: 1 // 0
+        self.shutdown._cut()
         self.assertEqual(left, [0])
 
 

@@ -12,7 +12,7 @@ from s2s.runtime.clock import Clock
 from s2s.runtime.status_log import CounterSummary
 
 
-class DigestTests(TestCase):
+class CounterSummaryTests(TestCase):
     """:class:`s2s.runtime.status_log.CounterSummary`."""
 
     def setUp(self) -> None:

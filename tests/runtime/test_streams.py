@@ -14,7 +14,7 @@ from s2s.runtime import streams
 from s2s.runtime.streams import LONGEST_LINE
 
 
-class LineTests(SynchronousTestCase):
+class AsyncConnectionTests(SynchronousTestCase):
     """The output of ``print`` in a process whose streams are Twisted's log."""
 
     def setUp(self) -> None:

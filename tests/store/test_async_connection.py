@@ -38,7 +38,7 @@ def _ask(statement: str, *params: Any) -> Steps[Any]:
     return rows
 
 
-class LineTests(DatabaseTestCase):
+class AsyncConnectionTests(DatabaseTestCase):
     """:class:`s2s.store.async_connection.AsyncConnection`, as a :class:`Database` uses it."""
 
     def setUp(self) -> None:
@@ -155,7 +155,7 @@ class LineTests(DatabaseTestCase):
     async def test_two_events_at_once(self) -> None:
         """A read or write event on a descriptor that is already closed has no effect."""
         await self.database.run_steps(_ask, "select 1")
-        its = self.database._line
+        its = self.database._async_connection
         its._drop()
         its._socket.doRead()
         its._socket.doWrite()
@@ -192,7 +192,7 @@ class LineTests(DatabaseTestCase):
         await database.run_steps(_ask, "select 1")
         with mock.patch.object(proxy._End, "connectionLost"):
             self.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 's2s line'")
-            await poll(lambda: database._line._conn is None, "the database's last message is read")
+            await poll(lambda: database._async_connection._conn is None, "the database's last message is read")
             self.assertEqual(await database.run_steps(_ask, "select 1"), [(1,)])
 
     async def test_lost_under_way(self) -> None:
@@ -354,7 +354,7 @@ class OutageTests(DatabaseTestCase):
             self.assertIn("have not ended", str(await self.assertFailure(self.asked(), DatabaseUnavailable)))
         finally:
             self.configure("''")
-        await poll(lambda: not self.database._line._given_up, "the end of those sessions")
+        await poll(lambda: not self.database._async_connection._given_up, "the end of those sessions")
         self.assertEqual(await self.asked(), [(1,)])
 
     def asked(self) -> Deferred[Any]:

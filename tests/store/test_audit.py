@@ -635,7 +635,7 @@ class _Slow:
         return self.running[-1][0]
 
 
-class LedgerTests(SynchronousTestCase):
+class AuditLogTests(SynchronousTestCase):
     """:class:`AuditLog`."""
 
     def setUp(self) -> None:

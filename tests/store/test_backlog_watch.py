@@ -41,7 +41,7 @@ class _Told:
         return told
 
 
-class JudgeTests(SynchronousTestCase):
+class CheckerTests(SynchronousTestCase):
     """The warnings about snapshot holders, on a fake clock."""
 
     def setUp(self) -> None:

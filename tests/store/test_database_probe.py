@@ -25,7 +25,7 @@ class _Database:
         return self.asked[-1]
 
 
-class PulseTests(SynchronousTestCase):
+class DatabaseProbeTests(SynchronousTestCase):
     """:class:`DatabaseProbe`, with a fake clock and a fake pool."""
 
     def setUp(self) -> None:

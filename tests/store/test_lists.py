@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from twisted.trial.unittest import SynchronousTestCase
 
 from s2s.admin.operations import commands, config, lists, notices, orders, outbox, pages
-from s2s.admin.operations.operation import Operation, OperationRequest, Reply, advance, perform
+from s2s.admin.operations.operation import Operation, OperationReply, OperationRequest, advance, perform
 from s2s.errors import DeadlineExceeded
 from s2s.store.lock_wait import Locked
 from s2s.store.pool import blocking, step
@@ -125,7 +125,7 @@ class ListTests(DatabaseTestCase):
 
         steps = perform(which.operation, OperationRequest("me", "observer", query={"limit": _PAGE, **query}))
         came: Any = None
-        while not isinstance(take := advance(steps, came, None), Reply):
+        while not isinstance(take := advance(steps, came, None), OperationReply):
             came = step(txn, lambda txn, take=take: counted(take, txn))
         return take.value
 

@@ -26,7 +26,7 @@ from s2s.store.tables import outbox
 from tests.support.cluster import Cluster
 
 
-class JudgeTests(SynchronousTestCase):
+class CheckerTests(SynchronousTestCase):
     """The log lines for each fill level of the queue."""
 
     def test_lines(self) -> None:

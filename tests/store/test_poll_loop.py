@@ -12,7 +12,7 @@ from s2s.errors import DatabaseUnavailable
 from s2s.store.poll_loop import FAILING_S, POLL_S, PollLoop
 
 
-class TurnsTests(SynchronousTestCase):
+class PollLoopTests(SynchronousTestCase):
     """:class:`PollLoop`."""
 
     def setUp(self) -> None:

@@ -115,13 +115,13 @@ class SilenceTests(DatabaseTestCase):
     async def test_a_statement_without_a_thread(self) -> None:
         """A connection abandoned for lack of an answer is ended, so the next connection can always be opened."""
         self.patch(async_connection, "BEYOND_S", 0.1)
-        self.database._line._statement_timeout_s = 0.1
+        self.database._async_connection._statement_timeout_s = 0.1
         for _ in range(async_connection.MOST_GIVEN_UP + 2):
             await self.ask("select 1")
             self.proxy.hole()
             with self.assertRaises(DatabaseUnavailable):
                 await self.ask("select 1")
-            await poll(lambda: not self.database._line.given_up, "the end of the connection")
+            await poll(lambda: not self.database._async_connection.given_up, "the end of the connection")
 
     async def test_what_works_on(self) -> None:
         """A statement or a transaction that the database works on is left alone, however long it takes."""

@@ -176,7 +176,7 @@ class LocatingTests(SynchronousTestCase):
         self.assertEqual(preflight.find_database(f"@{path}", Path()).url, f"@{path.absolute()}")
 
 
-class ReadAgainTests(DatabaseTestCase):
+class RefresherTests(DatabaseTestCase):
     """A file whose URL changes while a role runs, such as after a password rotation."""
 
     def setUp(self) -> None:

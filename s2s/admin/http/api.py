@@ -25,7 +25,7 @@ from s2s.admin.http.operation_runner import ClientRequest, OperationRunner
 from s2s.admin.http.problems import problem
 from s2s.admin.http.routes import Routes, allowed, read_query, wrong_method
 from s2s.admin.http.sign_in import Caller, SignIn
-from s2s.admin.operations.operation import BODY_BYTES, IDEM_KEY, Operation, OperationRequest, Reply, encode
+from s2s.admin.operations.operation import BODY_BYTES, IDEM_KEY, Operation, OperationReply, OperationRequest, encode
 from s2s.errors import BadEnvelope, BadPayload, NotFound, S2SError, ShuttingDown
 from s2s.protocol import canonical
 from s2s.runtime.waiters import Waiters
@@ -66,14 +66,14 @@ class Api(Resource):
 
     def __init__(
         self,
-        conductor: OperationRunner,
+        runner: OperationRunner,
         sign_in: SignIn,
         operations: Iterable[Operation[Any]],
         plain: Collection[Plain],
         hosts: Collection[str] = (),
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._conductor = conductor
+        self._runner = runner
         self._sign_in = sign_in
         self._routes = Routes(operations)
         self._plain = {each.path.encode(): each for each in plain}
@@ -140,7 +140,7 @@ class Api(Resource):
         if not visit.is_left:
             _write(request, status, headers, body)
 
-    async def _serve(self, request: Request, visit: ClientRequest) -> Reply[Any]:
+    async def _serve(self, request: Request, visit: ClientRequest) -> OperationReply[Any]:
         if self.is_stopping:
             raise ShuttingDown("the server is shutting down", retry_after_ms=1000)
         method = "GET" if request.method == b"HEAD" else request.method.decode("ascii", "replace")
@@ -150,7 +150,7 @@ class Api(Resource):
             if method not in ("GET", "OPTIONS"):
                 raise wrong_method(method, allowed(["GET", "OPTIONS"]))
             sent = request.requestHeaders.getRawHeaders(b"authorization") or []
-            return Reply(await plain.give(any(self._sign_in.knows(each.decode("latin-1")) for each in sent)))
+            return OperationReply(await plain.give(any(self._sign_in.knows(each.decode("latin-1")) for each in sent)))
         near = self._plain.get(b"/" + path.strip(b"/"))
         if plain is None and near is not None and near.is_open:
             # The cure for the Host or the token would not help a load balancer.
@@ -158,26 +158,26 @@ class Api(Resource):
         self._check_host(request)
         caller = await self._sign_in.caller(_header(request, b"authorization"), _address(request))
         if plain is not None:
-            await self._conductor.wait_turn(caller.access, visit)
+            await self._runner.wait_turn(caller.access, visit)
             if method != "GET":
                 raise wrong_method(method, allowed(["GET"]))
             if query:
                 raise BadPayload("this path takes no query", path="/query")
-            return Reply(await plain.give(True))
+            return OperationReply(await plain.give(True))
         try:
             operation, where = self._routes.find(method, path)
         except S2SError:
-            await self._conductor.wait_turn(caller.access, visit)
+            await self._runner.wait_turn(caller.access, visit)
             raise
         if operation.is_write:
             # An observer is refused, after its body is parsed.
-            await self._conductor.wait_turn(caller.access, visit)
+            await self._runner.wait_turn(caller.access, visit)
         try:
             ask = self._ask(request, operation, caller, where, query)
-            reply = await self._conductor.perform(operation, ask, visit)
+            reply = await self._runner.perform(operation, ask, visit)
         except BadPayload:
             # Most are refused before any transaction.
-            await self._conductor.wait_turn(caller.access, visit)
+            await self._runner.wait_turn(caller.access, visit)
             raise
         if operation.is_write:
             self.counts["writes"] += 1

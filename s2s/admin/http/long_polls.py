@@ -45,22 +45,22 @@ class LongPolls:
         self._counters = counters
         self._waits: dict[_Wait, None] = {}
         self._by_line: Counter[str] = Counter()
-        self._turns = PollLoop("who waits for an end", self._poll_once, clock.scheduler)
-        self.wake = self._turns.wake
+        self._loop = PollLoop("who waits for an end", self._poll_once, clock.scheduler)
+        self.wake = self._loop.wake
 
     def __len__(self) -> int:
         return len(self._waits)
 
     def start(self) -> None:
         """Start to poll."""
-        self._turns.start()
+        self._loop.start()
 
     def stop(self) -> Deferred[Any]:
         """End all waits, so that their requests answer with the current state.
 
         :returns: fires when no query is under way.
         """
-        stopping = self._turns.stop()
+        stopping = self._loop.stop()
         for wait in list(self._waits):
             self._end(wait)
         return stopping
@@ -72,7 +72,7 @@ class LongPolls:
         :returns: fires when the wait or its time is over; it may be cancelled.
         :raises Overloaded: too many requests of this queue wait.
         """
-        if self._turns.is_stopping:
+        if self._loop.is_stopping:
             return succeed(None)
         if self._by_line[line] >= MOST:
             self._counters.meet("http_waiting")

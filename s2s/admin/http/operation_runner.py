@@ -13,10 +13,10 @@ from s2s.admin.http.long_polls import LongPolls
 from s2s.admin.operations.operation import (
     Left,
     Operation,
+    OperationReply,
     OperationRequest,
-    Reply,
+    OperationSteps,
     Step,
-    Steps,
     WaitFor,
     advance,
     perform,
@@ -93,9 +93,9 @@ class OperationRunner:
         self._waiting = waiting
         self._counters = counters
         self._places = {line: DeferredSemaphore(threads) for line, threads in THREADS.items()}
-        self._turns = DeferredSemaphore(THREADS["observers"])
+        self._loop = DeferredSemaphore(THREADS["observers"])
 
-    async def perform(self, operation: Operation[R], ask: OperationRequest, visit: ClientRequest) -> Reply[R]:
+    async def perform(self, operation: Operation[R], ask: OperationRequest, visit: ClientRequest) -> OperationReply[R]:
         """Run the steps of an operation, each in a transaction with the caller as its actor for the audit.
 
         :raises S2SError: the operation is refused or fails.
@@ -107,7 +107,7 @@ class OperationRunner:
         has_begun = False
         line = _line(operation, ask)
         places = self._places[line]
-        while not isinstance(step := advance(steps, came, failed), Reply):
+        while not isinstance(step := advance(steps, came, failed), OperationReply):
             came = failed = None
             try:
                 visit.check()
@@ -133,14 +133,14 @@ class OperationRunner:
         """
         if access != "observer":
             return
-        self._check_line(self._turns)
+        self._check_line(self._loop)
         scheduler = self._clock.scheduler
-        turn = self._turns.acquire()
+        turn = self._loop.acquire()
         late = Overloaded("too many requests of observers wait", retry_after_ms=1000)
         await visit.wait(turn.addTimeout(STEP_S, scheduler, lambda *_: self._late(late)))
-        scheduler.callLater(PAUSE_S, self._turns.release)
+        scheduler.callLater(PAUSE_S, self._loop.release)
 
-    async def _tidy_up(self, steps: Steps[Any], places: DeferredSemaphore, actor: str) -> None:
+    async def _tidy_up(self, steps: OperationSteps[Any], places: DeferredSemaphore, actor: str) -> None:
         """Throw :class:`Left` into the steps, and run the clean-up step that they may then yield."""
         try:
             step = advance(steps, None, Left())

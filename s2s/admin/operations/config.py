@@ -20,7 +20,7 @@ _WHERE: Final = {"key": _MEMBERS["key"]}
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingChange:
     """A setting after a request to set it.
 
     :param version: the current version of the configuration.
@@ -49,10 +49,10 @@ def _show(txn: Cursor, ask: OperationRequest) -> ConfigRow:
     raise NotFound(f"there is no setting {key!r}")
 
 
-def _set(txn: Cursor, ask: OperationRequest) -> Setting:
+def _set(txn: Cursor, ask: OperationRequest) -> SettingChange:
     _show(txn, ask)  # raises NotFound, because the key is part of the path and not of the body
     key = ask.path_params["key"]
-    return Setting(**set_value(txn, key, ask.body["value"], ask.actor, "/body"), hint=_unreached(txn, key))
+    return SettingChange(**set_value(txn, key, ask.body["value"], ask.actor, "/body"), hint=_unreached(txn, key))
 
 
 def _unreached(txn: Cursor, key: str) -> str | None:
@@ -94,7 +94,7 @@ SET: Final = Operation(
     "/v1/config/{key}",
     "admin",
     "Set a setting; every process uses the new value at once",
-    Setting,
+    SettingChange,
     once(_set),
     path_params=_WHERE,
     body=members({"value": _MEMBERS["value"]}, "value"),

@@ -8,7 +8,16 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
-from s2s.admin.operations.operation import Left, Operation, OperationRequest, Part, Reply, Rule, Steps, WaitFor
+from s2s.admin.operations.operation import (
+    Left,
+    Operation,
+    OperationReply,
+    OperationRequest,
+    OperationSteps,
+    Part,
+    Rule,
+    WaitFor,
+)
 from s2s.admin.operations.pages import KEY, Page, after_key, listing, page
 from s2s.errors import (
     BadReply,
@@ -72,11 +81,11 @@ class Engine:
     reason: str
 
 
-def _list(ask: OperationRequest) -> Steps[Page[Engine]]:
+def _list(ask: OperationRequest) -> OperationSteps[Page[Engine]]:
     """Ask each engine of the page for its health."""
     rows: Page[EngineRow] = yield partial(_page, ask.query["limit"], ask.query.get("cursor"))
     engines_now = yield from _with_health(ask, rows.items)
-    return Reply(Page(engines_now, rows.next_cursor))
+    return OperationReply(Page(engines_now, rows.next_cursor))
 
 
 def _page(limit: int, cursor: str | None, txn: Cursor) -> Page[EngineRow]:
@@ -88,12 +97,12 @@ def _key(row: EngineRow) -> str:
     return f"{row.name}\n{row.key_id or ''}"
 
 
-def _show(ask: OperationRequest) -> Steps[Engine]:
+def _show(ask: OperationRequest) -> OperationSteps[Engine]:
     found: list[EngineRow] = yield lambda txn: _find(txn, ask.path_params["name"])
     # Of several, the one whose link is the newest.
     row = max(found, key=_since)
     [engine] = yield from _with_health(ask, [row])
-    return Reply(engine)
+    return OperationReply(engine)
 
 
 def _find(txn: Cursor, name: str) -> list[EngineRow]:
@@ -191,7 +200,7 @@ def _came(asked: Mapping[_Link, int]) -> Part[dict[_Link, Answer]]:
     return {link: found[request_id] for link, request_id in asked.items()}
 
 
-def _steer(type: str, ask: OperationRequest) -> Steps[dict[str, Any]]:
+def _steer(type: str, ask: OperationRequest) -> OperationSteps[dict[str, Any]]:
     """Send a request to each engine of a name, and reply with the answer."""
     name = ask.path_params["name"]
     if not name:
@@ -209,7 +218,7 @@ def _steer(type: str, ask: OperationRequest) -> Steps[dict[str, Any]]:
         answers = yield from _came(asked)
     except S2SError as error:
         raise UnknownOutcome(f"the request was sent, but waiting for its answer failed: {error}") from None
-    return Reply(_together(name, {key_id: _outcome(name, answer) for (_, key_id), answer in answers.items()}))
+    return OperationReply(_together(name, {key_id: _outcome(name, answer) for (_, key_id), answer in answers.items()}))
 
 
 def _outcome(name: str, answer: Answer) -> Mapping[str, Any] | S2SError:

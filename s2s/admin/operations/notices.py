@@ -8,9 +8,9 @@ from typing import Any, Final
 from s2s.admin.operations.operation import (
     LONG_BODY_BYTES,
     Operation,
+    OperationReply,
     OperationRequest,
-    Reply,
-    Steps,
+    OperationSteps,
     encode,
     run_non_idempotent,
 )
@@ -37,9 +37,9 @@ class Broadcast:
 _STRANGERS: Final = "no linked engine shares this database: a broadcast is given where the engine's own database is"
 
 
-def _broadcast(ask: OperationRequest) -> Steps[Broadcast]:
+def _broadcast(ask: OperationRequest) -> OperationSteps[Broadcast]:
     made = yield from run_non_idempotent(lambda txn: _add(txn, ask.body), "the broadcast was added")
-    return Reply(made, 201)
+    return OperationReply(made, 201)
 
 
 def _add(txn: Cursor, body: dict[str, Any]) -> Broadcast:

@@ -53,7 +53,7 @@ class WaitFor:
 
 
 @dataclass(frozen=True)
-class Reply(Generic[R]):
+class OperationReply(Generic[R]):
     """The result of an operation.
 
     :param status: the HTTP status, one of those that the operation declares.
@@ -73,7 +73,7 @@ class Left(Exception):
 
 #: Steps that are part of other steps.
 Part = Generator[Step | WaitFor, Any, T]
-Steps = Part[Reply[R]]
+OperationSteps = Part[OperationReply[R]]
 
 
 def drop_none(members: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Operation(Generic[R]):
     access: Access
     summary: str
     reply: Any = field(repr=False)
-    begin: Callable[[OperationRequest], Steps[R]] = field(repr=False)
+    begin: Callable[[OperationRequest], OperationSteps[R]] = field(repr=False)
     path_params: Mapping[str, Rule] = field(default_factory=dict, repr=False)
     query: Mapping[str, Rule] = field(default_factory=dict, repr=False)
     body: Mapping[str, Any] = field(default_factory=lambda: NOTHING, repr=False)
@@ -190,7 +190,7 @@ class Operation(Generic[R]):
         self.body_schema.check(ask.body, "/body")
 
 
-def perform(operation: Operation[R], ask: OperationRequest) -> Steps[R]:
+def perform(operation: Operation[R], ask: OperationRequest) -> OperationSteps[R]:
     """Return the steps of an operation, with its checks first."""
     try:
         operation.check(ask)
@@ -203,7 +203,7 @@ def perform(operation: Operation[R], ask: OperationRequest) -> Steps[R]:
     return (yield from operation.begin(ask))
 
 
-def advance(steps: Steps[R], came: Any, failed: Exception | None) -> Step | WaitFor | Reply[R]:
+def advance(steps: OperationSteps[R], came: Any, failed: Exception | None) -> Step | WaitFor | OperationReply[R]:
     """Send the result of the last step into the steps, and return the next step, or the reply at the end.
 
     :param came: the result of the last step.
@@ -212,15 +212,15 @@ def advance(steps: Steps[R], came: Any, failed: Exception | None) -> Step | Wait
     try:
         return steps.send(came) if failed is None else steps.throw(failed)
     except StopIteration as end:
-        reply: Reply[R] = end.value
+        reply: OperationReply[R] = end.value
         return reply
 
 
-def once(work: Callable[[Cursor, OperationRequest], R]) -> Callable[[OperationRequest], Steps[R]]:
+def once(work: Callable[[Cursor, OperationRequest], R]) -> Callable[[OperationRequest], OperationSteps[R]]:
     """Make an operation's steps from one function, which runs in one transaction and returns the reply's value."""
 
-    def begin(ask: OperationRequest) -> Steps[R]:
-        return Reply((yield lambda txn: work(txn, ask)))
+    def begin(ask: OperationRequest) -> OperationSteps[R]:
+        return OperationReply((yield lambda txn: work(txn, ask)))
 
     return begin
 

@@ -14,11 +14,11 @@ from s2s.admin.operations.operation import (
     BODY_BYTES,
     MOST_BODY_BYTES,
     Operation,
+    OperationReply,
     OperationRequest,
+    OperationSteps,
     Part,
-    Reply,
     Rule,
-    Steps,
     WaitFor,
     encode,
     run_non_idempotent,
@@ -45,7 +45,7 @@ _WAIT: Final[Rule] = {
 
 
 @dataclass(frozen=True)
-class Order(OrderRow):
+class OrderView(OrderRow):
     """An order with its progress in words."""
 
     progress: str | None
@@ -58,16 +58,16 @@ def far(row: OrderRow) -> tuple[int, int] | None:
     return (done, total) if type(done) is int and type(total) is int else None
 
 
-def _shown(row: OrderRow) -> Order:
+def _shown(row: OrderRow) -> OrderView:
     progress = far(row)
-    return Order(**vars(row), progress=f"{progress[0]} of {progress[1]}" if progress else None)
+    return OrderView(**vars(row), progress=f"{progress[0]} of {progress[1]}" if progress else None)
 
 
-def _give(rpc: str, ask: OperationRequest) -> Steps[Order]:
+def _give(rpc: str, ask: OperationRequest) -> OperationSteps[OrderView]:
     """Insert an order, unless it was given before, and wait for its end for up to ``wait`` seconds."""
     order_id = ulid_now()
     write = partial(_write, rpc, ask, order_id)
-    row: Order
+    row: OrderView
     if ask.idem_key is None:
         row, is_new = yield from run_non_idempotent(write, f"order {order_id} was given", order_id=order_id)
     else:
@@ -76,10 +76,10 @@ def _give(rpc: str, ask: OperationRequest) -> Steps[Order]:
         # The order is committed. Its row shows any later failure; an error now would suggest to give the order again.
         row = yield from _until_over(row, ask.query["wait"])
     status = 202 if row.status in orders.OPEN else 201 if is_new else 200
-    return Reply(row, status, f"/v1/orders/{row.order_id}")
+    return OperationReply(row, status, f"/v1/orders/{row.order_id}")
 
 
-def _write(rpc: str, ask: OperationRequest, order_id: str, txn: Cursor) -> tuple[Order, bool]:
+def _write(rpc: str, ask: OperationRequest, order_id: str, txn: Cursor) -> tuple[OrderView, bool]:
     try:
         order, is_new = orders.give(txn, order_id, rpc, ask.body, ask.actor, ask.idem_key)
     except IdemConflict as error:
@@ -87,12 +87,12 @@ def _write(rpc: str, ask: OperationRequest, order_id: str, txn: Cursor) -> tuple
     return _find(order.order_id, txn), is_new
 
 
-def _show(ask: OperationRequest) -> Steps[Order]:
-    row: Order = yield partial(_find, ask.path_params["order_id"])
-    return Reply((yield from _until_over(row, ask.query["wait"])))
+def _show(ask: OperationRequest) -> OperationSteps[OrderView]:
+    row: OrderView = yield partial(_find, ask.path_params["order_id"])
+    return OperationReply((yield from _until_over(row, ask.query["wait"])))
 
 
-def _until_over(row: Order, wait_s: float) -> Part[Order]:
+def _until_over(row: OrderView, wait_s: float) -> Part[OrderView]:
     """Read an order again when it is over or the wait has timed out."""
     if wait_s and row.status in orders.OPEN:
         yield WaitFor(orders.over, (row.order_id,), wait_s)
@@ -100,13 +100,13 @@ def _until_over(row: Order, wait_s: float) -> Part[Order]:
     return row
 
 
-def _list(txn: Cursor, before: str | None, **which: Any) -> list[Order]:
+def _list(txn: Cursor, before: str | None, **which: Any) -> list[OrderView]:
     if before is not None and orders.show(txn, before) is None:
         raise NotFound(f"at /query/cursor: there is no order {before!r}", path="/query/cursor")
     return [_shown(row) for row in orders.list_orders(txn, before=before, **which)]
 
 
-def _find(order_id: str, txn: Cursor) -> Order:
+def _find(order_id: str, txn: Cursor) -> OrderView:
     row = orders.show(txn, order_id)
     if row is None:
         raise NotFound(f"there is no order {order_id!r}")
@@ -126,7 +126,7 @@ def _refused(rpc: str, txn: Cursor, ask: OperationRequest, error: WireError) -> 
 
 def giving(
     rpc: str, params: Mapping[str, Any] | None = None, access: Access = "observer", summary: str = "Give an order"
-) -> Operation[Order]:
+) -> Operation[OrderView]:
     """Return the operation that gives an order.
 
     :param params: the JSON Schema of the params; ``None``: the caller, a client, leaves their check to the server.
@@ -138,7 +138,7 @@ def giving(
         f"/v1/orders/{rpc}",
         access,
         summary,
-        Order,
+        OrderView,
         partial(_give, rpc),
         query={"wait": _WAIT},
         body={**(params or {"type": "object"}), "title": f"Params of {rpc}"},
@@ -154,17 +154,17 @@ def giving(
     )
 
 
-def operation(handler: OrderHandler) -> Operation[Order]:
+def operation(handler: OrderHandler) -> Operation[OrderView]:
     """Return the operation that gives an order to the engines that have this handler."""
     params = {name: said for name, said in handler.schema.items() if name != "description"}
     return giving(handler.rpc, params, handler.access, handler.schema["description"].rstrip("."))
 
 
-LIST: Final[Operation[Page[Order]]] = listing(
+LIST: Final[Operation[Page[OrderView]]] = listing(
     "list_orders",
     "/v1/orders",
     "List orders, the newest first",
-    Order,
+    OrderView,
     paged(_list, lambda row: row.order_id),
     filters={
         "status": {"enum": ["queued", "running", "done", "refused", "failed"]},
@@ -179,7 +179,7 @@ SHOW: Final = Operation(
     "/v1/orders/{order_id}",
     "observer",
     "Show one order with its progress or its result",
-    Order,
+    OrderView,
     _show,
     path_params={"order_id": ORDER_ID},
     query={"wait": _WAIT},

@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
-from s2s.admin.operations.operation import Operation, OperationRequest, Reply, Rule, Steps, encode, encoded
+from s2s.admin.operations.operation import (
+    Operation,
+    OperationReply,
+    OperationRequest,
+    OperationSteps,
+    Rule,
+    encode,
+    encoded,
+)
 from s2s.errors import WireError
 from s2s.store.driver import Cursor
 from s2s.store.tables.lists import Listed, time_limit
@@ -54,10 +62,10 @@ class _Read(Page[T]):
         return sum(map(len, self.encoded))
 
 
-def _reply(part: _Read[T]) -> Reply[Page[T]]:
+def _reply(part: _Read[T]) -> OperationReply[Page[T]]:
     """Return the reply with a part of a list. It reuses the JSON of the items: encoding takes some milliseconds."""
     body = encode(Page([encoded(row) for row in part.encoded], part.next_cursor))
-    return Reply(Page(part.items, part.next_cursor), body=body)
+    return OperationReply(Page(part.items, part.next_cursor), body=body)
 
 
 #: The schema of a cursor that is the number of the page's last row.
@@ -101,10 +109,12 @@ def page(
         most = min(4 * most, 1 + max(0, room - size) // largest)
 
 
-def _paged(work: Callable[[Cursor, OperationRequest], _Read[T]]) -> Callable[[OperationRequest], Steps[Page[T]]]:
+def _paged(
+    work: Callable[[Cursor, OperationRequest], _Read[T]],
+) -> Callable[[OperationRequest], OperationSteps[Page[T]]]:
     """Make the steps of a list from one function, which reads a page."""
 
-    def begin(ask: OperationRequest) -> Steps[Page[T]]:
+    def begin(ask: OperationRequest) -> OperationSteps[Page[T]]:
         part: _Read[T] = yield partial(step, ask)
         return _reply(part)
 
@@ -115,7 +125,9 @@ def _paged(work: Callable[[Cursor, OperationRequest], _Read[T]]) -> Callable[[Op
     return begin
 
 
-def paged(read: Callable[..., list[T]], cursor_of: Callable[[T], str]) -> Callable[[OperationRequest], Steps[Page[T]]]:
+def paged(
+    read: Callable[..., list[T]], cursor_of: Callable[[T], str]
+) -> Callable[[OperationRequest], OperationSteps[Page[T]]]:
     """Make the steps of a list.
 
     :param read: returns the first rows after a cursor: ``read(txn, **filters, limit=, before=)``.
@@ -130,10 +142,10 @@ def paged(read: Callable[..., list[T]], cursor_of: Callable[[T], str]) -> Callab
     return _paged(work)
 
 
-def in_stretches(listed: Listed[T]) -> Callable[[OperationRequest], Steps[Page[T]]]:
+def in_stretches(listed: Listed[T]) -> Callable[[OperationRequest], OperationSteps[Page[T]]]:
     """Make the steps of a list whose filters may skip many rows. The rows of a step and the steps are limited."""
 
-    def begin(ask: OperationRequest) -> Steps[Page[T]]:
+    def begin(ask: OperationRequest) -> OperationSteps[Page[T]]:
         filters = dict(ask.query)
         limit, cursor = filters.pop("limit"), filters.pop("cursor", None)
         items: list[T] = []
@@ -165,7 +177,7 @@ def listing(
     path: str,
     summary: str,
     row: type[T],
-    begin: Callable[[OperationRequest], Steps[Page[T]]],
+    begin: Callable[[OperationRequest], OperationSteps[Page[T]]],
     *,
     filters: Mapping[str, Rule] | None = None,
     cursor: Rule = NUMBER,
@@ -195,7 +207,7 @@ def after_key(rows: Sequence[T], key: Callable[[T], str], limit: int, before: st
 
 def keyed(
     read: Callable[[Cursor], Sequence[T]], key: Callable[[T], str]
-) -> Callable[[OperationRequest], Steps[Page[T]]]:
+) -> Callable[[OperationRequest], OperationSteps[Page[T]]]:
     """Make the steps of a short list, which is read as a whole and ordered by a key."""
 
     def work(txn: Cursor, ask: OperationRequest) -> _Read[T]:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from s2s.admin.operations.operation import LONG_BODY_BYTES, Operation, OperationRequest, Reply, Rule, Steps, members
+from s2s.admin.operations.operation import (
+    LONG_BODY_BYTES,
+    Operation,
+    OperationReply,
+    OperationRequest,
+    OperationSteps,
+    Rule,
+    members,
+)
 from s2s.errors import NotFound, NotReady, StaleVersion
 from s2s.store.driver import Cursor
 from s2s.store.tables import actions
@@ -92,13 +100,13 @@ def show(
     :param find: returns the row: ``find(txn, id)``.
     """
 
-    def begin(ask: OperationRequest) -> Steps[T]:
+    def begin(ask: OperationRequest) -> OperationSteps[T]:
         row_id = ask.path_params[member]
         found: T | None = yield lambda txn: find(txn, row_id)
         if found is None:
             missing, _ = words.obstacles[actions.MISSING]
             raise NotFound(f"there is no {words.noun} {row_id}{missing.removeprefix('there is none')}")
-        return Reply(found)
+        return OperationReply(found)
 
     where = {member: ROW_ID}
     return Operation(
@@ -131,14 +139,14 @@ def act(
     def on_some(txn: Cursor, ids: list[int]) -> list[RowOutcome]:
         return actions.act(txn, action, ids, **params(txn))
 
-    def some(ask: OperationRequest) -> Steps[RowOutcomes]:
+    def some(ask: OperationRequest) -> OperationSteps[RowOutcomes]:
         ids = list(dict.fromkeys(ask.body["ids"]))
-        return Reply(RowOutcomes((yield lambda txn: on_some(txn, ids))))
+        return OperationReply(RowOutcomes((yield lambda txn: on_some(txn, ids))))
 
-    def one(ask: OperationRequest) -> Steps[RowOutcome]:
+    def one(ask: OperationRequest) -> OperationSteps[RowOutcome]:
         [fate] = yield lambda txn: on_some(txn, [ask.path_params[action.id]])
         if fate.is_done:
-            return Reply(fate)
+            return OperationReply(fate)
         if fate.outcome == actions.MISSING:
             raise NotFound(words.tell(fate))
         if fate.outcome == actions.LOCKED:
@@ -182,16 +190,16 @@ def act_on_dead(
 ) -> Operation[BulkOutcome]:
     """Declare the operation that performs one action on all dead rows; see :func:`act`."""
 
-    def dead(ask: OperationRequest) -> Steps[BulkOutcome]:
+    def dead(ask: OperationRequest) -> OperationSteps[BulkOutcome]:
         count = after = 0
         for _ in range(MOST_STEPS):
             step = partial(on_dead, after, ask.body.get("cmd_type"))
             changed: list[int] = yield step
             if not changed:
-                return Reply(BulkOutcome(count, True))
+                return OperationReply(BulkOutcome(count, True))
             count += len(changed)
             after = changed[-1]
-        return Reply(BulkOutcome(count, False))
+        return OperationReply(BulkOutcome(count, False))
 
     def on_dead(after: int, cmd_type: str | None, txn: Cursor) -> list[int]:
         return actions.act_on_dead(txn, action, after, cmd_type, **params(txn))

@@ -108,8 +108,8 @@ class OrderRunner:
         self._condition = condition
         self._has_link = has_link
         self._emitted = emitted
-        self._turns = PollLoop("the runner of orders", self._poll_once, clock.scheduler, LINES)
-        self._left_out = LeftOut("order", self._turns, clock.mono)
+        self._loop = PollLoop("the runner of orders", self._poll_once, clock.scheduler, LINES)
+        self._left_out = LeftOut("order", self._loop, clock.mono)
         #: Orders that came over a link are stored one after another, so that none overtakes an earlier one.
         self._writing = DeferredLock()
         #: The orders with a step in progress here, and the time of its start.
@@ -121,14 +121,14 @@ class OrderRunner:
 
     def start(self) -> None:
         """Start running orders."""
-        self._turns.start()
+        self._loop.start()
 
     def stop(self) -> Deferred[Any]:
         """Begin no further step.
 
         :returns: fires when the steps in progress are finished.
         """
-        stopped = self._turns.stop()
+        stopped = self._loop.stop()
         self._lines.stop()
         for order_id in list(self._waiters):
             self._settle(order_id)
@@ -136,7 +136,7 @@ class OrderRunner:
 
     def wake(self) -> None:
         """Poll the table now, because there may be a new order."""
-        self._turns.wake_all()
+        self._loop.wake_all()
 
     async def take(self, order_id: str, rpc: str, params: Mapping[str, Any], actor: str) -> Order:
         """Take an order that came over the link, and store it if it has no row yet.
@@ -157,7 +157,7 @@ class OrderRunner:
             order = await self._writing.run(self._database.run, self._give, order_id, rpc, params, actor)
         except StatementRefused as refused:
             raise InternalError(incident=self._database.troubles.note(refused.state, str(refused))) from None
-        if not order.is_open or self._turns.is_stopping:
+        if not order.is_open or self._loop.is_stopping:
             return order
         waiter = self._waiters[order_id].wait()
         timer = self._clock.scheduler.callLater(ANSWER_S, self._settle, order_id)
@@ -210,7 +210,7 @@ class OrderRunner:
         rests = self._kinds[order.rpc].rests
         is_paused = rests and self._condition.wanted == "paused"
         # The engine was paused, or began to stop, during the query.
-        if (is_paused and order.status == "running") or self._turns.is_stopping:
+        if (is_paused and order.status == "running") or self._loop.is_stopping:
             await self._database.run(orders.release, order)
             return None
         self._in_hand[order.order_id] = self._clock.mono()

@@ -84,7 +84,7 @@ class Relay:
         self._clock = clock
         self._rng = rng
         self._link: Link | None = None
-        self._pace = CongestionWindow()
+        self._congestion = CongestionWindow()
         self._is_stopping = True
         self._is_claiming = False
         self._is_settling = False
@@ -147,7 +147,7 @@ class Relay:
     def linked(self, link: Link | None) -> None:
         """Use a link that was proven; ``None``: the link was lost."""
         self._link = link
-        self._pace = CongestionWindow()
+        self._congestion = CongestionWindow()
         self.wake()
         self._settle()
 
@@ -169,7 +169,7 @@ class Relay:
             self._timer = self._clock.scheduler.callLater(POLL_S, self._poll)
         # Claim only rows that will soon be sent: another engine could send a row that waits here, or an operator cancel
         # it.
-        soon = 1 + 2 * self._pace.bytes // self._row_bytes
+        soon = 1 + 2 * self._congestion.bytes // self._row_bytes
         room = min(CLAIM_ROWS, self.window_rows - len(self._held), soon)
         link = self._open_link()
         if self._is_claiming or link is None or self._ready or room <= 0:
@@ -251,7 +251,7 @@ class Relay:
         if self._is_sending:
             return
         self._is_sending = True
-        while self._ready and (self._flying_bytes + self._ready[0][2] <= self._pace.bytes or not self._flying):
+        while self._ready and (self._flying_bytes + self._ready[0][2] <= self._congestion.bytes or not self._flying):
             link = self._open_link()
             if link is None:
                 self._give_back()
@@ -323,7 +323,7 @@ class Relay:
     def _landed(self, outcome: object, pushing: Deferred[Any], size: int, sent_at: float, ahead: int) -> None:
         self._flying.discard(pushing)
         self._flying_bytes -= size
-        self._pace.answered(self._clock.mono() - sent_at, ahead, size, bool(self._ready))
+        self._congestion.answered(self._clock.mono() - sent_at, ahead, size, bool(self._ready))
         self._send()
         self._settle()
         if isinstance(outcome, Failure):

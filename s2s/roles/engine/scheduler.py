@@ -103,20 +103,20 @@ class Scheduler:
         self._had_turns: dict[str, None] = {}
         #: The number of steps in a row of each job that failed because of the database or the connection.
         self._losses: dict[str, int] = {}
-        self._turns = PollLoop("the scheduler", self._poll_once, clock.scheduler, LINES if jobs else 0)
-        self._left_out = LeftOut("job", self._turns, clock.mono)
+        self._loop = PollLoop("the scheduler", self._poll_once, clock.scheduler, LINES if jobs else 0)
+        self._left_out = LeftOut("job", self._loop, clock.mono)
         self.runs = self.failed = 0
 
     def start(self) -> None:
         """Declare the jobs, and start running the due ones."""
-        self._turns.start()
+        self._loop.start()
 
     def stop(self) -> Deferred[Any]:
         """Begin no further step.
 
         :returns: fires when the steps in progress are finished.
         """
-        return self._turns.stop()
+        return self._loop.stop()
 
     async def _poll_once(self, _: int) -> float | None:
         """Do the steps of one run for :data:`s2s.store.tables.jobs.SLICE_S`, and at least one step.
@@ -139,7 +139,7 @@ class Scheduler:
                 self._is_declaring = False
             self._declare_at = self._clock.mono() + DECLARE_S
             if is_first:
-                self._turns.wake()
+                self._loop.wake()
         if self._condition.state != "running" or self._handlers.is_full:
             return None
         others = self._in_hand.union(self._left_out.keys())
@@ -156,7 +156,7 @@ class Scheduler:
         while due is not None:
             job_type = due.job_type
             # The engine was paused, or began to stop, during the query: from then on no step begins.
-            if self._condition.state != "running" or self._turns.is_stopping:
+            if self._condition.state != "running" or self._loop.is_stopping:
                 await self._database.run(jobs.release, due)
                 return None
             try:
@@ -195,7 +195,7 @@ class Scheduler:
         except DatabaseUnavailable as lost:
             # Usually the job is not at fault. But it may end its own connection, or read a damaged table, each time.
             losses = self._losses[due.job_type] = self._losses.get(due.job_type, 0) + 1
-            if losses < LOSSES or self._turns.is_stopping:
+            if losses < LOSSES or self._loop.is_stopping:
                 raise
             # The probe raises if the database refuses other writes too: then the job does not count as failed.
             await self._database.run(probe.check)

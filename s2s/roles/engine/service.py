@@ -23,7 +23,7 @@ from s2s.roles.engine.desired_state import DesiredState
 from s2s.roles.engine.order_runner import OrderRunner
 from s2s.roles.engine.relay import Relay
 from s2s.roles.engine.responders.bump import Bump
-from s2s.roles.engine.responders.order import Order
+from s2s.roles.engine.responders.order import RunOrder
 from s2s.roles.engine.responders.pause import Pause
 from s2s.roles.engine.responders.shutdown import Shutdown
 from s2s.roles.engine.responders.sweep import Sweep
@@ -98,9 +98,9 @@ class Engine(Role):
     :param described: the endpoint as the operator wrote it.
     """
 
-    def __init__(self, basis: RoleDeps, connect: IStreamClientEndpoint, described: str, relay: Relay) -> None:
-        plugins = basis.plugins
-        clock, database = basis.clock, basis.database
+    def __init__(self, deps: RoleDeps, connect: IStreamClientEndpoint, described: str, relay: Relay) -> None:
+        plugins = deps.plugins
+        clock, database = deps.clock, deps.database
         self._born = clock.mono()
         self._described = described
         self._relay = relay
@@ -113,14 +113,14 @@ class Engine(Role):
         self._lines = LineQuota(clock.scheduler, self._tell_often, MOST_TOLD)
         self._is_up_told = False
         self._condition = EngineState()
-        self._wanted = DesiredState(database, clock, basis.identity.name, self._condition)
-        self._ledger = AuditLog(database, basis.counters, basis.identity.name, plugins.orders)
+        self._wanted = DesiredState(database, clock, deps.identity.name, self._condition)
+        self._audit_log = AuditLog(database, deps.counters, deps.identity.name, plugins.orders)
         self._clock_watch = ClockWatch(database, clock, ENGINE_RULES)
-        frame_size = basis.bounds.frame_size
+        frame_size = deps.bounds.frame_size
         self._scheduler = Scheduler(
-            basis.identity.boot_id,
+            deps.identity.boot_id,
             database,
-            basis.handlers,
+            deps.handlers,
             clock,
             plugins.jobs,
             self._condition,
@@ -130,10 +130,10 @@ class Engine(Role):
         )
         self._orders = OrderRunner(
             database,
-            basis.handlers,
+            deps.handlers,
             clock,
             plugins,
-            basis.identity.name,
+            deps.identity.name,
             self._condition,
             lambda: self._link is not None,
             relay.wake,
@@ -144,34 +144,34 @@ class Engine(Role):
             engines.CHANNEL: self._wanted.notify,
             orders.CHANNEL: self._orders.wake,
         }
-        super().__init__(basis, on_notify)
-        order = guard(self._condition.check_started, Order(self._orders))
+        super().__init__(deps, on_notify)
+        order = guard(self._condition.check_started, RunOrder(self._orders))
         responders: dict[str, Responder] = {
-            HEALTH_CHECK: Health(basis.identity, frame_size, clock, self._state),
+            HEALTH_CHECK: Health(deps.identity, frame_size, clock, self._state),
             SWEEP: guard(self._condition.check_taking, Sweep(database, clock, frame_size, relay.wake)),
-            BUMP: guard(self._condition.check_taking, Bump(basis.live_config)),
+            BUMP: guard(self._condition.check_taking, Bump(deps.live_config)),
             PAUSE: guard(self._condition.check_started, Pause(self._wanted, "paused", self._condition)),
             RESUME: guard(self._condition.check_started, Pause(self._wanted, "running", self._condition)),
-            SHUTDOWN: Shutdown(basis.lifetime.end, self._condition, self._ledger.answered),
+            SHUTDOWN: Shutdown(deps.shutdown.end, self._condition, self._audit_log.answered),
             **dict.fromkeys(plugins.orders, order),
         }
-        dispatcher = Dispatcher(basis.live_keys, responders, clock, self._ledger.refused)
+        dispatcher = Dispatcher(deps.live_keys, responders, clock, self._audit_log.refused)
         self.factory = LinkFactory(
             "engine",
             dispatcher,
-            basis.live_keys,
+            deps.live_keys,
             clock,
             self,
-            basis.bounds,
-            counters=basis.counters,
+            deps.bounds,
+            counters=deps.counters,
             catalogue=plugins.catalogue,
         )
-        basis.live_keys.watchers.append(
+        deps.live_keys.watchers.append(
             lambda keyring: self.factory.drop_revoked([self._connected] if self._connected else [], keyring)
         )
         endpoint = _TellingEndpoint(connect, described, clock)
         self._client = ClientService(endpoint, self.factory, retryPolicy=self._backoff, clock=clock.scheduler)  # type: ignore[arg-type]
-        self._digests.append(CounterSummary("outbox", self._counts, clock))
+        self._summaries.append(CounterSummary("outbox", self._counts, clock))
 
     def _begin(self) -> None:
         self._relay.start()
@@ -205,7 +205,7 @@ class Engine(Role):
             await self._connected.wait_idle()
             self._connected.close("the engine stops")
         await self._client.stopService()
-        await self._ledger.wait_idle()
+        await self._audit_log.wait_idle()
         self._lines.stop()
 
     def _past_grace(self) -> None:

@@ -10,7 +10,7 @@ from s2s.roles.endpoints import client_endpoint
 from s2s.roles.engine import order_runner, scheduler
 from s2s.roles.engine.relay import Relay
 from s2s.roles.engine.service import Engine
-from s2s.roles.options import CONNECT, RoleOptions, make_basis, or_refuse, parameter
+from s2s.roles.options import CONNECT, RoleOptions, make_deps, or_refuse, parameter
 
 #: Database connections besides those of jobs and orders: for relay, sweep, keys and configuration, audit, and polling.
 _THREADS = 5
@@ -40,5 +40,5 @@ def makeService(options: Options) -> Any:
 
 
 def _make(options: Options) -> Any:
-    basis, [endpoint] = make_basis(options, "engine", options["name"], _THREADS, scheduler.LINES + order_runner.LINES)
-    return Engine(basis, endpoint, options["connect"], Relay(basis.database, basis.clock))
+    deps, [endpoint] = make_deps(options, "engine", options["name"], _THREADS, scheduler.LINES + order_runner.LINES)
+    return Engine(deps, endpoint, options["connect"], Relay(deps.database, deps.clock))

@@ -38,14 +38,14 @@ class ControlSender:
         self._shown: dict[tuple[str, str], Link] = {}
         #: The number of requests that were taken and are not answered yet.
         self._flying = 0
-        self._turns = PollLoop("steering", self._poll_once, clock.scheduler)
-        self.wake = self._turns.wake
+        self._loop = PollLoop("steering", self._poll_once, clock.scheduler)
+        self.wake = self._loop.wake
         self._showing = task.LoopingCall(self.links_changed)
         self._showing.clock = clock.scheduler
 
     def start(self) -> None:
         """Start taking requests and writing the links."""
-        self._turns.start()
+        self._loop.start()
         self._showing.start(engines.REFRESH_S)
 
     def stop(self) -> Deferred[Any]:
@@ -56,7 +56,7 @@ class ControlSender:
         if self._showing.running:
             self._showing.stop()
         leaving = self._database.run(engines.show_links, self._boot_id, [])
-        return gatherResults([self._turns.stop(), leaving.addErrback(self._unless_away)])
+        return gatherResults([self._loop.stop(), leaving.addErrback(self._unless_away)])
 
     def links_changed(self) -> None:
         """Write the links again: they have changed, or the refresh is due."""

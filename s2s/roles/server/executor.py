@@ -143,7 +143,7 @@ class Executor:
         self.is_present = is_present
         self._workers = workers
         self.batch_size = batch_size
-        self._turns = PollLoop("a worker of the executor", self._poll_once, clock, workers)
+        self._loop = PollLoop("a worker of the executor", self._poll_once, clock, workers)
         #: The number of the worker that runs in each line of the poll loop. A new worker replaces a stuck one.
         self._numbers = list(range(workers))
         self._next_number = itertools.count(workers)
@@ -160,14 +160,14 @@ class Executor:
         #: Commands that run with others that failed: those in :attr:`Report.doubtful`, and those of batches that were
         #: rolled back.
         self._doubtful: set[int] = set()
-        self._left_out = LeftOut("command", self._turns, clock.seconds)
+        self._left_out = LeftOut("command", self._loop, clock.seconds)
         self._lines = LineQuota(clock, self._tell_failures, MOST_TOLD)
         self.ran = self.failed = self.dead = 0
 
     def start(self) -> None:
         """Start the workers."""
         if self._workers:
-            self._turns.start()
+            self._loop.start()
             self._reaping = [self._reaper.start()]
 
     def stop(self) -> Deferred[None]:
@@ -194,7 +194,7 @@ class Executor:
     def _leave_off(self) -> Deferred[Any]:
         self._reaper.stop()
         self._lines.stop()
-        return gatherResults([self._turns.stop(), *self._reaping, *self._keeping])
+        return gatherResults([self._loop.stop(), *self._reaping, *self._keeping])
 
     async def _strike_all(self) -> None:
         try:
@@ -214,7 +214,7 @@ class Executor:
             return "off"
         if not self.is_present():
             return "the database does not know that this process lives"
-        if trouble := self._turns.trouble:
+        if trouble := self._loop.trouble:
             return f"no command can be taken: {trouble}"
         names = "; ".join(task.name for task in self._handlers.stuck)
         if self._handlers.is_full:
@@ -233,7 +233,7 @@ class Executor:
 
     def wake(self) -> None:
         """Poll the table now, because new commands may have been committed."""
-        self._turns.wake()
+        self._loop.wake()
 
     # --- a worker ------------------------------------------------------------------------------------------------
 
@@ -276,7 +276,7 @@ class Executor:
             while len(self._losses) > _MOST_SUSPECTS:
                 # Forget the oldest entry: its command may have run in another process since.
                 del self._losses[next(iter(self._losses))]
-            if self._turns.is_stopping or len(cmd_ids) > 1 or self._losses[cmd_ids[0]] < LOSSES:
+            if self._loop.is_stopping or len(cmd_ids) > 1 or self._losses[cmd_ids[0]] < LOSSES:
                 raise
             # The probe raises if the database refuses other writes too: then nothing is charged.
             await self._database.run(probe.check)
@@ -376,7 +376,7 @@ class Executor:
             try:
                 return await self._database.run(work, *args)
             except DatabaseUnavailable:
-                if self._turns.is_stopping:
+                if self._loop.is_stopping:
                     raise
                 await deferLater(self._clock, _AGAIN_S)
 

@@ -115,20 +115,20 @@ class OrderSender:
         self._told: set[str] = set()
         self._told_from = float("-inf")
         self._untold = 0
-        self._turns = PollLoop("the courier", self._poll_once, clock.scheduler)
-        self.wake = self._turns.wake
+        self._loop = PollLoop("the courier", self._poll_once, clock.scheduler)
+        self.wake = self._loop.wake
         self.sent = 0
 
     def start(self) -> None:
         """Start sending."""
-        self._turns.start()
+        self._loop.start()
 
     def stop(self) -> Deferred[Any]:
         """Stop sending.
 
         :returns: fires when no query of the table is in progress.
         """
-        return self._turns.stop()
+        return self._loop.stop()
 
     async def _poll_once(self, _: int) -> float | None:
         links = self._links.engines
@@ -136,7 +136,7 @@ class OrderSender:
             return None
         frame_size = max(link.session.max_frame for link in links)
         queued, end = await self._database.run(orders.queued, self._rpcs, MOST, self._after, frame_size)
-        if self._turns.is_stopping:
+        if self._loop.is_stopping:
             return None
         for order in queued:
             if self._is_due(order) and not self._send_by_a_link(order):

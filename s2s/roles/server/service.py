@@ -59,7 +59,7 @@ class Server(Role):
 
     def __init__(
         self,
-        basis: RoleDeps,
+        deps: RoleDeps,
         listen: ListenSpec,
         inbox: Inbox,
         executor: Executor,
@@ -67,61 +67,61 @@ class Server(Role):
         hosts: Collection[str],
         types: LiveServedTypes,
     ) -> None:
-        clock = basis.clock
+        clock = deps.clock
         self._inbox = inbox
         self._types = types
-        self._pulse = DatabaseProbe(basis.database, clock)
+        self._probe = DatabaseProbe(deps.database, clock)
         self._executor = executor
         self._is_draining = False
-        self.links = ServerLinks(basis.counters, clock, self._engine_up, self._links_changed)
-        self._steerer = ControlSender(basis.database, self.links, basis.identity.boot_id, clock)
-        self._courier = OrderSender(basis.database, self.links, clock, basis.plugins.orders)
+        self.links = ServerLinks(deps.counters, clock, self._engine_up, self._links_changed)
+        self._control_sender = ControlSender(deps.database, self.links, deps.identity.boot_id, clock)
+        self._order_sender = OrderSender(deps.database, self.links, clock, deps.plugins.orders)
         on_notify = {
             broadcasts.CHANNEL: self._sweep,
-            control_requests.CHANNEL: self._steerer.wake,
-            orders.CHANNEL: self._courier.wake,
+            control_requests.CHANNEL: self._control_sender.wake,
+            orders.CHANNEL: self._order_sender.wake,
             command_types.CHANNEL: types.notify,
         }
         self._web: Web | None = None
         if http is not None:
-            self._web = Web(basis.database, clock, basis.counters, self._readiness, hosts, basis.plugins)
+            self._web = Web(deps.database, clock, deps.counters, self._readiness, hosts, deps.plugins)
             on_notify.update(self._web.on_notify)
-        super().__init__(basis, on_notify)
+        super().__init__(deps, on_notify)
         executor.is_present = lambda: self._listener.is_present
         responders: dict[str, Responder] = {
-            HEALTH_CHECK: Health(basis.identity, basis.bounds.frame_size, clock, self._condition),
+            HEALTH_CHECK: Health(deps.identity, deps.bounds.frame_size, clock, self._condition),
             COMMAND_PUSH: lambda request: inbox.push(request.payload),
         }
-        dispatcher = Dispatcher(basis.live_keys, responders, clock)
+        dispatcher = Dispatcher(deps.live_keys, responders, clock)
         self.factory = LinkFactory(
             "server",
             dispatcher,
-            basis.live_keys,
+            deps.live_keys,
             clock,
             self.links,
-            basis.bounds,
-            counters=basis.counters,
-            catalogue=basis.plugins.catalogue,
+            deps.bounds,
+            counters=deps.counters,
+            catalogue=deps.plugins.catalogue,
         )
-        basis.live_keys.watchers.append(lambda keyring: self.factory.drop_revoked(self.links, keyring))
+        deps.live_keys.watchers.append(lambda keyring: self.factory.drop_revoked(self.links, keyring))
         # An engine queues a limited number of broadcasts for each request: the sweep is repeated while it queues any.
         self._sweeps = CoalescedRequest(SWEEP, lambda _: {"since_ts": 0}, lambda _, ack: bool(ack["queued"]), clock)
         self._sweeping = task.LoopingCall(self._sweep)
         self._sweeping.clock = clock.scheduler
         self._bumps = CoalescedRequest(BUMP, self._bump_for, self._bumped, clock)
-        self._watches.append(Watch(basis.database, clock, executor.types))
-        self._clock_watch = ClockWatch(basis.database, clock, SERVER_RULES, SERVER_STEPS)
-        self._retention = Retention(basis.database, clock, self._keep, lambda: self._clock_watch.is_trusted)
-        self._digests.append(CounterSummary("commands", self._counts, clock))
-        self._entrances: list[tuple[ListenSpec, Any, str]] = [(listen, self.factory, "server")]
+        self._watches.append(Watch(deps.database, clock, executor.types))
+        self._clock_watch = ClockWatch(deps.database, clock, SERVER_RULES, SERVER_STEPS)
+        self._retention = Retention(deps.database, clock, self._keep, lambda: self._clock_watch.is_trusted)
+        self._summaries.append(CounterSummary("commands", self._counts, clock))
+        self._listens: list[tuple[ListenSpec, Any, str]] = [(listen, self.factory, "server")]
         if http is not None and self._web is not None:
             web = self._web
-            self._entrances.append((http, web.site, "HTTP API"))
-            self._digests.append(CounterSummary("HTTP API", lambda: web.counts, clock, longest_s=60))
+            self._listens.append((http, web.site, "HTTP API"))
+            self._summaries.append(CounterSummary("HTTP API", lambda: web.counts, clock, longest_s=60))
         self._ports: list[Any] = []
 
     def _open(self) -> None:
-        for entrance, factory, what in self._entrances:
+        for entrance, factory, what in self._listens:
             failures: list[Failure] = []
             entrance.endpoint.listen(factory).addCallbacks(self._ports.append, failures.append)
             for failure in failures:  # raised here, since a Deferred would keep the exception
@@ -133,8 +133,8 @@ class Server(Role):
     def _begin(self) -> None:
         self._types.start()
         self._executor.start()
-        self._steerer.start()
-        self._courier.start()
+        self._control_sender.start()
+        self._order_sender.start()
         self._clock_watch.start()
         self._retention.start()
         if self._web is not None:
@@ -142,7 +142,7 @@ class Server(Role):
 
     async def _drain(self) -> None:
         self._is_draining = True
-        self._lifetime.shutdown_transaction = self._release_claims
+        self._shutdown.shutdown_transaction = self._release_claims
         await DeferredList([maybeDeferred(port.stopListening) for port in self._ports])
         if self._sweeping.running:
             self._sweeping.stop()
@@ -159,8 +159,8 @@ class Server(Role):
                 *web,
                 draining,
                 self._executor.stop(),
-                self._steerer.stop(),
-                self._courier.stop(),
+                self._control_sender.stop(),
+                self._order_sender.stop(),
                 self._clock_watch.stop(),
             ],
             consumeErrors=True,
@@ -202,7 +202,7 @@ class Server(Role):
         """Return the condition of each part that must work for the server to be ready."""
         executor = self._executor.condition
         return {
-            "database": _with(await self._pulse.check(), self._kept),
+            "database": _with(await self._probe.check(), self._kept),
             "pushes": self._inbox.condition,
             "executor": executor if executor == "off" else _with(executor, self._rows.held),
         }
@@ -220,13 +220,13 @@ class Server(Role):
 
     def _engine_up(self, link: Link) -> None:
         self._links_changed()
-        self._steerer.wake()
-        self._courier.wake()
+        self._control_sender.wake()
+        self._order_sender.wake()
         self._bumps.run(link)
         self._sweeps.run(link)
 
     def _links_changed(self) -> None:
-        self._steerer.links_changed()
+        self._control_sender.links_changed()
 
     def _sweep(self) -> None:
         self._sweeps.run_all(self.links.engines)

@@ -12,7 +12,7 @@ from s2s.errors import DatabaseError
 from s2s.handlers.commands import CommandHandler
 from s2s.roles import descriptors
 from s2s.roles.endpoints import server_endpoint
-from s2s.roles.options import HTTP, LISTEN, RoleOptions, between, make_basis, or_refuse, parameter
+from s2s.roles.options import HTTP, LISTEN, RoleOptions, between, make_deps, or_refuse, parameter
 from s2s.roles.preflight import LOOK_S, when_ready
 from s2s.roles.server.executor import Executor
 from s2s.roles.server.inbox import Inbox
@@ -64,21 +64,21 @@ def makeService(options: Options) -> Any:
 def _make(options: Options) -> Any:
     descriptors.allow()
     workers = options["executor-workers"]
-    basis, [listen, http] = make_basis(options, "server", "server", _THREADS, workers)
-    descriptors.watch(basis.clock.scheduler)
-    served = basis.plugins.commands
+    deps, [listen, http] = make_deps(options, "server", "server", _THREADS, workers)
+    descriptors.watch(deps.clock.scheduler)
+    served = deps.plugins.commands
     executor = Executor(
-        basis.database,
-        basis.handlers,
+        deps.database,
+        deps.handlers,
         served,
-        basis.identity.boot_id,
+        deps.identity.boot_id,
         workers=workers,
-        clock=basis.clock.scheduler,
+        clock=deps.clock.scheduler,
     )
-    types = LiveServedTypes(basis.database, basis.clock, served, _declare(basis.url, served))
-    inbox = Inbox(basis.database, served, executor.wake, basis.counters, types=types)
+    types = LiveServedTypes(deps.database, deps.clock, served, _declare(deps.url, served))
+    inbox = Inbox(deps.database, served, executor.wake, deps.counters, types=types)
     return Server(
-        basis,
+        deps,
         ListenSpec(listen, options["listen"], "listen"),
         inbox,
         executor,

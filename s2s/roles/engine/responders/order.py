@@ -11,7 +11,7 @@ from s2s.protocol.received import Request
 from s2s.roles.engine.order_runner import OrderRunner
 
 
-class Order:
+class RunOrder:
     """Has an order run, and answers with the status and result in its row."""
 
     def __init__(self, runner: OrderRunner) -> None:
