@@ -188,7 +188,7 @@ class OnceTests(SynchronousTestCase):
             steps = self.begin(engines.PAUSE_ENGINE, {"reason": "x"}, path_params={"name": "e"})
             steps.send(None)
             steps.send([EngineRow("e", "running", "", "k1", None, None, None)])
-            self.assertIsInstance(steps.send(1), WaitFor)
+            self.assertIsInstance(steps.send({("e", "k1"): 1}), WaitFor)
             self.assertRaises(UnknownOutcome, steps.throw, lost)
 
 
