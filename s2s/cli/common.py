@@ -73,7 +73,7 @@ world_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs.")
 limit_option = click.option(
-    "--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="The newest so many."
+    "--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="At most N rows, the newest first."
 )
 type_option = click.option("--type", "cmd_type", metavar="CMD_TYPE", help="Only these.")
 #: Of a list that nobody cuts so many rows are asked for.
@@ -89,7 +89,9 @@ def before_option(member: str) -> Callable[[F], F]:
 
     :param member: what a row's id is called.
     """
-    return click.option("--before", type=ROW_ID, metavar=member, help="Only older ones: the last of the page before.")
+    return click.option(
+        "--before", type=ROW_ID, metavar=member, help="Only rows older than this one: the last id of the previous page."
+    )
 
 
 def database_options(function: F) -> F:
@@ -217,7 +219,7 @@ def progress_bar() -> Progress:
 def interrupt_noted() -> Iterator[Callable[[], bool]]:
     """Note Ctrl-C, for a loop that looks: the exception is lost where it comes up in a destructor or a callback.
 
-    The second one is as ever.
+    A second Ctrl-C raises KeyboardInterrupt as usual.
 
     :returns: whether there was one; none is noted where it means something else, or outside the main thread.
     """

@@ -113,14 +113,14 @@ def _wrong(txn: Cursor, plugins: Sequence[Migrations]) -> Iterator[str]:
 @database_options
 @one_line_errors
 def fix_sequences(database: str | None, state_dir: Path) -> None:
-    """Set the sequences of ids that stand behind their rows, as after a restore without them."""
+    """Advance each id sequence that is behind the largest id of its table, as after a restore without sequences."""
     is_fixed = False
     with transaction(database, state_dir, "db.fix_sequences") as txn:
         for each in sequences.fix(txn.connection, partial(click.echo, err=True)):
             click.echo(f"set to {each.largest}: {each}")
             is_fixed = True
     if not is_fixed:
-        click.echo("no sequence stands behind its rows")
+        click.echo("no sequence is behind its table")
 
 
 @db.command(name="fix-id")

@@ -40,7 +40,7 @@ def list_(backend: Backend, as_json: bool) -> None:
         "address",
     )
     found = rows(backend, engines.LIST, ALL)
-    show(found, columns, as_json, "no engine is linked, and of none is anything wanted")
+    show(found, columns, as_json, "no engine is linked, and none has a desired state")
 
 
 def _command(name: str, operation: Operation[dict[str, Any]], help_text: str, *options: Any) -> None:
@@ -65,7 +65,7 @@ _command("health", engines.HEALTH, "Ask an engine how it is.")
 _command(
     "pause",
     engines.PAUSE_ENGINE,
-    "Let an engine begin no job until it is resumed, a restart included. Its outbox still goes out.",
+    "Start no jobs until the engine is resumed, even after a restart. Its outbox is still sent.",
     _reason,
 )
 _command("resume", engines.RESUME_ENGINE, "Let a paused engine go on.", _reason)
@@ -75,7 +75,11 @@ _command(
     "Let an engine finish what it has in hand, and end for good, with exit code 0.",
     _reason,
     click.option(
-        "--grace-ms", type=click.IntRange(0, 600_000), default=5000, show_default=True, help="For what it has in hand."
+        "--grace-ms",
+        type=click.IntRange(0, 600_000),
+        default=5000,
+        show_default=True,
+        help="Milliseconds for the work in progress.",
     ),
 )
 _command(

@@ -244,7 +244,7 @@ def show_(backend: Backend, order_id: str, as_json: bool) -> None:
 @order.command(name="list")
 @click.option("--status", type=click.Choice(("queued", "running", "done", "refused", "failed")), help="Only these.")
 @click.option("--rpc", metavar="RPC", help="Only these.")
-@click.option("--before", metavar="ORDER_ID", help="Only older ones: the last of the page before.")
+@click.option("--before", metavar="ORDER_ID", help="Only rows older than this one: the last id of the previous page.")
 @limit_option
 @with_backend
 @json_option

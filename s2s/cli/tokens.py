@@ -109,7 +109,7 @@ def _told(path: Path) -> Iterator[None]:
 @json_option
 @one_line_errors
 def list_(database: str | None, state_dir: Path, as_json: bool) -> None:
-    """List the tokens, without what they are."""
+    """List the tokens without their secrets."""
     with transaction(database, state_dir) as txn:
         found = tokens.list_public(txn)
     columns = ("name", "role", "is_expired", "expires_at", "created_at", "created_by", "note")

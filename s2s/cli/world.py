@@ -31,7 +31,7 @@ def world() -> None:
 @world.command()
 @click.option("--sectors", type=click.IntRange(1, _MOST), metavar="N", required=True, help="Sectors, each with a port.")
 @click.option("--ships", type=click.IntRange(0, _MOST), metavar="M", required=True, help="Ships, somewhere in them.")
-@click.option("--seed", type=int, metavar="S", default=1, show_default=True, help="Another one, another world.")
+@click.option("--seed", type=int, metavar="S", default=1, show_default=True, help="Seed of the random generator.")
 @click.option("--replace", is_flag=True, help="Remove the world that there is.")
 @database_options
 @json_option

@@ -81,7 +81,9 @@ class CoalescedRequest:
         self._asked_at[link] = self._clock.mono()
         running = link.call(self._type, payload)
         running.addCallbacks(self._succeeded, self._failed, callbackArgs=(link,), errbackArgs=(link,))
-        running.addErrback(lambda failure: self.log.failure("an errand stumbled", failure))
+        running.addErrback(
+            lambda failure: self.log.failure("internal error while a request was sent to an engine", failure)
+        )
 
     def _succeeded(self, answer: dict[str, Any], link: Link) -> None:
         may_have_missed = self._running.pop(link)

@@ -356,8 +356,8 @@ class Link(Int32StringReceiver):
             self.read_pause.resume("keys")
 
     def _on_unexpected_error(self, failure: Failure) -> None:
-        if self.may_tell("a frame could not be judged", FRAMES):
-            self.log.failure("{peer}: a frame could not be judged", failure, peer=self)
+        if self.may_tell("internal error while a frame was handled", FRAMES):
+            self.log.failure("{peer}: internal error while a frame was handled", failure, peer=self)
         self.abort("an error of ours")
 
     def _unawaited(self, got: Envelope) -> None:
@@ -415,7 +415,7 @@ class Link(Int32StringReceiver):
                 return body
         except CanonicalError as mistake:
             if self.may_tell("errors whose details cannot be said", FRAMES):
-                text = "details of {code} cannot be said: {mistake}"
+                text = "the details of the error {code} cannot be encoded: {mistake}"
                 self.log.error(text, code=error.code, mistake=str(mistake))
         # The peer needs at least the code.
         return canonical.dumps({"code": error.code, "message": error.code, "details": {"retryable": error.retryable}})
@@ -429,7 +429,9 @@ class Link(Int32StringReceiver):
         code = said["code"] if isinstance(said, dict) and said else "?"
         if self.may_tell("unsigned errors", FRAMES):
             more = f": it does not accept our key {self._signed_by}; {_SAME_KEY}" if code == AuthBad.code else ""
-            self.log.warn("{peer}: an unsigned error says {code!r}{more}", peer=self, code=code[:64], more=more)
+            self.log.warn(
+                "{peer}: received an unsigned error with the code {code!r}{more}", peer=self, code=code[:64], more=more
+            )
         if self.session.unsigned_error():
             self._counters.meet("unsigned_errors")
             self.close("unsigned errors came")

@@ -203,7 +203,7 @@ class ServerLinks:
         newest = next(
             each for each in reversed(self._all) if each.session.is_open and each.session.peer_key_id == key_id
         )
-        why = f"of {MAX_LINKS} links the key {key_id} has the most: {count}; see which of its processes opens so many"
+        why = f"of {MAX_LINKS} links the key {key_id} has the most: {count}: find the process that opens them"
         if newest.may_tell(why):
             self.log.warn("{link}: closed: {why}", link=newest, why=why)
         newest.close_reason.is_logged = True

@@ -63,4 +63,4 @@ class PeerLines:
 
     def _tell_all(self, untold: Mapping[str, int]) -> None:
         told = ", ".join(f"{count} times {what}" for what, count in untold.items())
-        self.log.warn("many peers that hold a key did what had no line: {told}", told=told)
+        self.log.warn("further events of peers that hold a key, of many peers: {told}", told=told)

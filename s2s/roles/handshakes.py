@@ -123,7 +123,7 @@ class HandshakeGate(Factory):
         told = ", ".join(f"{count} from {network or 'a local socket'}" for network, count in untold.items())
         self.log.warn(
             "{endpoint}: TLS connections closed unanswered: {told}: at most {one} handshakes a second are made with one"
-            " address, and {all} in all: see which host opens so many, and block its address in the firewall",
+            " address, and {all} in all: find the host that opens them, and block its address in the firewall",
             endpoint=self._described,
             told=told,
             one=HANDSHAKES[0],

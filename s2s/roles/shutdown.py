@@ -233,11 +233,11 @@ class Shutdown:
         cancel(self._cancelling)
 
     def _past(self) -> None:
-        _log.warn("the grace is over: cancelling what still runs; the stop waits for {step}", step=self.step)
+        _log.warn("the grace period is over: running SQL is cancelled; unfinished: {step}", step=self.step)
         self.on_grace_expired()
 
     def _cut(self) -> None:
-        _log.error("not everything ended in time: leaving it; the stop waits for {step}", step=self.step)
+        _log.error("the shutdown did not finish in time: exiting now; unfinished: {step}", step=self.step)
         last = threading.Thread(target=self._say_last_words, daemon=True)
         if own_threads.try_start(last):
             last.join(CUT_S)
@@ -247,7 +247,7 @@ class Shutdown:
         try:
             self.shutdown_transaction()
         except Exception as error:
-            _log.error("the end could not be written down: {error!r}", error=error)
+            _log.error("the shutdown could not be stored in the database: {error!r}", error=error)
 
 
 def _tell_stray(name: str) -> None:

@@ -195,7 +195,7 @@ class AsyncConnection:
         try:
             done(result)
         except Exception:
-            self.log.failure("who asked the database stumbled over its answer")
+            self.log.failure("internal error in the callback of a database query")
         if self._done is None and self._until_idle:
             self._until_idle.fire(None)
 

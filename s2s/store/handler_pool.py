@@ -292,7 +292,9 @@ class HandlerPool(Database):
 
     def _in_background(self, work: Callable[..., None], *args: Any) -> Deferred[Any]:
         done = own_threads.run(self.reactor, work, *args)
-        return done.addErrback(lambda failure: self.log.failure("a late handler could not be cancelled", failure))
+        return done.addErrback(
+            lambda failure: self.log.failure("the SQL of a late handler could not be cancelled", failure)
+        )
 
     # --- in another thread -------------------------------------------------------------------------------------------
 

@@ -106,7 +106,7 @@ class Silence:
     def _ended(self, why: str) -> None:
         if why:
             self._tell()
-            self.log.warn("a connection to the database was closed, on which no answer came: {why}", why=why)
+            self.log.warn("closed a connection to the database that did not answer: {why}", why=why)
 
     def _failed(self, failure: Any, conn: PlanningConnection, since: float) -> None:
         error = failure.value
@@ -115,7 +115,7 @@ class Silence:
             told = f"no answer for {SILENT_S:g} s, and none on a new connection: {error}"
             self._tell_away(DatabaseUnavailable(told))
         elif not failure.check(S2SError):
-            self.log.failure("a connection without an answer could not be looked at", failure)
+            self.log.failure("the check of a connection without an answer failed", failure)
 
     # --- in a thread -------------------------------------------------------------------------------------------------
 

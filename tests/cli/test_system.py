@@ -341,7 +341,7 @@ class SequenceTests(CliTestCase):
         fixed = self.s2s("db", "fix-sequences").output
         self.assertEqual(fixed.count("set to "), 2)
         self.s2s("db", "status")
-        self.assertIn("no sequence stands behind", self.s2s("db", "fix-sequences").output)
+        self.assertIn("no sequence is behind its table", self.s2s("db", "fix-sequences").output)
         [(key,)] = self.execute(
             "insert into s2s.outbox (cmd_type, idem_key, payload) values ('a.b', 'new', '{}') returning outbox_id"
         )

@@ -758,7 +758,7 @@ class CallTests(LinkTestCase):
         with capturedLogs() as logs:
             self.say("s2s.error", {"code": "auth_bad", "message": "m", "details": {}}, key=None)
         (line,) = (event["log_format"].format(**event) for event in logs)
-        self.assertIn("an unsigned error says 'auth_bad': it does not accept our key k1; both sides need one key", line)
+        self.assertIn("with the code 'auth_bad': it does not accept our key k1; both sides need one key", line)
 
     def test_deadline(self) -> None:
         """After 3 s, or the caller's timeout, a call fails with an unknown outcome, and its late reply is dropped."""

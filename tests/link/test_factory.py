@@ -248,8 +248,8 @@ class ServerLinksTests(SynchronousTestCase):
         self.assertEqual(lines, [])
         new = [self.made("k3") for _ in range(3)]
         self.assertEqual([link for link in (*others, *made, *new) if link.closed], [others[-1], *made[-2:]])
-        self.assertIn("of 1000 links the key k1 has the most: 501; see which of its processes opens so many", lines[0])
-        self.assertIn("the key k2 has the most: 499;", lines[2])
+        self.assertIn("of 1000 links the key k1 has the most: 501: find the process that opens them", lines[0])
+        self.assertIn("the key k2 has the most: 499:", lines[2])
         self.assertEqual((len(lines), made[-1].dismissed.code), (3, "forbidden"))
         self.assertEqual(self.counters.met, {"links": 3})
 

@@ -73,7 +73,7 @@ class PeerLinesTests(_Lines):
         self.assertEqual(
             self.lines,
             [
-                "many peers that hold a key did what had no line: "
+                "further events of peers that hold a key, of many peers: "
                 f"{4 * MAX_PEERS - MOST_OF_ALL} times refused more frames"
             ],
         )

@@ -305,7 +305,7 @@ class LinkTests(RoleTestCase):
         yield poll(lambda: self.count("notices") == 1, "the notice is there", timeout=PATIENCE_S)
         # TLS does not close a connection that has a producer by itself.
         engine.stop()
-        self.assertEqual(engine.lines("not everything ended"), [])
+        self.assertEqual(engine.lines("did not finish in time"), [])
 
     @inlineCallbacks
     def test_tcp(self):

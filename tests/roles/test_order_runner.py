@@ -304,7 +304,7 @@ class OrderRunnerTests(DatabaseTestCase):
         self.start(lambda *_: None)
         await self.over("o")
         self.assertEqual(self.row("o")[0], "failed")
-        self.assertIn("has not got on in", self.row("o")[1]["message"])
+        self.assertIn("made no progress in", self.row("o")[1]["message"])
         self.assertEqual(self.steps(), [])
 
     async def test_errors_that_cannot_be_told(self) -> None:

@@ -408,7 +408,7 @@ class SenderTests(SharedTestCase):
         peer.write(claim)
         self.closed(peer)
         # The first one arrived before any valid frame.
-        yield server.says("an unsigned error says", 1)
+        yield server.says("received an unsigned error", 1)
         yield self.unharmed(server, 0)
 
     def test_unasked_replies(self):

@@ -146,8 +146,8 @@ class ShutdownTests(SynchronousTestCase):
             self.shutdown.end("a test", 5)
             self.reactor.advance(5)
             self.shutdown._cut()
-        told = [formatEvent(each).partition(":")[0] for each in logs if "waits for handlers" in formatEvent(each)]
-        self.assertEqual(told, ["the grace is over", "not everything ended in time"])
+        told = [formatEvent(each).partition(":")[0] for each in logs if "unfinished: handlers" in formatEvent(each)]
+        self.assertEqual(told, ["the grace period is over", "the shutdown did not finish in time"])
 
     def test_no_thread(self) -> None:
         """The process also exits in time if the operating system starts no thread for that."""

@@ -250,6 +250,9 @@ class SteeringTests(RoleTestCase, CliTestCase):
             self.peer(key=key, config_version=0, boot_id=f"boot-{key.key_id}", outbox_depth=depth)
             for depth, key in enumerate((K1, other))
         ]
+        # The check that a new link begins with comes before its first sweep. The next check is that of the listing.
+        for twin in twins:
+            twin.request(SWEEP)
         text = "each request to this name, such as pause or shutdown, goes to both"
         yield self.server_role.says(text)
         [told] = self.server_role.lines(text)
@@ -260,11 +263,15 @@ class SteeringTests(RoleTestCase, CliTestCase):
         code, output = yield listing
         rows = [(row["name"], row["key_id"], row["outbox_depth"]) for row in json.loads(output)]
         self.assertEqual((code, rows), (0, [("engine-9", "k1", 0), ("engine-9", "k2", 1)]))
-        asking = self.in_thread("engine", "sweep", "engine-9")
+        # The server sends sweeps of its own, with since_ts 0.
+        asking = self.in_thread("engine", "sweep", "engine-9", "--since", "7")
         for queued, twin in enumerate(twins, 2):
-            twin.serves.pop(SWEEP)
-            asked = twin.request(SWEEP)
-            twin.reply(asked, "s2s.ack", {"ok": True, "since_ts": asked["payload"]["since_ts"], "queued": queued})
+
+            def swept(payload: dict[str, Any], queued: int = queued) -> dict[str, Any]:
+                return {"ok": True, "since_ts": payload["since_ts"], "queued": queued * (payload["since_ts"] == 7)}
+
+            twin.serves[SWEEP] = swept
+            twin.until(lambda frame: frame["type"] == SWEEP and frame["payload"]["since_ts"] == 7)
         result = yield asking
         both = " (2 engines have this name, under the keys k1, k2)"
         self.assertEqual(result, (0, f"engine-9: 5 broadcasts queued{both}\n"))

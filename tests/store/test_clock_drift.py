@@ -215,7 +215,7 @@ class WatchTests(SynchronousTestCase):
     def test_what_was_pulled_back(self) -> None:
         """Rows pulled back are logged in one line, and a check that reached its row limit continues immediately."""
         self.database.healed = [{"jobs": 2, "orders": clock_drift.STEP_ROWS}, {"orders": 3}]
-        self.assertEqual(self.looks(), ["times further ahead than can be were pulled back: 2 jobs, 1003 orders"])
+        self.assertEqual(self.looks(), ["times that lay too far in the future were reset: 2 jobs, 1003 orders"])
 
     def test_cycles(self) -> None:
         """A table of one step is scanned at each check; a larger one after a leap, and every ten minutes."""
@@ -282,7 +282,7 @@ class WatchTests(SynchronousTestCase):
 
         self.watch._steps = {"commands": refuse, "notices": self.step}
         self.found = [2]
-        self.assertIn("pulled back: 2 notices", self.looks()[-1])
+        self.assertIn("were reset: 2 notices", self.looks()[-1])
         self.assertTrue(self.watch.is_trusted)
 
 
@@ -780,4 +780,4 @@ class RolesTests(RoleTestCase):
             [("wanted later", at)],
         )
         for role in (server, engine):
-            yield role.says("times further ahead than can be were pulled back:")
+            yield role.says("times that lay too far in the future were reset:")

@@ -20,7 +20,7 @@ from s2s.roles.options import HTTP, LISTEN
     "for_seconds",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="Type a broadcast, end after so long, and exit 0 only if it came the whole way.",
+    help="Smoke test: send a broadcast, stop after SECONDS, and exit 0 only if it became a notice.",
 )
 @world_option
 @one_line_errors

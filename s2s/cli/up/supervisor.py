@@ -299,7 +299,7 @@ def _exclusive(state_dir: Path, say: Say) -> Iterator[int]:
             say("up", "waiting for what a killed s2s up left running")
             while not _take(children):
                 if time.monotonic() >= deadline:
-                    raise OperatorError(f"what a killed s2s up left in {state_dir} does not end: stop it by hand")
+                    raise OperatorError(f"processes of a killed s2s up still run in {state_dir}: end them by hand")
                 time.sleep(_POLL_S)
         yield children.fileno()
 

@@ -336,7 +336,9 @@ class OrderRunner:
         if is_paused:
             raise Paused("the engine is paused: resume it first")
         if order.attempts > MOST_ATTEMPTS:
-            raise InternalError(f"it has not got on in {MOST_ATTEMPTS} attempts: processes died, or the database did")
+            raise InternalError(
+                f"the order made no progress in {MOST_ATTEMPTS} attempts, because engines or the database failed"
+            )
 
 
 def _why(error: BaseException) -> Mapping[str, Any]:

@@ -330,7 +330,7 @@ class Relay:
             self._unexpected(outcome)
 
     def _unexpected(self, failure: Failure) -> None:
-        self.log.failure("the relay stumbled", failure)
+        self.log.failure("internal error in the relay", failure)
 
     # --- settle -----------------------------------------------------------------------------------------------------
 

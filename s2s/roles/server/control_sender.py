@@ -140,7 +140,7 @@ class ControlSender:
     def _unless_away(self, failure: Failure) -> None:
         # The pool has logged that the database is away.
         if not failure.check(DatabaseError):
-            self.log.failure("steering stumbled", failure)
+            self.log.failure("internal error in the control sender", failure)
 
 
 #: The types that are not logged: each listing of the engines sends a health check.

@@ -200,7 +200,10 @@ class Executor:
         try:
             await self._database.run_at_shutdown(claims.release_all, self._boot_id)
         except DatabaseUnavailable as error:
-            self.log.warn("what was in hand may be charged an attempt: {why}", why=str(error))
+            self.log.warn(
+                "the claims of this process were not released: its unfinished commands may lose an attempt: {why}",
+                why=str(error),
+            )
 
     @property
     def types(self) -> Collection[str]:
@@ -362,7 +365,7 @@ class Executor:
         self._keeping.discard(keeping)
         # While the process stops, the database may be away. The reaper of another process then handles the claim.
         if isinstance(outcome, Failure) and not outcome.check(DatabaseUnavailable):
-            self.log.failure("a stuck command could not be charged", outcome)
+            self.log.failure("the failed attempt of a stuck command could not be stored", outcome)
 
     def _came_back(self, worker: int, stuck: HandlerStuck) -> None:
         self.log.warn("a handler that was stuck has returned: {name}", name=stuck.task.name)

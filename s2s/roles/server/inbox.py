@@ -384,7 +384,7 @@ class Inbox:
         try:
             self._on_commit()
         except Exception:
-            self.log.failure("who is told of new commands stumbled")
+            self.log.failure("internal error: the executor was not notified of new commands")
 
     def _refuse(self, reason: StatementRefused) -> InternalError:
         """Return the answer to a push that the database refused. The reason is logged at most once a minute."""

@@ -174,7 +174,7 @@ class OrderSender:
         self._flying.add(order.order_id)
         self.sent += 1
         done = Deferred.fromCoroutine(self._send(link, order))
-        done.addErrback(lambda failure: self.log.failure("the courier stumbled", failure))
+        done.addErrback(lambda failure: self.log.failure("internal error in the order sender", failure))
         return True
 
     def _next_link(self, order: Order, last: _Sending | None) -> Link | None:
@@ -257,7 +257,7 @@ class OrderSender:
                 self._answered(link, payload["order_id"], payload["status"], payload["result"])
             )
             ending.addErrback(lambda failure: failure.trap(DatabaseError))  # The pool has logged it.
-            ending.addErrback(lambda failure: self.log.failure("the courier stumbled", failure))
+            ending.addErrback(lambda failure: self.log.failure("internal error in the order sender", failure))
 
     async def _answered(self, link: Link, order_id: str, status: str, result: Mapping[str, Any] | None) -> None:
         if status in orders.OPEN:
@@ -282,7 +282,7 @@ class OrderSender:
         now = self._clock.mono()
         if now >= self._told_from + TELL_S:
             if self._untold:
-                self.log.warn("{count} more orders were sent and not taken", count=self._untold)
+                self.log.warn("{count} more orders got no valid reply from an engine", count=self._untold)
             self._told_from, self._untold = now, 0
             self._told.clear()
         if order.order_id in self._told:

@@ -82,12 +82,12 @@ class Reaper:
             self._refusals += 1 if getattr(error, "state", "") else 0
             if self._refusals == TOLD_AFTER:
                 self.log.error(
-                    "commands of processes that are gone are not charged, and not run: {why}",
+                    "commands of processes that ended are not released, so they do not run: {why}",
                     why=sqlstate.with_cure(error),
                 )
             return
         except Exception:
-            self.log.failure("looking for the notes of processes that are gone failed")
+            self.log.failure("the scan for claims of processes that ended failed")
             return
         self._refusals = 0
         before = self._forsaken if look.presence == self._presence else {}
@@ -96,5 +96,7 @@ class Reaper:
         now = self._clock.seconds()
         self._presence, self._forsaken = look.presence, {note: before.get(note, now) for note in look.orphaned}
         if look.charged:
-            self.log.warn("{charged} commands were charged for the end of their process", charged=look.charged)
+            self.log.warn(
+                "{charged} commands lost an attempt, because the process that ran them ended", charged=look.charged
+            )
             self._on_charge(look.charged, look.dead)

@@ -108,9 +108,9 @@ class Retention:
         except DatabaseError as error:
             if not self._is_stopping:
                 why = sqlstate.with_cure(error)
-                self.log.warn("what is old was not all removed, it is tried again later: {why}", why=why)
+                self.log.warn("retention did not remove all old rows, and tries again later: {why}", why=why)
         except Exception:
-            self.log.failure("removing what is old failed")
+            self.log.failure("retention failed")
         return False
 
     async def _may_sweep(self) -> bool:
@@ -120,7 +120,8 @@ class Retention:
             return False
         behind_s = await self._database.run(retention.advance)
         if behind_s >= BEHIND_S:
-            text = f"what is old is removed as of {behind_s:.0f} s ago: an outage, or a clock that is ahead"
+            why = "after an outage or because the clock is ahead"
+            text = f"retention is {behind_s:.0f} s behind the database's clock, {why}"
             self._doubt("the age", text)
         else:
             self._doubted = ""

@@ -116,7 +116,7 @@ class ClockWatch:
             self.log.failure("watching the database's clock failed")
         if self._healed:
             told = ", ".join(f"{count} {name}" for name, count in self._healed.items())
-            if self._tell(f"times further ahead than can be were pulled back: {told}"):
+            if self._tell(f"times that lay too far in the future were reset: {told}"):
                 self._healed.clear()
 
     async def _cycle(self) -> None:

@@ -163,7 +163,8 @@ def push_batch(pushes: Sequence[Push]) -> Steps[list[Outcome]]:
         unsettled = {key: first[key] for key in others if key not in known}
     if unsettled:
         raise StatementRefused(
-            "the database neither takes nor knows a key: see the triggers, rules and policies of idempotency_keys"
+            "the insert of an idem_key had no effect, and the key does not exist: see the triggers, rules and policies"
+            " of idempotency_keys"
         )
 
     outcomes = []

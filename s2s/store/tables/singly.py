@@ -40,7 +40,7 @@ def singly(txn: Cursor, rows: Iterable[R], write: Callable[[R], T]) -> Iterator[
     waits = 0
     for row in rows:
         if time.monotonic() >= until:
-            yield DatabaseUnavailable("the rows before it took too long")
+            yield DatabaseUnavailable("the row was not tried: earlier rows of its batch used up the time limit")
             continue
         try:
             with refusable(txn):
