@@ -257,6 +257,7 @@ class SteeringTests(RoleTestCase, CliTestCase):
         yield self.server_role.says(text)
         [told] = self.server_role.lines(text)
         self.assertIn("has the key k2 and the name of an engine that is up with the key k1", told)
+        yield poll(lambda: self.count("engine_links") == 2, "both are shown as linked")
         listing = self.in_thread("engine", "list", "--json")
         for twin in twins:
             twin.until(lambda frame: frame["type"] == CHECK)
