@@ -58,7 +58,7 @@ _UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE, errn
 
 
 class _Program(click.Group):
-    """The console script; it ends with an error line and an exit code even if its output cannot be written."""
+    """The console script, which exits with an error line and a code even if its output cannot be written."""
 
     _is_terminated = False
 
@@ -136,7 +136,7 @@ def _writing() -> Iterator[None]:
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="s2s")
 def main() -> None:
-    """Run and look after an s2s link: a signed, durable connection of a server and an engine."""
+    """Run and operate an s2s link: a signed, durable connection of a server and an engine."""
 
 
 for _command in COMMANDS:

@@ -1,4 +1,4 @@
-"""The common part of the groups for rows: a command for each action on rows."""
+"""Commands that apply an action to rows, such as a retry, for each group of commands that lists rows."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def add_action(
     dead: Operation[BulkOutcome] | None = None,
     done: str = "",
 ) -> None:
-    """Add a command for an action on rows: on those with the given ids, or on all dead ones.
+    """Add a command that applies an action to the rows with the given ids, or to all dead rows.
 
-    :param member: the name of a row's id.
-    :param dead: the operation of ``--all-dead``; ``None``: there is no such option.
+    :param member: the name of the id of a row.
+    :param dead: the operation of ``--all-dead``; ``None``: the command has no such option.
     :param done: the verb's past participle.
     """
     cure = f"s2s {group.name} {{verb}} {{id}}"
@@ -62,7 +62,7 @@ def add_action(
 
     opened = with_backend(command)
     if dead is not None:
-        opened = type_option(click.option("--all-dead", is_flag=True, help="All that are dead.")(opened))
+        opened = type_option(click.option("--all-dead", is_flag=True, help="Select all dead commands.")(opened))
     argument = click.argument("ids", metavar=f"{member.upper()}...", nargs=-1, type=ROW_ID)
     group.command(name=verb, help=help_text)(argument(json_option(opened)))
 

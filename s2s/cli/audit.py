@@ -25,9 +25,9 @@ class _Line:
 
 
 @click.command()
-@click.option("--actor", help="Only by this one, such as cli:alice or key:k1.")
-@click.option("--action", help="Only this, such as config.set or s2s.engine.pause.")
-@click.option("--subject", help="Only of this: an order's id, a setting, a key, an engine's name.")
+@click.option("--actor", help="Show only actions of this actor, such as cli:alice or key:k1.")
+@click.option("--action", help="Show only this action, such as config.set or s2s.engine.pause.")
+@click.option("--subject", help="Show only actions on this order, setting, key or engine.")
 @before_option("AUDIT_ID")
 @limit_option
 @with_backend
@@ -41,7 +41,7 @@ def audit(
     limit: int,
     as_json: bool,
 ) -> None:
-    """List who did what, and what came of it, the newest first. Nobody can change or remove an entry."""
+    """List the actions with their actors and results, the newest first. No role can change or remove an entry."""
     found = rows(backend, lists.AUDIT, limit, actor=actor, action=action, subject=subject, before=before)
     lines = found if as_json else [_line(entry) for entry in found]
     show(lines, ("audit_id", "at", "actor", "action", "told"), as_json, "there is nothing in the audit")

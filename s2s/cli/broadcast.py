@@ -17,16 +17,24 @@ SCOPES = ("global", "sector", "corp", "player")
 
 @click.command()
 @click.argument("message")
-@click.option("--scope", type=click.Choice(SCOPES), default="global", show_default=True, help="Whom it is for.")
+@click.option(
+    "--scope",
+    type=click.Choice(SCOPES),
+    default="global",
+    show_default=True,
+    help="The group of players that receives it.",
+)
 @click.option("--sector-id", type=int, help="The sector, with --scope sector.")
 @click.option("--corp-id", type=int, help="The corporation, with --scope corp.")
 @click.option("--player-id", type=int, help="The player, with --scope player.")
 @click.option("--severity", type=click.Choice(("info", "warn", "error")), default="info", show_default=True)
-@click.option("--ttl", "ttl_s", type=int, metavar="SECONDS", help="How long it lives; for ever without it.")
+@click.option(
+    "--ttl", "ttl_s", type=int, metavar="SECONDS", help="Seconds until it expires; without the option it never does."
+)
 @with_backend
 @json_option
 def broadcast(backend: Backend, message: str, as_json: bool, **options: Any) -> None:
-    """Tell the players MESSAGE: the engine takes it to the server, where it becomes a notice."""
+    """Send MESSAGE to players: an engine pushes it to the server, which stores it as a notice."""
     try:
         made = backend.call(notices.BROADCAST, body={"message": message, **options})
     except Refused as error:

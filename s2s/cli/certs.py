@@ -19,13 +19,21 @@ def group() -> None:
 
 @group.command()
 @click.argument("directory", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--server", "servers", multiple=True, metavar="NAME_OR_IP", help="How engines reach it; may be repeated.")
-@click.option("--engine", "engines", multiple=True, metavar="NAME", help="An engine; may be repeated.")
-@click.option("--days", type=click.IntRange(1, 3650), default=825, show_default=True, help="How long they are valid.")
-@click.option("--renew", is_flag=True, help="Replace certificates and keys that are there.")
+@click.option(
+    "--server",
+    "servers",
+    multiple=True,
+    metavar="NAME_OR_IP",
+    help="A host name or IP address of a server; may be repeated.",
+)
+@click.option("--engine", "engines", multiple=True, metavar="NAME", help="The name of an engine; may be repeated.")
+@click.option(
+    "--days", type=click.IntRange(1, 3650), default=825, show_default=True, help="Days for which they are valid."
+)
+@click.option("--renew", is_flag=True, help="Replace the certificates and keys that exist.")
 @one_line_errors
 def make(directory: Path, servers: tuple[str, ...], engines: tuple[str, ...], days: int, renew: bool) -> None:
-    """Make certificates in DIR, signed by the authority there, which is made if there is none."""
+    """Make certificates in DIR, signed by the authority in DIR, which is made if DIR has none."""
     directory = directory.absolute()
     made = certs.make(directory, servers, engines, days, datetime.now(timezone.utc), renew=renew)
     # Twisted's tls: endpoint accepts no IPv6 address.

@@ -13,11 +13,13 @@ from s2s.errors import OperatorError, Refused
 
 @click.group("commands")
 def group() -> None:
-    """Look after the commands that engines pushed."""
+    """List, show, retry and cancel the commands that engines pushed."""
 
 
 @group.command(name="list")
-@click.option("--status", type=click.Choice(("ready", "done", "dead", "cancelled")), help="Only these.")
+@click.option(
+    "--status", type=click.Choice(("ready", "done", "dead", "cancelled")), help="Show only commands of this status."
+)
 @type_option
 @before_option("CMD_ID")
 @limit_option
@@ -37,7 +39,7 @@ def list_(
 @with_backend
 @json_option
 def show_(backend: Backend, cmd_id: int, as_json: bool) -> None:
-    """Show all of one command, its payload and its last error too."""
+    """Show all of one command, with its payload and its last error."""
     try:
         found = backend.call(commands.SHOW, path_params={"cmd_id": cmd_id})
     except Refused as error:

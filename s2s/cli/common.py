@@ -1,4 +1,4 @@
-"""What the commands share: where the database is, how errors end, how rows are shown and changed."""
+"""Options, transactions, error reports and tables of rows that the commands share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def not_empty(context: click.Context, param: click.Parameter, value: Any) -> Any:
-    """Refuse an option that is given but empty, and a variable that is set but empty: click takes both for absent."""
+    """Refuse an option with an empty value, and a variable that is set but empty: click takes both for absent."""
     variable = param.envvar if isinstance(param.envvar, str) else ""
     is_default = param.name is None or context.get_parameter_source(param.name) is ParameterSource.DEFAULT
     is_empty = not (os.environ.get(variable, "x") if is_default else str(value)).strip()
@@ -47,10 +47,13 @@ def not_empty(context: click.Context, param: click.Parameter, value: Any) -> Any
 
 
 class FilledPath(click.Path):
-    """A path, which is not empty: pathlib would read that as the working directory."""
+    """The type of a path that is not empty: pathlib reads an empty path as the working directory."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it."""
+        """Convert the text of an option to a path.
+
+        :raises click.ClickException: the text is empty.
+        """
         if not os.fspath(value).strip() and param is not None:
             raise click.ClickException(f"{param.opts[0]} is empty: give it a value, or leave it out")
         return super().convert(value, param, ctx)
@@ -63,7 +66,7 @@ state_dir_option = click.option(
     show_default=True,
     envvar="S2S_STATE_DIR",
     callback=not_empty,
-    help="Where the embedded PostgreSQL lives, when no database is named.",
+    help="The directory of the embedded PostgreSQL, which runs if no database is named.",
 )
 world_option = click.option(
     "--no-world",
@@ -75,19 +78,19 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON, 
 limit_option = click.option(
     "--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="At most N rows, the newest first."
 )
-type_option = click.option("--type", "cmd_type", metavar="CMD_TYPE", help="Only these.")
-#: Of a list that nobody cuts so many rows are asked for.
+type_option = click.option("--type", "cmd_type", metavar="CMD_TYPE", help="Show only commands of this type.")
+#: The maximum number of rows of a list without a --limit.
 ALL: Final = 100_000
-#: Of a list so many are shown to people; all are in the JSON.
+#: The number of members of a JSON list that a table shows; the JSON output has all of them.
 SHOWN: Final = 10
-#: The id of a row.
+#: The type of a row id: the integers that JSON numbers hold exactly.
 ROW_ID = click.IntRange(1, 2**53 - 1)
 
 
 def before_option(member: str) -> Callable[[F], F]:
-    """Add the option that goes on where a list was cut.
+    """Add the option ``--before``, which requests the next page of a list.
 
-    :param member: what a row's id is called.
+    :param member: the name of the column that holds the id of a row.
     """
     return click.option(
         "--before", type=ROW_ID, metavar=member, help="Only rows older than this one: the last id of the previous page."
@@ -95,7 +98,7 @@ def before_option(member: str) -> Callable[[F], F]:
 
 
 def database_options(function: F) -> F:
-    """Add the options that say where the database is."""
+    """Add the options ``--database`` and ``--state-dir``."""
     named = click.option(
         "--database",
         metavar="URL",
@@ -106,7 +109,7 @@ def database_options(function: F) -> F:
 
 
 def one_line_errors(function: F) -> F:
-    """End with one line and exit code 1 where something is wrong that the operator can mend."""
+    """Make a command report an :class:`S2SError` in one line, and exit with code 1."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **options: Any) -> Any:
@@ -124,12 +127,13 @@ def one_line_errors(function: F) -> F:
 def transaction(
     database: str | None, state_dir: Path, action: str = "", *, is_checked: bool = True
 ) -> Iterator[Cursor]:
-    """Give one transaction on the database: the one named, the environment's, or the embedded one.
+    """Open one transaction on the database: the one of the option, of the environment, or the embedded one.
 
-    It is signed for the audit, and so are those that follow where the command commits in between.
+    The audit log names the user of this transaction, and of those that follow if the command commits in between.
 
-    :param action: what all of it is part of, for the audit; without it each change is called by itself.
-    :param is_checked: refuse a schema that is not ours.
+    :param action: the action that the audit log names for all changes; without it each change is its own action.
+    :param is_checked: whether a database without the current schema is refused.
+    :raises S2SError: the database cannot be used.
     """
     place = preflight.find_database(database, state_dir)
     try:
@@ -141,32 +145,32 @@ def transaction(
                 migrations.check(txn)
                 audit.sign(txn, actor(), action, for_session=True)
             yield txn
-            # Here, where it is told what it waits for.
+            # The commit is inside the block, so that a long wait of it is reported.
             commit(txn.connection)
     finally:
         place.leave()
 
 
-#: The columns of a table that is written to a file or a pipe, so that no value is broken for a terminal that is absent.
+#: The width, in columns, of a table that is written to a file or a pipe: no value needs a second line.
 _WIDE: Final = 1000
 
 
 class _Output(Console):
-    """The output of tables, which reports a broken pipe as any other output does."""
+    """A console that raises the error of a broken pipe; Rich ends the process instead."""
 
     def __init__(self) -> None:
         is_wide = "COLUMNS" not in os.environ and not sys.stdout.isatty()
         super().__init__(width=_WIDE if is_wide else None)
 
     def on_broken_pipe(self) -> None:
-        """Leave the error to the program."""
+        """Raise the error, for the handler of the program."""
         raise  # noqa: PLE0704 - it is being handled
 
 
 def show(rows: Sequence[Any], columns: Sequence[str], as_json: bool, nothing: str) -> None:
-    """Show dataclass rows: a table of some columns, or JSON of all.
+    """Show dataclass rows: a table of the given columns, or JSON of all members.
 
-    :param nothing: what to say when there are none.
+    :param nothing: the line that stands for an empty list.
     """
     found = [asdict(row) for row in rows]
     if as_json:
@@ -177,10 +181,10 @@ def show(rows: Sequence[Any], columns: Sequence[str], as_json: bool, nothing: st
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        # Whoever is named first is to be copied from here.
+        # The first column holds the id, which people copy: it stays on one line.
         table.add_column(column, overflow="fold", no_wrap=column == columns[0])
     for row in found:
-        # Text, not str: what a peer wrote is no markup.
+        # Text, not str: Rich would interpret markup in the text of a peer.
         table.add_row(*(Text(_shown(row[column])) for column in columns))
     _Output().print(table)
 
@@ -200,16 +204,16 @@ def show_one(row: Any, as_json: bool) -> None:
 
 
 def actor() -> str:
-    """Name whoever types the command, for the audit and the history."""
+    """Return the name of the operating system user, for the audit log and the history."""
     try:
-        # A name in another encoding than UTF-8.
+        # The encoding of the name can be another than UTF-8.
         return f"cli:{getpass.getuser().encode('utf-8', 'backslashreplace').decode()}"
     except (KeyError, OSError):  # an account without a name
         return f"cli:{os.getuid()}"
 
 
 def progress_bar() -> Progress:
-    """Make a bar of rows, for a terminal alone."""
+    """Make a progress bar that counts rows. It is shown on a terminal alone."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -217,11 +221,12 @@ def progress_bar() -> Progress:
 
 @contextmanager
 def interrupt_noted() -> Iterator[Callable[[], bool]]:
-    """Note Ctrl-C, for a loop that looks: the exception is lost where it comes up in a destructor or a callback.
+    """Record Ctrl-C, for a loop that polls: a KeyboardInterrupt in a destructor or a callback would be lost.
 
-    A second Ctrl-C raises KeyboardInterrupt as usual.
+    A second Ctrl-C raises KeyboardInterrupt.
 
-    :returns: whether there was one; none is noted where it means something else, or outside the main thread.
+    :returns: a function that returns whether Ctrl-C was pressed. It is always false if SIGINT has another handler, and
+        outside the main thread.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
@@ -241,7 +246,7 @@ def interrupt_noted() -> Iterator[Callable[[], bool]]:
 
 
 def words(value: Any) -> str:
-    """Write JSON with few brackets, no quotes and nothing empty: it is for people alone."""
+    """Write JSON for people: with few brackets, without quotes, and without empty members."""
     if isinstance(value, Mapping):
         told = [(name, words(member)) for name, member in value.items()]
         return f"({', '.join(f'{name} {said}' for name, said in told if said)})" if any(s for _, s in told) else ""
@@ -267,5 +272,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
-    # A terminal obeys control characters, whoever wrote them.
+    # A control character in the text of a peer would be obeyed by the terminal.
     return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)

@@ -19,7 +19,7 @@ _WANTED: Final = {"boolean": "true or false", "integer": "a whole number"}
 
 @click.group("config")
 def group() -> None:
-    """Look at and change the settings, of which every process is told at once."""
+    """List and change the settings. Every process uses a change at once."""
 
 
 @group.command(name="list")
@@ -43,7 +43,7 @@ def _text(value: Value) -> str:
 @with_backend
 @json_option
 def set_(backend: Backend, key: str, value: str, as_json: bool) -> None:
-    """Set KEY to VALUE. Every process uses it at once and says so in its log."""
+    """Set KEY to VALUE. Every process uses it at once, and logs it."""
     try:
         kind = backend.call(config.SHOW, path_params={"key": key}).type
         wanted = read_as(kind, value)
@@ -66,7 +66,7 @@ def set_(backend: Backend, key: str, value: str, as_json: bool) -> None:
 
 
 @group.command()
-@click.option("--key", help="Only of this setting.")
+@click.option("--key", help="Show only changes of this setting.")
 @before_option("VERSION")
 @limit_option
 @with_backend

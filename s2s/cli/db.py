@@ -21,7 +21,7 @@ from s2s.store.tables import own_keys
 
 @click.group()
 def db() -> None:
-    """Make and check the tables."""
+    """Create, upgrade and check the tables."""
 
 
 @db.command()
@@ -32,15 +32,15 @@ def db() -> None:
     type=click.FloatRange(0),
     default=PATIENCE_S,
     show_default=True,
-    help="How long to try again where other sessions hold the locks.",
+    help="Seconds for which a migration is tried again while other sessions hold its locks.",
 )
 @world_option
 @database_options
 @one_line_errors
 def migrate(wait_s: float, no_world: bool, database: str | None, state_dir: Path) -> None:
-    """Bring the tables of s2s and of the plug-ins up to date. Running it twice, or twice at once, does no harm.
+    """Apply the migrations of s2s and of the plug-ins. It is safe to run twice, also at once.
 
-    A plug-in that is left out has a line, its tables are not touched, and the exit code is 1.
+    A plug-in that is left out is reported in a line, its tables do not change, and the exit code is 1.
     """
     found = _plugins(no_world)
     plugins, tell = list(found.migrations.values()), partial(click.echo, err=True)
@@ -55,7 +55,7 @@ def migrate(wait_s: float, no_world: bool, database: str | None, state_dir: Path
 
 
 def _plugins(no_world: bool) -> Found:
-    """Return the installed plug-ins, and tell which ones are left out."""
+    """Return the installed plug-ins, and write a line for each that is left out."""
     found = installed(not no_world)
     for complaint in found.complaints:
         click.echo(complaint, err=True)
@@ -68,7 +68,7 @@ def _plugins(no_world: bool) -> Found:
 @json_option
 @one_line_errors
 def status(no_world: bool, database: str | None, state_dir: Path, as_json: bool) -> None:
-    """List the migrations, and what stands in the way of a role or a migration; exit 1 if anything does."""
+    """List the migrations, and each problem of a role or a migration; exit 1 if there is any."""
     is_whole = True
     plugins = list(_plugins(no_world).migrations.values())
     with transaction(database, state_dir, is_checked=False) as txn:
@@ -79,7 +79,7 @@ def status(no_world: bool, database: str | None, state_dir: Path, as_json: bool)
         for guard in [*kept_rows.foreign(txn, migrations.tables()), *shape.foreign(txn)] if is_visible else ():
             click.echo(f"s2s has not made the {guard}; to remove it: {guard.cure}", err=True)
         found = migrations.status(txn, plugins)
-        # The line is no fault: a role starts. With a fault above, the tables that the line needs may be missing.
+        # The line is not a problem: a role starts. With a problem above, the tables that the line needs may be missing.
         if is_whole and all(each.applied_at for each in found) and (line := own_keys.copied(txn)):
             click.echo(line, err=True)
     show(found, ("schema", "version", "name", "applied_at"), as_json, "this release has no migrations")
@@ -124,8 +124,10 @@ def fix_sequences(database: str | None, state_dir: Path) -> None:
 
 
 @db.command(name="fix-id")
-@click.option("--new", "choice", flag_value="new", help="Make a new id: the original still exists.")
-@click.option("--keep", "choice", flag_value="keep", help="Keep the id: the original no longer exists, or was moved.")
+@click.option("--new", "choice", flag_value="new", help="Make a new id: the original database still exists.")
+@click.option(
+    "--keep", "choice", flag_value="keep", help="Keep the id: the original database no longer exists, or was moved."
+)
 @database_options
 @one_line_errors
 def fix_id(choice: str | None, database: str | None, state_dir: Path) -> None:

@@ -18,14 +18,14 @@ from s2s.errors import BadPayload, OperatorError, Refused, harmless
 
 @click.group()
 def engine() -> None:
-    """Steer the engines: the server that has the link sends the request, and the engine's answer is shown."""
+    """Control the engines: the server with the link sends the request, and the reply of the engine is shown."""
 
 
 @engine.command(name="list")
 @with_backend
 @json_option
 def list_(backend: Backend, as_json: bool) -> None:
-    """List the engines, each with what it says now."""
+    """List the engines, each with its current state."""
     columns = (
         "name",
         "state",
@@ -44,7 +44,7 @@ def list_(backend: Backend, as_json: bool) -> None:
 
 
 def _command(name: str, operation: Operation[dict[str, Any]], help_text: str, *options: Any) -> None:
-    """Add a command that sends one request and shows its answer."""
+    """Add a command that sends one request and shows the reply."""
 
     def command(backend: Backend, engine_name: str | None, as_json: bool, **payload: Any) -> None:
         target = engine_name or _only(backend)
@@ -60,7 +60,9 @@ def _command(name: str, operation: Operation[dict[str, Any]], help_text: str, *o
     engine.command(name=name, help=help_text)(json_option(opened))
 
 
-_reason = click.option("--reason", default="asked for at a command line", show_default=True, help="For the log.")
+_reason = click.option(
+    "--reason", default="requested at a command line", show_default=True, help="The reason, for the log."
+)
 _command("health", engines.HEALTH, "Ask an engine how it is.")
 _command(
     "pause",
@@ -79,7 +81,7 @@ _command(
         type=click.IntRange(0, 600_000),
         default=5000,
         show_default=True,
-        help="Milliseconds for the work in progress.",
+        help="Milliseconds that work in progress may take.",
     ),
 )
 _command(
@@ -87,7 +89,12 @@ _command(
     engines.SWEEP_ENGINE,
     "Let an engine put the pending broadcasts into its outbox.",
     click.option(
-        "--since", "since_ts", type=click.IntRange(0), default=0, show_default=True, help="Created since, Unix seconds."
+        "--since",
+        "since_ts",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Sweep only broadcasts created since this time, in Unix seconds.",
     ),
 )
 

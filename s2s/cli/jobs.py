@@ -1,4 +1,4 @@
-"""``s2s jobs``: when each job is due, and the result of its last run."""
+"""``s2s jobs``: the due time and the last result of each job."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ OVERDUE_S: Final = 30
 
 @click.group()
 def jobs() -> None:
-    """Look at the jobs that the engines run."""
+    """List the jobs that the engines run."""
 
 
 @jobs.command(name="list")
 @with_backend
 @json_option
 def list_(backend: Backend, as_json: bool) -> None:
-    """List the jobs that any engine has had, when each is due, and what its last run came to."""
+    """List the jobs that any engine has had, with the due time and the last result of each."""
     found = rows(backend, lists.JOBS, ALL)
     lines = found if as_json else [_line(row) for row in found]
     columns = ("job_type", "schedule", "last_run", "runs", "told")

@@ -21,16 +21,16 @@ from s2s.store.tables import keys, rotation
 
 @click.group("keys")
 def group() -> None:
-    """Make, list and change the keys that sign."""
+    """Make, list, activate and retire the signing keys."""
 
 
 @group.command()
 @click.option("--key-id", required=True, metavar="ID", help="1 to 64 of A-Z a-z 0-9 _ . -")
-@click.option("--role", type=click.Choice(KEY_ROLES), required=True, help="Whose messages it may sign.")
+@click.option("--role", type=click.Choice(KEY_ROLES), required=True, help="The role whose messages it may sign.")
 @click.option(
     "--secret-file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="File with the secret in base64, at least 32 bytes; a random one is made without it.",
+    help="File with the secret in base64, at least 32 bytes; without the option a random secret is made.",
 )
 @click.option("--note", default="", help="A remark for people.")
 @click.option("--show-secret", is_flag=True, help="Print the secret, for a peer that does not share this database.")
@@ -49,7 +49,7 @@ def add(
 ) -> None:
     """Add a key.
 
-    It verifies from now on, and signs when it is activated. A first key signs at once.
+    It verifies from now on, and signs when it is activated. The first key of a role signs at once.
     """
     if not KEY_ID.fullmatch(key_id):
         raise OperatorError(f"the key id {key_id!r} cannot be used: take 1 to 64 of A-Z a-z 0-9 _ . -")
@@ -81,7 +81,7 @@ def _read_secret(path: Path) -> str:
 @with_backend
 @json_option
 def list_(backend: Backend, as_json: bool) -> None:
-    """List the keys and what each does now, without their secrets."""
+    """List the keys and the current use of each, without their secrets."""
     found = rows(backend, lists.KEYS, ALL)
     columns = ("key_id", "role", "status", "active_from", "active_to", "note")
     show(found, columns, as_json, "there are no keys: make one with: s2s keys add --key-id ID --role any")
@@ -93,7 +93,7 @@ def list_(backend: Backend, as_json: bool) -> None:
 @json_option
 @one_line_errors
 def activate(key_id: str, database: str | None, state_dir: Path, as_json: bool) -> None:
-    """Sign with a key from now on.
+    """Sign with this key from now on.
 
     The key that signed before still verifies: retire it next.
     """
@@ -106,9 +106,9 @@ def activate(key_id: str, database: str | None, state_dir: Path, as_json: bool) 
 @json_option
 @one_line_errors
 def retire(key_id: str, database: str | None, state_dir: Path, as_json: bool) -> None:
-    """Sign no more with a key.
+    """Stop signing with this key.
 
-    It verifies for 60 s more, so that what is on its way arrives.
+    It verifies for 60 s more, so that messages on their way are accepted.
     """
     _take("keys.retire", rotation.retire, key_id, database, state_dir, as_json)
 
@@ -119,7 +119,7 @@ def retire(key_id: str, database: str | None, state_dir: Path, as_json: bool) ->
 @json_option
 @one_line_errors
 def revoke(key_id: str, database: str | None, state_dir: Path, as_json: bool) -> None:
-    """End a key at once, such as a stolen one.
+    """Revoke a key at once, such as a stolen one.
 
     It neither signs nor verifies, and the links whose peers signed with it close.
     """

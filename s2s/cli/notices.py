@@ -11,7 +11,7 @@ from s2s.cli.common import before_option, json_option, limit_option, show
 
 @click.group("notices")
 def group() -> None:
-    """Look at the notices that the players were given."""
+    """List the notices to the players."""
 
 
 @group.command(name="list")

@@ -166,7 +166,9 @@ def _kinds(backend: Backend, rpc: str, typed: Mapping[str, str]) -> Mapping[str,
     return {"value": types[typed["key"]]} if typed["key"] in types else {}
 
 
-_idem_key = click.option("--idem-key", metavar="TEXT", help="The same key again is the same order, and shows it.")
+_idem_key = click.option(
+    "--idem-key", metavar="TEXT", help="A key of the order. An order with the same key is made only once."
+)
 _wait = click.option(
     "--wait",
     "wait_s",
@@ -231,7 +233,7 @@ def _end(row: OrderView, as_json: bool) -> None:
 @with_backend
 @json_option
 def show_(backend: Backend, order_id: str, as_json: bool) -> None:
-    """Show all of one order: how far it is, or what came of it."""
+    """Show all of one order, with its progress or its result."""
     try:
         found = backend.call(orders.SHOW, path_params={"order_id": order_id})
     except Refused as error:
@@ -242,8 +244,12 @@ def show_(backend: Backend, order_id: str, as_json: bool) -> None:
 
 
 @order.command(name="list")
-@click.option("--status", type=click.Choice(("queued", "running", "done", "refused", "failed")), help="Only these.")
-@click.option("--rpc", metavar="RPC", help="Only these.")
+@click.option(
+    "--status",
+    type=click.Choice(("queued", "running", "done", "refused", "failed")),
+    help="Show only orders of this status.",
+)
+@click.option("--rpc", metavar="RPC", help="Show only orders of this RPC.")
 @click.option("--before", metavar="ORDER_ID", help="Only rows older than this one: the last id of the previous page.")
 @limit_option
 @with_backend

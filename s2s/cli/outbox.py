@@ -13,11 +13,11 @@ from s2s.errors import OperatorError, Refused
 
 @click.group("outbox")
 def group() -> None:
-    """Look after the commands that wait in the outbox to be sent, or that the server refused."""
+    """List, show, retry and cancel the commands of the outbox: those that wait, and those that the server refused."""
 
 
 @group.command(name="list")
-@click.option("--state", type=click.Choice(("waiting", "dead")), help="Only these.")
+@click.option("--state", type=click.Choice(("waiting", "dead")), help="Show only commands of this state.")
 @type_option
 @before_option("OUTBOX_ID")
 @limit_option
@@ -26,7 +26,7 @@ def group() -> None:
 def list_(
     backend: Backend, state: str | None, cmd_type: str | None, before: int | None, limit: int, as_json: bool
 ) -> None:
-    """List what is in the outbox, the newest first."""
+    """List the commands in the outbox, the newest first."""
     found = rows(backend, outbox.LIST, limit, state=state, cmd_type=cmd_type, before=before)
     columns = ("outbox_id", "cmd_type", "idem_key", "state", "attempts", "send_at", "error_code", "error_message")
     show(found, columns, as_json, "there is nothing in the outbox")
@@ -37,7 +37,7 @@ def list_(
 @with_backend
 @json_option
 def show_(backend: Backend, outbox_id: int, as_json: bool) -> None:
-    """Show all of one row, its payload and why it was refused too."""
+    """Show all of one command, with its payload and the reason of its refusal."""
     try:
         found = backend.call(outbox.SHOW, path_params={"outbox_id": outbox_id})
     except Refused as error:

@@ -15,8 +15,8 @@ from s2s.handlers.jobs import Job
 class _Row:
     """One plug-in.
 
-    :param source: the module of its class, or the module that declares it; ``s2s`` for the built-in ones.
-    :param replaces: the package whose plug-in of this name it replaces.
+    :param source: the module of its class, or the module that declares it; ``s2s`` for a built-in plug-in.
+    :param replaces: the package with a plug-in of the same name, which this one replaces.
     """
 
     kind: str
@@ -28,14 +28,14 @@ class _Row:
 
 @click.group()
 def plugins() -> None:
-    """Look at the command types, jobs, orders, reports, settings and migrations that are installed."""
+    """List the installed command types, jobs, orders, reports, settings and migrations."""
 
 
 @plugins.command(name="list")
 @world_option
 @json_option
 def list_(no_world: bool, as_json: bool) -> None:
-    """List the plug-ins, and what is wrong with those that are left out; exit 1 if there is one."""
+    """List the plug-ins, and the error of each that is left out; exit 1 if there is any."""
     found = discover(not no_world)
     rows = [
         _Row(

@@ -28,12 +28,17 @@ def group() -> None:
     "--role",
     type=click.Choice(ACCESS),
     required=True,
-    help="observer: look at everything; operator: steer too; admin: change settings and the world too.",
+    help="observer: read; operator: control, too; admin: change settings and the world, too.",
 )
 @click.option("--note", default="", help="A remark for people.")
-@click.option("--days", type=click.IntRange(1, 3650), help="How long it is valid; for ever without it.")
 @click.option(
-    "--to", "path", type=click.Path(dir_okay=False, path_type=Path), help="A new file for it, which only you can read."
+    "--days", type=click.IntRange(1, 3650), help="Days for which it is valid; without the option it does not expire."
+)
+@click.option(
+    "--to",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write it to a new file that only you can read.",
 )
 @database_options
 @json_option
@@ -48,9 +53,9 @@ def add(
     state_dir: Path,
     as_json: bool,
 ) -> None:
-    """Make a token called NAME, and print it: it is shown this once, and only its hash is kept.
+    """Make a token called NAME, and print it once: only its hash is stored.
 
-    Without a NAME it gets one. The name is what the audit calls whoever uses it.
+    Without NAME a name is made. The audit log names the token as the actor.
     """
     name = name or f"{role}-{secrets.token_hex(4)}"
     if not NAME.fullmatch(name):
@@ -122,7 +127,7 @@ def list_(database: str | None, state_dir: Path, as_json: bool) -> None:
 @json_option
 @one_line_errors
 def revoke(name: str, database: str | None, state_dir: Path, as_json: bool) -> None:
-    """End the token called NAME. Servers refuse it at once."""
+    """Revoke the token called NAME. Servers refuse it at once."""
     with transaction(database, state_dir) as txn:
         if not tokens.revoke(txn, name):
             raise OperatorError(f"there is no token {name!r}: see them with: s2s tokens list")

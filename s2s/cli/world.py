@@ -1,4 +1,4 @@
-"""``s2s world``: what the orders and jobs change (docs/protocol.rst, "The world and its jobs")."""
+"""``s2s world``: the rows of the bundled world (docs/protocol.rst, "The world and its jobs")."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ from s2s.store import migrations
 from s2s.world import migrations as world_migrations
 from s2s.world.tables import COUNTS
 
-#: Rows of a table. So many ships take a minute or two, and gigabytes.
+#: The maximum number of rows of a table. This number of ships takes a minute or two, and gigabytes.
 _MOST: Final = 10_000_000
 
 
 @click.group()
 def world() -> None:
-    """Make a world of sectors, ports and ships, and count what is in it."""
+    """Make a world of sectors, ports and ships, and count its rows."""
 
 
 @world.command()
-@click.option("--sectors", type=click.IntRange(1, _MOST), metavar="N", required=True, help="Sectors, each with a port.")
-@click.option("--ships", type=click.IntRange(0, _MOST), metavar="M", required=True, help="Ships, somewhere in them.")
+@click.option(
+    "--sectors", type=click.IntRange(1, _MOST), metavar="N", required=True, help="Number of sectors, each with a port."
+)
+@click.option(
+    "--ships", type=click.IntRange(0, _MOST), metavar="M", required=True, help="Number of ships, in random sectors."
+)
 @click.option("--seed", type=int, metavar="S", default=1, show_default=True, help="Seed of the random generator.")
-@click.option("--replace", is_flag=True, help="Remove the world that there is.")
+@click.option("--replace", is_flag=True, help="Remove the existing world first.")
 @database_options
 @json_option
 @one_line_errors
 def seed(
     sectors: int, ships: int, seed: int, replace: bool, database: str | None, state_dir: Path, as_json: bool
 ) -> None:
-    """Make a world: the same sizes and seed make the same one. All of it is made, or nothing."""
+    """Make a world: the same sizes and seed make the same world. All of it is made, or nothing."""
     made = {"sectors": sectors, "ports": sectors, "ships": ships, "seed": seed}
     with transaction(database, state_dir) as txn, progress_bar() as bar:
         migrations.check(txn, [world_migrations])

@@ -1,4 +1,4 @@
-"""What both roles' command lines share; every option can come from the environment too, which the tac files use."""
+"""The command line options that both roles share. Each can be set by an environment variable, as for a tac file."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ LISTEN: Final = "tcp:4321:interface=127.0.0.1"
 HTTP: Final = "tcp:8321:interface=127.0.0.1"
 CONNECT: Final = "tcp:host=127.0.0.1:port=4321"
 FRAME_SIZES: Final = (4096, 262144)
-#: Bytes after which a log file is rotated, at least and at most: less rotates at each burst, more fills a disk.
+#: Minimum and maximum of --log-bytes, in bytes: a smaller file is rotated at each burst, a larger one fills a disk.
 LOG_BYTES: Final = (100_000, 10_000_000_000)
-#: Rotated log files that are kept, at least and at most.
+#: Minimum and maximum of --log-files, in files.
 LOG_FILES: Final = (1, 1000)
-#: Seconds between two looks at the size of the embedded PostgreSQL's log.
+#: Seconds between two checks of the size of the embedded PostgreSQL's log.
 TRIM_S: Final = 60.0
 _TWISTD_PIDFILE: Final = "twistd.pid"
-#: Sessions of a role beside those of its two pools: for short statements, for notifications, and to cancel by.
+#: Sessions of a role beside those of its two pools: for short statements, for notifications, and for cancellations.
 _OWN_SESSIONS: Final = 3
 #: The socket of syslog on Linux, and the maximum seconds of a connect to it.
 _SYSLOG: Final = "/dev/log"
@@ -66,7 +66,7 @@ _log = Logger()
 
 
 def variable(option: str) -> str:
-    """Name the environment variable that stands for an option."""
+    """Return the name of the environment variable of an option."""
     return "S2S_" + option.upper().replace("-", "_")
 
 
@@ -84,7 +84,7 @@ def is_set(name: str) -> bool:
 
 
 def between(least: int, most: int) -> Callable[[str], int]:
-    """Make the coercion of a number with bounds."""
+    """Make a function that converts text to an integer, and raises ``ValueError`` outside the bounds."""
 
     def coerce(text: str) -> int:
         try:
@@ -99,7 +99,7 @@ def between(least: int, most: int) -> Callable[[str], int]:
 
 
 def parameter(name: str, default: object, help: str) -> list[object]:
-    """Declare an option, whose default the environment may set."""
+    """Declare an option. Its environment variable replaces the default."""
     return [name, None, os.environ.get(variable(name), default), help]
 
 
@@ -125,9 +125,10 @@ _COERCIONS: Final = {
 class RoleOptions(usage.Options):
     """The options of either role.
 
-    :cvar process_name: names the role's files and its lines.
-    :cvar endpoints: the options that hold endpoints, what reads each, and an example.
-    :cvar coercions: what to make of an option's text, by name; a ``ValueError`` says what is wrong with it.
+    :cvar process_name: the name of the role in the names of its files and in its lines.
+    :cvar endpoints: for each option that holds an endpoint: its name, its parser and an example.
+    :cvar coercions: by the name of an option, the function that converts its text. It raises ``ValueError`` with the
+        reason.
     """
 
     process_name: str
@@ -141,7 +142,7 @@ class RoleOptions(usage.Options):
             round(TIMEOUT_S),
             "seconds that a command handler, a job's or an order's step may take, with its SQL, 1 to 3600",
         ),
-        parameter("state-dir", preflight.STATE_DIR, "where the embedded PostgreSQL lives"),
+        parameter("state-dir", preflight.STATE_DIR, "directory of the embedded PostgreSQL"),
         parameter("log-bytes", 10_000_000, "size at which the file of --logfile is rotated, in bytes, 100000 to 10^10"),
         parameter("log-files", 10, "rotated log files that are kept, 1 to 1000"),
     ]
@@ -151,7 +152,7 @@ class RoleOptions(usage.Options):
 
     @classmethod
     def from_environment(cls) -> RoleOptions:
-        """Give the options as the environment alone sets them, for a tac file."""
+        """Return the options as the environment alone sets them, for a tac file."""
         options = cls()
         options.parseOptions([])
         return options
@@ -161,7 +162,7 @@ class RoleOptions(usage.Options):
         try:
             super().parseOptions(options)  # type: ignore[no-untyped-call]
         except usage.UsageError as error:
-            # twistd would tell it below a page of help.
+            # twistd would write the error below a page of help.
             refuse(f"{str(error).rstrip('.')}: see twistd {self.process_name} --help")
 
     def opt_help(self) -> NoReturn:
@@ -173,7 +174,7 @@ class RoleOptions(usage.Options):
         _tell(f"s2s, version {__version__}")
 
     def postOptions(self) -> None:
-        """Read the values, and prepare the process for twistd."""
+        """Convert the values, and prepare the process for twistd."""
         if wrong := streams.not_utf8():
             refuse(f"an option or a variable is not UTF-8: {wrong}: write it in UTF-8")
         for name, given in self.items():
@@ -192,9 +193,9 @@ class RoleOptions(usage.Options):
             or_refuse(_check_syslog)
 
     def _prepare_process(self, twistd: Any) -> None:
-        """Keep the files of the two roles apart, and see that twistd can write its own: it would end with a traceback.
+        """Name the files of the role, and check that twistd can write them: twistd itself would end with a traceback.
 
-        :raises OperatorError: it cannot.
+        :raises OperatorError: a file cannot be written.
         """
         wait_for_start()
         closed = streams.prepare()
@@ -229,9 +230,9 @@ class RoleOptions(usage.Options):
 
 
 def _check_logger(name: str) -> None:
-    """See that the factory of ``--logger`` is there, since twistd would report its error below a page of help.
+    """Check the factory of ``--logger``: twistd itself would report an error below a page of help.
 
-    :raises OperatorError: it is not.
+    :raises OperatorError: the factory cannot be imported or called.
     """
     try:
         is_factory, why = callable(namedAny(name)), "it cannot be called"
@@ -242,9 +243,9 @@ def _check_logger(name: str) -> None:
 
 
 def _check_syslog() -> None:
-    """See that a syslog daemon listens, since without one the C library drops each line and reports no error.
+    """Check that a syslog daemon listens: without one the C library drops each line and reports no error.
 
-    :raises OperatorError: none listens.
+    :raises OperatorError: no daemon listens.
     """
     if sys.platform != "linux":  # other systems have other paths
         return None
@@ -260,9 +261,9 @@ def _check_syslog() -> None:
 
 
 def _check_places(twistd: Any) -> None:
-    """See that what twistd's own options name is there.
+    """Check the directories, the user and the profile of twistd's own options.
 
-    :raises OperatorError: it is not.
+    :raises OperatorError: one of them does not exist or cannot be written.
     """
     root, rundir, uid, gid = (twistd[option] for option in ("chroot", "rundir", "uid", "gid"))
     if root is not None and (rundir == "." or os.path.isabs(rundir)):
@@ -278,13 +279,13 @@ def _check_places(twistd: Any) -> None:
         except KeyError:
             raise OperatorError(f"there is no user {uid}, whose groups would be ours: name another --uid") from None
     if twistd["profile"]:
-        # It is written at the end, there.
+        # twistd writes the profile at its end, in the run directory.
         profile = os.path.join(rundir, twistd["profile"])
         _write(f"the profile {profile}", "profile", lambda: log_file.append(profile))
 
 
 def _tell(text: str) -> NoReturn:
-    """End the process with a text for its user."""
+    """Write a text to stdout, and exit with code 0."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -301,11 +302,11 @@ def _write(what: str, option: str, write: Callable[[], object]) -> None:
 
 
 def make_deps(options: RoleOptions, role: Role, name: str, threads: int, handlers: int) -> tuple[RoleDeps, list[Any]]:
-    """Make what a role of either kind stands on, and the endpoints where it listens or connects.
+    """Make the dependencies of a role, and the endpoints where it listens or connects.
 
-    :param threads: connections for our own statements.
-    :param handlers: transactions with foreign code at once.
-    :raises OperatorError: one line that names the cure.
+    :param threads: the number of connections for the statements of the role itself.
+    :param handlers: the maximum number of concurrent transactions of handlers, jobs and orders.
+    :raises OperatorError: the role cannot start; the error is one line that names the cure.
     """
     from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
 
@@ -326,7 +327,7 @@ def make_deps(options: RoleOptions, role: Role, name: str, threads: int, handler
     if place.is_embedded:
         trimming = LoopingCall(reactor.callInThread, place.trim_log)
         reactor.callWhenRunning(trimming.start, TRIM_S)
-    # The last thing of all, also where the service cannot start: a role that is still stopping needs its database.
+    # At the end of the process, even if the service cannot start: a role that is still stopping needs its database.
     atexit.register(place.leave)
     clock = Clock(reactor)
     counters = Counters()
@@ -358,18 +359,24 @@ def make_deps(options: RoleOptions, role: Role, name: str, threads: int, handler
 
 
 def _endpoint(options: RoleOptions, reactor: object, name: str, read: Callable[[Any, str], Any], example: str) -> Any:
-    """Read an endpoint string of the role, before a database is started for it."""
+    """Parse an endpoint string of the role, before a database is started for it.
+
+    :raises OperatorError: the string is not valid.
+    """
     try:
         return read(reactor, options[name])
     except Exception as error:  # every kind of endpoint raises its own
         raise OperatorError(
-            f"--{name} {options[name]!r} is no endpoint: {error}: write one of Twisted's strings, such as {example}"
+            f"--{name} {options[name]!r} is not an endpoint: {error}: write one of Twisted's strings, such as {example}"
         ) from None
 
 
 def or_refuse(make: Callable[[], T]) -> T:
-    """Make a service, or end the process with the one line that an operator's mistake deserves."""
-    # Until the reactor takes the signal. As process 1 of a container the role would not notice it.
+    """Call a function, and return its result. An :class:`OperatorError` ends the process with one line.
+
+    So does an interrupt.
+    """
+    # Until the reactor handles the signal: process 1 of a container does not receive it without a handler.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return make()

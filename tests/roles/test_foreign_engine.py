@@ -295,5 +295,5 @@ class OwnDatabaseTests(RoleTestCase):
         rows = yield deferToThread(run, "list")
         found = {row["name"]: (row["state"], row["wanted"], row["reason"]) for row in rows}
         self.assertEqual(
-            found, {"away": ("paused", None, ""), "ours": ("paused", "paused", "asked for at a command line")}
+            found, {"away": ("paused", None, ""), "ours": ("paused", "paused", "requested at a command line")}
         )

@@ -18,7 +18,7 @@ from s2s.roles.live_config import LiveConfig
 from s2s.runtime.clock import Clock
 from s2s.store.pool import blocking
 from s2s.store.refresher import POLL_S, RETRY_S
-from s2s.store.tables import config as table
+from s2s.store.tables import config
 from s2s.store.tables.config import Snapshot
 from tests.support.installed import FOUND
 from tests.support.postgres import DatabaseTestCase
@@ -30,12 +30,12 @@ class TableTests(DatabaseTestCase):
     def change(self, key: str, value: Any) -> int | None:
         """Set a value."""
         with blocking(self.url) as txn:
-            return table.change(txn, key, value, "a test")
+            return config.change(txn, key, value, "a test")
 
     def snapshot(self) -> Snapshot:
         """Read the snapshot."""
         with blocking(self.url) as txn:
-            return table.read(txn)
+            return config.read(txn)
 
     def test_declared(self) -> None:
         """A migrated database has every setting of this release with its default, at version 0."""
@@ -46,7 +46,7 @@ class TableTests(DatabaseTestCase):
         self.change("relay.window", 3)
         self.execute("update s2s.config set description = 'old' where key = 'relay.window'")
         with blocking(self.url) as txn:
-            table.declare(txn, SETTINGS)
+            config.declare(txn, SETTINGS)
         ((value, description),) = self.execute("select value, description from s2s.config where key = 'relay.window'")
         self.assertEqual((value, description), (3, BY_KEY["relay.window"].description))
         self.assertEqual(self.snapshot().version, 1)
@@ -59,8 +59,8 @@ class TableTests(DatabaseTestCase):
         self.execute("update s2s.config set value = '4' where key = 'relay.window'")
         self.execute("update s2s.config set version = 99, description = 'x' where key = 'relay.window'")
         with blocking(self.url) as txn:
-            found = table.HISTORY.read(txn, 100, None)
-            narrowed = table.HISTORY.read(txn, 100, None, key="link.idle_s")
+            found = config.HISTORY.read(txn, 100, None)
+            narrowed = config.HISTORY.read(txn, 100, None, key="link.idle_s")
         told = [(each.version, each.key, each.old_value, each.new_value, each.actor) for each in found]
         self.assertEqual(
             told,
@@ -109,7 +109,7 @@ class TableTests(DatabaseTestCase):
             connection = psycopg2.connect(self.url)
             for turn in range(10):
                 with connection.cursor() as txn:
-                    table.change(txn, "relay.window", 1 + (number * 10 + turn) % 1000, f"worker {number}")
+                    config.change(txn, "relay.window", 1 + (number * 10 + turn) % 1000, f"worker {number}")
                 connection.rollback() if turn % 3 == 0 else connection.commit()
             connection.close()
 

@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from s2s.errors import DatabaseUnavailable
 from s2s.roles.live_keys import LiveKeys
 from s2s.runtime.clock import Clock
-from s2s.store.tables import keys as table
+from s2s.store.tables import keys
 from s2s.store.tables.keys import KeyRow, KeyTable
 
 _B64 = base64.b64encode(b"never-shown-never-shown-never-shown").decode()
@@ -40,7 +40,7 @@ class _Database:
 
     def run(self, function: Any) -> Deferred[Any]:
         """Begin a read."""
-        assert function is table.read
+        assert function is keys.read
         self.began.append(self._time.seconds())
         self.reads.append(Deferred())
         return self.reads[-1]
@@ -297,9 +297,9 @@ class LiveKeysTests(SynchronousTestCase):
         """A key that had ended when the rows were read has ended, however late the rows arrive."""
         self.keys.notify()
         self.time.advance(0)
-        table = KeyTable([_row("k1", until=self.database.now), _row("k2", since=self.database.now)], self.database.now)
+        keys = KeyTable([_row("k1", until=self.database.now), _row("k2", since=self.database.now)], self.database.now)
         self.time.advance(3.7)
-        self.database.reads.pop(0).callback(table)
+        self.database.reads.pop(0).callback(keys)
         self.assertEqual(self.verify(), ["k2"])
 
     def test_no_rounding_revives_a_key(self) -> None:

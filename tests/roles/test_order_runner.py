@@ -26,8 +26,7 @@ from s2s.runtime.clock import Clock
 from s2s.store import poll_loop
 from s2s.store.driver import Cursor
 from s2s.store.pool import blocking
-from s2s.store.tables import audit
-from s2s.store.tables import orders as table
+from s2s.store.tables import audit, orders
 from tests.support.installed import FOUND
 from tests.support.postgres import DatabaseTestCase
 from tests.support.waiting import pause, poll
@@ -66,7 +65,7 @@ class OrderRunnerTests(DatabaseTestCase):
         super().setUp()
         self.execute("create table public.effects (n serial, order_id text, state text)")
         self.patch(poll_loop, "POLL_S", 0.05)
-        self.patch(table, "PAUSE", "interval '0.1 seconds'")
+        self.patch(orders, "PAUSE", "interval '0.1 seconds'")
         self.condition = EngineState()
         self.condition.wanted = "running"
         self.has_link = False
@@ -143,7 +142,7 @@ class OrderRunnerTests(DatabaseTestCase):
 
     async def test_a_job_of_no_engine(self) -> None:
         """An order to run a job that no running engine has is refused after a while, and at once if none ever had."""
-        self.patch(table, "LEFT_S", 0.5)
+        self.patch(orders, "LEFT_S", 0.5)
         self.execute(
             "insert into s2s.jobs (job_type, schedule, due_at) values ('test.other', 'every:60s', '2100-01-01')"
         )
@@ -235,7 +234,7 @@ class OrderRunnerTests(DatabaseTestCase):
             self.assertEqual(self.row(order_id)[1]["message"], message)
         self.assertEqual(self.row("good")[0], "done")
         with blocking(self.url) as txn:
-            self.assertEqual(len(table.list_orders(txn)), len(odd) + 2)
+            self.assertEqual(len(orders.list_orders(txn)), len(odd) + 2)
             self.assertEqual(len(audit.LISTED.read(txn, 100, None)), 2 * len(odd) + 3)
         self.assertEqual(self.row("later"), ("queued", None))
         self.assertEqual(self.steps(), [("good", "{}")])
@@ -513,13 +512,13 @@ class OrderRunnerTests(DatabaseTestCase):
     async def test_none_overtakes_over_the_link(self) -> None:
         """Orders over the link run in the order of their arrival, however long it takes to store one."""
         self.has_link = True
-        write = table.give
+        write = orders.give
 
         def give(txn: Cursor, order_id: str, *args: Any, **how: Any) -> Any:
             time.sleep(0.3 if order_id == "o0" else 0)
             return write(txn, order_id, *args, **how)
 
-        self.patch(table, "give", give)
+        self.patch(orders, "give", give)
         ids = [f"o{number}" for number in range(4)]
         for order_id in ids:
             self.give(order_id)

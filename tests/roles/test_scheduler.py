@@ -28,7 +28,7 @@ from s2s.store.cursor import own
 from s2s.store.driver import Cursor
 from s2s.store.kept_rows import KEPT
 from s2s.store.pool import blocking
-from s2s.store.tables import jobs as table
+from s2s.store.tables import jobs
 from s2s.store.tables.claims import presence_key
 from s2s.store.tables.own_keys import digest
 from tests.support.postgres import DatabaseTestCase, RecordingCursor, Session
@@ -125,7 +125,7 @@ class SchedulerTestCase(DatabaseTestCase):
 
     def pause_long(self) -> None:
         """Prevent automatic retries, even on a slow machine."""
-        self.patch(table, "PAUSE", "interval '1 hour'")
+        self.patch(jobs, "PAUSE", "interval '1 hour'")
 
     def end_connections(self) -> None:
         """End every connection that is in a transaction."""
@@ -137,13 +137,13 @@ class SchedulerTestCase(DatabaseTestCase):
     def watch_looks(self) -> list[int]:
         """Return a list that grows with every query for a due job."""
         looks: list[int] = []
-        attempt = table.attempt
+        attempt = jobs.attempt
 
         def watched(*args: Any) -> Any:
             looks.append(1)
             return attempt(*args)
 
-        self.patch(table, "attempt", watched)
+        self.patch(jobs, "attempt", watched)
         return looks
 
 
@@ -185,10 +185,10 @@ class TimeTests(SchedulerTestCase):
         """A run that ends late in a second does not skip the time at which the next second begins."""
         self.due("tick")
         with blocking(self.url) as txn:
-            due = table.attempt(txn, ["tick"])
+            due = jobs.attempt(txn, ["tick"])
             assert due is not None
             asked: list[int] = []
-            table.finish(txn, due, lambda _, ts: asked.append(ts) or 0, None)
+            jobs.finish(txn, due, lambda _, ts: asked.append(ts) or 0, None)
             txn.execute("select floor(extract(epoch from now()))::bigint")
             self.assertEqual((asked[0],), txn.fetchone())
 
@@ -288,13 +288,13 @@ class TimeTests(SchedulerTestCase):
         """A schedule is not replaced while the job's row is locked, and no check waits for the lock."""
         self.execute("insert into s2s.jobs (job_type, schedule, due_at) values ('tick', 'every:5s', now())")
         database, _ = self.pools("s2s-jobs")
-        found = {"tick": table.OtherSchedule("every:5s", is_kept=False)}
+        found = {"tick": jobs.OtherSchedule("every:5s", is_kept=False)}
         ours = _Job("tick", _nothing)
         scheduler = Scheduler(
             "boot-1", database, mock.Mock(), Clock(reactor), registry([ours]), EngineState(), 65536, lambda: None, {}
         )
         with blocking(self.url) as txn:
-            table.hold_still(txn, "tick")
+            jobs.hold_still(txn, "tick")
             self.assertEqual(await database.run(scheduler._declare, False, found), (found, {}))
         self.assertEqual(await database.run(scheduler._declare, False, found), ({}, {}))
         self.assertEqual(self.row("schedule"), ("every:3600s",))
@@ -302,7 +302,7 @@ class TimeTests(SchedulerTestCase):
     async def test_what_cannot_be_declared(self) -> None:
         """A job that cannot be declared, by a lock or a trigger, is named, delays no other, and is tried again."""
         self.patch(scheduling, "DECLARE_S", 0.1)
-        self.patch(table, "DECLARE_LOCK_S", 0.05)
+        self.patch(jobs, "DECLARE_LOCK_S", 0.05)
         self.execute(
             "insert into s2s.jobs (job_type, schedule, due_at) values ('locked', 'every:5s', '2100-01-01');"
             "create function no() returns trigger language plpgsql set search_path from current as $$ begin"
@@ -520,7 +520,7 @@ class FailureTests(SchedulerTestCase):
 
     async def test_one_that_always_loses_its_connection(self) -> None:
         """A job that always loses its connection is named and fails, if the database accepts other writes."""
-        self.patch(table, "PAUSE", "interval '0.05 seconds'")
+        self.patch(jobs, "PAUSE", "interval '0.05 seconds'")
 
         def lose(txn: Cursor, run: JobRun) -> None:
             txn.execute("select pg_terminate_backend(pg_backend_pid())")
@@ -543,7 +543,7 @@ class FailureTests(SchedulerTestCase):
 
     async def test_one_that_loses_its_connection_while_the_database_is_at_fault(self) -> None:
         """A job is not marked as failed if the database refuses other writes, too."""
-        self.patch(table, "PAUSE", "interval '0.05 seconds'")
+        self.patch(jobs, "PAUSE", "interval '0.05 seconds'")
         checks: list[int] = []
 
         def refuse(txn: Cursor) -> None:
@@ -624,7 +624,7 @@ class StepTests(SchedulerTestCase):
     async def test_long_runs_take_turns(self) -> None:
         """With one worker, a run of many steps does not delay a job that becomes due after it."""
         self.patch(scheduling, "LINES", 1)
-        self.patch(table, "SLICE_S", 0.0)
+        self.patch(jobs, "SLICE_S", 0.0)
         self.due("long", at=_HOUR)
         self.due("short", at=2 * _HOUR)
         self.start(_Job("long", lambda *_: Unfinished({})), _Job("short", _nothing))
@@ -679,31 +679,31 @@ class StepTests(SchedulerTestCase):
         """An outdated attempt does nothing after others have continued the run, even with the same attempt count."""
         self.due("tick")
 
-        def attempt() -> table.DueJob:
+        def attempt() -> jobs.DueJob:
             with blocking(self.url) as txn:
-                due = table.attempt(txn, ["tick"])
+                due = jobs.attempt(txn, ["tick"])
             assert due is not None
             return due
 
-        def holds(due: table.DueJob) -> bool:
+        def holds(due: jobs.DueJob) -> bool:
             with blocking(self.url) as txn:
-                return table.hold(txn, due) is not None
+                return jobs.hold(txn, due) is not None
 
         stale = attempt()
         self.rush()
         with blocking(self.url) as txn:
-            due = table.attempt(txn, ["tick"])
+            due = jobs.attempt(txn, ["tick"])
             assert due is not None
-            place = table.hold(txn, due)
+            place = jobs.hold(txn, due)
             assert place is not None
-            table.go_on(txn, due, place, {"at": 1}, False)
+            jobs.go_on(txn, due, place, {"at": 1}, False)
         self.assertEqual((due.attempts, holds(stale), holds(due)), (2, False, False))
         fresh = attempt()
         self.assertEqual((fresh.attempts, fresh.due_at), (stale.attempts, stale.due_at))
         self.assertEqual((holds(stale), holds(fresh)), (False, True))
         with blocking(self.url) as txn:
-            table.release(txn, stale)
-            table.fail(txn, stale, "long ago")
+            jobs.release(txn, stale)
+            jobs.fail(txn, stale, "long ago")
         self.assertEqual(self.row("attempts, error, retry_at"), (1, None, fresh.retry_at))
 
     async def test_one_look_for_many_steps(self) -> None:
@@ -752,15 +752,15 @@ class StepTests(SchedulerTestCase):
         self.due("tick")
         pages = []
         with blocking(self.url) as txn:
-            due = table.attempt(txn, ["tick"])
+            due = jobs.attempt(txn, ["tick"])
             for number in range(3000):
                 assert due is not None
                 if number % 1000:
-                    place = table.hold(txn, due)
-                    due = table.go_on(txn, due, place or "", {"at": number}, True)
+                    place = jobs.hold(txn, due)
+                    due = jobs.go_on(txn, due, place or "", {"at": number}, True)
                     continue
                 with txn.connection.cursor(cursor_factory=RecordingCursor) as recording:
-                    table.hold(recording, due)
+                    jobs.hold(recording, due)
                     pages.append(recording.pages())
         self.assertLess(max(pages), 10)
 
@@ -785,7 +785,7 @@ class StepTests(SchedulerTestCase):
         """A hanging job occupies only one worker, even if its lock is lost meanwhile: the others run."""
         begun, go_on = threading.Event(), threading.Event()
         self.addCleanup(go_on.set)
-        self.patch(table, "PAUSE", "interval '0.1 seconds'")
+        self.patch(jobs, "PAUSE", "interval '0.1 seconds'")
 
         def hang(*_: Any) -> Outcome:
             begun.set()
@@ -847,7 +847,7 @@ class ConditionTests(SchedulerTestCase):
     async def test_paused_while_it_looks(self) -> None:
         """A pause between the attempt and the step takes effect: the attempt is given back."""
         condition = EngineState()
-        attempt, release = table.attempt, table.release
+        attempt, release = jobs.attempt, jobs.release
         released: list[Any] = []
 
         def attempt_then_pause(*args: Any) -> Any:
@@ -862,8 +862,8 @@ class ConditionTests(SchedulerTestCase):
             released.append(due)
 
         self.due("tick")
-        self.patch(table, "attempt", attempt_then_pause)
-        self.patch(table, "release", note_release)
+        self.patch(jobs, "attempt", attempt_then_pause)
+        self.patch(jobs, "release", note_release)
         self.start(_Job("tick", _nothing), condition=condition)
         await poll(lambda: released and self.row("attempts = 0 and retry_at is null")[0], "the end")
         self.assertEqual((self.effects(), self.row("runs, error")), ([], (0, None)))

@@ -11,8 +11,7 @@ from twisted.internet.threads import deferToThread
 
 from s2s.errors import IdemConflict, RowRefused
 from s2s.store.pool import blocking
-from s2s.store.tables import claims
-from s2s.store.tables import orders as table
+from s2s.store.tables import claims, orders
 from s2s.store.tables.orders import Order
 from tests.support.installed import ORDERS
 from tests.support.postgres import DatabaseTestCase
@@ -35,7 +34,7 @@ class OrdersTestCase(DatabaseTestCase):
         self, order_id: str, rpc: str = SECTOR, params: Any = PARAMS, idem_key: str | None = None, **more: Any
     ) -> Any:
         """Insert an order, and return it and whether it is new."""
-        return self.run_(table.give, order_id, rpc, params, "me", idem_key, **more)
+        return self.run_(orders.give, order_id, rpc, params, "me", idem_key, **more)
 
     def conflict(self, *args: Any, **more: Any) -> str:
         """Check that an insert is refused, and return the id of the order that it conflicts with."""
@@ -48,7 +47,7 @@ class OrdersTestCase(DatabaseTestCase):
 
 
 class GiveTests(OrdersTestCase):
-    """:func:`table.give` and :func:`table.queued`."""
+    """:func:`orders.give` and :func:`orders.queued`."""
 
     def test_once(self) -> None:
         """A new order is queued and open, has its actor, and gets an audit entry in the same transaction."""
@@ -73,16 +72,16 @@ class GiveTests(OrdersTestCase):
         with blocking(self.url) as step:
             step.execute("select from s2s.orders for update")
             with blocking(self.url, statement_timeout_s=1.0) as txn:
-                _, is_new = table.give(txn, "a", SECTOR, PARAMS, "me", by_link=True)
+                _, is_new = orders.give(txn, "a", SECTOR, PARAMS, "me", by_link=True)
         self.assertEqual((is_new, self.rows("way")), (False, [(None,)]))
 
     def test_given_back(self) -> None:
         """An order whose status is set back to queued by hand starts again with an empty state."""
         self.give("a")
         self.execute("update s2s.orders set status = 'running', state = '{\"done\": 5}'")
-        self.assertEqual(self.run_(table.find, "a").state, {"done": 5})
+        self.assertEqual(self.run_(orders.find, "a").state, {"done": 5})
         self.execute("update s2s.orders set status = 'queued'")
-        self.assertEqual(self.run_(table.find, "a").state, {})
+        self.assertEqual(self.run_(orders.find, "a").state, {})
 
     def test_twice(self) -> None:
         """The same content again returns the same order, whatever its status is, and writes nothing."""
@@ -91,7 +90,7 @@ class GiveTests(OrdersTestCase):
         self.assertEqual(self.give("a", idem_key="k"), (first, False))
         # The order of the members does not matter.
         self.assertEqual(self.give("a", params=dict(reversed(PARAMS.items()))), (first, False))
-        self.run_(table.finish, first, "refused", {"code": "not_found"}, "engine-1")
+        self.run_(orders.finish, first, "refused", {"code": "not_found"}, "engine-1")
         again, is_new = self.give("a")
         self.assertEqual((again.status, again.result, again.is_open), ("refused", {"code": "not_found"}, False))
         self.assertFalse(is_new)
@@ -140,9 +139,9 @@ class GiveTests(OrdersTestCase):
             first = psycopg2.connect(self.url)
             self.addCleanup(first.close)
             with first.cursor() as txn:
-                table.give(txn, order_id, SECTOR, PARAMS, "first", key)
+                orders.give(txn, order_id, SECTOR, PARAMS, "first", key)
             params = PARAMS if is_same else {**PARAMS, "sector_id": 2}
-            giving = deferToThread(self.run_, table.give, later_id, SECTOR, params, "second", key)
+            giving = deferToThread(self.run_, orders.give, later_id, SECTOR, params, "second", key)
             yield poll(self.is_waiting, "the later one waits")
             if is_undone:
                 first.rollback()
@@ -173,16 +172,16 @@ class GiveTests(OrdersTestCase):
             ("d", "of.another.v1"),
         ):
             self.give(order_id, rpc)
-        self.run_(table.finish, self.run_(table.find, "e"), "done", None, "engine-1")
-        orders, end = self.run_(table.queued, ORDERS, 2)
-        self.assertEqual([order.order_id for order in orders], ["c", "b"])
-        orders, end = self.run_(table.queued, ORDERS, 2, end)
-        self.assertEqual(([order.order_id for order in orders], end), (["a"], None))
-        self.assertEqual([order.order_id for order in self.run_(table.queued, [SECTOR], 1)[0]], ["c"])
+        self.run_(orders.finish, self.run_(orders.find, "e"), "done", None, "engine-1")
+        rows, end = self.run_(orders.queued, ORDERS, 2)
+        self.assertEqual([order.order_id for order in rows], ["c", "b"])
+        rows, end = self.run_(orders.queued, ORDERS, 2, end)
+        self.assertEqual(([order.order_id for order in rows], end), (["a"], None))
+        self.assertEqual([order.order_id for order in self.run_(orders.queued, [SECTOR], 1)[0]], ["c"])
 
     def test_queued_within_bytes(self) -> None:
         """A page ends before its params exceed the byte limit, and params longer than a frame are not read."""
-        self.patch(table, "PAGE_BYTES", 250_000)
+        self.patch(orders, "PAGE_BYTES", 250_000)
         for order_id in "abcd":
             self.give(order_id)
         for order_id, length in (("a", 100_000), ("b", 100_000), ("c", 100_000), ("d", 1_000_000)):
@@ -193,24 +192,24 @@ class GiveTests(OrdersTestCase):
             )
         pages, end = [], None
         for _ in range(2):
-            page, end = self.run_(table.queued, ORDERS, 256, end)
-            pages.append([(order.order_id, order.params is table.TOO_LONG) for order in page])
+            page, end = self.run_(orders.queued, ORDERS, 256, end)
+            pages.append([(order.order_id, order.params is orders.TOO_LONG) for order in page])
         self.assertEqual(pages, [[("a", False), ("b", False)], [("c", False), ("d", True)]])
         self.assertIsNone(end)
-        self.patch(table, "PAGE_BYTES", 1)
-        page, end = self.run_(table.queued, ORDERS, 256)
+        self.patch(orders, "PAGE_BYTES", 1)
+        page, end = self.run_(orders.queued, ORDERS, 256)
         self.assertEqual([order.order_id for order in page], ["a"])
         self.assertEqual(end[1], "a")
 
 
 class AttemptTests(OrdersTestCase):
-    """:func:`table.attempt`: which order takes the next step."""
+    """:func:`orders.attempt`: which order takes the next step."""
 
     def attempt(
         self, rpcs: Any = ORDERS, resting: Any = (), in_hand: Any = (), patience_s: float = 0.0
     ) -> Order | None:
         """Attempt a step."""
-        found: Order | None = self.run_(table.attempt, rpcs, resting, in_hand, patience_s, {})
+        found: Order | None = self.run_(orders.attempt, rpcs, resting, in_hand, patience_s, {})
         return found
 
     def attempted(self, *args: Any, **more: Any) -> str | None:
@@ -220,8 +219,8 @@ class AttemptTests(OrdersTestCase):
 
     def go_on(self, order_id: str, state: Any = None) -> None:
         """End a step of an order that has further steps."""
-        order = self.run_(table.find, order_id)
-        self.run_(table.go_on, order, order.place, state or {"done": 1}, "engine-1", False)
+        order = self.run_(orders.find, order_id)
+        self.run_(orders.go_on, order, order.place, state or {"done": 1}, "engine-1", False)
 
     def due(self) -> None:
         """End every pause."""
@@ -298,7 +297,7 @@ class AttemptTests(OrdersTestCase):
             ("next", SECTOR),
         ):
             self.give(order_id, rpc)
-        self.run_(table.finish, self.run_(table.find, "over"), "failed", {}, "engine-1")
+        self.run_(orders.finish, self.run_(orders.find, "over"), "failed", {}, "engine-1")
         with blocking(self.url) as txn:
             txn.execute("select from s2s.orders where order_id = 'held' for update")
             self.assertEqual([self.attempted(), self.attempted()], ["next", None])
@@ -307,40 +306,40 @@ class AttemptTests(OrdersTestCase):
 
 
 class StepTests(OrdersTestCase):
-    """:func:`table.hold`, :func:`table.go_on` and :func:`table.finish`: a step and its end."""
+    """:func:`orders.hold`, :func:`orders.go_on` and :func:`orders.finish`: a step and its end."""
 
     def attempt(self) -> Order:
         """Attempt a step of the only order, whatever the pause."""
         self.execute("update s2s.orders set retry_at = null")
-        order: Order = self.run_(table.attempt, ORDERS, (), (), 0.0, {})
+        order: Order = self.run_(orders.attempt, ORDERS, (), (), 0.0, {})
         return order
 
     def go_on_with(self, order: Order, state: Any, engine: str, is_next_ours: bool) -> Order:
         """End a step of an order that has further steps."""
-        after: Order = self.run_(table.go_on, order, order.place, state, engine, is_next_ours)
+        after: Order = self.run_(orders.go_on, order, order.place, state, engine, is_next_ours)
         return after
 
     def test_hold(self) -> None:
         """Only the latest attempt can lock the order, only once, and not after its step or after the order is over."""
         self.give("a")
         first, second = self.attempt(), self.attempt()
-        self.assertFalse(self.run_(table.hold, first))
+        self.assertFalse(self.run_(orders.hold, first))
         with blocking(self.url) as txn:
-            place = table.hold(txn, second)
+            place = orders.hold(txn, second)
             assert place is not None
-            self.assertFalse(self.run_(table.hold, second))
-            table.go_on(txn, second, place, {"done": 1, "total": 2}, "engine-1", False)
+            self.assertFalse(self.run_(orders.hold, second))
+            orders.go_on(txn, second, place, {"done": 1, "total": 2}, "engine-1", False)
         # The step is done, so the next attempt is number one again.
-        self.assertFalse(self.run_(table.hold, second))
+        self.assertFalse(self.run_(orders.hold, second))
         third = self.attempt()
         self.assertEqual((third.attempts, third.status, third.state), (1, "running", {"done": 1, "total": 2}))
-        self.assertFalse(self.run_(table.hold, first))
-        self.run_(table.finish, third, "done", None, "engine-1")
-        self.assertFalse(self.run_(table.hold, third))
+        self.assertFalse(self.run_(orders.hold, first))
+        self.run_(orders.finish, third, "done", None, "engine-1")
+        self.assertFalse(self.run_(orders.hold, third))
 
     def answered(self, order_id: str = "a", boot_id: str | None = "stranger") -> Any:
         """Process the answer of a foreign engine that an order is done."""
-        return self.run_(table.answered, order_id, "done", {"n": 1}, "foreign", boot_id)
+        return self.run_(orders.answered, order_id, "done", {"n": 1}, "foreign", boot_id)
 
     def test_answered(self) -> None:
         """The answer of a foreign engine ends an order once, if no engine of this database is running the order."""
@@ -378,28 +377,28 @@ class StepTests(OrdersTestCase):
         self.go_on_with(self.attempt(), {"done": 2}, "engine-2", False)
         fast = self.attempt()
         self.assertEqual((slow.attempts, slow.status), (fast.attempts, fast.status))
-        self.assertFalse(self.run_(table.hold, slow))
-        self.assertTrue(self.run_(table.hold, fast))
+        self.assertFalse(self.run_(orders.hold, slow))
+        self.assertTrue(self.run_(orders.hold, fast))
 
     def test_the_next_is_ours(self) -> None:
         """An engine that continues at once owns the attempt of the next step, and can release it."""
         self.give("a")
         first = self.attempt()
-        next_ = self.run_(table.go_on, first, first.place, {"done": 1}, "engine-1", True)
+        next_ = self.run_(orders.go_on, first, first.place, {"done": 1}, "engine-1", True)
         self.assertEqual((next_.attempts, next_.state, next_.status), (1, {"done": 1}, "running"))
-        self.assertIsNone(self.run_(table.attempt, ORDERS, (), (), 0.0, {}))
-        self.assertFalse(self.run_(table.hold, first))
-        self.assertTrue(self.run_(table.hold, next_))
-        self.run_(table.release, next_)
+        self.assertIsNone(self.run_(orders.attempt, ORDERS, (), (), 0.0, {}))
+        self.assertFalse(self.run_(orders.hold, first))
+        self.assertTrue(self.run_(orders.hold, next_))
+        self.run_(orders.release, next_)
         self.assertEqual(self.rows("attempts, retry_at"), [(0, None)])
-        self.assertFalse(self.run_(table.hold, next_))
+        self.assertFalse(self.run_(orders.hold, next_))
 
     def test_a_row_that_has_moved(self) -> None:
         """A row that was updated after its ``ctid`` was read is found by its key."""
         self.give("a")
         order = self.attempt()
         self.execute("update s2s.orders set actor = 'other'")
-        self.assertTrue(self.run_(table.hold, order))
+        self.assertTrue(self.run_(orders.hold, order))
         self.assertEqual(self.go_on_with(order, {"done": 1}, "engine-1", True).actor, "other")
 
     def test_a_trigger_that_returns_the_old_row(self) -> None:
@@ -412,10 +411,10 @@ class StepTests(OrdersTestCase):
             "create trigger old before update on s2s.orders for each row execute function old()"
         )
         for work in (
-            lambda txn: table.attempt(txn, ORDERS, (), (), 0.0, {}),
-            lambda txn: table.go_on(txn, order, order.place, {"done": 1}, "engine-1", False),
-            lambda txn: table.go_on(txn, order, order.place, {"done": 1}, "engine-1", True),
-            lambda txn: table.finish(txn, order, "done", None, "engine-1"),
+            lambda txn: orders.attempt(txn, ORDERS, (), (), 0.0, {}),
+            lambda txn: orders.go_on(txn, order, order.place, {"done": 1}, "engine-1", False),
+            lambda txn: orders.go_on(txn, order, order.place, {"done": 1}, "engine-1", True),
+            lambda txn: orders.finish(txn, order, "done", None, "engine-1"),
         ):
             refused = self.assertRaises(RowRefused, self.run_, work)
             self.assertIn("trigger old on s2s.orders", str(refused))
@@ -426,8 +425,8 @@ class StepTests(OrdersTestCase):
         order = self.attempt()
         before = self.rows("*")
         with self.assertRaises(ZeroDivisionError), blocking(self.url) as txn:
-            table.hold(txn, order)
-            table.go_on(txn, order, order.place, {"done": 1}, "engine-1", False)
+            orders.hold(txn, order)
+            orders.go_on(txn, order, order.place, {"done": 1}, "engine-1", False)
             raise ZeroDivisionError
         self.assertEqual(self.rows("*"), before)
 
@@ -435,15 +434,15 @@ class StepTests(OrdersTestCase):
         """The row and the audit of a finished order hold the engine, the way, the times and the result."""
         self.give("a", SHIPS, {"new_value": 1})
         self.go_on_with(self.attempt(), {"done": 1, "total": 2}, "engine-1", False)
-        begun = self.run_(table.show, "a")
+        begun = self.run_(orders.show, "a")
         self.assertEqual((begun.status, begun.state, begun.attempts), ("running", {"done": 1, "total": 2}, 0))
         self.assertEqual((begun.engine, begun.way, begun.finished_at), ("engine-1", "table", None))
-        self.run_(table.finish, self.attempt(), "done", {"ships": 2}, "engine-2")
-        over = self.run_(table.show, "a")
+        self.run_(orders.finish, self.attempt(), "done", {"ships": 2}, "engine-2")
+        over = self.run_(orders.show, "a")
         self.assertEqual((over.status, over.result, over.engine, over.way), ("done", {"ships": 2}, "engine-2", "table"))
         self.assertEqual(over.started_at, begun.started_at)
         self.assertLess(over.started_at, over.finished_at)
-        self.assertFalse(self.run_(table.find, "a").is_open)
+        self.assertFalse(self.run_(orders.find, "a").is_open)
         told = {"status": "done", "result": {"ships": 2}, "engine": "engine-2", "way": "table"}
         audit = self.execute("select subject, result from s2s.audit order by audit_id")
         self.assertEqual(audit, [("a", None), ("a", told)])
@@ -452,14 +451,14 @@ class StepTests(OrdersTestCase):
         """Operators can show one order by its id, and list the newest ones by status or RPC, up to a limit."""
         for order_id, rpc in (("c", SECTOR), ("b", SHIPS), ("a", SECTOR)):
             self.give(order_id, rpc)
-        self.run_(table.finish, self.run_(table.find, "c"), "refused", None, "engine-1")
+        self.run_(orders.finish, self.run_(orders.find, "c"), "refused", None, "engine-1")
 
         def listed(**which: Any) -> list[str]:
-            return [row.order_id for row in self.run_(table.list_orders, **which)]
+            return [row.order_id for row in self.run_(orders.list_orders, **which)]
 
         self.assertEqual(listed(), ["a", "b", "c"])
         self.assertEqual(listed(limit=2), ["a", "b"])
         self.assertEqual(listed(status="queued"), ["a", "b"])
         self.assertEqual(listed(rpc=SECTOR), ["a", "c"])
         self.assertEqual(listed(rpc=SECTOR, status="refused"), ["c"])
-        self.assertIsNone(self.run_(table.show, "nobody"))
+        self.assertIsNone(self.run_(orders.show, "nobody"))

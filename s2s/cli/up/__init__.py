@@ -13,8 +13,8 @@ from s2s.roles.options import HTTP, LISTEN
 
 @click.command()
 @state_dir_option
-@click.option("--listen", default=LISTEN, show_default=True, metavar="ENDPOINT", help="Where the server listens.")
-@click.option("--http", default=HTTP, show_default=True, metavar="ENDPOINT", help="Where the HTTP API listens.")
+@click.option("--listen", default=LISTEN, show_default=True, metavar="ENDPOINT", help="Endpoint of the server.")
+@click.option("--http", default=HTTP, show_default=True, metavar="ENDPOINT", help="Endpoint of the HTTP API.")
 @click.option(
     "--for",
     "for_seconds",
@@ -25,5 +25,5 @@ from s2s.roles.options import HTTP, LISTEN
 @world_option
 @one_line_errors
 def up(state_dir: Path, listen: str, http: str, for_seconds: float | None, no_world: bool) -> None:
-    """Run everything here: PostgreSQL, a server and an engine, linked; until Ctrl-C."""
+    """Run PostgreSQL, a server and an engine with a link, until Ctrl-C."""
     raise SystemExit(supervisor.run(state_dir, listen, http, for_seconds, click.echo, not no_world))
