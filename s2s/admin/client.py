@@ -202,7 +202,7 @@ class AdminClient(Transport):
         """Remove all dead rows."""
         return self.call(outbox.DISCARD_DEAD, body={"cmd_type": cmd_type})
 
-    # --- notices, settings and what can only be read -----------------------------------------------------------------
+    # --- notices, settings and read-only rows ------------------------------------------------------------------------
 
     def add_broadcast(
         self,

@@ -74,7 +74,7 @@ _command("resume", engines.RESUME_ENGINE, "Let a paused engine go on.", _reason)
 _command(
     "shutdown",
     engines.SHUT_DOWN_ENGINE,
-    "Let an engine finish what it has in hand, and end for good, with exit code 0.",
+    "Let an engine finish the work in progress, and exit with code 0.",
     _reason,
     click.option(
         "--grace-ms",

@@ -172,7 +172,7 @@ def _passed_over() -> Iterator[tuple[Path, str]]:
     for place in plugins.__path__:
         for path in sorted(Path(place).glob("*.py")):
             if not path.stem.isidentifier():
-                yield path, "its name is none of a Python module: rename it, with _ in place of what is no letter"
+                yield path, "its name is not the name of a Python module: rename it with letters, digits and _"
     for entry in sys.path:
         directory = Path(entry, *plugins.__name__.split("."))
         # The directory of another copy of s2s contains only __init__.py.
@@ -212,7 +212,7 @@ def _left_out(where: str, complaints: list[str]) -> Iterator[None]:
         complaints.append(_line(f"plug-in {where} is left out: {error}"))
     except BaseException as error:  # a plug-in may well call sys.exit() when it is imported
         said = f"plug-in {where} is left out: {type(error).__name__}: {_first_paragraph(error)}"
-        complaints.append(_line(f"{said}: mend it, or uninstall what it came with"))
+        complaints.append(_line(f"{said}: mend it, or uninstall its package"))
 
 
 def _first_paragraph(error: BaseException) -> str:

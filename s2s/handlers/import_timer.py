@@ -57,8 +57,8 @@ def bounded(name: str) -> Iterator[None]:
         yield
     except TooLong:
         raise OperatorError(
-            f"its import, or a property of what it declares, did not return within {IMPORT_S:g} s: mend it, or"
-            " uninstall what it came with"
+            f"its import, or a property of its plug-ins, did not return within {IMPORT_S:g} s: mend it, or"
+            " uninstall its package"
         ) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)

@@ -45,7 +45,7 @@ def validate_outcome(outcome: Any) -> Outcome:
     if not isinstance(told, Mapping):
         raise TypeError(f"a step gives back None, a mapping or Unfinished of one, and no {type(told).__name__}")
     if len(canonical.dumps(told, RESULT_DEPTH)) > MOST_TOLD:
-        raise ValueError(f"what a step gives back has {MOST_TOLD} bytes of JSON at most")
+        raise ValueError(f"the return value of a step has {MOST_TOLD} bytes of JSON at most")
     return cast("Outcome", outcome)
 
 

@@ -228,18 +228,18 @@ class Link(Int32StringReceiver):
         if not self._waits:
             self.read_pause.resume("stranger")
 
-    def may_tell(self, why: str, what: str = ENDS) -> bool:
+    def may_tell(self, why: str, kind: str = ENDS) -> bool:
         """Whether the log may have a line for an event of this link. A peer has few lines, counted on all of its links.
 
         A stranger that connects and disconnects without sending a byte, as a port probe does, has no line at all.
 
         :param why: the cause of the event.
-        :param what: the kind of event, see :class:`~s2s.link.peer_lines.PeerLines`.
+        :param kind: the kind of event, see :class:`~s2s.link.peer_lines.PeerLines`.
         """
         if self.session.has_been_heard or self.session.role == "engine":
             key_id = self.session.peer_key_id
             who = "a peer" if key_id is None else f"the key {harmless(key_id)}"
-            return self._peer_lines.may_tell(f"{who} from {self.network or 'a local socket'}", what, why)
+            return self._peer_lines.may_tell(f"{who} from {self.network or 'a local socket'}", kind, why)
         return (self._strange_bytes > 0 or why != _LOST) and self._strangers.may_tell(why)
 
     def lengthLimitExceeded(self, length: int) -> None:

@@ -300,8 +300,8 @@ class ServerLinks:
                 cure=cure,
             )
         name = link.peer.get("name")
-        who = "without a name" if name is None else f"as {harmless(str(name))}"
-        taken = f"another process has linked {who} with this key: {cure}"
+        named = "without a name" if name is None else f"as {harmless(str(name))}"
+        taken = f"another process has linked {named} with this key: {cure}"
         old.dismiss(Forbidden(taken), "another process of the same name has a newer link")
         return is_told
 

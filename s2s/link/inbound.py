@@ -36,7 +36,7 @@ class LinkOutput(Protocol):
     def refuse(self, refusal: Refusal) -> None:
         """Answer with an error."""
 
-    def may_tell(self, why: str, what: str) -> bool:
+    def may_tell(self, why: str, kind: str) -> bool:
         """Whether the log may have a line, and a traceback, for a cause."""
 
 

@@ -36,31 +36,31 @@ class PeerLines:
         self._quotas: dict[tuple[str, str], LineQuota] = {}
         self._all = LineQuota(self._scheduler, self._tell_all, MOST_OF_ALL)
 
-    def may_tell(self, peer: str, what: str, cause: str) -> bool:
+    def may_tell(self, peer: str, kind: str, cause: str) -> bool:
         """Return whether the log may have a line about an event of a peer; otherwise count the event.
 
         :param peer: the peer's key and network, as in the log line.
-        :param what: the kind of event: :data:`FRAMES`, :data:`ANSWERS` or :data:`ENDS`.
+        :param kind: the kind of event: :data:`FRAMES`, :data:`ANSWERS` or :data:`ENDS`.
         :param cause: the cause; events are counted by its text up to the first colon.
         """
-        quota = self._quotas.pop((peer, what), None) or LineQuota(
-            self._scheduler, lambda untold: self._tell(peer, what, untold), _MOST[what], is_first_told=True
+        quota = self._quotas.pop((peer, kind), None) or LineQuota(
+            self._scheduler, lambda untold: self._tell(peer, kind, untold), _MOST[kind], is_first_told=True
         )
         if len(self._quotas) >= MAX_PEERS * len(_MOST):
             self._quotas.pop(next(iter(self._quotas))).stop()
-        self._quotas[peer, what] = quota
-        return quota.may_tell(cause.partition(":")[0]) and self._all.may_tell(what)
+        self._quotas[peer, kind] = quota
+        return quota.may_tell(cause.partition(":")[0]) and self._all.may_tell(kind)
 
     def stop(self) -> None:
         """Log the present counts."""
         for quota in (*self._quotas.values(), self._all):
             quota.stop()
 
-    def _tell(self, peer: str, what: str, untold: Mapping[str, int]) -> None:
-        if self._all.may_tell(what, sum(untold.values())):
+    def _tell(self, peer: str, kind: str, untold: Mapping[str, int]) -> None:
+        if self._all.may_tell(kind, sum(untold.values())):
             told = ", ".join(f"{count} {cause}" for cause, count in untold.items())
-            self.log.warn("{peer}: {what}: {told}", peer=peer, what=what, told=told)
+            self.log.warn("{peer}: {kind}: {told}", peer=peer, kind=kind, told=told)
 
     def _tell_all(self, untold: Mapping[str, int]) -> None:
-        told = ", ".join(f"{count} times {what}" for what, count in untold.items())
+        told = ", ".join(f"{count} times {kind}" for kind, count in untold.items())
         self.log.warn("further events of peers that hold a key, of many peers: {told}", told=told)

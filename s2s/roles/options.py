@@ -294,11 +294,11 @@ def _tell(text: str) -> NoReturn:
     raise SystemExit(0)
 
 
-def _write(what: str, option: str, write: Callable[[], object]) -> None:
+def _write(name: str, option: str, write: Callable[[], object]) -> None:
     try:
         write()
     except OSError as error:
-        raise OperatorError(f"{what} cannot be written: {error.strerror}: name another --{option}") from None
+        raise OperatorError(f"{name} cannot be written: {error.strerror}: name another --{option}") from None
 
 
 def make_deps(options: RoleOptions, role: Role, name: str, threads: int, handlers: int) -> tuple[RoleDeps, list[Any]]:

@@ -60,8 +60,8 @@ class Place:
 def find_database(given: str | None, state_dir: Path) -> Place:
     """Find the database: the one named, else the environment's, else the embedded one under ``state_dir``.
 
-    :param given: a URL, or ``@FILE`` for a file that holds one: what stands in argv can be seen by everybody.
-    :raises OperatorError: what is named cannot be read, or the embedded PostgreSQL does not start.
+    :param given: a URL, or ``@FILE`` for a file that holds one: every user of the machine can read argv.
+    :raises OperatorError: the file or the variable cannot be read, or the embedded PostgreSQL does not start.
     """
     url, source = (os.environ.get(DATABASE_VARIABLE), DATABASE_VARIABLE) if given is None else (given, "--database")
     if url is None:
@@ -73,7 +73,7 @@ def find_database(given: str | None, state_dir: Path) -> Place:
 def make_ready(url: str, plugins: Found) -> list[str]:
     """Migrate, and make the first key; for the embedded database only, which no operator prepares.
 
-    :returns: what was done, a sentence each.
+    :returns: the actions that were taken, one sentence each.
     """
     with blocking(url) as txn:
         ran = migrations.migrate(txn.connection, list(plugins.migrations.values()), plugins.settings.values())
@@ -109,7 +109,7 @@ def check(url: str, role: Role, plugins: Found, sessions: int = 1) -> Ready:
 
 
 def when_ready(look: Callable[[], T]) -> T:
-    """Look at the database, and again while what keeps us away passes by itself. A line on stderr tells what it is.
+    """Check the database, and try again while the obstacle is a passing one. A line on stderr names it.
 
     :raises OperatorError: it does not pass; one line that names the cure.
     """
@@ -179,7 +179,7 @@ def prepare(
     """Find the database, make it ready if it is the embedded one, and check it.
 
     :param plugins: see :func:`check`, also for ``sessions``.
-    :returns: the place, what was found there, and what was done, a sentence each.
+    :returns: the place, the rows found there, and the actions that were taken, one sentence each.
     :raises OperatorError: one line that names the cure.
     """
     place = find_database(given, state_dir)

@@ -43,12 +43,12 @@ def read(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     raise OSError(errno.EFBIG, "it is too long")
 
 
-def read_text(path: Path, what: str, cure: str = "") -> str:
+def read_text(path: Path, name: str, cure: str = "") -> str:
     """Return the text of a small file, without the white space around it.
 
     The text is UTF-8, or UTF-16 with its byte order mark, since editors on Windows write either.
 
-    :param what: the name of the file in the error.
+    :param name: the name of the file in the error.
     :param cure: the end of the error.
     :raises OperatorError: the file cannot be read, or contains no such text; the error quotes nothing of it.
     """
@@ -63,14 +63,14 @@ def read_text(path: Path, what: str, cure: str = "") -> str:
         why = error.strerror or str(error)
     except ValueError:  # bytes that are no text, or a path with a NUL
         why = "it is not UTF-8 text"
-    raise OperatorError(f"{what} cannot be read: {path}: {why}{cure}")
+    raise OperatorError(f"{name} cannot be read: {path}: {why}{cure}")
 
 
-def read_line(path: Path, what: str, cure: str = "") -> str:
+def read_line(path: Path, name: str, cure: str = "") -> str:
     """Return the text of a small file that has one line; see :func:`read_text`."""
-    text = read_text(path, what, cure)
+    text = read_text(path, name, cure)
     if len(text.splitlines()) > 1:
-        raise OperatorError(f"{what} cannot be used: {path}: it has more than one line{cure}")
+        raise OperatorError(f"{name} cannot be used: {path}: it has more than one line{cure}")
     return text
 
 

@@ -56,7 +56,7 @@ def read_json(text: str | bytes) -> Any:
 def check_readable(value: Any, name: str) -> None:
     """Raise if a JSON value of the database cannot be read.
 
-    :param name: what the value is, for the error message.
+    :param name: the name of the value, for the error message.
     :raises CanonicalError: the value cannot be read, with the reason.
     """
     if isinstance(value, Unreadable):

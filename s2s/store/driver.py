@@ -1,4 +1,4 @@
-"""psycopg2: open connections, and classify its errors by what a caller can do about them."""
+"""psycopg2: open connections, and classify its errors by the action that a caller can take."""
 
 from __future__ import annotations
 

@@ -57,17 +57,17 @@ class Patience:
         due_s = self._within_s if self._is_told else min(LATE_S, self._within_s)
         return max(0.0, self._began_at + due_s - time.monotonic())
 
-    def spend(self, what: str) -> None:
-        """Print what the process waits for, or raise if the time is over.
+    def spend(self, reason: str) -> None:
+        """Print the reason of the wait, or raise if the time is over.
 
-        :param what: the reason for the wait, for the operator.
+        :param reason: the reason of the wait, for the operator.
         :raises psycopg2.OperationalError: the time is over.
         """
         if time.monotonic() >= self._began_at + self._within_s:
             raise psycopg2.OperationalError(f"no answer of the database at {self._place} within {self._within_s:g} s")
         if not self._is_told:
             self._is_told = True
-            streams.say(f"waiting for the database at {self._place}: {what}")
+            streams.say(f"waiting for the database at {self._place}: {reason}")
 
     def join(self, thread: threading.Thread) -> None:
         """Wait for the end of the connecting thread."""

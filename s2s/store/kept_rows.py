@@ -89,7 +89,7 @@ class Guard:
     def effect(self) -> str:
         """Its effect on the work of s2s."""
         if self.kind in ("constraint", "index"):
-            return "where it refuses a row, what was to be written fails"
+            return "if it refuses a row, the statement fails"
         return "where it keeps a row from being written, work is done again or not at all"
 
 
@@ -117,8 +117,8 @@ def described(found: Sequence[Guard]) -> str:
 
 def refusal(txn: cursor, verb: Verb, table: str) -> StatementRefused:
     """Return the error that names the table and the triggers, rules and policies that keep its rows."""
-    what = _suspects(txn, verb, table) or f"see the triggers, rules and policies of {table}"
-    return StatementRefused(f"{KEPT} ({verb} on {table}): {what}", state=STATE)
+    suspects = _suspects(txn, verb, table) or f"see the triggers, rules and policies of {table}"
+    return StatementRefused(f"{KEPT} ({verb} on {table}): {suspects}", state=STATE)
 
 
 def _suspects(txn: cursor, verb: Verb, table: str) -> str:
@@ -131,9 +131,9 @@ def note(txn: cursor, verb: Verb, table: str) -> None:
 
     Without a foreign trigger, rule or policy, another session has changed the rows meanwhile: nothing is recorded.
     """
-    kept, what = getattr(txn.connection, "kept", None), _suspects(txn, verb, table)
-    if what and kept is not None:
-        kept.append(StatementRefused(f"{KEPT} ({verb} on {table}): {what}", state=STATE))
+    kept, suspects = getattr(txn.connection, "kept", None), _suspects(txn, verb, table)
+    if suspects and kept is not None:
+        kept.append(StatementRefused(f"{KEPT} ({verb} on {table}): {suspects}", state=STATE))
 
 
 def check_written(txn: cursor, verb: Verb, table: str, rows: int = 1) -> None:

@@ -24,13 +24,13 @@ FAILING_S: Final = 10.0
 class LeftOut:
     """Keys of rows that the database refuses to change; they are excluded so that the other rows proceed.
 
-    :param what: the name of a row in the log.
+    :param name: the name of a row in the log.
     :param turns: the poll loop that logs the refusals.
     :param mono: returns the monotonic time in seconds.
     """
 
-    def __init__(self, what: str, turns: PollLoop, mono: Callable[[], float]) -> None:
-        self._what = what
+    def __init__(self, name: str, turns: PollLoop, mono: Callable[[], float]) -> None:
+        self._name = name
         self._loop = turns
         self._mono = mono
         self._until: dict[str, float] = {}
@@ -40,7 +40,7 @@ class LeftOut:
 
         :returns: seconds to sleep, see :class:`PollLoop`.
         """
-        self._loop.tell_refused(f"{self._what} {key}: {refused}")
+        self._loop.tell_refused(f"{self._name} {key}: {refused}")
         if len(self.keys()) >= MOST_LEFT_OUT:
             return None
         self._until[key] = self._mono() + LEFT_OUT_S
@@ -56,7 +56,7 @@ class LeftOut:
 class PollLoop:
     """Polls again and again, in several concurrent workers, until it is stopped.
 
-    :param what: the name of a worker in the log.
+    :param name: the name of a worker in the log.
     :param turn: polls once, given the worker's number. It returns the seconds to sleep afterwards, :data:`POLL_S` at
         most; ``None`` stands for :data:`POLL_S`. Its exceptions do not end the worker.
     :param clock: an ``IReactorTime``.
@@ -66,8 +66,8 @@ class PollLoop:
 
     log = Logger()
 
-    def __init__(self, what: str, turn: Callable[[int], Awaitable[float | None]], clock: Any, lines: int = 1) -> None:
-        self._what = what
+    def __init__(self, name: str, turn: Callable[[int], Awaitable[float | None]], clock: Any, lines: int = 1) -> None:
+        self._name = name
         self._poll_once = turn
         self._clock = clock
         self._lines = lines
@@ -117,11 +117,11 @@ class PollLoop:
         """Log, within a quota, that the database refuses a statement because of a trigger or constraint of a user."""
         # A traceback would add nothing.
         if self._quota.may_tell(why):
-            self.log.error("{what}: the database refuses a statement: {why}", what=self._what, why=why)
+            self.log.error("{name}: the database refuses a statement: {why}", name=self._name, why=why)
 
     def _tell(self, untold: Mapping[str, int]) -> None:
         for why, count in untold.items():
-            self.log.error("{what} failed {count} more times: {why}", what=self._what, count=count, why=why)
+            self.log.error("{name} failed {count} more times: {why}", name=self._name, count=count, why=why)
 
     async def _go(self, line: int) -> None:
         while not self.is_stopping:
@@ -147,7 +147,7 @@ class PollLoop:
             self.tell_refused(str(error))
         # Mostly a SystemExit of foreign code, which must not end a worker silently.
         elif self._quota.may_tell(self._why):
-            self.log.failure("{what} failed", what=self._what)
+            self.log.failure("{name} failed", name=self._name)
 
     async def _sleep(self, seconds: float) -> None:
         sleeper: Deferred[None] = deferLater(self._clock, seconds)

@@ -438,7 +438,7 @@ def blocking(
     :param connect_timeout_s: seconds that connecting may take, whatever the URL says (libpq may turn 1 into 2);
         ``None``: the URL's value, or our default.
     :param within_s: seconds that everything may take in the main thread; ``None``: only the time until the session is
-        ready is bounded, by :data:`READY_S`. After a while a line on stderr states what the process waits for.
+        ready is bounded, by :data:`READY_S`. After a while a line on stderr states the reason of the wait.
     :param cut_s: seconds after which the connection is shut down in any thread; ``None``: it is not.
     :raises OperatorError: the URL cannot be read.
     :raises DatabaseUnavailable: there is no connection, or it broke.

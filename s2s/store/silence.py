@@ -163,6 +163,6 @@ class Silence:
 
 
 _SILENT: Final = (
-    "the database does not work for it: look at what is between them, such as a proxy or a firewall, which forgets"
+    "the database does not work for it: look at the devices between them, such as a proxy or a firewall, which forgets"
     " connections"
 )

@@ -60,7 +60,9 @@ MEANINGS: Final[dict[str, Meaning]] = {
     # A rule rewrites a statement of s2s into a form that PostgreSQL does not support.
     "0A000 RewriteQuery": Meaning(cure="remove the rule: drop rule NAME on TABLE; s2s db status names both"),
     # Not a SQLSTATE of PostgreSQL: see s2s.store.kept_rows.
-    "09000 kept": Meaning(unavailable=False, cure="a trigger has to return its row: mend it, or remove what is named"),
+    "09000 kept": Meaning(
+        unavailable=False, cure="a trigger has to return its row: mend it, or remove the named object"
+    ),
     "2200H": Meaning(cure="raise the limit of the sequence: alter sequence NAME as bigint no maxvalue"),
     "25006": Meaning("database", drops=True, passes=True, cure="connect to the primary, or end its read-only mode"),
     "25P03": Meaning("connection", drops=True, passes=True),
@@ -146,7 +148,8 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "57014": Meaning(passes=True, cure=_WAITED),
     # Recognised by its text.
     "57014 user request": Meaning(
-        passes=True, cure="somebody has cancelled it, as by pg_cancel_backend: the log of the database may say who"
+        passes=True,
+        cure="another session has cancelled it, as by pg_cancel_backend: the log of the database may name the session",
     ),
     "58": Meaning("database", drops=True, passes=True, cure="see the log of the database"),
     # Code raised it in a statement of a handler, or a foreign trigger in a statement of s2s, with a SQLSTATE of another

@@ -79,7 +79,7 @@ _BROKEN = {
         "Mute: it does not say why",
     ),
     "terminal": ("raise RuntimeError('\\x1b[2J\\x07\\u202e')", "RuntimeError: ?[2J??: mend it"),
-    "endless": ("raise RuntimeError('x' * 10_000)", "mend it, or uninstall what it came with"),
+    "endless": ("raise RuntimeError('x' * 10_000)", "mend it, or uninstall its package"),
     "no_name": ("class Ring(Ring):\n    cmd_type = None\nring = Ring()", "no_name.ring is left out: TypeError"),
     "bad_name": ("class Ring(Ring):\n    cmd_type = 'Bell Ring'\nring = Ring()", "write it as [a-z][a-z0-9_.]{0,63}"),
     "ours": ("class Ring(Ring):\n    cmd_type = 'notice.publish'\nring = Ring()", "give it a name of its own"),
@@ -203,7 +203,7 @@ class ImportTests(DiscoveryTestCase):
         self.told.seek(0)
         self.assertIn("plug-in s2s.plugins.a_waits has been loading for", self.told.read())
         [complaint] = found.complaints
-        self.assertIn("a_waits is left out: its import, or a property of what it declares, did not return", complaint)
+        self.assertIn("a_waits is left out: its import, or a property of its plug-ins, did not return", complaint)
         self.assertIn("within 0.2 s", complaint)
 
     def test_it_computes_and_catches(self) -> None:

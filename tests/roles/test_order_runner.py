@@ -189,7 +189,7 @@ class OrderRunnerTests(DatabaseTestCase):
             3: ("failed", "internal_error", "ValueError: broken"),
             4: ("failed", "internal_error", "SystemExit: 3"),
             5: ("failed", "internal_error", "CanonicalError: at /share"),
-            6: ("failed", "internal_error", "ValueError: what a step gives back"),
+            6: ("failed", "internal_error", "ValueError: the return value of a step"),
             7: ("failed", "internal_error", ""),
             8: ("failed", "internal_error", "StatementRefused: insert or update on table"),
             9: ("failed", "internal_error", "DivisionByZero: division by zero"),

@@ -414,7 +414,7 @@ class FailureTests(SchedulerTestCase):
             "float": (result({"a": 0.5}), "CanonicalError: at /a: "),
             "nul": (result({"a": "\0"}), "CanonicalError: "),
             "number": (result(5), "TypeError: a step gives back None, a mapping or Unfinished of one, and no int"),
-            "long": (result({"a": "x" * MOST_TOLD}), "ValueError: what a step gives back has 2048 bytes"),
+            "long": (result({"a": "x" * MOST_TOLD}), "ValueError: the return value of a step has 2048 bytes"),
             "state": (result(Unfinished({"a": {1, 2}})), "CanonicalError: at /a: "),
         }
         self.due(*works)

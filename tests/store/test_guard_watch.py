@@ -54,7 +54,7 @@ class GuardWatchTests(DatabaseTestCase):
         self.assertIn("drop rule quiet on s2s.orders", kept)
         lines = [str(formatEvent(event)) for event in told]
         self.assertEqual(len(lines), 6, lines)
-        self.assertIn("the constraint small on s2s.commands (insert or update): where it refuses a row", lines[2])
+        self.assertIn("the constraint small on s2s.commands (insert or update): if it refuses a row", lines[2])
         self.assertIn("alter table s2s.commands drop constraint small", lines[2])
         self.assertIn("the rule quiet on s2s.orders (update): where it keeps a row", lines[0])
         self.assertIn("the trigger stop on s2s.outbox (delete, function public.keep()): where", lines[1])

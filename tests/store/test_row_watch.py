@@ -92,7 +92,7 @@ class RowWatchTests(DatabaseTestCase):
             found = held_rows.look(txn, ["s2s.commands", "s2s.jobs"], 0.0, 0.0)
         locked, awaited = map(str, found.values())
         self.assertIn("2 rows of s2s.commands are due and locked by another session: pid", locked)
-        self.assertIn("1 sessions of s2s wait for what another session has locked: pid", awaited)
+        self.assertIn("1 sessions of s2s wait for locks of another session: pid", awaited)
         for line in (locked, awaited):
             self.assertIn(f"pid {holder.info.backend_pid} holds them (s2s-server handlers, ", line)
 
@@ -110,7 +110,7 @@ class RowWatchTests(DatabaseTestCase):
             holder.close()
             wait_select(ours)
             self.assertEqual(len(lines), name == "a forgotten psql")
-        self.assertIn("1 sessions of s2s wait for what another session has locked: pid", lines[0])
+        self.assertIn("1 sessions of s2s wait for locks of another session: pid", lines[0])
         self.assertIn("a forgotten psql", lines[0])
 
     async def test_one_line(self) -> None:

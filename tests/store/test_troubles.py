@@ -110,7 +110,7 @@ class CancelledTests(DatabaseTestCase):
     def test_who_has_cancelled(self) -> None:
         """The errors of a cancellation by a user and of a statement timeout each have their own fix."""
         for statement, cure in (
-            ("select pg_cancel_backend(pg_backend_pid()), pg_sleep(5)", "somebody has cancelled it"),
+            ("select pg_cancel_backend(pg_backend_pid()), pg_sleep(5)", "another session has cancelled it"),
             ("set local statement_timeout = 50; select pg_sleep(5)", "it took too long"),
         ):
             with self.assertRaises(DatabaseError) as caught, blocking(self.url) as txn:

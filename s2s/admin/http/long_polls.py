@@ -45,7 +45,7 @@ class LongPolls:
         self._counters = counters
         self._waits: dict[_Wait, None] = {}
         self._by_line: Counter[str] = Counter()
-        self._loop = PollLoop("who waits for an end", self._poll_once, clock.scheduler)
+        self._loop = PollLoop("the long polls", self._poll_once, clock.scheduler)
         self.wake = self._loop.wake
 
     def __len__(self) -> int:

@@ -373,8 +373,8 @@ class _Channel(http.HTTPChannel):
         self._taking = self._after(LINGER_S, self.transport.abortConnection)
         self.loseConnection()
 
-    def _after(self, seconds: float, what: Callable[[], None]) -> Timer:
-        timer: Timer = self.site.clock.scheduler.callLater(seconds, what)
+    def _after(self, seconds: float, action: Callable[[], None]) -> Timer:
+        timer: Timer = self.site.clock.scheduler.callLater(seconds, action)
         return timer
 
     def _is_late(self) -> None:

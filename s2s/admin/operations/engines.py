@@ -239,7 +239,7 @@ def _together(name: str, outcomes: Mapping[str, Mapping[str, Any] | S2SError]) -
     """Return the reply for all engines of a name.
 
     :param outcomes: by the key of each engine.
-    :raises S2SError: not all of them have done what was requested.
+    :raises S2SError: not all of them have fulfilled the request.
     """
     errors = {key_id: outcome for key_id, outcome in outcomes.items() if isinstance(outcome, S2SError)}
     if len(outcomes) == 1:

@@ -225,13 +225,13 @@ def once(work: Callable[[Cursor, OperationRequest], R]) -> Callable[[OperationRe
     return begin
 
 
-def run_non_idempotent(step: Callable[[Cursor], T], what: str, **details: Any) -> Part[T]:
+def run_non_idempotent(step: Callable[[Cursor], T], effect: str, **details: Any) -> Part[T]:
     """Run a step that a repeated request would perform a second time.
 
-    :param what: its effect in words, such as "the order was given".
+    :param effect: its effect in words, such as "the order was given".
     :raises WireError: it is unknown whether the step took effect, so the error is not retryable.
     """
-    unknown = f"it is unknown whether {what}: check before you repeat the request"
+    unknown = f"it is unknown whether {effect}: check before you repeat the request"
     try:
         came: T = yield step
     except CommitLost:

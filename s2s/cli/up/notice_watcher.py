@@ -23,7 +23,7 @@ _LINKS_S = 60.0
 class Say(Protocol):
     """Prints a line for operators: its source, its text, and the time of day if it is not now."""
 
-    def __call__(self, who: str, what: str, at: str | None = None, /) -> None: ...
+    def __call__(self, source: str, text: str, at: str | None = None, /) -> None: ...
 
 
 class NoticeWatcher:

@@ -101,11 +101,11 @@ def _run(
     base_url = http_url(http)
     state_dir = Path(os.path.abspath(state_dir))
 
-    def say(who: str, what: str, at: str | None = None, /) -> None:
+    def say(source: str, text: str, at: str | None = None, /) -> None:
         if lost:
             return
         try:
-            echo(f"{at or time.strftime('%H:%M:%S')}  {who:<8}  {what}")
+            echo(f"{at or time.strftime('%H:%M:%S')}  {source:<8}  {text}")
         except OSError as error:  # stop everything in order before raising it
             lost.append(error)
 
@@ -176,9 +176,9 @@ def _run(
 def _forward_status(role: RoleProcess, say: Say) -> bool:
     """Print a role's status lines, and return whether one of them reports a link."""
     linked = False
-    for at, what in role.status_log():
-        say(role.name, what, at)
-        linked = linked or what.startswith(LINK_UP)
+    for at, text in role.status_log():
+        say(role.name, text, at)
+        linked = linked or text.startswith(LINK_UP)
     return linked
 
 
@@ -296,7 +296,7 @@ def _exclusive(state_dir: Path, say: Say) -> Iterator[int]:
             raise OperatorError(f"another s2s up runs in {state_dir}: stop it, or name another --state-dir")
         deadline = time.monotonic() + _LEFT_BEHIND_S
         if not _take(children):
-            say("up", "waiting for what a killed s2s up left running")
+            say("up", "waiting for the processes of a killed s2s up")
             while not _take(children):
                 if time.monotonic() >= deadline:
                     raise OperatorError(f"processes of a killed s2s up still run in {state_dir}: end them by hand")
@@ -331,7 +331,7 @@ def _prepare(url: str, has_world: bool, say: Callable[[str], None]) -> str:
         is_made = has_world and make_world(txn, *WORLD)
         tokens.revoke(txn, TOKEN)  # the token of a run that was killed
         token = tokens.add(txn, TOKEN, "admin", "of the s2s up that runs")
-        # Commit inside the block, which reports what the COMMIT waits for.
+        # Commit inside the block, which reports the wait of the COMMIT.
         commit(txn.connection)
     if key_id is not None:
         say(f"made a random key: {key_id}")

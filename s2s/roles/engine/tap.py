@@ -29,7 +29,7 @@ class Options(RoleOptions):
     endpoints = (("connect", client_endpoint, CONNECT),)
     optParameters = [
         parameter("connect", CONNECT, "endpoint of the server"),
-        parameter("name", f"engine-{socket.gethostname()}"[:200], "what operators call this engine"),
+        parameter("name", f"engine-{socket.gethostname()}"[:200], "name of this engine for operators"),
     ]
     coercions = {"name": _name}
 

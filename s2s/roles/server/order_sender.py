@@ -233,7 +233,7 @@ class OrderSender:
         elif isinstance(error, BadReply) and last is not None:
             last.bad_answers += 1
             if last.bad_answers >= MOST_BAD_ANSWERS:
-                message = storable(f"no answer can be read, so it is not known what came of it: {error}")
+                message = storable(f"no reply can be read, so the outcome is unknown: {error}")
                 result = {"code": InternalError.code, "message": message}
                 await self._answered(link, order.order_id, "failed", result)
                 return

@@ -127,11 +127,11 @@ class Retention:
             self._doubted = ""
         return True
 
-    def _doubt(self, what: str, text: str) -> None:
+    def _doubt(self, subject: str, text: str) -> None:
         """Log a doubt when it begins, and once per :data:`TELL_S` while it lasts."""
         now = self._clock.mono()
-        if what != self._doubted or now >= self._tell_at:
-            self._doubted, self._tell_at = what, now + TELL_S
+        if subject != self._doubted or now >= self._tell_at:
+            self._doubted, self._tell_at = subject, now + TELL_S
             self.log.warn("{text}", text=text)
 
     async def _sweep_commands(self) -> bool:

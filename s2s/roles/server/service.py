@@ -121,14 +121,14 @@ class Server(Role):
         self._ports: list[Any] = []
 
     def _open(self) -> None:
-        for entrance, factory, what in self._listens:
+        for entrance, factory, name in self._listens:
             failures: list[Failure] = []
             entrance.endpoint.listen(factory).addCallbacks(self._ports.append, failures.append)
             for failure in failures:  # raised here, since a Deferred would keep the exception
                 why = failure.getErrorMessage().rstrip(".")
                 cure = f"free it or choose another --{entrance.option}"
                 refuse(f"cannot listen on {entrance.described}: {why}: {cure}")
-            status_log.info("{what} listens on {endpoint}", what=what, endpoint=entrance.described)
+            status_log.info("{name} listens on {endpoint}", name=name, endpoint=entrance.described)
 
     def _begin(self) -> None:
         self._types.start()

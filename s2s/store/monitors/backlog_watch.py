@@ -32,7 +32,7 @@ class Watch(Periodic):
     :ivar dead_rows: dead rows in our busy tables, as the database estimates them.
     """
 
-    what = "old snapshots and waiting commands"
+    subject = "old snapshots and waiting commands"
 
     def __init__(self, database: Database, clock: Clock, types: Collection[str]) -> None:
         super().__init__(database, clock)

@@ -41,7 +41,7 @@ class GuardWatch(Periodic):
     :ivar kept: the triggers, rules and policies that keep rows from being written; empty: there are none.
     """
 
-    what = "triggers, rules and constraints of others"
+    subject = "triggers, rules and constraints of others"
 
     def __init__(self, database: Database, clock: Clock) -> None:
         super().__init__(database, clock)

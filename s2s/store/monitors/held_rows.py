@@ -123,7 +123,7 @@ def look(
     awaited = txn.fetchall()
     found.append(
         Held(
-            "sessions of s2s wait for what another session has locked",
+            "sessions of s2s wait for locks of another session",
             frozenset(row[0] for row in awaited),
             {row[1]: describe_holder(*row[1:]) for row in awaited},
         )

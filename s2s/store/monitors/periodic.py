@@ -17,12 +17,12 @@ from s2s.store.pool import Database
 class Periodic(ABC):
     """Runs a check at a fixed interval.
 
-    :cvar what: the condition that the check looks for, for the log.
+    :cvar subject: the condition that the check looks for, for the log.
     :cvar interval_s: seconds between two checks.
     """
 
     log = Logger()
-    what: ClassVar[str]
+    subject: ClassVar[str]
     interval_s: ClassVar[float] = 60.0
 
     def __init__(self, database: Database, clock: Clock) -> None:
@@ -55,9 +55,9 @@ class Periodic(ABC):
         except DatabaseError as error:
             if self._why != str(error):
                 self._why = str(error)
-                self.log.warn("looking for {what} failed: {why}", what=self.what, why=self._why)
+                self.log.warn("looking for {subject} failed: {why}", subject=self.subject, why=self._why)
         except Exception:
-            self.log.failure("looking for {what} failed", what=self.what)
+            self.log.failure("looking for {subject} failed", subject=self.subject)
 
     @abstractmethod
     async def _look(self) -> None:

@@ -17,7 +17,7 @@ AGAIN_S: Final = 3600.0
 class QueueWatch(Periodic):
     """Reports when the queue is half full, when it is full, and when it has room again."""
 
-    what = "a full queue of notifications"
+    subject = "a full queue of notifications"
 
     def __init__(self, database: Database, clock: Clock) -> None:
         super().__init__(database, clock)

@@ -20,7 +20,7 @@ class RowWatch(Periodic):
     :param tables: the tables that this role works on.
     """
 
-    what = "locks of other sessions"
+    subject = "locks of other sessions"
     interval_s: ClassVar[float] = 15.0
 
     def __init__(self, database: Database, clock: Clock, tables: Collection[str]) -> None:

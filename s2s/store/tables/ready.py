@@ -82,7 +82,7 @@ left join lateral (
         where status = 'ready' and priority = p.priority and due_at <= now()
             and (commands.due_at, commands.cmd_id) >= (p.due_at, p.cmd_id) and {_OURS}
         order by commands.due_at, cmd_id limit %(limit)s
-        for update skip locked -- what somebody holds cannot be run, and must not be claimed over and over
+        for update skip locked -- a row of another session cannot be run, and must not be claimed again and again
     ) locked
 ) c on true
 limit %(limit)s + (select count(*) from starts)

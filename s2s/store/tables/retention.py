@@ -170,8 +170,8 @@ def _write(
         outcomes = list(singly(txn, keys, lambda key: write(txn, [key])))
     errors = [outcome for outcome in outcomes if isinstance(outcome, DatabaseError)]
     if errors:
-        what = kept_rows.described([each for each in kept_rows.guards(txn, [table]) if verb in each.verbs])
-        text = f"old rows stay ({verb} on {table}): {errors[0]}{f'; see {what}' if what else ''}"
+        guards = kept_rows.described([each for each in kept_rows.guards(txn, [table]) if verb in each.verbs])
+        text = f"old rows stay ({verb} on {table}): {errors[0]}{f'; see {guards}' if guards else ''}"
         kept = cast("PlanningConnection", txn.connection).kept
         kept.append(StatementRefused(text, getattr(errors[0], "constraint", None), kept_rows.STATE))
     return sum(outcome for outcome in outcomes if not isinstance(outcome, DatabaseError))
