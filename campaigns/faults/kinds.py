@@ -238,11 +238,14 @@ _FULL: Final = ("s2s.commands", "s2s.outbox", "s2s.orders", "s2s.notices")
 
 
 async def _disk_full(bed: TestBed) -> None:
-    """Refuse every insert into the main tables with the error of a full disk."""
+    """Refuse every insert into the main tables with the error of a full disk.
+
+    The error is PostgreSQL's own: s2s reports an error that the function raises itself as an error of the function.
+    """
     make = (
         "create or replace function disk_full() returns trigger language plpgsql set search_path from current"
         " as $$ begin"
-        " raise exception 'could not extend file: No space left on device' using errcode = '53100'; end $$"
+        " copy (select 1) to '/dev/full'; return null; end $$"
     )
     trigger = "create trigger disk_full before insert on {} for each statement execute function disk_full()"
     # Each in a transaction of its own: locks on several tables at once could deadlock with the clients' work.
