@@ -720,7 +720,9 @@ class ExecutorTests(DatabaseTestCase):
         with capturedLogs() as said:
             await running.abandon()
             await running.stop()
-        self.assertEqual([event["log_level"].name for event in said if "in hand" in event["log_format"]], ["warn"] * 2)
+        self.assertEqual(
+            [event["log_level"].name for event in said if "were not released" in event["log_format"]], ["warn"] * 2
+        )
 
     async def assert_cut(self, *, ended: bool) -> Executor:
         """Abandon the running executor as a stop does, and assert that nothing took effect or was charged."""
@@ -844,7 +846,7 @@ class ExecutorTests(DatabaseTestCase):
             for _ in range(4):
                 await failing._look()
         lines = [str(formatEvent(event)) for event in told]
-        self.assertEqual(len([line for line in lines if "are not charged" in line and "wait_event" in line]), 1, lines)
+        self.assertEqual(len([line for line in lines if "are not released" in line and "wait_event" in line]), 1, lines)
         await running.stop()
 
     async def test_what_a_reaper_cannot_charge(self) -> None:
