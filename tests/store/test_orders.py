@@ -461,4 +461,4 @@ class StepTests(OrdersTestCase):
         self.assertEqual(listed(status="queued"), ["a", "b"])
         self.assertEqual(listed(rpc=SECTOR), ["a", "c"])
         self.assertEqual(listed(rpc=SECTOR, status="refused"), ["c"])
-        self.assertIsNone(self.run_(orders.show, "nobody"))
+        self.assertIsNone(self.run_(orders.show, "unknown"))

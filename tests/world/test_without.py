@@ -11,7 +11,7 @@ from typing import Any
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from tests.support.http import ApiTestCase
-from tests.support.roles import environment, free_port, listen
+from tests.support.roles import TWISTD, environment, free_port, listen
 from tests.support.waiting import poll
 
 
@@ -75,7 +75,7 @@ class WithoutWorldTests(ApiTestCase):
     def test_a_role_that_wants_it(self) -> None:
         """A role with the world on a database without its tables is refused with the command that makes them."""
         refused = subprocess.run(
-            [str(Path(sys.executable).with_name("twistd")), "-n", "--pidfile=", "s2s-engine"],
+            [TWISTD, "-n", "--pidfile=", "s2s-engine"],
             env=environment(S2S_DATABASE_URL=self.url),
             capture_output=True,
             text=True,
