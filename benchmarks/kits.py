@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -89,7 +90,7 @@ def _failed(failure: Any, meter: Meter) -> None:
 
 
 def _died(failure: Any) -> None:
-    failure.printTraceback()
+    failure.printTraceback(sys.stderr)
     os._exit(1)
 
 

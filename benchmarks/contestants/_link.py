@@ -60,13 +60,14 @@ class Events:
         """Do nothing: the link itself fails the calls that wait for an answer."""
 
 
-def factory(role: Role, events: Events, window: int, **responders: Responder) -> LinkFactory:
+def factory(role: Role, events: Events, window: int, name: str = "bench", **responders: Responder) -> LinkFactory:
     """Make a factory of links that uses no database.
 
+    :param name: the name in the role's answers to health checks.
     :param responders: responders by message type, in addition to the health check.
     """
     clock, bounds = Clock(reactor), Bounds(window_frames=window)
-    health = Health(Identity(role, role, "bench"), bounds.frame_size, clock, _condition)
+    health = Health(Identity(role, name, "bench"), bounds.frame_size, clock, _condition)
     serving: Mapping[str, Responder] = {HEALTH_CHECK: health, **responders}
     # A long timeout, so that no call of the benchmark expires.
     return LinkFactory(role, Dispatcher(Keys(), serving, clock), Keys(), clock, events, bounds, Timing(call=60))
@@ -81,9 +82,8 @@ async def connect(place: Place, load: Load) -> list[Any]:
     events = Events()
     links = []
     for number in range(load.links):
-        making = factory("engine", events, load.window, **{SWEEP: lambda _: {"ok": True, "queued": 0}})
-        health: Any = making.dispatcher.responders[HEALTH_CHECK]
-        health._fixed["name"] = f"bench-{number}"
+        sweep = {SWEEP: lambda _: {"ok": True, "queued": 0}}
+        making = factory("engine", events, load.window, f"bench-{number}", **sweep)
         links.append(await _twisted.connect(place, making))
         await events.proven(links[-1])
     return links

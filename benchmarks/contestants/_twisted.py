@@ -48,5 +48,5 @@ def run(driving: Coroutine[Any, Any, None]) -> None:
     reactor.callWhenRunning(begin)
     reactor.run()
     for failure in failures:
-        failure.printTraceback()
+        failure.printTraceback(sys.stderr)
         sys.exit(1)
