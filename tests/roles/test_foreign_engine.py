@@ -239,21 +239,27 @@ class ForeignEngineTests(RoleTestCase):
 class OwnDatabaseTests(RoleTestCase):
     """An engine of s2s with another database than the server's."""
 
+    def _make_own_database(self, name: str) -> str:
+        """Make a database with the server's key, and return its URL."""
+        make_database(name, template())
+        self.addCleanup(drop_database, name)
+        url = database_url(name)
+        with Session(url) as session:
+            session.run(
+                "insert into s2s.s2s_keys (key_id, key_b64, role, active_from) values (%s, %s, 'any', to_timestamp(0))",
+                *K1,
+            )
+        return url
+
     @inlineCallbacks
     def test_done(self) -> Iterator[Deferred[Any]]:
         """An order that this engine ran in its own database ends in the server's too."""
-        name = "engine_database_of_its_own"
-        make_database(name, template())
-        self.addCleanup(drop_database, name)
-        with Session(database_url(name)) as session:
-            add = (
-                "insert into s2s.s2s_keys (key_id, key_b64, role, active_from) values (%s, %s, 'any', to_timestamp(0))"
-            )
-            session.run(add, *K1)
+        url = self._make_own_database("engine_database_of_its_own")
+        with Session(url) as session:
             session.run("insert into s2s_world.sectors (sector_id, name) values (1, 'a')")
         server = self.server()
         yield server.start()
-        engine = Engine(self.directory, database_url(name), server.port)
+        engine = Engine(self.directory, url, server.port)
         self.addCleanup(engine.stop)
         yield engine.start()
         for order_id, sector_id in (("there", 1), ("missing", 2)):
@@ -263,24 +269,17 @@ class OwnDatabaseTests(RoleTestCase):
             )
         query = "select status, engine from s2s.orders order by order_id"
         yield poll(lambda: self.execute(query) == [("refused", "engine-1"), ("done", "engine-1")], "both are over")
-        with Session(database_url(name)) as session:
+        with Session(url) as session:
             self.assertEqual(session.run("select status from s2s_world.sectors"), [("fedspace",)])
 
     @inlineCallbacks
     def test_paused(self) -> Iterator[Deferred[Any]]:
         """``engine list`` shows the state of such an engine, and no desired state: its own database has it."""
-        name = "engine_paused_in_its_own_database"
-        make_database(name, template())
-        self.addCleanup(drop_database, name)
-        with Session(database_url(name)) as session:
-            add = (
-                "insert into s2s.s2s_keys (key_id, key_b64, role, active_from) values (%s, %s, 'any', to_timestamp(0))"
-            )
-            session.run(add, *K1)
+        url = self._make_own_database("engine_paused_in_its_own_database")
         server = self.server()
         yield server.start()
-        for url, engine_name in ((database_url(name), "away"), (self.url, "ours")):
-            engine = Engine(self.directory, url, server.port, name=engine_name)
+        for its_url, engine_name in ((url, "away"), (self.url, "ours")):
+            engine = Engine(self.directory, its_url, server.port, name=engine_name)
             self.addCleanup(engine.stop)
             yield engine.start()
         yield poll(lambda: len(self.execute("select 1 from s2s.engine_links")) == 2, "both are shown as linked")

@@ -25,6 +25,8 @@ from s2s.runtime.clock import Clock
 from s2s.store import driver, handler_pool, poll_loop
 from s2s.store.cursor import own
 from s2s.store.driver import Cursor
+from s2s.store.handler_pool import HandlerPool
+from s2s.store.pool import Database
 from s2s.store.tables import claims, commands, jobs
 from tests.support.cluster import Cluster
 from tests.support.installed import FOUND
@@ -498,6 +500,14 @@ class _Order(OrderHandler):
         return None
 
 
+def _order_runner(database: Database, handlers: HandlerPool, condition: EngineState, order: _Order) -> OrderRunner:
+    """Make the runner of an engine that serves this order."""
+    found = Found(orders={_SECTOR: order})
+    return OrderRunner(
+        database, handlers, Clock(reactor), found, "engine-1", condition, lambda: False, lambda: None, 9999
+    )
+
+
 class EngineTests(StuckTestCase):
     """Jobs and orders."""
 
@@ -545,18 +555,7 @@ class EngineTests(StuckTestCase):
         condition = EngineState()
         condition.wanted = "running"
         database, handlers = self.pools("s2s-orders", timeout_s=0.5)
-        plugins = Found(orders={_SECTOR: _Order(lambda: None)})
-        runner = OrderRunner(
-            database,
-            handlers,
-            Clock(reactor),
-            plugins,
-            "engine-1",
-            condition,
-            lambda: False,
-            lambda: None,
-            9999,
-        )
+        runner = _order_runner(database, handlers, condition, _Order(lambda: None))
         self.execute("insert into s2s.orders (order_id, rpc, params) values ('o', %s, '{}')", _SECTOR)
         self.assertIsNone(await runner._poll_once(0))
         self.assertEqual(self.execute("select attempts from s2s.orders"), [(0,)])
@@ -578,20 +577,9 @@ class EngineTests(StuckTestCase):
         """A stuck order fails with the name of the deadline, and the orders behind it run."""
         condition = EngineState()
         condition.wanted = "running"
-        database, handlers = self.pools("s2s-orders", timeout_s=0.5)
         waits = iter((True, False))
-        plugins = Found(orders={_SECTOR: _Order(lambda: next(waits) and self.gate.wait(60))})
-        runner = OrderRunner(
-            database,
-            handlers,
-            Clock(reactor),
-            plugins,
-            "engine-1",
-            condition,
-            lambda: False,
-            lambda: None,
-            9999,
-        )
+        order = _Order(lambda: next(waits) and self.gate.wait(60))
+        runner = _order_runner(*self.pools("s2s-orders", timeout_s=0.5), condition, order)
         runner.start()
         self.addCleanup(runner.stop)
         for order_id in ("stuck", "next"):
