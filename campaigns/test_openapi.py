@@ -61,7 +61,7 @@ class LiveTests(ApiTestCase, WorldTestCase):
         yield engine.start()
         yield poll(lambda: self.ask("GET", "/v1/engines/engine-1").body.get("state") == "running", "it runs")
         # The generated requests also shut the engine down.
-        keeping = LoopingCall(lambda: None if engine.is_running else engine.start())
+        keeping = LoopingCall(lambda: None if engine.is_running else engine.launch())
         keeping.start(0.1)
         try:
             said = yield deferToThread(self.attack)

@@ -171,7 +171,7 @@ class Role:
 
         def look() -> bool:
             seen = len(self.lines(text)) >= times
-            assert seen or self.is_running, f"it ended before it said {text!r}:\n{self.log}"
+            assert seen or self.is_running, f"it ended with {self.exit_code} before it said {text!r}:\n{self.log}"
             return seen
 
         return poll(look, f"the log says {text!r}", timeout=PATIENCE_S)
