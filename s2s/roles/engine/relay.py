@@ -41,6 +41,7 @@ from s2s.roles.engine.congestion_window import CongestionWindow
 from s2s.runtime.clock import Clock, Timer, cancel
 from s2s.runtime.line_quota import MOST_TOLD, LineQuota
 from s2s.runtime.waiters import Waiters
+from s2s.store.poll_loop import POLL_S, PollLoop
 from s2s.store.pool import Database
 from s2s.store.tables import outbox
 from s2s.store.tables.outbox import OutboxRow, Settlement
@@ -53,8 +54,6 @@ PUSH_S: Final = 20.0
 LEASE_S: Final = 5.0
 #: The age in seconds at which a lease is renewed; a renewal that fails can be retried once before the lease ends.
 RENEW_S: Final = 1.5
-#: Seconds between two polls, besides the NOTIFY of the outbox, which can be lost.
-POLL_S: Final = 1.0
 #: Seconds between two counts of the waiting rows, since a count reads every row.
 DEPTH_S: Final = 5.0
 #: Seconds by which each row that cannot be deleted lengthens the pause until the next attempt to delete it, and the
@@ -85,7 +84,9 @@ class Relay:
         self._rng = rng
         self._link: Link | None = None
         self._congestion = CongestionWindow()
-        self._is_stopping = True
+        self._claiming = PollLoop("the relay", self._claim_once, clock.scheduler)
+        # Leases are also renewed while a claim takes long.
+        self._renewing = PollLoop("the renewal of leases", self._renew_once, clock.scheduler)
         self._is_claiming = False
         self._is_settling = False
         self._is_sending = False
@@ -93,8 +94,9 @@ class Relay:
         self._is_dry = False
         #: The database refused the last claim, so the next one isolates the rows at fault.
         self._is_singly = False
-        self._timer: Timer | None = None
-        self._depth_at = float("-inf")
+        self._giving_up: Timer | None = None
+        #: The times of the next claim that nothing wakes, and of the next count of the waiting rows.
+        self._claim_at = self._depth_at = float("-inf")
         self._at_rest: Waiters[None] = Waiters()
         self._ready: deque[tuple[OutboxRow, dict[str, Any], int]] = deque()
         #: The time since when each row is leased.
@@ -115,8 +117,8 @@ class Relay:
 
     def start(self) -> None:
         """Start claiming rows whenever there is a link."""
-        self._is_stopping = False
-        self._claim()
+        self._claiming.start()
+        self._renewing.start()
 
     def flush(self) -> Deferred[None]:
         """Send until no row is due any more. A row in its pause before the next attempt is not due.
@@ -134,11 +136,9 @@ class Relay:
         :param patience_s: seconds after which rows still in flight are given up; the next process sends them again.
         :returns: fires when every row in flight is answered or given up, and settled.
         """
-        self._is_stopping = True
-        self._lines.stop()
-        self._again_lines.stop()
-        cancel(self._timer)
-        self._timer = self._clock.scheduler.callLater(patience_s, self._give_up)
+        for part in (self._claiming, self._renewing, self._lines, self._again_lines):
+            part.stop()
+        self._giving_up = self._clock.scheduler.callLater(patience_s, self._give_up)
         self._give_back()
         stopped = self._at_rest.wait()
         self._settle()
@@ -154,7 +154,7 @@ class Relay:
     def wake(self) -> None:
         """Claim rows now, because there may be some to send."""
         self._more = True
-        self._claim()
+        self._claiming.wake()
 
     def _open_link(self) -> Link | None:
         """Return the link if it accepts requests. A closing link accepts none, and is lost up to 2 s later."""
@@ -162,39 +162,56 @@ class Relay:
 
     # --- claim and send ---------------------------------------------------------------------------------------------
 
-    def _claim(self) -> None:
-        if self._is_stopping:
-            return
-        if self._timer is None or not self._timer.active():
-            self._timer = self._clock.scheduler.callLater(POLL_S, self._poll)
+    async def _claim_once(self, _: int) -> float | None:
+        """Claim rows, if some may be due and there is room for them.
+
+        :returns: seconds to sleep, see :class:`s2s.store.poll_loop.PollLoop`.
+        """
+        now = self._clock.mono()
+        if not self._more and now < self._claim_at:
+            return self._claim_at - now
         # Claim only rows that will soon be sent: another engine could send a row that waits here, or an operator cancel
         # it.
         soon = 1 + 2 * self._congestion.bytes // self._row_bytes
         room = min(CLAIM_ROWS, self.window_rows - len(self._held), soon)
         link = self._open_link()
-        if self._is_claiming or link is None or self._ready or room <= 0:
-            return
-        self._is_claiming = True
+        if link is None or self._ready or room <= 0:
+            self._more = True
+            return None
+        if now >= self._claim_at:
+            self._claim_at = now + POLL_S
         self._more = self._is_dry = False
+        self._is_claiming = True
         limits = room, LEASE_S, list(self._held), link.session.max_frame
-        claiming = self._database.run(self._claims.claim, *limits, self._is_singly)
-        claiming.addCallbacks(self._claimed, self._claim_failed, callbackArgs=(room, self._clock.mono()))
-        claiming.addErrback(self._unexpected)
+        try:
+            rows = await self._database.run(self._claims.claim, *limits, self._is_singly)
+        except DatabaseError as error:
+            # One row may be at fault: isolate it, so that it does not block the others.
+            self._is_singly = self._more = not self._is_singly and outbox.is_refused(error)
+            if not self._is_singly:
+                self._unless_away(Failure(error))
+        else:
+            self._claimed(rows, room, now)
+        finally:
+            self._is_claiming = False
+            self._settle()
+        return 0.0
 
-    def _poll(self) -> None:
+    async def _renew_once(self, _: int) -> None:
+        """Renew the leases of rows that have been held for :data:`RENEW_S`, since they may still be in flight."""
         now = self._clock.mono()
-        if now >= self._depth_at + DEPTH_S:
-            self._depth_at = now
+        if now >= self._depth_at:
+            self._depth_at = now + DEPTH_S
             self._database.run(self._claims.depth).addCallbacks(self._counted, self._unless_away)
-        self.wake()
-        self._renew()
+        old = [outbox_id for outbox_id, since in self._held.items() if now >= since + RENEW_S]
+        self._held.update(dict.fromkeys(old, now))
+        self._next.renewed += old
         self._settle()
 
     def _counted(self, depth: int) -> None:
         self.depth = depth
 
     def _claimed(self, rows: list[OutboxRow], room: int, since: float) -> None:
-        self._is_claiming = False
         self._is_dry = not rows
         self._is_singly = False
         # A flush or stop claims until no row is found.
@@ -210,12 +227,9 @@ class Relay:
                 self._set_aside(row, TooLarge.code if row.payload is None else BadPayload.code, str(error))
         if self._ready:
             self._row_bytes = sum(size for _, _, size in self._ready) // len(self._ready)
-        if self._is_stopping:
+        if self._claiming.is_stopping:
             self._give_back()
         self._send()
-        self._settle()
-        if self._more:
-            self._claim()
 
     def _give_back(self) -> None:
         """Make rows that were claimed and not sent due at once, and not when their lease ends."""
@@ -225,17 +239,6 @@ class Relay:
     def _give_up(self) -> None:
         for pushing in list(self._flying):
             pushing.cancel()
-
-    def _claim_failed(self, failure: Failure) -> None:
-        self._is_claiming = False
-        self._is_singly = not self._is_singly and outbox.is_refused(failure.value)
-        if self._is_singly:
-            # One row may be at fault: isolate it, so that it does not block the others.
-            self._claim()
-        else:
-            # The poll tries again.
-            self._unless_away(failure)
-        self._settle()
 
     def _unless_away(self, failure: Failure) -> None:
         # The pool has logged that the database is away.
@@ -294,7 +297,7 @@ class Relay:
         self._next.retries.append((row.outbox_id, pause_s, code, message))
         # The link itself logs invalid replies and its own end; for passing errors the counter is enough.
         is_passing = isinstance(error, Refused) and code in BY_CODE and BY_CODE[code].passing
-        is_worth_it = isinstance(error, (Refused, DeadlinePassed)) and not is_passing and not self._is_stopping
+        is_worth_it = isinstance(error, (Refused, DeadlinePassed)) and not is_passing and not self._claiming.is_stopping
         if is_worth_it and self._again_lines.may_tell(code):
             self.log.warn(
                 "outbox row {outbox_id} is sent again: {why}: see s2s outbox show {outbox_id}",
@@ -368,26 +371,16 @@ class Relay:
         for outbox_id in settlement.let_go:
             self._held.pop(outbox_id, None)
         self._more |= bool(settlement.given_back)
-        if self._timer is not None and self._timer.active() and not self._is_stopping:
-            due_in_s = self._timer.getTime() - self._clock.mono()
-            soonest_s = min((delay_s for _, delay_s, *_ in settlement.retries), default=POLL_S)
-            self._timer.reset(min(due_in_s, soonest_s) if due_in_s > 0 else 0)
+        soonest_s = min((delay_s for _, delay_s, *_ in settlement.retries), default=POLL_S)
+        self._claim_at = min(self._claim_at, self._clock.mono() + soonest_s)
         self._settle()
-        if self._more:
-            self._claim()
-
-    def _renew(self) -> None:
-        """Renew the leases of rows that have been held for :data:`RENEW_S`, since they may still be in flight."""
-        now = self._clock.mono()
-        old = [outbox_id for outbox_id, since in self._held.items() if now >= since + RENEW_S]
-        self._held.update(dict.fromkeys(old, now))
-        self._next.renewed += old
+        self._claiming.wake()
 
     def _rest(self) -> None:
         """Fire the Deferreds of :meth:`flush` and :meth:`stop`, unless more rows may be due."""
-        if self._is_stopping:
-            cancel(self._timer)
-        if self._is_stopping or self._open_link() is None or (self._is_dry and not self._more):
+        if self._claiming.is_stopping:
+            cancel(self._giving_up)
+        if self._claiming.is_stopping or self._open_link() is None or (self._is_dry and not self._more):
             self._at_rest.fire(None)
 
 
